@@ -1,0 +1,62 @@
+"""Which recipe a checkpoint wants."""
+
+from collections.abc import Sequence
+
+from reshard.errors import Refused, listed, refuse
+from reshard.match import OWN_RECIPE, match
+from reshard.names import patterns_of, split_name
+from reshard.types import Checkpoint, Recipe
+
+
+def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
+    """The recipe of a checkpoint: by its config's model type, else its architecture, else by its tensors' names.
+
+    Raises Refused if none fits or, by the names, more than one.
+    """
+    config = checkpoint.config or {}
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    for recipe in recipes:
+        if model_type in recipe.model_types:
+            return recipe
+    for recipe in recipes:
+        if set(architectures) & set(recipe.architectures):
+            return recipe
+    fitting = [recipe for recipe in recipes if fits(checkpoint, recipe)]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise no_recipe(checkpoint, recipes, fitting)
+
+
+def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    try:
+        match(checkpoint, recipe)
+    except Refused:
+        return False
+    return True
+
+
+def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
+    """Names the recipe that knows most of the tensors, and what it does not know."""
+    if fitting:
+        names = listed(recipe.name for recipe in fitting)
+        return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
+    unknown = {recipe.name: unknown_names(checkpoint, recipe) for recipe in recipes}
+    nearest = min(unknown, key=lambda name: len(unknown[name]))
+    model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
+    found = f"{model}; the nearest recipe is {nearest}, which knows all"
+    if unknown[nearest]:
+        found = f"{model}; the nearest recipe is {nearest}, which does not know {listed(unknown[nearest])}"
+    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)
+
+
+def unknown_names(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
+    known: dict[tuple[str, int], bool] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        key, numbers = split_name(name)
+        if (key, len(numbers)) not in known:
+            known[key, len(numbers)] = any(pattern.fits(key, numbers) for pattern in patterns)
+        if not known[key, len(numbers)]:
+            unknown.append(name)
+    return unknown

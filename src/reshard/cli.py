@@ -1,0 +1,131 @@
+"""The command: parses, calls one library function, prints, and chooses an exit code.
+
+This module is all that `reshard --help` loads; what runs a command is named here and imported when it runs.
+"""
+
+import argparse
+import gc
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+from reshard import __version__
+from reshard.errors import Refused
+from reshard.output import INTERRUPTED, REFUSED, print_json
+
+Parser = argparse.ArgumentParser
+Run = Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One sub-command: its words, its options, and the function that runs it as `module:function`."""
+
+    name: str
+    about: str
+    add_options: Callable[[Parser], None]
+    run: str
+
+
+def add_source(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, help="a folder of safetensors files, or one such file")
+
+
+def add_job(parser: Parser) -> None:
+    add_source(parser)
+    parser.add_argument("--mp", type=int, required=True, metavar="N", help="number of ranks (model parallel)")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
+    parser.add_argument(
+        "--ignore-extra-files", action="store_true", help="leave out safetensors files that the index does not name"
+    )
+
+
+def add_convert(parser: Parser) -> None:
+    add_job(parser)
+    parser.add_argument("target", type=Path, help="the folder to write, empty or not there")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+
+
+def add_inspect(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, help="a folder of safetensors files in either layout, or one such file")
+
+
+def add_verify(parser: Parser) -> None:
+    parser.add_argument("target", type=Path, help="a folder of rank files")
+    parser.add_argument("--source", type=Path, required=True, help="what it was made from")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+
+
+def add_recipes(parser: Parser) -> None:
+    parser.add_argument("action", nargs="?", choices=("list", "show", "check"), default="list")
+    parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
+    parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
+
+
+def add_demo(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, help="keep the files there; default: a temporary folder")
+
+
+def add_deepseek(parser: Parser) -> None:
+    parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="the Hugging Face checkpoint")
+    parser.add_argument("--save-path", type=Path, required=True, help="the folder to write, empty or not there")
+    parser.add_argument("--n-experts", type=int, required=True, help="number of routed experts; checked")
+    parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
+
+
+COMMANDS = (
+    Command("convert", "write the file of each rank", add_convert, "reshard.commands:run_convert"),
+    Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.commands:run_plan"),
+    Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.lookup:run_inspect"),
+    Command("verify", "compare every byte of the rank files", add_verify, "reshard.commands:run_verify"),
+    Command("recipes", "list, show or check recipes", add_recipes, "reshard.lookup:run_recipes"),
+    Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.demo:run_demo"),
+    Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, "reshard.commands:run_deepseek"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
+    # A plan is a million small values without a circle: looking for circles took a third of its time.
+    gc.disable()
+    options = make_parser().parse_args(arguments)
+    try:
+        module, function = options.run.split(":")
+        run: Run = getattr(import_module(module), function)
+        return run(options)
+    except Refused as refused:
+        if options.json:
+            print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
+        print(f"reshard: refused\n{refused}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("reshard: interrupted; nothing has its final name", file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="reshard", description="Turns a checkpoint into the files that each rank loads.")
+    parser.add_argument("--version", action="version", version=f"reshard {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.about, description=command.about.capitalize() + ".")
+        command.add_options(sub)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    """`0-3,7` -> [0, 1, 2, 3, 7]."""
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 0-3,7")
+        found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    return sorted(found)

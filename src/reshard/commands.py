@@ -1,0 +1,123 @@
+"""The commands that plan, write and verify: each calls one library function and adds only words."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from reshard.convert import Job, convert_checkpoint, plan_conversion, recipe_for
+from reshard.errors import describe, printable
+from reshard.manifest import manifest_of
+from reshard.output import PROBLEMS, PROVEN, print_json
+from reshard.plan import Plan
+from reshard.progress import progress
+from reshard.read import read_checkpoint
+from reshard.text import size_text, table
+from reshard.verify import Report, verify_target
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        return run_plan(options)
+    return convert(job_of(options), options.target, as_json=options.json)
+
+
+def run_deepseek(options: argparse.Namespace) -> int:
+    job = Job(options.hf_ckpt_path, options.model_parallel, experts=options.n_experts)
+    return convert(job, options.save_path, as_json=options.json)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    plan = plan_conversion(job_of(options))
+    if options.json:
+        print_json(manifest_of(plan, ()))
+    else:
+        print("\n".join(map(printable, plan_lines(plan, options.source))))
+    return PROVEN
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
+    recipe = recipe_for(Job(options.source, 1, options.recipe), source)
+    total = sum(path.stat().st_size for path in options.target.glob("*.safetensors"))
+    with progress("verify", total) as advance:
+        report = verify_target(options.target, source, recipe, advance)
+    return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    return Job(options.source, options.mp, options.recipe, options.ranks, options.ignore_extra_files)
+
+
+def convert(job: Job, target: Path, *, as_json: bool) -> int:
+    started = time.monotonic()
+    plan = convert_checkpoint(job, target, partial(progress, "convert"))
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json({"status": "converted", "seconds": round(seconds, 3), **manifest_of(plan, ())})
+    else:
+        print("\n".join(map(printable, converted_lines(plan, target, seconds))))
+    return PROVEN
+
+
+def converted_lines(plan: Plan, target: Path, seconds: float) -> Iterator[str]:
+    yield f"{target}: {len(plan.files)} rank files, {plan.size:,} bytes ({size_text(plan.size)}) in {seconds:.1f} s"
+    yield from dropped_lines(plan)
+    yield f"next: reshard verify {target} --source {plan.source.folder}"
+
+
+def dropped_lines(plan: Plan) -> Iterator[str]:
+    for share in plan.coverage:
+        if share.use == "dropped":
+            yield f"dropped: {share.tensors:,} tensors, {share.size:,} bytes: {share.rule.split}"
+
+
+def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
+    """A table a rank, then what becomes of the source; both add up to the byte."""
+    yield f"{source} -> {plan.layout.ranks} ranks by the recipe {plan.recipe.name}"
+    yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
+    yield ""
+    rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
+    pieces = sum(len(file.pieces) for file in plan.files)
+    total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
+    yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    yield ""
+    yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
+
+
+USES = {
+    "once": "used once",
+    "replicated": "replicated to every rank",
+    "shared": "block scales that several ranks share",
+    "empty": "empty",
+    "dropped": "dropped",
+}
+
+
+def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    for use, words in USES.items():
+        shares = [share for share in plan.coverage if share.use == use]
+        if shares:
+            size = sum(share.size for share in shares)
+            yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", size_text(size)
+        if use not in ("once", "empty"):
+            for share in shares:
+                reason = f" ({share.rule.split})" if use == "dropped" else ""
+                yield f"  {share.rule.left}{reason}", f"{share.tensors:,}", f"{share.size:,}", ""
+    size = sum(share.size for share in plan.coverage)
+    yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", size_text(size)
+
+
+def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
+    """Prints what was compared; the exit code says whether it was all equal."""
+    if as_json:
+        print_json({"status": "differs" if report.problems else "proven", **asdict(report)})
+    elif report.problems:
+        print(f"{printable(str(target))}: {len(report.problems):,} problems")
+        print(describe(report.problems))
+    else:
+        print(printable(f"{target}: proven against {source}"))
+        print(f"{report.files} files, {report.tensors:,} tensors, {report.size:,} bytes, all equal")
+    return PROBLEMS if report.problems else PROVEN

@@ -1,0 +1,121 @@
+"""How a tensor is cut into the parts that the ranks hold. Arithmetic on shapes only.
+
+A tensor is cut along one dimension. Seen as bytes it is `rows` rows of `pitch` bytes, of which a rank gets a run of
+`run` bytes each, from byte `rank // repeat * run` of the row on:
+
+    rows, 4 ranks          columns, 4 ranks        replicate, 4 ranks     block scale of 2 rows, 4 ranks
+    rows 1                 rows = length           rows 1                 rows 1
+    |r0..|r1..|r2..|r3..|  |r0|r1|r2|r3|           |r0 r1 r2 r3......|    |r0 r1..|r2 r3..|
+     run                   |r0|r1|r2|r3|            run = pitch            run      repeat 2
+                            run      pitch          repeat 4
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from reshard.errors import Problem, listed
+from reshard.types import Tensor
+
+MOST_RANKS = 4096
+ROWS, COLUMNS = 0, 1
+DIMENSION = {"rows": ROWS, "columns": COLUMNS}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a tensor that each rank holds, in bytes, and its shape in elements."""
+
+    rows: int
+    pitch: int
+    run: int
+    repeat: int
+    shape: tuple[int, ...]
+
+
+class Limit(NamedTuple):
+    """What a number of ranks must suit: a length that it must divide, cut only where blocks of `block` allow it."""
+
+    length: int
+    block: int = 1
+
+    def allows(self, ranks: int) -> bool:
+        """A part must be whole blocks, or lie inside one block, or be the whole length."""
+        part = self.length // ranks
+        if self.length % ranks:
+            return False
+        return ranks == 1 or part % self.block == 0 or (part > 0 and self.block % part == 0)
+
+
+def whole(tensor: Tensor, ranks: int) -> Cut:
+    """Every rank that holds the tensor holds all of it."""
+    return Cut(1, tensor.size, tensor.size, ranks, tensor.shape)
+
+
+def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
+    """`parts` equal parts along a dimension, `repeat` ranks in a row on each. The length must be divisible."""
+    shape = list(tensor.shape)
+    shape[dimension] //= parts
+    rows = prod(tensor.shape[:dimension])
+    pitch = tensor.size // rows if rows else 0
+    return Cut(rows, pitch, pitch // parts, repeat, tuple(shape))
+
+
+def cut_weight(tensor: Tensor, split: str, ranks: int) -> Cut:
+    """The cut of an ordinary tensor; `weight_problems` must have found nothing."""
+    dimension = DIMENSION.get(split)
+    return whole(tensor, ranks) if dimension is None else along(tensor, dimension, ranks, 1)
+
+
+def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, block: int) -> Cut:
+    """The cut of a block scale, from that of its weight.
+
+    A rank's part of the weight is either whole blocks, and the scale is cut alike, or lies inside one block, and the
+    block's scale goes to each of the ranks that share it. Source: `inference/model.py` of DeepSeek-V3 allocates scales
+    from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
+    """
+    dimension = DIMENSION.get(split)
+    if dimension is None or ranks == 1:
+        return whole(tensor, ranks)
+    part = weight.shape[dimension] // ranks
+    if part % block == 0:
+        return along(tensor, dimension, ranks, 1)
+    return along(tensor, dimension, tensor.shape[dimension], block // part)
+
+
+def weight_problems(tensor: Tensor, split: str, ranks: int, block: int) -> Iterator[Problem]:
+    """Why a tensor cannot be cut for so many ranks. `block` is that of its scale, 1 without one."""
+    dimension = DIMENSION.get(split)
+    if dimension is None:
+        return
+    if len(tensor.shape) <= dimension:
+        found = f"shape {list(tensor.shape)}"
+        yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
+        return
+    length = tensor.shape[dimension]
+    if length % ranks:
+        found = f"{length:,} {split} for {ranks} ranks"
+        yield Problem("not-divisible", tensor.name, found, f"a multiple of {ranks}")
+    elif not Limit(length, block).allows(ranks):
+        found = f"{length // ranks:,} {split} a rank"
+        expected = f"whole blocks of {block}, or a part that lies inside one: two block scales have no common value"
+        yield Problem("straddles-blocks", tensor.name, found, expected)
+    elif dimension and tensor.size and tensor.size // prod(tensor.shape[:dimension]) % ranks:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
+
+
+def scale_problems(tensor: Tensor, weight: Tensor, block: int) -> Iterator[Problem]:
+    """A block scale has one element for each block, the last block of a row or column being perhaps smaller."""
+    wanted = tuple(-(-length // block) for length in weight.shape)
+    if tensor.shape != wanted:
+        found = f"shape {list(tensor.shape)}"
+        yield Problem("wrong-scale", tensor.name, found, f"{list(wanted)} for a weight of {list(weight.shape)}")
+
+
+def working_ranks(limits: Iterable[Limit]) -> str:
+    """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text."""
+    distinct = set(limits)
+    most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length)])
+    return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)

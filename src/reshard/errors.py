@@ -1,0 +1,75 @@
+"""What is refused, and how it is said. Imports nothing of ours."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SHOWN_PER_KIND = 10
+UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u2030-\u2065\u2070-\ud7ff\uf900-\ufffd\U00010000-\U0001ffff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault: what is at fault by name, what was found there, what was expected, and the way out."""
+
+    kind: str
+    """A stable word for machines and tests, such as `missing-file`."""
+    subject: str
+    """The thing at fault: a file, a tensor, a line of a recipe, an option."""
+    found: str
+    expected: str
+    remedy: str = ""
+
+
+class Refused(Exception):
+    """The job is refused before its first byte is written. Holds every problem that was found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(describe(self.problems))
+
+
+def refuse(kind: str, subject: str, found: str, expected: str, remedy: str = "") -> Refused:
+    """A refusal for a single problem, to be raised by the caller."""
+    return Refused([Problem(kind, subject, found, expected, remedy)])
+
+
+def require_none(problems: Iterable[Problem]) -> None:
+    """Raises Refused if there is any problem."""
+    if found := tuple(problems):
+        raise Refused(found)
+
+
+def describe(problems: Iterable[Problem]) -> str:
+    """All problems as text for a person, at most SHOWN_PER_KIND of a kind in full and the rest counted."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.kind, []).append(problem)
+    return "\n".join(line for group in groups.values() for line in describe_group(group))
+
+
+def describe_group(group: list[Problem]) -> Iterable[str]:
+    for problem in group[:SHOWN_PER_KIND]:
+        yield f"{printable(problem.subject)}: {problem.kind.replace('-', ' ')}"
+        yield f"  found:    {printable(problem.found)}"
+        yield f"  expected: {printable(problem.expected)}"
+        if problem.remedy:
+            yield f"  way out:  {printable(problem.remedy)}"
+    if len(group) > SHOWN_PER_KIND:
+        more = len(group) - SHOWN_PER_KIND
+        yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
+
+
+def printable(text: str) -> str:
+    """The text with every control, format and surrogate character escaped.
+
+    Tensor and file names come from strangers: raw, they could move the cursor, recolour the terminal or hide text.
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """`a, b, c and 12 more`: the first few names of a list, so that a message keeps its length."""
+    shown = list(names)
+    text = ", ".join(shown[:most])
+    return f"{text} and {len(shown) - most:,} more" if len(shown) > most else text

@@ -1,0 +1,132 @@
+"""Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from math import prod
+from typing import Any
+
+from reshard.errors import Problem, listed
+from reshard.names import filled, slots_of
+from reshard.recipe import HOLE
+from reshard.types import Checkpoint, Hole, Recipe, Rule
+
+Members = Mapping[str, set[int]]
+"""The numbers that fill each hole."""
+Present = Mapping[int, set[tuple[str, ...]]]
+"""By rule: the numbers of each tensor that is there, block scales apart."""
+
+
+def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
+    """The numbers that fill each hole; those of a hole within another are members of that one too."""
+    members: dict[str, set[int]] = {name: set() for name in recipe.holes}
+    for number, tuples in present.items():
+        for place, slot in enumerate(slots_of(recipe.rules[number])):
+            if slot in members:
+                members[slot] |= {int(text) for text in {numbers[place] for numbers in tuples}}
+    for hole in recipe.holes.values():
+        if hole.within:
+            members[hole.within] |= members[hole.name]
+    return members
+
+
+def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    """Gaps, and counts on which names, config and shapes do not agree."""
+    for hole in recipe.holes.values():
+        if hole.within:
+            yield from overlap_problems(hole, recipe, members)
+        else:
+            yield from gap_problems(hole, members[hole.name], len(members[hole.after]) if hole.after else 0)
+        yield from count_problems(hole, members[hole.name], checkpoint.config)
+        yield from rows_problems(hole, checkpoint, recipe, members)
+    for name in sorted({hole.within for hole in recipe.holes.values() if hole.within}):
+        parts = [hole for hole in recipe.holes.values() if hole.within == name]
+        if without := members[name].difference(*(members[part.name] for part in parts)):
+            found = f"{numbers_text(without)} are neither"
+            expected = "each among the " + " or the ".join(part.counts for part in parts)
+            yield Problem("gap", recipe.holes[name].counts, found, expected, "is a file missing from the checkpoint?")
+
+
+def gap_problems(hole: Hole, numbers: set[int], first: int) -> Iterator[Problem]:
+    last = max(numbers, default=-1)
+    # A single stray number can be a billion: name the gap's ends, never its members.
+    if numbers and (len(numbers) != last - first + 1 or min(numbers) != first):
+        found = f"{hole.counts} {numbers_text(numbers)}"
+        expected = f"{first} to {last} without a gap"
+        yield Problem("gap", hole.counts, found, expected, "is a file missing from the checkpoint?")
+
+
+def overlap_problems(hole: Hole, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    for other in recipe.holes.values():
+        both = members[hole.name] & members[other.name]
+        if other.within == hole.within and other.name > hole.name and both:
+            found = f"{numbers_text(both)} among the {other.counts} too"
+            yield Problem("contradiction", hole.counts, found, "one or the other", "is the checkpoint a mixture?")
+
+
+def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    if config is None or not hole.size or config.get(hole.size) is None:
+        return
+    if config[hole.size] != len(numbers):
+        found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
+        expected = f"{config[hole.size]!r}, as {hole.size} of config.json says"
+        yield Problem(
+            "contradiction", hole.counts, found, expected, "is a file missing, or the config another model's?"
+        )
+
+
+def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    """The tensor that has a row for each member has as many rows as the names have members."""
+    letters = [letter for letter in HOLE.findall(hole.rows_of) if letter in recipe.holes]
+    for numbers in product(*(sorted(members[letter]) for letter in letters)) if hole.rows_of else ():
+        tensor = checkpoint.tensors.get(filled(hole.rows_of, dict(zip(letters, numbers, strict=True))))
+        if tensor and tensor.shape[:1] != (len(members[hole.name]),):
+            expected = f"{len(members[hole.name])} rows, for {hole.counts} {numbers_text(members[hole.name])}"
+            remedy = "is a file missing from the checkpoint?"
+            yield Problem("contradiction", tensor.name, f"shape {list(tensor.shape)}", expected, remedy)
+
+
+def missing_problems(
+    config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present
+) -> Iterator[Problem]:
+    """Every tensor that a rule expects and the checkpoint lacks, and the rules that the config says have none."""
+    for number, rule in enumerate(recipe.rules):
+        tuples, wanted = present.get(number, set()), is_expected(rule, config)
+        if wanted is False and tuples:
+            found = f"{len(tuples)} tensors"
+            expected = f"none, for the rule is {rule.only!r} of config.json"
+            yield Problem("contradiction", rule.left, found, expected, "is the config another model's?")
+        if rule.relation != "drop" and (wanted or (wanted is None and tuples)):
+            yield from missing_of_rule(rule, recipe, members, tuples)
+
+
+def is_expected(rule: Rule, config: Mapping[str, Any] | None) -> bool | None:
+    """Whether the model has the tensors of a rule; None if only the config could tell and there is none."""
+    if not rule.only:
+        return True
+    if config is None:
+        return None
+    condition, key = rule.only.split()
+    return bool(config.get(key)) == (condition == "if")
+
+
+def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
+    slots = slots_of(rule)
+    choices = [sorted(members[slot]) if slot in recipe.holes else [int(slot)] for slot in slots]
+    if prod(map(len, choices)) == len(tuples):
+        return
+    for numbers in product(*choices):
+        if tuple(map(str, numbers)) not in tuples:
+            name = filled(rule.left, dict(zip(slots, numbers, strict=True)))
+            remedy = "is a file missing? without a config.json, is it another model?"
+            yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", remedy)
+
+
+def numbers_text(numbers: Iterable[int]) -> str:
+    """`0-3, 7, 9-10`: a set of numbers, as short as it goes."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return listed((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"

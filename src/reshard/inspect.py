@@ -1,0 +1,97 @@
+"""What a checkpoint holds, in either layout, from its headers alone."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.choose import choose_recipe
+from reshard.errors import Refused
+from reshard.match import match
+from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_headers
+from reshard.recipe import packaged_recipes
+from reshard.text import size_text, table
+from reshard.types import Checkpoint, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the headers of a checkpoint tell."""
+
+    path: str
+    layout: str
+    """The recipe's word for it, such as `huggingface`; empty if no recipe knows it."""
+    recipe: str
+    """The recipe that knows it, if one does."""
+    ranks: int
+    """How many ranks it is cut for; 0 if it is whole."""
+    files: int
+    tensors: int
+    size: int
+    """Of the data, in bytes."""
+    counts: Mapping[str, int]
+    """Such as `{"layers": 61, "experts": 256}`."""
+    dtypes: Mapping[str, tuple[int, int]]
+    """By dtype: how many tensors, and their bytes."""
+    remark: str
+    """Why no recipe knows it."""
+
+
+def inspect_path(path: Path) -> Content:
+    """What lies at a path: a folder of safetensors files in either layout, or a single file. Raises Refused."""
+    names = file_names(path)
+    for recipe in packaged_recipes():
+        if ranks := ranks_of(names, recipe):
+            return content_of(path, read_headers(folder_of(path), names), recipe.right, "", ranks, {}, "")
+    checkpoint = read_checkpoint(path)
+    stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
+    try:
+        recipe = choose_recipe(checkpoint, packaged_recipes())
+        counts = counts_of(checkpoint, recipe)
+    except Refused as refused:
+        return content_of(path, stored, "", "", 0, {}, str(refused))
+    return content_of(path, stored, recipe.left, recipe.name, 0, counts, "")
+
+
+def ranks_of(names: list[str], recipe: Recipe) -> int:
+    """The number of ranks that file names tell, if all of them are names of rank files; else 0."""
+    pattern = re.escape(recipe.files).replace(r"\{rank\}", r"\d+").replace(r"\{ranks\}", r"(\d+)")
+    found = {fitting[1] if (fitting := re.fullmatch(pattern, name)) else "" for name in names}
+    return int(found.pop() or 0) if len(found) == 1 else 0
+
+
+def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+    counts = match(checkpoint, recipe).counts
+    return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
+
+
+def content_of(
+    path: Path, stored: Stored, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
+) -> Content:
+    dtypes: dict[str, tuple[int, int]] = {}
+    for tensor in stored.tensors:
+        tensors, size = dtypes.get(tensor.dtype, (0, 0))
+        dtypes[tensor.dtype] = tensors + 1, size + tensor.size
+    size = sum(tensor.size for tensor in stored.tensors)
+    ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
+    return Content(
+        str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark
+    )
+
+
+def content_text(content: Content) -> str:
+    """For a person."""
+    known = f"{content.layout} layout" if content.layout else "no known layout"
+    by = f", recipe {content.recipe}" if content.recipe else ""
+    ranks = f", cut for {content.ranks} ranks" if content.ranks else ""
+    lines = [
+        f"{content.path}: {known}{by}{ranks}",
+        f"{content.files:,} files, {content.tensors:,} tensors, {content.size:,} bytes ({size_text(content.size)})",
+    ]
+    if content.counts:
+        lines.append(", ".join(f"{count} {name}" for name, count in content.counts.items()))
+    rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
+    lines += ["", table(("dtype", "tensors", "bytes"), rows)]
+    if content.remark:
+        lines += ["", content.remark]
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Names with numbered places: a recipe's patterns, and how a tensor's name is held against them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from reshard.recipe import HOLE, PARAMETER, REST, WEIGHT
+from reshard.types import Recipe, Rule
+
+NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
+"""A numbered component of a name. Only the canonical spelling: `layers.01` is not layer 1, and no rule knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A rule's left name, ready to match: its text with the numbers cut out, and what must stand in their places."""
+
+    rule: int
+    is_scale: bool
+    key: str
+    slots: tuple[str, ...]
+    """For each number of the name: the letter of a hole, or the digits that must stand there."""
+    takes_rest: bool
+    right: str
+    """A %-format for the name on the right."""
+    order: tuple[int, ...]
+    """Which number fills each place of `right`."""
+
+    def fits(self, key: str, numbers: Sequence[str]) -> bool:
+        """Whether a name of that key and those numbers could be this pattern's, holes apart."""
+        if self.takes_rest:
+            return key.startswith(self.key) and len(numbers) >= len(self.slots)
+        return key == self.key and len(numbers) == len(self.slots)
+
+    def accepts(self, numbers: Sequence[str], marked: Mapping[str, set[str]], before: Mapping[str, str]) -> bool:
+        """Whether the numbers are the digits asked for, and on the right side of each marked hole.
+
+        `marked` holds the members of each hole that follows another; `before` leads from the holes before to it.
+        """
+        for slot, number in zip(self.slots, numbers, strict=False):
+            if slot in marked:
+                if number not in marked[slot]:
+                    return False
+            elif slot in before:
+                if number in marked[before[slot]]:
+                    return False
+            elif slot.isdigit() and slot != number:
+                return False
+        return True
+
+
+def split_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`))."""
+    pieces = NUMBER.split(name)
+    return ".#".join(pieces[::2]), tuple(pieces[1::2])
+
+
+def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
+    """The patterns of a rule: one, or two where `{p}` stands for a weight and for its block scale."""
+    if f"{{{PARAMETER}}}" not in rule.left:
+        yield pattern_of(number, rule.left, rule.right, is_scale=False)
+        return
+    hole = f"{{{PARAMETER}}}"
+    yield pattern_of(number, rule.left.replace(hole, WEIGHT), rule.right.replace(hole, WEIGHT), is_scale=False)
+    if recipe.scale:
+        left, right = rule.left.replace(hole, recipe.scale.left), rule.right.replace(hole, recipe.scale.right)
+        yield pattern_of(number, left, right, is_scale=True)
+
+
+def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
+    takes_rest = left.endswith(f"{{{REST}}}")
+    text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
+    components = text.split(".")
+    slots = tuple(part.strip("{}") for part in components if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part))
+    key = ".".join("#" if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in components)
+    order = tuple(slots.index(name) for name in HOLE.findall(right))
+    right_format = HOLE.sub("%s", right.replace("%", "%%"))
+    return Pattern(number, is_scale, key + "." if takes_rest else key, slots, takes_rest, right_format, order)
+
+
+def slots_of(rule: Rule) -> tuple[str, ...]:
+    """What fills each numbered place of the rule's left name: the letter of a hole, or digits."""
+    return pattern_of(0, rule.left.replace(f"{{{PARAMETER}}}", WEIGHT), "", is_scale=False).slots
+
+
+def filled(pattern: str, numbers: Mapping[str, int]) -> str:
+    """The pattern as a name: `{p}` as the weight, each hole by its number."""
+    return HOLE.sub(lambda hole: WEIGHT if hole[1] == PARAMETER else str(numbers[hole[1]]), pattern)

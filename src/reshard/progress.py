@@ -1,0 +1,60 @@
+"""Progress in bytes: a bar with rate and time left on a terminal, plain lines elsewhere. On standard error."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from reshard.text import size_text
+
+PLAIN_STEPS = 10
+"""At most so many plain lines for a whole job."""
+PLAIN_SECONDS = 1.0
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives the function that is to be told of the bytes done, of `total`."""
+    if not sys.stderr.isatty():
+        yield plain_lines(title, total)
+        return
+    # Heavy, and of use on a terminal only.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def plain_lines(title: str, total: int) -> Callable[[int], None]:
+    """A line for each tenth of the bytes, and none within a second of the one before."""
+    started = said_at = time.monotonic()
+    done = said = 0
+
+    def advance(size: int) -> None:
+        nonlocal done, said, said_at
+        done += size
+        step = done * PLAIN_STEPS // total if total else 0
+        now = time.monotonic()
+        if step > said and now - said_at >= PLAIN_SECONDS:
+            said, said_at, seconds = step, now, now - started
+            left = (total - done) * seconds / done
+            rate = size_text(int(done / seconds))
+            print(f"{title}: {done / total:.0%} of {size_text(total)}, {rate}/s, {left:.0f} s left", file=sys.stderr)
+
+    return advance

@@ -1,0 +1,198 @@
+"""Stage 1: files -> Checkpoint. Reads headers, the index and the config, never a tensor's data; writes nothing."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Problem, Refused, listed, refuse, require_none
+from reshard.header import LENGTH_SIZE, header_length, parse_header
+from reshard.types import Checkpoint, File, Tensor
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+SUFFIX = ".safetensors"
+NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+AGAIN = "download or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The headers of a folder as they stand, before any look across files."""
+
+    folder: Path
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+
+
+def read_checkpoint(source: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
+    """What a folder of safetensors files, or a single such file, holds.
+
+    With an index, the index is the truth: each file and tensor that it names must be there, and nothing else may be,
+    unless `ignore_extra_files` says that files it does not name are left out. Raises Refused with every fault found.
+    """
+    names = file_names(source)
+    weight_map = read_index(folder_of(source)) if source.is_dir() else None
+    if weight_map is not None:
+        names = indexed_names(source, names, weight_map, ignore_extra_files=ignore_extra_files)
+    else:
+        require_none(numbering_problems(names))
+    stored = read_headers(folder_of(source), names)
+    tensors: dict[str, Tensor] = {}
+    problems = list(gather(stored, tensors))
+    if weight_map is not None:
+        problems.extend(index_problems(stored, tensors, weight_map))
+    if not tensors and not problems:
+        problems.append(Problem("empty-source", str(source), "files without a tensor", "a checkpoint"))
+    require_none(problems)
+    return Checkpoint(stored.folder, stored.files, tensors, read_config(stored.folder))
+
+
+def folder_of(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
+def file_names(source: Path) -> list[str]:
+    """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there."""
+    try:
+        if not source.is_dir():
+            source.stat()
+            return [source.name]
+        names = sorted(path.name for path in source.iterdir() if path.name.endswith(SUFFIX))
+    except OSError as error:
+        raise refuse("no-source", str(source), error.strerror or str(error), "a folder or a safetensors file") from None
+    if not names and not (source / INDEX).exists():
+        found = "no file that ends in " + SUFFIX
+        raise refuse("empty-source", str(source), found, "a checkpoint", "is it the right folder?")
+    return names
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is no such file. Raises Refused if it holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    except (ValueError, RecursionError) as error:
+        raise refuse("not-json", str(path), f"{type(error).__name__}: {error}", "JSON", AGAIN) from None
+    if not isinstance(value, dict):
+        raise refuse("not-json", str(path), f"a JSON {type(value).__name__}", "a JSON object", AGAIN)
+    return value
+
+
+def read_config(folder: Path) -> Mapping[str, Any] | None:
+    """The parsed `config.json` of a folder, if it has one."""
+    return read_object(folder / CONFIG)
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name, from the index of a folder, if any. Raises Refused if a name leaves the folder."""
+    index = read_object(folder / INDEX)
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("wrong-index", str(folder / INDEX), "no weight_map", "a weight_map of names", AGAIN)
+    require_none(unsafe_names(weight_map))
+    return weight_map
+
+
+def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
+    """An index may name files of its own folder only: a path could make us read any file of the machine."""
+    for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or not name.endswith(SUFFIX):
+            expected = f"a plain file name that ends in {SUFFIX}"
+            yield Problem("unsafe-file-name", INDEX, f"the file name {name!r}", expected, "correct the index")
+
+
+def indexed_names(
+    source: Path, names: list[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
+) -> list[str]:
+    """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
+    wanted = sorted(set(weight_map.values()))
+    problems = [missing_file(source, name, weight_map) for name in wanted if not (source / name).is_file()]
+    if not ignore_extra_files:
+        remedy = "move it away, or pass --ignore-extra-files to leave it out"
+        extra = sorted(set(names) - set(wanted))
+        problems += [
+            Problem("extra-file", name, "a file that the index does not name", INDEX, remedy) for name in extra
+        ]
+    require_none(problems)
+    return wanted
+
+
+def missing_file(source: Path, name: str, weight_map: Mapping[str, str]) -> Problem:
+    tensors = [tensor for tensor, file in weight_map.items() if file == name]
+    found = "a link to nothing" if (source / name).is_symlink() else "no such file"
+    return Problem("missing-file", name, found, f"{len(tensors):,} tensors: {listed(tensors)}", AGAIN)
+
+
+def numbering_problems(names: list[str]) -> Iterable[Problem]:
+    """Without an index, `model-00002-of-00004.safetensors` still tells that there are four files."""
+    for match in {(m[1], m[3]): m for m in map(NUMBERED.fullmatch, names) if m}.values():
+        stem, total = match[1], match[3]
+        for number in range(1, min(int(total), 10 * len(names) + 10) + 1):
+            wanted = f"{stem}-{number:05}-of-{total}{SUFFIX}"
+            if wanted not in names:
+                yield Problem("missing-file", wanted, "no such file", f"{int(total)} files by their names", AGAIN)
+
+
+def read_headers(folder: Path, names: Iterable[str]) -> Stored:
+    """The headers of the named files. Raises Refused with the faults of all of them."""
+    files: list[File] = []
+    tensors: list[Tensor] = []
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            file, entries = read_header(folder / name, len(files))
+        except Refused as refused:
+            problems.extend(refused.problems)
+            continue
+        files.append(file)
+        tensors.extend(entries)
+    require_none(problems)
+    return Stored(folder, tuple(files), tuple(tensors))
+
+
+def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
+    """The header of one file, whose tensors will carry `index`. Raises Refused."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = path.stat().st_size
+            first = file.read(LENGTH_SIZE)
+            text = file.read(header_length(first, size, path.name))
+    except OSError as error:
+        raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    tensors = parse_header(text, index, size, path.name)
+    return File(path.name, size, len(first) + len(text), hashlib.sha256(first + text).hexdigest()), tensors
+
+
+def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:
+    """Fills `tensors` by name; yields those that stand in two files."""
+    for tensor in stored.tensors:
+        first = tensors.setdefault(tensor.name, tensor)
+        if first is not tensor:
+            found = f"in {stored.files[first.file].name} and in {stored.files[tensor.file].name}"
+            yield Problem("tensor-twice", tensor.name, found, "one file", "remove the file that does not belong")
+
+
+def index_problems(stored: Stored, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+    """Where index and headers do not say the same."""
+    for name, file in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield Problem("missing-tensor", name, f"not in {file}", "the index says that it is there", AGAIN)
+        elif stored.files[tensor.file].name != file:
+            found = f"in {stored.files[tensor.file].name}"
+            yield Problem("misplaced-tensor", name, found, f"in {file}, as the index says", AGAIN)
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            found = f"in {stored.files[tensor.file].name}, not in the index"
+            yield Problem(
+                "extra-tensor", name, found, "each tensor in the index", "correct the index or remove the file"
+            )

@@ -1,0 +1,223 @@
+"""Recipes: a TOML file -> Recipe. Knows the language of the rows and checks it; never looks at a checkpoint."""
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Problem, listed, refuse, require_none
+from reshard.types import BlockScale, Hole, Recipe, Rule
+
+FOLDER = Path(__file__).parent / "recipes"
+TEXT_KEYS = ("name", "about", "left", "right", "files")
+LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "holes", "scale", "rules")
+HOLE_KEYS = ("counts", "size", "within", "after", "marker", "rows_of")
+RELATIONS = ("same", "drop")
+SPLITS = ("replicate", "rows", "columns")
+HOLE = re.compile(r"\{([^{}]*)\}")
+COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
+CONDITION = re.compile(r"(if|unless) \w+")
+PARAMETER = "p"
+"""The hole that stands for a weight or its block scale."""
+REST = "*"
+"""The hole at the end of a drop rule that stands for the rest of the name."""
+WEIGHT = "weight"
+
+
+def packaged_recipes() -> list[Recipe]:
+    """Every recipe that comes with the package: the folder is the only registry."""
+    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"))]
+
+
+def load_recipe(name: str) -> Recipe:
+    """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    try:
+        content = path.read_bytes()
+        return parse_recipe(content.decode(), str(path))
+    except FileNotFoundError:
+        names = [known.stem for known in sorted(FOLDER.glob("*.toml"))]
+        remedy = f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "see reshard recipes"
+        raise refuse("unknown-recipe", name, "no such recipe or file", f"one of {listed(names, 99)}", remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse("cannot-read", str(path), str(error), "a readable TOML file") from None
+
+
+def parse_recipe(text: str, origin: str) -> Recipe:
+    """The recipe that `text` describes; `origin` names its file. Raises Refused with every fault and its line."""
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        line = re.search(r"at line (\d+)", str(error))
+        subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
+        raise refuse("wrong-recipe", subject, str(error), "TOML") from None
+    faults = list(table_faults(table))
+    require_none(
+        Problem("wrong-recipe", f"{origin}:{line_of(text, path)}", found, expected) for path, found, expected in faults
+    )
+    return Recipe(
+        name=table["name"],
+        about=table["about"],
+        left=table["left"],
+        right=table["right"],
+        files=table["files"],
+        carry=tuple(table.get("carry", ())),
+        model_types=tuple(table.get("model_types", ())),
+        architectures=tuple(table.get("architectures", ())),
+        ranks_divide=tuple(table.get("ranks_divide", ())),
+        holes={name: Hole(name, **fields) for name, fields in table.get("holes", {}).items()},
+        scale=BlockScale(**table["scale"]) if "scale" in table else None,
+        rules=tuple(starmap(Rule, table["rules"])),
+        origin=origin,
+        text_hash=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+Where = tuple[str | int, ...]
+Fault = tuple[Where, str, str]
+"""Where in the table, what was found, what was expected."""
+
+
+def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
+    faults = [*key_faults(table), *scale_faults(table.get("scale")), *hole_faults(table.get("holes", {}))]
+    yield from faults
+    if not faults:
+        yield from rules_faults(table)
+
+
+def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in table:
+        if key not in ALL_KEYS:
+            near = get_close_matches(key, ALL_KEYS, 1)
+            yield (key,), f"the key {key!r}", near[0] if near else "one of " + ", ".join(ALL_KEYS)
+    for key in TEXT_KEYS:
+        if not isinstance(table.get(key), str) or not table[key]:
+            yield (key,), repr(table.get(key)), f"{key}: a string"
+    for key in LIST_KEYS:
+        if not is_texts(table.get(key, [])):
+            yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if not isinstance(table.get("rules"), list) or not table["rules"]:
+        yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
+    files = table.get("files")
+    if isinstance(files, str) and (set(HOLE.findall(files)) != {"rank", "ranks"} or "/" in files):
+        yield ("files",), repr(files), "a file name with {rank} and {ranks}"
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def scale_faults(scale: Any) -> Iterator[Fault]:
+    if scale is None:
+        return
+    if not isinstance(scale, dict) or set(scale) != {"left", "right", "block"}:
+        yield ("scale",), repr(scale), "scale: a table of left, right and block"
+    elif not (isinstance(scale["left"], str) and isinstance(scale["right"], str)):
+        yield ("scale",), repr(scale), "left and right: strings"
+    elif type(scale["block"]) is not int or scale["block"] < 1:
+        yield ("scale",), repr(scale["block"]), "block: a whole number of elements"
+
+
+def hole_faults(holes: Any) -> Iterator[Fault]:
+    if not isinstance(holes, dict):
+        yield ("holes",), repr(holes), "holes: a table"
+        return
+    for name, fields in holes.items():
+        where = ("holes", name)
+        if not re.fullmatch(r"[a-z]", name) or name == PARAMETER:
+            yield where, f"the hole {name!r}", f"a single lower-case letter, not {PARAMETER!r}"
+        elif not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+            yield where, repr(fields), "a table of strings"
+        elif unknown := set(fields) - set(HOLE_KEYS):
+            yield where, listed(sorted(unknown)), "only " + ", ".join(HOLE_KEYS)
+        elif not fields.get("counts"):
+            yield where, "no counts", "what the hole counts, such as counts = 'layers'"
+        elif ("after" in fields) != ("marker" in fields):
+            yield where, repr(fields), "after and marker together"
+        else:
+            others = [fields[key] for key in ("within", "after") if key in fields]
+            for other in others:
+                if other not in holes or other == name:
+                    yield where, f"the hole {other!r}", "another hole of this recipe"
+
+
+def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    holes, scaled = table.get("holes", {}), "scale" in table
+    seen: dict[tuple[str, str], int] = {}
+    for number, row in enumerate(table["rules"]):
+        where = ("rules", number)
+        if not is_texts(row) or len(row) not in (4, 5):
+            yield where, repr(row), "a row of relation, left, right, split and perhaps only: four or five strings"
+            continue
+        faults = list(row_faults(Rule(*row), holes, scaled=scaled))
+        yield from ((where, found, expected) for found, expected in faults)
+        for side, pattern in (("left", row[1]), ("right", row[2])):
+            first = seen.setdefault((side, pattern), number)
+            if pattern and first != number:
+                yield where, f"{pattern!r} on the {side}", f"a name that row {first + 1} has not already"
+
+
+def row_faults(rule: Rule, holes: Mapping[str, Any], *, scaled: bool) -> Iterator[tuple[str, str]]:
+    known = [*holes, *([PARAMETER] if scaled else []), *([REST] if rule.relation == "drop" else [])]
+    if rule.relation not in RELATIONS:
+        yield repr(rule.relation), "a relation: " + " or ".join(RELATIONS)
+    for pattern in filter(None, (rule.left, rule.right)):
+        yield from pattern_faults(pattern, known)
+    if not rule.left:
+        yield "no left name", "the name on the left"
+    if rule.only and not CONDITION.fullmatch(rule.only):
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json"
+    if rule.relation == "drop":
+        if rule.right or not rule.split:
+            yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
+    elif sorted(HOLE.findall(rule.left)) != sorted(HOLE.findall(rule.right)):
+        yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
+    elif rule.split not in SPLITS and rule.split not in {f"by {name}" for name in HOLE.findall(rule.left)}:
+        yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
+
+
+def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
+    components = pattern.split(".")
+    for place, component in enumerate(components, 1):
+        if not COMPONENT.fullmatch(component):
+            yield f"{component!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
+        elif component == "{*}" and place != len(components):
+            yield f"{{*}} in {pattern!r}", "{*} at the end only"
+    names = HOLE.findall(pattern)
+    if unknown := sorted(set(names) - set(known)):
+        yield f"the hole {listed('{' + name + '}' for name in unknown)} in {pattern!r}", f"one of {listed(known, 99)}"
+    if len(set(names)) != len(names):
+        yield f"a hole twice in {pattern!r}", "each hole once"
+
+
+def line_of(text: str, path: Where) -> int:
+    """The line on which the value at `path` ends, by reading ever more of the text. Slow, for messages only.
+
+    tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
+    lie at the top or one level down, so closing at most one open list is enough.
+    """
+    lines = text.splitlines()
+    for count in range(1, len(lines) + 1):
+        prefix = "\n".join(lines[:count])
+        for ending in ("", "\n]"):
+            try:
+                if holds(tomllib.loads(prefix + ending), path):
+                    return count
+            except tomllib.TOMLDecodeError:
+                continue
+    return len(lines)
+
+
+def holds(value: Any, path: Where) -> bool:
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

@@ -1,0 +1,51 @@
+"""The target folder: everything that could refuse a job there is looked at before its first byte is written."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from reshard.errors import Problem
+from reshard.text import size_text
+
+
+def target_problems(source: Path, target: Path, needed: int) -> Iterator[Problem]:
+    """Why the `needed` bytes cannot be written to the folder `target`, which may or may not be there yet."""
+    resolved, origin = target.resolve(), source.resolve()
+    if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
+        yield Problem("target-inside-source", str(target), f"inside {source}", "a folder elsewhere", "another target")
+        return
+    if target.exists() and not target.is_dir():
+        yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
+        return
+    if names := names_in(target):
+        found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
+    above = nearest_folder(target)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
+        return
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        found = f"{free:,} bytes free ({size_text(free)})"
+        expected = f"{needed:,} bytes ({size_text(needed)})"
+        yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
+
+
+def names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest thing above it that exists."""
+    return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
+
+
+def side_files(folder: Path, patterns: Iterable[str], carried: Iterable[str]) -> dict[str, Path]:
+    """The files of a folder that go along, by name: those that fit a pattern and are not `carried` already."""
+    patterns, taken = list(patterns), set(carried)
+    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return {name: path for name, path in sorted(found.items()) if name not in taken}

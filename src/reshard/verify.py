@@ -1,0 +1,286 @@
+"""Stage 5: files -> Report. The only re-reader; it shares nothing with the planner.
+
+The planner goes from the source's names to the ranks' and computes byte offsets. This goes the other way: it takes what
+lies in the rank files, finds each tensor's name in the source by the recipe read from right to left, says in rows and
+columns which box of the source the rank should hold, and compares every byte of that box.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.errors import Problem, Refused, refuse
+from reshard.names import Pattern, filled, patterns_of, slots_of, split_name
+from reshard.read import read_header
+from reshard.types import Checkpoint, File, Recipe, Rule, Tensor
+
+BAND_SIZE = 8 << 20
+"""In bytes: so much of a source tensor is compared at a time, or one row if that is more."""
+
+Advance = Callable[[int], None]
+"""Told how many more bytes of the target have been compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was compared, and where it differs."""
+
+    files: int
+    tensors: int
+    size: int
+    """In bytes of the target, headers left out."""
+    problems: tuple[Problem, ...]
+
+
+class RankFile(NamedTuple):
+    """One file of the target, as it stands."""
+
+    rank: int
+    file: File
+    tensors: Sequence[Tensor]
+
+
+class Held(NamedTuple):
+    """A tensor of a rank file, the rule it falls under, and the box of the source tensor that it should be."""
+
+    rank: int
+    tensor: Tensor
+    rule: Rule
+    numbers: tuple[str, ...]
+    rows: range
+    columns: range
+    """In bytes of a source row."""
+
+
+def verify_target(target: Path, source: Checkpoint, recipe: Recipe, advance: Advance = lambda _: None) -> Report:
+    """Compares every byte of every rank file in the folder `target` with the source.
+
+    Every difference is a problem of the report. Raises Refused only if there is nothing that could be compared.
+    """
+    ranks, names = rank_files(target, recipe)
+    files, problems = read_rank_files(target, names)
+    held: dict[str, list[Held]] = {}
+    for file in files:
+        advance(file.file.header_size)
+        problems.extend(hold(file, ranks, source, recipe, held))
+    problems.extend(absent_problems(held, [file.rank for file in files], ranks, source, recipe))
+    with ExitStack() as stack:
+        source_files = [open_file(stack, source.folder / file.name) for file in source.files]
+        target_files = {file.rank: open_file(stack, target / file.file.name) for file in files}
+        for name, parts in held.items():
+            tensor = source.tensors[name]
+            for part, place in compare(source_files[tensor.file], tensor, target_files, parts, advance):
+                subject = f"{names[part.rank]}: {part.tensor.name}"
+                found = f"other bytes than in the source, first in byte {place:,} of the tensor"
+                problems.append(Problem("differs", subject, found, f"those of {name}", "convert again"))
+    tensors = [tensor for file in files for tensor in file.tensors]
+    return Report(len(files), len(tensors), sum(tensor.size for tensor in tensors), tuple(problems))
+
+
+def rank_files(target: Path, recipe: Recipe) -> tuple[int, list[str]]:
+    """The number of ranks, told by the names of the files in a folder, and the names that there should be."""
+    pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
+    for path in sorted(target.iterdir()) if target.is_dir() else []:
+        if found := re.fullmatch(pattern, path.name):
+            ranks = max(map(int, found.groups()))
+            return ranks, [recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
+    wanted = recipe.files.format(rank="0", ranks="N")
+    raise refuse(
+        "empty-target", str(target), f"no file such as {wanted}", "a folder of rank files", "the right folder?"
+    )
+
+
+def read_rank_files(target: Path, names: Sequence[str]) -> tuple[list[RankFile], list[Problem]]:
+    """The headers of the rank files that can be read, and what is wrong with the others."""
+    files: list[RankFile] = []
+    problems: list[Problem] = []
+    for rank, name in enumerate(names):
+        try:
+            files.append(RankFile(rank, *read_header(target / name, rank)))
+        except Refused as refused:
+            problems.extend(refused.problems)
+    return files, problems
+
+
+def hold(
+    file: RankFile, ranks: int, source: Checkpoint, recipe: Recipe, held: dict[str, list[Held]]
+) -> Iterator[Problem]:
+    """Adds each tensor of a rank file to `held`, by its name in the source; yields those that do not belong there."""
+    turned, patterns = backwards(recipe)
+    for tensor in file.tensors:
+        key, numbers = split_name(tensor.name)
+        subject = f"{file.file.name}: {tensor.name}"
+        fitting = [pattern for pattern in patterns.get(key, ()) if pattern.accepts(numbers, {}, {})]
+        name = fitting[0].right % tuple(numbers[place] for place in fitting[0].order) if len(fitting) == 1 else None
+        if name is None or name not in source.tensors:
+            found = "no rule of the recipe" if name is None else f"no {name} in the source"
+            yield Problem("extra-tensor", subject, found, "only what comes from the source", "convert again")
+            continue
+        rule = turned.rules[fitting[0].rule]
+        origin, weight = source.tensors[name], source.tensors.get(weight_name(name, recipe))
+        rows, columns = box(origin, weight, rule.split, recipe, ranks, file.rank)
+        held.setdefault(name, []).append(Held(file.rank, tensor, rule, numbers, rows, columns))
+        if tensor.dtype != origin.dtype or tensor.shape != shape_of(origin, rows, columns):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            expected = f"{origin.dtype} {list(shape_of(origin, rows, columns))}"
+            yield Problem("wrong-shape", subject, found, expected, "convert again")
+
+
+def backwards(recipe: Recipe) -> tuple[Recipe, dict[str, list[Pattern]]]:
+    """The recipe read from right to left, and the patterns of its names by their key."""
+    scale = recipe.scale and replace(recipe.scale, left=recipe.scale.right, right=recipe.scale.left)
+    turned = replace(
+        recipe, scale=scale, rules=tuple(replace(rule, left=rule.right, right=rule.left) for rule in recipe.rules)
+    )
+    patterns: dict[str, list[Pattern]] = {}
+    for number, rule in enumerate(turned.rules):
+        for pattern in patterns_of(number, rule, turned) if rule.relation == "same" else ():
+            patterns.setdefault(pattern.key, []).append(pattern)
+    return turned, patterns
+
+
+def weight_name(name: str, recipe: Recipe) -> str:
+    """The name of the weight that a block scale belongs to, or the empty string for what is no scale."""
+    suffix = f".{recipe.scale.left}" if recipe.scale else ""
+    return name.removesuffix(suffix) + ".weight" if suffix and name.endswith(suffix) else ""
+
+
+def box(
+    tensor: Tensor, weight: Tensor | None, split: str, recipe: Recipe, ranks: int, rank: int
+) -> tuple[range, range]:
+    """The rows, and the columns in bytes, of a source tensor that a rank should hold. A scalar is one row."""
+    height = tensor.shape[0] if tensor.shape else 1
+    width = tensor.size // height if height else 0
+    if split == "rows":
+        return part(height, weight and weight.shape[0], recipe, ranks, rank), range(width)
+    if split == "columns":
+        columns = part(tensor.shape[1], weight and weight.shape[1], recipe, ranks, rank)
+        element = width // tensor.shape[1] if tensor.shape[1] else 0
+        return range(height), range(columns.start * element, columns.stop * element)
+    return range(height), range(width)
+
+
+def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, rank: int) -> range:
+    """Which of `length` rows or columns a rank holds; for a block scale, those of the blocks that its weight touches."""
+    if weight_length is None or recipe.scale is None:
+        return range(rank * length // ranks, (rank + 1) * length // ranks)
+    block = recipe.scale.block
+    return range(rank * weight_length // ranks // block, -(-((rank + 1) * weight_length // ranks) // block))
+
+
+def shape_of(tensor: Tensor, rows: range, columns: range) -> tuple[int, ...]:
+    """The shape of a box of a tensor."""
+    if not tensor.shape:
+        return ()
+    if len(tensor.shape) == 1 or not tensor.size:
+        return (len(rows), *tensor.shape[1:])
+    element = tensor.size // tensor.shape[0] // tensor.shape[1]
+    return (len(rows), len(columns) // element, *tensor.shape[2:])
+
+
+def absent_problems(
+    held: Mapping[str, Sequence[Held]], found: Sequence[int], ranks: int, source: Checkpoint, recipe: Recipe
+) -> Iterator[Problem]:
+    """Tensors of the source that a rank lacks, or that a wrong rank holds. Looks at the ranks `found` only."""
+    drops = [
+        (pattern, recipe.rules[number])
+        for number, rule in enumerate(recipe.rules)
+        for pattern in patterns_of(number, rule, recipe)
+        if rule.relation == "drop"
+    ]
+    counts = {letter: 1 + max(numbers) for letter, numbers in dealt_numbers(held).items()}
+    for name in source.tensors:
+        parts = held.get(name, ())
+        if not parts:
+            if len(found) == ranks and not any(is_dropped(name, *drop, source, recipe) for drop in drops):
+                yield Problem("missing-tensor", name, "in no rank file", "in at least one", "convert again")
+            continue
+        letter = dealt_letter(parts[0].rule)
+        wanted = found
+        if letter:
+            member = int(parts[0].numbers[slots_of(parts[0].rule).index(letter)])
+            wanted = [member * ranks // counts[letter]]
+        holders = [held_part.rank for held_part in parts]
+        if holders != list(wanted) and (not letter or len(found) == ranks):
+            expected = f"in ranks {list(wanted)}"
+            yield Problem("wrong-ranks", name, f"in ranks {holders}", expected, "convert again")
+
+
+def dealt_letter(rule: Rule) -> str:
+    return rule.split.removeprefix("by ") if rule.split.startswith("by ") else ""
+
+
+def dealt_numbers(held: Mapping[str, Sequence[Held]]) -> dict[str, set[int]]:
+    """For each hole that is dealt to ranks, the members that lie in the rank files."""
+    members: dict[str, set[int]] = {}
+    for parts in held.values():
+        if letter := dealt_letter(parts[0].rule):
+            place = slots_of(parts[0].rule).index(letter)
+            members.setdefault(letter, set()).add(int(parts[0].numbers[place]))
+    return members
+
+
+def is_dropped(name: str, pattern: Pattern, rule: Rule, source: Checkpoint, recipe: Recipe) -> bool:
+    """Whether a drop rule takes a name; in a hole that has a marker, only where the marker is in the source too."""
+    key, numbers = split_name(name)
+    if not pattern.fits(key, numbers) or not pattern.accepts(numbers, {}, {}):
+        return False
+    marked = [(slot, number) for slot, number in zip(slots_of(rule), numbers, strict=False) if slot in recipe.holes]
+    return all(
+        not recipe.holes[slot].marker or filled(recipe.holes[slot].marker, {slot: int(number)}) in source.tensors
+        for slot, number in marked
+    )
+
+
+def compare(
+    source: int, tensor: Tensor, targets: Mapping[int, int], parts: Sequence[Held], advance: Advance
+) -> Iterator[tuple[Held, int]]:
+    """The parts whose bytes are not those of their box, each with the first byte of it that differs. The source is read
+    once for all parts.
+    """
+    height = tensor.shape[0] if tensor.shape else 1
+    width = tensor.size // height if height else 0
+    wrong: set[int] = set()
+    for first in range(0, height if width else 0, max(1, BAND_SIZE // max(width, 1))):
+        band = range(first, min(height, first + max(1, BAND_SIZE // width)))
+        data = read_bytes(source, tensor.offset + first * width, len(band) * width).reshape(len(band), width)
+        for number, held in enumerate(parts):
+            rows = range(max(band.start, held.rows.start), min(band.stop, held.rows.stop))
+            if number in wrong or not rows:
+                continue
+            start = (rows.start - held.rows.start) * len(held.columns)
+            size = len(rows) * len(held.columns)
+            found = read_bytes(targets[held.rank], held.tensor.offset + start, min(size, held.tensor.size - start))
+            wanted = data[rows.start - first : rows.stop - first, held.columns.start : held.columns.stop].reshape(-1)
+            if not np.array_equal(found, wanted):
+                wrong.add(number)
+                yield held, start + first_difference(found, wanted)
+            advance(size)
+
+
+def first_difference(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:
+    size = min(len(found), len(wanted))
+    places = np.flatnonzero(found[:size] != wanted[:size])
+    return int(places[0]) if len(places) else size
+
+
+def read_bytes(descriptor: int, offset: int, size: int) -> NDArray[np.uint8]:
+    """So many bytes of a file, fewer if it ends before."""
+    data = np.empty(max(size, 0), np.uint8)
+    view, done = data.data, 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return data[:done]
+
+
+def open_file(stack: ExitStack, path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor
