@@ -6,11 +6,13 @@ This module is all that `reshard --help` loads; what runs a command is named her
 import argparse
 import gc
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from reshard import __version__
 from reshard.errors import Refused
@@ -48,6 +50,19 @@ def add_convert(parser: Parser) -> None:
     add_job(parser)
     parser.add_argument("target", type=Path, help="the folder to write, empty or not there")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="threads; default: by the processors")
+    parser.add_argument(
+        "--max-memory", type=memory, default="256MiB", metavar="SIZE", help="of all buffers; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="go through the page cache; auto: unless the job is larger than a third of the free memory",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted run has left, and begin again"
+    )
 
 
 def add_inspect(parser: Parser) -> None:
@@ -94,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A plan is a million small values without a circle: looking for circles took a third of its time.
     gc.disable()
     options = make_parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
@@ -104,8 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"reshard: refused\n{refused}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        print("reshard: interrupted; nothing has its final name", file=sys.stderr)
+        print("reshard: interrupted; run the same command again to go on from there", file=sys.stderr)
         return INTERRUPTED
+
+
+def interrupt(*_: object) -> NoReturn:
+    """A SIGTERM ends the program as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def make_parser() -> Parser:
@@ -118,6 +139,22 @@ def make_parser() -> Parser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of text")
         sub.set_defaults(run=command.run)
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
+
+
+def memory(text: str) -> int:
+    """`256MiB` -> 268435456. Bytes without a unit."""
+    units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    found = re.fullmatch(r"(\d{1,15})\s*([kmg]i?b)?", text.strip().lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 256MiB")
+    return int(found[1]) * units[found[2] or ""]
 
 
 def numbers(text: str) -> list[int]:

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from reshard.convert import Job, convert_checkpoint, plan_conversion, recipe_for
+from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, recipe_for
 from reshard.errors import describe, printable
-from reshard.manifest import manifest_of
+from reshard.execute import Settings
+from reshard.manifest import describe_plan
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
@@ -21,18 +22,19 @@ from reshard.verify import Report, verify_target
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         return run_plan(options)
-    return convert(job_of(options), options.target, as_json=options.json)
+    settings = Settings(options.jobs, options.max_memory, options.cache, options.restart)
+    return convert(job_of(options), options.target, settings, as_json=options.json)
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
     job = Job(options.hf_ckpt_path, options.model_parallel, experts=options.n_experts)
-    return convert(job, options.save_path, as_json=options.json)
+    return convert(job, options.save_path, Settings(), as_json=options.json)
 
 
 def run_plan(options: argparse.Namespace) -> int:
     plan = plan_conversion(job_of(options))
     if options.json:
-        print_json(manifest_of(plan, ()))
+        print_json(describe_plan(plan))
     else:
         print("\n".join(map(printable, plan_lines(plan, options.source))))
     return PROVEN
@@ -51,19 +53,32 @@ def job_of(options: argparse.Namespace) -> Job:
     return Job(options.source, options.mp, options.recipe, options.ranks, options.ignore_extra_files)
 
 
-def convert(job: Job, target: Path, *, as_json: bool) -> int:
+def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int:
     started = time.monotonic()
-    plan = convert_checkpoint(job, target, partial(progress, "convert"))
+    result = convert_checkpoint(job, target, settings, partial(progress, "convert"))
     seconds = time.monotonic() - started
     if as_json:
-        print_json({"status": "converted", "seconds": round(seconds, 3), **manifest_of(plan, ())})
+        status = "converted" if result.done else "already-converted"
+        print_json({"status": status, "seconds": seconds, "done": done_of(result), **describe_plan(result.plan)})
     else:
-        print("\n".join(map(printable, converted_lines(plan, target, seconds))))
+        print("\n".join(map(printable, converted_lines(result, target, seconds))))
     return PROVEN
 
 
-def converted_lines(plan: Plan, target: Path, seconds: float) -> Iterator[str]:
-    yield f"{target}: {len(plan.files)} rank files, {plan.size:,} bytes ({size_text(plan.size)}) in {seconds:.1f} s"
+def done_of(result: Result) -> dict[str, object] | None:
+    return asdict(result.done) if result.done else None
+
+
+def converted_lines(result: Result, target: Path, seconds: float) -> Iterator[str]:
+    plan, done = result.plan, result.done
+    if done is None:
+        yield f"{target}: converted already, {len(plan.files)} rank files, {plan.size:,} bytes; nothing was written"
+    else:
+        size = f"{plan.size:,} bytes ({size_text(plan.size)})"
+        yield f"{target}: {len(plan.files)} rank files, {size} in {seconds:.1f} s"
+        if done.resumed:
+            yield f"resumed: {done.resumed:,} bytes had been written before"
+        yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
     yield from dropped_lines(plan)
     yield f"next: reshard verify {target} --source {plan.source.folder}"
 

@@ -1,19 +1,21 @@
 """START HERE: the whole program in one function."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.choose import choose_recipe
 from reshard.errors import refuse, require_none
-from reshard.execute import Advance, execute_plan
-from reshard.manifest import MANIFEST, manifest_bytes
+from reshard.execute import USUAL, Done, Settings, execute_plan
+from reshard.journal import Records
+from reshard.manifest import MANIFEST, file_names_of, is_finished, manifest_of, read_manifest, same_job
 from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
-from reshard.target import side_files, target_problems
+from reshard.target import our_names, side_files, target_problems
 from reshard.types import Checkpoint, Layout, Recipe
+from reshard.workers import Advance
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,15 @@ class Job:
     """How many experts the user says there are; refused if the names say otherwise."""
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a job."""
+
+    plan: Plan
+    done: Done | None
+    """None if the target was finished already."""
+
+
 Progress = Callable[[int], AbstractContextManager[Advance]]
 """Given the bytes of a job, a context that gives the function to be told of the bytes done."""
 
@@ -42,19 +53,25 @@ def silent(_total: int) -> Iterator[Advance]:
     yield lambda _: None
 
 
-def convert_checkpoint(job: Job, target: Path, progress: Progress = silent) -> Plan:
+def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progress: Progress = silent) -> Result:
     """Writes the rank files of a checkpoint, its side files and a manifest into the folder `target`.
 
-    Raises Refused, and then nothing is there under a final name.
+    A target that an interrupted run has begun is gone on with; a finished one is left alone. Raises Refused, and then
+    nothing more is there under a final name.
     """
     plan = plan_conversion(job)  #                                        headers only
-    carried = side_files(plan.source.folder, plan.recipe.carry, [file.name for file in plan.source.files])
-    needed = plan.size + sum(path.stat().st_size for path in carried.values())
-    require_none(target_problems(job.source, target, needed))  #          the last chance to refuse
-    others: dict[str, bytes | Path] = {**carried, MANIFEST: manifest_bytes(plan, carried)}
+    known = read_manifest(target)
+    if is_finished(known, plan, target):
+        return Result(plan, None)
+    sides = read_side_files(plan)
+    require_room(job, plan, target, sides, known)  #                      the last chance to refuse
+
+    def others(records: Records) -> dict[str, bytes]:
+        return {**sides, MANIFEST: manifest_of(plan, sides, records, known)}
+
     with progress(plan.size) as advance:
-        execute_plan(plan, target, others, advance)  #                    the only step that writes
-    return plan
+        done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
+    return Result(plan, done)
 
 
 def plan_conversion(job: Job) -> Plan:
@@ -66,6 +83,7 @@ def plan_conversion(job: Job) -> Plan:
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:
+    """The recipe that the job names, else the one that the checkpoint wants."""
     return load_recipe(job.recipe) if job.recipe else choose_recipe(checkpoint, packaged_recipes())
 
 
@@ -74,4 +92,27 @@ def require_experts(job: Job, plan: Plan) -> None:
     found = [plan.counts[letter] for letter, hole in plan.recipe.holes.items() if hole.counts == "experts"]
     if job.experts is not None and job.experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"
-        raise refuse("contradiction", "--n-experts", str(job.experts), expected, "leave the option out, or correct it")
+        raise refuse("contradiction", "--n-experts", str(job.experts), expected, "correct the option")
+
+
+def read_side_files(plan: Plan) -> dict[str, bytes]:
+    """The contents of the small files that go along, by name. Raises Refused if one cannot be read."""
+    taken = [file.name for file in plan.source.files]
+    return {name: read_whole(path) for name, path in side_files(plan.source.folder, plan.recipe.carry, taken).items()}
+
+
+def read_whole(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+
+
+def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, object]) -> None:
+    """The target can be written to, and holds nothing but what this job, or the same for other ranks, put there."""
+    names = [*(file.name for file in plan.files), *sides, MANIFEST]
+    ours = our_names(target, names)
+    if same_job(known, plan):
+        ours |= {MANIFEST, *sides, *file_names_of(known)} - {file.name for file in plan.files}
+    needed = plan.size + sum(map(len, sides.values()))
+    require_none(target_problems(job.source, target, needed, ours))

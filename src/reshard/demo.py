@@ -37,10 +37,10 @@ def demonstrate(folder: Path, *, as_json: bool) -> int:
     say("\n".join(plan_lines(plan_conversion(job), source)))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     started = time.monotonic()
-    plan = convert_checkpoint(job, target, partial(progress, "convert"))
-    say("\n".join(converted_lines(plan, target, time.monotonic() - started)))
+    result = convert_checkpoint(job, target, progress=partial(progress, "convert"))
+    say("\n".join(converted_lines(result, target, time.monotonic() - started)))
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     checkpoint = read_checkpoint(source)
-    with progress("verify", plan.size) as advance:
+    with progress("verify", result.plan.size) as advance:
         report = verify_target(target, checkpoint, recipe_for(job, checkpoint), advance)
     return say_report(report, target, source, as_json=as_json)

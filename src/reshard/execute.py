@@ -1,159 +1,236 @@
 """Stage 4: Plan -> files. The only writer.
 
-Everything is written under temporary names, made durable, and renamed last: a file under its final name is whole.
+Everything is written under temporary names, made durable, and renamed last: a file under its final name is whole. What
+is durable stands in a journal, so that the same command goes on where a crash, a full disk or Ctrl-C has ended it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from reshard.copies import Copies
-from reshard.errors import refuse
+from reshard import __version__
+from reshard.disk import (
+    CACHED,
+    Ways,
+    available_memory,
+    make_durable,
+    open_file,
+    open_source,
+    ways_past_cache,
+    write_all,
+)
+from reshard.errors import Refused, refuse
+from reshard.journal import JOURNAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.plan import Plan
+from reshard.target import PARTIAL
+from reshard.types import File
+from reshard.windows import WINDOW_SIZE, Window, windows
+from reshard.workers import MEMORY_PER_JOB, Advance, Files, Ledger, move_all
 
-BUFFER_SIZE = 4 << 20
-"""In bytes. Small enough to stay in the processor's cache between the read and the write."""
-PARTIAL = ".partial"
-"""What a name ends in until the file is whole and durable."""
+JOBS_PAST_CACHE = 4
+"""Threads that keep a disk busy, however few the processors."""
 
-Advance = Callable[[int], None]
-"""Told how many more bytes of the target have been written."""
-
-
-class Task(NamedTuple):
-    """A piece of a copy that fits the buffer: `rows` runs of `run` bytes, `pitch` bytes apart in the source."""
-
-    source_file: int
-    source_offset: int
-    pitch: int
-    run: int
-    rows: int
-    target_file: int
-    target_offset: int
+OthersOf = Callable[[Records], Mapping[str, bytes]]
+"""Given the checksums of all that was written: the other files to write, by name; the last of them is renamed last."""
 
 
-def execute_plan(plan: Plan, target: Path, others: Mapping[str, bytes | Path], advance: Advance) -> None:
-    """Writes the files of the plan, and the `others` by name (contents, or a file to copy), into the folder `target`.
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to work. The files that come out do not depend on it."""
 
-    The folder is made if it is not there. Raises Refused if a source file ends early or the file system refuses; then
-    what was written is removed, and nothing has its final name.
+    jobs: int | None = None
+    """Threads; by default as many as the processors and the disk can use."""
+    max_memory: int = 256 << 20
+    """In bytes, of all buffers together."""
+    cache: str = "auto"
+    """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
+    restart: bool = False
+    """Throw away what an interrupted job has left."""
+
+
+USUAL = Settings()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a job was done."""
+
+    jobs: int
+    ways: Ways
+    resumed: int
+    """In bytes: what an earlier run had done already."""
+    copy_seconds: float
+    sync_seconds: float
+
+
+def execute_plan(plan: Plan, target: Path, others_of: OthersOf, advance: Advance, settings: Settings) -> Done:
+    """Writes the files of a plan into the folder `target`, which is made if need be, or goes on where it was ended.
+
+    Raises Refused if the source changes or the file system refuses; then the same call goes on from there. If nothing
+    was durable yet, what was written is removed.
     """
-    names = [*(file.name for file in plan.files), *others]
+    partials = [file.name + PARTIAL for file in plan.files]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        try:
-            write_ranks(plan, target, advance)
-            for name, content in others.items():
-                write_whole(target / (name + PARTIAL), content)
-        except BaseException:
-            for name in names:
-                (target / (name + PARTIAL)).unlink(missing_ok=True)
-            raise
-        for name in names:
-            (target / (name + PARTIAL)).rename(target / name)
-        sync_folder(target)
-        sync_folder(target.parent)
+        with ExitStack() as stack:
+            journal = open_journal(stack, target, job_of(plan), restart=settings.restart)
+            if settings.restart:
+                remove(target, partials)
+            try:
+                done, records = write_ranks(plan, target, journal, advance, settings)
+                others = others_of(records)
+                for name, content in others.items():
+                    write_whole(target / (name + PARTIAL), content)
+            except (OSError, Refused):
+                if not has_records(journal):
+                    remove(target, [*partials, JOURNAL])
+                raise
+            finish(target, [*(file.name for file in plan.files), *others])
     except OSError as error:
-        subject = str(error.filename or target)
-        found = error.strerror or str(error)
-        raise refuse("cannot-write", subject, found, "to read the source and write the target", "") from None
+        subject, found = str(error.filename or target), error.strerror or str(error)
+        remedy = "mend it and run the same command again"
+        raise refuse("cannot-write", subject, found, "to write the target", remedy) from None
+    return done
 
 
-def write_ranks(plan: Plan, target: Path, advance: Advance) -> None:
-    """Writes every rank file under its temporary name and makes it durable."""
-    buffer = np.empty(BUFFER_SIZE, np.uint8)
+def job_of(plan: Plan) -> dict[str, Any]:
+    """What makes a job another one: the journal of one is of no use to another."""
+    return {
+        "reshard": __version__,
+        "recipe": plan.recipe.name,
+        "recipe_sha256": plan.recipe.text_hash,
+        "ranks": plan.layout.ranks,
+        "files": [[file.name, file.size] for file in plan.files],
+        "window_size": WINDOW_SIZE,
+        "source": [[file.name, file.size, file.header_hash, file.modified] for file in plan.source.files],
+    }
+
+
+def write_ranks(
+    plan: Plan, target: Path, journal: Journal, advance: Advance, settings: Settings
+) -> tuple[Done, Records]:
+    """Writes what the journal has not of every rank file, under its temporary name, and makes it durable."""
+    ways = choose_ways(plan, target, settings)
+    jobs = choose_jobs(ways, settings)
+    written = {(offset, file) for offset, file, _, _ in as_records(journal.records).tolist()}
+    started = time.monotonic()
     with ExitStack() as stack:
-        sources = [open_file(stack, plan.source.folder / file.name, os.O_RDONLY) for file in plan.source.files]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        targets = [open_file(stack, target / (file.name + PARTIAL), flags) for file in plan.files]
-        for file, descriptor in zip(plan.files, targets, strict=True):
-            os.posix_fallocate(descriptor, 0, file.size)
-            write_all(descriptor, file.header, 0)
-            advance(len(file.header))
-        for task in tasks(plan.copies, BUFFER_SIZE):
-            data = read_task(sources[task.source_file], task, buffer, plan.source.files[task.source_file].name)
-            write_all(targets[task.target_file], data, task.target_offset)
-            advance(task.run * task.rows)
-        for descriptor in targets:
-            os.fsync(descriptor)
+        names = [file.name for file in plan.source.files]
+        sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
+        require_unchanged(plan.source.files, sources)
+        targets = open_targets(stack, plan, target, {file for _, file in written})
+        sync_folder(target)
+        ledger = Ledger(journal, targets)
+        resumed = int(as_records(journal.records)["size"].sum())
+        advance(resumed + sum(len(file.header) for file in plan.files))
+        move_all(without(windows(plan.copies), written), Files(sources, names, targets, ways), ledger, jobs, advance)
+        copied = time.monotonic()
+        make_durable(targets, ways)
+        ledger.flush()
+        require_unchanged(plan.source.files, sources)
+        require_complete(plan, ledger.records, journal.path)
+        done = Done(jobs, ways, resumed, copied - started, time.monotonic() - copied)
+        return done, as_records(ledger.records)
 
 
-def open_file(stack: ExitStack, path: Path, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    stack.callback(os.close, descriptor)
-    return descriptor
+def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
+    """Through the page cache or past it."""
+    moved = plan.size + int(plan.copies.sizes.sum())
+    if settings.cache == "yes" or (settings.cache == "auto" and moved <= available_memory() // 3):
+        return CACHED
+    return ways_past_cache(plan.source.folder / plan.source.files[0].name, target)
 
 
-def tasks(copies: Copies, most: int) -> Iterator[Task]:
-    """The copies in the order of the source, each in pieces whose band of source rows has at most `most` bytes."""
-    order = np.lexsort((copies.source_offset, copies.source_file))
-    columns = [getattr(copies, name)[order].tolist() for name in Task._fields]
-    for task in map(Task._make, zip(*columns, strict=True)):
-        if task.rows == 1 or task.pitch > most:
-            for row in range(task.rows):
-                yield from run_tasks(task, row, most)
-        else:
-            yield from band_tasks(task, most // task.pitch)
+def choose_jobs(ways: Ways, settings: Settings) -> int:
+    """As many as asked for, else what the processors give or keep a disk busy; never more than fit the memory."""
+    fitting = settings.max_memory // MEMORY_PER_JOB
+    if fitting < 1:
+        found, expected = f"{settings.max_memory:,} bytes", f"at least {MEMORY_PER_JOB:,} bytes, for one job"
+        raise refuse("too-little-memory", "--max-memory", found, expected)
+    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
+    return min(fitting, settings.jobs or usual)
 
 
-def run_tasks(task: Task, row: int, most: int) -> Iterator[Task]:
-    """One run of a copy, in pieces of at most `most` bytes."""
-    source, target = task.source_offset + row * task.pitch, task.target_offset + row * task.run
-    for start in range(0, task.run, most):
-        size = min(most, task.run - start)
-        yield Task(task.source_file, source + start, size, size, 1, task.target_file, target + start)
+def require_unchanged(files: Sequence[File], descriptors: Sequence[int]) -> None:
+    """The source is what it was when its headers were read, so that what was planned is still what is there."""
+    for file, descriptor in zip(files, descriptors, strict=True):
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+            found = f"{status.st_size:,} bytes, written to since its header was read"
+            remedy = f"let nobody write to the source; {RESTART}"
+            raise refuse("source-changed", file.name, found, f"{file.size:,} bytes, unchanged", remedy)
 
 
-def band_tasks(task: Task, most_rows: int) -> Iterator[Task]:
-    """The runs of a copy, so many at a time."""
-    for row in range(0, task.rows, most_rows):
-        source, target = task.source_offset + row * task.pitch, task.target_offset + row * task.run
-        yield task._replace(source_offset=source, rows=min(most_rows, task.rows - row), target_offset=target)
+def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int]) -> list[int]:
+    """Every rank file under its temporary name, at its full size and with its header. `begun` are the indices of those
+    of which the journal says that something is in them.
+    """
+    targets = []
+    for index, file in enumerate(plan.files):
+        path = target / (file.name + PARTIAL)
+        if (target / file.name).exists():
+            # A crash between two renames: everything was durable before the first of them.
+            path = target / file.name
+        size = path.stat().st_size if path.exists() else 0
+        if index in begun and size != file.size:
+            found = f"{size:,} bytes"
+            expected = f"{file.size:,} bytes, as the journal says"
+            raise refuse("damaged-journal", str(path), found, expected, RESTART)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT)
+        # Without this every write would allocate blocks, and a full disk would show only after hours.
+        os.posix_fallocate(descriptor, 0, file.size)
+        os.ftruncate(descriptor, file.size)
+        write_all(descriptor, memoryview(file.header), 0, CACHED)
+        targets.append(descriptor)
+    return targets
 
 
-def read_task(source: int, task: Task, buffer: NDArray[np.uint8], name: str) -> memoryview:
-    """The bytes that a task moves, as they will lie in the target. Raises Refused if the file `name` ends early."""
-    size = (task.rows - 1) * task.pitch + task.run
-    read_all(source, buffer.data[:size], task.source_offset, name)
-    if task.rows == 1:
-        return buffer.data[:size]
-    runs = np.lib.stride_tricks.as_strided(buffer, (task.rows, task.run), (task.pitch, 1))
-    return np.ascontiguousarray(runs).reshape(-1).data
+def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[Window]:
+    """The windows, less the groups that were written before."""
+    for window in work:
+        left = [group for group in window.groups if (group.target_offset, group.target_file) not in written]
+        if left:
+            yield window._replace(groups=left)
 
 
-def read_all(descriptor: int, into: memoryview, offset: int, name: str) -> None:
-    """Fills `into` from an offset of the file, however many calls it takes."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], offset + done)
-        if count == 0:
-            found = f"it ends at byte {offset + done:,}"
-            raise refuse(
-                "source-changed", name, found, f"at least {offset + len(into):,} bytes, as when it was planned"
-            )
-        done += count
+def require_complete(plan: Plan, records: bytes, journal: Path) -> None:
+    """The journal speaks of every byte of every file behind its header, once."""
+    found = as_records(records)
+    for index, file in enumerate(plan.files):
+        mine = found[found["file"] == index]
+        ends = mine["offset"] + mine["size"]
+        starts = [len(file.header), *ends[:-1].tolist()] if len(mine) else []
+        if starts != mine["offset"].tolist() or (ends[-1] if len(mine) else len(file.header)) != file.size:
+            raise refuse("damaged-journal", str(journal), f"not all of {file.name}", "every byte of it once", RESTART)
 
 
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes the data at an offset of the file, however many calls it takes."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def write_whole(path: Path, content: bytes | Path) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """A small file, durable."""
-    data = content if isinstance(content, bytes) else content.read_bytes()
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        write_all(descriptor, data, 0)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        write_all(descriptor, memoryview(content), 0, CACHED)
         os.fsync(descriptor)
+
+
+def finish(target: Path, names: Sequence[str]) -> None:
+    """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
+    for name in names:
+        partial = target / (name + PARTIAL)
+        if partial.exists():
+            partial.rename(target / name)
+    sync_folder(target)
+    sync_folder(target.parent)
+    remove(target, [JOURNAL])
+    sync_folder(target)
+
+
+def remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

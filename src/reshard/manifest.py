@@ -1,17 +1,27 @@
-"""The manifest `reshard.json`: what a target folder holds and what it came from. The same job gives the same bytes."""
+"""The manifest `reshard.json`: what a target folder holds, what it came from, and a checksum of every range of bytes.
+
+The same source, recipe and layout give the same bytes: no time, path or host is in it, and nothing of how it was made.
+"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from reshard import __version__
-from reshard.plan import Plan, Share
+from reshard.journal import Records
+from reshard.plan import Plan
+from reshard.read import read_object
 
 MANIFEST = "reshard.json"
+JOB_KEYS = ("reshard", "recipe", "ranks", "source")
+"""What makes a conversion another one."""
 
 
-def manifest_of(plan: Plan, side_files: Iterable[str]) -> dict[str, Any]:
-    """As JSON values. No time, path or host is in it, so that it depends on source, recipe and layout alone."""
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """What is known before anything is written, as JSON values."""
     return {
         "reshard": __version__,
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
@@ -20,19 +30,67 @@ def manifest_of(plan: Plan, side_files: Iterable[str]) -> dict[str, Any]:
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
+        "coverage": [
+            {"use": share.use, "rule": share.rule.left, "tensors": share.tensors, "bytes": share.size}
+            for share in plan.coverage
+        ],
         "files": [
             {"name": file.name, "rank": file.rank, "size": file.size, "tensors": len(file.pieces)}
             for file in plan.files
         ],
-        "side_files": list(side_files),
-        "coverage": [share_of(share) for share in plan.coverage],
     }
 
 
-def share_of(share: Share) -> dict[str, Any]:
-    return {"use": share.use, "rule": share.rule.left, "tensors": share.tensors, "bytes": share.size}
+def manifest_of(plan: Plan, side_files: Mapping[str, bytes], records: Records, known: Mapping[str, Any]) -> bytes:
+    """The content of the manifest. `known` is that of an earlier job into the same folder for other ranks, or empty."""
+    manifest = describe_plan(plan)
+    for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
+        entry["ranges"] = ranges_text(file.header, records[records["file"] == index])
+    files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}
+    manifest["files"] = sorted(files.values(), key=lambda entry: entry["rank"])
+    manifest["side_files"] = [
+        {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
+        for name, content in side_files.items()
+    ]
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def manifest_bytes(plan: Plan, side_files: Iterable[str]) -> bytes:
-    """The content of the file."""
-    return (json.dumps(manifest_of(plan, side_files), indent=1, ensure_ascii=False) + "\n").encode()
+def ranges_text(header: bytes, records: Records) -> str:
+    """`SIZE HASH SIZE HASH ...`: the ranges of a file from its first byte to its last, each with its xxh3-128.
+
+    One string a file, for a model of 671B parameters has 300,000 ranges. The first is the header.
+    """
+    ranges = [(len(header), xxh3_128_hexdigest(header))]
+    ranges += [(size, digest.hex()) for size, digest in zip(records["size"].tolist(), digests(records), strict=True)]
+    return " ".join(f"{size} {digest}" for size, digest in ranges)
+
+
+def digests(records: Records) -> Iterable[bytes]:
+    return (digest.tobytes() for digest in records["digest"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not JSON."""
+    return read_object(folder / MANIFEST) or {}
+
+
+def same_job(manifest: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a manifest is of the conversion that is planned, for whichever of its ranks."""
+    wanted = describe_plan(plan)
+    return all(manifest.get(key) == wanted[key] for key in JOB_KEYS)
+
+
+def is_finished(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> bool:
+    """Whether every file of the plan is there already, by the manifest and by its size."""
+    sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())} if same_job(manifest, plan) else {}
+    return all(
+        sizes.get(file.name) == file.size
+        and (folder / file.name).is_file()
+        and (folder / file.name).stat().st_size == file.size
+        for file in plan.files
+    )
+
+
+def file_names_of(manifest: Mapping[str, Any]) -> set[str]:
+    """The names of the rank files that a manifest speaks of."""
+    return {entry["name"] for entry in manifest.get("files", ())}

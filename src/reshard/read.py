@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -163,13 +164,15 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
     """The header of one file, whose tensors will carry `index`. Raises Refused."""
     try:
         with path.open("rb", buffering=0) as file:
-            size = path.stat().st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             first = file.read(LENGTH_SIZE)
             text = file.read(header_length(first, size, path.name))
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     tensors = parse_header(text, index, size, path.name)
-    return File(path.name, size, len(first) + len(text), hashlib.sha256(first + text).hexdigest()), tensors
+    header_hash = hashlib.sha256(first + text).hexdigest()
+    return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), tensors
 
 
 def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:

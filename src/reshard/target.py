@@ -6,11 +6,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reshard.errors import Problem
+from reshard.journal import JOURNAL
 from reshard.text import size_text
 
+PARTIAL = ".partial"
+"""What a name ends in until the file is whole and durable."""
 
-def target_problems(source: Path, target: Path, needed: int) -> Iterator[Problem]:
-    """Why the `needed` bytes cannot be written to the folder `target`, which may or may not be there yet."""
+
+def our_names(target: Path, names: Iterable[str]) -> set[str]:
+    """What an interrupted job that was to write `names` may have left in its target. Without its journal: nothing.
+
+    Of which job the journal is, it says itself; the partial files of another one are ours as well.
+    """
+    if not (target / JOURNAL).exists():
+        return set()
+    return {JOURNAL, *names, *(name for name in names_in(target) if name.endswith(PARTIAL))}
+
+
+def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+    """Why the `needed` bytes cannot be written to the folder `target`, which may or may not be there yet, and may hold
+    files of `ours` but no others.
+    """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
         yield Problem("target-inside-source", str(target), f"inside {source}", "a folder elsewhere", "another target")
@@ -18,18 +34,23 @@ def target_problems(source: Path, target: Path, needed: int) -> Iterator[Problem
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := names_in(target):
+    if names := [name for name in names_in(target) if name not in ours]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
     above = nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
         return
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours if name.endswith(PARTIAL))
     if free < needed:
         found = f"{free:,} bytes free ({size_text(free)})"
         expected = f"{needed:,} bytes ({size_text(needed)})"
         yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
+
+
+def allocated(path: Path) -> int:
+    """What a file takes of the disk, in bytes."""
+    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def names_in(folder: Path) -> list[str]:

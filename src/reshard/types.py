@@ -36,6 +36,8 @@ class File:
     """In bytes, the eight of the length included: where the data begins."""
     header_hash: str
     """SHA-256 of those bytes, in hexadecimal."""
+    modified: int
+    """When it was last written to, in nanoseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)

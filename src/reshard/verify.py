@@ -168,7 +168,7 @@ def box(
 
 
 def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, rank: int) -> range:
-    """Which of `length` rows or columns a rank holds; for a block scale, those of the blocks that its weight touches."""
+    """Which rows or columns of `length` a rank holds; of a block scale, those of the blocks its weight touches."""
     if weight_length is None or recipe.scale is None:
         return range(rank * length // ranks, (rank + 1) * length // ranks)
     block = recipe.scale.block

@@ -1,0 +1,146 @@
+"""How bytes get from and to the disk: through the page cache, or past it.
+
+A job much larger than the memory gains nothing from the page cache and pushes out everybody else's. Past the cache it
+reads with O_DIRECT and writes with RWF_DONTCACHE (Linux 6.14). Where kernel or file system have no such thing, it
+writes and reads through the cache, and drops behind itself what is on the disk already.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.errors import refuse
+
+RWF_DONTCACHE = 0x80
+"""From linux/fs.h; Python has no name for it before 3.15."""
+SYNC_FILE_RANGE_WRITE = 2
+PAGE = 4096
+SMALLEST_UNCACHED = 1 << 20
+"""In bytes. A smaller write past the cache would read the pages at its ends back from the disk."""
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How a job reads and writes: `cached`; or past the cache `direct` or `uncached`; or, failing that, `dropped`."""
+
+    read: str
+    write: str
+
+
+CACHED = Ways("cached", "cached")
+
+
+def open_file(stack: ExitStack, path: Path, flags: int) -> int:
+    """A descriptor that is closed with the stack. New files get their mode from the umask."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def aligned_buffer(size: int) -> memoryview:
+    """Anonymous memory that begins on a page, as O_DIRECT needs it."""
+    return memoryview(mmap.mmap(-1, size))
+
+
+def ways_past_cache(source: Path, target: Path) -> Ways:
+    """The best ways past the cache that the file of the source and the folder of the target allow, by trying them."""
+    return Ways(way_to_read(source), way_to_write(target))
+
+
+def way_to_read(path: Path) -> str:
+    buffer = aligned_buffer(PAGE)
+    for way, open_flags, read_flags in (("direct", os.O_DIRECT, 0), ("uncached", 0, RWF_DONTCACHE)):
+        with ExitStack() as stack:
+            try:
+                os.preadv(open_file(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+            else:
+                return way
+    return "dropped"
+
+
+def way_to_write(folder: Path) -> str:
+    path = folder / "probe.partial"
+    with ExitStack() as stack:
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            os.pwritev(descriptor, [b"probe"], 0, RWF_DONTCACHE)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return "dropped"
+        finally:
+            path.unlink()
+    return "uncached"
+
+
+def open_source(stack: ExitStack, path: Path, ways: Ways) -> int:
+    return open_file(stack, path, os.O_RDONLY | (os.O_DIRECT if ways.read == "direct" else 0))
+
+
+def read_window(descriptor: int, offset: int, size: int, buffer: memoryview, ways: Ways, name: str) -> memoryview:
+    """The `size` bytes at an offset, in a part of `buffer`, which is two pages larger than any window.
+
+    Raises Refused if the file, `name` in messages, ends before.
+    """
+    # O_DIRECT reads whole pages only: those before and behind come along.
+    first = offset - offset % PAGE if ways.read == "direct" else offset
+    skip = offset - first
+    length = -(-(skip + size) // PAGE) * PAGE if ways.read == "direct" else size
+    flags = RWF_DONTCACHE if ways.read == "uncached" else 0
+    done = 0
+    while done < skip + size:
+        try:
+            count = os.preadv(descriptor, [buffer[done:length]], first + done, flags)
+        except OSError as error:
+            found = f"{error.strerror} at byte {first + done:,}"
+            raise refuse("cannot-read", name, found, "to read it", "is its disk sound?") from None
+        if count == 0:
+            found = f"it ends at byte {first + done:,}"
+            raise refuse("source-changed", name, found, f"byte {offset + size:,}, as when it was planned")
+        done += count
+    if ways.read == "dropped":
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+    return buffer[skip : skip + size]
+
+
+def write_all(descriptor: int, data: memoryview, offset: int, ways: Ways) -> None:
+    """Writes the data at an offset of the file, however many calls it takes."""
+    flags = RWF_DONTCACHE if ways.write == "uncached" and len(data) >= SMALLEST_UNCACHED else 0
+    done = 0
+    while done < len(data):
+        done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
+    if ways.write == "dropped":
+        start_writing(descriptor, offset, len(data))
+
+
+def start_writing(descriptor: int, offset: int, size: int) -> None:
+    """Asks the kernel to begin with the writing of a range, and does not wait for it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
+    libc.sync_file_range(ctypes.c_int(descriptor), *arguments)
+
+
+def make_durable(descriptors: Sequence[int], ways: Ways) -> None:
+    """Waits until the files are on the disk; past the cache, also drops what of them is still in it."""
+    for descriptor in descriptors:
+        os.fsync(descriptor)
+        if ways.write != "cached":
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def available_memory() -> int:
+    """What the system could give out now without swapping, in bytes; a huge number where it does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) << 10
+    except (OSError, IndexError, ValueError):
+        return 1 << 62

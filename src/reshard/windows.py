@@ -1,0 +1,246 @@
+"""Windows: the copies of a plan, regrouped by the stretch of source that is read at once. Pure: opens no file.
+
+The source is read in windows of a few MiB, each once, whatever the number of ranks. What a window holds is written in
+groups: pieces that lie back to back in a target file go out in one write. A group of one contiguous piece is written
+from where it was read; any other is gathered first (the small ones, and the columns of a matrix):
+
+    window of the source     | norm | scale | w w w w w w w w |       one read
+                                |       |      |
+    groups, rank 0           | norm | scale |  | w w w w w w w w |    two writes
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.copies import Copies, Integers
+
+WINDOW_SIZE = 4 << 20
+"""In bytes. Small enough to stay in the processor's cache between the read and the write."""
+LARGEST_GAP = 128 << 10
+"""In bytes. A longer stretch that nobody wants ends a window; reading over a shorter one costs less than a call."""
+
+
+class Piece(NamedTuple):
+    """`rows` runs of `run` bytes in a window, `pitch` bytes apart, from byte `start` of the window on."""
+
+    start: int
+    pitch: int
+    run: int
+    rows: int
+
+
+class Group(NamedTuple):
+    """Pieces that lie back to back in a target file."""
+
+    target_file: int
+    target_offset: int
+    size: int
+    """In bytes."""
+    pieces: list[Piece]
+
+
+class Window(NamedTuple):
+    """A stretch of a source file, and what of it goes where."""
+
+    source_file: int
+    offset: int
+    size: int
+    """In bytes."""
+    groups: list[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Pieces in columns; `window` numbers the window that each belongs to."""
+
+    window: Integers
+    source_offset: Integers
+    pitch: Integers
+    run: Integers
+    rows: Integers
+    target_file: Integers
+    target_offset: Integers
+
+    def picked(self, index: Integers | NDArray[np.bool_]) -> "Table":
+        """The pieces at an index."""
+        return Table(*(getattr(self, name)[index] for name in Table.__slots__))
+
+    @property
+    def ends(self) -> Integers:
+        """Where each piece ends in the source."""
+        return self.source_offset + (self.rows - 1) * self.pitch + self.run
+
+
+def windows(copies: Copies, size: int = WINDOW_SIZE) -> Iterator[Window]:
+    """The windows of all copies, file by file of the source, each of at most `size` bytes.
+
+    Neighbours in this order write to different files as far as possible, for two writers of one file wait for each
+    other. Every byte that is wanted lies in exactly one window, but for the columns of rows longer than a window.
+    """
+    merged = merge(copies)
+    order = np.lexsort((merged.source_offset, merged.source_file))
+    files = merged.source_file[order]
+    bounds = np.flatnonzero(np.diff(files, prepend=-1, append=-1)).tolist()
+    for begin, end in pairwise(bounds):
+        chosen = order[begin:end]
+        table = Table(
+            np.zeros(len(chosen), np.int64),
+            merged.source_offset[chosen],
+            merged.pitch[chosen],
+            merged.run[chosen],
+            merged.rows[chosen],
+            merged.target_file[chosen],
+            merged.target_offset[chosen],
+        )
+        yield from windows_of_file(int(files[begin]), table, size)
+
+
+def merge(copies: Copies) -> Copies:
+    """Copies that follow each other in the source and in the target as one; in the order of the target."""
+    order = np.lexsort((copies.target_offset, copies.target_file))
+    columns = {name: getattr(copies, name)[order] for name in Copies.__slots__}
+    start, run, rows = columns["source_offset"], columns["run"], columns["rows"]
+    follows = np.zeros(len(order), np.bool_)
+    follows[1:] = (
+        (start[1:] == start[:-1] + run[:-1])
+        & (np.diff(columns["source_file"]) == 0)
+        & (np.diff(columns["target_file"]) == 0)
+        & (rows[1:] == 1)
+        & (rows[:-1] == 1)
+    )
+    firsts = np.flatnonzero(~follows)
+    total = np.add.reduceat(run, firsts) if len(firsts) else run
+    merged = {name: column[firsts] for name, column in columns.items()}
+    merged["run"] = np.where(merged["rows"] == 1, total, merged["run"])
+    merged["pitch"] = np.where(merged["rows"] == 1, total, merged["pitch"])
+    return Copies(**merged)
+
+
+def windows_of_file(source_file: int, table: Table, size: int) -> Iterator[Window]:
+    """The windows of one source file, from its copies in the order of their source offset."""
+    is_flat = table.rows == 1
+    is_wide = ~is_flat & (table.pitch > size)
+    flat = [table.picked(is_flat), split_rows(table.picked(is_wide))]
+    runs = window_of_runs(split_at_grid(concatenated(flat), size))
+    bands = window_of_bands(table.picked(~is_flat & ~is_wide), size, int(runs.window.max(initial=-1)) + 1)
+    pieces = concatenated([runs, bands])
+    order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
+    yield from built(source_file, pieces.picked(order))
+
+
+def concatenated(tables: list[Table]) -> Table:
+    return Table(*(np.concatenate([getattr(table, name) for table in tables]) for name in Table.__slots__))
+
+
+def spread(parts: Integers) -> tuple[Integers, Integers]:
+    """For rows that fall into so many `parts` each: of every part the row it comes from, and its place there."""
+    index = np.repeat(np.arange(len(parts)), parts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(parts) - parts, parts)
+
+
+def split_rows(table: Table) -> Table:
+    """Each row of each piece as a piece of its own."""
+    index, row = spread(table.rows)
+    piece = table.picked(index)
+    return Table(
+        piece.window,
+        piece.source_offset + row * piece.pitch,
+        piece.run,
+        piece.run,
+        np.ones(len(row), np.int64),
+        piece.target_file,
+        piece.target_offset + row * piece.run,
+    )
+
+
+def split_at_grid(table: Table, size: int) -> Table:
+    """Contiguous pieces, cut wherever the source offset is a multiple of `size`."""
+    first = table.source_offset // size
+    index, place = spread((table.ends - 1) // size - first + 1)
+    piece = table.picked(index)
+    start = np.maximum(piece.source_offset, (first[index] + place) * size)
+    run = np.minimum(piece.ends, (first[index] + place + 1) * size) - start
+    target_offset = piece.target_offset + start - piece.source_offset
+    return Table(first[index] + place, start, run, run, piece.rows, piece.target_file, target_offset)
+
+
+def window_of_runs(table: Table) -> Table:
+    """Numbers the windows of contiguous pieces: one a cell of the grid, and a new one behind each long gap."""
+    table = table.picked(np.argsort(table.source_offset, kind="stable"))
+    reached = np.maximum.accumulate(table.ends)
+    is_first = np.ones(len(reached), np.bool_)
+    is_first[1:] = (np.diff(table.window) != 0) | (table.source_offset[1:] - reached[:-1] > LARGEST_GAP)
+    columns = [getattr(table, name) for name in Table.__slots__[1:]]
+    return Table(np.cumsum(is_first) - 1, *columns)
+
+
+def window_of_bands(table: Table, size: int, first: int) -> Table:
+    """Rectangles cut into bands of so many rows as fit a window; the columns of one matrix share their windows."""
+    starts_matrix = np.ones(len(table.rows), np.bool_)
+    step = np.diff(table.source_offset)
+    starts_matrix[1:] = (
+        (np.diff(table.pitch) != 0) | (np.diff(table.rows) != 0) | ((step != table.run[:-1]) & (step != 0))
+    )
+    height = size // table.pitch
+    index, place = spread(-(-table.rows // np.maximum(height, 1)))
+    piece, row = table.picked(index), place * height[index]
+    keys = np.stack([np.cumsum(starts_matrix)[index], place])
+    window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
+    return Table(
+        first + window,
+        piece.source_offset + row * piece.pitch,
+        piece.pitch,
+        piece.run,
+        np.minimum(height[index], piece.rows - row),
+        piece.target_file,
+        piece.target_offset + row * piece.run,
+    )
+
+
+def built(source_file: int, pieces: Table) -> Iterator[Window]:
+    """The windows as values, from pieces in the order of window, target file and target offset."""
+    sizes = pieces.run * pieces.rows
+    is_first = np.diff(pieces.window, prepend=-1) != 0
+    bounds = np.flatnonzero(is_first)
+    offsets = np.minimum.reduceat(pieces.source_offset, bounds)
+    ends = np.maximum.reduceat(pieces.ends, bounds)
+    starts_group = is_first.copy()
+    starts_group[1:] |= np.diff(pieces.target_file) != 0
+    starts_group[1:] |= pieces.target_offset[1:] != (pieces.target_offset + sizes)[:-1]
+    groups = np.flatnonzero(starts_group)
+    group_sizes = np.add.reduceat(sizes, groups).tolist()
+    group_ends = [*groups[1:].tolist(), len(sizes)]
+    group_bounds = [*np.searchsorted(groups, bounds).tolist(), len(groups)]
+    starts = pieces.source_offset - np.repeat(offsets, np.diff(bounds, append=len(sizes)))
+    columns = (column.tolist() for column in (starts, pieces.pitch, pieces.run, pieces.rows))
+    table = list(map(Piece._make, zip(*columns, strict=True)))
+    files, places = pieces.target_file[groups].tolist(), pieces.target_offset[groups].tolist()
+    begins = groups.tolist()
+    for window in interleaved(pieces, sizes, bounds, offsets).tolist():
+        chosen = range(group_bounds[window], group_bounds[window + 1])
+        found = [Group(files[g], places[g], group_sizes[g], table[begins[g] : group_ends[g]]) for g in chosen]
+        turn = window % len(found)
+        offset = int(offsets[window])
+        yield Window(source_file, offset, int(ends[window]) - offset, found[turn:] + found[:turn])
+
+
+def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:
+    """An order of the windows in which neighbours write mainly to different target files."""
+    total = np.add.reduceat(sizes, bounds)
+    by_size = np.lexsort((sizes, pieces.window))
+    largest = by_size[[*(bounds[1:] - 1), len(sizes) - 1]]
+    number = np.argsort(np.argsort(offsets))
+    # A window that many files share belongs to none: it takes its turn with each.
+    ranks = int(pieces.target_file.max()) + 1
+    owner = np.where(sizes[largest] * 2 >= total, pieces.target_file[largest], number % ranks)
+    by_owner = np.lexsort((number, owner))
+    firsts = np.diff(owner[by_owner], prepend=-1) != 0
+    place = np.arange(len(bounds))
+    turn = np.empty(len(bounds), np.int64)
+    turn[by_owner] = place - np.maximum.accumulate(np.where(firsts, place, 0))
+    return np.lexsort((owner, turn))
