@@ -71,7 +71,9 @@ def add_inspect(parser: Parser) -> None:
 
 def add_verify(parser: Parser) -> None:
     parser.add_argument("target", type=Path, help="a folder of rank files")
-    parser.add_argument("--source", type=Path, required=True, help="what it was made from")
+    parser.add_argument(
+        "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
+    )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
 

@@ -7,16 +7,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from reshard.audit import audit_target
 from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, recipe_for
 from reshard.errors import describe, printable
 from reshard.execute import Settings
-from reshard.manifest import describe_plan
+from reshard.manifest import MANIFEST, describe_plan
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.read import read_checkpoint
 from reshard.text import size_text, table
 from reshard.verify import Report, verify_target
+from reshard.workers import MEMORY_PER_JOB
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -41,9 +43,13 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    total = sum(path.stat().st_size for path in options.target.glob("*.safetensors"))
+    if options.source is None:
+        with progress("verify", total) as advance:
+            report = audit_target(options.target, advance)
+        return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
-    total = sum(path.stat().st_size for path in options.target.glob("*.safetensors"))
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance)
     return say_report(report, options.target, options.source, as_json=options.json)
@@ -98,6 +104,9 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     pieces = sum(len(file.pieces) for file in plan.files)
     total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    kept = sum(share.size for share in plan.coverage if share.use != "dropped")
+    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
+    yield f"memory: {size_text(MEMORY_PER_JOB)} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield ""
     yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
 

@@ -47,6 +47,7 @@ def plain_lines(title: str, total: int) -> Callable[[int], None]:
     done = said = 0
 
     def advance(size: int) -> None:
+        # Several threads may tell at once: a line more or less does no harm, and no number is lost under the GIL.
         nonlocal done, said, said_at
         done += size
         step = done * PLAIN_STEPS // total if total else 0
