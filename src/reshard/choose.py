@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from reshard.errors import Refused, listed, refuse
-from reshard.match import OWN_RECIPE, match
-from reshard.names import patterns_of, split_name
+from reshard.match import OWN_RECIPE, match, match_names
 from reshard.types import Checkpoint, Recipe
 
 
@@ -14,12 +13,13 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
     Raises Refused if none fits or, by the names, more than one.
     """
     config = checkpoint.config or {}
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    known = architectures if isinstance(architectures, list) else []
     for recipe in recipes:
         if model_type in recipe.model_types:
             return recipe
     for recipe in recipes:
-        if set(architectures) & set(recipe.architectures):
+        if any(architecture in known for architecture in recipe.architectures):
             return recipe
     fitting = [recipe for recipe in recipes if fits(checkpoint, recipe)]
     if len(fitting) == 1:
@@ -40,23 +40,10 @@ def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequen
     if fitting:
         names = listed(recipe.name for recipe in fitting)
         return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
-    unknown = {recipe.name: unknown_names(checkpoint, recipe) for recipe in recipes}
+    unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
     found = f"{model}; the nearest recipe is {nearest}, which knows all"
     if unknown[nearest]:
         found = f"{model}; the nearest recipe is {nearest}, which does not know {listed(unknown[nearest])}"
     return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)
-
-
-def unknown_names(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
-    known: dict[tuple[str, int], bool] = {}
-    unknown = []
-    for name in checkpoint.tensors:
-        key, numbers = split_name(name)
-        if (key, len(numbers)) not in known:
-            known[key, len(numbers)] = any(pattern.fits(key, numbers) for pattern in patterns)
-        if not known[key, len(numbers)]:
-            unknown.append(name)
-    return unknown

@@ -75,7 +75,8 @@ def add_verify(parser: Parser) -> None:
         "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
-    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="with --source: the files of these ranks only")
+    parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
 
 
 def add_recipes(parser: Parser) -> None:

@@ -1,6 +1,7 @@
 """The commands that plan, write and verify: each calls one library function and adds only words."""
 
 import argparse
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -43,7 +44,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    total = sum(path.stat().st_size for path in options.target.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in options.target.glob("*.safetensors") if path.is_file())
     if options.source is None:
         with progress("verify", total) as advance:
             report = audit_target(options.target, advance)
@@ -51,7 +52,7 @@ def run_verify(options: argparse.Namespace) -> int:
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     with progress("verify", total) as advance:
-        report = verify_target(options.target, source, recipe, advance)
+        report = verify_target(options.target, source, recipe, advance, options.ranks)
     return say_report(report, options.target, options.source, as_json=options.json)
 
 
@@ -67,7 +68,7 @@ def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int
         status = "converted" if result.done else "already-converted"
         print_json({"status": status, "seconds": seconds, "done": done_of(result), **describe_plan(result.plan)})
     else:
-        print("\n".join(map(printable, converted_lines(result, target, seconds))))
+        print("\n".join(map(printable, converted_lines(result, job, target, seconds))))
     return PROVEN
 
 
@@ -75,7 +76,7 @@ def done_of(result: Result) -> dict[str, object] | None:
     return asdict(result.done) if result.done else None
 
 
-def converted_lines(result: Result, target: Path, seconds: float) -> Iterator[str]:
+def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> Iterator[str]:
     plan, done = result.plan, result.done
     if done is None:
         yield f"{target}: converted already, {len(plan.files)} rank files, {plan.size:,} bytes; nothing was written"
@@ -86,7 +87,16 @@ def converted_lines(result: Result, target: Path, seconds: float) -> Iterator[st
             yield f"resumed: {done.resumed:,} bytes had been written before"
         yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
     yield from dropped_lines(plan)
-    yield f"next: reshard verify {target} --source {plan.source.folder}"
+    yield f"next: {verify_command(job, target)}"
+
+
+def verify_command(job: Job, target: Path) -> str:
+    """As it would be typed into a shell."""
+    words = ["reshard", "verify", str(target), "--source", str(job.source)]
+    words += ["--recipe", job.recipe] if job.recipe else []
+    words += ["--ranks", ",".join(map(str, job.only))] if job.only is not None else []
+    words += ["--ignore-extra-files"] if job.ignore_extra_files else []
+    return shlex.join(words)
 
 
 def dropped_lines(plan: Plan) -> Iterator[str]:

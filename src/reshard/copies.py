@@ -92,6 +92,9 @@ def require_coverage(copies: Copies, used: Sequence[Tensor], sizes: Sequence[int
     full = np.flatnonzero(lengths > 0)
     full = full[np.argsort(begins[full])]
     owner = full[np.searchsorted(begins[full], start, side="right") - 1] if len(full) else np.empty(0, np.int64)
+    alike = (np.diff(rows) == 0) & ((rows[1:] == 1) | (np.diff(pitch) == 0))
+    if np.any(~alike & (np.diff(owner) == 0)):
+        raise WrongPlan("a source tensor is read in rows of different lengths")
     require_rows_tiled(owner, start, run, np.where(rows > 1, pitch, lengths[owner]), begins)
     if np.any(np.where(rows > 1, pitch * rows, lengths[owner]) != lengths[owner]):
         raise WrongPlan("a copy of rows that are not the tensor's")

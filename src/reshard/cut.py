@@ -16,6 +16,7 @@ from math import prod
 from typing import NamedTuple
 
 from reshard.errors import Problem, listed
+from reshard.header import BITS
 from reshard.types import Tensor
 
 MOST_RANKS = 4096
@@ -35,15 +36,18 @@ class Cut:
 
 
 class Limit(NamedTuple):
-    """What a number of ranks must suit: a length that it must divide, cut only where blocks of `block` allow it."""
+    """What a number of ranks must suit: a length that it must divide, cut only where blocks and bytes allow it."""
 
     length: int
     block: int = 1
+    """Of its scale, in elements; 1 without one."""
+    bits: int = 0
+    """Of one row that is cut: elements can be smaller than a byte, a part must be whole bytes."""
 
     def allows(self, ranks: int) -> bool:
         """A part must be whole blocks, or lie inside one block, or be the whole length."""
         part = self.length // ranks
-        if self.length % ranks:
+        if self.length % ranks or (ranks > 1 and self.bits % (8 * ranks)):
             return False
         return ranks == 1 or part % self.block == 0 or (part > 0 and self.block % part == 0)
 
@@ -65,7 +69,15 @@ def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
 def cut_weight(tensor: Tensor, split: str, ranks: int) -> Cut:
     """The cut of an ordinary tensor; `weight_problems` must have found nothing."""
     dimension = DIMENSION.get(split)
-    return whole(tensor, ranks) if dimension is None else along(tensor, dimension, ranks, 1)
+    return whole(tensor, ranks) if dimension is None or ranks == 1 else along(tensor, dimension, ranks, 1)
+
+
+def limit_of(tensor: Tensor, split: str, block: int) -> Limit | None:
+    """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, 1 without one."""
+    dimension = DIMENSION.get(split)
+    if dimension is None or len(tensor.shape) <= dimension:
+        return None
+    return Limit(tensor.shape[dimension], block, prod(tensor.shape[dimension:]) * BITS[tensor.dtype])
 
 
 def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, block: int) -> Cut:
@@ -94,16 +106,17 @@ def weight_problems(tensor: Tensor, split: str, ranks: int, block: int) -> Itera
         yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
         return
     length = tensor.shape[dimension]
+    limit = limit_of(tensor, split, block)
     if length % ranks:
         found = f"{length:,} {split} for {ranks} ranks"
         yield Problem("not-divisible", tensor.name, found, f"a multiple of {ranks}")
-    elif not Limit(length, block).allows(ranks):
+    elif limit and not limit._replace(block=1).allows(ranks):
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
+    elif limit and not limit.allows(ranks):
         found = f"{length // ranks:,} {split} a rank"
         expected = f"whole blocks of {block}, or a part that lies inside one: two block scales have no common value"
         yield Problem("straddles-blocks", tensor.name, found, expected)
-    elif dimension and tensor.size and tensor.size // prod(tensor.shape[:dimension]) % ranks:
-        found = f"{tensor.dtype} {list(tensor.shape)}"
-        yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
 
 
 def scale_problems(tensor: Tensor, weight: Tensor, block: int) -> Iterator[Problem]:
@@ -115,7 +128,7 @@ def scale_problems(tensor: Tensor, weight: Tensor, block: int) -> Iterator[Probl
 
 
 def working_ranks(limits: Iterable[Limit]) -> str:
-    """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text."""
+    """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text; at least 1 does."""
     distinct = set(limits)
     most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length)])
     return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)

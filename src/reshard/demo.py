@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reshard.commands import converted_lines, plan_lines, say_report
 from reshard.convert import Job, convert_checkpoint, plan_conversion, recipe_for
+from reshard.errors import printable
 from reshard.generate import SMALL, write_checkpoint
 from reshard.inspect import content_text, inspect_path
 from reshard.progress import progress
@@ -29,7 +30,11 @@ def demonstrate(folder: Path, *, as_json: bool) -> int:
     """Works in the subfolders `source` and `ranks` of a folder; returns the exit code of the verification."""
     source, target = folder / "source", folder / "ranks"
     job = Job(source, RANKS)
-    say = (lambda _: None) if as_json else print
+
+    def say(text: str) -> None:
+        if not as_json:
+            print("\n".join(map(printable, text.split("\n"))))
+
     say(f"1. Make a small checkpoint of DeepSeek-V3's true layout\n\n$ reshard inspect {source}")
     write_checkpoint(source, SMALL, FILES)
     say(content_text(inspect_path(source)))
@@ -38,7 +43,7 @@ def demonstrate(folder: Path, *, as_json: bool) -> int:
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     started = time.monotonic()
     result = convert_checkpoint(job, target, progress=partial(progress, "convert"))
-    say("\n".join(converted_lines(result, target, time.monotonic() - started)))
+    say("\n".join(converted_lines(result, job, target, time.monotonic() - started)))
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     checkpoint = read_checkpoint(source)
     with progress("verify", result.plan.size) as advance:

@@ -74,6 +74,7 @@ def execute_plan(plan: Plan, target: Path, others_of: OthersOf, advance: Advance
     was durable yet, what was written is removed.
     """
     partials = [file.name + PARTIAL for file in plan.files]
+    require_memory(settings)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -148,11 +149,15 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
 def choose_jobs(ways: Ways, settings: Settings) -> int:
     """As many as asked for, else what the processors give or keep a disk busy; never more than fit the memory."""
     fitting = settings.max_memory // MEMORY_PER_JOB
-    if fitting < 1:
-        found, expected = f"{settings.max_memory:,} bytes", f"at least {MEMORY_PER_JOB:,} bytes, for one job"
-        raise refuse("too-little-memory", "--max-memory", found, expected)
     usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
     return min(fitting, settings.jobs or usual)
+
+
+def require_memory(settings: Settings) -> None:
+    """There is enough for one job."""
+    if settings.max_memory < MEMORY_PER_JOB:
+        found, expected = f"{settings.max_memory:,} bytes", f"at least {MEMORY_PER_JOB:,} bytes, for one job"
+        raise refuse("too-little-memory", "--max-memory", found, expected)
 
 
 def require_unchanged(files: Sequence[File], descriptors: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from json.encoder import encode_basestring
 from math import prod
+from operator import itemgetter
 from typing import Any, NoReturn
 
 from reshard.errors import Problem, Refused, refuse
@@ -67,38 +68,53 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
     `file` is the index that the tensors will carry; their offsets count from the start of the file. The tensors must
     cover the data exactly: no overlap, no gap, nothing behind the last.
     """
-    header = parse_json(text, name)
-    if not isinstance(header, dict):
-        raise refuse("header-not-json", name, f"a JSON {type(header).__name__}", "a JSON object", AGAIN)
+    header = parse_object(text, name)
     problems: list[Problem] = []
     metadata = header.pop("__metadata__", {})
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+    if not (isinstance(metadata, dict) and all(map(is_text, [*metadata, *metadata.values()]))):
         problems.append(Problem("wrong-metadata", f"{name}: __metadata__", "another thing", "an object of strings"))
     start = LENGTH_SIZE + len(text)
     tensors = []
+    sizes: dict[tuple[Any, ...], int] = {}
     for key, entry in header.items():
-        fault = entry_fault(key, entry)
-        if fault:
-            problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
-            continue
+        if not is_known(key, entry, sizes):
+            if fault := entry_fault(key, entry):
+                problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+                continue
+            sizes[entry["dtype"], *entry["shape"]] = entry["data_offsets"][1] - entry["data_offsets"][0]
         begin, end = entry["data_offsets"]
         tensors.append(Tensor(key, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
     if not problems:
-        tensors.sort(key=place)
+        tensors.sort(key=PLACE)
         problems.extend(placing_problems(tensors, start, file_size, name))
     if problems:
         raise Refused(problems)
     return tensors
 
 
-def parse_json(text: bytes, name: str) -> Any:
-    """`json.loads`, strict: no duplicate key, no float, no NaN, nothing but UTF-8. Raises Refused, naming `name`."""
+def parse_object(text: bytes, name: str) -> dict[str, Any]:
+    """The JSON object of a header: no duplicate key, no float, no NaN, nothing but UTF-8. Raises Refused for `name`."""
     try:
-        return json.loads(
-            text.decode(), object_pairs_hook=unique_keys, parse_float=refuse_number, parse_constant=refuse_number
-        )
+        header = json.loads(text.decode(), parse_float=refuse_number, parse_constant=refuse_number)
+        if isinstance(header, dict) and not all_strings_kept(text, header):
+            # Slower by half, but it says which.
+            json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise refuse("header-not-json", name, f"{type(error).__name__}: {error}", "a JSON header", AGAIN) from None
+    if not isinstance(header, dict):
+        raise refuse("header-not-json", name, f"a JSON {type(header).__name__}", "a JSON object", AGAIN)
+    return header
+
+
+def all_strings_kept(text: bytes, header: dict[str, Any]) -> bool:
+    """Whether the text has no string but those of the parsed header, by counting quotes: then no key stood twice.
+
+    An entry has five strings: its name, its three keys and its dtype. False also if that cannot be told so easily.
+    """
+    metadata = header.get("__metadata__")
+    entries = len(header) - (metadata is not None)
+    strings = 5 * entries + (1 + 2 * len(metadata) if isinstance(metadata, dict) else 0)
+    return b"\\" not in text and text.count(b'"') == 2 * strings
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,28 +130,53 @@ def refuse_number(number: str) -> NoReturn:
     raise ValueError(f"{number[:40]} is not a whole number")
 
 
+def is_known(key: str, entry: Any, sizes: dict[tuple[Any, ...], int]) -> bool:
+    """Whether an entry is right because one of that dtype and shape was; else it must be looked at. For speed only."""
+    try:
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        return (
+            len(entry) == 3
+            and sizes.get((entry["dtype"], *shape)) == end - begin
+            and begin >= 0
+            # To Python `true` equals 1.
+            and {int} == {type(begin), type(end), *map(type, shape)}
+            and type(shape) is list
+            and key.isascii()
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
     """What is wrong with one entry as (kind, found, expected), or None."""
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        bits = BITS[dtype]
-        if not (len(entry) == 3 and type(begin) is type(end) is int and 0 <= begin <= end <= MAX_INTEGER):
-            return "wrong-offsets", f"data_offsets {short(entry['data_offsets'])}", "two whole numbers, begin <= end"
-        if not (type(shape) is list and len(shape) <= MAX_DIMENSIONS and all(map(is_size, shape))):
-            return "wrong-shape", f"shape {short(shape)}", f"at most {MAX_DIMENSIONS} whole numbers, none negative"
-        if prod(shape) * bits != (end - begin) * 8:
-            found = f"{(end - begin) * 8:,} bits of data for {dtype} {short(shape)}"
-            return "wrong-offsets", found, f"{prod(shape) * bits:,} bits"
-        key.encode()
-    except UnicodeEncodeError:
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        return "wrong-entry", short(entry), "dtype, shape and data_offsets, and nothing else"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or (type(offsets) is list and len(offsets) != 2):
+        return "wrong-entry", short(entry), "a dtype, a list of sizes and two offsets"
+    if not is_text(key):
         return "wrong-name", "a lone surrogate in the name", "a name that UTF-8 can write"
-    except KeyError:
-        if isinstance(entry, dict) and "dtype" in entry:
-            return "unknown-dtype", f"dtype {short(entry['dtype'])}", "one of " + ", ".join(BITS)
-        return "wrong-entry", short(entry), "dtype, shape and data_offsets"
-    except (TypeError, ValueError):
-        return "wrong-entry", short(entry), "dtype, shape and data_offsets"
+    if dtype not in BITS:
+        return "unknown-dtype", f"dtype {short(dtype)}", "one of " + ", ".join(BITS)
+    if type(offsets) is not list or not all(map(is_size, offsets)) or offsets[0] > offsets[1]:
+        return "wrong-offsets", f"data_offsets {short(offsets)}", "two whole numbers, begin <= end"
+    if type(shape) is not list or len(shape) > MAX_DIMENSIONS or not all(map(is_size, shape)):
+        return "wrong-shape", f"shape {short(shape)}", f"at most {MAX_DIMENSIONS} whole numbers, none negative"
+    # A product that overflows on the way to its zero is an overflow to safetensors too.
+    if prod(filter(None, shape)) > MAX_INTEGER:
+        return "wrong-shape", f"shape {short(shape)}", f"at most {MAX_INTEGER:,} elements"
+    bits, found = prod(shape) * BITS[dtype], (offsets[1] - offsets[0]) * 8
+    if bits != found:
+        return "wrong-offsets", f"{found:,} bits of data for {dtype} {short(shape)}", f"{bits:,} bits"
     return None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can write: JSON can spell half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def is_size(value: Any) -> bool:
@@ -147,8 +188,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.offset, tensor.size
+PLACE = itemgetter(Tensor._fields.index("offset"), Tensor._fields.index("size"))
 
 
 def placing_problems(tensors: Iterable[Tensor], start: int, file_size: int, name: str) -> Iterable[Problem]:
@@ -178,7 +218,12 @@ def header_bytes(entries: Iterable[str]) -> bytes:
 
 def entry_text(name: str, dtype: str, shape: Iterable[int]) -> str:
     """The start of an entry, up to its two offsets: complete it with `BEGIN,END]}`."""
-    return f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+    return encode_basestring(name) + entry_end(dtype, shape)
+
+
+def entry_end(dtype: str, shape: Iterable[int]) -> str:
+    """What follows the name of an entry, up to its two offsets."""
+    return f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
 
 
 def order_key(name: str, dtype: str) -> tuple[int, str]:

@@ -90,23 +90,23 @@ def missing_problems(
 ) -> Iterator[Problem]:
     """Every tensor that a rule expects and the checkpoint lacks, and the rules that the config says have none."""
     for number, rule in enumerate(recipe.rules):
-        tuples, wanted = present.get(number, set()), is_expected(rule, config)
-        if wanted is False and tuples:
+        tuples, wanted = present.get(number, set()), is_expected(rule, config or {}, recipe, present)
+        if not wanted and tuples:
             found = f"{len(tuples)} tensors"
-            expected = f"none, for the rule is {rule.only!r} of config.json"
-            yield Problem("contradiction", rule.left, found, expected, "is the config another model's?")
-        if rule.relation != "drop" and (wanted or (wanted is None and tuples)):
+            expected = f"none, for the rule is {rule.only!r}"
+            yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
+        if rule.relation != "drop" and wanted:
             yield from missing_of_rule(rule, recipe, members, tuples)
 
 
-def is_expected(rule: Rule, config: Mapping[str, Any] | None) -> bool | None:
-    """Whether the model has the tensors of a rule; None if only the config could tell and there is none."""
+def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
+    """Whether the model has the tensors of a rule. Where the config does not say, any tensor of an `if` does."""
     if not rule.only:
         return True
-    if config is None:
-        return None
     condition, key = rule.only.split()
-    return bool(config.get(key)) == (condition == "if")
+    ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
+    value = config[key] if key in config else any(number in present for number in ifs)
+    return bool(value) == (condition == "if")
 
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from reshard.choose import choose_recipe
 from reshard.errors import Refused
 from reshard.match import match
-from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_headers
+from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_config, read_headers
 from reshard.recipe import packaged_recipes
 from reshard.text import size_text, table
 from reshard.types import Checkpoint, Recipe
@@ -43,7 +43,7 @@ def inspect_path(path: Path) -> Content:
     for recipe in packaged_recipes():
         if ranks := ranks_of(names, recipe):
             return content_of(path, read_headers(folder_of(path), names), recipe.right, "", ranks, {}, "")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         recipe = choose_recipe(checkpoint, packaged_recipes())
@@ -51,6 +51,13 @@ def inspect_path(path: Path) -> Content:
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
     return content_of(path, stored, recipe.left, recipe.name, 0, counts, "")
+
+
+def read_file(path: Path) -> Checkpoint:
+    """A single file as it stands, though it be one of several."""
+    stored = read_headers(path.parent, [path.name])
+    tensors = {tensor.name: tensor for tensor in stored.tensors}
+    return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
 
 
 def ranks_of(names: list[str], recipe: Recipe) -> int:

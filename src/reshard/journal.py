@@ -58,7 +58,7 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
     content = path.read_bytes()
     if restart or b"\n" not in content:
         # Without a whole first line nothing can have been durable yet.
-        line = (json.dumps(job, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(job) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append(descriptor, line)
         return Journal(descriptor, path, len(line), b"")

@@ -17,7 +17,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.json:
         print_json(asdict(content))
     else:
-        print("\n".join(map(printable, content_text(content).splitlines())))
+        print("\n".join(map(printable, content_text(content).split("\n"))))
     return PROVEN
 
 
@@ -63,6 +63,7 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
         print_json({"status": "fits", "tensors": len(checkpoint.tensors), "counts": counts})
     else:
         rows = [(counted, f"{count:,}") for counted, count in counts.items()]
-        print(f"{name} fits {source}: {len(checkpoint.tensors):,} tensors, each under one rule")
-        print(table(("", "found"), rows))
+        lines = [f"{name} fits {source}: {len(checkpoint.tensors):,} tensors, each under one rule"]
+        lines += table(("", "found"), rows).split("\n")
+        print("\n".join(map(printable, lines)))
     return PROVEN

@@ -52,7 +52,7 @@ def manifest_of(plan: Plan, side_files: Mapping[str, bytes], records: Records, k
         {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
         for name, content in side_files.items()
     ]
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def ranges_text(header: bytes, records: Records) -> str:

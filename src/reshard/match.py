@@ -1,14 +1,14 @@
 """Stage 2: Checkpoint + Recipe -> Matched. Which rule covers each tensor, and that none is missing. Opens no file."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.holes import hole_members, hole_problems, missing_problems
-from reshard.names import Pattern, pattern_of, patterns_of, split_name
-from reshard.types import Checkpoint, Hole, Recipe, Tensor
+from reshard.names import Pattern, later_members, patterns_of, split_name
+from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
 NEAREST_FOR = 50
@@ -43,11 +43,13 @@ def match(checkpoint: Checkpoint, recipe: Recipe) -> Matched:
     Raises Refused with every tensor that no rule or more than one rule covers; then with every gap in a numbered family
     and every contradiction with the config; then with every tensor that a rule expects and the checkpoint lacks.
     """
-    matches = match_names(checkpoint, recipe)
+    matches, unmatched = match_names(checkpoint, recipe)
+    require_none(unmatched_problems(recipe, unmatched))
     present: dict[int, set[tuple[str, ...]]] = {}
     for found in matches:
         if not found.is_scale:
             present.setdefault(found.rule, set()).add(found.numbers)
+    require_none(clashes(matches))
     members = hole_members(recipe, present)
     require_none(hole_problems(checkpoint, recipe, members))
     require_none(missing_problems(checkpoint.config, recipe, members, present))
@@ -59,41 +61,48 @@ def match(checkpoint: Checkpoint, recipe: Recipe) -> Matched:
     )
 
 
-def match_names(checkpoint: Checkpoint, recipe: Recipe) -> list[Match]:
-    """Each tensor with its one rule. Raises Refused with all tensors that have none or several."""
+def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Match], dict[str, list[Pattern]]]:
+    """Each tensor with its one rule; and by name those with none or several, with the patterns that fit them."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
     names = {name: split_name(name) for name in checkpoint.tensors}
-    marked = {hole.name: marked_numbers(hole, names.values()) for hole in recipe.holes.values() if hole.after}
-    before = {
-        earlier.name: hole.name
-        for hole in recipe.holes.values()
-        for earlier in recipe.holes.values()
-        if hole.after and hole.after in (earlier.name, earlier.within)
-    }
-    candidates: dict[tuple[str, int], list[Pattern]] = {}
+    marked, before = later_members(names.values(), recipe)
+    fitting: dict[tuple[str, int], tuple[list[Pattern], int]] = {}
+    accepting: dict[tuple[str, tuple[str, ...]], list[Pattern]] = {}
     matches: list[Match] = []
     unmatched: dict[str, list[Pattern]] = {}
     for name, (key, numbers) in names.items():
-        known = candidates.get((key, len(numbers)))
+        known, checked = fitting.get((key, len(numbers)), (None, 0))
         if known is None:
             known = [pattern for pattern in patterns if pattern.fits(key, numbers)]
-            candidates[key, len(numbers)] = known
-        found = [pattern for pattern in known if pattern.accepts(numbers, marked, before)]
+            checked = max((pattern.checked({*marked, *before}) for pattern in known), default=0)
+            fitting[key, len(numbers)] = known, checked
+        # Of a name's numbers mostly the layer alone decides: so each decision is made once a layer, not once an expert.
+        found = accepting.get((key, numbers[:checked]))
+        if found is None:
+            found = [pattern for pattern in known if pattern.accepts(numbers, marked, before)]
+            accepting[key, numbers[:checked]] = found
         if len(found) != 1:
             unmatched[name] = found
             continue
         pattern = found[0]
-        right = pattern.right % tuple([numbers[place] for place in pattern.order])
+        right = pattern.right % (numbers if pattern.is_plain else tuple([numbers[place] for place in pattern.order]))
         matches.append(Match(checkpoint.tensors[name], pattern.rule, numbers, pattern.is_scale, right))
-    require_none(unmatched_problems(recipe, unmatched))
-    return matches
+    return matches, unmatched
 
 
-def marked_numbers(hole: Hole, names: Iterable[tuple[str, tuple[str, ...]]]) -> set[str]:
-    """The members of a hole that follows another: those whose marker is among the names."""
-    marker = pattern_of(0, hole.marker, "", is_scale=False)
-    place = marker.slots.index(hole.name)
-    return {numbers[place] for key, numbers in names if marker.fits(key, numbers)}
+def clashes(matches: Sequence[Match]) -> Iterator[Problem]:
+    """Tensors that would have the same name on the other side. What is dropped has none there."""
+    named = [found for found in matches if found.right]
+    if len({found.right for found in named}) == len(named):
+        return
+    first: dict[str, str] = {}
+    for found in named:
+        other = first.setdefault(found.right, found.tensor.name)
+        if other != found.tensor.name:
+            both = f"the name of {other} too"
+            yield Problem(
+                "same-name", f"{found.tensor.name} -> {found.right}", both, "a name for each", "mend the recipe"
+            )
 
 
 def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:

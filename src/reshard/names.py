@@ -1,7 +1,7 @@
 """Names with numbered places: a recipe's patterns, and how a tensor's name is held against them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard.recipe import HOLE, PARAMETER, REST, WEIGHT
@@ -25,12 +25,19 @@ class Pattern:
     """A %-format for the name on the right."""
     order: tuple[int, ...]
     """Which number fills each place of `right`."""
+    is_plain: bool
+    """Whether that is all of them, one after the other."""
 
     def fits(self, key: str, numbers: Sequence[str]) -> bool:
         """Whether a name of that key and those numbers could be this pattern's, holes apart."""
         if self.takes_rest:
             return key.startswith(self.key) and len(numbers) >= len(self.slots)
         return key == self.key and len(numbers) == len(self.slots)
+
+    def checked(self, letters: Container[str]) -> int:
+        """How many of the numbers, from the first on, `accepts` looks at: `letters` are the holes that it checks."""
+        places = [place for place, slot in enumerate(self.slots, 1) if slot in letters or slot.isdigit()]
+        return max(places, default=0)
 
     def accepts(self, numbers: Sequence[str], marked: Mapping[str, set[str]], before: Mapping[str, str]) -> bool:
         """Whether the numbers are the digits asked for, and on the right side of each marked hole.
@@ -50,8 +57,8 @@ class Pattern:
 
 
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
-    """`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`))."""
-    pieces = NUMBER.split(name)
+    r"""`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`)). A `#` of the name itself becomes `\#`."""
+    pieces = NUMBER.split(name.replace("#", r"\#") if "#" in name else name)
     return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
@@ -72,15 +79,41 @@ def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern
     text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
     components = text.split(".")
     slots = tuple(part.strip("{}") for part in components if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part))
-    key = ".".join("#" if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in components)
+    parts = (part.replace("#", r"\#") for part in components)
+    key = ".".join("#" if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in parts)
     order = tuple(slots.index(name) for name in HOLE.findall(right))
     right_format = HOLE.sub("%s", right.replace("%", "%%"))
-    return Pattern(number, is_scale, key + "." if takes_rest else key, slots, takes_rest, right_format, order)
+    is_plain = not takes_rest and order == tuple(range(len(slots)))
+    full_key = key + "." if takes_rest else key
+    return Pattern(number, is_scale, full_key, slots, takes_rest, right_format, order, is_plain)
 
 
 def slots_of(rule: Rule) -> tuple[str, ...]:
     """What fills each numbered place of the rule's left name: the letter of a hole, or digits."""
     return pattern_of(0, rule.left.replace(f"{{{PARAMETER}}}", WEIGHT), "", is_scale=False).slots
+
+
+def later_members(
+    names: Iterable[tuple[str, tuple[str, ...]]], recipe: Recipe
+) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """For each hole that follows another: its members, told by the marker; and from each hole before to the one after.
+
+    `names` are those of the left side, as `split_name` gives them.
+    """
+    holes = [hole for hole in recipe.holes.values() if hole.after]
+    known = list(names)
+    marked = {}
+    for hole in holes:
+        marker = pattern_of(0, hole.marker, "", is_scale=False)
+        place = marker.slots.index(hole.name)
+        marked[hole.name] = {numbers[place] for key, numbers in known if marker.fits(key, numbers)}
+    before = {
+        earlier.name: hole.name
+        for hole in holes
+        for earlier in recipe.holes.values()
+        if hole.after in (earlier.name, earlier.within)
+    }
+    return marked, before
 
 
 def filled(pattern: str, numbers: Mapping[str, int]) -> str:

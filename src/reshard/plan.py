@@ -1,25 +1,26 @@
 """Stage 3: Checkpoint + Recipe + Layout -> Plan. Pure: opens no file; what it returns can be printed and proven."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring
 from typing import NamedTuple
 
 import numpy as np
 
-from reshard.copies import Copies, Integers, WrongPlan, joined, require_coverage, require_tiling
+from reshard.copies import Copies, Integers, Usage, WrongPlan, joined, require_coverage, require_tiling
 from reshard.cut import (
-    DIMENSION,
     MOST_RANKS,
     Cut,
     Limit,
     cut_scale,
     cut_weight,
+    limit_of,
     scale_problems,
     weight_problems,
     working_ranks,
 )
 from reshard.errors import Problem, refuse, require_none
-from reshard.header import entry_text, header_bytes, order_key
+from reshard.header import DTYPE_RANK, entry_end, header_bytes
 from reshard.match import Match, Matched, match
 from reshard.names import slots_of
 from reshard.types import Checkpoint, Layout, Recipe, Rule, Tensor
@@ -31,7 +32,8 @@ class Piece(NamedTuple):
     """A kept tensor, how it is cut, and the one rank that holds it, or EVERY_RANK."""
 
     match: Match
-    cut: Cut
+    cut: int
+    """Index into the cuts of the plan: a model has 100,000 tensors and some 50 ways to cut them."""
     rank: int
 
 
@@ -72,6 +74,7 @@ class Plan:
     counts: dict[str, int]
     """How many members each hole of the recipe has."""
     pieces: tuple[Piece, ...]
+    cuts: tuple[Cut, ...]
     files: tuple[TargetFile, ...]
     copies: Copies
     """Their `target_file` is an index into `files`."""
@@ -88,7 +91,8 @@ class Plan:
         start = len(file.header)
         for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
             found = self.pieces[piece]
-            yield Tensor(found.match.right, found.match.tensor.dtype, found.cut.shape, index, start, end - start)
+            shape = self.cuts[found.cut].shape
+            yield Tensor(found.match.right, found.match.tensor.dtype, shape, index, start, end - start)
             start = end
 
 
@@ -98,11 +102,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
     matched = match(checkpoint, recipe)
-    pieces = cut_all(checkpoint, recipe, layout, matched)
-    files, copies = lay_out(recipe, layout, pieces, columns_of(pieces))
+    kinds = kinds_of(matched)
+    require_none(pairing_problems(recipe, matched, kinds))
+    require_none(ranks_problems(checkpoint, recipe, layout, matched, kinds))
+    pieces, cuts = cut_all(recipe, layout, matched, kinds)
+    files, copies = lay_out(recipe, layout, pieces, cuts)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
     coverage = cover(checkpoint, recipe, layout, matched, copies)
-    return Plan(checkpoint, recipe, layout, dict(matched.counts), pieces, files, copies, coverage)
+    return Plan(checkpoint, recipe, layout, dict(matched.counts), pieces, cuts, files, copies, coverage)
 
 
 def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
@@ -119,62 +126,63 @@ def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     return replace(plan, files=files, copies=Copies(**columns))
 
 
-def cut_all(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched) -> tuple[Piece, ...]:
-    """Every kept tensor with its cut, in the order in which safetensors lays tensors out. Raises Refused."""
-    units = pair(matched)
-    require_none(pairing_problems(recipe, units))
-    require_none(ranks_problems(checkpoint, recipe, layout, matched, units))
-    deals = dealing(recipe, layout, matched)
-    cuts: dict[tuple[object, ...], Cut] = {}
-    pieces = []
+class Unit(NamedTuple):
+    """A weight and its block scale, if it has one. They are cut together."""
+
+    weight: Match
+    scale: Match | None
+
+
+Kinds = list[list[Unit]]
+"""The units, those of one rule, dtype and shape together: what can be said of one can be said of all of its kind."""
+
+
+def kinds_of(matched: Matched) -> Kinds:
+    scales = {(found.rule, found.numbers): found for found in matched.kept if found.is_scale}
+    kinds: dict[tuple[object, ...], list[Unit]] = {}
     for found in matched.kept:
-        weight = units[found.rule, found.numbers][0]
-        key = (found.rule, found.is_scale, found.tensor.dtype, found.tensor.shape, weight.shape)
-        cut = cuts.get(key)
-        if cut is None:
-            cut = cuts[key] = cut_match(recipe, layout, found, weight)
-        place, members = deals.get(found.rule, (None, 1))
-        rank = EVERY_RANK if place is None else int(found.numbers[place]) // members
-        pieces.append(Piece(found, cut, rank))
-    pieces.sort(key=lambda piece: order_key(piece.match.right, piece.match.tensor.dtype))
-    return tuple(pieces)
+        if found.is_scale:
+            continue
+        tensor, scale = found.tensor, scales.get((found.rule, found.numbers))
+        shape = scale.tensor.shape if scale else None
+        key = (found.rule, tensor.dtype, tensor.shape, scale and scale.tensor.dtype, shape)
+        kinds.setdefault(key, []).append(Unit(found, scale))
+    return list(kinds.values())
 
 
-Units = dict[tuple[int, tuple[str, ...]], tuple[Tensor, Tensor | None]]
-"""By rule and numbers: a weight and its block scale, if it has one. They are cut together."""
-
-
-def pair(matched: Matched) -> Units:
-    """Each kept weight with its block scale. A scale without a weight stands in the weight's place; `pairing_problems`
-    refuses it.
-    """
-    scales = {(found.rule, found.numbers): found.tensor for found in matched.kept if found.is_scale}
-    units: Units = {key: (scale, scale) for key, scale in scales.items()}
-    for found in matched.kept:
-        if not found.is_scale:
-            key = (found.rule, found.numbers)
-            units[key] = (found.tensor, scales.get(key))
-    return units
-
-
-def pairing_problems(recipe: Recipe, units: Units) -> Iterator[Problem]:
+def pairing_problems(recipe: Recipe, matched: Matched, kinds: Kinds) -> Iterator[Problem]:
     """FP8 weights without a scale, scales without an FP8 weight, and scales of a wrong shape."""
     remedy = "is a file missing from the checkpoint?"
-    for weight, scale in units.values():
-        is_fp8 = weight.dtype.startswith("F8_")
-        if weight is scale:
-            yield Problem("scale-without-weight", weight.name, "a block scale without its weight", "both", remedy)
-        elif is_fp8 and scale is None:
+    scales = sum(found.is_scale for found in matched.kept)
+    if scales != sum(len(units) for units in kinds if units[0].scale):
+        weights = {(found.rule, found.numbers) for found in matched.kept if not found.is_scale}
+        for found in matched.kept:
+            if found.is_scale and (found.rule, found.numbers) not in weights:
+                subject = found.tensor.name
+                yield Problem("scale-without-weight", subject, "a block scale without its weight", "both", remedy)
+    for units in kinds:
+        if next(unit_problems(recipe, units[0]), None):
+            for unit in units:
+                yield from unit_problems(recipe, unit)
+
+
+def unit_problems(recipe: Recipe, unit: Unit) -> Iterator[Problem]:
+    weight, scale = unit.weight.tensor, unit.scale and unit.scale.tensor
+    if recipe.scale is None:
+        return
+    if weight.dtype.startswith("F8_"):
+        if scale is None:
+            remedy = "is a file missing from the checkpoint?"
             yield Problem("weight-without-scale", weight.name, f"{weight.dtype} without a block scale", "both", remedy)
-        elif scale is not None and not is_fp8:
-            found = f"a block scale for a weight of {weight.dtype}"
-            yield Problem("scale-without-weight", scale.name, found, "an FP8 weight", "is the checkpoint a mixture?")
-        elif scale is not None and recipe.scale:
+        else:
             yield from scale_problems(scale, weight, recipe.scale.block)
+    elif scale:
+        found = f"a block scale for a weight of {weight.dtype}"
+        yield Problem("scale-without-weight", scale.name, found, "an FP8 weight", "is the checkpoint a mixture?")
 
 
 def ranks_problems(
-    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched, units: Units
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched, kinds: Kinds
 ) -> Iterator[Problem]:
     """Everything that the number of ranks does not suit, with the numbers that suit all."""
     if not 1 <= layout.ranks <= MOST_RANKS:
@@ -187,15 +195,19 @@ def ranks_problems(
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
-    for (number, _), (weight, scale) in units.items():
-        split = recipe.rules[number].split
+    for units in kinds:
+        (weight, *_), scale = units[0]
+        split = recipe.rules[units[0].weight.rule].split
         block = recipe.scale.block if recipe.scale and scale else 1
-        problems.extend(weight_problems(weight, split, layout.ranks, block))
-        if split in DIMENSION and len(weight.shape) > DIMENSION[split]:
-            limits.add(Limit(weight.shape[DIMENSION[split]], block))
-    if problems:
-        remedy = f"--mp with one of {working_ranks(limits)}"
-        yield from (replace(problem, remedy=remedy) for problem in problems)
+        if limit := limit_of(weight, split, block):
+            limits.add(limit)
+        if next(weight_problems(weight, split, layout.ranks, block), None):
+            for unit in units:
+                problems.extend(weight_problems(unit.weight.tensor, split, layout.ranks, block))
+    # A tensor of too few dimensions suits no number of ranks.
+    works = all(problem.kind != "wrong-shape" for problem in problems)
+    remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
+    yield from (replace(problem, remedy=remedy) for problem in problems)
 
 
 def counted_lengths(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
@@ -209,20 +221,38 @@ def counted_lengths(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) ->
             yield key, value
 
 
-def cut_match(recipe: Recipe, layout: Layout, found: Match, weight: Tensor) -> Cut:
-    split = recipe.rules[found.rule].split
-    if found.is_scale and recipe.scale:
-        return cut_scale(found.tensor, weight, split, layout.ranks, recipe.scale.block)
-    return cut_weight(found.tensor, split, layout.ranks)
+def cut_all(
+    recipe: Recipe, layout: Layout, matched: Matched, kinds: Kinds
+) -> tuple[tuple[Piece, ...], tuple[Cut, ...]]:
+    """Every kept tensor as a piece, in the order in which safetensors lays tensors out, and the cuts."""
+    cuts: list[Cut] = []
+    by_dtype: dict[str, list[tuple[str, Piece]]] = {}
+    for units in kinds:
+        weight, scale = units[0]
+        rule = recipe.rules[weight.rule]
+        rank_of = dealer(rule, layout, matched)
+        number = len(cuts)
+        cuts.append(cut_weight(weight.tensor, rule.split, layout.ranks))
+        weights = by_dtype.setdefault(weight.tensor.dtype, [])
+        weights.extend((unit.weight.right, Piece(unit.weight, number, rank_of(unit.weight.numbers))) for unit in units)
+        if scale and recipe.scale:
+            cuts.append(cut_scale(scale.tensor, weight.tensor, rule.split, layout.ranks, recipe.scale.block))
+            matches = [unit.scale for unit in units if unit.scale]
+            scales = by_dtype.setdefault(scale.tensor.dtype, [])
+            scales.extend((found.right, Piece(found, number + 1, rank_of(found.numbers))) for found in matches)
+    ordered = [sorted(by_dtype[dtype]) for dtype in sorted(by_dtype, key=DTYPE_RANK.__getitem__, reverse=True)]
+    return tuple(piece for named in ordered for _, piece in named), tuple(cuts)
 
 
-def dealing(recipe: Recipe, layout: Layout, matched: Matched) -> dict[int, tuple[int, int]]:
-    """By rule that deals its tensors to ranks: which number of a match is dealt, and how many members a rank gets."""
-    return {
-        number: (slots_of(rule).index(rule.split[-1]), matched.counts[rule.split[-1]] // layout.ranks)
-        for number, rule in enumerate(recipe.rules)
-        if rule.split.startswith("by ")
-    }
+def dealer(rule: Rule, layout: Layout, matched: Matched) -> Callable[[tuple[str, ...]], int]:
+    """From the numbers of a match, the one rank that gets it, or EVERY_RANK. Members are dealt in runs: experts 0-15 go
+    to rank 0.
+    """
+    if not rule.split.startswith("by "):
+        return lambda _: EVERY_RANK
+    letter = rule.split.removeprefix("by ")
+    place, members = slots_of(rule).index(letter), matched.counts[letter] // layout.ranks
+    return lambda numbers: int(numbers[place]) // members
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,27 +261,30 @@ class Columns:
 
     source_file: Integers
     source_offset: Integers
+    rank: Integers
     rows: Integers
     pitch: Integers
     run: Integers
     repeat: Integers
-    rank: Integers
 
 
-def columns_of(pieces: Sequence[Piece]) -> Columns:
-    rows = (
-        (tensor.file, tensor.offset, cut.rows, cut.pitch, cut.run, cut.repeat, rank)
-        for (tensor, *_), cut, rank in pieces
-    )
-    table = np.fromiter((value for row in rows for value in row), np.int64, 7 * len(pieces))
-    return Columns(*np.ascontiguousarray(table.reshape(-1, 7).T))
+def columns_of(pieces: Sequence[Piece], cuts: Sequence[Cut]) -> Columns:
+    table = np.array([(cut.rows, cut.pitch, cut.run, cut.repeat) for cut in cuts], np.int64).reshape(-1, 4)
+    cut = np.array([piece.cut for piece in pieces], np.int64)
+    file = np.array([piece.match.tensor.file for piece in pieces], np.int64)
+    offset = np.array([piece.match.tensor.offset for piece in pieces], np.int64)
+    rank = np.array([piece.rank for piece in pieces], np.int64)
+    return Columns(file, offset, rank, *np.ascontiguousarray(table[cut].T))
 
 
 def lay_out(
-    recipe: Recipe, layout: Layout, pieces: Sequence[Piece], columns: Columns
+    recipe: Recipe, layout: Layout, pieces: Sequence[Piece], cuts: Sequence[Cut]
 ) -> tuple[tuple[TargetFile, ...], Copies]:
     """Every target file to the byte, and the copies that fill it behind its header."""
-    texts = [entry_text(match.right, match.tensor.dtype, cut.shape) for match, cut, _ in pieces]
+    columns = columns_of(pieces, cuts)
+    kinds = [(piece.match.right, piece.match.tensor.dtype, piece.cut) for piece in pieces]
+    ends_of = {(dtype, cut): entry_end(dtype, cuts[cut].shape) for dtype, cut in {kind[1:] for kind in kinds}}
+    texts = [encode_basestring(name) + ends_of[dtype, cut] for name, dtype, cut in kinds]
     files, parts = [], []
     for rank in range(layout.ranks):
         chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
@@ -285,18 +318,26 @@ def cover(
     """Proves that each kept tensor is used whole and no dropped one is touched, and says by rule how often."""
     used = [found.tensor for found in matched.kept]
     usage = require_coverage(copies, used, [file.size for file in checkpoint.files])
-    uses = [
-        use_of(least, most, layout.ranks) for least, most in zip(usage.least.tolist(), usage.most.tolist(), strict=True)
-    ]
-    shares: dict[tuple[str, int], list[int]] = {}
-    rows = [*zip(uses, matched.kept, strict=True), *(("dropped", found) for found in matched.dropped)]
-    for use, found in rows:
-        share = shares.setdefault((use, found.rule), [0, 0])
-        share[0] += 1
-        share[1] += found.tensor.size
-    if sum(tensors for tensors, _ in shares.values()) != len(checkpoint.tensors):
+    require_usage(recipe, layout, matched, usage)
+    times = zip(usage.least.tolist(), usage.most.tolist(), strict=True)
+    found_uses = [(use_of(*pair, layout.ranks), found.rule) for pair, found in zip(times, matched.kept, strict=True)]
+    found_uses += [("dropped", found.rule) for found in matched.dropped]
+    sizes: dict[tuple[str, int], list[int]] = {}
+    for use, found in zip(found_uses, (*matched.kept, *matched.dropped), strict=True):
+        sizes.setdefault(use, []).append(found.tensor.size)
+    if len(found_uses) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
-    return tuple(Share(use, recipe.rules[rule], *share) for (use, rule), share in sorted(shares.items()))
+    return tuple(Share(use, recipe.rules[rule], len(found), sum(found)) for (use, rule), found in sorted(sizes.items()))
+
+
+def require_usage(recipe: Recipe, layout: Layout, matched: Matched, usage: Usage) -> None:
+    """Each tensor is used as often as the split of its rule says; a block scale by at least one rank."""
+    once = np.array([recipe.rules[found.rule].split != "replicate" for found in matched.kept], np.bool_)
+    is_scale = np.array([found.is_scale for found in matched.kept], np.bool_)
+    expected = np.where(once, 1, layout.ranks)
+    wrong = (usage.least != usage.most) | ((usage.most != expected) & (usage.most > 0))
+    if np.any(wrong & ~(once & is_scale)):
+        raise WrongPlan("a source tensor is used more or less often than its rule says")
 
 
 def use_of(least: int, most: int, ranks: int) -> str:

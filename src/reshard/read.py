@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None if there is no such file. Raises Refused if it holds anything else."""
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
@@ -116,7 +117,7 @@ def indexed_names(
 ) -> list[str]:
     """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
     wanted = sorted(set(weight_map.values()))
-    problems = [missing_file(source, name, weight_map) for name in wanted if not (source / name).is_file()]
+    problems = [missing_file(source, name, weight_map) for name in wanted if not is_file(source / name)]
     if not ignore_extra_files:
         remedy = "move it away, or pass --ignore-extra-files to leave it out"
         extra = sorted(set(names) - set(wanted))
@@ -127,9 +128,17 @@ def indexed_names(
     return wanted
 
 
+def is_file(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_file()
+    return False
+
+
 def missing_file(source: Path, name: str, weight_map: Mapping[str, str]) -> Problem:
     tensors = [tensor for tensor, file in weight_map.items() if file == name]
-    found = "a link to nothing" if (source / name).is_symlink() else "no such file"
+    found = "no such file"
+    with suppress(OSError):  # such as a name that is too long for the file system
+        found = "a link to nothing" if (source / name).is_symlink() else found
     return Problem("missing-file", name, found, f"{len(tensors):,} tensors: {listed(tensors)}", AGAIN)
 
 
@@ -186,6 +195,8 @@ def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:
 
 def index_problems(stored: Stored, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> Iterable[Problem]:
     """Where index and headers do not say the same."""
+    if {name: stored.files[tensor.file].name for name, tensor in tensors.items()} == weight_map:
+        return
     for name, file in weight_map.items():
         tensor = tensors.get(name)
         if tensor is None:

@@ -105,8 +105,23 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     files = table.get("files")
-    if isinstance(files, str) and (set(HOLE.findall(files)) != {"rank", "ranks"} or "/" in files):
+    if isinstance(files, str) and not is_files_pattern(files):
         yield ("files",), repr(files), "a file name with {rank} and {ranks}"
+
+    carry = table.get("carry", [])
+    if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
+        yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
+
+
+def is_files_pattern(text: str) -> bool:
+    """Whether a text makes a file name for each rank, and nothing but that."""
+    rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
+    return set(HOLE.findall(text)) == {"rank", "ranks"} and not set(rest) & set("{}") and is_plain(rest)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file name stays in its folder."""
+    return bool(name) and not set(name) & set("/\\\0") and name not in {".", ".."}
 
 
 def is_texts(value: Any) -> bool:
@@ -141,10 +156,18 @@ def hole_faults(holes: Any) -> Iterator[Fault]:
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
         else:
-            others = [fields[key] for key in ("within", "after") if key in fields]
-            for other in others:
-                if other not in holes or other == name:
-                    yield where, f"the hole {other!r}", "another hole of this recipe"
+            yield from ((where, *fault) for fault in hole_links(name, fields, holes))
+
+
+def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Faults in what a hole says of other holes and of tensors."""
+    for other in (fields[key] for key in ("within", "after") if key in fields):
+        if other not in holes or other == name:
+            yield f"the hole {other!r}", "another hole of this recipe"
+    if "marker" in fields and HOLE.findall(fields["marker"]) != [name]:
+        yield repr(fields["marker"]), f"marker: a name with the hole {{{name}}}"
+    if unknown := set(HOLE.findall(fields.get("rows_of", ""))) - (set(holes) - {name}):
+        yield f"the hole {listed(sorted(unknown))} in rows_of", "rows_of: a name with holes of this recipe"
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -178,7 +201,9 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], *, scaled: bool) -> Iterato
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
     elif sorted(HOLE.findall(rule.left)) != sorted(HOLE.findall(rule.right)):
         yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
-    elif rule.split not in SPLITS and rule.split not in {f"by {name}" for name in HOLE.findall(rule.left)}:
+    elif rule.split not in SPLITS and rule.split not in {
+        f"by {name}" for name in HOLE.findall(rule.left) if name in holes
+    }:
         yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
 
 

@@ -41,11 +41,21 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
         return
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    if long := [part for part in target.parts if len(os.fsencode(part)) > longest]:
+        yield Problem(
+            "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
+        )
     free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours if name.endswith(PARTIAL))
     if free < needed:
         found = f"{free:,} bytes free ({size_text(free)})"
         expected = f"{needed:,} bytes ({size_text(needed)})"
         yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
+
+
+def is_side(path: Path) -> bool:
+    """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it."""
+    return path.is_file() and not path.name.startswith(".")
 
 
 def allocated(path: Path) -> int:
@@ -68,5 +78,5 @@ def nearest_folder(path: Path) -> Path:
 def side_files(folder: Path, patterns: Iterable[str], carried: Iterable[str]) -> dict[str, Path]:
     """The files of a folder that go along, by name: those that fit a pattern and are not `carried` already."""
     patterns, taken = list(patterns), set(carried)
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if is_side(path)}
     return {name: path for name, path in sorted(found.items()) if name not in taken}

@@ -7,7 +7,8 @@ columns which box of the source the rank should hold, and compares every byte of
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from reshard.cut import MOST_RANKS
 from reshard.errors import Problem, Refused, refuse
-from reshard.names import Pattern, filled, patterns_of, slots_of, split_name
+from reshard.names import Pattern, filled, later_members, patterns_of, slots_of, split_name
 from reshard.read import read_header
 from reshard.types import Checkpoint, File, Recipe, Rule, Tensor
 
@@ -59,13 +61,21 @@ class Held(NamedTuple):
     """In bytes of a source row."""
 
 
-def verify_target(target: Path, source: Checkpoint, recipe: Recipe, advance: Advance = lambda _: None) -> Report:
-    """Compares every byte of every rank file in the folder `target` with the source.
+def verify_target(
+    target: Path,
+    source: Checkpoint,
+    recipe: Recipe,
+    advance: Advance = lambda _: None,
+    only: Collection[int] | None = None,
+) -> Report:
+    """Compares every byte of every rank file in the folder `target`, or of the ranks `only`, with the source.
 
     Every difference is a problem of the report. Raises Refused only if there is nothing that could be compared.
     """
-    ranks, names = rank_files(target, recipe)
-    files, problems = read_rank_files(target, names)
+    names, extra = rank_files(target, recipe)
+    ranks, wanted = len(names), range(len(names)) if only is None else only
+    files, problems = read_rank_files(target, {rank: names[rank] for rank in wanted if rank < ranks})
+    problems += [Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none") for name in extra]
     held: dict[str, list[Held]] = {}
     for file in files:
         advance(file.file.header_size)
@@ -84,24 +94,28 @@ def verify_target(target: Path, source: Checkpoint, recipe: Recipe, advance: Adv
     return Report(len(files), len(tensors), sum(tensor.size for tensor in tensors), tuple(problems))
 
 
-def rank_files(target: Path, recipe: Recipe) -> tuple[int, list[str]]:
-    """The number of ranks, told by the names of the files in a folder, and the names that there should be."""
+def rank_files(target: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The names of the rank files that a folder should have, and those of others that it has. How many ranks there are
+    is told by the names of most.
+    """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
-    for path in sorted(target.iterdir()) if target.is_dir() else []:
-        if found := re.fullmatch(pattern, path.name):
-            ranks = max(map(int, found.groups()))
-            return ranks, [recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
-    wanted = recipe.files.format(rank="0", ranks="N")
-    raise refuse(
-        "empty-target", str(target), f"no file such as {wanted}", "a folder of rank files", "the right folder?"
-    )
+    paths = sorted(target.iterdir()) if target.is_dir() else []
+    fitting = {path.name: found for path in paths if (found := re.fullmatch(pattern, path.name))}
+    if not fitting:
+        lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}"
+        raise refuse("empty-target", str(target), lacking, "a folder of rank files", "is it the right folder?")
+    ranks = Counter(max(map(int, found.groups())) for found in fitting.values()).most_common(1)[0][0]
+    if ranks > MOST_RANKS:
+        raise refuse("wrong-ranks", next(iter(fitting)), f"{ranks} ranks", f"at most {MOST_RANKS}")
+    names = [recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
+    return names, [name for name in fitting if name not in names]
 
 
-def read_rank_files(target: Path, names: Sequence[str]) -> tuple[list[RankFile], list[Problem]]:
+def read_rank_files(target: Path, names: Mapping[int, str]) -> tuple[list[RankFile], list[Problem]]:
     """The headers of the rank files that can be read, and what is wrong with the others."""
     files: list[RankFile] = []
     problems: list[Problem] = []
-    for rank, name in enumerate(names):
+    for rank, name in names.items():
         try:
             files.append(RankFile(rank, *read_header(target / name, rank)))
         except Refused as refused:
@@ -114,10 +128,12 @@ def hold(
 ) -> Iterator[Problem]:
     """Adds each tensor of a rank file to `held`, by its name in the source; yields those that do not belong there."""
     turned, patterns = backwards(recipe)
+    marked, before = later_members(map(split_name, source.tensors), recipe)
     for tensor in file.tensors:
         key, numbers = split_name(tensor.name)
         subject = f"{file.file.name}: {tensor.name}"
-        fitting = [pattern for pattern in patterns.get(key, ()) if pattern.accepts(numbers, {}, {})]
+        fitting = [pattern for pattern in patterns.get(key, ()) if pattern.fits(key, numbers)]
+        fitting = [pattern for pattern in fitting if pattern.accepts(numbers, marked, before)]
         name = fitting[0].right % tuple(numbers[place] for place in fitting[0].order) if len(fitting) == 1 else None
         if name is None or name not in source.tensors:
             found = "no rule of the recipe" if name is None else f"no {name} in the source"

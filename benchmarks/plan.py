@@ -1,0 +1,89 @@
+"""How long planning takes, and how much memory it needs, for DeepSeek-V3 at its full size and 16 ranks.
+
+    python benchmarks/plan.py
+
+Makes the checkpoint in a temporary folder: all names, shapes and sizes are true, the data are holes in sparse files.
+Each run is a fresh process that reads the headers and makes the plan as `reshard plan` does. The headers were written
+just before, so they come from the page cache.
+"""
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+RUNS = 5
+RANKS = 16
+FILES = 163
+MEASURES = {"read": "s", "plan": "s", "read + plan": "s", "peak memory": "MiB"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of planning DeepSeek-V3 for 16 ranks.")
+    parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    source = parser.parse_args().once
+    if source:
+        print(json.dumps(measure(source)))
+        return
+    with tempfile.TemporaryDirectory(prefix="reshard-benchmark-") as folder:
+        make_source(Path(folder) / "DeepSeek-V3")
+        runs = [run_once(Path(folder) / "DeepSeek-V3") for _ in range(RUNS)]
+    print(f"DeepSeek-V3, {FILES} files, {runs[0]['tensors']:,.0f} tensors, {RANKS} ranks: {RUNS} runs")
+    print(f"{'':12}  {'best':>8}  {'median':>8}")
+    for name, unit in MEASURES.items():
+        values = [run[name] for run in runs]
+        print(f"{name:12}  {min(values):8.2f}  {median(values):8.2f}  {unit}")
+
+
+def make_source(folder: Path) -> None:
+    from reshard.generate import DEEPSEEK_V3, write_checkpoint  # noqa: PLC0415 - what is measured imports by itself
+
+    write_checkpoint(folder, DEEPSEEK_V3, FILES, sparse=True)
+
+
+def run_once(source: Path) -> dict[str, float]:
+    """Measures in a process of its own, so that nothing is warm and the memory is that of one plan."""
+    command = [sys.executable, __file__, "--once", str(source)]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def measure(source: Path) -> dict[str, float]:
+    from reshard.choose import choose_recipe  # noqa: PLC0415
+    from reshard.plan import make_plan  # noqa: PLC0415
+    from reshard.read import read_checkpoint  # noqa: PLC0415
+    from reshard.recipe import packaged_recipes  # noqa: PLC0415
+    from reshard.types import Layout  # noqa: PLC0415
+
+    gc.disable()  # as the command does
+    started = time.perf_counter()
+    checkpoint = read_checkpoint(source)
+    was_read = time.perf_counter()
+    plan = make_plan(checkpoint, choose_recipe(checkpoint, packaged_recipes()), Layout(RANKS))
+    planned = time.perf_counter()
+    return {
+        "tensors": len(plan.source.tensors),
+        "read": was_read - started,
+        "plan": planned - was_read,
+        "read + plan": planned - started,
+        "peak memory": peak_memory(),
+    }
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MiB, the interpreter and numpy included.
+
+    Not `getrusage`: its figure starts at what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
+
+
+if __name__ == "__main__":
+    main()

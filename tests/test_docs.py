@@ -1,0 +1,162 @@
+"""The pages say what is so: marked blocks run, links lead somewhere, lists of files and of problems are whole.
+
+A block is marked behind its language: `console run` and `python run` are run in the order of the page, in one folder;
+`toml write=NAME` is written there; `text tree` is a list of files.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reshard
+from reshard.generate import SMALL, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(reshard.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES_THAT_RUN = ["README.md", "docs/recipes.md", "docs/format.md"]
+BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+KIND = re.compile(
+    r'(?:Problem|refuse)\(\s*"([a-z-]+)"'  # as an argument
+    r'|return "([a-z]+(?:-[a-z]+)+)", '  # as the first of a fault
+    r'|kind = "([a-z-]+)" if .+ else "([a-z-]+)"'
+)
+STANDS_FOR = {"make demo": "reshard demo"}
+"""What the Makefile runs once everything is set up."""
+
+FOR_16_RANKS: dict[str, Any] = {
+    **SMALL,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 256,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 128,
+    "vocab_size": 512,
+}
+"""As many experts as DeepSeek-V3, and sizes that 16 ranks can cut."""
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Language, mark and text of each marked block."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def tree() -> set[Path]:
+    """Every file and folder that the README lists."""
+    (text,) = (text for _, mark, text in blocks(ROOT / "README.md") if mark == "tree")
+    found: list[Path] = []
+    folders: dict[int, Path] = {-1: ROOT}
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth] = folders[depth - 1] / line.split()[0]
+        found.append(folders[depth])
+    return set(found)
+
+
+# --- blocks ---
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder that the pages speak of: a checkpoint for 16 ranks, one whose second file is missing, and none."""
+    write_checkpoint(tmp_path / "DeepSeek-V3", FOR_16_RANKS, 4)
+    write_checkpoint(tmp_path / "incomplete", SMALL, 4)
+    (tmp_path / "incomplete" / "model-00002-of-00004.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "reshard"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m reshard "$@"\n')
+    command.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PAGES_THAT_RUN)
+def test_marked_blocks_give_what_the_page_shows(name: str, folder: Path) -> None:
+    found = blocks(ROOT / name)
+    assert any(mark == "run" for _, mark, _ in found)
+    for language, mark, text in found:
+        if language == "toml":
+            (folder / mark.removeprefix("write=")).write_text(text, encoding="utf-8")
+        elif language == "python":
+            code, output = run([sys.executable, "-c", text], folder)
+            assert code == 0, output
+        elif language == "console":
+            require_console(text, folder)
+
+
+def require_console(text: str, folder: Path) -> None:
+    """Each command prints what stands below it, `...` for anything; one with nothing below it succeeds."""
+    code = 0
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, wanted = part.partition("\n")
+        line = STANDS_FOR.get(command, command)
+        code, output = run(["bash", "-c", f"(exit {code}); {line}"], folder)
+        if wanted:
+            wanted, output = without_chance(wanted), without_chance(output)
+            same = OutputChecker().check_output(wanted, output, ELLIPSIS | NORMALIZE_WHITESPACE)
+            assert same, f"$ {command}\n{output}\n--- instead of\n{wanted}"
+        else:
+            assert code == 0, output
+
+
+def run(command: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and all output, in the order in which it is written."""
+    paths = {
+        "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": str(PACKAGE.parent),
+        "PYTHONUNBUFFERED": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | paths,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def without_chance(output: str) -> str:
+    """Without what differs from run to run: seconds, rates, the lines of progress, the folder for temporary files."""
+    lines = [line for line in output.splitlines() if not re.match(r"\w+: +\d+% of ", line)]
+    return re.sub(r"in \d+\.\d s\b.*", "in ... s", "\n".join(lines)).replace(tempfile.gettempdir(), "/tmp")  # noqa: S108
+
+
+# --- links and lists ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"\w+:", link)]
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_tree_lists_every_file_of_the_package() -> None:
+    files = {path for ending in ("py", "toml") for path in (ROOT / "src").rglob(f"*.{ending}")}
+    assert sorted(files - tree()) == []
+
+
+def test_tree_lists_nothing_else() -> None:
+    assert [path for path in sorted(tree()) if not path.exists()] == []
+
+
+def test_format_page_lists_every_kind_of_problem() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py")))
+    kinds = {kind for groups in KIND.findall(sources) for kind in groups if kind}
+    listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(kinds)
