@@ -442,6 +442,70 @@ def test_verify_does_not_believe_a_file_name_that_claims_many_ranks(source: Path
     assert "model0-mp99999" in say("verify", tmp_path, "--source", source, code=2)
 
 
+def cut_last_dimension(header: dict[str, Any], name: str) -> None:
+    """Makes a tensor a line, as long as its data."""
+    header[name]["shape"] = [header[name]["shape"][0] * header[name]["shape"][1]]
+
+
+def quarter_elements(header: dict[str, Any], name: str) -> None:
+    """Takes each BF16 element of a tensor for four elements of four bits."""
+    header[name]["dtype"] = "F4"
+    header[name]["shape"][-1] *= 4
+
+
+def change_header(path: Path, change: Callable[[dict[str, Any], str], None], name: str) -> None:
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    change(header, name)
+    path.write_bytes(header_with(json.dumps(header)) + content[start:])
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A checkpoint in one file without block scales."""
+    folder = tmp_path / "plain"
+    write_checkpoint(folder, {**TINY, "quantization_config": None}, 1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.kv_b_proj.weight", "model.layers.0.self_attn.o_proj.weight"]
+)
+def test_verify_proves_elements_smaller_than_a_byte(name: str, plain: Path, tmp_path: Path, say: Say) -> None:
+    change_header(plain / "model-00001-of-00001.safetensors", quarter_elements, name)
+    say("convert", plain, tmp_path / "out", "--mp", "4")
+    assert "all equal" in say("verify", tmp_path / "out", "--source", plain)
+
+
+def test_verify_says_that_the_source_has_another_shape(plain: Path, tmp_path: Path, say: Say) -> None:
+    say("convert", plain, tmp_path / "out", "--mp", "4")
+    output = "model.layers.0.self_attn.o_proj.weight"
+    change_header(plain / "model-00001-of-00001.safetensors", cut_last_dimension, output)
+    assert main(["verify", str(tmp_path / "out"), "--source", str(plain)]) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"files": 5}, id="a number of files"),
+        pytest.param({"files": [{"name": 1, "size": 2}]}, id="a file with a number as its name"),
+        pytest.param({"files": []}, id="no files"),
+        pytest.param({"side_files": 5}, id="a number of side files"),
+        pytest.param({"side_files": [{}]}, id="a side file without a name"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_or_named(
+    change: dict[str, Any], source: Path, ranks: Path, tmp_path: Path, say: Say
+) -> None:
+    shutil.copytree(ranks, tmp_path / "out")
+    manifest = json.loads((ranks / MANIFEST).read_bytes())
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest | change))
+    assert MANIFEST in say("verify", tmp_path / "out", code=2)
+    assert main(["convert", str(source), str(tmp_path / "out"), "--mp", "8"]) in (0, 2)
+    assert rank_files(tmp_path / "out") == rank_files(ranks)
+
+
 # recipes
 
 
@@ -639,6 +703,17 @@ def test_a_short_job_says_nothing_on_the_way(source: Path, tmp_path: Path) -> No
     assert "2 rank files" in done.stdout
 
 
+@pytest.mark.parametrize("words", [["plan", "--mp", "8", "--json"], ["inspect"]])
+def test_a_reader_that_goes_away_is_no_error(words: list[str], source: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "reshard", *words, str(source)]
+    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
 # Names of strangers.
 
 EVIL = "ev\x1b[31m\x1b]0;il\x07\x9b\u202e\r"
@@ -696,7 +771,7 @@ NAME = json.dumps(EVIL)
             lambda folder: ["convert", str(folder / "source"), str(folder / EVIL), "--mp", "2"], 0, id="a target"
         ),
         pytest.param(evil_recipe("layers"), 0, id="what a recipe counts"),
-        pytest.param(evil_recipe("same"), 2, id="a faulty recipe"),
+        pytest.param(evil_recipe("drop"), 2, id="a faulty recipe"),
         pytest.param(
             lambda folder: [
                 "recipes", "check", "deepseek-v3", str((folder / EVIL).symlink_to(folder / "source") or folder / EVIL)

@@ -24,6 +24,7 @@ from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, 
 from reshard.header import BITS, parse_header
 from reshard.match import match
 from reshard.plan import Plan, cover, make_plan, only_ranks
+from reshard.plan import kinds_of as units_by_kind
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, parse_recipe
 from reshard.types import Checkpoint, File, Layout, Recipe, Tensor
@@ -640,7 +641,8 @@ def test_some_ranks_have_the_copies_of_all_ranks(model: Model, data: st.DataObje
 def prove(plan: Plan, copies: Copies) -> None:
     """All that `make_plan` proves of its copies."""
     require_tiling(copies, [len(file.header) for file in plan.files], [file.size for file in plan.files])
-    cover(plan.source, plan.recipe, plan.layout, match(plan.source, plan.recipe), copies)
+    matched = match(plan.source, plan.recipe)
+    cover(plan.source, plan.recipe, plan.layout, matched, units_by_kind(matched), copies)
 
 
 def with_row(copies: Copies, index: int, **changes: int) -> Copies:
@@ -764,7 +766,7 @@ def test_a_column_of_which_not_every_row_is_read_is_seen() -> None:
 def test_a_plan_whose_proof_fails_is_not_given_out(change: Mapping[str, int]) -> None:
     """For a tensor that is not as large as its shape, or that lies where another one does; no header gives such."""
     checkpoint = checkpoint_of([("x.0.weight", "U8", (4, 2)), ("x.1.weight", "U8", (4, 2))])
-    wrong = checkpoint.tensors["x.1.weight"]._replace(**change)
+    wrong = checkpoint.tensors["x.1.weight"]._replace(**change)  # type: ignore[arg-type]
     with pytest.raises(WrongPlan):
         make_plan(
             replace(checkpoint, tensors={**checkpoint.tensors, "x.1.weight": wrong}), recipe_of("by e"), Layout(2)

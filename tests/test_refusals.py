@@ -312,6 +312,13 @@ def no_config(trial: Trial) -> None:
     (trial.source / "config.json").unlink()
 
 
+def scale_alone(trial: Trial) -> None:
+    """Adds the scale of a weight that a model with whole queries does not have."""
+    scale = "model.layers.0.self_attn.q_b_proj.weight_scale_inv"
+    save(trial.source / FIRST, {**load(trial.source / FIRST), scale: ("F32", [8, 1], bytes(32))})
+    edit_index(trial.source, lambda weight_map: weight_map.update({scale: FIRST}))
+
+
 def bf16_with_a_scale(trial: Trial) -> None:
     def change(tensors: Stored) -> Stored:
         return {
@@ -436,8 +443,8 @@ REFUSALS = [
     ("too little memory", options("--mp", "2", "--max-memory", "1KiB"), "too-little-memory", "1,024 bytes"),
     # Weights and scales.
     ("a scale without its weight", without(re.escape(OUTPUT) + "$"), "missing-tensor", OUTPUT),
-    ("scales without weights that only the config could expect", all_of(without("q_b_proj.weight$"), no_config),
-     "scale-without-weight", "model.layers.0.self_attn.q_b_proj.weight"),
+    ("a scale whose weight the model does not have", all_of(model("--mp", "2", q_lora_rank=None), scale_alone),
+     "missing-tensor", "model.layers.0.self_attn.q_b_proj.weight"),
     ("an FP8 weight without its scale", without(re.escape(EXPERT) + "_scale_inv"), "weight-without-scale", EXPERT),
     ("a scale for a BF16 weight", bf16_with_a_scale, "scale-without-weight", OUTPUT),
     ("a scale of the wrong shape", reshaped(OUTPUT + "_scale_inv", lambda shape: shape[::-1]), "wrong-scale",

@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from reshard.errors import Problem, listed
 from reshard.header import BITS
-from reshard.types import Tensor
+from reshard.types import MOST_RANKS, Tensor
 
-MOST_RANKS = 4096
 ROWS, COLUMNS = 0, 1
 DIMENSION = {"rows": ROWS, "columns": COLUMNS}
 

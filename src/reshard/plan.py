@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.copies import Copies, Integers, Usage, WrongPlan, joined, require_coverage, require_tiling
+from reshard.copies import Copies, Integers, WrongPlan, joined, require_coverage, require_tiling
 from reshard.cut import (
-    MOST_RANKS,
+    DIMENSION,
     Cut,
     Limit,
     cut_scale,
@@ -23,7 +23,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.header import DTYPE_RANK, entry_end, header_bytes
 from reshard.match import Match, Matched, match
 from reshard.names import slots_of
-from reshard.types import Checkpoint, Layout, Recipe, Rule, Tensor
+from reshard.types import MOST_RANKS, Checkpoint, Layout, Recipe, Rule, Tensor
 
 EVERY_RANK = -1
 
@@ -108,7 +108,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     pieces, cuts = cut_all(recipe, layout, matched, kinds)
     files, copies = lay_out(recipe, layout, pieces, cuts)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
-    coverage = cover(checkpoint, recipe, layout, matched, copies)
+    coverage = cover(checkpoint, recipe, layout, matched, kinds, copies)
     return Plan(checkpoint, recipe, layout, dict(matched.counts), pieces, cuts, files, copies, coverage)
 
 
@@ -313,31 +313,37 @@ def copies_of(columns: Columns, chosen: Integers, rank: int, target_offset: Inte
 
 
 def cover(
-    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched, copies: Copies
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched, kinds: Kinds, copies: Copies
 ) -> tuple[Share, ...]:
     """Proves that each kept tensor is used whole and no dropped one is touched, and says by rule how often."""
-    used = [found.tensor for found in matched.kept]
+    expected = [use for units in kinds for use in expected_uses(recipe, layout, units)]
+    used = [found.tensor for found, _, _ in expected]
     usage = require_coverage(copies, used, [file.size for file in checkpoint.files])
-    require_usage(recipe, layout, matched, usage)
+    least, most = (np.array(times, np.int64) for times in zip(*((low, high) for _, low, high in expected), strict=True))
+    if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
+        raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
     times = zip(usage.least.tolist(), usage.most.tolist(), strict=True)
-    found_uses = [(use_of(*pair, layout.ranks), found.rule) for pair, found in zip(times, matched.kept, strict=True)]
-    found_uses += [("dropped", found.rule) for found in matched.dropped]
+    rows = [(use_of(*pair, layout.ranks), found) for pair, (found, _, _) in zip(times, expected, strict=True)]
+    rows += [("dropped", found) for found in matched.dropped]
     sizes: dict[tuple[str, int], list[int]] = {}
-    for use, found in zip(found_uses, (*matched.kept, *matched.dropped), strict=True):
-        sizes.setdefault(use, []).append(found.tensor.size)
-    if len(found_uses) != len(checkpoint.tensors):
+    for use, found in rows:
+        sizes.setdefault((use, found.rule), []).append(found.tensor.size)
+    if len(rows) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
     return tuple(Share(use, recipe.rules[rule], len(found), sum(found)) for (use, rule), found in sorted(sizes.items()))
 
 
-def require_usage(recipe: Recipe, layout: Layout, matched: Matched, usage: Usage) -> None:
-    """Each tensor is used as often as the split of its rule says; a block scale by at least one rank."""
-    once = np.array([recipe.rules[found.rule].split != "replicate" for found in matched.kept], np.bool_)
-    is_scale = np.array([found.is_scale for found in matched.kept], np.bool_)
-    expected = np.where(once, 1, layout.ranks)
-    wrong = (usage.least != usage.most) | ((usage.most != expected) & (usage.most > 0))
-    if np.any(wrong & ~(once & is_scale)):
-        raise WrongPlan("a source tensor is used more or less often than its rule says")
+def expected_uses(recipe: Recipe, layout: Layout, units: Sequence[Unit]) -> Iterator[tuple[Match, int, int]]:
+    """Each tensor of some units of a kind, and by how many ranks the part of it that is used least, and most, is."""
+    weight, scale = units[0]
+    split = recipe.rules[weight.rule].split
+    copies = layout.ranks if split == "replicate" else 1
+    yield from ((unit.weight, copies, copies) for unit in units)
+    if scale and recipe.scale:
+        cut = cut_scale(scale.tensor, weight.tensor, split, layout.ranks, recipe.scale.block)
+        most = copies if split not in DIMENSION else min(cut.repeat, layout.ranks)
+        least = copies if split not in DIMENSION else layout.ranks - most * (-(-layout.ranks // most) - 1)
+        yield from ((unit.scale, least, most) for unit in units if unit.scale)
 
 
 def use_of(least: int, most: int, ranks: int) -> str:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MOST_RANKS = 4096
+"""No model is cut for more; a larger number is a slip."""
+
 
 class Tensor(NamedTuple):
     """One entry of a safetensors header: a tensor, or a rank's part of one, as it lies in its file.

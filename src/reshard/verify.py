@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.cut import MOST_RANKS
 from reshard.errors import Problem, Refused, refuse
 from reshard.names import Pattern, filled, later_members, patterns_of, slots_of, split_name
 from reshard.read import read_header
-from reshard.types import Checkpoint, File, Recipe, Rule, Tensor
+from reshard.types import MOST_RANKS, Checkpoint, File, Recipe, Rule, Tensor
 
 BAND_SIZE = 8 << 20
 """In bytes: so much of a source tensor is compared at a time, or one row if that is more."""
