@@ -804,8 +804,8 @@ def test_an_interrupt_ends_with_130_and_one_line(number: signal.Signals, tmp_pat
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from reshard.cli import main; sys.exit(main())"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from reshard.cli import entry; entry()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "convert", str(pipe), str(tmp_path / "out"), "--mp", "2"],

@@ -506,7 +506,7 @@ def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None
     (problem,) = refused.value.problems
     assert problem.kind == "no-recipe"
     assert problem.found == (
-        "another; the nearest recipe is deepseek-v3, which does not know model.layers.3.self_attn.q_norm.weight"
+        "another; the nearest recipe is deepseek-v3: it does not know model.layers.3.self_attn.q_norm.weight"
     )
     assert problem.expected == "one of deepseek-v2, deepseek-v3"
 
@@ -515,7 +515,7 @@ def test_a_checkpoint_that_is_incomplete_is_refused_without_a_config() -> None:
     entries = [entry for entry in tensor_list(PLAIN) if entry[0] != "lm_head.weight"]
     with pytest.raises(Refused) as refused:
         choose_recipe(checkpoint_of(entries), RECIPES)
-    assert "the nearest recipe is deepseek-v3, which knows all" in refused.value.problems[0].found
+    assert "the nearest recipe is deepseek-v3: lm_head.weight: not in the checkpoint" in refused.value.problems[0].found
 
 
 def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:

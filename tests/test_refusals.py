@@ -444,7 +444,7 @@ REFUSALS = [
     # Weights and scales.
     ("a scale without its weight", without(re.escape(OUTPUT) + "$"), "missing-tensor", OUTPUT),
     ("a scale whose weight the model does not have", all_of(model("--mp", "2", q_lora_rank=None), scale_alone),
-     "missing-tensor", "model.layers.0.self_attn.q_b_proj.weight"),
+     "scale-without-weight", "model.layers.0.self_attn.q_b_proj.weight"),
     ("an FP8 weight without its scale", without(re.escape(EXPERT) + "_scale_inv"), "weight-without-scale", EXPERT),
     ("a scale for a BF16 weight", bf16_with_a_scale, "scale-without-weight", OUTPUT),
     ("a scale of the wrong shape", reshaped(OUTPUT + "_scale_inv", lambda shape: shape[::-1]), "wrong-scale",

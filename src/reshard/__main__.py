@@ -1,7 +1,5 @@
 """`python -m reshard`."""
 
-import sys
+from reshard.cli import entry
 
-from reshard.cli import main
-
-sys.exit(main())
+entry()

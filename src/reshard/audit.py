@@ -62,11 +62,8 @@ def audit_target(target: Path, advance: Advance = lambda _: None) -> Report:
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:
     """The rank files that a manifest names. Raises Refused if it is not as reshard writes it."""
-    try:
-        entries = [entry_of(entry) for entry in manifest["files"]]
-        ends = [entry.ranges[-1].offset + entry.ranges[-1].size for entry in entries]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        entries, ends = [], []
+    entries = [entry_of(entry) for entry in manifest["files"]]
+    ends = [entry.ranges[-1].offset + entry.ranges[-1].size for entry in entries]
     if not entries or ends != [entry.size for entry in entries]:
         raise refuse("wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", AGAIN)
     return entries

@@ -35,6 +35,17 @@ def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     return True
 
 
+def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
+    """Why a recipe does not fit, in a few words."""
+    if unknown:
+        return f"it does not know {listed(unknown)}"
+    try:
+        match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
+    except Refused as refused:
+        return listed((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
+    return "it fits, but the config names another model"
+
+
 def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
     """Names the recipe that knows most of the tensors, and what it does not know."""
     if fitting:
@@ -43,7 +54,5 @@ def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequen
     unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
-    found = f"{model}; the nearest recipe is {nearest}, which knows all"
-    if unknown[nearest]:
-        found = f"{model}; the nearest recipe is {nearest}, which does not know {listed(unknown[nearest])}"
+    found = f"{model}; the nearest recipe is {nearest}: {misfit(checkpoint, recipes, nearest, unknown[nearest])}"
     return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)

@@ -5,6 +5,7 @@ This module is all that `reshard --help` loads; what runs a command is named her
 
 import argparse
 import gc
+import os
 import re
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from reshard import __version__
 from reshard.errors import Refused
-from reshard.output import INTERRUPTED, REFUSED, print_json
+from reshard.output import CLOSED_PIPE, INTERRUPTED, REFUSED, print_json
 
 Parser = argparse.ArgumentParser
 Run = Callable[[argparse.Namespace], int]
@@ -107,12 +108,24 @@ COMMANDS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
+def entry() -> NoReturn:
+    """The program `reshard`: `main` in a process of its own."""
     # A plan is a million small values without a circle: looking for circles took a third of its time.
     gc.disable()
-    options = make_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, interrupt)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has seen enough. Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = CLOSED_PIPE
+    sys.exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
+    options = make_parser().parse_args(arguments)
     try:
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from reshard.audit import audit_target
-from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, recipe_for
+from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, prepare, recipe_for
 from reshard.errors import describe, printable
 from reshard.execute import Settings
 from reshard.manifest import MANIFEST, describe_plan
@@ -24,7 +24,8 @@ from reshard.workers import MEMORY_PER_JOB
 
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        return run_plan(options)
+        plan, _, _ = prepare(job_of(options), options.target)
+        return say_plan(plan, options.source, as_json=options.json)
     settings = Settings(options.jobs, options.max_memory, options.cache, options.restart)
     return convert(job_of(options), options.target, settings, as_json=options.json)
 
@@ -35,11 +36,14 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    plan = plan_conversion(job_of(options))
-    if options.json:
+    return say_plan(plan_conversion(job_of(options)), options.source, as_json=options.json)
+
+
+def say_plan(plan: Plan, source: Path, *, as_json: bool) -> int:
+    if as_json:
         print_json(describe_plan(plan))
     else:
-        print("\n".join(map(printable, plan_lines(plan, options.source))))
+        print("\n".join(map(printable, plan_lines(plan, source))))
     return PROVEN
 
 
@@ -79,7 +83,7 @@ def done_of(result: Result) -> dict[str, object] | None:
 def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> Iterator[str]:
     plan, done = result.plan, result.done
     if done is None:
-        yield f"{target}: converted already, {len(plan.files)} rank files, {plan.size:,} bytes; nothing was written"
+        yield f"{target}: converted already; nothing was written"
     else:
         size = f"{plan.size:,} bytes ({size_text(plan.size)})"
         yield f"{target}: {len(plan.files)} rank files, {size} in {seconds:.1f} s"

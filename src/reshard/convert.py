@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reshard.choose import choose_recipe
 from reshard.errors import refuse, require_none
 from reshard.execute import USUAL, Done, Settings, execute_plan
 from reshard.journal import Records
-from reshard.manifest import MANIFEST, file_names_of, is_finished, manifest_of, read_manifest, same_job
+from reshard.manifest import MANIFEST, file_names_of, finished_ranks, manifest_of, read_manifest, same_job
 from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
@@ -59,12 +60,9 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     A target that an interrupted run has begun is gone on with; a finished one is left alone. Raises Refused, and then
     nothing more is there under a final name.
     """
-    plan = plan_conversion(job)  #                                        headers only
-    known = read_manifest(target)
-    if is_finished(known, plan, target):
+    plan, sides, known = prepare(job, target)  #                          headers only; the last chance to refuse
+    if not plan.files:
         return Result(plan, None)
-    sides = read_side_files(plan)
-    require_room(job, plan, target, sides, known)  #                      the last chance to refuse
 
     def others(records: Records) -> dict[str, bytes]:
         return {**sides, MANIFEST: manifest_of(plan, sides, records, known)}
@@ -72,6 +70,21 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     with progress(plan.size) as advance:
         done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
     return Result(plan, done)
+
+
+def prepare(job: Job, target: Path) -> tuple[Plan, dict[str, bytes], dict[str, Any]]:
+    """The plan of what is left to do in the target, the side files that go along, and the manifest that is there.
+
+    Raises Refused if anything stands in the way.
+    """
+    plan = plan_conversion(job)
+    known = read_manifest(target)
+    if finished := finished_ranks(known, plan, target):
+        plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
+    sides = read_side_files(plan)
+    if plan.files:
+        require_room(job, plan, target, sides, known)
+    return plan, sides, known
 
 
 def plan_conversion(job: Job) -> Plan:

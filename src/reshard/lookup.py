@@ -51,7 +51,8 @@ def show_recipe(name: str, *, as_json: bool) -> int:
     if as_json:
         print_json(asdict(recipe))
     else:
-        print(Path(recipe.origin).read_text(encoding="utf-8"), end="")
+        text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
+        print("\n".join(map(printable, text.split("\n"))))
     return PROVEN
 
 

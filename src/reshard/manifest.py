@@ -11,6 +11,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard import __version__
+from reshard.errors import refuse
 from reshard.journal import Records
 from reshard.plan import Plan
 from reshard.read import read_object
@@ -52,7 +53,12 @@ def manifest_of(plan: Plan, side_files: Mapping[str, bytes], records: Records, k
         {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
         for name, content in side_files.items()
     ]
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    return (json.dumps({**manifest, "xxh3_128": own_checksum(manifest)}, indent=1) + "\n").encode()
+
+
+def own_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest without its checksum: so that nobody takes a damaged one at its word."""
+    return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def ranges_text(header: bytes, records: Records) -> str:
@@ -70,8 +76,15 @@ def digests(records: Records) -> Iterable[bytes]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not JSON."""
-    return read_object(folder / MANIFEST) or {}
+    """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not as we wrote it."""
+    manifest = read_object(folder / MANIFEST)
+    if manifest is None:
+        return {}
+    found = manifest.pop("xxh3_128", None)
+    if found != own_checksum(manifest):
+        remedy = "verify with --source, or convert into another folder"
+        raise refuse("wrong-manifest", str(folder / MANIFEST), "damaged or changed", "what reshard has written", remedy)
+    return manifest
 
 
 def same_job(manifest: Mapping[str, Any], plan: Plan) -> bool:
@@ -80,15 +93,16 @@ def same_job(manifest: Mapping[str, Any], plan: Plan) -> bool:
     return all(manifest.get(key) == wanted[key] for key in JOB_KEYS)
 
 
-def is_finished(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> bool:
-    """Whether every file of the plan is there already, by the manifest and by its size."""
+def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
+    """The ranks of the plan whose files are there already, by the manifest and by their size."""
     sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())} if same_job(manifest, plan) else {}
-    return all(
-        sizes.get(file.name) == file.size
+    return {
+        file.rank
+        for file in plan.files
+        if sizes.get(file.name) == file.size
         and (folder / file.name).is_file()
         and (folder / file.name).stat().st_size == file.size
-        for file in plan.files
-    )
+    }
 
 
 def file_names_of(manifest: Mapping[str, Any]) -> set[str]:

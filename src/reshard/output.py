@@ -3,7 +3,9 @@
 import json
 import sys
 
-PROVEN, PROBLEMS, REFUSED, INTERRUPTED = 0, 1, 2, 130
+PROVEN, PROBLEMS, REFUSED = 0, 1, 2
+INTERRUPTED, CLOSED_PIPE = 130, 141
+"""As a shell has them for SIGINT and SIGPIPE."""
 
 
 def print_json(value: object) -> None:

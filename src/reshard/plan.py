@@ -114,12 +114,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
 
 def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     """The part of a plan that writes the files of some ranks. Raises Refused for ranks that the plan has not."""
-    if unknown := sorted(set(ranks) - set(range(plan.layout.ranks))):
+    if unknown := sorted(set(ranks) - {file.rank for file in plan.files}):
         found = f"rank {unknown[0]}"
         raise refuse("unknown-rank", "--ranks", found, f"ranks from 0 to {plan.layout.ranks - 1}")
     files = tuple(file for file in plan.files if file.rank in ranks)
     new_index = np.full(len(plan.files), -1)
-    new_index[[file.rank for file in files]] = np.arange(len(files))
+    new_index[[index for index, file in enumerate(plan.files) if file.rank in ranks]] = np.arange(len(files))
     chosen = new_index[plan.copies.target_file] >= 0
     columns = {name: getattr(plan.copies, name)[chosen] for name in Copies.__slots__}
     columns["target_file"] = new_index[columns["target_file"]]

@@ -36,7 +36,8 @@ def packaged_recipes() -> list[Recipe]:
 
 def load_recipe(name: str) -> Recipe:
     """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    is_path = name.endswith(".toml") or "/" in name or Path(name).is_file()
+    path = Path(name) if is_path else FOLDER / f"{name}.toml"
     try:
         content = path.read_bytes()
         return parse_recipe(content.decode(), str(path))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.header import BITS
 from reshard.names import Pattern, filled, later_members, patterns_of, slots_of, split_name
-from reshard.read import read_header
+from reshard.read import SUFFIX, read_header
 from reshard.types import MOST_RANKS, Checkpoint, File, Recipe, Rule, Tensor
 
 BAND_SIZE = 8 << 20
@@ -107,7 +109,10 @@ def rank_files(target: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
     if ranks > MOST_RANKS:
         raise refuse("wrong-ranks", next(iter(fitting)), f"{ranks} ranks", f"at most {MOST_RANKS}")
     names = [recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
-    return names, [name for name in fitting if name not in names]
+    known = set(names)
+    return names, [
+        path.name for path in paths if path.is_file() and path.name.endswith(SUFFIX) and path.name not in known
+    ]
 
 
 def read_rank_files(target: Path, names: Mapping[int, str]) -> tuple[list[RankFile], list[Problem]]:
@@ -140,11 +145,13 @@ def hold(
             continue
         rule = turned.rules[fitting[0].rule]
         origin, weight = source.tensors[name], source.tensors.get(weight_name(name, recipe))
-        rows, columns = box(origin, weight, rule.split, recipe, ranks, file.rank)
-        held.setdefault(name, []).append(Held(file.rank, tensor, rule, numbers, rows, columns))
-        if tensor.dtype != origin.dtype or tensor.shape != shape_of(origin, rows, columns):
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            expected = f"{origin.dtype} {list(shape_of(origin, rows, columns))}"
+        wanted = box(origin, weight, rule.split, recipe, ranks, file.rank)
+        if wanted is None:
+            yield Problem("wrong-shape", subject, f"{list(origin.shape)} in the source", f"{rule.split} to cut")
+            continue
+        held.setdefault(name, []).append(Held(file.rank, tensor, rule, numbers, wanted.rows, wanted.columns))
+        if tensor.dtype != origin.dtype or tensor.shape != wanted.shape:
+            found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{origin.dtype} {list(wanted.shape)}"
             yield Problem("wrong-shape", subject, found, expected, "convert again")
 
 
@@ -167,19 +174,30 @@ def weight_name(name: str, recipe: Recipe) -> str:
     return name.removesuffix(suffix) + ".weight" if suffix and name.endswith(suffix) else ""
 
 
-def box(
-    tensor: Tensor, weight: Tensor | None, split: str, recipe: Recipe, ranks: int, rank: int
-) -> tuple[range, range]:
-    """The rows, and the columns in bytes, of a source tensor that a rank should hold. A scalar is one row."""
-    height = tensor.shape[0] if tensor.shape else 1
-    width = tensor.size // height if height else 0
-    if split == "rows":
-        return part(height, weight and weight.shape[0], recipe, ranks, rank), range(width)
-    if split == "columns":
-        columns = part(tensor.shape[1], weight and weight.shape[1], recipe, ranks, rank)
-        element = width // tensor.shape[1] if tensor.shape[1] else 0
-        return range(height), range(columns.start * element, columns.stop * element)
-    return range(height), range(width)
+class Box(NamedTuple):
+    """The part of a source tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
+    dimension if columns are cut, else each byte as a row.
+    """
+
+    shape: tuple[int, ...]
+    rows: range
+    columns: range
+    """In bytes."""
+
+
+def box(tensor: Tensor, weight: Tensor | None, split: str, recipe: Recipe, ranks: int, rank: int) -> Box | None:
+    """What a rank should hold of a tensor, `weight` being that of a block scale; None if it cannot be so cut."""
+    dimension = {"rows": 0, "columns": 1}.get(split)
+    if dimension is None:
+        return Box(tensor.shape, range(tensor.size), range(1))
+    if len(tensor.shape) <= dimension:
+        return None
+    taken = part(tensor.shape[dimension], weight and weight.shape[dimension], recipe, ranks, rank)
+    shape = (*tensor.shape[:dimension], len(taken), *tensor.shape[dimension + 1 :])
+    # In bits, for an F4 is half a byte.
+    step = prod(tensor.shape[dimension + 1 :]) * BITS[tensor.dtype]
+    place = range(taken.start * step // 8, taken.stop * step // 8)
+    return Box(shape, range(tensor.shape[0]), place) if dimension else Box(shape, place, range(1))
 
 
 def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, rank: int) -> range:
@@ -188,16 +206,6 @@ def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, ran
         return range(rank * length // ranks, (rank + 1) * length // ranks)
     block = recipe.scale.block
     return range(rank * weight_length // ranks // block, -(-((rank + 1) * weight_length // ranks) // block))
-
-
-def shape_of(tensor: Tensor, rows: range, columns: range) -> tuple[int, ...]:
-    """The shape of a box of a tensor."""
-    if not tensor.shape:
-        return ()
-    if len(tensor.shape) == 1 or not tensor.size:
-        return (len(rows), *tensor.shape[1:])
-    element = tensor.size // tensor.shape[0] // tensor.shape[1]
-    return (len(rows), len(columns) // element, *tensor.shape[2:])
 
 
 def absent_problems(
@@ -260,7 +268,7 @@ def compare(
     """The parts whose bytes are not those of their box, each with the first byte of it that differs. The source is read
     once for all parts.
     """
-    height = tensor.shape[0] if tensor.shape else 1
+    height = tensor.shape[0] if parts[0].rule.split == "columns" else tensor.size
     width = tensor.size // height if height else 0
     wrong: set[int] = set()
     for first in range(0, height if width else 0, max(1, BAND_SIZE // max(width, 1))):
