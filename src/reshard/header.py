@@ -75,15 +75,18 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
         problems.append(Problem("wrong-metadata", f"{name}: __metadata__", "another thing", "an object of strings"))
     start = LENGTH_SIZE + len(text)
     tensors = []
-    sizes: dict[tuple[Any, ...], int] = {}
+    kinds: Kinds = {}
+    # Where neither stands in the text, no number can be a bool, which to Python equals 0 or 1.
+    trusted = b"true" not in text and b"false" not in text and b"\\" not in text
     for key, entry in header.items():
-        if not is_known(key, entry, sizes):
+        kind = kind_of(entry, kinds) if trusted else None
+        if kind is None:
             if fault := entry_fault(key, entry):
                 problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
                 continue
-            sizes[entry["dtype"], *entry["shape"]] = entry["data_offsets"][1] - entry["data_offsets"][0]
+            kind = kinds.setdefault((entry["dtype"], *entry["shape"]), (entry["dtype"], tuple(entry["shape"])))
         begin, end = entry["data_offsets"]
-        tensors.append(Tensor(key, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
+        tensors.append(Tensor(key, *kind, file, start + begin, end - begin))
     if not problems:
         tensors.sort(key=PLACE)
         problems.extend(placing_problems(tensors, start, file_size, name))
@@ -130,21 +133,20 @@ def refuse_number(number: str) -> NoReturn:
     raise ValueError(f"{number[:40]} is not a whole number")
 
 
-def is_known(key: str, entry: Any, sizes: dict[tuple[Any, ...], int]) -> bool:
-    """Whether an entry is right because one of that dtype and shape was; else it must be looked at. For speed only."""
+Kinds = dict[tuple[Any, ...], tuple[str, tuple[int, ...]]]
+"""The dtypes and shapes that were found right: each is kept once, however many tensors have it."""
+
+
+def kind_of(entry: Any, kinds: Kinds) -> tuple[str, tuple[int, ...]] | None:
+    """The dtype and shape of an entry that is right as another of them was; None if it must be looked at. For speed."""
     try:
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
-        return (
-            len(entry) == 3
-            and sizes.get((entry["dtype"], *shape)) == end - begin
-            and begin >= 0
-            # To Python `true` equals 1.
-            and {int} == {type(begin), type(end), *map(type, shape)}
-            and type(shape) is list
-            and key.isascii()
-        )
+        kind = kinds.get((entry["dtype"], *shape))
+        if kind and type(shape) is list and len(entry) == 3 and begin >= 0:
+            return kind if prod(shape) * BITS[kind[0]] == (end - begin) * 8 else None
     except (KeyError, TypeError, ValueError):
-        return False
+        pass
+    return None
 
 
 def entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.holes import hole_members, hole_problems, missing_problems
-from reshard.names import Pattern, later_members, patterns_of, split_name
+from reshard.names import Pattern, later_members, patterns_of, split_name, split_names
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -64,7 +64,7 @@ def match(checkpoint: Checkpoint, recipe: Recipe) -> Matched:
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Match], dict[str, list[Pattern]]]:
     """Each tensor with its one rule; and by name those with none or several, with the patterns that fit them."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
-    names = {name: split_name(name) for name in checkpoint.tensors}
+    names = split_names(checkpoint.tensors)
     marked, before = later_members(names.values(), recipe)
     fitting: dict[tuple[str, int], tuple[list[Pattern], int]] = {}
     accepting: dict[tuple[str, tuple[str, ...]], list[Pattern]] = {}

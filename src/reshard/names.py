@@ -62,6 +62,17 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
+def split_names(names: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Each name as `split_name` gives it. Equal keys and numbers are one value: a model has few, many times over."""
+    keys: dict[str, str] = {}
+    numbers: dict[tuple[str, ...], tuple[str, ...]] = {}
+    found = {}
+    for name in names:
+        key, filling = split_name(name)
+        found[name] = keys.setdefault(key, key), numbers.setdefault(filling, filling)
+    return found
+
+
 def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
     """The patterns of a rule: one, or two where `{p}` stands for a weight and for its block scale."""
     if f"{{{PARAMETER}}}" not in rule.left:

@@ -316,39 +316,51 @@ def cover(
     checkpoint: Checkpoint, recipe: Recipe, layout: Layout, matched: Matched, kinds: Kinds, copies: Copies
 ) -> tuple[Share, ...]:
     """Proves that each kept tensor is used whole and no dropped one is touched, and says by rule how often."""
-    expected = [use for units in kinds for use in expected_uses(recipe, layout, units)]
-    used = [found.tensor for found, _, _ in expected]
+    uses = [use for units in kinds for use in expected_uses(recipe, layout, units)]
+    used = [found.tensor for use in uses for found in use.matches]
     usage = require_coverage(copies, used, [file.size for file in checkpoint.files])
-    least, most = (np.array(times, np.int64) for times in zip(*((low, high) for _, low, high in expected), strict=True))
+    counts = [len(use.matches) for use in uses]
+    least = np.repeat([use.least for use in uses], counts)
+    most = np.repeat([use.most for use in uses], counts)
     if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
         raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
-    times = zip(usage.least.tolist(), usage.most.tolist(), strict=True)
-    rows = [(use_of(*pair, layout.ranks), found) for pair, (found, _, _) in zip(times, expected, strict=True)]
-    rows += [("dropped", found) for found in matched.dropped]
-    sizes: dict[tuple[str, int], list[int]] = {}
-    for use, found in rows:
-        sizes.setdefault((use, found.rule), []).append(found.tensor.size)
-    if len(rows) != len(checkpoint.tensors):
+    if len(used) + len(matched.dropped) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
+    rows = [(use_of(use, layout.ranks), use.matches) for use in uses]
+    rows += [("dropped", [found]) for found in matched.dropped]
+    sizes: dict[tuple[str, int], list[int]] = {}
+    for word, matches in rows:
+        sizes.setdefault((word, matches[0].rule), []).extend([found.tensor.size for found in matches])
     return tuple(Share(use, recipe.rules[rule], len(found), sum(found)) for (use, rule), found in sorted(sizes.items()))
 
 
-def expected_uses(recipe: Recipe, layout: Layout, units: Sequence[Unit]) -> Iterator[tuple[Match, int, int]]:
-    """Each tensor of some units of a kind, and by how many ranks the part of it that is used least, and most, is."""
+class Use(NamedTuple):
+    """Tensors of one kind, and by how many ranks the part of each that is used least, and most, is to be used."""
+
+    matches: list[Match]
+    least: int
+    most: int
+
+
+def expected_uses(recipe: Recipe, layout: Layout, units: Sequence[Unit]) -> Iterator[Use]:
+    """What the rule of some units of a kind says of their weights, and of their scales."""
     weight, scale = units[0]
     split = recipe.rules[weight.rule].split
-    copies = layout.ranks if split == "replicate" else 1
-    yield from ((unit.weight, copies, copies) for unit in units)
+    times = layout.ranks if split == "replicate" else 1
+    yield Use([unit.weight for unit in units], times, times)
     if scale and recipe.scale:
+        scales = [unit.scale for unit in units if unit.scale]
+        if split not in DIMENSION:
+            yield Use(scales, times, times)
+            return
         cut = cut_scale(scale.tensor, weight.tensor, split, layout.ranks, recipe.scale.block)
-        most = copies if split not in DIMENSION else min(cut.repeat, layout.ranks)
-        least = copies if split not in DIMENSION else layout.ranks - most * (-(-layout.ranks // most) - 1)
-        yield from ((unit.scale, least, most) for unit in units if unit.scale)
+        most = min(cut.repeat, layout.ranks)
+        yield Use(scales, layout.ranks - most * (-(-layout.ranks // most) - 1), most)
 
 
-def use_of(least: int, most: int, ranks: int) -> str:
-    if most == 0:
+def use_of(use: Use, ranks: int) -> str:
+    if use.matches[0].tensor.size == 0:
         return "empty"
-    if least == most == 1:
+    if use.least == use.most == 1:
         return "once"
-    return "replicated" if least == most == ranks else "shared"
+    return "replicated" if use.least == use.most == ranks else "shared"
