@@ -364,14 +364,14 @@ def test_inspect_shows_one_of_several_files_where_it_lies(source: Path, say: Say
 def test_verify_proves_a_good_target(source: Path, ranks: Path, say: Say) -> None:
     lines = say("verify", ranks, "--source", source).splitlines()
     assert lines[0] == f"{ranks}: proven against {source}"
-    assert re.fullmatch(r"8 files, [\d,]+ tensors, [\d,]+ bytes, all equal", lines[1])
+    assert re.fullmatch(r"8 of 8 rank files, [\d,]+ tensors, [\d,]+ bytes, all equal", lines[1])
     said = json.loads(say("verify", ranks, "--source", source, "--json"))
     assert (said["status"], said["files"], said["problems"]) == ("proven", 8, [])
     assert f"{said['tensors']:,} tensors, {said['size']:,} bytes" in lines[1]
 
 
 def test_verify_proves_a_good_target_by_its_manifest_alone(ranks: Path, say: Say) -> None:
-    assert "8 files, " in say("verify", ranks)
+    assert "8 of 8 rank files, " in say("verify", ranks)
     assert json.loads(say("verify", ranks, "--json"))["status"] == "proven"
 
 

@@ -11,12 +11,13 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.disk import CACHED, PAGE, Ways, aligned_buffer, available_memory, open_source, read_window, way_to_read
 from reshard.errors import Problem, Refused, listed, refuse
-from reshard.manifest import MANIFEST, read_manifest
+from reshard.manifest import read_manifest
 from reshard.read import SUFFIX, read_header
+from reshard.target import MANIFEST
+from reshard.types import Advance
 from reshard.verify import Report
-from reshard.workers import Advance
 
-AGAIN = "convert again"
+AGAIN = "remove the file and convert again"
 
 
 class Range(NamedTuple):
@@ -57,7 +58,7 @@ def audit_target(target: Path, advance: Advance = lambda _: None) -> Report:
         problems.extend(content_problems(target, entry, entries, digests))
     problems.extend(side_problems(target, manifest))
     tensors = sum(entry.tensors for entry in whole)
-    return Report(len(whole), tensors, sum(entry.size for entry in whole), tuple(problems))
+    return Report(int(manifest["ranks"]), len(whole), tensors, sum(entry.size for entry in whole), tuple(problems))
 
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from reshard import __version__
-from reshard.errors import Refused
+from reshard.errors import Refused, printable
 from reshard.output import CLOSED_PIPE, INTERRUPTED, REFUSED, print_json
 
 Parser = argparse.ArgumentParser
@@ -134,6 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
         print(f"reshard: refused\n{refused}", file=sys.stderr)
+        return REFUSED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"{printable(str(error.filename or ''))}: {error.strerror or error}"
+        print(f"reshard: refused\n{what}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("reshard: interrupted; run the same command again to go on from there", file=sys.stderr)

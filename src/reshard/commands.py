@@ -10,13 +10,14 @@ from pathlib import Path
 
 from reshard.audit import audit_target
 from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, prepare, recipe_for
-from reshard.errors import describe, printable
+from reshard.errors import describe, printable, refuse
 from reshard.execute import Settings
-from reshard.manifest import MANIFEST, describe_plan
+from reshard.manifest import describe_plan
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.read import read_checkpoint
+from reshard.target import MANIFEST
 from reshard.text import size_text, table
 from reshard.verify import Report, verify_target
 from reshard.workers import MEMORY_PER_JOB
@@ -24,7 +25,7 @@ from reshard.workers import MEMORY_PER_JOB
 
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        plan, _, _ = prepare(job_of(options), options.target)
+        plan = prepare(job_of(options), options.target).plan
         return say_plan(plan, options.source, as_json=options.json)
     settings = Settings(options.jobs, options.max_memory, options.cache, options.restart)
     return convert(job_of(options), options.target, settings, as_json=options.json)
@@ -50,6 +51,8 @@ def say_plan(plan: Plan, source: Path, *, as_json: bool) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     total = sum(path.stat().st_size for path in options.target.glob("*.safetensors") if path.is_file())
     if options.source is None:
+        if options.ranks is not None or options.recipe:
+            raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
         with progress("verify", total) as advance:
             report = audit_target(options.target, advance)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
@@ -157,5 +160,6 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
         print(describe(report.problems))
     else:
         print(printable(f"{target}: proven against {source}"))
-        print(f"{report.files} files, {report.tensors:,} tensors, {report.size:,} bytes, all equal")
+        files = f"{report.files} of {report.ranks} rank files"
+        print(f"{files}, {report.tensors:,} tensors, {report.size:,} bytes, all equal")
     return PROBLEMS if report.problems else PROVEN

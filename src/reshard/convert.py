@@ -1,22 +1,24 @@
 """START HERE: the whole program in one function."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reshard.choose import choose_recipe
 from reshard.errors import refuse, require_none
-from reshard.execute import USUAL, Done, Settings, execute_plan
-from reshard.journal import Records
-from reshard.manifest import MANIFEST, file_names_of, finished_ranks, manifest_of, read_manifest, same_job
+from reshard.execute import USUAL, Done, Others, Settings, execute_plan
+from reshard.journal import JOURNAL, Records, lock
+from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
-from reshard.target import our_names, side_files, target_problems
-from reshard.types import Checkpoint, Layout, Recipe
-from reshard.workers import Advance
+from reshard.target import MANIFEST, our_names, side_files, target_problems
+from reshard.types import Advance, Checkpoint, Layout, Recipe
+
+LARGEST_SIDE_FILE = 256 << 20
+"""In bytes. Side files are tokenizers and the like; they are read whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +62,63 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     A target that an interrupted run has begun is gone on with; a finished one is left alone. Raises Refused, and then
     nothing more is there under a final name.
     """
-    plan, sides, known = prepare(job, target)  #                          headers only; the last chance to refuse
+    work = prepare(job, target)  #                                        headers only; the last chance to refuse
+    plan = work.plan
     if not plan.files:
         return Result(plan, None)
 
-    def others(records: Records) -> dict[str, bytes]:
-        return {**sides, MANIFEST: manifest_of(plan, sides, records, known)}
+    def contents(records: Records) -> dict[str, bytes]:
+        return {**work.sides, MANIFEST: manifest_of(plan, work.samples, work.sides, records, work.known)}
+
+    def require_same() -> None:
+        if read_manifest(target) != work.manifest:
+            raise refuse("target-changed", str(target), "another run has ended there just now", "none", "run it again")
 
     with progress(plan.size) as advance:
+        others = Others([*work.sides, MANIFEST], contents, require_same)
         done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
     return Result(plan, done)
 
 
-def prepare(job: Job, target: Path) -> tuple[Plan, dict[str, bytes], dict[str, Any]]:
-    """The plan of what is left to do in the target, the side files that go along, and the manifest that is there.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done in a target, as it was when it was looked at."""
 
-    Raises Refused if anything stands in the way.
-    """
+    plan: Plan
+    """Of the files that are not there yet."""
+    samples: Sequence[str]
+    sides: Mapping[str, bytes]
+    manifest: Mapping[str, Any]
+    """That of the target; empty if there is none."""
+    known: Mapping[str, Any]
+    """The same, if it is of this job for other ranks; else empty."""
+
+
+def prepare(job: Job, target: Path) -> Work:
+    """What is left to do in the target. Raises Refused if anything stands in the way."""
     plan = plan_conversion(job)
-    known = read_manifest(target)
+    try:
+        samples = sample_source(plan)
+    except OSError as error:
+        raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
+    manifest = read_manifest(target)
+    known = manifest if same_job(manifest, plan, samples) else {}
     if finished := finished_ranks(known, plan, target):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     sides = read_side_files(plan)
     if plan.files:
         require_room(job, plan, target, sides, known)
-    return plan, sides, known
+    else:
+        clear_journal(target)
+    return Work(plan, samples, sides, manifest, known)
+
+
+def clear_journal(target: Path) -> None:
+    """Ends a job that a crash ended between its last rename and the end of its journal."""
+    if (target / JOURNAL).exists():
+        with ExitStack() as stack:
+            lock(stack, target / JOURNAL)
+            (target / JOURNAL).unlink()
 
 
 def plan_conversion(job: Job) -> Plan:
@@ -109,23 +143,27 @@ def require_experts(job: Job, plan: Plan) -> None:
 
 
 def read_side_files(plan: Plan) -> dict[str, bytes]:
-    """The contents of the small files that go along, by name. Raises Refused if one cannot be read."""
-    taken = [file.name for file in plan.source.files]
-    return {name: read_whole(path) for name, path in side_files(plan.source.folder, plan.recipe.carry, taken).items()}
+    """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small."""
+    return {name: read_small(path) for name, path in side_files(plan.source.folder, plan.recipe.carry).items()}
 
 
-def read_whole(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
     try:
+        size = path.stat().st_size
+        if size > LARGEST_SIDE_FILE:
+            found, expected = f"{size:,} bytes", f"at most {LARGEST_SIDE_FILE:,} for a file that goes along"
+            raise refuse(
+                "too-large", str(path), found, expected, "move it away, or correct `carry` in a recipe of yours"
+            )
         return path.read_bytes()
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
 
 
-def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, object]) -> None:
+def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, Any]) -> None:
     """The target can be written to, and holds nothing but what this job, or the same for other ranks, put there."""
-    names = [*(file.name for file in plan.files), *sides, MANIFEST]
-    ours = our_names(target, names)
-    if same_job(known, plan):
+    ours = our_names(target)
+    if known:
         ours |= {MANIFEST, *sides, *file_names_of(known)} - {file.name for file in plan.files}
     needed = plan.size + sum(map(len, sides.values()))
     require_none(target_problems(job.source, target, needed, ours))

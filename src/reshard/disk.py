@@ -2,7 +2,7 @@
 
 A job much larger than the memory gains nothing from the page cache and pushes out everybody else's. Past the cache it
 reads with O_DIRECT and writes with RWF_DONTCACHE (Linux 6.14). Where kernel or file system have no such thing, it
-writes and reads through the cache, and drops behind itself what is on the disk already.
+writes and reads through the cache, and drops from it every few seconds what is on the disk.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from reshard.errors import refuse
@@ -122,19 +123,28 @@ def write_all(descriptor: int, data: memoryview, offset: int, ways: Ways) -> Non
         start_writing(descriptor, offset, len(data))
 
 
+@cache
+def c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def start_writing(descriptor: int, offset: int, size: int) -> None:
     """Asks the kernel to begin with the writing of a range, and does not wait for it."""
-    libc = ctypes.CDLL(None, use_errno=True)
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
-    libc.sync_file_range(ctypes.c_int(descriptor), *arguments)
+    c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
 
 
 def make_durable(descriptors: Sequence[int], ways: Ways) -> None:
     """Waits until the files are on the disk; past the cache, also drops what of them is still in it."""
     for descriptor in descriptors:
         os.fsync(descriptor)
-        if ways.write != "cached":
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_cached(descriptor, ways)
+
+
+def drop_cached(descriptor: int, ways: Ways) -> None:
+    """Past the cache: gives back what of a file is in it and on the disk already."""
+    if ways.write != "cached":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def available_memory() -> int:

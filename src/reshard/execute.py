@@ -7,7 +7,7 @@ is durable stands in a journal, so that the same command goes on where a crash, 
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,26 @@ from reshard.disk import (
     write_all,
 )
 from reshard.errors import Refused, refuse
-from reshard.journal import JOURNAL, RESTART, Journal, Records, as_records, has_records, open_journal
+from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.plan import Plan
-from reshard.target import PARTIAL
-from reshard.types import File
+from reshard.types import Advance, File
 from reshard.windows import WINDOW_SIZE, Window, windows
-from reshard.workers import MEMORY_PER_JOB, Advance, Files, Ledger, move_all
+from reshard.workers import MEMORY_PER_JOB, Files, Ledger, move_all
 
 JOBS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
 
-OthersOf = Callable[[Records], Mapping[str, bytes]]
-"""Given the checksums of all that was written: the other files to write, by name; the last of them is renamed last."""
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """The files beside the rank files."""
+
+    names: Sequence[str]
+    """The last of them gets its final name last of all."""
+    contents: Callable[[Records], Mapping[str, bytes]]
+    """Given the checksums of all that was written: what is in each, by name."""
+    require_same: Callable[[], None]
+    """Raises Refused if the target is no longer as it was looked at, before it was locked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +75,28 @@ class Done:
     sync_seconds: float
 
 
-def execute_plan(plan: Plan, target: Path, others_of: OthersOf, advance: Advance, settings: Settings) -> Done:
+def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, settings: Settings) -> Done:
     """Writes the files of a plan into the folder `target`, which is made if need be, or goes on where it was ended.
 
     Raises Refused if the source changes or the file system refuses; then the same call goes on from there. If nothing
     was durable yet, what was written is removed.
     """
-    partials = [file.name + PARTIAL for file in plan.files]
+    names = [*(file.name for file in plan.files), *others.names]
     require_memory(settings)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, job_of(plan), restart=settings.restart)
-            if settings.restart:
-                remove(target, partials)
+            journal = open_journal(stack, target, job_of(plan, others.names), restart=settings.restart)
             try:
+                others.require_same()
                 done, records = write_ranks(plan, target, journal, advance, settings)
-                others = others_of(records)
-                for name, content in others.items():
+                for name, content in others.contents(records).items():
                     write_whole(target / (name + PARTIAL), content)
             except (OSError, Refused):
                 if not has_records(journal):
-                    remove(target, [*partials, JOURNAL])
+                    remove(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
-            finish(target, [*(file.name for file in plan.files), *others])
+            finish(target, names)
     except OSError as error:
         subject, found = str(error.filename or target), error.strerror or str(error)
         remedy = "mend it and run the same command again"
@@ -98,14 +104,16 @@ def execute_plan(plan: Plan, target: Path, others_of: OthersOf, advance: Advance
     return done
 
 
-def job_of(plan: Plan) -> dict[str, Any]:
+def job_of(plan: Plan, others: Sequence[str]) -> dict[str, Any]:
     """What makes a job another one: the journal of one is of no use to another."""
     return {
         "reshard": __version__,
         "recipe": plan.recipe.name,
         "recipe_sha256": plan.recipe.text_hash,
         "ranks": plan.layout.ranks,
-        "files": [[file.name, file.size] for file in plan.files],
+        "sizes": [file.size for file in plan.files],
+        "files": [file.name for file in plan.files],
+        "others": list(others),
         "window_size": WINDOW_SIZE,
         "source": [[file.name, file.size, file.header_hash, file.modified] for file in plan.source.files],
     }
@@ -117,25 +125,30 @@ def write_ranks(
     """Writes what the journal has not of every rank file, under its temporary name, and makes it durable."""
     ways = choose_ways(plan, target, settings)
     jobs = choose_jobs(ways, settings)
-    written = {(offset, file) for offset, file, _, _ in as_records(journal.records).tolist()}
+    found = as_records(journal.records)
+    written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
     with ExitStack() as stack:
         names = [file.name for file in plan.source.files]
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
         require_unchanged(plan.source.files, sources)
-        targets = open_targets(stack, plan, target, {file for _, file in written})
+        complete = missing_file(plan, found) is None
+        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
-        ledger = Ledger(journal, targets)
-        resumed = int(as_records(journal.records)["size"].sum())
+        ledger = Ledger(journal, targets, ways)
+        resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
         move_all(without(windows(plan.copies), written), Files(sources, names, targets, ways), ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
         require_unchanged(plan.source.files, sources)
-        require_complete(plan, ledger.records, journal.path)
-        done = Done(jobs, ways, resumed, copied - started, time.monotonic() - copied)
-        return done, as_records(ledger.records)
+        records = as_records(ledger.records)
+        if lacking := missing_file(plan, records):
+            raise refuse(
+                "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
+            )
+        return Done(jobs, ways, resumed, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
@@ -170,20 +183,20 @@ def require_unchanged(files: Sequence[File], descriptors: Sequence[int]) -> None
             raise refuse("source-changed", file.name, found, f"{file.size:,} bytes, unchanged", remedy)
 
 
-def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int]) -> list[int]:
+def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:
     """Every rank file under its temporary name, at its full size and with its header. `begun` are the indices of those
-    of which the journal says that something is in them.
+    of which the journal says that something is in them; `complete`, that everything is in all of them.
     """
     targets = []
     for index, file in enumerate(plan.files):
         path = target / (file.name + PARTIAL)
-        if (target / file.name).exists():
-            # A crash between two renames: everything was durable before the first of them.
-            path = target / file.name
+        if complete and not path.exists():
+            # A crash between two renames: everything was durable before the first of them. Not to be written to again.
+            targets.append(open_file(stack, target / file.name, os.O_RDONLY))
+            continue
         size = path.stat().st_size if path.exists() else 0
         if index in begun and size != file.size:
-            found = f"{size:,} bytes"
-            expected = f"{file.size:,} bytes, as the journal says"
+            found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
         descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT)
         # Without this every write would allocate blocks, and a full disk would show only after hours.
@@ -202,15 +215,14 @@ def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[W
             yield window._replace(groups=left)
 
 
-def require_complete(plan: Plan, records: bytes, journal: Path) -> None:
-    """The journal speaks of every byte of every file behind its header, once."""
-    found = as_records(records)
+def missing_file(plan: Plan, records: Records) -> str | None:
+    """A file of which the records do not speak of every byte behind its header exactly once; None if there is none."""
     for index, file in enumerate(plan.files):
-        mine = found[found["file"] == index]
-        ends = mine["offset"] + mine["size"]
-        starts = [len(file.header), *ends[:-1].tolist()] if len(mine) else []
-        if starts != mine["offset"].tolist() or (ends[-1] if len(mine) else len(file.header)) != file.size:
-            raise refuse("damaged-journal", str(journal), f"not all of {file.name}", "every byte of it once", RESTART)
+        mine = records[records["file"] == index]
+        bounds = [len(file.header), *(mine["offset"] + mine["size"]).tolist()]
+        if bounds[:-1] != mine["offset"].tolist() or bounds[-1] != file.size:
+            return file.name
+    return None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -228,7 +240,8 @@ def finish(target: Path, names: Sequence[str]) -> None:
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)
-    sync_folder(target.parent)
+    with suppress(PermissionError):  # we may enter the folder above, but not read it
+        sync_folder(target.parent)
     remove(target, [JOURNAL])
     sync_folder(target)
 

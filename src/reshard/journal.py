@@ -24,6 +24,8 @@ from reshard.disk import open_file
 from reshard.errors import Problem, refuse, require_none
 
 JOURNAL = "reshard.journal"
+PARTIAL = ".partial"
+"""What a name ends in until the file is whole and durable."""
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
 RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
@@ -56,6 +58,10 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
     path = folder / JOURNAL
     descriptor = lock(stack, path)
     content = path.read_bytes()
+    if restart:
+        # Now that it is locked, nobody else writes what the earlier job has left.
+        for name in left_names(folder):
+            (folder / name).unlink(missing_ok=True)
     if restart or b"\n" not in content:
         # Without a whole first line nothing can have been durable yet.
         line = (json.dumps(job) + "\n").encode()
@@ -68,6 +74,24 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
     return Journal(descriptor, path, start, records)
+
+
+def left_names(folder: Path) -> set[str]:
+    """The files that the job of a folder's journal has left there; none without a journal, or if it is damaged.
+
+    A rank file has its temporary name from the start of a job; so if it has not, its final name is the job's as well.
+    The other files follow once all rank files are renamed.
+    """
+    try:
+        with (folder / JOURNAL).open("rb") as file:
+            job = json.loads(file.readline(LONGEST_LINE))
+        files, others = ([str(name) for name in job[key] if "/" not in name] for key in ("files", "others"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    begun = [name for name in files if (folder / (name + PARTIAL)).exists()]
+    renamed = [name for name in files if name not in begun and (folder / name).exists()]
+    partials = {name + PARTIAL for name in (*files, *others) if (folder / (name + PARTIAL)).exists()}
+    return partials | set(renamed) | ({*others} if renamed and not begun else set())
 
 
 def has_records(journal: Journal) -> bool:

@@ -4,21 +4,24 @@ The same source, recipe and layout give the same bytes: no time, path or host is
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
 from reshard.errors import refuse
 from reshard.journal import Records
 from reshard.plan import Plan
 from reshard.read import read_object
+from reshard.target import MANIFEST
+from reshard.types import File
 
-MANIFEST = "reshard.json"
 JOB_KEYS = ("reshard", "recipe", "ranks", "source")
-"""What makes a conversion another one."""
+"""What makes a conversion another one, besides the samples of its source."""
+SAMPLE_SIZE = 64 << 10
+"""In bytes, of the data of a source file: so much at its beginning, its middle and its end."""
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -42,9 +45,29 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def manifest_of(plan: Plan, side_files: Mapping[str, bytes], records: Records, known: Mapping[str, Any]) -> bytes:
-    """The content of the manifest. `known` is that of an earlier job into the same folder for other ranks, or empty."""
-    manifest = describe_plan(plan)
+def sample_source(plan: Plan) -> list[str]:
+    """For each source file a checksum of some of its data. Fine-tuned models have the same headers, not the same data.
+
+    Not in the plan, which knows headers only. Raises OSError.
+    """
+    return [sample_of(plan.source.folder / file.name, file) for file in plan.source.files]
+
+
+def sample_of(path: Path, file: File) -> str:
+    begin, end = file.header_size, file.size
+    with path.open("rb", buffering=0) as opened:
+        digest = xxh3_128()
+        for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):
+            opened.seek(offset)
+            digest.update(opened.read(SAMPLE_SIZE))
+    return digest.hexdigest()
+
+
+def manifest_of(
+    plan: Plan, samples: Sequence[str], side_files: Mapping[str, bytes], records: Records, known: Mapping[str, Any]
+) -> bytes:
+    """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty."""
+    manifest = {**describe_plan(plan), "source_samples": list(samples)}
     for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
         entry["ranges"] = ranges_text(file.header, records[records["file"] == index])
     files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}
@@ -87,15 +110,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def same_job(manifest: Mapping[str, Any], plan: Plan) -> bool:
+def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
     """Whether a manifest is of the conversion that is planned, for whichever of its ranks."""
     wanted = describe_plan(plan)
-    return all(manifest.get(key) == wanted[key] for key in JOB_KEYS)
+    return manifest.get("source_samples") == list(samples) and all(manifest.get(key) == wanted[key] for key in JOB_KEYS)
 
 
 def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
-    """The ranks of the plan whose files are there already, by the manifest and by their size."""
-    sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())} if same_job(manifest, plan) else {}
+    """The ranks of the plan whose files are there already, by the manifest of the same job and by their size."""
+    sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
     return {
         file.rank
         for file in plan.files

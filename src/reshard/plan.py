@@ -102,6 +102,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
     matched = match(checkpoint, recipe)
+    if not matched.kept:
+        raise refuse(
+            "nothing-kept", recipe.name, "every tensor is dropped", "at least one to convert", "another recipe"
+        )
     kinds = kinds_of(matched)
     require_none(pairing_problems(recipe, matched, kinds))
     require_none(ranks_problems(checkpoint, recipe, layout, matched, kinds))

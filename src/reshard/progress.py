@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 from reshard.text import size_text
 
@@ -16,7 +17,7 @@ PLAIN_SECONDS = 1.0
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Gives the function that is to be told of the bytes done, of `total`."""
     if not sys.stderr.isatty():
-        yield plain_lines(title, total)
+        yield locked(plain_lines(title, total))
         return
     # Heavy, and of use on a terminal only.
     from rich.console import Console  # noqa: PLC0415
@@ -41,13 +42,23 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda size: bar.advance(task, size)
 
 
+def locked(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """The same function, for several threads."""
+    lock = Lock()
+
+    def one_at_a_time(size: int) -> None:
+        with lock:
+            advance(size)
+
+    return one_at_a_time
+
+
 def plain_lines(title: str, total: int) -> Callable[[int], None]:
     """A line for each tenth of the bytes, and none within a second of the one before."""
     started = said_at = time.monotonic()
     done = said = 0
 
     def advance(size: int) -> None:
-        # Several threads may tell at once: a line more or less does no harm, and no number is lost under the GIL.
         nonlocal done, said, said_at
         done += size
         step = done * PLAIN_STEPS // total if total else 0

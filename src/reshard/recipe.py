@@ -36,7 +36,7 @@ def packaged_recipes() -> list[Recipe]:
 
 def load_recipe(name: str) -> Recipe:
     """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
-    is_path = name.endswith(".toml") or "/" in name or Path(name).is_file()
+    is_path = name.endswith(".toml") or Path(name).is_file()
     path = Path(name) if is_path else FOLDER / f"{name}.toml"
     try:
         content = path.read_bytes()
@@ -165,6 +165,8 @@ def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -
     for other in (fields[key] for key in ("within", "after") if key in fields):
         if other not in holes or other == name:
             yield f"the hole {other!r}", "another hole of this recipe"
+    for key in ("marker", "rows_of"):
+        yield from pattern_faults(fields[key], holes) if fields.get(key) else ()
     if "marker" in fields and HOLE.findall(fields["marker"]) != [name]:
         yield repr(fields["marker"]), f"marker: a name with the hole {{{name}}}"
     if unknown := set(HOLE.findall(fields.get("rows_of", ""))) - (set(holes) - {name}):
@@ -206,6 +208,11 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], *, scaled: bool) -> Iterato
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
         yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
+
+
+def is_dealt(name: str, holes: Mapping[str, Any]) -> bool:
+    """Whether the members of a hole can be dealt to ranks: they begin at 0, those of a part of another do not."""
+    return name in holes and not {"within", "after"} & set(holes[name])
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:

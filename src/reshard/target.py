@@ -6,21 +6,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reshard.errors import Problem
-from reshard.journal import JOURNAL
+from reshard.journal import JOURNAL, PARTIAL, left_names
+from reshard.read import SUFFIX
 from reshard.text import size_text
 
-PARTIAL = ".partial"
-"""What a name ends in until the file is whole and durable."""
+MANIFEST = "reshard.json"
+"""The name of the manifest."""
 
 
-def our_names(target: Path, names: Iterable[str]) -> set[str]:
-    """What an interrupted job that was to write `names` may have left in its target. Without its journal: nothing.
-
-    Of which job the journal is, it says itself; the partial files of another one are ours as well.
-    """
+def our_names(target: Path) -> set[str]:
+    """What an interrupted job may have left in its target, by its journal; without a journal nothing is ours."""
     if not (target / JOURNAL).exists():
         return set()
-    return {JOURNAL, *names, *(name for name in names_in(target) if name.endswith(PARTIAL))}
+    return {JOURNAL, *left_names(target)}
 
 
 def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
@@ -46,7 +44,7 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
         yield Problem(
             "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
         )
-    free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours if name.endswith(PARTIAL))
+    free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours)
     if free < needed:
         found = f"{free:,} bytes free ({size_text(free)})"
         expected = f"{needed:,} bytes ({size_text(needed)})"
@@ -54,8 +52,12 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
 
 
 def is_side(path: Path) -> bool:
-    """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it."""
-    return path.is_file() and not path.name.startswith(".")
+    """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it, no part of the
+    checkpoint itself and nothing that we keep books in.
+    """
+    is_ours = path.name in (MANIFEST, JOURNAL) or path.name.endswith(PARTIAL)
+    is_checkpoint = path.name.endswith((SUFFIX, SUFFIX + ".index.json"))
+    return path.is_file() and not (path.name.startswith(".") or is_ours or is_checkpoint)
 
 
 def allocated(path: Path) -> int:
@@ -75,8 +77,7 @@ def nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-def side_files(folder: Path, patterns: Iterable[str], carried: Iterable[str]) -> dict[str, Path]:
-    """The files of a folder that go along, by name: those that fit a pattern and are not `carried` already."""
-    patterns, taken = list(patterns), set(carried)
+def side_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    """The files of a folder that fit a pattern and go along, by name."""
     found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if is_side(path)}
-    return {name: path for name, path in sorted(found.items()) if name not in taken}
+    return dict(sorted(found.items()))

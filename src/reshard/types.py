@@ -1,9 +1,12 @@
 """The nouns that every stage shares: frozen values that open nothing. Imports only the standard library."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+Advance = Callable[[int], None]
+"""Told how many more bytes of a job are done; by several threads, if the job has them."""
 
 MOST_RANKS = 4096
 """No model is cut for more; a larger number is a slip."""

@@ -8,7 +8,7 @@ columns which box of the source the rank should hold, and compares every byte of
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,24 +18,25 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from reshard.disk import open_file
 from reshard.errors import Problem, Refused, refuse
 from reshard.header import BITS
-from reshard.names import Pattern, filled, later_members, patterns_of, slots_of, split_name
+from reshard.names import Pattern, later_members, patterns_of, slots_of, split_name
 from reshard.read import SUFFIX, read_header
-from reshard.types import MOST_RANKS, Checkpoint, File, Recipe, Rule, Tensor
+from reshard.types import MOST_RANKS, Advance, Checkpoint, File, Recipe, Rule, Tensor
 
 BAND_SIZE = 8 << 20
 """In bytes: so much of a source tensor is compared at a time, or one row if that is more."""
-
-Advance = Callable[[int], None]
-"""Told how many more bytes of the target have been compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What was compared, and where it differs."""
 
+    ranks: int
+    """How many ranks the target is cut for."""
     files: int
+    """Of so many of them the files were compared."""
     tensors: int
     size: int
     """In bytes of the target, headers left out."""
@@ -75,7 +76,9 @@ def verify_target(
     """
     names, extra = rank_files(target, recipe)
     ranks, wanted = len(names), range(len(names)) if only is None else only
-    files, problems = read_rank_files(target, {rank: names[rank] for rank in wanted if rank < ranks})
+    if unknown := sorted(set(wanted) - set(range(ranks))):
+        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {ranks - 1}")
+    files, problems = read_rank_files(target, {rank: names[rank] for rank in wanted})
     problems += [Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none") for name in extra]
     held: dict[str, list[Held]] = {}
     for file in files:
@@ -83,8 +86,8 @@ def verify_target(
         problems.extend(hold(file, ranks, source, recipe, held))
     problems.extend(absent_problems(held, [file.rank for file in files], ranks, source, recipe))
     with ExitStack() as stack:
-        source_files = [open_file(stack, source.folder / file.name) for file in source.files]
-        target_files = {file.rank: open_file(stack, target / file.file.name) for file in files}
+        source_files = [open_file(stack, source.folder / file.name, os.O_RDONLY) for file in source.files]
+        target_files = {file.rank: open_file(stack, target / file.file.name, os.O_RDONLY) for file in files}
         for name, parts in held.items():
             tensor = source.tensors[name]
             for part, place in compare(source_files[tensor.file], tensor, target_files, parts, advance):
@@ -92,7 +95,7 @@ def verify_target(
                 found = f"other bytes than in the source, first in byte {place:,} of the tensor"
                 problems.append(Problem("differs", subject, found, f"those of {name}", "convert again"))
     tensors = [tensor for file in files for tensor in file.tensors]
-    return Report(len(files), len(tensors), sum(tensor.size for tensor in tensors), tuple(problems))
+    return Report(ranks, len(files), len(tensors), sum(tensor.size for tensor in tensors), tuple(problems))
 
 
 def rank_files(target: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -209,57 +212,44 @@ def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, ran
 
 
 def absent_problems(
-    held: Mapping[str, Sequence[Held]], found: Sequence[int], ranks: int, source: Checkpoint, recipe: Recipe
+    held: Mapping[str, Sequence[Held]], looked_at: Collection[int], ranks: int, source: Checkpoint, recipe: Recipe
 ) -> Iterator[Problem]:
-    """Tensors of the source that a rank lacks, or that a wrong rank holds. Looks at the ranks `found` only."""
-    drops = [
-        (pattern, recipe.rules[number])
-        for number, rule in enumerate(recipe.rules)
-        for pattern in patterns_of(number, rule, recipe)
-        if rule.relation == "drop"
-    ]
-    counts = {letter: 1 + max(numbers) for letter, numbers in dealt_numbers(held).items()}
-    for name in source.tensors:
-        parts = held.get(name, ())
-        if not parts:
-            if len(found) == ranks and not any(is_dropped(name, *drop, source, recipe) for drop in drops):
-                yield Problem("missing-tensor", name, "in no rank file", "in at least one", "convert again")
-            continue
-        letter = dealt_letter(parts[0].rule)
-        wanted = found
-        if letter:
-            member = int(parts[0].numbers[slots_of(parts[0].rule).index(letter)])
-            wanted = [member * ranks // counts[letter]]
-        holders = [held_part.rank for held_part in parts]
-        if holders != list(wanted) and (not letter or len(found) == ranks):
-            expected = f"in ranks {list(wanted)}"
-            yield Problem("wrong-ranks", name, f"in ranks {holders}", expected, "convert again")
+    """Tensors of the source that one of the ranks `looked_at` lacks, or has though it should not."""
+    for name, wanted in holders(source, recipe, ranks).items():
+        expected = sorted(set(wanted) & set(looked_at))
+        found = sorted(part.rank for part in held.get(name, ()))
+        if expected and not found:
+            yield Problem(
+                "missing-tensor", name, "in none of these rank files", f"in ranks {expected}", "convert again"
+            )
+        elif expected != found:
+            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", "convert again")
 
 
-def dealt_letter(rule: Rule) -> str:
-    return rule.split.removeprefix("by ") if rule.split.startswith("by ") else ""
-
-
-def dealt_numbers(held: Mapping[str, Sequence[Held]]) -> dict[str, set[int]]:
-    """For each hole that is dealt to ranks, the members that lie in the rank files."""
+def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Collection[int]]:
+    """By the name of each tensor of the source: the ranks that should hold it or a part of it."""
+    names = {name: split_name(name) for name in source.tensors}
+    marked, before = later_members(names.values(), recipe)
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
+    found: dict[str, Collection[int]] = {}
+    dealt: dict[str, tuple[str, int]] = {}
+    by_key: dict[tuple[str, int], list[Pattern]] = {}
+    for name, (key, numbers) in names.items():
+        fitting = by_key.get((key, len(numbers)))
+        if fitting is None:
+            fitting = by_key[key, len(numbers)] = [pattern for pattern in patterns if pattern.fits(key, numbers)]
+        rules = [recipe.rules[pattern.rule] for pattern in fitting if pattern.accepts(numbers, marked, before)]
+        if rules and rules[0].split.startswith("by "):
+            letter = rules[0].split.removeprefix("by ")
+            dealt[name] = letter, int(numbers[slots_of(rules[0]).index(letter)])
+        else:
+            found[name] = () if rules and rules[0].relation == "drop" else range(ranks)
     members: dict[str, set[int]] = {}
-    for parts in held.values():
-        if letter := dealt_letter(parts[0].rule):
-            place = slots_of(parts[0].rule).index(letter)
-            members.setdefault(letter, set()).add(int(parts[0].numbers[place]))
-    return members
-
-
-def is_dropped(name: str, pattern: Pattern, rule: Rule, source: Checkpoint, recipe: Recipe) -> bool:
-    """Whether a drop rule takes a name; in a hole that has a marker, only where the marker is in the source too."""
-    key, numbers = split_name(name)
-    if not pattern.fits(key, numbers) or not pattern.accepts(numbers, {}, {}):
-        return False
-    marked = [(slot, number) for slot, number in zip(slots_of(rule), numbers, strict=False) if slot in recipe.holes]
-    return all(
-        not recipe.holes[slot].marker or filled(recipe.holes[slot].marker, {slot: int(number)}) in source.tensors
-        for slot, number in marked
-    )
+    for letter, member in dealt.values():
+        members.setdefault(letter, set()).add(member)
+    for name, (letter, member) in dealt.items():
+        found[name] = (member * ranks // len(members[letter]),)
+    return found
 
 
 def compare(
@@ -301,9 +291,3 @@ def read_bytes(descriptor: int, offset: int, size: int) -> NDArray[np.uint8]:
     while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
         done += count
     return data[:done]
-
-
-def open_file(stack: ExitStack, path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    stack.callback(os.close, descriptor)
-    return descriptor

@@ -2,24 +2,22 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from reshard.disk import PAGE, Ways, aligned_buffer, read_window, write_all
+from reshard.disk import PAGE, Ways, aligned_buffer, drop_cached, read_window, write_all
 from reshard.journal import RECORD, RECORD_TYPE, Journal, append_records
+from reshard.types import Advance
 from reshard.windows import WINDOW_SIZE, Group, Window
 
 MEMORY_PER_JOB = 2 * WINDOW_SIZE + 2 * PAGE
 """In bytes: a buffer to read into and one to gather in."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
-
-Advance = Callable[[int], None]
-"""Told how many more bytes of the target have been written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +33,10 @@ class Files:
 class Ledger:
     """What has been written, with its checksums: at first in memory only, then durable and in the journal."""
 
-    def __init__(self, journal: Journal, targets: Sequence[int]) -> None:
+    def __init__(self, journal: Journal, targets: Sequence[int], ways: Ways) -> None:
         self._journal = journal
         self._targets = targets
+        self._ways = ways
         self._lock = threading.Lock()
         self._pending = bytearray()
         self._durable = bytearray(journal.records)
@@ -55,6 +54,7 @@ class Ledger:
             return
         for file in np.unique(np.frombuffer(batch, RECORD_TYPE)["file"]).tolist():
             os.fdatasync(self._targets[file])
+            drop_cached(self._targets[file], self._ways)
         append_records(self._journal, batch)
         self._durable += batch
 
@@ -92,7 +92,18 @@ def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, ad
                 future.result()
         finally:
             queue.stopped.set()
+            wait_for([flusher, *futures])
         flusher.result()
+
+
+def wait_for(futures: Sequence[Future[None]]) -> None:
+    """Until all have ended, whatever comes: their files may not be closed under them by an impatient second Ctrl-C."""
+    while True:
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            continue
+        return
 
 
 def flush_regularly(queue: Queue, ledger: Ledger) -> None:
