@@ -10,7 +10,7 @@ from where it was read; any other is gathered first (the small ones, and the col
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -56,9 +56,14 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Pieces in columns; `window` numbers the window that each belongs to."""
+    """Pieces in columns; `window` numbers the window that each belongs to, `cell` what of it may go out in one write.
+
+    The cells of a target file depend on that file alone. So its groups, and with them the ranges that have a checksum,
+    are the same whichever other ranks are written along with it.
+    """
 
     window: Integers
+    cell: Integers
     source_offset: Integers
     pitch: Integers
     run: Integers
@@ -89,6 +94,7 @@ def windows(copies: Copies, size: int = WINDOW_SIZE) -> Iterator[Window]:
     for begin, end in pairwise(bounds):
         chosen = order[begin:end]
         table = Table(
+            np.zeros(len(chosen), np.int64),
             np.zeros(len(chosen), np.int64),
             merged.source_offset[chosen],
             merged.pitch[chosen],
@@ -149,6 +155,7 @@ def split_rows(table: Table) -> Table:
     piece = table.picked(index)
     return Table(
         piece.window,
+        piece.cell,
         piece.source_offset + row * piece.pitch,
         piece.run,
         piece.run,
@@ -166,17 +173,26 @@ def split_at_grid(table: Table, size: int) -> Table:
     start = np.maximum(piece.source_offset, (first[index] + place) * size)
     run = np.minimum(piece.ends, (first[index] + place + 1) * size) - start
     target_offset = piece.target_offset + start - piece.source_offset
-    return Table(first[index] + place, start, run, run, piece.rows, piece.target_file, target_offset)
+    cell = first[index] + place
+    return Table(cell, cell, start, run, run, piece.rows, piece.target_file, target_offset)
 
 
 def window_of_runs(table: Table) -> Table:
     """Numbers the windows of contiguous pieces: one a cell of the grid, and a new one behind each long gap."""
+    by_file = table.picked(np.lexsort((table.source_offset, table.target_file)))
+    starts_cell = long_gaps(by_file.cell, by_file.source_offset, by_file.ends)
+    starts_cell[1:] |= np.diff(by_file.target_file) != 0
+    table = replace(by_file, cell=np.cumsum(starts_cell))
     table = table.picked(np.argsort(table.source_offset, kind="stable"))
-    reached = np.maximum.accumulate(table.ends)
-    is_first = np.ones(len(reached), np.bool_)
-    is_first[1:] = (np.diff(table.window) != 0) | (table.source_offset[1:] - reached[:-1] > LARGEST_GAP)
-    columns = [getattr(table, name) for name in Table.__slots__[1:]]
-    return Table(np.cumsum(is_first) - 1, *columns)
+    starts_window = long_gaps(table.window, table.source_offset, np.maximum.accumulate(table.ends))
+    return replace(table, window=np.cumsum(starts_window) - 1)
+
+
+def long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np.bool_]:
+    """Where another cell of the grid begins, or a stretch that nobody wants has gone before."""
+    is_first = np.ones(len(starts), np.bool_)
+    is_first[1:] = (np.diff(grid) != 0) | (starts[1:] - reached[:-1] > LARGEST_GAP)
+    return is_first
 
 
 def window_of_bands(table: Table, size: int, first: int) -> Table:
@@ -193,6 +209,7 @@ def window_of_bands(table: Table, size: int, first: int) -> Table:
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
     return Table(
         first + window,
+        place,
         piece.source_offset + row * piece.pitch,
         piece.pitch,
         piece.run,
@@ -210,7 +227,7 @@ def built(source_file: int, pieces: Table) -> Iterator[Window]:
     offsets = np.minimum.reduceat(pieces.source_offset, bounds)
     ends = np.maximum.reduceat(pieces.ends, bounds)
     starts_group = is_first.copy()
-    starts_group[1:] |= np.diff(pieces.target_file) != 0
+    starts_group[1:] |= (np.diff(pieces.target_file) != 0) | (np.diff(pieces.cell) != 0)
     starts_group[1:] |= pieces.target_offset[1:] != (pieces.target_offset + sizes)[:-1]
     groups = np.flatnonzero(starts_group)
     group_sizes = np.add.reduceat(sizes, groups).tolist()
