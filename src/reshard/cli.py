@@ -95,6 +95,7 @@ def add_deepseek(parser: Parser) -> None:
     parser.add_argument("--save-path", type=Path, required=True, help="the folder to write, empty or not there")
     parser.add_argument("--n-experts", type=int, required=True, help="number of routed experts; checked")
     parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
 
 
 COMMANDS = (
@@ -156,7 +157,9 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"reshard {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.about, description=command.about.capitalize() + ".")
+        sub = commands.add_parser(
+            command.name, help=command.about, description=command.about[0].upper() + command.about[1:] + "."
+        )
         command.add_options(sub)
         sub.add_argument("--json", action="store_true", help="print JSON instead of text")
         sub.set_defaults(run=command.run)

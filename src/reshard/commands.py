@@ -32,7 +32,12 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
-    job = Job(options.hf_ckpt_path, options.model_parallel, experts=options.n_experts)
+    job = Job(
+        options.hf_ckpt_path,
+        options.model_parallel,
+        ignore_extra_files=options.ignore_extra_files,
+        experts=options.n_experts,
+    )
     return convert(job, options.save_path, Settings(), as_json=options.json)
 
 

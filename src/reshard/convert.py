@@ -11,8 +11,9 @@ from reshard.errors import refuse, require_none
 from reshard.execute import USUAL, Done, Others, Settings, execute_plan
 from reshard.journal import JOURNAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
+from reshard.names import ranks_of
 from reshard.plan import Plan, make_plan, only_ranks
-from reshard.read import read_checkpoint
+from reshard.read import file_names, read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.target import MANIFEST, our_names, side_files, target_problems
 from reshard.types import Advance, Checkpoint, Layout, Recipe
@@ -123,10 +124,20 @@ def clear_journal(target: Path) -> None:
 
 def plan_conversion(job: Job) -> Plan:
     """The plan of a job, from the headers of its source alone. Raises Refused."""
+    require_source(job)
     checkpoint = read_checkpoint(job.source, ignore_extra_files=job.ignore_extra_files)
     plan = make_plan(checkpoint, recipe_for(job, checkpoint), Layout(job.ranks))
     require_experts(job, plan)
     return plan if job.only is None else only_ranks(plan, job.only)
+
+
+def require_source(job: Job) -> None:
+    """The source is not itself what we write: its files would look like one checkpoint with every tensor many times."""
+    names = file_names(job.source)
+    for recipe in packaged_recipes():
+        if ranks := ranks_of(names, recipe) if job.source.is_dir() else 0:
+            found, expected = f"rank files for {ranks} ranks", "a Hugging Face checkpoint"
+            raise refuse("rank-files", str(job.source), found, expected, "name what they were made from")
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:

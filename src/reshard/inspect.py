@@ -1,6 +1,5 @@
 """What a checkpoint holds, in either layout, from its headers alone."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from reshard.choose import choose_recipe
 from reshard.errors import Refused
 from reshard.match import match
+from reshard.names import ranks_of
 from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_config, read_headers
 from reshard.recipe import packaged_recipes
 from reshard.text import size_text, table
@@ -58,13 +58,6 @@ def read_file(path: Path) -> Checkpoint:
     stored = read_headers(path.parent, [path.name])
     tensors = {tensor.name: tensor for tensor in stored.tensors}
     return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
-
-
-def ranks_of(names: list[str], recipe: Recipe) -> int:
-    """The number of ranks that file names tell, if all of them are names of rank files; else 0."""
-    pattern = re.escape(recipe.files).replace(r"\{rank\}", r"\d+").replace(r"\{ranks\}", r"(\d+)")
-    found = {fitting[1] if (fitting := re.fullmatch(pattern, name)) else "" for name in names}
-    return int(found.pop() or 0) if len(found) == 1 else 0
 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
