@@ -22,7 +22,7 @@ from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, write_checkpoint
 
 SHAPE = {"first_k_dense_replace": 1, "n_routed_experts": 16, "vocab_size": 16160, "num_nextn_predict_layers": 0}
 DENSE = {"num_hidden_layers": 12, "first_k_dense_replace": 12, "vocab_size": 10240, "hidden_size": 4096,
-         "intermediate_size": 16384, "n_routed_experts": 16, "num_attention_heads": 64}  # fmt: skip
+         "intermediate_size": 16384, "n_routed_experts": None, "num_attention_heads": 64}  # fmt: skip
 TINY = {"num_hidden_layers": 130, "first_k_dense_replace": 0, "vocab_size": 256, "hidden_size": 16,
         "intermediate_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 256, "num_attention_heads": 16,
         "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
