@@ -13,6 +13,7 @@ from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, pr
 from reshard.errors import describe, printable, refuse
 from reshard.execute import Settings
 from reshard.manifest import describe_plan
+from reshard.match import match
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
@@ -63,6 +64,7 @@ def run_verify(options: argparse.Namespace) -> int:
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
+    match(source, recipe)  # a recipe that does not fit would find every tensor wrong
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks)
     return say_report(report, options.target, options.source, as_json=options.json)
