@@ -37,7 +37,7 @@ about = "one kind of tensor"
 left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
-scale = { left = "weight_scale_inv", right = "scale", block = 128 }
+scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }
 holes.e = { counts = "experts" }
 rules = [["same", "%s.{p}", "%s.{p}", "%s"]]
 """

@@ -156,7 +156,7 @@ NORM_ROW = '"model.norm.weight",' + 40 * " " + '"norm.weight",' + 27 * " " + '"r
 EMBED = '["same", ' + FIRST_ROW + "]"
 HOLE_D = 'holes.d = { counts = "dense layers",  size = "first_k_dense_replace", within = "i" }'
 HOLE_M = 'holes.m = { counts = "MTP layers",    after = "i", marker = "model.layers.{m}.eh_proj.weight" }'
-SCALE = 'scale = { left = "weight_scale_inv", right = "scale", block = 128 }'
+SCALE = 'scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }'
 FILES = '"model{rank}-mp{ranks}.safetensors"'
 
 FAULTS = [

@@ -20,7 +20,7 @@ from reshard.header import BITS
 from reshard.types import MOST_RANKS, Tensor
 
 ROWS, COLUMNS = 0, 1
-DIMENSION = {"rows": ROWS, "columns": COLUMNS}
+DIMENSION = {"rows": ROWS, "padded rows": ROWS, "columns": COLUMNS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,13 @@ def cut_weight(tensor: Tensor, split: str, ranks: int) -> Cut:
     return whole(tensor, ranks) if dimension is None or ranks == 1 else along(tensor, dimension, ranks, 1)
 
 
-def limit_of(tensor: Tensor, split: str, block: int) -> Limit | None:
-    """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, 1 without one."""
+def limit_of(tensor: Tensor, split: str, block: tuple[int, int]) -> Limit | None:
+    """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, (1, 1) without one."""
     dimension = DIMENSION.get(split)
     if dimension is None or len(tensor.shape) <= dimension:
         return None
-    return Limit(tensor.shape[dimension], block, prod(tensor.shape[dimension:]) * BITS[tensor.dtype])
+    side = block[dimension] if dimension < len(block) else 1
+    return Limit(tensor.shape[dimension], side, prod(tensor.shape[dimension:]) * BITS[tensor.dtype])
 
 
 def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, block: int) -> Cut:
@@ -95,8 +96,8 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, block: int
     return along(tensor, dimension, tensor.shape[dimension], block // part)
 
 
-def weight_problems(tensor: Tensor, split: str, ranks: int, block: int) -> Iterator[Problem]:
-    """Why a tensor cannot be cut for so many ranks. `block` is that of its scale, 1 without one."""
+def weight_problems(tensor: Tensor, split: str, ranks: int, block: tuple[int, int]) -> Iterator[Problem]:
+    """Why a tensor cannot be cut for so many ranks. `block` is that of its scale, (1, 1) without one."""
     dimension = DIMENSION.get(split)
     if dimension is None:
         return
@@ -114,16 +115,8 @@ def weight_problems(tensor: Tensor, split: str, ranks: int, block: int) -> Itera
         yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
     elif limit and not limit.allows(ranks):
         found = f"{length // ranks:,} {split} a rank"
-        expected = f"whole blocks of {block}, or a part that lies inside one: two block scales have no common value"
+        expected = f"whole blocks of {block[dimension]}, or a part that lies inside one: two block scales have no common value"
         yield Problem("straddles-blocks", tensor.name, found, expected)
-
-
-def scale_problems(tensor: Tensor, weight: Tensor, block: int) -> Iterator[Problem]:
-    """A block scale has one element for each block, the last block of a row or column being perhaps smaller."""
-    wanted = tuple(-(-length // block) for length in weight.shape)
-    if tensor.shape != wanted:
-        found = f"shape {list(tensor.shape)}"
-        yield Problem("wrong-scale", tensor.name, found, f"{list(wanted)} for a weight of {list(weight.shape)}")
 
 
 def working_ranks(limits: Iterable[Limit]) -> str:

@@ -5,13 +5,17 @@ those of the `safetensors` package 0.8; what it leaves open and we refuse is wri
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from json.encoder import encode_basestring
 from math import prod
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from reshard.errors import Problem, Refused, refuse
+import msgspec
+
+from reshard.errors import Problem, refuse, require_none
 from reshard.types import Tensor
 
 BITS = {
@@ -47,6 +51,22 @@ MAX_DIMENSIONS = 64
 MAX_INTEGER = 2**63 - 1
 AGAIN = "download or copy the file again"
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
+Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """An entry of a header that is right, or it does not parse."""
+
+    dtype: Literal[tuple(BITS)]  # type: ignore[valid-type]
+    shape: Shape
+    data_offsets: tuple[Size, Size]
+
+
+ENTRIES = msgspec.json.Decoder(dict[str, Entry])
+METADATA = re.compile(rb'\{"__metadata__":\{"[^"\\]*":"[^"\\]*"\}(?:,(?=")|(?=\}))')
+"""Metadata of one key where safetensors writes it: first. It is not of the form of an entry."""
+
 
 def header_length(first_bytes: bytes, file_size: int, name: str) -> int:
     """The length of the JSON text, in bytes, from the first eight bytes of the file `name`. Raises Refused."""
@@ -68,6 +88,51 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
     `file` is the index that the tensors will carry; their offsets count from the start of the file. The tensors must
     cover the data exactly: no overlap, no gap, nothing behind the last.
     """
+    start = LENGTH_SIZE + len(text)
+    tensors = sound_tensors(text, file)
+    if tensors is None:
+        tensors = checked_tensors(text, file, name)
+    tensors.sort(key=PLACE)
+    if not is_tiled(tensors, start, file_size):
+        require_none(placing_problems(tensors, start, file_size, name))
+    return tensors
+
+
+def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
+    """The tensors of a header in which every entry is right; None if one is not, or if that cannot be told so fast."""
+    metadata = METADATA.match(text)
+    start = LENGTH_SIZE + len(text)
+    text = b"{" + text[metadata.end() :] if metadata else text
+    try:
+        entries = ENTRIES.decode(text)
+    except (ValueError, RecursionError):  # msgspec's own errors are ValueErrors too
+        return None
+    # An entry has five strings: its name, its three keys and its dtype. More quotes: some key stood twice.
+    if b"\\" in text or text.count(b'"') != 10 * len(entries) or "__metadata__" in entries:
+        return None
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
+    tensors = []
+    for key, entry in entries.items():
+        begin, end = entry.data_offsets
+        kind = kinds.get((entry.dtype, entry.shape))
+        if kind is None:
+            kind = kinds[entry.dtype, entry.shape] = entry.dtype, entry.shape, size_of(entry.dtype, entry.shape)
+        dtype, shape, size = kind
+        if end - begin != size:
+            return None
+        tensors.append(Tensor(key, dtype, shape, file, start + begin, size))
+    return tensors
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """In bytes; -1 if that is no whole number, or too large to be read."""
+    # A product that overflows on the way to its zero is an overflow to safetensors too.
+    bits = prod(shape) * BITS[dtype]
+    return -1 if bits % 8 or prod(filter(None, shape)) > MAX_INTEGER else bits // 8
+
+
+def checked_tensors(text: bytes, file: int, name: str) -> list[Tensor]:
+    """The tensors of a header, each entry looked at by itself. Raises Refused with every fault found."""
     header = parse_object(text, name)
     problems: list[Problem] = []
     metadata = header.pop("__metadata__", {})
@@ -75,49 +140,27 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
         problems.append(Problem("wrong-metadata", f"{name}: __metadata__", "another thing", "an object of strings"))
     start = LENGTH_SIZE + len(text)
     tensors = []
-    kinds: Kinds = {}
-    # Where neither stands in the text, no number can be a bool, which to Python equals 0 or 1.
-    trusted = b"true" not in text and b"false" not in text and b"\\" not in text
     for key, entry in header.items():
-        kind = kind_of(entry, kinds) if trusted else None
-        if kind is None:
-            if fault := entry_fault(key, entry):
-                problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
-                continue
-            kind = kinds.setdefault((entry["dtype"], *entry["shape"]), (entry["dtype"], tuple(entry["shape"])))
+        if fault := entry_fault(key, entry):
+            problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+            continue
         begin, end = entry["data_offsets"]
-        tensors.append(Tensor(key, *kind, file, start + begin, end - begin))
-    if not problems:
-        tensors.sort(key=PLACE)
-        problems.extend(placing_problems(tensors, start, file_size, name))
-    if problems:
-        raise Refused(problems)
+        tensors.append(Tensor(key, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
+    require_none(problems)
     return tensors
 
 
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
     """The JSON object of a header: no duplicate key, no float, no NaN, nothing but UTF-8. Raises Refused for `name`."""
     try:
-        header = json.loads(text.decode(), parse_float=refuse_number, parse_constant=refuse_number)
-        if isinstance(header, dict) and not all_strings_kept(text, header):
-            # Slower by half, but it says which.
-            json.loads(text, object_pairs_hook=unique_keys)
+        header = json.loads(
+            text.decode(), parse_float=refuse_number, parse_constant=refuse_number, object_pairs_hook=unique_keys
+        )
     except (ValueError, RecursionError) as error:
         raise refuse("header-not-json", name, f"{type(error).__name__}: {error}", "a JSON header", AGAIN) from None
     if not isinstance(header, dict):
         raise refuse("header-not-json", name, f"a JSON {type(header).__name__}", "a JSON object", AGAIN)
     return header
-
-
-def all_strings_kept(text: bytes, header: dict[str, Any]) -> bool:
-    """Whether the text has no string but those of the parsed header, by counting quotes: then no key stood twice.
-
-    An entry has five strings: its name, its three keys and its dtype. False also if that cannot be told so easily.
-    """
-    metadata = header.get("__metadata__")
-    entries = len(header) - (metadata is not None)
-    strings = 5 * entries + (1 + 2 * len(metadata) if isinstance(metadata, dict) else 0)
-    return b"\\" not in text and text.count(b'"') == 2 * strings
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -131,22 +174,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def refuse_number(number: str) -> NoReturn:
     raise ValueError(f"{number[:40]} is not a whole number")
-
-
-Kinds = dict[tuple[Any, ...], tuple[str, tuple[int, ...]]]
-"""The dtypes and shapes that were found right: each is kept once, however many tensors have it."""
-
-
-def kind_of(entry: Any, kinds: Kinds) -> tuple[str, tuple[int, ...]] | None:
-    """The dtype and shape of an entry that is right as another of them was; None if it must be looked at. For speed."""
-    try:
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]
-        kind = kinds.get((entry["dtype"], *shape))
-        if kind and type(shape) is list and len(entry) == 3 and begin >= 0:
-            return kind if prod(shape) * BITS[kind[0]] == (end - begin) * 8 else None
-    except (KeyError, TypeError, ValueError):
-        pass
-    return None
 
 
 def entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
@@ -191,6 +218,12 @@ def short(value: Any) -> str:
 
 
 PLACE = itemgetter(Tensor._fields.index("offset"), Tensor._fields.index("size"))
+
+
+def is_tiled(tensors: Sequence[Tensor], start: int, file_size: int) -> bool:
+    """Whether tensors in the order of their data fill a file from `start` to its end."""
+    ends = list(accumulate((tensor.size for tensor in tensors), initial=start))
+    return ends[:-1] == [tensor.offset for tensor in tensors] and ends[-1] == file_size
 
 
 def placing_problems(tensors: Iterable[Tensor], start: int, file_size: int, name: str) -> Iterable[Problem]:

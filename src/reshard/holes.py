@@ -20,12 +20,12 @@ def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
     """The numbers that fill each hole; those of a hole within another are members of that one too."""
     members: dict[str, set[int]] = {name: set() for name in recipe.holes}
     for number, tuples in present.items():
-        for place, slot in enumerate(slots_of(recipe.rules[number])):
+        for place, slot in enumerate(slots_of(recipe.rules[number], recipe)):
             if slot in members:
                 members[slot] |= {int(text) for text in {numbers[place] for numbers in tuples}}
     for hole in recipe.holes.values():
-        if hole.within:
-            members[hole.within] |= members[hole.name]
+        if whole := hole.within or hole.some_of:
+            members[whole] |= members[hole.name]
     return members
 
 
@@ -34,9 +34,10 @@ def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> I
     for hole in recipe.holes.values():
         if hole.within:
             yield from overlap_problems(hole, recipe, members)
-        else:
+        elif not hole.some_of:
             yield from gap_problems(hole, members[hole.name], len(members[hole.after]) if hole.after else 0)
         yield from count_problems(hole, members[hole.name], checkpoint.config)
+        yield from picked_problems(hole, members, checkpoint.config)
         yield from rows_problems(hole, checkpoint, recipe, members)
     for name in sorted({hole.within for hole in recipe.holes.values() if hole.within}):
         parts = [hole for hole in recipe.holes.values() if hole.within == name]
@@ -74,6 +75,20 @@ def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | No
         )
 
 
+def picked_problems(hole: Hole, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """A hole whose members a list of the config picks has just these."""
+    values = (config or {}).get(hole.picked_by) if hole.picked_by else None
+    if not isinstance(values, list):
+        return
+    whole = members[hole.within or hole.some_of]
+    wanted = {number for number, value in enumerate(values) if value in hole.picked and number in whole}
+    if wanted != members[hole.name]:
+        found = f"{numbers_text(members[hole.name])} by the names of the tensors"
+        expected = f"{numbers_text(wanted)}, as {hole.picked_by} of config.json says"
+        remedy = "is a file missing, or the config another model's?"
+        yield Problem("contradiction", hole.counts, found, expected, remedy)
+
+
 def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """The tensor that has a row for each member has as many rows as the names have members."""
     letters = [letter for letter in HOLE.findall(hole.rows_of) if letter in recipe.holes]
@@ -86,7 +101,7 @@ def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: M
 
 
 def missing_problems(
-    config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present
+    config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present, *, keep_optional: bool
 ) -> Iterator[Problem]:
     """Every tensor that a rule expects and the checkpoint lacks, and the rules that the config says have none."""
     for number, rule in enumerate(recipe.rules):
@@ -95,7 +110,7 @@ def missing_problems(
             found = f"{len(tuples)} tensors"
             expected = f"none, for the rule is {rule.only!r}"
             yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
-        if rule.relation != "drop" and wanted:
+        if rule.relation != "drop" and wanted and (keep_optional or not rule.optional):
             yield from missing_of_rule(rule, recipe, members, tuples)
 
 
@@ -110,7 +125,7 @@ def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: 
 
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
-    slots = slots_of(rule)
+    slots = slots_of(rule, recipe)
     choices = [sorted(members[slot]) if slot in recipe.holes else [int(slot)] for slot in slots]
     if prod(map(len, choices)) == len(tuples):
         return

@@ -15,94 +15,104 @@ NEAREST_FOR = 50
 """For so many kinds of unknown name the nearest rule is looked for: it is slow, and beyond that nobody reads."""
 
 
-class Match(NamedTuple):
-    """A tensor, the rule that covers it, and its name on the other side."""
+class Family(NamedTuple):
+    """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000 tensors in 50 families."""
 
-    tensor: Tensor
     rule: int
     """Index into the rules of the recipe."""
-    numbers: tuple[str, ...]
-    """What fills the holes of the rule's left name, in their order."""
     is_scale: bool
-    right: str
+    tensors: list[Tensor]
+    numbers: list[tuple[str, ...]]
+    """For each tensor: what fills the holes of the rule's left name, in their order."""
+    names: list[str]
+    """For each tensor: its name on the other side; empty for what is dropped there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
     """Every tensor of a checkpoint under exactly one rule of a recipe."""
 
-    kept: tuple[Match, ...]
-    dropped: tuple[Match, ...]
+    families: tuple[Family, ...]
     counts: Mapping[str, int]
     """How many members each hole has: `{"i": 61, "e": 256}`."""
 
 
-def match(checkpoint: Checkpoint, recipe: Recipe) -> Matched:
-    """Finds the one rule of each tensor.
+def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False) -> Matched:
+    """Finds the one rule of each tensor. What is optional need not be complete, unless it is to be kept.
 
     Raises Refused with every tensor that no rule or more than one rule covers; then with every gap in a numbered family
     and every contradiction with the config; then with every tensor that a rule expects and the checkpoint lacks.
     """
-    matches, unmatched = match_names(checkpoint, recipe)
+    families, unmatched = match_names(checkpoint, recipe)
     require_none(unmatched_problems(recipe, unmatched))
-    present: dict[int, set[tuple[str, ...]]] = {}
-    for found in matches:
-        if not found.is_scale:
-            present.setdefault(found.rule, set()).add(found.numbers)
-    require_none(clashes(matches))
+    present = {family.rule: set(family.numbers) for family in families if not family.is_scale}
+    require_none(clashes(families))
     members = hole_members(recipe, present)
     require_none(hole_problems(checkpoint, recipe, members))
-    require_none(missing_problems(checkpoint.config, recipe, members, present))
-    is_kept = [rule.relation != "drop" for rule in recipe.rules]
-    return Matched(
-        tuple(found for found in matches if is_kept[found.rule]),
-        tuple(found for found in matches if not is_kept[found.rule]),
-        {name: len(numbers) for name, numbers in members.items()},
-    )
+    require_none(missing_problems(checkpoint.config, recipe, members, present, keep_optional=keep_optional))
+    return Matched(tuple(families), {name: len(numbers) for name, numbers in members.items()})
 
 
-def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Match], dict[str, list[Pattern]]]:
-    """Each tensor with its one rule; and by name those with none or several, with the patterns that fit them."""
+def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
+    """The families of a checkpoint; and by name the tensors with no rule or several, with the patterns that fit."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
     names = split_names(checkpoint.tensors)
-    marked, before = later_members(names.values(), recipe)
-    fitting: dict[tuple[str, int], tuple[list[Pattern], int]] = {}
-    accepting: dict[tuple[str, tuple[str, ...]], list[Pattern]] = {}
-    matches: list[Match] = []
+    marked, before = later_members(names, recipe)
+    groups: dict[str, tuple[list[Tensor], list[tuple[str, ...]]]] = {}
+    for (key, numbers), tensor in zip(names, checkpoint.tensors.values(), strict=True):
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = [], []
+        group[0].append(tensor)
+        group[1].append(numbers)
+    families: dict[Pattern, Family] = {}
     unmatched: dict[str, list[Pattern]] = {}
-    for name, (key, numbers) in names.items():
-        known, checked = fitting.get((key, len(numbers)), (None, 0))
-        if known is None:
-            known = [pattern for pattern in patterns if pattern.fits(key, numbers)]
-            checked = max((pattern.checked({*marked, *before}) for pattern in known), default=0)
-            fitting[key, len(numbers)] = known, checked
-        # Of a name's numbers mostly the layer alone decides: so each decision is made once a layer, not once an expert.
-        found = accepting.get((key, numbers[:checked]))
-        if found is None:
-            found = [pattern for pattern in known if pattern.accepts(numbers, marked, before)]
-            accepting[key, numbers[:checked]] = found
-        if len(found) != 1:
-            unmatched[name] = found
-            continue
-        pattern = found[0]
-        right = pattern.right % (numbers if pattern.is_plain else tuple([numbers[place] for place in pattern.order]))
-        matches.append(Match(checkpoint.tensors[name], pattern.rule, numbers, pattern.is_scale, right))
-    return matches, unmatched
+    for key, (tensors, members) in groups.items():
+        fitting = [pattern for pattern in patterns if pattern.fits(key, members[0])]
+        for found, chosen in decided(fitting, members, marked, before):
+            if len(found) != 1:
+                unmatched |= {tensors[place].name: found for place in chosen}
+                continue
+            family = families.setdefault(found[0], Family(found[0].rule, found[0].is_scale, [], [], []))
+            family.tensors.extend([tensors[place] for place in chosen])
+            numbers = [members[place] for place in chosen]
+            family.numbers.extend(numbers)
+            family.names.extend(found[0].renamed(numbers))
+    order = {pattern: place for place, pattern in enumerate(patterns)}
+    return [families[pattern] for pattern in sorted(families, key=order.__getitem__)], unmatched
 
 
-def clashes(matches: Sequence[Match]) -> Iterator[Problem]:
+def decided(
+    fitting: Sequence[Pattern],
+    members: Sequence[tuple[str, ...]],
+    marked: Mapping[str, set[str]],
+    before: Mapping[str, str],
+) -> Iterator[tuple[list[Pattern], Sequence[int]]]:
+    """The patterns that accept names of one key, with the places of the names; a rest only where nothing else does.
+
+    Of a name's numbers mostly the layer alone decides: so each decision is made once a layer, not once an expert.
+    """
+    checked = max((pattern.checked({*marked, *before}) for pattern in fitting), default=0)
+    places: dict[tuple[str, ...], list[int]] = {}
+    for place, numbers in enumerate(members):
+        places.setdefault(numbers[:checked], []).append(place)
+    for numbers, chosen in places.items():
+        found = [pattern for pattern in fitting if pattern.accepts(numbers, marked, before)]
+        yield [pattern for pattern in found if not pattern.takes_rest] or found, chosen
+
+
+def clashes(families: Sequence[Family]) -> Iterator[Problem]:
     """Tensors that would have the same name on the other side. What is dropped has none there."""
-    named = [found for found in matches if found.right]
-    if len({found.right for found in named}) == len(named):
+    named = [family for family in families if family.names and family.names[0]]
+    if len({name for family in named for name in family.names}) == sum(len(family.names) for family in named):
         return
     first: dict[str, str] = {}
-    for found in named:
-        other = first.setdefault(found.right, found.tensor.name)
-        if other != found.tensor.name:
-            both = f"the name of {other} too"
-            yield Problem(
-                "same-name", f"{found.tensor.name} -> {found.right}", both, "a name for each", "mend the recipe"
-            )
+    for family in named:
+        for name, tensor in zip(family.names, family.tensors, strict=True):
+            other = first.setdefault(name, tensor.name)
+            if other != tensor.name:
+                found = f"the name of {other} too"
+                yield Problem("same-name", f"{tensor.name} -> {name}", found, "a name for each", "mend the recipe")
 
 
 def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from reshard.recipe import HOLE, PARAMETER, REST, WEIGHT
+from reshard.recipe import HOLE, REST, WEIGHT, scale_letter
 from reshard.types import Recipe, Rule
 
 NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
@@ -55,6 +55,12 @@ class Pattern:
                 return False
         return True
 
+    def renamed(self, numbers: Sequence[tuple[str, ...]]) -> list[str]:
+        """The name on the right for each filling of the slots."""
+        if self.is_plain:
+            return [self.right % filling for filling in numbers]
+        return [self.right % tuple([filling[place] for place in self.order]) for filling in numbers]
+
 
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     r"""`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`)). A `#` of the name itself becomes `\#`."""
@@ -62,27 +68,38 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
-def split_names(names: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Each name as `split_name` gives it. Equal keys and numbers are one value: a model has few, many times over."""
-    keys: dict[str, str] = {}
-    numbers: dict[tuple[str, ...], tuple[str, ...]] = {}
-    found = {}
+def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Each name as `split_name` gives it. Names with the same beginning are split once: a model has many of each."""
+    heads: dict[str, tuple[str, tuple[str, ...]]] = {}
+    keys: dict[tuple[str, str, str], str] = {}
+    found = []
     for name in names:
-        key, filling = split_name(name)
-        found[name] = keys.setdefault(key, key), numbers.setdefault(filling, filling)
+        parts = name.rsplit(".", 2)
+        if len(parts) < 3 or parts[1].isdigit() or parts[2].isdigit() or "#" in name:
+            found.append(split_name(name))
+            continue
+        head, middle, last = parts
+        known = heads.get(head)
+        if known is None:
+            known = heads[head] = split_name(head)
+        key = keys.get((known[0], middle, last))
+        if key is None:
+            key = keys[known[0], middle, last] = f"{known[0]}.{middle}.{last}"
+        found.append((key, known[1]))
     return found
 
 
 def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
-    """The patterns of a rule: one, or two where `{p}` stands for a weight and for its block scale."""
-    if f"{{{PARAMETER}}}" not in rule.left:
+    """The patterns of a rule: one, or two where a hole stands for a weight and for its block scale."""
+    letter = scale_letter(rule, recipe)
+    if not letter:
         yield pattern_of(number, rule.left, rule.right, is_scale=False)
         return
-    hole = f"{{{PARAMETER}}}"
+    hole, scale = f"{{{letter}}}", recipe.scales[letter]
     yield pattern_of(number, rule.left.replace(hole, WEIGHT), rule.right.replace(hole, WEIGHT), is_scale=False)
-    if recipe.scale:
-        left, right = rule.left.replace(hole, recipe.scale.left), rule.right.replace(hole, recipe.scale.right)
-        yield pattern_of(number, left, right, is_scale=True)
+    # What is dequantised has no scale on the right.
+    right = rule.right.replace(hole, scale.right) if hole in rule.right else ""
+    yield pattern_of(number, rule.left.replace(hole, scale.left), right, is_scale=True)
 
 
 def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
@@ -99,9 +116,9 @@ def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern
     return Pattern(number, is_scale, full_key, slots, takes_rest, right_format, order, is_plain)
 
 
-def slots_of(rule: Rule) -> tuple[str, ...]:
+def slots_of(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
     """What fills each numbered place of the rule's left name: the letter of a hole, or digits."""
-    return pattern_of(0, rule.left.replace(f"{{{PARAMETER}}}", WEIGHT), "", is_scale=False).slots
+    return next(patterns_of(0, rule, recipe)).slots
 
 
 def later_members(
@@ -128,8 +145,8 @@ def later_members(
 
 
 def filled(pattern: str, numbers: Mapping[str, int]) -> str:
-    """The pattern as a name: `{p}` as the weight, each hole by its number."""
-    return HOLE.sub(lambda hole: WEIGHT if hole[1] == PARAMETER else str(numbers[hole[1]]), pattern)
+    """The pattern as a name: each hole by its number, the hole of a weight and its block scale as the weight."""
+    return HOLE.sub(lambda hole: str(numbers.get(hole[1], WEIGHT)), pattern)
 
 
 def ranks_of(names: Sequence[str], recipe: Recipe) -> int:

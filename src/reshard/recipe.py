@@ -4,28 +4,32 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, listed, refuse, require_none
+from reshard.formulas import parse, parse_shape
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "recipes"
 TEXT_KEYS = ("name", "about", "left", "right", "files")
-LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide")
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "holes", "scale", "rules")
-HOLE_KEYS = ("counts", "size", "within", "after", "marker", "rows_of")
-RELATIONS = ("same", "drop")
-SPLITS = ("replicate", "rows", "columns")
+LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
+HOLE_TEXTS = (
+    "counts", "size", "within", "some_of", "picked_by", "after", "marker", "like", "optional", "rows_of",
+)  # fmt: skip
+HOLE_KEYS = (*HOLE_TEXTS, "picked")
+SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
+RELATIONS = ("same", "dequantize", "drop")
+SPLITS = ("replicate", "rows", "columns", "padded rows")
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 CONDITION = re.compile(r"(if|unless) \w+")
-PARAMETER = "p"
-"""The hole that stands for a weight or its block scale."""
 REST = "*"
-"""The hole at the end of a drop rule that stands for the rest of the name."""
+"""The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
 
 
@@ -61,6 +65,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     require_none(
         Problem("wrong-recipe", f"{origin}:{line_of(text, path)}", found, expected) for path, found, expected in faults
     )
+    holes = {name: hole_of(name, fields) for name, fields in table.get("holes", {}).items()}
     return Recipe(
         name=table["name"],
         about=table["about"],
@@ -71,12 +76,54 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         model_types=tuple(table.get("model_types", ())),
         architectures=tuple(table.get("architectures", ())),
         ranks_divide=tuple(table.get("ranks_divide", ())),
-        holes={name: Hole(name, **fields) for name, fields in table.get("holes", {}).items()},
-        scale=BlockScale(**table["scale"]) if "scale" in table else None,
-        rules=tuple(starmap(Rule, table["rules"])),
+        holes=holes,
+        scales={letter: scale_of(fields) for letter, fields in table.get("scales", {}).items()},
+        sizes=table.get("sizes", {}),
+        padded=tuple(table.get("padded", ())),
+        run=table.get("run", {}),
+        checked=table.get("checked", ""),
+        rules=tuple(all_rules(table["rules"], holes)),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
+
+
+def hole_of(name: str, fields: Mapping[str, Any]) -> Hole:
+    return Hole(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
+
+
+def scale_of(fields: Mapping[str, Any]) -> BlockScale:
+    packed, fp8_block = fields.get("packed", False), fields.get("fp8_block", 1)
+    return BlockScale(fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block))
+
+
+def sides(block: Any) -> tuple[int, int]:
+    """Rows and columns of a block: one number is a square."""
+    return (block[0], block[1]) if isinstance(block, list) else (block, block)
+
+
+def all_rules(rows: Iterable[Iterable[str]], holes: Mapping[str, Hole]) -> Iterator[Rule]:
+    """Every row as a rule; and again for each hole that is `like` a hole of the row."""
+    rules = list(starmap(Rule, rows))
+    yield from (replace(rule, optional=reason_of(rule, holes)) for rule in rules)
+    for hole in holes.values():
+        for rule in rules:
+            letters = [letter for letter in HOLE.findall(rule.left) if letter in hole.like]
+            if letters:
+                old, new = f"{{{letters[0]}}}", f"{{{hole.name}}}"
+                left, right = rule.left.replace(old, new), rule.right.replace(old, new)
+                yield replace(rule, left=left, right=right, optional=hole.optional)
+
+
+def reason_of(rule: Rule, holes: Mapping[str, Hole]) -> str:
+    """Why what a rule speaks of is left out unless it is asked for; empty if it never is."""
+    letters = HOLE.findall(rule.left) if rule.relation != "drop" else []
+    return next((holes[name].optional for name in letters if name in holes and holes[name].optional), "")
+
+
+def scale_letter(rule: Rule, recipe: Recipe) -> str:
+    """The letter of the hole in a rule's left name that stands for a weight or its block scale; empty if none does."""
+    return next((letter for letter in HOLE.findall(rule.left) if letter in recipe.scales), "")
 
 
 Where = tuple[str | int, ...]
@@ -86,7 +133,9 @@ Fault = tuple[Where, str, str]
 
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
-    faults = [*key_faults(table), *scale_faults(table.get("scale")), *hole_faults(table.get("holes", {}))]
+    holes = table.get("holes", {})
+    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), holes)]
+    faults += formula_faults(table)
     yield from faults
     if not faults:
         yield from rules_faults(table)
@@ -103,6 +152,8 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_texts(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if not isinstance(table.get("checked", ""), str):
+        yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     files = table.get("files")
@@ -129,15 +180,52 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def scale_faults(scale: Any) -> Iterator[Fault]:
-    if scale is None:
+def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
+    if not isinstance(scales, dict):
+        yield ("scales",), repr(scales), "scales: a table"
         return
-    if not isinstance(scale, dict) or set(scale) != {"left", "right", "block"}:
-        yield ("scale",), repr(scale), "scale: a table of left, right and block"
-    elif not (isinstance(scale["left"], str) and isinstance(scale["right"], str)):
-        yield ("scale",), repr(scale), "left and right: strings"
-    elif type(scale["block"]) is not int or scale["block"] < 1:
-        yield ("scale",), repr(scale["block"]), "block: a whole number of elements"
+    for letter, fields in scales.items():
+        where = ("scales", letter)
+        if not re.fullmatch(r"[a-z]", letter) or letter in holes:
+            yield where, f"the hole {letter!r}", "a single lower-case letter that numbers nothing"
+        elif not isinstance(fields, dict) or not {"left", "right", "block"} <= set(fields) <= set(SCALE_KEYS):
+            yield where, repr(fields), "a table of left, right and block, and perhaps packed"
+        elif not (isinstance(fields["left"], str) and isinstance(fields["right"], str)):
+            yield where, repr(fields), "left and right: strings"
+        elif not is_block(fields["block"]):
+            yield where, repr(fields["block"]), "block: a whole number of elements, or two: rows and columns"
+        elif type(fields.get("packed", False)) is not bool or fields.get("packed", False) != ("fp8_block" in fields):
+            yield where, repr(fields), "packed: true or false; and with it fp8_block"
+        elif not is_block(fields.get("fp8_block", 1)):
+            yield where, repr(fields["fp8_block"]), "fp8_block: as block"
+
+
+def is_block(block: Any) -> bool:
+    sides = block if isinstance(block, list) and len(block) == 2 else [block]
+    return all(type(side) is int and side >= 1 for side in sides)
+
+
+def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults in the sizes and in the run configuration."""
+    for key in ("sizes", "run"):
+        if not isinstance(table.get(key, {}), dict):
+            yield (key,), repr(table[key]), f"{key}: a table"
+            return
+    for name, text in table.get("sizes", {}).items():
+        yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
+    for name, value in table.get("run", {}).items():
+        text = value[0] if isinstance(value, list) and len(value) == 2 else value
+        yield from ((("run", name), found, expected) for found, expected in text_faults(text))
+
+
+def text_faults(text: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(text, str):
+        yield repr(text), "a formula over config keys"
+        return
+    try:
+        parse(text)
+    except ValueError as error:
+        yield str(error), "a formula over config keys"
 
 
 def hole_faults(holes: Any) -> Iterator[Fault]:
@@ -146,9 +234,11 @@ def hole_faults(holes: Any) -> Iterator[Fault]:
         return
     for name, fields in holes.items():
         where = ("holes", name)
-        if not re.fullmatch(r"[a-z]", name) or name == PARAMETER:
-            yield where, f"the hole {name!r}", f"a single lower-case letter, not {PARAMETER!r}"
-        elif not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+        if not re.fullmatch(r"[a-z]", name):
+            yield where, f"the hole {name!r}", "a single lower-case letter"
+        elif not isinstance(fields, dict) or not all(
+            isinstance(value, str) for key, value in fields.items() if key != "picked"
+        ):
             yield where, repr(fields), "a table of strings"
         elif unknown := set(fields) - set(HOLE_KEYS):
             yield where, listed(sorted(unknown)), "only " + ", ".join(HOLE_KEYS)
@@ -156,13 +246,20 @@ def hole_faults(holes: Any) -> Iterator[Fault]:
             yield where, "no counts", "what the hole counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
+        elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
+            yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
         else:
             yield from ((where, *fault) for fault in hole_links(name, fields, holes))
 
 
+def is_picked(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
 def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a hole says of other holes and of tensors."""
-    for other in (fields[key] for key in ("within", "after") if key in fields):
+    others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
+    for other in [*others, *fields.get("like", "")]:
         if other not in holes or other == name:
             yield f"the hole {other!r}", "another hole of this recipe"
     for key in ("marker", "rows_of"):
@@ -174,14 +271,14 @@ def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
-    holes, scaled = table.get("holes", {}), "scale" in table
+    holes, scales = table.get("holes", {}), table.get("scales", {})
     seen: dict[tuple[str, str], int] = {}
     for number, row in enumerate(table["rules"]):
         where = ("rules", number)
-        if not is_texts(row) or len(row) not in (4, 5):
-            yield where, repr(row), "a row of relation, left, right, split and perhaps only: four or five strings"
+        if not is_texts(row) or len(row) not in (4, 5, 6):
+            yield where, repr(row), "a row of relation, left, right, split and perhaps shape and only: 4 to 6 strings"
             continue
-        faults = list(row_faults(Rule(*row), holes, scaled=scaled))
+        faults = list(row_faults(Rule(*row), holes, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
             first = seen.setdefault((side, pattern), number)
@@ -189,30 +286,48 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
                 yield where, f"{pattern!r} on the {side}", f"a name that row {first + 1} has not already"
 
 
-def row_faults(rule: Rule, holes: Mapping[str, Any], *, scaled: bool) -> Iterator[tuple[str, str]]:
-    known = [*holes, *([PARAMETER] if scaled else []), *([REST] if rule.relation == "drop" else [])]
+def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = [*holes, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
-        yield repr(rule.relation), "a relation: " + " or ".join(RELATIONS)
+        yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
     for pattern in filter(None, (rule.left, rule.right)):
         yield from pattern_faults(pattern, known)
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
         yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json"
+    if rule.shape:
+        yield from shape_faults(rule.shape)
     if rule.relation == "drop":
         if rule.right or not rule.split:
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
-    elif sorted(HOLE.findall(rule.left)) != sorted(HOLE.findall(rule.right)):
-        yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
-    elif rule.split not in SPLITS and rule.split not in {
+        return
+    yield from side_faults(rule, scales)
+    if rule.split not in SPLITS and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
         yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
 
 
-def is_dealt(name: str, holes: Mapping[str, Any]) -> bool:
-    """Whether the members of a hole can be dealt to ranks: they begin at 0, those of a part of another do not."""
-    return name in holes and not {"within", "after"} & set(holes[name])
+def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same holes on both sides; but what is dequantised has a scale on the left and none on the right."""
+    left, right = sorted(HOLE.findall(rule.left)), sorted(HOLE.findall(rule.right))
+    scaled = [letter for letter in left if letter in scales]
+    if rule.relation == "dequantize":
+        if len(scaled) != 1:
+            yield repr(rule.left), "a weight with a block scale, for it to be dequantised"
+        left = [letter for letter in left if letter not in scales]
+    if left != right:
+        yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
+    if len(scaled) > 1:
+        yield repr(rule.left), "one hole for a weight and its block scale"
+
+
+def shape_faults(text: str) -> Iterator[tuple[str, str]]:
+    try:
+        parse_shape(text)
+    except ValueError as error:
+        yield str(error), "a shape such as [vocab_size, hidden_size]"
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,24 @@ class Tensor(NamedTuple):
     """In bytes."""
 
 
+class Cast(NamedTuple):
+    """A tensor that is computed from others of the source. To a plan it is a file of its own, that is nowhere."""
+
+    operation: str
+    """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`."""
+    weight: Tensor
+    scale: Tensor | None
+    block: tuple[int, int]
+    """In elements of the weight: of the scale that there is, or that there will be."""
+    result: Tensor
+    """Its `file` is the number of files of the source and the place of the cast; its `offset` is 0. Where its shape is
+    larger than what is computed, the rest is zeros, or ones if it is a scale."""
+    new_block: tuple[int, int] = (1, 1)
+    """Of the scale that results, where that is another."""
+    is_scale: bool = False
+    """Whether the result is a block scale."""
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """One safetensors file of a checkpoint."""
@@ -68,10 +86,20 @@ class Hole:
     """The config key that says how many there are."""
     within: str = ""
     """Another hole: each member of that one is a member of exactly one hole within it."""
+    some_of: str = ""
+    """Another hole: each member of this one is a member of that one too."""
+    picked_by: str = ""
+    """With `within` or `some_of`: the config key of a list that has a value for each member of that hole."""
+    picked: tuple[int, ...] = ()
+    """The values in that list that make a member of that hole one of this."""
     after: str = ""
     """Another hole: the members of this one follow on from that one's last."""
     marker: str = ""
     """With `after`: the name that tells a member of this hole from one of that hole."""
+    like: str = ""
+    """With `after`: the letters of holes. What the recipe says of their members, it says of these as well."""
+    optional: str = ""
+    """Why what is numbered by this hole is left out, unless it is asked for."""
     rows_of: str = ""
     """A tensor whose first dimension says how many there are."""
 
@@ -81,24 +109,32 @@ class Rule:
     """One row of a recipe: a relation between a name on the left and a name on the right."""
 
     relation: str
-    """`same` or `drop`."""
+    """`same`, `dequantize` or `drop`."""
     left: str
     right: str
     split: str
-    """`replicate`, `rows`, `columns` or `by HOLE`; the reason of a `drop`."""
+    """`replicate`, `rows`, `columns`, `padded rows` or `by HOLE`; the reason of a `drop`."""
+    shape: str = ""
+    """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
     """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor."""
+    optional: str = ""
+    """The reason why the tensor is left out, unless the hole that numbers it is asked for; empty if it never is."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockScale:
-    """How the weights of a recipe are scaled: one scale for each block x block elements of a weight."""
+    """How weights are scaled: one scale for each block of elements of a weight."""
 
     left: str
     """What stands on the left in the place of `weight`."""
     right: str
-    block: int
+    block: tuple[int, int]
     """In elements, on rows and on columns."""
+    packed: bool = False
+    """Whether the weights are I8 with two elements of F4 in a byte. Blocks count elements."""
+    fp8_block: tuple[int, int] = (1, 1)
+    """With `packed`: the block once they are cast to FP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +154,17 @@ class Recipe:
     ranks_divide: tuple[str, ...]
     """Config keys whose values the number of ranks must divide."""
     holes: Mapping[str, Hole]
-    scale: BlockScale | None
+    scales: Mapping[str, BlockScale]
+    """By the letter of the hole that stands for a weight or its block scale."""
+    sizes: Mapping[str, str]
+    """Names for sizes that shapes speak of, by formulas over config keys."""
+    padded: tuple[str, ...]
+    """Config keys that may be raised, with zeros in the weights, so that whole blocks fall to each rank."""
+    run: Mapping[str, Any]
+    """The run configuration of the right side's code: by key a formula over the config, or a list of a formula and the
+    value that need not be said."""
+    checked: str
+    """What the recipe was checked against, in words."""
     rules: tuple[Rule, ...]
     origin: str
     """The file it was read from."""
@@ -126,8 +172,24 @@ class Recipe:
     """SHA-256 of that file, in hexadecimal."""
 
 
+RANKS, WHOLE = "ranks", "hf"
+"""The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the target is cut."""
+    """How the target is cut, and what becomes of its numbers."""
 
     ranks: int
+    """1 for WHOLE."""
+    to: str = RANKS
+    cast: str = ""
+    """What becomes of scaled weights: `bf16` dequantises them; `fp8` and `fp8-ue8m0` quantise those without scales."""
+    expert_dtype: str = ""
+    """`fp8` casts packed F4 to FP8."""
+    keep_optional: bool = False
+    """Keep what a recipe leaves out unless it is asked for: MTP layers."""
+    pad: bool = False
+    """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
+    file_size: int = 5 * 10**9
+    """For WHOLE: in bytes, a file is ended before it grows beyond."""

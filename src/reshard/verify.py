@@ -160,9 +160,9 @@ def hold(
 
 def backwards(recipe: Recipe) -> tuple[Recipe, dict[str, list[Pattern]]]:
     """The recipe read from right to left, and the patterns of its names by their key."""
-    scale = recipe.scale and replace(recipe.scale, left=recipe.scale.right, right=recipe.scale.left)
+    scales = {letter: replace(scale, left=scale.right, right=scale.left) for letter, scale in recipe.scales.items()}
     turned = replace(
-        recipe, scale=scale, rules=tuple(replace(rule, left=rule.right, right=rule.left) for rule in recipe.rules)
+        recipe, scales=scales, rules=tuple(replace(rule, left=rule.right, right=rule.left) for rule in recipe.rules)
     )
     patterns: dict[str, list[Pattern]] = {}
     for number, rule in enumerate(turned.rules):
@@ -173,7 +173,8 @@ def backwards(recipe: Recipe) -> tuple[Recipe, dict[str, list[Pattern]]]:
 
 def weight_name(name: str, recipe: Recipe) -> str:
     """The name of the weight that a block scale belongs to, or the empty string for what is no scale."""
-    suffix = f".{recipe.scale.left}" if recipe.scale else ""
+    scale = next(iter(recipe.scales.values()), None)
+    suffix = f".{scale.left}" if scale else ""
     return name.removesuffix(suffix) + ".weight" if suffix and name.endswith(suffix) else ""
 
 
@@ -205,9 +206,10 @@ def box(tensor: Tensor, weight: Tensor | None, split: str, recipe: Recipe, ranks
 
 def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, rank: int) -> range:
     """Which rows or columns of `length` a rank holds; of a block scale, those of the blocks its weight touches."""
-    if weight_length is None or recipe.scale is None:
+    scale = next(iter(recipe.scales.values()), None)
+    if weight_length is None or scale is None:
         return range(rank * length // ranks, (rank + 1) * length // ranks)
-    block = recipe.scale.block
+    block = scale.block[0]
     return range(rank * weight_length // ranks // block, -(-((rank + 1) * weight_length // ranks) // block))
 
 
@@ -241,7 +243,7 @@ def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Collect
         rules = [recipe.rules[pattern.rule] for pattern in fitting if pattern.accepts(numbers, marked, before)]
         if rules and rules[0].split.startswith("by "):
             letter = rules[0].split.removeprefix("by ")
-            dealt[name] = letter, int(numbers[slots_of(rules[0]).index(letter)])
+            dealt[name] = letter, int(numbers[slots_of(rules[0], recipe).index(letter)])
         else:
             found[name] = () if rules and rules[0].relation == "drop" else range(ranks)
     members: dict[str, set[int]] = {}

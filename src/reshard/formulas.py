@@ -1,0 +1,116 @@
+"""Sizes as recipes write them: formulas over the keys of a model's config. Knows no recipe and no tensor.
+
+A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, and `ceil(a / b)`. A key within
+another is written with a dot: `rope_scaling.factor`.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+SHAPE = re.compile(r"(?:(\w+) )?\[([^\[\]]*)\]")
+OPERATORS = {
+    ast.Add: int.__add__,
+    ast.Sub: int.__sub__,
+    ast.Mult: int.__mul__,
+    ast.FloorDiv: int.__floordiv__,
+}
+
+
+class UnknownKey(Exception):
+    """A key that the config does not have, or has no value for."""
+
+
+@cache
+def parse(text: str) -> ast.expr:
+    """The formula as a tree. Raises ValueError, saying what is wrong with it."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} is not a formula") from None
+    require_formula(tree, text)
+    return tree
+
+
+def require_formula(tree: ast.expr, text: str) -> None:
+    """Nothing but numbers, keys and the four operators: a recipe holds no code."""
+    match tree:
+        case ast.Name() | ast.Constant(value=int()):
+            return
+        case ast.Attribute(value=value):
+            require_formula(value, text)
+        case ast.Call(func=ast.Name(id="ceil"), args=[ast.BinOp(left=left, op=ast.Div(), right=right)], keywords=[]):
+            require_formula(left, text)
+            require_formula(right, text)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
+            require_formula(left, text)
+            require_formula(right, text)
+        case _:
+            raise ValueError(f"{ast.unparse(tree)!r} in {text!r} is no number, key, + - * // or ceil(a / b)")
+
+
+def value_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
+    """What a formula comes to; a key alone may stand for anything. `sizes` are names for other formulas.
+
+    Raises UnknownKey.
+    """
+    return evaluated(parse(text), config, sizes)
+
+
+def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
+    match tree:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name) if name in sizes:
+            return value_of(sizes[name], config, {key: text for key, text in sizes.items() if key != name})
+        case ast.Name(id=name):
+            return known(config, name)
+        case ast.Attribute(value=value, attr=name):
+            return known(evaluated(value, config, sizes), name)
+        case ast.Call(args=[ast.BinOp(left=left, right=right)]):
+            return -(-number(left, config, sizes) // (number(right, config, sizes) or 1))
+        case ast.BinOp(left=left, op=operator, right=right):
+            operands = number(left, config, sizes), number(right, config, sizes)
+            if isinstance(operator, ast.FloorDiv) and not operands[1]:
+                raise UnknownKey(ast.unparse(right))
+            return OPERATORS[type(operator)](*operands)
+    raise UnknownKey(ast.unparse(tree))
+
+
+def known(table: Any, name: str) -> Any:
+    value = table.get(name) if isinstance(table, Mapping) else None
+    if value is None:
+        raise UnknownKey(name)
+    return value
+
+
+def number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
+    value = evaluated(tree, config, sizes)
+    if type(value) is not int:
+        raise UnknownKey(ast.unparse(tree))
+    return value
+
+
+def parse_shape(text: str) -> tuple[str, list[str]]:
+    """`I64 [vocab_size, 6]` -> (`I64`, [`vocab_size`, `6`]); the dtype may be left out. Raises ValueError."""
+    found = SHAPE.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is not like [rows, columns] or I64 [rows]")
+    formulas = [part for part in found[2].split(",") if part.strip()]
+    for formula in formulas:
+        parse(formula)
+    return found[1] or "", formulas
+
+
+def shape_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> list[int | None]:
+    """The sizes of a shape in elements; None where the config does not tell."""
+    found: list[int | None] = []
+    for formula in parse_shape(text)[1]:
+        try:
+            value = value_of(formula, config, sizes)
+        except UnknownKey:
+            value = None
+        found.append(value if type(value) is int else None)
+    return found

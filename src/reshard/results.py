@@ -1,0 +1,212 @@
+"""Results: what becomes of each kind of tensor: relabelled, cast, padded or as it is, and how it is cut for the ranks.
+
+Arithmetic on dtypes and shapes only. What must be computed is a `Cast`; its result is a tensor like any other to
+whatever comes after.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from reshard.copies import Integers
+from reshard.cut import DIMENSION, Cut, cut_scale, cut_weight, whole
+from reshard.formulas import shape_of
+from reshard.header import BITS
+from reshard.names import slots_of
+from reshard.recipe import WEIGHT
+from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
+from reshard.units import Kind, logical_shape, scale_shape
+
+CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Tensors of the target that are alike and cut alike, in columns of equal length."""
+
+    number: int
+    """Of their rule."""
+    names: Sequence[str]
+    tensors: Sequence[Tensor]
+    """Of the source, or results of casts."""
+    cut: Cut
+    ranks: Integers | None
+    """The one rank that holds each; None if every rank holds its part of each."""
+    least: int
+    most: int
+    """By how many ranks the part of a tensor that is used least, and most, is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A kind as the target has it: its weights, and their scales if they still have any."""
+
+    kind: Kind
+    weights: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    scale_names: Sequence[str]
+    block: tuple[int, int]
+    """Of the scales, in elements; (1, 1) without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What decides what becomes of a kind."""
+
+    recipe: Recipe
+    layout: Layout
+    padded: Mapping[str, Any] | None
+    """The config with the keys raised that are padded; None if nothing is."""
+    files: int
+    """How many the source has: casts are numbered from there."""
+
+
+def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+    """What becomes of a kind; appends the casts that it takes."""
+    outcome = transformed(kind, terms, casts)
+    shape = padded_shape(kind.rule, outcome.weights[0], terms)
+    return padded(outcome, shape, terms, casts) if shape != outcome.weights[0].shape else outcome
+
+
+def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+    layout, scaling = terms.layout, kind.scaling
+    if scaling is None:
+        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, (1, 1))
+    dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
+    if kind.scales and (layout.cast == "bf16" or dequantizes):
+        return dequantized(kind, scaling, terms, casts)
+    if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
+        return cast_to_fp8(kind, scaling, terms, casts)
+    if not kind.scales and layout.cast in CAST_TO_FP8:
+        return quantized(kind, scaling, terms, casts)
+    if scaling.packed and layout.to != WHOLE:
+        shape = logical_shape(kind.weights[0], scaling)
+        weights = [tensor._replace(dtype="F4", shape=shape) for tensor in kind.weights]
+        return Outcome(kind, weights, kind.scales, kind.scale_names, scaling.block)
+    return Outcome(kind, kind.weights, kind.scales, kind.scale_names, scaling.block if kind.scales else (1, 1))
+
+
+def computed(  # noqa: PLR0913 - the columns of a cast
+    operation: str,
+    inputs: Sequence[tuple[Tensor, Tensor | None]],
+    blocks: tuple[tuple[int, int], tuple[int, int]],
+    result: tuple[str, tuple[int, ...]],
+    terms: Terms,
+    casts: list[Cast],
+    *,
+    is_scale: bool = False,
+) -> list[Tensor]:
+    """The results of one operation on many tensors, each the work of a cast."""
+    dtype, shape = result
+    size, first = prod(shape) * BITS[dtype] // 8, terms.files + len(casts)
+    results = [
+        Tensor((scale if is_scale and scale else weight).name, dtype, shape, first + place, 0, size)
+        for place, (weight, scale) in enumerate(inputs)
+    ]
+    casts.extend(
+        Cast(operation, weight, scale, blocks[0], tensor, blocks[1], is_scale)
+        for (weight, scale), tensor in zip(inputs, results, strict=True)
+    )
+    return results
+
+
+def dequantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs = list(zip(kind.weights, kind.scales, strict=True))
+    shape = logical_shape(kind.weights[0], scaling)
+    weights = computed("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
+    return Outcome(kind, weights, [], [], (1, 1))
+
+
+def cast_to_fp8(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs, blocks = list(zip(kind.weights, kind.scales, strict=True)), (scaling.block, scaling.fp8_block)
+    shape = logical_shape(kind.weights[0], scaling)
+    weights = computed("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F8_E8M0", scale_shape(shape, scaling.fp8_block)
+    scales = computed("fp4-to-fp8-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    return Outcome(kind, weights, scales, kind.scale_names, scaling.fp8_block)
+
+
+def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs: list[tuple[Tensor, Tensor | None]] = [(weight, None) for weight in kind.weights]
+    shape, power = kind.weights[0].shape, "-ue8m0" if terms.layout.cast == "fp8-ue8m0" else ""
+    blocks = scaling.block, scaling.block
+    weights = computed(f"quantize{power}", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F32", scale_shape(shape, scaling.block)
+    scales = computed(f"quantize{power}-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    word = scaling.left if terms.layout.to == WHOLE else scaling.right
+    names = [name.removesuffix(WEIGHT) + word for name in kind.names]
+    return Outcome(kind, weights, scales, names, scaling.block)
+
+
+def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
+    """The shape of a weight with its padding: by the raised config, or whole rows for each rank."""
+    if terms.padded and rule.shape and rule.relation != "drop":
+        shape = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
+        return tuple(known or length for known, length in zip(shape, weight.shape, strict=True))
+    if rule.split == "padded rows" and terms.layout.to != WHOLE:
+        ranks = terms.layout.ranks
+        return (-(-weight.shape[0] // ranks) * ranks, *weight.shape[1:])
+    return weight.shape
+
+
+def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
+    """With zeros behind the last rows and columns of the weights, and ones behind those of their scales."""
+    weights = [*pad(outcome.weights, shape, terms, casts)]
+    scales = [*pad(outcome.scales, scale_shape(shape, outcome.block), terms, casts, is_scale=True)]
+    return replace(outcome, weights=weights, scales=scales)
+
+
+def pad(
+    tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
+) -> Iterator[Tensor]:
+    """The tensors, each the result of a cast that pads it; the result of another cast has its own cast pad it."""
+    for tensor in tensors:
+        size = prod(shape) * BITS[tensor.dtype] // 8
+        place = tensor.file - terms.files
+        if place >= 0:
+            result = tensor._replace(shape=shape, size=size)
+            casts[place] = casts[place]._replace(result=result)
+        else:
+            result = Tensor(tensor.name, tensor.dtype, shape, terms.files + len(casts), 0, size)
+            casts.append(Cast("pad", tensor, None, (1, 1), result, (1, 1), is_scale))
+        yield result
+
+
+def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
+    """The weights of a kind, and their scales, cut for the ranks; nothing may stand against it any more."""
+    kind, layout = outcome.kind, terms.layout
+    split, number = kind.rule.split, kind.number
+    weight, ranks = outcome.weights[0], None
+    if split.startswith("by "):
+        ranks = dealt(kind, terms, counts)
+    times = layout.ranks if split == "replicate" else 1
+    yield Series(number, kind.names, outcome.weights, cut_weight(weight, split, layout.ranks), ranks, times, times)
+    if not outcome.scales:
+        return
+    dimension = DIMENSION.get(split)
+    if dimension is None or len(outcome.scales[0].shape) <= dimension:
+        cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
+    else:
+        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, outcome.block[dimension])
+        most = min(cut.repeat, layout.ranks)
+        least = layout.ranks - most * (-(-layout.ranks // most) - 1)
+    yield Series(number, outcome.scale_names, outcome.scales, cut, ranks, least, most)
+
+
+def dealt(kind: Kind, terms: Terms, counts: Mapping[str, int]) -> Integers:
+    """The one rank that gets each weight. Members are dealt in runs: experts 0-15 go to rank 0."""
+    letter = kind.rule.split.removeprefix("by ")
+    place = slots_of(kind.rule, terms.recipe).index(letter)
+    members = counts[letter] // terms.layout.ranks
+    return np.array([int(numbers[place]) for numbers in kind.numbers], np.int64) // members
+
+
+def whole_series(outcome: Outcome) -> Iterator[Series]:
+    """The weights and scales of a kind, each tensor in one piece, for a target in the layout of the source."""
+    kind = outcome.kind
+    for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
+        if tensors:
+            yield Series(kind.number, names, tensors, whole(tensors[0], 1), None, 1, 1)
