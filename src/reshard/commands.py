@@ -116,7 +116,7 @@ def verify_command(job: Job, target: Path) -> str:
 def dropped_lines(plan: Plan) -> Iterator[str]:
     for share in plan.coverage:
         if share.use == "dropped":
-            yield f"dropped: {share.tensors:,} tensors, {share.size:,} bytes: {share.rule.split}"
+            yield f"dropped: {share.tensors:,} tensors, {share.size:,} bytes: {share.what}: {share.reason}"
 
 
 def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
@@ -139,6 +139,9 @@ USES = {
     "once": "used once",
     "replicated": "replicated to every rank",
     "shared": "block scales that several ranks share",
+    "dequantized": "dequantized to BF16",
+    "cast": "cast",
+    "padded": "padded with zeros, scales with ones",
     "empty": "empty",
     "dropped": "dropped",
 }
@@ -152,8 +155,8 @@ def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
             yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", size_text(size)
         if use not in ("once", "empty"):
             for share in shares:
-                reason = f" ({share.rule.split})" if use == "dropped" else ""
-                yield f"  {share.rule.left}{reason}", f"{share.tensors:,}", f"{share.size:,}", ""
+                reason = f" ({share.reason})" if share.reason else ""
+                yield f"  {share.what}{reason}", f"{share.tensors:,}", f"{share.size:,}", ""
     size = sum(share.size for share in plan.coverage)
     yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", size_text(size)
 

@@ -17,12 +17,15 @@ WORDS = {"pad": "padded", "dequantize": "dequantized"}
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What became of the source tensors of one rule: proven from the copies, it adds up to the whole source."""
+    """What became of source tensors of one rule, or left out for one reason: proven from the copies, it adds up to the whole source."""
 
     use: str
     """`once`, `replicated` (to every rank), `shared` (by some ranks), `dequantized`, `cast`, `padded`, `empty`, or
     `dropped`."""
-    rule: Rule
+    what: str
+    """The rule's left name; or what is left out as a whole, such as `MTP layers`."""
+    reason: str
+    """Why it is dropped; empty for all others."""
     tensors: int
     size: int
     """In bytes of the source."""
@@ -46,14 +49,21 @@ def cover(
     most = np.repeat([one.most for one in series], counts)
     if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
         raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
-    found: dict[tuple[str, int], dict[str, int]] = {}
-    for use, rule, tensors in uses(checkpoint, recipe, layout, matched, series, casts):
-        found.setdefault((use, rule), {}).update({tensor.name: tensor.size for tensor in tensors})
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for use, number, tensors in uses(checkpoint, recipe, layout, matched, series, casts):
+        key = use, *(reason_of(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
+        found.setdefault(key, {}).update({tensor.name: tensor.size for tensor in tensors})
     if sum(map(len, found.values())) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
-    return tuple(
-        Share(use, recipe.rules[rule], len(sizes), sum(sizes.values())) for (use, rule), sizes in sorted(found.items())
-    )
+    return tuple(Share(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
+
+
+def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
+    """What is dropped by a rule, and why."""
+    hole = next((hole for hole in recipe.holes.values() if hole.optional and f"{{{hole.name}}}" in rule.left), None)
+    if hole and (rule.optional or rule.left.endswith("{*}")):
+        return hole.counts, hole.optional
+    return rule.left, rule.split
 
 
 def uses(

@@ -115,7 +115,9 @@ def weight_problems(tensor: Tensor, split: str, ranks: int, block: tuple[int, in
         yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
     elif limit and not limit.allows(ranks):
         found = f"{length // ranks:,} {split} a rank"
-        expected = f"whole blocks of {block[dimension]}, or a part that lies inside one: two block scales have no common value"
+        expected = (
+            f"whole blocks of {block[dimension]}, or a part that lies inside one: two block scales have no common value"
+        )
         yield Problem("straddles-blocks", tensor.name, found, expected)
 
 

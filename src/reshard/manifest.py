@@ -35,7 +35,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
         "coverage": [
-            {"use": share.use, "rule": share.rule.left, "tensors": share.tensors, "bytes": share.size}
+            {"use": share.use, "what": share.what, "tensors": share.tensors, "bytes": share.size}
             for share in plan.coverage
         ],
         "files": [

@@ -75,9 +75,9 @@ def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], d
                 continue
             family = families.setdefault(found[0], Family(found[0].rule, found[0].is_scale, [], [], []))
             family.tensors.extend([tensors[place] for place in chosen])
-            numbers = [members[place] for place in chosen]
-            family.numbers.extend(numbers)
-            family.names.extend(found[0].renamed(numbers))
+            taken = [members[place] for place in chosen]
+            family.numbers.extend(taken)
+            family.names.extend(found[0].renamed(taken))
     order = {pattern: place for place, pattern in enumerate(patterns)}
     return [families[pattern] for pattern in sorted(families, key=order.__getitem__)], unmatched
 

@@ -28,7 +28,9 @@ def padded_config(
         value = config.get(key)
         if type(value) is not int or value < 1 or not list(lengths(kinds, recipe, raised, key)):
             continue
-        wanted = next((more for more in range(value, MOST * value + 1) if suits(kinds, recipe, layout, raised, key, more)), None)
+        wanted = next(
+            (more for more in range(value, MOST * value + 1) if suits(kinds, recipe, layout, raised, key, more)), None
+        )
         if wanted is None:
             expected = f"a value up to {MOST * value:,} whose blocks {layout.ranks} ranks can share"
             raise refuse("not-divisible", key, str(value), expected, "fewer ranks")
@@ -46,10 +48,9 @@ def suits(
 
 def lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> Iterator[tuple[int, int]]:
     """The lengths that are cut and depend on a key of the config, each with its block."""
-    seen = set()
     for kind in kinds:
         dimension = DIMENSION.get(kind.rule.split)
-        if dimension is None or not kind.rule.shape or kind.rule.shape in seen:
+        if dimension is None or not kind.rule.shape:
             continue
         shape = shape_of(kind.rule.shape, config, recipe.sizes)
         without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)

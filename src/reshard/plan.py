@@ -13,9 +13,9 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import padded_config
-from reshard.results import CAST_TO_FP8, Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import Kind, config_problems, kinds_of, pairing_problems
+from reshard.units import config_problems, kinds_of, pairing_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     if not kinds:
         found, expected = "every tensor is dropped", "at least one to convert"
         raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
-    require_none([
-        *pairing_problems(matched, kinds, recipe, layout),
-        *config_problems(kinds, recipe, checkpoint.config),
-    ])
+    require_none(
+        [
+            *pairing_problems(matched, kinds, recipe, layout),
+            *config_problems(kinds, recipe, checkpoint.config),
+        ]
+    )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
     terms = Terms(recipe, layout, config if layout.pad else None, len(checkpoint.files))
     casts: list[Cast] = []
@@ -93,7 +95,9 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
         yield Problem("wrong-option", "--mtp", "keep", f"a recipe that leaves MTP layers out; {recipe.name} does not")
     if layout.pad and not recipe.padded:
-        yield Problem("wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not")
+        yield Problem(
+            "wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not"
+        )
     if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
         yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
 

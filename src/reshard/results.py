@@ -89,7 +89,7 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     return Outcome(kind, kind.weights, kind.scales, kind.scale_names, scaling.block if kind.scales else (1, 1))
 
 
-def computed(  # noqa: PLR0913 - the columns of a cast
+def computed(
     operation: str,
     inputs: Sequence[tuple[Tensor, Tensor | None]],
     blocks: tuple[tuple[int, int], tuple[int, int]],

@@ -152,7 +152,9 @@ def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, 
         wanted = f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
         for tensor in kind.weights:
             expected = f"{wanted}, by config.json: {kind.rule.shape}"
-            yield Problem("wrong-shape", tensor.name, f"shape {list(found)}", expected, "is config.json another model's?")
+            yield Problem(
+                "wrong-shape", tensor.name, f"shape {list(found)}", expected, "is config.json another model's?"
+            )
 
 
 def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
