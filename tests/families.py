@@ -65,15 +65,14 @@ def glm_moe_dsa(config: Config) -> list[Entry]:
 
 def kimi_k2(config: Config) -> list[Entry]:
     """V3 without an MTP layer, and with the frequencies of the rotary embedding in every layer."""
+    # 56 as published, half of hidden size by heads, though a head has but 64 rotated channels.
+    frequencies = config["hidden_size"] // config["num_attention_heads"] // 2
     found = []
     for tensor in deepseek_v3(config):
         found.append(tensor)
-        prefix, ending = split_at(tensor[0], "o_proj.weight")
+        prefix, ending = split_at(tensor[0], "kv_a_layernorm.weight")
         if ending:
-            # 56 as published, though 64 rotated channels have 32 frequencies.
-            found.append(
-                plain(f"{prefix}rotary_emb.inv_freq", config["hidden_size"] // config["num_attention_heads"] // 2)
-            )
+            found.append(plain(f"{prefix}rotary_emb.inv_freq", frequencies))
     return found
 
 
@@ -377,12 +376,15 @@ KIMI_K2: Config = {
 GLM_5_1: Config = {
     "architectures": ["GlmMoeDsaForCausalLM"],
     "first_k_dense_replace": 3,
+    "head_dim": 64,
     "hidden_size": 6144,
     "index_head_dim": 128,
     "index_n_heads": 32,
     "index_topk": 2048,
+    "indexer_rope_interleave": True,
     "intermediate_size": 12288,
     "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
     "model_type": "glm_moe_dsa",
     "moe_intermediate_size": 2048,
     "moe_layer_freq": 1,
@@ -399,6 +401,8 @@ GLM_5_1: Config = {
     "qk_nope_head_dim": 192,
     "qk_rope_head_dim": 64,
     "rms_norm_eps": 1e-05,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
     "routed_scaling_factor": 2.5,
     "scoring_func": "sigmoid",
     "tie_word_embeddings": False,
@@ -527,6 +531,7 @@ V41_FLASH: Config = {
         "moe_intermediate_size": 2304,
         "n_routed_experts": 384,
         "n_shared_experts": 1,
+        "norm_topk_prob": True,
         "num_attention_heads": 64,
         "num_experts_per_tok": 6,
         "num_hidden_layers": 40,
@@ -537,18 +542,34 @@ V41_FLASH: Config = {
         "q_lora_rank": 1280,
         "qk_rope_head_dim": 64,
         "rms_norm_eps": 1e-20,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
         "sliding_window": 128,
+        "swiglu_limit": 10.0,
         "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
         "vocab_size": 129280,
     },
     "vision_config": {
         "downsample_ratio": 3,
         "hidden_size": 1024,
         "intermediate_size": 2816,
+        "max_image_tokens": 1024,
+        "max_wh_ratio": None,
+        "min_pixels": 295936,
         "model_type": "deepseek_v41_vision",
         "num_attention_heads": 16,
         "num_hidden_layers": 32,
         "patch_size": 14,
+        "rope_theta": 10000,
     },
 }
 
