@@ -8,23 +8,22 @@ from reshard.types import Checkpoint, Recipe
 
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
-    """The recipe of a checkpoint: by its config's model type, else its architecture, else by its tensors' names.
+    """The recipe of a checkpoint: by its config's model type, else its architecture; among several, by its tensors' names.
 
     Raises Refused if none fits or, by the names, more than one.
     """
     config = checkpoint.config or {}
     model_type, architectures = config.get("model_type"), config.get("architectures")
     known = architectures if isinstance(architectures, list) else []
-    for recipe in recipes:
-        if model_type in recipe.model_types:
-            return recipe
-    for recipe in recipes:
-        if any(architecture in known for architecture in recipe.architectures):
-            return recipe
-    fitting = [recipe for recipe in recipes if fits(checkpoint, recipe)]
+    by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
+    by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
+    candidates = by_type or by_name or recipes
+    if len(candidates) == 1:
+        return candidates[0]
+    fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
     if len(fitting) == 1:
         return fitting[0]
-    raise no_recipe(checkpoint, recipes, fitting)
+    raise no_recipe(checkpoint, candidates, fitting)
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:

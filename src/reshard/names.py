@@ -139,7 +139,7 @@ def later_members(
         earlier.name: hole.name
         for hole in holes
         for earlier in recipe.holes.values()
-        if hole.after in (earlier.name, earlier.within)
+        if hole.after in (earlier.name, earlier.within, earlier.some_of)
     }
     return marked, before
 

@@ -10,6 +10,7 @@ from reshard.copies import Copies, require_tiling
 from reshard.coverage import Share, cover
 from reshard.cut import Limit, limit_of, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
+from reshard.holes import config_value
 from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import padded_config
@@ -152,6 +153,6 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
         if matched.counts[letter]:
             yield recipe.holes[letter].counts, matched.counts[letter]
     for key in recipe.ranks_divide:
-        value = config.get(key)
+        value = config_value(key, config)
         if type(value) is int and value > 0:
             yield key, value

@@ -19,7 +19,7 @@ TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
 ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
 HOLE_TEXTS = (
-    "counts", "size", "within", "some_of", "picked_by", "after", "marker", "like", "optional", "rows_of",
+    "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
@@ -27,7 +27,7 @@ RELATIONS = ("same", "dequantize", "drop")
 SPLITS = ("replicate", "rows", "columns", "padded rows")
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) \w+")
+CONDITION = re.compile(r"(if|unless) [\w.]+")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
@@ -160,6 +160,9 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     if isinstance(files, str) and not is_files_pattern(files):
         yield ("files",), repr(files), "a file name with {rank} and {ranks}"
 
+    divided = table.get("ranks_divide", [])
+    for text in divided if is_texts(divided) else ():
+        yield from ((("ranks_divide",), *fault) for fault in text_faults(text))
     carry = table.get("carry", [])
     if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
@@ -248,7 +251,11 @@ def hole_faults(holes: Any) -> Iterator[Fault]:
             yield where, repr(fields), "after and marker together"
         elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
+        elif "listed" in fields and "some_of" not in fields:
+            yield where, repr(fields), "listed with some_of: some members of another hole"
         else:
+            texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
+            yield from ((where, *fault) for text in texts for fault in text_faults(text))
             yield from ((where, *fault) for fault in hole_links(name, fields, holes))
 
 
