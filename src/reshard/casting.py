@@ -5,7 +5,7 @@ computed box by box, such that what a box needs of the weight is one read. Behin
 computed there are zeros, or ones in a scale.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -73,6 +73,21 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
             part = rows[piece.top - box.top : piece.bottom - box.top]
             inexact += compute(cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs)
     return inexact
+
+
+def bands_of(casts: Sequence[Cast], files: int, most: int) -> dict[int, int]:
+    """By the number of a cast's result: how many of its bytes are best computed together, not more than `most`.
+
+    Whole rows, and whole blocks of rows if they fit: what is read for one is then read once.
+    """
+    found = {}
+    for place, cast in enumerate(casts):
+        rows, columns = matrix(cast.result.shape)
+        row = columns * BITS[cast.result.dtype] // 8
+        height = max(cast.block[0], cast.new_block[0]) if not cast.is_scale and cast.operation != "pad" else 1
+        if 0 < row <= most and rows:
+            found[files + place] = row * height if row * height <= most else row
+    return found
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

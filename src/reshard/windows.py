@@ -9,7 +9,7 @@ from where it was read; any other is gathered first (the small ones, and the col
     groups, rank 0           | norm | scale |  | w w w w w w w w |    two writes
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +23,9 @@ WINDOW_SIZE = 4 << 20
 """In bytes. Small enough to stay in the processor's cache between the read and the write."""
 LARGEST_GAP = 128 << 10
 """In bytes. A longer stretch that nobody wants ends a window; reading over a shorter one costs less than a call."""
+
+
+NONE: Mapping[int, int] = {}
 
 
 class Piece(NamedTuple):
@@ -81,8 +84,10 @@ class Table:
         return self.source_offset + (self.rows - 1) * self.pitch + self.run
 
 
-def windows(copies: Copies, size: int = WINDOW_SIZE) -> Iterator[Window]:
+def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NONE) -> Iterator[Window]:
     """The windows of all copies, file by file of the source, each of at most `size` bytes.
+
+    A source file of which `bands` says how many bytes are best read together is cut at multiples of these.
 
     Neighbours in this order write to different files as far as possible, for two writers of one file wait for each
     other. Every byte that is wanted lies in exactly one window, but for the columns of rows longer than a window.
@@ -103,7 +108,8 @@ def windows(copies: Copies, size: int = WINDOW_SIZE) -> Iterator[Window]:
             merged.target_file[chosen],
             merged.target_offset[chosen],
         )
-        yield from windows_of_file(int(files[begin]), table, size)
+        file = int(files[begin])
+        yield from windows_of_file(file, table, max(size // bands[file], 1) * bands[file] if file in bands else size)
 
 
 def merge(copies: Copies) -> Copies:
