@@ -1,0 +1,218 @@
+"""Kills conversions at random moments, hundreds of times, and looks whether anything was lost. Run it: `make torture`.
+
+Every conversion is killed by SIGKILL and started again until one start gets through. Then each of its files must be
+that of a conversion that nobody disturbed; until then no file may have a final name and be another.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from reshard.generate import SMALL, write_checkpoint
+from reshard.journal import JOURNAL
+from reshard.text import table
+
+RANKS = 4
+FILES = 4
+LARGE: dict[str, Any] = {**SMALL, "num_hidden_layers": 16}
+"""A DeepSeek-V3 of 138 MB, so that writing takes most of the time of a run."""
+PROGRAM = """
+import os, sys
+import reshard.execute, reshard.workers
+from reshard.cli import entry
+
+reshard.workers.FLUSH_SECONDS = 0.02
+begin = reshard.execute.open_journal
+
+def tell_and_begin(*arguments, **options):
+    os.write({pipe}, b"b")
+    return begin(*arguments, **options)
+
+reshard.execute.open_journal = tell_and_begin
+entry()
+"""
+"""The command, with a journal as busy as that of a long run; it tells when it begins to write."""
+BATCH, RECORD = struct.Struct("<I"), struct.Struct("<QII16s")
+CHECKSUM_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How to work."""
+
+    jobs: int
+    cache: str
+
+
+MODES = [Mode(jobs, cache) for cache in ("yes", "no", "auto") for jobs in (1, 2, 4)]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was done to the conversions of a mode, and what came of it."""
+
+    conversions: int = 0
+    kills: int = 0
+    with_records: int = 0
+    """Kills that left a journal with records."""
+    resumed: int = 0
+    """In bytes: what the next runs did not do again."""
+    wrong: list[str] = field(default_factory=list)
+
+
+def start(source: Path, target: Path, mode: Mode) -> "tuple[subprocess.Popen[str], bool]":
+    """A conversion that is about to open its journal; or, if there is nothing to write or it is refused, ending."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", PROGRAM.format(pipe=writing), "convert", str(source), str(target)]
+    command += ["--mp", str(RANKS), "--jobs", str(mode.jobs), "--cache", mode.cache, "--json"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, pass_fds=[writing])
+    os.close(writing)
+    try:
+        return process, os.read(reading, 1) == b"b"
+    finally:
+        os.close(reading)
+
+
+def undisturbed(source: Path, target: Path, mode: Mode) -> float:
+    """Converts; returns the seconds from the opening of the journal to the end."""
+    process, begun = start(source, target, mode)
+    began = time.monotonic()
+    _, errors = process.communicate()
+    if process.returncode or not begun:
+        raise SystemExit(f"an undisturbed run failed:\n{errors}")
+    return time.monotonic() - began
+
+
+def torment(
+    source: Path, target: Path, wanted: dict[str, str], mode: Mode, moments: Sequence[float], tally: Tally
+) -> None:
+    """One conversion, killed so many seconds after it began to write, again and again until it gets through."""
+    tally.conversions += 1
+    for moment in (*moments, None):
+        durable = durable_bytes(target / JOURNAL)
+        process, _ = start(source, target, mode)
+        try:
+            output, errors = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            tally.kills += 1
+            tally.with_records += durable_bytes(target / JOURNAL) > 0
+            tally.wrong += wrong_names(target, wanted)
+            continue
+        if process.returncode:
+            tally.wrong.append(f"{target} cannot be gone on with:\n{errors}")
+        elif done := json.loads(output)["done"]:
+            tally.resumed += done["resumed"]
+            if done["resumed"] != durable:
+                tally.wrong.append(f"{done['resumed']:,} bytes resumed of {durable:,}")
+        break
+    if (found := contents(target)) != wanted:
+        tally.wrong.append(f"{target} holds {sorted(found.items() ^ wanted.items())}")
+
+
+def durable_bytes(journal: Path) -> int:
+    """What the whole batches of a journal speak of, in bytes."""
+    content = journal.read_bytes() if journal.exists() else b""
+    place, total = content.find(b"\n") + 1, 0
+    while 0 < place <= len(content) - BATCH.size:
+        (count,) = BATCH.unpack_from(content, place)
+        end = place + BATCH.size + count * RECORD.size
+        if end + CHECKSUM_SIZE <= len(content):
+            total += sum(size for _, _, size, _ in RECORD.iter_unpack(content[place + BATCH.size : end]))
+        place = end + CHECKSUM_SIZE
+    return total
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file, by name."""
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def wrong_names(target: Path, wanted: dict[str, str]) -> list[str]:
+    """Files with a final name that are not what they should be."""
+    found = [target / name for name in wanted if (target / name).exists()]
+    return [str(path) for path in found if sha256(path.read_bytes()).hexdigest() != wanted[path.name]]
+
+
+def torture(folder: Path, kills: int, dice: random.Random) -> dict[Mode, Tally]:
+    """At least so many kills, spread over all modes. Stops at the first wrong file, and leaves it."""
+    source = folder / "source"
+    write_checkpoint(source, LARGE, FILES)
+    spans = {mode: undisturbed(source, folder / f"wanted-{mode.jobs}-{mode.cache}", mode) for mode in MODES}
+    results = [contents(folder / f"wanted-{mode.jobs}-{mode.cache}") for mode in MODES]
+    wanted, tallies = results[0], {mode: Tally() for mode in MODES}
+    if any(result != wanted for result in results):
+        raise SystemExit("undisturbed runs differ from each other")
+    remove_all(folder, "wanted-*")
+    for number, mode in enumerate(cycle(MODES)):
+        tally, total = tallies[mode], sum(tally.kills for tally in tallies.values())
+        if total >= kills:
+            return tallies
+        moments = [dice.uniform(0, spans[mode]) for _ in range(min(6, kills - total))]
+        torment(source, folder / f"target-{number}", wanted, mode, moments, tally)
+        print(f"\r{total:5} kills", end="", file=sys.stderr, flush=True)
+        if tally.wrong:
+            return tallies
+        remove_all(folder, f"target-{number}")
+    raise AssertionError
+
+
+def remove_all(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+
+
+def tally_rows(tallies: dict[Mode, Tally]) -> list[tuple[str, ...]]:
+    columns = [
+        (
+            mode.cache,
+            str(mode.jobs),
+            tally.conversions,
+            tally.kills,
+            tally.with_records,
+            tally.resumed,
+            len(tally.wrong),
+        )
+        for mode, tally in tallies.items()
+    ]
+    total = ("total", "", *(sum(int(row[place]) for row in columns) for place in range(2, 7)))
+    return [tuple(cell if isinstance(cell, str) else f"{cell:,}" for cell in row) for row in [*columns, total]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kills conversions at random moments and looks what is lost.")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="where to work, on the disk to be tried; default: a temporary one")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="reshard-torture-", dir=options.folder))
+    tallies = torture(folder, options.kills, random.Random(options.seed))
+    heads = ("cache", "jobs", "conversions", "kills", "with records", "resumed bytes", "wrong")
+    print("\n" + table(heads, tally_rows(tallies)))
+    if wrong := [text for tally in tallies.values() for text in tally.wrong]:
+        print("\n".join(wrong), f"\nseed {options.seed}; see {folder}", file=sys.stderr)
+        return 1
+    remove_all(folder, "source")
+    folder.rmdir()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
