@@ -13,13 +13,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reshard.generate import SMALL, write_checkpoint
 from reshard.journal import JOURNAL
@@ -30,21 +30,28 @@ FILES = 4
 LARGE: dict[str, Any] = {**SMALL, "num_hidden_layers": 16}
 """A DeepSeek-V3 of 138 MB, so that writing takes most of the time of a run."""
 PROGRAM = """
-import os, sys
+import os, pathlib
 import reshard.execute, reshard.workers
 from reshard.cli import entry
 
+def telling(function):
+    def tell(*arguments, **options):
+        os.write({pipe}, b".")
+        return function(*arguments, **options)
+    return tell
+
 reshard.workers.FLUSH_SECONDS = 0.02
-begin = reshard.execute.open_journal
-
-def tell_and_begin(*arguments, **options):
-    os.write({pipe}, b"b")
-    return begin(*arguments, **options)
-
-reshard.execute.open_journal = tell_and_begin
+reshard.workers.Ledger.add = telling(reshard.workers.Ledger.add)
+for name in ("open_journal", "open_targets", "make_durable", "write_whole", "finish", "remove"):
+    setattr(reshard.execute, name, telling(getattr(reshard.execute, name)))
+pathlib.Path.rename = telling(pathlib.Path.rename)
 entry()
 """
-"""The command, with a journal as busy as that of a long run; it tells when it begins to write."""
+"""The command, with a journal as busy as that of a long run; it tells of every window, and of each other step."""
+JITTER = 0.02
+"""In seconds: so long at most after a step comes the kill."""
+MOST_KILLS = 6
+"""Of one conversion."""
 BATCH, RECORD = struct.Struct("<I"), struct.Struct("<QII16s")
 CHECKSUM_SIZE = 8
 
@@ -57,6 +64,9 @@ class Mode:
     cache: str
 
 
+Moment = tuple[int, float]
+"""The step of a run behind which it is killed, and so many seconds later."""
+NEVER = (sys.maxsize, 0.0)
 MODES = [Mode(jobs, cache) for cache in ("yes", "no", "auto") for jobs in (1, 2, 4)]
 
 
@@ -73,56 +83,94 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def start(source: Path, target: Path, mode: Mode) -> "tuple[subprocess.Popen[str], bool]":
-    """A conversion that is about to open its journal; or, if there is nothing to write or it is refused, ending."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A conversion that is running."""
+
+    process: "subprocess.Popen[bytes]"
+    told: int
+    """A descriptor: a byte for each step."""
+    output: IO[bytes]
+    errors: IO[bytes]
+
+    def wait_for_steps(self, steps: int) -> bool:
+        """Until it has done so many; False if it ends before."""
+        while steps > 0 and (found := os.read(self.told, min(steps, 1 << 16))):
+            steps -= len(found)
+        return steps <= 0
+
+
+@contextmanager
+def running(source: Path, target: Path, mode: Mode) -> Iterator[Run]:
     reading, writing = os.pipe()
     command = [sys.executable, "-c", PROGRAM.format(pipe=writing), "convert", str(source), str(target)]
     command += ["--mp", str(RANKS), "--jobs", str(mode.jobs), "--cache", mode.cache, "--json"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, pass_fds=[writing])
-    os.close(writing)
-    try:
-        return process, os.read(reading, 1) == b"b"
-    finally:
-        os.close(reading)
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, pass_fds=[writing])
+        os.close(writing)
+        try:
+            yield Run(process, reading, output, errors)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(reading)
 
 
-def undisturbed(source: Path, target: Path, mode: Mode) -> float:
-    """Converts; returns the seconds from the opening of the journal to the end."""
-    process, begun = start(source, target, mode)
-    began = time.monotonic()
-    _, errors = process.communicate()
-    if process.returncode or not begun:
-        raise SystemExit(f"an undisturbed run failed:\n{errors}")
-    return time.monotonic() - began
+def undisturbed(source: Path, target: Path, mode: Mode) -> int:
+    """Converts; returns in how many steps."""
+    with running(source, target, mode) as run:
+        steps = 0
+        while found := os.read(run.told, 1 << 16):
+            steps += len(found)
+        if run.process.wait():
+            run.errors.seek(0)
+            raise SystemExit(f"an undisturbed run failed:\n{run.errors.read().decode()}")
+    return steps
+
+
+def moments(dice: random.Random, steps: int, number: int) -> list[Moment]:
+    """Random ones, of a conversion of so many steps."""
+    return [(dice.randint(1, steps), dice.uniform(0, JITTER)) for _ in range(number)]
 
 
 def torment(
-    source: Path, target: Path, wanted: dict[str, str], mode: Mode, moments: Sequence[float], tally: Tally
+    source: Path, target: Path, wanted: dict[str, str], mode: Mode, kills: Sequence[Moment], tally: Tally
 ) -> None:
-    """One conversion, killed so many seconds after it began to write, again and again until it gets through."""
+    """One conversion, killed at those moments, one run after the other, until one gets through."""
     tally.conversions += 1
-    for moment in (*moments, None):
+    for steps, jitter in (*kills, NEVER):
         durable = durable_bytes(target / JOURNAL)
-        process, _ = start(source, target, mode)
-        try:
-            output, errors = process.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            tally.kills += 1
-            tally.with_records += durable_bytes(target / JOURNAL) > 0
-            tally.wrong += wrong_names(target, wanted)
-            continue
-        if process.returncode:
-            tally.wrong.append(f"{target} cannot be gone on with:\n{errors}")
-        elif done := json.loads(output)["done"]:
-            tally.resumed += done["resumed"]
-            if done["resumed"] != durable:
-                tally.wrong.append(f"{done['resumed']:,} bytes resumed of {durable:,}")
+        with running(source, target, mode) as run:
+            if run.wait_for_steps(steps) and is_alive(run, jitter):
+                run.process.send_signal(signal.SIGKILL)
+            if run.process.wait() == -signal.SIGKILL:
+                tally.kills += 1
+                tally.with_records += durable_bytes(target / JOURNAL) > 0
+                tally.wrong += wrong_names(target, wanted)
+                continue
+            tally_end(run, durable, tally)
         break
     if (found := contents(target)) != wanted:
         tally.wrong.append(f"{target} holds {sorted(found.items() ^ wanted.items())}")
+
+
+def is_alive(run: Run, seconds: float) -> bool:
+    """Whether it is still there after so long."""
+    with suppress(subprocess.TimeoutExpired):
+        run.process.wait(seconds)
+    return run.process.poll() is None
+
+
+def tally_end(run: Run, durable: int, tally: Tally) -> None:
+    """A run that ended by itself went on with all that was durable when it began."""
+    for file in (run.output, run.errors):
+        file.seek(0)
+    if run.process.returncode:
+        tally.wrong.append(f"it cannot be gone on with:\n{run.errors.read().decode()}")
+    elif done := json.loads(run.output.read())["done"]:
+        tally.resumed += done["resumed"]
+        if done["resumed"] != durable:
+            tally.wrong.append(f"{done['resumed']:,} bytes resumed of {durable:,}")
 
 
 def durable_bytes(journal: Path) -> int:
@@ -153,7 +201,7 @@ def torture(folder: Path, kills: int, dice: random.Random) -> dict[Mode, Tally]:
     """At least so many kills, spread over all modes. Stops at the first wrong file, and leaves it."""
     source = folder / "source"
     write_checkpoint(source, LARGE, FILES)
-    spans = {mode: undisturbed(source, folder / f"wanted-{mode.jobs}-{mode.cache}", mode) for mode in MODES}
+    steps = {mode: undisturbed(source, folder / f"wanted-{mode.jobs}-{mode.cache}", mode) for mode in MODES}
     results = [contents(folder / f"wanted-{mode.jobs}-{mode.cache}") for mode in MODES]
     wanted, tallies = results[0], {mode: Tally() for mode in MODES}
     if any(result != wanted for result in results):
@@ -163,8 +211,8 @@ def torture(folder: Path, kills: int, dice: random.Random) -> dict[Mode, Tally]:
         tally, total = tallies[mode], sum(tally.kills for tally in tallies.values())
         if total >= kills:
             return tallies
-        moments = [dice.uniform(0, spans[mode]) for _ in range(min(6, kills - total))]
-        torment(source, folder / f"target-{number}", wanted, mode, moments, tally)
+        killed_at = moments(dice, steps[mode], min(MOST_KILLS, kills - total))
+        torment(source, folder / f"target-{number}", wanted, mode, killed_at, tally)
         print(f"\r{total:5} kills", end="", file=sys.stderr, flush=True)
         if tally.wrong:
             return tallies
