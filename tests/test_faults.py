@@ -178,7 +178,7 @@ def test_a_disk_that_promises_nothing_fills_up_in_the_middle(
 def test_a_source_file_that_is_shortened(
     cache: str, rest: int, source: Path, origin: Path, target: Path, wanted: dict[str, str]
 ) -> None:
-    """To whole pages and to others: past the cache only whole pages can be read."""
+    """To whole pages and to others: past the cache whole pages are read."""
     third = source / "model-00003-of-00004.safetensors"
     size = (third.stat().st_size // 2 & ~4095) + rest
     progress = spoiling(lambda: os.truncate(third, size), target, 0.2)
@@ -285,12 +285,15 @@ def test_a_kill_in_that_call_is_finished_by_the_next_run(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("jobs", ["1", "4"])
+@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
     number: signal.Signals, jobs: str, origin: Path, target: Path, wanted: dict[str, str]
 ) -> None:
-    """On a disk that takes 10 ms for every write, so that the whole would take several seconds."""
-    with traced(origin, target, "pwritev:delay_enter=10000", "--jobs", jobs, "--cache", "no") as process:
+    """From a disk that takes 0.3 s for every window, so that the whole would take many seconds.
+
+    On a machine with nothing else to do it ends within half a second.
+    """
+    with traced(origin, target, "preadv:delay_enter=300000", "--jobs", jobs, "--cache", "no") as process:
         until(lambda: durable_bytes(target / JOURNAL) > 0 or process.poll() is not None)
         process.send_signal(number)
         began = time.monotonic()
@@ -298,7 +301,7 @@ def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
         seconds = time.monotonic() - began
     assert code == 130, errors
     assert re.fullmatch(r"(convert: .+\n)*reshard: interrupted; run the same command again to go on .+\n", errors)
-    assert seconds < 1
+    assert seconds < 2
     assert not list(target.glob("*.safetensors"))
     require_gone_on(origin, target, wanted)
 

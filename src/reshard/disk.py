@@ -102,14 +102,10 @@ def read_window(descriptor: int, offset: int, size: int, buffer: memoryview, way
         except OSError as error:
             found = f"{error.strerror} at byte {first + done:,}"
             raise refuse("cannot-read", name, found, "to read it", "is its disk sound?") from None
-        reached = done + count
-        if ways.read == "direct" and reached < skip + size:
-            # Only whole pages can be gone on from; what is no whole page at the second try is the end of the file.
-            reached -= reached % PAGE
-        if reached == done:
-            found = f"it ends at byte {first + done + count:,}"
+        if count == 0:
+            found = f"it ends at byte {first + done:,}"
             raise refuse("source-changed", name, found, f"byte {offset + size:,}, as when it was planned")
-        done = reached
+        done += count
     if ways.read == "dropped":
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
     return buffer[skip : skip + size]
