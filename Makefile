@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test torture lint
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
 
 test: .venv/test  ## all tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+
+torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
+	$(BIN)/python tests/torture.py $(TORTURE_OPTIONS)
 
 lint: .venv/test  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

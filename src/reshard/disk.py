@@ -69,17 +69,15 @@ def way_to_read(path: Path) -> str:
 
 
 def way_to_write(folder: Path) -> str:
-    path = folder / "probe.partial"
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
+            # A file without a name: one with a name would stay behind when we are killed here.
+            descriptor = open_file(stack, folder, os.O_WRONLY | os.O_TMPFILE)
             os.pwritev(descriptor, [b"probe"], 0, RWF_DONTCACHE)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in (*UNSUPPORTED, errno.EISDIR):
                 raise
             return "dropped"
-        finally:
-            path.unlink()
     return "uncached"
 
 
@@ -132,6 +130,22 @@ def start_writing(descriptor: int, offset: int, size: int) -> None:
     """Asks the kernel to begin with the writing of a range, and does not wait for it."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
     c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Gives a file its size, and blocks for all of it: else a full disk would show only after hours.
+
+    Where the file system cannot promise blocks, that cannot be helped. What glibc then does in `os.posix_fallocate`,
+    writing into every block, takes hours too, and fails where the file is there already.
+    """
+    arguments = (ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
+    while c_library().fallocate(*arguments):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            break
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, size)
 
 
 def make_durable(descriptors: Sequence[int], ways: Ways) -> None:

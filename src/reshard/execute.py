@@ -20,13 +20,14 @@ from reshard.disk import (
     make_durable,
     open_file,
     open_source,
+    reserve,
     ways_past_cache,
     write_all,
 )
 from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.plan import Plan
-from reshard.types import Advance, File
+from reshard.types import Advance, Checkpoint
 from reshard.windows import WINDOW_SIZE, Window, windows
 from reshard.workers import MEMORY_PER_JOB, Files, Ledger, move_all
 
@@ -131,7 +132,7 @@ def write_ranks(
     with ExitStack() as stack:
         names = [file.name for file in plan.source.files]
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source.files, sources)
+        require_unchanged(plan.source, sources)
         complete = missing_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
@@ -142,7 +143,7 @@ def write_ranks(
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        require_unchanged(plan.source.files, sources)
+        require_unchanged(plan.source, sources)
         records = as_records(ledger.records)
         if lacking := missing_file(plan, records):
             raise refuse(
@@ -173,14 +174,25 @@ def require_memory(settings: Settings) -> None:
         raise refuse("too-little-memory", "--max-memory", found, expected)
 
 
-def require_unchanged(files: Sequence[File], descriptors: Sequence[int]) -> None:
+def require_unchanged(source: Checkpoint, descriptors: Sequence[int]) -> None:
     """The source is what it was when its headers were read, so that what was planned is still what is there."""
-    for file, descriptor in zip(files, descriptors, strict=True):
+    for file, descriptor in zip(source.files, descriptors, strict=True):
         status = os.fstat(descriptor)
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
             found = f"{status.st_size:,} bytes, written to since its header was read"
             remedy = f"let nobody write to the source; {RESTART}"
             raise refuse("source-changed", file.name, found, f"{file.size:,} bytes, unchanged", remedy)
+        if not is_named(descriptor, source.folder / file.name):
+            found, remedy = "removed or replaced", f"put it back and run the same command again; or {RESTART}"
+            raise refuse("source-changed", file.name, found, "the file whose header was read", remedy)
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one that has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:
@@ -199,9 +211,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
         descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT)
-        # Without this every write would allocate blocks, and a full disk would show only after hours.
-        os.posix_fallocate(descriptor, 0, file.size)
-        os.ftruncate(descriptor, file.size)
+        reserve(descriptor, file.size)
         write_all(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)
     return targets

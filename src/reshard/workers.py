@@ -95,16 +95,18 @@ class Queue:
 def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with so many threads. The first error of one ends all and is raised."""
     queue = Queue(work, advance)
+    futures: list[Future[None]] = []
     with ThreadPoolExecutor(jobs + 1) as pool:
-        flusher = pool.submit(flush_regularly, queue, ledger)
-        futures = [pool.submit(move_windows, queue, files, ledger) for _ in range(jobs)]
+        # From the first thread on: the pool waits for all of them, and the flusher ends only when it is told to.
         try:
-            for future in futures:
+            futures.append(pool.submit(flush_regularly, queue, ledger))
+            futures.extend(pool.submit(move_windows, queue, files, ledger) for _ in range(jobs))
+            for future in futures[1:]:
                 future.result()
         finally:
             queue.stopped.set()
-            wait_for([flusher, *futures])
-        flusher.result()
+            wait_for(futures)
+        futures[0].result()
 
 
 def wait_for(futures: Sequence[Future[None]]) -> None:
