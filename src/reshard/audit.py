@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.compare import spread
+from reshard.bands import spread
 from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, open_source, read_window, ways_to_read
 from reshard.errors import Problem, Refused, listed, refuse
 from reshard.manifest import read_manifest

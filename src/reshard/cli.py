@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -78,6 +79,9 @@ def add_verify(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="with --source: the files of these ranks only")
     parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
+    parser.add_argument(
+        "--sample", type=share, metavar="1%", help="compare about so much, spread evenly, and both ends of each tensor"
+    )
 
 
 def add_recipes(parser: Parser) -> None:
@@ -171,6 +175,15 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
+
+
+def share(text: str) -> Fraction:
+    """`0.5%` -> 1/200."""
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?) ?%", text.strip())
+    value = Fraction(found[1]) / 100 if found else Fraction(0)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
+    return value
 
 
 def memory(text: str) -> int:

@@ -60,13 +60,13 @@ def run_verify(options: argparse.Namespace) -> int:
         if options.ranks is not None or options.recipe:
             raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
         with progress("verify", total) as advance:
-            report = audit_target(options.target, advance)
+            report = audit_target(options.target, advance, options.sample)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
     with progress("verify", total) as advance:
-        report = verify_target(options.target, source, recipe, advance, options.ranks)
+        report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     return say_report(report, options.target, options.source, as_json=options.json)
 
 
@@ -159,14 +159,18 @@ def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
-    """Prints what was compared; the exit code says whether it was all equal."""
+    """Prints what was compared; the exit code says whether a difference was found."""
+    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
     if as_json:
-        print_json({"status": "differs" if report.problems else "proven", **asdict(report)})
+        proven = "sampled" if report.is_sampled else "proven"
+        print_json({"status": "differs" if report.problems else proven, **asdict(report)})
     elif report.problems:
         print(f"{printable(str(target))}: {len(report.problems):,} problems")
         print(describe(report.problems))
+        if report.is_sampled:
+            print(sample)
     else:
-        print(printable(f"{target}: proven against {source}"))
-        files = f"{report.files} of {report.ranks} rank files"
-        print(f"{files}, {report.tensors:,} tensors, {report.size:,} bytes, all equal")
+        print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
+        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
+        print(f"{report.files} of {report.ranks} rank files, {report.tensors:,} tensors, {result}")
     return PROBLEMS if report.problems else PROVEN

@@ -1,7 +1,6 @@
 """The comparing of stage 5: source tensors against what the rank files hold of them, in fixed memory, by a few threads.
 
-A source tensor is looked at as a matrix of bytes and cut into bands, of whole rows or, where a row is longer than a
-band, of a part of one row. A band is read once, and every part of a rank that meets it is compared with it.
+A band of a source tensor is read once, and every part of a rank that meets it is compared with it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,51 +8,18 @@ from contextlib import ExitStack
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
+from reshard.bands import BAND_SIZE, Band, Part, Whole, bands_of, meet, shifted
 from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, c_library, open_source, read_window
 from reshard.parallel import in_threads, reading_threads
-from reshard.types import Advance, Tensor
+from reshard.types import Advance
 
-BAND_SIZE = 2 << 20
-"""In bytes. Small enough to stay in the processor's cache between the read and the comparison."""
-SAMPLE_SIZE = 32 << 10
-"""In bytes, of a band of a sample. Of the smallest of DeepSeek-V3's large weights both ends are then half a percent."""
 Bytes = NDArray[np.uint8]
-
-
-class Part(NamedTuple):
-    """A tensor of a rank file, and the box of the source tensor that it should be."""
-
-    rank: int
-    tensor: Tensor
-    rows: range
-    columns: range
-    """In bytes of a source row."""
-
-
-class Whole(NamedTuple):
-    """A source tensor as a matrix of bytes, and the parts of it that ranks hold."""
-
-    tensor: Tensor
-    width: int
-    """In bytes, of a row."""
-    parts: list[Part]
-
-
-class Band(NamedTuple):
-    """A box of a source tensor whose bytes lie in one piece: whole rows, or a part of one."""
-
-    whole: Whole
-    rows: range
-    columns: range
 
 
 @dataclass(slots=True)
@@ -104,12 +70,18 @@ def compare(
 ) -> Comparison:
     """Compares every part of the source tensors; with a share, about so much of each and its two ends.
 
-    A part that has not the size of its box is left out. Raises Refused where a file cannot be read or has become
+    Raises Refused where a file cannot be read or has become
     shorter.
     """
-    in_order = sorted(map(of_right_size, wholes), key=lambda whole: (whole.tensor.file, whole.tensor.offset))
-    bands = (band for whole in in_order for band in bands_of(whole, share, advance))
+    in_order = sorted(wholes, key=lambda whole: (whole.tensor.file, whole.tensor.offset))
     comparison = Comparison()
+
+    def bands() -> Iterator[Band]:
+        for whole in in_order:
+            yield from bands_of(whole, share)
+            if share is not None:  # what the sample leaves out is done as well
+                advance(sum(part.tensor.size for part in whole.parts))
+
     with ExitStack() as stack:
         opened = [open_all(stack, side, is_random=share is not None) for side in (source, target)]
 
@@ -123,14 +95,8 @@ def compare(
 
             return work
 
-        in_threads(bands, make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
+        in_threads(bands(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
     return comparison
-
-
-def of_right_size(whole: Whole) -> Whole:
-    """Without the parts that have not the size of their box."""
-    fitting = [part for part in whole.parts if part.tensor.size == len(part.rows) * len(part.columns)]
-    return whole._replace(parts=fitting)
 
 
 def open_all(stack: ExitStack, side: Side, *, is_random: bool) -> Opened:
@@ -161,8 +127,7 @@ def compare_band(band: Band, source: Opened, target: Opened, buffers: Buffers, c
     compared = 0
     for part, rows, columns in boxes:
         wanted = expected_bytes(matrix, shifted(rows, band.rows), shifted(columns, band.columns), buffers.stage)
-        # They lie in one piece: these are whole rows of the part, or there is one row only.
-        place = (rows.start - part.rows.start) * len(part.columns) + columns.start - part.columns.start
+        place = place_in(part, rows, columns)
         found = target.read(part.rank, part.tensor.offset + place, len(wanted), buffers.target)
         note_difference(comparison, part, place, found, wanted)
         compared += len(wanted)
@@ -186,6 +151,13 @@ def expected_bytes(source: Bytes, rows: range, columns: range, stage: Bytes) -> 
     return stage[: box.size]
 
 
+def place_in(part: Part, rows: range, columns: range) -> int:
+    """Where a rank holds a box of the source that a band meets, in bytes from the start of its part. There it lies in
+    one piece: it is whole rows of the part, or there is one row only.
+    """
+    return (rows.start - part.rows.start) * len(part.columns) + columns.start - part.columns.start
+
+
 def note_difference(comparison: Comparison, part: Part, place: int, found: Bytes, wanted: Bytes) -> None:
     """Adds the bytes that differ, from byte `place` of the part on."""
     if is_equal(found, wanted):
@@ -202,57 +174,3 @@ def note_difference(comparison: Comparison, part: Part, place: int, found: Bytes
 def is_equal(one: Bytes, other: Bytes) -> bool:
     """By memcmp, twice as fast as numpy here, without its array of truths, and without the interpreter's lock."""
     return not c_library().memcmp(c_void_p(one.ctypes.data), c_void_p(other.ctypes.data), c_size_t(len(one)))
-
-
-def meet(one: range, other: range) -> range:
-    return range(max(one.start, other.start), min(one.stop, other.stop))
-
-
-def shifted(numbers: range, start: range) -> range:
-    """The same numbers, counted from the start of another range."""
-    return range(numbers.start - start.start, numbers.stop - start.start)
-
-
-def bands_of(whole: Whole, share: Fraction | None, advance: Advance) -> Iterator[Band]:
-    """All bands of a tensor one after the other; or the bands of a sample, small ones."""
-    size = BAND_SIZE if share is None else SAMPLE_SIZE
-    if not whole.tensor.size:
-        return
-    height, per_row = whole.tensor.size // whole.width, ceil(whole.width / size)
-    step = max(1, size // whole.width)
-    count = ceil(height / step) * per_row
-    numbers: Iterable[int] = range(count)
-    if share is not None:
-        ends = {number for part in whole.parts for number in end_bands(part, size, step, per_row)}
-        numbers = sorted(ends.union(spread(whole.tensor.name, count, share)))
-        advance(sum(part.tensor.size for part in whole.parts))
-    for number in numbers:
-        row, column = number // per_row * step, number % per_row * size
-        rows = range(row, min(row + step, height))
-        yield Band(whole, rows, range(column, min(column + size, whole.width)))
-
-
-def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
-    """The bands that hold the beginning and the end of a part, as much of each as a band holds: where bands do not begin
-    with the part, that is two of them.
-    """
-    (top, bottom), (left, right) = ((cut.start, cut.stop - 1) for cut in (part.rows, part.columns))
-    if not part.rows or not part.columns:
-        return
-    if per_row == 1:
-        yield from (row // step for row in (top, min(top + step - 1, bottom), max(bottom - step + 1, top), bottom))
-    else:
-        yield from (top * per_row + column // size for column in (left, min(left + size - 1, right)))
-        yield from (bottom * per_row + column // size for column in (max(right - size + 1, left), right))
-
-
-def spread(name: str, count: int, share: Fraction) -> Iterator[int]:
-    """About `share` of the numbers below `count`: one in each stretch of 1 / share, a hash of `name` tells where.
-
-    So it is spread evenly, follows no pattern, and is the same every time.
-    """
-    for stretch in range(ceil(count * share)):
-        first, after = stretch / share // 1, (stretch + 1) / share // 1
-        number = first + xxh3_64_intdigest(f"{name} {stretch}") % (after - first)
-        if number < count:
-            yield number

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.compare import Comparison, Part, Side, Whole, compare
+from reshard.bands import Part, Whole
+from reshard.boxes import box
+from reshard.compare import Comparison, Side, compare
 from reshard.disk import CACHED, ways_to_read
 from reshard.errors import Problem, Refused, refuse
-from reshard.header import BITS
 from reshard.names import Pattern, later_members, patterns_of, slots_of, split_name
 from reshard.read import SUFFIX, read_header
-from reshard.types import MOST_RANKS, Advance, Checkpoint, File, Recipe, Tensor
+from reshard.types import MOST_RANKS, Advance, Checkpoint, File, Recipe, Rule, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,12 @@ def verify_target(
         raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {ranks - 1}")
     files, problems = read_rank_files(target, {rank: names[rank] for rank in wanted})
     problems += [Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none") for name in extra]
-    held: dict[str, Whole] = {}
+    known, held = backwards(recipe, source), dict[str, Whole]()
     for file in files:
         advance(file.file.header_size)
-        problems.extend(hold(file, ranks, source, recipe, held))
+        problems.extend(hold(file, ranks, source, recipe, known, held))
     problems.extend(absent_problems(held, [file.rank for file in files], ranks, source, recipe))
-    comparison = compare(held.values(), *sides(target, files, source), advance, sample)
+    comparison = compare(map(of_right_size, held.values()), *sides(target, files, source), advance, sample)
     problems.extend(difference_problems(held, names, comparison))
     tensors = [tensor for file in files for tensor in file.tensors]
     size = sum(tensor.size for tensor in tensors)
@@ -97,9 +97,13 @@ def side_of(paths: Mapping[int, Path], size: int) -> Side:
     return Side(paths, ways_to_read(next(iter(paths.values())), size) if paths else CACHED)
 
 
-def difference_problems(
-    held: Mapping[str, Whole], names: Sequence[str], comparison: Comparison
-) -> Iterator[Problem]:
+def of_right_size(whole: Whole) -> Whole:
+    """Without the parts that have not the size of their box: they are known to be wrong."""
+    fitting = [part for part in whole.parts if part.tensor.size == len(part.rows) * len(part.columns)]
+    return whole._replace(parts=fitting)
+
+
+def difference_problems(held: Mapping[str, Whole], names: Sequence[str], comparison: Comparison) -> Iterator[Problem]:
     """The tensors whose bytes are not those of their box."""
     for name, whole in held.items():
         for part in whole.parts:
@@ -144,37 +148,45 @@ def read_rank_files(target: Path, names: Mapping[int, str]) -> tuple[list[RankFi
     return files, problems
 
 
+class Backwards(NamedTuple):
+    """A recipe read from right to left, for one source."""
+
+    rules: Sequence[Rule]
+    patterns: Mapping[str, Sequence[Pattern]]
+    """By their key."""
+    marked: Mapping[str, set[str]]
+    before: Mapping[str, str]
+
+
 def hold(
-    file: RankFile, ranks: int, source: Checkpoint, recipe: Recipe, held: dict[str, Whole]
+    file: RankFile, ranks: int, source: Checkpoint, recipe: Recipe, known: Backwards, held: dict[str, Whole]
 ) -> Iterator[Problem]:
     """Adds each tensor of a rank file to `held`, by its name in the source; yields those that do not belong there."""
-    turned, patterns = backwards(recipe)
-    marked, before = later_members(map(split_name, source.tensors), recipe)
     for tensor in file.tensors:
         key, numbers = split_name(tensor.name)
         subject = f"{file.file.name}: {tensor.name}"
-        fitting = [pattern for pattern in patterns.get(key, ()) if pattern.fits(key, numbers)]
-        fitting = [pattern for pattern in fitting if pattern.accepts(numbers, marked, before)]
+        fitting = [pattern for pattern in known.patterns.get(key, ()) if pattern.fits(key, numbers)]
+        fitting = [pattern for pattern in fitting if pattern.accepts(numbers, known.marked, known.before)]
         name = fitting[0].right % tuple(numbers[place] for place in fitting[0].order) if len(fitting) == 1 else None
         if name is None or name not in source.tensors:
             found = "no rule of the recipe" if name is None else f"no {name} in the source"
             yield Problem("extra-tensor", subject, found, "only what comes from the source", "convert again")
             continue
-        rule = turned.rules[fitting[0].rule]
-        origin, weight = source.tensors[name], source.tensors.get(weight_name(name, recipe))
-        wanted = box(origin, weight, rule.split, recipe, ranks, file.rank)
+        rule = known.rules[fitting[0].rule]
+        origin = source.tensors[name]
+        wanted = box(origin, source, rule.split, recipe, ranks, file.rank)
         if wanted is None:
             yield Problem("wrong-shape", subject, f"{list(origin.shape)} in the source", f"{rule.split} to cut")
             continue
         whole = held.setdefault(name, Whole(origin, wanted.width, []))
         whole.parts.append(Part(file.rank, tensor, wanted.rows, wanted.columns))
-        if tensor.dtype != origin.dtype or tensor.shape != wanted.shape:
+        size = len(wanted.rows) * len(wanted.columns)
+        if tensor.dtype != origin.dtype or tensor.shape != wanted.shape or tensor.size != size:
             found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{origin.dtype} {list(wanted.shape)}"
             yield Problem("wrong-shape", subject, found, expected, "convert again")
 
 
-def backwards(recipe: Recipe) -> tuple[Recipe, dict[str, list[Pattern]]]:
-    """The recipe read from right to left, and the patterns of its names by their key."""
+def backwards(recipe: Recipe, source: Checkpoint) -> Backwards:
     scale = recipe.scale and replace(recipe.scale, left=recipe.scale.right, right=recipe.scale.left)
     turned = replace(
         recipe, scale=scale, rules=tuple(replace(rule, left=rule.right, right=rule.left) for rule in recipe.rules)
@@ -183,51 +195,7 @@ def backwards(recipe: Recipe) -> tuple[Recipe, dict[str, list[Pattern]]]:
     for number, rule in enumerate(turned.rules):
         for pattern in patterns_of(number, rule, turned) if rule.relation == "same" else ():
             patterns.setdefault(pattern.key, []).append(pattern)
-    return turned, patterns
-
-
-def weight_name(name: str, recipe: Recipe) -> str:
-    """The name of the weight that a block scale belongs to, or the empty string for what is no scale."""
-    suffix = f".{recipe.scale.left}" if recipe.scale else ""
-    return name.removesuffix(suffix) + ".weight" if suffix and name.endswith(suffix) else ""
-
-
-class Box(NamedTuple):
-    """The part of a source tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
-    dimension if columns are cut, else each byte as a row.
-    """
-
-    shape: tuple[int, ...]
-    width: int
-    """In bytes, of a row."""
-    rows: range
-    columns: range
-    """In bytes."""
-
-
-def box(tensor: Tensor, weight: Tensor | None, split: str, recipe: Recipe, ranks: int, rank: int) -> Box | None:
-    """What a rank should hold of a tensor, `weight` being that of a block scale; None if it cannot be so cut."""
-    dimension = {"rows": 0, "columns": 1}.get(split)
-    if dimension is None:
-        return Box(tensor.shape, 1, range(tensor.size), range(1))
-    if len(tensor.shape) <= dimension:
-        return None
-    taken = part(tensor.shape[dimension], weight and weight.shape[dimension], recipe, ranks, rank)
-    shape = (*tensor.shape[:dimension], len(taken), *tensor.shape[dimension + 1 :])
-    # In bits, for an F4 is half a byte.
-    step = prod(tensor.shape[dimension + 1 :]) * BITS[tensor.dtype]
-    place = range(taken.start * step // 8, taken.stop * step // 8)
-    if dimension == 0:
-        return Box(shape, 1, place, range(1))
-    return Box(shape, tensor.size // max(tensor.shape[0], 1), range(tensor.shape[0]), place)
-
-
-def part(length: int, weight_length: int | None, recipe: Recipe, ranks: int, rank: int) -> range:
-    """Which rows or columns of `length` a rank holds; of a block scale, those of the blocks its weight touches."""
-    if weight_length is None or recipe.scale is None:
-        return range(rank * length // ranks, (rank + 1) * length // ranks)
-    block = recipe.scale.block
-    return range(rank * weight_length // ranks // block, -(-((rank + 1) * weight_length // ranks) // block))
+    return Backwards(turned.rules, patterns, *later_members(map(split_name, source.tensors), recipe))
 
 
 def absent_problems(
