@@ -156,7 +156,9 @@ def test_a_file_that_ends_early_meanwhile_is_refused(target: Path) -> None:
 
 
 def test_a_sample_tells_what_it_compared_and_is_the_same_every_time(good: Path) -> None:
-    reports = [audit_target(good, sample=Fraction(share)) for share in ("1/1000", "1/1000", "1/2", "1")]
+    told: list[int] = []
+    reports = [audit_target(good, told.append, Fraction(share)) for share in ("1/1000", "1/1000", "1/2", "1")]
+    assert sum(told) == sum(report.size for report in reports)
     assert all(report.problems == () and report.is_sampled for report in reports)
     assert reports[0] == reports[1]
     assert 0 < reports[0].compared < reports[2].compared < reports[3].compared == reports[3].size

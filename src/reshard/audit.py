@@ -70,12 +70,13 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
     problems = list(folder_problems(target, entries))
     whole = [entry for entry in entries if size_of(target / entry.name) == entry.size]
     batches = [batch for entry in whole for batch in batches_of(entry, sample)]
+    tensors, size = sum(entry.tensors for entry in whole), sum(entry.size for entry in whole)
+    compared = sum(found.size for batch in batches for found in batch.ranges)
+    advance(size - compared)  # what a sample leaves out is done as well
     wrong = wrong_ranges(target, whole, batches, advance, is_sampled=sample is not None)
     for entry in whole:
         problems.extend(content_problems(target, entry, entries, wrong[entry.name]))
     problems.extend(side_problems(target, manifest))
-    tensors, size = sum(entry.tensors for entry in whole), sum(entry.size for entry in whole)
-    compared = sum(found.size for batch in batches for found in batch.ranges)
     ranks = int(manifest["ranks"])
     return Report(ranks, len(whole), tensors, size, compared, sample is not None, tuple(problems))
 

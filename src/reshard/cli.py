@@ -179,7 +179,7 @@ def positive(text: str) -> int:
 
 def share(text: str) -> Fraction:
     """`0.5%` -> 1/200."""
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?) ?%", text.strip())
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
     value = Fraction(found[1]) / 100 if found else Fraction(0)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
