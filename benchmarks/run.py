@@ -76,6 +76,9 @@ def main() -> None:
             print(compare_with_cp(folder, case), flush=True)
     if options.reference and options.only in "script":
         print(compare_with_script(folder, options.reference), flush=True)
+    if options.only in "verify":
+        for line in verification(folder):
+            print(line, flush=True)
     if options.only in "memory":
         for line in memory(folder):
             print(line, flush=True)
@@ -179,6 +182,31 @@ def compare_with_script(folder: Path, script: Path) -> str:
     return f"{'script/ours, V3-shaped, mp 16':42} {spread(plain)}  durable {spread(durable)}"
 
 
+def verification(folder: Path) -> Iterator[str]:
+    """Verifying against plain reading of the same files by `cat`, in turn, all of them in the page cache."""
+    source, target = make(folder, "1 GB"), fresh(folder / "converted")
+    ours(source, target, 16)
+    verify = [sys.executable, "-m", "reshard", "verify", str(target)]
+    for name, folders, options in (
+        ("verify --source", (source, target), ("--source", str(source))),
+        ("verify --source --sample 1%", (source, target), ("--source", str(source), "--sample", "1%")),
+        ("verify", (target,), ()),
+    ):
+        files = [str(file) for path in folders for file in sorted(path.iterdir())]
+        size = sum(Path(file).stat().st_size for file in files)
+        pairs = []
+        for _ in range(5):
+            for path in folders:
+                warm(path, cold=False)
+            pairs.append((timed(["sh", "-c", 'cat "$@" > /dev/null', "cat", *files]), timed([*verify, *options])))
+        best = min(b.seconds for _, b in pairs)
+        ratios = spread([a.seconds / b.seconds for a, b in pairs])
+        memory_used = anonymous([*verify, *options]) / 2**20
+        rates = f"{size / 1e9:6.2f} GB  {size / best / 1e9:5.2f} GB/s at best"
+        yield f"{name:42} {rates}  cat/ours {ratios}  memory {memory_used:.1f} MiB"
+    fresh(target)
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -203,13 +231,16 @@ def memory(folder: Path) -> Iterator[str]:
 
 
 def anonymous(command: Sequence[str]) -> int:
-    """The most anonymous memory that a process has had, in bytes, looked at every two milliseconds."""
+    """The most memory that a process has had, in bytes, files apart, looked at every two milliseconds. Shared memory
+    counts: our buffers are that.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-            most = max(most, int(status.split("RssAnon:")[1].split()[0]) << 10)
+            kinds = (int(status.split(kind)[1].split()[0]) << 10 for kind in ("RssAnon:", "RssShmem:"))
+            most = max(most, sum(kinds))
         except (OSError, IndexError):
             break
         time.sleep(0.002)

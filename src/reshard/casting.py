@@ -1,4 +1,4 @@
-"""Casting: any stretch of a cast's result, from the stretches of its inputs that it takes. Reads by functions it is given.
+"""Casting: any stretch of a cast's result, from the stretches of its inputs that it takes. Opens no file itself.
 
 A result is a matrix of rows; a stretch of its bytes is the end of a row, whole rows and the beginning of a row. Each is
 computed box by box, such that what a box needs of the weight is one read. Behind the last row and column of what can be
@@ -19,7 +19,6 @@ from reshard.casts import (
     fp4_to_fp8,
     fp8_scales_of_fp4,
     largest_magnitudes,
-    largest_of_blocks,
     quantize,
     rounded_up,
     scales_of_magnitudes,
@@ -71,7 +70,9 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
             fill(rows, cast)
         for piece in pieces(inner, cast, inputs.most):
             part = rows[piece.top - box.top : piece.bottom - box.top]
-            inexact += compute(cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs)
+            inexact += compute(
+                cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs
+            )
     return inexact
 
 
@@ -115,7 +116,7 @@ def logical(tensor: Tensor, cast: Cast) -> tuple[int, ...]:
 
 
 def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
-    """The boxes of a stretch of elements: the end of a row, whole rows, the beginning of a row; and where each begins."""
+    """The boxes of a stretch of elements: the end of a row, whole rows, the beginning of one; and where each begins."""
     begin, end = 0, first + count
     while begin < count:
         row, column = divmod(first + begin, width)
@@ -133,7 +134,7 @@ def fill(rows: Array, cast: Cast) -> None:
 
 
 def pieces(box: Box, cast: Cast, most: int) -> Iterator[Box]:
-    """The box in pieces, for each of which no more than `most` bytes of the weight are read at once, and in one read."""
+    """The box in pieces, for each of which at most `most` bytes of the weight are read, and in one read."""
     if not area(box):
         return
     if cast.is_scale and cast.operation != "pad":
@@ -239,7 +240,9 @@ def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
     new, old = cast.new_block, cast.block
     found = np.empty((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
     for line in range(blocks.top, blocks.bottom):
-        inside = Box(line * new[0], blocks.left * new[1], min(rows, (line + 1) * new[0]), min(columns, blocks.right * new[1]))
+        inside = Box(
+            line * new[0], blocks.left * new[1], min(rows, (line + 1) * new[0]), min(columns, blocks.right * new[1])
+        )
         groups = scale_box(cast, blocks_of(inside, old), inputs)
         if np.any(groups == NAN):
             raise not_finite(cast.scale or cast.weight)
@@ -253,7 +256,12 @@ def amax_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
     block = cast.block
     largest = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint16)
     for line in range(blocks.top, blocks.bottom):
-        inside = Box(line * block[0], blocks.left * block[1], min(rows, (line + 1) * block[0]), min(columns, blocks.right * block[1]))
+        inside = Box(
+            line * block[0],
+            blocks.left * block[1],
+            min(rows, (line + 1) * block[0]),
+            min(columns, blocks.right * block[1]),
+        )
         for piece in bands(inside, columns, 16, inputs.most):
             values = weight_box(cast, piece, inputs).view(np.uint16)
             first = piece.left // block[1] - blocks.left

@@ -22,6 +22,7 @@ from reshard.tables import (
     Bytes,
     Floats,
     Words,
+    fp4_products,
     fp4_quads,
     fp4_tables,
     fp8_codes,

@@ -8,7 +8,7 @@ from reshard.types import Checkpoint, Recipe
 
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
-    """The recipe of a checkpoint: by its config's model type, else its architecture; among several, by its tensors' names.
+    """The recipe of a checkpoint: by its config's model type, else its architecture; of several, by the tensors' names.
 
     Raises Refused if none fits or, by the names, more than one.
     """

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -79,6 +79,19 @@ def way_to_write(folder: Path) -> str:
                 raise
             return "dropped"
     return "uncached"
+
+
+def ways_to_read(path: Path, size: int) -> Ways:
+    """How to read a job of so many bytes, `path` being one of its files: past the page cache, if that is more than a
+    third of the memory.
+    """
+    return CACHED if size <= available_memory() // 3 else Ways(way_to_read(path), CACHED.write)
+
+
+def advise_random(descriptors: Iterable[int]) -> None:
+    """Tells the kernel not to read ahead."""
+    for descriptor in descriptors:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def open_source(stack: ExitStack, path: Path, ways: Ways) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
+from reshard.casting import bands_of
 from reshard.disk import (
     CACHED,
     Ways,
@@ -26,10 +27,10 @@ from reshard.disk import (
 )
 from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
-from reshard.plan import Plan
+from reshard.plan import Plan, describe_layout
 from reshard.types import Advance, Checkpoint
 from reshard.windows import WINDOW_SIZE, Window, windows
-from reshard.workers import MEMORY_PER_JOB, Files, Ledger, move_all
+from reshard.workers import MEMORY_OF_CASTS, MEMORY_PER_JOB, Files, Ledger, move_all
 
 JOBS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
@@ -59,6 +60,8 @@ class Settings:
     """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
     restart: bool = False
     """Throw away what an interrupted job has left."""
+    allow_inexact: bool = False
+    """Round what a cast cannot express to the nearest value, instead of refusing it."""
 
 
 USUAL = Settings()
@@ -72,6 +75,8 @@ class Done:
     ways: Ways
     resumed: int
     """In bytes: what an earlier run had done already."""
+    inexact: int
+    """How many values this run has rounded."""
     copy_seconds: float
     sync_seconds: float
 
@@ -83,7 +88,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
     was durable yet, what was written is removed.
     """
     names = [*(file.name for file in plan.files), *others.names]
-    require_memory(settings)
+    require_memory(settings, memory_per_job(plan))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -111,7 +116,7 @@ def job_of(plan: Plan, others: Sequence[str]) -> dict[str, Any]:
         "reshard": __version__,
         "recipe": plan.recipe.name,
         "recipe_sha256": plan.recipe.text_hash,
-        "ranks": plan.layout.ranks,
+        "layout": describe_layout(plan.layout),
         "sizes": [file.size for file in plan.files],
         "files": [file.name for file in plan.files],
         "others": list(others),
@@ -125,7 +130,7 @@ def write_ranks(
 ) -> tuple[Done, Records]:
     """Writes what the journal has not of every rank file, under its temporary name, and makes it durable."""
     ways = choose_ways(plan, target, settings)
-    jobs = choose_jobs(ways, settings)
+    jobs = choose_jobs(ways, settings, memory_per_job(plan))
     found = as_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
@@ -139,7 +144,9 @@ def write_ranks(
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
-        move_all(without(windows(plan.copies), written), Files(sources, names, targets, ways), ledger, jobs, advance)
+        work = without(windows(plan.copies, bands=bands_of(plan.casts, len(sources), WINDOW_SIZE)), written)
+        files = Files(sources, names, targets, ways, plan.casts, settings.allow_inexact)
+        move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
@@ -149,7 +156,7 @@ def write_ranks(
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-        return Done(jobs, ways, resumed, copied - started, time.monotonic() - copied), records
+        return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
@@ -160,17 +167,21 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     return ways_past_cache(plan.source.folder / plan.source.files[0].name, target)
 
 
-def choose_jobs(ways: Ways, settings: Settings) -> int:
+def memory_per_job(plan: Plan) -> int:
+    """In bytes."""
+    return MEMORY_PER_JOB + (MEMORY_OF_CASTS if plan.casts else 0)
+
+
+def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:
     """As many as asked for, else what the processors give or keep a disk busy; never more than fit the memory."""
-    fitting = settings.max_memory // MEMORY_PER_JOB
     usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
-    return min(fitting, settings.jobs or usual)
+    return min(settings.max_memory // memory, settings.jobs or usual)
 
 
-def require_memory(settings: Settings) -> None:
+def require_memory(settings: Settings, memory: int) -> None:
     """There is enough for one job."""
-    if settings.max_memory < MEMORY_PER_JOB:
-        found, expected = f"{settings.max_memory:,} bytes", f"at least {MEMORY_PER_JOB:,} bytes, for one job"
+    if settings.max_memory < memory:
+        found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
         raise refuse("too-little-memory", "--max-memory", found, expected)
 
 

@@ -4,6 +4,7 @@ The same source, recipe and layout give the same bytes: no time, path or host is
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from reshard import __version__
 from reshard.errors import refuse
 from reshard.journal import Records
-from reshard.plan import Plan
+from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
 from reshard.target import MANIFEST
 from reshard.types import File
 
-JOB_KEYS = ("reshard", "recipe", "ranks", "source")
+JOB_KEYS = ("reshard", "recipe", "layout", "source")
 """What makes a conversion another one, besides the samples of its source."""
 SAMPLE_SIZE = 64 << 10
 """In bytes, of the data of a source file: so much at its beginning, its middle and its end."""
@@ -30,10 +31,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "reshard": __version__,
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
         "ranks": plan.layout.ranks,
+        "layout": describe_layout(plan.layout),
         "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
+        "casts": dict(sorted(Counter(cast.operation for cast in plan.casts).items())),
         "coverage": [
             {"use": share.use, "what": share.what, "tensors": share.tensors, "bytes": share.size}
             for share in plan.coverage

@@ -16,7 +16,7 @@ NEAREST_FOR = 50
 
 
 class Family(NamedTuple):
-    """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000 tensors in 50 families."""
+    """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000, in 50 families."""
 
     rule: int
     """Index into the rules of the recipe."""

@@ -1,7 +1,7 @@
 """Stage 3: Checkpoint + Recipe + Layout -> Plan. Pure: opens no file; what it returns can be printed and proven."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -156,3 +156,9 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
         value = config_value(key, config)
         if type(value) is int and value > 0:
             yield key, value
+
+
+def describe_layout(layout: Layout) -> dict[str, Any]:
+    """As JSON values, without what is usual."""
+    usual = asdict(Layout(0))
+    return {key: value for key, value in asdict(layout).items() if value != usual[key]}

@@ -174,6 +174,7 @@ class Recipe:
     """SHA-256 of that file, in hexadecimal."""
 
 
+FILE_SIZE = 5 * 10**9
 RANKS, WHOLE = "ranks", "hf"
 """The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
 
@@ -193,5 +194,5 @@ class Layout:
     """Keep what a recipe leaves out unless it is asked for: MTP layers."""
     pad: bool = False
     """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
-    file_size: int = 5 * 10**9
+    file_size: int = FILE_SIZE
     """For WHOLE: in bytes, a file is ended before it grows beyond."""
