@@ -13,6 +13,9 @@ from torch import Tensor
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_GROUP = 32
 
+# The tensors of tests are so small that threads wait for one another longer than they work.
+torch.set_num_threads(1)
+
 
 def dequantize(weight: Tensor, scale: Tensor, block: int) -> Tensor:
     """Return the BF16 weight: the float32 product of each code and the scale of its block, rounded once more."""
