@@ -59,24 +59,30 @@ V4_0731 = V4 | {
     "dspark_markov_rank": 24,
     "dspark_target_layer_ids": [1, 2, 3],
 }
-V41 = V4_0731 | {
-    "dim": 160,
-    "moe_inter_dim": 96,
-    "dspark_n_routed_experts": 8,
-    "compress_ratios": [0, 2, 2, 1, 0, 0, 0],
-    "kv_source_layers": [1, 3],
-    "index_source_layers": [1, 2, 3],
-    "engram_layer_ids": [1],
-    "engram_num_embeddings": [13],
-    "engram_head_dim": 64,
-    "engram_n_heads": 2,
-    "engram_max_ngram_size": 3,
+VISION = {
     "vision_n_layers": 2,
     "vision_dim": 12,
     "vision_inter_dim": 20,
     "vision_patch_size": 2,
     "vision_downsample_ratio": 2,
 }
+V41 = (
+    V4_0731
+    | VISION
+    | {
+        "dim": 160,
+        "moe_inter_dim": 96,
+        "dspark_n_routed_experts": 8,
+        "compress_ratios": [0, 2, 2, 1, 0, 0, 0],
+        "kv_source_layers": [1, 3],
+        "index_source_layers": [1, 2, 3],
+        "engram_layer_ids": [1],
+        "engram_num_embeddings": [13],
+        "engram_head_dim": 64,
+        "engram_n_heads": 2,
+        "engram_max_ngram_size": 3,
+    }
+)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ def build_module(parameters: Parameters) -> nn.Module:
 
 
 def load(parameters: Parameters, path: Path, *, strict: bool) -> nn.Module:
-    """Load a rank file as `generate.py` does: strict for V3 and V3.2, not for V4; the loader itself raises."""
+    """Load a rank file as `generate.py` does, which is strict except for V4 of April; the loader itself raises."""
     module = build_module(parameters)
     load_model(module, path, strict=strict)
     return module

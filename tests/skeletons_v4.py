@@ -1,6 +1,7 @@
 """The parameters that DeepSeek's inference models of the V4 line allocate on one rank; see `skeletons`.
 
-The models are loaded without `strict`, so that what a file lacks stays unset: `differences` is the only check.
+The April models are loaded without `strict`, so that what a file lacks stays unset and only `differences` sees it;
+those with vision are loaded strictly.
 """
 
 import torch
@@ -30,6 +31,15 @@ def v4_0731_parameters(args: Args, ranks: int, rank: int) -> Parameters:
     vocabulary, width = args["vocab_size"] // ranks, args["dspark_markov_rank"]
     result |= plain(f"{last}.markov_head.markov_w1.weight", vocabulary, width)
     return result | plain(f"{last}.markov_head.markov_w2.weight", vocabulary, width, dtype=F32)
+
+
+def v4_vision_parameters(args: Args, ranks: int, rank: int) -> Parameters:
+    """Return the parameters of V4-Flash-Vision-Exp: 0731, a vision tower, and two biases in every gate."""
+    result = v4_0731_parameters(args, ranks, rank) | _vision(args) | plain("image_pad", args["dim"])
+    for name in [name for name in result if name.endswith(".ffn.gate.weight")]:
+        for bias in ("bias", "bias_vl"):
+            result |= plain(f"{name.removesuffix('weight')}{bias}", args["n_routed_experts"], dtype=F32)
+    return result
 
 
 def v41_parameters(args: Args, ranks: int, rank: int) -> Parameters:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import skeletons
 import torch
 from safetensors.torch import save_file
-from skeletons import BF16, E8M0, F8, F32, FP4, I32, Parameters
-from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
+from skeletons import BF16, E8M0, F8, F32, FP4, I32, Args, Parameters
+from skeletons_v4 import v4_0731_parameters, v4_parameters, v4_vision_parameters, v41_parameters
+
+Skeleton = Callable[[Args, int, int], Parameters]
 
 V3: dict[str, Any] = {
     "vocab_size": 129280,
@@ -80,28 +83,34 @@ PRO = FLASH | {
     "o_groups": 16,
     "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
 }
-V41 = FLASH_0731 | {
-    "dim": 5120,
-    "moe_inter_dim": 2304,
-    "n_layers": 40,
-    "n_routed_experts": 384,
-    "dspark_n_routed_experts": 128,
-    "q_lora_rank": 1280,
-    "index_n_heads": 32,
-    "compress_ratios": [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0],
-    "kv_source_layers": [2, 8, 14, 20],
-    "index_source_layers": [2, 8, 14, 20, 24, 28, 32, 36],
-    "engram_layer_ids": [1, 14],
-    "engram_num_embeddings": [384006168, 384016682],
-    "engram_head_dim": 256,
-    "engram_n_heads": 8,
-    "engram_max_ngram_size": 4,
+VISION = {
     "vision_n_layers": 32,
     "vision_dim": 1024,
     "vision_inter_dim": 2816,
     "vision_patch_size": 14,
     "vision_downsample_ratio": 3,
 }
+V41 = (
+    FLASH_0731
+    | VISION
+    | {
+        "dim": 5120,
+        "moe_inter_dim": 2304,
+        "n_layers": 40,
+        "n_routed_experts": 384,
+        "dspark_n_routed_experts": 128,
+        "q_lora_rank": 1280,
+        "index_n_heads": 32,
+        "compress_ratios": [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0],
+        "kv_source_layers": [2, 8, 14, 20],
+        "index_source_layers": [2, 8, 14, 20, 24, 28, 32, 36],
+        "engram_layer_ids": [1, 14],
+        "engram_num_embeddings": [384006168, 384016682],
+        "engram_head_dim": 256,
+        "engram_n_heads": 8,
+        "engram_max_ngram_size": 4,
+    }
+)
 DTYPE_NAMES = {FP4: "F4", F8: "F8_E4M3", E8M0: "F8_E8M0", BF16: "BF16", F32: "F32", torch.int64: "I64"}
 
 
@@ -205,9 +214,19 @@ def test_skeleton_of_v41_is_as_large_as_published_files() -> None:
     assert (len(parameters), file_bytes(parameters)) == (25_190, 79_983_574_400)
 
 
-def test_source_of_v41_has_as_many_tensors_as_the_real_one() -> None:
-    """The source has what one rank has, and the scale of `wo_a` in each of 43 blocks."""
-    assert len(v41_parameters(V41, 1, 0)) + 43 == 96_085
+@pytest.mark.parametrize(
+    ("skeleton", "args", "count"),
+    [
+        (v4_parameters, FLASH, 69_187),
+        (v4_0731_parameters, FLASH_0731, 72_317),
+        (v4_vision_parameters, FLASH_0731 | VISION, 72_633),
+        (v4_parameters, PRO, 145_116),
+        (v41_parameters, V41, 96_085),
+    ],
+)
+def test_a_source_has_as_many_tensors_as_the_real_one(skeleton: Skeleton, args: Args, count: int) -> None:
+    """The source has what one rank has, and the scale of `wo_a` in each block, drafter blocks too."""
+    assert len(skeleton(args, 1, 0)) + args["n_layers"] + args["n_mtp_layers"] == count
 
 
 # --- the checks themselves ---
