@@ -29,7 +29,7 @@ def dequantize(weight: Tensor, scale: Tensor, block: int) -> Tensor:
 def cast_to_bf16(source: Path) -> dict[str, Tensor]:
     """Return a whole checkpoint under its own names, with every F8 weight as BF16 and without their scales.
 
-    FP4 weights, which are I8 tensors, stay as they are and so do their scales.
+    FP4 weights, which are I8 tensors, stay as they are and so do their scales. An engram table is an error.
     """
     tensors = oracle.load_tensors(source, ())
     block = oracle.block_size(source)

@@ -183,6 +183,20 @@ def test_a_width_with_a_part_of_a_block_is_padded_after_it() -> None:
     assert padded[f"{name}_scale_inv"].flatten().tolist() == [5.0, 7.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("length", "ranks", "wanted"),
+    [(18432, 16, 18432), (18432, 32, 20480), (18432, 64, 24576), (2048, 16, 2048), (2048, 32, 4096), (2048, 64, 8192)],
+)
+def test_widths_of_the_real_v3_grow_to_whole_blocks_a_rank(length: int, ranks: int, wanted: int) -> None:
+    name = "model.layers.3.mlp.shared_experts.down_proj.weight"
+    weight = torch.ones(1, length).to(torch.float8_e4m3fn)
+    padded = oracle_families.pad_to_blocks(
+        {name: weight, f"{name}_scale_inv": torch.ones(1, length // 128)}, ranks, 128
+    )
+    assert padded[name].shape == (1, wanted)
+    assert padded[f"{name}_scale_inv"].shape == (1, wanted // 128)
+
+
 def test_padding_leaves_every_other_tensor_alone(v3: Path, tmp_path: Path) -> None:
     """With 2 ranks only the one block of the shared experts has to grow."""
     oracle_families.convert_v3_padded(v3, tmp_path / "padded", 2)
@@ -260,6 +274,15 @@ def test_a_cast_checkpoint_finds_the_scales_of_v4_and_leaves_fp4(tmp_path: Path)
     assert result.keys() == tensors.keys() - {"a.scale"}
     assert result["a.weight"].tolist() == [[6.0] * 3] * 2
     assert is_same(result[f"{expert}.weight"], packed)
+
+
+def test_an_engram_table_is_not_cast(tmp_path: Path) -> None:
+    """Its scales serve 32 columns of one row, not a square."""
+    table = torch.zeros(40, 64).to(torch.float8_e4m3fn)
+    name = "layers.1.engram.embed"
+    handmade.write(tmp_path, {f"{name}.weight": table, f"{name}.scale": torch.ones(40, 2).to(torch.float8_e8m0fnu)})
+    with pytest.raises(ValueError, match="does not fit"):
+        oracle_casts.cast_to_bf16(tmp_path)
 
 
 def test_an_f8_weight_without_a_scale_is_not_cast(tmp_path: Path) -> None:
