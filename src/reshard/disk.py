@@ -46,7 +46,7 @@ def open_file(stack: ExitStack, path: Path, flags: int) -> int:
 
 def aligned_buffer(size: int) -> memoryview:
     """Anonymous memory that begins on a page, as O_DIRECT needs it."""
-    return memoryview(mmap.mmap(-1, size))
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def ways_past_cache(source: Path, target: Path) -> Ways:
