@@ -5,6 +5,7 @@ those of the `safetensors` package 0.8; what it leaves open and we refuse is wri
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from json.encoder import encode_basestring
 from math import prod
@@ -123,8 +124,7 @@ def all_strings_kept(text: bytes, header: dict[str, Any]) -> bool:
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} stands twice")
     return found
 

@@ -1,5 +1,6 @@
 """Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
@@ -68,7 +69,7 @@ def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | No
         return
     if config[hole.size] != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
-        expected = f"{config[hole.size]!r}, as {hole.size} of config.json says"
+        expected = f"{reprlib.repr(config[hole.size])}, as {hole.size} of config.json says"
         yield Problem(
             "contradiction", hole.counts, found, expected, "is a file missing, or the config another model's?"
         )

@@ -4,12 +4,13 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
-from itertools import starmap
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Problem, listed, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -27,6 +28,8 @@ PARAMETER = "p"
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name."""
 WEIGHT = "weight"
+MOST_READ = 8 << 20
+"""In characters: so much is read again to find the lines of faults. Ten times what a recipe of 200 rows needs."""
 
 
 def packaged_recipes() -> list[Recipe]:
@@ -57,10 +60,12 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         line = re.search(r"at line (\d+)", str(error))
         subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
         raise refuse("wrong-recipe", subject, str(error), "TOML") from None
-    faults = list(table_faults(table))
-    require_none(
-        Problem("wrong-recipe", f"{origin}:{line_of(text, path)}", found, expected) for path, found, expected in faults
-    )
+    if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
+        lines = lines_of(text, {path for path, _, _ in faults})
+        where = {path: f"{origin}:{line}" for path, line in lines.items()}
+        raise Refused(
+            Problem("wrong-recipe", where.get(path, origin), found, expected) for path, found, expected in faults
+        )
     return Recipe(
         name=table["name"],
         about=table["about"],
@@ -107,17 +112,21 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     files = table.get("files")
     if isinstance(files, str) and not is_files_pattern(files):
-        yield ("files",), repr(files), "a file name with {rank} and {ranks}"
-
+        yield ("files",), repr(files), "a file name with {rank} and {ranks} that ends in .safetensors"
     carry = table.get("carry", [])
     if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
 
 
 def is_files_pattern(text: str) -> bool:
-    """Whether a text makes a file name for each rank, and nothing but that."""
+    """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
     rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
-    return set(HOLE.findall(text)) == {"rank", "ranks"} and not set(rest) & set("{}") and is_plain(rest)
+    return (
+        set(HOLE.findall(text)) == {"rank", "ranks"}
+        and not set(rest) & set("{}")
+        and is_plain(rest)
+        and rest.endswith(".safetensors")
+    )
 
 
 def is_plain(name: str) -> bool:
@@ -216,12 +225,12 @@ def is_dealt(name: str, holes: Mapping[str, Any]) -> bool:
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
-    components = pattern.split(".")
-    for place, component in enumerate(components, 1):
-        if not COMPONENT.fullmatch(component):
-            yield f"{component!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
-        elif component == "{*}" and place != len(components):
-            yield f"{{*}} in {pattern!r}", "{*} at the end only"
+    *inner, last = pattern.split(".")
+    # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.
+    if (wrong := next((part for part in (*inner, last) if not COMPONENT.fullmatch(part)), None)) is not None:
+        yield f"{wrong!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
+    if "{*}" in inner:
+        yield f"{{*}} in {pattern!r}", "{*} at the end only"
     names = HOLE.findall(pattern)
     if unknown := sorted(set(names) - set(known)):
         yield f"the hole {listed('{' + name + '}' for name in unknown)} in {pattern!r}", f"one of {listed(known, 99)}"
@@ -229,22 +238,26 @@ def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, st
         yield f"a hole twice in {pattern!r}", "each hole once"
 
 
-def line_of(text: str, path: Where) -> int:
-    """The line on which the value at `path` ends, by reading ever more of the text. Slow, for messages only.
+def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:
+    """For each path the line on which its value ends, by reading ever more of the text. Slow, for messages only; in a
+    text so long that it would take minutes, the last of them have none.
 
     tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
     lie at the top or one level down, so closing at most one open list is enough.
     """
-    lines = text.splitlines()
-    for count in range(1, len(lines) + 1):
-        prefix = "\n".join(lines[:count])
-        for ending in ("", "\n]"):
-            try:
-                if holds(tomllib.loads(prefix + ending), path):
-                    return count
-            except tomllib.TOMLDecodeError:
-                continue
-    return len(lines)
+    lines = text.rstrip("\n").split("\n")
+    found: dict[Where, int] = {}
+    left = MOST_READ
+    for count, line in enumerate(lines, 1):
+        for ending in ("", "\n]") if line.strip() else ():
+            prefix = "\n".join(lines[:count]) + ending
+            left -= len(prefix)
+            if left < 0 or len(found) == len(paths):
+                return found
+            with suppress(tomllib.TOMLDecodeError, RecursionError):
+                table = tomllib.loads(prefix)
+                found |= {path: count for path in paths - found.keys() if holds(table, path)}
+    return dict.fromkeys(paths, len(lines)) | found
 
 
 def holds(value: Any, path: Where) -> bool:
