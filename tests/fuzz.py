@@ -74,13 +74,13 @@ def by_safetensors(content: bytes) -> dict[str, tuple[str, tuple[int, ...], int]
 
 def is_stricter(text: bytes) -> bool:
     """Whether a header that safetensors takes is one of those that docs/format.md says we refuse."""
+    strict = False
 
     def of_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
         nonlocal strict
         strict |= len(dict(pairs)) != len(pairs)
         return dict(pairs)
 
-    strict = False
     found = json.loads(text, object_pairs_hook=of_pairs)
     strict |= found.pop("__metadata__", {}) is None
     for entry in found.values():
@@ -158,7 +158,7 @@ WORD = re.compile(rb'"(?:[^"\\]|\\.)*"|[A-Za-z_]+|-?[0-9.]+|\s+|.', re.DOTALL)
 WORDS = [
     *(b"{", b"}", b"[", b"]", b":", b",", b"\n", b"=", b'""', b"{}", b"[]", b"null", b"true", b"NaN", b"1.0", b"-1"),
     *(b"0", b"1", b"2", b"8", b"16", b"4294967296", b"9223372036854775808", b"1" * 40, b"[" * 900, b"." * 2000, b"1e9"),
-    *(b'"\\ud800"', b'"\\u001b[31m"', b'".."', b'"../x.safetensors"', b'"\\u0000"', b"\xff", b'"a":"b"', b"{i}", b"{*}"),
+    *(b'"\\ud800"', b'"\\u001b[31m"', b'".."', b'"../x.safetensors"', b'"\\u0000"', b"\xff", b"{i}", b"{*}"),
 ]  # fmt: skip
 
 

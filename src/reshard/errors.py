@@ -1,6 +1,5 @@
 """What is refused, and how it is said. Imports nothing of ours."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +9,6 @@ MOST_PROBLEMS = 100_000
 """A few megabytes of header can claim a billion tensors that are not there: beyond this no more are looked for."""
 LONGEST = 2_000
 """In characters, of one field of a problem as it is shown to a person: a name may have millions."""
-UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u2030-\u2065\u2070-\ud7ff\uf900-\ufffd\U00010000-\U0001ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +67,13 @@ def describe_group(group: list[Problem]) -> Iterable[str]:
 
 
 def printable(text: str) -> str:
-    """The text with every control, format and surrogate character escaped.
+    """The text with every control, format, private, unassigned and surrogate character escaped, and every odd space.
 
     Tensor and file names come from strangers: raw, they could move the cursor, recolour the terminal or hide text.
     """
-    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def shown(text: str) -> str:
