@@ -34,7 +34,7 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
 	touch $@
 
-# Apart from the tests: atheris is built for Linux on x86-64 only.
+# Apart from the tests: atheris is not built for every Python and machine that reshard runs on.
 .venv/fuzz: .venv/reshard
 	$(BIN)/pip install --quiet atheris safetensors
 	touch $@

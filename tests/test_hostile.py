@@ -230,6 +230,15 @@ def test_a_name_twice_is_found_among_many_at_once() -> None:
         parse_header(text, 0, 1, "x")
 
 
+def test_the_faults_of_many_entries_end_at_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ("{" + ",".join(f'"{number}":{{}}' for number in range(60_000)) + "}").encode()
+    files = {f"{letter}.safetensors": whole_file(text, 0) for letter in "abc"}
+    source_of(tmp_path, files)
+    code, said = run(capsys, "plan", tmp_path / "source", "--mp", "2")
+    assert (code, "c.safetensors" in said, "99,990 more" in said) == (2, False, True)
+    assert "only the first 100,000 problems" in said
+
+
 # --- indexes ---
 
 RIGHT = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": np.ones(2)})}

@@ -12,7 +12,7 @@ from math import prod
 from operator import itemgetter
 from typing import Any, NoReturn
 
-from reshard.errors import Problem, Refused, refuse
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.types import Tensor
 
 BITS = {
@@ -84,6 +84,8 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
         if kind is None:
             if fault := entry_fault(key, entry):
                 problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+                if len(problems) >= MOST_PROBLEMS:
+                    break
                 continue
             kind = kinds.setdefault((entry["dtype"], *entry["shape"]), (entry["dtype"], tuple(entry["shape"])))
         begin, end = entry["data_offsets"]

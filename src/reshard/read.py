@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from reshard.errors import Problem, Refused, listed, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
 from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, parse_header, unique_keys
 from reshard.types import Checkpoint, File, Tensor
 
@@ -190,6 +190,8 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
             file, entries = read_header(folder / name, len(files))
         except Refused as refused:
             problems.extend(refused.problems)
+            if len(problems) >= MOST_PROBLEMS:
+                break
             continue
         files.append(file)
         tensors.extend(entries)
