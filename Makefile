@@ -1,8 +1,10 @@
 # One command each: every target sets up what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+FUZZ_TARGETS ?= header index config names recipe journal manifest
+FUZZ_SECONDS ?= 120
 
-.PHONY: demo test torture lint
+.PHONY: demo test torture lint fuzz
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
@@ -18,6 +20,11 @@ lint: .venv/test  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS each, until something but a refusal comes
+	for target in $(FUZZ_TARGETS); do \
+		$(BIN)/python tests/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
+
 .venv/reshard: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
@@ -28,4 +35,9 @@ lint: .venv/test  ## ruff and mypy, as CI runs them
 .venv/test: .venv/reshard
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+# Apart from the tests: atheris is not built for every Python and machine that reshard runs on.
+.venv/fuzz: .venv/reshard
+	$(BIN)/pip install --quiet atheris safetensors
 	touch $@

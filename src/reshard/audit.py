@@ -218,5 +218,5 @@ def side_problems(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem
         path = target / Path(entry["name"]).name
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", AGAIN)
-        elif xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
+        elif path.stat().st_size != entry["size"] or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
             yield Problem("wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], AGAIN)

@@ -1,5 +1,6 @@
 """Which recipe a checkpoint wants."""
 
+import reprlib
 from collections.abc import Sequence
 
 from reshard.errors import Refused, listed, refuse
@@ -53,5 +54,6 @@ def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequen
     unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
+    model = model if isinstance(model, str) else reprlib.repr(model)
     found = f"{model}; the nearest recipe is {nearest}: {misfit(checkpoint, recipes, nearest, unknown[nearest])}"
     return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)

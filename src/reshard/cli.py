@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -129,6 +130,9 @@ def entry() -> NoReturn:
     # A plan is a million small values without a circle: looking for circles took a third of its time.
     gc.disable()
     signal.signal(signal.SIGTERM, interrupt)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name may have letters that a terminal without UTF-8 has not. Standard error does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()

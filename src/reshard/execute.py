@@ -221,7 +221,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         if index in begun and size != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
         reserve(descriptor, file.size)
         write_all(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)
@@ -249,7 +249,7 @@ def missing_file(plan: Plan, records: Records) -> str | None:
 def write_whole(path: Path, content: bytes) -> None:
     """A small file, durable."""
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
         write_all(descriptor, memoryview(content), 0, CACHED)
         os.fsync(descriptor)
 

@@ -6,6 +6,7 @@ those of the `safetensors` package 0.8; what it leaves open and we refuse is wri
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 
-from reshard.errors import Problem, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, refuse, require_none
 from reshard.types import Tensor
 
 BITS = {
@@ -143,6 +144,8 @@ def checked_tensors(text: bytes, file: int, name: str) -> list[Tensor]:
     for key, entry in header.items():
         if fault := entry_fault(key, entry):
             problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+            if len(problems) >= MOST_PROBLEMS:
+                break
             continue
         begin, end = entry["data_offsets"]
         tensors.append(Tensor(key, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
@@ -166,8 +169,7 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} stands twice")
     return found
 

@@ -1,5 +1,6 @@
 """Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
@@ -70,7 +71,7 @@ def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | No
     wanted = config_value(hole.size, config)
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
-        expected = f"{wanted!r}, as {hole.size} of config.json says"
+        expected = f"{reprlib.repr(wanted)}, as {hole.size} of config.json says"
         yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
 
 
