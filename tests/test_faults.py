@@ -213,14 +213,14 @@ def void(_: object) -> None:
 # --- single system calls ---
 
 
-def traced(source: Path, target: Path, fault: str, *options: str) -> "subprocess.Popen[str]":
+def traced(source: Path, target: Path, fault: str, *options: str, program: str = PROGRAM) -> "subprocess.Popen[str]":
     """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     name, _, how = fault.partition(":")
     calls = ",".join(f"?{call}" for call in ([name, name + "2"] if name.startswith("p") else [name]))
     command = ["strace", "-D", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
-    command += [sys.executable, "-c", PROGRAM, "convert", str(source), str(target), "--mp", str(RANKS), *options]
+    command += [sys.executable, "-c", program, "convert", str(source), str(target), "--mp", str(RANKS), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
@@ -303,6 +303,23 @@ def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
     assert re.fullmatch(r"(convert: .+\n)*reshard: interrupted; run the same command again to go on .+\n", errors)
     assert seconds < 2
     assert not list(target.glob("*.safetensors"))
+    require_gone_on(origin, target, wanted)
+
+
+def test_an_interrupt_that_another_thread_gets_is_heeded(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    """The kernel may do so; the main thread is asleep then and not woken."""
+    program = (
+        "import signal, threading, reshard.workers\n"
+        "append = reshard.workers.append_records\n"
+        "def interrupted(*arguments):\n"
+        "    append(*arguments)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+        "reshard.workers.append_records = interrupted\n" + PROGRAM
+    )
+    slow = "preadv:delay_enter=100000"
+    code, errors = ended(traced(origin, target, slow, "--jobs", "1", "--cache", "no", program=program))
+    assert code == 130, errors
+    assert durable_bytes(target / JOURNAL) < sum(path.stat().st_size for path in target.glob("*.partial")) // 2
     require_gone_on(origin, target, wanted)
 
 
