@@ -265,7 +265,7 @@ def test_a_call_that_fails_ends_the_run_and_the_next_goes_on(
     [
         *(("mkdir", 1), ("flock", 1), ("fdatasync", 1), ("fallocate", 1), ("fallocate", 3)),
         *(("pwritev", number) for number in (1, 2, 5, 6, 60)),
-        *(("fsync", number) for number in (1, 2, 5, 6, 8, 9, 10)),
+        *(("fsync", number) for number in (1, 2, 5, 6, 8, 9, 10, 11)),
         *(("rename", number) for number in range(1, 8)),
         ("unlink", 1),
     ],
