@@ -337,3 +337,15 @@ def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(o
     command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)
     assert done.returncode == 130, done.stderr
+
+
+# --- nobody listens ---
+
+
+def test_a_log_on_a_full_disk_ends_no_conversion(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    program = "import reshard.progress; reshard.progress.PLAIN_SECONDS = 0.0\n" + PROGRAM
+    command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
+    with Path("/dev/full").open("wb") as log:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=log)
+    assert b"4 rank files" in done.stdout
+    assert contents(target) == wanted
