@@ -265,6 +265,8 @@ def finish(target: Path, names: Sequence[str]) -> None:
     """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
     for name in names:
         partial = target / (name + PARTIAL)
+        if name == names[-1]:  # the manifest: it says that the others have their final names
+            sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ MEMORY_OF_CASTS = WINDOW_SIZE + SCALES_SIZE + 2 * PAGE + 8 * 2**20
 """In bytes, for each job that casts: a buffer for what is computed, one for scales, and what computing takes."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,12 @@ def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, ad
         try:
             futures.append(pool.submit(flush_regularly, queue, ledger))
             futures.extend(pool.submit(move_windows, queue, files, ledger) for _ in range(jobs))
-            for future in futures[1:]:
-                future.result()
+            left = set(futures[1:])
+            while left:
+                # The kernel may give a signal to any thread, but Python acts on it only when this one comes to itself.
+                ended, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
         finally:
             queue.stopped.set()
             wait_for(futures)
