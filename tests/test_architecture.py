@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ errors output text types",
-    "header progress recipe",
-    "copies cut disk generate names read",
+    "compiled header progress recipe tables",
+    "casts copies cut disk generate names read",
     "holes journal windows",
     "match workers",
     "choose plan target",
