@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ errors output text types",
-    "compiled header progress recipe tables",
-    "casts copies cut disk generate names read",
-    "holes journal windows",
+    "boxes header progress recipe tables",
+    "compiled copies cut disk generate names read",
+    "casts holes journal windows",
     "match workers",
     "choose plan target",
     "manifest verify",

@@ -6,8 +6,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-Pair = tuple[int, int]
-"""Rows and columns."""
+from reshard.boxes import Pair
+
 Recode = Callable[[NDArray[Any], NDArray[Any], Pair, Pair, NDArray[Any], NDArray[Any]], None]
 """Called with codes, pages, group, phase, table and out: see `casts.recode`."""
 
@@ -16,7 +16,7 @@ Recode = Callable[[NDArray[Any], NDArray[Any], Pair, Pair, NDArray[Any], NDArray
 def compiled_recode() -> Recode | None:
     """The loop below, compiled at its first call; None without numba. The import alone takes a second or more."""
     try:
-        import numba  # type: ignore[import-not-found, unused-ignore]  # noqa: PLC0415 - only when a cast is really run
+        import numba  # noqa: PLC0415 - only when a cast is really run
     except ImportError:
         return None
     compiled: Recode = numba.njit(nogil=True)(recode_each)
