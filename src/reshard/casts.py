@@ -39,8 +39,6 @@ PAGES = 256
 """The most pages of a table, so that page and code together fit 16 bits."""
 GROUP = 32
 """Columns of FP4 that share a scale."""
-LEAST_NORMAL, MOST_IN_RANGE = -5, 6
-"""Exponents between which all FP4 values but zero are normal numbers of FP8."""
 
 
 def fastest_recode() -> Recode:
@@ -119,9 +117,6 @@ def fp4_to_fp8(
     inexact, (pairs, misses) = 0, fp4_tables()
     for rows in bands(shape, BAND):
         pages = _fp4_pages(group_scales[rows], scales, block, (phase[0] + rows.start, phase[1]))
-        if run is recode and pages.min() >= LEAST_NORMAL - LEAST and pages.max() <= MOST_IN_RANGE - LEAST:
-            _fp4_by_bits(packed[rows], pages, (0, start[1] * 2), out[rows])
-            continue
         run(packed[rows], pages, group, start, pairs, out[rows].view(np.uint16))
         if misses[[pages.min(), pages.max()]].any():  # the pages without misses are in the middle
             missed = np.empty(packed[rows].shape, np.uint8)
@@ -148,9 +143,8 @@ def largest_of_blocks(values: NDArray[Any], block: Pair, phase: Pair, largest: N
     lines, places = touched(values.shape, block, phase)
     rows = np.maximum(np.arange(lines) * block[0] - phase[0], 0)
     columns = np.maximum(np.arange(places) * block[1] - phase[1], 0)
-    found = np.maximum.reduceat(
-        np.maximum.reduceat(values, columns, axis=1), rows, axis=0
-    )  # thirty times the other order
+    of_rows = np.maximum.reduceat(values, columns, axis=1)  # columns first: the other order takes many times as long
+    found = np.maximum.reduceat(of_rows, rows, axis=0)
     np.maximum(largest[: len(rows)], found, out=largest[: len(rows)])
 
 
@@ -172,7 +166,7 @@ def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes
     """BF16 values [rows, columns] over float32 scales, as F8_E4M3 codes; returns how many quotients are not finite.
 
     The float32 quotient is rounded to nearest even and stops at 448, infinities too; NaN is 0x7F. A count above zero
-    means an infinity or NaN among the values or scales, or a scale far too small: refuse it.
+    means an infinity or NaN among the values, or a scale that is NaN, zero or far too small: refuse it.
     """
     require_fit(values.shape, scales, block, phase, out)
     bad = 0
@@ -197,26 +191,3 @@ def _fp4_pages(group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair) -> 
     pages = np.clip(group_scales.astype(np.int16) - new, LEAST, MOST) - LEAST
     pages[(group_scales == NAN) | (new == NAN)] = MOST + 1 - LEAST
     return np.asarray(pages, np.uint16)
-
-
-def _fp4_by_bits(packed: Bytes, pages: Words, phase: Pair, out: Bytes) -> None:
-    """Without a table, in half the time, where every code is exact and normal: a few operations on all bits of a tile.
-
-    Half a byte is a sign and three bits. These are those of the code, if the exponent is raised, but for 0 and 1.
-    """
-    raised = (pages.astype(np.uint8) - (-LEAST - 6)) << 3  # at least by 1
-    room = np.empty((3, min(out.size, 2 * TILE)), np.uint8)
-    for (rows, columns), exponents in tiles(out.shape, raised, (1, GROUP), phase, 2 * TILE):
-        tile = out[rows, columns]
-        codes, bits, moved = (line[: tile.size].reshape(tile.shape) for line in room)
-        two_codes, two_moved = codes.view(np.uint16), moved.view(np.uint16)  # shifts are faster so
-        np.copyto(two_codes, packed[rows, columns.start // 2 : columns.stop // 2])
-        two_codes |= np.left_shift(two_codes, 4, out=two_moved)
-        np.bitwise_and(codes, 7, out=bits)
-        np.bitwise_xor(bits, np.equal(bits, 1, out=moved.view(np.bool_)).view(np.uint8), out=moved)  # 1 is 2^-1
-        two_moved <<= 2
-        moved += exponents
-        codes &= 8
-        two_codes <<= 4
-        codes |= moved
-        np.multiply(codes, np.not_equal(bits, 0, out=bits.view(np.bool_)), out=tile)
