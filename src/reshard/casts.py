@@ -31,7 +31,7 @@ from reshard.tables import (
 
 TILE = 1 << 16
 """Elements that are worked on at once: their index fits the second-level cache of a core."""
-BAND = 1 << 20
+BAND = 1 << 21
 """Elements whose small tables are made at once."""
 SCALES = 1 << 16
 """Scales that are looked at at once."""
@@ -187,7 +187,10 @@ def _fp4_pages(group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair) -> 
     """The page of each group [rows, groups]: by how many powers of two its scale is above the new one."""
     lines = (np.arange(group_scales.shape[0]) + phase[0]) // block[0]
     places = (np.arange(group_scales.shape[1]) + phase[1] // GROUP) // (block[1] // GROUP)
-    new = scales[lines][:, places]
-    pages = np.clip(group_scales.astype(np.int16) - new, LEAST, MOST) - LEAST
-    pages[(group_scales == NAN) | (new == NAN)] = MOST + 1 - LEAST
-    return np.asarray(pages, np.uint16)
+    new = scales[:, places][lines]
+    pages = np.subtract(group_scales, new, dtype=np.int16)
+    np.clip(pages, LEAST, MOST, out=pages)
+    pages -= LEAST
+    if group_scales.max() == NAN or new.max() == NAN:
+        pages[(group_scales == NAN) | (new == NAN)] = MOST + 1 - LEAST
+    return pages.view(np.uint16)
