@@ -211,9 +211,7 @@ def split_at_grid(table: Table) -> Table:
     start = np.maximum(piece.source_offset, piece.base + cell * piece.grid)
     run = np.minimum(piece.ends, piece.base + (cell + 1) * piece.grid) - start
     target_offset = piece.target_offset + start - piece.source_offset
-    return replace(
-        piece, window=cell, cell=cell, source_offset=start, pitch=run, run=run, target_offset=target_offset
-    )
+    return replace(piece, window=cell, cell=cell, source_offset=start, pitch=run, run=run, target_offset=target_offset)
 
 
 def window_of_runs(table: Table) -> Table:
@@ -243,7 +241,7 @@ def window_of_bands(table: Table, first: int) -> Table:
     )
     height = table.grid // table.pitch
     index, place = spread(-(-table.rows // np.maximum(height, 1)))
-    piece, row = table.picked(index), place * height[index]
+    piece, row = table.picked(index), np.asarray(place * height[index], np.int64)
     keys = np.stack([np.cumsum(starts_matrix)[index], place])
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
     return replace(

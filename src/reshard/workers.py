@@ -10,6 +10,7 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from reshard.casting import Inputs, Read, produce
+from reshard.casts import fastest_recode
 from reshard.disk import PAGE, Ways, aligned_buffer, drop_cached, read_window, write_all
 from reshard.errors import refuse
 from reshard.journal import RECORD, RECORD_TYPE, Journal, append_records
@@ -96,6 +97,8 @@ class Queue:
 def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with so many threads. The first error of one ends all and is raised."""
     queue = Queue(work, advance)
+    if files.casts:
+        fastest_recode()  # here, for it may import numba, and that from one thread only
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(jobs + 1) as pool:
         # From the first thread on: the pool waits for all of them, and the flusher ends only when it is told to.
