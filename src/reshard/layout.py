@@ -1,5 +1,6 @@
 """Layout: every target file to the byte, and the copies that fill it behind its header. Arithmetic on sizes only."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
@@ -109,11 +110,21 @@ def lay_out(
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = form.header if form else header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
+        header = form.header if form else header_bytes([*metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
         parts.append(copies_of(columns, chosen, rank, ends - sizes + len(header)))
     return tuple(files), joined(parts)
+
+
+def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
+    """What a file says of itself: in whole files their format, in rank files what a recipe wants them to say."""
+    if layout.to != RANKS:
+        return [WHOLE_METADATA]
+    if not recipe.describes:
+        return []
+    facts = {"format": "pt", "rank": str(rank), "ranks": str(layout.ranks), "recipe": recipe.name}
+    return [f'"__metadata__":{json.dumps(facts, separators=(",", ":"), ensure_ascii=False)}']
 
 
 def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:

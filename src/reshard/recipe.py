@@ -18,17 +18,19 @@ from reshard.types import BlockScale, Hole, Recipe, Rule
 FOLDER = Path(__file__).parent / "recipes"
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "rules")
 HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
 RELATIONS = ("same", "dequantize", "drop")
-SPLITS = ("replicate", "rows", "columns", "padded rows")
+SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
+UNITS = re.compile(r"rows of ([\w.]+)")
+"""The split of heads: they are whole, and those of few are held by several ranks."""
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) [\w.]+")
+CONDITION = re.compile(r"(if|unless) [\w.]+|maybe")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
@@ -91,6 +93,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
         run=table.get("run", {}),
+        describes=table.get("describes", False),
         checked=table.get("checked", ""),
         rules=tuple(all_rules(table["rules"], holes)),
         origin=origin,
@@ -162,6 +165,8 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_texts(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if type(table.get("describes", False)) is not bool:
+        yield ("describes",), repr(table["describes"]), "describes: true or false"
     if not isinstance(table.get("checked", ""), str):
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
@@ -317,7 +322,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json"
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe'"
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
@@ -325,10 +330,13 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
         return
     yield from side_faults(rule, scales)
-    if rule.split not in SPLITS and rule.split not in {
+    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
-        yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
+        yield (
+            repr(rule.split),
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
+        )
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
