@@ -123,7 +123,10 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
 
 
 def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
-    """The copies of one file's pieces, of each the part of one rank. Rows that lie back to back become one run; empty tensors have no copy."""
+    """The copies of one file's pieces, of each the part of one rank.
+
+    Rows that lie back to back become one run; empty tensors have no copy.
+    """
     rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
     source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
     run = np.where(run == pitch, run * rows, run)
