@@ -46,9 +46,12 @@ def run_config(plan: Plan) -> str:
 
 
 def target_facts(plan: Plan) -> dict[str, Any]:
-    """What the rank files hold: by letter how many of each numbered place; `packed`, the name of a packed dtype."""
-    packed = any(tensor.dtype == "F4" for tensor in plan.pieces.tensors)
-    return {**plan.counts, "packed": "fp4" if packed else None}
+    """What the rank files hold: by letter how many of each numbered place; `packed`, the name of a packed dtype; and
+    `dtype`, that of the other weights.
+    """
+    dtypes = {tensor.dtype for tensor in plan.pieces.tensors}
+    packed, dtype = "fp4" if "F4" in dtypes else None, "fp8" if "F8_E4M3" in dtypes else "bf16"
+    return {**plan.counts, "packed": packed, "dtype": dtype}
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:
