@@ -13,7 +13,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import padded_config
+from reshard.padding import can_grow, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
@@ -133,7 +133,8 @@ def ranks_problems(
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        if limit := limit_of(weight, split, outcome.block):
+        limit = limit_of(weight, split, outcome.block)
+        if limit and not can_grow(outcome.kind, recipe, layout, config):
             limits.add(limit)
         if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
             for tensor in outcome.weights:
