@@ -73,8 +73,9 @@ def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
 
 def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     layout, scaling = terms.layout, kind.scaling
-    if scaling is None:
-        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, (1, 1))
+    if scaling is None or scaling.stays:
+        block = scaling.block if scaling and kind.scales else (1, 1)
+        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
     dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
     if kind.scales and (layout.cast == "bf16" or dequantizes):
         return dequantized(kind, scaling, terms, casts)

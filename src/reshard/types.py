@@ -137,6 +137,8 @@ class BlockScale:
     """Whether the weights are I8 with two elements of F4 in a byte. Blocks count elements."""
     fp8_block: tuple[int, int] = (1, 1)
     """With `packed`: the block once they are cast to FP8."""
+    stays: bool = False
+    """Whether weights scaled like this are never cast: their code reads them in no other way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,8 @@ class Recipe:
     padded: tuple[str, ...]
     """Config keys that may be raised, with zeros in the weights, so that whole blocks fall to each rank."""
     run: Mapping[str, Any]
-    """The run configuration of the right side's code: by key a formula over the config, or a list of a formula and the
-    value that need not be said."""
+    """The run configuration of the right side's code: by key a formula over the config; or a list of a formula and the
+    value that need not be said, or of a formula alone whose lack of a value must be said."""
     checked: str
     """What the recipe was checked against, in words."""
     rules: tuple[Rule, ...]
