@@ -21,6 +21,8 @@ from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 from reshard.units import Kind, logical_shape, scale_shape
 
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+MOST_FILES = 1 << 32
+"""Of whole tensors: whichever file holds one holds all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,4 +212,4 @@ def whole_series(outcome: Outcome) -> Iterator[Series]:
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            yield Series(kind.number, names, tensors, whole(tensors[0], 1), None, 1, 1)
+            yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)
