@@ -16,6 +16,10 @@ from reshard.types import RANKS, Cast, Layout, Recipe, Tensor
 EVERY_RANK = -1
 WHOLE_METADATA = '"__metadata__":{"format":"pt"}'
 """Without it, transformers refuses a file."""
+LEAST_HEADER = len(WHOLE_METADATA) + 8 + 2 + 8
+"""In bytes: with its length, its braces and what aligns it."""
+MOST_OFFSETS = 32
+"""In bytes: two numbers of 13 digits, and what stands around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +195,17 @@ def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_o
 def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], files: int, most: int) -> Pieces:
     """The pieces, each in one file, in the order of the source; a file ends before it grows beyond `most` bytes.
 
-    `files` is the number of files of the source.
+    A piece that is larger has a file of its own. `files` is the number of files of the source.
     """
+    # Before the files are known, their headers are not: offsets may have so many digits more.
+    entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
     origins = [casts[tensor.file - files].weight if tensor.file >= files else tensor for tensor in pieces.tensors]
     order = np.lexsort(([origin.offset for origin in origins], [origin.file for origin in origins]))
     file, held = 0, 0
     rank = np.zeros(len(order), np.int64)
     for place in order.tolist():
-        size = pieces.tensors[place].size
-        if held and held + size > most:
+        size = pieces.tensors[place].size + entries[place]
+        if held and held + size > most - LEAST_HEADER:
             file, held = file + 1, 0
         held += size
         rank[place] = file

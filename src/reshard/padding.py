@@ -46,6 +46,13 @@ def suits(
     return all(length % (layout.ranks * block) == 0 for length, block in found)
 
 
+def can_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether the length that is cut is raised to suit the ranks: then it says nothing of other numbers of them."""
+    if kind.rule.split == "padded rows":
+        return True
+    return layout.pad and any(True for key in recipe.padded for _ in lengths([kind], recipe, config, key))
+
+
 def lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> Iterator[tuple[int, int]]:
     """The lengths that are cut and depend on a key of the config, each with its block."""
     for kind in kinds:

@@ -13,8 +13,8 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
+from reshard.padding import can_grow, padded_config
+from reshard.results import CAST_TO_FP8, Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
 
@@ -93,6 +93,9 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Options that the recipe has no use for, so that they would do nothing."""
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+    if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
+        expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
+        yield Problem("wrong-option", "--cast", layout.cast, expected)
     if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
         yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, "a recipe with packed FP4 weights")
     if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
@@ -136,7 +139,8 @@ def ranks_problems(
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
         units = units_of(outcome.kind.rule, config)
-        if limit := limit_of(weight, split, outcome.block, units or 0):
+        limit = limit_of(weight, split, outcome.block, units or 0)
+        if limit and not can_grow(outcome.kind, recipe, layout, config):
             limits.add(limit)
         parts = parts_for(layout.ranks, units or 0)
         if units is None or not parts:

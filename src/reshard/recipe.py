@@ -23,7 +23,7 @@ HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
-SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
+SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 RELATIONS = ("same", "dequantize", "drop")
 SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
 UNITS = re.compile(r"rows of ([\w.]+)")
@@ -107,7 +107,9 @@ def hole_of(name: str, fields: Mapping[str, Any]) -> Hole:
 
 def scale_of(fields: Mapping[str, Any]) -> BlockScale:
     packed, fp8_block = fields.get("packed", False), fields.get("fp8_block", 1)
-    return BlockScale(fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block))
+    return BlockScale(
+        fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block), fields.get("stays", False)
+    )
 
 
 def sides(block: Any) -> tuple[int, int]:
@@ -212,7 +214,7 @@ def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
         if not re.fullmatch(r"[a-z]", letter) or letter in holes:
             yield where, f"the hole {letter!r}", "a single lower-case letter that numbers nothing"
         elif not isinstance(fields, dict) or not {"left", "right", "block"} <= set(fields) <= set(SCALE_KEYS):
-            yield where, repr(fields), "a table of left, right and block, and perhaps packed"
+            yield where, repr(fields), "a table of left, right and block, and perhaps packed or stays"
         elif not (isinstance(fields["left"], str) and isinstance(fields["right"], str)):
             yield where, repr(fields), "left and right: strings"
         elif not is_block(fields["block"]):
@@ -221,6 +223,8 @@ def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
             yield where, repr(fields), "packed: true or false; and with it fp8_block"
         elif not is_block(fields.get("fp8_block", 1)):
             yield where, repr(fields["fp8_block"]), "fp8_block: as block"
+        elif type(fields.get("stays", False)) is not bool:
+            yield where, repr(fields["stays"]), "stays: true or false"
 
 
 def is_block(block: Any) -> bool:
@@ -237,7 +241,7 @@ def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for name, text in table.get("sizes", {}).items():
         yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
     for name, value in table.get("run", {}).items():
-        text = value[0] if isinstance(value, list) and len(value) == 2 else value
+        text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
         yield from ((("run", name), found, expected) for found, expected in text_faults(text))
 
 

@@ -21,8 +21,9 @@ from reshard.recipe import UNITS, WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 from reshard.units import Kind, logical_shape, scale_shape
 
-MOST_FILES = 1 << 31
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+MOST_FILES = 1 << 32
+"""Of whole tensors: whichever file holds one holds all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,9 @@ def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
 
 def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     layout, scaling = terms.layout, kind.scaling
-    if scaling is None:
-        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, (1, 1))
+    if scaling is None or scaling.stays:
+        block = scaling.block if scaling and kind.scales else (1, 1)
+        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
     dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
     if kind.scales and (layout.cast == "bf16" or dequantizes):
         return dequantized(kind, scaling, terms, casts)
@@ -222,5 +224,4 @@ def whole_series(outcome: Outcome) -> Iterator[Series]:
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            # Its part is all of it, whatever the number of the file that it will lie in.
             yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)

@@ -156,6 +156,8 @@ class BlockScale:
     """Whether the weights are I8 with two elements of F4 in a byte. Blocks count elements."""
     fp8_block: tuple[int, int] = (1, 1)
     """With `packed`: the block once they are cast to FP8."""
+    stays: bool = False
+    """Whether weights scaled like this are never cast: their code reads them in no other way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +184,8 @@ class Recipe:
     padded: tuple[str, ...]
     """Config keys that may be raised, with zeros in the weights, so that whole blocks fall to each rank."""
     run: Mapping[str, Any]
-    """The run configuration of the right side's code: by key a formula over the config, or a list of a formula and the
-    value that need not be said."""
+    """The run configuration of the right side's code: by key a formula over the config; or a list of a formula and the
+    value that need not be said, or of a formula alone whose lack of a value must be said."""
     describes: bool
     """Whether the rank files say in their metadata what they are: rank, ranks and recipe."""
     checked: str
