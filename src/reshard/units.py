@@ -168,9 +168,10 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
     elif kind.scaling and isinstance(quantization, dict):
-        exempt = quantization.get("modules_to_not_convert") or []
+        named = quantization.get("modules_to_not_convert")
+        exempt = [module for module in named if isinstance(module, str)] if isinstance(named, list) else []
         for tensor in kind.weights:
-            if not any(isinstance(module, str) and module in tensor.name for module in exempt):
+            if not any(module in tensor.name for module in exempt):
                 said = "a scaled weight, as quantization_config of config.json says"
                 remedy = "a loader would take it for scaled: is the checkpoint a mixture?"
                 yield Problem("weight-without-scale", tensor.name, f"{found} without a block scale", said, remedy)
