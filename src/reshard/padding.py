@@ -9,7 +9,7 @@ from typing import Any
 
 from reshard.cut import DIMENSION
 from reshard.errors import refuse
-from reshard.formulas import parse_shape, shape_of, value_of
+from reshard.formulas import parse_shape, shape_of
 from reshard.types import Layout, Recipe
 from reshard.units import Kind
 
@@ -42,7 +42,8 @@ def padded_config(
 
 def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether, by a config, each rank's part of each of the lengths is whole blocks."""
-    return all(value_of(length, config, recipe.sizes) % (layout.ranks * block) == 0 for length, block in lengths)
+    sizes = [(shape_of(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
+    return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
 
 
 def cut_lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
@@ -50,11 +51,12 @@ def cut_lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any]
     found = set()
     for kind in kinds:
         dimension = DIMENSION.get(kind.rule.split)
-        if dimension is None or not kind.rule.shape:
+        formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
+        if dimension is None or len(formulas) <= dimension:
             continue
         length = shape_of(kind.rule.shape, config, recipe.sizes)[dimension]
         without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
         if length is not None and without is None:
             block = kind.scaling.block[dimension] if kind.scaling and kind.scales else 1
-            found.add((parse_shape(kind.rule.shape)[1][dimension], block))
+            found.add((formulas[dimension], block))
     return found
