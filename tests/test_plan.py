@@ -19,15 +19,17 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from reshard.copies import Copies, WrongPlan, require_coverage, require_tiling
+from reshard.coverage import cover
 from reshard.errors import Refused
 from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, write_checkpoint
 from reshard.header import BITS, parse_header
 from reshard.match import match
-from reshard.plan import Plan, cover, make_plan, only_ranks
-from reshard.plan import kinds_of as units_by_kind
+from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, parse_recipe
+from reshard.results import Terms, outcome_of, series_of
 from reshard.types import Checkpoint, File, Layout, Recipe, Tensor
+from reshard.units import kinds_of as units_by_kind
 
 DATA_START = 1000
 """Where the data of a checkpoint made by hand begins: the copies of the tables count from here."""
@@ -484,7 +486,8 @@ def config_of(model: Model) -> dict[str, Any] | None:
         "num_hidden_layers": model.layers,
         "first_k_dense_replace": model.dense,
         "n_routed_experts": model.experts,
-        "q_lora_rank": 5 if model.has_query_rank else None,
+        # Not the rank: the shapes are drawn, and what is no number is not held against them.
+        "q_lora_rank": model.has_query_rank,
         "num_attention_heads": 2 * model.ranks,
     }
 
@@ -642,7 +645,10 @@ def prove(plan: Plan, copies: Copies) -> None:
     """All that `make_plan` proves of its copies."""
     require_tiling(copies, [len(file.header) for file in plan.files], [file.size for file in plan.files])
     matched = match(plan.source, plan.recipe)
-    cover(plan.source, plan.recipe, plan.layout, matched, units_by_kind(matched), copies)
+    terms, casts = Terms(plan.recipe, plan.layout, None, len(plan.source.files)), list(plan.casts)
+    outcomes = [outcome_of(kind, terms, []) for kind in units_by_kind(matched, plan.recipe, plan.layout)]
+    series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
+    cover(plan.source, plan.recipe, plan.layout, matched, series, casts, copies)
 
 
 def with_row(copies: Copies, index: int, **changes: int) -> Copies:
@@ -828,7 +834,7 @@ def test_deepseek_v3_cannot_be_cut_for_32_ranks(deepseek_v3: Checkpoint) -> None
     assert {problem.subject for problem in refused.value.problems} == {
         f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(3) for name in ("gate", "up", "down")
     }
-    assert {problem.remedy for problem in refused.value.problems} == {"--mp with one of 1, 2, 4, 8, 16"}
+    assert {problem.remedy for problem in refused.value.problems} == {"--mp with one of 1, 2, 4, 8, 16, or --pad"}
 
 
 @pytest.mark.parametrize(

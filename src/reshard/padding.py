@@ -60,3 +60,8 @@ def cut_lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any]
             block = kind.scaling.block[dimension] if kind.scaling and kind.scales else 1
             found.add((formulas[dimension], block))
     return found
+
+
+def is_paddable(kind: Kind, recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether what a kind is cut along can be raised."""
+    return any(cut_lengths([kind], recipe, config, key) for key in recipe.padded)

@@ -12,7 +12,7 @@ from reshard.cut import Limit, limit_of, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
 from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import padded_config
+from reshard.padding import is_paddable, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
@@ -125,23 +125,25 @@ def ranks_problems(
         return
     limits = set()
     problems = []
+    helps = not layout.pad
     for subject, length in counted_lengths(config, recipe, matched):
         limits.add(Limit(length))
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
+            helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
         if limit := limit_of(weight, split, outcome.block):
             limits.add(limit)
         if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
+            helps = helps and is_paddable(outcome.kind, recipe, config)
             for tensor in outcome.weights:
                 problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
-    straddles = any(problem.kind == "straddles-blocks" for problem in problems)
-    if remedy and straddles and recipe.padded and not layout.pad:
+    if remedy and helps:
         remedy += ", or --pad"
     yield from (replace(problem, remedy=remedy) for problem in problems)
 
