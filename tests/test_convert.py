@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -355,13 +356,14 @@ def test_a_source_that_shrinks_is_refused(bytes_kept: float, sources: dict[str, 
 
 def test_a_source_that_vanishes_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(sources["fp8"], tmp_path / "source")
+    third = sorted((tmp_path / "source").glob("*.safetensors"))[2]
 
     @contextmanager
     def vanishing(_total: int) -> Iterator[Callable[[int], None]]:
-        (tmp_path / "source" / "model-00003-of-00006.safetensors").unlink()
+        third.unlink()
         yield lambda _: None
 
-    with pytest.raises(Refused, match=r"model-00003-of-00006\.safetensors"):
+    with pytest.raises(Refused, match=re.escape(third.name)):
         convert_checkpoint(Job(tmp_path / "source", 4), tmp_path / "ours", progress=vanishing)
     assert final_names(tmp_path / "ours") == []
 

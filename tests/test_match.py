@@ -333,7 +333,9 @@ def test_an_mtp_layer_that_is_kept_has_names_as_other_layers() -> None:
     found = new_names(match(checkpoint, V3, keep_optional=True))
     assert found.keys() == checkpoint.tensors.keys()
     assert {name: found[name] for name in OF_MTP} == OF_MTP
-    others = {name: new for name, new in found.items() if is_in_layer(name, 12) and "model.layers.11." + rest(name) in found}
+    others = {
+        name: new for name, new in found.items() if is_in_layer(name, 12) and "model.layers.11." + rest(name) in found
+    }
     assert len(others) == len(found) - len([name for name in found if not is_in_layer(name, 12)]) - 6
     assert others == {name: f"layers.12.{rest(found['model.layers.11.' + rest(name)], 2)}" for name in others}
 
@@ -444,7 +446,9 @@ def test_what_some_have_is_told_with_the_members() -> None:
 
 
 def test_a_row_of_some_is_expected_of_each_of_them() -> None:
-    recipe = parse_recipe(PICKY.replace('["same", "layers.{h}', '["same", "layers.{h}.key", "k.{h}", "rows"],\n["same", "layers.{h}'), "x")
+    recipe = parse_recipe(
+        PICKY.replace('["same", "layers.{h}', '["same", "layers.{h}.key", "k.{h}", "rows"],\n["same", "layers.{h}'), "x"
+    )
     problems = problems_of(picky([*NORMS, *KINDS, *TABLES, "layers.1.key"], RATIOS), recipe)
     assert [(problem.kind, problem.subject) for problem in problems] == [("missing-tensor", "layers.2.key")]
 

@@ -80,7 +80,7 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_rows_of_a_packaged_recipe_stand_in_columns(name: str) -> None:
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("[\"")]
+    rows = [line for line in text.splitlines() if line.startswith('["')]
     assert len(rows) == len(tomllib.loads(text)["rules"]) > 20
     starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows if not row.startswith('["drop"')]
     for column in range(6):

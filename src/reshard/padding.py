@@ -11,7 +11,7 @@ from reshard.cut import DIMENSION
 from reshard.errors import refuse
 from reshard.formulas import parse_shape, shape_of
 from reshard.types import Layout, Recipe
-from reshard.units import Kind
+from reshard.units import Kind, target_block
 
 MOST = 64
 """No value is raised to more than so many times what it was."""
@@ -26,7 +26,7 @@ def padded_config(
     raised = dict(config)
     for key in recipe.padded:
         value = config.get(key)
-        lengths = cut_lengths(kinds, recipe, raised, key)
+        lengths = cut_lengths(kinds, recipe, layout, raised, key)
         if type(value) is not int or value < 1 or not lengths:
             continue
         wanted = next(
@@ -46,7 +46,9 @@ def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, co
     return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
 
 
-def cut_lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
+def cut_lengths(
+    kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
+) -> set[tuple[str, int]]:
     """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
     found = set()
     for kind in kinds:
@@ -57,11 +59,10 @@ def cut_lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any]
         length = shape_of(kind.rule.shape, config, recipe.sizes)[dimension]
         without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
         if length is not None and without is None:
-            block = kind.scaling.block[dimension] if kind.scaling and kind.scales else 1
-            found.add((formulas[dimension], block))
+            found.add((formulas[dimension], target_block(kind, layout)[dimension]))
     return found
 
 
-def is_paddable(kind: Kind, recipe: Recipe, config: Mapping[str, Any]) -> bool:
+def is_paddable(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether what a kind is cut along can be raised."""
-    return any(cut_lengths([kind], recipe, config, key) for key in recipe.padded)
+    return any(cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)

@@ -87,7 +87,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """Options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    if not 1 <= layout.ranks <= MOST_RANKS:
+        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
     if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
@@ -120,9 +122,6 @@ def ranks_problems(
     config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
 ) -> Iterator[Problem]:
     """Everything that the number of ranks does not suit, with the numbers that suit all."""
-    if not 1 <= layout.ranks <= MOST_RANKS:
-        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
-        return
     limits = set()
     problems = []
     helps = not layout.pad
@@ -137,7 +136,7 @@ def ranks_problems(
         if limit := limit_of(weight, split, outcome.block):
             limits.add(limit)
         if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
-            helps = helps and is_paddable(outcome.kind, recipe, config)
+            helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
                 problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.

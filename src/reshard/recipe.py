@@ -262,7 +262,9 @@ def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -
     """Faults in what a hole says of other holes and of tensors."""
     if "like" in fields and "after" not in fields:
         yield "like without after", "like of a hole that follows another"
-    if ("within" in fields and "some_of" in fields) or ("picked_by" in fields and not {"within", "some_of"} & set(fields)):
+    if ("within" in fields and "some_of" in fields) or (
+        "picked_by" in fields and not {"within", "some_of"} & set(fields)
+    ):
         yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
     others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
     for other in [*others, *fields.get("like", "")]:

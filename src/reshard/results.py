@@ -18,9 +18,7 @@ from reshard.header import BITS
 from reshard.names import slots_of
 from reshard.recipe import WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
-from reshard.units import Kind, logical_shape, scale_shape
-
-CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +73,11 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     layout, scaling = terms.layout, kind.scaling
     if scaling is None:
         return Outcome(kind, kind.weights, kind.scales, kind.scale_names, (1, 1))
-    dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
-    if kind.scales and (layout.cast == "bf16" or dequantizes):
+    if kind.scales and dequantizes(kind.rule, layout):
         return dequantized(kind, scaling, terms, casts)
     if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
         return cast_to_fp8(kind, scaling, terms, casts)
-    if not kind.scales and layout.cast in CAST_TO_FP8:
+    if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
         return quantized(kind, scaling, terms, casts)
     if scaling.packed and layout.to != WHOLE:
         shape = logical_shape(kind.weights[0], scaling)
@@ -146,7 +143,7 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     if terms.padded and rule.shape and rule.relation != "drop":
         shape = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
         return tuple(known or length for known, length in zip(shape, weight.shape, strict=True))
-    if rule.split == "padded rows" and terms.layout.to != WHOLE:
+    if rule.split == "padded rows" and terms.layout.to != WHOLE and weight.shape:
         ranks = terms.layout.ranks
         return (-(-weight.shape[0] // ranks) * ranks, *weight.shape[1:])
     return weight.shape
