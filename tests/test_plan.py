@@ -1254,7 +1254,7 @@ def test_the_copies_of_a_whole_checkpoint_give_its_bytes(files: int, most: int, 
     )
     made = make_model(model)
     plan = make_plan(made.checkpoint, V3, Layout(1, to=WHOLE, file_size=100 * most))
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for content in apply(plan, made.files):
         found |= load(content)
     assert found.keys() == made.arrays.keys()
