@@ -1,8 +1,10 @@
 # One command each: every target sets up what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+FUZZ_TARGETS ?= header index config names recipe journal manifest
+FUZZ_SECONDS ?= 120
 
-.PHONY: demo test lint
+.PHONY: demo test torture lint fuzz
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
@@ -10,10 +12,18 @@ demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ra
 test: .venv/test  ## all tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
 
+torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
+	$(BIN)/python tests/torture.py $(TORTURE_OPTIONS)
+
 lint: .venv/test  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS each, until something but a refusal comes
+	for target in $(FUZZ_TARGETS); do \
+		$(BIN)/python tests/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 
 .venv/reshard: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,4 +35,9 @@ lint: .venv/test  ## ruff and mypy, as CI runs them
 .venv/test: .venv/reshard
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+# Apart from the tests: atheris is not built for every Python and machine that reshard runs on.
+.venv/fuzz: .venv/reshard
+	$(BIN)/pip install --quiet atheris safetensors
 	touch $@

@@ -6,8 +6,9 @@ It reads every tensor into memory, looks each whole name up in the table below, 
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,17 +70,27 @@ def visible_files(folder: Path, pattern: str) -> list[str]:
     return [path.name for path in folder.glob(pattern) if not path.name.startswith(".")]
 
 
-def block_size(source: Path) -> int:
-    """Return the width of the square blocks that share one scale, 128 when config.json does not say."""
-    config_path = source / "config.json"
-    config = json.loads(config_path.read_text()) if config_path.exists() else {}
-    rows, columns = config.get("quantization_config", {}).get("weight_block_size", (128, 128))
+def block_size(source: Path, default: int = 128) -> int:
+    """Return the width of the square blocks that share one scale, `default` when config.json does not say."""
+    rows, columns = read_config(source).get("quantization_config", {}).get("weight_block_size", (default, default))
     if rows != columns:
         raise ValueError(f"blocks of {rows}x{columns} are not square")
     return int(rows)
 
 
-def rank_tensors(tensors: dict[str, Tensor], ranks: int, rank: int, block: int) -> Iterator[tuple[str, Tensor]]:
+def read_config(source: Path) -> dict[str, Any]:
+    """Return the fields of config.json, none when there is no such file."""
+    path = source / "config.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def rank_tensors(
+    tensors: dict[str, Tensor],
+    ranks: int,
+    rank: int,
+    block: int,
+    names: Mapping[str, tuple[str, int | None]] = NAMES,
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the new name and this rank's share of each tensor that the rank holds."""
     experts = count_experts(tensors)
     if experts % ranks != 0:
@@ -88,7 +99,7 @@ def rank_tensors(tensors: dict[str, Tensor], ranks: int, rank: int, block: int) 
         expert = expert_number(name)
         if expert is not None and expert // (experts // ranks) != rank:
             continue
-        new_name, dimension = look_up(name)
+        new_name, dimension = look_up(name, names)
         if dimension is None or ranks == 1:
             yield new_name, tensor
         elif name.endswith(".weight_scale_inv"):
@@ -115,12 +126,12 @@ def weight_name(scale_name: str) -> str:
     return scale_name.removesuffix("_scale_inv")
 
 
-def look_up(name: str) -> tuple[str, int | None]:
+def look_up(name: str, names: Mapping[str, tuple[str, int | None]] = NAMES) -> tuple[str, int | None]:
     """Return the new name of a tensor and the dimension that is cut; a scale follows its weight."""
     if name.endswith(".weight_scale_inv"):
-        new_name, dimension = look_up(weight_name(name))
+        new_name, dimension = look_up(weight_name(name), names)
         return new_name.removesuffix(".weight") + ".scale", dimension
-    new_name, dimension = NAMES[re.sub(r"\.\d+\.", ".#.", name)]
+    new_name, dimension = names[re.sub(r"\.\d+\.", ".#.", name)]
     for number in re.findall(r"\.(\d+)\.", name):
         new_name = new_name.replace("#", number, 1)
     return new_name, dimension

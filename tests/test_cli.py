@@ -378,6 +378,41 @@ def test_verify_proves_a_good_target_by_its_manifest_alone(ranks: Path, say: Say
 
 
 @pytest.mark.parametrize("options", [["--source", "source"], []])
+def test_verify_by_a_sample_says_how_much_it_compared_and_not_that_all_is_equal(
+    options: list[str], ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    monkeypatch.chdir(ranks.parent)
+    said = json.loads(say("verify", ranks, *options, "--sample", "0.5%", "--json"))
+    assert (said["status"], said["is_sampled"], said["problems"]) == ("sampled", True, [])
+    assert 0 < said["compared"] <= said["size"]
+    text = say("verify", ranks, *options, "--sample", "0.5%")
+    assert text.startswith(f"{ranks}: sampled against ")
+    assert f"sampled: {said['compared']:,} of {said['size']:,} bytes, no difference" in text
+    whole = say("verify", ranks, *options, "--sample", "100%")
+    assert "sampled: " in whole
+    assert "proven" not in text + whole
+    assert "all equal" not in text + whole
+    shutil.copytree(ranks, tmp_path / "out")
+    flip_bit(tmp_path / "out" / "model3-mp8.safetensors", 10)
+    text = say("verify", tmp_path / "out", *options, "--sample", "0.5%", code=1)
+    assert "model3-mp8" in text
+    assert re.search(r"^sampled: [\d,]+ of [\d,]+ bytes$", text, re.MULTILINE)
+    assert (
+        json.loads(say("verify", tmp_path / "out", *options, "--sample", "1%", "--json", code=1))["status"] == "differs"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["0%", "0.0%", "100.1%", "101%", "1", "0.01", "-1%", "1%%", "%", "1e-3%", ".5%", "\u0661%"]
+)
+def test_a_sample_that_is_no_share_is_refused(text: str, ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["verify", str(ranks), f"--sample={text}"])
+    assert raised.value.code == 2
+    assert "is not like 1% or 0.5%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--source", "source"], []])
 @pytest.mark.parametrize(
     ("rank", "tensor"),
     [

@@ -140,6 +140,34 @@ def test_hidden_files_and_folders_are_no_side_files(sources: dict[str, Path], tm
     }
 
 
+def test_links_to_files_go_along_as_files_and_links_to_folders_do_not(sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(sources["v2"], tmp_path / "source")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "blob").write_bytes(b"words")
+    (tmp_path / "source" / "my_tokens.txt").symlink_to(tmp_path / "elsewhere" / "blob")
+    (tmp_path / "source" / "tokenizers").symlink_to(tmp_path / "elsewhere")
+    convert_checkpoint(Job(tmp_path / "source", 1), tmp_path / "ours")
+    assert not (tmp_path / "ours" / "my_tokens.txt").is_symlink()
+    assert (tmp_path / "ours" / "my_tokens.txt").read_bytes() == b"words"
+    assert not (tmp_path / "ours" / "tokenizers").exists()
+
+
+def test_links_to_nothing_are_refused_all_of_them(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The blob of a tokenizer that did not arrive: nobody could use what would come out without it."""
+    source = tmp_path / "source"
+    shutil.copytree(sources["v2"], source)
+    (source / "tokenizer.model").symlink_to("blob that is gone")
+    (source / "token_loop").symlink_to("token_loop")
+    (source / ".hidden_token").symlink_to("nowhere")
+    (source / "readme").symlink_to("nowhere")
+    with pytest.raises(Refused) as error:
+        convert_checkpoint(Job(source, 1), tmp_path / "ours")
+    found = [(problem.kind, problem.subject, problem.found) for problem in error.value.problems]
+    lost = [str(source / "token_loop"), str(source / "tokenizer.model")]
+    assert found == [("missing-file", path, "a link to nothing") for path in lost]
+    assert not (tmp_path / "ours").exists()
+
+
 def test_weights_are_no_side_files_whatever_their_name(sources: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(sources["one-file"], tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").rename(tmp_path / "source" / "tokens.safetensors")

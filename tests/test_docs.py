@@ -160,3 +160,13 @@ def test_format_page_lists_every_kind_of_problem() -> None:
     kinds = {kind for groups in KIND.findall(sources) for kind in groups if kind}
     listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(kinds)
+
+
+def test_the_tests_that_the_page_on_reliability_names_are_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 20
+    lacking = [
+        name for file, name in named if f"\ndef {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert lacking == []

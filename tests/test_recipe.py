@@ -118,7 +118,7 @@ def test_what_a_recipe_may_leave_out() -> None:
     about = "the least that a recipe may say"
     left = "one"
     right = "other"
-    files = "{rank} of {ranks}"
+    files = "{rank} of {ranks}.safetensors"
     rules = [["same", "a", "b", "replicate"]]
     """
     recipe = parse_recipe(text, "least.toml")

@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from torture import MODES, RANKS, Mode, Tally, contents, moments, torment, undisturbed
 
 import reshard.execute
 from reshard.cli import main
@@ -27,10 +27,7 @@ from reshard.execute import Settings
 from reshard.generate import SMALL, write_checkpoint
 from reshard.journal import JOURNAL
 
-RANKS = 4
 KILLS = 20
-MODES = [(1, "yes"), (2, "yes"), (4, "no")]
-QUICK_FLUSH = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.02\nfrom reshard.cli import entry; entry()"
 
 
 class Crash(BaseException):
@@ -59,15 +56,6 @@ def wanted(source: Path) -> dict[str, str]:
     return contents(target)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def start(source: Path, target: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", QUICK_FLUSH, "convert", str(source), str(target), "--mp", str(RANKS), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def kinds(error: pytest.ExceptionInfo[Refused]) -> set[str]:
     return {problem.kind for problem in error.value.problems}
 
@@ -75,32 +63,21 @@ def kinds(error: pytest.ExceptionInfo[Refused]) -> set[str]:
 # --- kills ---
 
 
+@pytest.fixture(scope="module")
+def steps(source: Path) -> int:
+    """In how many a conversion is done; with several threads too."""
+    return undisturbed(source, source.with_name("undisturbed"), Mode(1, "yes"))
+
+
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_is_finished_by_the_next(
-    number: int, source: Path, wanted: dict[str, str], tmp_path: Path
+    number: int, source: Path, wanted: dict[str, str], steps: int, tmp_path: Path
 ) -> None:
-    """Killed again and again at random moments, later each time, until it gets through."""
-    dice, target = random.Random(number), tmp_path / "target"
-    jobs, cache = MODES[number % len(MODES)]
-    moment = dice.uniform(0.15, 0.5)
-    while True:
-        process = start(source, target, "--jobs", str(jobs), "--cache", cache)
-        try:
-            _, errors = process.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            assert not target.exists() or not is_wrong(contents(target), wanted)
-            moment += dice.uniform(0.05, 0.3)
-            continue
-        assert process.returncode == 0, errors
-        break
-    assert contents(target) == wanted
-
-
-def is_wrong(found: dict[str, str], wanted: dict[str, str]) -> bool:
-    """Whether a file has its final name and is not what it should be."""
-    return any(name in wanted and digest != wanted[name] for name, digest in found.items())
+    """Killed at random moments, up to two times. `make torture` does it by the hundreds."""
+    tally, killed_at = Tally(), moments(random.Random(number), steps, 2)
+    torment(source, tmp_path / "target", wanted, MODES[number % len(MODES)], killed_at, tally)
+    assert tally.kills > 0
+    assert tally.wrong == []
 
 
 # --- crashes between two steps ---

@@ -1,8 +1,13 @@
 """Rank files against their source: nothing is wrong with good ones, and every damage is seen and named."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +48,8 @@ NORM = "layers.1.attn_norm.weight"
 DENSE_SCALE = "layers.0.ffn.w1.scale"
 COLUMNS = "layers.0.ffn.w2.weight"
 EXPERT = "layers.1.ffn.experts.2.w1.weight"
+LEAST = Fraction(1, 10**8)
+"""The smallest sample: the ends of every tensor."""
 Tensors = dict[str, Tensor]
 
 
@@ -65,8 +72,8 @@ def target(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "target")
 
 
-def verify(target: Path, source: Path) -> Report:
-    return verify_target(target, read_checkpoint(source), load_recipe("deepseek-v3"))
+def verify(target: Path, source: Path, sample: Fraction | None = None) -> Report:
+    return verify_target(target, read_checkpoint(source), load_recipe("deepseek-v3"), sample=sample)
 
 
 def rank_file(target: Path, rank: int) -> Path:
@@ -229,24 +236,200 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def verify_large(large: Path, sample: Fraction | None = None) -> Report:
+    recipe = load_recipe(str(large / "own.toml"))
+    return verify_target(large / "target", read_checkpoint(large / "source"), recipe, sample=sample)
+
+
+def invert(path: Path, start: int, end: int) -> None:
+    """Every bit of a stretch of a file; twice, and it is as before."""
+    with path.open("r+b") as file:
+        file.seek(start)
+        content = file.read(end - start)
+        file.seek(start)
+        file.write((~np.frombuffer(content, np.uint8)).tobytes())
+
+
+@pytest.fixture(params=["through the cache", "past the cache"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has memory enough, and on one that has none to spare."""
+    if request.param == "past the cache":
+        monkeypatch.setattr("reshard.disk.available_memory", lambda: 0)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["whole", "short", "long", "rows"])
 def test_a_flipped_bit_is_seen_in_every_band_of_a_large_tensor(name: str, large: Path) -> None:
-    source, recipe = read_checkpoint(large / "source"), load_recipe(str(large / "own.toml"))
-    assert verify_target(large / "target", source, recipe).problems == ()
+    assert verify_large(large).problems == ()
     path = large / "target" / "model1-mp2.safetensors"
     start, end = data_places(path)[name]
     for place in (start, (start + end) // 2, end - 1):
-        with path.open("r+b") as file:
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ 4]))
-            file.flush()
-            (problem,) = verify_target(large / "target", source, recipe).problems
-            file.seek(place)
-            file.write(bytes([byte]))
+        invert(path, place, place + 1)
+        (problem,) = verify_large(large).problems
+        invert(path, place, place + 1)
         assert (problem.kind, problem.subject) == ("differs", f"model1-mp2.safetensors: {name}")
-        assert f"first in byte {place - start:,} of the tensor" in problem.found
+        assert problem.found == (
+            f"1 other bytes than in the source, first in byte {place - start:,} of the tensor, "
+            f"last in byte {place - start:,}"
+        )
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["whole", "short", "long", "rows"])
+def test_all_bytes_that_differ_are_counted_whichever_thread_finds_them(name: str, large: Path) -> None:
+    path = large / "target" / "model0-mp2.safetensors"
+    start, end = data_places(path)[name]
+    stretches = [(start + 7, start + 9), (start + 2_000_000, end - 1_000_000), (end - 50, end - 3)]
+    for stretch in stretches:
+        invert(path, *stretch)
+    problems = {verify_large(large).problems for _ in range(3)}
+    for stretch in stretches:
+        invert(path, *stretch)
+    ((problem,),) = problems
+    count = sum(after - first for first, after in stretches)
+    assert problem.found == (
+        f"{count:,} other bytes than in the source, first in byte 7 of the tensor, last in byte {end - start - 4:,}"
+    )
+
+
+# --- memory and files that change ---
+
+
+VERIFY_AND_TELL_MEMORY = """
+import sys
+from pathlib import Path
+from reshard.read import read_checkpoint
+from reshard.recipe import load_recipe
+from reshard.verify import verify_target
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+small, large = map(Path, sys.argv[1:])
+for folder in (small, large):
+    before = peak()
+    report = verify_target(folder / "target", read_checkpoint(folder / "source"), load_recipe(str(small / "own.toml")))
+    assert not report.problems, report.problems
+print(peak() - before, report.compared)
+"""
+
+
+def write_zeros(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def test_a_row_of_any_width_takes_no_more_memory(tmp_path: Path) -> None:
+    """A row of 120 MB, cut by columns, and a tensor of 120 MB that is cut by rows."""
+    for name, size in (("small", 8 << 20), ("large", 120 << 20)):
+        write_zeros(tmp_path / name / "source" / "a.safetensors", {"long": (1, size), "rows": (2, size // 2)})
+        for rank in range(2):
+            shapes = {"long": (1, size // 2), "rows": (1, size // 2)}
+            write_zeros(tmp_path / name / "target" / f"model{rank}-mp2.safetensors", shapes)
+    rules = [line for line in OWN_RECIPE.splitlines() if "whole" not in line and "short" not in line]
+    (tmp_path / "small" / "own.toml").write_text("\n".join(rules))
+    command = [sys.executable, "-c", VERIFY_AND_TELL_MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    more, compared = map(int, done.stdout.split())
+    assert compared == 240 << 20
+    assert more < 16 << 20
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_file_that_ends_early_meanwhile_is_refused(side: str, source: Path, target: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    checkpoint = read_checkpoint(tmp_path / "source")
+    path = rank_file(target, 1) if side == "target" else tmp_path / "source" / checkpoint.files[1].name
+    with pytest.raises(Refused, match=re.escape(path.name)):
+        verify_target(
+            target, checkpoint, load_recipe("deepseek-v3"), lambda _: os.truncate(path, path.stat().st_size // 2)
+        )
+
+
+# --- samples ---
+
+
+def test_a_sample_of_good_files_has_no_problems_and_tells_its_size(large: Path) -> None:
+    reports = [verify_large(large, Fraction(share)) for share in ("1/1000", "1/100", "1/4", "1")]
+    assert all(report.problems == () and report.is_sampled for report in reports)
+    sizes = [report.compared / report.size for report in reports]
+    assert sizes[3] == 1
+    assert 0 < sizes[0] < sizes[1] < 0.03
+    assert 0.23 < sizes[2] < 0.28
+    whole = verify_large(large)
+    assert (whole.compared, whole.is_sampled) == (whole.size, False)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_sample_compares_as_many_bytes_as_it_says(large: Path) -> None:
+    """All bytes of a file are wrong: those that it finds are those that it has compared, the same ones every time."""
+    path = large / "target" / "model1-mp2.safetensors"
+    places = data_places(path).values()
+    start, end = min(place[0] for place in places), max(place[1] for place in places)
+    recipe, source = load_recipe(str(large / "own.toml")), read_checkpoint(large / "source")
+    invert(path, start, end)
+    reports = [verify_target(large / "target", source, recipe, only=[1], sample=Fraction(1, 10)) for _ in range(2)]
+    invert(path, start, end)
+    assert reports[0] == reports[1]
+    counts = [int(problem.found.split()[0].replace(",", "")) for problem in reports[0].problems]
+    assert len(counts) == 4
+    assert sum(counts) == reports[0].compared
+    assert 0.08 < sum(counts) / (end - start) < 0.13
+
+
+@pytest.mark.parametrize("place", [0, 1, -1, -2])
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_sample_sees_the_ends_of_every_tensor(rank: int, place: int, target: Path, source: Path) -> None:
+    path = rank_file(target, rank)
+    content, places = path.read_bytes(), data_places(path)
+    for start, end in places.values():
+        content = flipped(content, start + place if place >= 0 else end + place, 3)
+    path.write_bytes(content)
+    assert facts(verify(target, source, LEAST)) == {("differs", subject(rank, name)) for name in places}
+
+
+@pytest.mark.parametrize("name", ["whole", "short", "long", "rows"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sample_sees_the_ends_of_large_tensors(rank: int, name: str, large: Path) -> None:
+    path = large / "target" / f"model{rank}-mp2.safetensors"
+    start, end = data_places(path)[name]
+    for place in (start, end - 1, start + 90, end - 90):
+        invert(path, place, place + 1)
+        problems = verify_large(large, LEAST).problems
+        invert(path, place, place + 1)
+        assert [problem.subject for problem in problems] == [f"{path.name}: {name}"]
+
+
+def test_a_sample_looks_at_every_header_in_full(target: Path, source: Path) -> None:
+    change(target, 2, {NORM: None, EMBED: retyped(load(target, 2)[EMBED]), "extra": torch.zeros(1)})
+    change(target, 1, {"norm.weight": load(target, 1)["norm.weight"].view(1, -1)})
+    assert facts(verify(target, source, LEAST)) == {
+        ("wrong-ranks", "model.layers.1.input_layernorm.weight"),
+        ("wrong-shape", subject(2, EMBED)),
+        ("extra-tensor", subject(2, "extra")),
+        ("wrong-shape", subject(1, "norm.weight")),
+    }
+
+
+def test_a_sample_sees_swapped_experts(target: Path, source: Path) -> None:
+    names = [f"layers.2.ffn.experts.{expert}.w1.weight" for expert in (0, 1)]
+    tensors = load(target, 0)
+    change(target, 0, {names[0]: tensors[names[1]], names[1]: tensors[names[0]]})
+    assert facts(verify(target, source, LEAST)) == {("differs", subject(0, name)) for name in names}
+
+
+def test_progress_of_a_sample_tells_of_every_byte(good: Path, source: Path) -> None:
+    told: list[int] = []
+    verify_target(good, read_checkpoint(source), load_recipe("deepseek-v3"), told.append, sample=LEAST)
+    assert sum(told) == sum(path.stat().st_size for path in good.glob("*.safetensors"))
 
 
 # --- files ---

@@ -1,22 +1,31 @@
-"""Stage 5 without the source: every file of a target, re-read and compared with the checksums of its manifest."""
+"""Stage 5 without the source: every file of a target, re-read and compared with the checksums of its manifest.
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+Each file is held against its own checksums, which were taken of the bytes that were written. That two ranks hold the
+same replica follows only where both were written from the same source; `verify --source` compares them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.disk import CACHED, PAGE, Ways, aligned_buffer, available_memory, open_source, read_window, way_to_read
+from reshard.bands import spread
+from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, open_source, read_window, ways_to_read
 from reshard.errors import Problem, Refused, listed, refuse
 from reshard.manifest import read_manifest
+from reshard.parallel import in_threads, reading_threads
 from reshard.read import SUFFIX, read_header
 from reshard.target import MANIFEST
 from reshard.types import Advance
 from reshard.verify import Report
 
+READ_SIZE = 2 << 20
+"""In bytes: ranges that lie back to back are read together up to this size; a larger one is read by itself."""
 AGAIN = "remove the file and convert again"
 
 
@@ -37,11 +46,21 @@ class Entry(NamedTuple):
     ranges: tuple[Range, ...]
 
 
-def audit_target(target: Path, advance: Advance = lambda _: None) -> Report:
+class Batch(NamedTuple):
+    """Ranges of a file, back to back, that are read at once."""
+
+    entry: Entry
+    ranges: tuple[Range, ...]
+
+
+def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fraction | None = None) -> Report:
     """Compares every byte of every file that the manifest of the folder `target` names with its checksum.
 
-    Every difference is a problem of the report, with its file, range and tensors. Raises Refused only if there is no
-    manifest that could be understood.
+    With a `sample`, about that share of the ranges of each file is compared, and always the first, which is the header,
+    and the last. Sizes and side files are looked at in full all the same.
+
+    Every difference is a problem of the report, with its file, range and tensors. Raises Refused if there is no
+    manifest that could be understood, or a file cannot be read.
     """
     manifest = read_manifest(target)
     if not manifest:
@@ -50,15 +69,16 @@ def audit_target(target: Path, advance: Advance = lambda _: None) -> Report:
     entries = entries_of(manifest, target)
     problems = list(folder_problems(target, entries))
     whole = [entry for entry in entries if size_of(target / entry.name) == entry.size]
-    ways = ways_to_read(target, whole)
-    # A file a thread: each is read from its first byte to its last.
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        found_digests = list(pool.map(lambda entry: digests_of(target, entry, ways, advance), whole))
-    for entry, digests in zip(whole, found_digests, strict=True):
-        problems.extend(content_problems(target, entry, entries, digests))
+    batches = [batch for entry in whole for batch in batches_of(entry, sample)]
+    tensors, size = sum(entry.tensors for entry in whole), sum(entry.size for entry in whole)
+    compared = sum(found.size for batch in batches for found in batch.ranges)
+    advance(size - compared)  # what a sample leaves out is done as well
+    wrong = wrong_ranges(target, whole, batches, advance, is_sampled=sample is not None)
+    for entry in whole:
+        problems.extend(content_problems(target, entry, entries, wrong[entry.name]))
     problems.extend(side_problems(target, manifest))
-    tensors = sum(entry.tensors for entry in whole)
-    return Report(int(manifest["ranks"]), len(whole), tensors, sum(entry.size for entry in whole), tuple(problems))
+    ranks = int(manifest["ranks"])
+    return Report(ranks, len(whole), tensors, size, compared, sample is not None, tuple(problems))
 
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:
@@ -98,28 +118,64 @@ def size_of(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def ways_to_read(target: Path, entries: Sequence[Entry]) -> Ways:
-    """Past the page cache, if the files are larger than a third of the memory."""
-    if not entries or sum(entry.size for entry in entries) <= available_memory() // 3:
-        return CACHED
-    return Ways(way_to_read(target / entries[0].name), CACHED.write)
+def batches_of(entry: Entry, sample: Fraction | None) -> Iterator[Batch]:
+    """The ranges of a file, or those of a sample, in batches."""
+    numbers = range(len(entry.ranges))
+    chosen = numbers if sample is None else sorted({0, numbers[-1], *spread(entry.name, len(numbers), sample)})
+    batch: list[Range] = []
+    for found in (entry.ranges[number] for number in chosen):
+        if batch and (found.offset + found.size - batch[0].offset > READ_SIZE or found.offset != end_of(batch)):
+            yield Batch(entry, tuple(batch))
+            batch = []
+        batch.append(found)
+    yield Batch(entry, tuple(batch))
 
 
-def digests_of(target: Path, entry: Entry, ways: Ways, advance: Advance) -> list[str]:
-    """The checksum of each range of a file, as it is now."""
-    buffer = aligned_buffer(max(found.size for found in entry.ranges) + 2 * PAGE)
-    digests = []
+def end_of(ranges: Sequence[Range]) -> int:
+    return ranges[-1].offset + ranges[-1].size
+
+
+def wrong_ranges(
+    target: Path, entries: Sequence[Entry], batches: Sequence[Batch], advance: Advance, *, is_sampled: bool
+) -> dict[str, list[Range]]:
+    """For each file, by its name: the ranges whose checksum is another, in their order. Reads with several threads."""
+    wrong: dict[str, list[Range]] = {entry.name: [] for entry in entries}
+    if not entries:
+        return wrong
+    ways = ways_to_read(target / entries[0].name, sum(entry.size for entry in entries))
+    largest = max(end_of(batch.ranges) - batch.ranges[0].offset for batch in batches)
+    lock = Lock()
     with ExitStack() as stack:
-        descriptor = open_source(stack, target / entry.name, ways)
-        for offset, size, _ in entry.ranges:
-            digests.append(xxh3_128_hexdigest(read_window(descriptor, offset, size, buffer, ways, entry.name)))
-            advance(size)
-    return digests
+        files = {entry.name: open_source(stack, target / entry.name, ways) for entry in entries}
+        if is_sampled:
+            advise_random(files.values())
+
+        def work(buffer: memoryview, batch: Batch) -> None:
+            found = wrong_of(batch, files[batch.entry.name], buffer, ways)
+            with lock:
+                wrong[batch.entry.name].extend(found)
+            advance(end_of(batch.ranges) - batch.ranges[0].offset)
+
+        def make_worker() -> Callable[[Batch], None]:
+            return partial(work, aligned_buffer(largest + 2 * PAGE))
+
+        in_threads(batches, make_worker, reading_threads(ways))
+    return {name: sorted(ranges) for name, ranges in wrong.items()}
 
 
-def content_problems(target: Path, entry: Entry, entries: Sequence[Entry], digests: Sequence[str]) -> Iterator[Problem]:
+def wrong_of(batch: Batch, descriptor: int, buffer: memoryview, ways: Ways) -> list[Range]:
+    """The ranges of a batch whose checksum is another."""
+    start = batch.ranges[0].offset
+    data = read_window(descriptor, start, end_of(batch.ranges) - start, buffer, ways, batch.entry.name)
+    return [
+        found
+        for found in batch.ranges
+        if xxh3_128_hexdigest(data[found.offset - start : found.offset - start + found.size]) != found.digest
+    ]
+
+
+def content_problems(target: Path, entry: Entry, entries: Sequence[Entry], wrong: Sequence[Range]) -> Iterator[Problem]:
     """The stretches of a file that are not what was written; or the file whose contents these seem to be."""
-    wrong = [found for found, digest in zip(entry.ranges, digests, strict=True) if found.digest != digest]
     if wrong and wrong[0].offset == 0 and (other := file_with_header(target / entry.name, entries)):
         yield Problem(
             "swapped-file", entry.name, f"the header of {other}", "its own", "give the files their names back"
@@ -162,5 +218,5 @@ def side_problems(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem
         path = target / Path(entry["name"]).name
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", AGAIN)
-        elif xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
+        elif path.stat().st_size != entry["size"] or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
             yield Problem("wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], AGAIN)

@@ -1,5 +1,6 @@
 """Which recipe a checkpoint wants."""
 
+import reprlib
 from collections.abc import Sequence
 
 from reshard.errors import Refused, listed, refuse
@@ -8,23 +9,22 @@ from reshard.types import Checkpoint, Recipe
 
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
-    """The recipe of a checkpoint: by its config's model type, else its architecture, else by its tensors' names.
+    """The recipe of a checkpoint: by its config's model type, else its architecture; of several, by the tensors' names.
 
     Raises Refused if none fits or, by the names, more than one.
     """
     config = checkpoint.config or {}
     model_type, architectures = config.get("model_type"), config.get("architectures")
     known = architectures if isinstance(architectures, list) else []
-    for recipe in recipes:
-        if model_type in recipe.model_types:
-            return recipe
-    for recipe in recipes:
-        if any(architecture in known for architecture in recipe.architectures):
-            return recipe
-    fitting = [recipe for recipe in recipes if fits(checkpoint, recipe)]
+    by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
+    by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
+    candidates = by_type or by_name or recipes
+    if len(candidates) == 1:
+        return candidates[0]
+    fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
     if len(fitting) == 1:
         return fitting[0]
-    raise no_recipe(checkpoint, recipes, fitting)
+    raise no_recipe(checkpoint, candidates, fitting)
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
@@ -54,5 +54,6 @@ def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequen
     unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
+    model = model if isinstance(model, str) else reprlib.repr(model)
     found = f"{model}; the nearest recipe is {nearest}: {misfit(checkpoint, recipes, nearest, unknown[nearest])}"
     return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)

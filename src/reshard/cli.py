@@ -11,7 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +41,17 @@ def add_source(parser: Parser) -> None:
 
 def add_job(parser: Parser) -> None:
     add_source(parser)
-    parser.add_argument("--mp", type=int, required=True, metavar="N", help="number of ranks (model parallel)")
+    parser.add_argument("--mp", type=int, metavar="N", help="number of ranks (model parallel)")
+    parser.add_argument("--to", choices=("ranks", "hf"), default="ranks", help="hf: stay whole, in the source's layout")
+    parser.add_argument("--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="of all block-scaled weights")
+    parser.add_argument("--expert-dtype", choices=("fp8",), default="", help="cast FP4 experts to FP8")
+    parser.add_argument("--mtp", choices=("drop", "keep"), default="drop", help="keep what a recipe drops: MTP layers")
+    parser.add_argument(
+        "--pad", action="store_true", help="widen weights with zeros where blocks do not suit the ranks"
+    )
+    parser.add_argument(
+        "--max-file-size", type=memory, default="5GB", metavar="SIZE", help="with --to hf; default: 5GB"
+    )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
     parser.add_argument(
@@ -61,6 +73,7 @@ def add_convert(parser: Parser) -> None:
         default="auto",
         help="go through the page cache; auto: unless the job is larger than a third of the free memory",
     )
+    parser.add_argument("--allow-inexact", action="store_true", help="round what a cast cannot express, and say so")
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an interrupted run has left, and begin again"
     )
@@ -78,6 +91,9 @@ def add_verify(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="with --source: the files of these ranks only")
     parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
+    parser.add_argument(
+        "--sample", type=share, metavar="1%", help="compare about so much, spread evenly, and both ends of each tensor"
+    )
 
 
 def add_recipes(parser: Parser) -> None:
@@ -114,6 +130,9 @@ def entry() -> NoReturn:
     # A plan is a million small values without a circle: looking for circles took a third of its time.
     gc.disable()
     signal.signal(signal.SIGTERM, interrupt)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name may have letters that a terminal without UTF-8 has not. Standard error does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()
@@ -171,6 +190,15 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
+
+
+def share(text: str) -> Fraction:
+    """`0.5%` -> 1/200."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
+    value = Fraction(found[1]) / 100 if found else Fraction(0)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
+    return value
 
 
 def memory(text: str) -> int:

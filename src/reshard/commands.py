@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from reshard.audit import audit_target
 from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, prepare, recipe_for
 from reshard.errors import describe, printable, refuse
-from reshard.execute import Settings
+from reshard.execute import Settings, memory_per_job
 from reshard.manifest import describe_plan
 from reshard.match import match
 from reshard.output import PROBLEMS, PROVEN, print_json
@@ -20,15 +21,15 @@ from reshard.progress import progress
 from reshard.read import read_checkpoint
 from reshard.target import MANIFEST
 from reshard.text import size_text, table
+from reshard.types import RANKS
 from reshard.verify import Report, verify_target
-from reshard.workers import MEMORY_PER_JOB
 
 
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = prepare(job_of(options), options.target).plan
         return say_plan(plan, options.source, as_json=options.json)
-    settings = Settings(options.jobs, options.max_memory, options.cache, options.restart)
+    settings = Settings(options.jobs, options.max_memory, options.cache, options.restart, options.allow_inexact)
     return convert(job_of(options), options.target, settings, as_json=options.json)
 
 
@@ -60,18 +61,32 @@ def run_verify(options: argparse.Namespace) -> int:
         if options.ranks is not None or options.recipe:
             raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
         with progress("verify", total) as advance:
-            report = audit_target(options.target, advance)
+            report = audit_target(options.target, advance, options.sample)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
     with progress("verify", total) as advance:
-        report = verify_target(options.target, source, recipe, advance, options.ranks)
+        report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     return say_report(report, options.target, options.source, as_json=options.json)
 
 
 def job_of(options: argparse.Namespace) -> Job:
-    return Job(options.source, options.mp, options.recipe, options.ranks, options.ignore_extra_files)
+    if options.to == "ranks" and options.mp is None:
+        raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
+    return Job(
+        options.source,
+        options.mp if options.mp is not None else 1,
+        options.recipe,
+        options.ranks,
+        options.ignore_extra_files,
+        to=options.to,
+        cast=options.cast,
+        expert_dtype=options.expert_dtype,
+        keep_optional=options.mtp == "keep",
+        pad=options.pad,
+        file_size=options.max_file_size,
+    )
 
 
 def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int:
@@ -96,10 +111,14 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
         yield f"{target}: converted already; nothing was written"
     else:
         size = f"{plan.size:,} bytes ({size_text(plan.size)})"
-        yield f"{target}: {len(plan.files)} rank files, {size} in {seconds:.1f} s"
+        kind = "rank files" if plan.layout.to == RANKS else "files"
+        yield f"{target}: {len(plan.files)} {kind}, {size} in {seconds:.1f} s"
         if done.resumed:
             yield f"resumed: {done.resumed:,} bytes had been written before"
         yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
+        if done.inexact:
+            yield f"rounded: {done.inexact:,} values that the new dtype does not have"
+    yield from cast_lines(plan)
     yield from dropped_lines(plan)
     yield f"next: {verify_command(job, target)}"
 
@@ -113,6 +132,16 @@ def verify_command(job: Job, target: Path) -> str:
     return shlex.join(words)
 
 
+def cast_lines(plan: Plan) -> Iterator[str]:
+    """What was computed, and what it became."""
+    results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
+    for (operation, dtype), count in results.items():
+        yield f"{operation}: {count:,} tensors of {dtype}"
+    raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
+    for key, value in raised.items():
+        yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
+
+
 def dropped_lines(plan: Plan) -> Iterator[str]:
     for share in plan.coverage:
         if share.use == "dropped":
@@ -121,7 +150,8 @@ def dropped_lines(plan: Plan) -> Iterator[str]:
 
 def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     """A table a rank, then what becomes of the source; both add up to the byte."""
-    yield f"{source} -> {plan.layout.ranks} ranks by the recipe {plan.recipe.name}"
+    target = f"{plan.layout.ranks} ranks" if plan.layout.to == RANKS else f"{len(plan.files)} whole files"
+    yield f"{source} -> {target} by the recipe {plan.recipe.name}"
     yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
@@ -130,7 +160,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
     yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
-    yield f"memory: {size_text(MEMORY_PER_JOB)} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
+    yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield ""
     yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
 
@@ -162,14 +192,18 @@ def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
-    """Prints what was compared; the exit code says whether it was all equal."""
+    """Prints what was compared; the exit code says whether a difference was found."""
+    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
     if as_json:
-        print_json({"status": "differs" if report.problems else "proven", **asdict(report)})
+        proven = "sampled" if report.is_sampled else "proven"
+        print_json({"status": "differs" if report.problems else proven, **asdict(report)})
     elif report.problems:
         print(f"{printable(str(target))}: {len(report.problems):,} problems")
         print(describe(report.problems))
+        if report.is_sampled:
+            print(sample)
     else:
-        print(printable(f"{target}: proven against {source}"))
-        files = f"{report.files} of {report.ranks} rank files"
-        print(f"{files}, {report.tensors:,} tensors, {report.size:,} bytes, all equal")
+        print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
+        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
+        print(f"{report.files} of {report.ranks} rank files, {report.tensors:,} tensors, {result}")
     return PROBLEMS if report.problems else PROVEN

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.choose import choose_recipe
+from reshard.configs import made_files
 from reshard.errors import refuse, require_none
 from reshard.execute import USUAL, Done, Others, Settings, execute_plan
 from reshard.journal import JOURNAL, Records, lock
@@ -16,7 +17,7 @@ from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import file_names, read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.target import MANIFEST, our_names, side_files, target_problems
-from reshard.types import Advance, Checkpoint, Layout, Recipe
+from reshard.types import FILE_SIZE, RANKS, Advance, Checkpoint, Layout, Recipe
 
 LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files are tokenizers and the like; they are read whole."""
@@ -36,6 +37,18 @@ class Job:
     """Leave out safetensors files that the index does not name."""
     experts: int | None = None
     """How many experts the user says there are; refused if the names say otherwise."""
+    to: str = RANKS
+    cast: str = ""
+    expert_dtype: str = ""
+    keep_optional: bool = False
+    pad: bool = False
+    file_size: int = FILE_SIZE
+    """These six are those of a Layout."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the target is cut, and what becomes of its numbers."""
+        return Layout(self.ranks, self.to, self.cast, self.expert_dtype, self.keep_optional, self.pad, self.file_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,7 @@ def plan_conversion(job: Job) -> Plan:
     """The plan of a job, from the headers of its source alone. Raises Refused."""
     require_source(job)
     checkpoint = read_checkpoint(job.source, ignore_extra_files=job.ignore_extra_files)
-    plan = make_plan(checkpoint, recipe_for(job, checkpoint), Layout(job.ranks))
+    plan = make_plan(checkpoint, recipe_for(job, checkpoint), job.layout)
     require_experts(job, plan)
     return plan if job.only is None else only_ranks(plan, job.only)
 
@@ -154,8 +167,16 @@ def require_experts(job: Job, plan: Plan) -> None:
 
 
 def read_side_files(plan: Plan) -> dict[str, bytes]:
-    """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small."""
-    return {name: read_small(path) for name, path in side_files(plan.source.folder, plan.recipe.carry).items()}
+    """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
+
+    Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
+    in the source.
+    """
+    patterns = plan.recipe.carry if plan.layout.to == RANKS else ("*",)
+    made = made_files(plan)
+    found = side_files(plan.source.folder, patterns)
+    sides = {**{name: read_small(path) for name, path in found.items() if name not in made}, **made}
+    return dict(sorted(sides.items()))
 
 
 def read_small(path: Path) -> bytes:

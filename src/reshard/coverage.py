@@ -17,7 +17,7 @@ WORDS = {"pad": "padded", "dequantize": "dequantized"}
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What became of source tensors of one rule, or left out for one reason: proven from the copies, it adds up to the whole source."""
+    """What became of the source tensors of one rule, or left out for one reason: it adds up to the whole source."""
 
     use: str
     """`once`, `replicated` (to every rank), `shared` (by some ranks), `dequantized`, `cast`, `padded`, `empty`, or

@@ -9,13 +9,14 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from reshard.errors import refuse
+from reshard.memory import available_memory
 
 RWF_DONTCACHE = 0x80
 """From linux/fs.h; Python has no name for it before 3.15."""
@@ -23,6 +24,8 @@ SYNC_FILE_RANGE_WRITE = 2
 PAGE = 4096
 SMALLEST_UNCACHED = 1 << 20
 """In bytes. A smaller write past the cache would read the pages at its ends back from the disk."""
+CACHE_LOOKS = 64
+"""So many places of a source tell whether it is in the page cache."""
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -46,7 +49,7 @@ def open_file(stack: ExitStack, path: Path, flags: int) -> int:
 
 def aligned_buffer(size: int) -> memoryview:
     """Anonymous memory that begins on a page, as O_DIRECT needs it."""
-    return memoryview(mmap.mmap(-1, size))
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def ways_past_cache(source: Path, target: Path) -> Ways:
@@ -69,18 +72,29 @@ def way_to_read(path: Path) -> str:
 
 
 def way_to_write(folder: Path) -> str:
-    path = folder / "probe.partial"
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
+            # A file without a name: one with a name would stay behind when we are killed here.
+            descriptor = open_file(stack, folder, os.O_WRONLY | os.O_TMPFILE)
             os.pwritev(descriptor, [b"probe"], 0, RWF_DONTCACHE)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in (*UNSUPPORTED, errno.EISDIR):
                 raise
             return "dropped"
-        finally:
-            path.unlink()
     return "uncached"
+
+
+def ways_to_read(path: Path, size: int) -> Ways:
+    """How to read a job of so many bytes, `path` being one of its files: past the page cache, if that is more than a
+    third of the memory.
+    """
+    return CACHED if size <= available_memory() // 3 else Ways(way_to_read(path), CACHED.write)
+
+
+def advise_random(descriptors: Iterable[int]) -> None:
+    """Tells the kernel not to read ahead."""
+    for descriptor in descriptors:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def open_source(stack: ExitStack, path: Path, ways: Ways) -> int:
@@ -134,6 +148,22 @@ def start_writing(descriptor: int, offset: int, size: int) -> None:
     c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Gives a file its size, and blocks for all of it: else a full disk would show only after hours.
+
+    Where the file system cannot promise blocks, that cannot be helped. What glibc then does in `os.posix_fallocate`,
+    writing into every block, takes hours too, and fails where the file is there already.
+    """
+    arguments = (ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
+    while c_library().fallocate(*arguments):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            break
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, size)
+
+
 def make_durable(descriptors: Sequence[int], ways: Ways) -> None:
     """Waits until the files are on the disk; past the cache, also drops what of them is still in it."""
     for descriptor in descriptors:
@@ -147,10 +177,26 @@ def drop_cached(descriptor: int, ways: Ways) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def available_memory() -> int:
-    """What the system could give out now without swapping, in bytes; a huge number where it does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) << 10
-    except (OSError, IndexError, ValueError):
-        return 1 << 62
+def is_cached(paths: Sequence[Path]) -> bool:
+    """Whether most of some files is in the page cache, by a look at a few places of each."""
+    looks = [found for path in paths for found in looks_at(path, -(-CACHE_LOOKS // len(paths)))]
+    return sum(looks) * 2 > len(looks)
+
+
+def looks_at(path: Path, count: int) -> Iterator[bool]:
+    """Whether each of so many places, spread over a file, is in the page cache; True where the system does not tell."""
+    buffer = bytearray(1)
+    with ExitStack() as stack:
+        descriptor = open_file(stack, path, os.O_RDONLY)
+        size = os.fstat(descriptor).st_size
+        for place in range(count):
+            try:
+                os.preadv(descriptor, [buffer], size * (2 * place + 1) // (2 * count), os.RWF_NOWAIT)
+            except BlockingIOError:
+                yield False
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                yield True
+            else:
+                yield True

@@ -1,11 +1,14 @@
 """What is refused, and how it is said. Imports nothing of ours."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 SHOWN_PER_KIND = 10
-UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u2030-\u2065\u2070-\ud7ff\uf900-\ufffd\U00010000-\U0001ffff]")
+MOST_PROBLEMS = 100_000
+"""A few megabytes of header can claim a billion tensors that are not there: beyond this no more are looked for."""
+LONGEST = 2_000
+"""In characters, of one field of a problem as it is shown to a person: a name may have millions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +25,10 @@ class Problem:
 
 
 class Refused(Exception):
-    """The job is refused before its first byte is written. Holds every problem that was found, not only the first."""
+    """The job is refused. Holds every problem that was found, not only the first, but at most MOST_PROBLEMS."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(islice(problems, MOST_PROBLEMS))
         super().__init__(describe(self.problems))
 
 
@@ -36,7 +39,7 @@ def refuse(kind: str, subject: str, found: str, expected: str, remedy: str = "")
 
 def require_none(problems: Iterable[Problem]) -> None:
     """Raises Refused if there is any problem."""
-    if found := tuple(problems):
+    if found := tuple(islice(problems, MOST_PROBLEMS)):
         raise Refused(found)
 
 
@@ -45,27 +48,37 @@ def describe(problems: Iterable[Problem]) -> str:
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)
-    return "\n".join(line for group in groups.values() for line in describe_group(group))
+    lines = [line for group in groups.values() for line in describe_group(group)]
+    if sum(map(len, groups.values())) >= MOST_PROBLEMS:
+        lines.append(f"only the first {MOST_PROBLEMS:,} problems were looked for")
+    return "\n".join(lines)
 
 
 def describe_group(group: list[Problem]) -> Iterable[str]:
     for problem in group[:SHOWN_PER_KIND]:
-        yield f"{printable(problem.subject)}: {problem.kind.replace('-', ' ')}"
-        yield f"  found:    {printable(problem.found)}"
-        yield f"  expected: {printable(problem.expected)}"
+        yield f"{shown(problem.subject)}: {problem.kind.replace('-', ' ')}"
+        yield f"  found:    {shown(problem.found)}"
+        yield f"  expected: {shown(problem.expected)}"
         if problem.remedy:
-            yield f"  way out:  {printable(problem.remedy)}"
+            yield f"  way out:  {shown(problem.remedy)}"
     if len(group) > SHOWN_PER_KIND:
         more = len(group) - SHOWN_PER_KIND
         yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
 
 
 def printable(text: str) -> str:
-    """The text with every control, format and surrogate character escaped.
+    """The text with every control, format, private, unassigned and surrogate character escaped, and every odd space.
 
     Tensor and file names come from strangers: raw, they could move the cursor, recolour the terminal or hide text.
     """
-    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(text: str) -> str:
+    """The text, printable and of a bearable length."""
+    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)")
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:

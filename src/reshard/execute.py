@@ -13,22 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
+from reshard.casting import bands_of
 from reshard.disk import (
     CACHED,
     Ways,
-    available_memory,
+    is_cached,
     make_durable,
     open_file,
     open_source,
+    reserve,
+    way_to_read,
     ways_past_cache,
     write_all,
 )
 from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
-from reshard.plan import Plan
-from reshard.types import Advance, File
+from reshard.memory import available_memory
+from reshard.plan import Plan, describe_layout
+from reshard.types import Advance, Checkpoint
 from reshard.windows import WINDOW_SIZE, Window, windows
-from reshard.workers import MEMORY_PER_JOB, Files, Ledger, move_all
+from reshard.workers import MEMORY_OF_CASTS, MEMORY_PER_JOB, Files, Ledger, move_all
 
 JOBS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
@@ -58,6 +62,8 @@ class Settings:
     """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
     restart: bool = False
     """Throw away what an interrupted job has left."""
+    allow_inexact: bool = False
+    """Round what a cast cannot express to the nearest value, instead of refusing it."""
 
 
 USUAL = Settings()
@@ -71,6 +77,8 @@ class Done:
     ways: Ways
     resumed: int
     """In bytes: what an earlier run had done already."""
+    inexact: int
+    """How many values this run has rounded."""
     copy_seconds: float
     sync_seconds: float
 
@@ -82,7 +90,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
     was durable yet, what was written is removed.
     """
     names = [*(file.name for file in plan.files), *others.names]
-    require_memory(settings)
+    require_memory(settings, memory_per_job(plan))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -110,7 +118,7 @@ def job_of(plan: Plan, others: Sequence[str]) -> dict[str, Any]:
         "reshard": __version__,
         "recipe": plan.recipe.name,
         "recipe_sha256": plan.recipe.text_hash,
-        "ranks": plan.layout.ranks,
+        "layout": describe_layout(plan.layout),
         "sizes": [file.size for file in plan.files],
         "files": [file.name for file in plan.files],
         "others": list(others),
@@ -124,63 +132,85 @@ def write_ranks(
 ) -> tuple[Done, Records]:
     """Writes what the journal has not of every rank file, under its temporary name, and makes it durable."""
     ways = choose_ways(plan, target, settings)
-    jobs = choose_jobs(ways, settings)
+    jobs = choose_jobs(ways, settings, memory_per_job(plan))
     found = as_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
     with ExitStack() as stack:
         names = [file.name for file in plan.source.files]
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source.files, sources)
+        require_unchanged(plan.source, sources)
         complete = missing_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
-        move_all(without(windows(plan.copies), written), Files(sources, names, targets, ways), ledger, jobs, advance)
+        work = without(windows(plan.copies, bands=bands_of(plan.casts, len(sources), WINDOW_SIZE)), written)
+        files = Files(sources, names, targets, ways, plan.casts, settings.allow_inexact)
+        move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        require_unchanged(plan.source.files, sources)
+        require_unchanged(plan.source, sources)
         records = as_records(ledger.records)
         if lacking := missing_file(plan, records):
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-        return Done(jobs, ways, resumed, copied - started, time.monotonic() - copied), records
+        return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
-    """Through the page cache or past it."""
+    """Through the page cache or past it. A job that fits the cache is read past it all the same if the source is not in
+    there yet: reading would be held up by making room for bytes that are wanted once.
+    """
     moved = plan.size + int(plan.copies.sizes.sum())
-    if settings.cache == "yes" or (settings.cache == "auto" and moved <= available_memory() // 3):
+    paths = [plan.source.folder / file.name for file in plan.source.files]
+    if settings.cache == "no" or (settings.cache == "auto" and moved > available_memory() // 3):
+        return ways_past_cache(paths[0], target)
+    if settings.cache == "yes" or is_cached(paths):
         return CACHED
-    return ways_past_cache(plan.source.folder / plan.source.files[0].name, target)
+    return Ways(way_to_read(paths[0]), CACHED.write)
 
 
-def choose_jobs(ways: Ways, settings: Settings) -> int:
+def memory_per_job(plan: Plan) -> int:
+    """In bytes."""
+    return MEMORY_PER_JOB + (MEMORY_OF_CASTS if plan.casts else 0)
+
+
+def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:
     """As many as asked for, else what the processors give or keep a disk busy; never more than fit the memory."""
-    fitting = settings.max_memory // MEMORY_PER_JOB
     usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
-    return min(fitting, settings.jobs or usual)
+    return min(settings.max_memory // memory, settings.jobs or usual)
 
 
-def require_memory(settings: Settings) -> None:
+def require_memory(settings: Settings, memory: int) -> None:
     """There is enough for one job."""
-    if settings.max_memory < MEMORY_PER_JOB:
-        found, expected = f"{settings.max_memory:,} bytes", f"at least {MEMORY_PER_JOB:,} bytes, for one job"
+    if settings.max_memory < memory:
+        found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
         raise refuse("too-little-memory", "--max-memory", found, expected)
 
 
-def require_unchanged(files: Sequence[File], descriptors: Sequence[int]) -> None:
+def require_unchanged(source: Checkpoint, descriptors: Sequence[int]) -> None:
     """The source is what it was when its headers were read, so that what was planned is still what is there."""
-    for file, descriptor in zip(files, descriptors, strict=True):
+    for file, descriptor in zip(source.files, descriptors, strict=True):
         status = os.fstat(descriptor)
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
             found = f"{status.st_size:,} bytes, written to since its header was read"
             remedy = f"let nobody write to the source; {RESTART}"
             raise refuse("source-changed", file.name, found, f"{file.size:,} bytes, unchanged", remedy)
+        if not is_named(descriptor, source.folder / file.name):
+            found, remedy = "removed or replaced", f"put it back and run the same command again; or {RESTART}"
+            raise refuse("source-changed", file.name, found, "the file whose header was read", remedy)
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one that has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:
@@ -198,10 +228,8 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         if index in begun and size != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT)
-        # Without this every write would allocate blocks, and a full disk would show only after hours.
-        os.posix_fallocate(descriptor, 0, file.size)
-        os.ftruncate(descriptor, file.size)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        reserve(descriptor, file.size)
         write_all(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)
     return targets
@@ -228,7 +256,7 @@ def missing_file(plan: Plan, records: Records) -> str | None:
 def write_whole(path: Path, content: bytes) -> None:
     """A small file, durable."""
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
         write_all(descriptor, memoryview(content), 0, CACHED)
         os.fsync(descriptor)
 
@@ -237,6 +265,8 @@ def finish(target: Path, names: Sequence[str]) -> None:
     """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
     for name in names:
         partial = target / (name + PARTIAL)
+        if name == names[-1]:  # the manifest: it says that the others have their final names
+            sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)

@@ -1,7 +1,7 @@
 """Sizes as recipes write them: formulas over the keys of a model's config. Knows no recipe and no tensor.
 
-A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, and `ceil(a / b)`. A key within
-another is written with a dot: `rope_scaling.factor`.
+A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, `ceil(a / b)` and `len(key)`. A key
+within another is written with a dot: `rope_scaling.factor`.
 """
 
 import ast
@@ -49,11 +49,13 @@ def require_formula(tree: ast.expr, text: str) -> None:
         case ast.Call(func=ast.Name(id="ceil"), args=[ast.BinOp(left=left, op=ast.Div(), right=right)], keywords=[]):
             require_formula(left, text)
             require_formula(right, text)
+        case ast.Call(func=ast.Name(id="len"), args=[ast.Name() | ast.Attribute() as listed], keywords=[]):
+            require_formula(listed, text)
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
             require_formula(left, text)
             require_formula(right, text)
         case _:
-            raise ValueError(f"{ast.unparse(tree)!r} in {text!r} is no number, key, + - * // or ceil(a / b)")
+            raise ValueError(f"{ast.unparse(tree)!r} in {text!r} is no number, key, + - * //, ceil(a / b) or len(key)")
 
 
 def value_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
@@ -74,6 +76,10 @@ def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str
             return known(config, name)
         case ast.Attribute(value=value, attr=name):
             return known(evaluated(value, config, sizes), name)
+        case ast.Call(func=ast.Name(id="len"), args=[listed]):
+            value = evaluated(listed, config, sizes)
+            if isinstance(value, list):
+                return len(value)
         case ast.Call(args=[ast.BinOp(left=left, right=right)]):
             return -(-number(left, config, sizes) // divisor(right, config, sizes))
         case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
@@ -105,13 +111,17 @@ def divisor(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str])
 
 
 def parse_shape(text: str) -> tuple[str, list[str]]:
-    """`I64 [vocab_size, 6]` -> (`I64`, [`vocab_size`, `6`]); the dtype may be left out. Raises ValueError."""
+    """`I64 [vocab_size, 6]` -> (`I64`, [`vocab_size`, `6`]); the dtype may be left out. Raises ValueError.
+
+    `?` stands for any size.
+    """
     found = SHAPE.fullmatch(text)
     if not found:
         raise ValueError(f"{text!r} is not like [rows, columns] or I64 [rows]")
-    formulas = found[2].split(",") if found[2].strip() else []
+    formulas = [part.strip() for part in found[2].split(",")] if found[2].strip() else []
     for formula in formulas:
-        parse(formula)
+        if formula != "?":
+            parse(formula)
     return found[1] or "", formulas
 
 
@@ -120,7 +130,7 @@ def shape_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> 
     found: list[int | None] = []
     for formula in parse_shape(text)[1]:
         try:
-            value = value_of(formula, config, sizes)
+            value = value_of(formula, config, sizes) if formula != "?" else None
         except UnknownKey:
             value = None
         found.append(value if type(value) is int else None)

@@ -182,15 +182,21 @@ CHUNK_SIZE = 2**20
 """Bytes drawn at a time: they stay in the processor's cache."""
 
 WORD_BITS: Mapping[str, tuple[int, int]] = {
+    "I8": (0xFFFF_FFFF_FFFF_FFFF, 0),
     "F8_E4M3": (0xFEFE_FEFE_FEFE_FEFE, 0),
+    "F8_E8M0": (0x0707_0707_0707_0707, 0x7070_7070_7070_7070),
     "BF16": (0x83FF_83FF_83FF_83FF, 0x3800_3800_3800_3800),
     "F32": (0x00FF_FFFF_00FF_FFFF, 0x3A00_0000_3A00_0000),
+    "I64": (0x07, 0),
 }
 """The bits that stay random in eight bytes, and those that are always set.
 
 They make FP8 an even code, so never 0x7f or 0xff (NaN); BF16 of either sign between 2^-15 and 2^-7; F32 positive
-between 2^-11 and 2^-9, as scales are.
+between 2^-11 and 2^-9, as scales are; E8M0 between 2^-15 and 2^-8, so near each other that FP4 becomes FP8 without a
+loss; I64 the number of one of 8 experts.
 """
+SCALES = ("_scale_inv", ".scale")
+"""How the names of block scales end."""
 
 
 def write_checkpoint(
@@ -201,8 +207,21 @@ def write_checkpoint(
     The data of a tensor depend on `seed` and its name alone. `sparse` leaves them a hole: all sizes are true, the disk
     holds the headers only, and every byte reads as zero. With `index` false there is no index. Raises Refused.
     """
+    write_tensors(folder, tensor_list(config), config, files, sparse=sparse, seed=seed, index=index)
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Sequence[Entry],
+    config: Mapping[str, Any],
+    files: int,
+    *,
+    sparse: bool = False,
+    seed: int = 0,
+    index: bool = True,
+) -> None:
+    """As `write_checkpoint`, for any tensors that come with a config. A scale must follow its weight."""
     require_empty(folder)
-    tensors = tensor_list(config)
     contents = split_into_files(tensors, files)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -316,7 +335,7 @@ def split_into_files(tensors: Sequence[Entry], files: int) -> dict[str, Sequence
     Where there are scales, every cut falls between a weight and its scale (in each file the order is then that of
     safetensors): a reader that looks for a scale only in the file of its weight must fail here.
     """
-    places = [place for place, tensor in enumerate(tensors) if tensor[0].endswith("_scale_inv")]
+    places = [place for place, tensor in enumerate(tensors) if tensor[0].endswith(SCALES)]
     places = places or list(range(1, len(tensors)))
     if not 1 <= files <= len(places) + 1:
         raise refuse("wrong-number-of-files", "files", f"{files:,}", f"1 to {len(places) + 1:,} for this model")

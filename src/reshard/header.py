@@ -6,6 +6,7 @@ those of the `safetensors` package 0.8; what it leaves open and we refuse is wri
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 
-from reshard.errors import Problem, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, refuse, require_none
 from reshard.types import Tensor
 
 BITS = {
@@ -112,6 +113,7 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
         return None
     kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
     tensors = []
+    new = tuple.__new__  # a third faster than Tensor(...)
     for key, entry in entries.items():
         begin, end = entry.data_offsets
         kind = kinds.get((entry.dtype, entry.shape))
@@ -120,7 +122,7 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
         dtype, shape, size = kind
         if end - begin != size:
             return None
-        tensors.append(Tensor(key, dtype, shape, file, start + begin, size))
+        tensors.append(new(Tensor, (key, dtype, shape, file, start + begin, size)))
     return tensors
 
 
@@ -143,6 +145,8 @@ def checked_tensors(text: bytes, file: int, name: str) -> list[Tensor]:
     for key, entry in header.items():
         if fault := entry_fault(key, entry):
             problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+            if len(problems) >= MOST_PROBLEMS:
+                break
             continue
         begin, end = entry["data_offsets"]
         tensors.append(Tensor(key, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin))
@@ -166,8 +170,7 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} stands twice")
     return found
 

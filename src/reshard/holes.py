@@ -1,15 +1,18 @@
 """Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from typing import Any
 
 from reshard.errors import Problem, listed
+from reshard.formulas import UnknownKey, value_of
 from reshard.names import filled, slots_of
 from reshard.recipe import HOLE
 from reshard.types import Checkpoint, Hole, Recipe, Rule
 
+OTHER_MODEL = "is a file missing, or the config another model's?"
 Members = Mapping[str, set[int]]
 """The numbers that fill each hole."""
 Present = Mapping[int, set[tuple[str, ...]]]
@@ -65,28 +68,34 @@ def overlap_problems(hole: Hole, recipe: Recipe, members: Members) -> Iterator[P
 
 
 def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    if config is None or not hole.size or config.get(hole.size) is None:
-        return
-    if config[hole.size] != len(numbers):
+    wanted = config_value(hole.size, config)
+    if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
-        expected = f"{config[hole.size]!r}, as {hole.size} of config.json says"
-        yield Problem(
-            "contradiction", hole.counts, found, expected, "is a file missing, or the config another model's?"
-        )
+        expected = f"{reprlib.repr(wanted)}, as {hole.size} of config.json says"
+        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
 
 
 def picked_problems(hole: Hole, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """A hole whose members a list of the config picks has just these."""
-    values = (config or {}).get(hole.picked_by) if hole.picked_by else None
-    if not isinstance(values, list):
-        return
-    whole = members[hole.within or hole.some_of]
-    wanted = {number for number, value in enumerate(values) if value in hole.picked and number in whole}
+    """A hole whose members a list of the config picks, or names, has just these."""
+    values, listed_ones = config_value(hole.picked_by, config), config_value(hole.listed, config)
+    whole = members.get(hole.within or hole.some_of, set())
+    wanted = members[hole.name]
+    if isinstance(values, list):
+        wanted = {number for number, value in enumerate(values) if value in hole.picked and number in whole}
+    if isinstance(listed_ones, list):
+        wanted = {number for number in listed_ones if type(number) is int}
     if wanted != members[hole.name]:
         found = f"{numbers_text(members[hole.name])} by the names of the tensors"
-        expected = f"{numbers_text(wanted)}, as {hole.picked_by} of config.json says"
-        remedy = "is a file missing, or the config another model's?"
-        yield Problem("contradiction", hole.counts, found, expected, remedy)
+        expected = f"{numbers_text(wanted)}, as {hole.picked_by or hole.listed} of config.json says"
+        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
+
+
+def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
+    """What a formula over the config comes to; None if there is no formula, no config or no such key."""
+    try:
+        return value_of(formula, config, {}) if formula and config is not None else None
+    except UnknownKey:
+        return None
 
 
 def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
@@ -120,6 +129,7 @@ def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: 
         return True
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
+    # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
     value = config[key] if key in config else any(number in present for number in ifs)
     return bool(value) == (condition == "if")
 

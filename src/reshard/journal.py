@@ -85,13 +85,14 @@ def left_names(folder: Path) -> set[str]:
     try:
         with (folder / JOURNAL).open("rb") as file:
             job = json.loads(file.readline(LONGEST_LINE))
-        files, others = ([str(name) for name in job[key] if "/" not in name] for key in ("files", "others"))
+        files, others = (set(map(str, job[key])) for key in ("files", "others"))
+        present = {path.name for path in folder.iterdir()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    begun = [name for name in files if (folder / (name + PARTIAL)).exists()]
-    renamed = [name for name in files if name not in begun and (folder / name).exists()]
-    partials = {name + PARTIAL for name in (*files, *others) if (folder / (name + PARTIAL)).exists()}
-    return partials | set(renamed) | ({*others} if renamed and not begun else set())
+    partials = {name + PARTIAL for name in files | others} & present
+    renamed = {name for name in files & present if name + PARTIAL not in partials}
+    is_ending = renamed and not any(name + PARTIAL in partials for name in files)
+    return partials | renamed | (others & present if is_ending else set())
 
 
 def has_records(journal: Journal) -> bool:
@@ -102,7 +103,7 @@ def has_records(journal: Journal) -> bool:
 def lock(stack: ExitStack, path: Path) -> int:
     """Opens and locks the journal, or refuses if another process has it."""
     while True:
-        descriptor = open_file(stack, path, os.O_RDWR | os.O_CREAT)
+        descriptor = open_file(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,8 @@ The same source, recipe and layout give the same bytes: no time, path or host is
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,22 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
 from reshard.errors import refuse
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
 from reshard.journal import Records
-from reshard.plan import Plan
+from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
+from reshard.recipe import is_plain
 from reshard.target import MANIFEST
 from reshard.types import File
 
-JOB_KEYS = ("reshard", "recipe", "ranks", "source")
+JOB_KEYS = ("reshard", "recipe", "layout", "source")
 """What makes a conversion another one, besides the samples of its source."""
+LARGEST_MANIFEST = 1 << 30
+"""In bytes. A model of 671B parameters has one of 12 MB."""
+LARGEST_RANGE = MAX_HEADER_SIZE + LENGTH_SIZE
+"""In bytes: each range is read whole. The first is the header; the others are smaller by far."""
+FILE_TYPES = {"name": str, "rank": int, "size": int, "tensors": int, "ranges": str}
+SIDE_TYPES = {"name": str, "size": int, "xxh3_128": str}
 SAMPLE_SIZE = 64 << 10
 """In bytes, of the data of a source file: so much at its beginning, its middle and its end."""
 
@@ -30,10 +40,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "reshard": __version__,
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
         "ranks": plan.layout.ranks,
+        "layout": describe_layout(plan.layout),
         "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
+        "casts": dict(sorted(Counter(cast.operation for cast in plan.casts).items())),
         "coverage": [
             {"use": share.use, "what": share.what, "tensors": share.tensors, "bytes": share.size}
             for share in plan.coverage
@@ -81,7 +93,10 @@ def manifest_of(
 
 def own_checksum(manifest: Mapping[str, Any]) -> str:
     """Of a manifest without its checksum: so that nobody takes a damaged one at its word."""
-    return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    try:
+        return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    except RecursionError:
+        return ""  # ours is two levels deep
 
 
 def ranges_text(header: bytes, records: Records) -> str:
@@ -100,14 +115,44 @@ def digests(records: Records) -> Iterable[bytes]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not as we wrote it."""
-    manifest = read_object(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST, LARGEST_MANIFEST)
     if manifest is None:
         return {}
     found = manifest.pop("xxh3_128", None)
-    if found != own_checksum(manifest):
+    if found != own_checksum(manifest) or not is_well_formed(manifest):
         remedy = "verify with --source, or convert into another folder"
         raise refuse("wrong-manifest", str(folder / MANIFEST), "damaged or changed", "what reshard has written", remedy)
     return manifest
+
+
+def is_well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether all that is read of a manifest later has its type. The checksum is no secret: anyone can write one."""
+    files, sides = manifest.get("files"), manifest.get("side_files")
+    if not (isinstance(files, list) and isinstance(sides, list) and is_size(manifest.get("ranks"))):
+        return False
+    return all(has_types(entry, FILE_TYPES) and is_ranges(entry["ranges"], entry["size"]) for entry in files) and all(
+        has_types(entry, SIDE_TYPES) for entry in sides
+    )
+
+
+def has_types(entry: Any, types: Mapping[str, type]) -> bool:
+    """Whether an entry has at least these fields: a plain name, sizes and texts."""
+    if not isinstance(entry, dict) or not all(type(entry.get(key)) is wanted for key, wanted in types.items()):
+        return False
+    sizes = [entry[key] for key, wanted in types.items() if wanted is int]
+    return all(map(is_size, sizes)) and is_text(entry["name"]) and is_plain(entry["name"])
+
+
+def is_ranges(text: str, size: int) -> bool:
+    """Whether a text is what `ranges_text` writes for a file of that size."""
+    words = text.split(" ")
+    sizes = [int(word) for word in words[::2] if re.fullmatch(r"[0-9]{1,9}", word)]
+    return (
+        len(words) == 2 * len(sizes)
+        and max(sizes) <= LARGEST_RANGE
+        and sum(sizes) == size
+        and all(map(re.compile("[0-9a-f]{32}").fullmatch, words[1::2]))
+    )
 
 
 def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ MOST = 64
 def padded_config(
     config: Mapping[str, Any] | None, kinds: Sequence[Kind], recipe: Recipe, layout: Layout
 ) -> Mapping[str, Any]:
-    """The config with each key that the recipe allows raised to the least value that suits the ranks. Raises Refused."""
+    """The config, each key that the recipe allows raised to the least value that suits the ranks. Raises Refused."""
     if config is None:
         raise refuse("no-config", "--pad", "no config.json", "one: padding raises its values", "copy it to the source")
     raised = dict(config)

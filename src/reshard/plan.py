@@ -1,7 +1,7 @@
 """Stage 3: Checkpoint + Recipe + Layout -> Plan. Pure: opens no file; what it returns can be printed and proven."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from reshard.copies import Copies, require_tiling
 from reshard.coverage import Share, cover
 from reshard.cut import Limit, limit_of, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
+from reshard.holes import config_value
 from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import is_paddable, padded_config
@@ -153,6 +154,12 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
         if matched.counts[letter]:
             yield recipe.holes[letter].counts, matched.counts[letter]
     for key in recipe.ranks_divide:
-        value = config.get(key)
+        value = config_value(key, config)
         if type(value) is int and value > 0:
             yield key, value
+
+
+def describe_layout(layout: Layout) -> dict[str, Any]:
+    """As JSON values, without what is usual."""
+    usual = asdict(Layout(0))
+    return {key: value for key, value in asdict(layout).items() if value != usual[key]}

@@ -1,17 +1,20 @@
 """Stage 1: files -> Checkpoint. Reads headers, the index and the config, never a tensor's data; writes nothing."""
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from reshard.errors import Problem, Refused, listed, refuse, require_none
-from reshard.header import LENGTH_SIZE, header_length, parse_header
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, parse_header, unique_keys
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -72,10 +75,31 @@ def file_names(source: Path) -> list[str]:
     return names
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None if there is no such file. Raises Refused if it holds anything else."""
+def open_regular(path: Path) -> BinaryIO:
+    """A file, to be read. Raises OSError if it is none: a pipe or a device may never end, or never begin."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ESPIPE
+        raise OSError(number, "Is a directory" if number == errno.EISDIR else "Is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+"""Makes an object of its keys and values."""
+
+
+def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) -> dict[str, Any] | None:
+    """The JSON object in a file of at most so many bytes, or None if there is no such file. Raises Refused if it holds
+    anything else.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", AGAIN)
+            value = json.loads(file.read(size), object_pairs_hook=None if pairs is dict else pairs)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -94,7 +118,7 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
 
 def read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name, from the index of a folder, if any. Raises Refused if a name leaves the folder."""
-    index = read_object(folder / INDEX)
+    index = read_object(folder / INDEX, pairs=unique_keys)
     if index is None:
         return None
     weight_map = index.get("weight_map")
@@ -117,7 +141,7 @@ def indexed_names(
 ) -> list[str]:
     """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
     wanted = sorted(set(weight_map.values()))
-    problems = [missing_file(source, name, weight_map) for name in wanted if not is_file(source / name)]
+    problems = list(missing_files(source, [name for name in wanted if not is_file(source / name)], weight_map))
     if not ignore_extra_files:
         remedy = "move it away, or pass --ignore-extra-files to leave it out"
         extra = sorted(set(names) - set(wanted))
@@ -134,21 +158,25 @@ def is_file(path: Path) -> bool:
     return False
 
 
-def missing_file(source: Path, name: str, weight_map: Mapping[str, str]) -> Problem:
-    tensors = [tensor for tensor, file in weight_map.items() if file == name]
-    found = "no such file"
-    with suppress(OSError):  # such as a name that is too long for the file system
-        found = "a link to nothing" if (source / name).is_symlink() else found
-    return Problem("missing-file", name, found, f"{len(tensors):,} tensors: {listed(tensors)}", AGAIN)
+def missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+    tensors: defaultdict[str, list[str]] = defaultdict(list)
+    for tensor, file in weight_map.items():
+        tensors[file].append(tensor)
+    for name in names:
+        found = "no such file"
+        with suppress(OSError):  # such as a name that is too long for the file system
+            found = "a link to nothing" if (source / name).is_symlink() else found
+        expected = f"{len(tensors[name]):,} tensors: {listed(tensors[name])}"
+        yield Problem("missing-file", name, found, expected, AGAIN)
 
 
 def numbering_problems(names: list[str]) -> Iterable[Problem]:
     """Without an index, `model-00002-of-00004.safetensors` still tells that there are four files."""
-    for match in {(m[1], m[3]): m for m in map(NUMBERED.fullmatch, names) if m}.values():
-        stem, total = match[1], match[3]
-        for number in range(1, min(int(total), 10 * len(names) + 10) + 1):
+    present = set(names)
+    for (stem, total), count in Counter((m[1], m[3]) for m in map(NUMBERED.fullmatch, names) if m).items():
+        for number in range(1, min(int(total), 10 * count + 10) + 1):
             wanted = f"{stem}-{number:05}-of-{total}{SUFFIX}"
-            if wanted not in names:
+            if wanted not in present:
                 yield Problem("missing-file", wanted, "no such file", f"{int(total)} files by their names", AGAIN)
 
 
@@ -162,6 +190,8 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
             file, entries = read_header(folder / name, len(files))
         except Refused as refused:
             problems.extend(refused.problems)
+            if len(problems) >= MOST_PROBLEMS:
+                break
             continue
         files.append(file)
         tensors.extend(entries)
@@ -172,7 +202,7 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
 def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
     """The header of one file, whose tensors will carry `index`. Raises Refused."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
             first = file.read(LENGTH_SIZE)

@@ -4,13 +4,14 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
-from itertools import starmap
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Problem, listed, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
 from reshard.formulas import parse, parse_shape
 from reshard.header import BITS
 from reshard.types import BlockScale, Hole, Recipe, Rule
@@ -20,7 +21,7 @@ TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
 ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
 HOLE_TEXTS = (
-    "counts", "size", "within", "some_of", "picked_by", "after", "marker", "like", "optional", "rows_of",
+    "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
@@ -28,10 +29,14 @@ RELATIONS = ("same", "dequantize", "drop")
 SPLITS = ("replicate", "rows", "columns", "padded rows")
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) \w+")
+CONDITION = re.compile(r"(if|unless) [\w.]+")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
+LARGEST_RECIPE = 64 << 10
+"""In bytes: several hundred rows. The time of Python's TOML parser can grow with the square of the text."""
+MOST_READ = 2 << 20
+"""In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
 
 
 def packaged_recipes() -> list[Recipe]:
@@ -44,7 +49,10 @@ def load_recipe(name: str) -> Recipe:
     is_path = name.endswith(".toml") or Path(name).is_file()
     path = Path(name) if is_path else FOLDER / f"{name}.toml"
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(LARGEST_RECIPE + 1)
+        if len(content) > LARGEST_RECIPE:
+            raise refuse("too-large", str(path), "a longer file", f"at most {LARGEST_RECIPE:,} bytes for a recipe")
         return parse_recipe(content.decode(), str(path))
     except FileNotFoundError:
         names = [known.stem for known in sorted(FOLDER.glob("*.toml"))]
@@ -58,14 +66,16 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     """The recipe that `text` describes; `origin` names its file. Raises Refused with every fault and its line."""
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may have more digits than Python reads
         line = re.search(r"at line (\d+)", str(error))
         subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
         raise refuse("wrong-recipe", subject, str(error), "TOML") from None
-    faults = list(table_faults(table))
-    require_none(
-        Problem("wrong-recipe", f"{origin}:{line_of(text, path)}", found, expected) for path, found, expected in faults
-    )
+    if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
+        lines = lines_of(text, {path for path, _, _ in faults})
+        where = {path: f"{origin}:{line}" for path, line in lines.items()}
+        raise Refused(
+            Problem("wrong-recipe", where.get(path, origin), found, expected) for path, found, expected in faults
+        )
     holes = {name: hole_of(name, fields) for name, fields in table.get("holes", {}).items()}
     return Recipe(
         name=table["name"],
@@ -160,17 +170,25 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     files = table.get("files")
     if isinstance(files, str) and not is_files_pattern(files):
-        yield ("files",), repr(files), "a file name with {rank} and {ranks}"
+        yield ("files",), repr(files), "a file name with {rank} and {ranks} that ends in .safetensors"
 
+    divided = table.get("ranks_divide", [])
+    for text in divided if is_texts(divided) else ():
+        yield from ((("ranks_divide",), *fault) for fault in text_faults(text))
     carry = table.get("carry", [])
     if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
 
 
 def is_files_pattern(text: str) -> bool:
-    """Whether a text makes a file name for each rank, and nothing but that."""
+    """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
     rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
-    return set(HOLE.findall(text)) == {"rank", "ranks"} and not set(rest) & set("{}") and is_plain(rest)
+    return (
+        set(HOLE.findall(text)) == {"rank", "ranks"}
+        and not set(rest) & set("{}")
+        and is_plain(rest)
+        and rest.endswith(".safetensors")
+    )
 
 
 def is_plain(name: str) -> bool:
@@ -250,7 +268,11 @@ def hole_faults(holes: Any) -> Iterator[Fault]:
             yield where, repr(fields), "after and marker together"
         elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
+        elif "listed" in fields and "some_of" not in fields:
+            yield where, repr(fields), "listed with some_of: some members of another hole"
         else:
+            texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
+            yield from ((where, *fault) for text in texts for fault in text_faults(text))
             yield from ((where, *fault) for fault in hole_links(name, fields, holes))
 
 
@@ -342,12 +364,12 @@ def shape_faults(text: str) -> Iterator[tuple[str, str]]:
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
-    components = pattern.split(".")
-    for place, component in enumerate(components, 1):
-        if not COMPONENT.fullmatch(component):
-            yield f"{component!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
-        elif component == "{*}" and place != len(components):
-            yield f"{{*}} in {pattern!r}", "{*} at the end only"
+    *inner, last = pattern.split(".")
+    # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.
+    if (wrong := next((part for part in (*inner, last) if not COMPONENT.fullmatch(part)), None)) is not None:
+        yield f"{wrong!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
+    if "{*}" in inner:
+        yield f"{{*}} in {pattern!r}", "{*} at the end only"
     names = HOLE.findall(pattern)
     if unknown := sorted(set(names) - set(known)):
         yield f"the hole {listed('{' + name + '}' for name in unknown)} in {pattern!r}", f"one of {listed(known, 99)}"
@@ -355,22 +377,26 @@ def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, st
         yield f"a hole twice in {pattern!r}", "each hole once"
 
 
-def line_of(text: str, path: Where) -> int:
-    """The line on which the value at `path` ends, by reading ever more of the text. Slow, for messages only.
+def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:
+    """For each path the line on which its value ends, by reading ever more of the text. Slow, for messages only; in a
+    text so long that it would take minutes, the last of them have none.
 
     tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
     lie at the top or one level down, so closing at most one open list is enough.
     """
-    lines = text.splitlines()
-    for count in range(1, len(lines) + 1):
-        prefix = "\n".join(lines[:count])
-        for ending in ("", "\n]"):
-            try:
-                if holds(tomllib.loads(prefix + ending), path):
-                    return count
-            except tomllib.TOMLDecodeError:
-                continue
-    return len(lines)
+    lines = text.rstrip("\n").split("\n")
+    found: dict[Where, int] = {}
+    left = MOST_READ
+    for count, line in enumerate(lines, 1):
+        for ending in ("", "\n]") if line.strip() else ():
+            prefix = "\n".join(lines[:count]) + ending
+            left -= len(prefix)
+            if left < 0 or len(found) == len(paths):
+                return found
+            with suppress(ValueError, RecursionError):
+                table = tomllib.loads(prefix)
+                found |= {path: count for path in paths - found.keys() if holds(table, path)}
+    return dict.fromkeys(paths, len(lines)) | found
 
 
 def holds(value: Any, path: Where) -> bool:

@@ -20,6 +20,8 @@ from reshard.recipe import WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
 
+MOST_FILES = 1 << 31
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -206,4 +208,5 @@ def whole_series(outcome: Outcome) -> Iterator[Series]:
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            yield Series(kind.number, names, tensors, whole(tensors[0], 1), None, 1, 1)
+            # Its part is all of it, whatever the number of the file that it will lie in.
+            yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)

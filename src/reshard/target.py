@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from reshard.errors import Problem
+from reshard.errors import Problem, require_none
 from reshard.journal import JOURNAL, PARTIAL, left_names
 from reshard.read import SUFFIX
 from reshard.text import size_text
@@ -53,11 +54,16 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
 
 def is_side(path: Path) -> bool:
     """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it, no part of the
-    checkpoint itself and nothing that we keep books in.
+    checkpoint itself and nothing that we keep books in. A link to nothing was to be a file.
     """
     is_ours = path.name in (MANIFEST, JOURNAL) or path.name.endswith(PARTIAL)
     is_checkpoint = path.name.endswith((SUFFIX, SUFFIX + ".index.json"))
-    return path.is_file() and not (path.name.startswith(".") or is_ours or is_checkpoint)
+    return (path.is_file() or is_lost(path)) and not (path.name.startswith(".") or is_ours or is_checkpoint)
+
+
+def is_lost(path: Path) -> bool:
+    """Whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
 
 
 def allocated(path: Path) -> int:
@@ -77,7 +83,11 @@ def nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-def side_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
-    """The files of a folder that fit a pattern and go along, by name."""
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if is_side(path)}
-    return dict(sorted(found.items()))
+def side_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder that fit a pattern and go along, by name. Raises Refused if one is a link to nothing."""
+    fitting = [name for name in names_in(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    found = {name: folder / name for name in fitting if is_side(folder / name)}
+    lost = [str(path) for path in found.values() if is_lost(path)]
+    expected, remedy = "a file that goes along", "download it again, or remove the link"
+    require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
+    return found

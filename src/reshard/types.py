@@ -83,7 +83,7 @@ class Hole:
     counts: str
     """What it counts, in the plural: `layers`."""
     size: str = ""
-    """The config key that says how many there are."""
+    """A formula over the config that says how many there are."""
     within: str = ""
     """Another hole: each member of that one is a member of exactly one hole within it."""
     some_of: str = ""
@@ -92,6 +92,8 @@ class Hole:
     """With `within` or `some_of`: the config key of a list that has a value for each member of that hole."""
     picked: tuple[int, ...] = ()
     """The values in that list that make a member of that hole one of this."""
+    listed: str = ""
+    """With `some_of`: the config key of a list of the members."""
     after: str = ""
     """Another hole: the members of this one follow on from that one's last."""
     marker: str = ""
@@ -152,7 +154,7 @@ class Recipe:
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     ranks_divide: tuple[str, ...]
-    """Config keys whose values the number of ranks must divide."""
+    """Formulas over the config whose values the number of ranks must divide."""
     holes: Mapping[str, Hole]
     scales: Mapping[str, BlockScale]
     """By the letter of the hole that stands for a weight or its block scale."""
@@ -172,6 +174,7 @@ class Recipe:
     """SHA-256 of that file, in hexadecimal."""
 
 
+FILE_SIZE = 5 * 10**9
 RANKS, WHOLE = "ranks", "hf"
 """The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
 
@@ -191,5 +194,5 @@ class Layout:
     """Keep what a recipe leaves out unless it is asked for: MTP layers."""
     pad: bool = False
     """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
-    file_size: int = 5 * 10**9
+    file_size: int = FILE_SIZE
     """For WHOLE: in bytes, a file is ended before it grows beyond."""

@@ -3,21 +3,29 @@
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
+from reshard.casting import Inputs, Read, produce
+from reshard.casts import fastest_recode
 from reshard.disk import PAGE, Ways, aligned_buffer, drop_cached, read_window, write_all
+from reshard.errors import refuse
 from reshard.journal import RECORD, RECORD_TYPE, Journal, append_records
-from reshard.types import Advance
+from reshard.types import Advance, Cast, Tensor
 from reshard.windows import WINDOW_SIZE, Group, Window
 
 MEMORY_PER_JOB = 2 * WINDOW_SIZE + 2 * PAGE
 """In bytes: a buffer to read into and one to gather in."""
+SCALES_SIZE = WINDOW_SIZE // 4
+"""In bytes: more scales are not read at once for a window of weights."""
+MEMORY_OF_CASTS = WINDOW_SIZE + SCALES_SIZE + 2 * PAGE + 8 * 2**20
+"""In bytes, for each job that casts: a buffer for what is computed, one for scales, and what computing takes."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,9 @@ class Files:
     source_names: Sequence[str]
     targets: Sequence[int]
     ways: Ways
+    casts: Sequence[Cast]
+    """What is numbered from `len(sources)` on is computed."""
+    allow_inexact: bool
 
 
 class Ledger:
@@ -40,11 +51,13 @@ class Ledger:
         self._lock = threading.Lock()
         self._pending = bytearray()
         self._durable = bytearray(journal.records)
+        self.inexact = 0
 
-    def add(self, records: bytes) -> None:
-        """Groups that have been written."""
+    def add(self, records: bytes, inexact: int = 0) -> None:
+        """Groups that have been written, and how many values of them are not exact."""
         with self._lock:
             self._pending += records
+            self.inexact += inexact
 
     def flush(self) -> None:
         """Makes what has been added so far durable, and then says so in the journal: in this order."""
@@ -84,16 +97,24 @@ class Queue:
 def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with so many threads. The first error of one ends all and is raised."""
     queue = Queue(work, advance)
+    if files.casts:
+        fastest_recode()  # here, for it may import numba, and that from one thread only
+    futures: list[Future[None]] = []
     with ThreadPoolExecutor(jobs + 1) as pool:
-        flusher = pool.submit(flush_regularly, queue, ledger)
-        futures = [pool.submit(move_windows, queue, files, ledger) for _ in range(jobs)]
+        # From the first thread on: the pool waits for all of them, and the flusher ends only when it is told to.
         try:
-            for future in futures:
-                future.result()
+            futures.append(pool.submit(flush_regularly, queue, ledger))
+            futures.extend(pool.submit(move_windows, queue, files, ledger) for _ in range(jobs))
+            left = set(futures[1:])
+            while left:
+                # The kernel may give a signal to any thread, but Python acts on it only when this one comes to itself.
+                ended, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
         finally:
             queue.stopped.set()
-            wait_for([flusher, *futures])
-        flusher.result()
+            wait_for(futures)
+        futures[0].result()
 
 
 def wait_for(futures: Sequence[Future[None]]) -> None:
@@ -116,31 +137,65 @@ def flush_regularly(queue: Queue, ledger: Ledger) -> None:
         raise
 
 
+class Buffers:
+    """The memory of one worker."""
+
+    def __init__(self, *, casts: bool) -> None:
+        self.window = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
+        self.stage = aligned_buffer(WINDOW_SIZE)
+        self.scales = aligned_buffer(SCALES_SIZE + 2 * PAGE) if casts else self.window
+        self.result = aligned_buffer(WINDOW_SIZE) if casts else self.stage
+
+
 def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
     """One worker: takes windows until there are no more."""
-    buffer, stage = aligned_buffer(WINDOW_SIZE + 2 * PAGE), aligned_buffer(WINDOW_SIZE)
+    buffers = Buffers(casts=bool(files.casts))
     done = 0
     try:
         while window := queue.next(done):
-            done = move(window, files, ledger, buffer, stage)
+            done = move(window, files, ledger, buffers)
     except BaseException:
         queue.stopped.set()
         raise
 
 
-def move(window: Window, files: Files, ledger: Ledger, buffer: memoryview, stage: memoryview) -> int:
-    """Reads a window once and writes each of its groups; returns how many bytes."""
-    source, name = files.sources[window.source_file], files.source_names[window.source_file]
-    data = read_window(source, window.offset, window.size, buffer, files.ways, name)
+def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
+    """Reads or computes a window once and writes each of its groups; returns how many bytes."""
+    if window.source_file < len(files.sources):
+        source, name = files.sources[window.source_file], files.source_names[window.source_file]
+        data, inexact = read_window(source, window.offset, window.size, buffers.window, files.ways, name), 0
+    else:
+        data, inexact = compute_window(window, files, buffers)
     records = bytearray()
     for group in window.groups:
-        bytes_of_group = gather(group, data, stage)
+        bytes_of_group = gather(group, data, buffers.stage)
         # Now, while the bytes are in the processor's cache: from memory it would cost twice as much.
         digest = xxh3_128_digest(bytes_of_group)
         write_all(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
-    ledger.add(bytes(records))
+    ledger.add(bytes(records), inexact)
     return sum(group.size for group in window.groups)
+
+
+def compute_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
+    """The bytes of a window of a cast's result, and how many of its values are not exact."""
+    cast = files.casts[window.source_file - len(files.sources)]
+
+    def reader(buffer: memoryview) -> Read:
+        def read(tensor: Tensor, offset: int, size: int) -> memoryview:
+            source, name = files.sources[tensor.file], files.source_names[tensor.file]
+            return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
+
+        return read
+
+    data = buffers.result[: window.size]
+    inexact = produce(cast, window.offset, data, Inputs(reader(buffers.window), reader(buffers.scales), WINDOW_SIZE))
+    if inexact and not files.allow_inexact:
+        found = f"{inexact:,} values of {cast.result.dtype} that are not exact"
+        expected = "only values that both dtypes have"
+        remedy = "--allow-inexact rounds them to the nearest"
+        raise refuse("inexact-cast", cast.weight.name, found, expected, remedy)
+    return data, inexact
 
 
 def gather(group: Group, window: memoryview, stage: memoryview) -> memoryview:

@@ -1,0 +1,85 @@
+"""The JSON files of a target: the run configuration beside rank files; config and index beside whole ones."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from reshard.formulas import UnknownKey, value_of
+from reshard.plan import Plan
+from reshard.read import CONFIG, INDEX
+from reshard.results import CAST_TO_FP8
+from reshard.types import WHOLE
+
+RUN_CONFIG = "run_config.json"
+"""Not `config.json`, which a tokenizer that is loaded from the folder would read."""
+DTYPES = ("torch_dtype", "dtype")
+"""How a config names the dtype of its weights, by its age."""
+
+
+def made_files(plan: Plan) -> dict[str, bytes]:
+    """What a target needs beside its tensors and what is carried along, by name."""
+    if plan.layout.to == WHOLE:
+        return whole_files(plan)
+    text = run_config(plan)
+    return {RUN_CONFIG: text.encode()} if text else {}
+
+
+def run_config(plan: Plan) -> str:
+    """The configuration that the inference code of the ranks is started with; empty without a config to make it from.
+
+    Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
+    """
+    if plan.config is None or not plan.recipe.run:
+        return ""
+    config = {**cast_config(plan, plan.config), "target": target_facts(plan)}
+    found = {}
+    for key, rule in plan.recipe.run.items():
+        formula, usual = rule if isinstance(rule, list) else (rule, None)
+        try:
+            value = value_of(formula, config, plan.recipe.sizes)
+        except UnknownKey:
+            continue
+        if value != usual:
+            found[key] = value
+    lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def target_facts(plan: Plan) -> dict[str, Any]:
+    """What the rank files hold: by letter how many of each numbered place; `packed`, the name of a packed dtype."""
+    packed = any(tensor.dtype == "F4" for tensor in plan.pieces.tensors)
+    return {**plan.counts, "packed": "fp4" if packed else None}
+
+
+def whole_files(plan: Plan) -> dict[str, bytes]:
+    """The config, as the casts have left it, and the index, if there are several files."""
+    found = {}
+    if plan.config is not None:
+        found[CONFIG] = cast_config(plan, plan.config)
+    if len(plan.files) > 1:
+        found[INDEX] = index(plan)
+    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in found.items()}
+
+
+def index(plan: Plan) -> dict[str, Any]:
+    """Which tensor is in which file, sorted by name; the size is that of the data, in bytes."""
+    names = {plan.pieces.names[piece]: file.name for file in plan.files for piece in file.pieces.tolist()}
+    size = sum(file.size - len(file.header) for file in plan.files)
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+
+
+def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config once its weights are cast: how they are quantised, and their dtype."""
+    changed = dict(config)
+    if plan.layout.expert_dtype:
+        changed.pop("expert_dtype", None)
+    if plan.layout.cast == "bf16":
+        for key in ("quantization_config", "expert_dtype"):
+            changed.pop(key, None)
+        changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
+    if plan.layout.cast in CAST_TO_FP8:
+        block = next(iter(plan.recipe.scales.values())).block
+        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
+        changed["quantization_config"] = {**quantization, **power, "weight_block_size": list(block)}
+    return changed

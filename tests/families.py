@@ -1,0 +1,708 @@
+"""Every tensor of the published checkpoints, from their `config.json` alone: full-size and small ones of each family.
+
+Written from the published lists of names and shapes. It knows no recipe and no plan, so that they can be checked
+against what stands here; `reshard.generate` lends it DeepSeek-V3 and the writing of files.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from reshard.generate import DEEPSEEK_V3, Entry, linear, plain, tensor_list, write_tensors
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`tensors` lists a checkpoint from a config; `full` is the published one in `files` files, `small` a toy."""
+
+    tensors: Callable[[Config], list[Entry]]
+    full: Config
+    small: Config
+    files: int
+
+
+def write_small(folder: Path, name: str, *, files: int = 4, seed: int = 0, index: bool = True) -> None:
+    """Writes the small checkpoint of a family, with data, into a new folder."""
+    family = FAMILIES[name]
+    write_tensors(folder, family.tensors(family.small), family.small, files, seed=seed, index=index)
+
+
+def write_full(folder: Path, name: str) -> None:
+    """Writes the full checkpoint of a family as holes: true headers and sizes, every byte reads as zero."""
+    family = FAMILIES[name]
+    write_tensors(folder, family.tensors(family.full), family.full, family.files, sparse=True)
+
+
+# DeepSeek-V3 and those that are built like it
+
+
+def deepseek_v3(config: Config) -> list[Entry]:
+    """V3, R1, V3-0324 and V3.1, which are one layout."""
+    return tensor_list({**config, "model_type": "deepseek_v3"})
+
+
+def deepseek_v32(config: Config, *, norms: str) -> list[Entry]:
+    """V3 with an indexer in every layer, the MTP layer too. No config tells that V3.2 keeps its norms in F32."""
+    tensors = (
+        (name, norms, shape) if name.endswith("norm.weight") else (name, dtype, shape)
+        for name, dtype, shape in deepseek_v3(config)
+    )
+    return list(with_indexers(config, tensors, key_norm="F32"))
+
+
+def glm_moe_dsa(config: Config) -> list[Entry]:
+    """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own."""
+    first = f"model.layers.{config['num_hidden_layers']}"
+    left_out = {f"{first}.embed_tokens.weight", f"{first}.shared_head.head.weight"}
+    kept = (tensor for tensor in deepseek_v3(config) if tensor[0] not in left_out)
+    return list(with_indexers(config, kept, key_norm="BF16"))
+
+
+def kimi_k2(config: Config) -> list[Entry]:
+    """V3 without an MTP layer, and with the frequencies of the rotary embedding in every layer."""
+    # 56 as published, half of hidden size by heads, though a head has but 64 rotated channels.
+    frequencies = config["hidden_size"] // config["num_attention_heads"] // 2
+    found = []
+    for tensor in deepseek_v3(config):
+        found.append(tensor)
+        prefix, ending = split_at(tensor[0], "kv_a_layernorm.weight")
+        if ending:
+            found.append(plain(f"{prefix}rotary_emb.inv_freq", frequencies))
+    return found
+
+
+def with_indexers(config: Config, tensors: Iterable[Entry], *, key_norm: str) -> Iterator[Entry]:
+    heads, width = config["index_n_heads"], config["index_head_dim"]
+    for tensor in tensors:
+        yield tensor
+        prefix, ending = split_at(tensor[0], "kv_a_layernorm.weight")
+        if ending:
+            prefix += "indexer"
+            yield from linear(config, f"{prefix}.wq_b", heads * width, config["q_lora_rank"])
+            yield from linear(config, f"{prefix}.wk", width, config["hidden_size"])
+            yield f"{prefix}.k_norm.weight", key_norm, (width,)
+            yield f"{prefix}.k_norm.bias", key_norm, (width,)
+            yield plain(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
+
+
+def split_at(name: str, ending: str) -> tuple[str, str]:
+    """The name without its ending, and the ending if it has it: ("a.b.", "c") for "a.b.c" and "c"."""
+    return (name.removesuffix(ending), ending) if name.endswith("." + ending) else (name, "")
+
+
+# DeepSeek-V4 and V4.1, whose published names are short ones of their own
+
+
+def deepseek_v4(config: Config) -> list[Entry]:
+    """V4-Flash, V4-Pro, and with the keys `dspark_*` also V4-Flash-0731, which drafts with three blocks."""
+    dim, layers = config["hidden_size"], config["num_hidden_layers"]
+    drafts = mtp_v4 if "dspark_block_size" not in config else draft_v4
+    return [
+        plain("embed.weight", config["vocab_size"], dim),
+        *chain.from_iterable(layer_v4(config, number) for number in range(layers)),
+        plain("norm.weight", dim),
+        plain("head.weight", config["vocab_size"], dim),
+        *head_connections(config, "hc_head"),
+        *chain.from_iterable(drafts(config, number) for number in range(draft_layers(config))),
+    ]
+
+
+def deepseek_v41(config: Config) -> list[Entry]:
+    """V4.1-Flash: blocks of 32, two tables of n-grams, one draft head, and eyes."""
+    text = {**config["text_config"], "quantization_config": config["quantization_config"]}
+    dim, layers = text["hidden_size"], text["num_hidden_layers"]
+    return [
+        plain("embed.weight", text["vocab_size"], dim),
+        *chain.from_iterable(layer_v41(text, number) for number in range(layers)),
+        plain("norm.weight", dim),
+        plain("head.weight", text["vocab_size"], dim),
+        *chain.from_iterable(draft_v41(text, number) for number in range(draft_layers(text))),
+        *vision(config["vision_config"], dim),
+    ]
+
+
+def draft_layers(config: Config) -> int:
+    """`compress_ratios` goes on over the blocks that draft; `num_nextn_predict_layers` says 1 where there are 3."""
+    return len(config["compress_ratios"]) - int(config["num_hidden_layers"])
+
+
+def layer_v4(config: Config, number: int) -> Iterator[Entry]:
+    prefix, ratio = f"layers.{number}", config["compress_ratios"][number]
+    yield from block(config, prefix)
+    if ratio:
+        yield from compressor(config, f"{prefix}.attn.compressor", ratio, config["head_dim"])
+    if ratio == 4:
+        yield from indexer_v4(config, f"{prefix}.attn.indexer", ratio)
+    yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
+    if number < config["num_hash_layers"]:
+        yield f"{prefix}.ffn.gate.tid2eid", "I64", (config["vocab_size"], config["num_experts_per_tok"])
+    else:
+        yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
+
+
+def mtp_v4(config: Config, number: int) -> Iterator[Entry]:
+    """A block that sees the window only, between two projections and a head of its own."""
+    prefix, dim = f"mtp.{number}", config["hidden_size"]
+    yield from native(config, f"{prefix}.e_proj", dim, dim)
+    yield from native(config, f"{prefix}.h_proj", dim, dim)
+    yield plain(f"{prefix}.enorm.weight", dim)
+    yield plain(f"{prefix}.hnorm.weight", dim)
+    yield from block(config, prefix)
+    yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
+    yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
+    yield plain(f"{prefix}.norm.weight", dim)
+    yield from head_connections(config, f"{prefix}.hc_head")
+
+
+def draft_v4(config: Config, number: int) -> Iterator[Entry]:
+    """Three blocks in a row: what leads in stands with the first, what leads out with the last."""
+    prefix, last = f"mtp.{number}", number == draft_layers(config) - 1
+    yield from draft_entrance(config, number)
+    yield from block(config, prefix)
+    yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
+    yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
+    if last:
+        yield from draft_exit(config, prefix, "markov_w1", "markov_w2")
+        yield from head_connections(config, f"{prefix}.hc_head")
+
+
+def layer_v41(text: Config, number: int) -> Iterator[Entry]:
+    prefix, ratio = f"layers.{number}", text["compress_ratios"][number]
+    yield from block(text, prefix)
+    yield from shared_compression(text, f"{prefix}.attn", number, ratio)
+    yield from experts(text, f"{prefix}.ffn", text["n_routed_experts"])
+    yield from gate_biases(f"{prefix}.ffn.gate", text["n_routed_experts"])
+    if number in text["engram_layer_ids"]:
+        yield from engram(text, f"{prefix}.engram", text["engram_layer_ids"].index(number))
+
+
+def draft_v41(text: Config, number: int) -> Iterator[Entry]:
+    """As in V4-Flash-0731, with fewer experts than the layers have and other names for the last two tables."""
+    prefix, last = f"mtp.{number}", number == draft_layers(text) - 1
+    yield from draft_entrance(text, number)
+    yield from block(text, prefix)
+    yield from experts(text, f"{prefix}.ffn", text["dspark_n_routed_experts"])
+    yield from gate_biases(f"{prefix}.ffn.gate", text["dspark_n_routed_experts"])
+    if last:
+        yield from draft_exit(text, prefix, "embed", "head")
+
+
+def draft_entrance(config: Config, number: int) -> Iterator[Entry]:
+    dim = config["hidden_size"]
+    if number == 0:
+        yield from native(config, "mtp.0.main_proj", dim, dim * len(config["dspark_target_layer_ids"]))
+        yield plain("mtp.0.main_norm.weight", dim)
+
+
+def draft_exit(config: Config, prefix: str, first: str, second: str) -> Iterator[Entry]:
+    dim, rank, vocabulary = config["hidden_size"], config["dspark_markov_rank"], config["vocab_size"]
+    yield plain(f"{prefix}.norm.weight", dim)
+    yield plain(f"{prefix}.confidence_head.proj.weight", 1, dim + rank)
+    yield plain(f"{prefix}.markov_head.{first}.weight", vocabulary, rank)
+    yield plain(f"{prefix}.markov_head.{second}.weight", vocabulary, rank)
+
+
+def block(config: Config, prefix: str) -> Iterator[Entry]:
+    """What every layer has but its experts: attention, norms, and the connections around both halves."""
+    dim = config["hidden_size"]
+    yield from attention(config, f"{prefix}.attn")
+    yield plain(f"{prefix}.attn_norm.weight", dim)
+    yield plain(f"{prefix}.ffn_norm.weight", dim)
+    streams = config["hc_mult"]
+    rows = streams * (2 + streams)
+    for half in ("attn", "ffn"):
+        yield f"{prefix}.hc_{half}_fn", "F32", (rows, streams * dim)
+        yield f"{prefix}.hc_{half}_base", "F32", (rows,)
+        yield f"{prefix}.hc_{half}_scale", "F32", (3,)
+
+
+def head_connections(config: Config, prefix: str) -> Iterator[Entry]:
+    streams = config["hc_mult"]
+    yield f"{prefix}_fn", "F32", (streams, streams * config["hidden_size"])
+    yield f"{prefix}_base", "F32", (streams,)
+    yield f"{prefix}_scale", "F32", (1,)
+
+
+def attention(config: Config, prefix: str) -> Iterator[Entry]:
+    """All heads share one key; the output goes through one small matrix for each group of heads."""
+    dim, heads, head, rank = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "q_lora_rank"))
+    groups, group_rank = config["o_groups"], config["o_lora_rank"]
+    yield f"{prefix}.attn_sink", "F32", (heads,)
+    yield from native(config, f"{prefix}.wq_a", rank, dim)
+    yield plain(f"{prefix}.q_norm.weight", rank)
+    yield from native(config, f"{prefix}.wq_b", heads * head, rank)
+    yield from native(config, f"{prefix}.wkv", head, dim)
+    yield plain(f"{prefix}.kv_norm.weight", head)
+    yield from native(config, f"{prefix}.wo_a", groups * group_rank, heads * head // groups)
+    yield from native(config, f"{prefix}.wo_b", dim, groups * group_rank)
+
+
+def compressor(config: Config, prefix: str, ratio: int, width: int) -> Iterator[Entry]:
+    """At a ratio of 4 the windows overlap, so that there are two of everything."""
+    rows = 2 * width if ratio == 4 else width
+    yield f"{prefix}.ape", "F32", (ratio, rows)
+    yield plain(f"{prefix}.wkv.weight", rows, config["hidden_size"])
+    yield plain(f"{prefix}.wgate.weight", rows, config["hidden_size"])
+    yield plain(f"{prefix}.norm.weight", width)
+
+
+def indexer_v4(config: Config, prefix: str, ratio: int) -> Iterator[Entry]:
+    heads, width = config["index_n_heads"], config["index_head_dim"]
+    yield from native(config, f"{prefix}.wq_b", heads * width, config["q_lora_rank"])
+    yield plain(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
+    yield from compressor(config, f"{prefix}.compressor", ratio, width)
+
+
+def shared_compression(text: Config, prefix: str, number: int, ratio: int) -> Iterator[Entry]:
+    """Few layers compress, and the others read what they made: so few have these tensors, whatever their ratio."""
+    dim, head, heads, width = (text[key] for key in ("hidden_size", "head_dim", "index_n_heads", "index_head_dim"))
+    if number in text["kv_source_layer_ids"]:
+        yield plain(f"{prefix}.compressor.wkv.weight", head, dim)
+        if ratio > 1:
+            yield plain(f"{prefix}.compressor.wgate.weight", head, dim)
+        yield plain(f"{prefix}.compressor.norm.weight", head)
+        yield plain(f"{prefix}.indexer.wk.weight", width, head)
+        yield plain(f"{prefix}.indexer.k_norm.weight", width)
+    if number in text["index_source_layer_ids"]:
+        yield from native(text, f"{prefix}.indexer.wq_b", heads * width, text["q_lora_rank"])
+        yield plain(f"{prefix}.indexer.weights_proj.weight", heads, dim)
+
+
+def experts(config: Config, prefix: str, count: int) -> Iterator[Entry]:
+    dim, width = config["hidden_size"], config["moe_intermediate_size"]
+    yield plain(f"{prefix}.gate.weight", count, dim)
+    for expert in range(count):
+        yield from packed(f"{prefix}.experts.{expert}.w1", width, dim)
+        yield from packed(f"{prefix}.experts.{expert}.w2", dim, width)
+        yield from packed(f"{prefix}.experts.{expert}.w3", width, dim)
+    yield from native(config, f"{prefix}.shared_experts.w1", width, dim)
+    yield from native(config, f"{prefix}.shared_experts.w2", dim, width)
+    yield from native(config, f"{prefix}.shared_experts.w3", width, dim)
+
+
+def gate_biases(prefix: str, count: int) -> Iterator[Entry]:
+    yield f"{prefix}.bias", "F32", (count,)
+    yield f"{prefix}.bias_vl", "F32", (count,)
+
+
+def engram(text: Config, prefix: str, number: int) -> Iterator[Entry]:
+    """A table with a row for each n-gram and a scale for each 32 of a row, and what reads it."""
+    dim, width, streams = text["hidden_size"], text["engram_head_dim"], text["hc_mult"]
+    rows = text["engram_num_embeddings"][number]
+    looked_up = (text["engram_max_ngram_size"] - 1) * text["engram_n_heads"] * width
+    yield f"{prefix}.embed.weight", "F8_E4M3", (rows, width)
+    yield f"{prefix}.embed.scale", "F8_E8M0", (rows, width // 32)
+    yield from native(text, f"{prefix}.wkv", dim * (streams + 1), looked_up)
+    yield plain(f"{prefix}.q_weight", streams, dim)
+    yield plain(f"{prefix}.k_weight", streams, dim)
+
+
+def vision(config: Config, dim: int) -> Iterator[Entry]:
+    """An encoder of images, the two layers that lead from it to a model `dim` wide, and three special embeddings."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    yield from biased("vision.patch_embed.proj", width, 3 * config["patch_size"] ** 2)
+    for number in range(config["num_hidden_layers"]):
+        prefix = f"vision.blocks.{number}"
+        yield plain(f"{prefix}.norm1.weight", width)
+        yield from biased(f"{prefix}.attn.wqkv", 3 * width, width)
+        yield from biased(f"{prefix}.attn.wo", width, width)
+        yield plain(f"{prefix}.norm2.weight", width)
+        yield plain(f"{prefix}.mlp.w1.weight", 2 * inner, width)
+        yield plain(f"{prefix}.mlp.w2.weight", width, inner)
+    yield plain("vision.norm.weight", width)
+    yield from biased("aligner.w1", dim, width * config["downsample_ratio"] ** 2)
+    yield from biased("aligner.w2", dim, dim)
+    for name in ("image_start", "image_end", "image_newline"):
+        yield plain(name, dim)
+
+
+def biased(prefix: str, rows: int, columns: int) -> Iterator[Entry]:
+    yield plain(f"{prefix}.weight", rows, columns)
+    yield plain(f"{prefix}.bias", rows)
+
+
+def native(config: Config, prefix: str, rows: int, columns: int) -> Iterator[Entry]:
+    """An FP8 weight with a power of two for each block, the last blocks smaller."""
+    block_rows, block_columns = config["quantization_config"]["weight_block_size"]
+    yield f"{prefix}.weight", "F8_E4M3", (rows, columns)
+    yield f"{prefix}.scale", "F8_E8M0", (-(-rows // block_rows), -(-columns // block_columns))
+
+
+def packed(prefix: str, rows: int, columns: int) -> Iterator[Entry]:
+    """An FP4 weight, two values a byte, with a power of two for each 32 of a row."""
+    yield f"{prefix}.weight", "I8", (rows, columns // 2)
+    yield f"{prefix}.scale", "F8_E8M0", (rows, columns // 32)
+
+
+# The configs: what the published ones say of shapes, by its published names
+
+FP8_BLOCKS: Config = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+V32: Config = {
+    **{key: value for key, value in DEEPSEEK_V3.items() if key != "auto_map"},
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "model_type": "deepseek_v32",
+    "quantization_config": FP8_BLOCKS,
+}
+KIMI_K2: Config = {
+    **DEEPSEEK_V3,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**DEEPSEEK_V3["rope_scaling"], "beta_fast": 1, "factor": 32},
+    "rope_theta": 50000,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+GLM_5_1: Config = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "first_k_dense_replace": 3,
+    "head_dim": 64,
+    "hidden_size": 6144,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "model_type": "glm_moe_dsa",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 78,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+GLM_5_1_FP8: Config = {**GLM_5_1, "quantization_config": DEEPSEEK_V3["quantization_config"]}
+V4_FLASH: Config = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "compress_rope_theta": 160000,
+    "expert_dtype": "fp4",
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+    "max_position_embeddings": 1048576,
+    "model_type": "deepseek_v4",
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_hidden_layers": 43,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "q_lora_rank": 1024,
+    "qk_rope_head_dim": 64,
+    "quantization_config": FP8_BLOCKS,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 129280,
+}
+V4_FLASH_0731: Config = {
+    **V4_FLASH,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
+V4_PRO: Config = {
+    **V4_FLASH,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+    "hidden_size": 7168,
+    "index_topk": 1024,
+    "moe_intermediate_size": 3072,
+    "n_routed_experts": 384,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 61,
+    "o_groups": 16,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 2.5,
+}
+V41_FLASH: Config = {
+    "architectures": ["DeepseekV41ForCausalLM"],
+    "bos_token_id": 0,
+    "dtype": "bfloat16",
+    "eos_token_id": 1,
+    "image_token_id": 129264,
+    "model_type": "deepseek_v41",
+    "pad_token_id": 2,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "expert_dtype": "fp4",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [32, 32],
+    },
+    "text_config": {
+        "candidate_block_size": 8,
+        "candidate_source_layer_id": 20,
+        "candidate_topk_blocks": 2048,
+        "compress_ratios": [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0],
+        "compress_rope_theta": 160000,
+        "dspark_block_size": 5,
+        "dspark_markov_rank": 256,
+        "dspark_n_routed_experts": 128,
+        "dspark_noise_token_id": 128799,
+        "dspark_num_experts_per_tok": 3,
+        "dspark_target_layer_ids": [37, 38, 39],
+        "engram_compressed_vocab_size": 99092,
+        "engram_head_dim": 256,
+        "engram_layer_ids": [1, 14],
+        "engram_max_ngram_size": 4,
+        "engram_n_heads": 8,
+        "engram_num_embeddings": [384006168, 384016682],
+        "engram_pad_token_id": 2,
+        "engram_vocab_size": 16000000,
+        "hc_eps": 1e-06,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "head_dim": 512,
+        "hidden_size": 5120,
+        "index_head_dim": 128,
+        "index_n_heads": 32,
+        "index_source_layer_ids": [2, 8, 14, 20, 24, 28, 32, 36],
+        "index_topk": 512,
+        "kv_source_layer_ids": [2, 8, 14, 20],
+        "max_position_embeddings": 1048576,
+        "model_type": "deepseek_v41_text",
+        "moe_intermediate_size": 2304,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 3,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "q_lora_rank": 1280,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-20,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "sliding_window": 128,
+        "swiglu_limit": 10.0,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "vocab_size": 129280,
+    },
+    "vision_config": {
+        "downsample_ratio": 3,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "max_image_tokens": 1024,
+        "max_wh_ratio": None,
+        "min_pixels": 295936,
+        "model_type": "deepseek_v41_vision",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 32,
+        "patch_size": 14,
+        "rope_theta": 10000,
+    },
+}
+
+# Small ones. 10 sorts before 2 wherever there are 11 of something: layers where they are cheap, experts always. What
+# ranks cut ends on a block for as many of them as the docstring says, as it does in the published ones; what they do
+# not cut ends inside a block where the layout allows it.
+
+SMALL_V3: Config = {
+    "first_k_dense_replace": 9,
+    "hidden_size": 40,
+    "intermediate_size": 1024,
+    "kv_lora_rank": 24,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 16,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 11,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 24,
+    "vocab_size": 272,
+}
+"""For 1, 2, 4 and 8 ranks."""
+SMALL_V3_FOR_32: Config = {
+    "first_k_dense_replace": 1,
+    "hidden_size": 36,
+    "kv_lora_rank": 16,
+    "n_routed_experts": 32,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": 24,
+    "vocab_size": 288,
+}
+"""What is cut is as long as in V3, so that 32 ranks get 4.5 blocks of a dense layer and half of a shared expert's."""
+SMALL_INDEXER: Config = {"index_head_dim": 48, "index_n_heads": 6}
+SMALL_GLM: Config = {
+    **SMALL_V3,
+    **SMALL_INDEXER,
+    "intermediate_size": 904,
+    "moe_intermediate_size": 200,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+"""Without blocks, for 1, 2, 4 and 8 ranks."""
+SMALL_V4: Config = {
+    "head_dim": 32,
+    "hidden_size": 128,
+    "index_n_heads": 8,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 40,
+    "qk_rope_head_dim": 16,
+    "o_lora_rank": 128,
+    "vocab_size": 272,
+}
+SMALL_FLASH: Config = {
+    **SMALL_V4,
+    "compress_ratios": [0, 0, *[4, 128] * 4, 4, 0],
+    "n_routed_experts": 12,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 11,
+    "o_groups": 4,
+}
+"""For 1, 2 and 4 ranks."""
+SMALL_FLASH_0731: Config = {
+    **SMALL_V4,
+    "compress_ratios": [0, 0, 4, 128, 4, 0, 0, 0],
+    "dspark_markov_rank": 24,
+    "dspark_target_layer_ids": [2, 3, 4],
+    "n_routed_experts": 16,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 5,
+    "o_groups": 8,
+}
+"""For 1, 2, 4 and 8 ranks."""
+SMALL_PRO: Config = {
+    **SMALL_V4,
+    "compress_ratios": [128, 128, 4, 128, 4, 0],
+    "index_n_heads": 16,
+    "n_routed_experts": 16,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 5,
+    "o_groups": 16,
+}
+"""For 1, 2, 4, 8 and 16 ranks."""
+SMALL_TEXT: Config = {
+    "candidate_source_layer_id": 8,
+    "compress_ratios": [0, 0, *[2] * 6, *[1] * 4, 0, 0, 0],
+    "dspark_markov_rank": 24,
+    "dspark_n_routed_experts": 8,
+    "dspark_target_layer_ids": [9, 10, 11],
+    "engram_head_dim": 64,
+    "engram_layer_ids": [1, 10],
+    "engram_n_heads": 2,
+    "engram_num_embeddings": [1003, 1010],
+    "head_dim": 48,
+    "hidden_size": 160,
+    "index_head_dim": 32,
+    "index_n_heads": 8,
+    "index_source_layer_ids": [2, 4, 8, 10],
+    "kv_source_layer_ids": [2, 4, 8],
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 16,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 12,
+    "o_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "vocab_size": 272,
+}
+"""For 1, 2, 4 and 8 ranks; more than one do not divide the rows of the first table, and 4 not those of the second."""
+SMALL_V41: Config = {
+    **V41_FLASH,
+    "text_config": {**V41_FLASH["text_config"], **SMALL_TEXT},
+    "vision_config": {
+        **V41_FLASH["vision_config"],
+        "hidden_size": 64,
+        "intermediate_size": 88,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 11,
+    },
+}
+
+DEEPSEEK_V32 = partial(deepseek_v32, norms="F32")
+DEEPSEEK_V32_EXP = partial(deepseek_v32, norms="BF16")
+FAMILIES: Mapping[str, Family] = {
+    "deepseek-v3": Family(deepseek_v3, DEEPSEEK_V3, {**DEEPSEEK_V3, **SMALL_V3}, 163),
+    "deepseek-v3-for-32": Family(deepseek_v3, DEEPSEEK_V3, {**DEEPSEEK_V3, **SMALL_V3_FOR_32}, 163),
+    "deepseek-v3.2-exp": Family(DEEPSEEK_V32_EXP, V32, {**V32, **SMALL_V3, **SMALL_INDEXER}, 163),
+    "deepseek-v3.2": Family(DEEPSEEK_V32, V32, {**V32, **SMALL_V3, **SMALL_INDEXER}, 163),
+    "kimi-k2": Family(kimi_k2, KIMI_K2, {**KIMI_K2, **SMALL_V3}, 61),
+    "glm-5.1": Family(glm_moe_dsa, GLM_5_1, {**GLM_5_1, **SMALL_GLM}, 282),
+    "glm-5.1-fp8": Family(glm_moe_dsa, GLM_5_1_FP8, {**GLM_5_1_FP8, **SMALL_V3, **SMALL_INDEXER}, 142),
+    "deepseek-v4-flash": Family(deepseek_v4, V4_FLASH, {**V4_FLASH, **SMALL_FLASH}, 46),
+    "deepseek-v4-flash-0731": Family(deepseek_v4, V4_FLASH_0731, {**V4_FLASH_0731, **SMALL_FLASH_0731}, 48),
+    "deepseek-v4-pro": Family(deepseek_v4, V4_PRO, {**V4_PRO, **SMALL_PRO}, 64),
+    "deepseek-v4.1-flash": Family(deepseek_v41, V41_FLASH, SMALL_V41, 48),
+}
