@@ -21,7 +21,7 @@ CONFIG: Mapping[str, Any] = {
     "half": 0.5,
     "yes": True,
     "list": [1, 2],
-    "inner": {"factor": 40, "deeper": {"still": 3}, "nothing": None},
+    "inner": {"factor": 40, "many": [0, 0, 0], "deeper": {"still": 3}, "nothing": None},
 }
 SIZES = {"qk": "heads * (nope + rope)", "twice": "2 * qk", "left": "right + 1", "right": "left + 1", "odd": "odd + 1"}
 
@@ -42,6 +42,8 @@ SIZES = {"qk": "heads * (nope + rope)", "twice": "2 * qk", "left": "right + 1", 
         ("ceil(heads / rope)", 2),
         ("ceil((heads + 1) / rope) * 2", 6),
         ("inner.factor", 40),
+        ("len(list)", 2),
+        ("len(list) - 3 * (len(inner.many) + 1)", -10),
         ("inner.deeper.still * 2", 6),
         # Names for other formulas. A name that is its own key means the key.
         ("qk", 128 * 192),
@@ -86,6 +88,11 @@ def test_ceil_rounds_up(number: int, divisor: int) -> None:
         "yes + 1",
         "list * 2",
         "inner * 2",
+        "len(unknown)",
+        "len(text)",
+        "len(inner)",
+        "len(heads)",
+        "len(inner.unknown)",
         # By nothing.
         "heads // zero",
         "ceil(heads / zero)",
@@ -139,6 +146,14 @@ def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
         "ceil(f(a) / b)",
         "ceil(a / f(b))",
         "math.ceil(a / b)",
+        "len(a + b)",
+        "len(3)",
+        "len(len(a))",
+        "len()",
+        "len(a, b)",
+        "len(*a)",
+        "len(a[0])",
+        "?",
         "__import__('os').system('true')",
         "open('x').read",
         "(a + b.c[0]).d",
@@ -164,6 +179,7 @@ def test_what_is_no_formula_is_refused(text: str) -> None:
         ("[a, 2 * b]", "", ["a", "2 * b"]),
         ("I64 [ceil(a / b), inner.factor]", "I64", ["ceil(a / b)", "inner.factor"]),
         ("F8_E8M0 [a]", "F8_E8M0", ["a"]),
+        ("[?, a]", "", ["?", "a"]),
     ],
 )
 def test_a_shape_is_a_dtype_and_formulas(text: str, dtype: str, formulas: list[str]) -> None:
@@ -173,7 +189,7 @@ def test_a_shape_is_a_dtype_and_formulas(text: str, dtype: str, formulas: list[s
 @pytest.mark.parametrize(
     "text",
     ["", "a", "a, b", "[a", "a]", "[[a]]", "[a] ", " [a]", "I64[a]", "I64  [a]", "I64 F32 [a]", "[a,]", "[,a]", "[a,,b]",
-     "[a b]", "[a; b]", "[a][b]", "[*]", "I-64 [a]"],
+     "[a b]", "[a; b]", "[a][b]", "[*]", "[? + 1]", "[??]", "I-64 [a]"],
 )  # fmt: skip
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
@@ -186,6 +202,7 @@ def test_what_is_no_shape_is_refused(text: str) -> None:
         ("[]", []),
         ("[heads, nope + rope]", [128, 192]),
         ("I64 [qk]", [128 * 192]),
+        ("[?, heads, ?]", [None, 128, None]),
         # Each size by itself.
         ("[unknown, heads]", [None, 128]),
         ("[heads, text]", [128, None]),

@@ -445,6 +445,78 @@ def test_what_some_have_is_told_with_the_members() -> None:
     assert problem.expected == "1, as ratios of config.json says"
 
 
+LISTED = PICKY.replace('size = "hashed", some_of = "i"', 'some_of = "i", listed = "text.hashed"')
+
+
+@pytest.mark.parametrize(
+    ("config", "is_right"),
+    [
+        ({"text": {"hashed": [1, 2]}}, True),
+        ({"text": {"hashed": [2, 1, 1]}}, True),
+        ({"text": {"hashed": [1, 2, 3]}}, False),
+        ({"text": {"hashed": [1, 7]}}, False),
+        ({"text": {"hashed": []}}, False),
+        # A key of another form says nothing.
+        ({"text": {"hashed": 2}}, True),
+        ({"text": {"hashed": None}}, True),
+        ({"text": 5}, True),
+        ({}, True),
+        (None, True),
+    ],
+)
+def test_a_list_of_the_config_names_the_members_of_a_hole(config: Mapping[str, Any] | None, *, is_right: bool) -> None:
+    recipe, checkpoint = parse_recipe(LISTED, "listed.toml"), picky([*NORMS, *KINDS, *TABLES], config)
+    if is_right:
+        assert match(checkpoint, recipe).counts["h"] == 2
+        return
+    (problem,) = problems_of(checkpoint, recipe)
+    assert (problem.kind, problem.subject) == ("contradiction", "hashed layers")
+    assert problem.expected.endswith("as text.hashed of config.json says")
+
+
+@pytest.mark.parametrize(
+    ("config", "is_right"),
+    [({"all": [0, 0, 0, 0, 0], "less": 1}, True), ({"all": [0], "less": 1}, False), ({"all": 5, "less": 1}, True),
+     ({"all": [0]}, True)],
+)  # fmt: skip
+def test_a_count_may_be_a_formula(config: Mapping[str, Any], *, is_right: bool) -> None:
+    recipe = parse_recipe(PICKY.replace('size = "layers"', 'size = "len(all) - less"'), "counted.toml")
+    checkpoint = picky([*NORMS, *KINDS, *TABLES], config)
+    if is_right:
+        assert match(checkpoint, recipe).counts["i"] == 4
+    else:
+        assert [problem.subject for problem in problems_of(checkpoint, recipe)] == ["layers"]
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "subjects"),
+    [
+        (["a", "with"], {"text": {"key": 3}}, []),
+        (["a", "without"], {"text": {"key": None}}, []),
+        (["a", "without"], {"text": {"key": 0}}, []),
+        (["a", "without"], {"text": {}}, []),
+        (["a", "with"], {"text": {}}, []),
+        (["a", "with"], {"text": 3}, []),
+        (["a", "with"], {"text.key": None}, []),
+        (["a", "without"], {"text": {"key": 3}}, ["with", "without"]),
+        (["a", "with"], {"text": {"key": None}}, ["with", "without"]),
+    ],
+)
+def test_a_condition_may_ask_for_a_key_within_another(
+    names: list[str], config: Mapping[str, Any], subjects: list[str]
+) -> None:
+    recipe = recipe_of(
+        '["same", "a", "a", "replicate"]',
+        '["same", "with", "with", "replicate", "", "if text.key"]',
+        '["same", "without", "without", "replicate", "", "unless text.key"]',
+    )
+    checkpoint = picky(names, config)
+    if not subjects:
+        assert match(checkpoint, recipe)
+        return
+    assert sorted(problem.subject for problem in problems_of(checkpoint, recipe)) == subjects
+
+
 def test_a_row_of_some_is_expected_of_each_of_them() -> None:
     recipe = parse_recipe(
         PICKY.replace('["same", "layers.{h}', '["same", "layers.{h}.key", "k.{h}", "rows"],\n["same", "layers.{h}'), "x"
