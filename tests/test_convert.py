@@ -39,6 +39,8 @@ SOURCES = [
 ]
 MTP_LAYER = 11
 MANIFEST = "reshard.json"
+RUN_CONFIG = "run_config.json"
+SIDE_FILES = sorted([*checkpoints.TOKENIZER_FILES, RUN_CONFIG])
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +99,11 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """The names of the files that only one folder has, or whose bytes are not equal; the manifest apart."""
+    """The names of the files that only one folder has, or whose bytes are not equal; what we add apart."""
     ours, theirs = read_folder(left), read_folder(right)
-    return sorted(name for name in (ours.keys() | theirs.keys()) - {MANIFEST} if ours.get(name) != theirs.get(name))
+    return sorted(
+        name for name in (ours.keys() | theirs.keys()) - {MANIFEST, RUN_CONFIG} if ours.get(name) != theirs.get(name)
+    )
 
 
 # --- the bytes ---
@@ -123,7 +127,7 @@ def test_a_single_file_is_a_source_like_its_folder(sources: dict[str, Path], tmp
 def test_side_files_are_those_of_the_checkpoint(sources: dict[str, Path], tmp_path: Path) -> None:
     convert_checkpoint(Job(sources["v2"], 1), tmp_path)
     written = read_folder(tmp_path)
-    assert written.keys() == {"model0-mp1.safetensors", MANIFEST, *checkpoints.TOKENIZER_FILES}
+    assert written.keys() == {"model0-mp1.safetensors", MANIFEST, *SIDE_FILES}
     assert {name: written[name] for name in checkpoints.TOKENIZER_FILES} == checkpoints.TOKENIZER_FILES
 
 
@@ -136,7 +140,7 @@ def test_hidden_files_and_folders_are_no_side_files(sources: dict[str, Path], tm
     assert read_folder(tmp_path / "ours").keys() == {
         "model0-mp1.safetensors",
         MANIFEST,
-        *checkpoints.TOKENIZER_FILES,
+        *SIDE_FILES,
     }
 
 
@@ -292,7 +296,7 @@ def test_the_manifest_tells_what_lies_beside_it(sources: dict[str, Path], tmp_pa
         with safe_open(path, framework="pt") as opened:
             assert file["tensors"] == len(opened.keys())
     assert len(manifest["files"]) == manifest["ranks"] == 4
-    assert [file["name"] for file in manifest["side_files"]] == sorted(checkpoints.TOKENIZER_FILES)
+    assert [file["name"] for file in manifest["side_files"]] == SIDE_FILES
     assert manifest["counts"] == {"layers": 11, "dense layers": 1, "expert layers": 10, "experts": 16, "MTP layers": 1}
     stored = checkpoints.load_checkpoint(sources["fp8"])
     assert sum(share["tensors"] for share in manifest["coverage"]) == len(stored)
@@ -317,7 +321,7 @@ def test_the_mode_of_every_file_follows_the_umask(
     with umask(mask):
         convert_checkpoint(Job(sources["v2"], 2), tmp_path / "ours")
     assert {path.name: path.stat().st_mode & 0o7777 for path in (tmp_path / "ours").iterdir()} == dict.fromkeys(
-        ("model0-mp2.safetensors", "model1-mp2.safetensors", MANIFEST, *checkpoints.TOKENIZER_FILES), mode
+        ("model0-mp2.safetensors", "model1-mp2.safetensors", MANIFEST, *SIDE_FILES), mode
     )
 
 
@@ -337,7 +341,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def test_a_conversion_leaves_nothing_but_its_files(sources: dict[str, Path], tmp_path: Path) -> None:
     convert_checkpoint(Job(sources["v3"], 2), tmp_path)
-    names = {"model0-mp2.safetensors", "model1-mp2.safetensors", MANIFEST, *checkpoints.TOKENIZER_FILES}
+    names = {"model0-mp2.safetensors", "model1-mp2.safetensors", MANIFEST, *SIDE_FILES}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == names
 
 

@@ -188,8 +188,8 @@ def test_a_shape_is_a_dtype_and_formulas(text: str, dtype: str, formulas: list[s
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "a, b", "[a", "a]", "[[a]]", "[a] ", " [a]", "I64[a]", "I64  [a]", "I64 F32 [a]", "[a,]", "[,a]", "[a,,b]",
-     "[a b]", "[a; b]", "[a][b]", "[*]", "[? + 1]", "[??]", "I-64 [a]"],
+    ["", "a", "a, b", "[a", "a]", "[[a]]", "[a] ", " [a]", "I64[a]", "I64  [a]", "I64 F32 [a]", "[a,]", "[,a]",
+     "[a,,b]", "[a b]", "[a; b]", "[a][b]", "[*]", "[? + 1]", "[??]", "I-64 [a]"],
 )  # fmt: skip
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):

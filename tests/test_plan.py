@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
+from reshard.configs import run_config
 from reshard.copies import Copies, WrongPlan, require_coverage, require_tiling
 from reshard.coverage import cover
 from reshard.errors import Refused
@@ -1089,7 +1090,7 @@ def test_padding_suits_the_blocks_that_there_will_be(source: str, cast: str, res
 
 def test_what_is_padded_is_what_grows() -> None:
     plan = make_plan(checkpoint_of(tensor_list(WIDE), WIDE), V3, Layout(32, pad=True))
-    before, after = tensor_list(WIDE), tensor_list({**WIDE, **{"intermediate_size": 20_480, "n_shared_experts": 2}})
+    before, after = tensor_list(WIDE), tensor_list({**WIDE, "intermediate_size": 20_480, "n_shared_experts": 2})
     grown = {
         name: (old, new)
         for (name, _, old), (_, _, new) in zip(before, after, strict=True)
@@ -1111,6 +1112,38 @@ def test_deepseek_v3_in_full_size_is_padded_for_32_ranks(deepseek_v3: Checkpoint
     parts = sum(prod(shape) * BITS[dtype] // 8 for name, dtype, shape in kept if not is_whole(name))
     assert [file.size - len(file.header) for file in plan.files] == [whole + parts // 32] * 32
     assert sum(share.size for share in plan.coverage) == 688_574_839_360
+    said = json.loads(run_config(plan))
+    assert said == {**CONFIG_671B, "inter_dim": 20_480, "n_shared_experts": 2}
+
+
+CONFIG_671B = {
+    "vocab_size": 129_280,
+    "dim": 7168,
+    "inter_dim": 18_432,
+    "moe_inter_dim": 2048,
+    "n_layers": 61,
+    "n_dense_layers": 3,
+    "n_heads": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "n_activated_experts": 8,
+    "n_expert_groups": 8,
+    "n_limited_groups": 4,
+    "route_scale": 2.5,
+    "score_func": "sigmoid",
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "dtype": "fp8",
+}
+"""The configuration that DeepSeek's code is started with for DeepSeek-V3, as it is published."""
+
+
+def test_the_run_configuration_is_the_published_one(deepseek_v3: Checkpoint) -> None:
+    said = run_config(make_plan(deepseek_v3, V3, Layout(16)))
+    assert said == json.dumps(CONFIG_671B, indent=4)
 
 
 def is_whole(name: str) -> bool:
@@ -1215,8 +1248,8 @@ def test_results_of_casts_are_proven_to_be_used_whole() -> None:
     outcomes = [outcome_of(kind, terms, casts) for kind in units_by_kind(matched, V3, plan.layout)]
     series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
     cover(plan.source, V3, plan.layout, matched, series, casts, plan.copies)
+    wrong = with_row(plan.copies, first, source_offset=int(plan.copies.source_offset[first]) + 1)
     with pytest.raises(WrongPlan):
-        wrong = with_row(plan.copies, first, source_offset=int(plan.copies.source_offset[first]) + 1)
         cover(plan.source, V3, plan.layout, matched, series, casts, wrong)
     with pytest.raises(WrongPlan):
         cover(plan.source, V3, plan.layout, matched, series[1:], casts, plan.copies)
