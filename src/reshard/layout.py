@@ -1,6 +1,6 @@
 """Layout: every target file to the byte, and the copies that fill it behind its header. Arithmetic on sizes only."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 
@@ -48,6 +48,17 @@ class TargetFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """A file as it once was: what is to be written again just so, if it holds the same tensors."""
+
+    name: str
+    header: bytes
+    """The eight bytes of the length included."""
+    tensors: Mapping[str, Tensor]
+    """By name, in the order of their data."""
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """The pieces as numbers: what the layout of the files and the copies are computed from, all at once."""
 
@@ -80,22 +91,50 @@ def columns_of(pieces: Pieces) -> Columns:
     return Columns(file, offset, pieces.rank, *np.ascontiguousarray(table[pieces.cut].T))
 
 
-def lay_out(recipe: Recipe, layout: Layout, pieces: Pieces) -> tuple[tuple[TargetFile, ...], Copies]:
-    """Every target file to the byte, and the copies that fill it behind its header."""
+def lay_out(
+    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[Form] = ()
+) -> tuple[tuple[TargetFile, ...], Copies]:
+    """Every target file to the byte, and the copies that fill it behind its header; `forms` are those of the files."""
     columns = columns_of(pieces)
     texts = entry_texts(pieces)
     files, parts = [], []
-    for rank, name in enumerate(file_names(recipe, layout, pieces)):
+    names = [form.name for form in forms] or file_names(recipe, layout, pieces)
+    for rank, name in enumerate(names):
         chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
+        form = forms[rank] if forms and has_form(pieces, chosen, forms[rank]) else None
+        if form:
+            places = {name: place for place, name in enumerate(form.tensors)}
+            chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
         sizes = (columns.run * columns.rows)[chosen]
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
+        header = form.header if form else header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
         parts.append(copies_of(columns, chosen, rank, ends - sizes + len(header)))
     return tuple(files), joined(parts)
+
+
+def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
+    """Whether the pieces are just the tensors that a file once had."""
+    found = {
+        pieces.names[piece]: (pieces.tensors[piece].dtype, pieces.cuts[cut].shape)
+        for piece, cut in zip(chosen.tolist(), pieces.cut[chosen].tolist(), strict=True)
+    }
+    return found == {name: (tensor.dtype, tensor.shape) for name, tensor in form.tensors.items()}
+
+
+def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] | None:
+    """The pieces, each in the file where it once was, and the forms of the files that still have any; None if a piece
+    was in none.
+    """
+    places = {name: number for number, form in enumerate(forms) for name in form.tensors}
+    if not forms or not set(pieces.names) <= places.keys():
+        return None
+    numbers = np.array([places[name] for name in pieces.names], np.int64)
+    kept, rank = np.unique(numbers, return_inverse=True)
+    return replace(pieces, rank=rank.reshape(-1)), [forms[number] for number in kept.tolist()]
 
 
 def entry_texts(pieces: Pieces) -> list[str]:

@@ -11,7 +11,7 @@ from reshard.coverage import Share, cover
 from reshard.cut import Limit, limit_of, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
-from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
+from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import is_paddable, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
@@ -52,8 +52,9 @@ class Plan:
             start = end
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
-    """The plan of a conversion, proven to tile every target file and to cover the source.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = ()) -> Plan:
+    """The plan of a conversion, proven to tile every target file and to cover the source. Whole files are split as the
+    `forms` say, if these know every tensor.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
@@ -70,17 +71,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
         ]
     )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
-    terms = Terms(recipe, layout, config if layout.pad else None, len(checkpoint.files))
+    terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts)
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
-        pieces = dealt_to_files(pieces_of(series), casts, len(checkpoint.files), layout.file_size)
+        pieces = pieces_of(series)
+        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-        pieces = pieces_of(series)
-    files, copies = lay_out(recipe, layout, pieces)
+        pieces, forms = pieces_of(series), ()
+    files, copies = lay_out(recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
     coverage = cover(checkpoint, recipe, layout, matched, series, casts, copies)
     counts = dict(matched.counts)

@@ -41,7 +41,7 @@ MOST_READ = 2 << 20
 
 def packaged_recipes() -> list[Recipe]:
     """Every recipe that comes with the package: the folder is the only registry."""
-    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"))]
+    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)]
 
 
 def load_recipe(name: str) -> Recipe:

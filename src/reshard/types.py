@@ -41,12 +41,24 @@ class Cast(NamedTuple):
     block: tuple[int, int]
     """In elements of the weight: of the scale that there is, or that there will be."""
     result: Tensor
-    """Its `file` is the number of files of the source and the place of the cast; its `offset` is 0. Where its shape is
-    larger than what is computed, the rest is zeros, or ones if it is a scale."""
+    """Its `file` is the number of files and joins of the source and the place of the cast; its `offset` is 0. Where its
+    shape is larger than what is computed, the rest is zeros, or ones if it is a scale."""
     new_block: tuple[int, int] = (1, 1)
     """Of the scale that results, where that is another."""
     is_scale: bool = False
     """Whether the result is a block scale."""
+
+
+class Join(NamedTuple):
+    """A tensor in one piece, of the parts of it that rank files hold. To a plan it is a file that is nowhere."""
+
+    dimension: int
+    """Along which the parts lie one behind the other."""
+    parts: tuple[tuple[Tensor, ...], ...]
+    """For each part, all that hold it: they must be equal."""
+    result: Tensor
+    """Its `file` is the number of files of the checkpoint and the place of the join; its `offset` is 0. It may be
+    shorter than the parts together: what is left over is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,13 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None
     """The parsed `config.json`, if there is one."""
+    joins: tuple[Join, ...] = ()
+    """What of the tensors lies in parts."""
+
+    @property
+    def parts(self) -> int:
+        """How many files there are, and joins, which count as files: casts are numbered from here on."""
+        return len(self.files) + len(self.joins)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,19 +81,26 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
     for place, key in enumerate(zip(alike, map(alike_scale, paired), strict=True) if paired else alike):
         groups.setdefault(key, []).append(place)
     for places in groups.values():
+        scaled = scaling and scaling_of(scaling, weights.tensors[places[0]])
         # Of one place itemgetter gives the thing itself, not a tuple of it.
         pick = itemgetter(*places) if len(places) > 1 else lambda column, place=places[0]: (column[place],)
         of_scales = pick(paired) if paired and paired[places[0]] else ()
         yield Kind(
             rule,
             weights.rule,
-            scaling,
+            scaled,
             pick(weights.numbers),
             pick(weights.tensors),
             pick(names),
             [pair[0] for pair in of_scales],
             [pair[1] for pair in of_scales],
         )
+
+
+def scaling_of(scaling: BlockScale, weight: Tensor) -> BlockScale:
+    """How a weight is scaled: one that could be packed, but is FP8, has the block of that."""
+    is_cast = scaling.packed and weight.dtype == "F8_E4M3"
+    return BlockScale(scaling.left, scaling.right, scaling.fp8_block) if is_cast else scaling
 
 
 def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
@@ -181,7 +188,7 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "a loader would cast it silently: is the checkpoint sound?"
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
-    elif kind.scaling and isinstance(quantization, dict):
+    elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
         named = quantization.get("modules_to_not_convert")
         exempt = [module for module in named if isinstance(module, str)] if isinstance(named, list) else []
         for tensor in kind.weights:
