@@ -23,7 +23,7 @@ LAYERS = (
     "compare holes workers",
     "match target verify",
     "choose units",
-    "padding results",
+    "derive padding results",
     "coverage layout",
     "plan",
     "configs execute manifest",

@@ -136,14 +136,12 @@ def parts_of(
     dimension = dimension_of(found.rule.split)
     if dimension is None or (found.is_scale and len(copies[0].shape) <= dimension):
         times = len(copies)
-    elif units and ranks > units:
-        times = ranks // units
-    elif found.is_scale and weight and found.scaling and ranks > 1:
-        length = weight.by_rank[0].shape[dimension]
-        side = block_of(found.scaling, weight.by_rank[0])[dimension]
-        times = side // length if 0 < length < side else 1
     else:
-        times = 1
+        times = ranks // units if units and ranks > units else 1
+        if found.is_scale and weight and found.scaling and ranks > times:
+            length = weight.by_rank[0].shape[dimension]
+            side = block_of(found.scaling, weight.by_rank[0])[dimension]
+            times *= side // length if 0 < length < side else 1
     groups = [tuple(copies[first : first + times]) for first in range(0, len(copies), times)]
     return tuple(group[:1] if first_replica else group for group in groups)
 
