@@ -46,11 +46,9 @@ def suits(
     return all(length % (layout.ranks * block) == 0 for length, block in found)
 
 
-def can_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Whether the length that is cut is raised to suit the ranks: then it says nothing of other numbers of them."""
-    if kind.rule.split == "padded rows":
-        return True
-    return layout.pad and any(True for key in recipe.padded for _ in lengths([kind], recipe, config, key))
+def can_grow(kind: Kind, recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether the length that is cut depends on a key that the recipe allows to raise."""
+    return any(True for key in recipe.padded for _ in lengths([kind], recipe, config, key))
 
 
 def lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> Iterator[tuple[int, int]]:

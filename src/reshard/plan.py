@@ -134,19 +134,22 @@ def ranks_problems(
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
+    paddable = not problems and not layout.pad
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
+        grows = can_grow(outcome.kind, recipe, config)
         limit = limit_of(weight, split, outcome.block)
-        if limit and not can_grow(outcome.kind, recipe, layout, config):
+        # A length that is raised to suit these ranks says nothing of other numbers of them.
+        if limit and split != "padded rows" and not (layout.pad and grows):
             limits.add(limit)
         if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
+            paddable = paddable and grows
             for tensor in outcome.weights:
                 problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
-    straddles = any(problem.kind == "straddles-blocks" for problem in problems)
-    if remedy and straddles and recipe.padded and not layout.pad:
+    if remedy and paddable:
         remedy += ", or --pad"
     yield from (replace(problem, remedy=remedy) for problem in problems)
 
