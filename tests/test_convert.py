@@ -136,7 +136,7 @@ def test_whole_files_hold_every_tensor_whole(tmp_path: Path) -> None:
 
 def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Dtype, shape and bytes of each tensor, by the safetensors package."""
-    entries = deserialize(path.read_bytes())
+    entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     return {name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in entries}
 
 
