@@ -16,15 +16,18 @@ FOLDER = Path(reshard.__file__).parent
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
-    "__init__ errors output text types",
-    "header progress recipe",
-    "bands boxes copies cut disk generate names read",
-    "holes journal parallel windows",
-    "compare match workers",
-    "choose plan target verify",
-    "manifest",
-    "audit execute",
-    "convert inspect",
+    "__init__ errors memory output tables text tiles types",
+    "compiled formulas header progress",
+    "bands boxes casts copies cut disk generate read recipe",
+    "casting journal names parallel windows",
+    "compare holes workers",
+    "match target verify",
+    "choose units",
+    "padding results",
+    "coverage layout",
+    "plan",
+    "configs execute manifest",
+    "audit convert inspect",
     "commands lookup",
     "demo",
     "cli",
@@ -145,7 +148,7 @@ def test_every_recipe_is_in_the_wheel() -> None:
 
 
 def test_every_recipe_in_the_folder_is_registered_under_its_own_name() -> None:
-    files = sorted(path.stem for path in (FOLDER / "recipes").glob("*.toml"))
+    files = [path.stem for path in sorted((FOLDER / "recipes").glob("*.toml"))]
     assert [recipe.name for recipe in packaged_recipes()] == files
     assert [load_recipe(name).name for name in files] == files
     assert {"deepseek-v2", "deepseek-v3"} <= set(files)
