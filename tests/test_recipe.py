@@ -13,7 +13,7 @@ from reshard.errors import Refused
 from reshard.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
 from reshard.types import BlockScale, Recipe, Rule
 
-PACKAGED = [path.stem for path in sorted(FOLDER.glob("*.toml"))]
+PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 V3 = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
 CELL = re.compile(r'"(?:[^"\\]|\\.)*"')
 HOLE = re.compile(r"\{(.)\}")
