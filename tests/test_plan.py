@@ -639,7 +639,7 @@ def prove(plan: Plan, copies: Copies) -> None:
     """All that `make_plan` proves of its copies."""
     require_tiling(copies, [len(file.header) for file in plan.files], [file.size for file in plan.files])
     matched = match(plan.source, plan.recipe)
-    terms, casts = Terms(plan.recipe, plan.layout, None, len(plan.source.files)), list(plan.casts)
+    terms, casts = Terms(plan.recipe, plan.layout, None, len(plan.source.files), plan.config or {}), list(plan.casts)
     outcomes = [outcome_of(kind, terms, []) for kind in units_by_kind(matched, plan.recipe, plan.layout)]
     series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
     cover(plan.source, plan.recipe, plan.layout, matched, series, casts, copies)
@@ -1244,7 +1244,11 @@ def test_what_is_cast_is_computed_from_a_weight_and_its_scale(layout: Layout) ->
 def test_results_of_casts_are_proven_to_be_used_whole() -> None:
     plan = make_plan(checkpoint_of(tensor_list(TINY), TINY), V3, Layout(2, cast="bf16"))
     first = int(np.flatnonzero(plan.copies.source_file >= len(plan.source.files))[0])
-    matched, terms, casts = match(plan.source, V3), Terms(V3, plan.layout, None, len(plan.source.files)), list[Cast]()
+    matched, terms, casts = (
+        match(plan.source, V3),
+        Terms(V3, plan.layout, None, len(plan.source.files), TINY),
+        list[Cast](),
+    )
     outcomes = [outcome_of(kind, terms, casts) for kind in units_by_kind(matched, V3, plan.layout)]
     series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
     cover(plan.source, V3, plan.layout, matched, series, casts, plan.copies)

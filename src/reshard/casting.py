@@ -83,8 +83,8 @@ def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, in
     found = {}
     for place, cast in enumerate(made):
         if isinstance(cast, Join):
-            row = cast.result.size // max(prod(cast.result.shape[:1]), 1)
-            found[files + place] = row if cast.dimension and 0 < row <= most else most
+            row = cast.result.size // cast.rows
+            found[files + place] = row if cast.rows > 1 and 0 < row <= most else most
             continue
         rows, columns = matrix(cast.result.shape)
         row = columns * BITS[cast.result.dtype] // 8

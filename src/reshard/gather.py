@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from reshard.cut import DIMENSION
+from reshard.cut import HALVES, dimension_of
 from reshard.errors import Problem, require_none
 from reshard.match import OWN_RECIPE
 from reshard.names import Pattern, later_members, patterns_of, split_names
 from reshard.origin import Origin
 from reshard.read import Stored
 from reshard.recipe import scale_letter
+from reshard.results import units_of
 from reshard.types import BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"
@@ -44,7 +45,11 @@ def gather(stored: Stored, recipe: Recipe, origin: Origin, *, first_replica: boo
     problems: list[Problem] = []
     for found in held.values():
         weight = held.get(weight_name(found))
-        parts = parts_of(found, weight, ranks, first_replica=first_replica)
+        units = units_of(found.rule, origin.config or {})
+        if units is None:
+            key = found.rule.split.removeprefix("rows of ")
+            problems.append(Problem("no-config", found.name, f"no {key} in a config.json", "one", "copy it there"))
+        parts = parts_of(found, weight, ranks, units or 0, first_replica=first_replica)
         tensors[found.name] = whole_of(found, parts, ranks, origin, joins, problems)
     require_none(problems)
     return Checkpoint(stored.folder, stored.files, tensors, origin.config, tuple(joins))
@@ -123,12 +128,16 @@ def weight_name(found: Held) -> str:
     return f"{found.name.removesuffix(found.scaling.left)}weight" if found.is_scale and found.scaling else ""
 
 
-def parts_of(found: Held, weight: Held | None, ranks: int, *, first_replica: bool) -> tuple[tuple[Tensor, ...], ...]:
+def parts_of(
+    found: Held, weight: Held | None, ranks: int, units: int, *, first_replica: bool
+) -> tuple[tuple[Tensor, ...], ...]:
     """The parts of a tensor in their order, and of each all that hold it."""
     copies = [found.by_rank[rank] for rank in sorted(found.by_rank)]
-    dimension = DIMENSION.get(found.rule.split)
+    dimension = dimension_of(found.rule.split)
     if dimension is None or (found.is_scale and len(copies[0].shape) <= dimension):
         times = len(copies)
+    elif units and ranks > units:
+        times = ranks // units
     elif found.is_scale and weight and found.scaling and ranks > 1:
         length = weight.by_rank[0].shape[dimension]
         side = block_of(found.scaling, weight.by_rank[0])[dimension]
@@ -153,7 +162,7 @@ def whole_of(
     problems: list[Problem],
 ) -> Tensor:
     """The tensor in one piece; appends the join that it takes, if it takes one."""
-    first, dimension = parts[0][0], DIMENSION.get(found.rule.split, 0)
+    first, dimension = parts[0][0], dimension_of(found.rule.split) or 0
     shape = list(first.shape)
     if len(parts) > 1:
         shape[dimension] *= len(parts)
@@ -173,7 +182,8 @@ def whole_of(
     if len(parts) == 1 and len(parts[0]) == 1 and before == shape:
         return unpacked(first._replace(name=found.name), found)
     whole = Tensor(found.name, first.dtype, tuple(before), len_files(ranks) + len(joins), 0, size)
-    joins.append(Join(dimension, parts, whole))
+    rows = shape[0] if dimension else HALVES if found.rule.split == "packed rows" else 1
+    joins.append(Join(rows, parts, whole))
     return unpacked(whole, found)
 
 

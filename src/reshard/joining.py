@@ -1,7 +1,6 @@
 """Joining: any stretch of a tensor that rank files hold in parts. Opens no file itself."""
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,13 +28,12 @@ def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int
     Raises Refused if two ranks hold different bytes of one part.
     """
     data = np.frombuffer(out, np.uint8)
-    if join.dimension == 0 or len(join.parts) == 1:
+    if join.rows == 1 or len(join.parts) == 1:
         sizes = [part[0].size for part in join.parts]
         for run in runs_of(sizes, offset, len(data), most):
             fetch(join, run, data[run.place : run.place + run.size].reshape(1, -1), read)
         return
-    height = prod(join.result.shape[:1])
-    width, widths = join.result.size // height, [part[0].size // height for part in join.parts]
+    width, widths = join.result.size // join.rows, [part[0].size // join.rows for part in join.parts]
     for row, begin, end, place in lines(offset, len(data), width):
         count = (end - begin) // width or 1
         for step in range(0, count, max(1, most // max(widths))):

@@ -1,5 +1,6 @@
 """Layout: every target file to the byte, and the copies that fill it behind its header. Arithmetic on sizes only."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
@@ -15,6 +16,10 @@ from reshard.types import RANKS, Cast, Layout, Recipe, Tensor
 EVERY_RANK = -1
 WHOLE_METADATA = '"__metadata__":{"format":"pt"}'
 """Without it, transformers refuses a file."""
+LEAST_HEADER = len(WHOLE_METADATA) + 8 + 2 + 8
+"""In bytes: with its length, its braces and what aligns it."""
+MOST_OFFSETS = 32
+"""In bytes: two numbers of 13 digits, and what stands around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +114,22 @@ def lay_out(
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = form.header if form else header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
+        header = form.header if form else header_bytes([*metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
-        parts.append(copies_of(columns, chosen, rank, ends - sizes + len(header)))
+        part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
+        parts.append(copies_of(columns, chosen, rank, part, ends - sizes + len(header)))
     return tuple(files), joined(parts)
+
+
+def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
+    """What a file says of itself: in whole files their format, in rank files what a recipe wants them to say."""
+    if layout.to != RANKS:
+        return [WHOLE_METADATA]
+    if not recipe.describes:
+        return []
+    facts = {"format": "pt", "rank": str(rank), "ranks": str(layout.ranks), "recipe": recipe.name}
+    return [f'"__metadata__":{json.dumps(facts, separators=(",", ":"), ensure_ascii=False)}']
 
 
 def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
@@ -160,15 +176,18 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def copies_of(columns: Columns, chosen: Integers, rank: int, target_offset: Integers) -> Copies:
-    """The copies of one rank's pieces. Rows that lie back to back become one run; empty tensors have no copy."""
+def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
+    """The copies of one file's pieces, of each the part of one rank.
+
+    Rows that lie back to back become one run; empty tensors have no copy.
+    """
     rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
-    source_offset = columns.source_offset[chosen] + rank // columns.repeat[chosen] * run
+    source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
     run = np.where(run == pitch, run * rows, run)
     rows = np.where(run >= pitch, 1, rows)
     pitch = np.where(rows == 1, run, pitch)
     full = run * rows > 0
-    target_file = np.full(len(chosen), rank)
+    target_file = np.full(len(chosen), file)
     table = (columns.source_file[chosen], source_offset, pitch, run, rows, target_file, target_offset)
     return Copies(*(column[full] for column in table))
 
@@ -176,15 +195,17 @@ def copies_of(columns: Columns, chosen: Integers, rank: int, target_offset: Inte
 def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], files: int, most: int) -> Pieces:
     """The pieces, each in one file, in the order of the source; a file ends before it grows beyond `most` bytes.
 
-    `files` is the number of files of the source.
+    A piece that is larger has a file of its own. `files` is the number of files of the source.
     """
+    # Before the files are known, their headers are not: offsets may have so many digits more.
+    entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
     origins = [casts[tensor.file - files].weight if tensor.file >= files else tensor for tensor in pieces.tensors]
     order = np.lexsort(([origin.offset for origin in origins], [origin.file for origin in origins]))
     file, held = 0, 0
     rank = np.zeros(len(order), np.int64)
     for place in order.tolist():
-        size = pieces.tensors[place].size
-        if held and held + size > most:
+        size = pieces.tensors[place].size + entries[place]
+        if held and held + size > most - LEAST_HEADER:
             file, held = file + 1, 0
         held += size
         rank[place] = file

@@ -7,7 +7,7 @@ model of a larger config. Source of the rule: docs/decisions/2026-11-26-padding.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from reshard.cut import DIMENSION
+from reshard.cut import dimension_of
 from reshard.errors import refuse
 from reshard.formulas import parse_shape, shape_of
 from reshard.types import Layout, Recipe
@@ -52,7 +52,7 @@ def cut_lengths(
     """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
     found = set()
     for kind in kinds:
-        dimension = DIMENSION.get(kind.rule.split)
+        dimension = dimension_of(kind.rule.split)
         formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
         if dimension is None or len(formulas) <= dimension:
             continue

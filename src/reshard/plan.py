@@ -8,15 +8,15 @@ import numpy as np
 
 from reshard.copies import Copies, require_tiling
 from reshard.coverage import Share, cover
-from reshard.cut import Limit, limit_of, weight_problems, working_ranks
+from reshard.cut import Limit, limit_of, parts_for, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import is_paddable, padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import config_problems, kinds_of, pairing_problems
+from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
         ]
     )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
-    terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts)
+    terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
     if layout.to == WHOLE:
@@ -95,6 +95,9 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+    if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
+        expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
+        yield Problem("wrong-option", "--cast", layout.cast, expected)
     if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
         yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, "a recipe with packed FP4 weights")
     if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
@@ -136,12 +139,21 @@ def ranks_problems(
             helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        if limit := limit_of(weight, split, outcome.block):
+        units = units_of(outcome.kind.rule, config)
+        limit = limit_of(weight, split, outcome.block, units or 0)
+        grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        # What is raised to suit these ranks says nothing of other numbers of them.
+        if limit and not grows:
             limits.add(limit)
-        if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
+        parts = parts_for(layout.ranks, units or 0)
+        if units is None or not parts:
+            found = f"{units or 'no'} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            expected = "a number in config.json that divides the ranks, or that they divide"
+            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
+        elif next(weight_problems(weight, split, parts, outcome.block), None):
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
-                problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
+                problems.extend(weight_problems(tensor, split, parts, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""

@@ -4,7 +4,7 @@ Arithmetic on names, dtypes and shapes only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -81,14 +81,13 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
     for place, key in enumerate(zip(alike, map(alike_scale, paired), strict=True) if paired else alike):
         groups.setdefault(key, []).append(place)
     for places in groups.values():
-        scaled = scaling and scaling_of(scaling, weights.tensors[places[0]])
         # Of one place itemgetter gives the thing itself, not a tuple of it.
         pick = itemgetter(*places) if len(places) > 1 else lambda column, place=places[0]: (column[place],)
         of_scales = pick(paired) if paired and paired[places[0]] else ()
         yield Kind(
             rule,
             weights.rule,
-            scaled,
+            scaling_of(weights.tensors[places[0]], scaling),
             pick(weights.numbers),
             pick(weights.tensors),
             pick(names),
@@ -97,10 +96,11 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
         )
 
 
-def scaling_of(scaling: BlockScale, weight: Tensor) -> BlockScale:
-    """How a weight is scaled: one that could be packed, but is FP8, has the block of that."""
-    is_cast = scaling.packed and weight.dtype == "F8_E4M3"
-    return BlockScale(scaling.left, scaling.right, scaling.fp8_block) if is_cast else scaling
+def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
+    """How a weight is scaled: where FP4 is expected, FP8 has blocks of its own, as the V4 base models have."""
+    if scaling and scaling.packed and weight.dtype == "F8_E4M3":
+        return replace(scaling, block=scaling.fp8_block, packed=False)
+    return scaling
 
 
 def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
