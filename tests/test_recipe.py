@@ -262,7 +262,8 @@ FAULTS = [
     pytest.param(PADDED, 'padded = "intermediate_size"', "padded: a list of strings", id="a text as padded"),
     pytest.param(RUN_DIM, "dim = 3", "a formula over config keys", id="a number as run configuration"),
     pytest.param(RUN_DIM, 'dim = "hidden_size -"', "is not a formula", id="half a formula to run with"),
-    pytest.param(RUN_DIM, 'dim = ["hidden_size"]', "a formula over config keys", id="a formula alone in a list"),
+    pytest.param(RUN_DIM, 'dim = ["hidden_size", 1, 2]', "a formula over config keys",
+                 id="a formula with two defaults"),
     pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
     # The holes.
     pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),
