@@ -20,14 +20,17 @@ LAYERS = (
     "compiled formulas header progress",
     "bands boxes casts copies cut disk generate read recipe",
     "casting journal names parallel windows",
-    "compare holes workers",
-    "match target verify",
+    "compare holes joining",
+    "match target verify workers",
     "choose units",
     "padding results",
     "coverage layout",
     "plan",
     "configs execute manifest",
-    "audit convert inspect",
+    "audit inspect origin",
+    "gather",
+    "sources",
+    "convert",
     "commands lookup",
     "demo",
     "cli",
@@ -148,7 +151,7 @@ def test_every_recipe_is_in_the_wheel() -> None:
 
 
 def test_every_recipe_in_the_folder_is_registered_under_its_own_name() -> None:
-    files = [path.stem for path in sorted((FOLDER / "recipes").glob("*.toml"))]
+    files = sorted(path.stem for path in (FOLDER / "recipes").glob("*.toml"))
     assert [recipe.name for recipe in packaged_recipes()] == files
     assert [load_recipe(name).name for name in files] == files
     assert {"deepseek-v2", "deepseek-v3"} <= set(files)
