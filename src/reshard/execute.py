@@ -17,20 +17,22 @@ from reshard.casting import bands_of
 from reshard.disk import (
     CACHED,
     Ways,
-    available_memory,
+    is_cached,
     make_durable,
     open_file,
     open_source,
     reserve,
+    way_to_read,
     ways_past_cache,
     write_all,
 )
 from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
+from reshard.memory import available_memory
 from reshard.plan import Plan, describe_layout
-from reshard.types import Advance, Checkpoint
+from reshard.types import Advance, Cast, Checkpoint, Join
 from reshard.windows import WINDOW_SIZE, Window, windows
-from reshard.workers import MEMORY_OF_CASTS, MEMORY_PER_JOB, Files, Ledger, move_all
+from reshard.workers import MEMORY_OF_MAKING, MEMORY_PER_JOB, Files, Ledger, move_all
 
 JOBS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
@@ -144,8 +146,9 @@ def write_ranks(
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
-        work = without(windows(plan.copies, bands=bands_of(plan.casts, len(sources), WINDOW_SIZE)), written)
-        files = Files(sources, names, targets, ways, plan.casts, settings.allow_inexact)
+        made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
+        work = without(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), written)
+        files = Files(sources, names, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
@@ -160,16 +163,21 @@ def write_ranks(
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
-    """Through the page cache or past it."""
+    """Through the page cache or past it. A job that fits the cache is read past it all the same if the source is not in
+    there yet: reading would be held up by making room for bytes that are wanted once.
+    """
     moved = plan.size + int(plan.copies.sizes.sum())
-    if settings.cache == "yes" or (settings.cache == "auto" and moved <= available_memory() // 3):
+    paths = [plan.source.folder / file.name for file in plan.source.files]
+    if settings.cache == "no" or (settings.cache == "auto" and moved > available_memory() // 3):
+        return ways_past_cache(paths[0], target)
+    if settings.cache == "yes" or is_cached(paths):
         return CACHED
-    return ways_past_cache(plan.source.folder / plan.source.files[0].name, target)
+    return Ways(way_to_read(paths[0]), CACHED.write)
 
 
 def memory_per_job(plan: Plan) -> int:
     """In bytes."""
-    return MEMORY_PER_JOB + (MEMORY_OF_CASTS if plan.casts else 0)
+    return MEMORY_PER_JOB + (MEMORY_OF_MAKING if plan.casts or plan.source.joins else 0)
 
 
 def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:
@@ -258,6 +266,8 @@ def finish(target: Path, names: Sequence[str]) -> None:
     """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
     for name in names:
         partial = target / (name + PARTIAL)
+        if name == names[-1]:  # the manifest: it says that the others have their final names
+            sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)

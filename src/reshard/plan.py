@@ -8,15 +8,15 @@ import numpy as np
 
 from reshard.copies import Copies, require_tiling
 from reshard.coverage import Share, cover
-from reshard.cut import Limit, limit_of, weight_problems, working_ranks
+from reshard.cut import Limit, limit_of, parts_for, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
-from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
+from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import can_grow, padded_config
-from reshard.results import CAST_TO_FP8, Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.padding import is_paddable, padded_config
+from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import config_problems, kinds_of, pairing_problems
+from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,9 @@ class Plan:
             start = end
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
-    """The plan of a conversion, proven to tile every target file and to cover the source.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = ()) -> Plan:
+    """The plan of a conversion, proven to tile every target file and to cover the source. Whole files are split as the
+    `forms` say, if these know every tensor.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
@@ -70,17 +71,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
         ]
     )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
-    terms = Terms(recipe, layout, config if layout.pad else None, len(checkpoint.files))
+    terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
-        pieces = dealt_to_files(pieces_of(series), casts, len(checkpoint.files), layout.file_size)
+        pieces = pieces_of(series)
+        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-        pieces = pieces_of(series)
-    files, copies = lay_out(recipe, layout, pieces)
+        pieces, forms = pieces_of(series), ()
+    files, copies = lay_out(recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
     coverage = cover(checkpoint, recipe, layout, matched, series, casts, copies)
     counts = dict(matched.counts)
@@ -88,7 +90,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """Options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    if not 1 <= layout.ranks <= MOST_RANKS:
+        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
     if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
@@ -124,32 +128,36 @@ def ranks_problems(
     config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
 ) -> Iterator[Problem]:
     """Everything that the number of ranks does not suit, with the numbers that suit all."""
-    if not 1 <= layout.ranks <= MOST_RANKS:
-        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
-        return
     limits = set()
     problems = []
+    helps = not layout.pad
     for subject, length in counted_lengths(config, recipe, matched):
         limits.add(Limit(length))
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
-    paddable = not problems and not layout.pad
+            helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        grows = can_grow(outcome.kind, recipe, config)
-        limit = limit_of(weight, split, outcome.block)
-        # A length that is raised to suit these ranks says nothing of other numbers of them.
-        if limit and split != "padded rows" and not (layout.pad and grows):
+        units = units_of(outcome.kind.rule, config)
+        limit = limit_of(weight, split, outcome.block, units or 0)
+        grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        # What is raised to suit these ranks says nothing of other numbers of them.
+        if limit and not grows:
             limits.add(limit)
-        if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
-            paddable = paddable and grows
+        parts = parts_for(layout.ranks, units or 0)
+        if units is None or not parts:
+            found = f"{units or 'no'} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            expected = "a number in config.json that divides the ranks, or that they divide"
+            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
+        elif next(weight_problems(weight, split, parts, outcome.block), None):
+            helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
-                problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
+                problems.extend(weight_problems(tensor, split, parts, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
-    if remedy and paddable:
+    if remedy and helps:
         remedy += ", or --pad"
     yield from (replace(problem, remedy=remedy) for problem in problems)
 

@@ -13,22 +13,25 @@ from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
 from reshard.formulas import parse, parse_shape
+from reshard.header import BITS
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "recipes"
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "rules")
 HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 RELATIONS = ("same", "dequantize", "drop")
-SPLITS = ("replicate", "rows", "columns", "padded rows")
+SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
+UNITS = re.compile(r"rows of ([\w.]+)")
+"""The split of heads: they are whole, and those of few are held by several ranks."""
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) [\w.]+")
+CONDITION = re.compile(r"(if|unless) [\w.]+|maybe")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
@@ -40,7 +43,7 @@ MOST_READ = 2 << 20
 
 def packaged_recipes() -> list[Recipe]:
     """Every recipe that comes with the package: the folder is the only registry."""
-    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"))]
+    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)]
 
 
 def load_recipe(name: str) -> Recipe:
@@ -91,6 +94,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
         run=table.get("run", {}),
+        describes=table.get("describes", False),
         checked=table.get("checked", ""),
         rules=tuple(all_rules(table["rules"], holes)),
         origin=origin,
@@ -146,7 +150,8 @@ Fault = tuple[Where, str, str]
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
     holes = table.get("holes", {})
-    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), holes)]
+    letters = holes if isinstance(holes, dict) else {}
+    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
     faults += formula_faults(table)
     yield from faults
     if not faults:
@@ -164,6 +169,8 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_texts(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if type(table.get("describes", False)) is not bool:
+        yield ("describes",), repr(table["describes"]), "describes: true or false"
     if not isinstance(table.get("checked", ""), str):
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
@@ -200,7 +207,7 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
+def scale_faults(scales: Any, holes: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(scales, dict):
         yield ("scales",), repr(scales), "scales: a table"
         return
@@ -284,6 +291,12 @@ def is_picked(value: Any) -> bool:
 
 def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a hole says of other holes and of tensors."""
+    if "like" in fields and "after" not in fields:
+        yield "like without after", "like of a hole that follows another"
+    if ("within" in fields and "some_of" in fields) or (
+        "picked_by" in fields and not {"within", "some_of"} & set(fields)
+    ):
+        yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
     others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
     for other in [*others, *fields.get("like", "")]:
         if other not in holes or other == name:
@@ -321,7 +334,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json"
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe'"
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
@@ -329,10 +342,13 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
         return
     yield from side_faults(rule, scales)
-    if rule.split not in SPLITS and rule.split not in {
+    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
-        yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
+        yield (
+            repr(rule.split),
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
+        )
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -351,9 +367,12 @@ def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 def shape_faults(text: str) -> Iterator[tuple[str, str]]:
     try:
-        parse_shape(text)
+        dtype = parse_shape(text)[0]
     except ValueError as error:
         yield str(error), "a shape such as [vocab_size, hidden_size]"
+        return
+    if dtype and dtype not in BITS:
+        yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:

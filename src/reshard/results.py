@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from reshard.copies import Integers
-from reshard.cut import DIMENSION, Cut, cut_scale, cut_weight, whole
+from reshard.cut import Cut, cut_scale, cut_weight, dimension_of, parts_for, whole
 from reshard.formulas import shape_of
 from reshard.header import BITS
+from reshard.holes import config_value
 from reshard.names import slots_of
-from reshard.recipe import WEIGHT
+from reshard.recipe import UNITS, WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
-from reshard.units import Kind, logical_shape, scale_shape
+from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
 
-CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 MOST_FILES = 1 << 32
 """Of whole tensors: whichever file holds one holds all of it."""
 
@@ -64,6 +64,8 @@ class Terms:
     """The config with the keys raised that are padded; None if nothing is."""
     files: int
     """How many the source has: casts are numbered from there."""
+    config: Mapping[str, Any]
+    """With what padding has raised; empty without one."""
 
 
 def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
@@ -78,12 +80,11 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     if scaling is None or scaling.stays:
         block = scaling.block if scaling and kind.scales else (1, 1)
         return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
-    dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
-    if kind.scales and (layout.cast == "bf16" or dequantizes):
+    if kind.scales and dequantizes(kind.rule, layout):
         return dequantized(kind, scaling, terms, casts)
     if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
         return cast_to_fp8(kind, scaling, terms, casts)
-    if not kind.scales and layout.cast in CAST_TO_FP8:
+    if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
         return quantized(kind, scaling, terms, casts)
     if scaling.packed and layout.to != WHOLE:
         shape = logical_shape(kind.weights[0], scaling)
@@ -149,7 +150,7 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     if terms.padded and rule.shape and rule.relation != "drop":
         shape = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
         return tuple(known or length for known, length in zip(shape, weight.shape, strict=True))
-    if rule.split == "padded rows" and terms.layout.to != WHOLE:
+    if rule.split == "padded rows" and terms.layout.to != WHOLE and weight.shape:
         ranks = terms.layout.ranks
         return (-(-weight.shape[0] // ranks) * ranks, *weight.shape[1:])
     return weight.shape
@@ -178,6 +179,13 @@ def pad(
         yield result
 
 
+def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
+    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
+    found = UNITS.fullmatch(rule.split)
+    value = config_value(found[1], config) if found else 0
+    return value if type(value) is int and (value > 0 or not found) else None
+
+
 def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
     """The weights of a kind, and their scales, cut for the ranks; nothing may stand against it any more."""
     kind, layout = outcome.kind, terms.layout
@@ -185,15 +193,17 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     weight, ranks = outcome.weights[0], None
     if split.startswith("by "):
         ranks = dealt(kind, terms, counts)
-    times = layout.ranks if split == "replicate" else 1
-    yield Series(number, kind.names, outcome.weights, cut_weight(weight, split, layout.ranks), ranks, times, times)
+    parts = parts_for(layout.ranks, units_of(kind.rule, terms.config) or 0)
+    times = layout.ranks if split == "replicate" else layout.ranks // parts
+    cut = cut_weight(weight, split, layout.ranks, parts)
+    yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
     if not outcome.scales:
         return
-    dimension = DIMENSION.get(split)
+    dimension = dimension_of(split)
     if dimension is None or len(outcome.scales[0].shape) <= dimension:
         cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
     else:
-        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, outcome.block[dimension])
+        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, parts, outcome.block[dimension])
         most = min(cut.repeat, layout.ranks)
         least = layout.ranks - most * (-(-layout.ranks // most) - 1)
     yield Series(number, outcome.scale_names, outcome.scales, cut, ranks, least, most)
