@@ -1,8 +1,8 @@
-"""How long planning takes, and how much memory it needs, for DeepSeek-V3 at its full size and 16 ranks.
+"""How long planning takes, and how much memory it needs, for the largest models at full size and 16 ranks.
 
     python benchmarks/plan.py
 
-Makes the checkpoint in a temporary folder: all names, shapes and sizes are true, the data are holes in sparse files.
+Makes the checkpoints in a temporary folder: all names, shapes and sizes are true, the data are holes in sparse files.
 Each run is a fresh process that reads the headers and makes the plan as `reshard plan` does. The headers were written
 just before, so they come from the page cache.
 """
@@ -20,31 +20,33 @@ from statistics import median
 
 RUNS = 5
 RANKS = 16
-FILES = 163
-MEASURES = {"read": "s", "plan": "s", "read + plan": "s", "peak memory": "MiB"}
+MODELS = ("deepseek-v3", "kimi-k2", "deepseek-v4-pro")
+MEASURES = {"read": "s", "plan": "s", "read + plan": "s", "peak memory": "MB"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of planning DeepSeek-V3 for 16 ranks.")
+    parser = argparse.ArgumentParser(description="Time and memory of planning for 16 ranks.")
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
     source = parser.parse_args().once
     if source:
         print(json.dumps(measure(source)))
         return
-    with tempfile.TemporaryDirectory(prefix="reshard-benchmark-") as folder:
-        make_source(Path(folder) / "DeepSeek-V3")
-        runs = [run_once(Path(folder) / "DeepSeek-V3") for _ in range(RUNS)]
-    print(f"DeepSeek-V3, {FILES} files, {runs[0]['tensors']:,.0f} tensors, {RANKS} ranks: {RUNS} runs")
-    print(f"{'':12}  {'best':>8}  {'median':>8}")
-    for name, unit in MEASURES.items():
-        values = [run[name] for run in runs]
-        print(f"{name:12}  {min(values):8.2f}  {median(values):8.2f}  {unit}")
+    for model in MODELS:
+        with tempfile.TemporaryDirectory(prefix="reshard-benchmark-") as folder:
+            make_source(Path(folder) / model, model)
+            runs = [run_once(Path(folder) / model) for _ in range(RUNS)]
+        print(f"{model}, {runs[0]['tensors']:,.0f} tensors, {RANKS} ranks: {RUNS} runs")
+        print(f"{'':12}  {'best':>8}  {'median':>8}")
+        for name, unit in MEASURES.items():
+            values = [run[name] for run in runs]
+            print(f"{name:12}  {min(values):8.2f}  {median(values):8.2f}  {unit}")
 
 
-def make_source(folder: Path) -> None:
-    from reshard.generate import DEEPSEEK_V3, write_checkpoint  # noqa: PLC0415 - what is measured imports by itself
+def make_source(folder: Path, model: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from families import write_full  # noqa: PLC0415 - what is measured imports by itself
 
-    write_checkpoint(folder, DEEPSEEK_V3, FILES, sparse=True)
+    write_full(folder, model)
 
 
 def run_once(source: Path) -> dict[str, float]:
@@ -77,12 +79,12 @@ def measure(source: Path) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in MiB, the interpreter and numpy included.
+    """The most memory that this process has held, in MB, the interpreter and numpy included.
 
     Not `getrusage`: its figure starts at what the parent held when it started this process.
     """
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def test_nothing_is_renamed_before_all_is_durable(trace: Trace) -> None:
 def test_the_manifest_is_renamed_last_and_the_names_are_durable_before_the_journal_goes(trace: Trace) -> None:
     assert trace.partials()[-1].name == f"{MANIFEST}.partial"
     (removal,) = trace.of("unlink unlinkat", trace.target / JOURNAL)
-    last, syncs = trace.renames[-1], trace.syncs(trace.target)
+    before, last, syncs = *trace.renames[-2:], trace.syncs(trace.target)
+    assert any(before.end < sync.begin and sync.end < last.begin for sync in syncs)
     assert any(last.end < sync.begin and sync.end < removal.begin for sync in syncs)
     later = [call for call in trace.calls if call.begin > removal.end and str(trace.target) in call.path]
     assert [call.name for call in later if call.name != "openat"] == ["fsync"]

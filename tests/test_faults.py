@@ -213,14 +213,14 @@ def void(_: object) -> None:
 # --- single system calls ---
 
 
-def traced(source: Path, target: Path, fault: str, *options: str) -> "subprocess.Popen[str]":
+def traced(source: Path, target: Path, fault: str, *options: str, program: str = PROGRAM) -> "subprocess.Popen[str]":
     """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     name, _, how = fault.partition(":")
     calls = ",".join(f"?{call}" for call in ([name, name + "2"] if name.startswith("p") else [name]))
     command = ["strace", "-D", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
-    command += [sys.executable, "-c", PROGRAM, "convert", str(source), str(target), "--mp", str(RANKS), *options]
+    command += [sys.executable, "-c", program, "convert", str(source), str(target), "--mp", str(RANKS), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
@@ -265,7 +265,7 @@ def test_a_call_that_fails_ends_the_run_and_the_next_goes_on(
     [
         *(("mkdir", 1), ("flock", 1), ("fdatasync", 1), ("fallocate", 1), ("fallocate", 3)),
         *(("pwritev", number) for number in (1, 2, 5, 6, 60)),
-        *(("fsync", number) for number in (1, 2, 5, 6, 8, 9, 10)),
+        *(("fsync", number) for number in (1, 2, 5, 6, 8, 9, 10, 11)),
         *(("rename", number) for number in range(1, 8)),
         ("unlink", 1),
     ],
@@ -306,6 +306,23 @@ def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
     require_gone_on(origin, target, wanted)
 
 
+def test_an_interrupt_that_another_thread_gets_is_heeded(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    """The kernel may do so; the main thread is asleep then and not woken."""
+    program = (
+        "import signal, threading, reshard.workers\n"
+        "append = reshard.workers.append_records\n"
+        "def interrupted(*arguments):\n"
+        "    append(*arguments)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+        "reshard.workers.append_records = interrupted\n" + PROGRAM
+    )
+    slow = "preadv:delay_enter=100000"
+    code, errors = ended(traced(origin, target, slow, "--jobs", "1", "--cache", "no", program=program))
+    assert code == 130, errors
+    assert durable_bytes(target / JOURNAL) < sum(path.stat().st_size for path in target.glob("*.partial")) // 2
+    require_gone_on(origin, target, wanted)
+
+
 def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(origin: Path, target: Path) -> None:
     program = (
         "import os, signal, concurrent.futures as futures\n"
@@ -320,3 +337,15 @@ def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(o
     command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)
     assert done.returncode == 130, done.stderr
+
+
+# --- nobody listens ---
+
+
+def test_a_log_on_a_full_disk_ends_no_conversion(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    program = "import reshard.progress; reshard.progress.PLAIN_SECONDS = 0.0\n" + PROGRAM
+    command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
+    with Path("/dev/full").open("wb") as log:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=log)
+    assert b"4 rank files" in done.stdout
+    assert contents(target) == wanted

@@ -54,14 +54,14 @@ class Late(BaseException):
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
+def in_time(seconds: int = LIMIT) -> Iterator[None]:
     """Fails if the block does not end in time."""
 
     def late(*_: object) -> None:
         raise Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(LIMIT)
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -427,6 +427,13 @@ def test_what_is_missing_of_a_billion_is_named_up_to_a_limit() -> None:
     assert len(refused.value.problems) == MOST_PROBLEMS
     assert str(refused.value).endswith("only the first 100,000 problems were looked for")
     assert len(str(refused.value)) < 20_000
+
+
+def test_long_names_are_refused_at_once() -> None:
+    names = [letter * 1_000_000 for letter in map(chr, range(ord("A"), ord("A") + 50))]
+    checkpoint = Checkpoint(Path("x"), (), {name: Tensor(name, "BF16", (1, 1), 0, 0, 2) for name in names}, None)
+    with in_time(5), pytest.raises(Refused, match="no rule"):
+        match(checkpoint, load_recipe("deepseek-v3"))
 
 
 # --- recipes ---

@@ -8,13 +8,12 @@ Rows of `out` are contiguous; it may be a view of any bytes. Beside it a kernel 
 the box. The heavy calls run without the interpreter's lock.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.compiled import Pair, Recode, compiled_recode
+from reshard.compiled import Recode, compiled_recode
 from reshard.tables import (
     LEAST,
     MOST,
@@ -23,17 +22,17 @@ from reshard.tables import (
     Floats,
     Words,
     fp4_products,
-    fp4_quads,
     fp4_tables,
     fp8_codes,
     products,
     products_of_powers,
     scales_as_float32,
 )
+from reshard.tiles import Pair, areas, bands, require_fit, tiles, touched
 
 TILE = 1 << 16
 """Elements that are worked on at once: their index fits the second-level cache of a core."""
-BAND = 1 << 20
+BAND = 1 << 21
 """Elements whose small tables are made at once."""
 SCALES = 1 << 16
 """Scales that are looked at at once."""
@@ -41,8 +40,6 @@ PAGES = 256
 """The most pages of a table, so that page and code together fit 16 bits."""
 GROUP = 32
 """Columns of FP4 that share a scale."""
-Box = tuple[slice, slice]
-"""Rows and columns of a piece."""
 
 
 def fastest_recode() -> Recode:
@@ -50,15 +47,15 @@ def fastest_recode() -> Recode:
     return compiled_recode() or recode
 
 
-def recode(codes: NDArray[Any], pages: Words, group: Pair, phase: Pair, table: NDArray[Any], out: NDArray[Any]) -> None:
-    """Writes `table[page, code]` for every code of a box [rows, columns]; `table` is [pages, codes].
+def recode(codes: Bytes, pages: Words, group: Pair, phase: Pair, table: NDArray[Any], out: NDArray[Any]) -> None:
+    """Writes `table[page, code]` for every code of a box [rows, columns]; `table` is [at most 256 pages, 256].
 
     Codes share a page by groups: `pages` has one for each group that the box touches, `group` is the rows and columns
     of one, and `phase` where the box begins in its first.
     """
-    flat, dtype = table.reshape(-1), np.uint16 if table.size <= 1 << 16 else np.uint32
-    short, long = np.empty(min(codes.size, TILE), dtype), np.empty(min(codes.size, TILE), np.intp)
-    for box, firsts in _tiles(codes.shape, np.multiply(pages, table.shape[1], dtype=dtype), group, phase):
+    flat = table.reshape(-1)
+    short, long = np.empty(min(codes.size, TILE), np.uint16), np.empty(min(codes.size, TILE), np.intp)
+    for box, firsts in tiles(codes.shape, pages << 8, group, phase, TILE):
         tile = codes[box]
         places, indices = short[: tile.size].reshape(tile.shape), long[: tile.size].reshape(tile.shape)
         np.add(tile, firsts, out=places)
@@ -72,8 +69,8 @@ def dequantize(codes: Bytes, scales: Floats, block: Pair, phase: Pair, out: Word
     The float32 product is rounded to nearest even: infinite beyond the range, minus zero kept, subnormals exact. Every
     NaN, by code or by scale, becomes 0x7FC0. Slow where scales are not powers of two and blocks are small.
     """
-    _require_fit(codes.shape, scales, block, phase, out)
-    for places, box, inner in _areas(codes.shape, block, phase, SCALES):
+    require_fit(codes.shape, scales, block, phase, out)
+    for places, box, inner in areas(codes.shape, block, phase, SCALES):
         bits = scales[places].view(np.uint32)
         if np.any(bits & 0x807FFFFF):
             _dequantize_by_scale(codes[box], scales[places], block, inner, out[box], run)
@@ -83,7 +80,7 @@ def dequantize(codes: Bytes, scales: Floats, block: Pair, phase: Pair, out: Word
 
 def _dequantize_by_scale(codes: Bytes, scales: Floats, block: Pair, phase: Pair, out: Words, run: Recode) -> None:
     """With a page of products for each scale."""
-    for places, box, inner in _areas(codes.shape, block, phase, PAGES):
+    for places, box, inner in areas(codes.shape, block, phase, PAGES):
         table = products(scales[places].ravel())
         pages = np.arange(len(table), dtype=np.uint16).reshape(scales[places].shape)
         run(codes[box], pages, block, inner, table, out[box])
@@ -97,7 +94,7 @@ def fp8_scales_of_fp4(group_scales: Bytes, block: Pair, phase: Pair = (0, 0)) ->
     value is lost by that.
     """
     groups, inner = (block[0], block[1] // GROUP), (phase[0], phase[1] // GROUP)
-    largest = np.zeros(_touched(group_scales.shape, groups, inner), np.uint8)
+    largest = np.zeros(touched(group_scales.shape, groups, inner), np.uint8)
     largest_of_blocks(group_scales, groups, inner, largest)
     return np.where(largest == NAN, largest, np.maximum(largest, 6) - 6).astype(np.uint8)
 
@@ -115,21 +112,16 @@ def fp4_to_fp8(
     shape = (packed.shape[0], packed.shape[1] * 2)
     if phase[1] % 2 or block[1] % GROUP:
         raise ValueError(f"a box of FP4 begins at an even column, and its blocks are whole groups: {phase}, {block}")
-    _require_fit(shape, scales, block, phase, out)
-    _require_fit(shape, group_scales, (1, GROUP), (0, phase[1] % GROUP), out)
-    inexact, (pairs, misses), (quads, first) = 0, fp4_tables(), fp4_quads()
-    fours = not (phase[1] % 4 or shape[1] % 4)
-    for rows in _bands(shape, BAND):
+    require_fit(shape, scales, block, phase, out)
+    require_fit(shape, group_scales, (1, GROUP), (0, phase[1] % GROUP), out)
+    group, start = (1, GROUP // 2), (0, phase[1] % GROUP // 2)
+    inexact, (pairs, misses) = 0, fp4_tables()
+    for rows in bands(shape, BAND):
         pages = _fp4_pages(group_scales[rows], scales, block, (phase[0] + rows.start, phase[1]))
-        if fours and pages.min() >= first and pages.max() < first + len(quads):
-            place = (1, GROUP // 4), (0, phase[1] % GROUP // 4)
-            run(packed[rows].view(np.uint16), pages - first, *place, quads, out[rows].view(np.uint32))
-            continue
-        place = (1, GROUP // 2), (0, phase[1] % GROUP // 2)
-        run(packed[rows], pages, *place, pairs, out[rows].view(np.uint16))
+        run(packed[rows], pages, group, start, pairs, out[rows].view(np.uint16))
         if misses[[pages.min(), pages.max()]].any():  # the pages without misses are in the middle
             missed = np.empty(packed[rows].shape, np.uint8)
-            run(packed[rows], pages, *place, misses, missed)
+            run(packed[rows], pages, group, start, misses, missed)
             inexact += int(missed.sum())
     return inexact
 
@@ -140,8 +132,8 @@ def largest_magnitudes(values: Words, block: Pair, phase: Pair, largest: Words) 
     Begin with zeros and give every box of a block in turn. Magnitudes are bit patterns without their sign: from 0x7F80
     on the block holds an infinity or NaN, which no scale can serve.
     """
-    _require_fit(values.shape, largest, block, phase, values)
-    for rows in _bands(values.shape, TILE):
+    require_fit(values.shape, largest, block, phase, values)
+    for rows in bands(values.shape, TILE):
         line, inner = divmod(rows.start + phase[0], block[0])
         magnitudes = np.bitwise_and(values[rows], 0x7FFF)
         largest_of_blocks(magnitudes, block, (inner, phase[1]), largest[line:])
@@ -149,12 +141,11 @@ def largest_magnitudes(values: Words, block: Pair, phase: Pair, largest: Words) 
 
 def largest_of_blocks(values: NDArray[Any], block: Pair, phase: Pair, largest: NDArray[Any]) -> None:
     """Raises `largest`, which may have more rows than are touched, to the largest value of each block."""
-    lines, places = _touched(values.shape, block, phase)
+    lines, places = touched(values.shape, block, phase)
     rows = np.maximum(np.arange(lines) * block[0] - phase[0], 0)
     columns = np.maximum(np.arange(places) * block[1] - phase[1], 0)
-    found = np.maximum.reduceat(
-        np.maximum.reduceat(values, columns, axis=1), rows, axis=0
-    )  # thirty times the other order
+    of_rows = np.maximum.reduceat(values, columns, axis=1)  # columns first: the other order takes many times as long
+    found = np.maximum.reduceat(of_rows, rows, axis=0)
     np.maximum(largest[: len(rows)], found, out=largest[: len(rows)])
 
 
@@ -176,11 +167,11 @@ def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes
     """BF16 values [rows, columns] over float32 scales, as F8_E4M3 codes; returns how many quotients are not finite.
 
     The float32 quotient is rounded to nearest even and stops at 448, infinities too; NaN is 0x7F. A count above zero
-    means an infinity or NaN among the values or scales, or a scale far too small: refuse it.
+    means an infinity or NaN among the values, or a scale that is NaN, zero or far too small: refuse it.
     """
-    _require_fit(values.shape, scales, block, phase, out)
+    require_fit(values.shape, scales, block, phase, out)
     bad = 0
-    for box, divisors in _tiles(values.shape, scales, block, phase):
+    for box, divisors in tiles(values.shape, scales, block, phase, TILE):
         bits = np.left_shift(values[box], 16, dtype=np.uint32)
         quotients = bits.view(np.float32)
         with np.errstate(all="ignore"):
@@ -193,80 +184,17 @@ def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes
     return bad
 
 
-def _require_fit(shape: Pair, scales: NDArray[Any], block: Pair, phase: Pair, out: NDArray[Any]) -> None:
-    """A lookup clips what it is given: wrong shapes would give wrong values."""
-    touched = _touched(shape, block, phase)
-    if scales.shape != touched or out.shape != shape or not (0 <= phase[0] < block[0] and 0 <= phase[1] < block[1]):
-        raise ValueError(
-            f"a box {shape} at {phase} in blocks {block} touches {touched}, not {scales.shape}; {out.shape}"
-        )
-
-
-def _touched(shape: Pair, block: Pair, phase: Pair) -> Pair:
-    """How many blocks a box touches."""
-    return -(-(shape[0] + phase[0]) // block[0]), -(-(shape[1] + phase[1]) // block[1])
-
-
-def _bands(shape: Pair, most: int) -> Iterator[slice]:
-    """Rows by rows, at most so many elements, but one row at least."""
-    height = max(1, most // max(1, shape[1]))
-    for row in range(0, shape[0], height):
-        yield slice(row, min(row + height, shape[0]))
-
-
-def _tiles(shape: Pair, of_groups: NDArray[Any], group: Pair, phase: Pair) -> Iterator[tuple[Box, NDArray[Any]]]:
-    """Pieces of a box of at most TILE elements, each with what `of_groups` has for it, until the next is asked for.
-
-    That is spread over the elements, but one row or column will do where all rows or columns have the same.
-    """
-    for columns in _chunks(shape[1], group[1], phase[1]):
-        left, right = (columns.start + phase[1]) // group[1], (columns.stop - 1 + phase[1]) // group[1]
-        skip, width = columns.start + phase[1] - left * group[1], columns.stop - columns.start
-        here, room = of_groups[:, left : right + 1], np.empty(0, of_groups.dtype)
-        for rows in _bands((shape[0], width), TILE):
-            lines = (np.arange(rows.start, rows.stop) + phase[0]) // group[0]
-            spread = here[lines[:1] if lines[0] == lines[-1] else lines]
-            if right > left:
-                if len(room) < len(spread):
-                    room = np.empty((len(spread), right - left + 1, group[1]), of_groups.dtype)
-                np.copyto(room[: len(spread)], spread[:, :, None])
-                spread = room[: len(spread)].reshape(len(spread), -1)[:, skip : skip + width]
-            yield (rows, columns), spread
-
-
-def _chunks(columns: int, group: int, phase: int) -> Iterator[slice]:
-    """Columns by columns, at most TILE: within one group, if the groups are wide for that, else across them."""
-    step = group if group * 2 > min(columns, TILE) else columns
-    for start in range(-phase if step == group else 0, columns, step):
-        for piece in _bands((min(start + step, columns) - max(start, 0), 1), TILE):
-            yield slice(max(start, 0) + piece.start, max(start, 0) + piece.stop)
-
-
-def _areas(shape: Pair, block: Pair, phase: Pair, most: int) -> Iterator[tuple[Box, Box, Pair]]:
-    """Pieces of a box of at most so many blocks: its blocks, its elements, and its phase."""
-    lines, width = _touched(shape, block, phase)
-    height = max(1, most // max(1, width))
-    for line in range(0, lines, height):
-        rows, top = _stretch(line, height, block[0], phase[0], shape[0])
-        for place in range(0, width, most):
-            columns, left = _stretch(place, most, block[1], phase[1], shape[1])
-            yield (slice(line, line + height), slice(place, place + most)), (rows, columns), (top, left)
-
-
-def _stretch(first: int, count: int, size: int, phase: int, end: int) -> tuple[slice, int]:
-    """Where so many blocks lie along one dimension of a box, and how much of the first is before it."""
-    start = first * size - phase
-    return slice(max(0, start), min(end, start + count * size)), max(0, -start)
-
-
 def _fp4_pages(group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair) -> Words:
     """The page of each group [rows, groups]: by how many powers of two its scale is above the new one."""
     lines = (np.arange(group_scales.shape[0]) + phase[0]) // block[0]
     places = (np.arange(group_scales.shape[1]) + phase[1] // GROUP) // (block[1] // GROUP)
-    new = scales[lines][:, places]
-    pages = np.clip(group_scales.astype(np.int16) - new, LEAST, MOST) - LEAST
-    pages[(group_scales == NAN) | (new == NAN)] = MOST + 1 - LEAST
-    return np.asarray(pages, np.uint16)
+    new = scales[:, places][lines]
+    pages = np.subtract(group_scales, new, dtype=np.int16)
+    np.clip(pages, LEAST, MOST, out=pages)
+    pages -= LEAST
+    if group_scales.max() == NAN or new.max() == NAN:
+        pages[(group_scales == NAN) | (new == NAN)] = MOST + 1 - LEAST
+    return pages.view(np.uint16)
 
 
 def fp4_to_bf16(packed: Bytes, scales: Bytes, phase: Pair, out: Words, run: Recode = recode) -> None:
@@ -274,6 +202,5 @@ def fp4_to_bf16(packed: Bytes, scales: Bytes, phase: Pair, out: Words, run: Reco
 
     `phase` is in columns, of which the first is even. A scale of NaN gives 0x7FC0.
     """
-    _require_fit((packed.shape[0], packed.shape[1] * 2), scales, (1, GROUP), phase, out)
-    place = (1, GROUP // 2), (0, phase[1] // 2)
-    run(packed, scales.astype(np.uint16), *place, fp4_products(), out.view(np.uint32))
+    require_fit((packed.shape[0], packed.shape[1] * 2), scales, (1, GROUP), phase, out)
+    run(packed, scales.astype(np.uint16), (1, GROUP // 2), (0, phase[1] // 2), fp4_products(), out.view(np.uint32))

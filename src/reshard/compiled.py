@@ -6,8 +6,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-Pair = tuple[int, int]
-"""Rows and columns."""
+from reshard.tiles import Pair
+
 Recode = Callable[[NDArray[Any], NDArray[Any], Pair, Pair, NDArray[Any], NDArray[Any]], None]
 """Called with codes, pages, group, phase, table and out: see `casts.recode`."""
 

@@ -9,13 +9,14 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from reshard.errors import refuse
+from reshard.memory import available_memory
 
 RWF_DONTCACHE = 0x80
 """From linux/fs.h; Python has no name for it before 3.15."""
@@ -23,6 +24,8 @@ SYNC_FILE_RANGE_WRITE = 2
 PAGE = 4096
 SMALLEST_UNCACHED = 1 << 20
 """In bytes. A smaller write past the cache would read the pages at its ends back from the disk."""
+CACHE_LOOKS = 64
+"""So many places of a source tell whether it is in the page cache."""
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -174,10 +177,26 @@ def drop_cached(descriptor: int, ways: Ways) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def available_memory() -> int:
-    """What the system could give out now without swapping, in bytes; a huge number where it does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) << 10
-    except (OSError, IndexError, ValueError):
-        return 1 << 62
+def is_cached(paths: Sequence[Path]) -> bool:
+    """Whether most of some files is in the page cache, by a look at a few places of each."""
+    looks = [found for path in paths for found in looks_at(path, -(-CACHE_LOOKS // len(paths)))]
+    return sum(looks) * 2 > len(looks)
+
+
+def looks_at(path: Path, count: int) -> Iterator[bool]:
+    """Whether each of so many places, spread over a file, is in the page cache; True where the system does not tell."""
+    buffer = bytearray(1)
+    with ExitStack() as stack:
+        descriptor = open_file(stack, path, os.O_RDONLY)
+        size = os.fstat(descriptor).st_size
+        for place in range(count):
+            try:
+                os.preadv(descriptor, [buffer], size * (2 * place + 1) // (2 * count), os.RWF_NOWAIT)
+            except BlockingIOError:
+                yield False
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                yield True
+            else:
+                yield True

@@ -17,16 +17,18 @@ from reshard.casting import bands_of
 from reshard.disk import (
     CACHED,
     Ways,
-    available_memory,
+    is_cached,
     make_durable,
     open_file,
     open_source,
     reserve,
+    way_to_read,
     ways_past_cache,
     write_all,
 )
 from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
+from reshard.memory import available_memory
 from reshard.plan import Plan, describe_layout
 from reshard.types import Advance, Checkpoint
 from reshard.windows import WINDOW_SIZE, Window, windows
@@ -160,11 +162,16 @@ def write_ranks(
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
-    """Through the page cache or past it."""
+    """Through the page cache or past it. A job that fits the cache is read past it all the same if the source is not in
+    there yet: reading would be held up by making room for bytes that are wanted once.
+    """
     moved = plan.size + int(plan.copies.sizes.sum())
-    if settings.cache == "yes" or (settings.cache == "auto" and moved <= available_memory() // 3):
+    paths = [plan.source.folder / file.name for file in plan.source.files]
+    if settings.cache == "no" or (settings.cache == "auto" and moved > available_memory() // 3):
+        return ways_past_cache(paths[0], target)
+    if settings.cache == "yes" or is_cached(paths):
         return CACHED
-    return ways_past_cache(plan.source.folder / plan.source.files[0].name, target)
+    return Ways(way_to_read(paths[0]), CACHED.write)
 
 
 def memory_per_job(plan: Plan) -> int:
@@ -258,6 +265,8 @@ def finish(target: Path, names: Sequence[str]) -> None:
     """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
     for name in names:
         partial = target / (name + PARTIAL)
+        if name == names[-1]:  # the manifest: it says that the others have their final names
+            sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)

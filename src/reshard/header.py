@@ -113,6 +113,7 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
         return None
     kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
     tensors = []
+    new = tuple.__new__  # a third faster than Tensor(...)
     for key, entry in entries.items():
         begin, end = entry.data_offsets
         kind = kinds.get((entry.dtype, entry.shape))
@@ -121,7 +122,7 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
         dtype, shape, size = kind
         if end - begin != size:
             return None
-        tensors.append(Tensor(key, dtype, shape, file, start + begin, size))
+        tensors.append(new(Tensor, (key, dtype, shape, file, start + begin, size)))
     return tensors
 
 

@@ -14,6 +14,9 @@ OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --re
 NEAREST_FOR = 50
 """For so many kinds of unknown name the nearest rule is looked for: it is slow, and beyond that nobody reads."""
 
+LONGEST_COMPARED = 500
+"""In characters: so much of a name is compared with the rules. A hostile one has a million."""
+
 
 class Family(NamedTuple):
     """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000, in 50 families."""
@@ -125,6 +128,6 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
             continue
         key = split_name(name)[0]
         if key not in nearest and len(nearest) < NEAREST_FOR:
-            nearest[key] = next(iter(get_close_matches(name, lefts, 1, 0.0)), "none")
+            nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
         yield Problem("no-rule", name, "no rule knows it", expected, f"another --recipe, or {OWN_RECIPE}")

@@ -70,22 +70,22 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
 
 def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Each name as `split_name` gives it. Names with the same beginning are split once: a model has many of each."""
-    heads: dict[str, tuple[str, tuple[str, ...]]] = {}
-    keys: dict[tuple[str, str, str], str] = {}
+    heads: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
+    tails: dict[str, dict[str, str]] = {}
     found = []
     for name in names:
-        parts = name.rsplit(".", 2)
-        if len(parts) < 3 or parts[1].isdigit() or parts[2].isdigit() or "#" in name:
-            found.append(split_name(name))
-            continue
-        head, middle, last = parts
-        known = heads.get(head)
-        if known is None:
-            known = heads[head] = split_name(head)
-        key = keys.get((known[0], middle, last))
+        place = name.rfind(".", 0, max(name.rfind("."), 0))
+        head, tail = name[: max(place, 0)], name[max(place, 0) :]
+        keys, numbers = heads.get(head) or ({}, ())
+        key = keys.get(tail)
         if key is None:
-            key = keys[known[0], middle, last] = f"{known[0]}.{middle}.{last}"
-        found.append((key, known[1]))
+            key, numbers = split_name(name)
+            # Where the end holds a number, the beginning does not tell all of them.
+            if place > 0 and "#" not in name and not NUMBER.search(tail):
+                known = split_name(head)
+                keys = tails.setdefault(known[0], {})
+                keys[tail], heads[head] = key, (keys, known[1])
+        found.append((key, numbers))
     return found
 
 

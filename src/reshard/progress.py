@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 
 from reshard.text import size_text
@@ -56,6 +56,7 @@ def locked(advance: Callable[[int], None]) -> Callable[[int], None]:
 def plain_lines(title: str, total: int) -> Callable[[int], None]:
     """A line for each tenth of the bytes, and none within a second of the one before."""
     started = said_at = time.monotonic()
+    whole = size_text(total)
     done = said = 0
 
     def advance(size: int) -> None:
@@ -67,6 +68,8 @@ def plain_lines(title: str, total: int) -> Callable[[int], None]:
             said, said_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
             rate = size_text(int(done / seconds))
-            print(f"{title}: {done / total:.0%} of {size_text(total)}, {rate}/s, {left:.0f} s left", file=sys.stderr)
+            # Whoever listened may be gone, or the disk of a log full: no reason to end a job of hours.
+            with suppress(OSError):
+                print(f"{title}: {done / total:.0%} of {whole}, {rate}/s, {left:.0f} s left", file=sys.stderr)
 
     return advance

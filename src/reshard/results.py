@@ -20,6 +20,7 @@ from reshard.recipe import WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 from reshard.units import Kind, logical_shape, scale_shape
 
+MOST_FILES = 1 << 31
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 
 
@@ -209,4 +210,5 @@ def whole_series(outcome: Outcome) -> Iterator[Series]:
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            yield Series(kind.number, names, tensors, whole(tensors[0], 1), None, 1, 1)
+            # Its part is all of it, whatever the number of the file that it will lie in.
+            yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)

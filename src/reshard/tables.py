@@ -70,14 +70,6 @@ def fp4_tables() -> tuple[Words, Bytes]:
 
 
 @cache
-def fp4_quads() -> tuple[NDArray[np.uint32], int]:
-    """The four codes of each two bytes of FP4, [8, 65536], for the exponents that occur, all exact; the first page."""
-    first = 6 - 7 - LEAST
-    pairs, both = fp4_tables()[0][first : first + 8].astype(np.uint32), np.arange(1 << 16)
-    return pairs[:, both & 255] | pairs[:, both >> 8] << 16, first
-
-
-@cache
 def products_of_powers() -> Words:
     """The products [256, 256] of the scales of no fraction, by their exponents."""
     return products((np.arange(256, dtype=np.uint32) << 23).view(np.float32))
@@ -97,8 +89,8 @@ def fp4_products() -> NDArray[np.uint32]:
     """For every F8_E8M0 scale [256] and pair of E2M1 codes [256]: both products in BF16, the even column below."""
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     scales = scales_as_float32(np.arange(256, dtype=np.uint8), "F8_E8M0")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         bits = (scales[:, None] * values).view(np.uint32)
     halves = np.where(np.isnan(scales)[:, None], np.uint32(0x7FC0), bits >> 16).astype(np.uint32)
     pairs = np.arange(256)
-    return halves[:, pairs & 15] | (halves[:, pairs >> 4] << 16)
+    return np.asarray(halves[:, pairs & 15] | (halves[:, pairs >> 4] << 16), np.uint32)

@@ -9,7 +9,7 @@ from where it was read; any other is gathered first (the small ones, and the col
     groups, rank 0           | norm | scale |  | w w w w w w w w |    two writes
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,6 +25,7 @@ LARGEST_GAP = 128 << 10
 """In bytes. A longer stretch that nobody wants ends a window; reading over a shorter one costs less than a call."""
 
 
+FILES_TOGETHER = 1000
 NONE: Mapping[int, int] = {}
 
 
@@ -67,6 +68,10 @@ class Table:
 
     window: Integers
     cell: Integers
+    base: Integers
+    """Where the source file of each begins; see `windows_of_files`."""
+    grid: Integers
+    """In bytes: no window goes over a multiple of it, counted from the base."""
     source_offset: Integers
     pitch: Integers
     run: Integers
@@ -87,7 +92,8 @@ class Table:
 def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NONE) -> Iterator[Window]:
     """The windows of all copies, file by file of the source, each of at most `size` bytes.
 
-    A source file of which `bands` says how many bytes are best read together is cut at multiples of these.
+    A source file of which `bands` says how many bytes are best read together is cut at multiples of these; a thousand
+    such files, which are small, are looked at together.
 
     Neighbours in this order write to different files as far as possible, for two writers of one file wait for each
     other. Every byte that is wanted lies in exactly one window, but for the columns of rows longer than a window.
@@ -96,20 +102,49 @@ def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = 
     order = np.lexsort((merged.source_offset, merged.source_file))
     files = merged.source_file[order]
     bounds = np.flatnonzero(np.diff(files, prepend=-1, append=-1)).tolist()
+    batch: list[tuple[int, int, int]] = []
     for begin, end in pairwise(bounds):
-        chosen = order[begin:end]
-        table = Table(
-            np.zeros(len(chosen), np.int64),
-            np.zeros(len(chosen), np.int64),
-            merged.source_offset[chosen],
-            merged.pitch[chosen],
-            merged.run[chosen],
-            merged.rows[chosen],
-            merged.target_file[chosen],
-            merged.target_offset[chosen],
-        )
         file = int(files[begin])
-        yield from windows_of_file(file, table, max(size // bands[file], 1) * bands[file] if file in bands else size)
+        grid = max(size // bands[file], 1) * bands[file] if file in bands else size
+        if batch and (file not in bands or len(batch) == FILES_TOGETHER):
+            yield from windows_of_files(merged, order, batch, size)
+            batch = []
+        batch.append((begin, end, grid))
+    if batch:
+        yield from windows_of_files(merged, order, batch, size)
+
+
+def windows_of_files(
+    copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int
+) -> Iterator[Window]:
+    """The windows of some source files, each the copies between two places of an order, and its grid.
+
+    For this they lie one behind the other, so far apart that no window holds bytes of two.
+    """
+    chosen = order[batch[0][0] : batch[-1][1]]
+    counts = [end - begin for begin, end, _ in batch]
+    starts = np.array([begin - batch[0][0] for begin, _, _ in batch])
+    reach = copies.source_offset[chosen] + (copies.rows[chosen] - 1) * copies.pitch[chosen] + copies.run[chosen]
+    room = np.maximum.reduceat(reach, starts) + LARGEST_GAP + 1
+    bases = np.cumsum(room) - room
+    base = np.repeat(bases, counts)
+    zeros = np.zeros(len(chosen), np.int64)
+    table = Table(
+        zeros,
+        zeros,
+        base,
+        np.repeat([grid for _, _, grid in batch], counts),
+        base + copies.source_offset[chosen],
+        copies.pitch[chosen],
+        copies.run[chosen],
+        copies.rows[chosen],
+        copies.target_file[chosen],
+        copies.target_offset[chosen],
+    )
+    files = copies.source_file[chosen[starts]]
+    for window in windows_of_table(table, size):
+        place = int(np.searchsorted(bases, window.offset, side="right")) - 1
+        yield window._replace(source_file=int(files[place]), offset=window.offset - int(bases[place]))
 
 
 def merge(copies: Copies) -> Copies:
@@ -133,16 +168,16 @@ def merge(copies: Copies) -> Copies:
     return Copies(**merged)
 
 
-def windows_of_file(source_file: int, table: Table, size: int) -> Iterator[Window]:
-    """The windows of one source file, from its copies in the order of their source offset."""
+def windows_of_table(table: Table, size: int) -> Iterator[Window]:
+    """The windows of pieces in the order of their source offset; all said to be of file 0."""
     is_flat = table.rows == 1
     is_wide = ~is_flat & (table.pitch > size)
     flat = [table.picked(is_flat), split_rows(table.picked(is_wide))]
-    runs = window_of_runs(split_at_grid(concatenated(flat), size))
-    bands = window_of_bands(table.picked(~is_flat & ~is_wide), size, int(runs.window.max(initial=-1)) + 1)
+    runs = window_of_runs(split_at_grid(concatenated(flat)))
+    bands = window_of_bands(table.picked(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
     pieces = concatenated([runs, bands])
     order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
-    yield from built(source_file, pieces.picked(order))
+    yield from built(pieces.picked(order))
 
 
 def concatenated(tables: list[Table]) -> Table:
@@ -159,28 +194,24 @@ def split_rows(table: Table) -> Table:
     """Each row of each piece as a piece of its own."""
     index, row = spread(table.rows)
     piece = table.picked(index)
-    return Table(
-        piece.window,
-        piece.cell,
-        piece.source_offset + row * piece.pitch,
-        piece.run,
-        piece.run,
-        np.ones(len(row), np.int64),
-        piece.target_file,
-        piece.target_offset + row * piece.run,
+    return replace(
+        piece,
+        source_offset=piece.source_offset + row * piece.pitch,
+        pitch=piece.run,
+        rows=np.ones(len(row), np.int64),
+        target_offset=piece.target_offset + row * piece.run,
     )
 
 
-def split_at_grid(table: Table, size: int) -> Table:
-    """Contiguous pieces, cut wherever the source offset is a multiple of `size`."""
-    first = table.source_offset // size
-    index, place = spread((table.ends - 1) // size - first + 1)
-    piece = table.picked(index)
-    start = np.maximum(piece.source_offset, (first[index] + place) * size)
-    run = np.minimum(piece.ends, (first[index] + place + 1) * size) - start
+def split_at_grid(table: Table) -> Table:
+    """Contiguous pieces, cut wherever the source offset, counted from the base, is a multiple of the grid."""
+    first = (table.source_offset - table.base) // table.grid
+    index, place = spread((table.ends - table.base - 1) // table.grid - first + 1)
+    piece, cell = table.picked(index), first[index] + place
+    start = np.maximum(piece.source_offset, piece.base + cell * piece.grid)
+    run = np.minimum(piece.ends, piece.base + (cell + 1) * piece.grid) - start
     target_offset = piece.target_offset + start - piece.source_offset
-    cell = first[index] + place
-    return Table(cell, cell, start, run, run, piece.rows, piece.target_file, target_offset)
+    return replace(piece, window=cell, cell=cell, source_offset=start, pitch=run, run=run, target_offset=target_offset)
 
 
 def window_of_runs(table: Table) -> Table:
@@ -201,31 +232,29 @@ def long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np
     return is_first
 
 
-def window_of_bands(table: Table, size: int, first: int) -> Table:
+def window_of_bands(table: Table, first: int) -> Table:
     """Rectangles cut into bands of so many rows as fit a window; the columns of one matrix share their windows."""
     starts_matrix = np.ones(len(table.rows), np.bool_)
     step = np.diff(table.source_offset)
     starts_matrix[1:] = (
         (np.diff(table.pitch) != 0) | (np.diff(table.rows) != 0) | ((step != table.run[:-1]) & (step != 0))
     )
-    height = size // table.pitch
+    height = table.grid // table.pitch
     index, place = spread(-(-table.rows // np.maximum(height, 1)))
-    piece, row = table.picked(index), place * height[index]
+    piece, row = table.picked(index), np.asarray(place * height[index], np.int64)
     keys = np.stack([np.cumsum(starts_matrix)[index], place])
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
-    return Table(
-        first + window,
-        place,
-        piece.source_offset + row * piece.pitch,
-        piece.pitch,
-        piece.run,
-        np.minimum(height[index], piece.rows - row),
-        piece.target_file,
-        piece.target_offset + row * piece.run,
+    return replace(
+        piece,
+        window=first + window,
+        cell=place,
+        source_offset=piece.source_offset + row * piece.pitch,
+        rows=np.minimum(height[index], piece.rows - row),
+        target_offset=piece.target_offset + row * piece.run,
     )
 
 
-def built(source_file: int, pieces: Table) -> Iterator[Window]:
+def built(pieces: Table) -> Iterator[Window]:
     """The windows as values, from pieces in the order of window, target file and target offset."""
     sizes = pieces.run * pieces.rows
     is_first = np.diff(pieces.window, prepend=-1) != 0
@@ -249,7 +278,7 @@ def built(source_file: int, pieces: Table) -> Iterator[Window]:
         found = [Group(files[g], places[g], group_sizes[g], table[begins[g] : group_ends[g]]) for g in chosen]
         turn = window % len(found)
         offset = int(offsets[window])
-        yield Window(source_file, offset, int(ends[window]) - offset, found[turn:] + found[:turn])
+        yield Window(0, offset, int(ends[window]) - offset, found[turn:] + found[:turn])
 
 
 def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:

@@ -3,13 +3,14 @@
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
 from reshard.casting import Inputs, Read, produce
+from reshard.casts import fastest_recode
 from reshard.disk import PAGE, Ways, aligned_buffer, drop_cached, read_window, write_all
 from reshard.errors import refuse
 from reshard.journal import RECORD, RECORD_TYPE, Journal, append_records
@@ -24,6 +25,7 @@ MEMORY_OF_CASTS = WINDOW_SIZE + SCALES_SIZE + 2 * PAGE + 8 * 2**20
 """In bytes, for each job that casts: a buffer for what is computed, one for scales, and what computing takes."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,20 @@ class Queue:
 def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with so many threads. The first error of one ends all and is raised."""
     queue = Queue(work, advance)
+    if files.casts:
+        fastest_recode()  # here, for it may import numba, and that from one thread only
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(jobs + 1) as pool:
         # From the first thread on: the pool waits for all of them, and the flusher ends only when it is told to.
         try:
             futures.append(pool.submit(flush_regularly, queue, ledger))
             futures.extend(pool.submit(move_windows, queue, files, ledger) for _ in range(jobs))
-            for future in futures[1:]:
-                future.result()
+            left = set(futures[1:])
+            while left:
+                # The kernel may give a signal to any thread, but Python acts on it only when this one comes to itself.
+                ended, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
         finally:
             queue.stopped.set()
             wait_for(futures)
