@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from reshard import __version__, progress
 from reshard.cli import main
@@ -330,6 +332,17 @@ def test_inspect_as_json_counts_every_tensor(source: Path, say: Say) -> None:
     assert said["counts"]["experts"] == 8
     assert said["tensors"] == TENSORS == sum(tensors for tensors, _ in said["dtypes"].values())
     assert said["size"] == sum(size for _, size in said["dtypes"].values())
+
+
+def test_inspect_shows_the_names_of_what_no_recipe_knows(tmp_path: Path, say: Say) -> None:
+    named = {f"layers.{number}.wide.weight": np.zeros((2, number + 1), np.float32) for number in range(5)}
+    save_file({"top.weight": np.zeros(3, np.float16), **named}, tmp_path / "model.safetensors")
+    said = say("inspect", tmp_path)
+    assert "layers.#.wide.weight              5  F32 [2, 1], F32 [2, 2], F32 [2, 3] and 2 more\n" in said
+    assert json.loads(say("inspect", tmp_path, "--json"))["names"] == {
+        "layers.#.wide.weight": [5, "F32 [2, 1], F32 [2, 2], F32 [2, 3] and 2 more"],
+        "top.weight": [1, "F16 [3]"],
+    }
 
 
 def test_inspect_shows_rank_files(ranks: Path, say: Say) -> None:

@@ -16,7 +16,7 @@ import checkpoints
 import oracle
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,6 +117,27 @@ def test_a_single_file_is_a_source_like_its_folder(sources: dict[str, Path], tmp
     convert_checkpoint(Job(sources["one-file"] / "model.safetensors", 4), tmp_path / "ours")
     oracle.convert(sources["one-file"], tmp_path / "oracle", 4, mtp_layers=[MTP_LAYER])
     assert differences(tmp_path / "ours", tmp_path / "oracle") == []
+
+
+def test_whole_files_hold_every_tensor_whole(tmp_path: Path) -> None:
+    """Also those behind the first file, and with MTP layers, which a target in the layout of the source keeps."""
+    write_checkpoint(tmp_path / "source", SMALL, 3)
+    job = Job(tmp_path / "source", 1, to="hf", file_size=4_000_000)
+    assert len(convert_checkpoint(job, tmp_path / "target").plan.files) > 10
+    found = {}
+    for path in sorted((tmp_path / "target").glob("*.safetensors")):
+        assert path.stat().st_size < 4_100_000
+        found.update(tensors_of(path))
+    source = {}
+    for path in (tmp_path / "source").glob("*.safetensors"):
+        source.update(tensors_of(path))
+    assert found == source
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of each tensor, by the safetensors package."""
+    entries = deserialize(path.read_bytes())
+    return {name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in entries}
 
 
 def test_side_files_are_those_of_the_checkpoint(sources: dict[str, Path], tmp_path: Path) -> None:

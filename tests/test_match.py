@@ -506,7 +506,7 @@ def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None
     (problem,) = refused.value.problems
     assert problem.kind == "no-recipe"
     assert problem.found == (
-        "another; the nearest recipe is deepseek-v3: it does not know model.layers.3.self_attn.q_norm.weight"
+        "another; the nearest recipe is deepseek-v3: it does not know model.layers.#.self_attn.q_norm.weight"
     )
     assert problem.expected == "one of deepseek-v2, deepseek-v3"
 

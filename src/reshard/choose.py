@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from reshard.errors import Refused, listed, refuse
 from reshard.match import OWN_RECIPE, match, match_names
+from reshard.names import split_name
 from reshard.types import Checkpoint, Recipe
 
 
@@ -36,9 +37,9 @@ def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
 
 
 def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
-    """Why a recipe does not fit, in a few words."""
+    """Why a recipe does not fit, in a few words; `#` is a number."""
     if unknown:
-        return f"it does not know {listed(unknown)}"
+        return f"it does not know {listed(dict.fromkeys(split_name(name)[0] for name in unknown))}"
     try:
         match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
     except Refused as refused:

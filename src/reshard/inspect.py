@@ -1,17 +1,20 @@
 """What a checkpoint holds, in either layout, from its headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.choose import choose_recipe
-from reshard.errors import Refused
+from reshard.errors import Refused, listed
 from reshard.match import match
-from reshard.names import ranks_of
+from reshard.names import ranks_of, split_name
 from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_config, read_headers
 from reshard.recipe import packaged_recipes
 from reshard.text import size_text, table
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint, Recipe, Tensor
+
+SHOWN_NAMES = 200
+"""So many lines of names at most, for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,9 @@ class Content:
     """By dtype: how many tensors, and their bytes."""
     remark: str
     """Why no recipe knows it."""
+    names: Mapping[str, tuple[int, str]]
+    """If no recipe knows it, what a recipe would have to: by name, with `#` for each number, how many tensors, and their
+    dtypes and shapes."""
 
 
 def inspect_path(path: Path) -> Content:
@@ -74,9 +80,18 @@ def content_of(
         dtypes[tensor.dtype] = tensors + 1, size + tensor.size
     size = sum(tensor.size for tensor in stored.tensors)
     ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
+    names = names_of(stored.tensors) if remark else {}
     return Content(
-        str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark
+        str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
     )
+
+
+def names_of(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
+    """Names that differ in their numbers only, together; sorted."""
+    kinds: dict[str, list[str]] = {}
+    for tensor in tensors:
+        kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
+    return {name: (len(kinds[name]), listed(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}
 
 
 def content_text(content: Content) -> str:
@@ -93,5 +108,8 @@ def content_text(content: Content) -> str:
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", table(("dtype", "tensors", "bytes"), rows)]
     if content.remark:
+        shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
+        lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
+        lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
         lines += ["", content.remark]
     return "\n".join(lines)

@@ -94,7 +94,8 @@ def lay_out(recipe: Recipe, layout: Layout, pieces: Pieces) -> tuple[tuple[Targe
         header = header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
-        parts.append(copies_of(columns, chosen, rank, ends - sizes + len(header)))
+        part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
+        parts.append(copies_of(columns, chosen, rank, part, ends - sizes + len(header)))
     return tuple(files), joined(parts)
 
 
@@ -121,15 +122,15 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def copies_of(columns: Columns, chosen: Integers, rank: int, target_offset: Integers) -> Copies:
-    """The copies of one rank's pieces. Rows that lie back to back become one run; empty tensors have no copy."""
+def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
+    """The copies of one file's pieces, of each the part of one rank. Rows that lie back to back become one run; empty tensors have no copy."""
     rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
-    source_offset = columns.source_offset[chosen] + rank // columns.repeat[chosen] * run
+    source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
     run = np.where(run == pitch, run * rows, run)
     rows = np.where(run >= pitch, 1, rows)
     pitch = np.where(rows == 1, run, pitch)
     full = run * rows > 0
-    target_file = np.full(len(chosen), rank)
+    target_file = np.full(len(chosen), file)
     table = (columns.source_file[chosen], source_offset, pitch, run, rows, target_file, target_offset)
     return Copies(*(column[full] for column in table))
 
