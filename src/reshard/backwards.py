@@ -87,13 +87,21 @@ def triples_of(
         yield pattern, found[0], scale
 
 
-def holders(source: Checkpoint, recipe: Recipe, ranks: int, *, keep_optional: bool) -> dict[str, Collection[int]]:
-    """By the name of each tensor of the source: the ranks that should hold it or a part of it."""
+class Holders(NamedTuple):
+    """The ranks that should hold a tensor of the source, or a part of it."""
+
+    ranks: Collection[int]
+    optional: str
+    """Why it may be left out by all of them; empty if it may not."""
+
+
+def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders]:
+    """By the name of each tensor of the source."""
     names = {name: split_name(name) for name in source.tensors}
     marked, before = later_members(names.values(), recipe)
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
-    found: dict[str, Collection[int]] = {}
-    dealt: dict[str, tuple[str, int]] = {}
+    found: dict[str, Holders] = {}
+    dealt: dict[str, tuple[str, int, str]] = {}
     by_key: dict[tuple[str, int], list[Pattern]] = {}
     for name, (key, numbers) in names.items():
         fitting = by_key.get((key, len(numbers)))
@@ -101,20 +109,20 @@ def holders(source: Checkpoint, recipe: Recipe, ranks: int, *, keep_optional: bo
             # Those last that take what no other knows.
             fitting = [pattern for pattern in patterns if pattern.fits(key, numbers)]
             by_key[key, len(numbers)] = fitting = sorted(fitting, key=lambda pattern: pattern.takes_rest)
-        accepting = (pattern for pattern in fitting if pattern.accepts(numbers, marked, before))
-        pattern = next(accepting, None)
+        pattern = next((pattern for pattern in fitting if pattern.accepts(numbers, marked, before)), None)
         rule = recipe.rules[pattern.rule] if pattern else None
-        is_gone = pattern and rule and rule.relation == "dequantize" and pattern.is_scale
-        if rule and (is_gone or rule.relation == "drop" or (rule.optional and not keep_optional)):
-            found[name] = ()
-        elif rule and rule.split.startswith("by "):
+        if pattern is None or rule is None:
+            found[name] = Holders(range(ranks), "")
+        elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
+            found[name] = Holders((), "")
+        elif rule.split.startswith("by "):
             letter = rule.split.removeprefix("by ")
-            dealt[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)])
+            dealt[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
         else:
-            found[name] = range(ranks)
+            found[name] = Holders(range(ranks), rule.optional)
     members: dict[str, set[int]] = {}
-    for letter, member in dealt.values():
+    for letter, member, _ in dealt.values():
         members.setdefault(letter, set()).add(member)
-    for name, (letter, member) in dealt.items():
-        found[name] = (member * ranks // len(members[letter]),)
+    for name, (letter, member, optional) in dealt.items():
+        found[name] = Holders((member * ranks // len(members[letter]),), optional)
     return found

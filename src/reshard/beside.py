@@ -7,11 +7,10 @@ from typing import Any
 
 from reshard.errors import Problem, Refused
 from reshard.forms import DEQUANTIZE, FP4_TO_FP8, QUANTIZE
-from reshard.found import Found
+from reshard.found import AGAIN, Found
 from reshard.read import CONFIG, INDEX, read_object
 from reshard.types import Recipe
 
-AGAIN = "convert again"
 DTYPES = ("torch_dtype", "dtype")
 """How a config names the dtype of its weights."""
 

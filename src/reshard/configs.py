@@ -73,13 +73,16 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(config)
     if plan.layout.expert_dtype:
         changed.pop("expert_dtype", None)
+        quantization = changed.get("quantization_config")
+        if isinstance(quantization, dict):  # where V4.1 has it
+            changed["quantization_config"] = {key: quantization[key] for key in quantization if key != "expert_dtype"}
     if plan.layout.cast == "bf16":
         for key in ("quantization_config", "expert_dtype"):
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
     if plan.layout.cast in CAST_TO_FP8:
         block = next(iter(plan.recipe.scales.values())).block
-        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
-        changed["quantization_config"] = {**quantization, **power, "weight_block_size": list(block)}
+        changed["quantization_config"] = {**fp8, **power, "weight_block_size": list(block)}
     return changed

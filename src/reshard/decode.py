@@ -52,7 +52,8 @@ def scale_values(raw: Bytes, dtype: str) -> Floats:
         return raw.view(np.float32)
     if dtype == "BF16":
         return wide(raw.view(np.uint16))
-    values = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+    with np.errstate(over="ignore"):  # of 255, which is no number
+        values = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
     values[raw == NAN] = np.nan
     return values
 
@@ -83,7 +84,7 @@ def nearest_fp8(values: Floats) -> Bytes:
 @cache
 def fp4_as_fp8() -> tuple[Bytes, NDArray[np.bool_]]:
     """The nearest F8_E4M3 code of each FP4 code times 2^(n - 255), [512, 16], and whether it is not exact."""
-    exact = np.array(FP4) * np.ldexp(1.0, np.arange(512) - 255)[:, None]
+    exact = np.array(FP4) * np.ldexp(1.0, np.minimum(np.arange(512) - 255, 100))[:, None]
     # What float32 would round to zero is still no zero here, and rounds to the same code.
     codes = nearest_fp8(exact.astype(np.float32))
     return codes, fp8_values()[codes] != exact

@@ -10,6 +10,8 @@ from reshard.errors import Problem, Refused, refuse
 from reshard.read import SUFFIX, read_header
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 
+AGAIN = "convert again"
+
 
 class Folder(NamedTuple):
     """The tensor files that a target folder has, or should have."""

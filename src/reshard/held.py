@@ -23,11 +23,9 @@ from reshard.forms import (
     formulas_of,
     numbers_shape,
 )
-from reshard.found import Folder, Found
+from reshard.found import AGAIN, Folder, Found
 from reshard.header import BITS
 from reshard.types import BlockScale, Checkpoint, Tensor
-
-AGAIN = "convert again"
 
 
 @dataclass(slots=True)
@@ -43,8 +41,8 @@ class Held:
     """By the name in the source."""
     recasts: dict[tuple[str, str], Recast] = field(default_factory=dict)
     """By the name of the weight in the source, and its form."""
-    present: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """By the name in the source: the ranks that hold a part of it, or of what is made of it."""
+    present: defaultdict[str, dict[int, Seen]] = field(default_factory=lambda: defaultdict(dict))
+    """By the name in the source, and by rank: what is a part of it there, or of what is made of it."""
     gone: set[tuple[str, int]] = field(default_factory=set)
     """Block scales that a rank need not have, for their weights are dequantised there."""
     forms: defaultdict[tuple[object, ...], defaultdict[str, list[str]]] = field(
@@ -95,9 +93,9 @@ def hold(held: Held, unit: Unit) -> Iterator[Problem]:
     form = form_of(unit, weight, scale, is_whole=held.folder.is_whole)
     dtypes = dtypes_of(form, unit, weight, scale, is_whole=held.folder.is_whole)
     if unit.weight:
-        held.present[weight.name].append(unit.rank)
+        held.present[weight.name][unit.rank] = unit.weight
     if scale and unit.scale:
-        held.present[scale.name].append(unit.rank)
+        held.present[scale.name][unit.rank] = unit.scale
     if scale and form == DEQUANTIZE:
         held.gone.add((scale.name, unit.rank))
     is_free = held.folder.is_whole or unit.place.rule is None or unit.place.rule.relation == SAME

@@ -23,7 +23,7 @@ from reshard.decode import powers_of_two
 from reshard.disk import CACHED, ways_to_read
 from reshard.errors import Problem, refuse
 from reshard.forms import QUANTIZE, Unit, Widening, form_of
-from reshard.found import Found, look_at, read_found
+from reshard.found import AGAIN, Found, look_at, read_found
 from reshard.held import Held, hold, mixture_problems, units_of
 from reshard.types import Advance, Checkpoint, Recipe
 
@@ -108,9 +108,8 @@ def look_through(held: Held, target: Path, files: Sequence[Found], recipe: Recip
     yield from problems
     for unit in units:
         yield from hold(held, unit)
-    keep_optional = any(unit.place.rule and unit.place.rule.optional for unit in units)
-    looked_at = [0] if folder.is_whole else [file.number for file in files]
-    yield from absent_problems(held, looked_at, recipe, keep_optional=keep_optional)
+    looked_at = {file.number for file in files}
+    yield from absent_problems(held, looked_at, recipe)
     yield from mixture_problems(held)
     if folder.is_whole:
         forms = {form for found in held.forms.values() for form in found}
@@ -166,22 +165,29 @@ def difference_of(held: Held, comparison: Comparison, key: tuple[int, str], orig
         where = "than in the source" if isinstance(origin, Whole) else "than are made of the source"
         expected = f"those of {origin.tensor.name}" if isinstance(origin, Whole) else origin
         subject = f"{held.folder.names[key[0]]}: {key[1]}"
-        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, "convert again")
+        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, AGAIN)
 
 
-def absent_problems(
-    held: Held, looked_at: Collection[int], recipe: Recipe, *, keep_optional: bool
-) -> Iterator[Problem]:
+def absent_problems(held: Held, looked_at: set[int], recipe: Recipe) -> Iterator[Problem]:
     """Tensors of the source that one of the ranks `looked_at` lacks, or has though it should not."""
-    folder, source = held.folder, held.source
-    wanted = dict.fromkeys(source.tensors, range(1)) if folder.is_whole else {}
-    files = "files" if folder.is_whole else "rank files"
-    for name, ranks in (wanted or holders(source, recipe, folder.ranks, keep_optional=keep_optional)).items():
-        found = sorted(held.present.get(name, ()))
-        expected = sorted(rank for rank in set(ranks) & set(looked_at) if (name, rank) not in held.gone)
-        found = [rank for rank in found if (name, rank) not in held.gone]
+    if held.folder.is_whole:
+        for name in held.source.tensors:
+            if not held.present.get(name) and (name, 0) not in held.gone:
+                yield Problem("missing-tensor", name, "in none of these files", "in one of them", AGAIN)
+        return
+    wanted = holders(held.source, recipe, held.folder.ranks)
+    optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
+    # All of what is optional is kept, or none: what most of it tells holds for the rest.
+    is_kept = 2 * sum(name in held.present for name in optional) > len(optional)
+    for name, (ranks, reason) in wanted.items():
+        present = held.present.get(name, {})
+        if reason and not is_kept:
+            for seen in present.values():
+                yield Problem("extra-tensor", held.subject(seen), f"a part of {name}", f"none: {reason}", AGAIN)
+            continue
+        expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in held.gone)
+        found = sorted(rank for rank in present if (name, rank) not in held.gone)
         if expected and not found:
-            where = "in one of them" if folder.is_whole else f"in ranks {expected}"
-            yield Problem("missing-tensor", name, f"in none of these {files}", where, "convert again")
+            yield Problem("missing-tensor", name, "in none of these rank files", f"in ranks {expected}", AGAIN)
         elif expected != found:
-            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", "convert again")
+            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", AGAIN)
