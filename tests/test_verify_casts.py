@@ -181,6 +181,14 @@ def test_a_true_conversion_is_proven(name: str, good: Callable[[str], Made]) -> 
     assert audit_target(made.target).problems == ()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_smallest_pieces_add_up_to_all(name: str, good: Callable[[str], Made]) -> None:
+    """A sample of everything: tiles are parts of rows then, too."""
+    report = verify(good(name), Fraction(1))
+    assert report.problems == ()
+    assert report.compared == report.size
+
+
 @pytest.mark.parametrize("name", ["v3 whole bf16", "v4 fp8", "glm fp8"])
 def test_the_command_proves_it(name: str, good: Callable[[str], Made], capsys: pytest.CaptureFixture[str]) -> None:
     made = good(name)

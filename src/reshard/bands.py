@@ -20,8 +20,8 @@ BAND_SIZE = 2 << 20
 """In bytes. Small enough to stay in the processor's cache between the read and the comparison."""
 SAMPLE_SIZE = 32 << 10
 """In bytes, of a band of a sample: of an expert's weight in DeepSeek-V3, the two ends are half a percent."""
-TILE_SIZE = 512 << 10
-"""In elements: what is made of them, and what it takes, is a few MiB."""
+TILE_SIZE = 2 << 20
+"""In elements, of a tile: so many that a tile has whole rows, which are read at once, in almost every model."""
 
 
 class Part(NamedTuple):

@@ -223,12 +223,12 @@ class Work:
         boxes = [meeting(parts, *place) for parts, place in zip(recast.parts, places, strict=True)]
         if not any(boxes):
             return 0
-        scale = self.source_rows(
-            recast.scale, in_units(tile.rows, recast.block[0]), in_units(tile.columns, recast.block[1]), 1
-        )
-        scale = None if scale is None else scale.copy()  # the buffer is wanted for the weight
+        scale = None
+        if recast.scale:
+            blocks = in_units(tile.rows, recast.block[0]), in_units(tile.columns, recast.block[1])
+            scale = self.source_rows(recast.scale, *blocks, 1).copy()  # the buffer is wanted for the weight
         weight = self.source_rows(recast.weight, tile.rows, tile.columns, 2 if recast.weight.dtype == "I8" else 1)
-        made = made_of(recast, np.ascontiguousarray(weight), scale)
+        made = made_of(recast, weight, scale)
         compared = 0
         for found, (top, left), matrix in zip(boxes, places, (made.weight, made.scale), strict=True):
             for part, inner, across in found:
@@ -239,10 +239,8 @@ class Work:
                 self.comparison.inexact += made.inexact
         return compared
 
-    def source_rows(self, tensor: Tensor | None, rows: range, columns: range, packed: int) -> Bytes | None:
+    def source_rows(self, tensor: Tensor, rows: range, columns: range, packed: int) -> Bytes:
         """A box of a tensor of the source as rows of bytes; `packed` numbers are an element."""
-        if tensor is None:
-            return None
         pitch, bits = row_size(tensor.shape, BITS[tensor.dtype]), BITS[tensor.dtype] // packed
         offset = tensor.offset + rows.start * pitch + columns.start * bits // 8
         shape = len(rows), len(columns) * bits // 8

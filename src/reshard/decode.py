@@ -66,19 +66,26 @@ def wide(values: Words) -> Floats:
 def nearest_bf16(values: Floats) -> Words:
     """The bit patterns of the nearest BF16, of two as near the even one."""
     bits = values.view(np.uint32)
-    upper, rest = bits >> 16, bits & 0xFFFF
-    upper += (rest > 0x8000) | ((rest == 0x8000) & (upper % 2 == 1))
-    return np.where(np.isnan(values), QUIET, upper).astype(np.uint16)
+    upper = bits >> 16
+    is_above = (bits & 0xFFFF) > 0x8000 - (upper & 1)
+    words = upper.astype(np.uint16)
+    words += is_above
+    words[np.isnan(values)] = QUIET
+    return words
 
 
 def nearest_fp8(values: Floats) -> Bytes:
     """The nearest F8_E4M3 codes, of two as near the even one, 448 beyond it, and 127 for what is no number."""
-    # A value of exponent e lies between multiples of 2^(e - 3); below 2^-6 these get no finer.
-    exponents = np.clip((values.view(np.uint32) >> 23 & 0xFF).astype(np.int32) - 127, -6, 8)
-    with np.errstate(invalid="ignore"):
-        codes = (exponents + 6) * 8 + np.rint(np.ldexp(np.abs(values), 3 - exponents))
-    codes = np.where(np.isnan(values), 127, np.minimum(codes, LARGEST) + np.where(np.signbit(values), 128, 0))
-    return codes.astype(np.uint8)
+    bits = values.view(np.uint32)
+    # A value of exponent e lies between multiples of 2^(e - 3); below 2^-6 these get no finer, and 448 is below 2^9.
+    exponents = np.clip((bits >> 23 & 0xFF).astype(np.int32) - 127, -6, 8)
+    powers = ((127 + 3 - exponents) << 23).view(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.rint(np.abs(values) * powers) + ((exponents + 6) * 8).astype(np.float32)
+        codes: Bytes = np.minimum(steps, np.float32(LARGEST)).astype(np.uint8)
+    codes |= (bits >> 24 & 0x80).astype(np.uint8)
+    codes[np.isnan(values)] = 127
+    return codes
 
 
 @cache
@@ -88,6 +95,15 @@ def fp4_as_fp8() -> tuple[Bytes, NDArray[np.bool_]]:
     # What float32 would round to zero is still no zero here, and rounds to the same code.
     codes = nearest_fp8(exact.astype(np.float32))
     return codes, fp8_values()[codes] != exact
+
+
+@cache
+def fp4_pairs() -> tuple[Words, NDArray[np.intp]]:
+    """The same for both codes in a byte, [512, 256]: the two codes as a word, and how many of them are not exact."""
+    codes, misses = fp4_as_fp8()
+    low, high = np.arange(256) & 15, np.arange(256) >> 4
+    pairs = np.stack([codes[:, low], codes[:, high]], axis=-1).view(np.uint16)[..., 0]
+    return pairs, misses[:, low].astype(np.intp) + misses[:, high]
 
 
 def block_maxima(values: NDArray[Any], block: tuple[int, int]) -> NDArray[Any]:
