@@ -161,6 +161,10 @@ def _save_twice(model: DeepseekV2ForCausalLM | DeepseekV3ForCausalLM, folder: Pa
     with tempfile.TemporaryDirectory() as first:
         model.bfloat16().save_pretrained(first)
         loaded = type(model).from_pretrained(first, dtype=torch.bfloat16)
+    for name, parameter in loaded.named_parameters():
+        # Some releases of transformers load it as F32; the published checkpoints have BF16.
+        if name.endswith(".mlp.gate.weight"):
+            parameter.data = parameter.data.bfloat16()
     _fill_with_random_values(loaded.state_dict().values())
     loaded.save_pretrained(folder, max_shard_size=shard_size)
     for name, content in TOKENIZER_FILES.items():

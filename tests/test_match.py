@@ -13,7 +13,7 @@ from reshard.choose import choose_recipe
 from reshard.errors import Problem, Refused
 from reshard.generate import DEEPSEEK_V2_LITE, SMALL, Entry, tensor_list
 from reshard.header import BITS
-from reshard.match import Matched, match
+from reshard.match import Matched, match, one_of_each_first
 from reshard.names import split_name
 from reshard.recipe import load_recipe, packaged_recipes, parse_recipe
 from reshard.types import Checkpoint, Recipe, Tensor
@@ -526,3 +526,10 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
     (problem,) = refused.value.problems
     assert problem.found == "deepseek-v2, deepseek-v3 all fit"
     assert "--recipe" in problem.remedy
+
+
+def test_of_many_unknown_names_one_of_each_kind_comes_first() -> None:
+    names = [f"layers.{layer}.{kind}.weight" for kind in ("up", "down") for layer in range(3)]
+    assert one_of_each_first(names) == [
+        f"layers.{layer}.{kind}.weight" for layer in range(3) for kind in ("up", "down")
+    ]

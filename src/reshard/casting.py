@@ -26,14 +26,13 @@ from reshard.casts import (
 from reshard.errors import refuse
 from reshard.header import BITS
 from reshard.tables import NAN, scales_as_float32
-from reshard.types import Cast, Tensor
+from reshard.types import Cast, Join, Tensor
 
 Read = Callable[[Tensor, int, int], memoryview]
 """So many bytes of a tensor, from a byte of it on. What it gives is overwritten by its next call."""
 Array = NDArray[Any]
 ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
 """A scale of 1."""
-WORDS = {"BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8, "F32": np.float32}
 
 
 class Box(NamedTuple):
@@ -76,13 +75,17 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
     return inexact
 
 
-def bands_of(casts: Sequence[Cast], files: int, most: int) -> dict[int, int]:
-    """By the number of a cast's result: how many of its bytes are best computed together, not more than `most`.
+def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, int]:
+    """By the number of a join or a cast: how many of its bytes are best made together, not more than `most`.
 
     Whole rows, and whole blocks of rows if they fit: what is read for one is then read once.
     """
     found = {}
-    for place, cast in enumerate(casts):
+    for place, cast in enumerate(made):
+        if isinstance(cast, Join):
+            row = cast.result.size // cast.rows
+            found[files + place] = row if cast.rows > 1 and 0 < row <= most else most
+            continue
         rows, columns = matrix(cast.result.shape)
         row = columns * BITS[cast.result.dtype] // 8
         height = max(cast.block[0], cast.new_block[0]) if not cast.is_scale and cast.operation != "pad" else 1

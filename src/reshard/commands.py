@@ -86,6 +86,7 @@ def job_of(options: argparse.Namespace) -> Job:
         keep_optional=options.mtp == "keep",
         pad=options.pad,
         file_size=options.max_file_size,
+        first_replica=options.replicas == "first",
     )
 
 

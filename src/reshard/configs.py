@@ -31,24 +31,38 @@ def run_config(plan: Plan) -> str:
     """
     if plan.config is None or not plan.recipe.run:
         return ""
-    config = {**cast_config(plan, plan.config), "target": target_facts(plan)}
+    config = with_old_keys(cast_config(plan, plan.config))
+    config["target"] = target_facts(plan, config)
     found = {}
     for key, rule in plan.recipe.run.items():
-        formula, usual = rule if isinstance(rule, list) else (rule, None)
+        formula, *usual = rule if isinstance(rule, list) else (rule, None)
         try:
             value = value_of(formula, config, plan.recipe.sizes)
         except UnknownKey:
-            continue
-        if value != usual:
+            value = None
+        # Without a value the key is left out, unless the recipe wants it to be said.
+        if value not in (usual and [None, *usual]):
             found[key] = value
     lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
-def target_facts(plan: Plan) -> dict[str, Any]:
-    """What the rank files hold: by letter how many of each numbered place; `packed`, the name of a packed dtype."""
+def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what newer ones keep in `rope_parameters` also where older ones have it."""
+    rotary = config.get("rope_parameters")
+    if not isinstance(rotary, dict):
+        return dict(config)
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **config}
+
+
+def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the rank files hold: by letter how many of each numbered place; `dtype`, that of the weights; `packed`, the
+    name of a packed dtype.
+    """
     packed = any(tensor.dtype == "F4" for tensor in plan.pieces.tensors)
-    return {**plan.counts, "packed": "fp4" if packed else None}
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "bf16"
+    return {**plan.counts, "dtype": method, "packed": "fp4" if packed else None}
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:
@@ -73,8 +87,7 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(config)
     if plan.layout.expert_dtype:
         changed.pop("expert_dtype", None)
-        quantization = changed.get("quantization_config")
-        if isinstance(quantization, dict):  # where V4.1 has it
+        if isinstance(quantization := changed.get("quantization_config"), dict):
             changed["quantization_config"] = {key: quantization[key] for key in quantization if key != "expert_dtype"}
     if plan.layout.cast == "bf16":
         for key in ("quantization_config", "expert_dtype"):
@@ -82,7 +95,7 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
     if plan.layout.cast in CAST_TO_FP8:
         block = next(iter(plan.recipe.scales.values())).block
-        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
-        changed["quantization_config"] = {**fp8, **power, "weight_block_size": list(block)}
+        changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}
     return changed

@@ -12,12 +12,12 @@ from reshard.errors import refuse, require_none
 from reshard.execute import USUAL, Done, Others, Settings, execute_plan
 from reshard.journal import JOURNAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
-from reshard.names import ranks_of
+from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
-from reshard.read import file_names, read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
+from reshard.sources import read_source
 from reshard.target import MANIFEST, our_names, side_files, target_problems
-from reshard.types import FILE_SIZE, RANKS, Advance, Checkpoint, Layout, Recipe
+from reshard.types import FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe
 
 LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files are tokenizers and the like; they are read whole."""
@@ -44,6 +44,8 @@ class Job:
     pad: bool = False
     file_size: int = FILE_SIZE
     """These six are those of a Layout."""
+    first_replica: bool = False
+    """Of what several ranks of a source hold, take that of the first and do not compare."""
 
     @property
     def layout(self) -> Layout:
@@ -82,7 +84,8 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
         return Result(plan, None)
 
     def contents(records: Records) -> dict[str, bytes]:
-        return {**work.sides, MANIFEST: manifest_of(plan, work.samples, work.sides, records, work.known)}
+        manifest = manifest_of(plan, work.samples, work.sides, records, work.known, work.origin)
+        return {**work.sides, MANIFEST: manifest}
 
     def require_same() -> None:
         if read_manifest(target) != work.manifest:
@@ -106,25 +109,28 @@ class Work:
     """That of the target; empty if there is none."""
     known: Mapping[str, Any]
     """The same, if it is of this job for other ranks; else empty."""
+    origin: Mapping[str, Any]
+    """What the manifest will keep of the source."""
 
 
 def prepare(job: Job, target: Path) -> Work:
     """What is left to do in the target. Raises Refused if anything stands in the way."""
-    plan = plan_conversion(job)
+    plan, origin = plan_with_origin(job)
     try:
         samples = sample_source(plan)
+        kept = origin_of(plan, origin)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(target)
     known = manifest if same_job(manifest, plan, samples) else {}
     if finished := finished_ranks(known, plan, target):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    sides = read_side_files(plan)
+    sides = read_side_files(plan, origin)
     if plan.files:
         require_room(job, plan, target, sides, known)
     else:
         clear_journal(target)
-    return Work(plan, samples, sides, manifest, known)
+    return Work(plan, samples, sides, manifest, known, kept)
 
 
 def clear_journal(target: Path) -> None:
@@ -137,20 +143,17 @@ def clear_journal(target: Path) -> None:
 
 def plan_conversion(job: Job) -> Plan:
     """The plan of a job, from the headers of its source alone. Raises Refused."""
-    require_source(job)
-    checkpoint = read_checkpoint(job.source, ignore_extra_files=job.ignore_extra_files)
-    plan = make_plan(checkpoint, recipe_for(job, checkpoint), job.layout)
+    return plan_with_origin(job)[0]
+
+
+def plan_with_origin(job: Job) -> tuple[Plan, Origin]:
+    """The same, and what is known of where the source came from."""
+    found = read_source(
+        job.source, job.recipe, ignore_extra_files=job.ignore_extra_files, first_replica=job.first_replica
+    )
+    plan = make_plan(found.checkpoint, found.recipe, job.layout, found.origin.forms)
     require_experts(job, plan)
-    return plan if job.only is None else only_ranks(plan, job.only)
-
-
-def require_source(job: Job) -> None:
-    """The source is not itself what we write: its files would look like one checkpoint with every tensor many times."""
-    names = file_names(job.source)
-    for recipe in packaged_recipes():
-        if ranks := ranks_of(names, recipe) if job.source.is_dir() else 0:
-            found, expected = f"rank files for {ranks} ranks", "a Hugging Face checkpoint"
-            raise refuse("rank-files", str(job.source), found, expected, "name what they were made from")
+    return (plan if job.only is None else only_ranks(plan, job.only)), found.origin
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:
@@ -166,7 +169,7 @@ def require_experts(job: Job, plan: Plan) -> None:
         raise refuse("contradiction", "--n-experts", str(job.experts), expected, "correct the option")
 
 
-def read_side_files(plan: Plan) -> dict[str, bytes]:
+def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
     """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
 
     Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
@@ -174,9 +177,16 @@ def read_side_files(plan: Plan) -> dict[str, bytes]:
     """
     patterns = plan.recipe.carry if plan.layout.to == RANKS else ("*",)
     made = made_files(plan)
+    if origin.texts and is_restored(plan, origin):
+        made |= origin.texts
     found = side_files(plan.source.folder, patterns)
     sides = {**{name: read_small(path) for name, path in found.items() if name not in made}, **made}
     return dict(sorted(sides.items()))
+
+
+def is_restored(plan: Plan, origin: Origin) -> bool:
+    """Whether the target is just the checkpoint that the source once was."""
+    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [form.header for form in origin.forms]
 
 
 def read_small(path: Path) -> bytes:

@@ -42,7 +42,8 @@ def cover(
 ) -> tuple[Share, ...]:
     """Says by rule how often each tensor of the source is used. Raises WrongPlan if that is not as the rules say."""
     used = [tensor for one in series for tensor in one.tensors]
-    sizes = [*(file.size for file in checkpoint.files), *(cast.result.size for cast in casts)]
+    sizes = [file.size for file in checkpoint.files]
+    sizes += [join.result.size for join in checkpoint.joins] + [cast.result.size for cast in casts]
     usage = require_coverage(copies, used, sizes)
     counts = [len(one.tensors) for one in series]
     least = np.repeat([one.least for one in series], counts)
@@ -75,7 +76,7 @@ def uses(
     casts: Sequence[Cast],
 ) -> Iterator[tuple[str, int, Sequence[Tensor]]]:
     """How tensors of the source are used, with the number of their rule."""
-    files = len(checkpoint.files)
+    files = checkpoint.parts
     for one in series:
         if one.tensors[0].file < files:
             yield use_of(one, layout.ranks), one.number, one.tensors

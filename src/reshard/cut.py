@@ -20,7 +20,14 @@ from reshard.header import BITS
 from reshard.types import MOST_RANKS, Tensor
 
 ROWS, COLUMNS = 0, 1
-DIMENSION = {"rows": ROWS, "padded rows": ROWS, "columns": COLUMNS}
+DIMENSIONS = {"rows": ROWS, "padded rows": ROWS, "packed rows": ROWS, "columns": COLUMNS}
+HALVES = 2
+"""What is packed: a gate and what it lets through."""
+
+
+def dimension_of(split: str) -> int | None:
+    """Along which dimension a split cuts; None if it cuts nothing."""
+    return ROWS if split.startswith("rows of ") else DIMENSIONS.get(split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +49,25 @@ class Limit(NamedTuple):
     """Of its scale, in elements; 1 without one."""
     bits: int = 0
     """Of one row that is cut: elements can be smaller than a byte, a part must be whole bytes."""
+    units: int = 0
+    """How many heads there are, where the length is that of heads."""
 
     def allows(self, ranks: int) -> bool:
-        """A part must be whole blocks, or lie inside one block, or be the whole length."""
-        part = self.length // ranks
-        if self.length % ranks or (ranks > 1 and self.bits % (8 * ranks)):
+        """A part must be whole blocks, or lie inside one block, or be the whole length; or whole heads."""
+        parts = parts_for(ranks, self.units)
+        if not parts or self.length % parts or (parts > 1 and self.bits % (8 * parts)):
             return False
-        return ranks == 1 or part % self.block == 0 or (part > 0 and self.block % part == 0)
+        part = self.length // parts
+        return parts == 1 or part % self.block == 0 or (part > 0 and self.block % part == 0)
+
+
+def parts_for(ranks: int, units: int) -> int:
+    """Into how many parts so many ranks have a tensor cut: where there are fewer units (heads) than ranks, one for each
+    unit, held by several ranks. 0 if neither number divides the other. Without units, one for each rank.
+    """
+    if not units or units % ranks == 0:
+        return ranks
+    return units if ranks % units == 0 else 0
 
 
 def whole(tensor: Tensor, ranks: int) -> Cut:
@@ -65,56 +84,67 @@ def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
     return Cut(rows, pitch, pitch // parts, repeat, tuple(shape))
 
 
-def cut_weight(tensor: Tensor, split: str, ranks: int) -> Cut:
-    """The cut of an ordinary tensor; `weight_problems` must have found nothing."""
-    dimension = DIMENSION.get(split)
-    return whole(tensor, ranks) if dimension is None or ranks == 1 else along(tensor, dimension, ranks, 1)
+def packed(tensor: Tensor, parts: int) -> Cut:
+    """Of each half of the rows one part, one behind the other."""
+    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+    half = tensor.size // HALVES
+    return Cut(HALVES, half, half // parts, 1, shape)
 
 
-def limit_of(tensor: Tensor, split: str, block: tuple[int, int]) -> Limit | None:
+def cut_weight(tensor: Tensor, split: str, ranks: int, parts: int) -> Cut:
+    """The cut of an ordinary tensor into parts; `weight_problems` must have found nothing."""
+    dimension = dimension_of(split)
+    if dimension is None or ranks == 1:
+        return whole(tensor, ranks)
+    return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+
+
+def limit_of(tensor: Tensor, split: str, block: tuple[int, int], units: int = 0) -> Limit | None:
     """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, (1, 1) without one."""
-    dimension = DIMENSION.get(split)
+    dimension = dimension_of(split)
     if dimension is None or len(tensor.shape) <= dimension:
         return None
     side = block[dimension] if dimension < len(block) else 1
-    return Limit(tensor.shape[dimension], side, prod(tensor.shape[dimension:]) * BITS[tensor.dtype])
+    halves = HALVES if split == "packed rows" else 1
+    bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
+    return Limit(tensor.shape[dimension] // halves, side, bits // halves, units)
 
 
-def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, block: int) -> Cut:
-    """The cut of a block scale, from that of its weight.
+def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int, block: int) -> Cut:
+    """The cut of a block scale, from that of its weight into parts.
 
     A rank's part of the weight is either whole blocks, and the scale is cut alike, or lies inside one block, and the
     block's scale goes to each of the ranks that share it. Source: `inference/model.py` of DeepSeek-V3 allocates scales
     from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
     """
-    dimension = DIMENSION.get(split)
+    dimension = dimension_of(split)
     if dimension is None or ranks == 1:
         return whole(tensor, ranks)
-    part = weight.shape[dimension] // ranks
+    part = weight.shape[dimension] // parts
     if part % block == 0:
-        return along(tensor, dimension, ranks, 1)
-    return along(tensor, dimension, tensor.shape[dimension], block // part)
+        return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+    return along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
 
 
-def weight_problems(tensor: Tensor, split: str, ranks: int, block: tuple[int, int]) -> Iterator[Problem]:
-    """Why a tensor cannot be cut for so many ranks. `block` is that of its scale, (1, 1) without one."""
-    dimension = DIMENSION.get(split)
+def weight_problems(tensor: Tensor, split: str, parts: int, block: tuple[int, int]) -> Iterator[Problem]:
+    """Why a tensor cannot be cut into so many parts. `block` is that of its scale, (1, 1) without one."""
+    dimension = dimension_of(split)
     if dimension is None:
         return
     if len(tensor.shape) <= dimension:
         found = f"shape {list(tensor.shape)}"
         yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
         return
-    length = tensor.shape[dimension]
+    length = tensor.shape[dimension] // (HALVES if split == "packed rows" else 1)
     limit = limit_of(tensor, split, block)
-    if length % ranks:
-        found = f"{length:,} {split} for {ranks} ranks"
-        yield Problem("not-divisible", tensor.name, found, f"a multiple of {ranks}")
-    elif limit and not limit._replace(block=1).allows(ranks):
+    if length % parts:
+        found = f"{length:,} {split} for {parts} ranks"
+        yield Problem("not-divisible", tensor.name, found, f"a multiple of {parts}")
+    elif limit and not limit._replace(block=1).allows(parts):
         found = f"{tensor.dtype} {list(tensor.shape)}"
-        yield Problem("not-divisible", tensor.name, found, f"rows that {ranks} ranks can share in whole bytes")
-    elif limit and not limit.allows(ranks):
-        found = f"{length // ranks:,} {split} a rank"
+        yield Problem("not-divisible", tensor.name, found, f"rows that {parts} ranks can share in whole bytes")
+    elif limit and not limit.allows(parts):
+        found = f"{length // parts:,} {split} a rank"
         expected = (
             f"whole blocks of {block[dimension]}, or a part that lies inside one: two block scales have no common value"
         )

@@ -30,9 +30,9 @@ from reshard.errors import Refused, refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.memory import available_memory
 from reshard.plan import Plan, describe_layout
-from reshard.types import Advance, Checkpoint
+from reshard.types import Advance, Cast, Checkpoint, Join
 from reshard.windows import WINDOW_SIZE, Window, windows
-from reshard.workers import MEMORY_OF_CASTS, MEMORY_PER_JOB, Files, Ledger, move_all
+from reshard.workers import MEMORY_OF_MAKING, MEMORY_PER_JOB, Files, Ledger, move_all
 
 JOBS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
@@ -146,8 +146,9 @@ def write_ranks(
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
-        work = without(windows(plan.copies, bands=bands_of(plan.casts, len(sources), WINDOW_SIZE)), written)
-        files = Files(sources, names, targets, ways, plan.casts, settings.allow_inexact)
+        made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
+        work = without(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), written)
+        files = Files(sources, names, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
@@ -176,7 +177,7 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
 
 def memory_per_job(plan: Plan) -> int:
     """In bytes."""
-    return MEMORY_PER_JOB + (MEMORY_OF_CASTS if plan.casts else 0)
+    return MEMORY_PER_JOB + (MEMORY_OF_MAKING if plan.casts or plan.source.joins else 0)
 
 
 def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:

@@ -12,6 +12,7 @@ from reshard.names import filled, slots_of
 from reshard.recipe import HOLE
 from reshard.types import Checkpoint, Hole, Recipe, Rule
 
+MAYBE = "maybe"
 OTHER_MODEL = "is a file missing, or the config another model's?"
 Members = Mapping[str, set[int]]
 """The numbers that fill each hole."""
@@ -119,13 +120,14 @@ def missing_problems(
             found = f"{len(tuples)} tensors"
             expected = f"none, for the rule is {rule.only!r}"
             yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
-        if rule.relation != "drop" and wanted and (keep_optional or not rule.optional):
+        is_demanded = rule.relation != "drop" and rule.only != MAYBE and (keep_optional or not rule.optional)
+        if is_demanded and wanted:
             yield from missing_of_rule(rule, recipe, members, tuples)
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
     """Whether the model has the tensors of a rule. Where the config does not say, any tensor of an `if` does."""
-    if not rule.only:
+    if not rule.only or rule.only == MAYBE:
         return True
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")

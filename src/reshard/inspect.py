@@ -39,8 +39,8 @@ class Content:
     remark: str
     """Why no recipe knows it."""
     names: Mapping[str, tuple[int, str]]
-    """If no recipe knows it, what a recipe would have to: by name, with `#` for each number, how many tensors, and their
-    dtypes and shapes."""
+    """If no recipe knows it, what one would have to know: by name, with `#` for each number, how many tensors there
+    are, and their dtypes and shapes."""
 
 
 def inspect_path(path: Path) -> Content:

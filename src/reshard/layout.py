@@ -1,6 +1,7 @@
 """Layout: every target file to the byte, and the copies that fill it behind its header. Arithmetic on sizes only."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 
@@ -15,6 +16,10 @@ from reshard.types import RANKS, Cast, Layout, Recipe, Tensor
 EVERY_RANK = -1
 WHOLE_METADATA = '"__metadata__":{"format":"pt"}'
 """Without it, transformers refuses a file."""
+LEAST_HEADER = len(WHOLE_METADATA) + 8 + 2 + 8
+"""In bytes: with its length, its braces and what aligns it."""
+MOST_OFFSETS = 32
+"""In bytes: two numbers of 13 digits, and what stands around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,17 @@ class TargetFile:
     """Indices into the pieces of the plan, in the order of the file."""
     ends: Integers
     """Where each of them ends, in bytes from the start of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A file as it once was: what is to be written again just so, if it holds the same tensors."""
+
+    name: str
+    header: bytes
+    """The eight bytes of the length included."""
+    tensors: Mapping[str, Tensor]
+    """By name, in the order of their data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +96,61 @@ def columns_of(pieces: Pieces) -> Columns:
     return Columns(file, offset, pieces.rank, *np.ascontiguousarray(table[pieces.cut].T))
 
 
-def lay_out(recipe: Recipe, layout: Layout, pieces: Pieces) -> tuple[tuple[TargetFile, ...], Copies]:
-    """Every target file to the byte, and the copies that fill it behind its header."""
+def lay_out(
+    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[Form] = ()
+) -> tuple[tuple[TargetFile, ...], Copies]:
+    """Every target file to the byte, and the copies that fill it behind its header; `forms` are those of the files."""
     columns = columns_of(pieces)
     texts = entry_texts(pieces)
     files, parts = [], []
-    for rank, name in enumerate(file_names(recipe, layout, pieces)):
+    names = [form.name for form in forms] or file_names(recipe, layout, pieces)
+    for rank, name in enumerate(names):
         chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
+        form = forms[rank] if forms and has_form(pieces, chosen, forms[rank]) else None
+        if form:
+            places = {name: place for place, name in enumerate(form.tensors)}
+            chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
         sizes = (columns.run * columns.rows)[chosen]
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = header_bytes(entries if layout.to == RANKS else [WHOLE_METADATA, *entries])
+        header = form.header if form else header_bytes([*metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
         part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
         parts.append(copies_of(columns, chosen, rank, part, ends - sizes + len(header)))
     return tuple(files), joined(parts)
+
+
+def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
+    """What a file says of itself: in whole files their format, in rank files what a recipe wants them to say."""
+    if layout.to != RANKS:
+        return [WHOLE_METADATA]
+    if not recipe.describes:
+        return []
+    facts = {"format": "pt", "rank": str(rank), "ranks": str(layout.ranks), "recipe": recipe.name}
+    return [f'"__metadata__":{json.dumps(facts, separators=(",", ":"), ensure_ascii=False)}']
+
+
+def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
+    """Whether the pieces are just the tensors that a file once had."""
+    found = {
+        pieces.names[piece]: (pieces.tensors[piece].dtype, pieces.cuts[cut].shape)
+        for piece, cut in zip(chosen.tolist(), pieces.cut[chosen].tolist(), strict=True)
+    }
+    return found == {name: (tensor.dtype, tensor.shape) for name, tensor in form.tensors.items()}
+
+
+def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] | None:
+    """The pieces, each in the file where it once was, and the forms of the files that still have any; None if a piece
+    was in none.
+    """
+    places = {name: number for number, form in enumerate(forms) for name in form.tensors}
+    if not forms or not set(pieces.names) <= places.keys():
+        return None
+    numbers = np.array([places[name] for name in pieces.names], np.int64)
+    kept, rank = np.unique(numbers, return_inverse=True)
+    return replace(pieces, rank=rank.reshape(-1)), [forms[number] for number in kept.tolist()]
 
 
 def entry_texts(pieces: Pieces) -> list[str]:
@@ -123,7 +177,10 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
 
 
 def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
-    """The copies of one file's pieces, of each the part of one rank. Rows that lie back to back become one run; empty tensors have no copy."""
+    """The copies of one file's pieces, of each the part of one rank.
+
+    Rows that lie back to back become one run; empty tensors have no copy.
+    """
     rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
     source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
     run = np.where(run == pitch, run * rows, run)
@@ -138,15 +195,17 @@ def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_o
 def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], files: int, most: int) -> Pieces:
     """The pieces, each in one file, in the order of the source; a file ends before it grows beyond `most` bytes.
 
-    `files` is the number of files of the source.
+    A piece that is larger has a file of its own. `files` is the number of files of the source.
     """
+    # Before the files are known, their headers are not: offsets may have so many digits more.
+    entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
     origins = [casts[tensor.file - files].weight if tensor.file >= files else tensor for tensor in pieces.tensors]
     order = np.lexsort(([origin.offset for origin in origins], [origin.file for origin in origins]))
     file, held = 0, 0
     rank = np.zeros(len(order), np.int64)
     for place in order.tolist():
-        size = pieces.tensors[place].size
-        if held and held + size > most:
+        size = pieces.tensors[place].size + entries[place]
+        if held and held + size > most - LEAST_HEADER:
             file, held = file + 1, 0
         held += size
         rank[place] = file

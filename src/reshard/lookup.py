@@ -2,14 +2,18 @@
 
 import argparse
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
-from reshard.errors import printable, refuse
-from reshard.inspect import content_text, counts_of, inspect_path
+from reshard.errors import printable, refuse, require_none
+from reshard.inspect import content_text, inspect_path
+from reshard.match import match
 from reshard.output import PROVEN, print_json
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.text import table
+from reshard.types import Layout
+from reshard.units import config_problems, kinds_of, pairing_problems
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -40,9 +44,10 @@ def list_recipes(*, as_json: bool) -> int:
     if as_json:
         print_json([asdict(recipe) for recipe in recipes])
     else:
-        rows = [(recipe.name, recipe.about) for recipe in recipes]
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(f"{name:{width}}  {about}" for name, about in rows))
+        width = max(len(recipe.name) for recipe in recipes)
+        for recipe in recipes:
+            print(f"{recipe.name:{width}}  {recipe.about}")
+            print(f"{'':{width}}  checked against: {recipe.checked}")
     return PROVEN
 
 
@@ -57,9 +62,15 @@ def show_recipe(name: str, *, as_json: bool) -> int:
 
 
 def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
-    """Holds a recipe against a checkpoint: every tensor under one rule, none missing. Raises Refused otherwise."""
-    checkpoint = read_checkpoint(source)
-    counts = counts_of(checkpoint, load_recipe(name))
+    """Holds a recipe against a checkpoint: every tensor under one rule and as the config says, none missing. Raises
+    Refused otherwise.
+    """
+    checkpoint, recipe = read_checkpoint(source), load_recipe(name)
+    matched, layout = match(checkpoint, recipe), Layout(1)
+    kinds = kinds_of(matched, recipe, layout)
+    problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
+    require_none(chain(*problems))
+    counts = {recipe.holes[letter].counts: count for letter, count in matched.counts.items() if count}
     if as_json:
         print_json({"status": "fits", "tensors": len(checkpoint.tensors), "counts": counts})
     else:

@@ -76,10 +76,17 @@ def sample_of(path: Path, file: File) -> str:
 
 
 def manifest_of(
-    plan: Plan, samples: Sequence[str], side_files: Mapping[str, bytes], records: Records, known: Mapping[str, Any]
+    plan: Plan,
+    samples: Sequence[str],
+    side_files: Mapping[str, bytes],
+    records: Records,
+    known: Mapping[str, Any],
+    origin: Mapping[str, Any],
 ) -> bytes:
-    """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty."""
-    manifest = {**describe_plan(plan), "source_samples": list(samples)}
+    """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty;
+    `origin` is as `origin_of` gives it.
+    """
+    manifest = {**describe_plan(plan), "source_samples": list(samples), "origin": origin}
     for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
         entry["ranges"] = ranges_text(file.header, records[records["file"] == index])
     files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}

@@ -1,8 +1,10 @@
 """Stage 2: Checkpoint + Recipe -> Matched. Which rule covers each tensor, and that none is missing. Opens no file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from operator import itemgetter
 from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
@@ -121,7 +123,8 @@ def clashes(families: Sequence[Family]) -> Iterator[Problem]:
 def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
-    for name, patterns in unmatched.items():
+    for name in one_of_each_first(unmatched):
+        patterns = unmatched[name]
         if patterns:
             found = " and ".join(repr(recipe.rules[pattern.rule].left) for pattern in patterns)
             yield Problem("two-rules", name, found, "one rule", f"correct the recipe {recipe.origin}")
@@ -131,3 +134,14 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
         yield Problem("no-rule", name, "no rule knows it", expected, f"another --recipe, or {OWN_RECIPE}")
+
+
+def one_of_each_first(names: Iterable[str]) -> list[str]:
+    """The names, such that those that differ in their numbers only do not fill the few lines that are shown."""
+    turns: Counter[str] = Counter()
+    found = []
+    for name in names:
+        key = split_name(name)[0]
+        found.append((turns[key], name))
+        turns[key] += 1
+    return [name for _, name in sorted(found, key=itemgetter(0))]

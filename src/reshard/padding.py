@@ -7,7 +7,7 @@ model of a larger config. Source of the rule: docs/decisions/2026-11-26-padding.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reshard.cut import DIMENSION
+from reshard.cut import dimension_of
 from reshard.errors import refuse
 from reshard.formulas import shape_of
 from reshard.types import Layout, Recipe
@@ -46,10 +46,17 @@ def suits(
     return all(length % (layout.ranks * block) == 0 for length, block in found)
 
 
+def can_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether the length that is cut is raised to suit the ranks: then it says nothing of other numbers of them."""
+    if kind.rule.split == "padded rows":
+        return True
+    return layout.pad and any(True for key in recipe.padded for _ in lengths([kind], recipe, config, key))
+
+
 def lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> Iterator[tuple[int, int]]:
     """The lengths that are cut and depend on a key of the config, each with its block."""
     for kind in kinds:
-        dimension = DIMENSION.get(kind.rule.split)
+        dimension = dimension_of(kind.rule.split)
         if dimension is None or not kind.rule.shape:
             continue
         shape = shape_of(kind.rule.shape, config, recipe.sizes)

@@ -8,13 +8,13 @@ import numpy as np
 
 from reshard.copies import Copies, require_tiling
 from reshard.coverage import Share, cover
-from reshard.cut import Limit, limit_of, weight_problems, working_ranks
+from reshard.cut import Limit, limit_of, parts_for, weight_problems, working_ranks
 from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
-from reshard.layout import Pieces, TargetFile, dealt_to_files, lay_out, pieces_of
+from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.padding import can_grow, padded_config
+from reshard.results import CAST_TO_FP8, Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
 
@@ -52,8 +52,9 @@ class Plan:
             start = end
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
-    """The plan of a conversion, proven to tile every target file and to cover the source.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = ()) -> Plan:
+    """The plan of a conversion, proven to tile every target file and to cover the source. Whole files are split as the
+    `forms` say, if these know every tensor.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
@@ -70,17 +71,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
         ]
     )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
-    terms = Terms(recipe, layout, config if layout.pad else None, len(checkpoint.files))
+    terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
-        pieces = dealt_to_files(pieces_of(series), casts, len(checkpoint.files), layout.file_size)
+        pieces = pieces_of(series)
+        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-        pieces = pieces_of(series)
-    files, copies = lay_out(recipe, layout, pieces)
+        pieces, forms = pieces_of(series), ()
+    files, copies = lay_out(recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
     coverage = cover(checkpoint, recipe, layout, matched, series, casts, copies)
     counts = dict(matched.counts)
@@ -91,6 +93,9 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Options that the recipe has no use for, so that they would do nothing."""
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+    if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
+        expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
+        yield Problem("wrong-option", "--cast", layout.cast, expected)
     if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
         yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, "a recipe with packed FP4 weights")
     if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
@@ -133,11 +138,18 @@ def ranks_problems(
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        if limit := limit_of(weight, split, outcome.block):
+        units = units_of(outcome.kind.rule, config)
+        limit = limit_of(weight, split, outcome.block, units or 0)
+        if limit and not can_grow(outcome.kind, recipe, layout, config):
             limits.add(limit)
-        if next(weight_problems(weight, split, layout.ranks, outcome.block), None):
+        parts = parts_for(layout.ranks, units or 0)
+        if units is None or not parts:
+            found = f"{units or 'no'} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            expected = "a number in config.json that divides the ranks, or that they divide"
+            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
+        elif next(weight_problems(weight, split, parts, outcome.block), None):
             for tensor in outcome.weights:
-                problems.extend(weight_problems(tensor, split, layout.ranks, outcome.block))
+                problems.extend(weight_problems(tensor, split, parts, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""

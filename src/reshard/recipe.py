@@ -18,17 +18,19 @@ from reshard.types import BlockScale, Hole, Recipe, Rule
 FOLDER = Path(__file__).parent / "recipes"
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "holes", "scales", "sizes", "run", "rules")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "rules")
 HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 HOLE_KEYS = (*HOLE_TEXTS, "picked")
-SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block")
+SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 RELATIONS = ("same", "dequantize", "drop")
-SPLITS = ("replicate", "rows", "columns", "padded rows")
+SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
+UNITS = re.compile(r"rows of ([\w.]+)")
+"""The split of heads: they are whole, and those of few are held by several ranks."""
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) [\w.]+")
+CONDITION = re.compile(r"(if|unless) [\w.]+|maybe")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
@@ -40,7 +42,7 @@ MOST_READ = 2 << 20
 
 def packaged_recipes() -> list[Recipe]:
     """Every recipe that comes with the package: the folder is the only registry."""
-    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"))]
+    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)]
 
 
 def load_recipe(name: str) -> Recipe:
@@ -91,6 +93,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
         run=table.get("run", {}),
+        describes=table.get("describes", False),
         checked=table.get("checked", ""),
         rules=tuple(all_rules(table["rules"], holes)),
         origin=origin,
@@ -104,7 +107,9 @@ def hole_of(name: str, fields: Mapping[str, Any]) -> Hole:
 
 def scale_of(fields: Mapping[str, Any]) -> BlockScale:
     packed, fp8_block = fields.get("packed", False), fields.get("fp8_block", 1)
-    return BlockScale(fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block))
+    return BlockScale(
+        fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block), fields.get("stays", False)
+    )
 
 
 def sides(block: Any) -> tuple[int, int]:
@@ -162,6 +167,8 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_texts(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if type(table.get("describes", False)) is not bool:
+        yield ("describes",), repr(table["describes"]), "describes: true or false"
     if not isinstance(table.get("checked", ""), str):
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
@@ -207,7 +214,7 @@ def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
         if not re.fullmatch(r"[a-z]", letter) or letter in holes:
             yield where, f"the hole {letter!r}", "a single lower-case letter that numbers nothing"
         elif not isinstance(fields, dict) or not {"left", "right", "block"} <= set(fields) <= set(SCALE_KEYS):
-            yield where, repr(fields), "a table of left, right and block, and perhaps packed"
+            yield where, repr(fields), "a table of left, right and block, and perhaps packed or stays"
         elif not (isinstance(fields["left"], str) and isinstance(fields["right"], str)):
             yield where, repr(fields), "left and right: strings"
         elif not is_block(fields["block"]):
@@ -216,6 +223,8 @@ def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
             yield where, repr(fields), "packed: true or false; and with it fp8_block"
         elif not is_block(fields.get("fp8_block", 1)):
             yield where, repr(fields["fp8_block"]), "fp8_block: as block"
+        elif type(fields.get("stays", False)) is not bool:
+            yield where, repr(fields["stays"]), "stays: true or false"
 
 
 def is_block(block: Any) -> bool:
@@ -232,7 +241,7 @@ def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for name, text in table.get("sizes", {}).items():
         yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
     for name, value in table.get("run", {}).items():
-        text = value[0] if isinstance(value, list) and len(value) == 2 else value
+        text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
         yield from ((("run", name), found, expected) for found, expected in text_faults(text))
 
 
@@ -317,7 +326,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json"
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe'"
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
@@ -325,10 +334,13 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
         return
     yield from side_faults(rule, scales)
-    if rule.split not in SPLITS and rule.split not in {
+    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
-        yield repr(rule.split), "a split: " + ", ".join(SPLITS) + " or 'by' and a hole of the row"
+        yield (
+            repr(rule.split),
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
+        )
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

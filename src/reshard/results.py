@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from reshard.copies import Integers
-from reshard.cut import DIMENSION, Cut, cut_scale, cut_weight, whole
+from reshard.cut import Cut, cut_scale, cut_weight, dimension_of, parts_for, whole
 from reshard.formulas import shape_of
 from reshard.header import BITS
+from reshard.holes import config_value
 from reshard.names import slots_of
-from reshard.recipe import WEIGHT
+from reshard.recipe import UNITS, WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 from reshard.units import Kind, logical_shape, scale_shape
 
-MOST_FILES = 1 << 31
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+MOST_FILES = 1 << 32
+"""Of whole tensors: whichever file holds one holds all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Terms:
     """The config with the keys raised that are padded; None if nothing is."""
     files: int
     """How many the source has: casts are numbered from there."""
+    config: Mapping[str, Any]
+    """With what padding has raised; empty without one."""
 
 
 def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
@@ -74,8 +78,9 @@ def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
 
 def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     layout, scaling = terms.layout, kind.scaling
-    if scaling is None:
-        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, (1, 1))
+    if scaling is None or scaling.stays:
+        block = scaling.block if scaling and kind.scales else (1, 1)
+        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
     dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
     if kind.scales and (layout.cast == "bf16" or dequantizes):
         return dequantized(kind, scaling, terms, casts)
@@ -176,6 +181,13 @@ def pad(
         yield result
 
 
+def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
+    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
+    found = UNITS.fullmatch(rule.split)
+    value = config_value(found[1], config) if found else 0
+    return value if type(value) is int and (value > 0 or not found) else None
+
+
 def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
     """The weights of a kind, and their scales, cut for the ranks; nothing may stand against it any more."""
     kind, layout = outcome.kind, terms.layout
@@ -183,15 +195,17 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     weight, ranks = outcome.weights[0], None
     if split.startswith("by "):
         ranks = dealt(kind, terms, counts)
-    times = layout.ranks if split == "replicate" else 1
-    yield Series(number, kind.names, outcome.weights, cut_weight(weight, split, layout.ranks), ranks, times, times)
+    parts = parts_for(layout.ranks, units_of(kind.rule, terms.config) or 0)
+    times = layout.ranks if split == "replicate" else layout.ranks // parts
+    cut = cut_weight(weight, split, layout.ranks, parts)
+    yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
     if not outcome.scales:
         return
-    dimension = DIMENSION.get(split)
+    dimension = dimension_of(split)
     if dimension is None or len(outcome.scales[0].shape) <= dimension:
         cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
     else:
-        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, outcome.block[dimension])
+        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, parts, outcome.block[dimension])
         most = min(cut.repeat, layout.ranks)
         least = layout.ranks - most * (-(-layout.ranks // most) - 1)
     yield Series(number, outcome.scale_names, outcome.scales, cut, ranks, least, most)
@@ -210,5 +224,4 @@ def whole_series(outcome: Outcome) -> Iterator[Series]:
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            # Its part is all of it, whatever the number of the file that it will lie in.
             yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)

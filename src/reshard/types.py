@@ -41,12 +41,24 @@ class Cast(NamedTuple):
     block: tuple[int, int]
     """In elements of the weight: of the scale that there is, or that there will be."""
     result: Tensor
-    """Its `file` is the number of files of the source and the place of the cast; its `offset` is 0. Where its shape is
-    larger than what is computed, the rest is zeros, or ones if it is a scale."""
+    """Its `file` is the number of files and joins of the source and the place of the cast; its `offset` is 0. Where its
+    shape is larger than what is computed, the rest is zeros, or ones if it is a scale."""
     new_block: tuple[int, int] = (1, 1)
     """Of the scale that results, where that is another."""
     is_scale: bool = False
     """Whether the result is a block scale."""
+
+
+class Join(NamedTuple):
+    """A tensor in one piece, of the parts of it that rank files hold. To a plan it is a file that is nowhere."""
+
+    rows: int
+    """Seen as so many rows, the parts of each row lie side by side; of a single row, one behind the other."""
+    parts: tuple[tuple[Tensor, ...], ...]
+    """For each part, all that hold it: they must be equal."""
+    result: Tensor
+    """Its `file` is the number of files of the checkpoint and the place of the join; its `offset` is 0. It may be
+    shorter than the parts together: what is left over is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,13 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None
     """The parsed `config.json`, if there is one."""
+    joins: tuple[Join, ...] = ()
+    """What of the tensors lies in parts."""
+
+    @property
+    def parts(self) -> int:
+        """How many files there are, and joins, which count as files: casts are numbered from here on."""
+        return len(self.files) + len(self.joins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +134,11 @@ class Rule:
     left: str
     right: str
     split: str
-    """`replicate`, `rows`, `columns`, `padded rows` or `by HOLE`; the reason of a `drop`."""
+    """`replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`, `by HOLE`; reason of a `drop`."""
     shape: str = ""
     """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor."""
+    """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; or `maybe`."""
     optional: str = ""
     """The reason why the tensor is left out, unless the hole that numbers it is asked for; empty if it never is."""
 
@@ -137,6 +156,8 @@ class BlockScale:
     """Whether the weights are I8 with two elements of F4 in a byte. Blocks count elements."""
     fp8_block: tuple[int, int] = (1, 1)
     """With `packed`: the block once they are cast to FP8."""
+    stays: bool = False
+    """Whether weights scaled like this are never cast: their code reads them in no other way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +184,10 @@ class Recipe:
     padded: tuple[str, ...]
     """Config keys that may be raised, with zeros in the weights, so that whole blocks fall to each rank."""
     run: Mapping[str, Any]
-    """The run configuration of the right side's code: by key a formula over the config, or a list of a formula and the
-    value that need not be said."""
+    """The run configuration of the right side's code: by key a formula over the config; or a list of a formula and the
+    value that need not be said, or of a formula alone whose lack of a value must be said."""
+    describes: bool
+    """Whether the rank files say in their metadata what they are: rank, ranks and recipe."""
     checked: str
     """What the recipe was checked against, in words."""
     rules: tuple[Rule, ...]

@@ -4,7 +4,7 @@ Arithmetic on names, dtypes and shapes only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -73,13 +73,20 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
         yield Kind(
             rule,
             weights.rule,
-            scaling,
+            scaling_of(weights.tensors[places[0]], scaling),
             pick(weights.numbers),
             pick(weights.tensors),
             pick(names),
             [pair[0] for pair in of_scales],
             [pair[1] for pair in of_scales],
         )
+
+
+def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
+    """How a weight is scaled: where FP4 is expected, FP8 has blocks of its own, as the V4 base models have."""
+    if scaling and scaling.packed and weight.dtype == "F8_E4M3":
+        return replace(scaling, block=scaling.fp8_block, packed=False)
+    return scaling
 
 
 def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
@@ -167,7 +174,7 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "a loader would cast it silently: is the checkpoint sound?"
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
-    elif kind.scaling and isinstance(quantization, dict):
+    elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
         exempt = quantization.get("modules_to_not_convert") or []
         for tensor in kind.weights:
             if not any(isinstance(module, str) and module in tensor.name for module in exempt):

@@ -13,16 +13,18 @@ from reshard.casting import Inputs, Read, produce
 from reshard.casts import fastest_recode
 from reshard.disk import PAGE, Ways, aligned_buffer, drop_cached, read_window, write_all
 from reshard.errors import refuse
+from reshard.joining import produce_join
 from reshard.journal import RECORD, RECORD_TYPE, Journal, append_records
-from reshard.types import Advance, Cast, Tensor
+from reshard.types import Advance, Cast, Join, Tensor
 from reshard.windows import WINDOW_SIZE, Group, Window
 
 MEMORY_PER_JOB = 2 * WINDOW_SIZE + 2 * PAGE
 """In bytes: a buffer to read into and one to gather in."""
 SCALES_SIZE = WINDOW_SIZE // 4
 """In bytes: more scales are not read at once for a window of weights."""
-MEMORY_OF_CASTS = WINDOW_SIZE + SCALES_SIZE + 2 * PAGE + 8 * 2**20
-"""In bytes, for each job that casts: a buffer for what is computed, one for scales, and what computing takes."""
+MEMORY_OF_MAKING = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
+"""In bytes, for each job that joins or casts: a buffer for what comes out, one for what is joined before it is cast,
+one for scales, and what computing takes."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
 LOOK_SECONDS = 0.2
@@ -36,8 +38,8 @@ class Files:
     source_names: Sequence[str]
     targets: Sequence[int]
     ways: Ways
-    casts: Sequence[Cast]
-    """What is numbered from `len(sources)` on is computed."""
+    made: Sequence[Join | Cast]
+    """What is numbered from `len(sources)` on is joined or cast."""
     allow_inexact: bool
 
 
@@ -97,7 +99,7 @@ class Queue:
 def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with so many threads. The first error of one ends all and is raised."""
     queue = Queue(work, advance)
-    if files.casts:
+    if any(isinstance(made, Cast) for made in files.made):
         fastest_recode()  # here, for it may import numba, and that from one thread only
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(jobs + 1) as pool:
@@ -140,16 +142,17 @@ def flush_regularly(queue: Queue, ledger: Ledger) -> None:
 class Buffers:
     """The memory of one worker."""
 
-    def __init__(self, *, casts: bool) -> None:
+    def __init__(self, *, makes: bool) -> None:
         self.window = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
         self.stage = aligned_buffer(WINDOW_SIZE)
-        self.scales = aligned_buffer(SCALES_SIZE + 2 * PAGE) if casts else self.window
-        self.result = aligned_buffer(WINDOW_SIZE) if casts else self.stage
+        self.scales = aligned_buffer(SCALES_SIZE + 2 * PAGE) if makes else self.window
+        self.joined = aligned_buffer(WINDOW_SIZE + SCALES_SIZE) if makes else self.stage
+        self.result = aligned_buffer(WINDOW_SIZE) if makes else self.stage
 
 
 def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
     """One worker: takes windows until there are no more."""
-    buffers = Buffers(casts=bool(files.casts))
+    buffers = Buffers(makes=bool(files.made))
     done = 0
     try:
         while window := queue.next(done):
@@ -165,7 +168,7 @@ def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
         source, name = files.sources[window.source_file], files.source_names[window.source_file]
         data, inexact = read_window(source, window.offset, window.size, buffers.window, files.ways, name), 0
     else:
-        data, inexact = compute_window(window, files, buffers)
+        data, inexact = make_window(window, files, buffers)
     records = bytearray()
     for group in window.groups:
         bytes_of_group = gather(group, data, buffers.stage)
@@ -177,25 +180,42 @@ def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
     return sum(group.size for group in window.groups)
 
 
-def compute_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
-    """The bytes of a window of a cast's result, and how many of its values are not exact."""
-    cast = files.casts[window.source_file - len(files.sources)]
-
-    def reader(buffer: memoryview) -> Read:
-        def read(tensor: Tensor, offset: int, size: int) -> memoryview:
-            source, name = files.sources[tensor.file], files.source_names[tensor.file]
-            return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
-
-        return read
-
-    data = buffers.result[: window.size]
-    inexact = produce(cast, window.offset, data, Inputs(reader(buffers.window), reader(buffers.scales), WINDOW_SIZE))
+def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
+    """The bytes of a window of what is joined or cast, and how many of its values are not exact."""
+    made, data = files.made[window.source_file - len(files.sources)], buffers.result[: window.size]
+    if isinstance(made, Join):
+        produce_join(made, window.offset, data, reader(files, buffers.window), WINDOW_SIZE)
+        return data, 0
+    weight = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
+    scale = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE:])
+    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE))
     if inexact and not files.allow_inexact:
-        found = f"{inexact:,} values of {cast.result.dtype} that are not exact"
+        found = f"{inexact:,} values of {made.result.dtype} that are not exact"
         expected = "only values that both dtypes have"
         remedy = "--allow-inexact rounds them to the nearest"
-        raise refuse("inexact-cast", cast.weight.name, found, expected, remedy)
+        raise refuse("inexact-cast", made.weight.name, found, expected, remedy)
     return data, inexact
+
+
+def reader(files: Files, buffer: memoryview, joined: memoryview | None = None) -> Read:
+    """How to read a part of a tensor into a buffer; one in parts is put together in another, piece by piece."""
+
+    def read(tensor: Tensor, offset: int, size: int) -> memoryview:
+        place = tensor.file - len(files.sources)
+        if place < 0 or joined is None:
+            source, name = files.sources[tensor.file], files.source_names[tensor.file]
+            return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
+        join = files.made[place]
+        if not isinstance(join, Join):
+            raise TypeError(f"{tensor.name} is cast twice")
+        produce_join(join, offset, joined[:size], read_part, len(buffer) - 2 * PAGE)
+        return joined[:size]
+
+    def read_part(tensor: Tensor, offset: int, size: int) -> memoryview:
+        source, name = files.sources[tensor.file], files.source_names[tensor.file]
+        return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
+
+    return read
 
 
 def gather(group: Group, window: memoryview, stage: memoryview) -> memoryview:
