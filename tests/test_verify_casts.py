@@ -26,7 +26,7 @@ from reshard.cli import main
 from reshard.convert import Job, convert_checkpoint
 from reshard.execute import Settings
 from reshard.read import read_checkpoint
-from reshard.recipe import packaged_recipes
+from reshard.recipe import load_recipe, packaged_recipes
 from reshard.verify import Report, verify_target
 
 INDEX = "model.safetensors.index.json"
@@ -492,6 +492,86 @@ def test_an_mtp_tensor_is_missed_in_one_rank(copied: Callable[[str], Made]) -> N
     made = copied("v3 mtp")
     rewrite(made.target / "model1-mp2.safetensors", {"layers.11.norm.weight": None})
     assert facts(made) == {("wrong-ranks", "model.layers.11.shared_head.norm.weight")}
+
+
+# --- rows of heads, and of two halves ---
+
+OWN = """
+name   = "own"
+about  = "for a test"
+left   = "left"
+right  = "right"
+files  = "model{rank}-mp{ranks}.safetensors"
+scales.p = { left = "weight_scale_inv", right = "scale", block = 8 }
+holes.i = { counts = "layers", size = "layers" }
+rules = [
+["same", "layers.{i}.k.{p}",    "l.{i}.k.{p}",    "rows of heads"],
+["same", "layers.{i}.both.{p}", "l.{i}.both.{p}", "packed rows"],
+]
+"""
+
+
+@pytest.fixture(params=["as they are", "dequantised"])
+def heads(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
+    """Two heads for four ranks, and a gate behind which is what it lets through; cut by torch."""
+    random = torch.Generator().manual_seed(3)
+    source = {}
+    for name, rows in (("k", 32), ("both", 64)):
+        codes = torch.randint(0, 120, (rows, 24), generator=random, dtype=torch.uint8)
+        source[f"layers.0.{name}.weight"] = codes.view(torch.float8_e4m3fn)
+        source[f"layers.0.{name}.weight_scale_inv"] = torch.rand((rows // 8, 3), generator=random)
+    made = Made(tmp_path / "source", tmp_path / "target")
+    made.source.mkdir()
+    made.target.mkdir()
+    save_file(source, made.source / "model.safetensors")
+    (made.source / "config.json").write_text(json.dumps({"layers": 1, "heads": 2}))
+    (tmp_path / "own.toml").write_text(OWN)
+    for rank in range(4):
+        share = {}
+        for name, tensor in source.items():
+            if ".k." in name:
+                part = tensor.chunk(2)[rank // 2]
+            else:
+                part = torch.cat([half.chunk(4)[rank] for half in tensor.chunk(2)])
+            share[name.replace("layers", "l").replace("weight_scale_inv", "scale")] = part.contiguous()
+        if request.param == "dequantised":
+            share = {
+                name: dequantize(part, share[name.replace("weight", "scale")], 8)
+                for name, part in share.items()
+                if name.endswith("weight")
+            }
+        save_file(share, made.target / f"model{rank}-mp4.safetensors")
+    return made
+
+
+def verify_own(made: Made) -> Report:
+    return verify_target(made.target, read_checkpoint(made.source), load_recipe(str(made.source.parent / "own.toml")))
+
+
+def test_heads_that_ranks_share_and_halves_are_proven(heads: Made) -> None:
+    report = verify_own(heads)
+    assert report.problems == ()
+    assert report.compared == report.size
+
+
+@pytest.mark.parametrize("name", ["l.0.k.weight", "l.0.both.weight"])
+@pytest.mark.parametrize("offset", [0, -1])
+def test_a_byte_of_a_head_or_half_is_seen(name: str, offset: int, heads: Made) -> None:
+    place = find(heads, name, "model2-mp4.safetensors")
+    edit(place, offset, up)
+    (problem,) = verify_own(heads).problems
+    assert (problem.kind, problem.subject) == ("differs", place.subject + name)
+    assert f"first in byte {offset % (place.end - place.begin):,} of" in problem.found
+
+
+def test_halves_cut_as_if_they_were_one_are_seen(heads: Made) -> None:
+    name = "l.0.both.weight"
+    parts = [value(name, heads, f"model{rank}-mp4.safetensors") for rank in range(4)]
+    whole = torch.cat([*(part[:8] for part in parts), *(part[8:] for part in parts)])
+    for rank in range(4):
+        rewrite(heads.target / f"model{rank}-mp4.safetensors", {name: whole.chunk(4)[rank].clone()})
+    found = {(problem.kind, problem.subject) for problem in verify_own(heads).problems}
+    assert found == {("differs", f"model{rank}-mp4.safetensors: {name}") for rank in range(4)}
 
 
 # --- whole files ---

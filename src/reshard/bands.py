@@ -35,6 +35,8 @@ class Part(NamedTuple):
     rows: range
     columns: range
     """In bytes of a source row."""
+    skip: int = 0
+    """In bytes: where in the tensor the box begins, if it is not all of it."""
 
 
 class Whole(NamedTuple):

@@ -3,7 +3,20 @@
 from math import prod
 from typing import NamedTuple
 
-DIMENSION = {"rows": 0, "padded rows": 0, "columns": 1}
+DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
+
+
+def dimension_of(split: str) -> int | None:
+    """The dimension that is cut by a split of a recipe; None if none is."""
+    return 0 if split.startswith("rows of ") else DIMENSIONS.get(split)
+
+
+def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
+    """How many parts there are of a tensor, and which of them a rank holds: of heads that are fewer than the ranks,
+    several hold the same one. `heads` is 0 where the split is not by heads.
+    """
+    parts = min(heads, ranks) if heads else ranks
+    return parts, rank * parts // ranks
 
 
 class Box(NamedTuple):
@@ -38,14 +51,16 @@ def row_size(shape: tuple[int, ...], bits: int) -> int:
     return prod(shape[1:]) * bits // 8
 
 
-def shares(length: int, ranks: int, rank: int) -> range:
-    """A rank's part of a dimension of that length."""
-    return range(rank * length // ranks, (rank + 1) * length // ranks)
+def shares(split: str, length: int, parts: int, index: int) -> list[range]:
+    """The stretches that one of so many parts is, of a dimension of that length: one, or one of each half."""
+    halves = 2 if split == "packed rows" else 1
+    half = length // halves
+    part = range(index * half // parts, (index + 1) * half // parts)
+    return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
 
 
-def blocks(length: int, block: int, ranks: int, rank: int) -> range:
-    """The blocks that a rank's part of a weight touches, along a dimension of that length."""
-    part = shares(length, ranks, rank)
+def touched(part: range, block: int) -> range:
+    """The blocks that a stretch of a weight touches."""
     return range(part.start // block, -(-part.stop // block))
 
 

@@ -118,7 +118,7 @@ def compare(
         for thing in in_order:
             yield from items_of(thing, share)
             if share is not None:  # what the sample leaves out is done as well
-                advance(sum(part.tensor.size for part in parts_of(thing)))
+                advance(sum(len(part.rows) * len(part.columns) for part in parts_of(thing)))
 
     largest = max((largest_read(thing) for thing in in_order if isinstance(thing, Recast)), default=0)
     with ExitStack() as stack:
@@ -250,6 +250,7 @@ class Work:
         """Compares a box of a part with rows of bytes."""
         pitch = len(part.columns)
         place = (rows.start - part.rows.start) * pitch + columns.start - part.columns.start
+        place += part.skip
         offset = part.tensor.offset + place
         found = self.target.read_rows(part.rank, offset, pitch, (len(rows), len(columns)), self.buffers.target)
         note_difference(self.comparison, part, place, np.ascontiguousarray(found), wanted)

@@ -5,8 +5,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from reshard.backwards import Place
-from reshard.boxes import DIMENSION
-from reshard.formulas import parse_shape, shape_of
+from reshard.boxes import dimension_of
+from reshard.formulas import UnknownKey, parse_shape, shape_of, value_of
+from reshard.recipe import UNITS
 from reshard.types import BlockScale, Recipe, Rule, Tensor
 
 SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "quantize"
@@ -80,6 +81,16 @@ def formulas_of(shape: str) -> tuple[str, ...]:
     return tuple(parse_shape(shape)[1]) if shape else ()
 
 
+def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
+    """How many heads there are, where the rows of a rule are those of heads; else 0."""
+    found = UNITS.fullmatch(rule.split) if rule else None
+    try:
+        heads = value_of(found[1], config, {}) if found else 0
+    except UnknownKey:
+        return 0
+    return heads if type(heads) is int and heads > 0 else 0
+
+
 class Widening(NamedTuple):
     """Which dimensions padding may widen, by the recipe and the config of the source."""
 
@@ -90,7 +101,7 @@ class Widening(NamedTuple):
 
     def dimensions(self, rule: Rule | None) -> tuple[int, ...]:
         """Those whose length depends on a key that the recipe allows to raise."""
-        if rule is None or not rule.shape or not self.recipe.padded:
+        if rule is None or not rule.shape or not self.recipe.padded or rule.split == "packed rows":
             return ()
         if rule.shape not in self.known:
             without = {key: value for key, value in self.config.items() if key not in self.recipe.padded}
@@ -101,15 +112,15 @@ class Widening(NamedTuple):
         return self.known[rule.shape]
 
     def full_shape(
-        self, rule: Rule | None, shape: tuple[int, ...], found: tuple[int, ...], ranks: int, *, is_whole: bool
+        self, rule: Rule | None, shape: tuple[int, ...], found: tuple[int, ...], parts: int, *, is_whole: bool
     ) -> tuple[int, ...]:
         """The shape of a tensor with its padding, `shape` being that of the source, `found` that of a rank's part."""
         if rule is None or is_whole or not shape:
             return shape
         if rule.split == "padded rows":
-            return (-(-shape[0] // ranks) * ranks, *shape[1:])
+            return (-(-shape[0] // parts) * parts, *shape[1:])
         full = list(shape)
         for place in self.dimensions(rule) if len(found) == len(shape) else ():
-            length = found[place] * (ranks if DIMENSION.get(rule.split) == place else 1)
+            length = found[place] * (parts if dimension_of(rule.split) == place else 1)
             full[place] = max(length, full[place])
         return tuple(full)

@@ -1,12 +1,13 @@
 """What a target holds of the source: each of its tensors as a part of a source tensor, or of what is made of one."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from reshard.backwards import Backwards
 from reshard.bands import Part, Recast, Whole
-from reshard.boxes import DIMENSION, Box, blocks, box, in_blocks, row_size, shares
+from reshard.boxes import Box, box, dimension_of, in_blocks, part_of, row_size, shares, touched
 from reshard.decode import ONES
 from reshard.errors import Problem
 from reshard.forms import (
@@ -21,6 +22,7 @@ from reshard.forms import (
     dtypes_of,
     form_of,
     formulas_of,
+    heads_of,
     numbers_shape,
 )
 from reshard.found import AGAIN, Folder, Found
@@ -126,28 +128,29 @@ def hold_parts(
     """Adds the parts that a unit is of the source's tensors, or of what is made of them."""
     weight, scale = origins
     rule, scaling, folder = unit.place.rule, unit.place.scaling, held.folder
-    dimension = DIMENSION.get(rule.split) if rule and not folder.is_whole else None
+    dimension = dimension_of(rule.split) if rule and not folder.is_whole else None
     shape = weight.shape if dtypes[0] == weight.dtype else numbers_shape(weight, scaling)
     seen = unit.weight or unit.scale
     if rule and seen and dimension is not None and len(shape) <= dimension:
         found, expected = f"{list(weight.shape)} in the source", f"{rule.split} to cut"
         yield Problem("wrong-shape", held.subject(seen), found, expected)
         return
+    parts, index = part_of(folder.ranks, unit.rank, heads_of(rule, held.widening.config))
     found_shape = unit.weight.tensor.shape if unit.weight else ()
-    full = held.widening.full_shape(rule, shape, found_shape, folder.ranks, is_whole=folder.is_whole)
+    full = held.widening.full_shape(rule, shape, found_shape, parts, is_whole=folder.is_whole)
     note_lengths(held, unit, shape, full)
     flat = form == SAME and dimension != 1 and 1 not in held.widening.dimensions(rule)
     lists = lists_of(held, unit, origins, form, dtypes, flat=flat)
+    taken = shares(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
     if unit.weight:
-        taken = shares(full[dimension], folder.ranks, unit.rank) if dimension is not None else range(0)
-        wanted = box(full, BITS[dtypes[0]], dimension, taken, flat=flat)
+        wanted = [box(full, BITS[dtypes[0]], dimension, stretch, flat=flat) for stretch in taken]
         yield from hold_part(held, unit.weight, dtypes[0], wanted, lists[0])
     if unit.scale and dtypes[1] and scaling:
         block = scaling.fp8_block if form == FP4_TO_FP8 else scaling.block
-        blocks_shape = scale.shape if scale and form == SAME and full == shape else in_blocks(full, block)
-        cut = dimension if dimension is not None and len(blocks_shape) > dimension else None
-        taken = blocks(full[cut], block[cut], folder.ranks, unit.rank) if cut is not None else range(0)
-        wanted = box(blocks_shape, BITS[dtypes[1]], cut, taken, flat=flat)
+        blocks = scale.shape if scale and form == SAME and full == shape else in_blocks(full, block)
+        cut = dimension if dimension is not None and len(blocks) > dimension else None
+        taken = [touched(stretch, block[cut]) for stretch in taken] if cut is not None else [range(0)]
+        wanted = [box(blocks, BITS[dtypes[1]], cut, stretch, flat=flat) for stretch in taken]
         yield from hold_part(held, unit.scale, dtypes[1], wanted, lists[1])
 
 
@@ -194,14 +197,20 @@ def recast_of(form: str, origins: tuple[Tensor, Tensor | None], scaling: BlockSc
     return Recast(form, weight, scale, (rows, columns), scaling.block, new, dtypes, ([], []))
 
 
-def hold_part(held: Held, seen: Seen, dtype: str, wanted: Box, parts: list[Part]) -> Iterator[Problem]:
-    """Adds a tensor of the target, if it has the size of its box; yields what is wrong with its dtype and shape."""
-    tensor, size = seen.tensor, len(wanted.rows) * len(wanted.columns)
-    if tensor.dtype != dtype or tensor.shape != wanted.shape or tensor.size != size:
-        found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(wanted.shape)}"
+def hold_part(held: Held, seen: Seen, dtype: str, wanted: Sequence[Box], parts: list[Part]) -> Iterator[Problem]:
+    """Adds a tensor of the target, if it has the size of its boxes, of which there are several where it holds them one
+    behind the other; yields what is wrong with its dtype and shape.
+    """
+    tensor, shape = seen.tensor, wanted[0].shape
+    sizes = [len(one.rows) * len(one.columns) for one in wanted]
+    if len(wanted) > 1:
+        shape = (sum(one.shape[0] for one in wanted), *shape[1:])
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.size != sum(sizes):
+        found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
         yield Problem("wrong-shape", held.subject(seen), found, expected, AGAIN)
-    if tensor.size == size:
-        parts.append(Part(seen.number, tensor, wanted.rows, wanted.columns))
+    if tensor.size == sum(sizes):
+        for one, skip in zip(wanted, accumulate(sizes, initial=0), strict=False):
+            parts.append(Part(seen.number, tensor, one.rows, one.columns, skip))
 
 
 def mixture_problems(held: Held) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ of it, the rank should hold, and has every byte of that box compared.
 What every rank holds is compared with the source in every rank, so that replicas are equal if nothing differs.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from reshard.backwards import backwards, holders
-from reshard.bands import Recast, Whole
+from reshard.bands import Part, Recast, Whole
 from reshard.beside import beside_problems
 from reshard.compare import Comparison, Side, compare
 from reshard.decode import powers_of_two
@@ -85,18 +85,23 @@ def verify_target(
     things: list[Whole | Recast] = [*held.wholes.values(), *held.recasts.values()]
     comparison = compare(things, *sides(target, files, source), advance, sample)
     problems.extend(difference_problems(held, comparison))
+    return report_of(held, files, comparison, problems, is_sampled=sample is not None)
+
+
+def report_of(
+    held: Held, files: Sequence[Found], comparison: Comparison, problems: Sequence[Problem], *, is_sampled: bool
+) -> Report:
     tensors = [tensor for file in files for tensor in file.tensors]
-    size = sum(tensor.size for tensor in tensors)
     return Report(
-        folder.ranks,
-        len(files),
-        len(tensors),
-        size,
-        comparison.size,
-        sample is not None,
-        tuple(problems),
-        comparison.inexact,
-        folder.is_whole,
+        ranks=held.folder.ranks,
+        files=len(files),
+        tensors=len(tensors),
+        size=sum(tensor.size for tensor in tensors),
+        compared=comparison.size,
+        is_sampled=is_sampled,
+        problems=tuple(problems),
+        inexact=comparison.inexact,
+        is_whole=held.folder.is_whole,
     )
 
 
@@ -152,11 +157,16 @@ def is_power_of_two(target: Path, units: Sequence[Unit], held: Held) -> bool:
 def difference_problems(held: Held, comparison: Comparison) -> Iterator[Problem]:
     """The tensors whose bytes are not those of their box."""
     for whole in held.wholes.values():
-        for part in whole.parts:
-            yield from difference_of(held, comparison, (part.rank, part.tensor.name), whole)
+        for key in keys_of(whole.parts):
+            yield from difference_of(held, comparison, key, whole)
     for (name, form), recast in held.recasts.items():
-        for part in (*recast.parts[0], *recast.parts[1]):
-            yield from difference_of(held, comparison, (part.rank, part.tensor.name), f"what {form} makes of {name}")
+        for key in keys_of((*recast.parts[0], *recast.parts[1])):
+            yield from difference_of(held, comparison, key, f"what {form} makes of {name}")
+
+
+def keys_of(parts: Iterable[Part]) -> Iterable[tuple[int, str]]:
+    """By which differences are known: once for each tensor, of which there may be two parts."""
+    return dict.fromkeys((part.rank, part.tensor.name) for part in parts)
 
 
 def difference_of(held: Held, comparison: Comparison, key: tuple[int, str], origin: Whole | str) -> Iterator[Problem]:
