@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_convert_says_what_it_wrote_what_it_dropped_and_what_comes_next(source: 
 
 def test_convert_writes_the_rank_files_the_side_files_and_a_manifest(ranks: Path) -> None:
     files = [f"model{rank}-mp8.safetensors" for rank in range(8)]
-    assert sorted(path.name for path in ranks.iterdir()) == sorted([*files, *SIDE_FILES, MANIFEST])
+    assert sorted(path.name for path in ranks.iterdir()) == sorted([*files, *SIDE_FILES, "run_config.json", MANIFEST])
 
 
 def test_convert_as_json_agrees_with_the_manifest_and_the_files(source: Path, tmp_path: Path, say: Say) -> None:
@@ -285,7 +286,8 @@ def test_plan_adds_up_to_what_convert_writes_and_to_the_source(source: Path, ran
 def test_plan_tells_what_is_dropped_and_why(source: Path, say: Say) -> None:
     text = say("plan", source, "--mp", "8")
     assert re.search(rf"^dropped +{DROPPED} +909,224", text, re.MULTILINE)
-    assert "model.layers.{m}.{*} (MTP layers: DeepSeek's inference code has no multi-token prediction)" in text
+    line = rf"^  MTP layers \(DeepSeek's inference code has no multi-token prediction\) +{DROPPED} +909,224$"
+    assert re.search(line, text, re.MULTILINE)
     assert "block scales that several ranks share" in text
 
 
@@ -522,8 +524,11 @@ def plain(tmp_path: Path) -> Path:
 )
 def test_verify_proves_elements_smaller_than_a_byte(name: str, plain: Path, tmp_path: Path, say: Say) -> None:
     change_header(plain / "model-00001-of-00001.safetensors", quarter_elements, name)
-    say("convert", plain, tmp_path / "out", "--mp", "4")
-    assert "all equal" in say("verify", tmp_path / "out", "--source", plain)
+    recipe = tmp_path / "any-shape.toml"
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    recipe.write_text(re.sub(r'"\[[^"]*\]"(,|\])', r'""\1', text), encoding="utf-8")
+    say("convert", plain, tmp_path / "out", "--mp", "4", "--recipe", recipe)
+    assert "all equal" in say("verify", tmp_path / "out", "--source", plain, "--recipe", recipe)
 
 
 def test_verify_says_that_the_source_has_another_shape(plain: Path, tmp_path: Path, say: Say) -> None:
@@ -559,18 +564,26 @@ def test_a_damaged_manifest_is_refused_or_named(
 
 @pytest.mark.parametrize("words", [["recipes"], ["recipes", "list"]])
 def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
+    """Each with what it was checked against, in a line of its own."""
     lines = say(*words).splitlines()
-    assert [line.split()[0] for line in lines] == sorted(path.stem for path in FOLDER.glob("*.toml"))
-    assert all("DeepSeek" in line for line in lines)
-    assert [recipe["name"] for recipe in json.loads(say(*words, "--json"))] == [line.split()[0] for line in lines]
+    names = [path.stem for path in sorted(FOLDER.glob("*.toml"))]
+    assert [line.split()[0] for line in lines[::2]] == names
+    assert all("DeepSeek" in line for line in lines[::2])
+    assert all(re.match(r" +checked against: \w", line) for line in lines[1::2])
+    said = json.loads(say(*words, "--json"))
+    assert [recipe["name"] for recipe in said] == names
+    assert [recipe["checked"] for recipe in said] == [line.split(": ", 1)[1] for line in lines[1::2]]
 
 
 def test_recipes_show_prints_the_file(say: Say) -> None:
     text = say("recipes", "show", "deepseek-v3")
     assert text == (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     said = json.loads(say("recipes", "show", "deepseek-v3", "--json"))
-    assert (said["name"], said["scale"]["block"]) == ("deepseek-v3", 128)
-    assert len(said["rules"]) == text.count('\n["')
+    assert (said["name"], said["scales"]["p"]["block"]) == ("deepseek-v3", [128, 128])
+    rows = tomllib.loads(text)["rules"]
+    assert [rule["left"] for rule in said["rules"]][: len(rows)] == [row[1] for row in rows]
+    like = [row[1] for row in rows if "{i}" in row[1] or "{s}" in row[1]]
+    assert [rule["left"] for rule in said["rules"]][len(rows) :] == [re.sub(r"\{[is]\}", "{m}", left) for left in like]
 
 
 def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_path: Path, say: Say) -> None:
@@ -589,7 +602,7 @@ def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_pat
         (["show"], "a name or a file"),
         (["check"], "a name or a file"),
         (["check", "deepseek-v3"], "no source"),
-        (["show", "deepseek-v4"], "did you mean deepseek-v"),
+        (["show", "deepseek-v44"], "did you mean deepseek-v"),
         (["check", "deepseek-v2", "source"], "no rule"),
     ],
 )
@@ -666,7 +679,6 @@ def test_the_version_is_the_package_s() -> None:
     [
         [],
         ["converts"],
-        ["convert", "a", "b"],
         ["convert", "a", "b", "--mp", "two"],
         ["convert", "a", "b", "--mp", "2", "--jobs", "0"],
         ["convert", "a", "b", "--mp", "2", "--max-memory", "much"],
@@ -680,6 +692,14 @@ def test_options_that_do_not_parse_are_refused(words: list[str], capsys: pytest.
         main(words)
     assert caught.value.code == 2
     assert "usage: reshard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["convert", "a", "b"], ["plan", "a"]])
+def test_a_conversion_without_a_number_of_ranks_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert "--mp: wrong option" in capsys.readouterr().err
 
 
 # Progress.

@@ -65,7 +65,27 @@ def problems_of(checkpoint: Checkpoint, recipe: Recipe = V3) -> list[Problem]:
 
 
 def new_names(matched: Matched) -> dict[str, str]:
-    return {found.tensor.name: found.right for found in matched.kept}
+    """By the name of each tensor that has one on the other side: that name."""
+    pairs = [
+        (tensor.name, name)
+        for family in matched.families
+        for tensor, name in zip(family.tensors, family.names, strict=True)
+        if name
+    ]
+    found = dict(pairs)
+    assert len(found) == len(pairs)
+    return found
+
+
+def left_out(matched: Matched, recipe: Recipe) -> set[str]:
+    """The names of all tensors that are dropped unless they are asked for."""
+    rules = recipe.rules
+    return {
+        tensor.name
+        for family in matched.families
+        if rules[family.rule].relation == "drop" or rules[family.rule].optional
+        for tensor in family.tensors
+    }
 
 
 # --- names ---
@@ -205,7 +225,8 @@ def test_a_name_under_two_rules_is_refused() -> None:
         "model.layers.3.mlp.experts.02.gate_proj.weight",
         "model.layers.3.mlp.experts.gate_proj.weight",
         "model.layers.3.mlp.experts.#.gate_proj.weight",
-        "model.layers.3.self_attn.rotary_emb.inv_freq",
+        "model.layers.3.self_attn.rotary_emb.inv_freqs",
+        "model.layers.3.rotary_emb.inv_freq",
         "",
         "#",
     ],
@@ -239,9 +260,9 @@ def test_layers_with_the_marker_are_dropped_and_no_others(layers: int, mtp_layer
     wanted = {
         name for name, *_ in entries if any(is_in_layer(name, layer) for layer in range(layers, layers + mtp_layers))
     }
-    assert {found.tensor.name for found in matched.dropped} == wanted
+    assert left_out(matched, V3) == wanted
     assert len(wanted) == mtp_layers * len([name for name, *_ in entries if is_in_layer(name, layers)])
-    assert {found.tensor.name for found in matched.kept} == {name for name, *_ in entries} - wanted
+    assert sum(len(family.tensors) for family in matched.families) == len(entries)
     assert (matched.counts["i"], matched.counts["m"]) == (layers, mtp_layers)
 
 
@@ -284,10 +305,224 @@ def test_the_rest_of_a_drop_rule_takes_mtp_layers_only(name: str) -> None:
     assert [(problem.kind, problem.subject) for problem in problems] == [("no-rule", name)]
 
 
-def test_whatever_lies_in_an_mtp_layer_is_dropped() -> None:
+@pytest.mark.parametrize("keep_optional", [True, False])
+def test_whatever_lies_in_an_mtp_layer_is_dropped(*, keep_optional: bool) -> None:
+    """Even where it is to be kept: the other side has no name for it."""
     name = "model.layers.12.what.ever.7.it.is"
-    matched = match(checkpoint_of([*tensor_list(TINY), (name, "BF16", (1,))], TINY), V3)
-    assert name in {found.tensor.name for found in matched.dropped}
+    checkpoint = checkpoint_of([*tensor_list(TINY), (name, "BF16", (1,))], TINY)
+    matched = match(checkpoint, V3, keep_optional=keep_optional)
+    assert name in left_out(matched, V3)
+    assert name not in new_names(matched)
+
+
+OF_MTP = {
+    "model.layers.12.embed_tokens.weight": "layers.12.embed.weight",
+    "model.layers.12.enorm.weight": "layers.12.enorm.weight",
+    "model.layers.12.hnorm.weight": "layers.12.hnorm.weight",
+    "model.layers.12.eh_proj.weight": "layers.12.eh_proj.weight",
+    "model.layers.12.shared_head.norm.weight": "layers.12.norm.weight",
+    "model.layers.12.shared_head.head.weight": "layers.12.head.weight",
+    "model.layers.12.self_attn.o_proj.weight_scale_inv": "layers.12.attn.wo.scale",
+    "model.layers.12.mlp.gate.weight": "layers.12.ffn.gate.weight",
+    "model.layers.12.mlp.experts.10.up_proj.weight": "layers.12.ffn.experts.10.w3.weight",
+}
+
+
+def test_an_mtp_layer_that_is_kept_has_names_as_other_layers() -> None:
+    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    found = new_names(match(checkpoint, V3, keep_optional=True))
+    assert found.keys() == checkpoint.tensors.keys()
+    assert {name: found[name] for name in OF_MTP} == OF_MTP
+    others = {
+        name: new for name, new in found.items() if is_in_layer(name, 12) and "model.layers.11." + rest(name) in found
+    }
+    assert len(others) == len(found) - len([name for name in found if not is_in_layer(name, 12)]) - 6
+    assert others == {name: f"layers.12.{rest(found['model.layers.11.' + rest(name)], 2)}" for name in others}
+
+
+def rest(name: str, components: int = 3) -> str:
+    return name.split(".", components)[-1]
+
+
+MTP_NAMES = [name for name, *_ in tensor_list({**TINY, "n_routed_experts": 2}) if name.startswith("model.layers.12.")]
+
+
+@pytest.mark.parametrize("name", [name for name in MTP_NAMES if not name.endswith((".eh_proj.weight", "_scale_inv"))])
+def test_an_mtp_layer_that_is_kept_is_complete(name: str) -> None:
+    config = {**TINY, "n_routed_experts": 2}
+    checkpoint = without(config, lambda other: other == name)
+    match(checkpoint, V3)
+    with pytest.raises(Refused) as refused:
+        match(checkpoint, V3, keep_optional=True)
+    assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("missing-tensor", name)]
+
+
+def test_the_frequencies_of_the_rotary_embedding_are_dropped() -> None:
+    """Kimi-K2 stores them. Of an MTP layer they are dropped with all else in it."""
+    extra = [(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq", "F32", (32,)) for layer in range(13)]
+    matched = match(checkpoint_of([*tensor_list(TINY), *extra], TINY), V3, keep_optional=True)
+    assert left_out(matched, V3) >= {name for name, *_ in extra}
+    assert not new_names(matched).keys() & {name for name, *_ in extra}
+
+
+# --- holes that some members of another fill ---
+
+PICKY = """
+name = "picky"
+about = "for one test"
+left = "one"
+right = "other"
+files = "{rank}-of-{ranks}.safetensors"
+holes.i = { counts = "layers", size = "layers" }
+holes.c = { counts = "narrow layers", within = "i", picked_by = "ratios", picked = [0, 4] }
+holes.f = { counts = "wide layers", within = "i", picked_by = "ratios", picked = [128] }
+holes.h = { counts = "hashed layers", size = "hashed", some_of = "i" }
+rules = [
+["same", "layers.{i}.norm", "n.{i}", "rows"],
+["same", "layers.{c}.narrow", "c.{c}", "rows"],
+["same", "layers.{f}.wide", "f.{f}", "rows"],
+["same", "layers.{h}.table", "h.{h}", "rows"],
+]
+"""
+NORMS = [f"layers.{layer}.norm" for layer in range(4)]
+KINDS = ["layers.0.narrow", "layers.1.wide", "layers.2.narrow", "layers.3.wide"]
+TABLES = ["layers.1.table", "layers.2.table"]
+RATIOS = {"layers": 4, "hashed": 2, "ratios": [0, 128, 4, 128]}
+
+
+def picky(names: Iterable[str], config: Mapping[str, Any] | None) -> Checkpoint:
+    return checkpoint_of(((name, "U8", (2, 2)) for name in names), config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RATIOS,
+        None,
+        {},
+        # One more value, as for an MTP layer, picks nothing that is there.
+        {**RATIOS, "ratios": [0, 128, 4, 128, 0]},
+        {"ratios": None},
+        {"ratios": "0"},
+    ],
+)
+def test_a_list_of_the_config_picks_the_members_of_a_hole(config: Mapping[str, Any] | None) -> None:
+    matched = match(picky([*NORMS, *KINDS, *TABLES], config), parse_recipe(PICKY, "picky.toml"))
+    assert matched.counts == {"i": 4, "c": 2, "f": 2, "h": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "wanted"),
+    [
+        # Another layer is picked than the names have.
+        ([*NORMS, *KINDS, *TABLES], {**RATIOS, "ratios": [128, 128, 4, 128]}, {"narrow layers", "wide layers"}),
+        ([*NORMS, *KINDS, *TABLES], {**RATIOS, "ratios": [0, 128, 4, 7]}, {"wide layers"}),
+        ([*NORMS, *KINDS, *TABLES], {**RATIOS, "ratios": [0, 128, 4]}, {"wide layers"}),
+        ([*NORMS, *KINDS, *TABLES], {**RATIOS, "ratios": []}, {"narrow layers", "wide layers"}),
+        # The count of what some have, which need not be the first.
+        ([*NORMS, *KINDS, *TABLES[:1]], RATIOS, {"hashed layers"}),
+        ([*NORMS, *KINDS], RATIOS, {"hashed layers"}),
+        # Neither, and both.
+        ([*NORMS, *KINDS[:3], *TABLES], None, {"layers"}),
+        ([*NORMS, *KINDS, "layers.0.wide", *TABLES], None, {"narrow layers"}),
+        # A member of some is a member of all.
+        ([*NORMS, *KINDS, "layers.4.table"], None, {"layers"}),
+    ],
+)
+def test_members_that_the_config_does_not_pick_are_refused(
+    names: list[str], config: Mapping[str, Any] | None, wanted: set[str]
+) -> None:
+    problems = problems_of(picky(names, config), parse_recipe(PICKY, "picky.toml"))
+    assert {problem.subject for problem in problems} == wanted
+    assert {problem.kind for problem in problems} <= {"contradiction", "gap"}
+
+
+def test_what_some_have_is_told_with_the_members() -> None:
+    (problem,) = problems_of(
+        picky([*NORMS, *KINDS, *TABLES], {**RATIOS, "ratios": [0, 128, 4, 7]}), parse_recipe(PICKY, "picky.toml")
+    )
+    assert problem.found == "1, 3 by the names of the tensors"
+    assert problem.expected == "1, as ratios of config.json says"
+
+
+LISTED = PICKY.replace('size = "hashed", some_of = "i"', 'some_of = "i", listed = "text.hashed"')
+
+
+@pytest.mark.parametrize(
+    ("config", "is_right"),
+    [
+        ({"text": {"hashed": [1, 2]}}, True),
+        ({"text": {"hashed": [2, 1, 1]}}, True),
+        ({"text": {"hashed": [1, 2, 3]}}, False),
+        ({"text": {"hashed": [1, 7]}}, False),
+        ({"text": {"hashed": []}}, False),
+        # A key of another form says nothing.
+        ({"text": {"hashed": 2}}, True),
+        ({"text": {"hashed": None}}, True),
+        ({"text": 5}, True),
+        ({}, True),
+        (None, True),
+    ],
+)
+def test_a_list_of_the_config_names_the_members_of_a_hole(config: Mapping[str, Any] | None, *, is_right: bool) -> None:
+    recipe, checkpoint = parse_recipe(LISTED, "listed.toml"), picky([*NORMS, *KINDS, *TABLES], config)
+    if is_right:
+        assert match(checkpoint, recipe).counts["h"] == 2
+        return
+    (problem,) = problems_of(checkpoint, recipe)
+    assert (problem.kind, problem.subject) == ("contradiction", "hashed layers")
+    assert problem.expected.endswith("as text.hashed of config.json says")
+
+
+@pytest.mark.parametrize(
+    ("config", "is_right"),
+    [({"all": [0, 0, 0, 0, 0], "less": 1}, True), ({"all": [0], "less": 1}, False), ({"all": 5, "less": 1}, True),
+     ({"all": [0]}, True)],
+)  # fmt: skip
+def test_a_count_may_be_a_formula(config: Mapping[str, Any], *, is_right: bool) -> None:
+    recipe = parse_recipe(PICKY.replace('size = "layers"', 'size = "len(all) - less"'), "counted.toml")
+    checkpoint = picky([*NORMS, *KINDS, *TABLES], config)
+    if is_right:
+        assert match(checkpoint, recipe).counts["i"] == 4
+    else:
+        assert [problem.subject for problem in problems_of(checkpoint, recipe)] == ["layers"]
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "subjects"),
+    [
+        (["a", "with"], {"text": {"key": 3}}, []),
+        (["a", "without"], {"text": {"key": None}}, []),
+        (["a", "without"], {"text": {"key": 0}}, []),
+        (["a", "without"], {"text": {}}, []),
+        (["a", "with"], {"text": {}}, []),
+        (["a", "with"], {"text": 3}, []),
+        (["a", "with"], {"text.key": None}, []),
+        (["a", "without"], {"text": {"key": 3}}, ["with", "without"]),
+        (["a", "with"], {"text": {"key": None}}, ["with", "without"]),
+    ],
+)
+def test_a_condition_may_ask_for_a_key_within_another(
+    names: list[str], config: Mapping[str, Any], subjects: list[str]
+) -> None:
+    recipe = recipe_of(
+        '["same", "a", "a", "replicate"]',
+        '["same", "with", "with", "replicate", "", "if text.key"]',
+        '["same", "without", "without", "replicate", "", "unless text.key"]',
+    )
+    checkpoint = picky(names, config)
+    if not subjects:
+        assert match(checkpoint, recipe)
+        return
+    assert sorted(problem.subject for problem in problems_of(checkpoint, recipe)) == subjects
+
+
+def test_a_row_of_some_is_expected_of_each_of_them() -> None:
+    recipe = parse_recipe(
+        PICKY.replace('["same", "layers.{h}', '["same", "layers.{h}.key", "k.{h}", "rows"],\n["same", "layers.{h}'), "x"
+    )
+    problems = problems_of(picky([*NORMS, *KINDS, *TABLES, "layers.1.key"], RATIOS), recipe)
+    assert [(problem.kind, problem.subject) for problem in problems] == [("missing-tensor", "layers.2.key")]
 
 
 # --- completeness ---
@@ -407,7 +642,7 @@ ALL_LOW_RANK = [name for names in LOW_RANK.values() for name in names]
 def test_the_queries_are_whole_or_of_low_rank(names: list[str], rank: Mapping[str, Any], *, has_config: bool) -> None:
     config = {**{key: value for key, value in SMALLER.items() if key != "q_lora_rank"}, **rank}
     matched = match(queries(*names, config=config if has_config else None), V3)
-    assert {found.tensor.name for found in matched.kept if ".q_" in found.tensor.name} == set(names)
+    assert {name for name in new_names(matched) if ".q_" in name} == set(names)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +743,7 @@ def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None
     assert problem.found == (
         "another; the nearest recipe is deepseek-v3: it does not know model.layers.#.self_attn.q_norm.weight"
     )
-    assert problem.expected == "one of deepseek-v2, deepseek-v3"
+    assert problem.expected == f"one of {', '.join(recipe.name for recipe in RECIPES)}"
 
 
 def test_a_checkpoint_that_is_incomplete_is_refused_without_a_config() -> None:

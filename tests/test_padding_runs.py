@@ -62,10 +62,12 @@ def as_it_is(values: Tensor) -> Tensor:
 def as_fp8(values: Tensor) -> Tensor:
     """Activations as FP8 kernels take them: rounded, with a scale for each 128 in a row that is never zero."""
     length = values.size(-1)
-    blocks = torch.nn.functional.pad(values, (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK))
+    padded = torch.nn.functional.pad(values, (0, -length % BLOCK))
+    blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
     rounded = (blocks / scales).to(torch.float8_e4m3fn).double() * scales
-    return rounded.flatten(-2)[..., :length]
+    whole: Tensor = rounded.flatten(-2)[..., :length]
+    return whole
 
 
 def run(shares: list[Share], name: str, inputs: Tensor, activations: Callable[[Tensor], Tensor]) -> Tensor:

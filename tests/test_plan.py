@@ -16,18 +16,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.torch import load, save
 
+from reshard.configs import run_config
 from reshard.copies import Copies, WrongPlan, require_coverage, require_tiling
+from reshard.coverage import cover
 from reshard.errors import Refused
 from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, write_checkpoint
 from reshard.header import BITS, parse_header
 from reshard.match import match
-from reshard.plan import Plan, cover, make_plan, only_ranks
-from reshard.plan import kinds_of as units_by_kind
+from reshard.plan import Plan, make_plan, only_ranks
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, parse_recipe
-from reshard.types import Checkpoint, File, Layout, Recipe, Tensor
+from reshard.results import Terms, outcome_of, series_of
+from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Recipe, Tensor
+from reshard.units import kinds_of as units_by_kind
 
 DATA_START = 1000
 """Where the data of a checkpoint made by hand begins: the copies of the tables count from here."""
@@ -361,13 +364,6 @@ def test_what_the_ranks_do_not_suit_is_named(
     assert {problem.remedy for problem in refused.value.problems} == {f"--mp with one of {working}"}
 
 
-@pytest.mark.parametrize("ranks", [0, -1, 4097, 10**9])
-def test_a_number_of_ranks_that_is_none_is_refused(ranks: int) -> None:
-    with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of([("x.weight", "U8", (4, 4))]), recipe_of("rows"), Layout(ranks))
-    assert kinds_of(refused.value) == {"wrong-ranks"}
-
-
 @pytest.mark.parametrize(
     ("tensors", "kind", "subject"),
     [
@@ -484,7 +480,8 @@ def config_of(model: Model) -> dict[str, Any] | None:
         "num_hidden_layers": model.layers,
         "first_k_dense_replace": model.dense,
         "n_routed_experts": model.experts,
-        "q_lora_rank": 5 if model.has_query_rank else None,
+        # Not the rank: the shapes are drawn, and what is no number is not held against them.
+        "q_lora_rank": model.has_query_rank,
         "num_attention_heads": 2 * model.ranks,
     }
 
@@ -642,7 +639,10 @@ def prove(plan: Plan, copies: Copies) -> None:
     """All that `make_plan` proves of its copies."""
     require_tiling(copies, [len(file.header) for file in plan.files], [file.size for file in plan.files])
     matched = match(plan.source, plan.recipe)
-    cover(plan.source, plan.recipe, plan.layout, matched, units_by_kind(matched), copies)
+    terms, casts = Terms(plan.recipe, plan.layout, None, len(plan.source.files), plan.config or {}), list(plan.casts)
+    outcomes = [outcome_of(kind, terms, []) for kind in units_by_kind(matched, plan.recipe, plan.layout)]
+    series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
+    cover(plan.source, plan.recipe, plan.layout, matched, series, casts, copies)
 
 
 def with_row(copies: Copies, index: int, **changes: int) -> Copies:
@@ -828,7 +828,7 @@ def test_deepseek_v3_cannot_be_cut_for_32_ranks(deepseek_v3: Checkpoint) -> None
     assert {problem.subject for problem in refused.value.problems} == {
         f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(3) for name in ("gate", "up", "down")
     }
-    assert {problem.remedy for problem in refused.value.problems} == {"--mp with one of 1, 2, 4, 8, 16"}
+    assert {problem.remedy for problem in refused.value.problems} == {"--mp with one of 1, 2, 4, 8, 16, or --pad"}
 
 
 @pytest.mark.parametrize(
@@ -857,6 +857,589 @@ def test_the_ranks_that_work_for_deepseek_v2(config: Mapping[str, Any], ranks: i
     with pytest.raises(Refused) as refused:
         make_plan(checkpoint_of(tensor_list(config), config), load_recipe("deepseek-v2"), Layout(ranks))
     assert {problem.remedy for problem in refused.value.problems} == {f"--mp with one of {working}"}
+
+
+# --- shapes and dtypes, by the config ---
+
+TINY: Mapping[str, Any] = {
+    **SMALL,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "q_lora_rank": 128,
+    "vocab_size": 128,
+}
+PLAIN: Mapping[str, Any] = {key: value for key, value in TINY.items() if key != "quantization_config"}
+V3 = load_recipe("deepseek-v3")
+OUTPUT = "model.layers.1.self_attn.o_proj.weight"
+Entries = list[tuple[str, str, Shape]]
+
+
+def changed(config: Mapping[str, Any], name: str, dtype: str, shape: Shape | None = None) -> Entries:
+    """The tensors of a model, one of them of another dtype or shape."""
+    entries = [(old, dtype, shape or is_shape) if old == name else (old, is_dtype, is_shape)
+               for old, is_dtype, is_shape in tensor_list(config)]  # fmt: skip
+    assert entries != tensor_list(config)
+    return entries
+
+
+def refusal(entries: Iterable[tuple[str, str, Shape]], config: Mapping[str, Any] | None, layout: Layout) -> Refused:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(entries, config), V3, layout)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "found", "expected"),
+    [
+        ({"vocab_size": 256}, {"model.embed_tokens.weight", "lm_head.weight"}, "[128, 128]", "[256, 128]"),
+        ({"intermediate_size": 640}, {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")},
+         "[512, 128]", "[640, 128]"),
+        ({"qk_nope_head_dim": 64}, {f"model.layers.{layer}.self_attn.q_b_proj.weight" for layer in range(3)},
+         "[768, 128]", "[512, 128]"),
+        ({"n_shared_experts": 2}, {f"model.layers.{layer}.mlp.shared_experts.down_proj.weight" for layer in (1, 2)},
+         "[128, 128]", "[128, 256]"),
+        ({"kv_lora_rank": 64}, {f"model.layers.{layer}.self_attn.kv_a_layernorm.weight" for layer in range(3)},
+         "[128]", "[64]"),
+        ({"hidden_size": 256}, {"model.norm.weight"}, "[128]", "[256]"),
+        # What the config does not tell is not held against it.
+        ({"hidden_size": 256, "vocab_size": None}, {"lm_head.weight"}, "[128, 128]", "[?, 256]"),
+    ],
+)  # fmt: skip
+def test_shapes_that_are_not_those_of_the_config_are_refused(
+    change: Mapping[str, Any], names: set[str], found: str, expected: str
+) -> None:
+    refused = refusal(tensor_list(TINY), {**TINY, **change}, Layout(2))
+    assert kinds_of(refused) == {"wrong-shape"}
+    texts = {problem.subject: (problem.found, problem.expected) for problem in refused.problems}
+    assert names <= texts.keys()
+    for name in names:
+        assert texts[name][0] == f"shape {found}"
+        assert texts[name][1].startswith(f"{expected}, by config.json: [")
+    assert not any(name.endswith("scale_inv") for name in texts)
+
+
+@pytest.mark.parametrize("shape", [(128, 512, 1), (65_536,), (512, 128), (128, 256)])
+def test_a_single_tensor_of_another_shape_is_named(shape: Shape) -> None:
+    refused = refusal(changed(PLAIN, OUTPUT, "BF16", shape), PLAIN, Layout(1))
+    assert [(problem.kind, problem.subject) for problem in refused.problems] == [("wrong-shape", OUTPUT)]
+
+
+@pytest.mark.parametrize("config", [None, {}, {"vocab_size": "many"}, {"hidden_size": 3.5}, {"vocab_size": None}])
+def test_shapes_of_which_the_config_says_nothing_are_taken(config: Mapping[str, Any] | None) -> None:
+    """A vocabulary of 256 in one tensor only."""
+    entries = changed(TINY, "lm_head.weight", "BF16", (256, 128))
+    assert len(make_plan(checkpoint_of(entries, config), V3, Layout(2)).files) == 2
+
+
+def test_what_is_dropped_may_have_any_shape() -> None:
+    entries = changed(TINY, "model.layers.3.eh_proj.weight", "U8", (3,))
+    assert make_plan(checkpoint_of(entries, TINY), V3, Layout(2))
+    refused = refusal(entries, TINY, Layout(2, keep_optional=True))
+    assert kinds_of(refused) == {"wrong-shape", "wrong-dtype"}
+    assert {problem.subject for problem in refused.problems} == {"model.layers.3.eh_proj.weight"}
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_floats_may_stand_for_one_another(dtype: str) -> None:
+    assert make_plan(checkpoint_of(changed(PLAIN, OUTPUT, dtype) if dtype != "BF16" else tensor_list(PLAIN), PLAIN),
+                     V3, Layout(2))  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [PLAIN, None])
+@pytest.mark.parametrize("dtype", ["U8", "I8", "I64", "F64", "BOOL", "F8_E8M0", "F4"])
+def test_another_dtype_than_a_float_is_refused(dtype: str, config: Mapping[str, Any] | None) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    refused = refusal(changed(PLAIN, name, dtype), config, Layout(2))
+    assert [(problem.kind, problem.subject) for problem in refused.problems] == [("wrong-dtype", name)]
+    assert refused.problems[0].expected == "BF16 or F16 or F32"
+
+
+def test_the_dtype_that_a_row_names_is_the_only_one() -> None:
+    text = RECIPE.split("rules", maxsplit=1)[0] + 'rules = [["same", "x", "x", "rows", "I64 [n, 2]"]]'
+    recipe = parse_recipe(text, "table.toml")
+    assert make_plan(checkpoint_of([("x", "I64", (4, 2))], {"n": 4}), recipe, Layout(2))
+    for dtype in ("I32", "F32", "BF16"):
+        with pytest.raises(Refused) as refused:
+            make_plan(checkpoint_of([("x", dtype, (4, 2))], {"n": 4}), recipe, Layout(2))
+        (problem,) = refused.value.problems
+        assert (problem.kind, problem.found, problem.expected) == ("wrong-dtype", dtype, "I64")
+
+
+def mixture(without_scale: Sequence[str]) -> Entries:
+    """An FP8 model in which some weights are BF16 and have no scale."""
+    scales = {f"{name}_scale_inv" for name in without_scale}
+    return [
+        (name, "BF16" if name in without_scale else dtype, shape)
+        for name, dtype, shape in tensor_list(TINY)
+        if name not in scales
+    ]
+
+
+def quantization(**more: object) -> dict[str, Any]:
+    return {**TINY, "quantization_config": {**TINY["quantization_config"], **more}}
+
+
+@pytest.mark.parametrize(
+    "named",
+    [None, [], ["lm_head"], ["model.layers.2.self_attn"], "model.layers.1.self_attn.o_proj", 5, [5], {"o_proj": 1}],
+)
+def test_a_bf16_weight_in_an_fp8_model_is_refused(named: object) -> None:
+    """A loader makes an FP8 parameter of it, by the config, and casts it without a scale."""
+    refused = refusal(mixture([OUTPUT]), quantization(modules_to_not_convert=named), Layout(2))
+    assert [(problem.kind, problem.subject) for problem in refused.problems] == [("weight-without-scale", OUTPUT)]
+    assert "quantization_config" in refused.problems[0].expected
+
+
+@pytest.mark.parametrize("named", [["model.layers.1.self_attn.o_proj"], ["lm_head", 5, "self_attn"], ["o_proj"]])
+def test_a_bf16_weight_that_the_config_excepts_is_taken(named: list[object]) -> None:
+    plan = make_plan(checkpoint_of(mixture([OUTPUT]), quantization(modules_to_not_convert=named)), V3, Layout(2))
+    found = {tensor.name: tensor.dtype for tensor in plan.tensors(1)}
+    assert found["layers.1.attn.wo.weight"] == "BF16"
+    assert "layers.1.attn.wo.scale" not in found
+    assert found["layers.2.attn.wo.scale"] == "F32"
+
+
+@pytest.mark.parametrize("config", [None, PLAIN])
+def test_without_a_word_on_quantisation_a_bf16_weight_is_taken(config: Mapping[str, Any] | None) -> None:
+    assert make_plan(checkpoint_of(mixture([OUTPUT]), config), V3, Layout(2))
+
+
+# --- MTP layers ---
+
+
+def test_mtp_layers_are_kept_if_they_are_asked_for() -> None:
+    """They are laid out as the same tensors are in any other layer."""
+    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    plan, without = make_plan(checkpoint, V3, Layout(2, keep_optional=True)), make_plan(checkpoint, V3, Layout(2))
+    assert not [share for share in plan.coverage if share.use == "dropped"]
+    for rank in range(2):
+        found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors(rank)}
+        own = {name for name in found if name.startswith("layers.3.")}
+        assert {tensor.name for tensor in without.tensors(rank)} == found.keys() - own
+        like = {name for name in own if name.replace("layers.3.", "layers.2.") in found}
+        assert {name: found[name] for name in like} == {
+            name: found[name.replace("layers.3.", "layers.2.")] for name in like
+        }
+        assert {name: found[name] for name in own - like} == {
+            "layers.3.embed.weight": ("BF16", (64, 128)),
+            "layers.3.enorm.weight": ("BF16", (128,)),
+            "layers.3.hnorm.weight": ("BF16", (128,)),
+            "layers.3.eh_proj.weight": ("BF16", (128, 256)),
+            "layers.3.norm.weight": ("BF16", (128,)),
+            "layers.3.head.weight": ("BF16", (64, 128)),
+        }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_lies_in_mtp_layers_is_dropped_for_one_reason(ranks: int) -> None:
+    extra = [("model.layers.3.what.ever", "U8", (7,)), ("model.layers.3.self_attn.rotary_emb.inv_freq", "F32", (32,))]
+    of_layer = [entry for entry in tensor_list(TINY) if entry[0].startswith("model.layers.3.")]
+    plan = make_plan(checkpoint_of([*tensor_list(TINY), *extra], TINY), V3, Layout(ranks))
+    (share,) = (share for share in plan.coverage if share.use == "dropped")
+    assert (share.what, share.reason) == ("MTP layers", "DeepSeek's inference code has no multi-token prediction")
+    assert share.tensors == len(of_layer) + 2
+    assert share.size == sum(prod(shape) * BITS[dtype] // 8 for _, dtype, shape in [*of_layer, *extra])
+
+
+# --- padding: the model of a larger config ---
+
+WIDE: Mapping[str, Any] = {**DEEPSEEK_V3, "num_hidden_layers": 4, "n_routed_experts": 64}
+"""As wide as DeepSeek-V3: what is cut is the same, but for the number of layers and experts."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "raised"),
+    [
+        (16, {}),
+        (32, {"intermediate_size": 20_480, "n_shared_experts": 2}),
+        (64, {"intermediate_size": 24_576, "n_shared_experts": 4}),
+    ],
+)
+@pytest.mark.parametrize("config", [WIDE, {key: value for key, value in WIDE.items() if key != "quantization_config"}])
+def test_padding_gives_the_files_of_a_larger_config(
+    ranks: int, raised: Mapping[str, int], config: Mapping[str, Any]
+) -> None:
+    """BF16 weights have no blocks: the widths of DeepSeek-V3 suit any of these numbers as they are."""
+    raised = raised if "quantization_config" in config else {}
+    plan = make_plan(checkpoint_of(tensor_list(config), config), V3, Layout(ranks, pad=True))
+    assert plan.config == {**config, **raised}
+    larger = make_plan(checkpoint_of(tensor_list({**config, **raised}), None), V3, Layout(ranks))
+    assert [(file.name, file.header, file.size) for file in plan.files] == [
+        (file.name, file.header, file.size) for file in larger.files
+    ]
+    assert {cast.operation for cast in plan.casts} == ({"pad"} if raised else set())
+
+
+@pytest.mark.parametrize(
+    ("source", "cast", "result"),
+    [("bf16", "fp8", {"intermediate_size": 20_480, "n_shared_experts": 2}), ("fp8", "bf16", {})],
+)
+def test_padding_suits_the_blocks_that_there_will_be(source: str, cast: str, result: Mapping[str, int]) -> None:
+    without = {key: value for key, value in WIDE.items() if key != "quantization_config"}
+    config, other = (WIDE, without) if source == "fp8" else (without, WIDE)
+    plan = make_plan(checkpoint_of(tensor_list(config), config), V3, Layout(32, pad=True, cast=cast))
+    assert plan.config == {**config, **result}
+    larger = make_plan(checkpoint_of(tensor_list({**other, **result})), V3, Layout(32))
+    assert [file.header for file in plan.files] == [file.header for file in larger.files]
+
+
+def test_what_is_padded_is_what_grows() -> None:
+    plan = make_plan(checkpoint_of(tensor_list(WIDE), WIDE), V3, Layout(32, pad=True))
+    before, after = tensor_list(WIDE), tensor_list({**WIDE, "intermediate_size": 20_480, "n_shared_experts": 2})
+    grown = {
+        name: (old, new)
+        for (name, _, old), (_, _, new) in zip(before, after, strict=True)
+        if old != new and not name.startswith("model.layers.4.")
+    }
+    assert {cast.weight.name: (cast.weight.shape, cast.result.shape) for cast in plan.casts} == grown
+    assert len(plan.casts) == len(grown) == 2 * 3 * (3 + 1)
+    assert all(cast.is_scale == cast.weight.name.endswith("_scale_inv") for cast in plan.casts)
+    assert sum(share.tensors for share in plan.coverage if share.use == "padded") == len(grown)
+    assert sum(share.tensors for share in plan.coverage) == len(before)
+
+
+def test_deepseek_v3_in_full_size_is_padded_for_32_ranks(deepseek_v3: Checkpoint) -> None:
+    plan = make_plan(deepseek_v3, load_recipe("deepseek-v3"), Layout(32, pad=True))
+    raised = {"intermediate_size": 20_480, "n_shared_experts": 2}
+    assert plan.config == {**DEEPSEEK_V3, **raised}
+    kept = [entry for entry in tensor_list({**DEEPSEEK_V3, **raised}) if not entry[0].startswith("model.layers.61.")]
+    whole = sum(prod(shape) * BITS[dtype] // 8 for name, dtype, shape in kept if is_whole(name))
+    parts = sum(prod(shape) * BITS[dtype] // 8 for name, dtype, shape in kept if not is_whole(name))
+    assert [file.size - len(file.header) for file in plan.files] == [whole + parts // 32] * 32
+    assert sum(share.size for share in plan.coverage) == 688_574_839_360
+    said = json.loads(run_config(plan))
+    assert said == {**CONFIG_671B, "inter_dim": 20_480, "n_shared_experts": 2}
+
+
+CONFIG_671B = {
+    "vocab_size": 129_280,
+    "dim": 7168,
+    "inter_dim": 18_432,
+    "moe_inter_dim": 2048,
+    "n_layers": 61,
+    "n_dense_layers": 3,
+    "n_heads": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "n_activated_experts": 8,
+    "n_expert_groups": 8,
+    "n_limited_groups": 4,
+    "route_scale": 2.5,
+    "score_func": "sigmoid",
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "dtype": "fp8",
+}
+"""The configuration that DeepSeek's code is started with for DeepSeek-V3, as it is published."""
+
+
+def test_the_run_configuration_is_the_published_one(deepseek_v3: Checkpoint) -> None:
+    said = run_config(make_plan(deepseek_v3, V3, Layout(16)))
+    assert said == json.dumps(CONFIG_671B, indent=4)
+
+
+def is_whole(name: str) -> bool:
+    """Whether every rank has all of a tensor."""
+    return oracle.expert_number(name) is None and oracle.look_up(name)[1] is None
+
+
+def test_padding_needs_a_config() -> None:
+    refused = refusal(tensor_list(TINY), None, Layout(2, pad=True))
+    assert kinds_of(refused) == {"no-config"}
+
+
+def test_heads_cannot_be_padded() -> None:
+    refused = refusal(tensor_list(TINY), TINY, Layout(8, pad=True))
+    assert {problem.subject for problem in refused.problems if problem.kind == "not-divisible"} >= {
+        "num_attention_heads",
+        "experts",
+    }
+    assert not any("--pad" in problem.remedy for problem in refused.problems)
+
+
+@pytest.mark.parametrize(
+    ("length", "ranks", "wanted"), [(5, 2, 3), (6, 2, 3), (1, 4, 1), (7, 1, 7), (0, 3, 0), (257, 4, 65)]
+)
+def test_padded_rows_are_as_few_as_all_ranks_can_share(length: int, ranks: int, wanted: int) -> None:
+    plan = make_plan(checkpoint_of([("x.weight", "BF16", (length, 3))]), recipe_of("padded rows"), Layout(ranks))
+    assert [[tensor.shape for tensor in plan.tensors(rank)] for rank in range(ranks)] == [[(wanted, 3)]] * ranks
+    assert [cast.operation for cast in plan.casts] == ["pad"] * (length != wanted * ranks)
+    assert [cast.result.shape for cast in plan.casts] == [(wanted * ranks, 3)] * len(plan.casts)
+
+
+def test_a_number_has_no_rows_to_pad() -> None:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of([("x.weight", "BF16", ())]), recipe_of("padded rows"), Layout(2))
+    assert kinds_of(refused.value) == {"wrong-shape"}
+
+
+# --- casts ---
+
+
+def listing(plan: Plan) -> Entries:
+    """What all files of a target hold."""
+    tensors = [tensor for index in range(len(plan.files)) for tensor in plan.tensors(index)]
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("source", "cast", "result", "operations"),
+    [
+        (TINY, "bf16", PLAIN, {"dequantize"}),
+        (PLAIN, "bf16", PLAIN, set()),
+        (PLAIN, "fp8", TINY, {"quantize", "quantize-scale"}),
+        (PLAIN, "fp8-ue8m0", TINY, {"quantize-ue8m0", "quantize-ue8m0-scale"}),
+        (TINY, "fp8", TINY, set()),
+        (TINY, "", TINY, set()),
+    ],
+)
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, keep_optional=True), Layout(1, to=WHOLE)])
+def test_a_cast_gives_the_tensors_of_the_other_model(
+    source: Mapping[str, Any], cast: str, result: Mapping[str, Any], operations: set[str], layout: Layout
+) -> None:
+    layout = replace(layout, cast=cast)
+    plan = make_plan(checkpoint_of(tensor_list(source), source), V3, layout)
+    assert {one.operation for one in plan.casts} == operations
+    assert sum(share.tensors for share in plan.coverage) == len(tensor_list(source))
+    if layout.to == WHOLE:
+        assert sorted(listing(plan)) == sorted(tensor_list(result))
+        return
+    other = make_plan(checkpoint_of(tensor_list(result), result), V3, replace(layout, cast=""))
+    assert [(file.name, file.header) for file in plan.files] == [(file.name, file.header) for file in other.files]
+
+
+@pytest.mark.parametrize("layout", [Layout(4), Layout(1, to=WHOLE), Layout(1, to=WHOLE, file_size=100_000)])
+def test_what_is_cast_is_computed_from_a_weight_and_its_scale(layout: Layout) -> None:
+    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    plan = make_plan(checkpoint, V3, replace(layout, cast="bf16"))
+    dropped = () if layout.to == WHOLE else ("model.layers.3.",)
+    scales = [name for name in checkpoint.tensors if name.endswith("_scale_inv") and not name.startswith(dropped)]
+    assert sorted(cast.scale.name for cast in plan.casts if cast.scale) == sorted(scales)
+    files = len(checkpoint.files)
+    for place, cast in enumerate(plan.casts):
+        assert cast.scale == checkpoint.tensors[f"{cast.weight.name}_scale_inv"]
+        assert cast.weight == checkpoint.tensors[cast.weight.name]
+        assert cast.block == (128, 128)
+        assert cast.result[1:] == ("BF16", cast.weight.shape, files + place, 0, 2 * cast.weight.size)
+    share = [one for one in plan.coverage if one.use == "dequantized"]
+    assert sum(one.tensors for one in share) == 2 * len(plan.casts)
+    assert sum(one.size for one in share) == sum(
+        cast.weight.size + cast.scale.size for cast in plan.casts if cast.scale
+    )
+    # Every byte of every result is copied; here to one place, for no such weight is replicated whole.
+    read = np.zeros(files + len(plan.casts), np.int64)
+    np.add.at(read, plan.copies.source_file, plan.copies.run * plan.copies.rows)
+    for place, cast in enumerate(plan.casts):
+        assert read[files + place] in ({cast.result.size} | ({4 * cast.result.size} if layout.ranks == 4 else set()))
+
+
+def test_results_of_casts_are_proven_to_be_used_whole() -> None:
+    plan = make_plan(checkpoint_of(tensor_list(TINY), TINY), V3, Layout(2, cast="bf16"))
+    first = int(np.flatnonzero(plan.copies.source_file >= len(plan.source.files))[0])
+    matched, terms, casts = (
+        match(plan.source, V3),
+        Terms(V3, plan.layout, None, len(plan.source.files), TINY),
+        list[Cast](),
+    )
+    outcomes = [outcome_of(kind, terms, casts) for kind in units_by_kind(matched, V3, plan.layout)]
+    series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
+    cover(plan.source, V3, plan.layout, matched, series, casts, plan.copies)
+    wrong = with_row(plan.copies, first, source_offset=int(plan.copies.source_offset[first]) + 1)
+    with pytest.raises(WrongPlan):
+        cover(plan.source, V3, plan.layout, matched, series, casts, wrong)
+    with pytest.raises(WrongPlan):
+        cover(plan.source, V3, plan.layout, matched, series[1:], casts, plan.copies)
+
+
+# --- the layout of the source ---
+
+
+def test_a_checkpoint_goes_out_in_files_that_are_not_too_large() -> None:
+    """In the order of the source; a tensor that is larger than a file may be is a file by itself."""
+    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    most = 60_000
+    plan = make_plan(checkpoint, V3, Layout(1, to=WHOLE, file_size=most))
+    count = len(plan.files)
+    assert [file.name for file in plan.files] == [
+        f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)
+    ]
+    groups = [[checkpoint.tensors[tensor.name] for tensor in plan.tensors(index)] for index in range(count)]
+    sizes = [sum(tensor.size for tensor in group) for group in groups]
+    assert all(size <= most or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    assert any(size > most for size in sizes)
+    ordered = [sorted(group, key=lambda tensor: tensor.offset) for group in groups]
+    assert [tensor.name for group in ordered for tensor in group] == list(checkpoint.tensors)
+    # Nothing more would have gone into any of them.
+    assert all(size + group[0].size > most for size, group in zip(sizes, ordered[1:], strict=False))
+    for file in plan.files:
+        assert json.loads(file.header[8:])["__metadata__"] == {"format": "pt"}
+
+
+@given(st.integers(1, 4), st.integers(1, 400), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=20)
+def test_the_copies_of_a_whole_checkpoint_give_its_bytes(files: int, most: int, seed: int) -> None:
+    model = Model(
+        1, 2, 1, 2, has_query_rank=True, is_scaled=True, has_mtp=False, has_config=False, files=files, seed=seed
+    )
+    made = make_model(model)
+    plan = make_plan(made.checkpoint, V3, Layout(1, to=WHOLE, file_size=100 * most))
+    found: dict[str, torch.Tensor] = {}
+    for content in apply(plan, made.files):
+        found |= load(content)
+    assert found.keys() == made.arrays.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == DTYPES[made.dtypes[name]]
+        assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == made.arrays[name].tobytes()
+
+
+def test_a_checkpoint_that_fits_is_one_file() -> None:
+    plan = make_plan(checkpoint_of(tensor_list(TINY), TINY), V3, Layout(1, to=WHOLE))
+    assert [file.name for file in plan.files] == ["model.safetensors"]
+    assert {share.use for share in plan.coverage} == {"once"}
+
+
+def test_what_is_dropped_for_ranks_stays_in_a_whole_checkpoint() -> None:
+    extra = ("model.layers.3.what.ever", "U8", (7,))
+    plan = make_plan(checkpoint_of([*tensor_list(TINY), extra], TINY), V3, Layout(1, to=WHOLE))
+    assert sorted(listing(plan)) == sorted([*tensor_list(TINY), extra])
+
+
+# --- packed FP4 ---
+
+PACKED = RECIPE.replace("block = 128", "block = [1, 32], packed = true, fp8_block = 128")
+FP4 = [("x.weight", "I8", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 8))]
+
+
+def packed(split: str) -> Recipe:
+    return parse_recipe(PACKED % ("x", "x", split), "packed.toml")
+
+
+@pytest.mark.parametrize(
+    ("layout", "split", "wanted"),
+    [
+        (Layout(2), "rows", [("x.scale", "F8_E8M0", (2, 8)), ("x.weight", "F4", (2, 256))]),
+        (Layout(2), "columns", [("x.scale", "F8_E8M0", (4, 4)), ("x.weight", "F4", (4, 128))]),
+        (Layout(8), "columns", [("x.scale", "F8_E8M0", (4, 1)), ("x.weight", "F4", (4, 32))]),
+        # A rank's 16 elements share a scale with another rank's.
+        (Layout(16), "columns", [("x.scale", "F8_E8M0", (4, 1)), ("x.weight", "F4", (4, 16))]),
+        (Layout(1), "replicate", [("x.scale", "F8_E8M0", (4, 8)), ("x.weight", "F4", (4, 256))]),
+        (Layout(1, to=WHOLE), "rows", [("x.weight", "I8", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 8))]),
+        (Layout(2, expert_dtype="fp8"), "columns", [("x.scale", "F8_E8M0", (1, 1)), ("x.weight", "F8_E4M3", (4, 128))]),
+        (Layout(1, expert_dtype="fp8", to=WHOLE), "rows",
+         [("x.weight", "F8_E4M3", (4, 256)), ("x.weight_scale_inv", "F8_E8M0", (1, 2))]),
+        (Layout(2, cast="bf16"), "rows", [("x.weight", "BF16", (2, 256))]),
+        (Layout(1, cast="bf16", to=WHOLE), "rows", [("x.weight", "BF16", (4, 256))]),
+    ],
+)  # fmt: skip
+def test_packed_weights_are_elements_of_four_bits(layout: Layout, split: str, wanted: Entries) -> None:
+    plan = make_plan(checkpoint_of(FP4), packed(split), layout)
+    found = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors(index)]
+             for index in range(len(plan.files))]  # fmt: skip
+    assert [sorted(one) for one in found] == [wanted] * layout.ranks
+    for one in plan.casts:
+        assert (one.weight.name, one.scale and one.scale.name) == ("x.weight", "x.weight_scale_inv")
+        assert one.block == (1, 32)
+        assert one.new_block == ((128, 128) if layout.expert_dtype else (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        (FP4[:1], "weight-without-scale"),
+        ([("x.weight", "F8_E4M3", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "scale-without-weight"),
+        ([("x.weight", "BF16", (4, 256)), FP4[1]], "scale-without-weight"),
+        ([FP4[0], ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "wrong-scale"),
+        ([FP4[0], ("x.weight_scale_inv", "U8", (4, 8))], "wrong-scale"),
+        ([FP4[0], ("x.weight_scale_inv", "I64", (4, 8))], "wrong-scale"),
+    ],
+)
+def test_packed_weights_and_scales_that_do_not_fit_are_refused(tensors: Entries, kind: str) -> None:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(tensors), packed("rows"), Layout(2))
+    assert kinds_of(refused.value) == {kind}
+
+
+@pytest.mark.parametrize("ranks", [32, 512])
+def test_packed_weights_are_cut_between_bytes_and_blocks(ranks: int) -> None:
+    tensors = [("x.weight", "I8", (4, 128 * 3)), ("x.weight_scale_inv", "F8_E8M0", (4, 24))]
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(tensors), packed("columns"), Layout(ranks))
+    assert kinds_of(refused.value) <= {"straddles-blocks", "not-divisible"}
+
+
+# --- weights that are dequantised for the other side ---
+
+
+@pytest.mark.parametrize(
+    ("source", "layout", "wanted"),
+    [
+        ([("x.weight", "F8_E4M3", (200, 4)), ("x.weight_scale_inv", "F32", (2, 1))], Layout(2),
+         [("y.weight", "BF16", (100, 4))]),
+        ([("x.weight", "BF16", (200, 4))], Layout(2), [("y.weight", "BF16", (100, 4))]),
+        ([("x.weight", "F8_E4M3", (200, 4)), ("x.weight_scale_inv", "F32", (2, 1))], Layout(1, to=WHOLE),
+         [("x.weight", "F8_E4M3", (200, 4)), ("x.weight_scale_inv", "F32", (2, 1))]),
+    ],
+)  # fmt: skip
+def test_what_is_dequantised_has_no_scale_and_no_blocks(source: Entries, layout: Layout, wanted: Entries) -> None:
+    """200 rows are no whole blocks for 2 ranks: of BF16 that does not matter."""
+    row = 'rules = [["dequantize", "x.{p}", "y.weight", "rows"]]'
+    recipe = parse_recipe(RECIPE.split("rules", maxsplit=1)[0] + row, "table.toml")
+    plan = make_plan(checkpoint_of(source), recipe, layout)
+    for index in range(len(plan.files)):
+        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors(index)]
+        assert sorted(found) == wanted
+
+
+def test_what_is_dequantised_for_the_other_side_is_not_quantised_for_it() -> None:
+    row = 'rules = [["dequantize", "x.{p}", "y.weight", "rows"], ["same", "z.{p}", "z.{p}", "rows"]]'
+    recipe = parse_recipe(RECIPE.split("rules", maxsplit=1)[0] + row, "table.toml")
+    source = checkpoint_of([("x.weight", "BF16", (256, 4)), ("z.weight", "BF16", (256, 4))])
+    plan = make_plan(source, recipe, Layout(2, cast="fp8"))
+    assert {tensor.name: tensor.dtype for tensor in plan.tensors(0)} == {
+        "y.weight": "BF16", "z.weight": "F8_E4M3", "z.scale": "F32"
+    }  # fmt: skip
+
+
+# --- options that would do nothing ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout", "subject"),
+    [
+        ("deepseek-v2", Layout(2, cast="bf16"), "--cast"),
+        ("deepseek-v3", Layout(2, expert_dtype="fp8"), "--expert-dtype"),
+        ("deepseek-v2", Layout(2, keep_optional=True), "--mtp"),
+        ("deepseek-v3", Layout(2, to=WHOLE), "--to hf"),
+        ("deepseek-v3", Layout(1, to=WHOLE, pad=True), "--to hf"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(recipe: str, layout: Layout, subject: str) -> None:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(tensor_list(TINY), TINY), load_recipe(recipe), layout)
+    assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("wrong-option", subject)]
+
+
+def test_nothing_can_be_padded_by_a_recipe_that_does_not_say_what() -> None:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of([("x.weight", "U8", (4, 4))], {}), recipe_of("rows"), Layout(2, pad=True))
+    assert [problem.subject for problem in refused.value.problems] == ["--pad"]
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 4097, 10**9])
+@pytest.mark.parametrize("split", ["rows", "padded rows", "by e"])
+def test_a_number_of_ranks_that_is_none_is_refused_before_all_else(ranks: int, split: str) -> None:
+    tensors = [("x.0.weight" if split == "by e" else "x.weight", "BF16", (4, 4))]
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(tensors), recipe_of(split), Layout(ranks))
+    assert kinds_of(refused.value) == {"wrong-ranks"}
 
 
 @pytest.mark.parametrize("ranks", [[], [3, 0]])

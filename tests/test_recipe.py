@@ -1,6 +1,8 @@
 """Recipes: each packaged one reads in both directions and as a table; each fault is refused with its line."""
 
+import json
 import re
+import tomllib
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,9 +11,9 @@ import pytest
 
 from reshard.errors import Refused
 from reshard.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
-from reshard.types import Recipe, Rule
+from reshard.types import BlockScale, Recipe, Rule
 
-PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
+PACKAGED = [path.stem for path in sorted(FOLDER.glob("*.toml"))]
 V3 = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
 CELL = re.compile(r'"(?:[^"\\]|\\.)*"')
 HOLE = re.compile(r"\{(.)\}")
@@ -26,15 +28,25 @@ def filled(pattern: str, values: dict[str, str]) -> str:
     return HOLE.sub(lambda hole: values[hole[1]], pattern)
 
 
+MEMBERS = {"i": "0123", "d": "0", "s": "123", "h": "0", "g": "123", "e": "012", "m": "4"}
+
+
 def name_pairs(recipe: Recipe, rule: Rule) -> list[tuple[str, str]]:
-    """The names on both sides of a rule for a model of 4 layers, the first of them dense, and 3 experts."""
-    members = {"i": "0123", "d": "0", "s": "123", "e": "012", "m": "4"}
-    letters = [letter for letter in holes_of(rule.left) if letter != "p"]
-    scale = recipe.scale
-    ends = [("weight", "weight"), (scale.left, scale.right)] if scale and "{p}" in rule.left else [("", "")]
+    """The names on both sides of a rule for a model of 4 layers, the first of another kind, and 3 experts.
+
+    The scale of what is dequantised has no name on the right.
+    """
+    letters = [letter for letter in holes_of(rule.left) if letter not in recipe.scales]
+    scale = next((recipe.scales[letter] for letter in holes_of(rule.left) if letter in recipe.scales), None)
+    ends = [("weight", "weight"), (scale.left, scale.right)] if scale else [("", "")]
     return [
-        (filled(rule.left, {**values, "p": left}), filled(rule.right, {**values, "p": right}))
-        for numbers in product(*(members[letter] for letter in letters))
+        (
+            filled(rule.left, values | dict.fromkeys(recipe.scales, left)),
+            filled(rule.right, values | dict.fromkeys(recipe.scales, right))
+            if rule.relation == "same" or right == "weight"
+            else "",
+        )
+        for numbers in product(*(MEMBERS.get(letter, "13") for letter in letters))
         for values in [dict(zip(letters, numbers, strict=True))]
         for left, right in ends
     ]
@@ -53,33 +65,50 @@ def test_the_folder_is_the_registry() -> None:
     assert {"deepseek-v2", "deepseek-v3"} <= set(PACKAGED)
 
 
-def test_no_model_has_two_recipes() -> None:
-    for field in ("model_types", "architectures"):
-        words = [word for recipe in packaged_recipes() for word in getattr(recipe, field)]
-        assert words
-        assert len(set(words)) == len(words)
+def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
+    """The config does not tell them apart, so the names must: each wants a tensor that the other does not know."""
+    recipes = packaged_recipes()
+    pairs = [(one, other) for one in recipes for other in recipes if one.name < other.name]
+    alike = [(one, other) for one, other in pairs if {*one.model_types} & {*other.model_types}]
+    assert [(one.name, other.name) for one, other in alike] == [("deepseek-v4", "deepseek-v4-dspark")]
+    for one, other in [*alike, *((other, one) for one, other in alike)]:
+        wanted = {rule.left for rule in one.rules if rule.relation != "drop" and not (rule.only or rule.optional)}
+        assert wanted - {rule.left for rule in other.rules}
+    for one, other in pairs:
+        if (one, other) not in alike:
+            assert not {*one.architectures} & {*other.architectures}
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
     recipe = load_recipe(name)
-    same = [rule for rule in recipe.rules if rule.relation == "same"]
-    assert same
-    for rule in same:
-        assert sorted(holes_of(rule.left)) == sorted(holes_of(rule.right)), rule
-    pairs = [pair for rule in same for pair in name_pairs(recipe, rule)]
+    kept = [rule for rule in recipe.rules if rule.relation != "drop"]
+    assert kept
+    for rule in kept:
+        lost = recipe.scales.keys() if rule.relation == "dequantize" else set[str]()
+        assert sorted({*holes_of(rule.left)} - lost) == sorted(holes_of(rule.right)), rule
+    pairs = [pair for rule in kept for pair in name_pairs(recipe, rule)]
     assert len({left for left, _ in pairs}) == len(pairs)
-    assert len({right for _, right in pairs}) == len(pairs)
+    named = [right for _, right in pairs if right]
+    assert len({*named}) == len(named) > len(pairs) // 2
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_rows_of_a_packaged_recipe_stand_in_columns(name: str) -> None:
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("[")]
-    assert len(rows) == len(load_recipe(name).rules)
-    starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows]
-    for column in range(5):
-        assert len({row[column] for row in starts if len(row) > column}) == 1, f"column {column + 1}"
+    rows = [line for line in text.splitlines() if line.startswith('["')]
+    assert len(rows) == len(tomllib.loads(text)["rules"]) > 20
+    starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows if not row.startswith('["drop"')]
+    for column in range(6):
+        assert len({row[column] for row in starts if len(row) > column}) <= 1, f"column {column + 1}"
+    drops = [[cell.start() for cell in CELL.finditer(row)] for row in rows if row.startswith('["drop"')]
+    assert all(row == starts[0][: len(row)] and len(row) == 4 for row in drops)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_kept_row_of_a_packaged_recipe_says_its_shape(name: str) -> None:
+    rules = [rule for rule in load_recipe(name).rules if rule.relation != "drop"]
+    assert [rule.left for rule in rules if not rule.shape] == []
 
 
 def test_an_own_file_works_like_a_packaged_one(tmp_path: Path) -> None:
@@ -94,8 +123,8 @@ def test_an_own_file_may_say_something_else(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     packaged, mine = load_recipe("deepseek-v3"), load_recipe(str(path))
     assert (mine.name, mine.carry, mine.rules) == ("mine", (), packaged.rules)
-    assert mine.scale is not None
-    assert mine.scale.block == 64
+    assert mine.scales == {"p": BlockScale("weight_scale_inv", "scale", (64, 64))}
+    assert packaged.scales["p"].block == (128, 128)
     assert mine.text_hash != packaged.text_hash
 
 
@@ -110,7 +139,8 @@ def test_what_a_recipe_may_leave_out() -> None:
     """
     recipe = parse_recipe(text, "least.toml")
     assert recipe.rules == (Rule("same", "a", "b", "replicate"),)
-    assert (recipe.holes, recipe.scale, recipe.carry, recipe.model_types) == ({}, None, (), ())
+    assert (recipe.holes, recipe.scales, recipe.sizes, recipe.run) == ({}, {}, {}, {})
+    assert (recipe.carry, recipe.model_types, recipe.padded, recipe.checked) == ((), (), (), "")
 
 
 @pytest.mark.parametrize(
@@ -151,13 +181,30 @@ def edited(old: str, new: str) -> tuple[str, int]:
     return V3.replace(old, new), V3[: V3.index(old)].count("\n") + 1
 
 
-FIRST_ROW = '"model.embed_tokens.weight",' + 32 * " " + '"embed.weight",' + 26 * " " + '"rows"'
-NORM_ROW = '"model.norm.weight",' + 40 * " " + '"norm.weight",' + 27 * " " + '"replicate"'
-EMBED = '["same", ' + FIRST_ROW + "]"
-HOLE_D = 'holes.d = { counts = "dense layers",  size = "first_k_dense_replace", within = "i" }'
-HOLE_M = 'holes.m = { counts = "MTP layers",    after = "i", marker = "model.layers.{m}.eh_proj.weight" }'
-SCALE = 'scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }'
+def line_with(start: str) -> str:
+    (line,) = (line for line in V3.splitlines() if line.startswith(start))
+    return line
+
+
+EMBED = line_with('["same", "model.embed_tokens.weight"').removesuffix(",")
+NORM = line_with('["same", "model.norm.weight"').removesuffix(",")
+W3 = line_with('["same", "model.layers.{d}.mlp.up_proj.{p}"').removesuffix(",")
+REST_ROW = line_with('["drop", "model.layers.{m}.{*}"').removesuffix(",")
+ABOUT = line_with("about ")
+MODEL_TYPES = line_with("model_types ")
+PADDED = line_with("padded ")
+HOLE_D = line_with("holes.d")
+HOLE_M = line_with("holes.m")
+SCALE = line_with("scales.p")
+QK = line_with("sizes.qk")
+RUN_DIM = line_with("dim  ")
+RUN_DTYPE = line_with("dtype ")
 FILES = '"model{rank}-mp{ranks}.safetensors"'
+
+
+def norm_row(*cells: str) -> str:
+    return json.dumps(cells)
+
 
 FAULTS = [
     # Not TOML.
@@ -167,11 +214,12 @@ FAULTS = [
     # Keys.
     pytest.param("carry    ", "carries  ", "carry", id="a misspelled key"),
     pytest.param("left          =", "wrong_key     =", "left", id="an unknown key"),
-    pytest.param('about         = "DeepSeek-V3, R1, V3-0324, V3.1 for DeepSeek\'s inference code"', "about = 3",
-                 "about: a string", id="a number as text"),
+    pytest.param(ABOUT, "about = 3", "about: a string", id="a number as text"),
+    pytest.param(line_with("checked "), "checked = true", "checked: a string", id="a boolean as checked"),
     pytest.param('"huggingface"', '""', "left: a string", id="an empty text"),
     pytest.param('["*token*"]', '"*token*"', "carry: a list of strings", id="a text as list"),
-    pytest.param('["deepseek_v3"]', '["deepseek_v3", 3]', "model_types: a list of strings", id="a number in a list"),
+    pytest.param(MODEL_TYPES, 'model_types = ["deepseek_v3", 3]', "model_types: a list of strings",
+                 id="a number in a list"),
     pytest.param(FILES, '"model{rank}.safetensors"', "{rank} and {ranks}", id="file names without the ranks"),
     pytest.param(FILES, '"model.safetensors"', "{rank} and {ranks}", id="one name for all files"),
     pytest.param(FILES, '"ranks/{rank}-{ranks}.safetensors"', "a file name", id="file names in a folder"),
@@ -183,16 +231,42 @@ FAULTS = [
     pytest.param('["*token*"]', '[""]', "carry", id="side files without a name"),
     pytest.param('["*token*"]', '["token**"]', "carry", id="side files with two stars in a name"),
     # The scale.
-    pytest.param(SCALE, "scale = 128", "scale: a table", id="a number as scale"),
-    pytest.param(SCALE, 'scale = { left = "weight_scale_inv", right = "scale" }', "block", id="a scale without block"),
+    pytest.param(SCALE, "scale = 128", "scale", id="the key that there was"),
+    pytest.param(SCALE, "scales = 128", "scales: a table", id="a number as scales"),
+    pytest.param(SCALE, "scales.p = 128", "left, right and block", id="a number as scale"),
+    pytest.param(SCALE, 'scales.p = { left = "weight_scale_inv", right = "scale" }', "block",
+                 id="a scale without block"),
     pytest.param("block = 128", "block = 0", "block: a whole number", id="a block of nothing"),
     pytest.param("block = 128", "block = 128.0", "block: a whole number", id="a block of a float"),
     pytest.param("block = 128", "block = true", "block: a whole number", id="a block of a boolean"),
     pytest.param('right = "scale"', "right = 1", "left and right: strings", id="a number as the name of a scale"),
+    pytest.param("block = 128", "block = [128]", "block: a whole number", id="a block of one side"),
+    pytest.param("block = 128", "block = [1, 32, 32]", "block: a whole number", id="a block of three sides"),
+    pytest.param("block = 128", "block = [1, 0]", "block: a whole number", id="a side of nothing"),
+    pytest.param("block = 128", 'block = 128, dtype = "F32"', "left, right and block",
+                 id="an unknown field of a scale"),
+    pytest.param("block = 128", 'block = 128, packed = "yes", fp8_block = 1', "packed: true or false",
+                 id="packed by a text"),
+    pytest.param("block = 128", "block = 128, packed = true", "fp8_block", id="packed without the other block"),
+    pytest.param("block = 128", "block = 128, fp8_block = 128", "packed", id="another block without packed"),
+    pytest.param("block = 128", "block = [1, 32], packed = true, fp8_block = 0", "fp8_block: as block",
+                 id="another block of nothing"),
+    pytest.param("scales.p =", "scales.pp =", "single lower-case letter", id="a scale of two letters"),
+    pytest.param("scales.p =", "scales.P =", "single lower-case letter", id="a scale in upper case"),
+    pytest.param("scales.p =", "scales.e =", "numbers nothing", id="a letter for a number and a scale"),
+    # Sizes, padding and the run configuration.
+
+    pytest.param(QK, "sizes.qk = 3", "a formula over config keys", id="a number as formula"),
+    pytest.param(QK, 'sizes.qk = "num_attention_heads *"', "is not a formula", id="half a formula"),
+    pytest.param(QK, 'sizes.qk = "open(1)"', "no number, key", id="a call in a formula"),
+    pytest.param(PADDED, 'padded = "intermediate_size"', "padded: a list of strings", id="a text as padded"),
+    pytest.param(RUN_DIM, "dim = 3", "a formula over config keys", id="a number as run configuration"),
+    pytest.param(RUN_DIM, 'dim = "hidden_size -"', "is not a formula", id="half a formula to run with"),
+    pytest.param(RUN_DIM, 'dim = ["hidden_size"]', "a formula over config keys", id="a formula alone in a list"),
+    pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
     # The holes.
     pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),
     pytest.param("holes.d =", "holes.D =", "single lower-case letter", id="a hole in upper case"),
-    pytest.param("holes.d =", "holes.p =", "not 'p'", id="the hole that is taken"),
     pytest.param(HOLE_D, "holes.d = 3", "a table of strings", id="a number as hole"),
     pytest.param(HOLE_D, "holes.d = { counts = 3 }", "a table of strings", id="a number in a hole"),
     pytest.param(HOLE_D, 'holes.d = { within = "i" }', "what the hole counts", id="a hole that counts nothing"),
@@ -202,42 +276,89 @@ FAULTS = [
     pytest.param(HOLE_M, 'holes.m = { counts = "m", after = "i" }', "after and marker", id="after without marker"),
     pytest.param(HOLE_M, 'holes.m = { counts = "m", after = "y", marker = "x.{m}" }', "another hole",
                  id="after no hole"),
-    pytest.param("model.layers.{m}.eh_proj.weight", "model.layers.{i}.eh_proj.weight", "marker",
+    pytest.param('marker = "model.layers.{m}', 'marker = "model.layers.{i}', "marker",
                  id="a marker of another hole"),
-    pytest.param("model.layers.{m}.eh_proj.weight", "model.eh_proj.weight", "marker", id="a marker without a hole"),
+    pytest.param('marker = "model.layers.{m}.', 'marker = "model.', "marker", id="a marker without a hole"),
+    pytest.param('like = "is"', 'like = "iz"', "the hole 'z'", id="like a hole that there is not"),
+    pytest.param('like = "is"', 'like = "im"', "another hole", id="like itself"),
+    pytest.param(HOLE_M, 'holes.m = { counts = "m", like = "i" }', "like", id="like without after"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "z" }', "another hole", id="some of no hole"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "i", within = "i" }', "within or some_of",
+                 id="within and some of"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds" }', "picked_by and picked",
+                 id="picked by no values"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked = [1] }', "picked_by and picked",
+                 id="picked by no key"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds", picked = 4 }',
+                 "picked_by and picked", id="a number as what is picked"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds", picked = ["4"] }',
+                 "picked_by and picked", id="a text in what is picked"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", listed = "dense" }', "listed with some_of",
+                 id="listed within"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "i", listed = "dense layers" }', "is not a formula",
+                 id="listed by two words"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
+                 id="half a formula as size"),
+    pytest.param(line_with("ranks_divide "), 'ranks_divide = ["heads", "a b"]', "is not a formula",
+                 id="two words as what the ranks divide"),
+    pytest.param(HOLE_D, 'holes.d = { counts = "d", picked_by = "kinds", picked = [4] }', "within or some_of",
+                 id="picked from nothing"),
     pytest.param('rows_of = "model.layers.{s}', 'rows_of = "model.layers.{z}', "rows_of", id="rows of an unknown hole"),
     # The rows.
-    pytest.param(EMBED, "[" + FIRST_ROW + "]", "four or five strings", id="a row without relation"),
-    pytest.param(EMBED, "[]", "four or five strings", id="an empty row"),
-    pytest.param(EMBED, '["same", "a", "b", "rows", "if x", "y"]', "four or five strings", id="a row of six"),
-    pytest.param(EMBED, '["same", "a", "b", 0]', "four or five strings", id="a number in a row"),
-    pytest.param(EMBED, '"same"', "four or five strings", id="a text as row"),
-    pytest.param('["same", ' + NORM_ROW, '["move", ' + NORM_ROW, "same or drop", id="an unknown relation"),
-    pytest.param('["same", ' + NORM_ROW, '["drop", ' + NORM_ROW, "the reason", id="a drop that keeps"),
-    pytest.param('"MTP layers: DeepSeek\'s inference code has no multi-token prediction"', '""', "the reason",
-                 id="a drop without reason"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "norm.weight", "copy"', "a split", id="an unknown split"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "norm.weight", "by e"', "a split", id="dealt by a hole of no name"),
-    pytest.param('"layers.{d}.ffn.w3.{p}",                 "rows"', '"layers.{d}.ffn.w3.{p}",                 "by p"',
-                 "a split", id="dealt by weight and scale"),
-    pytest.param(NORM_ROW, '"", "norm.weight", "replicate"', "the name on the left", id="no name on the left"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "norm.{i}.weight", "replicate"', "the same holes",
+    pytest.param(EMBED, EMBED.replace('"same", ', ""), "a relation", id="a row without relation"),
+    pytest.param(EMBED, "[]", "4 to 6 strings", id="an empty row"),
+    pytest.param(EMBED, '["same", "a", "b"]', "4 to 6 strings", id="a row of three"),
+    pytest.param(EMBED, '["same", "a", "b", "rows", "[x]", "if x", "y"]', "4 to 6 strings", id="a row of seven"),
+    pytest.param(EMBED, '["same", "a", "b", 0]', "4 to 6 strings", id="a number in a row"),
+    pytest.param(EMBED, '"same"', "4 to 6 strings", id="a text as row"),
+    pytest.param(NORM, NORM.replace("same", "move"), "same, dequantize, drop", id="an unknown relation"),
+    pytest.param(NORM, NORM.replace("same", "drop"), "the reason", id="a drop that keeps"),
+    pytest.param(REST_ROW, norm_row("drop", "model.layers.{m}.{*}", "", ""), "the reason", id="a drop without reason"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "copy"), "a split", id="an unknown split"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "by e"), "a split",
+                 id="dealt by a hole of no name"),
+    pytest.param(W3, W3.replace('"rows"', '"by p"'), "a split", id="dealt by weight and scale"),
+    pytest.param(NORM, norm_row("same", "", "norm.weight", "replicate"), "the name on the left",
+                 id="no name on the left"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.{i}.weight", "replicate"), "the same holes",
                  id="a hole on the right only"),
-    pytest.param(NORM_ROW, '"model.{i}.norm", "norm", "replicate"', "the same holes", id="a hole on the left only"),
-    pytest.param(NORM_ROW, '"model.{i}.norm", "norm.{s}", "replicate"', "the same holes", id="another hole"),
-    pytest.param(NORM_ROW, '"model.{k}.norm", "norm.{k}", "replicate"', "{k}", id="an unknown hole"),
-    pytest.param(NORM_ROW, '"model.{i}.{i}", "norm.{i}.{i}", "replicate"', "each hole once", id="a hole twice"),
-    pytest.param(NORM_ROW, '"model.x{i}.norm", "norm.x{i}", "replicate"', "between two dots",
+    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm", "replicate"), "the same holes",
+                 id="a hole on the left only"),
+    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm.{s}", "replicate"), "the same holes",
+                 id="another hole"),
+    pytest.param(NORM, norm_row("same", "model.{k}.norm", "norm.{k}", "replicate"), "{k}", id="an unknown hole"),
+    pytest.param(NORM, norm_row("same", "model.{i}.{i}", "norm.{i}.{i}", "replicate"), "each hole once",
+                 id="a hole twice"),
+    pytest.param(NORM, norm_row("same", "model.x{i}.norm", "norm.x{i}", "replicate"), "between two dots",
                  id="a hole that is part of a word"),
-    pytest.param(NORM_ROW, '"model..norm", "norm", "replicate"', "between two dots", id="an empty component"),
-    pytest.param(NORM_ROW, '"model.{*}", "norm.{*}", "replicate"', "{*}", id="the rest of a name in a same"),
-    pytest.param('model.layers.{m}.{*}"', 'model.{*}.layers.{m}"', "{*} at the end only",
+    pytest.param(NORM, norm_row("same", "model..norm", "norm", "replicate"), "between two dots",
+                 id="an empty component"),
+    pytest.param(NORM, norm_row("same", "model.{*}", "norm.{*}", "replicate"), "{*}",
+                 id="the rest of a name in a same"),
+    pytest.param('"model.layers.{m}.{*}"', '"model.{*}.layers.{m}"', "{*} at the end only",
                  id="the rest of a name in the middle"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "norm.weight", "replicate", "when x"', "if KEY",
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "", "when x"), "if KEY",
                  id="an unknown condition"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "norm.weight", "replicate", "if"', "if KEY", id="a condition cut off"),
-    pytest.param(NORM_ROW, '"model.embed_tokens.weight", "norm.weight", "replicate"', "row 1", id="a left name twice"),
-    pytest.param(NORM_ROW, '"model.norm.weight", "embed.weight", "replicate"', "row 1", id="a right name twice"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "", "if"), "if KEY",
+                 id="a condition cut off"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "if x"), "[rows, columns]",
+                 id="a condition in the place of the shape"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "hidden_size"),
+                 "[rows, columns]", id="a shape without brackets"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "[hidden size]"),
+                 "is not a formula", id="two words as a size"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "[hidden_size,, 3]"),
+                 "is not a formula", id="a size that is empty"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "FP32 [hidden_size]"),
+                 "a dtype", id="an unknown dtype"),
+    pytest.param(NORM, norm_row("dequantize", "model.norm.weight", "norm.weight", "replicate"), "block scale",
+                 id="dequantised without a scale"),
+    pytest.param(W3, W3.replace('"same"', '"dequantize"'), "the same holes",
+                 id="dequantised with a scale on the right"),
+    pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "row 1",
+                 id="a left name twice"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "row 1",
+                 id="a right name twice"),
 ]  # fmt: skip
 
 
@@ -276,17 +397,54 @@ def test_an_unfinished_recipe_is_refused_at_its_end() -> None:
 
 
 def test_every_fault_is_named_with_its_line() -> None:
-    text, first = edited(FIRST_ROW, '"model.embed_tokens.weight", "embed.weight", "by q"')
-    old = NORM_ROW
-    second = text[: text.index(old)].count("\n") + 1
-    text = text.replace(old, '"model.norm.weight", "norm.{i}.weight", "sideways"')
+    text, first = edited(EMBED, EMBED.replace('"rows"', '"by q"'))
+    second = text[: text.index(NORM)].count("\n") + 1
+    text = text.replace(NORM, norm_row("same", "model.norm.weight", "norm.{i}.weight", "sideways"))
     with pytest.raises(Refused) as caught:
         parse_recipe(text, "mine.toml")
-    assert [problem.subject for problem in caught.value.problems] == [f"mine.toml:{first}", f"mine.toml:{second}"]
+    lines = [problem.subject for problem in caught.value.problems]
+    assert lines == [f"mine.toml:{first}", f"mine.toml:{second}", f"mine.toml:{second}"]
 
 
 def test_a_row_may_span_lines_and_is_named_by_its_last() -> None:
-    text, line = edited(NORM_ROW, '"model.norm.weight",\n"norm.weight",\n"sideways"')
+    text, line = edited(NORM, '["same", "model.norm.weight",\n"norm.weight",\n"sideways"]')
     with pytest.raises(Refused) as caught:
         parse_recipe(text, "mine.toml")
     assert [problem.subject for problem in caught.value.problems] == [f"mine.toml:{line + 2}"]
+
+
+@pytest.mark.parametrize("word", ["holes", "scales", "sizes", "run"])
+@pytest.mark.parametrize("value", ["3", '"text"', "[]", "true", "2020-01-01"])
+def test_what_should_be_a_table_is_refused_if_it_is_not(word: str, value: str) -> None:
+    lines = [line for line in V3.splitlines() if not line.startswith(f"{word}.")]
+    text = "\n".join(lines).replace("[run]", "[run]" if word != "run" else "[holes.run]")
+    with pytest.raises(Refused) as caught:
+        parse_recipe(f"{word} = {value}\n{text}", "mine.toml")
+    assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
+    assert f"{word}: a table" in [problem.expected for problem in caught.value.problems]
+
+
+def test_a_recipe_has_two_kinds_of_scales_at_most_one_a_row() -> None:
+    other = 'scales.q = { left = "scale", right = "scale", block = [1, 32], packed = true, fp8_block = 128 }'
+    recipe = parse_recipe(V3.replace(SCALE, f"{SCALE}\n{other}"), "mine.toml")
+    assert recipe.scales["q"] == BlockScale("scale", "scale", (1, 32), packed=True, fp8_block=(128, 128))
+    row = norm_row("same", "model.{p}.{q}", "norm.{p}.{q}", "replicate")
+    with pytest.raises(Refused, match="one hole for a weight and its block scale"):
+        parse_recipe(V3.replace(SCALE, f"{SCALE}\n{other}").replace(NORM, row), "mine.toml")
+
+
+def test_what_is_like_another_has_its_rows_too() -> None:
+    rules = load_recipe("deepseek-v3").rules
+    reason = "DeepSeek's inference code has no multi-token prediction"
+    gate = "model.layers.{%s}.mlp.gate.weight", "layers.{%s}.ffn.gate.weight"
+    assert [(rule.left, rule.right, rule.optional) for rule in rules if rule.left.endswith("}.mlp.gate.weight")] == [
+        (gate[0] % "s", gate[1] % "s", ""),
+        (gate[0] % "m", gate[1] % "m", reason),
+    ]
+    like = [rule for rule in rules if "{i}" in rule.left or "{s}" in rule.left]
+    optional = [rule for rule in rules if rule.optional]
+    own = {"embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head"}
+    assert len(optional) == len(like) + len(own)
+    assert {rule.left for rule in optional} >= {f"model.layers.{{m}}.{name}.weight" for name in own}
+    # Of the dense layers an MTP layer has nothing.
+    assert not [rule for rule in optional if "{d}" in rule.left or rule.left.endswith("{m}.mlp.up_proj.{p}")]

@@ -7,8 +7,8 @@ from typing import Any
 from reshard.formulas import UnknownKey, value_of
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX
-from reshard.results import CAST_TO_FP8
 from reshard.types import WHOLE
+from reshard.units import CAST_TO_FP8
 
 RUN_CONFIG = "run_config.json"
 """Not `config.json`, which a tokenizer that is loaded from the folder would read."""

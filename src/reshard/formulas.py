@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+LONGEST = 200
+"""Characters of a formula: it is taken apart by functions that call themselves."""
 SHAPE = re.compile(r"(?:(\w+) )?\[([^\[\]]*)\]")
 OPERATORS = {
     ast.Add: int.__add__,
     ast.Sub: int.__sub__,
     ast.Mult: int.__mul__,
-    ast.FloorDiv: int.__floordiv__,
 }
 
 
@@ -26,6 +27,8 @@ class UnknownKey(Exception):
 @cache
 def parse(text: str) -> ast.expr:
     """The formula as a tree. Raises ValueError, saying what is wrong with it."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{text[:40] + '...'!r} has more than {LONGEST} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError):
@@ -37,7 +40,9 @@ def parse(text: str) -> ast.expr:
 def require_formula(tree: ast.expr, text: str) -> None:
     """Nothing but numbers, keys and the four operators: a recipe holds no code."""
     match tree:
-        case ast.Name() | ast.Constant(value=int()):
+        case ast.Name():
+            return
+        case ast.Constant(value=value) if type(value) is int:
             return
         case ast.Attribute(value=value):
             require_formula(value, text)
@@ -76,12 +81,11 @@ def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str
             if isinstance(value, list):
                 return len(value)
         case ast.Call(args=[ast.BinOp(left=left, right=right)]):
-            return -(-number(left, config, sizes) // (number(right, config, sizes) or 1))
+            return -(-number(left, config, sizes) // divisor(right, config, sizes))
+        case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
+            return number(left, config, sizes) // divisor(right, config, sizes)
         case ast.BinOp(left=left, op=operator, right=right):
-            operands = number(left, config, sizes), number(right, config, sizes)
-            if isinstance(operator, ast.FloorDiv) and not operands[1]:
-                raise UnknownKey(ast.unparse(right))
-            return OPERATORS[type(operator)](*operands)
+            return OPERATORS[type(operator)](number(left, config, sizes), number(right, config, sizes))
     raise UnknownKey(ast.unparse(tree))
 
 
@@ -99,6 +103,13 @@ def number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) 
     return value
 
 
+def divisor(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
+    value = number(tree, config, sizes)
+    if not value:
+        raise UnknownKey(ast.unparse(tree))
+    return value
+
+
 def parse_shape(text: str) -> tuple[str, list[str]]:
     """`I64 [vocab_size, 6]` -> (`I64`, [`vocab_size`, `6`]); the dtype may be left out. Raises ValueError.
 
@@ -107,7 +118,7 @@ def parse_shape(text: str) -> tuple[str, list[str]]:
     found = SHAPE.fullmatch(text)
     if not found:
         raise ValueError(f"{text!r} is not like [rows, columns] or I64 [rows]")
-    formulas = [part.strip() for part in found[2].split(",") if part.strip()]
+    formulas = [part.strip() for part in found[2].split(",")] if found[2].strip() else []
     for formula in formulas:
         if formula != "?":
             parse(formula)

@@ -131,9 +131,14 @@ def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: 
         return True
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
-    # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
-    value = config[key] if key in config else any(number in present for number in ifs)
-    return bool(value) == (condition == "if")
+    table: Any = config
+    for part in key.split("."):
+        # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
+        if not isinstance(table, Mapping) or part not in table:
+            table = any(number in present for number in ifs)
+            break
+        table = table[part]
+    return bool(table) == (condition == "if")
 
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:

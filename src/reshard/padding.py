@@ -4,14 +4,14 @@ A model that is wider, with zeros in its additional rows and columns, computes t
 model of a larger config. Source of the rule: docs/decisions/2026-11-26-padding.md.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reshard.cut import dimension_of
 from reshard.errors import refuse
-from reshard.formulas import shape_of
+from reshard.formulas import parse_shape, shape_of
 from reshard.types import Layout, Recipe
-from reshard.units import Kind
+from reshard.units import Kind, target_block
 
 MOST = 64
 """No value is raised to more than so many times what it was."""
@@ -26,10 +26,12 @@ def padded_config(
     raised = dict(config)
     for key in recipe.padded:
         value = config.get(key)
-        if type(value) is not int or value < 1 or not list(lengths(kinds, recipe, raised, key)):
+        lengths = cut_lengths(kinds, recipe, layout, raised, key)
+        if type(value) is not int or value < 1 or not lengths:
             continue
         wanted = next(
-            (more for more in range(value, MOST * value + 1) if suits(kinds, recipe, layout, raised, key, more)), None
+            (more for more in range(value, MOST * value + 1) if suits(lengths, recipe, layout, {**raised, key: more})),
+            None,
         )
         if wanted is None:
             expected = f"a value up to {MOST * value:,} whose blocks {layout.ranks} ranks can share"
@@ -38,29 +40,29 @@ def padded_config(
     return raised
 
 
-def suits(
-    kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str, value: int
-) -> bool:
-    """Whether, with that value of the key, each part of what depends on it is whole blocks."""
-    found = lengths(kinds, recipe, {**config, key: value}, key)
-    return all(length % (layout.ranks * block) == 0 for length, block in found)
+def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether, by a config, each rank's part of each of the lengths is whole blocks."""
+    sizes = [(shape_of(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
+    return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
 
 
-def can_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Whether the length that is cut is raised to suit the ranks: then it says nothing of other numbers of them."""
-    if kind.rule.split == "padded rows":
-        return True
-    return layout.pad and any(True for key in recipe.padded for _ in lengths([kind], recipe, config, key))
-
-
-def lengths(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any], key: str) -> Iterator[tuple[int, int]]:
-    """The lengths that are cut and depend on a key of the config, each with its block."""
+def cut_lengths(
+    kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
+) -> set[tuple[str, int]]:
+    """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
+    found = set()
     for kind in kinds:
         dimension = dimension_of(kind.rule.split)
-        if dimension is None or not kind.rule.shape:
+        formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
+        if dimension is None or len(formulas) <= dimension:
             continue
-        shape = shape_of(kind.rule.shape, config, recipe.sizes)
-        without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)
-        length = shape[dimension]
-        if length is not None and without[dimension] is None:
-            yield length, kind.scaling.block[dimension] if kind.scaling and kind.scales else 1
+        length = shape_of(kind.rule.shape, config, recipe.sizes)[dimension]
+        without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
+        if length is not None and without is None:
+            found.add((formulas[dimension], target_block(kind, layout)[dimension]))
+    return found
+
+
+def is_paddable(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether what a kind is cut along can be raised."""
+    return any(cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)

@@ -13,10 +13,10 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
-from reshard.padding import can_grow, padded_config
-from reshard.results import CAST_TO_FP8, Outcome, Terms, outcome_of, series_of, units_of, whole_series
+from reshard.padding import is_paddable, padded_config
+from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import config_problems, kinds_of, pairing_problems
+from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """Options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    if not 1 <= layout.ranks <= MOST_RANKS:
+        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
     if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
@@ -126,21 +128,22 @@ def ranks_problems(
     config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
 ) -> Iterator[Problem]:
     """Everything that the number of ranks does not suit, with the numbers that suit all."""
-    if not 1 <= layout.ranks <= MOST_RANKS:
-        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
-        return
     limits = set()
     problems = []
+    helps = not layout.pad
     for subject, length in counted_lengths(config, recipe, matched):
         limits.add(Limit(length))
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
+            helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
         units = units_of(outcome.kind.rule, config)
         limit = limit_of(weight, split, outcome.block, units or 0)
-        if limit and not can_grow(outcome.kind, recipe, layout, config):
+        grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        # What is raised to suit these ranks says nothing of other numbers of them.
+        if limit and not grows:
             limits.add(limit)
         parts = parts_for(layout.ranks, units or 0)
         if units is None or not parts:
@@ -148,13 +151,13 @@ def ranks_problems(
             expected = "a number in config.json that divides the ranks, or that they divide"
             problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
         elif next(weight_problems(weight, split, parts, outcome.block), None):
+            helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
                 problems.extend(weight_problems(tensor, split, parts, outcome.block))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
-    straddles = any(problem.kind == "straddles-blocks" for problem in problems)
-    if remedy and straddles and recipe.padded and not layout.pad:
+    if remedy and helps:
         remedy += ", or --pad"
     yield from (replace(problem, remedy=remedy) for problem in problems)
 

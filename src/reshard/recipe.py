@@ -13,6 +13,7 @@ from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
 from reshard.formulas import parse, parse_shape
+from reshard.header import BITS
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -149,7 +150,8 @@ Fault = tuple[Where, str, str]
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
     holes = table.get("holes", {})
-    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), holes)]
+    letters = holes if isinstance(holes, dict) else {}
+    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
     faults += formula_faults(table)
     yield from faults
     if not faults:
@@ -205,7 +207,7 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def scale_faults(scales: Any, holes: Any) -> Iterator[Fault]:
+def scale_faults(scales: Any, holes: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(scales, dict):
         yield ("scales",), repr(scales), "scales: a table"
         return
@@ -289,6 +291,12 @@ def is_picked(value: Any) -> bool:
 
 def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a hole says of other holes and of tensors."""
+    if "like" in fields and "after" not in fields:
+        yield "like without after", "like of a hole that follows another"
+    if ("within" in fields and "some_of" in fields) or (
+        "picked_by" in fields and not {"within", "some_of"} & set(fields)
+    ):
+        yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
     others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
     for other in [*others, *fields.get("like", "")]:
         if other not in holes or other == name:
@@ -359,9 +367,12 @@ def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 def shape_faults(text: str) -> Iterator[tuple[str, str]]:
     try:
-        parse_shape(text)
+        dtype = parse_shape(text)[0]
     except ValueError as error:
         yield str(error), "a shape such as [vocab_size, hidden_size]"
+        return
+    if dtype and dtype not in BITS:
+        yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:

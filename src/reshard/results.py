@@ -19,9 +19,8 @@ from reshard.holes import config_value
 from reshard.names import slots_of
 from reshard.recipe import UNITS, WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
-from reshard.units import Kind, logical_shape, scale_shape
+from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
 
-CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 MOST_FILES = 1 << 32
 """Of whole tensors: whichever file holds one holds all of it."""
 
@@ -81,12 +80,11 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     if scaling is None or scaling.stays:
         block = scaling.block if scaling and kind.scales else (1, 1)
         return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
-    dequantizes = kind.rule.relation == "dequantize" and layout.to != WHOLE
-    if kind.scales and (layout.cast == "bf16" or dequantizes):
+    if kind.scales and dequantizes(kind.rule, layout):
         return dequantized(kind, scaling, terms, casts)
     if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
         return cast_to_fp8(kind, scaling, terms, casts)
-    if not kind.scales and layout.cast in CAST_TO_FP8:
+    if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
         return quantized(kind, scaling, terms, casts)
     if scaling.packed and layout.to != WHOLE:
         shape = logical_shape(kind.weights[0], scaling)
@@ -152,7 +150,7 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     if terms.padded and rule.shape and rule.relation != "drop":
         shape = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
         return tuple(known or length for known, length in zip(shape, weight.shape, strict=True))
-    if rule.split == "padded rows" and terms.layout.to != WHOLE:
+    if rule.split == "padded rows" and terms.layout.to != WHOLE and weight.shape:
         ranks = terms.layout.ranks
         return (-(-weight.shape[0] // ranks) * ranks, *weight.shape[1:])
     return weight.shape

@@ -17,6 +17,7 @@ from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 FLOATS = ("BF16", "F16", "F32")
 """Loaders copy these into parameters of one another's dtype."""
 SCALES = ("F32", "BF16", "F8_E8M0")
+CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 LACKS_FILE = "is a file missing from the checkpoint?"
 
 
@@ -41,6 +42,19 @@ class Kind:
 def is_kept(rule: Rule, layout: Layout) -> bool:
     """Whether the tensors of a rule go into the target. A target in the layout of the source keeps everything."""
     return layout.to == WHOLE or (rule.relation != "drop" and (layout.keep_optional or not rule.optional))
+
+
+def dequantizes(rule: Rule, layout: Layout) -> bool:
+    """Whether weights of a rule have no block scales in the target, even if they have some in the source."""
+    return layout.cast == "bf16" or (rule.relation == "dequantize" and layout.to != WHOLE)
+
+
+def target_block(kind: Kind, layout: Layout) -> tuple[int, int]:
+    """The block of the scales that the weights of a kind have in the target; (1, 1) without any."""
+    if kind.scaling is None or dequantizes(kind.rule, layout) or not (kind.scales or layout.cast in CAST_TO_FP8):
+        return 1, 1
+    to_fp8 = kind.scales and kind.scaling.packed and layout.expert_dtype == "fp8"
+    return kind.scaling.fp8_block if to_fp8 else kind.scaling.block
 
 
 def kinds_of(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
@@ -175,9 +189,10 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
     elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
-        exempt = quantization.get("modules_to_not_convert") or []
+        named = quantization.get("modules_to_not_convert")
+        exempt = [module for module in named if isinstance(module, str)] if isinstance(named, list) else []
         for tensor in kind.weights:
-            if not any(isinstance(module, str) and module in tensor.name for module in exempt):
+            if not any(module in tensor.name for module in exempt):
                 said = "a scaled weight, as quantization_config of config.json says"
                 remedy = "a loader would take it for scaled: is the checkpoint a mixture?"
                 yield Problem("weight-without-scale", tensor.name, f"{found} without a block scale", said, remedy)

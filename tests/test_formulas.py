@@ -1,0 +1,213 @@
+"""Formulas of recipes: what they come to, what the config leaves open, and what is no formula."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.formulas import LONGEST, UnknownKey, parse, parse_shape, shape_of, value_of
+
+CONFIG: Mapping[str, Any] = {
+    "heads": 128,
+    "nope": 128,
+    "rope": 64,
+    "odd": 7,
+    "zero": 0,
+    "nothing": None,
+    "text": "fp8",
+    "half": 0.5,
+    "yes": True,
+    "list": [1, 2],
+    "inner": {"factor": 40, "many": [0, 0, 0], "deeper": {"still": 3}, "nothing": None},
+}
+SIZES = {"qk": "heads * (nope + rope)", "twice": "2 * qk", "left": "right + 1", "right": "left + 1", "odd": "odd + 1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("heads", 128),
+        (" heads ", 128),
+        ("nope + rope", 192),
+        ("nope - rope - 4", 60),
+        ("heads * nope + rope", 128 * 128 + 64),
+        ("heads * (nope + rope)", 128 * 192),
+        ("heads // odd", 128 // 8),
+        ("rope // 10", 6),
+        ("ceil(rope / 10)", 7),
+        ("ceil(heads / rope)", 2),
+        ("ceil((heads + 1) / rope) * 2", 6),
+        ("inner.factor", 40),
+        ("len(list)", 2),
+        ("len(list) - 3 * (len(inner.many) + 1)", -10),
+        ("inner.deeper.still * 2", 6),
+        # Names for other formulas. A name that is its own key means the key.
+        ("qk", 128 * 192),
+        ("twice + 1", 2 * 128 * 192 + 1),
+        ("odd", 8),
+        # A key alone may be anything.
+        ("text", "fp8"),
+        ("half", 0.5),
+        ("yes", True),
+        ("list", [1, 2]),
+        ("zero", 0),
+    ],
+)
+def test_a_formula_comes_to(text: str, value: object) -> None:
+    found = value_of(text, CONFIG, SIZES)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 1000))
+def test_ceil_rounds_up(number: int, divisor: int) -> None:
+    config = {"a": number, "b": divisor}
+    assert value_of("ceil(a / b)", config, {}) == ceil(number / divisor)
+    assert value_of("a // b", config, {}) == number // divisor
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unknown",
+        "nothing",
+        "inner.unknown",
+        "inner.nothing",
+        "unknown.factor",
+        "heads.factor",
+        "list.factor",
+        "heads + unknown",
+        "unknown * 0",
+        # Not a whole number.
+        "text + 1",
+        "half * 2",
+        "yes + 1",
+        "list * 2",
+        "inner * 2",
+        "len(unknown)",
+        "len(text)",
+        "len(inner)",
+        "len(heads)",
+        "len(inner.unknown)",
+        # By nothing.
+        "heads // zero",
+        "ceil(heads / zero)",
+        "heads // (rope - 64)",
+        # In a circle.
+        "left",
+    ],
+)
+def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
+    with pytest.raises(UnknownKey):
+        value_of(text, CONFIG, SIZES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a b",
+        "a +",
+        "(a",
+        "a / b",
+        "a % b",
+        "a ** b",
+        "a @ b",
+        "-a",
+        "+a",
+        "not a",
+        "a and b",
+        "a < b",
+        "a if b else c",
+        "1.5",
+        "'text'",
+        "True",
+        "None",
+        "...",
+        "a[0]",
+        "[a]",
+        "(a, b)",
+        "{a}",
+        "lambda: a",
+        "a := 3",
+        "a = 3",
+        "f(a)",
+        "min(a / b)",
+        "ceil(a)",
+        "ceil(a // b)",
+        "ceil(a / b, c)",
+        "ceil(a / b, key=c)",
+        "ceil(ceil / )",
+        "ceil(f(a) / b)",
+        "ceil(a / f(b))",
+        "math.ceil(a / b)",
+        "len(a + b)",
+        "len(3)",
+        "len(len(a))",
+        "len()",
+        "len(a, b)",
+        "len(*a)",
+        "len(a[0])",
+        "?",
+        "__import__('os').system('true')",
+        "open('x').read",
+        "(a + b.c[0]).d",
+        "a\nb",
+        "a\0b",
+        "a # b\n+",
+        "(" * 150 + "a" + ")" * 150,
+        "a" + " + a" * LONGEST,
+        "9" * (LONGEST + 1),
+    ],
+)
+def test_what_is_no_formula_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "formulas"),
+    [
+        ("[]", "", []),
+        ("[ ]", "", []),
+        ("[a]", "", ["a"]),
+        ("[a, 2 * b]", "", ["a", "2 * b"]),
+        ("I64 [ceil(a / b), inner.factor]", "I64", ["ceil(a / b)", "inner.factor"]),
+        ("F8_E8M0 [a]", "F8_E8M0", ["a"]),
+        ("[?, a]", "", ["?", "a"]),
+    ],
+)
+def test_a_shape_is_a_dtype_and_formulas(text: str, dtype: str, formulas: list[str]) -> None:
+    assert parse_shape(text) == (dtype, formulas)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "a, b", "[a", "a]", "[[a]]", "[a] ", " [a]", "I64[a]", "I64  [a]", "I64 F32 [a]", "[a,]", "[,a]",
+     "[a,,b]", "[a b]", "[a; b]", "[a][b]", "[*]", "[? + 1]", "[??]", "I-64 [a]"],
+)  # fmt: skip
+def test_what_is_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("[]", []),
+        ("[heads, nope + rope]", [128, 192]),
+        ("I64 [qk]", [128 * 192]),
+        ("[?, heads, ?]", [None, 128, None]),
+        # Each size by itself.
+        ("[unknown, heads]", [None, 128]),
+        ("[heads, text]", [128, None]),
+        ("[half, yes]", [None, None]),
+    ],
+)
+def test_a_shape_has_the_sizes_that_the_config_tells(text: str, sizes: list[int | None]) -> None:
+    assert shape_of(text, CONFIG, SIZES) == sizes
