@@ -28,10 +28,10 @@ LAYERS = (
     "plan",
     "configs execute manifest",
     "audit inspect origin",
-    "gather lookup",
+    "gather",
     "sources",
     "convert",
-    "commands",
+    "commands lookup",
     "demo",
     "cli",
     "__main__",
@@ -153,7 +153,7 @@ def test_every_recipe_is_in_the_wheel() -> None:
 
 
 def test_every_recipe_in_the_folder_is_registered_under_its_own_name() -> None:
-    files = [path.stem for path in sorted((FOLDER / "recipes").glob("*.toml"))]
+    files = sorted(path.stem for path in (FOLDER / "recipes").glob("*.toml"))
     assert [recipe.name for recipe in packaged_recipes()] == files
     assert [load_recipe(name).name for name in files] == files
     assert {"deepseek-v2", "deepseek-v3"} <= set(files)

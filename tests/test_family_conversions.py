@@ -207,8 +207,8 @@ def test_other_numbers_of_ranks_are_refused_with_those_that_work(name: str, sour
     for ranks in {3, 5, 6, 12, 16, 32, 48, 64} - set(LEGAL[name]):
         with pytest.raises(Refused) as error:
             plan_conversion(Job(source(name), ranks))
-        remedies = {problem.remedy.removesuffix(", or --pad") for problem in error.value.problems}
-        assert remedies == {remedy}
+        can_pad = name == "deepseek-v3-for-32" and ranks == 32
+        assert {problem.remedy for problem in error.value.problems} == {remedy + ", or --pad" * can_pad}
 
 
 def test_with_padding_the_numbers_that_work_are_those_that_padding_makes_possible(source: Source) -> None:

@@ -406,6 +406,20 @@ def test_a_rounded_value_is_the_nearest(inexact: Made) -> None:
     assert facts(inexact) == {("differs", place.subject + EXPERT + ".weight")}
 
 
+def test_the_least_scale_is_the_least_there_is(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """2^-127, where a 64th of the largest would be less."""
+    source = shutil.copytree(sources("deepseek-v4-flash"), tmp_path / "source")
+    place = find(Made(source, source), EXPERT + ".scale")
+    content = bytearray(place.path.read_bytes())
+    content[place.begin : place.end] = bytes(number % 6 for number in range(place.end - place.begin))
+    place.path.write_bytes(content)
+    convert_checkpoint(Job(source, 2, expert_dtype="fp8"), tmp_path / "target", SETTINGS)
+    made = Made(source, tmp_path / "target")
+    assert value(EXPERT + ".scale", made).view(torch.uint8).unique().tolist() == [0]
+    report = verify(made)
+    assert (report.problems, report.inexact) == ((), 0)
+
+
 # --- names, dtypes and shapes ---
 
 
