@@ -1,6 +1,7 @@
 """Forms: what was done to a weight and its block scale, as their dtypes and shapes in the target tell it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,12 +38,19 @@ class Unit(NamedTuple):
     scale: Seen | None
 
 
+def scaling_of(scaling: BlockScale | None, weight: Tensor) -> BlockScale | None:
+    """How a weight is scaled, or will be: where weights come packed as a rule, one that is not has blocks of FP8."""
+    if scaling and scaling.packed and weight.dtype != "I8":
+        return replace(scaling, block=scaling.fp8_block, packed=False)
+    return scaling
+
+
 def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
     """What was done to a weight of the source, by the dtype of what the target has. Where that fits nothing: what is
     done if nothing else is asked for.
     """
     found, scaling, rule = unit.weight.tensor if unit.weight else weight, unit.place.scaling, unit.place.rule
-    if scaling is None or len(weight.shape) != 2:
+    if scaling is None or scaling.stays or len(weight.shape) != 2:
         return SAME
     if scale and rule and rule.relation == DEQUANTIZE and not is_whole:
         return DEQUANTIZE

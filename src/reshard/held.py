@@ -24,6 +24,7 @@ from reshard.forms import (
     formulas_of,
     heads_of,
     numbers_shape,
+    scaling_of,
 )
 from reshard.found import AGAIN, Folder, Found
 from reshard.header import BITS
@@ -92,6 +93,7 @@ def hold(held: Held, unit: Unit) -> Iterator[Problem]:
             if seen:
                 yield extra(held, seen, f"no {name} in the source")
         return
+    unit = unit._replace(place=unit.place._replace(scaling=scaling_of(unit.place.scaling, weight)))
     form = form_of(unit, weight, scale, is_whole=held.folder.is_whole)
     dtypes = dtypes_of(form, unit, weight, scale, is_whole=held.folder.is_whole)
     if unit.weight:
