@@ -24,6 +24,7 @@ from reshard.audit import audit_target
 from reshard.choose import choose_recipe
 from reshard.cli import main
 from reshard.convert import Job, convert_checkpoint
+from reshard.errors import Refused
 from reshard.execute import Settings
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
@@ -678,6 +679,12 @@ def test_a_tensor_that_no_whole_file_has_is_missed(copied: Callable[[str], Made]
     found = facts(made)
     assert ("missing-tensor", name) in found
     assert {kind for kind, _ in found} == {"missing-tensor", "wrong-index"}
+
+
+def test_the_source_proves_nothing_of_itself(sources: Callable[[str], Path]) -> None:
+    source = sources("deepseek-v3")
+    with pytest.raises(Refused, match="the source itself"):
+        verify(Made(source, source))
 
 
 def test_a_tensor_in_two_whole_files_is_seen(copied: Callable[[str], Made]) -> None:

@@ -71,6 +71,9 @@ def verify_target(
     cannot be read.
     """
     folder = look_at(target, recipe)
+    if folder.is_whole and target.resolve() == source.folder.resolve():
+        lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
+        raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
     if unknown := sorted(set(only or ()) - set(range(folder.ranks))):
         raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
     is_part = only is not None and not folder.is_whole
