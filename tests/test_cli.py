@@ -566,7 +566,7 @@ def test_a_damaged_manifest_is_refused_or_named(
 def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
     """Each with what it was checked against, in a line of its own."""
     lines = say(*words).splitlines()
-    names = [path.stem for path in sorted(FOLDER.glob("*.toml"))]
+    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
     assert [line.split()[0] for line in lines[::2]] == names
     assert all("DeepSeek" in line for line in lines[::2])
     assert all(re.match(r" +checked against: \w", line) for line in lines[1::2])
