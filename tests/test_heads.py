@@ -17,6 +17,9 @@ from torch import Tensor
 from reshard.convert import Job, convert_checkpoint
 from reshard.cut import Limit, parts_for, working_ranks
 from reshard.errors import Refused
+from reshard.read import read_checkpoint
+from reshard.recipe import load_recipe
+from reshard.verify import verify_target
 
 RECIPE = """
 name = "table"
@@ -120,6 +123,8 @@ def test_what_each_rank_holds_and_what_they_make_together(split: str, data: st.D
             return
         convert_checkpoint(Job(folder / "source", ranks, recipe), folder / "ranks")
         require_ranks(folder / "ranks", folder / "source", split, block, heads, ranks)
+        report = verify_target(folder / "ranks", read_checkpoint(folder / "source"), load_recipe(recipe))
+        assert report.problems == ()
         convert_checkpoint(Job(folder / "ranks", 1, recipe, to="hf"), folder / "back")
         wanted = (folder / "source" / "model.safetensors").read_bytes()
         assert (folder / "back" / "model.safetensors").read_bytes() == wanted

@@ -19,9 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reshard.choose import choose_recipe
 from reshard.convert import Job, convert_checkpoint
 from reshard.errors import Refused
+from reshard.plan import make_plan
+from reshard.read import read_checkpoint
 from reshard.recipe import packaged_recipes
+from reshard.types import Checkpoint, File, Layout
+from reshard.types import Tensor as Stored
+from reshard.verify import verify_target
 
 HEAVY: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -132,6 +138,10 @@ def test_rank_files_are_those_of_a_plain_converter(model: tuple[str, Path], rank
         assert shapes_of(found) == shapes_of(tmp_path / "wanted.safetensors")
         assert data_of(found) == data_of(tmp_path / "wanted.safetensors"), f"{name} rank {rank}"
     assert len(list(target.glob("*.safetensors"))) == ranks
+    checkpoint = read_checkpoint(source)
+    report = verify_target(target, checkpoint, choose_recipe(checkpoint, RECIPES))
+    assert report.problems == ()
+    assert report.compared == report.size > 0
 
 
 def test_files_say_what_they_are_and_have_what_a_loader_needs_beside_them(tmp_path: Path) -> None:
@@ -249,6 +259,43 @@ def test_ranks_that_would_cut_a_head_or_an_expert_are_refused(
     assert {problem.remedy.removesuffix(", or --pad") for problem in refused.value.problems} == {
         f"--mp with one of {works}"
     }
+
+
+PUBLISHED: Mapping[str, tuple[str, Mapping[str, int], str]] = {
+    "llama-3.1-8b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,
+                                     "num_key_value_heads": 8, "vocab_size": 128_256}, "1, 2, 4, 8, 16, 32"),
+    "r1-distill-llama-70b": ("LlamaConfig", {"hidden_size": 8192, "intermediate_size": 28_672,
+                                             "num_attention_heads": 64, "num_key_value_heads": 8,
+                                             "vocab_size": 128_256}, "1, 2, 4, 8, 16, 32, 64"),
+    "r1-distill-qwen-7b": ("Qwen2Config", {"hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28,
+                                           "num_key_value_heads": 4, "vocab_size": 152_064}, "1, 2, 4"),
+    "qwen3-8b": ("Qwen3Config", {"hidden_size": 4096, "intermediate_size": 12_288, "num_attention_heads": 32,
+                                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
+                 "1, 2, 4, 8, 16, 32"),
+    "smollm2-135m": ("LlamaConfig", {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+                                     "num_key_value_heads": 3, "vocab_size": 49_152}, "1, 3"),
+}  # fmt: skip
+"""By the sizes of published models: the numbers of ranks that work. One layer tells."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_ranks_that_published_sizes_allow(name: str) -> None:
+    word, sizes, works = PUBLISHED[name]
+    config = getattr(transformers, word)(num_hidden_layers=1, **sizes)
+    with torch.device("meta"):
+        state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    tensors, end = {}, 0
+    for key, value in state.items():
+        tensors[key] = Stored(key, "BF16", tuple(value.shape), 0, end, 2 * value.numel())
+        end += 2 * value.numel()
+    files = (File("model.safetensors", end, 0, "", 0),)
+    checkpoint = Checkpoint(Path("nowhere"), files, tensors, json.loads(config.to_json_string(use_diff=False)))
+    recipe = choose_recipe(checkpoint, RECIPES)
+    for ranks in map(int, works.split(", ")):
+        assert len(make_plan(checkpoint, recipe, Layout(ranks)).files) == ranks
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint, recipe, Layout(5))
+    assert {problem.remedy for problem in refused.value.problems} == {f"--mp with one of {works}"}
 
 
 def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
