@@ -47,14 +47,18 @@ def rank_recipes(path: Path, recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 def read_rank_files(path: Path, recipes: Sequence[Recipe], *, first_replica: bool) -> Source:
-    """Rank files as one checkpoint, by the recipe that the manifest names, else by the one that fits their tensors."""
+    """Rank files as one checkpoint, by the recipe that the manifest names, else by the model's type, or by the one that
+    fits their tensors.
+    """
     ranks = ranks_of(file_names(path), recipes[0])
     stored = read_headers(path, [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)])
     origin = read_origin(read_manifest(path))
     if origin.config is None:
         origin = replace(origin, config=read_config(path))
     found, refusals = [], []
-    for recipe in [recipe for recipe in recipes if recipe.name == origin.recipe] or recipes:
+    named = [recipe for recipe in recipes if recipe.name == origin.recipe]
+    of_type = [recipe for recipe in recipes if (origin.config or {}).get("model_type") in recipe.model_types]
+    for recipe in named or of_type or recipes:
         try:
             checkpoint = gather(stored, recipe, origin, first_replica=first_replica)
             match(checkpoint, recipe)
