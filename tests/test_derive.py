@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from test_tensor_parallel import MODELS, write_model
+from test_tensor_parallel import HEAVY, MODELS, from_config, write_model
 
 from reshard.cli import main
 from reshard.convert import Job, convert_checkpoint
@@ -44,6 +45,48 @@ def test_a_derived_recipe_can_pad_the_vocabulary(tmp_path: Path) -> None:
     convert_checkpoint(Job(tmp_path / "source", 4, pad=True), tmp_path / "packaged")
     for path in (tmp_path / "packaged").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "derived" / path.name).read_bytes()
+
+
+def test_only_tables_of_the_vocabulary_are_padded_with_it(tmp_path: Path) -> None:
+    """Here the inner width of the layers is the same number."""
+    write_model(tmp_path, "llama", vocab_size=96, intermediate_size=96)
+    recipe = parse_recipe(derive_recipe(tmp_path), "derived")
+    assert {rule.left for rule in recipe.rules if rule.shape} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "GlmMoeDsaConfig": {
+        "num_key_value_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 20, "n_routed_experts": 4, "index_n_heads": 4, "index_head_dim": 16,
+    },
+    "GPTNeoXConfig": {},
+    "Gemma3TextConfig": {},
+    "OlmoeConfig": {"num_experts": 4},
+    "Phi3Config": {"num_key_value_heads": 4},
+    "Qwen3NextConfig": {
+        "num_experts": 4, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+"""Models that have no packaged recipe for tensor parallelism."""
+
+
+@pytest.mark.parametrize("word", OTHERS)
+def test_other_models_that_have_a_plan_can_be_cut_and_led_back(word: str, tmp_path: Path) -> None:
+    config = getattr(transformers, word)(**{**HEAVY, "hidden_size": 64, "head_dim": 8, **OTHERS[word]})
+    model: Any = from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "derived.toml").write_text(derive_recipe(tmp_path / "source"))
+    recipe = str(tmp_path / "derived.toml")
+    convert_checkpoint(Job(tmp_path / "source", 2, recipe), tmp_path / "ranks")
+    convert_checkpoint(Job(tmp_path / "ranks", 1, recipe, to="hf"), tmp_path / "back")
+    wanted = (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == wanted
+    whole, part = len(wanted), (tmp_path / "ranks" / "model-rank0-of-2.safetensors").stat().st_size
+    assert part < 0.75 * whole  # most of it is cut, not held by both
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(tmp_path / "source", 16, recipe), tmp_path / "too-many")
+    assert "num_attention_heads" in {problem.subject for problem in refused.value.problems}
 
 
 def test_a_plan_for_experts_alone_cuts_experts_alone(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ HEADS = "num_key_value_heads"
 WEIGHT, SCALE = ".weight", ".weight_scale_inv"
 SIZES = {"layers": ("num_hidden_layers",), "experts": ("num_experts", "num_local_experts", "n_routed_experts")}
 """What a config calls how many there are."""
+ATTENTION = re.compile(r"\.(self_)?att(n|ention)\.")
 QUANTIZED = re.compile(r"_(blocks|scales)$")
 """The two tensors in which MXFP4 keeps a parameter."""
 LETTERS = "dsabcfghjklmnoqrtuvwxyz"
@@ -175,8 +176,8 @@ def is_ignored(name: str, model: Model) -> bool:
 
 def shape_of(tensor: Tensor, split: str, config: Mapping[str, Any]) -> str:
     """The shape of a table of the vocabulary, so that it can be padded; empty for all else."""
-    is_vocabulary = split == "rows" and len(tensor.shape) == 2 and tensor.shape[0] == config.get("vocab_size")
-    return "[vocab_size, ?]" if is_vocabulary else ""
+    is_table = split == "rows" and len(tensor.shape) == 2 and not split_name(tensor.name)[1]  # layers have others
+    return "[vocab_size, ?]" if is_table and tensor.shape[0] == config.get("vocab_size") else ""
 
 
 def split_of(tensor: Tensor, model: Model, config: Mapping[str, Any], problems: list[Problem]) -> str:
@@ -292,7 +293,7 @@ def head_lines(kept: Sequence[Kept], model: Model, config: Mapping[str, Any]) ->
     yield f"files        = {quoted(FILES)}"
     yield f"carry        = [{', '.join(map(quoted, SIDE_FILES))}]"
     yield "describes    = true"
-    if any(kind.split == "rows" and re.search(r"\.q_proj\.\w+$", kind.key) for kind in kept):
+    if "num_attention_heads" in config and any(kind.split == "rows" and ATTENTION.search(kind.key) for kind in kept):
         yield f"ranks_divide = [{quoted('num_attention_heads')}]"
     if any(kind.shape for kind in kept):
         yield f"padded       = [{quoted('vocab_size')}]"
