@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ boxes decode errors memory output tables text tiles types",
-    "compiled formulas header progress",
+    "compiled draft formulas header progress",
     "bands casts copies cut disk generate read recipe",
     "casting found journal names parallel remake windows",
     "backwards compare holes joining",

@@ -15,6 +15,7 @@ from test_tensor_parallel import HEAVY, MODELS, from_config, write_model
 from reshard.cli import main
 from reshard.convert import Job, convert_checkpoint
 from reshard.derive import derive_recipe, split_by, verb_of
+from reshard.draft import Kept, recipe_text
 from reshard.errors import Refused
 from reshard.recipe import parse_recipe
 
@@ -219,6 +220,13 @@ def test_without_transformers_it_says_what_to_install_and_all_else_works(tmp_pat
     assert "no torch" in derived.stderr
     assert "pip install 'reshard[transformers]'" in derived.stderr
     assert run("recipes", "check", "llama", str(tmp_path / "source")).returncode == 0
+
+
+def test_more_kinds_of_layers_than_letters_are_refused() -> None:
+    kept = [Kept(f"layers.#.own{number}.weight", [(str(number),)], "rows") for number in range(40)]
+    with pytest.raises(Refused, match="40 kinds of layers|41 kinds of layers"):
+        recipe_text(kept, "one of a kind", {})
+    assert "holes.z" not in recipe_text(kept[:20], "one of a kind", {})
 
 
 # --- verbs ---

@@ -4,13 +4,13 @@ The only module that needs transformers and torch. A plan speaks of the modules 
 the experts of a layer are one tensor; transformers' own renaming leads there from the names in the checkpoint.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reshard.draft import OWN, SCALE, WEIGHT, Kept, recipe_text
 from reshard.errors import Problem, refuse, require_none
 from reshard.match import match
 from reshard.names import split_name
@@ -19,7 +19,6 @@ from reshard.recipe import parse_recipe
 from reshard.types import Checkpoint, Layout, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
 
-OWN = "write a recipe by hand: docs/recipes.md"
 ROWS = ("colwise", "colwise_gather_output", "colwise_rep", "local_colwise", "embedding_rowwise")
 COLUMNS = ("rowwise", "rowwise_split_input", "rowwise_rep", "local_rowwise", "embedding_colwise")
 PACKED_ROWS = ("packed_colwise", "moe_tp_gate_up_colwise")
@@ -31,16 +30,8 @@ WHOLE = (
 )  # fmt: skip
 """What these do at run time cuts no parameter."""
 HEADS = "num_key_value_heads"
-WEIGHT, SCALE = ".weight", ".weight_scale_inv"
-SIZES = {"layers": ("num_hidden_layers",), "experts": ("num_experts", "num_local_experts", "n_routed_experts")}
-"""What a config calls how many there are."""
-ATTENTION = re.compile(r"\.(self_)?att(n|ention)\.")
 QUANTIZED = re.compile(r"_(blocks|scales)$")
 """The two tensors in which MXFP4 keeps a parameter."""
-LETTERS = "dsabcfghjklmnoqrtuvwxyz"
-"""For holes, in the order in which they are taken: `i` is for layers, `e` for experts, `p` for weights and scales."""
-FILES = "model-rank{rank}-of-{ranks}.safetensors"
-SIDE_FILES = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template*")
 
 
 class Model(NamedTuple):
@@ -57,22 +48,6 @@ class Model(NamedTuple):
     """Patterns of names that it leaves out."""
 
 
-class Kept(NamedTuple):
-    """Tensors of a checkpoint whose names differ in their numbers only, and what is to become of them."""
-
-    key: str
-    members: Sequence[tuple[str, ...]]
-    split: str
-    """`by` alone for what is dealt; for what is dropped, the reason."""
-    shape: str = ""
-    is_scaled: bool = False
-    is_dropped: bool = False
-
-    def numbers(self, place: int) -> frozenset[str]:
-        """All that stand in a numbered place."""
-        return frozenset(member[place] for member in self.members)
-
-
 def derive_recipe(folder: Path) -> str:
     """A recipe for a checkpoint, by transformers' plans: that for expert parallelism where there is one, else that for
     tensor parallelism. Raises Refused with everything that cannot be derived.
@@ -85,7 +60,7 @@ def derive_recipe(folder: Path) -> str:
     problems: list[Problem] = []
     kept = list(kept_of(checkpoint, model, checkpoint.config, problems))
     require_none(problems)
-    text = recipe_text(kept, model, checkpoint.config)
+    text = recipe_text(kept, model.about, checkpoint.config)
     require_fit(checkpoint, text)
     return text
 
@@ -221,102 +196,3 @@ def verb_of(parameter: str, plan: Mapping[str, str]) -> str:
             if re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name):
                 return verb
     return ""
-
-
-Letters = Mapping[tuple[str, frozenset[str]], str]
-"""By the text of names up to a number, and all numbers that stand there: the letter of a hole."""
-
-
-def letters_of(kept: Iterable[Kept]) -> Letters:
-    """A letter for each numbered place; where some names have but some of its numbers, another for each such choice.
-
-    The first letter of a place is that of all its numbers.
-    """
-    choices: dict[str, dict[frozenset[str], None]] = {}
-    for kind in kept:
-        for place, prefix in enumerate(prefixes(kind.key)):
-            choices.setdefault(prefix, {})[kind.numbers(place)] = None
-    usual, free = {"layers": "i", "experts": "e"}, iter(LETTERS)
-    letters: dict[tuple[str, frozenset[str]], str] = {}
-    for prefix, found in choices.items():
-        letters[prefix, frozenset[str]().union(*found)] = usual.pop(counted(prefix), "") or next(free)
-        for numbers in found:
-            if (prefix, numbers) not in letters:
-                letters[prefix, numbers] = next(free)
-    return letters
-
-
-def prefixes(key: str) -> list[str]:
-    """`layers.#.experts.#.w` -> `layers.#`, `layers.#.experts.#`."""
-    return [key[: found.end()] for found in re.finditer(r"(?<!\\)#", key)]
-
-
-def counted(prefix: str) -> str:
-    """`layers.#.experts.#` -> `experts`."""
-    return prefix.removesuffix(".#").rpartition(".")[2]
-
-
-def recipe_text(kept: Sequence[Kept], model: Model, config: Mapping[str, Any]) -> str:
-    """The recipe as TOML, its columns aligned."""
-    letters = letters_of(kept)
-    rows = [[quoted(cell) for cell in row_of(kind, letters)] for kind in kept]
-    widths = [max(len(row[column]) for row in rows) + 1 for column in range(4)]
-    lines = []
-    for *cells, last in rows:
-        padded = [f"{cell},".ljust(width) for cell, width in zip(cells, widths, strict=False)]
-        lines.append(f"[{' '.join([*padded, last])}],")
-    head = [*head_lines(kept, model, config), *hole_lines(letters, config)]
-    return "\n".join([*head, "", "rules = [", *lines, "]", ""])
-
-
-def row_of(kind: Kept, letters: Letters) -> list[str]:
-    name, done, letter = "", 0, ""
-    for place, prefix in enumerate(prefixes(kind.key)):
-        letter = letters[prefix, kind.numbers(place)]
-        name += f"{kind.key[done : len(prefix) - 1]}{{{letter}}}"
-        done = len(prefix)
-    name += kind.key[done:]
-    name = name.removesuffix(WEIGHT) + ".{p}" if kind.is_scaled else name
-    if kind.is_dropped:
-        return ["drop", name, "", kind.split]
-    split = f"by {letter}" if kind.split == "by" else kind.split
-    return ["same", name, name, split, *([kind.shape] if kind.shape else [])]
-
-
-def head_lines(kept: Sequence[Kept], model: Model, config: Mapping[str, Any]) -> Iterator[str]:
-    name = str(config.get("model_type", "derived"))
-    yield f"name         = {quoted(name.replace('_', '-'))}"
-    yield f"about        = {quoted(model.about)}"
-    yield f"checked      = {quoted('nothing yet: derived')}"
-    yield 'left         = "huggingface"'
-    yield 'right        = "tensor-parallel"'
-    yield f"files        = {quoted(FILES)}"
-    yield f"carry        = [{', '.join(map(quoted, SIDE_FILES))}]"
-    yield "describes    = true"
-    if "num_attention_heads" in config and any(kind.split == "rows" and ATTENTION.search(kind.key) for kind in kept):
-        yield f"ranks_divide = [{quoted('num_attention_heads')}]"
-    if any(kind.shape for kind in kept):
-        yield f"padded       = [{quoted('vocab_size')}]"
-    if any(kind.is_scaled for kind in kept):
-        block = (config.get("quantization_config") or {}).get("weight_block_size", 128)
-        yield ""
-        yield f"scales.p = {{ left = {quoted(SCALE[1:])}, right = {quoted(SCALE[1:])}, block = {json.dumps(block)} }}"
-
-
-def hole_lines(letters: Letters, config: Mapping[str, Any]) -> Iterator[str]:
-    yield ""
-    whole: dict[str, str] = {}
-    for (prefix, numbers), letter in letters.items():
-        word = counted(prefix)
-        if prefix in whole:
-            fields = [f"counts = {quoted(f'some {word}, {letter}')}", f"some_of = {quoted(whole[prefix])}"]
-        else:
-            whole[prefix] = letter
-            size = next((key for key in SIZES.get(word, ()) if config.get(key) == len(numbers)), "")
-            fields = [f"counts = {quoted(word)}", *([f"size = {quoted(size)}"] if size else [])]
-        yield f"holes.{letter} = {{ {', '.join(fields)} }}"
-
-
-def quoted(text: str) -> str:
-    """A string of TOML."""
-    return json.dumps(text, ensure_ascii=False)
