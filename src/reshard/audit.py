@@ -78,7 +78,8 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
         problems.extend(content_problems(target, entry, entries, wrong[entry.name]))
     problems.extend(side_problems(target, manifest))
     ranks = int(manifest["ranks"])
-    return Report(ranks, len(whole), tensors, size, compared, sample is not None, tuple(problems))
+    subset = manifest.get("subset", {})
+    return Report(ranks, len(whole), tensors, size, compared, sample is not None, tuple(problems), subset)
 
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:

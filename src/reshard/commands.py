@@ -4,10 +4,11 @@ import argparse
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reshard.audit import audit_target
 from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, prepare, recipe_for
@@ -19,9 +20,12 @@ from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.read import read_checkpoint
+from reshard.sources import subset_of
+from reshard.subset import narrowed
+from reshard.subset_text import asked_of, subset_text
 from reshard.target import MANIFEST
 from reshard.text import size_text, table
-from reshard.types import RANKS
+from reshard.types import RANKS, Checkpoint, Recipe, Subset
 from reshard.verify import Report, verify_target
 
 
@@ -66,9 +70,22 @@ def run_verify(options: argparse.Namespace) -> int:
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
+    source = as_chosen(source, recipe, options.source, options.target)
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
+    """What of a source the target holds, by its manifest: all of it if that says nothing else, or is none."""
+    before, now = subset_of(path), subset_of(target)
+    if not now:
+        return replace(source, subset=before)
+    found = narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
+    if found.joins:
+        remedy = "verify it without --source, by the checksums of its manifest"
+        raise refuse("incomplete-source", str(target), subset_text(now), "experts that follow one another", remedy)
+    return found
 
 
 def job_of(options: argparse.Namespace) -> Job:
@@ -87,7 +104,12 @@ def job_of(options: argparse.Namespace) -> Job:
         pad=options.pad,
         file_size=options.max_file_size,
         first_replica=options.replicas == "first",
+        subset=Subset(chosen(options.layers), chosen(options.experts), options.renumber, tuple(options.only)),
     )
+
+
+def chosen(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
 
 
 def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int:
@@ -119,6 +141,7 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
         yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
         if done.inexact:
             yield f"rounded: {done.inexact:,} values that the new dtype does not have"
+    yield from subset_lines(plan.source.subset)
     yield from cast_lines(plan)
     yield from dropped_lines(plan)
     yield f"next: {verify_command(job, target)}"
@@ -126,11 +149,19 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
 
 def verify_command(job: Job, target: Path) -> str:
     """As it would be typed into a shell."""
+    if job.subset.only:
+        return shlex.join(["reshard", "verify", str(target)])
     words = ["reshard", "verify", str(target), "--source", str(job.source)]
     words += ["--recipe", job.recipe] if job.recipe else []
     words += ["--ranks", ",".join(map(str, job.only))] if job.only is not None else []
     words += ["--ignore-extra-files"] if job.ignore_extra_files else []
     return shlex.join(words)
+
+
+def subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
+    """That this is not the whole model."""
+    if subset:
+        yield f"a subset: {subset_text(subset)}"
 
 
 def cast_lines(plan: Plan) -> Iterator[str]:
@@ -153,6 +184,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     """A table a rank, then what becomes of the source; both add up to the byte."""
     target = f"{plan.layout.ranks} ranks" if plan.layout.to == RANKS else f"{len(plan.files)} whole files"
     yield f"{source} -> {target} by the recipe {plan.recipe.name}"
+    yield from subset_lines(plan.source.subset)
     yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
@@ -207,4 +239,6 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
         print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
         print(f"{report.files} of {report.ranks} rank files, {report.tensors:,} tensors, {result}")
+    for line in subset_lines(report.subset) if not as_json else ():
+        print(printable(line))
     return PROBLEMS if report.problems else PROVEN

@@ -45,7 +45,9 @@ def origin_of(plan: Plan, before: Origin) -> dict[str, Any]:
     """What a manifest is to keep, as JSON values. Of a source that was rank files itself, what was known of it."""
     config = cast_config(plan, plan.source.config) if plan.source.config is not None else None
     kept = {"headers": packed_headers(plan), "texts": packed_texts(plan)}
-    if before.is_of_ranks:
+    if plan.source.subset:
+        kept = {key: {} for key in kept}  # the files that there were cannot be had back
+    elif before.is_of_ranks:
         kept = {key: (before.raw or {}).get(key, {}) for key in kept}
     return {"config": config, "shapes": padded_shapes(plan), **kept}
 

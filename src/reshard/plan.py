@@ -13,10 +13,11 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
+from reshard.only import only_named
 from reshard.padding import is_paddable, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
+from reshard.units import CAST_TO_FP8, Kind, config_problems, kinds_of, pairing_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,18 @@ class Plan:
             start = end
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = ()) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = (), only: Sequence[str] = ()
+) -> Plan:
     """The plan of a conversion, proven to tile every target file and to cover the source. Whole files are split as the
-    `forms` say, if these know every tensor.
+    `forms` say, if these know every tensor. Of the tensors go those along whose names fit a pattern of `only`, if any.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
     require_none(option_problems(recipe, layout))
     matched = match(checkpoint, recipe, keep_optional=layout.keep_optional or layout.to == WHOLE)
     kinds = kinds_of(matched, recipe, layout)
-    if not kinds:
-        found, expected = "every tensor is dropped", "at least one to convert"
-        raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
+    require_some(kinds, recipe)
     require_none(
         [
             *pairing_problems(matched, kinds, recipe, layout),
@@ -71,6 +72,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
         ]
     )
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
+    if only:
+        checkpoint, matched = only_named(checkpoint, matched, only)
+        kinds = kinds_of(matched, recipe, layout)
+        require_some(kinds, recipe)
     terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
@@ -87,6 +92,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
     coverage = cover(checkpoint, recipe, layout, matched, series, casts, copies)
     counts = dict(matched.counts)
     return Plan(checkpoint, recipe, layout, counts, config, pieces, files, copies, tuple(casts), coverage)
+
+
+def require_some(kinds: Sequence[Kind], recipe: Recipe) -> None:
+    """Raises Refused if nothing is kept."""
+    if not kinds:
+        found, expected = "every tensor is dropped", "at least one to convert"
+        raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:

@@ -1,8 +1,9 @@
 """Sources: a path -> Checkpoint, Recipe and Origin, whichever layout lies there. Reads headers and the manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from reshard.choose import choose_recipe
 from reshard.errors import Refused, listed, refuse
@@ -13,6 +14,7 @@ from reshard.names import ranks_of
 from reshard.origin import Origin, read_origin
 from reshard.read import file_names, read_checkpoint, read_config, read_headers
 from reshard.recipe import load_recipe, packaged_recipes
+from reshard.subset_text import subset_text
 from reshard.types import Checkpoint, Recipe
 
 
@@ -36,7 +38,8 @@ def read_source(
     recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
     if candidates := rank_recipes(path, recipes):
         return read_rank_files(path, candidates, first_replica=first_replica)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
+    checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset_of(path))
+    require_whole(checkpoint.subset, path)
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
 
 
@@ -50,7 +53,9 @@ def read_rank_files(path: Path, recipes: Sequence[Recipe], *, first_replica: boo
     """Rank files as one checkpoint, by the recipe that the manifest names, else by the one that fits their tensors."""
     ranks = ranks_of(file_names(path), recipes[0])
     stored = read_headers(path, [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)])
-    origin = read_origin(read_manifest(path))
+    manifest = read_manifest(path)
+    origin, subset = read_origin(manifest), manifest.get("subset", {})
+    require_whole(subset, path)
     if origin.config is None:
         origin = replace(origin, config=read_config(path))
     found, refusals = [], []
@@ -61,10 +66,26 @@ def read_rank_files(path: Path, recipes: Sequence[Recipe], *, first_replica: boo
         except Refused as refused:
             refusals.append(refused)
         else:
-            found.append(Source(checkpoint, recipe, origin))
+            found.append(Source(replace(checkpoint, subset=subset), recipe, origin))
     if not found:
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
         names = listed(source.recipe.name for source in found)
         raise refuse("no-recipe", str(path), f"{names} all fit", "one recipe", "choose one with --recipe")
     return found[0]
+
+
+def subset_of(path: Path) -> Mapping[str, Any]:
+    """What of a larger checkpoint a folder holds, by its manifest; empty if it is whole, or has no manifest of ours."""
+    try:
+        subset: Mapping[str, Any] = read_manifest(path).get("subset", {}) if path.is_dir() else {}
+    except Refused:
+        return {}
+    return subset
+
+
+def require_whole(subset: Mapping[str, Any], path: Path) -> None:
+    """Chosen tensors are no source. Raises Refused."""
+    if "only" in subset:
+        remedy = "convert what these tensors came from"
+        raise refuse("incomplete-source", str(path), subset_text(subset), "a whole model", remedy)

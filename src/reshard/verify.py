@@ -10,10 +10,10 @@ What every rank holds is compared with the source in every rank, so that replica
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reshard.bands import Part, Whole
 from reshard.boxes import box
@@ -41,6 +41,8 @@ class Report:
     is_sampled: bool
     """Whether a sample was asked for."""
     problems: tuple[Problem, ...]
+    subset: Mapping[str, Any] = field(default_factory=dict)
+    """What of a larger checkpoint the target holds, by its manifest; empty if that says nothing of it."""
 
 
 class RankFile(NamedTuple):
@@ -82,7 +84,9 @@ def verify_target(
     problems.extend(difference_problems(held, names, comparison))
     tensors = [tensor for file in files for tensor in file.tensors]
     size = sum(tensor.size for tensor in tensors)
-    return Report(ranks, len(files), len(tensors), size, comparison.size, sample is not None, tuple(problems))
+    return Report(
+        ranks, len(files), len(tensors), size, comparison.size, sample is not None, tuple(problems), source.subset
+    )
 
 
 def sides(target: Path, files: Sequence[RankFile], source: Checkpoint) -> tuple[Side, Side]:
