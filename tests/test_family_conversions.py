@@ -76,6 +76,16 @@ def test_a_family_is_converted_as_its_oracle_does(name: str, ranks: int, source:
     require_equal(folder / "wanted", folder / "found")
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "glm-5.1-fp8"])
+def test_ranks_within_one_block_share_its_scale(name: str, folder: Path) -> None:
+    """A shared expert of two blocks for 8 ranks."""
+    config = {**FAMILIES[name].small, "moe_intermediate_size": 256}
+    write_tensors(folder / "source", FAMILIES[name].tensors(config), config, 3)
+    ORACLES[name](folder / "source", folder / "wanted", 8)
+    convert(Job(folder / "source", 8), folder / "found", 4)
+    require_equal(folder / "wanted", folder / "found")
+
+
 @pytest.mark.parametrize(("name", "ranks"), [("deepseek-v4-flash", 2), *((name, LEGAL[name][-1]) for name in V4)])
 def test_fp4_experts_become_fp8(name: str, ranks: int, source: Source, folder: Path) -> None:
     by_name = {
