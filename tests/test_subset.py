@@ -14,7 +14,7 @@ import torch
 from checkpoints import write_deepseek_v3
 from conversions import ORACLES, require_equal
 from families import FAMILIES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
 from reshard.cli import main
@@ -165,6 +165,14 @@ def oracle_of(name: str) -> Callable[[Path, Path, int], None]:
     return oracle_families.convert_v3 if name == "deepseek-v3" else ORACLES[name]
 
 
+def require_equal_ranks(wanted: Path, found: Path) -> None:
+    """The same rank files, byte for byte, and run configurations."""
+    names = sorted(path.name for path in wanted.iterdir() if path.name != "reshard.json")
+    assert "run_config.json" in names
+    for name in names:
+        assert (wanted / name).read_bytes() == (found / name).read_bytes(), name
+
+
 def kinds(refused: pytest.ExceptionInfo[Refused]) -> set[str]:
     return {problem.kind for problem in refused.value.problems}
 
@@ -172,6 +180,13 @@ def kinds(refused: pytest.ExceptionInfo[Refused]) -> set[str]:
 def manifest(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "reshard.json").read_text())
     return found
+
+
+def loaded_model(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """With experts one after the other, which any width suits; and what was missing or too much."""
+    load: Any = DeepseekV3ForCausalLM.from_pretrained
+    model, loaded = load(folder, output_loading_info=True, experts_implementation="eager")
+    return model, loaded
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -223,8 +238,7 @@ def test_a_pruned_v3_loads_in_transformers_and_computes_what_its_layers_did(tmp_
     write_deepseek_v3(tmp_path / "source")
     subset = Subset(layers=(0, 1, 2, 3))
     convert_checkpoint(Job(tmp_path / "source", 1, to="hf", subset=subset), tmp_path / "pruned")
-    whole = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "source")
-    model, loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    whole, (model, loaded) = loaded_model(tmp_path / "source")[0], loaded_model(tmp_path / "pruned")
     assert not any(loaded.values())
     tokens = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
@@ -238,7 +252,7 @@ def test_experts_of_a_pruned_v3_load_in_transformers(tmp_path: Path) -> None:
     write_deepseek_v3(tmp_path / "source")
     subset = Subset(layers=(0, 1), experts=tuple(range(0, 16, 2)), renumber=True)
     convert_checkpoint(Job(tmp_path / "source", 1, to="hf", subset=subset), tmp_path / "pruned")
-    model, loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    model, loaded = loaded_model(tmp_path / "pruned")
     assert not any(loaded.values())
     assert model.model.layers[1].mlp.gate.weight.shape[0] == 8
     assert torch.isfinite(model(torch.arange(12).reshape(1, 12)).logits).all()
@@ -249,8 +263,7 @@ def test_a_subset_of_rank_files_is_that_of_the_checkpoint(case: Case, source: Wr
     convert_checkpoint(Job(source(case.name), 4), tmp_path / "ranks")
     convert_checkpoint(Job(tmp_path / "ranks", 2, subset=case.subset), tmp_path / "found")
     convert_checkpoint(Job(source(case.name), 2, subset=case.subset), tmp_path / "wanted")
-    for path in (tmp_path / "wanted").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes()
+    require_equal_ranks(tmp_path / "wanted", tmp_path / "found")
     configs = [oracle.read_config(tmp_path / which) for which in ("found", "wanted")]
     assert configs[0] == configs[1]
     assert manifest(tmp_path / "found")["subset"]["left_out"]["tensors"] > 0
@@ -266,6 +279,17 @@ def test_rank_files_of_a_subset_are_cut_again_and_keep_saying_so(case: Case, sou
     assert manifest(tmp_path / "found")["subset"] == manifest(tmp_path / "two")["subset"]
     convert_checkpoint(Job(tmp_path / "two", 1, to="hf"), tmp_path / "back")
     assert manifest(tmp_path / "back")["subset"] == manifest(tmp_path / "two")["subset"]
+
+
+@pytest.mark.parametrize("options", [{"cast": "bf16"}, {"keep_optional": True}, {"pad": True}], ids=str)
+def test_a_subset_is_cast_padded_and_keeps_mtp_layers_as_the_pruned_checkpoint_does(
+    options: Mapping[str, Any], source: Write, tmp_path: Path
+) -> None:
+    case = CASES[6]
+    pruned(source(case.name), tmp_path / "pruned", case)
+    convert_checkpoint(Job(tmp_path / "pruned", 2, **options), tmp_path / "wanted")
+    convert_checkpoint(Job(source(case.name), 2, subset=case.subset, **options), tmp_path / "found")
+    require_equal_ranks(tmp_path / "wanted", tmp_path / "found")
 
 
 # --- what is said ---
@@ -317,8 +341,7 @@ def test_a_subset_of_a_subset_tells_both(source: Write, tmp_path: Path, capsys: 
     convert_checkpoint(Job(source("deepseek-v2-lite"), 1, to="hf", subset=Subset((0, 1, 2))), tmp_path / "three")
     convert_checkpoint(Job(tmp_path / "three", 2, subset=Subset((0, 2), renumber=True)), tmp_path / "two")
     convert_checkpoint(Job(source("deepseek-v2-lite"), 2, subset=Subset((0, 2), renumber=True)), tmp_path / "wanted")
-    for path in (tmp_path / "wanted").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    require_equal_ranks(tmp_path / "wanted", tmp_path / "two")
     assert main(["verify", str(tmp_path / "two"), "--source", str(tmp_path / "three")]) == 0
     found = capsys.readouterr().out
     assert "a subset: layers 0, 2 of 3; " in found
@@ -430,7 +453,7 @@ def test_only_the_named_tensors_are_written_with_their_scales_and_as_in_the_whol
     every = {"norm.weight", "layers.10.attn.wo.weight", "layers.10.attn.wo.scale"}
     for rank in range(4):
         name = f"model{rank}-mp4.safetensors"
-        found, whole = (oracle.load_file(tmp_path / which / name) for which in ("found", "whole"))
+        found, whole = (load_file(tmp_path / which / name) for which in ("found", "whole"))
         assert found.keys() == (every | experts if rank == 0 else every)
         for key, tensor in found.items():
             assert torch.equal(tensor.view(torch.uint8), whole[key].view(torch.uint8))

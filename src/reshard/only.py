@@ -36,6 +36,9 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
 
 
 def chosen_of(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
-    places = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
-    tensors, numbers, names = ([column[place] for place in places] for column in family[2:])
-    return Family(family.rule, family.is_scale, tensors, numbers, names)
+    chosen = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
+    return family._replace(
+        tensors=[family.tensors[place] for place in chosen],
+        numbers=[family.numbers[place] for place in chosen],
+        names=[family.names[place] for place in chosen],
+    )
