@@ -151,13 +151,15 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
-    options = make_parser().parse_args(arguments)
+    as_json = False
     try:
+        options = make_parser().parse_args(arguments)
+        as_json = options.json
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
         return run(options)
     except Refused as refused:
-        if options.json:
+        if as_json:
             print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
         print(f"reshard: refused\n{refused}", file=sys.stderr)
         return REFUSED
