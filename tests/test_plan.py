@@ -1354,7 +1354,9 @@ def test_packed_weights_are_elements_of_four_bits(layout: Layout, split: str, wa
     ("tensors", "kind"),
     [
         (FP4[:1], "weight-without-scale"),
-        ([("x.weight", "F8_E4M3", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "scale-without-weight"),
+        # FP8 that was cast from FP4 has the block of that.
+        ([("x.weight", "F8_E4M3", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "wrong-scale"),
+        ([("x.weight", "F8_E4M3", (4, 128))], "weight-without-scale"),
         ([("x.weight", "BF16", (4, 256)), FP4[1]], "scale-without-weight"),
         ([FP4[0], ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "wrong-scale"),
         ([FP4[0], ("x.weight_scale_inv", "U8", (4, 8))], "wrong-scale"),
@@ -1365,6 +1367,14 @@ def test_packed_weights_and_scales_that_do_not_fit_are_refused(tensors: Entries,
     with pytest.raises(Refused) as refused:
         make_plan(checkpoint_of(tensors), packed("rows"), Layout(2))
     assert kinds_of(refused.value) == {kind}
+
+
+def test_weights_that_could_be_packed_may_be_fp8() -> None:
+    tensors = [("x.weight", "F8_E4M3", (200, 256)), ("x.weight_scale_inv", "F8_E8M0", (2, 2))]
+    plan = make_plan(checkpoint_of(tensors), packed("columns"), Layout(2))
+    found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors(1)]
+    assert sorted(found) == [("x.scale", "F8_E8M0", (2, 1)), ("x.weight", "F8_E4M3", (200, 128))]
+    assert not plan.casts
 
 
 @pytest.mark.parametrize("ranks", [32, 512])

@@ -13,7 +13,7 @@ from reshard.errors import Refused
 from reshard.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
 from reshard.types import BlockScale, Recipe, Rule
 
-PACKAGED = [path.stem for path in sorted(FOLDER.glob("*.toml"))]
+PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 V3 = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
 CELL = re.compile(r'"(?:[^"\\]|\\.)*"')
 HOLE = re.compile(r"\{(.)\}")
@@ -262,7 +262,8 @@ FAULTS = [
     pytest.param(PADDED, 'padded = "intermediate_size"', "padded: a list of strings", id="a text as padded"),
     pytest.param(RUN_DIM, "dim = 3", "a formula over config keys", id="a number as run configuration"),
     pytest.param(RUN_DIM, 'dim = "hidden_size -"', "is not a formula", id="half a formula to run with"),
-    pytest.param(RUN_DIM, 'dim = ["hidden_size"]', "a formula over config keys", id="a formula alone in a list"),
+    pytest.param(RUN_DIM, 'dim = ["hidden_size", 1, 2]', "a formula over config keys",
+                 id="a formula with two defaults"),
     pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
     # The holes.
     pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),

@@ -6,6 +6,7 @@ tensors of what an oracle has cut with the originals, by torch.
 
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -710,10 +711,8 @@ def test_inspect_says_what_is_wrong_with_rank_files(four: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("target", ["2", "hf"])
-def test_the_files_of_the_script_come_back(target: str, source: Source, folder: Path, request: Any) -> None:
+def test_the_files_of_the_script_come_back(target: str, folder: Path, request: pytest.FixtureRequest) -> None:
     """Those of DeepSeek's own script, given by `--reference PATH`."""
-    import runpy
-
     path = request.config.getoption("--reference", default=None)
     if path is None:
         pytest.skip("needs --reference PATH, a runnable copy of the script that reshard replaces")

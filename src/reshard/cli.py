@@ -56,7 +56,10 @@ def add_job(parser: Parser) -> None:
         help="with --to hf; default: the files that rank files once came from, or 5GB",
     )
     parser.add_argument(
-        "--replicas", choices=("equal", "first"), default="equal", help="of rank files; first: do not compare them"
+        "--replicas",
+        choices=("compare", "first"),
+        default="compare",
+        help="of what several ranks of a source hold: all must be equal, or take the first",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")

@@ -240,5 +240,8 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
     else:
         print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
-        print(f"{report.files} of {report.ranks} rank files, {report.tensors:,} tensors, {result}")
+        files = f"{report.files} whole files" if report.is_whole else f"{report.files} of {report.ranks} rank files"
+        print(f"{files}, {report.tensors:,} tensors, {result}")
+        if report.inexact:
+            print(f"rounded: {report.inexact:,} values that the new dtype does not have, each to the nearest")
     return PROBLEMS if report.problems else PROVEN
