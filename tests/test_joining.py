@@ -33,7 +33,8 @@ def joins(draw: st.DrawFn) -> Made:
     length = together.shape[1 if by_columns else 0]
     kept = draw(st.integers(1, length))
     whole = together[:, :kept] if by_columns else together[:kept]
-    files, parts = [], []
+    files: list[bytes] = []
+    parts = []
     for array in arrays:
         part = []
         for _ in range(copies):
