@@ -50,13 +50,16 @@ def add_job(parser: Parser) -> None:
         "--pad", action="store_true", help="widen weights with zeros where blocks do not suit the ranks"
     )
     parser.add_argument(
+        "--max-file-size",
+        type=memory,
+        metavar="SIZE",
+        help="with --to hf; default: the files that rank files once came from, or 5GB",
+    )
+    parser.add_argument(
         "--replicas",
         choices=("compare", "first"),
         default="compare",
         help="of what several ranks of a source hold: all must be equal, or take the first",
-    )
-    parser.add_argument(
-        "--max-file-size", type=memory, default="5GB", metavar="SIZE", help="with --to hf; default: 5GB"
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")

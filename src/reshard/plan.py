@@ -14,9 +14,9 @@ from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
 from reshard.padding import is_paddable, padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
+from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
 from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
+from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
         pieces = pieces_of(series)
-        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
+        places = {name: place for place, name in enumerate(checkpoint.tensors)}
+        pieces, forms = formed(pieces, forms) or (
+            dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size),
+            (),
+        )
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
