@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ errors memory output tables text tiles types",
-    "compiled formulas header progress",
+    "arrays compiled formulas header progress",
     "bands boxes casts copies cut disk generate read recipe",
     "casting journal names parallel windows",
     "compare holes joining",
@@ -30,7 +30,8 @@ LAYERS = (
     "audit inspect origin",
     "gather",
     "sources",
-    "convert",
+    "convert lazy",
+    "loading",
     "commands lookup",
     "demo",
     "cli",
@@ -86,7 +87,14 @@ def test_the_command_names_functions_that_there_are() -> None:
         assert LAYER[module] < LAYER["cli"]
 
 
-def test_only_the_command_imports_by_text() -> None:
+def test_the_package_names_functions_that_there_are() -> None:
+    for name, (module, function) in reshard.FUNCTIONS.items():
+        tree = TREES[module.removeprefix("reshard.")]
+        assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert name not in TREES, "a module of that name would take its place once it is imported"
+
+
+def test_only_the_command_and_the_package_import_by_text() -> None:
     by_text = {
         module
         for module, tree in TREES.items()
@@ -94,7 +102,7 @@ def test_only_the_command_imports_by_text() -> None:
         if isinstance(node, ast.Name | ast.Attribute)
         and "import_module" in (getattr(node, "id", ""), getattr(node, "attr", ""))
     }
-    assert by_text == {"cli"}
+    assert by_text == {"__init__", "cli"}
 
 
 @pytest.mark.parametrize("module", MODULES)
