@@ -2,12 +2,12 @@
 
     python benchmarks/load.py FOLDER
 
-Makes a checkpoint like DeepSeek-V3, with fewer layers and experts, below FOLDER, and converts one of its 16 ranks (3 GB
-free are needed). The ways take turns, each in a process of its own that has imported what it needs; once with all files
-in the page cache, and once with none. Each way ends when it has touched every page of its tensors, for a memory map has
-read nothing before. `read` is counted by the kernel: by system calls (`rchar`) and from the disk (`read_bytes`). `memory`
-is what the process has grown by at most: memory of its own, and pages of mapped files. Results are compared bit by bit
-before anything is timed. Needs torch and safetensors.
+Makes a checkpoint like DeepSeek-V3, narrower and with fewer layers, below FOLDER, and converts one of its 16 ranks (2 GB
+free are needed). The ways take turns, each in a process of its own that has imported what it needs; first with all
+files in the page cache, then with none. Each way ends when it has touched every page of its tensors, for a memory map
+has read nothing before. What is read is counted by the kernel: by system calls (`rchar`) and from the disk
+(`read_bytes`). `memory` is what the process has grown by at most: memory of its own, and pages of mapped files. Results
+are compared bit by bit before anything is timed. Needs torch and safetensors.
 """
 
 import argparse
@@ -25,11 +25,17 @@ from reshard.generate import DEEPSEEK_V3, write_checkpoint
 CONFIG = {
     **DEEPSEEK_V3,
     "first_k_dense_replace": 1,
-    "n_routed_experts": 16,
-    "num_hidden_layers": 2,
+    "hidden_size": 1792,
+    "intermediate_size": 6144,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 3,
     "num_nextn_predict_layers": 0,
+    "q_lora_rank": 384,
     "vocab_size": 16160,
 }
+"""A quarter as wide, with as many experts: a rank has about as much of the whole as in the real model."""
 RANKS, RANK = 16, 3
 TESTS = Path(__file__).parent.parent / "tests"
 MEASURED = f"""
@@ -46,6 +52,7 @@ def everything():
     tensors = oracle.load_tensors(Path(source), ())
     return dict(oracle.rank_tensors(tensors, {RANKS}, {RANK}, 128))
 
+def content(name): return name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes()
 def grown(): return {{word: int(text.split(word + ":")[1].split()[0]) << 10 for word in ("RssAnon", "RssFile", "VmHWM")
                      for text in [Path("/proc/self/status").read_text()]}}
 def counted(): return {{word: int(Path("/proc/self/io").read_text().split(word + ":")[1].split()[0])
@@ -59,8 +66,7 @@ seconds, after, now = time.perf_counter() - started, counted(), grown()
 print(json.dumps({{"seconds": seconds, "memory": now["VmHWM"] - memory["RssAnon"] - memory["RssFile"],
     "rchar": after["rchar"] - before["rchar"], "read_bytes": after["read_bytes"] - before["read_bytes"],
     "size": sum(tensor.nbytes for tensor in tensors.values()),
-    "hash": check and hashlib.sha256(b"".join(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes()
-                                              for name in sorted(tensors))).hexdigest()}}))
+    "hash": check and hashlib.sha256(b"".join(content(name) for name in sorted(tensors))).hexdigest()}}))
 """
 WAYS = {
     "ours": "`reshard.load`, from the Hugging Face files",
