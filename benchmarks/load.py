@@ -2,10 +2,10 @@
 
     python benchmarks/load.py FOLDER
 
-Makes a checkpoint like DeepSeek-V3, narrower and with fewer layers, below FOLDER, and converts one of its 16 ranks (2 GB
-free are needed). The ways take turns, each in a process of its own that has imported what it needs; first with all
-files in the page cache, then with none. Each way ends when it has touched every page of its tensors, for a memory map
-has read nothing before. What is read is counted by the kernel: by system calls (`rchar`) and from the disk
+Makes a checkpoint like DeepSeek-V3, narrower and with fewer layers, below FOLDER, and converts one of its 16 ranks
+(2 GB free are needed). The ways take turns, each in a process of its own that has imported what it needs; first with
+all files in the page cache, then with none. Each way ends when it has touched every page of its tensors, for a memory
+map has read nothing before. What is read is counted by the kernel: by system calls (`rchar`) and from the disk
 (`read_bytes`). `memory` is what the process has grown by at most: memory of its own, and pages of mapped files. Results
 are compared bit by bit before anything is timed. Needs torch and safetensors.
 """

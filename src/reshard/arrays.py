@@ -74,5 +74,8 @@ def as_array(data: Any, dtype: str, shape: tuple[int, ...], framework: str) -> A
         return data.view(NUMPY[dtype]).reshape(shape)
     import torch  # noqa: PLC0415
 
+    kind = getattr(torch, TORCH[dtype])
     found = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
-    return found.view(getattr(torch, TORCH[dtype])).reshape(shape)
+    if not found.numel():  # torch does not view nothing as another dtype
+        return torch.empty(shape, dtype=kind, device=found.device)
+    return found.view(kind).reshape(shape)

@@ -51,7 +51,6 @@ def load(
     first is taken, unless `first_replica` is False: then all are read and must be equal. With the framework `numpy`,
     dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
     """
-    require_framework(framework, device)
     job = Job(
         Path(source),
         mp,
@@ -64,6 +63,12 @@ def load(
         pad=pad,
         first_replica=first_replica,
     )
+    return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
+
+
+def load_job(job: Job, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
+    """The tensors of the one rank of a job."""
+    require_framework(framework, device)
     plan = plan_conversion(job)
     tensors = list(plan.tensors(0))
     require_none(array_problems(tensors, framework))
