@@ -15,7 +15,7 @@ from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay
 from reshard.match import Matched, match
 from reshard.padding import is_paddable, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
-from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
+from reshard.types import MOST_RANKS, RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
 from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems, units_of
 
 
@@ -94,7 +94,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, values that no option has, and options that the recipe has no use for, so that
+    they would do nothing.
+    """
+    for option, value, known in (
+        ("--to", layout.to, (RANKS, WHOLE)),
+        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
+        ("--expert-dtype", layout.expert_dtype, ("", "fp8")),
+    ):
+        if value not in known:
+            yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
