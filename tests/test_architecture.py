@@ -18,7 +18,7 @@ MOST_LINES = 40
 LAYERS = (
     "__init__ errors memory output tables text tiles types",
     "compiled formulas header progress",
-    "bands boxes casts copies cut disk generate read recipe",
+    "bands boxes casts copies cut disk generate read recipe values",
     "casting journal names parallel windows",
     "compare holes joining",
     "match target verify workers",
@@ -30,9 +30,9 @@ LAYERS = (
     "audit inspect origin",
     "gather",
     "sources",
-    "convert",
-    "commands lookup",
-    "demo",
+    "convert pairs",
+    "commands diff lookup",
+    "demo differences",
     "cli",
     "__main__",
 )
