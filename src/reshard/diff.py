@@ -50,7 +50,7 @@ class DiffReport:
     b: str
     """The paths."""
     recipes: tuple[str, str]
-    """By which they were read; empty where none knows them."""
+    """By which rank files were read; empty for what is no rank files."""
     same: int
     """So many tensors are the same, bit by bit."""
     compared: int
@@ -91,11 +91,10 @@ def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress 
         if pair.name in found
     ]
     values.sort(key=how_different, reverse=True)
-    recipes = tuple(side.recipe.name if side.recipe else "" for side in sides)
     return DiffReport(
         str(a),
         str(b),
-        (recipes[0], recipes[1]),
+        (sides[0].recipe, sides[1].recipe),
         len(pairing.pairs) - len(values),
         size,
         pairing.dequantized,

@@ -35,7 +35,7 @@ def run_diff(options: argparse.Namespace) -> int:
 def diff_lines(report: DiffReport, most: int) -> Iterator[str]:
     """A summary, then what differs, at most so many lines of each kind."""
     for side, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True):
-        yield f"{side}: {path}, {f'by the recipe {recipe}' if recipe else 'names as they are'}"
+        yield f"{side}: {path}, {f'rank files by the recipe {recipe}' if recipe else 'by its own names'}"
     yield f"compared {report.compared:,} bytes of each ({size_text(report.compared)})"
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"

@@ -1,20 +1,18 @@
 """Pairs: two paths -> the tensors that are to be compared with each other. Reads headers; no tensor's data.
 
-Tensors are paired by name. Rank files are read as the checkpoint that they make up, under the names that it had; where
-no recipe knows a folder, and in a single file, names stand for themselves.
+Tensors are paired by name. Rank files are read as the checkpoint that they make up, under the names that it had; in any
+other folder, and in a single file, names stand for themselves.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.choose import choose_recipe
-from reshard.errors import Problem, Refused, require_none
+from reshard.errors import Problem, require_none
 from reshard.inspect import read_file
 from reshard.names import WEIGHT
 from reshard.read import read_checkpoint
@@ -42,8 +40,10 @@ class Side(NamedTuple):
     """One of the two checkpoints."""
 
     checkpoint: Checkpoint
-    recipe: Recipe | None
-    """None if no recipe knows it."""
+    recipe: str
+    """By which rank files were read; empty for what is no rank files."""
+    scalings: tuple[BlockScale, ...]
+    """How its weights may be scaled: each is told by the names and shapes of weight and scale."""
 
 
 class Pair(NamedTuple):
@@ -83,16 +83,16 @@ def read_side(path: Path, choice: Choice) -> Side:
     recipes = [load_recipe(choice.recipe)] if choice.recipe else packaged_recipes()
     if rank_recipes(path, recipes):
         found = read_source(path, choice.recipe, first_replica=choice.first_replica)
-        return Side(found.checkpoint, found.recipe)
+        return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():
         checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files)
     else:
         checkpoint = read_file(path)
-    if choice.recipe:
-        return Side(checkpoint, recipes[0])
-    with suppress(Refused):
-        return Side(checkpoint, choose_recipe(checkpoint, recipes))
-    return Side(checkpoint, None)
+    return Side(checkpoint, "", scalings_of(recipes))
+
+
+def scalings_of(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
+    return tuple(dict.fromkeys(scaling for recipe in recipes for scaling in recipe.scales.values()))
 
 
 def pair_up(a: Side, b: Side, choice: Choice) -> Pairing:
@@ -180,9 +180,9 @@ def dequantizing(name: str, side: Side) -> Cast | None:
     """The cast of a block-scaled weight to BF16; None if it is none, or if its scale does not fit it."""
     tensors = side.checkpoint.tensors
     weight = tensors.get(name)
-    if weight is None or side.recipe is None or not name.endswith(WEIGHT) or len(weight.shape) != 2:
+    if weight is None or not name.endswith(WEIGHT) or len(weight.shape) != 2:
         return None
-    for scaling in side.recipe.scales.values():
+    for scaling in side.scalings:
         scale = tensors.get(name.removesuffix(WEIGHT) + scaling.left)
         block = block_of(weight, scale, scaling) if scale else None
         if block:
