@@ -18,7 +18,7 @@ MOST_LINES = 40
 LAYERS = (
     "__init__ boxes decode errors formulas memory output tables text tiles types",
     "arrays compiled copies disk header progress",
-    "bands casts cut generate journal parallel read recipe windows",
+    "bands casts cut generate journal parallel read recipe values windows",
     "casting found names ranks remake target",
     "backwards compare holes joining",
     "forms match workers",
@@ -29,9 +29,9 @@ LAYERS = (
     "configs execute manifest",
     "audit origin",
     "restored sources",
-    "convert lazy",
-    "commands loading",
-    "demo",
+    "convert lazy pairs",
+    "commands diff loading",
+    "demo differences",
     "cli",
     "__main__",
 )
