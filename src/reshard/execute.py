@@ -125,6 +125,7 @@ def job_of(plan: Plan, others: Sequence[str]) -> dict[str, Any]:
         "others": list(others),
         "window_size": WINDOW_SIZE,
         "source": [[file.name, file.size, file.header_hash, file.modified] for file in plan.source.files],
+        "replicas": "compared" if any(len(part) > 1 for join in plan.source.joins for part in join.parts) else "first",
     }
 
 

@@ -20,13 +20,11 @@ from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
 from reshard.recipe import is_plain
 from reshard.subset_text import is_subset
-from reshard.target import MANIFEST
+from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.types import File
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
 """What makes a conversion another one, besides the samples of its source."""
-LARGEST_MANIFEST = 1 << 30
-"""In bytes. A model of 671B parameters has one of 12 MB."""
 LARGEST_RANGE = MAX_HEADER_SIZE + LENGTH_SIZE
 """In bytes: each range is read whole. The first is the header; the others are smaller by far."""
 FILE_TYPES = {"name": str, "rank": int, "size": int, "tensors": int, "ranges": str}

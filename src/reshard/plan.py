@@ -15,9 +15,9 @@ from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay
 from reshard.match import Matched, match
 from reshard.only import only_named
 from reshard.padding import is_paddable, padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
-from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import CAST_TO_FP8, Kind, config_problems, kinds_of, pairing_problems
+from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.types import MOST_RANKS, RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
+from reshard.units import CAST_TO_FP8, Kind, config_problems, kinds_of, pairing_problems, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,11 @@ def make_plan(
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
         pieces = pieces_of(series)
-        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
+        places = {name: place for place, name in enumerate(checkpoint.tensors)}
+        pieces, forms = formed(pieces, forms) or (
+            dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size),
+            (),
+        )
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
@@ -102,7 +106,16 @@ def require_some(kinds: Sequence[Kind], recipe: Recipe) -> None:
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, values that no option has, and options that the recipe has no use for, so that
+    they would do nothing.
+    """
+    for option, value, known in (
+        ("--to", layout.to, (RANKS, WHOLE)),
+        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
+        ("--expert-dtype", layout.expert_dtype, ("", "fp8")),
+    ):
+        if value not in known:
+            yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:

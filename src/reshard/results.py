@@ -15,11 +15,10 @@ from reshard.copies import Integers
 from reshard.cut import Cut, cut_scale, cut_weight, dimension_of, parts_for, whole
 from reshard.formulas import shape_of
 from reshard.header import BITS
-from reshard.holes import config_value
 from reshard.names import slots_of
-from reshard.recipe import UNITS, WEIGHT
+from reshard.recipe import WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
-from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
+from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape, units_of
 
 MOST_FILES = 1 << 32
 """Of whole tensors: whichever file holds one holds all of it."""
@@ -177,13 +176,6 @@ def pad(
             result = Tensor(tensor.name, tensor.dtype, shape, terms.files + len(casts), 0, size)
             casts.append(Cast("pad", tensor, None, (1, 1), result, (1, 1), is_scale))
         yield result
-
-
-def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
-    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
-    found = UNITS.fullmatch(rule.split)
-    value = config_value(found[1], config) if found else 0
-    return value if type(value) is int and (value > 0 or not found) else None
 
 
 def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:

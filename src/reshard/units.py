@@ -10,8 +10,9 @@ from typing import Any
 
 from reshard.errors import Problem
 from reshard.formulas import parse_shape, shape_of
+from reshard.holes import config_value
 from reshard.match import Family, Matched
-from reshard.recipe import scale_letter
+from reshard.recipe import UNITS, scale_letter
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
@@ -156,6 +157,13 @@ def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]
 def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
     """One element for each block, the last of a row or column being perhaps smaller."""
     return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
+
+
+def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
+    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
+    found = UNITS.fullmatch(rule.split)
+    value = config_value(found[1], config) if found else 0
+    return value if type(value) is int and (value > 0 or not found) else None
 
 
 def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:
