@@ -258,6 +258,15 @@ def test_experts_of_a_pruned_v3_load_in_transformers(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.arange(12).reshape(1, 12)).logits).all()
 
 
+@pytest.mark.parametrize("subset", [Subset((0, 1), tuple(range(8))), Subset(only=("*gate*", "*norm*"))], ids=str)
+def test_the_order_of_the_source_stays(subset: Subset, source: Write) -> None:
+    """By it tensors are dealt to files."""
+    whole = plan_conversion(Job(source("deepseek-v2-lite"), 1, to="hf")).source.tensors
+    found = plan_conversion(Job(source("deepseek-v2-lite"), 1, to="hf", subset=subset)).source.tensors
+    assert list(found) == [name for name in whole if name in found]
+    assert 0 < len(found) < len(whole)
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[10], CASES[13]], ids=str)
 def test_a_subset_of_rank_files_is_that_of_the_checkpoint(case: Case, source: Write, tmp_path: Path) -> None:
     convert_checkpoint(Job(source(case.name), 4), tmp_path / "ranks")

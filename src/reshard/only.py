@@ -28,7 +28,8 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
         if pattern not in used
     )
     families = [chosen_of(family, units) for family in matched.families]
-    tensors = {tensor.name: tensor for family in families for tensor in family.tensors}
+    kept = {tensor.name for family in families for tensor in family.tensors}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}
     described = {**checkpoint.subset, "only": list(patterns)}
     described["left_out"] = left_out(checkpoint.tensors, tensors, described.get("left_out", {}))
     chosen = Matched(tuple(family for family in families if family.tensors), matched.counts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -63,19 +64,13 @@ def make_plan(
     """
     require_none(option_problems(recipe, layout))
     matched = match(checkpoint, recipe, keep_optional=layout.keep_optional or layout.to == WHOLE)
-    kinds = kinds_of(matched, recipe, layout)
-    require_some(kinds, recipe)
-    require_none(
-        [
-            *pairing_problems(matched, kinds, recipe, layout),
-            *config_problems(kinds, recipe, checkpoint.config),
-        ]
-    )
+    kinds = kept_kinds(matched, recipe, layout)
+    problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
+    require_none(chain(*problems))
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
     if only:
         checkpoint, matched = only_named(checkpoint, matched, only)
-        kinds = kinds_of(matched, recipe, layout)
-        require_some(kinds, recipe)
+        kinds = kept_kinds(matched, recipe, layout)
     terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
@@ -83,10 +78,8 @@ def make_plan(
         series = [one for outcome in outcomes for one in whole_series(outcome)]
         pieces = pieces_of(series)
         places = {name: place for place, name in enumerate(checkpoint.tensors)}
-        pieces, forms = formed(pieces, forms) or (
-            dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size),
-            (),
-        )
+        found = formed(pieces, forms)
+        pieces, forms = found or (dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size), ())
     else:
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
@@ -98,11 +91,13 @@ def make_plan(
     return Plan(checkpoint, recipe, layout, counts, config, pieces, files, copies, tuple(casts), coverage)
 
 
-def require_some(kinds: Sequence[Kind], recipe: Recipe) -> None:
-    """Raises Refused if nothing is kept."""
+def kept_kinds(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
+    """All that is kept. Raises Refused if that is nothing."""
+    kinds = kinds_of(matched, recipe, layout)
     if not kinds:
         found, expected = "every tensor is dropped", "at least one to convert"
         raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
+    return kinds
 
 
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:

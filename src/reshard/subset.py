@@ -124,11 +124,11 @@ def base_of(hole: Hole, recipe: Recipe) -> str:
 
 
 def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
-    """What is kept of a family, under its new names and numbers; nothing is said of names on the other side."""
+    """What is kept of a family, under its new names and numbers; with the old names for those on the other side."""
     slots = slots_of(recipe.rules[family.rule], recipe)
     places = [(place, numbers[slot]) for place, slot in enumerate(slots) if slot in numbers]
     if not places:
-        return family
+        return family._replace(names=[tensor.name for tensor in family.tensors])
     kept = Family(family.rule, family.is_scale, [], [], [])
     for tensor, filling in zip(family.tensors, family.numbers, strict=True):
         if all(int(filling[place]) in new for place, new in places):
@@ -137,6 +137,7 @@ def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
                 changed[place] = str(new[int(filling[place])])
             kept.tensors.append(tensor._replace(name=renumbered(tensor.name, changed)))
             kept.numbers.append(tuple(changed))
+            kept.names.append(tensor.name)
     return kept
 
 
@@ -150,7 +151,9 @@ def renumbered(name: str, numbers: Sequence[str]) -> str:
 def whole_rows(
     families: Iterable[Family], recipe: Recipe, experts: Choice | None, checkpoint: Checkpoint, problems: list[Problem]
 ) -> tuple[dict[str, Tensor], tuple[Join, ...]]:
-    """The tensors by name, those that have a row for each expert with the rows of the chosen ones; and all joins."""
+    """The tensors by name, in the order in which they were, those that have a row for each expert with the rows of the
+    chosen ones; and all joins.
+    """
     tensors: dict[str, Tensor] = {}
     joins = [*checkpoint.joins]
     for family in families:
@@ -158,7 +161,7 @@ def whole_rows(
         if experts and family.tensors:
             has_rows = is_by_row(rule, experts.hole.size)
             problems.extend(table_problems(family, rule, experts.hole.size))
-        for tensor in family.tensors:
+        for tensor, old in zip(family.tensors, family.names, strict=True):
             found = tensor
             if has_rows and experts:
                 if tensor.shape[:1] != (len(experts.members),) or tensor.size % len(experts.members):
@@ -166,8 +169,9 @@ def whole_rows(
                     problems.append(Problem("wrong-shape", tensor.name, f"shape {list(tensor.shape)}", expected))
                     continue
                 found = rows_of(tensor, experts.chosen, checkpoint, joins)
-            tensors[found.name] = found
-    return tensors, tuple(joins)
+            tensors[old] = found
+    ordered = (tensors[name] for name in checkpoint.tensors if name in tensors)
+    return {tensor.name: tensor for tensor in ordered}, tuple(joins)
 
 
 def is_by_row(rule: Rule, size: str) -> bool:
