@@ -23,7 +23,7 @@ LAYERS = (
     "backwards compare holes joining",
     "forms match workers",
     "beside choose held units",
-    "gather padding results verify",
+    "derive gather padding results verify",
     "coverage inspect layout",
     "lookup plan",
     "configs execute manifest",
