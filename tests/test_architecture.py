@@ -23,7 +23,7 @@ LAYERS = (
     "backwards compare holes joining",
     "forms match pruning subset_text workers",
     "beside choose held only subset units",
-    "gather padding results verify",
+    "derive gather padding results verify",
     "coverage inspect layout",
     "lookup plan",
     "configs execute manifest",

@@ -19,10 +19,12 @@ from transformers import DeepseekV3ForCausalLM
 
 from reshard.cli import main
 from reshard.convert import Job, convert_checkpoint, plan_conversion
-from reshard.errors import Refused
+from reshard.errors import Problem, Refused
 from reshard.execute import job_of
 from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
+from reshard.pruning import pruned_config
+from reshard.recipe import load_recipe
 from reshard.types import Subset
 
 V2_LITE = {
@@ -435,6 +437,58 @@ def test_it_is_refused(what: str, source: Write) -> None:
     with pytest.raises(Refused, match=text) as refused:
         plan_conversion(Job(source(name), 2, subset=subset))
     assert kinds(refused) == wanted
+
+
+QWEN = load_recipe("qwen3-moe")
+MEMBERS = {"i": {0, 1, 2}, "d": {1}, "s": {0, 2}, "e": {0, 1}}
+
+
+def test_what_a_config_says_of_layers_follows_them() -> None:
+    config = {
+        "num_hidden_layers": 5,
+        "num_experts": 4,
+        "layer_types": ["a", "b", "c", "d", "e"],
+        "mlp_only_layers": [2, 3],
+        "decoder_sparse_step": 1,
+        "hidden_size": 8,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "lm_head",
+                "model.layers.1.mlp.gate",
+                "model.layers.3.mlp.gate",
+                "model.layers.4.mlp.gate",
+                "model.layers.5.eh_proj",
+            ]
+        },
+    }
+    before = json.dumps(config)
+    problems: list[Problem] = []
+    found = pruned_config(config, QWEN, MEMBERS, {0: 0, 3: 1, 4: 2}, problems)
+    assert problems == []
+    assert json.dumps(config) == before
+    assert found == {
+        "num_hidden_layers": 3,
+        "num_experts": 2,
+        "layer_types": ["a", "d", "e"],
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+        "hidden_size": 8,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "lm_head",
+                "model.layers.1.mlp.gate",
+                "model.layers.2.mlp.gate",
+                "model.layers.3.eh_proj",
+            ]
+        },
+    }
+
+
+@pytest.mark.parametrize(("layers", "count"), [({0: 0, 1: 1, 2: 2}, 0), ({0: 0, 2: 1, 4: 2}, 1)])
+def test_layers_that_a_step_counts_keep_their_numbers(layers: dict[int, int], count: int) -> None:
+    problems: list[Problem] = []
+    pruned_config({"num_hidden_layers": 5, "decoder_sparse_step": 2}, QWEN, MEMBERS, layers, problems)
+    assert [problem.kind for problem in problems] == ["needs-layers"] * count
 
 
 def test_another_subset_of_the_same_sizes_is_another_job(source: Write, tmp_path: Path) -> None:

@@ -137,9 +137,12 @@ def add_diff(parser: Parser) -> None:
 
 
 def add_recipes(parser: Parser) -> None:
-    parser.add_argument("action", nargs="?", choices=("list", "show", "check"), default="list")
-    parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
+    parser.add_argument("action", nargs="?", choices=("list", "show", "check", "derive"), default="list")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="NAME|FILE", help="for show and check; for derive: a checkpoint to derive one for"
+    )
     parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="for derive: write it there")
 
 
 def add_demo(parser: Parser) -> None:
@@ -160,7 +163,7 @@ COMMANDS = (
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.lookup:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.commands:run_verify"),
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.differences:run_diff"),
-    Command("recipes", "list, show or check recipes", add_recipes, "reshard.lookup:run_recipes"),
+    Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.lookup:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.demo:run_demo"),
     Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, "reshard.commands:run_deepseek"),
 )

@@ -244,7 +244,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
 USES = {
     "once": "used once",
     "replicated": "replicated to every rank",
-    "shared": "block scales that several ranks share",
+    "shared": "shared by several ranks",
     "dequantized": "dequantized to BF16",
     "cast": "cast",
     "padded": "padded with zeros, scales with ones",

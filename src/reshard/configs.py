@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formulas import UnknownKey, value_of
@@ -25,7 +26,19 @@ def made_files(plan: Plan) -> dict[str, bytes]:
     if plan.layout.to == WHOLE:
         return whole_files(plan)
     text = run_config(plan)
-    return {RUN_CONFIG: text.encode()} if text else {}
+    return {**carried_config(plan), **({RUN_CONFIG: text.encode()} if text else {})}
+
+
+def carried_config(plan: Plan) -> dict[str, bytes]:
+    """The config, where rank files have it beside them and casts change it: else it goes along as it is.
+
+    What padding raises stays as it was: a loader sees the rows in the files, and must know how many of them count.
+    """
+    config = plan.source.config
+    if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
+        return {}
+    changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
+    return {} if changed == config else {CONFIG: json_text(changed)}
 
 
 def run_config(plan: Plan) -> str:
@@ -79,7 +92,11 @@ def whole_files(plan: Plan) -> dict[str, bytes]:
         found[CONFIG] = cast_config(plan, plan.config)
     if [file.name for file in plan.files] != [WHOLE_NAME]:
         found[INDEX] = index(plan)
-    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in found.items()}
+    return {name: json_text(value) for name, value in found.items()}
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def index(plan: Plan) -> dict[str, Any]:

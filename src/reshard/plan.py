@@ -81,6 +81,7 @@ def make_plan(
         found = formed(pieces, forms)
         pieces, forms = found or (dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size), ())
     else:
+        require_none(padding_problems(outcomes))
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
         series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
         pieces, forms = pieces_of(series), ()
@@ -130,6 +131,17 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
 
 
+def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
+    """Rows behind the last of two halves would become rows of the second."""
+    for outcome in outcomes:
+        before, after = outcome.kind.weights[0].shape[:1], outcome.weights[0].shape[:1]
+        if outcome.kind.rule.split == "packed rows" and before != after:
+            found = f"{before[0]:,} packed rows padded to {after[0]:,}"
+            yield Problem(
+                "wrong-option", outcome.kind.rule.left, found, "halves that are as they were", "without --pad"
+            )
+
+
 def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     """The part of a plan that writes the files of some ranks. Raises Refused for ranks that the plan has not."""
     if unknown := sorted(set(ranks) - {file.rank for file in plan.files}):
@@ -170,10 +182,10 @@ def ranks_problems(
             found = f"{units or 'no'} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
             expected = "a number in config.json that divides the ranks, or that they divide"
             problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
-        elif next(weight_problems(weight, split, parts, outcome.block), None):
+        elif next(weight_problems(weight, split, parts, outcome.block, units), None):
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
-                problems.extend(weight_problems(tensor, split, parts, outcome.block))
+                problems.extend(weight_problems(tensor, split, parts, outcome.block, units))
     # A tensor of too few dimensions suits no number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""

@@ -14,6 +14,10 @@ KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 """A formula that is a config key alone, perhaps one within another."""
 REFERENCE = re.compile(r"\w*layer_ids?")
 """A config key whose value is the number of a layer, or a list of such."""
+DENSE = "mlp_only_layers"
+"""A config key whose value lists layers without experts: those of them that are left stay there."""
+STEP = "decoder_sparse_step"
+"""A config key that says that each so many-th layer has experts."""
 PER_LAYER = re.compile(r"\w*layer_types")
 """A config key whose value is a list with something for each layer."""
 MODULE = re.compile(r"(.*\blayers\.)([0-9]{1,9})(?!\w)(.*)", re.DOTALL)
@@ -104,6 +108,10 @@ def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Hole, layers: 
 def prune_references(config: dict[str, Any], counting: Hole, layers: Layers) -> Iterator[Problem]:
     """Keys that speak of layers by number: these must all be kept, and get their new numbers."""
     table = table_with(counting, config)
+    if isinstance(table.get(DENSE), list):
+        table[DENSE] = [layers[value] for value in table[DENSE] if type(value) is int and value in layers]
+    if table.get(STEP, 1) != 1 and any(old != new for old, new in layers.items()):
+        yield Problem("needs-layers", "--layers", "layers with other numbers", f"their own: {STEP} counts them")
     for key in [key for key in table if REFERENCE.fullmatch(key)]:
         values = table[key] if isinstance(table[key], list) else [table[key]]
         known = [value for value in values if type(value) is int]

@@ -156,7 +156,8 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; or `maybe`."""
+    """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; `maybe` and
+    `maybe if KEY`: it may be lacking, always or where the key says so."""
     optional: str = ""
     """The reason why the tensor is left out, unless the hole that numbers it is asked for; empty if it never is."""
 
