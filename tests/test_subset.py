@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
 from reshard.cli import main
+from reshard.compare import Opened, Side
 from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.disk import CACHED, PAGE, aligned_buffer
 from reshard.errors import Problem, Refused
 from reshard.execute import job_of
 from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
 from reshard.pruning import pruned_config
 from reshard.recipe import load_recipe
-from reshard.types import Subset
+from reshard.types import Subset, Tensor
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,
@@ -401,6 +403,20 @@ def test_verify_of_experts_with_gaps_compares_the_rows_of_the_gate(
     found = capsys.readouterr().out
     assert f"{name}: {tensor}: differs" in found
     assert f"first in byte {row * size:,} of the tensor" in found
+
+
+def test_any_stretch_of_rows_that_lie_apart_is_read(tmp_path: Path) -> None:
+    content = bytes(range(100))
+    (tmp_path / "file").write_bytes(content)
+    stretches = [Tensor("gate", "U8", (size,), 0, offset, size) for offset, size in ((10, 3), (40, 5), (20, 1))]
+    wanted = content[10:13] + content[40:45] + content[20:21]
+    side = Side({0: tmp_path / "file"}, CACHED, {7: stretches})
+    buffer = aligned_buffer(3 * PAGE)
+    with (tmp_path / "file").open("rb") as file:
+        opened = Opened(side, {0: file.fileno()})
+        for start in range(len(wanted)):
+            for end in range(start + 1, len(wanted) + 1):
+                assert opened.read(7, start, end - start, buffer).tobytes() == wanted[start:end]
 
 
 # --- what is refused ---
