@@ -74,6 +74,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
     terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
+    if layout.cast and not casts:
+        raise refuse("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
         pieces = pieces_of(series)
