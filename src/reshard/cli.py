@@ -61,6 +61,16 @@ def add_job(parser: Parser) -> None:
         default="compare",
         help="of what several ranks of a source hold: all must be equal, or take the first",
     )
+    parser.add_argument("--layers", type=numbers, metavar="0-3,7", help="convert these layers only")
+    parser.add_argument("--experts", type=numbers, metavar="0-15", help="convert these experts of each layer only")
+    parser.add_argument("--renumber", action="store_true", help="number the layers and experts that are left from 0 on")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="write the tensors of these names only; repeatable",
+    )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
     parser.add_argument(

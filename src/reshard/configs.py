@@ -42,11 +42,12 @@ def carried_config(plan: Plan) -> dict[str, bytes]:
 
 
 def run_config(plan: Plan) -> str:
-    """The configuration that the inference code of the ranks is started with; empty without a config to make it from.
+    """The configuration that the inference code of the ranks is started with; empty without a config to make it from,
+    and for chosen tensors, which nothing can run.
 
     Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
     """
-    if plan.config is None or not plan.recipe.run:
+    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset:
         return ""
     config = with_old_keys(cast_config(plan, plan.config))
     config["target"] = target_facts(plan, config)
@@ -84,9 +85,11 @@ def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:
-    """The config, as the casts have left it, and the index, unless there is one file by the name of all."""
+    """The config, as the casts have left it, and the index, unless there is one file by the name of all. Chosen tensors
+    have no config.
+    """
     found = {}
-    if plan.config is not None:
+    if plan.config is not None and "only" not in plan.source.subset:
         found[CONFIG] = cast_config(plan, plan.config)
     if [file.name for file in plan.files] != [WHOLE_NAME]:
         found[INDEX] = index(plan)

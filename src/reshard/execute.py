@@ -120,6 +120,7 @@ def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, A
         "recipe": plan.recipe.name,
         "recipe_sha256": plan.recipe.text_hash,
         "layout": describe_layout(plan.layout),
+        **({"subset": plan.source.subset} if plan.source.subset else {}),
         "sizes": [file.size for file in plan.files],
         "files": [file.name for file in plan.files],
         "others": list(others),

@@ -56,7 +56,9 @@ def origin_of(plan: Plan, before: Origin) -> dict[str, Any]:
         "headers": packed_headers(plan),
         "texts": packed_texts(plan),
     }
-    if before.is_of_ranks:
+    if plan.source.subset:
+        kept |= {"headers": {}, "texts": {}}  # the files that there were cannot be had back
+    elif before.is_of_ranks:
         kept |= {key: (before.raw or {}).get(key, {}) for key in ("headers", "texts")}
     return {"config": config, "shapes": padded_shapes(plan), **kept}
 
