@@ -130,7 +130,7 @@ MUTATIONS = (
         "a part may be used more or less often than its rule says",
         "if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):",
         "if False:",
-        "test_plan.py::test_the_proof_sees_every_fault_of_a_single_copy",
+        "test_plan.py::test_the_proof_sees_a_copy_that_reads_another_part",
     ),
     Mutation(
         "cut",
@@ -144,7 +144,7 @@ MUTATIONS = (
         "two halves are cut as if they were one tensor",
         '        return whole(tensor, ranks)\n    return packed(tensor, parts) if split == "packed rows" else along(',
         "        return whole(tensor, ranks)\n    return along(",
-        "test_verify_casts.py::test_heads_that_ranks_share_and_halves_are_proven",
+        "test_gaps.py::test_each_half_is_cut_by_itself",
     ),
     Mutation(
         "copies",
@@ -162,10 +162,10 @@ MUTATIONS = (
     ),
     Mutation(
         "plan",
-        "a plan is given out without its proof",
+        "a plan is given out without the proof that it tiles its files",
         "    require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])\n",
         "",
-        "test_plan.py::test_a_plan_whose_proof_fails_is_not_given_out",
+        "test_gaps.py::test_a_plan_that_does_not_tile_is_not_given_out",
     ),
     Mutation(
         "plan",
@@ -202,6 +202,13 @@ MUTATIONS = (
         "rows=np.minimum(height[index], piece.rows - row)",
         "rows=height[index]",
         "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "windows",
+        "what ends in one source file goes on in the next",
+        '        & (np.diff(columns["source_file"]) == 0)\n',
+        "",
+        "test_gaps.py::test_neighbours_from_two_files_are_read_from_their_own",
     ),
     Mutation(
         "workers",
@@ -289,6 +296,20 @@ MUTATIONS = (
         "    while done < len(data):\n",
         "    if data:\n",
         "test_gaps.py::test_a_write_that_the_system_cuts_short_is_not_taken_for_whole",
+    ),
+    Mutation(
+        "disk",
+        "past the cache a stretch is taken from the beginning of its page",
+        "return buffer[skip : skip + size]",
+        "return buffer[:size]",
+        "test_family_conversions.py::test_a_family_is_converted_as_its_oracle_does[deepseek-v3-2]",
+    ),
+    Mutation(
+        "execute",
+        "the names of the partial files are not durable before the journal speaks of them",
+        "        sync_folder(target)\n        ledger = Ledger(",
+        "        ledger = Ledger(",
+        "test_durability.py::test_the_names_of_the_files_are_durable_before_the_first_batch",
     ),
     Mutation(
         "execute",
@@ -409,7 +430,7 @@ MUTATIONS = (
         "a manifest is believed without its checksum",
         "if found != own_checksum(manifest) or not is_well_formed(manifest):",
         "if not is_well_formed(manifest):",
-        "test_cli.py::test_a_damaged_manifest_is_refused_or_named",
+        "test_gaps.py::test_a_manifest_with_another_value_in_it_is_refused",
     ),
     # --- rank files as a source ---
     Mutation(
@@ -552,6 +573,13 @@ MUTATIONS = (
         "np.stack([packed & 15, packed >> 4], axis=-1)",
         "np.stack([packed >> 4, packed & 15], axis=-1)",
         "test_decode.py::test_the_even_column_of_fp4_is_in_the_low_half",
+    ),
+    Mutation(
+        "beside",
+        "the index may name any file",
+        "if named.get(name) != held.get(name):",
+        "if False:",
+        "test_verify_casts.py::test_an_index_that_names_another_file_is_seen",
     ),
     Mutation(
         "audit",

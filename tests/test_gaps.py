@@ -1,20 +1,27 @@
-"""What no other test saw when `mutations.py` broke it: the journal, samples and sizes, one by one."""
+"""What no other test saw when `mutations.py` broke it: the journal, samples and sizes, a proof, cuts of two halves."""
 
 import errno
+import json
 import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torture import BATCH, RANKS, RECORD, contents
 from xxhash import xxh3_64_digest
 
 import reshard.execute
+import reshard.plan
+from reshard.audit import audit_target
 from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.copies import Copies, WrongPlan
 from reshard.disk import CACHED, write_all
 from reshard.errors import Refused
 from reshard.execute import missing_file
@@ -167,6 +174,111 @@ def test_a_finished_file_of_another_size_is_not_taken_for_finished(source: Path,
     with pytest.raises(Refused, match=r"model2-mp4\.safetensors") as error:
         convert_checkpoint(Job(source, RANKS), target)
     assert {problem.kind for problem in error.value.problems} == {"target-not-empty"}
+
+
+@pytest.mark.parametrize("key", ["reshard", "ranks", "counts", "source_samples", "origin", "files", "side_files"])
+def test_a_manifest_with_another_value_in_it_is_refused(key: str, wanted: dict[str, str], source: Path) -> None:
+    """A plausible one: else a digit that flips in a checksum would speak against a file that is right."""
+    path = source.with_name("wanted") / "reshard.json"
+    before = path.read_text()
+    manifest = json.loads(before)
+    manifest[key] = changed(manifest[key])
+    path.write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(Refused) as error:
+            audit_target(path.parent)
+        assert {problem.kind for problem in error.value.problems} == {"wrong-manifest"}
+        assert refused_kinds(source, path.parent) == {"wrong-manifest"}
+    finally:
+        path.write_text(before)
+    assert contents(path.parent) == wanted
+
+
+def changed(value: Any) -> Any:
+    """With another number or letter somewhere, of the same type."""
+    if isinstance(value, dict):
+        key = next(reversed(value))
+        return {**value, key: changed(value[key])}
+    if isinstance(value, list):
+        return [*value[:-1], changed(value[-1])]
+    return value[:-1] + ("0" if value[-1:] != "0" else "1") if isinstance(value, str) else value + 1
+
+
+# --- the plan ---
+
+
+@pytest.mark.parametrize("index", [0, 7, -1])
+def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint leads to one: a copy is moved by a byte in the target, of which the other proof knows nothing."""
+    lay_out = reshard.plan.lay_out
+
+    def wrong(*arguments: Any) -> Any:
+        files, copies = lay_out(*arguments)
+        columns = {name: getattr(copies, name).copy() for name in Copies.__slots__}
+        columns["target_offset"][index] += 1
+        return files, Copies(**columns)
+
+    monkeypatch.setattr(reshard.plan, "lay_out", wrong)
+    with pytest.raises(WrongPlan):
+        plan_conversion(Job(source, RANKS))
+
+
+HALVES = """
+name  = "halves"
+about = "a gate and what it lets through, one behind the other"
+left  = "left"
+right = "right"
+files = "model{rank}-mp{ranks}.safetensors"
+rules = [
+["same", "both", "both", "packed rows"],
+]
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_each_half_is_cut_by_itself(ranks: int, tmp_path: Path) -> None:
+    both = torch.arange(16 * 3, dtype=torch.int32).reshape(16, 3)
+    (tmp_path / "source").mkdir()
+    save_file({"both": both}, tmp_path / "source" / "model.safetensors")
+    (tmp_path / "halves.toml").write_text(HALVES)
+    convert_checkpoint(Job(tmp_path / "source", ranks, str(tmp_path / "halves.toml")), tmp_path / "target")
+    for rank in range(ranks):
+        found = load_file(tmp_path / "target" / f"model{rank}-mp{ranks}.safetensors")["both"]
+        assert torch.equal(found, torch.cat([half.chunk(ranks)[rank] for half in both.chunk(2)]))
+
+
+PLAIN = """
+name  = "plain"
+about = "every tensor as it is"
+left  = "left"
+right = "right"
+files = "model{rank}-mp{ranks}.safetensors"
+rules = [
+["same", "a", "a", "replicate"],
+["same", "b", "b", "replicate"],
+["same", "y", "y", "replicate"],
+["same", "z", "z", "replicate"],
+]
+"""
+
+
+def test_neighbours_from_two_files_are_read_from_their_own(tmp_path: Path) -> None:
+    """In the target b comes behind a; in its file it begins where in the other one a ends."""
+    tensors = {name: torch.full((8,), number, dtype=torch.int32) for number, name in enumerate("abyz")}
+    (tmp_path / "source").mkdir()
+    for number, names in enumerate(("az", "yb"), 1):
+        entries = {
+            name: {"dtype": "I32", "shape": [8], "data_offsets": [32 * place, 32 * place + 32]}
+            for place, name in enumerate(names)
+        }
+        header = json.dumps(entries).encode()
+        data = b"".join(tensors[name].numpy().tobytes() for name in names)
+        path = tmp_path / "source" / f"model-0000{number}-of-00002.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    (tmp_path / "plain.toml").write_text(PLAIN)
+    convert_checkpoint(Job(tmp_path / "source", 1, str(tmp_path / "plain.toml")), tmp_path / "target")
+    found = load_file(tmp_path / "target" / "model0-mp1.safetensors")
+    assert all(torch.equal(found[name], tensors[name]) for name in "abyz")
 
 
 # --- single writes ---
