@@ -1,4 +1,4 @@
-"""What the table of `mutations.py` showed to be without a test of its own: the journal, samples, sizes, halves, a proof."""
+"""What the table of `mutations.py` showed to be without a test: of the journal, samples, sizes, halves, a proof."""
 
 import errno
 import json
