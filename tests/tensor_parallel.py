@@ -95,10 +95,8 @@ def normed(rank: Rank, hidden: Tensor, name: str) -> Tensor:
 def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     """Of the heads that this rank has: each key head is there for as many query heads as the rank has for it."""
     width = rank.config.get("head_dim") or rank.config["hidden_size"] // rank.config["num_attention_heads"]
-    heads = [
-        rank.linear(hidden, f"{name}.{kind}_proj").unflatten(-1, (-1, width)).transpose(1, 2)
-        for kind in ("q", "k", "v")
-    ]
+    parts = (rank.linear(hidden, f"{name}.{kind}_proj") for kind in ("q", "k", "v"))
+    heads = [part.reshape(*hidden.shape[:2], -1, width).transpose(1, 2) for part in parts]
     if f"{name}.q_norm.weight" in rank.tensors:
         heads[:2] = [normed(rank, heads[0], f"{name}.q_norm"), normed(rank, heads[1], f"{name}.k_norm")]
     query, key, value = rotated(heads[0], rank.config), rotated(heads[1], rank.config), heads[2]

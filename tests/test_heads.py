@@ -179,11 +179,11 @@ def test_the_ranks_that_work(limits: list[Limit], wanted: str) -> None:
     assert working_ranks(limits) == wanted
 
 
-def refusal(folder: Path, split: str, ranks: int, rows: int, heads: int | None, **job: bool) -> Refused:
+def refusal(folder: Path, split: str, ranks: int, rows: int, heads: int | None, *, pad: bool = False) -> Refused:
     write_source(folder / "source", rows, 2, 4, scaled=False, heads=heads)
     recipe = recipe_file(folder, split, 4)
     with pytest.raises(Refused) as refused:
-        convert_checkpoint(Job(folder / "source", ranks, recipe, **job), folder / "ranks")
+        convert_checkpoint(Job(folder / "source", ranks, recipe, pad=pad), folder / "ranks")
     return refused.value
 
 

@@ -291,7 +291,7 @@ def test_what_was_dequantised_comes_back_in_bf16_and_the_config_says_so(
         before[weight] = dequantize(before[weight], before.pop(scale), block)
     require_tensors(before, after)
     config = json.loads((folder / "back" / "config.json").read_text())
-    quantization = (config.get("text_config") or config)["quantization_config"]
+    quantization = config["quantization_config"]
     assert quantization.pop("modules_to_not_convert") == ["attn.wo_a"]
     assert config == json.loads((source(name) / "config.json").read_text())
     # What has come back is a source like any other: its ranks are the same again.
@@ -344,7 +344,7 @@ def test_files_of_another_converter_come_back(
 ) -> None:
     origin = source("deepseek-v3")
     ORACLES["deepseek-v3"](origin, folder / "ranks", ranks)
-    command = ["convert", str(folder / "ranks"), str(folder / "back"), "--to", "hf", "--max-file-size", "10MB"]
+    command = ["convert", str(folder / "ranks"), str(folder / "back"), "--to", "hf", "--max-file-size", "2MB"]
     assert main(command) == 0
     assert "without a manifest nobody knows whether the model had these, dropped" in capsys.readouterr().out
     require_tensors(oracle.load_tensors(origin, [11]), tensors_of(folder / "back"))
@@ -353,7 +353,7 @@ def test_files_of_another_converter_come_back(
         f"model-{number:05}-of-{len(paths):05}.safetensors" for number in range(1, len(paths) + 1)
     ]
     assert len(paths) > 3
-    assert max(path.stat().st_size for path in paths) <= 10**7
+    assert max(path.stat().st_size for path in paths) <= 2 * 10**6
     index = json.loads((folder / "back" / INDEX).read_text())["weight_map"]
     assert index == {name: path.name for path in paths for name in load_file(path)}
 
@@ -361,7 +361,7 @@ def test_files_of_another_converter_come_back(
 def test_however_many_ranks_there_were_the_files_are_the_same(source: Source, folder: Path) -> None:
     for ranks in (1, 2, 8):
         ORACLES["deepseek-v3"](source("deepseek-v3"), folder / "ranks", ranks)
-        convert(whole(folder / "ranks", file_size=10**7), folder / f"back-{ranks}")
+        convert(whole(folder / "ranks", file_size=2 * 10**6), folder / f"back-{ranks}")
         shutil.rmtree(folder / "ranks")
     require_same(folder / "back-1", folder / "back-2")
     require_same(folder / "back-1", folder / "back-8")
@@ -419,10 +419,10 @@ def test_two_recipes_that_fit_are_refused_with_the_way_out(
 
 def test_a_size_that_is_asked_for_is_kept_to_whatever_the_manifest_says(ranks_of: Make, folder: Path) -> None:
     ranks = ranks_of("deepseek-v3", 4)
-    assert main(["convert", str(ranks), str(folder / "back"), "--to", "hf", "--max-file-size", "8MB"]) == 0
+    assert main(["convert", str(ranks), str(folder / "back"), "--to", "hf", "--max-file-size", "1MB"]) == 0
     paths = list((folder / "back").glob("*.safetensors"))
     assert len(paths) > 4
-    assert max(path.stat().st_size for path in paths) <= 8 * 10**6
+    assert max(path.stat().st_size for path in paths) <= 10**6
 
 
 # --- refusals ---
@@ -678,7 +678,8 @@ def test_what_came_back_is_verified_against_the_rank_files(ranks_of: Make, folde
     convert(whole(ranks), back)
     assert main(["verify", str(back)]) == 0
     assert main(["verify", str(back), "--source", str(ranks)]) == 0
-    flip(back / "model-00002-of-00004.safetensors", "model.layers.3.mlp.experts.10.up_proj.weight")
+    name = "model.layers.10.mlp.experts.10.up_proj.weight"
+    flip(back / json.loads((back / INDEX).read_text())["weight_map"][name], name)
     assert main(["verify", str(back), "--source", str(ranks)]) == 1
 
 

@@ -70,7 +70,8 @@ def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     rotary = config.get("rope_parameters")
     if not isinstance(rotary, dict):
         return dict(config)
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **config}
+    said = {key: value for key, value in config.items() if value is not None}
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
 def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +118,8 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("quantization_config", "expert_dtype"):
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
-    if plan.layout.cast in CAST_TO_FP8:
-        block = next(iter(plan.recipe.scales.values())).block
+    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
+        block = next(cast.block for cast in plan.casts)
         usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
         changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}

@@ -79,6 +79,7 @@ def derive_recipe(folder: Path) -> str:
     checkpoint = read_checkpoint(folder)
     if checkpoint.config is None:
         raise refuse("no-config", str(folder / CONFIG), "no such file", "the config of the model", "copy it there")
+    require_layers(checkpoint, checkpoint.config)
     model = model_of(folder)
     problems: list[Problem] = []
     kept = list(kept_of(checkpoint, model, checkpoint.config, problems))
@@ -86,6 +87,14 @@ def derive_recipe(folder: Path) -> str:
     text = recipe_text(kept, model, checkpoint.config)
     require_fit(checkpoint, text)
     return text
+
+
+def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """There are not more layers than tensors: to make a billion of them, even without weights, would take for ever."""
+    layers, most = config.get("num_hidden_layers"), len(checkpoint.tensors)
+    if isinstance(layers, int) and layers > most:
+        found = f"num_hidden_layers of {layers:,}"
+        raise refuse("contradiction", CONFIG, found, f"at most {most:,}, for so many tensors there are")
 
 
 def require_fit(checkpoint: Checkpoint, text: str) -> None:
@@ -109,7 +118,7 @@ def model_of(folder: Path) -> Model:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         renamed = renaming_of(model)
     except Exception as error:  # noqa: BLE001 - the config is a stranger's, and each class checks it in its own way
         expected = f"a causal language model that transformers {transformers.__version__} knows"
@@ -128,13 +137,11 @@ def renaming_of(model: Any) -> Callable[[str], str]:
 
     steps = conversion_mapping.get_model_conversion_mapping(model)
     converters = [step for step in steps if isinstance(step, core_model_loading.WeightConverter)]
-    renamings = [step for step in steps if step not in converters]
-    state = dict(model.state_dict())
+    renamings: list[Any] = [step for step in steps if step not in converters]
+    prefix, state = model.base_model_prefix, dict(model.state_dict())
 
     def renamed(name: str) -> str:
-        found: str = core_model_loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)[
-            0
-        ]
+        found, _ = core_model_loading.rename_source_key(name, renamings, converters, prefix, state)
         return found if found in state else QUANTIZED.sub("", found)
 
     return renamed
