@@ -23,7 +23,7 @@ from reshard.compare import Opened, Side
 from reshard.convert import Job, convert_checkpoint, plan_conversion
 from reshard.disk import CACHED, PAGE, aligned_buffer
 from reshard.errors import Problem, Refused
-from reshard.execute import job_of
+from reshard.execute import Settings, job_of
 from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
 from reshard.pruning import pruned_config
@@ -523,7 +523,10 @@ def test_layers_that_a_step_counts_keep_their_numbers(layers: dict[int, int], co
 
 def test_another_subset_of_the_same_sizes_is_another_job(source: Write, tmp_path: Path) -> None:
     first, second = (Subset(layers, renumber=True) for layers in ((0, 1, 2), (1, 2, 3)))
-    jobs = [job_of(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), []) for subset in (first, second)]
+    jobs = [
+        job_of(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), [], Settings())
+        for subset in (first, second)
+    ]
     assert [key for key in jobs[0] if jobs[0][key] != jobs[1][key]] == ["subset"]
     convert_checkpoint(Job(source("deepseek-v3"), 2, subset=first), tmp_path / "target")
     with pytest.raises(Refused) as refused:
