@@ -174,7 +174,7 @@ class SideReader:
         self._result = buffers.result
         self._read = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
         scales = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE : WINDOW_SIZE + SCALES_SIZE])
-        self._inputs = Inputs(self._read, scales, WINDOW_SIZE)
+        self._inputs = Inputs(self._read, scales, WINDOW_SIZE, WINDOW_SIZE)
 
     def read(self, operand: Tensor | Cast, offset: int, size: int) -> Bytes:
         """So many bytes of a tensor or of the result of a cast; overwritten by the next call."""
