@@ -711,6 +711,7 @@ def test_the_command_exits_with_2_where_it_refuses(
     assert main(["diff", source, str(tmp_path / "broken.safetensors"), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["status"] == "refused"
     assert main(["diff", source, source, "--only", "nothing"]) == 2
+    assert main(["diff", source, source, "--replicas", "first"]) == 2
 
 
 def test_the_command_takes_its_options(made: Made, bf16: Path, capsys: pytest.CaptureFixture[str]) -> None:
