@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.audit import audit_target
+from reshard.books import MANIFEST
 from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare, recipe_for
 from reshard.errors import describe, printable, refuse
 from reshard.execute import Settings, memory_per_job
@@ -27,7 +28,6 @@ from reshard.restored import lost_lines
 from reshard.sources import read_source, subset_of
 from reshard.subset import narrowed
 from reshard.subset_text import asked_of, subset_text
-from reshard.target import MANIFEST
 from reshard.text import size_text, table
 from reshard.types import RANKS, Checkpoint, Recipe, Subset
 from reshard.verify import Report, verify_target

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reshard.books import LARGEST_MANIFEST, MANIFEST, require_finished
 from reshard.choose import choose_recipe, wanted_recipes
 from reshard.errors import Refused, listed, require_none
 from reshard.gather import held_tensors, holder_problems, left_names
@@ -13,7 +14,6 @@ from reshard.names import split_name
 from reshard.ranks import RankNames, numbers_of, ranks_at
 from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
 from reshard.recipe import packaged_recipes
-from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.text import size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
