@@ -453,7 +453,7 @@ def test_a_file_that_goes_on_is_named(target: Path, source: Path) -> None:
 def test_a_missing_file_is_named(rank: int, target: Path, source: Path) -> None:
     rank_file(target, rank).unlink()
     report = verify(target, source)
-    assert [problem.kind for problem in report.problems] == ["cannot-read"]
+    assert [problem.kind for problem in report.problems] == ["missing-file"]
     assert report.problems[0].subject.endswith(f"model{rank}-mp4.safetensors")
     assert report.files == RANKS - 1
 

@@ -16,5 +16,8 @@ def require_finished(folder: Path) -> None:
     ended before, there is something to look at.
     """
     if (folder / JOURNAL).is_file() and not (folder / MANIFEST).exists():
-        expected, remedy = f"a finished one, which has a {MANIFEST}", "run the same convert again: it goes on from there"
+        expected, remedy = (
+            f"a finished one, which has a {MANIFEST}",
+            "run the same convert again: it goes on from there",
+        )
         raise refuse("unfinished-target", str(folder), "an unfinished conversion", expected, remedy)
