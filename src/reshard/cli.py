@@ -227,6 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+OTHER_WORDS = dict.fromkeys(
+    ("--tp", "--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
+)
+"""As other programs call our options."""
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options. What no command knows is refused with the usage of the command that was meant."""
     options, unknown = make_parser().parse_known_args(arguments)
@@ -234,7 +240,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser: Parser = options.parser
         names = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001
         wanted = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
-        nearest = get_close_matches(wanted, names, 1)
+        nearest = [OTHER_WORDS[wanted]] if OTHER_WORDS.get(wanted) in names else get_close_matches(wanted, names, 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
     return options
