@@ -138,8 +138,8 @@ def look_through(held: Held, target: Path, files: Sequence[Found], recipe: Recip
 def swapped_files(files: Sequence[Found], known: Backwards, wanted: Mapping[str, Holders]) -> dict[int, int]:
     """By the rank of each file that has just what is dealt to another rank, such as its experts: that other rank."""
     dealt: dict[int, set[str]] = {}
-    for name, (ranks, _) in wanted.items():
-        if len(ranks) == 1:
+    for name, (ranks, optional) in wanted.items():
+        if len(ranks) == 1 and not optional:
             dealt.setdefault(next(iter(ranks)), set()).add(name)
     every, found = set[str]().union(*dealt.values()), dict[int, int]()
     for file in files:
