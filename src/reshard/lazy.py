@@ -94,17 +94,18 @@ class Tensors(Mapping[str, "LazyTensor"]):
         """So many bytes of a tensor, from a byte of it on."""
         if self._closed:  # the numbers of its files may be those of others by now
             raise ValueError("these tensors are closed")
-        out, files = np.empty(size, np.uint8), self._files
-        place = tensor.file - len(files.sources)
-        if not size:
-            return out
+        out = np.empty(size, np.uint8)
+        self._read_into(out, tensor, offset, size)
+        return out
+
+    def _read_into(self, out: Any, tensor: Tensor, offset: int, size: int) -> None:
+        files, place = self._files, tensor.file - len(self._files.sources)
         if place < 0:
             source, name = files.sources[tensor.file], files.source_names[tensor.file]
             read_window(source, tensor.offset + offset, size, memoryview(out), CACHED, name)
-        else:
+        elif size:
             read = reader(files, aligned_buffer(WINDOW_SIZE + 2 * PAGE))
             produce_join(self._checkpoint.joins[place], offset, memoryview(out), read, WINDOW_SIZE)
-        return out
 
 
 @dataclass(frozen=True, slots=True)
