@@ -4,11 +4,26 @@ from fractions import Fraction
 from itertools import pairwise
 from math import floor, prod
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.bands import BAND_SIZE, SAMPLE_SIZE, Band, Part, Whole, bands_of, spread
+from reshard.bands import (
+    BAND_SIZE,
+    SAMPLE_SIZE,
+    TILE_SIZE,
+    Band,
+    Margin,
+    Part,
+    Recast,
+    Whole,
+    bands_of,
+    recast_margins,
+    spread,
+    tiles_of,
+    whole_margins,
+)
 from reshard.types import Tensor
 
 WIDTHS = [1, 2, 3, 448, 7168, SAMPLE_SIZE - 1, SAMPLE_SIZE + 1, BAND_SIZE - 1, BAND_SIZE, BAND_SIZE + 1, 3 * BAND_SIZE]
@@ -112,3 +127,86 @@ def test_spread_depends_on_the_name_and_on_nothing_else() -> None:
 
 def test_spread_takes_names_that_are_not_text() -> None:
     assert len(list(spread("\ud800", 100, Fraction(1, 10)))) == 10
+
+
+# --- tiles: what is made of a weight ---
+
+SHAPES = [(1, 1), (128, 128), (129, 1), (1, 7168), (130, 100_000), (40_000, 130), (2048, 7168), (7168, 18_432)]
+BLOCKS = [((128, 128), (1, 1)), ((1, 32), (128, 128)), ((1, 32), (32, 32)), ((128, 128), (128, 128)), ((1, 32), (1, 1))]
+
+
+def recast(
+    shape: tuple[int, int], block: tuple[int, int], new_block: tuple[int, int], parts: list[Part] | None = None
+) -> Recast:
+    weight = Tensor("name", "F8_E4M3", shape, 0, 0, prod(shape))
+    return Recast("form", weight, None, shape, block, new_block, ("BF16", "F32"), (parts or [], []))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("block", "new_block"), BLOCKS)
+@pytest.mark.parametrize("share", [None, Fraction(1)])
+def test_tiles_hold_every_element_once_and_whole_blocks(
+    shape: tuple[int, int], block: tuple[int, int], new_block: tuple[int, int], share: Fraction | None
+) -> None:
+    held = np.zeros(shape, np.uint8)
+    for tile in tiles_of(recast(shape, block, new_block), share):
+        held[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] += 1
+        for numbers, length, sides in zip(
+            (tile.rows, tile.columns), shape, zip(block, new_block, strict=True), strict=True
+        ):
+            assert all(numbers.start % side == 0 for side in sides)
+            assert numbers.stop == length or all(numbers.stop % side == 0 for side in sides)
+        assert len(tile.rows) * len(tile.columns) <= (TILE_SIZE if share is None else SAMPLE_SIZE)
+    assert (held == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_an_empty_weight_has_no_tiles(shape: tuple[int, int]) -> None:
+    assert list(tiles_of(recast(shape, (128, 128), (1, 1)), None)) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sample_has_the_tiles_at_both_ends_of_a_part(shape: tuple[int, int]) -> None:
+    rows, columns = range(shape[0] // 2, shape[0]), range(shape[1] // 2, shape[1])
+    held = Tensor("held", "BF16", (len(rows), len(columns)), 0, 0, 2 * len(rows) * len(columns))
+    part = Part(0, held, rows, range(2 * columns.start, 2 * columns.stop))
+    tiles = list(tiles_of(recast(shape, (128, 128), (1, 1), [part]), Fraction(1, 10**9)))
+    for row, column in ((rows[0], columns[0]), (rows[-1], columns[-1])):
+        assert any(row in tile.rows and column in tile.columns for tile in tiles)
+    assert len(tiles) <= 3
+
+
+# --- margins: padding ---
+
+
+def covered(margins: list[Margin], rows: range, columns: range) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """How often each byte of a part is in a margin."""
+    held = np.zeros((len(rows), len(columns)), np.uint8)
+    for margin in margins:
+        assert len(margin.rows) * len(margin.columns) <= BAND_SIZE
+        top, left = margin.rows.start - rows.start, margin.columns.start - columns.start
+        held[top : top + len(margin.rows), left : left + len(margin.columns)] += 1
+    return held
+
+
+@pytest.mark.parametrize("rows", [range(10), range(5, 15), range(10, 20), range(20, 3000)])
+@pytest.mark.parametrize("columns", [range(8), range(4, 16), range(12, 16), range(3_000_000)])
+def test_margins_hold_what_is_beyond_a_tensor_once(rows: range, columns: range) -> None:
+    if len(rows) * len(columns) > 10**8:
+        rows = rows[:20]
+    part = Part(0, tensor(len(rows), len(columns)), rows, columns)
+    known = Whole(tensor(10, 12), 12, [part], b"abcd")
+    held = covered(list(whole_margins(known, None)), rows, columns)
+    beyond = (np.array(rows)[:, None] >= 10) | (np.array(columns)[None] >= 12)
+    assert (held == beyond).all()
+    sample = list(whole_margins(known, Fraction(1, 10**9)))
+    assert (not sample) == (not beyond.any())
+    assert len(sample) <= 3
+
+
+def test_margins_of_a_cast_are_zeros_and_ones() -> None:
+    weight, scale = tensor(384, 256), tensor(3, 4)
+    parts = [Part(0, weight, range(384), range(256))], [Part(0, scale, range(3), range(4))]
+    known = recast((200, 128), (128, 128), (128, 128))._replace(parts=parts)
+    found = [(margin.part.tensor.shape, margin.rows, margin.fill) for margin in recast_margins(known, b"one!", None)]
+    assert found == [((384, 256), range(200, 384), bytes(1)), ((3, 4), range(2, 3), b"one!")]

@@ -7,7 +7,6 @@ import pty
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -288,7 +287,7 @@ def test_plan_tells_what_is_dropped_and_why(source: Path, say: Say) -> None:
     assert re.search(rf"^dropped +{DROPPED} +909,224", text, re.MULTILINE)
     line = rf"^  MTP layers \(DeepSeek's inference code has no multi-token prediction\) +{DROPPED} +909,224$"
     assert re.search(line, text, re.MULTILINE)
-    assert "block scales that several ranks share" in text
+    assert "shared by several ranks" in text
 
 
 def test_plan_as_json_is_what_convert_does(source: Path, ranks: Path, say: Say) -> None:
@@ -865,27 +864,6 @@ def test_the_demo_escapes_the_name_of_its_folder(demo: tuple[Path, str]) -> None
 
 
 # Interruption.
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_with_130_and_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe.safetensors"
-    os.mkfifo(pipe)
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from reshard.cli import entry; entry()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", str(pipe), str(tmp_path / "out"), "--mp", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    # Opening waits until the command opens the other end; then it waits for a header that never comes.
-    with pipe.open("wb"):
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert re.fullmatch(r"reshard: interrupted; .+\n", err)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])

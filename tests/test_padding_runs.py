@@ -62,12 +62,10 @@ def as_it_is(values: Tensor) -> Tensor:
 def as_fp8(values: Tensor) -> Tensor:
     """Activations as FP8 kernels take them: rounded, with a scale for each 128 in a row that is never zero."""
     length = values.size(-1)
-    padded = torch.nn.functional.pad(values, (0, -length % BLOCK))
-    blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
+    blocks = torch.nn.functional.pad(values, (0, -length % BLOCK)).reshape(values.size(0), -1, BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
     rounded = (blocks / scales).to(torch.float8_e4m3fn).double() * scales
-    whole: Tensor = rounded.flatten(-2)[..., :length]
-    return whole
+    return rounded.reshape(values.size(0), -1)[:, :length]
 
 
 def run(shares: list[Share], name: str, inputs: Tensor, activations: Callable[[Tensor], Tensor]) -> Tensor:

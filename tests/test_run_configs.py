@@ -20,7 +20,9 @@ from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
 from reshard.configs import run_config
 from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.errors import Refused
 from reshard.execute import Settings
+from reshard.recipe import FOLDER, parse_recipe
 
 Source = Callable[[str], Path]
 
@@ -531,3 +533,24 @@ def test_so_it_does_for_v2(folder: Path, q_lora: bool) -> None:  # noqa: FBT001 
     for rank in range(2):
         parameters = skeletons.v3_parameters(args, 2, rank)
         skeletons.load(parameters, target / f"model{rank}-mp2.safetensors", strict=True)
+
+
+# --- the language of the recipes ---
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('expert_dtype        = ["target.packed"]', "expert_dtype        = []"),
+        ('expert_dtype        = ["target.packed"]', 'expert_dtype        = ["target.packed", 1, 2]'),
+        ("stays = true", 'stays = "yes"'),
+    ],
+)
+def test_a_faulty_entry_is_refused(old: str, new: str) -> None:
+    text = (FOLDER / "deepseek-v41.toml").read_text()
+    assert old in text
+    with pytest.raises(Refused) as error:
+        parse_recipe(text.replace(old, new), "mine.toml")
+    (problem,) = error.value.problems
+    assert problem.kind == "wrong-recipe"
+    assert problem.subject.startswith("mine.toml")

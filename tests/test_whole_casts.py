@@ -122,6 +122,14 @@ def test_the_index_names_every_tensor_and_no_file_is_larger_than_asked(name: str
     assert min(map(sum, pairwise(sizes))) > most - 20_000
 
 
+@pytest.mark.parametrize("most", range(100_000, 140_000, 3_989))
+def test_the_headers_count_towards_the_size_of_a_file(most: int, source: Source) -> None:
+    """Of so many files that some end just where they must."""
+    files = plan_conversion(Job(source("deepseek-v3"), 1, to="hf", cast="bf16", file_size=most)).files
+    assert len(files) > 100
+    assert max(file.size for file in files if len(file.pieces) > 1) <= most
+
+
 def test_a_tensor_that_is_larger_than_a_file_may_be_has_one_of_its_own(source: Source, folder: Path) -> None:
     most = 60_000
     found = cast(source("deepseek-v3"), folder / "target", most=most)

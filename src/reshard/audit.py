@@ -21,7 +21,7 @@ from reshard.manifest import read_manifest
 from reshard.parallel import in_threads, reading_threads
 from reshard.read import SUFFIX, read_header
 from reshard.target import MANIFEST
-from reshard.types import Advance
+from reshard.types import WHOLE, Advance
 from reshard.verify import Report
 
 READ_SIZE = 2 << 20
@@ -77,8 +77,19 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
     for entry in whole:
         problems.extend(content_problems(target, entry, entries, wrong[entry.name]))
     problems.extend(side_problems(target, manifest))
-    ranks = int(manifest["ranks"])
-    return Report(ranks, len(whole), tensors, size, compared, sample is not None, tuple(problems))
+    layout = manifest.get("layout")
+    is_whole = isinstance(layout, dict) and layout.get("to") == WHOLE
+    return Report(
+        int(manifest["ranks"]),
+        len(whole),
+        tensors,
+        size,
+        compared,
+        sample is not None,
+        tuple(problems),
+        is_whole=is_whole,
+        subset=manifest.get("subset", {}),
+    )
 
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:

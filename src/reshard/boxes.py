@@ -3,54 +3,67 @@
 from math import prod
 from typing import NamedTuple
 
-from reshard.header import BITS
-from reshard.types import BlockScale, Checkpoint, Recipe, Tensor
+DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
+
+
+def dimension_of(split: str) -> int | None:
+    """The dimension that is cut by a split of a recipe; None if none is."""
+    return 0 if split.startswith("rows of ") else DIMENSIONS.get(split)
+
+
+def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
+    """How many parts there are of a tensor, and which of them a rank holds: of heads that are fewer than the ranks,
+    several hold the same one. `heads` is 0 where the split is not by heads.
+    """
+    parts = min(heads, ranks) if heads else ranks
+    return parts, rank * parts // ranks
 
 
 class Box(NamedTuple):
-    """The part of a source tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
-    dimension if columns are cut, else each byte as a row.
+    """The part of a tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
+    dimension; or, where it is `flat`, each byte as a row.
     """
 
     shape: tuple[int, ...]
-    width: int
-    """In bytes, of a row."""
     rows: range
     columns: range
     """In bytes."""
 
 
-def box(tensor: Tensor, source: Checkpoint, split: str, recipe: Recipe, ranks: int, rank: int) -> Box | None:
-    """What a rank should hold of a tensor of the source; None if it cannot be so cut."""
-    dimension = {"rows": 0, "columns": 1}.get(split)
-    if dimension is None:
-        return Box(tensor.shape, 1, range(tensor.size), range(1))
-    if len(tensor.shape) <= dimension:
-        return None
-    length = tensor.shape[dimension]
-    weight, scale = weight_of(tensor, source, recipe)
-    taken = range(rank * length // ranks, (rank + 1) * length // ranks)
-    if weight and scale:
-        taken = blocks(weight.shape[dimension], scale.block[dimension], ranks, rank)
-    shape = (*tensor.shape[:dimension], len(taken), *tensor.shape[dimension + 1 :])
+def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool) -> Box:
+    """The elements `taken` along a dimension of a tensor, or all if there is none. It can be flat unless that is 1."""
     # In bits, for an F4 is half a byte.
-    step = prod(tensor.shape[dimension + 1 :]) * BITS[tensor.dtype]
-    place = range(taken.start * step // 8, taken.stop * step // 8)
-    if dimension == 0:
-        return Box(shape, 1, place, range(1))
-    return Box(shape, tensor.size // max(tensor.shape[0], 1), range(tensor.shape[0]), place)
+    if dimension is None:
+        place, part = range(prod(shape) * bits // 8), shape
+    else:
+        step = prod(shape[dimension + 1 :]) * bits
+        place = range(taken.start * step // 8, taken.stop * step // 8)
+        part = (*shape[:dimension], len(taken), *shape[dimension + 1 :])
+    if flat:
+        return Box(part, place, range(1))
+    if dimension == 1:
+        return Box(part, range(shape[0]), place)
+    return Box(part, taken if dimension == 0 else range(shape[0]), range(row_size(shape, bits)))
 
 
-def weight_of(tensor: Tensor, source: Checkpoint, recipe: Recipe) -> tuple[Tensor, BlockScale] | tuple[None, None]:
-    """The weight that a block scale belongs to, and how it is scaled; nothing for what is no scale."""
-    for scale in recipe.scales.values():
-        prefix = tensor.name.removesuffix(f".{scale.left}")
-        weight = source.tensors.get(f"{prefix}.weight")
-        if prefix != tensor.name and weight:
-            return weight, scale
-    return None, None
+def row_size(shape: tuple[int, ...], bits: int) -> int:
+    """In bytes, of a row of a tensor that is not flat."""
+    return prod(shape[1:]) * bits // 8
 
 
-def blocks(length: int, block: int, ranks: int, rank: int) -> range:
-    """The blocks that a rank's part of a weight touches, along a dimension of that length."""
-    return range(rank * length // ranks // block, -(-((rank + 1) * length // ranks) // block))
+def shares(split: str, length: int, parts: int, index: int) -> list[range]:
+    """The stretches that one of so many parts is, of a dimension of that length: one, or one of each half."""
+    halves = 2 if split == "packed rows" and parts > 1 else 1  # of one part it does not matter where they meet
+    half = length // halves
+    part = range(index * half // parts, (index + 1) * half // parts)
+    return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
+
+
+def touched(part: range, block: int) -> range:
+    """The blocks that a stretch of a weight touches."""
+    return range(part.start // block, -(-part.stop // block))
+
+
+def in_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """How many blocks there are along each dimension, the last being perhaps smaller."""
+    return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))

@@ -3,13 +3,17 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from reshard.choose import choose_recipe
-from reshard.errors import Refused, listed
+from reshard.choose import choose_recipe, wanted_recipes
+from reshard.errors import Refused, listed, require_none
+from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
-from reshard.names import ranks_of, split_name
-from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_config, read_headers
+from reshard.names import split_name
+from reshard.ranks import RankNames, numbers_of, ranks_at
+from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
 from reshard.recipe import packaged_recipes
+from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.text import size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -45,18 +49,50 @@ class Content:
 
 def inspect_path(path: Path) -> Content:
     """What lies at a path: a folder of safetensors files in either layout, or a single file. Raises Refused."""
-    names = file_names(path)
-    for recipe in packaged_recipes():
-        if ranks := ranks_of(names, recipe):
-            return content_of(path, read_headers(folder_of(path), names), recipe.right, "", ranks, {}, "")
+    recipes = packaged_recipes()
+    if path.is_dir() and (names := ranks_at(path, recipes)):
+        return rank_content(path, names)
+    for name in file_names(path)[:1]:
+        for recipe in recipes if not path.is_dir() else ():
+            if numbers := numbers_of(name, recipe):
+                return content_of(path, read_headers(path.parent, [name]), recipe.right, "", numbers[1], {}, "")
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        recipe = choose_recipe(checkpoint, packaged_recipes())
+        recipe = choose_recipe(checkpoint, recipes)
         counts = counts_of(checkpoint, recipe)
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
     return content_of(path, stored, recipe.left, recipe.name, 0, counts, "")
+
+
+def rank_content(path: Path, names: RankNames) -> Content:
+    """Rank files, and the recipes that they fit: all that fit, where nothing tells which it was."""
+    present = [name for name in names.wanted if name not in names.missing]
+    stored, config = read_headers(path, present), read_config(path)
+    manifest = read_object(path / MANIFEST, LARGEST_MANIFEST) or {}
+    made_by = manifest.get("recipe")
+    wanted = made_by.get("name") if isinstance(made_by, dict) else ""
+    known = [recipe for recipe in names.recipes if recipe.name == wanted] or wanted_recipes(config or {}, names.recipes)
+    counts: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
+    for recipe in known:
+        try:
+            require_none(names.problems(ignore_extra_files=True))
+            counts[recipe.name] = counts_of_ranks(stored, recipe, config)
+        except Refused as refused:
+            remarks.append(str(refused))
+    remark = "" if counts else min(remarks, key=len)
+    by = " or ".join(counts)
+    first = next(iter(counts.values()), {})
+    return content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+
+
+def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
+    """Raises Refused if the recipe does not fit."""
+    held, problems = held_tensors(stored, recipe)
+    require_none([*problems, *holder_problems(held.values(), len(stored.files))])
+    return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -80,7 +116,7 @@ def content_of(
         dtypes[tensor.dtype] = tensors + 1, size + tensor.size
     size = sum(tensor.size for tensor in stored.tensors)
     ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
-    names = names_of(stored.tensors) if remark else {}
+    names = names_of(stored.tensors) if remark and not ranks else {}
     return Content(
         str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
     )
@@ -107,9 +143,9 @@ def content_text(content: Content) -> str:
         lines.append(", ".join(f"{count} {name}" for name, count in content.counts.items()))
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", table(("dtype", "tensors", "bytes"), rows)]
-    if content.remark:
+    if content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
         lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
         lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
-        lines += ["", content.remark]
+    lines += ["", content.remark] if content.remark else []
     return "\n".join(lines)

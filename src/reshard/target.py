@@ -13,6 +13,8 @@ from reshard.text import size_text
 
 MANIFEST = "reshard.json"
 """The name of the manifest."""
+LARGEST_MANIFEST = 1 << 30
+"""In bytes. A model of 671B parameters has one of 12 MB."""
 
 
 def our_names(target: Path) -> set[str]:

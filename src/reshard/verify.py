@@ -1,28 +1,36 @@
 """Stage 5: files -> Report. The only re-reader; it shares nothing with the planner.
 
 The planner goes from the source's names to the ranks' and computes byte offsets. This goes the other way: it takes what
-lies in the rank files, finds each tensor's name in the source by the recipe read from right to left, says in rows and
-columns which box of the source the rank should hold, and has every byte of that box compared.
+lies in the target, finds each tensor's name in the source by the recipe read from right to left, tells by its dtype and
+shape whether the bytes were kept, cast or padded, says in rows and columns which box of the source, or of what is made
+of it, the rank should hold, and has every byte of that box compared.
 
 What every rank holds is compared with the source in every rank, so that replicas are equal if nothing differs.
 """
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from reshard.bands import Part, Whole
-from reshard.boxes import box
+import numpy as np
+
+from reshard.backwards import backwards, holders
+from reshard.bands import Part, Recast, Whole
+from reshard.beside import beside_problems
 from reshard.compare import Comparison, Side, compare
+from reshard.decode import powers_of_two
 from reshard.disk import CACHED, ways_to_read
-from reshard.errors import Problem, Refused, refuse
-from reshard.names import Pattern, later_members, patterns_of, slots_of, split_name
-from reshard.read import SUFFIX, read_header
-from reshard.types import MOST_RANKS, Advance, Checkpoint, File, Recipe, Rule, Tensor
+from reshard.errors import Problem, refuse
+from reshard.forms import QUANTIZE, Unit, Widening, form_of
+from reshard.found import AGAIN, Found, look_at, read_found
+from reshard.held import Held, hold, mixture_problems, units_of
+from reshard.types import Advance, Checkpoint, Recipe
+
+MOST_ASKED = 64
+"""So many block scales tell whether they are all powers of two; and so many bytes of each."""
+ASKED_SIZE = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +38,7 @@ class Report:
     """What was compared, and where it differs."""
 
     ranks: int
-    """How many ranks the target is cut for."""
+    """How many ranks the target is cut for; 1 for whole files."""
     files: int
     """Of so many of them the files were compared."""
     tensors: int
@@ -41,14 +49,12 @@ class Report:
     is_sampled: bool
     """Whether a sample was asked for."""
     problems: tuple[Problem, ...]
-
-
-class RankFile(NamedTuple):
-    """One file of the target, as it stands."""
-
-    rank: int
-    file: File
-    tensors: Sequence[Tensor]
+    inexact: int = 0
+    """How many values of FP4 became the nearest of FP8, which has none that is equal under the scale of their block."""
+    is_whole: bool = False
+    """Whether the target has whole files, not rank files."""
+    subset: Mapping[str, Any] = field(default_factory=dict)
+    """What of a larger checkpoint the target holds, by its manifest; empty if that says nothing of it."""
 
 
 def verify_target(
@@ -59,7 +65,7 @@ def verify_target(
     only: Collection[int] | None = None,
     sample: Fraction | None = None,
 ) -> Report:
-    """Compares every byte of every rank file in the folder `target`, or of the ranks `only`, with the source.
+    """Compares every byte of every tensor file in the folder `target`, or of the ranks `only`, with the source.
 
     With a `sample`, about that share of the bytes is compared: blocks spread evenly over every tensor, and always the
     two ends of each tensor of each rank file. Names, dtypes and shapes are looked at in full all the same.
@@ -67,173 +73,141 @@ def verify_target(
     Every difference is a problem of the report. Raises Refused if there is nothing that could be compared, or a file
     cannot be read.
     """
-    names, extra = rank_files(target, recipe)
-    ranks, wanted = len(names), range(len(names)) if only is None else only
-    if unknown := sorted(set(wanted) - set(range(ranks))):
-        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {ranks - 1}")
-    files, problems = read_rank_files(target, {rank: names[rank] for rank in wanted})
-    problems += [Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none") for name in extra]
-    known, held = backwards(recipe, source), dict[str, Whole]()
+    folder = look_at(target, recipe)
+    if folder.is_whole and target.resolve() == source.folder.resolve():
+        lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
+        raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
+    if unknown := sorted(set(only or ()) - set(range(folder.ranks))):
+        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
+    is_part = only is not None and not folder.is_whole
+    names = {number: name for number, name in folder.names.items() if not is_part or number in (only or ())}
+    files, problems = read_found(target, names)
+    extra = f"a file beside those of {folder.ranks} ranks"
+    problems += [Problem("extra-file", name, extra, "none") for name in folder.extra]
     for file in files:
         advance(file.file.header_size)
-        problems.extend(hold(file, ranks, source, recipe, known, held))
-    problems.extend(absent_problems(held, [file.rank for file in files], ranks, source, recipe))
-    comparison = compare(map(of_right_size, held.values()), *sides(target, files, source), advance, sample)
-    problems.extend(difference_problems(held, names, comparison))
+    held = Held(source, folder, Widening(recipe, source.config or {}, {}))
+    problems.extend(look_through(held, target, files, recipe))
+    things: list[Whole | Recast] = [*held.wholes.values(), *held.recasts.values()]
+    comparison = compare(things, *sides(target, files, source), advance, sample)
+    problems.extend(difference_problems(held, comparison))
+    return report_of(held, files, comparison, problems, is_sampled=sample is not None)
+
+
+def report_of(
+    held: Held, files: Sequence[Found], comparison: Comparison, problems: Sequence[Problem], *, is_sampled: bool
+) -> Report:
     tensors = [tensor for file in files for tensor in file.tensors]
-    size = sum(tensor.size for tensor in tensors)
-    return Report(ranks, len(files), len(tensors), size, comparison.size, sample is not None, tuple(problems))
+    return Report(
+        ranks=held.folder.ranks,
+        files=len(files),
+        tensors=len(tensors),
+        size=sum(tensor.size for tensor in tensors),
+        compared=comparison.size,
+        is_sampled=is_sampled,
+        problems=tuple(problems),
+        inexact=comparison.inexact,
+        is_whole=held.folder.is_whole,
+        subset=held.source.subset,
+    )
 
 
-def sides(target: Path, files: Sequence[RankFile], source: Checkpoint) -> tuple[Side, Side]:
+def look_through(held: Held, target: Path, files: Sequence[Found], recipe: Recipe) -> Iterator[Problem]:
+    """Finds out what each tensor of the files is; yields what is wrong by names, dtypes and shapes."""
+    folder = held.folder
+    units, problems = units_of(files, backwards(recipe, held.source, is_whole=folder.is_whole), folder.names)
+    held.is_power = is_power_of_two(target, units, held)
+    yield from problems
+    for unit in units:
+        yield from hold(held, unit)
+    looked_at = {file.number for file in files}
+    yield from absent_problems(held, looked_at, recipe)
+    yield from mixture_problems(held)
+    if folder.is_whole:
+        forms = {form for found in held.forms.values() for form in found}
+        yield from beside_problems(target, files, held.source.config, forms, recipe, is_power=held.is_power)
+
+
+def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Side, Side]:
     """The files of the source and of the target, and how to read them."""
     source_paths = {number: source.folder / file.name for number, file in enumerate(source.files)}
-    target_paths = {file.rank: target / file.file.name for file in files}
+    target_paths = {file.number: target / file.file.name for file in files}
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
-    return side_of(source_paths, size), side_of(target_paths, size)
+    joined = {
+        len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
+    }
+    return replace(side_of(source_paths, size), joined=joined), side_of(target_paths, size)
 
 
 def side_of(paths: Mapping[int, Path], size: int) -> Side:
     return Side(paths, ways_to_read(next(iter(paths.values())), size) if paths else CACHED)
 
 
-def of_right_size(whole: Whole) -> Whole:
-    """Without the parts that have not the size of their box: they are known to be wrong."""
-    fitting = [part for part in whole.parts if part.tensor.size == len(part.rows) * len(part.columns)]
-    return whole._replace(parts=fitting)
+def is_power_of_two(target: Path, units: Sequence[Unit], held: Held) -> bool:
+    """Whether most block scales that were made by quantising are powers of two: then all should be."""
+    tensors, folder = held.source.tensors, held.folder
+    powers, others, asked = 0, 0, 0
+    for unit in units:
+        weight, scale = tensors.get(unit.place.weight), tensors.get(unit.place.scale)
+        if asked == MOST_ASKED:
+            break
+        if not (weight and unit.scale and form_of(unit, weight, scale, is_whole=folder.is_whole) == QUANTIZE):
+            continue
+        seen = unit.scale
+        with (target / folder.names[seen.number]).open("rb") as file:
+            file.seek(seen.tensor.offset)
+            data = np.frombuffer(file.read(min(seen.tensor.size // 4 * 4, ASKED_SIZE)), np.float32)
+        asked += 1
+        data = data[data != 1]  # such as those of zeros
+        count = int(np.count_nonzero(powers_of_two(data)))
+        powers, others = powers + count, others + len(data) - count
+    return powers > others
 
 
-def difference_problems(held: Mapping[str, Whole], names: Sequence[str], comparison: Comparison) -> Iterator[Problem]:
+def difference_problems(held: Held, comparison: Comparison) -> Iterator[Problem]:
     """The tensors whose bytes are not those of their box."""
-    for name, whole in held.items():
-        for part in whole.parts:
-            if found := comparison.differences.get((part.rank, part.tensor.name)):
-                subject = f"{names[part.rank]}: {part.tensor.name}"
-                text = (
-                    f"{found.count:,} other bytes than in the source, "
-                    f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
-                )
-                yield Problem("differs", subject, text, f"those of {name}", "convert again")
+    for whole in held.wholes.values():
+        for key in keys_of(whole.parts):
+            yield from difference_of(held, comparison, key, whole)
+    for (name, form), recast in held.recasts.items():
+        for key in keys_of((*recast.parts[0], *recast.parts[1])):
+            yield from difference_of(held, comparison, key, f"what {form} makes of {name}")
 
 
-def rank_files(target: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
-    """The names of the rank files that a folder should have, and those of others that it has. How many ranks there are
-    is told by the names of most.
-    """
-    pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
-    paths = sorted(target.iterdir()) if target.is_dir() else []
-    fitting = {path.name: found for path in paths if (found := re.fullmatch(pattern, path.name))}
-    if not fitting:
-        lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}"
-        raise refuse("empty-target", str(target), lacking, "a folder of rank files", "is it the right folder?")
-    ranks = Counter(max(map(int, found.groups())) for found in fitting.values()).most_common(1)[0][0]
-    if ranks > MOST_RANKS:
-        raise refuse("wrong-ranks", next(iter(fitting)), f"{ranks} ranks", f"at most {MOST_RANKS}")
-    names = [recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
-    known = set(names)
-    return names, [
-        path.name for path in paths if path.is_file() and path.name.endswith(SUFFIX) and path.name not in known
-    ]
+def keys_of(parts: Iterable[Part]) -> Iterable[tuple[int, str]]:
+    """By which differences are known: once for each tensor, of which there may be two parts."""
+    return dict.fromkeys((part.rank, part.tensor.name) for part in parts)
 
 
-def read_rank_files(target: Path, names: Mapping[int, str]) -> tuple[list[RankFile], list[Problem]]:
-    """The headers of the rank files that can be read, and what is wrong with the others."""
-    files: list[RankFile] = []
-    problems: list[Problem] = []
-    for rank, name in names.items():
-        try:
-            files.append(RankFile(rank, *read_header(target / name, rank)))
-        except Refused as refused:
-            problems.extend(refused.problems)
-    return files, problems
+def difference_of(held: Held, comparison: Comparison, key: tuple[int, str], origin: Whole | str) -> Iterator[Problem]:
+    if found := comparison.differences.get(key):
+        place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
+        where = "than in the source" if isinstance(origin, Whole) else "than are made of the source"
+        expected = f"those of {origin.tensor.name}" if isinstance(origin, Whole) else origin
+        subject = f"{held.folder.names[key[0]]}: {key[1]}"
+        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, AGAIN)
 
 
-class Backwards(NamedTuple):
-    """A recipe read from right to left, for one source."""
-
-    rules: Sequence[Rule]
-    patterns: Mapping[str, Sequence[Pattern]]
-    """By their key."""
-    marked: Mapping[str, set[str]]
-    before: Mapping[str, str]
-
-
-def hold(
-    file: RankFile, ranks: int, source: Checkpoint, recipe: Recipe, known: Backwards, held: dict[str, Whole]
-) -> Iterator[Problem]:
-    """Adds each tensor of a rank file to `held`, by its name in the source; yields those that do not belong there."""
-    for tensor in file.tensors:
-        key, numbers = split_name(tensor.name)
-        subject = f"{file.file.name}: {tensor.name}"
-        fitting = [pattern for pattern in known.patterns.get(key, ()) if pattern.fits(key, numbers)]
-        fitting = [pattern for pattern in fitting if pattern.accepts(numbers, known.marked, known.before)]
-        name = fitting[0].right % tuple(numbers[place] for place in fitting[0].order) if len(fitting) == 1 else None
-        if name is None or name not in source.tensors:
-            found = "no rule of the recipe" if name is None else f"no {name} in the source"
-            yield Problem("extra-tensor", subject, found, "only what comes from the source", "convert again")
-            continue
-        rule = known.rules[fitting[0].rule]
-        origin = source.tensors[name]
-        wanted = box(origin, source, rule.split, recipe, ranks, file.rank)
-        if wanted is None:
-            yield Problem("wrong-shape", subject, f"{list(origin.shape)} in the source", f"{rule.split} to cut")
-            continue
-        whole = held.setdefault(name, Whole(origin, wanted.width, []))
-        whole.parts.append(Part(file.rank, tensor, wanted.rows, wanted.columns))
-        size = len(wanted.rows) * len(wanted.columns)
-        if tensor.dtype != origin.dtype or tensor.shape != wanted.shape or tensor.size != size:
-            found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{origin.dtype} {list(wanted.shape)}"
-            yield Problem("wrong-shape", subject, found, expected, "convert again")
-
-
-def backwards(recipe: Recipe, source: Checkpoint) -> Backwards:
-    scales = {letter: replace(scale, left=scale.right, right=scale.left) for letter, scale in recipe.scales.items()}
-    turned = replace(
-        recipe, scales=scales, rules=tuple(replace(rule, left=rule.right, right=rule.left) for rule in recipe.rules)
-    )
-    patterns: dict[str, list[Pattern]] = {}
-    for number, rule in enumerate(turned.rules):
-        for pattern in patterns_of(number, rule, turned) if rule.relation == "same" else ():
-            patterns.setdefault(pattern.key, []).append(pattern)
-    return Backwards(turned.rules, patterns, *later_members(map(split_name, source.tensors), recipe))
-
-
-def absent_problems(
-    held: Mapping[str, Whole], looked_at: Collection[int], ranks: int, source: Checkpoint, recipe: Recipe
-) -> Iterator[Problem]:
+def absent_problems(held: Held, looked_at: set[int], recipe: Recipe) -> Iterator[Problem]:
     """Tensors of the source that one of the ranks `looked_at` lacks, or has though it should not."""
-    for name, wanted in holders(source, recipe, ranks).items():
-        expected = sorted(set(wanted) & set(looked_at))
-        found = sorted(part.rank for part in held[name].parts) if name in held else []
+    if held.folder.is_whole:
+        for name in held.source.tensors:
+            if not held.present.get(name) and (name, 0) not in held.gone:
+                yield Problem("missing-tensor", name, "in none of these files", "in one of them", AGAIN)
+        return
+    wanted = holders(held.source, recipe, held.folder.ranks)
+    optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
+    # All of what is optional is kept, or none: what most of it tells holds for the rest.
+    is_kept = 2 * sum(name in held.present for name in optional) > len(optional)
+    for name, (ranks, reason) in wanted.items():
+        present = held.present.get(name, {})
+        if reason and not is_kept:
+            for seen in present.values():
+                yield Problem("extra-tensor", held.subject(seen), f"a part of {name}", f"none: {reason}", AGAIN)
+            continue
+        expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in held.gone)
+        found = sorted(rank for rank in present if (name, rank) not in held.gone)
         if expected and not found:
-            yield Problem(
-                "missing-tensor", name, "in none of these rank files", f"in ranks {expected}", "convert again"
-            )
+            yield Problem("missing-tensor", name, "in none of these rank files", f"in ranks {expected}", AGAIN)
         elif expected != found:
-            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", "convert again")
-
-
-def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Collection[int]]:
-    """By the name of each tensor of the source: the ranks that should hold it or a part of it."""
-    names = {name: split_name(name) for name in source.tensors}
-    marked, before = later_members(names.values(), recipe)
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
-    found: dict[str, Collection[int]] = {}
-    dealt: dict[str, tuple[str, int]] = {}
-    by_key: dict[tuple[str, int], list[Pattern]] = {}
-    for name, (key, numbers) in names.items():
-        fitting = by_key.get((key, len(numbers)))
-        if fitting is None:
-            fitting = by_key[key, len(numbers)] = [pattern for pattern in patterns if pattern.fits(key, numbers)]
-        rules = [recipe.rules[pattern.rule] for pattern in fitting if pattern.accepts(numbers, marked, before)]
-        if rules and rules[0].split.startswith("by "):
-            letter = rules[0].split.removeprefix("by ")
-            dealt[name] = letter, int(numbers[slots_of(rules[0], recipe).index(letter)])
-        else:
-            found[name] = () if rules and rules[0].relation == "drop" else range(ranks)
-    members: dict[str, set[int]] = {}
-    for letter, member in dealt.values():
-        members.setdefault(letter, set()).add(member)
-    for name, (letter, member) in dealt.items():
-        found[name] = (member * ranks // len(members[letter]),)
-    return found
+            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", AGAIN)

@@ -193,7 +193,7 @@ def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryv
         return data, 0
     weight = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
     scale = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE:])
-    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE))
+    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE, SCALES_SIZE))
     if inexact and not files.allow_inexact:
         found = f"{inexact:,} values of {made.result.dtype} that are not exact"
         expected = "only values that both dtypes have"
