@@ -101,8 +101,8 @@ def test_from_the_rank_files_of_another_mp_it_is_the_same(name: str, source: Sou
     ORACLES[name](source(name), tmp_path / "wanted", 2)
     for ranks in (1, LEGAL[name][-1]):
         convert_checkpoint(Job(source(name), ranks), tmp_path / str(ranks))
-        for first_replica in (True, False):
-            found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, first_replica=first_replica)
+        for compare_replicas in (False, True):
+            found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, compare_replicas=compare_replicas)
             require_same(found, load_file(rank_file(tmp_path / "wanted", 1, 2)))
 
 
@@ -349,7 +349,7 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
     wanted = reshard.load(tmp_path, mp=2, rank=0)
     spoil(rank_file(tmp_path, 3, 4), "norm.weight")
     require_same(reshard.load(tmp_path, mp=2, rank=0), wanted)
-    assert refusal(tmp_path, mp=2, first_replica=False) == ("replicas-differ", "norm.weight")
+    assert refusal(tmp_path, mp=2, compare_replicas=True) == ("replicas-differ", "norm.weight")
 
 
 def spoil(path: Path, name: str) -> None:

@@ -20,6 +20,7 @@ from reshard.execute import require_unchanged
 from reshard.memory import available_memory
 from reshard.parallel import in_threads, reading_threads
 from reshard.plan import Plan
+from reshard.sources import holds_rank_files
 from reshard.types import Cast, Join, Tensor
 from reshard.windows import WINDOW_SIZE, Window, windows
 from reshard.workers import Buffers, Files, gather, read_or_make
@@ -41,14 +42,14 @@ def load(
     pad: bool = False,
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
-    first_replica: bool = True,
+    compare_replicas: bool = False,
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """The tensors of a rank by their names in its file, in the order of that file.
 
     They are what `reshard convert SOURCE --mp N` with the same options would write, bit for bit. `source` is a Hugging
     Face checkpoint, or a folder with the rank files of any number of ranks; of what several of these hold, that of the
-    first is taken, unless `first_replica` is False: then all are read and must be equal. With the framework `numpy`,
+    first is taken, unless `compare_replicas` says that all are read and must be equal. With the framework `numpy`,
     dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
     """
     job = Job(
@@ -61,7 +62,7 @@ def load(
         expert_dtype=expert_dtype,
         keep_optional=keep_optional,
         pad=pad,
-        first_replica=first_replica,
+        first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
     )
     return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
 
