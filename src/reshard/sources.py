@@ -56,6 +56,11 @@ def read_source(
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
 
 
+def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
+    """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
+    return path.is_dir() and ranks_at(path, [load_recipe(recipe)] if recipe else packaged_recipes()) is not None
+
+
 def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_replica: bool) -> Source:
     """Rank files as one checkpoint, by the recipe that is asked for, or that the manifest names, or that their config
     asks for, or else by the one that fits their tensors.
