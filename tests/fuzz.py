@@ -27,9 +27,8 @@ from reshard.errors import Refused
 from reshard.header import LENGTH_SIZE, MAX_DIMENSIONS, MAX_INTEGER, header_length, parse_header
 from reshard.journal import COUNT, JOURNAL, RECORD, left_names, read_batches
 from reshard.match import match
-from reshard.read import CONFIG, INDEX, read_checkpoint
+from reshard.read import CONFIG, INDEX, MANIFEST, read_checkpoint
 from reshard.recipe import load_recipe, parse_recipe
-from reshard.target import MANIFEST
 from reshard.types import Checkpoint, Tensor
 
 SEEDS = Path(__file__).parent / "seeds"

@@ -347,7 +347,9 @@ def test_inspect_shows_the_names_of_what_no_recipe_knows(tmp_path: Path, say: Sa
 
 
 def test_inspect_shows_rank_files(ranks: Path, say: Say) -> None:
-    assert say("inspect", ranks).startswith(f"{ranks}: deepseek-inference layout, cut for 8 ranks\n8 files, ")
+    assert say("inspect", ranks).startswith(
+        f"{ranks}: deepseek-inference layout, recipe deepseek-v3, cut for 8 ranks\n8 files, "
+    )
     said = json.loads(say("inspect", ranks, "--json"))
     assert (said["layout"], said["ranks"], said["files"]) == ("deepseek-inference", 8, 8)
     found = 0

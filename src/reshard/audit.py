@@ -19,8 +19,7 @@ from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, open_source,
 from reshard.errors import Problem, Refused, listed, refuse
 from reshard.manifest import read_manifest
 from reshard.parallel import in_threads, reading_threads
-from reshard.read import SUFFIX, read_header
-from reshard.target import MANIFEST
+from reshard.read import MANIFEST, SUFFIX, read_header
 from reshard.types import WHOLE, Advance
 from reshard.verify import Report
 

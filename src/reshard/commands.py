@@ -20,11 +20,10 @@ from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.ranks import RankNames, ranks_at
-from reshard.read import read_checkpoint
+from reshard.read import MANIFEST, read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import lost_lines
 from reshard.sources import read_source
-from reshard.target import MANIFEST
 from reshard.text import size_text, table
 from reshard.types import RANKS
 from reshard.verify import Report, verify_target

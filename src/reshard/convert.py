@@ -14,10 +14,11 @@ from reshard.journal import JOURNAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
+from reshard.read import MANIFEST
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import as_they_were
 from reshard.sources import read_source
-from reshard.target import MANIFEST, our_names, side_files, target_problems
+from reshard.target import our_names, side_files, target_problems
 from reshard.types import FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe
 
 LARGEST_SIDE_FILE = 256 << 20

@@ -11,9 +11,17 @@ from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
 from reshard.names import split_name
 from reshard.ranks import RankNames, numbers_of, ranks_at
-from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
+from reshard.read import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    Stored,
+    file_names,
+    read_checkpoint,
+    read_config,
+    read_headers,
+    read_object,
+)
 from reshard.recipe import packaged_recipes
-from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.text import size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 

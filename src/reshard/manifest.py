@@ -17,9 +17,8 @@ from reshard.errors import refuse
 from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
 from reshard.journal import Records
 from reshard.plan import Plan, describe_layout
-from reshard.read import read_object
+from reshard.read import LARGEST_MANIFEST, MANIFEST, read_object
 from reshard.recipe import is_plain
-from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.types import File
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source")

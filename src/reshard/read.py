@@ -20,6 +20,10 @@ from reshard.types import Checkpoint, File, Tensor
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 SUFFIX = ".safetensors"
+MANIFEST = "reshard.json"
+"""The name of the manifest."""
+LARGEST_MANIFEST = 1 << 30
+"""In bytes. A model of 671B parameters has one of 12 MB."""
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 AGAIN = "download or copy it again"
 

@@ -18,9 +18,8 @@ from reshard.manifest import read_manifest
 from reshard.match import match
 from reshard.origin import Origin, read_origin
 from reshard.ranks import RankNames, ranks_at
-from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
+from reshard.read import CONFIG, INDEX, MANIFEST, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import load_recipe, packaged_recipes
-from reshard.target import MANIFEST
 from reshard.types import Checkpoint, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
