@@ -287,7 +287,7 @@ def test_plan_tells_what_is_dropped_and_why(source: Path, say: Say) -> None:
     assert re.search(rf"^dropped +{DROPPED} +909,224", text, re.MULTILINE)
     line = rf"^  MTP layers \(DeepSeek's inference code has no multi-token prediction\) +{DROPPED} +909,224$"
     assert re.search(line, text, re.MULTILINE)
-    assert "block scales that several ranks share" in text
+    assert "shared by several ranks" in text
 
 
 def test_plan_as_json_is_what_convert_does(source: Path, ranks: Path, say: Say) -> None:

@@ -97,7 +97,7 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
 def test_the_rows_of_a_packaged_recipe_stand_in_columns(name: str) -> None:
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith('["')]
-    assert len(rows) == len(tomllib.loads(text)["rules"]) > 20
+    assert len(rows) == len(tomllib.loads(text)["rules"]) > 10
     starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows if not row.startswith('["drop"')]
     for column in range(6):
         assert len({row[column] for row in starts if len(row) > column}) <= 1, f"column {column + 1}"
@@ -147,7 +147,7 @@ def test_what_a_recipe_may_leave_out() -> None:
     ("name", "kind", "word"),
     [
         pytest.param("deepseek-v33", "unknown-recipe", "did you mean deepseek-v3?", id="nearly a name"),
-        pytest.param("llama", "unknown-recipe", "one of deepseek-v2, deepseek-v3", id="another name"),
+        pytest.param("phi", "unknown-recipe", "one of deepseek-v2, deepseek-v3", id="another name"),
         pytest.param("no/such/recipe.toml", "unknown-recipe", "no/such/recipe.toml", id="no such file"),
         pytest.param(str(FOLDER), "unknown-recipe", "no such recipe", id="a folder"),
     ],

@@ -87,6 +87,7 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
         sample is not None,
         tuple(problems),
         is_whole=is_whole,
+        subset=manifest.get("subset", {}),
     )
 
 

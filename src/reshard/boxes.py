@@ -53,7 +53,7 @@ def row_size(shape: tuple[int, ...], bits: int) -> int:
 
 def shares(split: str, length: int, parts: int, index: int) -> list[range]:
     """The stretches that one of so many parts is, of a dimension of that length: one, or one of each half."""
-    halves = 2 if split == "packed rows" else 1
+    halves = 2 if split == "packed rows" and parts > 1 else 1  # of one part it does not matter where they meet
     half = length // halves
     part = range(index * half // parts, (index + 1) * half // parts)
     return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]

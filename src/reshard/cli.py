@@ -61,6 +61,16 @@ def add_job(parser: Parser) -> None:
         default="compare",
         help="of what several ranks of a source hold: all must be equal, or take the first",
     )
+    parser.add_argument("--layers", type=numbers, metavar="0-3,7", help="convert these layers only")
+    parser.add_argument("--experts", type=numbers, metavar="0-15", help="convert these experts of each layer only")
+    parser.add_argument("--renumber", action="store_true", help="number the layers and experts that are left from 0 on")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="write the tensors of these names only; repeatable",
+    )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
     parser.add_argument(
@@ -105,10 +115,34 @@ def add_verify(parser: Parser) -> None:
     )
 
 
+def add_diff(parser: Parser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, rank files, or one safetensors file")
+    parser.add_argument("b", type=Path, metavar="B", help="another, in whichever layout")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names, as in '*.3.*'; repeatable",
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="compare scaled weights with those of another dtype in BF16"
+    )
+    parser.add_argument("--show", type=positive, default=20, metavar="N", help="lines of each table; default: 20")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="of both sides; default: by the model")
+    parser.add_argument(
+        "--replicas", choices=("compare", "first"), default="compare", help="of what several ranks hold: as for convert"
+    )
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+
+
 def add_recipes(parser: Parser) -> None:
-    parser.add_argument("action", nargs="?", choices=("list", "show", "check"), default="list")
-    parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
+    parser.add_argument("action", nargs="?", choices=("list", "show", "check", "derive"), default="list")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="NAME|FILE", help="for show and check; for derive: a checkpoint to derive one for"
+    )
     parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="for derive: write it there")
 
 
 def add_demo(parser: Parser) -> None:
@@ -128,7 +162,8 @@ COMMANDS = (
     Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.commands:run_plan"),
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.lookup:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.commands:run_verify"),
-    Command("recipes", "list, show or check recipes", add_recipes, "reshard.lookup:run_recipes"),
+    Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.differences:run_diff"),
+    Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.lookup:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.demo:run_demo"),
     Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, "reshard.commands:run_deepseek"),
 )
@@ -154,13 +189,15 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
-    options = make_parser().parse_args(arguments)
+    as_json = False
     try:
+        options = make_parser().parse_args(arguments)
+        as_json = options.json
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
         return run(options)
     except Refused as refused:
-        if options.json:
+        if as_json:
             print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
         print(f"reshard: refused\n{refused}", file=sys.stderr)
         return REFUSED

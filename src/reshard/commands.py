@@ -4,10 +4,11 @@ import argparse
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reshard.audit import audit_target
 from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare, recipe_for
@@ -23,9 +24,11 @@ from reshard.ranks import RankNames, ranks_at
 from reshard.read import MANIFEST, read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import lost_lines
-from reshard.sources import read_source
+from reshard.sources import read_source, subset_of
+from reshard.subset import narrowed
+from reshard.subset_text import asked_of, subset_text
 from reshard.text import size_text, table
-from reshard.types import RANKS
+from reshard.types import RANKS, Checkpoint, Recipe, Subset
 from reshard.verify import Report, verify_target
 
 
@@ -73,9 +76,31 @@ def run_verify(options: argparse.Namespace) -> int:
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
+    source = as_chosen(source, recipe, options.source, options.target)
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
+    """What of a source the target holds, by its manifest: all of it if that says nothing else, or is none."""
+    before, now = subset_of(path), subset_of(target)
+    if not now:
+        return replace(source, subset=before)
+    found = narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
+    if found.joins:
+        remedy = "verify it without --source, by the checksums of its manifest"
+        raise refuse("incomplete-source", str(target), subset_text(now), "experts that follow one another", remedy)
+    return found
+
+
+def require_same_subset(source: Path, target: Path) -> None:
+    """What was chosen of rank files cannot be held against all of them. Raises Refused."""
+    if (now := subset_of(target)) != subset_of(source):
+        remedy = "verify it without --source, by the checksums of its manifest"
+        raise refuse(
+            "incomplete-source", str(target), subset_text(now) or "a whole model", "what the ranks hold", remedy
+        )
 
 
 def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
@@ -87,7 +112,9 @@ def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
     if ranks_at(options.target, recipes):
         found, remedy = "rank files, as the target has them", "hold both against the whole checkpoint, or leave it out"
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
+    require_same_subset(options.source, options.target)
     source = read_checkpoint(options.target, ignore_extra_files=options.ignore_extra_files)
+    source = replace(source, subset=subset_of(options.target))
     recipe = read_source(options.source, options.recipe).recipe
     match(source, recipe)
     total = sum(path.stat().st_size for path in options.source.glob("*.safetensors") if path.is_file())
@@ -114,7 +141,12 @@ def job_of(options: argparse.Namespace) -> Job:
         pad=options.pad,
         file_size=options.max_file_size,
         first_replica=options.replicas == "first",
+        subset=Subset(chosen(options.layers), chosen(options.experts), options.renumber, tuple(options.only)),
     )
+
+
+def chosen(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
 
 
 def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int:
@@ -148,6 +180,7 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
         yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
         if done.inexact:
             yield f"rounded: {done.inexact:,} values that the new dtype does not have"
+    yield from subset_lines(plan.source.subset)
     yield from cast_lines(plan)
     yield from dropped_lines(plan)
     yield from lost_lines(plan, result.origin)
@@ -157,13 +190,20 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
 def verify_command(job: Job, target: Path, result: Result) -> str:
     """As it would be typed into a shell. What was made of rank files is held against them if they are cut from it."""
     words = ["reshard", "verify", str(target)]
-    if result.origin.is_of_ranks and (result.plan.layout.to == RANKS or result.plan.casts):
+    is_chosen = job.subset.only or (result.origin.is_of_ranks and result.plan.source.subset)
+    if is_chosen or (result.origin.is_of_ranks and (result.plan.layout.to == RANKS or result.plan.casts)):
         return shlex.join(words)
     words += ["--source", str(job.source)]
     words += ["--recipe", job.recipe] if job.recipe else []
     words += ["--ranks", ",".join(map(str, job.only))] if job.only is not None else []
     words += ["--ignore-extra-files"] if job.ignore_extra_files else []
     return shlex.join(words)
+
+
+def subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
+    """That this is not the whole model."""
+    if subset:
+        yield f"a subset: {subset_text(subset)}"
 
 
 def cast_lines(plan: Plan) -> Iterator[str]:
@@ -186,6 +226,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     """A table a rank, then what becomes of the source; both add up to the byte."""
     target = f"{plan.layout.ranks} ranks" if plan.layout.to == RANKS else f"{len(plan.files)} whole files"
     yield f"{source} -> {target} by the recipe {plan.recipe.name}"
+    yield from subset_lines(plan.source.subset)
     yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
@@ -202,7 +243,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
 USES = {
     "once": "used once",
     "replicated": "replicated to every rank",
-    "shared": "block scales that several ranks share",
+    "shared": "shared by several ranks",
     "dequantized": "dequantized to BF16",
     "cast": "cast",
     "padded": "padded with zeros, scales with ones",
@@ -243,4 +284,6 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
         print(f"{files}, {report.tensors:,} tensors, {result}")
         if report.inexact:
             print(f"rounded: {report.inexact:,} values that the new dtype does not have, each to the nearest")
+    for line in subset_lines(report.subset) if not as_json else ():
+        print(printable(line))
     return PROBLEMS if report.problems else PROVEN

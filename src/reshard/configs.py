@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formulas import UnknownKey, value_of
@@ -25,15 +26,28 @@ def made_files(plan: Plan) -> dict[str, bytes]:
     if plan.layout.to == WHOLE:
         return whole_files(plan)
     text = run_config(plan)
-    return {RUN_CONFIG: text.encode()} if text else {}
+    return {**carried_config(plan), **({RUN_CONFIG: text.encode()} if text else {})}
+
+
+def carried_config(plan: Plan) -> dict[str, bytes]:
+    """The config, where rank files have it beside them and casts change it: else it goes along as it is.
+
+    What padding raises stays as it was: a loader sees the rows in the files, and must know how many of them count.
+    """
+    config = plan.source.config
+    if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
+        return {}
+    changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
+    return {} if changed == config else {CONFIG: json_text(changed)}
 
 
 def run_config(plan: Plan) -> str:
-    """The configuration that the inference code of the ranks is started with; empty without a config to make it from.
+    """The configuration that the inference code of the ranks is started with; empty without a config to make it from,
+    and for chosen tensors, which nothing can run.
 
     Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
     """
-    if plan.config is None or not plan.recipe.run:
+    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset:
         return ""
     config = with_old_keys(cast_config(plan, plan.config))
     config["target"] = target_facts(plan, config)
@@ -56,7 +70,8 @@ def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     rotary = config.get("rope_parameters")
     if not isinstance(rotary, dict):
         return dict(config)
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **config}
+    said = {key: value for key, value in config.items() if value is not None}
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
 def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,13 +85,19 @@ def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:
-    """The config, as the casts have left it, and the index, unless there is one file by the name of all."""
+    """The config, as the casts have left it, and the index, unless there is one file by the name of all. Chosen tensors
+    have no config.
+    """
     found = {}
-    if plan.config is not None:
+    if plan.config is not None and "only" not in plan.source.subset:
         found[CONFIG] = cast_config(plan, plan.config)
     if [file.name for file in plan.files] != [WHOLE_NAME]:
         found[INDEX] = index(plan)
-    return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in found.items()}
+    return {name: json_text(value) for name, value in found.items()}
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def index(plan: Plan) -> dict[str, Any]:
@@ -97,8 +118,8 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("quantization_config", "expert_dtype"):
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
-    if plan.layout.cast in CAST_TO_FP8:
-        block = next(iter(plan.recipe.scales.values())).block
+    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
+        block = next(cast.block for cast in plan.casts)
         usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
         changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}

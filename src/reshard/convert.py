@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from reshard.read import MANIFEST
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import as_they_were
 from reshard.sources import read_source
+from reshard.subset import narrowed
 from reshard.target import our_names, side_files, target_problems
-from reshard.types import FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe
+from reshard.types import EVERYTHING, FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
 
 LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files are tokenizers and the like; they are read whole."""
@@ -48,6 +49,8 @@ class Job:
     """These six are those of a Layout. Without a size, rank files go back into the files that they came from."""
     first_replica: bool = False
     """Of what several ranks of a source hold, take that of the first and do not compare."""
+    subset: Subset = EVERYTHING
+    """Convert these layers, experts and tensors only."""
 
     @property
     def layout(self) -> Layout:
@@ -158,10 +161,13 @@ def plan_with_origin(job: Job) -> tuple[Plan, Origin]:
     found = read_source(
         job.source, job.recipe, ignore_extra_files=job.ignore_extra_files, first_replica=job.first_replica
     )
-    forms = found.origin.forms if job.file_size is None else ()
-    plan = make_plan(found.checkpoint, found.recipe, job.layout, forms)
+    checkpoint, origin = narrowed(found.checkpoint, found.recipe, job.subset), found.origin
+    if checkpoint.subset or job.subset.only:
+        origin = replace(origin, forms=(), texts=None)  # what is left is not the files that there once were
+    forms = origin.forms if job.file_size is None else ()
+    plan = make_plan(checkpoint, found.recipe, job.layout, forms, job.subset.only)
     require_experts(job, plan)
-    return (plan if job.only is None else only_ranks(plan, job.only)), found.origin
+    return (plan if job.only is None else only_ranks(plan, job.only)), origin
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:
@@ -181,8 +187,10 @@ def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
     """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
 
     Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
-    in the source.
+    in the source; beside chosen tensors nothing does.
     """
+    if "only" in plan.source.subset:
+        return made_files(plan)
     patterns, made = plan.recipe.carry, made_files(plan)
     if plan.layout.to == WHOLE:
         patterns, made = ("*",), as_they_were(plan, made, origin)

@@ -51,14 +51,19 @@ class Limit(NamedTuple):
     """Of one row that is cut: elements can be smaller than a byte, a part must be whole bytes."""
     units: int = 0
     """How many heads there are, where the length is that of heads."""
+    is_half: bool = False
+    """Whether it is one of two halves, of each of which a rank has a part: two parts inside one block of the rank's
+    would have two scales."""
 
     def allows(self, ranks: int) -> bool:
         """A part must be whole blocks, or lie inside one block, or be the whole length; or whole heads."""
         parts = parts_for(ranks, self.units)
-        if not parts or self.length % parts or (parts > 1 and self.bits % (8 * parts)):
+        if parts == 1:
+            return True
+        if not parts or self.length % (self.units or parts) or self.length % parts or self.bits % (8 * parts):
             return False
         part = self.length // parts
-        return parts == 1 or part % self.block == 0 or (part > 0 and self.block % part == 0)
+        return part % self.block == 0 or (not self.is_half and part > 0 and self.block % part == 0)
 
 
 def parts_for(ranks: int, units: int) -> int:
@@ -94,7 +99,7 @@ def packed(tensor: Tensor, parts: int) -> Cut:
 def cut_weight(tensor: Tensor, split: str, ranks: int, parts: int) -> Cut:
     """The cut of an ordinary tensor into parts; `weight_problems` must have found nothing."""
     dimension = dimension_of(split)
-    if dimension is None or ranks == 1:
+    if dimension is None or parts == 1:
         return whole(tensor, ranks)
     return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
 
@@ -105,9 +110,12 @@ def limit_of(tensor: Tensor, split: str, block: tuple[int, int], units: int = 0)
     if dimension is None or len(tensor.shape) <= dimension:
         return None
     side = block[dimension] if dimension < len(block) else 1
-    halves = HALVES if split == "packed rows" else 1
     bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
-    return Limit(tensor.shape[dimension] // halves, side, bits // halves, units)
+    if split != "packed rows":
+        return Limit(tensor.shape[dimension], side, bits, units)
+    if tensor.shape[dimension] % HALVES:
+        return Limit(1)
+    return Limit(tensor.shape[dimension] // HALVES, side, bits // HALVES, is_half=True)
 
 
 def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int, block: int) -> Cut:
@@ -118,7 +126,7 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int
     from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
     """
     dimension = dimension_of(split)
-    if dimension is None or ranks == 1:
+    if dimension is None or parts == 1:
         return whole(tensor, ranks)
     part = weight.shape[dimension] // parts
     if part % block == 0:
@@ -126,7 +134,9 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int
     return along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
 
 
-def weight_problems(tensor: Tensor, split: str, parts: int, block: tuple[int, int]) -> Iterator[Problem]:
+def weight_problems(
+    tensor: Tensor, split: str, parts: int, block: tuple[int, int], units: int = 0
+) -> Iterator[Problem]:
     """Why a tensor cannot be cut into so many parts. `block` is that of its scale, (1, 1) without one."""
     dimension = dimension_of(split)
     if dimension is None:
@@ -135,24 +145,25 @@ def weight_problems(tensor: Tensor, split: str, parts: int, block: tuple[int, in
         found = f"shape {list(tensor.shape)}"
         yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
         return
-    length = tensor.shape[dimension] // (HALVES if split == "packed rows" else 1)
+    length, halves = tensor.shape[dimension], HALVES if split == "packed rows" else 1
     limit = limit_of(tensor, split, block)
-    if length % parts:
+    if parts > 1 and units and length % units:
+        yield Problem("not-divisible", tensor.name, f"{length:,} {split}", f"a multiple of {units}")
+    elif parts > 1 and length % (parts * halves):
         found = f"{length:,} {split} for {parts} ranks"
-        yield Problem("not-divisible", tensor.name, found, f"a multiple of {parts}")
+        yield Problem("not-divisible", tensor.name, found, f"a multiple of {parts * halves}")
     elif limit and not limit._replace(block=1).allows(parts):
         found = f"{tensor.dtype} {list(tensor.shape)}"
         yield Problem("not-divisible", tensor.name, found, f"rows that {parts} ranks can share in whole bytes")
     elif limit and not limit.allows(parts):
         found = f"{length // parts:,} {split} a rank"
-        expected = (
-            f"whole blocks of {block[dimension]}, or a part that lies inside one: two block scales have no common value"
-        )
+        inside = " of each half" if halves > 1 else ", or a part that lies inside one"
+        expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
         yield Problem("straddles-blocks", tensor.name, found, expected)
 
 
 def working_ranks(limits: Iterable[Limit]) -> str:
     """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text; at least 1 does."""
     distinct = set(limits)
-    most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length)])
+    most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length and not limit.units)])
     return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)

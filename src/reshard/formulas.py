@@ -1,17 +1,20 @@
 """Sizes as recipes write them: formulas over the keys of a model's config. Knows no recipe and no tensor.
 
 A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, `ceil(a / b)` and `len(key)`. A key
-within another is written with a dot: `rope_scaling.factor`.
+within another is written with a dot: `rope_scaling.factor`. `a or b` is b where the config does not tell a.
 """
 
 import ast
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 LONGEST = 200
 """Characters of a formula: it is taken apart by functions that call themselves."""
+LARGEST = 1 << 63
+"""A number from here on is no size; Python would go on with it for ever."""
 SHAPE = re.compile(r"(?:(\w+) )?\[([^\[\]]*)\]")
 OPERATORS = {
     ast.Add: int.__add__,
@@ -38,7 +41,7 @@ def parse(text: str) -> ast.expr:
 
 
 def require_formula(tree: ast.expr, text: str) -> None:
-    """Nothing but numbers, keys and the four operators: a recipe holds no code."""
+    """Nothing but numbers, keys and the operators: a recipe holds no code."""
     match tree:
         case ast.Name():
             return
@@ -51,11 +54,16 @@ def require_formula(tree: ast.expr, text: str) -> None:
             require_formula(right, text)
         case ast.Call(func=ast.Name(id="len"), args=[ast.Name() | ast.Attribute() as listed], keywords=[]):
             require_formula(listed, text)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            for value in values:
+                require_formula(value, text)
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
             require_formula(left, text)
             require_formula(right, text)
         case _:
-            raise ValueError(f"{ast.unparse(tree)!r} in {text!r} is no number, key, + - * //, ceil(a / b) or len(key)")
+            raise ValueError(
+                f"{ast.unparse(tree)!r} in {text!r} is no number, key, + - * //, ceil(a / b), len(key) or a or b"
+            )
 
 
 def value_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
@@ -80,6 +88,11 @@ def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str
             value = evaluated(listed, config, sizes)
             if isinstance(value, list):
                 return len(value)
+        case ast.BoolOp(values=[*choices, last]):
+            for choice in choices:
+                with suppress(UnknownKey):
+                    return evaluated(choice, config, sizes)
+            return evaluated(last, config, sizes)
         case ast.Call(args=[ast.BinOp(left=left, right=right)]):
             return -(-number(left, config, sizes) // divisor(right, config, sizes))
         case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
@@ -98,7 +111,7 @@ def known(table: Any, name: str) -> Any:
 
 def number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
     value = evaluated(tree, config, sizes)
-    if type(value) is not int:
+    if type(value) is not int or abs(value) >= LARGEST:
         raise UnknownKey(ast.unparse(tree))
     return value
 
@@ -133,5 +146,5 @@ def shape_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> 
             value = value_of(formula, config, sizes) if formula != "?" else None
         except UnknownKey:
             value = None
-        found.append(value if type(value) is int else None)
+        found.append(value if type(value) is int and abs(value) < LARGEST else None)
     return found

@@ -120,25 +120,36 @@ def missing_problems(
             found = f"{len(tuples)} tensors"
             expected = f"none, for the rule is {rule.only!r}"
             yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
-        is_demanded = rule.relation != "drop" and rule.only != MAYBE and (keep_optional or not rule.optional)
-        if is_demanded and wanted:
+        is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
+        if is_demanded and wanted and not may_lack(rule, config or {}):
             yield from missing_of_rule(rule, recipe, members, tuples)
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
     """Whether the model has the tensors of a rule. Where the config does not say, any tensor of an `if` does."""
-    if not rule.only or rule.only == MAYBE:
+    if not rule.only or rule.only.startswith(MAYBE):
         return True
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
+    told = says(key, config)
+    return (any(number in present for number in ifs) if told is None else told) == (condition == "if")
+
+
+def may_lack(rule: Rule, config: Mapping[str, Any]) -> bool:
+    """Whether a model need not have the tensors of a rule: always, or where the config says so or does not tell."""
+    word, _, key = rule.only.partition(" if ")
+    return word == MAYBE and (not key or says(key, config) is not False)
+
+
+def says(key: str, config: Mapping[str, Any]) -> bool | None:
+    """Whether a config says yes to a key; None if it does not have it."""
     table: Any = config
     for part in key.split("."):
         # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
         if not isinstance(table, Mapping) or part not in table:
-            table = any(number in present for number in ifs)
-            break
+            return None
         table = table[part]
-    return bool(table) == (condition == "if")
+    return bool(table)
 
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:

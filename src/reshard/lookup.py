@@ -5,12 +5,13 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+from reshard.derive import derive_recipe
 from reshard.errors import printable, refuse, require_none
 from reshard.inspect import content_text, inspect_path
 from reshard.match import match
 from reshard.output import PROVEN, print_json
 from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipe import load_recipe, packaged_recipes, parse_recipe
 from reshard.text import table
 from reshard.types import Layout
 from reshard.units import config_problems, kinds_of, pairing_problems
@@ -34,6 +35,8 @@ def run_recipes(options: argparse.Namespace) -> int:
         )
     if options.action == "show":
         return show_recipe(options.recipe, as_json=options.json)
+    if options.action == "derive":
+        return say_derived(Path(options.recipe), options.output, as_json=options.json)
     if not options.source:
         raise refuse("wrong-option", "recipes check", "no source", "a checkpoint to hold the recipe against")
     return check_recipe(options.recipe, options.source, as_json=options.json)
@@ -58,6 +61,19 @@ def show_recipe(name: str, *, as_json: bool) -> int:
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
         print("\n".join(map(printable, text.split("\n"))))
+    return PROVEN
+
+
+def say_derived(folder: Path, output: Path | None, *, as_json: bool) -> int:
+    """Prints a recipe that is derived for a checkpoint, or writes it to a file that is not there yet."""
+    text = derive_recipe(folder)
+    if output is not None:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    if as_json:
+        print_json(asdict(parse_recipe(text, str(output or "derived"))))
+    elif output is None:
+        print("\n".join(map(printable, text.rstrip("\n").split("\n"))))
     return PROVEN
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.casting import computed_shape
+from reshard.casting import computed_shape, matrix
 from reshard.configs import cast_config
 from reshard.coverage import Share
 from reshard.errors import Refused
@@ -56,7 +56,9 @@ def origin_of(plan: Plan, before: Origin) -> dict[str, Any]:
         "headers": packed_headers(plan),
         "texts": packed_texts(plan),
     }
-    if before.is_of_ranks:
+    if plan.source.subset:
+        kept |= {"headers": {}, "texts": {}}  # the files that there were cannot be had back
+    elif before.is_of_ranks:
         kept |= {key: (before.raw or {}).get(key, {}) for key in ("headers", "texts")}
     return {"config": config, "shapes": padded_shapes(plan), **kept}
 
@@ -70,6 +72,8 @@ def padded_shapes(plan: Plan) -> dict[str, list[int]]:
     """By its name in the source: the shape of each tensor that was padded, as it is without."""
     found = {}
     for cast in plan.casts:
+        if computed_shape(cast) == matrix(cast.result.shape):
+            continue
         shape = [*cast.result.shape[:-2], *computed_shape(cast)][-len(cast.result.shape) :]
         if tuple(shape) != cast.result.shape:
             found[cast.result.name] = shape

@@ -31,7 +31,7 @@ UNITS = re.compile(r"rows of ([\w.]+)")
 """The split of heads: they are whole, and those of few are held by several ranks."""
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
-CONDITION = re.compile(r"(if|unless) [\w.]+|maybe")
+CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 WEIGHT = "weight"
@@ -334,7 +334,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe'"
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
@@ -363,6 +363,11 @@ def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
     if len(scaled) > 1:
         yield repr(rule.left), "one hole for a weight and its block scale"
+    for pattern in (rule.left, rule.right):
+        if any(letter in scales for letter in HOLE.findall(pattern.rpartition(".")[0])):
+            yield repr(pattern), "a weight and its block scale at the end of a name"
+    if rule.relation == "dequantize" and any(scales[letter].get("stays") for letter in scaled):
+        yield repr(rule.left), "`same`: what stays as it is cannot be dequantised"
 
 
 def shape_faults(text: str) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from reshard.origin import Origin, read_origin
 from reshard.ranks import RankNames, ranks_at
 from reshard.read import CONFIG, INDEX, MANIFEST, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import load_recipe, packaged_recipes
+from reshard.subset_text import subset_text
 from reshard.types import Checkpoint, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
@@ -48,7 +49,9 @@ def read_source(
         return read_rank_files(path, names, recipe, first_replica=first_replica)
     if first_replica:
         raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
+    subset = subset_of(path)
+    require_whole(subset, path)
+    checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
 
 
@@ -58,6 +61,8 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     """
     stored = read_headers(path, names.wanted)
     manifest = read_manifest(path)
+    subset = manifest.get("subset", {})
+    require_whole(subset, path)
     require_none(changed_files(stored, manifest))
     origin = origin_at(path, manifest)
     found: list[Source] = []
@@ -69,13 +74,29 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
         except Refused as refused:
             refusals.append(refused)
         else:
-            found.append(Source(checkpoint, known, origin))
+            found.append(Source(replace(checkpoint, subset=subset), known, origin))
     if not found:
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
         fitting = listed(source.recipe.name for source in found)
         raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", "choose one with --recipe")
     return found[0]
+
+
+def subset_of(path: Path) -> Mapping[str, Any]:
+    """What of a larger checkpoint a folder holds, by its manifest; empty if it is whole, or has no manifest of ours."""
+    try:
+        subset: Mapping[str, Any] = read_manifest(path).get("subset", {}) if path.is_dir() else {}
+    except Refused:
+        return {}
+    return subset
+
+
+def require_whole(subset: Mapping[str, Any], path: Path) -> None:
+    """Chosen tensors are no source. Raises Refused."""
+    if "only" in subset:
+        remedy = "convert what these tensors came from"
+        raise refuse("incomplete-source", str(path), subset_text(subset), "a whole model", remedy)
 
 
 def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:

@@ -9,9 +9,10 @@ What every rank holds is compared with the source in every rank, so that replica
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class Report:
     """How many values of FP4 became the nearest of FP8, which has none that is equal under the scale of their block."""
     is_whole: bool = False
     """Whether the target has whole files, not rank files."""
+    subset: Mapping[str, Any] = field(default_factory=dict)
+    """What of a larger checkpoint the target holds, by its manifest; empty if that says nothing of it."""
 
 
 def verify_target(
@@ -105,6 +108,7 @@ def report_of(
         problems=tuple(problems),
         inexact=comparison.inexact,
         is_whole=held.folder.is_whole,
+        subset=held.source.subset,
     )
 
 
