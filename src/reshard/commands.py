@@ -234,6 +234,8 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
+    if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
+        yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
     yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
     yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield ""

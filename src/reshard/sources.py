@@ -67,10 +67,12 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     origin = origin_at(path, manifest)
     found: list[Source] = []
     refusals: list[Refused] = []
-    for known in names.recipes if recipe else recipes_for(path, names.recipes, origin):
+    recipes = names.recipes if recipe else recipes_for(path, names.recipes, origin)
+    for known in recipes:
         try:
             checkpoint = gather(stored, known, origin.config, origin.shapes, first_replica=first_replica)
-            match(checkpoint, known)
+            if len(recipes) > 1:  # else the plan matches them
+                match(checkpoint, known)
         except Refused as refused:
             refusals.append(refused)
         else:
