@@ -93,8 +93,8 @@ MUTATIONS = (
     Mutation(
         "results",
         "the tail of a table is not padded",
-        "-(-weight.shape[0] // ranks) * ranks",
-        "weight.shape[0] // ranks * ranks",
+        "-(-shape[0] // ranks) * ranks",
+        "shape[0] // ranks * ranks",
         "test_plan.py::test_padded_rows_are_as_few_as_all_ranks_can_share",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""What no other test saw when `mutations.py` broke it: the journal, samples and sizes, a proof, cuts of two halves."""
+"""What the table of `mutations.py` showed to be without a test: of the journal, samples, sizes, halves, a proof."""
 
 import errno
 import json
@@ -18,7 +18,6 @@ from torture import BATCH, RANKS, RECORD, contents
 from xxhash import xxh3_64_digest
 
 import reshard.execute
-import reshard.plan
 from reshard.audit import audit_target
 from reshard.convert import Job, convert_checkpoint, plan_conversion
 from reshard.copies import Copies, WrongPlan
@@ -27,6 +26,7 @@ from reshard.errors import Refused
 from reshard.execute import missing_file
 from reshard.generate import SMALL, write_checkpoint
 from reshard.journal import JOURNAL, as_records
+from reshard.layout import lay_out
 
 Record = tuple[int, int, int, bytes]
 """Offset, number of the file, size, checksum."""
@@ -210,7 +210,6 @@ def changed(value: Any) -> Any:
 @pytest.mark.parametrize("index", [0, 7, -1])
 def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No checkpoint leads to one: a copy is moved by a byte in the target, of which the other proof knows nothing."""
-    lay_out = reshard.plan.lay_out
 
     def wrong(*arguments: Any) -> Any:
         files, copies = lay_out(*arguments)
@@ -218,7 +217,7 @@ def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, mo
         columns["target_offset"][index] += 1
         return files, Copies(**columns)
 
-    monkeypatch.setattr(reshard.plan, "lay_out", wrong)
+    monkeypatch.setattr("reshard.plan.lay_out", wrong)
     with pytest.raises(WrongPlan):
         plan_conversion(Job(source, RANKS))
 

@@ -81,7 +81,7 @@ def test_a_replica_that_differs_is_refused(copied: Path, tmp_path: Path) -> None
     path = copied / "model1-mp4.safetensors"
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    begin = offsets_of(content, b"norm.weight")[0]
+    begin = offsets_of(bytes(content), b"norm.weight")[0]
     content[start + begin + 3] ^= 16
     path.write_bytes(content)
     assert refused_kinds(copied, tmp_path / "target") == {"replicas-differ"}

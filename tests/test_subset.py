@@ -14,6 +14,7 @@ import torch
 from checkpoints import write_deepseek_v3
 from conversions import ORACLES, require_equal
 from families import FAMILIES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
@@ -379,14 +380,27 @@ def test_verify_of_a_subset_sees_a_flipped_bit(
     assert "1 other bytes than in the source" in capsys.readouterr().out
 
 
-def test_verify_with_the_source_refuses_experts_with_gaps(
-    source: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_verify_of_experts_with_gaps_compares_the_rows_of_the_gate(
+    row: int, source: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, target = source("deepseek-v2-lite"), tmp_path / "target"
-    convert_checkpoint(Job(path, 2, subset=Subset(experts=tuple(range(0, 16, 2)), renumber=True)), target)
-    assert main(["verify", str(target), "--source", str(path)]) == 2
-    assert "verify it without --source" in capsys.readouterr().err
-    assert main(["verify", str(target)]) == 0
+    path, target = source("deepseek-v3"), tmp_path / "target"
+    convert_checkpoint(Job(path, 2, subset=Subset((9, 10), (0, 1, 3, 6, 10, 11, 12, 15), renumber=True)), target)
+    arguments = ["verify", str(target), "--source", str(path)]
+    assert main(arguments) == 0
+    assert "all equal" in capsys.readouterr().out
+    assert main([*arguments, "--sample", "1%"]) == 0
+    name, tensor = "model1-mp2.safetensors", "layers.1.ffn.gate.weight"
+    data = bytearray((target / name).read_bytes())
+    with safe_open(target / name, "np") as file:
+        size = file.get_slice(tensor).get_shape()[1] * 2
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    data[8 + int.from_bytes(data[:8], "little") + header[tensor]["data_offsets"][0] + row * size] ^= 1
+    (target / name).write_bytes(data)
+    assert main(arguments) == 1
+    found = capsys.readouterr().out
+    assert f"{name}: {tensor}: differs" in found
+    assert f"first in byte {row * size:,} of the tensor" in found
 
 
 # --- what is refused ---

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 # --- a converter that knows nothing of recipes ---
 
-ROWS = r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias)|shared_head\.head\.weight|sinks"
+ROWS = r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
 COLUMNS = r"(o_proj|down_proj)\.weight"
-OF_HEADS = r"[kv]_proj\.(weight|bias)"
+OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale)"
 FUSED = r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?"
 EXPERT = r"experts\.(\d+)\."
 
@@ -128,9 +128,13 @@ def shapes_of(path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rank_files_are_those_of_a_plain_converter(model: tuple[str, Path], ranks: int, tmp_path: Path) -> None:
-    name, source = model
+    convert_checkpoint(Job(model[1], ranks), tmp_path / "target")
+    require_shares(tmp_path, model[1], ranks)
+
+
+def require_shares(tmp_path: Path, source: Path, ranks: int) -> None:
+    """The files in `target` are those of a plain converter, and verify says so too."""
     target = tmp_path / "target"
-    convert_checkpoint(Job(source, ranks), target)
     config, whole = json.loads((source / "config.json").read_text()), tensors_of(source)
     for rank in range(ranks):
         shares = {key: share(key, tensor, config, rank, ranks) for key, tensor in whole.items()}
@@ -138,7 +142,7 @@ def test_rank_files_are_those_of_a_plain_converter(model: tuple[str, Path], rank
         save_file(kept, tmp_path / "wanted.safetensors")
         found = target / f"model-rank{rank}-of-{ranks}.safetensors"
         assert shapes_of(found) == shapes_of(tmp_path / "wanted.safetensors")
-        assert data_of(found) == data_of(tmp_path / "wanted.safetensors"), f"{name} rank {rank}"
+        assert data_of(found) == data_of(tmp_path / "wanted.safetensors"), f"rank {rank}"
     assert len(list(target.glob("*.safetensors"))) == ranks
     checkpoint = read_checkpoint(source)
     report = verify_target(target, checkpoint, choose_recipe(checkpoint, RECIPES))
@@ -155,6 +159,90 @@ def test_files_say_what_they_are_and_have_what_a_loader_needs_beside_them(tmp_pa
             assert file.metadata() == wanted
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+# --- what transformers does not write ---
+
+
+def rewrite(folder: Path, tensors: Mapping[str, Tensor], **changes: Any) -> None:
+    """The same checkpoint with other tensors, in one file, and another config."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        path.unlink()
+    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def write_mxfp4(folder: Path) -> None:
+    """gpt-oss as it is published: experts of 32 values in 16 bytes, and a scale for each 32."""
+    write_model(folder, "gpt-oss", hidden_size=64, intermediate_size=96)
+    tensors = tensors_of(folder)
+    for name in [name for name in tensors if re.search(r"experts\.(gate_up|down)_proj$", name)]:
+        experts, before, after = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, after, before // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(256, (experts, after, before // 32), dtype=torch.uint8)
+    rewrite(folder, tensors, quantization_config={"quant_method": "mxfp4"})
+
+
+def write_glm_fp8(folder: Path) -> None:
+    """GLM in FP8, with a scale for each row."""
+    write_model(folder, "glm4-moe")
+    tensors = tensors_of(folder)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.rand(len(tensors[name]), 1)
+    rewrite(folder, tensors, quantization_config={"quant_method": "compressed-tensors"})
+
+
+def write_glm_with_mtp(folder: Path) -> None:
+    """GLM as it is published: behind its last layer one that drafts, and has a table and a head of its own."""
+    write_model(folder, "glm4-moe")
+    tensors = tensors_of(folder)
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace("layers.2.", "layers.3.")] = tensors[name] + 1
+    own = "model.layers.3."
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{own}{name}.weight"] = torch.rand(48)
+    tensors[f"{own}eh_proj.weight"] = torch.rand(48, 96)
+    for name in ("embed_tokens", "shared_head.head"):
+        tensors[f"{own}{name}.weight"] = torch.rand(96, 48)
+    rewrite(folder, tensors)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("write", [write_mxfp4, write_glm_fp8, write_glm_with_mtp])
+def test_what_is_published_in_other_forms_is_cut_and_led_back(
+    write: Callable[[Path], None], ranks: int, tmp_path: Path
+) -> None:
+    write(tmp_path / "source")
+    keeps = write is write_glm_with_mtp
+    convert_checkpoint(Job(tmp_path / "source", ranks, keep_optional=keeps), tmp_path / "target")
+    require_shares(tmp_path, tmp_path / "source", ranks)
+    convert_checkpoint(Job(tmp_path / "target", 1, to="hf"), tmp_path / "back")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+def test_a_drafting_layer_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    write_glm_with_mtp(tmp_path / "source")
+    convert_checkpoint(Job(tmp_path / "source", 2), tmp_path / "target")
+    assert not any(name.startswith("model.layers.3.") for name in tensors_of(tmp_path / "target"))
+
+
+@pytest.mark.parametrize("cast", ["bf16", ""])
+def test_the_config_that_goes_along_says_what_a_cast_has_made(cast: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "qwen3", hidden_size=128, head_dim=16, intermediate_size=256)
+    tensors = tensors_of(tmp_path / "source")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand([-(-size // 128) for size in tensors[name].shape])
+    rewrite(tmp_path / "source", tensors, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    convert_checkpoint(Job(tmp_path / "source", 2, cast=cast), tmp_path / "target")
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    held = {tensor.dtype for name, tensor in tensors_of(tmp_path / "target").items() if name.endswith("_proj.weight")}
+    assert held == {torch.bfloat16 if cast else torch.float8_e4m3fn}
+    assert ("quantization_config" in config) == (not cast)
+    assert config["num_key_value_heads"] == 2
 
 
 # --- what the rank files compute ---

@@ -35,6 +35,9 @@ from reshard.verify import Report, verify_target
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         work = prepare(job_of(options), options.target)
+        if not work.plan.files and not options.json:
+            print(printable(f"{options.target}: converted already; no tensor would be written"))
+            return PROVEN
         return say_plan(work.plan, work.known_origin, options.source, as_json=options.json)
     settings = Settings(options.jobs, options.max_memory, options.cache, options.restart, options.allow_inexact)
     return convert(job_of(options), options.target, settings, as_json=options.json)
@@ -87,11 +90,7 @@ def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> C
     before, now = subset_of(path), subset_of(target)
     if not now:
         return replace(source, subset=before)
-    found = narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
-    if found.joins:
-        remedy = "verify it without --source, by the checksums of its manifest"
-        raise refuse("incomplete-source", str(target), subset_text(now), "experts that follow one another", remedy)
-    return found
+    return narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
 
 
 def require_same_subset(source: Path, target: Path) -> None:
@@ -169,7 +168,9 @@ def done_of(result: Result) -> dict[str, object] | None:
 
 def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> Iterator[str]:
     plan, done = result.plan, result.done
-    if done is None:
+    if result.mended:
+        yield f"{target}: converted already; written again: {', '.join(result.mended)}"
+    elif done is None:
         yield f"{target}: converted already; nothing was written"
     else:
         size = f"{plan.size:,} bytes ({size_text(plan.size)})"
@@ -233,6 +234,7 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     pieces = sum(len(file.pieces) for file in plan.files)
     total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    yield from cast_lines(plan)
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
     if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
         yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"

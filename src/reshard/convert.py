@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from reshard.choose import choose_recipe
 from reshard.configs import RUN_CONFIG, made_files
-from reshard.errors import refuse, require_none
-from reshard.execute import USUAL, Done, Others, Settings, execute_plan
-from reshard.journal import JOURNAL, Records, lock
+from reshard.errors import Problem, refuse, require_none
+from reshard.execute import USUAL, Done, Others, Settings, execute_plan, finish, write_whole
+from reshard.journal import JOURNAL, PARTIAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
@@ -66,6 +68,8 @@ class Result:
     plan: Plan
     done: Done | None
     """None if the target was finished already."""
+    mended: Sequence[str]
+    """The side files of a finished target that had been lost, and were written again."""
     origin: Origin
     """What is known of the checkpoint that rank files came from."""
 
@@ -89,7 +93,7 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     work = prepare(job, target)  #                                        headers only; the last chance to refuse
     plan = work.plan
     if not plan.files:
-        return Result(plan, None, work.known_origin)
+        return Result(plan, None, mend_side_files(target, work.sides), work.known_origin)
 
     def contents(records: Records) -> dict[str, bytes]:
         manifest = manifest_of(plan, work.samples, work.sides, records, work.known, work.origin)
@@ -102,7 +106,7 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     with progress(plan.size) as advance:
         others = Others([*work.sides, MANIFEST], contents, require_same)
         done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
-    return Result(plan, done, work.known_origin)
+    return Result(plan, done, (), work.known_origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +140,43 @@ def prepare(job: Job, target: Path) -> Work:
     if finished := finished_ranks(known, plan, target):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     sides = read_side_files(plan, origin)
+    require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
     if plan.files:
         require_room(job, plan, target, sides, known)
     else:
         clear_journal(target)
     return Work(plan, samples, sides, manifest, known, kept, origin)
+
+
+def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
+    """What is no longer as it was when the target was made: a tokenizer, or the config that a file was made of."""
+    for entry in known.get("side_files", ()):
+        content = sides.get(entry["name"])
+        if content is not None and xxh3_128_hexdigest(content) != entry["xxh3_128"]:
+            found = "other content than when the target was made, in the source or by its config.json"
+            yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
+
+
+def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
+    """Files of the same job that have a final name and not the size that they were given."""
+    sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
+    for file in plan.files:
+        path = target / file.name
+        if file.name in sizes and path.exists():
+            found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
+            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+
+
+def mend_side_files(target: Path, sides: Mapping[str, bytes]) -> list[str]:
+    """Writes those that a finished target lacks, and returns their names."""
+    lost = [name for name in sides if not (target / name).exists()]
+    if lost:
+        with ExitStack() as stack:
+            lock(stack, target / JOURNAL)
+            for name in lost:
+                write_whole(target / (name + PARTIAL), sides[name])
+            finish(target, lost)
+    return lost
 
 
 def clear_journal(target: Path) -> None:
@@ -167,7 +203,16 @@ def plan_with_origin(job: Job) -> tuple[Plan, Origin]:
     forms = origin.forms if job.file_size is None else ()
     plan = make_plan(checkpoint, found.recipe, job.layout, forms, job.subset.only)
     require_experts(job, plan)
+    require_none(useless_options(job))
     return (plan if job.only is None else only_ranks(plan, job.only)), origin
+
+
+def useless_options(job: Job) -> Iterator[Problem]:
+    """Options that would do nothing."""
+    if job.to == WHOLE and job.only is not None:
+        yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
+    if job.to == RANKS and job.file_size is not None:
+        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:

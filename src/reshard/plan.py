@@ -131,6 +131,11 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         )
     if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
         yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
+    if layout.to == WHOLE and layout.keep_optional:
+        yield Problem("wrong-option", "--mtp", "keep, with --to hf", "neither word: whole files keep everything")
+    if layout.cast and layout.expert_dtype:
+        expected = "one of them: both say what becomes of FP4 experts"
+        yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
 
 
 def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ What every rank holds is compared with the source in every rank, so that replica
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,10 @@ def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Sid
     source_paths = {number: source.folder / file.name for number, file in enumerate(source.files)}
     target_paths = {file.number: target / file.file.name for file in files}
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
-    return side_of(source_paths, size), side_of(target_paths, size)
+    joined = {
+        len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
+    }
+    return replace(side_of(source_paths, size), joined=joined), side_of(target_paths, size)
 
 
 def side_of(paths: Mapping[int, Path], size: int) -> Side:
