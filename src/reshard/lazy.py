@@ -18,9 +18,10 @@ from reshard.disk import CACHED, PAGE, aligned_buffer, open_source, read_window
 from reshard.errors import refuse, require_none
 from reshard.execute import require_unchanged
 from reshard.joining import produce_join
+from reshard.ranks import ranks_at
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
-from reshard.sources import rank_recipes, read_rank_files
+from reshard.sources import read_rank_files
 from reshard.types import Checkpoint, Tensor
 from reshard.windows import WINDOW_SIZE
 from reshard.workers import Files, reader
@@ -42,9 +43,10 @@ def open_tensors(
     """
     require_framework(framework)
     path = Path(path)
-    candidates = rank_recipes(path, [load_recipe(recipe)] if recipe else packaged_recipes())
-    if candidates:
-        checkpoint = read_rank_files(path, candidates, first_replica=first_replica).checkpoint
+    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
+    if path.is_dir() and (names := ranks_at(path, recipes)):
+        require_none(names.problems(ignore_extra_files=ignore_extra_files))
+        checkpoint = read_rank_files(path, names, recipe, first_replica=first_replica).checkpoint
     else:
         checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
     return Tensors(checkpoint, framework)

@@ -47,8 +47,6 @@ def read_source(
     if names := ranks_at(path, recipes):
         require_none(names.problems(ignore_extra_files=ignore_extra_files))
         return read_rank_files(path, names, recipe, first_replica=first_replica)
-    if first_replica:
-        raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     subset = subset_of(path)
     require_whole(subset, path)
     checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
@@ -71,8 +69,7 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     for known in recipes:
         try:
             checkpoint = gather(stored, known, origin.config, origin.shapes, first_replica=first_replica)
-            if len(recipes) > 1:  # else the plan matches them
-                match(checkpoint, known)
+            match(checkpoint, known)
         except Refused as refused:
             refusals.append(refused)
         else:
