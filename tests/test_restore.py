@@ -526,9 +526,13 @@ def test_of_replicas_that_differ_the_first_can_be_taken(four: Path, source: Sour
     require_tensors(wanted, tensors_of(folder / "back"))
 
 
-def test_replicas_of_a_source_that_has_none_are_refused(source: Source, folder: Path) -> None:
-    refused = require_refused(Job(source("deepseek-v3"), 2, first_replica=True), folder / "ranks", "wrong-option")
-    assert refused.problems[0].subject == "--replicas"
+def test_replicas_of_a_source_that_has_none_are_refused(
+    source: Source, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(source("deepseek-v3")), str(folder / "ranks"), "--mp", "2", "--replicas", "first"]
+    assert main(command) == 2
+    assert "--replicas: wrong option" in capsys.readouterr().err
+    assert not (folder / "ranks").exists()
 
 
 def test_block_scales_that_two_ranks_share_must_be_equal(folder: Path) -> None:

@@ -77,7 +77,7 @@ def run_verify(options: argparse.Namespace) -> int:
         with progress("verify", total) as advance:
             report = audit_target(options.target, advance, options.sample)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
-    if names := ranks_at(options.source, [load_recipe(options.recipe)] if options.recipe else packaged_recipes()):
+    if names := ranks_at(options.source, recipes_of(options)):
         return verify_restored(options, names)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
@@ -87,6 +87,11 @@ def run_verify(options: argparse.Namespace) -> int:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     report = with_note(report, options.target, source.files)
     return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def recipes_of(options: argparse.Namespace) -> list[Recipe]:
+    """Those that are asked for, or all."""
+    return [load_recipe(options.recipe)] if options.recipe else packaged_recipes()
 
 
 def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
@@ -141,8 +146,8 @@ def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
 
 
 def job_of(options: argparse.Namespace) -> Job:
-    if options.to == RANKS and options.max_file_size is not None:
-        raise refuse("wrong-option", "--max-file-size", "rank files", "with --to hf only", "leave it out")
+    if options.replicas == "first" and not ranks_at(options.source, recipes_of(options)):
+        raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     if options.to == "ranks" and options.mp is None:
         raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
     return Job(
@@ -262,6 +267,8 @@ def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     yield from cast_lines(plan)
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
+    if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
+        yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
     yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
     yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
+from reshard.books import MANIFEST
 from reshard.choose import choose_recipe
 from reshard.configs import RUN_CONFIG, made_files
 from reshard.errors import Problem, refuse, require_none
@@ -20,7 +21,7 @@ from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import as_they_were
 from reshard.sources import read_source
 from reshard.subset import narrowed
-from reshard.target import MANIFEST, our_names, side_files, target_problems
+from reshard.target import our_names, side_files, target_problems
 from reshard.types import EVERYTHING, FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
 
 LARGEST_SIDE_FILE = 256 << 20

@@ -62,6 +62,10 @@ def gather(
     problems: list[Problem] = []
     for name in sorted(held, key=in_order):
         found = held[name]
+        if found.member >= 0 and name not in (shapes or {}):  # most of all tensors: experts lie in one piece
+            (tensor,) = found.by_rank.values()
+            tensors[name] = unpacked(tensor._replace(name=name), found)
+            continue
         parts = parts_of(found, held.get(weight_name(found)), ranks, config or {}, first_replica=first_replica)
         together = shape_of(found, parts)
         shape = tuple((shapes or {}).get(name, together))
@@ -87,6 +91,7 @@ def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[
             patterns.setdefault(pattern.key, []).append(pattern)
     names = split_names(tensor.name for tensor in stored.tensors)
     marked, before = later_members(names, turned)
+    kinds = {pattern: none_held(pattern, recipe) for group in patterns.values() for pattern in group}
     held: dict[str, Held] = {}
     problems = []
     for tensor, (key, numbers) in zip(stored.tensors, names, strict=True):
@@ -97,16 +102,20 @@ def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[
             problems.append(no_rule(subject, [recipe.rules[pattern.rule].left for pattern in fitting], recipe))
             continue
         (name,) = fitting[0].renamed([numbers])
-        found = held.get(name) or held.setdefault(name, held_by_none(name, fitting[0], numbers, recipe))
-        found.by_rank[tensor.file] = tensor
+        if name not in held:
+            kind, place = kinds[fitting[0]]
+            member = int(numbers[place]) if place is not None else -1
+            held[name] = kind._replace(name=name, member=member, by_rank={})
+        held[name].by_rank[tensor.file] = tensor
     return held, problems
 
 
-def held_by_none(name: str, pattern: Pattern, numbers: Sequence[str], recipe: Recipe) -> Held:
+def none_held(pattern: Pattern, recipe: Recipe) -> tuple[Held, int | None]:
+    """What is true of all tensors of a pattern; and which of their numbers says to whom they are dealt, if they are."""
     rule = recipe.rules[pattern.rule]
     letter = rule.split.removeprefix("by ") if rule.split.startswith("by ") else ""
-    member = int(numbers[pattern.slots.index(letter)]) if letter else -1
-    return Held(name, rule, recipe.scales.get(scale_letter(rule, recipe)), pattern.is_scale, member, {})
+    scaling = recipe.scales.get(scale_letter(rule, recipe))
+    return Held("", rule, scaling, pattern.is_scale, -1, {}), pattern.slots.index(letter) if letter else None
 
 
 def turned_around(recipe: Recipe) -> Recipe:

@@ -48,8 +48,6 @@ def read_source(
     if names := ranks_at(path, recipes):
         require_none(names.problems(ignore_extra_files=ignore_extra_files))
         return read_rank_files(path, names, recipe, first_replica=first_replica)
-    if first_replica:
-        raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     subset = subset_of(path)
     require_whole(subset, path)
     checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
@@ -73,7 +71,8 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     origin = origin_at(path, manifest)
     found: list[Source] = []
     refusals: list[Refused] = []
-    for known in names.recipes if recipe else recipes_for(path, names.recipes, origin):
+    recipes = names.recipes if recipe else recipes_for(path, names.recipes, origin)
+    for known in recipes:
         try:
             checkpoint = gather(stored, known, origin.config, origin.shapes, first_replica=first_replica)
             match(checkpoint, known)
