@@ -13,6 +13,7 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
+from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.errors import refuse
 from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
 from reshard.journal import Records
@@ -20,7 +21,6 @@ from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
 from reshard.recipe import is_plain
 from reshard.subset_text import is_subset
-from reshard.target import LARGEST_MANIFEST, MANIFEST
 from reshard.types import File
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from reshard.errors import Problem, require_none
 from reshard.inspect import read_file
 from reshard.names import WEIGHT
+from reshard.ranks import ranks_at
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
-from reshard.sources import rank_recipes, read_source
+from reshard.sources import read_source
 from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 
@@ -81,8 +82,13 @@ class Pairing:
 def read_side(path: Path, choice: Choice) -> Side:
     """A checkpoint in whichever layout lies there. Raises Refused."""
     recipes = [load_recipe(choice.recipe)] if choice.recipe else packaged_recipes()
-    if rank_recipes(path, recipes):
-        found = read_source(path, choice.recipe, first_replica=choice.first_replica)
+    if path.is_dir() and ranks_at(path, recipes):
+        found = read_source(
+            path,
+            choice.recipe,
+            ignore_extra_files=choice.ignore_extra_files,
+            first_replica=choice.first_replica,
+        )
         return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():
         checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files)

@@ -10,6 +10,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
+from reshard.books import MANIFEST
 from reshard.choose import choose_recipe, wanted_recipes
 from reshard.errors import Problem, Refused, listed, refuse, require_none
 from reshard.gather import gather
@@ -21,7 +22,6 @@ from reshard.ranks import RankNames, ranks_at
 from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.subset_text import subset_text
-from reshard.target import MANIFEST
 from reshard.types import Checkpoint, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
