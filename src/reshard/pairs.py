@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.inspect import read_file
-from reshard.names import WEIGHT
 from reshard.ranks import ranks_at
 from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipe import WEIGHT, load_recipe, packaged_recipes
 from reshard.sources import read_source
 from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
 
