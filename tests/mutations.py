@@ -486,7 +486,7 @@ MUTATIONS = (
     Mutation(
         "verify",
         "what all ranks lack is not missed",
-        "    yield from absent_problems(held, looked_at, recipe)\n",
+        "    yield from absent_problems(held, looked_at, wanted)\n",
         "",
         "test_verify.py::test_a_tensor_that_all_ranks_lack_is_named",
     ),

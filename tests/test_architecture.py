@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ boxes decode errors formulas memory output tables text tiles types",
-    "arrays compiled copies disk header progress",
+    "arrays books compiled copies disk header progress",
     "bands casts cut generate journal parallel read recipe values windows",
     "casting found names ranks remake target",
     "backwards compare holes joining",

@@ -26,6 +26,7 @@ PAGES_THAT_RUN = [
     "README.md",
     "docs/recipes.md",
     "docs/casts.md",
+    "docs/diff.md",
     "docs/format.md",
     "docs/tutorial-recipe.md",
     "docs/subsets.md",

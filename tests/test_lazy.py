@@ -253,5 +253,5 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
     spoil(rank_file(tmp_path, 3, 4), "norm.weight")
     with reshard.open(tmp_path) as found:
         require_equal(found["model.norm.weight"][:], whole(source("deepseek-v3"))["model.norm.weight"])
-    with reshard.open(tmp_path, first_replica=False) as found, pytest.raises(Refused, match="other bytes in rank 3"):
+    with reshard.open(tmp_path, compare_replicas=True) as found, pytest.raises(Refused, match="other bytes in rank 3"):
         found["model.norm.weight"][:]

@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
 from reshard.cli import main
+from reshard.compare import Opened, Side
 from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.disk import CACHED, PAGE, aligned_buffer
 from reshard.errors import Problem, Refused
-from reshard.execute import job_of
+from reshard.execute import Settings, job_of
 from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
 from reshard.pruning import pruned_config
 from reshard.recipe import load_recipe
-from reshard.types import Subset
+from reshard.types import Subset, Tensor
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,
@@ -403,6 +405,20 @@ def test_verify_of_experts_with_gaps_compares_the_rows_of_the_gate(
     assert f"first in byte {row * size:,} of the tensor" in found
 
 
+def test_any_stretch_of_rows_that_lie_apart_is_read(tmp_path: Path) -> None:
+    content = bytes(range(100))
+    (tmp_path / "file").write_bytes(content)
+    stretches = [Tensor("gate", "U8", (size,), 0, offset, size) for offset, size in ((10, 3), (40, 5), (20, 1))]
+    wanted = content[10:13] + content[40:45] + content[20:21]
+    side = Side({0: tmp_path / "file"}, CACHED, {7: stretches})
+    buffer = aligned_buffer(3 * PAGE)
+    with (tmp_path / "file").open("rb") as file:
+        opened = Opened(side, {0: file.fileno()})
+        for start in range(len(wanted)):
+            for end in range(start + 1, len(wanted) + 1):
+                assert opened.read(7, start, end - start, buffer).tobytes() == wanted[start:end]
+
+
 # --- what is refused ---
 
 
@@ -507,7 +523,10 @@ def test_layers_that_a_step_counts_keep_their_numbers(layers: dict[int, int], co
 
 def test_another_subset_of_the_same_sizes_is_another_job(source: Write, tmp_path: Path) -> None:
     first, second = (Subset(layers, renumber=True) for layers in ((0, 1, 2), (1, 2, 3)))
-    jobs = [job_of(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), []) for subset in (first, second)]
+    jobs = [
+        job_of(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), [], Settings())
+        for subset in (first, second)
+    ]
     assert [key for key in jobs[0] if jobs[0][key] != jobs[1][key]] == ["subset"]
     convert_checkpoint(Job(source("deepseek-v3"), 2, subset=first), tmp_path / "target")
     with pytest.raises(Refused) as refused:

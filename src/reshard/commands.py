@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from reshard.audit import audit_target
+from reshard.books import MANIFEST
 from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare, recipe_for
-from reshard.errors import describe, printable, refuse
+from reshard.errors import Refused, describe, printable, refuse
 from reshard.execute import Settings, memory_per_job
-from reshard.manifest import describe_plan
+from reshard.found import require_folder
+from reshard.manifest import describe_plan, read_manifest
 from reshard.match import match
 from reshard.origin import Origin
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.ranks import RankNames, ranks_at
-from reshard.read import MANIFEST, read_checkpoint
+from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import lost_lines
 from reshard.sources import read_source, subset_of
 from reshard.subset import narrowed
 from reshard.subset_text import asked_of, subset_text
-from reshard.text import size_text, table
-from reshard.types import RANKS, Checkpoint, Recipe, Subset
+from reshard.text import counted, size_text, table
+from reshard.types import RANKS, Checkpoint, File, Recipe, Subset
 from reshard.verify import Report, verify_target
 
 
@@ -67,6 +69,7 @@ def say_plan(plan: Plan, origin: Origin, source: Path, *, as_json: bool) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    require_folder(options.target)
     total = sum(path.stat().st_size for path in options.target.glob("*.safetensors") if path.is_file())
     if options.source is None:
         if options.ranks is not None or options.recipe:
@@ -82,6 +85,7 @@ def run_verify(options: argparse.Namespace) -> int:
     source = as_chosen(source, recipe, options.source, options.target)
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
+    report = with_note(report, options.target, source.files)
     return say_report(report, options.target, options.source, as_json=options.json)
 
 
@@ -119,12 +123,26 @@ def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
     require_same_subset(options.source, options.target)
     source = read_checkpoint(options.target, ignore_extra_files=options.ignore_extra_files)
     source = replace(source, subset=subset_of(options.target))
-    recipe = read_source(options.source, options.recipe).recipe
+    ranks = read_source(options.source, options.recipe)
+    recipe = ranks.recipe
     match(source, recipe)
     total = sum(path.stat().st_size for path in options.source.glob("*.safetensors") if path.is_file())
     with progress("verify", total) as advance:
         report = verify_target(options.source, source, recipe, advance, options.ranks, options.sample)
+    report = with_note(report, options.target, ranks.checkpoint.files)
     return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
+    """Where there are problems: whether the manifest of a target says that it was made from other files than these."""
+    try:
+        known = read_manifest(target).get("source") if report.problems else None
+    except Refused:
+        return report
+    given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
+    if known is None or known == given:
+        return report
+    return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
 
 
 def job_of(options: argparse.Namespace) -> Job:
@@ -163,7 +181,7 @@ def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int
         about = {**describe_plan(result.plan), "not_restored": lost}
         print_json({"status": status, "seconds": seconds, "done": done_of(result), **about})
     else:
-        print("\n".join(map(printable, converted_lines(result, job, target, seconds))))
+        print("\n".join(map(printable, converted_lines(result, job, target, seconds, settings.jobs))))
     return PROVEN
 
 
@@ -171,7 +189,14 @@ def done_of(result: Result) -> dict[str, object] | None:
     return asdict(result.done) if result.done else None
 
 
-def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> Iterator[str]:
+def jobs_text(jobs: int, asked: int | None) -> str:
+    """Of so many as were asked for, if they were: only too little memory makes them fewer."""
+    if asked is None or jobs >= asked:
+        return counted(jobs, "jobs")
+    return f"{jobs} of {counted(asked, 'jobs')} (--max-memory allows no more)"
+
+
+def converted_lines(result: Result, job: Job, target: Path, seconds: float, jobs: int | None = None) -> Iterator[str]:
     plan, done = result.plan, result.done
     if result.mended:
         yield f"{target}: converted already; written again: {', '.join(result.mended)}"
@@ -180,12 +205,12 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> I
     else:
         size = f"{plan.size:,} bytes ({size_text(plan.size)})"
         kind = "rank files" if plan.layout.to == RANKS else "files"
-        yield f"{target}: {len(plan.files)} {kind}, {size} in {seconds:.1f} s"
+        yield f"{target}: {counted(len(plan.files), kind)}, {size} in {seconds:.1f} s"
         if done.resumed:
             yield f"resumed: {done.resumed:,} bytes had been written before"
-        yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
+        yield f"{jobs_text(done.jobs, jobs)}, read {done.ways.read}, written {done.ways.write}"
         if done.inexact:
-            yield f"rounded: {done.inexact:,} values that the new dtype does not have"
+            yield f"rounded: {counted(done.inexact, 'values')} that the new dtype does not have"
     yield from subset_lines(plan.source.subset)
     yield from cast_lines(plan)
     yield from dropped_lines(plan)
@@ -216,7 +241,7 @@ def cast_lines(plan: Plan) -> Iterator[str]:
     """What was computed, and what it became."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
-        yield f"{operation}: {count:,} tensors of {dtype}"
+        yield f"{operation}: {counted(count, 'tensors')} of {dtype}"
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
@@ -225,15 +250,16 @@ def cast_lines(plan: Plan) -> Iterator[str]:
 def dropped_lines(plan: Plan) -> Iterator[str]:
     for share in plan.coverage:
         if share.use == "dropped":
-            yield f"dropped: {share.tensors:,} tensors, {share.size:,} bytes: {share.what}: {share.reason}"
+            yield f"dropped: {counted(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
 
 
 def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     """A table a rank, then what becomes of the source; both add up to the byte."""
-    target = f"{plan.layout.ranks} ranks" if plan.layout.to == RANKS else f"{len(plan.files)} whole files"
+    target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
     yield f"{source} -> {target} by the recipe {plan.recipe.name}"
     yield from subset_lines(plan.source.subset)
-    yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
+    counts = {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items() if count}
+    yield ", ".join(counted(count, things) for things, count in counts.items())
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
     pieces = sum(len(file.pieces) for file in plan.files)
@@ -282,17 +308,21 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
         proven = "sampled" if report.is_sampled else "proven"
         print_json({"status": "differs" if report.problems else proven, **asdict(report)})
     elif report.problems:
-        print(f"{printable(str(target))}: {len(report.problems):,} problems")
+        print(f"{printable(str(target))}: {counted(len(report.problems), 'problems')}")
+        if report.note:
+            print(report.note)
         print(describe(report.problems))
         if report.is_sampled:
             print(sample)
     else:
         print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
-        files = f"{report.files} whole files" if report.is_whole else f"{report.files} of {report.ranks} rank files"
-        print(f"{files}, {report.tensors:,} tensors, {result}")
+        files = (
+            counted(report.files, "whole files") if report.is_whole else f"{report.files} of {report.ranks} rank files"
+        )
+        print(f"{files}, {counted(report.tensors, 'tensors')}, {result}")
         if report.inexact:
-            print(f"rounded: {report.inexact:,} values that the new dtype does not have, each to the nearest")
+            print(f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest")
     for line in subset_lines(report.subset) if not as_json else ():
         print(printable(line))
     return PROBLEMS if report.problems else PROVEN

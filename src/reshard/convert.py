@@ -8,6 +8,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
+from reshard.books import MANIFEST
 from reshard.choose import choose_recipe
 from reshard.configs import RUN_CONFIG, made_files
 from reshard.errors import Problem, refuse, require_none
@@ -16,7 +17,6 @@ from reshard.journal import JOURNAL, PARTIAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
-from reshard.read import MANIFEST
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import as_they_were
 from reshard.sources import read_source

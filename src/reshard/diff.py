@@ -18,6 +18,7 @@ from reshard.casting import Inputs, produce
 from reshard.casts import fastest_recode
 from reshard.compare import is_equal
 from reshard.disk import CACHED, open_source, ways_to_read
+from reshard.errors import refuse
 from reshard.pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
 from reshard.parallel import in_threads, reading_threads
 from reshard.types import Advance, Cast, Tensor
@@ -81,6 +82,8 @@ def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress 
     Raises Refused if one cannot be read, or if ranks of one hold different bytes of what should be the same in all.
     """
     sides = read_side(a, choice), read_side(b, choice)
+    if choice.first_replica and not any(side.recipe for side in sides):
+        raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
     pairing = pair_up(*sides, choice)
     size = sum(result_of(pair.a).size for pair in pairing.pairs)
     with progress(size) as advance:
@@ -174,7 +177,7 @@ class SideReader:
         self._result = buffers.result
         self._read = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
         scales = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE : WINDOW_SIZE + SCALES_SIZE])
-        self._inputs = Inputs(self._read, scales, WINDOW_SIZE, WINDOW_SIZE)
+        self._inputs = Inputs(self._read, scales, WINDOW_SIZE, SCALES_SIZE)
 
     def read(self, operand: Tensor | Cast, offset: int, size: int) -> Bytes:
         """So many bytes of a tensor or of the result of a cast; overwritten by the next call."""

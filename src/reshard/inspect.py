@@ -1,28 +1,20 @@
 """What a checkpoint holds, in either layout, from its headers alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reshard.books import LARGEST_MANIFEST, MANIFEST, require_finished
 from reshard.choose import choose_recipe, wanted_recipes
 from reshard.errors import Refused, listed, require_none
 from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
 from reshard.names import split_name
 from reshard.ranks import RankNames, numbers_of, ranks_at
-from reshard.read import (
-    LARGEST_MANIFEST,
-    MANIFEST,
-    Stored,
-    file_names,
-    read_checkpoint,
-    read_config,
-    read_headers,
-    read_object,
-)
-from reshard.recipe import packaged_recipes
-from reshard.text import size_text, table
+from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
+from reshard.recipe import load_recipe, packaged_recipes
+from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
 SHOWN_NAMES = 200
@@ -53,34 +45,40 @@ class Content:
     names: Mapping[str, tuple[int, str]]
     """If no recipe knows it, what one would have to know: by name, with `#` for each number, how many tensors there
     are, and their dtypes and shapes."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """The options that it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
 
 
-def inspect_path(path: Path) -> Content:
-    """What lies at a path: a folder of safetensors files in either layout, or a single file. Raises Refused."""
-    recipes = packaged_recipes()
+def inspect_path(path: Path, recipe: str | None = None) -> Content:
+    """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
+    or file, else by those that are packaged. Raises Refused.
+    """
+    require_finished(path)
+    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
     if path.is_dir() and (names := ranks_at(path, recipes)):
         return rank_content(path, names)
     for name in file_names(path)[:1]:
-        for recipe in recipes if not path.is_dir() else ():
-            if numbers := numbers_of(name, recipe):
-                return content_of(path, read_headers(path.parent, [name]), recipe.right, "", numbers[1], {}, "")
+        for known in recipes if not path.is_dir() else ():
+            if numbers := numbers_of(name, known):
+                return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        recipe = choose_recipe(checkpoint, recipes)
-        counts = counts_of(checkpoint, recipe)
+        chosen = choose_recipe(checkpoint, recipes)
+        counts = counts_of(checkpoint, chosen)
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
-    return content_of(path, stored, recipe.left, recipe.name, 0, counts, "")
+    content = content_of(path, stored, chosen.left, chosen.name, 0, counts, "")
+    return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
 
 
 def rank_content(path: Path, names: RankNames) -> Content:
     """Rank files, and the recipes that they fit: all that fit, where nothing tells which it was."""
     present = [name for name in names.wanted if name not in names.missing]
     stored, config = read_headers(path, present), read_config(path)
-    manifest = read_object(path / MANIFEST, LARGEST_MANIFEST) or {}
-    made_by = manifest.get("recipe")
-    wanted = made_by.get("name") if isinstance(made_by, dict) else ""
+    manifest = manifest_at(path)
+    found = manifest.get("recipe")
+    wanted = found.get("name") if isinstance(found, dict) else ""
     known = [recipe for recipe in names.recipes if recipe.name == wanted] or wanted_recipes(config or {}, names.recipes)
     counts: dict[str, dict[str, int]] = {}
     remarks: list[str] = []
@@ -93,7 +91,23 @@ def rank_content(path: Path, names: RankNames) -> Content:
     remark = "" if counts else min(remarks, key=len)
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
-    return content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    content = content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    return replace(content, made=made_by(manifest))
+
+
+def manifest_at(folder: Path) -> Mapping[str, Any]:
+    """As it stands there: what is told of it is a hint, so that its checksum need not be right."""
+    return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
+
+
+def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """What was asked for, by its option, with the option's value; empty if that was nothing."""
+    layout = manifest.get("layout")
+    layout = layout if isinstance(layout, dict) else {}
+    flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
+    texts = {"--cast": "cast", "--expert-dtype": "expert_dtype"}
+    values = {option: layout[key] for option, key in texts.items() if isinstance(layout.get(key), str) and layout[key]}
+    return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}
 
 
 def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
@@ -142,13 +156,17 @@ def content_text(content: Content) -> str:
     """For a person."""
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
-    ranks = f", cut for {content.ranks} ranks" if content.ranks else ""
+    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
+    files = counted(content.files, "files")
     lines = [
         f"{content.path}: {known}{by}{ranks}",
-        f"{content.files:,} files, {content.tensors:,} tensors, {content.size:,} bytes ({size_text(content.size)})",
+        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
     ]
     if content.counts:
-        lines.append(", ".join(f"{count} {name}" for name, count in content.counts.items()))
+        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
+    if content.made:
+        words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
+        lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", table(("dtype", "tensors", "bytes"), rows)]
     if content.names:

@@ -18,10 +18,8 @@ from reshard.disk import CACHED, PAGE, aligned_buffer, open_source, read_window
 from reshard.errors import refuse, require_none
 from reshard.execute import require_unchanged
 from reshard.joining import produce_join
-from reshard.ranks import ranks_at
 from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, packaged_recipes
-from reshard.sources import read_rank_files
+from reshard.sources import holds_rank_files, read_source
 from reshard.types import Checkpoint, Tensor
 from reshard.windows import WINDOW_SIZE
 from reshard.workers import Files, reader
@@ -33,23 +31,20 @@ def open_tensors(
     *,
     framework: str = "torch",
     ignore_extra_files: bool = False,
-    first_replica: bool = True,
+    compare_replicas: bool = False,
 ) -> "Tensors":
     """The tensors of a safetensors file, of a folder of them, or of the rank files in a folder, as if these were whole.
 
     Rank files are read by the recipe that their manifest names, or that fits them, or that is given; their tensors have
-    the names of its left side. Of what several ranks hold, the first is read, or, unless `first_replica`, all are, and
-    must be equal. Reads headers only. Raises Refused.
+    the names of its left side. Of what several ranks hold, the first is read, or all are, and must be equal, if
+    `compare_replicas` says so. Opening reads little more than headers. Raises Refused.
     """
     require_framework(framework)
     path = Path(path)
-    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
-    if path.is_dir() and (names := ranks_at(path, recipes)):
-        require_none(names.problems(ignore_extra_files=ignore_extra_files))
-        checkpoint = read_rank_files(path, names, recipe, first_replica=first_replica).checkpoint
-    else:
-        checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
-    return Tensors(checkpoint, framework)
+    if holds_rank_files(path, recipe):
+        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, first_replica=not compare_replicas)
+        return Tensors(found.checkpoint, framework)
+    return Tensors(read_checkpoint(path, ignore_extra_files=ignore_extra_files), framework)
 
 
 class Tensors(Mapping[str, "LazyTensor"]):
@@ -96,17 +91,18 @@ class Tensors(Mapping[str, "LazyTensor"]):
         """So many bytes of a tensor, from a byte of it on."""
         if self._closed:  # the numbers of its files may be those of others by now
             raise ValueError("these tensors are closed")
-        out, files = np.empty(size, np.uint8), self._files
-        place = tensor.file - len(files.sources)
-        if not size:
-            return out
+        out = np.empty(size, np.uint8)
+        self._read_into(out, tensor, offset, size)
+        return out
+
+    def _read_into(self, out: Any, tensor: Tensor, offset: int, size: int) -> None:
+        files, place = self._files, tensor.file - len(self._files.sources)
         if place < 0:
             source, name = files.sources[tensor.file], files.source_names[tensor.file]
             read_window(source, tensor.offset + offset, size, memoryview(out), CACHED, name)
-        else:
+        elif size:
             read = reader(files, aligned_buffer(WINDOW_SIZE + 2 * PAGE))
             produce_join(self._checkpoint.joins[place], offset, memoryview(out), read, WINDOW_SIZE)
-        return out
 
 
 @dataclass(frozen=True, slots=True)

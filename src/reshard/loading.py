@@ -14,12 +14,13 @@ from reshard.casting import bands_of
 from reshard.casts import fastest_recode
 from reshard.convert import Job, plan_conversion
 from reshard.copies import WrongPlan
-from reshard.disk import open_source, ways_to_read
+from reshard.disk import advise_random, open_source, ways_to_read
 from reshard.errors import refuse, require_none
 from reshard.execute import require_unchanged
 from reshard.memory import available_memory
 from reshard.parallel import in_threads, reading_threads
 from reshard.plan import Plan
+from reshard.sources import holds_rank_files
 from reshard.types import Cast, Join, Tensor
 from reshard.windows import WINDOW_SIZE, Window, windows
 from reshard.workers import Buffers, Files, gather, read_or_make
@@ -41,14 +42,14 @@ def load(
     pad: bool = False,
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
-    first_replica: bool = True,
+    compare_replicas: bool = False,
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """The tensors of a rank by their names in its file, in the order of that file.
 
     They are what `reshard convert SOURCE --mp N` with the same options would write, bit for bit. `source` is a Hugging
     Face checkpoint, or a folder with the rank files of any number of ranks; of what several of these hold, that of the
-    first is taken, unless `first_replica` is False: then all are read and must be equal. With the framework `numpy`,
+    first is taken, unless `compare_replicas` says that all are read and must be equal. With the framework `numpy`,
     dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
     """
     job = Job(
@@ -61,7 +62,7 @@ def load(
         expert_dtype=expert_dtype,
         keep_optional=keep_optional,
         pad=pad,
-        first_replica=first_replica,
+        first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
     )
     return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
 
@@ -88,7 +89,7 @@ class Held:
 
     def __init__(self, tensors: Sequence[Tensor], device: Any) -> None:
         """`device` is one of torch's, or the name of one; numpy allocates what lies on `cpu`."""
-        self.device = None if str(device) == "cpu" else device
+        self.device: Any = None if str(device) == "cpu" else device
         self.is_cuda = str(device).startswith("cuda")
         self.tensors = tensors
         self.size = sum(tensor.size for tensor in tensors)
@@ -96,6 +97,8 @@ class Held:
         if self.device is None and self.size > available_memory():
             raise no_memory(self.size, f"{available_memory():,} bytes free")
         self.data = [self._allocated(tensor.size) for tensor in tensors]
+        if self.device is not None:
+            self.device = self.data[0].device  # with its number: to another thread, `cuda` may be another
 
     def _allocated(self, size: int) -> Any:
         if self.device is None:
@@ -140,6 +143,7 @@ def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> No
     with ExitStack() as stack:
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
         require_unchanged(plan.source, sources)
+        advise_random(sources)  # or the kernel reads on into what other ranks need
         files = Files(sources, names, (), ways, made, allow_inexact)
         work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), held.size)
         if held.is_cuda:
@@ -185,19 +189,23 @@ def cuda_worker(files: Files, held: Held, allocated_on: Any) -> Worker:
     """Moves windows through two sets of pinned buffers: while the device takes what is in one, the other is filled."""
     import torch  # noqa: PLC0415
 
-    def pinned(size: int) -> memoryview:
-        return memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+    cuda: Any = torch.cuda  # which is not typed throughout
 
-    stream = torch.cuda.Stream(held.device)
+    def pinned(size: int) -> memoryview:
+        array: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return memoryview(array)
+
+    with cuda.device(held.device):  # a new thread has the first device, which may be another process's
+        stream = cuda.Stream(held.device)
+        turns = cycle([(Buffers(makes=bool(files.made), allocate=pinned), cuda.Event()) for _ in range(2)])
     stream.wait_stream(allocated_on)
-    turns = cycle([(Buffers(makes=bool(files.made), allocate=pinned), torch.cuda.Event()) for _ in range(2)])
 
     def move(window: Window) -> None:
         buffers, taken = next(turns)
         taken.synchronize()
         data, _ = read_or_make(window, files, buffers)
         used = 0
-        with torch.cuda.stream(stream):
+        with cuda.stream(stream):
             for group in window.groups:
                 # Behind what was gathered before, which the device may still read. A rank has each byte once.
                 held.put(gather(group, data, buffers.stage[used:]), group.target_offset)

@@ -82,7 +82,12 @@ def read_side(path: Path, choice: Choice) -> Side:
     """A checkpoint in whichever layout lies there. Raises Refused."""
     recipes = [load_recipe(choice.recipe)] if choice.recipe else packaged_recipes()
     if path.is_dir() and ranks_at(path, recipes):
-        found = read_source(path, choice.recipe, first_replica=choice.first_replica)
+        found = read_source(
+            path,
+            choice.recipe,
+            ignore_extra_files=choice.ignore_extra_files,
+            first_replica=choice.first_replica,
+        )
         return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():
         checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files)

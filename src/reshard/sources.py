@@ -10,6 +10,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
+from reshard.books import MANIFEST
 from reshard.choose import choose_recipe, wanted_recipes
 from reshard.errors import Problem, Refused, listed, refuse, require_none
 from reshard.gather import gather
@@ -18,7 +19,7 @@ from reshard.manifest import read_manifest
 from reshard.match import match
 from reshard.origin import Origin, read_origin
 from reshard.ranks import RankNames, ranks_at
-from reshard.read import CONFIG, INDEX, MANIFEST, Stored, read_checkpoint, read_config, read_headers, read_index
+from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.subset_text import subset_text
 from reshard.types import Checkpoint, Recipe, Tensor
@@ -51,6 +52,11 @@ def read_source(
     require_whole(subset, path)
     checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
+
+
+def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
+    """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
+    return path.is_dir() and ranks_at(path, [load_recipe(recipe)] if recipe else packaged_recipes()) is not None
 
 
 def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_replica: bool) -> Source:

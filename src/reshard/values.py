@@ -5,7 +5,7 @@ differences of those are taken exactly.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """In bytes: so much is looked at at once, so that what is made of it fits the processor's cache."""
 LARGEST = float(np.finfo(np.float64).max)
 NATIVE: Mapping[str, Any] = {
@@ -72,13 +72,34 @@ def measure(one: Bytes, other: Bytes, dtype: str, start: int) -> Apart | None:
     they are the same.
     """
     found = None
+    # Of few bits there are few pairs: they are counted, and each is looked at once.
+    pairs = np.zeros((1 << BITS[dtype], 1 << BITS[dtype]), np.int64) if BITS[dtype] in (4, 8) else None
     for begin in range(0, len(one), CHUNK):
         x, y = (codes_of(side[begin : begin + CHUNK], dtype) for side in (one, other))
-        places = np.flatnonzero(x != y)
-        if len(places):
-            first = start + elements_in(begin, dtype)
-            found = merged(found, measure_codes(x[places], y[places], dtype, first + places))
-    return found
+        wrong = x != y
+        count = int(np.count_nonzero(wrong))
+        if not count:
+            continue
+        first = start + elements_in(begin, dtype)
+        apart = Apart(count, first + int(wrong.argmax()), first + len(wrong) - 1 - int(wrong[::-1].argmax()))
+        if pairs is not None:
+            pairs += pairs_in(x, y, len(pairs))
+        elif BITS[dtype] != 6:
+            some = (x, y) if 2 * count > len(wrong) else (x[wrong], y[wrong])
+            apart = with_numbers(apart, *some, None, dtype)
+        found = merged(found, apart)
+    return found if found is None or pairs is None else with_pairs(found, pairs, dtype)
+
+
+def pairs_in(x: Array, y: Array, codes: int) -> Array:
+    """How often each code [codes] of one side stands where each code [codes] of the other does."""
+    return np.bincount(x * np.intp(codes) + y, minlength=codes * codes).reshape(codes, codes)
+
+
+def with_pairs(apart: Apart, pairs: Array, dtype: str) -> Apart:
+    """With what the pairs tell."""
+    x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
+    return with_numbers(apart, x, y, pairs[x, y], dtype)
 
 
 def merged(one: Apart | None, other: Apart) -> Apart:
@@ -107,39 +128,49 @@ def codes_of(data: Bytes, dtype: str) -> Array:
     return data if BITS[dtype] < 16 else data.view(f"u{BITS[dtype] // 8}")
 
 
-def measure_codes(x: Array, y: Array, dtype: str, places: Array) -> Apart:
-    """The same for elements that are known to have other bits, at their places."""
-    ends = int(places[0]), int(places[-1])
-    if BITS[dtype] == 6:
-        return Apart(len(x), *ends)
+def with_numbers(apart: Apart, x: Array, y: Array, times: Array | None, dtype: str) -> Apart:
+    """With what the numbers of elements tell, of which `x` and `y` are the bits; `times` is how often each is there.
+    They may be the same: of those nothing is said.
+    """
     with np.errstate(all="ignore"):
         one, other = numbers_of(x, dtype), numbers_of(y, dtype)
+        absolute = distances(x, y, one, other, dtype)
+        if np.isfinite(absolute.max()):  # nearly always, and then there is nothing that would have to be left out
+            return replace(apart, max_absolute=float(absolute.max()), max_relative=largest(absolute, one, other))
         nans = np.isnan(one), np.isnan(other)
         finite = np.isfinite(one) & np.isfinite(other)
-        infinite = np.count_nonzero(~(finite | nans[0] | nans[1]))
-        absolute = distances(x[finite], y[finite], one[finite], other[finite], dtype)
-        relative = relative_to(absolute, one[finite], other[finite])
-    counts = int(np.count_nonzero(nans[0])), int(np.count_nonzero(nans[1]))
-    if not len(absolute):
-        return Apart(len(x), *ends, counts, int(infinite))
-    return Apart(
-        len(x), *ends, counts, int(infinite), min(float(absolute.max()), LARGEST), float(relative.max(initial=0))
-    )
+        apart = replace(
+            apart,
+            nans=(total(nans[0] & (x != y), times), total(nans[1] & (x != y), times)),
+            infinite=total(~(finite | nans[0] | nans[1]) & (x != y), times),
+        )
+        if not np.any(finite & (x != y)):
+            return apart
+        one, other, absolute = one[finite], other[finite], absolute[finite]
+        largest_of_all = min(float(absolute.max()), LARGEST)
+        return replace(apart, max_absolute=largest_of_all, max_relative=largest(absolute, one, other))
+
+
+def total(chosen: Array, times: Array | None) -> int:
+    return int(np.count_nonzero(chosen) if times is None else times[chosen].sum())
 
 
 def distances(x: Array, y: Array, one: Array, other: Array, dtype: str) -> Floats:
     """The absolute differences of numbers, of which `x` and `y` are the bits. Infinite where float64 has none."""
     if dtype in ("I64", "U64"):
-        signed = x.view(NATIVE[dtype]) > y.view(NATIVE[dtype])
-        return np.where(signed, x - y, y - x).astype(np.float64)  # modulo 2^64, where every difference has its place
+        is_more = x.view(NATIVE[dtype]) > y.view(NATIVE[dtype])
+        return np.where(is_more, x - y, y - x).astype(np.float64)  # modulo 2^64, where every difference has its place
     return np.asarray(np.abs(one - other), np.float64)
 
 
-def relative_to(absolute: Floats, one: Array, other: Array) -> Floats:
-    """Differences divided by the larger of the magnitudes; 0 where both are 0."""
+def largest(absolute: Floats, one: Array, other: Array) -> float:
+    """The largest of differences divided by the larger of the magnitudes; 0 where both are 0."""
     larger = np.maximum(np.abs(one), np.abs(other))
-    larger[larger == 0] = 1
-    return np.where(np.isinf(absolute), np.abs(one / larger - other / larger), absolute / larger)
+    relative = absolute / larger
+    beyond = np.isinf(absolute)
+    if beyond.any():
+        relative[beyond] = np.abs(one[beyond] / larger[beyond] - other[beyond] / larger[beyond])
+    return float(np.fmax.reduce(relative, initial=0))  # passes over 0 / 0
 
 
 def numbers_of(codes: Array, dtype: str) -> Array:
