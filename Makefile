@@ -4,7 +4,7 @@ BIN := .venv/bin
 FUZZ_TARGETS ?= header index config names recipe journal manifest
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test torture lint fuzz
+.PHONY: demo test torture mutations lint fuzz
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
@@ -14,6 +14,9 @@ test: .venv/test  ## all tests
 
 torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
 	$(BIN)/python tests/torture.py $(TORTURE_OPTIONS)
+
+mutations: .venv/test  ## break the code in many places, one at a time; a test has to see each
+	$(BIN)/python tests/mutations.py $(MUTATIONS_OPTIONS)
 
 lint: .venv/test  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

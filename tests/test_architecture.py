@@ -16,23 +16,22 @@ FOLDER = Path(reshard.__file__).parent
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
-    "__init__ boxes decode errors memory output tables text tiles types",
-    "compiled draft formulas header progress",
-    "bands casts copies cut disk generate read recipe",
-    "casting found journal names parallel remake windows",
+    "__init__ boxes decode errors formulas memory output tables text tiles types",
+    "arrays books compiled copies disk draft header progress",
+    "bands casts cut generate journal parallel read recipe values windows",
+    "casting found names ranks remake target",
     "backwards compare holes joining",
-    "forms match target workers",
-    "beside choose held units",
-    "derive padding results verify",
-    "coverage layout",
-    "plan",
+    "forms match pruning subset_text workers",
+    "beside choose held only subset units",
+    "derive gather padding results verify",
+    "coverage inspect layout",
+    "lookup plan",
     "configs execute manifest",
-    "audit inspect origin",
-    "gather",
-    "sources",
-    "convert",
-    "commands lookup",
-    "demo",
+    "audit origin",
+    "restored sources",
+    "convert lazy pairs",
+    "commands diff loading",
+    "demo differences",
     "cli",
     "__main__",
 )
@@ -86,7 +85,14 @@ def test_the_command_names_functions_that_there_are() -> None:
         assert LAYER[module] < LAYER["cli"]
 
 
-def test_only_the_command_imports_by_text() -> None:
+def test_the_package_names_functions_that_there_are() -> None:
+    for name, (module, function) in reshard.FUNCTIONS.items():
+        tree = TREES[module.removeprefix("reshard.")]
+        assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert name not in TREES, "a module of that name would take its place once it is imported"
+
+
+def test_only_the_command_and_the_package_import_by_text() -> None:
     by_text = {
         module
         for module, tree in TREES.items()
@@ -94,7 +100,7 @@ def test_only_the_command_imports_by_text() -> None:
         if isinstance(node, ast.Name | ast.Attribute)
         and "import_module" in (getattr(node, "id", ""), getattr(node, "attr", ""))
     }
-    assert by_text == {"cli"}
+    assert by_text == {"__init__", "cli"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -146,6 +146,22 @@ def test_swapped_files_of_one_size_are_named(sample: Fraction | None, tmp_path: 
     ]
 
 
+def test_swapped_files_of_other_sizes_are_named(tmp_path: Path) -> None:
+    """Five digits make the header of one longer."""
+    write_checkpoint(tmp_path / "source", {**SMALL, "n_routed_experts": 16}, 1)
+    convert_checkpoint(Job(tmp_path / "source", 4), tmp_path / "out")
+    paths = [tmp_path / "out" / f"model{rank}-mp4.safetensors" for rank in (0, 3)]
+    assert paths[0].stat().st_size != paths[1].stat().st_size
+    paths[0].rename(tmp_path / "kept")
+    paths[1].rename(paths[0])
+    (tmp_path / "kept").rename(paths[1])
+    problems = audit_target(tmp_path / "out").problems
+    assert [(problem.kind, problem.subject, problem.found) for problem in problems] == [
+        ("swapped-file", paths[0].name, f"the header of {paths[1].name}"),
+        ("swapped-file", paths[1].name, f"the header of {paths[0].name}"),
+    ]
+
+
 def test_a_file_that_ends_early_meanwhile_is_refused(target: Path) -> None:
     path = rank_file(target, 1)
     with pytest.raises(Refused, match=path.name):

@@ -7,10 +7,10 @@ import pty
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from reshard import __version__, progress
-from reshard.cli import main
+from reshard.cli import main, memory
 from reshard.convert import Job, convert_checkpoint
 from reshard.generate import SMALL, write_checkpoint
 from reshard.recipe import FOLDER
@@ -272,7 +272,7 @@ def test_plan_adds_up_to_what_convert_writes_and_to_the_source(source: Path, ran
     text = say("plan", source, "--mp", "8")
     lines = text.splitlines()
     assert lines[0] == f"{source} -> 8 ranks by the recipe deepseek-v3"
-    assert lines[1] == "3 layers, 1 dense layers, 2 expert layers, 8 experts, 1 MTP layers"
+    assert lines[1] == "3 layers, 1 dense layer, 2 expert layers, 8 experts, 1 MTP layer"
     written = {name: len(content) for name, content in rank_files(ranks).items()}
     planned = {line.split()[0]: numbers(line)[1] for line in lines if line.startswith("model")}
     assert planned == written
@@ -323,7 +323,7 @@ def test_inspect_shows_a_checkpoint(source: Path, say: Say) -> None:
     assert text.splitlines()[:3] == [
         f"{source}: huggingface layout, recipe deepseek-v3",
         f"3 files, {TENSORS} tensors, {data_size(source):,} bytes (2.92 MiB)",
-        "3 layers, 1 dense layers, 2 expert layers, 8 experts, 1 MTP layers",
+        "3 layers, 1 dense layer, 2 expert layers, 8 experts, 1 MTP layer",
     ]
     assert [line.split()[0] for line in text.splitlines()[4:]] == ["dtype", "F8_E4M3", "BF16", "F32"]
 
@@ -348,7 +348,9 @@ def test_inspect_shows_the_names_of_what_no_recipe_knows(tmp_path: Path, say: Sa
 
 
 def test_inspect_shows_rank_files(ranks: Path, say: Say) -> None:
-    assert say("inspect", ranks).startswith(f"{ranks}: deepseek-inference layout, cut for 8 ranks\n8 files, ")
+    assert say("inspect", ranks).startswith(
+        f"{ranks}: deepseek-inference layout, recipe deepseek-v3, cut for 8 ranks\n8 files, "
+    )
     said = json.loads(say("inspect", ranks, "--json"))
     assert (said["layout"], said["ranks"], said["files"]) == ("deepseek-inference", 8, 8)
     found = 0
@@ -370,10 +372,100 @@ def test_inspect_shows_a_single_file(source: Path, ranks: Path, tmp_path: Path, 
 
 
 def test_inspect_shows_one_of_several_files_where_it_lies(source: Path, say: Say) -> None:
-    assert "1 files, " in say("inspect", source / "model-00002-of-00003.safetensors")
+    assert "\n1 file, " in say("inspect", source / "model-00002-of-00003.safetensors")
+
+
+def test_inspect_takes_a_recipe_of_ones_own(source: Path, ranks: Path, tmp_path: Path, say: Say) -> None:
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace("deepseek-v3", "mine-of-all", 1), encoding="utf-8")
+    assert "huggingface layout, recipe mine-of-all\n" in say("inspect", source, "--recipe", tmp_path / "mine.toml")
+    assert "recipe mine-of-all, cut for 8 ranks\n" in say("inspect", ranks, "--recipe", tmp_path / "mine.toml")
+
+
+def test_inspect_tells_how_a_target_was_made(source: Path, ranks: Path, tmp_path: Path, say: Say) -> None:
+    say("convert", source, tmp_path / "out", "--mp", "2", "--cast", "bf16")
+    assert "\nmade with --cast bf16, by reshard.json\n" in say("inspect", tmp_path / "out")
+    assert json.loads(say("inspect", tmp_path / "out", "--json"))["made"] == {"--cast": "bf16"}
+    assert "made with" not in say("inspect", ranks)
 
 
 # verify
+
+
+@pytest.mark.parametrize("words", [["verify"], ["verify", "--source", "source"], ["inspect"]])
+def test_an_unfinished_conversion_is_called_so(
+    words: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    monkeypatch.chdir(source.parent)
+
+    @contextmanager
+    def interrupting(_total: int) -> Iterator[Callable[[int], None]]:
+        def advance(_size: int) -> None:
+            raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(Job(source, 2), tmp_path / "out", progress=interrupting)
+    text = say(words[0], tmp_path / "out", *words[1:], code=2)
+    assert "found:    an unfinished conversion" in text
+    assert "run the same convert again" in text
+
+
+@pytest.mark.parametrize("options", [[], ["--source", "source"]])
+def test_verify_says_that_the_folder_is_not_there(
+    options: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    monkeypatch.chdir(source.parent)
+    assert "found:    no such folder" in say("verify", tmp_path / "nowhere", *options, code=2)
+
+
+@pytest.mark.parametrize("options", [[], ["--source", "source"]])
+def test_the_way_out_of_a_damaged_file_is_one(
+    options: list[str], source: Path, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    monkeypatch.chdir(source.parent)
+    out = shutil.copytree(ranks, tmp_path / "out")
+    flip_bit(out / "model3-mp8.safetensors", offset_of(out / "model3-mp8.safetensors", "norm.weight"))
+    assert "way out:  remove the file and convert again\n" in say("verify", out, *options, code=1)
+    (out / "model3-mp8.safetensors").unlink()
+    assert "way out:  copy it there, or convert again\n" in say("verify", out, *options, code=1)
+    say("convert", source, out, "--mp", "8")
+    assert rank_files(out) == rank_files(ranks)
+
+
+def test_verify_says_that_the_source_is_another(source: Path, ranks: Path, tmp_path: Path, say: Say) -> None:
+    """Only where there are problems, and only if its files are others."""
+    note = "reshard.json says that this was made from another checkpoint than the --source"
+    write_checkpoint(tmp_path / "other", {**TINY, "vocab_size": 256}, 3)
+    lines = say("verify", ranks, "--source", tmp_path / "other", code=1).splitlines()
+    assert re.fullmatch(rf"{ranks}: \d+ problems", lines[0])
+    assert lines[1] == note
+    assert json.loads(say("verify", ranks, "--source", tmp_path / "other", "--json", code=1))["note"] == note
+    out = shutil.copytree(ranks, tmp_path / "out")
+    (out / "model1-mp8.safetensors").unlink()
+    assert note not in say("verify", out, "--source", source, code=1)
+    write_checkpoint(tmp_path / "dealt anew", TINY, 2)
+    assert note not in say("verify", ranks, "--source", tmp_path / "dealt anew")
+
+
+def test_verify_says_that_rank_files_are_others(ranks: Path, tmp_path: Path, say: Say) -> None:
+    write_checkpoint(tmp_path / "other", {**TINY, "vocab_size": 256}, 3)
+    say("convert", tmp_path / "other", tmp_path / "other ranks", "--mp", "8")
+    say("convert", ranks, tmp_path / "back", "--to", "hf")
+    text = say("verify", tmp_path / "back", "--source", tmp_path / "other ranks", code=1)
+    assert "made from another checkpoint than the --source" in text
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_git_lfs_pointer_is_called_so(name: str, source: Path, tmp_path: Path, say: Say) -> None:
+    shutil.copytree(source, tmp_path / "clone")
+    (tmp_path / "clone" / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123456\n", encoding="ascii"
+    )
+    text = say("plan", tmp_path / "clone", "--mp", "8", code=2)
+    assert f"{name}: lfs pointer\n  found:    a git-lfs pointer\n" in text
+    assert "way out:  git lfs pull" in text
 
 
 def test_verify_proves_a_good_target(source: Path, ranks: Path, say: Say) -> None:
@@ -416,13 +508,19 @@ def test_verify_by_a_sample_says_how_much_it_compared_and_not_that_all_is_equal(
 
 
 @pytest.mark.parametrize(
-    "text", ["0%", "0.0%", "100.1%", "101%", "1", "0.01", "-1%", "1%%", "%", "1e-3%", ".5%", "\u0661%"]
+    ("text", "word"),
+    [
+        *((text, "is out of range: more than 0%, at most 100%") for text in ("0%", "0.0%", "100.1%", "101%", "200%")),
+        *((text, "is not like 1% or 0.5%") for text in ("1", "0.01", "-1%", "1%%", "%", "1e-3%", ".5%", "\u0661%")),
+    ],
 )
-def test_a_sample_that_is_no_share_is_refused(text: str, ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_that_is_no_share_is_refused(
+    text: str, word: str, ranks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["verify", str(ranks), f"--sample={text}"])
     assert raised.value.code == 2
-    assert "is not like 1% or 0.5%" in capsys.readouterr().err
+    assert word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--source", "source"], []])
@@ -450,7 +548,7 @@ def test_verify_names_the_file_and_the_tensor_of_a_flipped_bit(
     name = f"model{rank}-mp8.safetensors"
     flip_bit(tmp_path / "out" / name, offset_of(tmp_path / "out" / name, tensor))
     text = say("verify", tmp_path / "out", *options, code=1)
-    assert text.startswith(f"{tmp_path / 'out'}: 1 problems\n{name}")
+    assert text.startswith(f"{tmp_path / 'out'}: 1 problem\n{name}")
     assert tensor in text
     said = json.loads(say("verify", tmp_path / "out", *options, "--json", code=1))
     assert said["status"] == "differs"
@@ -600,6 +698,8 @@ def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_pat
     ("words", "word"),
     [
         (["show"], "a name or a file"),
+        (["show", "deepseek-v3", "source"], "at most 1 behind it"),
+        (["list", "deepseek-v3"], "nothing behind it"),
         (["check"], "a name or a file"),
         (["check", "deepseek-v3"], "no source"),
         (["show", "deepseek-v44"], "did you mean deepseek-v"),
@@ -692,6 +792,51 @@ def test_options_that_do_not_parse_are_refused(words: list[str], capsys: pytest.
         main(words)
     assert caught.value.code == 2
     assert "usage: reshard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "said"),
+    [
+        (["convert", "a", "b", "--mp", "2", "--dry"], "convert", "arguments: --dry; did you mean --dry-run?"),
+        (["convert", "a", "b", "--tp", "2"], "convert", "arguments: --tp 2; did you mean --mp?"),
+        (["plan", "a", "--mp", "2", "--reciepe=x"], "plan", "arguments: --reciepe=x; did you mean --recipe?"),
+        (["verify", "a", "b"], "verify", "arguments: b"),
+        (["inspect", "a", "--zzz"], "inspect", "arguments: --zzz"),
+        (["recipes", "deepseek-v3"], "recipes", "for a recipe: reshard recipes show 'deepseek-v3'"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_the_usage_of_the_command(
+    words: list[str], usage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"usage: reshard {usage} ")
+    assert text.endswith(f"{said}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000), ("1k", 1024), ("2 KiB", 2048), ("1.5kB", 1500), ("0.5m", 1 << 19), ("256MiB", 256 << 20),
+        ("1.5GB", 1_500_000_000), ("4g", 4 << 30), ("1TiB", 1 << 40), ("2tb", 2 * 10**12), ("1T", 1 << 40),
+    ],
+)  # fmt: skip
+def test_a_size_has_any_of_the_usual_units(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["1PiB", "much", "1.", ".5GB", "-1", "1 G i B", "1e3", ""])
+def test_what_is_no_size_is_refused_with_the_units(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"KiB, MiB, GiB, TiB \(or K, M, G, T\), kB, MB, GB, TB"):
+        memory(text)
+
+
+def test_fewer_jobs_than_were_asked_for_are_explained(source: Path, tmp_path: Path, say: Say) -> None:
+    text = say("convert", source, tmp_path / "out", "--mp", "2", "--jobs", "5000")
+    assert re.search(r"^\d+ of 5,000 jobs \(--max-memory allows no more\), read ", text, re.MULTILINE)
+    assert "\n1 job, read " in say("convert", source, tmp_path / "one", "--mp", "2", "--jobs", "1")
 
 
 @pytest.mark.parametrize("words", [["convert", "a", "b"], ["plan", "a"]])
@@ -867,25 +1012,27 @@ def test_the_demo_escapes_the_name_of_its_folder(demo: tuple[Path, str]) -> None
 # Interruption.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_with_130_and_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe.safetensors"
-    os.mkfifo(pipe)
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from reshard.cli import entry; entry()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", str(pipe), str(tmp_path / "out"), "--mp", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    # Opening waits until the command opens the other end; then it waits for a header that never comes.
-    with pipe.open("wb"):
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert re.fullmatch(r"reshard: interrupted; .+\n", err)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("words", "way_on"),
+    [
+        (["convert", "SOURCE", "TARGET", "--mp", "2"], "; run the same command again to go on from there"),
+        (["convert", "SOURCE", "TARGET", "--mp", "2", "--dry-run"], ""),
+        (["plan", "SOURCE", "--mp", "2"], ""),
+        (["verify", "SOURCE"], ""),
+        (["inspect", "SOURCE"], ""),
+    ],
+)
+def test_only_a_conversion_goes_on_after_an_interrupt(
+    words: list[str], way_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    """The source is a folder in which the first look is interrupted."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "is_dir", interrupted)
+    text = say(*({"SOURCE": tmp_path, "TARGET": tmp_path / "out"}.get(word, word) for word in words), code=130)
+    assert text == f"reshard: interrupted{way_on}\n"
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])

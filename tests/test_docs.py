@@ -22,7 +22,15 @@ from reshard.generate import SMALL, write_checkpoint
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(reshard.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES_THAT_RUN = ["README.md", "docs/recipes.md", "docs/casts.md", "docs/format.md", "docs/tutorial-recipe.md"]
+PAGES_THAT_RUN = [
+    "README.md",
+    "docs/recipes.md",
+    "docs/casts.md",
+    "docs/diff.md",
+    "docs/format.md",
+    "docs/tutorial-recipe.md",
+    "docs/subsets.md",
+]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 KIND = re.compile(

@@ -143,9 +143,9 @@ def test_the_names_of_the_files_are_durable_before_the_first_batch(trace: Trace)
 
 
 def test_nothing_is_renamed_before_all_is_durable(trace: Trace) -> None:
-    """The rank files, the side files, the manifest, and a journal that holds everything."""
+    """The rank files, the side files, the run configuration, the manifest, and a journal that holds everything."""
     first, partials = trace.renames[0], trace.partials()
-    assert len(partials) == RANKS + 3
+    assert len(partials) == RANKS + 4
     for path in partials:
         behind = max(call.end for call in trace.writes(path))
         assert any(behind < sync.begin and sync.end < first.begin for sync in trace.syncs(path)), path

@@ -1,5 +1,6 @@
 """The memory cap, held by the kernel: conversions under a limit on private memory, and in a control group."""
 
+import filecmp
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from reshard.convert import Job, convert_checkpoint
 from reshard.generate import write_tensors
 
 INTERPRETER = "import numpy, msgspec, xxhash, resource, sys\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -97,6 +99,39 @@ def test_a_tensor_of_98_gigabytes_stays_below_it(largest: Path, tmp_path: Path) 
     (file,) = (tmp_path / "target").glob("*.safetensors")
     rows = -(-LARGEST[2][0] // 512)
     assert file.stat().st_size > rows * (256 + 8)
+
+
+@pytest.fixture(scope="module")
+def wide_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rank files of a matrix of three rows of 64 MB, cut by columns, and of what both hold."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_tensors(
+        folder / "source", [("wide.weight", "BF16", (3, 32 << 20)), ("same.weight", "BF16", (24 << 20,))], {}, 1
+    )
+    (folder / "wide.toml").write_text(
+        'name = "wide"\nabout = "long rows"\nleft = "one"\nright = "other"\nfiles = "{rank}-of-{ranks}.safetensors"\n'
+        'rules = [\n["same", "wide.weight", "wide.weight", "columns"],\n'
+        '["same", "same.weight", "same.weight", "replicate"],\n]\n',
+        encoding="utf-8",
+    )
+    convert_checkpoint(Job(folder / "source", 2, str(folder / "wide.toml")), folder / "ranks")
+    return folder
+
+
+@pytest.mark.parametrize("options", [("--to", "hf"), ("--mp", "4")])
+@pytest.mark.parametrize("cache", ["yes", "no"])
+def test_putting_wide_rows_together_stays_below_it(
+    wide_ranks: Path, tmp_path: Path, options: tuple[str, ...], cache: str
+) -> None:
+    more = ("--recipe", str(wide_ranks / "wide.toml"), "--cache", cache)
+    done = run(command(wide_ranks / "ranks", tmp_path / "target", *options, *more), private_limit())
+    assert done.returncode == 0, done.stderr
+    if options[0] == "--to":
+        (wanted,), (found,) = (
+            (folder.glob("*.safetensors")) for folder in (wide_ranks / "source", tmp_path / "target")
+        )
+        assert wanted.name == found.name
+        assert filecmp.cmp(wanted, found, shallow=False)
 
 
 # --- control groups ---

@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from reshard.bands import spread
+from reshard.books import MANIFEST
 from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, open_source, read_window, ways_to_read
 from reshard.errors import Problem, Refused, listed, refuse
+from reshard.found import AGAIN, MISSING, require_folder
 from reshard.manifest import read_manifest
 from reshard.parallel import in_threads, reading_threads
 from reshard.read import SUFFIX, read_header
-from reshard.target import MANIFEST
 from reshard.types import WHOLE, Advance
 from reshard.verify import Report
 
 READ_SIZE = 2 << 20
 """In bytes: ranges that lie back to back are read together up to this size; a larger one is read by itself."""
-AGAIN = "remove the file and convert again"
 
 
 class Range(NamedTuple):
@@ -62,6 +62,7 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
     Every difference is a problem of the report, with its file, range and tensors. Raises Refused if there is no
     manifest that could be understood, or a file cannot be read.
     """
+    require_folder(target)
     manifest = read_manifest(target)
     if not manifest:
         found, remedy = f"no {MANIFEST}", "verify it against what it was made from, with --source"
@@ -88,6 +89,7 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
         sample is not None,
         tuple(problems),
         is_whole=is_whole,
+        subset=manifest.get("subset", {}),
     )
 
 
@@ -114,13 +116,25 @@ def folder_problems(target: Path, entries: Sequence[Entry]) -> Iterator[Problem]
     for entry in entries:
         size = size_of(target / entry.name)
         if size is None:
-            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", AGAIN)
+            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", MISSING)
+        elif size != entry.size and size == size_of_swapped(target / entry.name, entries):
+            yield swapped(entry.name, file_with_header(target / entry.name, entries))
         elif size != entry.size:
             yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", AGAIN)
     known = {entry.name for entry in entries}
     for path in sorted(target.glob("*" + SUFFIX)):
         if path.name not in known:
             yield Problem("extra-file", path.name, f"a file that {MANIFEST} does not name", "none", "move it away")
+
+
+def size_of_swapped(path: Path, entries: Sequence[Entry]) -> int:
+    """In bytes: how large the file is whose header a file has now; -1 if it has none of the manifest's."""
+    other = file_with_header(path, entries)
+    return next((entry.size for entry in entries if entry.name == other), -1)
+
+
+def swapped(name: str, other: str) -> Problem:
+    return Problem("swapped-file", name, f"the header of {other}", "its own", "give the files their names back")
 
 
 def size_of(path: Path) -> int | None:
@@ -187,9 +201,7 @@ def wrong_of(batch: Batch, descriptor: int, buffer: memoryview, ways: Ways) -> l
 def content_problems(target: Path, entry: Entry, entries: Sequence[Entry], wrong: Sequence[Range]) -> Iterator[Problem]:
     """The stretches of a file that are not what was written; or the file whose contents these seem to be."""
     if wrong and wrong[0].offset == 0 and (other := file_with_header(target / entry.name, entries)):
-        yield Problem(
-            "swapped-file", entry.name, f"the header of {other}", "its own", "give the files their names back"
-        )
+        yield swapped(entry.name, other)
         return
     stretches: list[list[int]] = []
     for offset, size, _ in wrong:
@@ -227,6 +239,6 @@ def side_problems(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem
     for entry in manifest.get("side_files", ()):
         path = target / Path(entry["name"]).name
         if not path.is_file():
-            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", AGAIN)
+            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING)
         elif path.stat().st_size != entry["size"] or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
             yield Problem("wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], AGAIN)

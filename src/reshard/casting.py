@@ -51,6 +51,8 @@ class Inputs(NamedTuple):
     scale: Read
     most: int
     """In bytes: so much of a weight may be asked for at once."""
+    most_scales: int
+    """The same of a scale."""
 
 
 def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
@@ -67,7 +69,7 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
         inner = Box(box.top, box.left, max(box.top, min(box.bottom, height)), max(box.left, min(box.right, extent)))
         if inner != box:
             fill(rows, cast)
-        for piece in pieces(inner, cast, inputs.most):
+        for piece in pieces(inner, cast, inputs):
             part = rows[piece.top - box.top : piece.bottom - box.top]
             inexact += compute(
                 cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs
@@ -136,13 +138,17 @@ def fill(rows: Array, cast: Cast) -> None:
     rows.reshape(rows.shape[0], -1, len(one))[:] = np.frombuffer(one, np.uint8)
 
 
-def pieces(box: Box, cast: Cast, most: int) -> Iterator[Box]:
-    """The box in pieces, for each of which at most `most` bytes of the weight are read, and in one read."""
+def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
+    """The box in pieces, for each of which no more of weight and scale is read than may be, the weight in one read."""
     if not area(box):
         return
     if cast.is_scale and cast.operation != "pad":
         yield from (box._replace(top=row, bottom=row + 1) for row in range(box.top, box.bottom))
         return
+    most = inputs.most
+    if cast.scale:
+        # As if each row had scales of its own.
+        most = min(most, inputs.most_scales * cast.block[1] * bits_of(cast) // BITS[cast.scale.dtype])
     yield from bands(box, matrix(logical(cast.weight, cast))[1], bits_of(cast), most)
 
 
@@ -222,6 +228,12 @@ def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int
     blocks, phase = blocks_of(box, cast.block), phase_of(box, cast.block)
     scales = scale_box(cast, blocks, inputs)
     if cast.weight.dtype == "I8":
+        wide = box._replace(left=box.left - box.left % 2, right=box.right + box.right % 2)
+        if wide != box:  # two columns share a byte
+            both = np.empty((box.bottom - box.top, wide.right - wide.left), np.uint16)
+            inexact = compute_dequantized(cast, wide, both, inputs)
+            out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
+            return inexact
         fp4_to_bf16(weight_box(cast, box, inputs), scales, phase, out, fastest_recode())
         return 0
     values = scales_as_float32(scales, cast.scale.dtype if cast.scale else "")
@@ -241,15 +253,18 @@ def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
     """The new scales of blocks, from those of the groups in them."""
     rows, columns = matrix(logical(cast.weight, cast))
     new, old = cast.new_block, cast.block
-    found = np.empty((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
+    found = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
     for line in range(blocks.top, blocks.bottom):
-        inside = Box(
-            line * new[0], blocks.left * new[1], min(rows, (line + 1) * new[0]), min(columns, blocks.right * new[1])
-        )
-        groups = scale_box(cast, blocks_of(inside, old), inputs)
-        if np.any(groups == NAN):
-            raise not_finite(cast.scale or cast.weight)
-        found[line - blocks.top] = fp8_scales_of_fp4(groups, new)
+        top, bottom = line * new[0], min(rows, (line + 1) * new[0])
+        step = max(1, inputs.most_scales // -(-columns // old[1]))
+        for row in range(top, bottom, step):
+            inside = Box(row, blocks.left * new[1], min(bottom, row + step), min(columns, blocks.right * new[1]))
+            groups = scale_box(cast, blocks_of(inside, old), inputs)
+            if np.any(groups == NAN):
+                raise not_finite(cast.scale or cast.weight)
+            scales = fp8_scales_of_fp4(groups, new, (row - top, 0))
+            here = found[line - blocks.top : line - blocks.top + 1]
+            np.maximum(here, scales, out=here)
     return found
 
 

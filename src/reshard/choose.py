@@ -1,7 +1,8 @@
 """Which recipe a checkpoint wants."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from reshard.errors import Refused, listed, refuse
 from reshard.match import OWN_RECIPE, match, match_names
@@ -14,18 +15,22 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
 
     Raises Refused if none fits or, by the names, more than one.
     """
-    config = checkpoint.config or {}
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    known = architectures if isinstance(architectures, list) else []
-    by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
-    by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
-    candidates = by_type or by_name or recipes
+    candidates = wanted_recipes(checkpoint.config or {}, recipes)
     if len(candidates) == 1:
         return candidates[0]
     fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
     if len(fitting) == 1:
         return fitting[0]
     raise no_recipe(checkpoint, candidates, fitting)
+
+
+def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Those that a config asks for, by its model type or else its architecture; all if it asks for none of them."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    known = architectures if isinstance(architectures, list) else []
+    by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
+    by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
+    return by_type or by_name or recipes
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:

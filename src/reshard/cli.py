@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
 from io import TextIOWrapper
@@ -50,13 +51,26 @@ def add_job(parser: Parser) -> None:
         "--pad", action="store_true", help="widen weights with zeros where blocks do not suit the ranks"
     )
     parser.add_argument(
+        "--max-file-size",
+        type=memory,
+        metavar="SIZE",
+        help="with --to hf; default: the files that rank files once came from, or 5GB",
+    )
+    parser.add_argument(
         "--replicas",
         choices=("compare", "first"),
         default="compare",
         help="of what several ranks of a source hold: all must be equal, or take the first",
     )
+    parser.add_argument("--layers", type=numbers, metavar="0-3,7", help="convert these layers only")
+    parser.add_argument("--experts", type=numbers, metavar="0-15", help="convert these experts of each layer only")
+    parser.add_argument("--renumber", action="store_true", help="number the layers and experts that are left from 0 on")
     parser.add_argument(
-        "--max-file-size", type=memory, default="5GB", metavar="SIZE", help="with --to hf; default: 5GB"
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="write the tensors of these names only; repeatable",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
@@ -87,6 +101,7 @@ def add_convert(parser: Parser) -> None:
 
 def add_inspect(parser: Parser) -> None:
     parser.add_argument("path", type=Path, help="a folder of safetensors files in either layout, or one such file")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
 
 
 def add_verify(parser: Parser) -> None:
@@ -102,8 +117,41 @@ def add_verify(parser: Parser) -> None:
     )
 
 
+def add_diff(parser: Parser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, rank files, or one safetensors file")
+    parser.add_argument("b", type=Path, metavar="B", help="another, in whichever layout")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names, as in '*.3.*'; repeatable",
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="compare scaled weights with those of another dtype in BF16"
+    )
+    parser.add_argument("--show", type=positive, default=20, metavar="N", help="lines of each table; default: 20")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="of both sides; default: by the model")
+    parser.add_argument(
+        "--replicas", choices=("compare", "first"), default="compare", help="of what several ranks hold: as for convert"
+    )
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+
+
+ACTIONS = ("list", "show", "check", "derive")
+"""What `recipes` does."""
+
+
+def action(text: str) -> str:
+    """One of them."""
+    if text not in ACTIONS:
+        expected = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}; for a recipe: reshard recipes show {text!r}")
+    return text
+
+
 def add_recipes(parser: Parser) -> None:
-    parser.add_argument("action", nargs="?", choices=("list", "show", "check", "derive"), default="list")
+    parser.add_argument("action", nargs="?", type=action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
     parser.add_argument(
         "recipe", nargs="?", metavar="NAME|FILE", help="for show and check; for derive: a checkpoint to derive one for"
     )
@@ -123,14 +171,16 @@ def add_deepseek(parser: Parser) -> None:
     parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
 
 
+CONVERT, DEEPSEEK = "reshard.commands:run_convert", "reshard.commands:run_deepseek"
 COMMANDS = (
-    Command("convert", "write the file of each rank", add_convert, "reshard.commands:run_convert"),
+    Command("convert", "write the file of each rank", add_convert, CONVERT),
     Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.commands:run_plan"),
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.lookup:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.commands:run_verify"),
+    Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.differences:run_diff"),
     Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.lookup:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.demo:run_demo"),
-    Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, "reshard.commands:run_deepseek"),
+    Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, DEEPSEEK),
 )
 
 
@@ -154,13 +204,15 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
-    options = make_parser().parse_args(arguments)
+    as_json, way_on = False, ""
     try:
+        options = parse(arguments)
+        as_json, way_on = options.json, way_on_of(options)
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
         return run(options)
     except Refused as refused:
-        if options.json:
+        if as_json:
             print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
         print(f"reshard: refused\n{refused}", file=sys.stderr)
         return REFUSED
@@ -171,8 +223,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"reshard: refused\n{what}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        print("reshard: interrupted; run the same command again to go on from there", file=sys.stderr)
+        print(f"reshard: interrupted{way_on}", file=sys.stderr)
         return INTERRUPTED
+
+
+OTHER_WORDS = dict.fromkeys(
+    ("--tp", "--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
+)
+"""As other programs call our options."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. What no command knows is refused with the usage of the command that was meant."""
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        parser: Parser = options.parser
+        names = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001
+        wanted = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        nearest = [OTHER_WORDS[wanted]] if OTHER_WORDS.get(wanted) in names else get_close_matches(wanted, names, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
+    return options
+
+
+def way_on_of(options: argparse.Namespace) -> str:
+    """What to say of a command that ends early: only a conversion goes on from there."""
+    is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
+    return "; run the same command again to go on from there" if is_conversion else ""
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -181,16 +258,20 @@ def interrupt(*_: object) -> NoReturn:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="reshard", description="Turns a checkpoint into the files that each rank loads.")
+    about = "Turns a checkpoint into the files that each rank loads."
+    parser = Parser(prog="reshard", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"reshard {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         sub = commands.add_parser(
-            command.name, help=command.about, description=command.about[0].upper() + command.about[1:] + "."
+            command.name,
+            help=command.about,
+            description=command.about[0].upper() + command.about[1:] + ".",
+            allow_abbrev=False,
         )
         command.add_options(sub)
         sub.add_argument("--json", action="store_true", help="print JSON instead of text")
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, parser=sub)
     return parser
 
 
@@ -204,19 +285,30 @@ def positive(text: str) -> int:
 def share(text: str) -> Fraction:
     """`0.5%` -> 1/200."""
     found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
-    value = Fraction(found[1]) / 100 if found else Fraction(0)
-    if not 0 < value <= 1:
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
+    value = Fraction(found[1]) / 100
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: more than 0%, at most 100%")
     return value
 
 
+UNITS = {
+    "": 1,
+    **{unit: 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}ib": 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}b": 1000 ** (power + 1) for power, unit in enumerate("kmgt")},
+}
+"""In bytes, by their names in small letters. A letter alone is the binary unit."""
+
+
 def memory(text: str) -> int:
-    """`256MiB` -> 268435456. Bytes without a unit."""
-    units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    found = re.fullmatch(r"(\d{1,15})\s*([kmg]i?b)?", text.strip().lower())
+    """`256MiB` -> 268435456, `1.5kB` -> 1500. Bytes without a unit."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt](?:i?b)?)?", text.strip().lower())
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 256MiB")
-    return int(found[1]) * units[found[2] or ""]
+        units = "KiB, MiB, GiB, TiB (or K, M, G, T), kB, MB, GB, TB, or none for bytes"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 256MiB or 1.5GB; the units are {units}")
+    return int(Fraction(found[1]) * UNITS[found[2] or ""])
 
 
 def numbers(text: str) -> list[int]:

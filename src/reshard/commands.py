@@ -4,31 +4,43 @@ import argparse
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reshard.audit import audit_target
-from reshard.convert import Job, Result, convert_checkpoint, plan_conversion, prepare, recipe_for
-from reshard.errors import describe, printable, refuse
+from reshard.books import MANIFEST
+from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare, recipe_for
+from reshard.errors import Refused, describe, printable, refuse
 from reshard.execute import Settings, memory_per_job
-from reshard.manifest import describe_plan
+from reshard.found import require_folder
+from reshard.manifest import describe_plan, read_manifest
 from reshard.match import match
+from reshard.origin import Origin
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.plan import Plan
 from reshard.progress import progress
+from reshard.ranks import RankNames, ranks_at
 from reshard.read import read_checkpoint
-from reshard.target import MANIFEST
-from reshard.text import size_text, table
-from reshard.types import RANKS
+from reshard.recipe import load_recipe, packaged_recipes
+from reshard.restored import lost_lines
+from reshard.sources import read_source, subset_of
+from reshard.subset import narrowed
+from reshard.subset_text import asked_of, subset_text
+from reshard.text import counted, size_text, table
+from reshard.types import RANKS, Checkpoint, File, Recipe, Subset
 from reshard.verify import Report, verify_target
 
 
 def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        plan = prepare(job_of(options), options.target).plan
-        return say_plan(plan, options.source, as_json=options.json)
+        work = prepare(job_of(options), options.target)
+        if not work.plan.files and not options.json:
+            print(printable(f"{options.target}: converted already; no tensor would be written"))
+            return PROVEN
+        return say_plan(work.plan, work.known_origin, options.source, as_json=options.json)
     settings = Settings(options.jobs, options.max_memory, options.cache, options.restart, options.allow_inexact)
     return convert(job_of(options), options.target, settings, as_json=options.json)
 
@@ -44,18 +56,20 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    return say_plan(plan_conversion(job_of(options)), options.source, as_json=options.json)
+    plan, origin = plan_with_origin(job_of(options))
+    return say_plan(plan, origin, options.source, as_json=options.json)
 
 
-def say_plan(plan: Plan, source: Path, *, as_json: bool) -> int:
+def say_plan(plan: Plan, origin: Origin, source: Path, *, as_json: bool) -> int:
     if as_json:
-        print_json(describe_plan(plan))
+        print_json({**describe_plan(plan), "not_restored": list(lost_lines(plan, origin))})
     else:
-        print("\n".join(map(printable, plan_lines(plan, source))))
+        print("\n".join(map(printable, [*plan_lines(plan, source), *lost_lines(plan, origin)])))
     return PROVEN
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    require_folder(options.target)
     total = sum(path.stat().st_size for path in options.target.glob("*.safetensors") if path.is_file())
     if options.source is None:
         if options.ranks is not None or options.recipe:
@@ -63,15 +77,77 @@ def run_verify(options: argparse.Namespace) -> int:
         with progress("verify", total) as advance:
             report = audit_target(options.target, advance, options.sample)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
+    if names := ranks_at(options.source, recipes_of(options)):
+        return verify_restored(options, names)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
+    source = as_chosen(source, recipe, options.source, options.target)
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
+    report = with_note(report, options.target, source.files)
     return say_report(report, options.target, options.source, as_json=options.json)
 
 
+def recipes_of(options: argparse.Namespace) -> list[Recipe]:
+    """Those that are asked for, or all."""
+    return [load_recipe(options.recipe)] if options.recipe else packaged_recipes()
+
+
+def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
+    """What of a source the target holds, by its manifest: all of it if that says nothing else, or is none."""
+    before, now = subset_of(path), subset_of(target)
+    if not now:
+        return replace(source, subset=before)
+    return narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
+
+
+def require_same_subset(source: Path, target: Path) -> None:
+    """What was chosen of rank files cannot be held against all of them. Raises Refused."""
+    if (now := subset_of(target)) != subset_of(source):
+        remedy = "verify it without --source, by the checksums of its manifest"
+        raise refuse(
+            "incomplete-source", str(target), subset_text(now) or "a whole model", "what the ranks hold", remedy
+        )
+
+
+def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
+    """A checkpoint that was made of rank files, turned about: whether the rank files are cut from it.
+
+    So it is as independent of how the parts were put together as any `verify`.
+    """
+    recipes = names.recipes
+    if ranks_at(options.target, recipes):
+        found, remedy = "rank files, as the target has them", "hold both against the whole checkpoint, or leave it out"
+        raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
+    require_same_subset(options.source, options.target)
+    source = read_checkpoint(options.target, ignore_extra_files=options.ignore_extra_files)
+    source = replace(source, subset=subset_of(options.target))
+    ranks = read_source(options.source, options.recipe)
+    recipe = ranks.recipe
+    match(source, recipe)
+    total = sum(path.stat().st_size for path in options.source.glob("*.safetensors") if path.is_file())
+    with progress("verify", total) as advance:
+        report = verify_target(options.source, source, recipe, advance, options.ranks, options.sample)
+    report = with_note(report, options.target, ranks.checkpoint.files)
+    return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
+    """Where there are problems: whether the manifest of a target says that it was made from other files than these."""
+    try:
+        known = read_manifest(target).get("source") if report.problems else None
+    except Refused:
+        return report
+    given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
+    if known is None or known == given:
+        return report
+    return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
+
+
 def job_of(options: argparse.Namespace) -> Job:
+    if options.replicas == "first" and not ranks_at(options.source, recipes_of(options)):
+        raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     if options.to == "ranks" and options.mp is None:
         raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
     return Job(
@@ -87,7 +163,12 @@ def job_of(options: argparse.Namespace) -> Job:
         pad=options.pad,
         file_size=options.max_file_size,
         first_replica=options.replicas == "first",
+        subset=Subset(chosen(options.layers), chosen(options.experts), options.renumber, tuple(options.only)),
     )
+
+
+def chosen(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
 
 
 def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int:
@@ -96,9 +177,11 @@ def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int
     seconds = time.monotonic() - started
     if as_json:
         status = "converted" if result.done else "already-converted"
-        print_json({"status": status, "seconds": seconds, "done": done_of(result), **describe_plan(result.plan)})
+        lost = list(lost_lines(result.plan, result.origin))
+        about = {**describe_plan(result.plan), "not_restored": lost}
+        print_json({"status": status, "seconds": seconds, "done": done_of(result), **about})
     else:
-        print("\n".join(map(printable, converted_lines(result, job, target, seconds))))
+        print("\n".join(map(printable, converted_lines(result, job, target, seconds, settings.jobs))))
     return PROVEN
 
 
@@ -106,38 +189,59 @@ def done_of(result: Result) -> dict[str, object] | None:
     return asdict(result.done) if result.done else None
 
 
-def converted_lines(result: Result, job: Job, target: Path, seconds: float) -> Iterator[str]:
+def jobs_text(jobs: int, asked: int | None) -> str:
+    """Of so many as were asked for, if they were: only too little memory makes them fewer."""
+    if asked is None or jobs >= asked:
+        return counted(jobs, "jobs")
+    return f"{jobs} of {counted(asked, 'jobs')} (--max-memory allows no more)"
+
+
+def converted_lines(result: Result, job: Job, target: Path, seconds: float, jobs: int | None = None) -> Iterator[str]:
     plan, done = result.plan, result.done
-    if done is None:
+    if result.mended:
+        yield f"{target}: converted already; written again: {', '.join(result.mended)}"
+    elif done is None:
         yield f"{target}: converted already; nothing was written"
     else:
         size = f"{plan.size:,} bytes ({size_text(plan.size)})"
         kind = "rank files" if plan.layout.to == RANKS else "files"
-        yield f"{target}: {len(plan.files)} {kind}, {size} in {seconds:.1f} s"
+        yield f"{target}: {counted(len(plan.files), kind)}, {size} in {seconds:.1f} s"
         if done.resumed:
             yield f"resumed: {done.resumed:,} bytes had been written before"
-        yield f"{done.jobs} jobs, read {done.ways.read}, written {done.ways.write}"
+        yield f"{jobs_text(done.jobs, jobs)}, read {done.ways.read}, written {done.ways.write}"
         if done.inexact:
-            yield f"rounded: {done.inexact:,} values that the new dtype does not have"
+            yield f"rounded: {counted(done.inexact, 'values')} that the new dtype does not have"
+    yield from subset_lines(plan.source.subset)
     yield from cast_lines(plan)
     yield from dropped_lines(plan)
-    yield f"next: {verify_command(job, target)}"
+    yield from lost_lines(plan, result.origin)
+    yield f"next: {verify_command(job, target, result)}"
 
 
-def verify_command(job: Job, target: Path) -> str:
-    """As it would be typed into a shell."""
-    words = ["reshard", "verify", str(target), "--source", str(job.source)]
+def verify_command(job: Job, target: Path, result: Result) -> str:
+    """As it would be typed into a shell. What was made of rank files is held against them if they are cut from it."""
+    words = ["reshard", "verify", str(target)]
+    is_chosen = job.subset.only or (result.origin.is_of_ranks and result.plan.source.subset)
+    if is_chosen or (result.origin.is_of_ranks and (result.plan.layout.to == RANKS or result.plan.casts)):
+        return shlex.join(words)
+    words += ["--source", str(job.source)]
     words += ["--recipe", job.recipe] if job.recipe else []
     words += ["--ranks", ",".join(map(str, job.only))] if job.only is not None else []
     words += ["--ignore-extra-files"] if job.ignore_extra_files else []
     return shlex.join(words)
 
 
+def subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
+    """That this is not the whole model."""
+    if subset:
+        yield f"a subset: {subset_text(subset)}"
+
+
 def cast_lines(plan: Plan) -> Iterator[str]:
     """What was computed, and what it became."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
-        yield f"{operation}: {count:,} tensors of {dtype}"
+        yield f"{operation}: {counted(count, 'tensors')} of {dtype}"
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
@@ -146,20 +250,25 @@ def cast_lines(plan: Plan) -> Iterator[str]:
 def dropped_lines(plan: Plan) -> Iterator[str]:
     for share in plan.coverage:
         if share.use == "dropped":
-            yield f"dropped: {share.tensors:,} tensors, {share.size:,} bytes: {share.what}: {share.reason}"
+            yield f"dropped: {counted(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
 
 
 def plan_lines(plan: Plan, source: Path) -> Iterator[str]:
     """A table a rank, then what becomes of the source; both add up to the byte."""
-    target = f"{plan.layout.ranks} ranks" if plan.layout.to == RANKS else f"{len(plan.files)} whole files"
+    target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
     yield f"{source} -> {target} by the recipe {plan.recipe.name}"
-    yield ", ".join(f"{count} {plan.recipe.holes[letter].counts}" for letter, count in plan.counts.items() if count)
+    yield from subset_lines(plan.source.subset)
+    counts = {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items() if count}
+    yield ", ".join(counted(count, things) for things, count in counts.items())
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
     pieces = sum(len(file.pieces) for file in plan.files)
     total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
     yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    yield from cast_lines(plan)
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
+    if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
+        yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
     yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
     yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield ""
@@ -199,15 +308,21 @@ def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> 
         proven = "sampled" if report.is_sampled else "proven"
         print_json({"status": "differs" if report.problems else proven, **asdict(report)})
     elif report.problems:
-        print(f"{printable(str(target))}: {len(report.problems):,} problems")
+        print(f"{printable(str(target))}: {counted(len(report.problems), 'problems')}")
+        if report.note:
+            print(report.note)
         print(describe(report.problems))
         if report.is_sampled:
             print(sample)
     else:
         print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
-        files = f"{report.files} whole files" if report.is_whole else f"{report.files} of {report.ranks} rank files"
-        print(f"{files}, {report.tensors:,} tensors, {result}")
+        files = (
+            counted(report.files, "whole files") if report.is_whole else f"{report.files} of {report.ranks} rank files"
+        )
+        print(f"{files}, {counted(report.tensors, 'tensors')}, {result}")
         if report.inexact:
-            print(f"rounded: {report.inexact:,} values that the new dtype does not have, each to the nearest")
+            print(f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest")
+    for line in subset_lines(report.subset) if not as_json else ():
+        print(printable(line))
     return PROBLEMS if report.problems else PROVEN

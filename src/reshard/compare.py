@@ -56,6 +56,8 @@ class Side:
 
     paths: Mapping[int, Path]
     ways: Ways
+    joined: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
+    """By numbers that no file has: the stretches of files that, one behind the other, are read as a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,23 @@ class Opened:
 
     def read(self, number: int, offset: int, size: int, buffer: memoryview) -> Bytes:
         """So many bytes of a file, in a part of the buffer. Raises Refused if it ends before."""
+        if number in self.side.joined:
+            return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
         name = str(self.side.paths[number])
         return np.frombuffer(
             read_window(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8
         )
+
+    def read_joined(self, stretches: Sequence[Tensor], wanted: range, buffer: memoryview) -> Bytes:
+        """Bytes of what lies in stretches, in memory of their own. Raises Refused."""
+        found, start = np.empty(len(wanted), np.uint8), 0
+        for stretch in stretches:
+            inner = meet(wanted, range(start, start + stretch.size))
+            if inner:
+                data = self.read(stretch.file, stretch.offset + inner.start - start, len(inner), buffer)
+                found[shift(inner, wanted)] = data
+            start += stretch.size
+        return found
 
     def read_rows(self, number: int, offset: int, pitch: int, shape: tuple[int, int], buffer: memoryview) -> Bytes:
         """So many rows of so many bytes, each `pitch` bytes behind the one before. Raises Refused."""

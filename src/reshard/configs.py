@@ -6,13 +6,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formulas import UnknownKey, value_of
+from reshard.layout import WHOLE_NAME
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX
-from reshard.types import WHOLE
+from reshard.recipe import scale_letter
+from reshard.types import RANKS, WHOLE
 from reshard.units import CAST_TO_FP8
 
 RUN_CONFIG = "run_config.json"
 """Not `config.json`, which a tokenizer that is loaded from the folder would read."""
+EXEMPT = "modules_to_not_convert"
+"""How a config names the modules whose weights are not scaled though most are."""
 DTYPES = ("torch_dtype", "dtype")
 """How a config names the dtype of its weights, by its age."""
 
@@ -38,11 +42,12 @@ def carried_config(plan: Plan) -> dict[str, bytes]:
 
 
 def run_config(plan: Plan) -> str:
-    """The configuration that the inference code of the ranks is started with; empty without a config to make it from.
+    """The configuration that the inference code of the ranks is started with; empty without a config to make it from,
+    and for chosen tensors, which nothing can run.
 
     Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
     """
-    if plan.config is None or not plan.recipe.run:
+    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset:
         return ""
     config = with_old_keys(cast_config(plan, plan.config))
     config["target"] = target_facts(plan, config)
@@ -65,7 +70,8 @@ def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     rotary = config.get("rope_parameters")
     if not isinstance(rotary, dict):
         return dict(config)
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **config}
+    said = {key: value for key, value in config.items() if value is not None}
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
 def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +85,13 @@ def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:
-    """The config, as the casts have left it, and the index, if there are several files."""
+    """The config, as the casts have left it, and the index, unless there is one file by the name of all. Chosen tensors
+    have no config.
+    """
     found = {}
-    if plan.config is not None:
+    if plan.config is not None and "only" not in plan.source.subset:
         found[CONFIG] = cast_config(plan, plan.config)
-    if len(plan.files) > 1:
+    if [file.name for file in plan.files] != [WHOLE_NAME]:
         found[INDEX] = index(plan)
     return {name: json_text(value) for name, value in found.items()}
 
@@ -110,9 +118,27 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("quantization_config", "expert_dtype"):
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
-    if plan.layout.cast in CAST_TO_FP8:
-        block = next(iter(plan.recipe.scales.values())).block
+    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
+        block = next(cast.block for cast in plan.casts)
         usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
         changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}
+    if isinstance(quantization := changed.get("quantization_config"), dict) and (modules := unscaled_modules(plan)):
+        exempt = quantization.get(EXEMPT)
+        known = exempt if isinstance(exempt, list) else []
+        new = [module for module in modules if module not in known]
+        changed["quantization_config"] = {**quantization, EXEMPT: [*known, *new]}
     return changed
+
+
+def unscaled_modules(plan: Plan) -> list[str]:
+    """The ends of the names of modules whose weights the recipe dequantises: they are not scaled, as all others are."""
+    found: dict[str, None] = {}
+    for rule in plan.recipe.rules:
+        if rule.relation == "dequantize":
+            letter = scale_letter(rule, plan.recipe)
+            module = rule.left.removesuffix(f".{{{letter}}}").rpartition("}.")[2]
+            scale = f"{module}.{plan.recipe.scales[letter].left}"
+            if plan.layout.to == RANKS or not any(name.endswith(scale) for name in plan.pieces.names):
+                found[module] = None
+    return list(found)

@@ -2,22 +2,27 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
+from reshard.books import MANIFEST
 from reshard.choose import choose_recipe
-from reshard.configs import made_files
-from reshard.errors import refuse, require_none
-from reshard.execute import USUAL, Done, Others, Settings, execute_plan
-from reshard.journal import JOURNAL, Records, lock
+from reshard.configs import RUN_CONFIG, made_files
+from reshard.errors import Problem, refuse, require_none
+from reshard.execute import USUAL, Done, Others, Settings, execute_plan, finish, write_whole
+from reshard.journal import JOURNAL, PARTIAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
 from reshard.recipe import load_recipe, packaged_recipes
+from reshard.restored import as_they_were
 from reshard.sources import read_source
-from reshard.target import MANIFEST, our_names, side_files, target_problems
-from reshard.types import FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe
+from reshard.subset import narrowed
+from reshard.target import our_names, side_files, target_problems
+from reshard.types import EVERYTHING, FILE_SIZE, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
 
 LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files are tokenizers and the like; they are read whole."""
@@ -42,15 +47,18 @@ class Job:
     expert_dtype: str = ""
     keep_optional: bool = False
     pad: bool = False
-    file_size: int = FILE_SIZE
-    """These six are those of a Layout."""
+    file_size: int | None = None
+    """These six are those of a Layout. Without a size, rank files go back into the files that they came from."""
     first_replica: bool = False
     """Of what several ranks of a source hold, take that of the first and do not compare."""
+    subset: Subset = EVERYTHING
+    """Convert these layers, experts and tensors only."""
 
     @property
     def layout(self) -> Layout:
         """How the target is cut, and what becomes of its numbers."""
-        return Layout(self.ranks, self.to, self.cast, self.expert_dtype, self.keep_optional, self.pad, self.file_size)
+        size = FILE_SIZE if self.file_size is None else self.file_size
+        return Layout(self.ranks, self.to, self.cast, self.expert_dtype, self.keep_optional, self.pad, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,10 @@ class Result:
     plan: Plan
     done: Done | None
     """None if the target was finished already."""
+    mended: Sequence[str]
+    """The side files of a finished target that had been lost, and were written again."""
+    origin: Origin
+    """What is known of the checkpoint that rank files came from."""
 
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
@@ -81,7 +93,7 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     work = prepare(job, target)  #                                        headers only; the last chance to refuse
     plan = work.plan
     if not plan.files:
-        return Result(plan, None)
+        return Result(plan, None, mend_side_files(target, work.sides), work.known_origin)
 
     def contents(records: Records) -> dict[str, bytes]:
         manifest = manifest_of(plan, work.samples, work.sides, records, work.known, work.origin)
@@ -94,7 +106,7 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     with progress(plan.size) as advance:
         others = Others([*work.sides, MANIFEST], contents, require_same)
         done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
-    return Result(plan, done)
+    return Result(plan, done, (), work.known_origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,8 @@ class Work:
     """The same, if it is of this job for other ranks; else empty."""
     origin: Mapping[str, Any]
     """What the manifest will keep of the source."""
+    known_origin: Origin
+    """What is known of where the source came from."""
 
 
 def prepare(job: Job, target: Path) -> Work:
@@ -126,11 +140,43 @@ def prepare(job: Job, target: Path) -> Work:
     if finished := finished_ranks(known, plan, target):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     sides = read_side_files(plan, origin)
+    require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
     if plan.files:
         require_room(job, plan, target, sides, known)
     else:
         clear_journal(target)
-    return Work(plan, samples, sides, manifest, known, kept)
+    return Work(plan, samples, sides, manifest, known, kept, origin)
+
+
+def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
+    """What is no longer as it was when the target was made: a tokenizer, or the config that a file was made of."""
+    for entry in known.get("side_files", ()):
+        content = sides.get(entry["name"])
+        if content is not None and xxh3_128_hexdigest(content) != entry["xxh3_128"]:
+            found = "other content than when the target was made, in the source or by its config.json"
+            yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
+
+
+def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
+    """Files of the same job that have a final name and not the size that they were given."""
+    sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
+    for file in plan.files:
+        path = target / file.name
+        if file.name in sizes and path.exists():
+            found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
+            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+
+
+def mend_side_files(target: Path, sides: Mapping[str, bytes]) -> list[str]:
+    """Writes those that a finished target lacks, and returns their names."""
+    lost = [name for name in sides if not (target / name).exists()]
+    if lost:
+        with ExitStack() as stack:
+            lock(stack, target / JOURNAL)
+            for name in lost:
+                write_whole(target / (name + PARTIAL), sides[name])
+            finish(target, lost)
+    return lost
 
 
 def clear_journal(target: Path) -> None:
@@ -151,9 +197,22 @@ def plan_with_origin(job: Job) -> tuple[Plan, Origin]:
     found = read_source(
         job.source, job.recipe, ignore_extra_files=job.ignore_extra_files, first_replica=job.first_replica
     )
-    plan = make_plan(found.checkpoint, found.recipe, job.layout, found.origin.forms)
+    checkpoint, origin = narrowed(found.checkpoint, found.recipe, job.subset), found.origin
+    if checkpoint.subset or job.subset.only:
+        origin = replace(origin, forms=(), texts=None)  # what is left is not the files that there once were
+    forms = origin.forms if job.file_size is None else ()
+    plan = make_plan(checkpoint, found.recipe, job.layout, forms, job.subset.only)
     require_experts(job, plan)
-    return (plan if job.only is None else only_ranks(plan, job.only)), found.origin
+    require_none(useless_options(job))
+    return (plan if job.only is None else only_ranks(plan, job.only)), origin
+
+
+def useless_options(job: Job) -> Iterator[Problem]:
+    """Options that would do nothing."""
+    if job.to == WHOLE and job.only is not None:
+        yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
+    if job.to == RANKS and job.file_size is not None:
+        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
 
 
 def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:
@@ -173,20 +232,17 @@ def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
     """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
 
     Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
-    in the source.
+    in the source; beside chosen tensors nothing does.
     """
-    patterns = plan.recipe.carry if plan.layout.to == RANKS else ("*",)
-    made = made_files(plan)
-    if origin.texts and is_restored(plan, origin):
-        made |= origin.texts
+    if "only" in plan.source.subset:
+        return made_files(plan)
+    patterns, made = plan.recipe.carry, made_files(plan)
+    if plan.layout.to == WHOLE:
+        patterns, made = ("*",), as_they_were(plan, made, origin)
+    ours = {RUN_CONFIG} if origin.is_of_ranks else set()  # of the rank files, not of the model
     found = side_files(plan.source.folder, patterns)
-    sides = {**{name: read_small(path) for name, path in found.items() if name not in made}, **made}
+    sides = {**{name: read_small(path) for name, path in found.items() if name not in {*made, *ours}}, **made}
     return dict(sorted(sides.items()))
-
-
-def is_restored(plan: Plan, origin: Origin) -> bool:
-    """Whether the target is just the checkpoint that the source once was."""
-    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [form.header for form in origin.forms]
 
 
 def read_small(path: Path) -> bytes:

@@ -94,7 +94,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, job_of(plan, others.names), restart=settings.restart)
+            journal = open_journal(stack, target, job_of(plan, others.names, settings), restart=settings.restart)
             try:
                 others.require_same()
                 done, records = write_ranks(plan, target, journal, advance, settings)
@@ -112,18 +112,21 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
     return done
 
 
-def job_of(plan: Plan, others: Sequence[str]) -> dict[str, Any]:
+def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
     """What makes a job another one: the journal of one is of no use to another."""
     return {
+        "allow_inexact": settings.allow_inexact,
         "reshard": __version__,
         "recipe": plan.recipe.name,
         "recipe_sha256": plan.recipe.text_hash,
         "layout": describe_layout(plan.layout),
+        **({"subset": plan.source.subset} if plan.source.subset else {}),
         "sizes": [file.size for file in plan.files],
         "files": [file.name for file in plan.files],
         "others": list(others),
         "window_size": WINDOW_SIZE,
         "source": [[file.name, file.size, file.header_hash, file.modified] for file in plan.source.files],
+        "replicas": "compared" if any(len(part) > 1 for join in plan.source.joins for part in join.parts) else "first",
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 LONGEST = 200
 """Characters of a formula: it is taken apart by functions that call themselves."""
+LARGEST = 1 << 63
+"""A number from here on is no size; Python would go on with it for ever."""
 SHAPE = re.compile(r"(?:(\w+) )?\[([^\[\]]*)\]")
 OPERATORS = {
     ast.Add: int.__add__,
@@ -109,7 +111,7 @@ def known(table: Any, name: str) -> Any:
 
 def number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
     value = evaluated(tree, config, sizes)
-    if type(value) is not int:
+    if type(value) is not int or abs(value) >= LARGEST:
         raise UnknownKey(ast.unparse(tree))
     return value
 
@@ -144,5 +146,5 @@ def shape_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> 
             value = value_of(formula, config, sizes) if formula != "?" else None
         except UnknownKey:
             value = None
-        found.append(value if type(value) is int else None)
+        found.append(value if type(value) is int and abs(value) < LARGEST else None)
     return found

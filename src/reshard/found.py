@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.books import require_finished
 from reshard.errors import Problem, Refused, refuse
 from reshard.read import SUFFIX, read_header
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 
-AGAIN = "convert again"
+AGAIN = "remove the file and convert again"
+MISSING = "copy it there, or convert again"
 
 
 class Folder(NamedTuple):
@@ -35,12 +37,21 @@ class Found(NamedTuple):
     tensors: Sequence[Tensor]
 
 
+def require_folder(target: Path) -> None:
+    """Raises Refused if there is none, or if the conversion that writes it has not ended."""
+    if not target.is_dir():
+        found = "a file" if target.exists() else "no such folder"
+        raise refuse("empty-target", str(target), found, "a folder that was converted into", "is the path right?")
+    require_finished(target)
+
+
 def look_at(target: Path, recipe: Recipe) -> Folder:
     """What files a folder should have. How many ranks there are is told by the names of most; where no file is named as
     a rank file is, they are whole. Raises Refused if there is none at all.
     """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
-    paths = [path for path in sorted(target.iterdir()) if path.is_file()] if target.is_dir() else []
+    require_folder(target)
+    paths = [path for path in sorted(target.iterdir()) if path.is_file()]
     tensor_files = [path.name for path in paths if path.name.endswith(SUFFIX)]
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
     if not fitting and tensor_files:
@@ -61,6 +72,10 @@ def read_found(target: Path, names: Mapping[int, str]) -> tuple[list[Found], lis
     files: list[Found] = []
     problems: list[Problem] = []
     for number, name in names.items():
+        if not (target / name).exists():
+            found = "a link to nothing" if (target / name).is_symlink() else "no such file"
+            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", MISSING))
+            continue
         try:
             files.append(Found(number, *read_header(target / name, number)))
         except Refused as refused:

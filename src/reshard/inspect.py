@@ -1,16 +1,20 @@
 """What a checkpoint holds, in either layout, from its headers alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from reshard.choose import choose_recipe
-from reshard.errors import Refused, listed
+from reshard.books import LARGEST_MANIFEST, MANIFEST, require_finished
+from reshard.choose import choose_recipe, wanted_recipes
+from reshard.errors import Refused, listed, require_none
+from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
-from reshard.names import ranks_of, split_name
-from reshard.read import Stored, file_names, folder_of, read_checkpoint, read_config, read_headers
-from reshard.recipe import packaged_recipes
-from reshard.text import size_text, table
+from reshard.names import split_name
+from reshard.ranks import RankNames, numbers_of, ranks_at
+from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
+from reshard.recipe import load_recipe, packaged_recipes
+from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
 SHOWN_NAMES = 200
@@ -41,22 +45,76 @@ class Content:
     names: Mapping[str, tuple[int, str]]
     """If no recipe knows it, what one would have to know: by name, with `#` for each number, how many tensors there
     are, and their dtypes and shapes."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """The options that it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
 
 
-def inspect_path(path: Path) -> Content:
-    """What lies at a path: a folder of safetensors files in either layout, or a single file. Raises Refused."""
-    names = file_names(path)
-    for recipe in packaged_recipes():
-        if ranks := ranks_of(names, recipe):
-            return content_of(path, read_headers(folder_of(path), names), recipe.right, "", ranks, {}, "")
+def inspect_path(path: Path, recipe: str | None = None) -> Content:
+    """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
+    or file, else by those that are packaged. Raises Refused.
+    """
+    require_finished(path)
+    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
+    if path.is_dir() and (names := ranks_at(path, recipes)):
+        return rank_content(path, names)
+    for name in file_names(path)[:1]:
+        for known in recipes if not path.is_dir() else ():
+            if numbers := numbers_of(name, known):
+                return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        recipe = choose_recipe(checkpoint, packaged_recipes())
-        counts = counts_of(checkpoint, recipe)
+        chosen = choose_recipe(checkpoint, recipes)
+        counts = counts_of(checkpoint, chosen)
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
-    return content_of(path, stored, recipe.left, recipe.name, 0, counts, "")
+    content = content_of(path, stored, chosen.left, chosen.name, 0, counts, "")
+    return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
+
+
+def rank_content(path: Path, names: RankNames) -> Content:
+    """Rank files, and the recipes that they fit: all that fit, where nothing tells which it was."""
+    present = [name for name in names.wanted if name not in names.missing]
+    stored, config = read_headers(path, present), read_config(path)
+    manifest = manifest_at(path)
+    found = manifest.get("recipe")
+    wanted = found.get("name") if isinstance(found, dict) else ""
+    known = [recipe for recipe in names.recipes if recipe.name == wanted] or wanted_recipes(config or {}, names.recipes)
+    counts: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
+    for recipe in known:
+        try:
+            require_none(names.problems(ignore_extra_files=True))
+            counts[recipe.name] = counts_of_ranks(stored, recipe, config)
+        except Refused as refused:
+            remarks.append(str(refused))
+    remark = "" if counts else min(remarks, key=len)
+    by = " or ".join(counts)
+    first = next(iter(counts.values()), {})
+    content = content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    return replace(content, made=made_by(manifest))
+
+
+def manifest_at(folder: Path) -> Mapping[str, Any]:
+    """As it stands there: what is told of it is a hint, so that its checksum need not be right."""
+    return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
+
+
+def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """What was asked for, by its option, with the option's value; empty if that was nothing."""
+    layout = manifest.get("layout")
+    layout = layout if isinstance(layout, dict) else {}
+    flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
+    texts = {"--cast": "cast", "--expert-dtype": "expert_dtype"}
+    values = {option: layout[key] for option, key in texts.items() if isinstance(layout.get(key), str) and layout[key]}
+    return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}
+
+
+def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
+    """Raises Refused if the recipe does not fit."""
+    held, problems = held_tensors(stored, recipe)
+    require_none([*problems, *holder_problems(held.values(), len(stored.files))])
+    return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -80,7 +138,7 @@ def content_of(
         dtypes[tensor.dtype] = tensors + 1, size + tensor.size
     size = sum(tensor.size for tensor in stored.tensors)
     ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
-    names = names_of(stored.tensors) if remark else {}
+    names = names_of(stored.tensors) if remark and not ranks else {}
     return Content(
         str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
     )
@@ -98,18 +156,22 @@ def content_text(content: Content) -> str:
     """For a person."""
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
-    ranks = f", cut for {content.ranks} ranks" if content.ranks else ""
+    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
+    files = counted(content.files, "files")
     lines = [
         f"{content.path}: {known}{by}{ranks}",
-        f"{content.files:,} files, {content.tensors:,} tensors, {content.size:,} bytes ({size_text(content.size)})",
+        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
     ]
     if content.counts:
-        lines.append(", ".join(f"{count} {name}" for name, count in content.counts.items()))
+        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
+    if content.made:
+        words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
+        lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", table(("dtype", "tensors", "bytes"), rows)]
-    if content.remark:
+    if content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
         lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
         lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
-        lines += ["", content.remark]
+    lines += ["", content.remark] if content.remark else []
     return "\n".join(lines)

@@ -28,19 +28,19 @@ def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int
     Raises Refused if two ranks hold different bytes of one part.
     """
     data = np.frombuffer(out, np.uint8)
-    if join.rows == 1 or len(join.parts) == 1:
+    if join.rows == 1:
         sizes = [part[0].size for part in join.parts]
         for run in runs_of(sizes, offset, len(data), most):
-            fetch(join, run, data[run.place : run.place + run.size].reshape(1, -1), read)
+            fetch(join, run, data[run.place : run.place + run.size], read)
         return
     width, widths = join.result.size // join.rows, [part[0].size // join.rows for part in join.parts]
+    most_rows = max(1, most // max(widths))
     for row, begin, end, place in lines(offset, len(data), width):
-        count = (end - begin) // width or 1
-        for step in range(0, count, max(1, most // max(widths))):
-            rows = range(step, min(count, step + max(1, most // max(widths))))
-            for run in runs_of(widths, begin % width, min(end - begin, width), most):
-                columns = data[place : place + end - begin].reshape(count, -1)[rows.start : rows.stop]
-                fetch_rows(join, run, row + rows.start, widths, columns, read)
+        rows = data[place : place + end - begin].reshape(max((end - begin) // width, 1), -1)
+        for first in range(0, len(rows), most_rows):
+            some = rows[first : first + most_rows]
+            for run in runs_of(widths, begin % width, some.shape[1], most):
+                fetch_rows(join, run, row + first, widths[run.part], some, read)
 
 
 def runs_of(sizes: Sequence[int], offset: int, size: int, most: int) -> Iterator[Run]:
@@ -68,18 +68,22 @@ def lines(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, i
 def fetch(join: Join, run: Run, out: Bytes, read: Read) -> None:
     """Bytes of a part that lie in one piece."""
     copies = join.parts[run.part]
-    out[:] = np.frombuffer(read(copies[0], run.begin, run.size), np.uint8).reshape(out.shape)
+    out[:] = np.frombuffer(read(copies[0], run.begin, run.size), np.uint8)
     for other in copies[1:]:
         require_equal(out, np.frombuffer(read(other, run.begin, run.size), np.uint8), copies[0], other)
 
 
-def fetch_rows(join: Join, run: Run, row: int, widths: Sequence[int], out: Bytes, read: Read) -> None:
-    """A part's bytes of some rows, which it holds one behind the other; of one row perhaps only some."""
-    copies, width = join.parts[run.part], widths[run.part]
+def fetch_rows(join: Join, run: Run, row: int, width: int, out: Bytes, read: Read) -> None:
+    """A part's bytes of some rows from `row` on, which it holds one behind the other, `width` bytes each.
+
+    Several rows are read whole, though the end of each be padding; of a single row only the run.
+    """
+    copies = join.parts[run.part]
     target = out[:, run.place : run.place + run.size]
+    begin, size = (run.begin, run.size) if len(out) == 1 else (0, len(out) * width)
     for copy in copies:
-        size = len(out) * width if run.size == width else run.size
-        found = np.frombuffer(read(copy, row * width + run.begin, size), np.uint8).reshape(target.shape)
+        data = np.frombuffer(read(copy, row * width + begin, size), np.uint8).reshape(len(out), -1)
+        found = data[:, run.begin - begin : run.begin - begin + run.size]
         if copy is copies[0]:
             target[:] = found
         else:
@@ -88,7 +92,7 @@ def fetch_rows(join: Join, run: Run, row: int, widths: Sequence[int], out: Bytes
 
 def require_equal(one: NDArray[Any], other: NDArray[Any], first: Tensor, second: Tensor) -> None:
     """What several ranks hold is the same in all."""
-    if not np.array_equal(one.reshape(-1), other.reshape(-1)):
+    if not np.array_equal(one, other):
         found = f"other bytes in rank {second.file} than in rank {first.file}"
         remedy = "--replicas first takes those of the first rank that has it"
         raise refuse("replicas-differ", first.name, found, "the same in every rank", remedy)

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
+from reshard import books
 from reshard.disk import open_file
 from reshard.errors import Problem, refuse, require_none
 
-JOURNAL = "reshard.journal"
-PARTIAL = ".partial"
+JOURNAL, PARTIAL = books.JOURNAL, books.PARTIAL
 """What a name ends in until the file is whole and durable."""
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""

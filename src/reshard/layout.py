@@ -14,6 +14,8 @@ from reshard.results import Series
 from reshard.types import RANKS, Cast, Layout, Recipe, Tensor
 
 EVERY_RANK = -1
+WHOLE_NAME = "model.safetensors"
+"""Of a checkpoint in one file: loaders find it without an index."""
 WHOLE_METADATA = '"__metadata__":{"format":"pt"}'
 """Without it, transformers refuses a file."""
 LEAST_HEADER = len(WHOLE_METADATA) + 8 + 2 + 8
@@ -172,7 +174,7 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
         return [recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
     count = int(pieces.rank.max()) + 1
     if count == 1:
-        return ["model.safetensors"]
+        return [WHOLE_NAME]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
@@ -192,18 +194,18 @@ def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_o
     return Copies(*(column[full] for column in table))
 
 
-def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], files: int, most: int) -> Pieces:
+def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: Mapping[str, int], most: int) -> Pieces:
     """The pieces, each in one file, in the order of the source; a file ends before it grows beyond `most` bytes.
 
-    A piece that is larger has a file of its own. `files` is the number of files of the source.
+    A piece that is larger has a file of its own. `parts` is where casts are numbered from, `places` says by name where
+    in the order a tensor of the source has its place; what is computed has that of its weight.
     """
     # Before the files are known, their headers are not: offsets may have so many digits more.
     entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
-    origins = [casts[tensor.file - files].weight if tensor.file >= files else tensor for tensor in pieces.tensors]
-    order = np.lexsort(([origin.offset for origin in origins], [origin.file for origin in origins]))
+    weights = [casts[tensor.file - parts].weight if tensor.file >= parts else tensor for tensor in pieces.tensors]
     file, held = 0, 0
-    rank = np.zeros(len(order), np.int64)
-    for place in order.tolist():
+    rank = np.zeros(len(weights), np.int64)
+    for place in np.argsort([places[weight.name] for weight in weights], kind="stable").tolist():
         size = pieces.tensors[place].size + entries[place]
         if held and held + size > most - LEAST_HEADER:
             file, held = file + 1, 0

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from reshard.derive import derive_recipe
-from reshard.errors import printable, refuse, require_none
+from reshard.errors import listed, printable, refuse, require_none
 from reshard.inspect import content_text, inspect_path
 from reshard.match import match
 from reshard.output import PROVEN, print_json
@@ -18,7 +18,7 @@ from reshard.units import config_problems, kinds_of, pairing_problems
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    content = inspect_path(options.path)
+    content = inspect_path(options.path, options.recipe)
     if options.json:
         print_json(asdict(content))
     else:
@@ -27,6 +27,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_recipes(options: argparse.Namespace) -> int:
+    require_no_more(options)
     if options.action == "list":
         return list_recipes(as_json=options.json)
     if not options.recipe:
@@ -40,6 +41,15 @@ def run_recipes(options: argparse.Namespace) -> int:
     if not options.source:
         raise refuse("wrong-option", "recipes check", "no source", "a checkpoint to hold the recipe against")
     return check_recipe(options.recipe, options.source, as_json=options.json)
+
+
+def require_no_more(options: argparse.Namespace) -> None:
+    """Raises Refused if there are more words than an action takes."""
+    words = [str(word) for word in (options.recipe, options.source) if word is not None]
+    taken = {"list": 0, "check": 2}.get(options.action, 1)
+    if words[taken:]:
+        expected = f"at most {taken} behind it" if taken else "nothing behind it"
+        raise refuse("wrong-option", f"recipes {options.action}", listed(words), expected, "leave out what is too much")
 
 
 def list_recipes(*, as_json: bool) -> int:

@@ -13,19 +13,18 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
+from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.errors import refuse
 from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
 from reshard.journal import Records
 from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
 from reshard.recipe import is_plain
-from reshard.target import MANIFEST
+from reshard.subset_text import is_subset
 from reshard.types import File
 
-JOB_KEYS = ("reshard", "recipe", "layout", "source")
+JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
 """What makes a conversion another one, besides the samples of its source."""
-LARGEST_MANIFEST = 1 << 30
-"""In bytes. A model of 671B parameters has one of 12 MB."""
 LARGEST_RANGE = MAX_HEADER_SIZE + LENGTH_SIZE
 """In bytes: each range is read whole. The first is the header; the others are smaller by far."""
 FILE_TYPES = {"name": str, "rank": int, "size": int, "tensors": int, "ranges": str}
@@ -41,6 +40,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
         "ranks": plan.layout.ranks,
         "layout": describe_layout(plan.layout),
+        **({"subset": plan.source.subset} if plan.source.subset else {}),
         "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
@@ -137,6 +137,8 @@ def is_well_formed(manifest: Mapping[str, Any]) -> bool:
     files, sides = manifest.get("files"), manifest.get("side_files")
     if not (isinstance(files, list) and isinstance(sides, list) and is_size(manifest.get("ranks"))):
         return False
+    if not is_subset(manifest.get("subset", {})):
+        return False
     return all(has_types(entry, FILE_TYPES) and is_ranges(entry["ranges"], entry["size"]) for entry in files) and all(
         has_types(entry, SIDE_TYPES) for entry in sides
     )
@@ -165,7 +167,9 @@ def is_ranges(text: str, size: int) -> bool:
 def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
     """Whether a manifest is of the conversion that is planned, for whichever of its ranks."""
     wanted = describe_plan(plan)
-    return manifest.get("source_samples") == list(samples) and all(manifest.get(key) == wanted[key] for key in JOB_KEYS)
+    return manifest.get("source_samples") == list(samples) and all(
+        manifest.get(key) == wanted.get(key) for key in JOB_KEYS
+    )
 
 
 def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:

@@ -147,10 +147,3 @@ def later_members(
 def filled(pattern: str, numbers: Mapping[str, int]) -> str:
     """The pattern as a name: each hole by its number, the hole of a weight and its block scale as the weight."""
     return HOLE.sub(lambda hole: str(numbers.get(hole[1], WEIGHT)), pattern)
-
-
-def ranks_of(names: Sequence[str], recipe: Recipe) -> int:
-    """The number of ranks that file names tell, if all of them are names of rank files; else 0."""
-    pattern = re.escape(recipe.files).replace(r"\{rank\}", r"\d+").replace(r"\{ranks\}", r"(\d+)")
-    found = {fitting[1] if (fitting := re.fullmatch(pattern, name)) else "" for name in names}
-    return int(found.pop() or 0) if len(found) == 1 else 0

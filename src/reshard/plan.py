@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.holes import config_value
 from reshard.layout import Form, Pieces, TargetFile, dealt_to_files, formed, lay_out, pieces_of
 from reshard.match import Matched, match
+from reshard.only import only_named
 from reshard.padding import is_paddable, padded_config
-from reshard.results import Outcome, Terms, outcome_of, series_of, units_of, whole_series
-from reshard.types import MOST_RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
-from reshard.units import CAST_TO_FP8, config_problems, kinds_of, pairing_problems
+from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
+from reshard.types import MOST_RANKS, RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
+from reshard.units import CAST_TO_FP8, Kind, config_problems, kinds_of, pairing_problems, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +54,34 @@ class Plan:
             start = end
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = ()) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Sequence[Form] = (), only: Sequence[str] = ()
+) -> Plan:
     """The plan of a conversion, proven to tile every target file and to cover the source. Whole files are split as the
-    `forms` say, if these know every tensor.
+    `forms` say, if these know every tensor. Of the tensors go those along whose names fit a pattern of `only`, if any.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
     require_none(option_problems(recipe, layout))
     matched = match(checkpoint, recipe, keep_optional=layout.keep_optional or layout.to == WHOLE)
-    kinds = kinds_of(matched, recipe, layout)
-    if not kinds:
-        found, expected = "every tensor is dropped", "at least one to convert"
-        raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
-    require_none(
-        [
-            *pairing_problems(matched, kinds, recipe, layout),
-            *config_problems(kinds, recipe, checkpoint.config),
-        ]
-    )
+    kinds = kept_kinds(matched, recipe, layout)
+    problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
+    require_none(chain(*problems))
     config = padded_config(checkpoint.config, kinds, recipe, layout) if layout.pad else checkpoint.config
+    if only:
+        checkpoint, matched = only_named(checkpoint, matched, only)
+        kinds = kept_kinds(matched, recipe, layout)
     terms = Terms(recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
+    if layout.cast and not casts:
+        raise refuse("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     if layout.to == WHOLE:
         series = [one for outcome in outcomes for one in whole_series(outcome)]
         pieces = pieces_of(series)
-        pieces, forms = formed(pieces, forms) or (dealt_to_files(pieces, casts, checkpoint.parts, layout.file_size), ())
+        places = {name: place for place, name in enumerate(checkpoint.tensors)}
+        found = formed(pieces, forms)
+        pieces, forms = found or (dealt_to_files(pieces, casts, checkpoint.parts, places, layout.file_size), ())
     else:
         require_none(padding_problems(outcomes))
         require_none(ranks_problems(config or {}, recipe, layout, matched, outcomes))
@@ -90,8 +94,26 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout, forms: Seq
     return Plan(checkpoint, recipe, layout, counts, config, pieces, files, copies, tuple(casts), coverage)
 
 
+def kept_kinds(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
+    """All that is kept. Raises Refused if that is nothing."""
+    kinds = kinds_of(matched, recipe, layout)
+    if not kinds:
+        found, expected = "every tensor is dropped", "at least one to convert"
+        raise refuse("nothing-kept", recipe.name, found, expected, "another recipe")
+    return kinds
+
+
 def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """A number of ranks that is none, and options that the recipe has no use for, so that they would do nothing."""
+    """A number of ranks that is none, values that no option has, and options that the recipe has no use for, so that
+    they would do nothing.
+    """
+    for option, value, known in (
+        ("--to", layout.to, (RANKS, WHOLE)),
+        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
+        ("--expert-dtype", layout.expert_dtype, ("", "fp8")),
+    ):
+        if value not in known:
+            yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
@@ -109,6 +131,11 @@ def option_problems(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
         )
     if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
         yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
+    if layout.to == WHOLE and layout.keep_optional:
+        yield Problem("wrong-option", "--mtp", "keep, with --to hf", "neither word: whole files keep everything")
+    if layout.cast and layout.expert_dtype:
+        expected = "one of them: both say what becomes of FP4 experts"
+        yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
 
 
 def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:

@@ -22,6 +22,8 @@ CONFIG = "config.json"
 SUFFIX = ".safetensors"
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 AGAIN = "download or copy it again"
+POINTER = b"version https://git-lfs"
+"""So begins what git has in the place of a large file until git-lfs fetches that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,13 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def require_no_pointer(path: Path, beginning: bytes) -> None:
+    """Raises Refused."""
+    if beginning.startswith(POINTER):
+        expected, remedy = "the file that it stands for", "git lfs pull, in the folder that was cloned"
+        raise refuse("lfs-pointer", str(path), "a git-lfs pointer", expected, remedy)
+
+
 Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 """Makes an object of its keys and values."""
 
@@ -99,7 +108,9 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", AGAIN)
-            value = json.loads(file.read(size), object_pairs_hook=None if pairs is dict else pairs)
+            text = file.read(size)
+        require_no_pointer(path, text)
+        value = json.loads(text, object_pairs_hook=None if pairs is dict else pairs)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -205,6 +216,8 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
+            require_no_pointer(path, file.read(len(POINTER)))
+            file.seek(0)
             first = file.read(LENGTH_SIZE)
             text = file.read(header_length(first, size, path.name))
     except OSError as error:

@@ -363,6 +363,11 @@ def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
     if len(scaled) > 1:
         yield repr(rule.left), "one hole for a weight and its block scale"
+    for pattern in (rule.left, rule.right):
+        if any(letter in scales for letter in HOLE.findall(pattern.rpartition(".")[0])):
+            yield repr(pattern), "a weight and its block scale at the end of a name"
+    if rule.relation == "dequantize" and any(scales[letter].get("stays") for letter in scaled):
+        yield repr(rule.left), "`same`: what stays as it is cannot be dequantised"
 
 
 def shape_faults(text: str) -> Iterator[tuple[str, str]]:

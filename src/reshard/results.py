@@ -13,13 +13,13 @@ import numpy as np
 
 from reshard.copies import Integers
 from reshard.cut import Cut, cut_scale, cut_weight, dimension_of, parts_for, whole
+from reshard.errors import refuse
 from reshard.formulas import shape_of
 from reshard.header import BITS
-from reshard.holes import config_value
 from reshard.names import slots_of
-from reshard.recipe import UNITS, WEIGHT
+from reshard.recipe import WEIGHT
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
-from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape
+from reshard.units import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape, units_of
 
 MOST_FILES = 1 << 32
 """Of whole tensors: whichever file holds one holds all of it."""
@@ -72,7 +72,12 @@ def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     """What becomes of a kind; appends the casts that it takes."""
     outcome = transformed(kind, terms, casts)
     shape = padded_shape(kind.rule, outcome.weights[0], terms)
-    return padded(outcome, shape, terms, casts) if shape != outcome.weights[0].shape else outcome
+    if shape == outcome.weights[0].shape:
+        return outcome
+    if any(length != more for length, more in zip(outcome.weights[0].shape[1:-1], shape[1:-1], strict=True)):
+        found, expected = f"{list(outcome.weights[0].shape)} to {list(shape)}", "padding of the first or last dimension"
+        raise refuse("wrong-padding", kind.rule.left, found, expected, "no --pad, or fewer ranks")
+    return padded(outcome, shape, terms, casts)
 
 
 def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
@@ -86,7 +91,7 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
         return cast_to_fp8(kind, scaling, terms, casts)
     if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
         return quantized(kind, scaling, terms, casts)
-    if scaling.packed and layout.to != WHOLE:
+    if scaling.packed and kind.weights[0].dtype == "I8" and layout.to != WHOLE:
         shape = logical_shape(kind.weights[0], scaling)
         weights = [tensor._replace(dtype="F4", shape=shape) for tensor in kind.weights]
         return Outcome(kind, weights, kind.scales, kind.scale_names, scaling.block)
@@ -106,10 +111,8 @@ def computed(
     """The results of one operation on many tensors, each the work of a cast."""
     dtype, shape = result
     size, first = prod(shape) * BITS[dtype] // 8, terms.files + len(casts)
-    results = [
-        Tensor((scale if is_scale and scale else weight).name, dtype, shape, first + place, 0, size)
-        for place, (weight, scale) in enumerate(inputs)
-    ]
+    names = [(scale if is_scale and scale else weight).name for weight, scale in inputs]
+    results = [Tensor(name, dtype, shape, first + place, 0, size) for place, name in enumerate(names)]
     casts.extend(
         Cast(operation, weight, scale, blocks[0], tensor, blocks[1], is_scale)
         for (weight, scale), tensor in zip(inputs, results, strict=True)
@@ -140,6 +143,11 @@ def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) 
     weights = computed(f"quantize{power}", inputs, blocks, ("F8_E4M3", shape), terms, casts)
     result = "F32", scale_shape(shape, scaling.block)
     scales = computed(f"quantize{power}-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    for scale in scales:
+        place = scale.file - terms.files
+        named = scale._replace(name=scale.name.removesuffix(WEIGHT) + scaling.left)
+        casts[place] = casts[place]._replace(result=named)
+    scales = [casts[scale.file - terms.files].result for scale in scales]
     word = scaling.left if terms.layout.to == WHOLE else scaling.right
     names = [name.removesuffix(WEIGHT) + word for name in kind.names]
     return Outcome(kind, weights, scales, names, scaling.block)
@@ -147,13 +155,14 @@ def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) 
 
 def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     """The shape of a weight with its padding: by the raised config, or whole rows for each rank."""
+    shape = weight.shape
     if terms.padded and rule.shape and rule.relation != "drop":
-        shape = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
-        return tuple(known or length for known, length in zip(shape, weight.shape, strict=True))
-    if rule.split == "padded rows" and terms.layout.to != WHOLE and weight.shape:
+        raised = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
+        shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
+    if rule.split == "padded rows" and terms.layout.to != WHOLE and shape:
         ranks = terms.layout.ranks
-        return (-(-weight.shape[0] // ranks) * ranks, *weight.shape[1:])
-    return weight.shape
+        shape = (-(-shape[0] // ranks) * ranks, *shape[1:])
+    return shape
 
 
 def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
@@ -175,15 +184,15 @@ def pad(
             casts[place] = casts[place]._replace(result=result)
         else:
             result = Tensor(tensor.name, tensor.dtype, shape, terms.files + len(casts), 0, size)
-            casts.append(Cast("pad", tensor, None, (1, 1), result, (1, 1), is_scale))
+            casts.append(Cast("pad", stored(tensor), None, (1, 1), stored(result), (1, 1), is_scale))
         yield result
 
 
-def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
-    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
-    found = UNITS.fullmatch(rule.split)
-    value = config_value(found[1], config) if found else 0
-    return value if type(value) is int and (value > 0 or not found) else None
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor as bytes hold it: two values of F4 are one of I8."""
+    if tensor.dtype != "F4":
+        return tensor
+    return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
 
 
 def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:

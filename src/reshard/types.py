@@ -1,7 +1,7 @@
 """The nouns that every stage shares: frozen values that open nothing. Imports only the standard library."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,11 +87,29 @@ class Checkpoint:
     """The parsed `config.json`, if there is one."""
     joins: tuple[Join, ...] = ()
     """What of the tensors lies in parts."""
+    subset: Mapping[str, Any] = field(default_factory=dict)
+    """What of a larger checkpoint this is, as a manifest says it; empty if it is whole."""
 
     @property
     def parts(self) -> int:
         """How many files there are, and joins, which count as files: casts are numbered from here on."""
         return len(self.files) + len(self.joins)
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """What is chosen of a checkpoint; by default everything."""
+
+    layers: tuple[int, ...] | None = None
+    """Their numbers; None for all of them."""
+    experts: tuple[int, ...] | None = None
+    renumber: bool = False
+    """Number what is left from 0 on, where it does not begin there or has gaps."""
+    only: tuple[str, ...] = ()
+    """Patterns of names on the left, as a shell has them, of the tensors to be written; empty for all."""
+
+
+EVERYTHING = Subset()
 
 
 @dataclass(frozen=True, slots=True)

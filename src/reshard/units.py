@@ -10,8 +10,9 @@ from typing import Any
 
 from reshard.errors import Problem
 from reshard.formulas import parse_shape, shape_of
+from reshard.holes import config_value
 from reshard.match import Family, Matched
-from reshard.recipe import scale_letter
+from reshard.recipe import UNITS, scale_letter
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
@@ -123,6 +124,17 @@ def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, la
     for kind in kinds:
         if kind.scaling:
             yield from scaling_problems(kind, kind.scaling)
+            yield from quantize_problems(kind, layout)
+
+
+def quantize_problems(kind: Kind, layout: Layout) -> Iterator[Problem]:
+    """What cannot be made FP8: anything but matrices of BF16. What is FP8 already is not made so again."""
+    if layout.cast not in CAST_TO_FP8 or dequantizes(kind.rule, layout) or (kind.scaling and kind.scaling.stays):
+        return
+    for tensor in kind.weights:
+        if tensor.dtype != "BF16" or len(tensor.shape) != 2:
+            found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"a matrix of BF16, for --cast {layout.cast}"
+            yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")
 
 
 def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
@@ -140,11 +152,16 @@ def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
         for tensor in kind.scales:
             found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"
             yield Problem("scale-without-weight", tensor.name, found, f"a weight of {scaled}", remedy)
-    elif scale.shape != wanted or scale.dtype not in SCALES:
+        return
+    known = SCALES[-1:] if scaling.packed else SCALES
+    if scale.shape != wanted or scale.dtype not in known:
         for tensor, of in zip(kind.scales, kind.weights, strict=True):
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            expected = f"{' or '.join(SCALES)} {list(wanted)} for a weight of {list(of.shape)}"
+            expected = f"{' or '.join(known)} {list(wanted)} for a weight of {list(of.shape)}"
             yield Problem("wrong-scale", tensor.name, found, expected)
+    elif len(weight.shape) != 2:
+        for tensor in kind.weights:
+            yield Problem("wrong-shape", tensor.name, f"shape {list(weight.shape)}", "a matrix, for its block scale")
 
 
 def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
@@ -156,6 +173,13 @@ def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]
 def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
     """One element for each block, the last of a row or column being perhaps smaller."""
     return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
+
+
+def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
+    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
+    found = UNITS.fullmatch(rule.split)
+    value = config_value(found[1], config) if found else 0
+    return value if type(value) is int and (value > 0 or not found) else None
 
 
 def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -9,13 +9,14 @@ What every rank holds is compared with the source in every rank, so that replica
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from reshard.backwards import backwards, holders
+from reshard.backwards import Backwards, Holders, backwards, holders
 from reshard.bands import Part, Recast, Whole
 from reshard.beside import beside_problems
 from reshard.compare import Comparison, Side, compare
@@ -52,6 +53,10 @@ class Report:
     """How many values of FP4 became the nearest of FP8, which has none that is equal under the scale of their block."""
     is_whole: bool = False
     """Whether the target has whole files, not rank files."""
+    subset: Mapping[str, Any] = field(default_factory=dict)
+    """What of a larger checkpoint the target holds, by its manifest; empty if that says nothing of it."""
+    note: str = ""
+    """What may explain the problems. It does not change what is compared."""
 
 
 def verify_target(
@@ -105,23 +110,51 @@ def report_of(
         problems=tuple(problems),
         inexact=comparison.inexact,
         is_whole=held.folder.is_whole,
+        subset=held.source.subset,
     )
 
 
 def look_through(held: Held, target: Path, files: Sequence[Found], recipe: Recipe) -> Iterator[Problem]:
     """Finds out what each tensor of the files is; yields what is wrong by names, dtypes and shapes."""
     folder = held.folder
-    units, problems = units_of(files, backwards(recipe, held.source, is_whole=folder.is_whole), folder.names)
+    known = backwards(recipe, held.source, is_whole=folder.is_whole)
+    wanted = {} if folder.is_whole else holders(held.source, recipe, folder.ranks)
+    swapped = swapped_files(files, known, wanted)
+    yield from swapped_problems(held, swapped)
+    files = [file for file in files if file.number not in swapped]
+    units, problems = units_of(files, known, folder.names)
     held.is_power = is_power_of_two(target, units, held)
     yield from problems
     for unit in units:
         yield from hold(held, unit)
     looked_at = {file.number for file in files}
-    yield from absent_problems(held, looked_at, recipe)
+    yield from absent_problems(held, looked_at, wanted)
     yield from mixture_problems(held)
     if folder.is_whole:
         forms = {form for found in held.forms.values() for form in found}
         yield from beside_problems(target, files, held.source.config, forms, recipe, is_power=held.is_power)
+
+
+def swapped_files(files: Sequence[Found], known: Backwards, wanted: Mapping[str, Holders]) -> dict[int, int]:
+    """By the rank of each file that has just what is dealt to another rank, such as its experts: that other rank."""
+    dealt: dict[int, set[str]] = {}
+    for name, (ranks, optional) in wanted.items():
+        if len(ranks) == 1 and not optional:
+            dealt.setdefault(next(iter(ranks)), set()).add(name)
+    every, found = set[str]().union(*dealt.values()), dict[int, int]()
+    for file in files:
+        places = [place for tensor in file.tensors if (place := known.place(tensor.name))]
+        names = {name for place in places for name in (place.weight, place.scale)} & every
+        if fitting := [rank for rank in dealt if rank != file.number and names == dealt[rank]]:
+            found[file.number] = fitting[0]
+    return found
+
+
+def swapped_problems(held: Held, swapped: Mapping[int, int]) -> Iterator[Problem]:
+    """A file under the name of another is not compared: nearly all in it would be wrong."""
+    for number, rank in swapped.items():
+        found = f"the header of {held.folder.names[rank]}"
+        yield Problem("swapped-file", held.folder.names[number], found, "its own", "give the files their names back")
 
 
 def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Side, Side]:
@@ -129,7 +162,10 @@ def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Sid
     source_paths = {number: source.folder / file.name for number, file in enumerate(source.files)}
     target_paths = {file.number: target / file.file.name for file in files}
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
-    return side_of(source_paths, size), side_of(target_paths, size)
+    joined = {
+        len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
+    }
+    return replace(side_of(source_paths, size), joined=joined), side_of(target_paths, size)
 
 
 def side_of(paths: Mapping[int, Path], size: int) -> Side:
@@ -181,14 +217,13 @@ def difference_of(held: Held, comparison: Comparison, key: tuple[int, str], orig
         yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, AGAIN)
 
 
-def absent_problems(held: Held, looked_at: set[int], recipe: Recipe) -> Iterator[Problem]:
+def absent_problems(held: Held, looked_at: set[int], wanted: Mapping[str, Holders]) -> Iterator[Problem]:
     """Tensors of the source that one of the ranks `looked_at` lacks, or has though it should not."""
     if held.folder.is_whole:
         for name in held.source.tensors:
             if not held.present.get(name) and (name, 0) not in held.gone:
                 yield Problem("missing-tensor", name, "in none of these files", "in one of them", AGAIN)
         return
-    wanted = holders(held.source, recipe, held.folder.ranks)
     optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
     # All of what is optional is kept, or none: what most of it tells holds for the rest.
     is_kept = 2 * sum(name in held.present for name in optional) > len(optional)

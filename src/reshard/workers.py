@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Files:
     sources: Sequence[int]
     source_names: Sequence[str]
     targets: Sequence[int]
+    """None where what is moved goes into memory."""
     ways: Ways
     made: Sequence[Join | Cast]
     """What is numbered from `len(sources)` on is joined or cast."""
@@ -142,12 +143,12 @@ def flush_regularly(queue: Queue, ledger: Ledger) -> None:
 class Buffers:
     """The memory of one worker."""
 
-    def __init__(self, *, makes: bool) -> None:
-        self.window = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
-        self.stage = aligned_buffer(WINDOW_SIZE)
-        self.scales = aligned_buffer(SCALES_SIZE + 2 * PAGE) if makes else self.window
-        self.joined = aligned_buffer(WINDOW_SIZE + SCALES_SIZE) if makes else self.stage
-        self.result = aligned_buffer(WINDOW_SIZE) if makes else self.stage
+    def __init__(self, *, makes: bool, allocate: Callable[[int], memoryview] = aligned_buffer) -> None:
+        self.window = allocate(WINDOW_SIZE + 2 * PAGE)
+        self.stage = allocate(WINDOW_SIZE)
+        self.scales = allocate(SCALES_SIZE + 2 * PAGE) if makes else self.window
+        self.joined = allocate(WINDOW_SIZE + SCALES_SIZE) if makes else self.stage
+        self.result = allocate(WINDOW_SIZE) if makes else self.stage
 
 
 def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
@@ -164,11 +165,7 @@ def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
 
 def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
     """Reads or computes a window once and writes each of its groups; returns how many bytes."""
-    if window.source_file < len(files.sources):
-        source, name = files.sources[window.source_file], files.source_names[window.source_file]
-        data, inexact = read_window(source, window.offset, window.size, buffers.window, files.ways, name), 0
-    else:
-        data, inexact = make_window(window, files, buffers)
+    data, inexact = read_or_make(window, files, buffers)
     records = bytearray()
     for group in window.groups:
         bytes_of_group = gather(group, data, buffers.stage)
@@ -180,6 +177,14 @@ def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
     return sum(group.size for group in window.groups)
 
 
+def read_or_make(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
+    """The bytes of a window, in one of the buffers, and how many of its values are not exact."""
+    if window.source_file >= len(files.sources):
+        return make_window(window, files, buffers)
+    source, name = files.sources[window.source_file], files.source_names[window.source_file]
+    return read_window(source, window.offset, window.size, buffers.window, files.ways, name), 0
+
+
 def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
     """The bytes of a window of what is joined or cast, and how many of its values are not exact."""
     made, data = files.made[window.source_file - len(files.sources)], buffers.result[: window.size]
@@ -188,7 +193,7 @@ def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryv
         return data, 0
     weight = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
     scale = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE:])
-    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE))
+    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE, SCALES_SIZE))
     if inexact and not files.allow_inexact:
         found = f"{inexact:,} values of {made.result.dtype} that are not exact"
         expected = "only values that both dtypes have"

@@ -1,0 +1,257 @@
+"""Lazy tensors against those that the safetensors package reads, whole checkpoints, rank files and single files."""
+
+import json
+import os
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conversions import LEGAL, ORACLES
+from families import write_small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_load import LARGE, State, flat_bytes, rank_file, spoil
+
+import reshard
+from reshard.convert import Job, convert_checkpoint
+from reshard.errors import Refused
+from reshard.generate import write_checkpoint
+
+Source = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    root = tmp_path_factory.mktemp("families")
+
+    def of(name: str) -> Path:
+        if not (root / name).exists():
+            write_small(root / name, name)
+        return root / name
+
+    return of
+
+
+def whole(folder: Path) -> State:
+    """Every tensor of every file, by the safetensors package."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def require_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    assert torch.equal(flat_bytes(found), flat_bytes(wanted))
+
+
+def require_tensors(found: Any, wanted: State) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].shape, found[name].nbytes) == (tuple(tensor.shape), tensor.nbytes)
+        require_equal(found[name][...], tensor)
+
+
+# --- every layout, whole tensors ---
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_checkpoint_in_many_files_looks_like_one(name: str, source: Source) -> None:
+    with reshard.open(source(name)) as found:
+        require_tensors(found, whole(source(name)))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_rank_files_look_like_the_checkpoint_that_they_came_from(name: str, source: Source, tmp_path: Path) -> None:
+    ranks = LEGAL[name][-1]
+    convert_checkpoint(Job(source(name), ranks), tmp_path)
+    wanted = dict(whole(source(name)))
+    with reshard.open(tmp_path) as found:
+        assert len(found) > 100
+        for tensor in found:
+            # What DeepSeek's code has in BF16 is cast on the way there, and is what it is.
+            if found[tensor].dtype != "BF16" or wanted[tensor].dtype == torch.bfloat16:
+                require_equal(found[tensor][:], wanted[tensor])
+
+
+def test_a_single_file_is_what_it_is(source: Source, tmp_path: Path) -> None:
+    convert_checkpoint(Job(source("deepseek-v4-flash"), 4), tmp_path)
+    path = rank_file(tmp_path, 2, 4)
+    with reshard.open(path) as found, safe_open(path, "pt") as wanted:
+        assert {found[name].dtype for name in found} >= {"F4", "F8_E4M3", "F8_E8M0", "BF16"}
+        require_tensors(found, {name: wanted.get_tensor(name) for name in wanted.keys()})  # noqa: SIM118 - no mapping
+
+
+# --- slices ---
+
+SHAPES = [(), (7,), (1, 1), (5, 3), (3, 3), (4, 4, 4), (4, 3, 5), (2, 3, 2, 4), (0, 3), (3, 0)]
+TENSORS = {
+    f"{dtype}-{'x'.join(map(str, shape))}".replace("torch.", ""): (
+        torch.randint(0, 256, (prod(shape) * dtype.itemsize,), dtype=torch.uint8).view(dtype).reshape(shape)
+    )
+    for shape in SHAPES
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int64)
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("small")
+    save_file(TENSORS, folder / "model.safetensors")
+    with reshard.open(folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint in the files of 8 ranks, and its tensors."""
+    folder = tmp_path_factory.mktemp("joined")
+    write_small(folder / "source", "deepseek-v3")
+    convert_checkpoint(Job(folder / "source", 8), folder / "ranks")
+    with reshard.open(folder / "ranks") as found:
+        wanted = whole(folder / "source")
+        yield found, {name: wanted[name] for name in found}
+
+
+@st.composite
+def keys(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
+    """Numbers and slices for some of the dimensions, at times with an ellipsis behind them or before them."""
+    items: list[Any] = []
+    for length in shape[: draw(st.integers(0, len(shape)))]:
+        bound, step = st.none() | st.integers(-length - 2, length + 2), st.none() | st.integers(1, 4)
+        kinds: list[st.SearchStrategy[Any]] = [st.builds(slice, bound, bound, step)]
+        if length:
+            kinds.append(st.integers(-length, length - 1))
+        items.append(draw(st.one_of(kinds)))
+    if draw(st.booleans()):
+        items.append(...)
+    elif len(items) < len(shape) and len(set(shape)) == 1:
+        items.insert(0, ...)  # where the same numbers fit the last dimensions too
+    return items[0] if len(items) == 1 and draw(st.booleans()) else tuple(items)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_slice_is_that_of_torch(data: st.DataObject, small: Any) -> None:
+    name = data.draw(st.sampled_from(sorted(TENSORS)))
+    key = data.draw(keys(tuple(TENSORS[name].shape)))
+    require_equal(small[name][key], TENSORS[name][key])
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_slice_of_what_lies_in_parts_is_that_of_torch(data: st.DataObject, joined: Any) -> None:
+    found, wanted = joined
+    cut = [name for name in sorted(wanted) if "o_proj" in name or "down_proj" in name or "q_b_proj" in name]
+    name = data.draw(st.sampled_from([*cut[:12], "lm_head.weight", "model.norm.weight"]))
+    key = data.draw(keys(tuple(wanted[name].shape)))
+    require_equal(found[name][key], wanted[name][key])
+
+
+def test_keys_of_other_kinds_are_those_of_torch(small: Any) -> None:
+    tensor, wanted = small["int64-5x3"], TENSORS["int64-5x3"]
+    for key in ([0, 4], torch.tensor([3, 1]), None, (slice(None), [2, 0]), wanted[:, 0] > 0, np.int64(2)):
+        require_equal(tensor[key], wanted[key])
+
+
+def test_a_negative_step_is_that_of_numpy(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(20).reshape(5, 4)}, tmp_path / "a.safetensors")
+    with reshard.open(tmp_path, framework="numpy") as found:
+        wanted = np.arange(20).reshape(5, 4)
+        for key in (np.s_[::-1], np.s_[3:0:-2], np.s_[1, ::-1], np.s_[:, ::-3]):
+            assert found["a"][key].tolist() == wanted[key].tolist()
+
+
+@pytest.mark.parametrize("key", [5, -6, (0, 3), (0, 0, 0), (..., ...)])
+def test_a_number_that_is_outside_is_no_index(key: Any, small: Any) -> None:
+    with pytest.raises(IndexError):
+        small["int64-5x3"][key]
+
+
+def test_a_tensor_can_be_gone_through_row_by_row(small: Any) -> None:
+    rows = list(small["bfloat16-5x3"])
+    assert len(rows) == len(small["bfloat16-5x3"]) == 5
+    require_equal(torch.stack(rows), TENSORS["bfloat16-5x3"])
+
+
+# --- what is read ---
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text(encoding="ascii").split("rchar:")[1].split()[0])
+
+
+def test_a_slice_reads_its_own_bytes_only(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", {**LARGE, "num_hidden_layers": 2}, 2)
+    convert_checkpoint(Job(tmp_path / "source", 4), tmp_path / "ranks")
+    own = bytes_read()
+    own = bytes_read() - own  # of looking itself
+    for folder in (tmp_path / "source", tmp_path / "ranks"):
+        with reshard.open(folder) as found:
+            embedding, output = found["model.embed_tokens.weight"], found["model.layers.0.self_attn.o_proj.weight"]
+            for tensor, key, size in (
+                (embedding, np.s_[7], 1024),
+                (embedding, np.s_[100:1900:3], 1798 * 1024),
+                (embedding, np.s_[5, 2:4], 4),
+                (output, np.s_[3:5], 2 * 16 * 128),
+            ):
+                before = bytes_read()
+                tensor[key]
+                assert bytes_read() - before - own == size
+
+
+def test_what_is_sliced_does_not_keep_what_was_read(small: Any) -> None:
+    part = small["bfloat16-4x3x5"][1:3, :, 2]
+    assert part.untyped_storage().nbytes() == part.nbytes == 12
+
+
+# --- opening and closing ---
+
+
+def test_it_closes_its_files(source: Source) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - of itself, without a path's own descriptor
+    with reshard.open(source("deepseek-v3")) as found:
+        tensor = found["model.norm.weight"]
+        assert len(os.listdir("/proc/self/fd")) == before + 4  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    with pytest.raises(ValueError, match="closed"):
+        tensor[:]
+
+
+def test_it_is_a_mapping(small: Any) -> None:
+    assert sorted(small) == sorted(TENSORS)
+    assert "int64-7" in small
+    assert "nothing" not in small
+    with pytest.raises(KeyError):
+        small["nothing"]
+
+
+def test_an_incomplete_checkpoint_is_refused(source: Source, tmp_path: Path) -> None:
+    write_small(tmp_path / "source", "deepseek-v3")
+    (tmp_path / "source" / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(Refused, match="missing file"):
+        reshard.open(tmp_path / "source")
+    convert_checkpoint(Job(source("deepseek-v3"), 4), tmp_path / "ranks")
+    rank_file(tmp_path / "ranks", 2, 4).unlink()
+    with pytest.raises(Refused):
+        reshard.open(tmp_path / "ranks")
+
+
+def test_a_dtype_that_the_framework_has_not_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    for framework in ("torch", "numpy"):
+        with reshard.open(tmp_path, framework=framework) as found, pytest.raises(Refused, match="F6_E2M3"):
+            found["a"][:]
+
+
+def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, tmp_path: Path) -> None:
+    convert_checkpoint(Job(source("deepseek-v3"), 4), tmp_path)
+    spoil(rank_file(tmp_path, 3, 4), "norm.weight")
+    with reshard.open(tmp_path) as found:
+        require_equal(found["model.norm.weight"][:], whole(source("deepseek-v3"))["model.norm.weight"])
+    with reshard.open(tmp_path, compare_replicas=True) as found, pytest.raises(Refused, match="other bytes in rank 3"):
+        found["model.norm.weight"][:]
