@@ -23,11 +23,12 @@ from safetensors.numpy import save
 from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 from reshard.audit import audit_target
+from reshard.books import MANIFEST
 from reshard.errors import Refused
 from reshard.header import LENGTH_SIZE, MAX_DIMENSIONS, MAX_INTEGER, header_length, parse_header
 from reshard.journal import COUNT, JOURNAL, RECORD, left_names, read_batches
 from reshard.match import match
-from reshard.read import CONFIG, INDEX, MANIFEST, read_checkpoint
+from reshard.read import CONFIG, INDEX, read_checkpoint
 from reshard.recipe import load_recipe, parse_recipe
 from reshard.types import Checkpoint, Tensor
 

@@ -105,32 +105,63 @@ def require_equal(found: Tensor, whole: Tensor, rows: list[int]) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @pytest.mark.parametrize("split", ["rows of heads", "packed rows"])
 def test_what_each_rank_holds_and_what_they_make_together(split: str, data: st.DataObject) -> None:
     heads, ranks = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12))
     rows = data.draw(st.integers(1, 24)) if split == "packed rows" else heads * data.draw(st.integers(1, 9))
-    block, columns, scaled = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5)), data.draw(st.booleans())
-    again = data.draw(st.integers(1, 12))
+    block = data.draw(st.integers(1, 6)) if data.draw(st.booleans()) else 0
+    require_right(split, rows, data.draw(st.integers(1, 5)), block, heads, ranks, data.draw(st.integers(1, 12)))
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "block", "heads", "ranks", "again"),
+    [
+        # Two ranks share a head, and two heads a block: four ranks share a scale.
+        ("rows of heads", 4, 4, 2, 4, 2),
+        ("rows of heads", 8, 4, 4, 8, 2),
+        ("rows of heads", 8, 8, 4, 8, 4),
+        # A single head for all, of one block and a half.
+        ("rows of heads", 6, 4, 1, 3, 1),
+        # Heads that are whole blocks, and several heads a rank.
+        ("rows of heads", 12, 2, 3, 9, 3),
+        ("rows of heads", 16, 2, 4, 2, 8),
+        # Heads of a block and a half: one rank alone.
+        ("rows of heads", 12, 4, 2, 2, 1),
+        # Whole blocks of each half, and less than that.
+        ("packed rows", 16, 2, 1, 4, 2),
+        ("packed rows", 16, 4, 1, 2, 1),
+        ("packed rows", 8, 4, 1, 2, 1),
+        ("packed rows", 8, 8, 1, 2, 1),
+        ("packed rows", 12, 4, 1, 3, 1),
+        ("packed rows", 7, 4, 1, 1, 1),
+    ],
+)
+def test_heads_and_halves_under_blocks(split: str, rows: int, block: int, heads: int, ranks: int, again: int) -> None:
+    require_right(split, rows, 3, block, heads, ranks, again)
+
+
+def require_right(split: str, rows: int, columns: int, block: int, heads: int, ranks: int, again: int) -> None:
+    """A tensor is cut for `ranks`, led back, and cut for `again`; or refused. Without a block it has no scale."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_source(folder / "source", rows, columns, block, scaled=scaled, heads=heads)
-        recipe = recipe_file(folder, split, block)
-        if not fits(split, rows, heads, ranks, block if scaled else 1):
+        folder, side = Path(name), block or 4
+        write_source(folder / "source", rows, columns, side, scaled=block > 0, heads=heads)
+        recipe = recipe_file(folder, split, side)
+        if not fits(split, rows, heads, ranks, block or 1):
             with pytest.raises(Refused) as refused:
                 convert_checkpoint(Job(folder / "source", ranks, recipe), folder / "ranks")
             assert {problem.kind for problem in refused.value.problems} <= KINDS
             return
         convert_checkpoint(Job(folder / "source", ranks, recipe), folder / "ranks")
-        require_ranks(folder / "ranks", folder / "source", split, block, heads, ranks)
+        require_ranks(folder / "ranks", folder / "source", split, side, heads, ranks)
         report = verify_target(folder / "ranks", read_checkpoint(folder / "source"), load_recipe(recipe))
         assert report.problems == ()
         convert_checkpoint(Job(folder / "ranks", 1, recipe, to="hf"), folder / "back")
         wanted = (folder / "source" / "model.safetensors").read_bytes()
         assert (folder / "back" / "model.safetensors").read_bytes() == wanted
-        if fits(split, rows, heads, again, block if scaled else 1):
+        if fits(split, rows, heads, again, block or 1):
             convert_checkpoint(Job(folder / "ranks", again, recipe), folder / "again")
-            require_ranks(folder / "again", folder / "source", split, block, heads, again)
+            require_ranks(folder / "again", folder / "source", split, side, heads, again)
 
 
 def fits(split: str, rows: int, heads: int, ranks: int, block: int) -> bool:

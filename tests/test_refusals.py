@@ -467,8 +467,8 @@ REFUSALS = [
     ("a faulty recipe", recipe('"by e"', '"by f"'), "wrong-recipe", "'by f'"),
     ("another model's recipe", options("--mp", "2", "--recipe", "deepseek-v2"), "no-rule", "weight_scale_inv"),
     ("an unknown architecture", all_of(
-        config(model_type="llama", architectures=["LlamaForCausalLM"]), renamed("input_layernorm", "ln_1"),
-     ), "no-recipe", "llama; the nearest recipe is deepseek-v3"),
+        config(model_type="phi3", architectures=["Phi3ForCausalLM"]), renamed("input_layernorm", "ln_1"),
+     ), "no-recipe", "phi3; the nearest recipe is deepseek-v3"),
     ("unknown names without a config", all_of(no_config, renamed("input_layernorm", "ln_1")), "no-recipe",
      "no model_type in a config.json"),
 ]  # fmt: skip

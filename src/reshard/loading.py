@@ -97,7 +97,7 @@ class Held:
         if self.device is None and self.size > available_memory():
             raise no_memory(self.size, f"{available_memory():,} bytes free")
         self.data = [self._allocated(tensor.size) for tensor in tensors]
-        if self.device is not None:
+        if self.device is not None and self.data:
             self.device = self.data[0].device  # with its number: to another thread, `cuda` may be another
 
     def _allocated(self, size: int) -> Any:

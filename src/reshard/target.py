@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from reshard import books
+from reshard.books import MANIFEST
 from reshard.errors import Problem, require_none
 from reshard.journal import JOURNAL, PARTIAL, left_names
 from reshard.read import SUFFIX
 from reshard.text import size_text
-
-MANIFEST = books.MANIFEST
 
 
 def our_names(target: Path) -> set[str]:

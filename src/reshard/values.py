@@ -85,8 +85,8 @@ def measure(one: Bytes, other: Bytes, dtype: str, start: int) -> Apart | None:
         if pairs is not None:
             pairs += pairs_in(x, y, len(pairs))
         elif BITS[dtype] != 6:
-            some = (x, y) if 2 * count > len(wrong) else (x[wrong], y[wrong])
-            apart = with_numbers(apart, *some, None, dtype)
+            few = 2 * count <= len(wrong)
+            apart = with_numbers(apart, x[wrong] if few else x, y[wrong] if few else y, None, dtype)
         found = merged(found, apart)
     return found if found is None or pairs is None else with_pairs(found, pairs, dtype)
 
@@ -176,7 +176,8 @@ def largest(absolute: Floats, one: Array, other: Array) -> float:
 def numbers_of(codes: Array, dtype: str) -> Array:
     """What elements stand for, in float64; in complex128 for C64."""
     if dtype in NATIVE:
-        return codes.view(NATIVE[dtype]).astype(np.complex128 if dtype == "C64" else np.float64)
+        numbers: Array = codes.view(NATIVE[dtype]).astype(np.complex128 if dtype == "C64" else np.float64)
+        return numbers
     if dtype == "BF16":
         return scales_as_float32(codes, dtype).astype(np.float64)
     return np.take(table_of(dtype), codes)
