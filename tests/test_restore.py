@@ -660,6 +660,20 @@ def test_a_run_that_was_ended_in_the_middle_is_gone_on_with(
     assert convert_checkpoint(job, folder / "found").done is None
 
 
+def test_a_file_that_was_lost_is_written_again_and_the_index_still_names_all(
+    source: Source, ranks_of: Make, folder: Path
+) -> None:
+    job, back = whole(ranks_of("deepseek-v3", 4)), folder / "back"
+    convert(job, back)
+    (back / "model-00003-of-00004.safetensors").unlink()
+    (back / INDEX).unlink()
+    assert convert(job, back).done is not None
+    require_same(source("deepseek-v3"), back)
+    (back / INDEX).unlink()
+    convert(job, back)
+    require_same(source("deepseek-v3"), back)
+
+
 def test_a_rank_file_that_changes_under_the_way_is_seen(
     four: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
     """
     recipes = names.recipes
     if ranks_at(options.target, recipes):
-        found, remedy = "rank files, as the target has them", "hold both against the whole checkpoint, or leave it out"
+        found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
     require_same_subset(options.source, options.target)
     source = read_checkpoint(options.target, ignore_extra_files=options.ignore_extra_files)

@@ -137,9 +137,9 @@ def prepare(job: Job, target: Path) -> Work:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(target)
     known = manifest if same_job(manifest, plan, samples) else {}
+    sides = read_side_files(plan, origin)  # of all files, for an index names all
     if finished := finished_ranks(known, plan, target):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    sides = read_side_files(plan, origin)
     require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
     if plan.files:
         require_room(job, plan, target, sides, known)
