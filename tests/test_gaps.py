@@ -173,7 +173,7 @@ def test_a_finished_file_of_another_size_is_not_taken_for_finished(source: Path,
     os.truncate(target / "model2-mp4.safetensors", 1000)
     with pytest.raises(Refused, match=r"model2-mp4\.safetensors") as error:
         convert_checkpoint(Job(source, RANKS), target)
-    assert {problem.kind for problem in error.value.problems} == {"target-not-empty"}
+    assert {problem.kind for problem in error.value.problems} == {"wrong-size"}
 
 
 @pytest.mark.parametrize("key", ["reshard", "ranks", "counts", "source_samples", "origin", "files", "side_files"])

@@ -1194,10 +1194,8 @@ def listing(plan: Plan) -> Entries:
     ("source", "cast", "result", "operations"),
     [
         (TINY, "bf16", PLAIN, {"dequantize"}),
-        (PLAIN, "bf16", PLAIN, set()),
         (PLAIN, "fp8", TINY, {"quantize", "quantize-scale"}),
         (PLAIN, "fp8-ue8m0", TINY, {"quantize-ue8m0", "quantize-ue8m0-scale"}),
-        (TINY, "fp8", TINY, set()),
         (TINY, "", TINY, set()),
     ],
 )
@@ -1214,6 +1212,16 @@ def test_a_cast_gives_the_tensors_of_the_other_model(
         return
     other = make_plan(checkpoint_of(tensor_list(result), result), V3, replace(layout, cast=""))
     assert [(file.name, file.header) for file in plan.files] == [(file.name, file.header) for file in other.files]
+
+
+@pytest.mark.parametrize(("source", "cast", "kind"), [(PLAIN, "bf16", "wrong-option"), (TINY, "fp8", "wrong-dtype")])
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, to=WHOLE)])
+def test_a_cast_to_what_is_there_already_is_refused(
+    source: Mapping[str, Any], cast: str, kind: str, layout: Layout
+) -> None:
+    with pytest.raises(Refused) as refused:
+        make_plan(checkpoint_of(tensor_list(source), source), V3, replace(layout, cast=cast))
+    assert kinds_of(refused.value) == {kind}
 
 
 @pytest.mark.parametrize("layout", [Layout(4), Layout(1, to=WHOLE), Layout(1, to=WHOLE, file_size=100_000)])

@@ -247,7 +247,7 @@ def test_other_files_do_not_matter(folder: Path) -> None:
         ),
         pytest.param(write(FIRST, b"<!DOCTYPE html>"), "header-too-long", FIRST, "safetensors?", id="a web page"),
         pytest.param(
-            write(FIRST, b"version https://git-lfs.github.com/spec/v1\n"), "header-too-long", FIRST, "safetensors?",
+            write(FIRST, b"version https://git-lfs.github.com/spec/v1\n"), "lfs-pointer", FIRST, "git lfs pull",
             id="a pointer of git-lfs",
         ),
         pytest.param(write(FIRST, b"\2\0\0\0\0\0\0\0{}x"), "wrong-size", FIRST, "11 bytes", id="a byte too many"),
