@@ -34,6 +34,8 @@ def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequ
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    if match_names(checkpoint, recipe)[1]:  # at once: match would first look for the nearest rule of every name
+        return False
     try:
         match(checkpoint, recipe)
     except Refused:
