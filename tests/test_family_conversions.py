@@ -32,19 +32,6 @@ Source = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The small checkpoint of a family, in four files, written once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name)
-        return root / name
-
-    return of
-
-
-@pytest.fixture(scope="module")
 def wanted(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
     """What the oracle makes of a family for 4 ranks."""
     root = tmp_path_factory.mktemp("wanted")

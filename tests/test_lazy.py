@@ -26,18 +26,6 @@ from reshard.generate import write_checkpoint
 Source = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    root = tmp_path_factory.mktemp("families")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name)
-        return root / name
-
-    return of
-
-
 def whole(folder: Path) -> State:
     """Every tensor of every file, by the safetensors package."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -46,19 +46,6 @@ LARGE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The small checkpoint of a family, in four files, written once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name)
-        return root / name
-
-    return of
-
-
-@pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "source"
     write_checkpoint(folder, LARGE, 3)

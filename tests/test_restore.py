@@ -43,19 +43,6 @@ Make = Callable[[str, int], Path]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The small checkpoint of a family, in four files, written once."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name)
-        return root / name
-
-    return of
-
-
-@pytest.fixture(scope="module")
 def ranks_of(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The rank files of a family with all that can be kept, written once."""
     root = tmp_path_factory.mktemp("ranks")
