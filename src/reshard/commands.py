@@ -24,7 +24,7 @@ from reshard.plan import Plan
 from reshard.progress import progress
 from reshard.ranks import RankNames, ranks_at
 from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipe import recipes_to_try
 from reshard.restored import lost_lines
 from reshard.sources import read_source, subset_of
 from reshard.subset import narrowed
@@ -77,7 +77,7 @@ def run_verify(options: argparse.Namespace) -> int:
         with progress("verify", total) as advance:
             report = audit_target(options.target, advance, options.sample)
         return say_report(report, options.target, Path(MANIFEST), as_json=options.json)
-    if names := ranks_at(options.source, recipes_of(options)):
+    if names := ranks_at(options.source, recipes_to_try(options.recipe)):
         return verify_restored(options, names)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
@@ -87,11 +87,6 @@ def run_verify(options: argparse.Namespace) -> int:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     report = with_note(report, options.target, source.files)
     return say_report(report, options.target, options.source, as_json=options.json)
-
-
-def recipes_of(options: argparse.Namespace) -> list[Recipe]:
-    """Those that are asked for, or all."""
-    return [load_recipe(options.recipe)] if options.recipe else packaged_recipes()
 
 
 def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
@@ -146,7 +141,7 @@ def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
 
 
 def job_of(options: argparse.Namespace) -> Job:
-    if options.replicas == "first" and not ranks_at(options.source, recipes_of(options)):
+    if options.replicas == "first" and not ranks_at(options.source, recipes_to_try(options.recipe)):
         raise refuse("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     if options.to == "ranks" and options.mp is None:
         raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")

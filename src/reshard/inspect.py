@@ -13,7 +13,7 @@ from reshard.match import match
 from reshard.names import split_name
 from reshard.ranks import RankNames, numbers_of, ranks_at
 from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipe import recipes_to_try
 from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -54,7 +54,7 @@ def inspect_path(path: Path, recipe: str | None = None) -> Content:
     or file, else by those that are packaged. Raises Refused.
     """
     require_finished(path)
-    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
+    recipes = recipes_to_try(recipe)
     if path.is_dir() and (names := ranks_at(path, recipes)):
         return rank_content(path, names)
     for name in file_names(path)[:1]:

@@ -16,7 +16,7 @@ from reshard.errors import Problem, require_none
 from reshard.inspect import read_file
 from reshard.ranks import ranks_at
 from reshard.read import read_checkpoint
-from reshard.recipe import WEIGHT, load_recipe, packaged_recipes
+from reshard.recipe import WEIGHT, recipes_to_try
 from reshard.sources import read_source
 from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
 
@@ -80,7 +80,7 @@ class Pairing:
 
 def read_side(path: Path, choice: Choice) -> Side:
     """A checkpoint in whichever layout lies there. Raises Refused."""
-    recipes = [load_recipe(choice.recipe)] if choice.recipe else packaged_recipes()
+    recipes = recipes_to_try(choice.recipe)
     if path.is_dir() and ranks_at(path, recipes):
         found = read_source(
             path,

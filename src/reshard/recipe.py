@@ -3,10 +3,11 @@
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,15 @@ MOST_READ = 2 << 20
 """In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
 
 
-def packaged_recipes() -> list[Recipe]:
+@cache
+def packaged_recipes() -> tuple[Recipe, ...]:
     """Every recipe that comes with the package: the folder is the only registry."""
-    return [load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)]
+    return tuple(load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem))
+
+
+def recipes_to_try(name: str | None) -> Sequence[Recipe]:
+    """The one that is asked for, else every packaged one. Raises Refused."""
+    return [load_recipe(name)] if name else packaged_recipes()
 
 
 def load_recipe(name: str) -> Recipe:

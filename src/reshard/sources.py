@@ -20,7 +20,7 @@ from reshard.match import match
 from reshard.origin import Origin, read_origin
 from reshard.ranks import RankNames, ranks_at
 from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipe import recipes_to_try
 from reshard.subset_text import subset_text
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -44,7 +44,7 @@ def read_source(
 
     Raises Refused.
     """
-    recipes = [load_recipe(recipe)] if recipe else packaged_recipes()
+    recipes = recipes_to_try(recipe)
     if names := ranks_at(path, recipes):
         require_none(names.problems(ignore_extra_files=ignore_extra_files))
         return read_rank_files(path, names, recipe, first_replica=first_replica)
@@ -56,7 +56,7 @@ def read_source(
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
     """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
-    return path.is_dir() and ranks_at(path, [load_recipe(recipe)] if recipe else packaged_recipes()) is not None
+    return path.is_dir() and ranks_at(path, recipes_to_try(recipe)) is not None
 
 
 def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_replica: bool) -> Source:
