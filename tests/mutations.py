@@ -214,14 +214,14 @@ MUTATIONS = (
         "workers",
         "the journal speaks of a batch before its bytes are durable",
         """\
-        for file in np.unique(np.frombuffer(batch, RECORD_TYPE)["file"]).tolist():
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
             drop_cached(self._targets[file], self._ways)
         append_records(self._journal, batch)
 """,
         """\
         append_records(self._journal, batch)
-        for file in np.unique(np.frombuffer(batch, RECORD_TYPE)["file"]).tolist():
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
             drop_cached(self._targets[file], self._ways)
 """,
@@ -247,6 +247,20 @@ MUTATIONS = (
         "digest = xxh3_128_digest(bytes_of_group)",
         "digest = xxh3_128_digest(data)",
         "test_audit.py::test_good_files_are_compared_whole",
+    ),
+    Mutation(
+        "workers",
+        "every step of a long run reads the first again",
+        "window.offset + start + step, min(",
+        "window.offset + start, min(",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "workers",
+        "the checksum of a long run is that of its last step",
+        "                checksum.update(data)\n",
+        "                checksum = xxh3_128(data)\n",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
     ),
     Mutation(
         "workers",

@@ -30,7 +30,7 @@ LAYERS = (
     "audit origin",
     "restored sources",
     "convert lazy pairs",
-    "commands diff loading",
+    "commands diff loading proofs",
     "demo differences",
     "cli",
     "__main__",

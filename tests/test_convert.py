@@ -21,6 +21,7 @@ from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reshard.audit import audit_target
 from reshard.convert import Job, convert_checkpoint, plan_conversion
 from reshard.errors import Refused
 from reshard.generate import SMALL, write_checkpoint
@@ -523,6 +524,7 @@ def require_the_bytes_of_safetensors(tensors: dict[str, Tensor], splits: dict[st
         share = {f"new.{name}": cut(tensors[name], split, 2, rank) for name, split in splits.items()}
         save_file(share, folder / "expected" / f"part-{rank}-of-2.safetensors")
     assert differences(folder / "ours", folder / "expected") == []
+    assert audit_target(folder / "ours").problems == ()
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

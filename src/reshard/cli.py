@@ -176,7 +176,7 @@ COMMANDS = (
     Command("convert", "write the file of each rank", add_convert, CONVERT),
     Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.commands:run_plan"),
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.lookup:run_inspect"),
-    Command("verify", "compare every byte of the rank files", add_verify, "reshard.commands:run_verify"),
+    Command("verify", "compare every byte of the rank files", add_verify, "reshard.proofs:run_verify"),
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.differences:run_diff"),
     Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.lookup:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.demo:run_demo"),
@@ -199,7 +199,9 @@ def entry() -> NoReturn:
         # Whoever read us has seen enough. Python would complain once more when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE
-    sys.exit(code)
+    sys.stderr.flush()
+    # All is written and closed: taking the plan apart, value by value, would only keep the caller waiting.
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from reshard.commands import converted_lines, plan_lines, say_report
+from reshard.commands import converted_lines, plan_lines
 from reshard.convert import Job, convert_checkpoint, plan_conversion, recipe_for
 from reshard.errors import printable
 from reshard.generate import SMALL, write_checkpoint
 from reshard.inspect import content_text, inspect_path
 from reshard.progress import progress
+from reshard.proofs import say_report
 from reshard.read import read_checkpoint
 from reshard.verify import verify_target
 

@@ -90,3 +90,9 @@ def asked_of(source: Mapping[str, Any], target: Mapping[str, Any], name: str) ->
         raise refuse("contradiction", name, found, expected, "name the source that it was made from")
     layers, experts = (tuple(target[key]["kept"]) if key in target else None for key in COUNTS)
     return Subset(layers, experts, renumber=True)
+
+
+def subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
+    """That this is not the whole model."""
+    if subset:
+        yield f"a subset: {subset_text(subset)}"

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128, xxh3_128_digest
 
 from reshard.casting import Inputs, Read, produce
 from reshard.casts import fastest_recode
@@ -25,6 +25,10 @@ SCALES_SIZE = WINDOW_SIZE // 4
 MEMORY_OF_MAKING = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
 """In bytes, for each job that joins or casts: a buffer for what comes out, one for what is joined before it is cast,
 one for scales, and what computing takes."""
+STEP_SIZE = 1 << 20
+"""In bytes. What is copied in such steps stays in the second cache of a processor between the read and the write."""
+SHORTEST_RUN = STEP_SIZE // 4
+"""In bytes. A window with a shorter run is read as a whole: a read of its own would cost more than it saves."""
 FLUSH_SECONDS = 5.0
 """So much work is lost at most when a job is killed."""
 LOOK_SECONDS = 0.2
@@ -68,7 +72,7 @@ class Ledger:
             batch, self._pending = bytes(self._pending), bytearray()
         if not batch:
             return
-        for file in np.unique(np.frombuffer(batch, RECORD_TYPE)["file"]).tolist():
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
             drop_cached(self._targets[file], self._ways)
         append_records(self._journal, batch)
@@ -164,7 +168,42 @@ def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
 
 
 def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
-    """Reads or computes a window once and writes each of its groups; returns how many bytes."""
+    """Moves a window: reads or computes it once and writes each of its groups; returns how many bytes."""
+    if is_long_runs(window, files):
+        move_in_steps(window, files, ledger, buffers.window)
+    else:
+        move_whole(window, files, ledger, buffers)
+    return sum(group.size for group in window.groups)
+
+
+def is_long_runs(window: Window, files: Files) -> bool:
+    """Whether a window need not lie in memory as a whole: nothing of it is computed or gathered. Past the page cache
+    it is read at once all the same, for that keeps a disk busy.
+    """
+    is_read = files.ways.read == "cached" and window.source_file < len(files.sources)
+    pieces = (piece for group in window.groups for piece in group.pieces)
+    return is_read and all(piece.rows == 1 and piece.run >= SHORTEST_RUN for piece in pieces)
+
+
+def move_in_steps(window: Window, files: Files, ledger: Ledger, buffer: memoryview) -> None:
+    """Copies a window of long runs, a step at a time."""
+    source, name = files.sources[window.source_file], files.source_names[window.source_file]
+    records = bytearray()
+    for group in window.groups:
+        checksum, end = xxh3_128(), group.target_offset
+        for start, _, run, _ in group.pieces:
+            for step in range(0, run, STEP_SIZE):
+                offset, size = window.offset + start + step, min(STEP_SIZE, run - step)
+                data = read_window(source, offset, size, buffer, files.ways, name)
+                checksum.update(data)
+                write_all(files.targets[group.target_file], data, end, files.ways)
+                end += size
+        records += RECORD.pack(group.target_offset, group.target_file, group.size, checksum.digest())
+    ledger.add(bytes(records))
+
+
+def move_whole(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> None:
+    """Reads or computes a window as a whole, then gathers and writes its groups."""
     data, inexact = read_or_make(window, files, buffers)
     records = bytearray()
     for group in window.groups:
@@ -174,7 +213,6 @@ def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
         write_all(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
     ledger.add(bytes(records), inexact)
-    return sum(group.size for group in window.groups)
 
 
 def read_or_make(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
