@@ -111,7 +111,7 @@ def make(folder: Path, name: str) -> Path:
             "large": ({**DEEPSEEK_V3, **SHAPE, "num_hidden_layers": 9}, 6),
             "dense": ({**DEEPSEEK_V2_LITE, **DENSE}, 2),
             "tiny": ({**DEEPSEEK_V2_LITE, **TINY}, 4),
-            "1 GB": ({**DEEPSEEK_V3, **SHAPE, "num_hidden_layers": 1}, 1),
+            "1 GB": ({**DEEPSEEK_V3, **SHAPE, "num_hidden_layers": 1, "first_k_dense_replace": 0}, 1),
             "4 GB": ({**DEEPSEEK_V3, **SHAPE, "num_hidden_layers": 5}, 3),
             "16 GB": ({**DEEPSEEK_V3, **SHAPE, "num_hidden_layers": 17}, 8),
         }[name]

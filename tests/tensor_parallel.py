@@ -4,7 +4,7 @@
 
 It runs Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, GLM-4 MoE and gpt-oss, in float32 and without a cache. A rank
 meets the others in `exchange` alone, which gives it the tensor of every rank. So the same code runs with a thread a
-rank (`in_threads`) and with a process a rank (`main`, by gloo). Imports nothing of the package under test.
+rank (`all_logits`) and with a process a rank (`main`, by gloo). Imports nothing of the package under test.
 """
 
 import json
@@ -185,13 +185,18 @@ def fused_experts(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     return rank.summed(total)
 
 
-def in_threads(folder: Path, ranks: int, ids: Tensor) -> list[Tensor]:
+def all_logits(folder: Path, ranks: int, ids: Tensor) -> list[Tensor]:
     """The logits that each rank comes to, with a thread a rank."""
     config = json.loads((folder / "config.json").read_text())
+    return in_threads(ranks, lambda at, meet: logits(Rank(load_rank(folder, at, ranks), config, at, meet), ids))
+
+
+def in_threads(ranks: int, run: Callable[[int, Exchange], Tensor]) -> list[Tensor]:
+    """What each rank computes, given its number and how it meets the others, with a thread a rank."""
     barrier = Barrier(ranks, timeout=TIMEOUT)
     shelf: list[Tensor] = [torch.empty(0)] * ranks
 
-    def run(number: int) -> Tensor:
+    def run_one(number: int) -> Tensor:
         def exchange(tensor: Tensor) -> list[Tensor]:
             shelf[number] = tensor
             barrier.wait()
@@ -201,13 +206,13 @@ def in_threads(folder: Path, ranks: int, ids: Tensor) -> list[Tensor]:
 
         try:
             with torch.no_grad():
-                return logits(Rank(load_rank(folder, number, ranks), config, number, exchange), ids)
+                return run(number, exchange)
         except BaseException:
             barrier.abort()  # the others would wait for it
             raise
 
     with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(run, range(ranks)))
+        return list(pool.map(run_one, range(ranks)))
 
 
 def main(folder: Path, number: int, ranks: int, rendezvous: str, ids: list[int]) -> None:

@@ -457,13 +457,16 @@ def test_verify_says_that_rank_files_are_others(ranks: Path, tmp_path: Path, say
     assert "made from another checkpoint than the --source" in text
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"]
+)
 def test_a_git_lfs_pointer_is_called_so(name: str, source: Path, tmp_path: Path, say: Say) -> None:
     shutil.copytree(source, tmp_path / "clone")
     (tmp_path / "clone" / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123456\n", encoding="ascii"
     )
-    text = say("plan", tmp_path / "clone", "--mp", "8", code=2)
+    text = say("convert", tmp_path / "clone", tmp_path / "target", "--mp", "8", code=2)
+    assert not (tmp_path / "target").exists()
     assert f"{name}: lfs pointer\n  found:    a git-lfs pointer\n" in text
     assert "way out:  git lfs pull" in text
 

@@ -264,7 +264,7 @@ def test_the_ranks_compute_what_the_whole_model_does(model: tuple[str, Path], ra
     wanted = whole_logits(source, ids)
     assert wanted.std() > 0.5
     convert_checkpoint(Job(source, ranks), tmp_path / "target")
-    for found in tensor_parallel.in_threads(tmp_path / "target", ranks, ids):
+    for found in tensor_parallel.all_logits(tmp_path / "target", ranks, ids):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -277,7 +277,7 @@ def test_a_padded_vocabulary_computes_the_same(name: str, tmp_path: Path) -> Non
     convert_checkpoint(Job(tmp_path / "source", 4, pad=True), tmp_path / "target")
     assert tensors_of(tmp_path / "target")["model.embed_tokens.weight"].shape == (24, 48)
     ids = torch.tensor(IDS).clamp(max=94)
-    for found in tensor_parallel.in_threads(tmp_path / "target", 4, ids):
+    for found in tensor_parallel.all_logits(tmp_path / "target", 4, ids):
         torch.testing.assert_close(found, whole_logits(tmp_path / "source", ids), rtol=1e-3, atol=1e-3)
 
 

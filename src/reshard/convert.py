@@ -17,6 +17,7 @@ from reshard.journal import JOURNAL, PARTIAL, Records, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
+from reshard.read import require_no_pointer
 from reshard.recipe import load_recipe, packaged_recipes
 from reshard.restored import as_they_were
 from reshard.sources import read_source
@@ -253,9 +254,11 @@ def read_small(path: Path) -> bytes:
             raise refuse(
                 "too-large", str(path), found, expected, "move it away, or correct `carry` in a recipe of yours"
             )
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    require_no_pointer(path, content)
+    return content
 
 
 def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Sizes as recipes write them: formulas over the keys of a model's config. Knows no recipe and no tensor.
 
 A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, `ceil(a / b)` and `len(key)`. A key
-within another is written with a dot: `rope_scaling.factor`. `a or b` is b where the config does not tell a.
+within another is written with a dot: `rope_scaling.factor`. `a or b` is b where the config does not tell a; b may be a
+word in quotes.
 """
 
 import ast
@@ -56,7 +57,8 @@ def require_formula(tree: ast.expr, text: str) -> None:
             require_formula(listed, text)
         case ast.BoolOp(op=ast.Or(), values=values):
             for value in values:
-                require_formula(value, text)
+                if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
+                    require_formula(value, text)
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
             require_formula(left, text)
             require_formula(right, text)
