@@ -72,10 +72,10 @@ def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     """Multi-head latent attention, of the heads that this rank has; the latents are everybody's."""
     plain, turned, value = (rank.config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     query = rank.linear(normed(rank, rank.linear(hidden, f"{name}.wq_a"), f"{name}.q_norm"), f"{name}.wq_b")
-    query_plain, query_turned = query.unflatten(-1, (-1, plain + turned)).split([plain, turned], -1)
-    latent, key_turned = rank.linear(hidden, f"{name}.wkv_a").split([rank.config["kv_lora_rank"], turned], -1)
+    query_plain, query_turned = torch.split(unflattened(query, plain + turned), [plain, turned], -1)
+    latent, key_turned = torch.split(rank.linear(hidden, f"{name}.wkv_a"), [rank.config["kv_lora_rank"], turned], -1)
     both = rank.linear(normed(rank, latent, f"{name}.kv_norm"), f"{name}.wkv_b")
-    key_plain, values = both.unflatten(-1, (-1, plain + value)).split([plain, value], -1)
+    key_plain, values = torch.split(unflattened(both, plain + value), [plain, value], -1)
     theta = rank.said("rope_theta", 10_000)
     scores = torch.einsum("bqhd,bkhd->bhqk", query_plain, key_plain)
     scores = scores + torch.einsum(
@@ -92,8 +92,13 @@ def rotated(heads: Tensor, theta: float) -> Tensor:
     width = heads.size(-1)
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(heads.size(1), dtype=torch.float64), frequencies)[:, None]
-    numbers = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    numbers = torch.view_as_complex(unflattened(heads, 2).contiguous())
     return torch.view_as_real(numbers * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+def unflattened(tensor: Tensor, width: int) -> Tensor:
+    """With the last dimension as parts of that width."""
+    return tensor.reshape(*tensor.shape[:-1], -1, width)
 
 
 def gated(rank: Rank, name: str, hidden: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ def shares_of(rank: Rank, gate: str, hidden: Tensor) -> Tensor:
         raise ValueError("not a DeepSeek-V3")
     scores = rank.linear(hidden, gate).sigmoid()
     wanted = scores + rank.tensors[f"{gate}.bias"].double()
-    groups = wanted.unflatten(-1, (rank.said("n_expert_groups", 1), -1))
+    groups = unflattened(wanted, wanted.size(-1) // rank.said("n_expert_groups", 1))
     best = groups.topk(2).values.sum(-1).topk(rank.said("n_limited_groups", 1)).indices
     is_open = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter(-1, best, value=True)
     wanted = groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)

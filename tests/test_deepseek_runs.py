@@ -63,7 +63,7 @@ def wanted(sources: dict[str, Path]) -> dict[str, Tensor]:
     """The logits of transformers."""
     found = {}
     for name, folder in (("bf16", sources["bf16"]), ("fp8", sources["whole"])):
-        model = from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+        model = from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
         with torch.no_grad():
             found[name] = model(IDS).logits
     return found
