@@ -340,6 +340,8 @@ FAULTS = [
     pytest.param(NORM, norm_row("same", "model.{k}.norm", "norm.{k}", "replicate"), "{k}", id="an unknown hole"),
     pytest.param(NORM, norm_row("same", "model.{i}.{i}", "norm.{i}.{i}", "replicate"), "each hole once",
                  id="a hole twice"),
+    pytest.param(NORM, norm_row("same", "model.{i}.norm", "{i}.norm", "replicate"), "begins with text",
+                 id="a name that begins with a hole"),
     pytest.param(NORM, norm_row("same", "model.x{i}.norm", "norm.x{i}", "replicate"), "between two dots",
                  id="a hole that is part of a word"),
     pytest.param(NORM, norm_row("same", "model..norm", "norm", "replicate"), "between two dots",

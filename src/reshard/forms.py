@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from reshard.backwards import Place
 from reshard.boxes import dimension_of
+from reshard.faults import UNITS
 from reshard.formulas import UnknownKey, parse_shape, shape_of, value_of
-from reshard.recipe import UNITS
 from reshard.types import BlockScale, Recipe, Rule, Tensor
 
 SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "quantize"

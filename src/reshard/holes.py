@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem, listed
+from reshard.faults import HOLE
 from reshard.formulas import UnknownKey, value_of
 from reshard.names import filled, slots_of
-from reshard.recipe import HOLE
 from reshard.types import Checkpoint, Hole, Recipe, Rule
 
 MAYBE = "maybe"

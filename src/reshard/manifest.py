@@ -15,11 +15,11 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from reshard import __version__
 from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.errors import refuse
+from reshard.faults import is_plain
 from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
 from reshard.journal import Records
 from reshard.plan import Plan, describe_layout
 from reshard.read import read_object
-from reshard.recipe import is_plain
 from reshard.subset_text import is_subset
 from reshard.types import File
 

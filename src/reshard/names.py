@@ -4,7 +4,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from reshard.recipe import HOLE, REST, WEIGHT, scale_letter
+from reshard.faults import HOLE, REST
+from reshard.recipe import WEIGHT, scale_letter
 from reshard.types import Recipe, Rule
 
 NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")

@@ -9,10 +9,11 @@ from operator import itemgetter
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.faults import UNITS
 from reshard.formulas import parse_shape, shape_of
 from reshard.holes import config_value
 from reshard.match import Family, Matched
-from reshard.recipe import UNITS, scale_letter
+from reshard.recipe import scale_letter
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
