@@ -13,7 +13,7 @@ from reshard.choose import choose_recipe
 from reshard.configs import RUN_CONFIG, made_files
 from reshard.errors import Problem, refuse, require_none
 from reshard.execute import USUAL, Done, Others, Settings, execute_plan, finish, write_whole
-from reshard.journal import JOURNAL, PARTIAL, Records, lock
+from reshard.journal import JOURNAL, PARTIAL, Records, left_names, lock
 from reshard.manifest import file_names_of, finished_ranks, manifest_of, read_manifest, same_job, sample_source
 from reshard.origin import Origin, origin_of
 from reshard.plan import Plan, make_plan, only_ranks
@@ -94,7 +94,7 @@ def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progr
     work = prepare(job, target)  #                                        headers only; the last chance to refuse
     plan = work.plan
     if not plan.files:
-        return Result(plan, None, mend_side_files(target, work.sides), work.known_origin)
+        return Result(plan, None, mend_target(target, work.sides), work.known_origin)
 
     def contents(records: Records) -> dict[str, bytes]:
         manifest = manifest_of(plan, work.samples, work.sides, records, work.known, work.origin)
@@ -144,8 +144,6 @@ def prepare(job: Job, target: Path) -> Work:
     require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
     if plan.files:
         require_room(job, plan, target, sides, known)
-    else:
-        clear_journal(target)
     return Work(plan, samples, sides, manifest, known, kept, origin)
 
 
@@ -168,24 +166,27 @@ def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterato
             yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
 
 
-def mend_side_files(target: Path, sides: Mapping[str, bytes]) -> list[str]:
-    """Writes those that a finished target lacks, and returns their names."""
+def mend_target(target: Path, sides: Mapping[str, bytes]) -> list[str]:
+    """Writes the side files that a finished target lacks, and returns their names.
+
+    Raises Refused if it lacks some while other ranks are half written there: their journal is not ours to end.
+    """
     lost = [name for name in sides if not (target / name).exists()]
-    if lost:
+    if any(name.endswith(PARTIAL) for name in left_names(target)):
+        if lost:
+            found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
+            raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
+    elif lost:
         with ExitStack() as stack:
             lock(stack, target / JOURNAL)
             for name in lost:
                 write_whole(target / (name + PARTIAL), sides[name])
             finish(target, lost)
-    return lost
-
-
-def clear_journal(target: Path) -> None:
-    """Ends a job that a crash ended between its last rename and the end of its journal."""
-    if (target / JOURNAL).exists():
+    elif (target / JOURNAL).exists():  # of a job that a crash has ended behind its last rename
         with ExitStack() as stack:
             lock(stack, target / JOURNAL)
             (target / JOURNAL).unlink()
+    return lost
 
 
 def plan_conversion(job: Job) -> Plan:

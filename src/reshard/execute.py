@@ -26,7 +26,7 @@ from reshard.disk import (
     ways_past_cache,
     write_all,
 )
-from reshard.errors import Refused, refuse
+from reshard.errors import refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.memory import available_memory
 from reshard.plan import Plan, describe_layout
@@ -100,7 +100,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
                 done, records = write_ranks(plan, target, journal, advance, settings)
                 for name, content in others.contents(records).items():
                     write_whole(target / (name + PARTIAL), content)
-            except (OSError, Refused):
+            except Exception:
                 if not has_records(journal):
                     remove(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise

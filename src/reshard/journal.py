@@ -2,7 +2,8 @@
 
 It is a line of JSON that says which job it is of, then batches of fixed-size records. A batch is appended only after
 the bytes that it speaks of are on the disk, and carries its own checksum: a batch that a crash tore off at the end is
-as if it had never been written; damage anywhere else is refused. The file is also the lock: whoever holds it writes the
+as if it had never been written, and so is all from a batch on whose length points behind the end; other damage is
+refused. The file is also the lock: whoever holds it writes the
 target, and the kernel lets go of it with the process, so that no stale lock can be.
 """
 

@@ -239,8 +239,8 @@ def window_of_bands(table: Table, first: int) -> Table:
     starts_matrix[1:] = (
         (np.diff(table.pitch) != 0) | (np.diff(table.rows) != 0) | ((step != table.run[:-1]) & (step != 0))
     )
-    height = table.grid // table.pitch
-    index, place = spread(-(-table.rows // np.maximum(height, 1)))
+    height = np.maximum(table.grid // table.pitch, 1)
+    index, place = spread(-(-table.rows // height))
     piece, row = table.picked(index), np.asarray(place * height[index], np.int64)
     keys = np.stack([np.cumsum(starts_matrix)[index], place])
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
