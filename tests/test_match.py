@@ -721,17 +721,26 @@ def test_a_recipe_is_chosen_by_the_config_whatever_the_names(config: Mapping[str
     "config",
     [
         {},
-        {"model_type": "another"},
         {"model_type": None, "architectures": None},
-        {"architectures": ["Another"]},
         {"model_type": ["deepseek_v3"], "architectures": "DeepseekV2ForCausalLM"},
         {"architectures": 5},
         {"architectures": [["DeepseekV2ForCausalLM"]]},
+        {"architectures": []},
     ],
 )
 def test_a_config_that_says_nothing_leaves_it_to_the_names(config: Mapping[str, Any]) -> None:
     own = {"q_lora_rank": SMALLER["q_lora_rank"], **config}
     assert choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES).name == "deepseek-v3"
+
+
+@pytest.mark.parametrize("config", [{"model_type": "another"}, {"architectures": ["Another"]}])
+def test_another_model_with_the_names_of_a_known_one_is_refused(config: Mapping[str, Any]) -> None:
+    own = {"q_lora_rank": SMALLER["q_lora_rank"], **config}
+    with pytest.raises(Refused) as refused:
+        choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES)
+    (problem,) = refused.value.problems
+    assert "the nearest recipe is deepseek-v3: it fits" in problem.found
+    assert problem.remedy.startswith("--recipe deepseek-v3, ")
 
 
 def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None:

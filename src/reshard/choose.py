@@ -9,13 +9,19 @@ from reshard.match import OWN_RECIPE, match, match_names
 from reshard.names import split_name
 from reshard.types import Checkpoint, Recipe
 
+FITS = "it fits, but the config names another model"
+
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
-    """The recipe of a checkpoint: by its config's model type, else its architecture; of several, by the tensors' names.
+    """The recipe of a checkpoint: by its config's model type, else its architecture; of several, or where the config
+    says neither, by the tensors' names.
 
-    Raises Refused if none fits or, by the names, more than one.
+    Raises Refused if none fits or, by the names, more than one; and for a model that no recipe speaks of, whatever its
+    names: it may be another that has borrowed them.
     """
     candidates = wanted_recipes(checkpoint.config or {}, recipes)
+    if candidates is recipes and names_model(checkpoint.config or {}):
+        raise no_recipe(checkpoint, recipes, [])
     if len(candidates) == 1:
         return candidates[0]
     fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
@@ -31,6 +37,13 @@ def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequ
     by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
     by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
     return by_type or by_name or recipes
+
+
+def names_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config says which model it is of."""
+    architectures = config.get("architectures")
+    known = architectures if isinstance(architectures, list) else []
+    return any(isinstance(name, str) for name in (config.get("model_type"), *known))
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
@@ -51,7 +64,7 @@ def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown
         match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
     except Refused as refused:
         return listed((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
-    return "it fits, but the config names another model"
+    return FITS
 
 
 def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
@@ -63,5 +76,8 @@ def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequen
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
     model = model if isinstance(model, str) else reprlib.repr(model)
-    found = f"{model}; the nearest recipe is {nearest}: {misfit(checkpoint, recipes, nearest, unknown[nearest])}"
-    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", OWN_RECIPE)
+    misfits = misfit(checkpoint, recipes, nearest, unknown[nearest])
+    found = f"{model}; the nearest recipe is {nearest}: {misfits}"
+    remedy = f"--recipe {nearest}, if it is that model under another name; or {OWN_RECIPE}"
+    remedy = remedy if misfits == FITS else OWN_RECIPE
+    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", remedy)

@@ -14,6 +14,7 @@ from reshard.names import split_name
 from reshard.ranks import RankNames, numbers_of, ranks_at
 from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
 from reshard.recipe import recipes_to_try
+from reshard.sources import foreign_recipe
 from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -61,6 +62,9 @@ def inspect_path(path: Path, recipe: str | None = None) -> Content:
         for known in recipes if not path.is_dir() else ():
             if numbers := numbers_of(name, known):
                 return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
+    if path.is_dir() and (made_with := foreign_recipe(manifest_at(path), recipes)):
+        remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
+        return content_of(path, read_headers(path, file_names(path)), "", "", 0, {}, remark)
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:

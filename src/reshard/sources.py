@@ -22,7 +22,7 @@ from reshard.ranks import RankNames, ranks_at
 from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import recipes_to_try
 from reshard.subset_text import subset_text
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import RANKS, Checkpoint, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
 
@@ -48,10 +48,25 @@ def read_source(
     if names := ranks_at(path, recipes):
         require_none(names.problems(ignore_extra_files=ignore_extra_files))
         return read_rank_files(path, names, recipe, first_replica=first_replica)
+    if made_by := foreign_recipe(read_manifest(path) if path.is_dir() else {}, recipes):
+        found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
+        raise refuse("no-recipe", str(path), found, "a packaged recipe, or that one", remedy)
     subset = subset_of(path)
     require_whole(subset, path)
     checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
+
+
+def foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
+    """The recipe that cut rank files, by their manifest, if it is none of these.
+
+    The names of the files tell nothing then, and they are not to be taken for whole ones.
+    """
+    recipe, layout = manifest.get("recipe"), manifest.get("layout")
+    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
+        return ""
+    name = str(recipe.get("name"))
+    return "" if name in {known.name for known in recipes} else name
 
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
