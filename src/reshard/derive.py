@@ -65,12 +65,18 @@ def derive_recipe(folder: Path) -> str:
     return text
 
 
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+
+
 def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """There are not more layers than tensors: to make a billion of them, even without weights, would take for ever."""
-    layers, most = config.get("num_hidden_layers"), len(checkpoint.tensors)
-    if isinstance(layers, int) and layers > most:
-        found = f"num_hidden_layers of {layers:,}"
-        raise refuse("contradiction", CONFIG, found, f"at most {most:,}, for so many tensors there are")
+    most = len(checkpoint.tensors)
+    for key in LAYER_KEYS:
+        if isinstance(layers := config.get(key), int) and layers > most:
+            raise refuse("contradiction", CONFIG, f"{key} of {layers:,}", f"at most {most:,}: as many as tensors")
+    for value in config.values():
+        if isinstance(value, dict):
+            require_layers(checkpoint, value)
 
 
 def require_fit(checkpoint: Checkpoint, text: str) -> None:

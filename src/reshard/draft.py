@@ -112,7 +112,7 @@ def head_lines(kept: Sequence[Kept], about: str, config: Mapping[str, Any]) -> I
     if any(kind.shape for kind in kept):
         yield f"padded       = [{quoted('vocab_size')}]"
     if any(kind.is_scaled for kind in kept):
-        block = (config.get("quantization_config") or {}).get("weight_block_size", 128)
+        block = (config.get("quantization_config") or {}).get("weight_block_size") or 128
         yield ""
         yield f"scales.p = {{ left = {quoted(SCALE[1:])}, right = {quoted(SCALE[1:])}, block = {json.dumps(block)} }}"
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from reshard.cut import COLUMNS, HALVES, ROWS, dimension_of
+from reshard.cut import COLUMNS, HALVES, ROWS, dimension_of, parts_for
 from reshard.errors import Problem, require_none
 from reshard.holes import numbers_text
 from reshard.match import OWN_RECIPE
@@ -62,6 +62,7 @@ def gather(
     problems: list[Problem] = []
     for name in sorted(held, key=in_order):
         found = held[name]
+        problems.extend(torn_problems(found))
         if found.member >= 0 and name not in (shapes or {}):  # most of all tensors: experts lie in one piece
             (tensor,) = found.by_rank.values()
             tensors[name] = unpacked(tensor._replace(name=name), found)
@@ -206,6 +207,15 @@ def shape_of(found: Held, parts: Parts) -> Shape:
     return tuple(shape)
 
 
+def torn_problems(found: Held) -> Iterator[Problem]:
+    """Why what a rank holds cannot be taken apart as its rule says: a value would be torn."""
+    for tensor in found.by_rank.values():
+        if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape and tensor.shape[-1] % 2:
+            yield Problem("wrong-shape", found.name, f"F4 {list(tensor.shape)}", "whole bytes in each row", AGAIN)
+        if found.rule.split == "packed rows" and len(found.by_rank) > 1 and tensor.shape and tensor.shape[0] % HALVES:
+            yield Problem("wrong-shape", found.name, f"{tensor.shape[0]} rows in a rank", "two halves alike", AGAIN)
+
+
 def shape_problems(
     found: Held, shape: Shape, together: Shape, config: Mapping[str, Any] | None, *, knows: bool
 ) -> Iterator[Problem]:
@@ -214,6 +224,10 @@ def shape_problems(
     if units_of(found.rule, config or {}) is None:
         key = found.rule.split.removeprefix("rows of ")
         yield Problem("no-config", found.name, f"no {key} in a config.json", "one", "copy it beside the rank files")
+    elif not parts_for(len(found.by_rank), units_of(found.rule, config or {}) or 0):
+        units = f"{units_of(found.rule, config or {})} {found.rule.split.removeprefix('rows of ')}"
+        expected = f"one of the numbers to divide the other: {units} and {len(found.by_rank)} ranks"
+        yield Problem("not-divisible", found.name, f"{len(found.by_rank)} ranks", expected, "is config.json another's?")
     if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
         yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")
     if found.rule.split == "padded rows" and not knows:

@@ -11,10 +11,9 @@ from reshard.errors import Refused, listed, require_none
 from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
 from reshard.names import split_name
-from reshard.ranks import RankNames, numbers_of, ranks_at
+from reshard.ranks import RankNames, foreign_recipe, numbers_of, ranks_at
 from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
 from reshard.recipe import recipes_to_try
-from reshard.sources import foreign_recipe
 from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 

@@ -4,8 +4,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import cycle
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -52,11 +53,13 @@ def load(
     first is taken, unless `compare_replicas` says that all are read and must be equal. With the framework `numpy`,
     dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
     """
+    if jobs is not None and whole_number("jobs", jobs) < 1:
+        raise refuse("wrong-option", "jobs", repr(jobs), "1 or more, or None for as many as are of use")
     job = Job(
         Path(source),
-        mp,
+        whole_number("mp", mp),
         recipe,
-        (rank,),
+        (whole_number("rank", rank),),
         ignore_extra_files,
         cast=cast,
         expert_dtype=expert_dtype,
@@ -65,6 +68,13 @@ def load(
         first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
     )
     return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument as a number. Raises Refused if it is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise refuse("wrong-option", name, repr(value), "a whole number")
+    return index(value)
 
 
 def load_job(job: Job, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:

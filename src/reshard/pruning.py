@@ -9,6 +9,7 @@ from typing import Any
 from reshard.errors import Problem
 from reshard.holes import config_value, numbers_text
 from reshard.types import Hole, Recipe
+from reshard.units import EXEMPT_KEYS
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 """A formula that is a config key alone, perhaps one within another."""
@@ -126,7 +127,7 @@ def prune_references(config: dict[str, Any], counting: Hole, layers: Layers) -> 
 def prune_modules(config: dict[str, Any], layers: Layers, count: int) -> None:
     """Names of modules that are not quantised, with the new numbers of their layers. Those of MTP layers follow on."""
     quantization = config.get("quantization_config")
-    for key in ("modules_to_not_convert", "ignored_layers"):
+    for key in EXEMPT_KEYS:
         names = quantization.get(key) if isinstance(quantization, dict) else None
         if isinstance(quantization, dict) and isinstance(names, list):
             quantization[key] = [*renumbered_modules(names, layers, count)]

@@ -2,13 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
 from reshard.read import INDEX, file_names
-from reshard.types import MOST_RANKS, Recipe
+from reshard.types import MOST_RANKS, RANKS, Recipe
 
 
 class RankNames(NamedTuple):
@@ -57,6 +57,18 @@ def rank_names(names: Sequence[str], numbers: dict[str, tuple[int, int]], recipe
     wanted = [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
     missing = sorted(set(wanted) - set(names), key=wanted.index)
     return RankNames(recipes, wanted, missing, sorted(set(names) - set(wanted)))
+
+
+def foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
+    """The recipe that cut rank files, by their manifest, if it is none of these.
+
+    The names of the files tell nothing then, and they are not to be taken for whole ones.
+    """
+    recipe, layout = manifest.get("recipe"), manifest.get("layout")
+    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
+        return ""
+    name = str(recipe.get("name"))
+    return "" if name in {known.name for known in recipes} else name
 
 
 def numbers_of(name: str, recipe: Recipe) -> tuple[int, int] | None:

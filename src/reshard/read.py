@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
-from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, parse_header, unique_keys
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, is_text, parse_header, unique_keys
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -142,7 +142,8 @@ def read_index(folder: Path) -> dict[str, str] | None:
 def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
     """An index may name files of its own folder only: a path could make us read any file of the machine."""
     for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
-        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or not name.endswith(SUFFIX):
+        is_plain = not set(name) & set("/\\\0") and name not in ("", ".", "..") and is_text(name)
+        if not is_plain or not name.endswith(SUFFIX):
             expected = f"a plain file name that ends in {SUFFIX}"
             yield Problem("unsafe-file-name", INDEX, f"the file name {name!r}", expected, "correct the index")
 

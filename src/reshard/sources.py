@@ -18,11 +18,11 @@ from reshard.layout import Form
 from reshard.manifest import read_manifest
 from reshard.match import match
 from reshard.origin import Origin, read_origin
-from reshard.ranks import RankNames, ranks_at
+from reshard.ranks import RankNames, foreign_recipe, ranks_at
 from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
 from reshard.recipe import recipes_to_try
 from reshard.subset_text import subset_text
-from reshard.types import RANKS, Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
 
@@ -57,18 +57,6 @@ def read_source(
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
 
 
-def foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
-    """The recipe that cut rank files, by their manifest, if it is none of these.
-
-    The names of the files tell nothing then, and they are not to be taken for whole ones.
-    """
-    recipe, layout = manifest.get("recipe"), manifest.get("layout")
-    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
-        return ""
-    name = str(recipe.get("name"))
-    return "" if name in {known.name for known in recipes} else name
-
-
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
     """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
     return path.is_dir() and ranks_at(path, recipes_to_try(recipe)) is not None
@@ -83,7 +71,7 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     subset = manifest.get("subset", {})
     require_whole(subset, path)
     require_none(changed_files(stored, manifest))
-    origin = origin_at(path, manifest)
+    origin = origin_at(path, manifest, names)
     found: list[Source] = []
     refusals: list[Refused] = []
     recipes = names.recipes if recipe else recipes_for(path, names.recipes, origin)
@@ -129,9 +117,11 @@ def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequen
     raise refuse("no-recipe", str(path), f"made by the recipe {origin.recipe}", "a packaged recipe", remedy)
 
 
-def origin_at(folder: Path, manifest: Mapping[str, Any]) -> Origin:
+def origin_at(folder: Path, manifest: Mapping[str, Any], names: RankNames) -> Origin:
     """What is known of the checkpoint: by the manifest, else by a config and an index beside the rank files."""
     origin, config, weight_map = read_origin(manifest), read_config(folder), read_index(folder)
+    if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
+        weight_map = None  # an index of the rank files themselves: it tells nothing of the files that there once were
     beside = {name: value for name, value in ((CONFIG, config), (INDEX, weight_map)) if value is not None}
     texts = {name: (folder / name).read_bytes() for name in beside}
     return replace(

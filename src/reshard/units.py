@@ -19,6 +19,8 @@ from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 FLOATS = ("BF16", "F16", "F32")
 """Loaders copy these into parameters of one another's dtype."""
 SCALES = ("F32", "BF16", "F8_E8M0")
+EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+"""How quantisers name, in a config, the modules that are not scaled though most are."""
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 LACKS_FILE = "is a file missing from the checkpoint?"
 
@@ -203,6 +205,12 @@ def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, 
             )
 
 
+def exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
+    """The modules whose weights are not scaled, by a config."""
+    lists = [quantization.get(key) for key in EXEMPT_KEYS]
+    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
+
+
 def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Of tensors without a block scale."""
     dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
@@ -214,8 +222,7 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
     elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
-        named = quantization.get("modules_to_not_convert")
-        exempt = [module for module in named if isinstance(module, str)] if isinstance(named, list) else []
+        exempt = exempt_modules(quantization)
         for tensor in kind.weights:
             if not any(module in tensor.name for module in exempt):
                 said = "a scaled weight, as quantization_config of config.json says"
