@@ -37,8 +37,8 @@ def table_of(size: str) -> str:
 
 
 def beside(key: str, other: str) -> str:
-    """A key in the same object: `text_config.n_group` beside `text_config.n_routed_experts`."""
-    return ".".join([*key.split(".")[:-1], other])
+    """A key in the same object: `text_config.n_group` beside `text_config.n_routed_experts`; of `a or b`, beside a."""
+    return ".".join([*key.split(" or ", maxsplit=1)[0].split(".")[:-1], other])
 
 
 def expert_problems(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
@@ -77,8 +77,9 @@ def pruned_config(
         problems.extend(prune_references(changed, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
     for hole in recipe.holes.values():
-        if KEY.fullmatch(hole.size) and type(config_value(hole.size, config)) is int:
-            put(changed, hole.size, len(left[hole.name]))
+        for key in hole.size.split(" or "):
+            if KEY.fullmatch(key) and type(config_value(key, config)) is int:
+                put(changed, key, len(left[hole.name]))
     return changed
 
 

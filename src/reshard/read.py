@@ -95,6 +95,7 @@ def require_no_pointer(path: Path, beginning: bytes) -> None:
         raise refuse("lfs-pointer", str(path), "a git-lfs pointer", expected, remedy)
 
 
+METADATA = '{"__metadata__":'
 Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 """Makes an object of its keys and values."""
 
@@ -226,6 +227,18 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
     tensors = parse_header(text, index, size, path.name)
     header_hash = hashlib.sha256(first + text).hexdigest()
     return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), tensors
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """What a file of which the header has been read says of itself, where it says so first of all; else nothing."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        text = file.read(header_length(file.read(LENGTH_SIZE), size, path.name)).decode()
+    found: Any = {}
+    if text.startswith(METADATA):
+        with suppress(ValueError, RecursionError):
+            found, _ = json.JSONDecoder().raw_decode(text, len(METADATA))
+    return found if isinstance(found, dict) else {}
 
 
 def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:

@@ -19,7 +19,7 @@ from reshard.manifest import read_manifest
 from reshard.match import match
 from reshard.origin import Origin, read_origin
 from reshard.ranks import RankNames, foreign_recipe, ranks_at
-from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index
+from reshard.read import CONFIG, INDEX, Stored, read_checkpoint, read_config, read_headers, read_index, read_metadata
 from reshard.recipe import recipes_to_try
 from reshard.subset_text import subset_text
 from reshard.types import Checkpoint, Recipe, Tensor
@@ -70,7 +70,7 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
     manifest = read_manifest(path)
     subset = manifest.get("subset", {})
     require_whole(subset, path)
-    require_none(changed_files(stored, manifest))
+    require_none([*changed_files(stored, manifest), *exchanged_files(path, names)])
     origin = origin_at(path, manifest, names)
     found: list[Source] = []
     refusals: list[Refused] = []
@@ -155,6 +155,16 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
             text = f"{file.name}: bytes {found.start:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
+
+
+def exchanged_files(path: Path, names: RankNames) -> Iterator[Problem]:
+    """Rank files that are another's by what they say of themselves, as those of tensor-parallel recipes do."""
+    ranks = len(names.wanted)
+    for rank, name in enumerate(names.wanted):
+        said = read_metadata(path / name)
+        if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
+            found = f"rank {said['rank']} of {said['ranks']}, as its header says"
+            yield Problem("wrong-ranks", name, found, f"rank {rank} of {ranks}", "give each file its own name back")
 
 
 def changed_range(path: Path, words: Sequence[str]) -> range | None:

@@ -85,6 +85,9 @@ def choices_of(subset: Subset, recipe: Recipe, members: Mapping[str, set[int]]) 
             raise refuse("wrong-option", option, numbers_text(chosen), expected)
         if option == "--experts" and not hole.size:
             raise refuse("wrong-option", option, numbers_text(chosen), f"a `size` for the experts in {recipe.name}")
+        if option == "--experts" and not any(is_by_row(rule, hole.size) for rule in recipe.rules):
+            expected = f"a row of {recipe.name} whose shape begins with {hole.size}: the router, which loses rows too"
+            raise refuse("wrong-option", option, numbers_text(chosen), expected)
         yield Choice(option, hole, tuple(sorted(set(chosen))), frozenset(members[hole.name]))
 
 
