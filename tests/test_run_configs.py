@@ -18,7 +18,7 @@ from families import FAMILIES, write_full, write_small
 from skeletons import BF16, E8M0, F8, FP4, Parameters
 from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
-from reshard.configs import run_config
+from reshard.configs import run_config, run_obstacles
 from reshard.convert import Job, convert_checkpoint, plan_conversion
 from reshard.errors import Refused
 from reshard.execute import Settings
@@ -317,6 +317,51 @@ HUB_V2_LITE = {
     "routed_scaling_factor": 1.0,
     "topk_group": 1,
 }
+
+
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 4}}, "rope_scaling.type"),
+    "one mscale": (
+        {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5}},
+        "rope_scaling.mscale",
+    ),
+    "no mscale": ({"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 40}}, "mscale"),
+    "not normed": ({"norm_topk_prob": False}, "norm_topk_prob is false"),
+    "another score": ({"scoring_func": "tanh"}, 'scoring_func is "tanh"'),
+}
+
+
+def test_what_the_inference_code_cannot_run_has_no_configuration(source: Source, tmp_path: Path) -> None:
+    for number, (changes, word) in enumerate(VARIANTS.values()):
+        folder, target = tmp_path / f"source {number}", tmp_path / f"target {number}"
+        shutil.copytree(source("deepseek-v3"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        plan = convert_checkpoint(Job(folder, 2), target).plan
+        assert not (target / "run_config.json").exists()
+        assert any(word in reason for reason in run_obstacles(plan))
+
+
+def run_config_of(folder: Path, changes: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((folder / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    convert_checkpoint(Job(copy, 2), tmp_path / "target")
+    found: dict[str, Any] = json.loads((tmp_path / "target" / "run_config.json").read_text())
+    return found
+
+
+def test_of_several_rotary_embeddings_the_main_one_is_meant(source: Source, tmp_path: Path) -> None:
+    main = {"rope_type": "yarn", "rope_theta": 50000, "factor": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
+    changes = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"main": main, "other": {"factor": 2}}}
+    found = run_config_of(source("deepseek-v3"), changes, tmp_path)
+    assert (found["rope_theta"], found["rope_factor"]) == (50000, 32)
+
+
+def test_the_dtype_is_that_of_the_files(source: Source, tmp_path: Path) -> None:
+    """Not what a config says of it, or does not say."""
+    assert run_config_of(source("deepseek-v3"), {"quantization_config": None}, tmp_path)["dtype"] == "fp8"
 
 
 @pytest.fixture(scope="module")

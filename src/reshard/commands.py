@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from reshard.configs import run_obstacles
 from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare
 from reshard.errors import printable, refuse
 from reshard.execute import Settings, memory_per_job
@@ -53,9 +54,10 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def say_plan(plan: Plan, origin: Origin, source: Path, *, as_json: bool) -> int:
     if as_json:
-        print_json({**describe_plan(plan), "not_restored": list(lost_lines(plan, origin))})
+        lost = {"not_restored": [*lost_lines(plan, origin)], "no_run_config": [*obstacles(plan)]}
+        print_json({**describe_plan(plan), **lost})
     else:
-        print("\n".join(map(printable, [*plan_lines(plan, source), *lost_lines(plan, origin)])))
+        print("\n".join(map(printable, [*plan_lines(plan, source), *run_lines(plan), *lost_lines(plan, origin)])))
     return PROVEN
 
 
@@ -92,7 +94,7 @@ def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int
     if as_json:
         status = "converted" if result.done else "already-converted"
         lost = list(lost_lines(result.plan, result.origin))
-        about = {**describe_plan(result.plan), "not_restored": lost}
+        about = {**describe_plan(result.plan), "not_restored": lost, "no_run_config": [*obstacles(result.plan)]}
         print_json({"status": status, "seconds": seconds, "done": done_of(result), **about})
     else:
         print("\n".join(map(printable, converted_lines(result, job, target, seconds, settings.jobs))))
@@ -128,6 +130,7 @@ def converted_lines(result: Result, job: Job, target: Path, seconds: float, jobs
     yield from subset_lines(plan.source.subset)
     yield from cast_lines(plan)
     yield from dropped_lines(plan)
+    yield from run_lines(plan)
     yield from lost_lines(plan, result.origin)
     yield f"next: {verify_command(job, target, result)}"
 
@@ -153,6 +156,15 @@ def cast_lines(plan: Plan) -> Iterator[str]:
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
+
+
+def obstacles(plan: Plan) -> Iterator[str]:
+    """Why there is no run configuration beside rank files of a recipe that has one."""
+    yield from run_obstacles(plan) if plan.layout.to == RANKS else ()
+
+
+def run_lines(plan: Plan) -> Iterator[str]:
+    yield from (f"no run_config.json: {reason}" for reason in obstacles(plan))
 
 
 def dropped_lines(plan: Plan) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The JSON files of a target: the run configuration beside rank files; config and index beside whole ones."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +10,7 @@ from reshard.layout import WHOLE_NAME
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX
 from reshard.recipe import scale_letter
-from reshard.types import RANKS, WHOLE
+from reshard.types import RANKS, WHOLE, Recipe
 from reshard.units import CAST_TO_FP8
 
 RUN_CONFIG = "run_config.json"
@@ -47,10 +47,10 @@ def run_config(plan: Plan) -> str:
 
     Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
     """
-    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset:
+    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset or any(run_obstacles(plan)):
         return ""
     config = with_old_keys(cast_config(plan, plan.config))
-    config["target"] = target_facts(plan, config)
+    config["target"] = target_facts(plan)
     found = {}
     for key, rule in plan.recipe.run.items():
         formula, *usual = rule if isinstance(rule, list) else (rule, None)
@@ -65,23 +65,54 @@ def run_config(plan: Plan) -> str:
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
+def run_obstacles(plan: Plan) -> Iterator[str]:
+    """Why the inference code cannot run what a config describes: what it has in itself, and the config wants otherwise.
+
+    Then there is no run configuration: one would start another model.
+    """
+    config = with_old_keys(plan.config or {})
+    for formula, *allowed in plan.recipe.run_needs if plan.recipe.run else ():
+        try:
+            value = value_of(formula, config, plan.recipe.sizes)
+        except UnknownKey:
+            continue
+        values = [needed_value(one, config, plan.recipe) for one in allowed]
+        if value not in values:
+            wanted = " or ".join("none" if one is None else json.dumps(one) for one in values)
+            yield f"{formula} is {json.dumps(value)}; the inference code has {wanted}"
+
+
+def needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -> Any:
+    """A value that a recipe allows; behind `=` it is that of a formula, None where the config does not tell it."""
+    if not (isinstance(allowed, str) and allowed.startswith("=")):
+        return allowed
+    try:
+        return value_of(allowed[1:], config, recipe.sizes)
+    except UnknownKey:
+        return None
+
+
 def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what newer ones keep in `rope_parameters` also where older ones have it."""
+    """The config with what newer ones keep in `rope_parameters` also where older ones have it; so too in its text
+    config. Of several rotary embeddings, by their names, the main one is meant.
+    """
+    inner = config.get("text_config")
+    said = {**config, **({"text_config": with_old_keys(inner)} if isinstance(inner, dict) else {})}
     rotary = config.get("rope_parameters")
     if not isinstance(rotary, dict):
-        return dict(config)
-    said = {key: value for key, value in config.items() if value is not None}
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
+        return said
+    rotary = rotary["main"] if isinstance(rotary.get("main"), dict) else rotary
+    known = {key: value for key, value in said.items() if value is not None}
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **known}
 
 
-def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+def target_facts(plan: Plan) -> dict[str, Any]:
     """What the rank files hold: by letter how many of each numbered place; `dtype`, that of the weights; `packed`, the
     name of a packed dtype.
     """
-    packed = any(tensor.dtype == "F4" for tensor in plan.pieces.tensors)
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else "bf16"
-    return {**plan.counts, "dtype": method, "packed": "fp4" if packed else None}
+    dtypes = {tensor.dtype for tensor in plan.pieces.tensors}
+    weights = "fp8" if "F8_E4M3" in dtypes and plan.layout.cast != "bf16" else "bf16"
+    return {**plan.counts, "dtype": weights, "packed": "fp4" if "F4" in dtypes else None}
 
 
 def whole_files(plan: Plan) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "rules")
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "run_needs", "rules")
 HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     holes = table.get("holes", {})
     letters = holes if isinstance(holes, dict) else {}
     faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
-    faults += formula_faults(table)
+    faults += [*formula_faults(table), *needs_faults(table.get("run_needs", []))]
     yield from faults
     if not faults:
         yield from rules_faults(table)
@@ -135,6 +135,16 @@ def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     for name, value in table.get("run", {}).items():
         text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
         yield from ((("run", name), found, expected) for found, expected in text_faults(text))
+
+
+def needs_faults(rows: Any) -> Iterator[Fault]:
+    """Faults in what the inference code has in itself."""
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, list) or len(row) < 2 or any(isinstance(value, (list, dict)) for value in row):
+            yield ("run_needs",), repr(row), "run_needs: rows of a formula and the values that it may come to"
+            continue
+        texts = [value.removeprefix("=") for value in row if isinstance(value, str) and value.startswith("=")]
+        yield from ((("run_needs",), *fault) for text in (row[0], *texts) for fault in text_faults(text))
 
 
 def text_faults(text: Any) -> Iterator[tuple[str, str]]:

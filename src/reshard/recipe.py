@@ -80,6 +80,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
         run=table.get("run", {}),
+        run_needs=tuple(map(tuple, table.get("run_needs", ()))),
         describes=table.get("describes", False),
         checked=table.get("checked", ""),
         rules=tuple(all_rules(table["rules"], holes)),

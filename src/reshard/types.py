@@ -205,6 +205,9 @@ class Recipe:
     run: Mapping[str, Any]
     """The run configuration of the right side's code: by key a formula over the config; or a list of a formula and the
     value that need not be said, or of a formula alone whose lack of a value must be said."""
+    run_needs: tuple[tuple[Any, ...], ...]
+    """What that code has in itself: rows of a formula over the config and the values that it may come to, where the
+    config tells it; one that begins with `=` is another formula. Without them there is no run configuration."""
     describes: bool
     """Whether the rank files say in their metadata what they are: rank, ranks and recipe."""
     checked: str
