@@ -187,6 +187,7 @@ def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
 
 def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:
     """Dtypes and shapes that are not what a loader expects, by the recipe and the config."""
+    yield from block_problems(kinds, config or {})
     for kind in kinds:
         weight = kind.weights[0]
         if not kind.scales and kind.rule.relation != "drop":
@@ -203,6 +204,18 @@ def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, 
             yield Problem(
                 "wrong-shape", tensor.name, f"shape {list(found)}", expected, "is config.json another model's?"
             )
+
+
+def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A config that says other blocks than the scales have: a loader would believe it."""
+    quantization = config.get("quantization_config")
+    said = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    scaled = (kind.scaling for kind in kinds if kind.scales and kind.scaling and not kind.scaling.packed)
+    blocks = {str([*scaling.block]): None for scaling in scaled if not scaling.stays}
+    if isinstance(said, list) and blocks and str(said) not in blocks:
+        found = f"weight_block_size of {said}"
+        expected = f"{' or '.join(blocks)}, as the scales have it"
+        yield Problem("contradiction", "quantization_config of config.json", found, expected, "correct the config")
 
 
 def exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
