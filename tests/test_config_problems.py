@@ -236,3 +236,13 @@ def test_the_exceptions_are_still_kinds_of_tensor() -> None:
         re.sub(r"\.\d+(?=\.)", "", name) for family in FAMILIES.values() for name, _, _ in family.tensors(family.small)
     }
     assert ANY_SHAPE.keys() <= listed
+
+
+def test_other_blocks_than_those_of_the_scales_are_refused(tmp_path: Path) -> None:
+    found = small("deepseek-v3.2", tmp_path / "source")
+    quantization = {**(found.config or {})["quantization_config"], "weight_block_size": [64, 64]}
+    other = replace(found, config={**(found.config or {}), "quantization_config": quantization})
+    with pytest.raises(Refused) as error:
+        make_plan(other, load_recipe("deepseek-v32"), Layout(1))
+    (problem,) = error.value.problems
+    assert (problem.kind, problem.found) == ("contradiction", "weight_block_size of [64, 64]")

@@ -18,7 +18,7 @@ import oracle
 import pytest
 import torch
 from safetensors import deserialize, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reshard.audit import audit_target
@@ -588,6 +588,27 @@ def test_tensors_larger_than_any_buffer_are_those_of_safetensors(tmp_path: Path)
     shapes = {"whole": (9_000_001,), "rows": (6, 1_500_001), "short-runs": (40_001, 254), "long-runs": (3, 10_000_002)}
     tensors = {name: values(shape, torch.uint8, seed) for seed, (name, shape) in enumerate(shapes.items())}
     require_the_bytes_of_safetensors(tensors, splits, tmp_path)
+
+
+def test_packed_rows_that_are_wider_than_their_bands_are_cast(tmp_path: Path) -> None:
+    """A row of halves is longer than the stretch of whole blocks that is computed at once."""
+    (tmp_path / "source").mkdir()
+    weight = values((320, 12288), torch.uint8).view(torch.float8_e4m3fn)
+    codes = weight.view(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    scale = torch.rand(3, 96)
+    save_file({"w.weight": weight, "w.scale": scale}, tmp_path / "source" / "one.safetensors")
+    text = write_odd_recipe(tmp_path / "odd.toml", {"w.{p}": "packed rows"})
+    scales = 'scales.p = { left = "scale", right = "scale", block = 128 }\nrules'
+    recipe = Path(text).read_text().replace(escaped("w.{p}"), '"w.{p}"').replace(escaped("new.w.{p}"), '"new.w.{p}"')
+    (tmp_path / "odd.toml").write_text(recipe.replace("rules", scales, 1))
+    convert_checkpoint(Job(tmp_path / "source", 2, text, cast="bf16"), tmp_path / "target")
+    spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:320]
+    halves = (weight.float() * spread).bfloat16().chunk(2)
+    for rank in range(2):
+        wanted = torch.cat([half.chunk(2)[rank] for half in halves])
+        found = load_file(tmp_path / "target" / f"part-{rank}-of-2.safetensors")["new.w.weight"]
+        assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
 def test_names_that_json_escapes_are_those_of_safetensors(tmp_path: Path) -> None:

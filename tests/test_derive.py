@@ -165,6 +165,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         {"hidden_size": -3},
         {"num_hidden_layers": "many"},
         {"num_hidden_layers": 10**9},
+        {"text_config": {"num_hidden_layers": 10**9}},
     ],
 )
 def test_a_model_that_transformers_cannot_make_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -135,6 +135,34 @@ def test_a_journal_left_behind_the_last_rename_is_cleared(
     assert contents(target) == wanted
 
 
+def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
+    source: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    convert_checkpoint(Job(source, RANKS, only=(0,)), target)
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reshard.execute, "finish", crash)
+        with pytest.raises(Crash):
+            convert_checkpoint(Job(source, RANKS, only=(1,)), target)
+    journal = (target / JOURNAL).read_bytes()
+    assert main(["convert", str(source), str(target), "--mp", str(RANKS), "--ranks", "0", "--dry-run"]) == 0
+    assert convert_checkpoint(Job(source, RANKS, only=(0,)), target).done is None
+    assert (target / JOURNAL).read_bytes() == journal
+    (target / "tokenizer.json").unlink()
+    with pytest.raises(Refused) as error:
+        convert_checkpoint(Job(source, RANKS, only=(0,)), target)
+    assert kinds(error) == {"another-job"}
+    result = convert_checkpoint(Job(source, RANKS, only=(1,)), target)
+    assert result.done is not None
+    assert result.done.resumed > 0
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == wanted
+
+
 # --- another job ---
 
 

@@ -27,7 +27,7 @@ from reshard.execute import Settings, job_of
 from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
 from reshard.pruning import pruned_config
-from reshard.recipe import load_recipe
+from reshard.recipe import FOLDER, load_recipe
 from reshard.types import Subset, Tensor
 
 V2_LITE = {
@@ -512,6 +512,29 @@ def test_what_a_config_says_of_layers_follows_them() -> None:
             ]
         },
     }
+
+
+def test_a_count_is_kept_under_whichever_key_the_config_has() -> None:
+    """transformers 5 writes the experts of Qwen3-MoE as num_local_experts."""
+    found = pruned_config({"num_local_experts": 4}, QWEN, MEMBERS, None, [])
+    assert found == {"num_local_experts": 2}
+
+
+def test_modules_that_are_not_scaled_are_followed_under_every_name() -> None:
+    names = ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate", "lm_head"]
+    config = {"num_hidden_layers": 5, "quantization_config": {"ignore": names, "ignored_layers": names}}
+    found = pruned_config(config, QWEN, MEMBERS, {0: 0, 3: 1}, [])
+    assert found is not None
+    assert [*found["quantization_config"].values()] == [["model.layers.1.mlp.gate", "lm_head"]] * 2
+
+
+def test_experts_are_not_taken_from_a_router_that_no_row_knows(source: Write, tmp_path: Path) -> None:
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(
+        text.replace("[n_routed_experts, hidden_size]", "[?, hidden_size]").replace('"[n_routed_experts]"', '"[?]"')
+    )
+    with pytest.raises(Refused, match="the router, which loses rows too"):
+        plan_conversion(Job(source("deepseek-v3"), 2, str(tmp_path / "own.toml"), subset=Subset(experts=(0, 1, 2, 3))))
 
 
 @pytest.mark.parametrize(("layers", "count"), [({0: 0, 1: 1, 2: 2}, 0), ({0: 0, 2: 1, 4: 2}, 1)])
