@@ -584,7 +584,7 @@ def plan_of(model: Model, made: Made) -> Plan:
 
 
 @given(models())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_the_copies_give_what_slicing_gives(model: Model) -> None:
     made = make_model(model)
     plan = plan_of(model, made)
@@ -678,7 +678,7 @@ def spoiled(copies: Copies, index: int, step: int, targets: int) -> Iterator[tup
 
 
 @given(models(), st.data(), st.sampled_from([1, -1]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_the_proof_sees_every_fault_of_a_single_copy(model: Model, data: st.DataObject, step: int) -> None:
     plan = plan_of(model, make_model(model))
     prove(plan, plan.copies)
@@ -800,9 +800,6 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ("ranks", "tensors", "size"),
     [
         (1, 90_427, 673_150_611_808),
-        (2, 45_883, 337_144_622_688),
-        (4, 23_611, 169_141_628_128),
-        (8, 12_475, 85_140_130_848),
         (16, 6_907, 43_139_382_208),
     ],
 )
