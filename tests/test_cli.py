@@ -449,6 +449,22 @@ def test_verify_says_that_the_source_is_another(source: Path, ranks: Path, tmp_p
     assert note not in say("verify", ranks, "--source", tmp_path / "dealt anew")
 
 
+def test_verify_asks_for_the_recipe_that_the_target_was_made_with(source: Path, tmp_path: Path, say: Say) -> None:
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(text.replace('"deepseek-v3"', '"own"', 1))
+    say("convert", source, tmp_path / "target", "--mp", "8", "--recipe", tmp_path / "own.toml")
+    text = say("verify", tmp_path / "target", "--source", source, code=2)
+    assert "made by the recipe own" in text
+    say("verify", tmp_path / "target", "--source", source, "--recipe", tmp_path / "own.toml")
+
+
+def test_inspect_says_that_it_is_a_subset(source: Path, tmp_path: Path, say: Say) -> None:
+    say("convert", source, tmp_path / "few", "--to", "hf", "--only", "model.norm.*")
+    assert "a subset: only model.norm.*" in say("inspect", tmp_path / "few")
+    assert json.loads(say("inspect", tmp_path / "few", "--json"))["subset"].startswith("only model.norm.*")
+    assert json.loads(say("inspect", source, "--json"))["subset"] == ""
+
+
 def test_verify_says_that_rank_files_are_others(ranks: Path, tmp_path: Path, say: Say) -> None:
     write_checkpoint(tmp_path / "other", {**TINY, "vocab_size": 256}, 3)
     say("convert", tmp_path / "other", tmp_path / "other ranks", "--mp", "8")

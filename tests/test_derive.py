@@ -27,12 +27,19 @@ def rank_files(source: Path, target: Path, ranks: int, recipe: str | None = None
     return {path.name: path.read_bytes() for path in target.iterdir() if path.name != "reshard.json"}
 
 
+def derived(source: Path) -> str:
+    """Under the name of the packaged one, which the rank files hold."""
+    text = derive_recipe(source)
+    assert '-derived"' in text
+    return text.replace('-derived"', '"', 1)
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_derived_recipe_gives_the_files_of_the_packaged_one(name: str, tmp_path: Path) -> None:
     source, recipe = tmp_path / "source", tmp_path / "derived.toml"
     write_model(source, name)
     # Files name their recipe, and Mistral has that of Llama.
-    recipe.write_text(derive_recipe(source).replace('"mistral"', '"llama"'))
+    recipe.write_text(derived(source).replace('"mistral"', '"llama"'))
     for ranks in (1, 2, 4):
         found = rank_files(source, tmp_path / f"derived-{ranks}", ranks, str(recipe))
         assert len(found) > ranks
@@ -41,7 +48,7 @@ def test_a_derived_recipe_gives_the_files_of_the_packaged_one(name: str, tmp_pat
 
 def test_a_derived_recipe_can_pad_the_vocabulary(tmp_path: Path) -> None:
     write_model(tmp_path / "source", "qwen2", vocab_size=95)
-    (tmp_path / "derived.toml").write_text(derive_recipe(tmp_path / "source"))
+    (tmp_path / "derived.toml").write_text(derived(tmp_path / "source"))
     convert_checkpoint(Job(tmp_path / "source", 4, str(tmp_path / "derived.toml"), pad=True), tmp_path / "derived")
     convert_checkpoint(Job(tmp_path / "source", 4, pad=True), tmp_path / "packaged")
     for path in (tmp_path / "packaged").glob("*.safetensors"):
@@ -77,7 +84,7 @@ def test_other_models_that_have_a_plan_can_be_cut_and_led_back(word: str, tmp_pa
     config = getattr(transformers, word)(**{**HEAVY, "hidden_size": 64, "head_dim": 8, **OTHERS[word]})
     model: Any = from_config(config, dtype=torch.float32)
     model.save_pretrained(tmp_path / "source")
-    (tmp_path / "derived.toml").write_text(derive_recipe(tmp_path / "source"))
+    (tmp_path / "derived.toml").write_text(derived(tmp_path / "source"))
     recipe = str(tmp_path / "derived.toml")
     convert_checkpoint(Job(tmp_path / "source", 2, recipe), tmp_path / "ranks")
     convert_checkpoint(Job(tmp_path / "ranks", 1, recipe, to="hf"), tmp_path / "back")
@@ -121,7 +128,7 @@ def test_block_scales_go_with_their_weights(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_model(source, name, hidden_size=256, head_dim=32, intermediate_size=512)
     quantize(source)
-    (tmp_path / "derived.toml").write_text(derive_recipe(source))
+    (tmp_path / "derived.toml").write_text(derived(source))
     found = rank_files(source, tmp_path / "derived", 4, str(tmp_path / "derived.toml"))
     assert found == rank_files(source, tmp_path / "packaged", 4)
     tensors = load_file(tmp_path / "packaged" / "model-rank3-of-4.safetensors")
@@ -146,10 +153,26 @@ def test_the_command_prints_a_recipe_that_check_accepts(tmp_path: Path, capsys: 
     assert main(["recipes", "derive", str(tmp_path / "source"), "-o", str(tmp_path / "mine.toml")]) == 2
     assert "mine.toml" in capsys.readouterr().err
     assert main(["recipes", "derive", str(tmp_path / "source"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "mixtral"
+    assert json.loads(capsys.readouterr().out)["name"] == "mixtral-derived"
 
 
 # --- what cannot be derived ---
+
+
+def test_rank_files_and_single_files_are_no_checkpoints_to_derive_from(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "llama")
+    convert_checkpoint(Job(tmp_path / "source", 2), tmp_path / "ranks")
+    (tmp_path / "own.toml").write_text(derive_recipe(tmp_path / "source"))
+    convert_checkpoint(Job(tmp_path / "source", 2, str(tmp_path / "own.toml")), tmp_path / "own ranks")
+    one_file = next((tmp_path / "source").glob("*.safetensors"))
+    for path, kind in (
+        (tmp_path / "ranks", "rank-files"),
+        (tmp_path / "own ranks", "rank-files"),
+        (one_file, "no-source"),
+    ):
+        with pytest.raises(Refused) as refused:
+            derive_recipe(path)
+        assert [problem.kind for problem in refused.value.problems] == [kind]
 
 
 def change_config(folder: Path, **changes: Any) -> None:

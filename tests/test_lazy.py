@@ -243,3 +243,10 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
         require_equal(found["model.norm.weight"][:], whole(source("deepseek-v3"))["model.norm.weight"])
     with reshard.open(tmp_path, compare_replicas=True) as found, pytest.raises(Refused, match="other bytes in rank 3"):
         found["model.norm.weight"][:]
+
+
+def test_one_file_of_several_is_opened_as_it_stands(tmp_path: Path) -> None:
+    write_small(tmp_path / "source", "deepseek-v3", files=3)
+    path = tmp_path / "source" / "model-00002-of-00003.safetensors"
+    with reshard.open(path) as opened, safe_open(path, "pt") as wanted:
+        assert set(opened) == set(wanted.keys())

@@ -10,12 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.draft import OWN, SCALE, WEIGHT, Kept, recipe_text
 from reshard.errors import Problem, refuse, require_none
 from reshard.match import match
 from reshard.names import split_name
-from reshard.read import CONFIG, read_checkpoint
-from reshard.recipe import parse_recipe
+from reshard.ranks import foreign_recipe, ranks_at
+from reshard.read import CONFIG, read_checkpoint, read_object
+from reshard.recipe import packaged_recipes, parse_recipe
 from reshard.types import Checkpoint, Layout, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
 
@@ -52,6 +54,7 @@ def derive_recipe(folder: Path) -> str:
     """A recipe for a checkpoint, by transformers' plans: that for expert parallelism where there is one, else that for
     tensor parallelism. Raises Refused with everything that cannot be derived.
     """
+    require_source(folder)
     checkpoint = read_checkpoint(folder)
     if checkpoint.config is None:
         raise refuse("no-config", str(folder / CONFIG), "no such file", "the config of the model", "copy it there")
@@ -63,6 +66,17 @@ def derive_recipe(folder: Path) -> str:
     text = recipe_text(kept, model.about, checkpoint.config)
     require_fit(checkpoint, text)
     return text
+
+
+def require_source(folder: Path) -> None:
+    """It is a folder, and no rank files lie in it. Raises Refused."""
+    if folder.is_file():
+        raise refuse("no-source", str(folder), "a file", "the folder of a checkpoint", f"name {folder.parent}")
+    recipes, manifest = packaged_recipes(), read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
+    if foreign_recipe(manifest, recipes) or (folder.is_dir() and ranks_at(folder, recipes)):
+        raise refuse(
+            "rank-files", str(folder), "rank files", "a Hugging Face checkpoint", "name what they were cut from"
+        )
 
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")

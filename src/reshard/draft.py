@@ -99,7 +99,7 @@ def row_of(kind: Kept, letters: Letters) -> list[str]:
 
 def head_lines(kept: Sequence[Kept], about: str, config: Mapping[str, Any]) -> Iterator[str]:
     name = str(config.get("model_type", "derived"))
-    yield f"name         = {quoted(name.replace('_', '-'))}"
+    yield f"name         = {quoted(name.replace('_', '-') + '-derived')}"  # not to be taken for a packaged one
     yield f"about        = {quoted(about)}"
     yield f"checked      = {quoted('nothing yet: derived')}"
     yield 'left         = "huggingface"'

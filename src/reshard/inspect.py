@@ -12,8 +12,9 @@ from reshard.gather import held_tensors, holder_problems, left_names
 from reshard.match import match
 from reshard.names import split_name
 from reshard.ranks import RankNames, foreign_recipe, numbers_of, ranks_at
-from reshard.read import Stored, file_names, read_checkpoint, read_config, read_headers, read_object
+from reshard.read import Stored, file_names, read_checkpoint, read_config, read_file, read_headers, read_object
 from reshard.recipe import recipes_to_try
+from reshard.subset_text import is_subset, subset_text
 from reshard.text import counted, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -47,12 +48,20 @@ class Content:
     are, and their dtypes and shapes."""
     made: Mapping[str, str] = field(default_factory=dict)
     """The options that it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
+    subset: str = ""
+    """What of a larger checkpoint it is, by its manifest; empty if it is whole."""
 
 
 def inspect_path(path: Path, recipe: str | None = None) -> Content:
     """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
     or file, else by those that are packaged. Raises Refused.
     """
+    content = content_at(path, recipe)
+    subset = manifest_at(path).get("subset") if path.is_dir() else None
+    return replace(content, subset=subset_text(subset)) if isinstance(subset, dict) and is_subset(subset) else content
+
+
+def content_at(path: Path, recipe: str | None) -> Content:
     require_finished(path)
     recipes = recipes_to_try(recipe)
     if path.is_dir() and (names := ranks_at(path, recipes)):
@@ -120,13 +129,6 @@ def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | 
     return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
 
 
-def read_file(path: Path) -> Checkpoint:
-    """A single file as it stands, though it be one of several."""
-    stored = read_headers(path.parent, [path.name])
-    tensors = {tensor.name: tensor for tensor in stored.tensors}
-    return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
-
-
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
     counts = match(checkpoint, recipe).counts
     return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
@@ -167,6 +169,8 @@ def content_text(content: Content) -> str:
     ]
     if content.counts:
         lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
+    if content.subset:
+        lines.append(f"a subset: {content.subset}")
     if content.made:
         words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
         lines.append(f"made with {', '.join(words)}, by {MANIFEST}")

@@ -18,7 +18,7 @@ from reshard.disk import CACHED, PAGE, aligned_buffer, open_source, read_window
 from reshard.errors import refuse, require_none
 from reshard.execute import require_unchanged
 from reshard.joining import produce_join
-from reshard.read import read_checkpoint
+from reshard.read import read_checkpoint, read_file
 from reshard.sources import holds_rank_files, read_source
 from reshard.types import Checkpoint, Tensor
 from reshard.windows import WINDOW_SIZE
@@ -41,6 +41,8 @@ def open_tensors(
     """
     require_framework(framework)
     path = Path(path)
+    if path.is_file():
+        return Tensors(read_file(path), framework)
     if holds_rank_files(path, recipe):
         found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, first_replica=not compare_replicas)
         return Tensors(found.checkpoint, framework)

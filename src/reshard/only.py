@@ -21,7 +21,7 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
             if fitting := [pattern for pattern in patterns if fnmatchcase(tensor.name, pattern)]:
                 units.add((family.rule, numbers))
                 used.update(fitting)
-    expected, remedy = "names of the source, such as 'model.layers.0.*'", "reshard inspect lists them"
+    expected, remedy = "names of the source, such as 'model.layers.0.*'", "the index of the source has them"
     require_none(
         Problem("nothing-kept", "--only", f"no tensor fits {pattern!r}", expected, remedy)
         for pattern in patterns

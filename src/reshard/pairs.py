@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
-from reshard.inspect import read_file
 from reshard.ranks import ranks_at
-from reshard.read import read_checkpoint
+from reshard.read import read_checkpoint, read_file
 from reshard.recipe import WEIGHT, recipes_to_try
 from reshard.sources import read_source
 from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor

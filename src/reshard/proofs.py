@@ -38,12 +38,25 @@ def run_verify(options: argparse.Namespace) -> int:
         return verify_restored(options, names)
     source = read_checkpoint(options.source, ignore_extra_files=options.ignore_extra_files)
     recipe = recipe_for(Job(options.source, 1, options.recipe), source)
+    require_its_recipe(options.target, recipe)
     match(source, recipe)  # a recipe that does not fit would find every tensor wrong
     source = as_chosen(source, recipe, options.source, options.target)
     with progress("verify", total) as advance:
         report = verify_target(options.target, source, recipe, advance, options.ranks, options.sample)
     report = with_note(report, options.target, source.files)
     return say_report(report, options.target, options.source, as_json=options.json)
+
+
+def require_its_recipe(target: Path, recipe: Recipe) -> None:
+    """By another recipe than the target was made with, every tensor would be wrong. Raises Refused."""
+    try:
+        made_with = read_manifest(target).get("recipe")
+    except Refused:
+        return  # what is left of it says nothing
+    name = made_with.get("name") if isinstance(made_with, dict) else recipe.name
+    if name != recipe.name:
+        found, remedy = f"made by the recipe {name}", "pass the file or the name of that recipe with --recipe"
+        raise refuse("no-recipe", str(target), found, f"the recipe {recipe.name}, which the source wants", remedy)
 
 
 def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:

@@ -229,6 +229,13 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
     return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), tensors
 
 
+def read_file(path: Path) -> Checkpoint:
+    """A single file as it stands, though it be one of several."""
+    stored = read_headers(path.parent, [path.name])
+    tensors = {tensor.name: tensor for tensor in stored.tensors}
+    return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
+
+
 def read_metadata(path: Path) -> Mapping[str, Any]:
     """What a file of which the header has been read says of itself, where it says so first of all; else nothing."""
     with open_regular(path) as file:
