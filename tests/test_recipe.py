@@ -216,6 +216,8 @@ def norm_row(*cells: str) -> str:
     return json.dumps(cells)
 
 
+MANY_QK = "+".join(["qk"] * 50)
+
 FAULTS = [
     # Not TOML.
     pytest.param('right         = "', "right         = ", "Invalid value", id="a quote missing"),
@@ -274,6 +276,17 @@ FAULTS = [
     pytest.param(RUN_DIM, 'dim = "hidden_size -"', "is not a formula", id="half a formula to run with"),
     pytest.param(RUN_DIM, 'dim = ["hidden_size", 1, 2]', "a formula over config keys",
                  id="a formula with two defaults"),
+    pytest.param(QK, "sizes.qk = \"num_attention_heads or 'many'\"", "is no number", id="a word as a size"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "[hidden_size or 'many']"),
+                 "is no number", id="a word in a shape"),
+    pytest.param(HOLE_D, "holes.d = { counts = \"d\", within = \"i\", size = \"dense or 'few'\" }", "is no number",
+                 id="a word as the size of a hole"),
+    pytest.param(line_with("ranks_divide "), "ranks_divide = [\"heads or 'many'\"]", "is no number",
+                 id="a word as what the ranks divide"),
+    pytest.param(RUN_DIM, "dim = \"'many' or hidden_size\"", "is no number", id="a word as the first choice"),
+    pytest.param(RUN_DIM, f'dim = "{MANY_QK}"', "steps", id="a long formula to run with"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", f"[{MANY_QK}]"), "steps",
+                 id="a long formula as a shape"),
     pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
     # The holes.
     pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),

@@ -7,7 +7,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
-from reshard.formulas import parse_shape
+from reshard.formulas import MOST_STEPS, parse_shape, takes_too_long
 from reshard.header import BITS
 from reshard.letters import HOLE, REST, Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
 from reshard.types import Rule
@@ -25,14 +25,15 @@ MOST_READ = 2 << 20
 
 
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
+    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it; and
+    how long formulas take, once they are formulas.
+    """
     holes = table.get("holes", {})
     letters = holes if isinstance(holes, dict) else {}
     faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
     faults += formula_faults(table)
-    yield from faults
-    if not faults:
-        yield from rules_faults(table)
+    faults = faults or list(rules_faults(table))
+    yield from faults or length_faults(table)
 
 
 def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -94,7 +95,26 @@ def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
     for name, value in table.get("run", {}).items():
         text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
-        yield from ((("run", name), found, expected) for found, expected in text_faults(text))
+        yield from ((("run", name), found, expected) for found, expected in text_faults(text, is_run=True))
+
+
+def length_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    sizes = table.get("sizes", {})
+    for where, text in sized_formulas(table):
+        if takes_too_long(text, sizes):
+            found = f"{text!r}, with sizes that name each other so often"
+            yield where, found, f"a formula of at most {MOST_STEPS} steps, those of its sizes counted at each mention"
+
+
+def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
+    """The formulas of a faultless table that may speak of sizes."""
+    for name, text in table.get("sizes", {}).items():
+        yield ("sizes", name), text
+    for name, value in table.get("run", {}).items():
+        yield ("run", name), value[0] if isinstance(value, list) else value
+    for number, row in enumerate(table["rules"]):
+        formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
+        yield from ((("rules", number), formula) for formula in formulas if formula != "?")
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:

@@ -117,11 +117,11 @@ def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, st
         yield f"a hole twice in {pattern!r}", "each hole once"
 
 
-def text_faults(text: Any) -> Iterator[tuple[str, str]]:
+def text_faults(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:
     if not isinstance(text, str):
         yield repr(text), "a formula over config keys"
         return
     try:
-        parse(text)
+        parse(text, is_run=is_run)
     except ValueError as error:
         yield str(error), "a formula over config keys"
