@@ -199,6 +199,7 @@ def line_with(start: str) -> str:
 EMBED = line_with('["same", "model.embed_tokens.weight"').removesuffix(",")
 NORM = line_with('["same", "model.norm.weight"').removesuffix(",")
 W3 = line_with('["same", "model.layers.{d}.mlp.up_proj.{p}"').removesuffix(",")
+GATE = line_with('["same", "model.layers.{s}.mlp.gate.weight"').removesuffix(",")
 REST_ROW = line_with('["drop", "model.layers.{m}.{*}"').removesuffix(",")
 ABOUT = line_with("about ")
 MODEL_TYPES = line_with("model_types ")
@@ -341,6 +342,10 @@ FAULTS = [
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "copy"), "a split", id="an unknown split"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "by e"), "a split",
                  id="dealt by a hole of no name"),
+    pytest.param(W3, W3.replace('"rows"', '"by d"'), "a hole with 'within'", id="dealt by a hole within another"),
+    pytest.param(W3, W3.replace('"rows"', '"by m"').replace("{d}", "{m}"), "a hole with 'after'",
+                 id="dealt by a hole after another"),
+    pytest.param(GATE, GATE.replace('"replicate"', '"by s"'), "which {m} is like", id="dealt by what another is like"),
     pytest.param(W3, W3.replace('"rows"', '"by p"'), "a split", id="dealt by weight and scale"),
     pytest.param(NORM, norm_row("same", "", "norm.weight", "replicate"), "the name on the left",
                  id="no name on the left"),
@@ -397,6 +402,14 @@ def test_a_faulty_recipe_is_refused_with_its_line(old: str, new: str, word: str)
     assert problems, caught.value
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
     assert any(word in f"{problem.found} {problem.expected}" for problem in problems), caught.value
+
+
+def test_what_some_have_is_not_dealt() -> None:
+    """Their numbers have gaps."""
+    row = norm_row("same", "model.{d}.norm", "norm.{d}", "by d")
+    text = V3.replace(HOLE_D, 'holes.d = { counts = "dense layers", some_of = "i" }').replace(NORM, row)
+    with pytest.raises(Refused, match="a hole with 'some_of'"):
+        parse_recipe(text, "mine.toml")
 
 
 @pytest.mark.parametrize("key", ["name", "about", "left", "right", "files"])

@@ -150,6 +150,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
         return
     yield from side_faults(rule, scales)
+    yield from dealing_faults(rule, holes)
     if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
@@ -157,6 +158,16 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             repr(rule.split),
             "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
         )
+
+
+def dealing_faults(rule: Rule, holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is dealt by its number is numbered from 0 on, without a gap, for every rank to get as many."""
+    hole = holes.get(rule.split.removeprefix("by "), {}) if rule.split.startswith("by ") else {}
+    if unfit := [key for key in ("within", "some_of", "after") if key in hole]:
+        yield f"{rule.split!r}, a hole with {unfit[0]!r}", "a hole that counts from 0 by itself"
+    for letter, other in holes.items():
+        if hole and rule.split.removeprefix("by ") in other.get("like", ""):
+            yield f"{rule.split!r}, which {{{letter}}} is like", "a hole that no other is like"
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
