@@ -329,6 +329,11 @@ FAULTS = [
     pytest.param(HOLE_D, 'holes.d = { counts = "d", picked_by = "kinds", picked = [4] }', "within or some_of",
                  id="picked from nothing"),
     pytest.param('rows_of = "model.layers.{s}', 'rows_of = "model.layers.{z}', "rows_of", id="rows of an unknown hole"),
+    pytest.param('rows_of = "model.layers.{s}.mlp.gate.weight"', 'rows_of = "model.layers.{s}.gate.weight"',
+                 "the left name of a row", id="rows of a tensor under no row"),
+    pytest.param(RUN_DTYPE, 'dtype = "target.z"', "target.z", id="how many of no hole the target has"),
+    pytest.param(RUN_DTYPE, 'dtype = ["2 * (target.pack + 1)", 2]', "target.pack",
+                 id="what nobody knows of the target"),
     # The rows.
     pytest.param(EMBED, EMBED.replace('"same", ', ""), "a relation", id="a row without relation"),
     pytest.param(EMBED, "[]", "4 to 6 strings", id="an empty row"),
@@ -402,6 +407,20 @@ def test_a_faulty_recipe_is_refused_with_its_line(old: str, new: str, word: str)
     assert problems, caught.value
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
     assert any(word in f"{problem.found} {problem.expected}" for problem in problems), caught.value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.{m}.mlp.gate.weight",  # by the row for {s}
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.{i}.self_attn.o_proj.weight",  # by {p}
+        "model.layers.{m}.any.router.weight",  # by a drop of the rest
+    ],
+)
+def test_rows_of_is_a_name_under_any_row(name: str) -> None:
+    text, _ = edited('rows_of = "model.layers.{s}.mlp.gate.weight"', f'rows_of = "{name}"')
+    assert parse_recipe(text, "mine.toml").holes["e"].rows_of == name
 
 
 def test_what_some_have_is_not_dealt() -> None:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formulas import UnknownKey, value_of
+from reshard.keys import with_old_keys
 from reshard.layout import WHOLE_NAME
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX
@@ -63,15 +64,6 @@ def run_config(plan: Plan) -> str:
             found[key] = value
     lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what newer ones keep in `rope_parameters` also where older ones have it."""
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict):
-        return dict(config)
-    said = {key: value for key, value in config.items() if value is not None}
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
 def target_facts(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is wrong with a recipe: the table that its TOML file holds -> faults, each with its place and line."""
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -7,7 +8,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
-from reshard.formulas import MOST_STEPS, parse_shape, takes_too_long
+from reshard.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
 from reshard.header import BITS
 from reshard.letters import HOLE, REST, Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
 from reshard.types import Rule
@@ -19,6 +20,8 @@ RELATIONS = ("same", "dequantize", "drop")
 SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
 UNITS = re.compile(r"rows of ([\w.]+)")
 """The split of heads: they are whole, and those of few are held by several ranks."""
+TARGET_KEYS = ("dtype", "packed")
+"""What a run configuration knows of the rank files, besides how many of each hole they have."""
 CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 MOST_READ = 2 << 20
 """In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
@@ -33,7 +36,7 @@ def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
     faults += formula_faults(table)
     faults = faults or list(rules_faults(table))
-    yield from faults or length_faults(table)
+    yield from faults or [*length_faults(table), *rows_of_faults(table), *target_faults(table)]
 
 
 def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -115,6 +118,35 @@ def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
     for number, row in enumerate(table["rules"]):
         formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
         yield from ((("rules", number), formula) for formula in formulas if formula != "?")
+
+
+def rows_of_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Tensors that would say how many members a hole has, and that are under no row. Letters do not count: those of
+    some layers are found by the name for all of them.
+    """
+    scales, rest = table.get("scales", {}), f"{{{REST}}}"
+    lefts = [row[1] for row in table["rules"]]
+    rests = tuple(left.removesuffix(rest) for left in lefts if left.endswith(rest))
+    known = {without_letters(left, scales) for left in lefts}
+    for letter, fields in table.get("holes", {}).items():
+        name = fields.get("rows_of", "")
+        if name and without_letters(name, scales) not in known and not name.startswith(rests):
+            yield ("holes", letter), f"rows_of {name!r}", "the left name of a row"
+
+
+def without_letters(name: str, scales: Mapping[str, Any]) -> str:
+    """A name with `#` for each number, whatever it counts, and `weight` for a weight with its scale."""
+    return HOLE.sub(lambda hole: "weight" if hole[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name))
+
+
+def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """What a run configuration asks of the target, and nobody tells."""
+    told = [*table.get("holes", {}), *TARGET_KEYS]
+    for where, text in sized_formulas(table):
+        for node in ast.walk(parse(text, is_run=True)) if where[0] in ("run", "sizes") else ():
+            match node:
+                case ast.Attribute(value=ast.Name(id="target"), attr=name) if name not in told:
+                    yield where, f"target.{name}", "target. and one of " + ", ".join(told)
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
