@@ -365,6 +365,9 @@ FAULTS = [
                  id="a hole twice"),
     pytest.param(NORM, norm_row("same", "model.{i}.norm", "{i}.norm", "replicate"), "begins with text",
                  id="a name that begins with a hole"),
+    pytest.param(NORM, norm_row("same", "0.weight", "norm.weight", "replicate"), "begins with text",
+                 id="a name that begins with a number"),
+    pytest.param(NORM, norm_row("drop", "{*}", "", "all else"), "begins with text", id="a drop of everything"),
     pytest.param(NORM, norm_row("same", "model.x{i}.norm", "norm.x{i}", "replicate"), "between two dots",
                  id="a hole that is part of a word"),
     pytest.param(NORM, norm_row("same", "model..norm", "norm", "replicate"), "between two dots",
@@ -391,9 +394,9 @@ FAULTS = [
                  id="dequantised without a scale"),
     pytest.param(W3, W3.replace('"same"', '"dequantize"'), "the same holes",
                  id="dequantised with a scale on the right"),
-    pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "row 1",
+    pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "in one row",
                  id="a left name twice"),
-    pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "row 1",
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "in one row",
                  id="a right name twice"),
 ]  # fmt: skip
 
@@ -462,6 +465,16 @@ def test_every_fault_is_named_with_its_line() -> None:
         parse_recipe(text, "mine.toml")
     lines = [problem.subject for problem in caught.value.problems]
     assert lines == [f"mine.toml:{first}", f"mine.toml:{second}", f"mine.toml:{second}"]
+
+
+def test_a_name_twice_is_told_with_both_lines() -> None:
+    text, line = edited(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"))
+    first = text[: text.index(EMBED)].count("\n") + 1
+    with pytest.raises(Refused) as caught:
+        parse_recipe(text, "mine.toml")
+    assert [(problem.subject, problem.found) for problem in caught.value.problems] == [
+        (f"mine.toml:{number}", "'model.embed_tokens.weight' on the left 2 times") for number in (first, line)
+    ]
 
 
 def test_a_row_may_span_lines_and_is_named_by_its_last() -> None:

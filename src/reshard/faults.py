@@ -151,7 +151,7 @@ def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     holes, scales = table.get("holes", {}), table.get("scales", {})
-    seen: dict[tuple[str, str], int] = {}
+    named: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(table["rules"]):
         where = ("rules", number)
         if not is_texts(row) or len(row) not in (4, 5, 6):
@@ -160,9 +160,10 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         faults = list(row_faults(Rule(*row), holes, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
-            first = seen.setdefault((side, pattern), number)
-            if pattern and first != number:
-                yield where, f"{pattern!r} on the {side}", f"a name that row {first + 1} has not already"
+            named.setdefault((side, pattern), []).append(number)
+    for (side, pattern), numbers in named.items():
+        for number in numbers if pattern and len(numbers) > 1 else ():
+            yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
 
 
 def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

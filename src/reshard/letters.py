@@ -14,6 +14,8 @@ HOLE_KEYS = (*HOLE_TEXTS, "picked")
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 HOLE = re.compile(r"\{([^{}]*)\}")
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
+BEGINS_WITH_NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})(\.|$)")
+"""A number stands behind a dot: the first component of a tensor's name is never one."""
 REST = "*"
 """The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 
@@ -103,7 +105,7 @@ def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
     *inner, last = pattern.split(".")
-    if pattern.startswith("{") and pattern != f"{{{REST}}}":
+    if pattern.startswith("{") or BEGINS_WITH_NUMBER.match(pattern):
         yield f"{pattern!r}", "a name that begins with text"  # by that we know it again in rank files
     # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.
     if (wrong := next((part for part in (*inner, last) if not COMPONENT.fullmatch(part)), None)) is not None:
