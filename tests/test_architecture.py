@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ boxes decode errors formulas memory output tables text tiles types",
-    "arrays books compiled copies disk draft header progress",
+    "arrays books compiled copies disk draft header letters progress",
     "bands casts cut faults generate journal parallel read values windows",
-    "casting found ranks recipe remake target",
+    "casting found keys ranks recipe remake target",
     "compare joining names",
     "backwards holes workers",
     "forms match subset_text",

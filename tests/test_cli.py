@@ -713,6 +713,31 @@ def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_pat
     assert (said["status"], said["tensors"], said["counts"]["layers"]) == ("fits", TENSORS, 3)
 
 
+def test_recipes_check_lists_the_keys_that_the_config_does_not_have(source: Path, tmp_path: Path, say: Say) -> None:
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    for old, new in (
+        (r'size = "n_routed_experts"', 'size = "routed_experts"'),
+        (r"\[vocab_size, hidden_size\]", "[vocab_size, dmodel]"),
+        (r'"scoring_func or', '"score or'),
+        (r"^ranks_divide .*$", 'ranks_divide = ["n_heads"]'),
+        (r"^dim  .*$", 'dim = "dmodel"'),
+    ):
+        text, times = re.subn(old, new, text, flags=re.MULTILINE)
+        assert times
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text, encoding="utf-8")
+    note = say("recipes", "check", mine, source).splitlines()[-1]
+    first = "not in config.json: n_heads (ranks_divide), routed_experts (holes: e), dmodel (run: dim, shape of "
+    assert note.startswith(first)
+    unknown = json.loads(say("recipes", "check", mine, source, "--json"))["not_in_config"]
+    assert unknown["n_heads"] == ["ranks_divide"]
+    assert {"run: dim", "shape of model.embed_tokens.weight", "shape of lm_head.weight"} <= {*unknown["dmodel"]}
+    # What has another choice is not missed; and without a config nothing is.
+    assert not {"score", "hidden_size"} & unknown.keys()
+    shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
+    assert "not in" not in say("recipes", "check", mine, tmp_path / "bare")
+
+
 @pytest.mark.parametrize(
     ("words", "word"),
     [

@@ -16,7 +16,9 @@ import pytest
 from families import FAMILIES
 
 from reshard.errors import Problem, Refused
+from reshard.formulas import parse
 from reshard.generate import write_tensors
+from reshard.keys import lacking, unknown_keys
 from reshard.plan import make_plan
 from reshard.read import read_checkpoint
 from reshard.recipe import load_recipe
@@ -77,6 +79,29 @@ def problems(checkpoint: Checkpoint) -> list[Problem]:
     except Refused as refused:
         return list(refused.problems)
     return []
+
+
+@pytest.mark.parametrize(
+    ("formula", "config", "found"),
+    [
+        ("a + len(b.c) * ceil(d / 2)", {}, ["a", "b.c", "d"]),
+        ("a or b or 'word'", {}, []),
+        ("a or b", {}, ["a", "b"]),
+        ("a or b", {"b": 1}, []),
+        ("a + b.c", {"a": None, "b": None}, []),
+        ("b.c", {"b": 1}, ["b.c"]),
+        ("b.c.d", {"b": {"c": {}}}, ["b.c.d"]),
+        ("size + a", {}, ["a"]),
+    ],
+)
+def test_a_key_that_a_config_lacks_is_named(formula: str, config: Mapping[str, Any], found: list[str]) -> None:
+    assert lacking(parse(formula, is_run=True), config, {"size": "b"}) == found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_recipe_names_few_keys_that_its_configs_lack(name: str) -> None:
+    config = FAMILIES[name].small
+    assert unknown_keys(recipe_of(config), config).keys() <= {"quantization_config.scale_fmt"}
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.formulas import LONGEST, UnknownKey, parse, parse_shape, shape_of, value_of
+from reshard.formulas import LONGEST, MOST_STEPS, UnknownKey, parse, parse_shape, shape_of, takes_too_long, value_of
 
 CONFIG: Mapping[str, Any] = {
     "heads": 128,
@@ -120,6 +120,7 @@ def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
         "a b",
         "'word'",
         "'word' + a",
+        "a or 'word'",
         "a +",
         "(a",
         "a / b",
@@ -177,6 +178,36 @@ def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
 def test_what_is_no_formula_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["a or 'word'", "a or b + 1 or 'two-words'", "a.b or 'fp8_e4m3'"])
+def test_the_last_choice_of_a_run_value_may_be_a_word(text: str) -> None:
+    parse(text, is_run=True)
+    with pytest.raises(ValueError, match="is no number"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["'word'", "'word' or a", "a or 'one' or 'other'", "a or ''", "a or 'two words'", "a or 'a\\nb'", "a or b'word'",
+     "2 * (a or 'word')", "(a or 'word') + 1", "a or (b or 'word')", "a or ['word']", "a or {b}", "len(a or 'word')"],
+)  # fmt: skip
+def test_a_word_stands_nowhere_else(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse(text, is_run=True)
+
+
+def test_a_formula_has_so_many_steps_with_all_the_sizes_that_it_names() -> None:
+    chain = {f"a{number}": f"a{number + 1}" for number in range(MOST_STEPS - 1)}
+    assert not takes_too_long("a0", chain)
+    assert value_of("a0", {f"a{MOST_STEPS - 1}": 3}, chain) == 3
+    assert takes_too_long("a0", {"before": "a0", **chain, f"a{MOST_STEPS - 1}": "key"})
+    # In a circle, and by the name of its own key, it comes to an end.
+    assert not takes_too_long("left", SIZES)
+    assert not takes_too_long("odd", SIZES)
+    wide = {"a": " + ".join(["b"] * 10), "b": " + ".join(["c"] * 7)}
+    assert not takes_too_long("a", {**wide, "c": "d"})
+    assert takes_too_long("a", {**wide, "c": "d + 1"})
 
 
 @pytest.mark.parametrize(

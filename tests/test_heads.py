@@ -210,8 +210,10 @@ def test_the_ranks_that_work(limits: list[Limit], wanted: str) -> None:
     assert working_ranks(limits) == wanted
 
 
-def refusal(folder: Path, split: str, ranks: int, rows: int, heads: int | None, *, pad: bool = False) -> Refused:
-    write_source(folder / "source", rows, 2, 4, scaled=False, heads=heads)
+def refusal(
+    folder: Path, split: str, ranks: int, rows: int, heads: int | None, *, pad: bool = False, scaled: bool = False
+) -> Refused:
+    write_source(folder / "source", rows, 2, 4, scaled=scaled, heads=heads)
     recipe = recipe_file(folder, split, 4)
     with pytest.raises(Refused) as refused:
         convert_checkpoint(Job(folder / "source", ranks, recipe, pad=pad), folder / "ranks")
@@ -235,6 +237,22 @@ def test_what_would_cut_a_head_or_mix_the_halves_is_refused(
 ) -> None:
     refused = refusal(tmp_path, split, ranks, rows, heads)
     assert [(problem.kind, problem.found) for problem in refused.problems] == [("not-divisible", found)]
+
+
+@pytest.mark.parametrize("heads", [None, 0])
+def test_the_way_out_of_heads_without_a_number_is_no_number_of_ranks(heads: int | None, tmp_path: Path) -> None:
+    refused = refusal(tmp_path, "rows of heads", 2, 8, heads)
+    (remedy,) = (problem.remedy for problem in refused.problems)
+    assert remedy == f"a config.json with heads, or the right key in {tmp_path / 'table.toml'}"
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "remedy"),
+    [("packed rows", 12, "--mp with one of 1"), ("rows", 12, "--mp with one of 1, 3, 6, 12, or --pad")],
+)
+def test_padding_is_no_way_out_for_halves(split: str, rows: int, remedy: str, tmp_path: Path) -> None:
+    refused = refusal(tmp_path, split, 2, rows, None, scaled=True)
+    assert [(problem.kind, problem.remedy) for problem in refused.problems] == [("straddles-blocks", remedy)]
 
 
 def test_halves_are_not_padded(tmp_path: Path) -> None:

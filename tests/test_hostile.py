@@ -18,6 +18,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,9 @@ ROWS = ['["same", "a", "b", "rows"]']
 LEAST = 'name="a"\nabout="b"\nleft="c"\nright="d"\nfiles="{rank}-{ranks}.safetensors"\n'
 
 
+BOMB = "".join(f'sizes.{one} = "{"+".join([other] * 40)}"\n' for one, other in pairwise("abcdefghijklm"))
+
+
 def recipe_of(rows: list[str], more: str = "") -> str:
     return LEAST + more + "rules = [\n" + ",\n".join(rows) + "\n]\n"
 
@@ -461,6 +465,7 @@ def recipe_of(rows: list[str], more: str = "") -> str:
         pytest.param("x = " + "{x=" * 20_000, id="tables nested 20,000 deep"),
         pytest.param('x = """' + "\n" * 60_000, id="a text that does not end"),
         pytest.param("x = 1" + "0" * 60_000, id="a number of 60,000 digits"),
+        pytest.param(recipe_of(ROWS, BOMB), id="sizes that name each other 40 times, twelve deep"),
         pytest.param("\x1b[2J = 1", id="an escape sequence as a key"),
         pytest.param("\0", id="a zero"),
     ],

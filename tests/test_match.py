@@ -777,3 +777,11 @@ def test_of_many_unknown_names_one_of_each_kind_comes_first() -> None:
     assert one_of_each_first(names) == [
         f"layers.{layer}.{kind}.weight" for layer in range(3) for kind in ("up", "down")
     ]
+
+
+def test_the_way_out_of_an_unknown_name_is_a_row_in_ones_own_recipe() -> None:
+    checkpoint = checkpoint_of([("strange.weight", "BF16", (2, 2))])
+    own = recipe_of('["same", "a.weight", "b.weight", "rows"]')
+    assert [problem.remedy for problem in problems_of(checkpoint, own)] == ["add a row or a drop to own.toml"]
+    (remedy,) = (problem.remedy for problem in problems_of(checkpoint))
+    assert remedy.startswith("another --recipe, or write a recipe of your own")

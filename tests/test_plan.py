@@ -1211,14 +1211,12 @@ def test_a_cast_gives_the_tensors_of_the_other_model(
     assert [(file.name, file.header) for file in plan.files] == [(file.name, file.header) for file in other.files]
 
 
-@pytest.mark.parametrize(("source", "cast", "kind"), [(PLAIN, "bf16", "wrong-option"), (TINY, "fp8", "wrong-dtype")])
+@pytest.mark.parametrize(("source", "cast"), [(PLAIN, "bf16"), (TINY, "fp8")])
 @pytest.mark.parametrize("layout", [Layout(2), Layout(1, to=WHOLE)])
-def test_a_cast_to_what_is_there_already_is_refused(
-    source: Mapping[str, Any], cast: str, kind: str, layout: Layout
-) -> None:
+def test_a_cast_to_what_is_there_already_is_refused(source: Mapping[str, Any], cast: str, layout: Layout) -> None:
     with pytest.raises(Refused) as refused:
         make_plan(checkpoint_of(tensor_list(source), source), V3, replace(layout, cast=cast))
-    assert kinds_of(refused.value) == {kind}
+    assert [problem.kind for problem in refused.value.problems] == ["wrong-option"]
 
 
 @pytest.mark.parametrize("layout", [Layout(4), Layout(1, to=WHOLE), Layout(1, to=WHOLE, file_size=100_000)])

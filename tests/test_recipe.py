@@ -199,6 +199,7 @@ def line_with(start: str) -> str:
 EMBED = line_with('["same", "model.embed_tokens.weight"').removesuffix(",")
 NORM = line_with('["same", "model.norm.weight"').removesuffix(",")
 W3 = line_with('["same", "model.layers.{d}.mlp.up_proj.{p}"').removesuffix(",")
+GATE = line_with('["same", "model.layers.{s}.mlp.gate.weight"').removesuffix(",")
 REST_ROW = line_with('["drop", "model.layers.{m}.{*}"').removesuffix(",")
 ABOUT = line_with("about ")
 MODEL_TYPES = line_with("model_types ")
@@ -215,6 +216,8 @@ FILES = '"model{rank}-mp{ranks}.safetensors"'
 def norm_row(*cells: str) -> str:
     return json.dumps(cells)
 
+
+MANY_QK = "+".join(["qk"] * 50)
 
 FAULTS = [
     # Not TOML.
@@ -274,6 +277,17 @@ FAULTS = [
     pytest.param(RUN_DIM, 'dim = "hidden_size -"', "is not a formula", id="half a formula to run with"),
     pytest.param(RUN_DIM, 'dim = ["hidden_size", 1, 2]', "a formula over config keys",
                  id="a formula with two defaults"),
+    pytest.param(QK, "sizes.qk = \"num_attention_heads or 'many'\"", "is no number", id="a word as a size"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "[hidden_size or 'many']"),
+                 "is no number", id="a word in a shape"),
+    pytest.param(HOLE_D, "holes.d = { counts = \"d\", within = \"i\", size = \"dense or 'few'\" }", "is no number",
+                 id="a word as the size of a hole"),
+    pytest.param(line_with("ranks_divide "), "ranks_divide = [\"heads or 'many'\"]", "is no number",
+                 id="a word as what the ranks divide"),
+    pytest.param(RUN_DIM, "dim = \"'many' or hidden_size\"", "is no number", id="a word as the first choice"),
+    pytest.param(RUN_DIM, f'dim = "{MANY_QK}"', "steps", id="a long formula to run with"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", f"[{MANY_QK}]"), "steps",
+                 id="a long formula as a shape"),
     pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
     # The holes.
     pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),
@@ -315,6 +329,11 @@ FAULTS = [
     pytest.param(HOLE_D, 'holes.d = { counts = "d", picked_by = "kinds", picked = [4] }', "within or some_of",
                  id="picked from nothing"),
     pytest.param('rows_of = "model.layers.{s}', 'rows_of = "model.layers.{z}', "rows_of", id="rows of an unknown hole"),
+    pytest.param('rows_of = "model.layers.{s}.mlp.gate.weight"', 'rows_of = "model.layers.{s}.gate.weight"',
+                 "the left name of a row", id="rows of a tensor under no row"),
+    pytest.param(RUN_DTYPE, 'dtype = "target.z"', "target.z", id="how many of no hole the target has"),
+    pytest.param(RUN_DTYPE, 'dtype = ["2 * (target.pack + 1)", 2]', "target.pack",
+                 id="what nobody knows of the target"),
     # The rows.
     pytest.param(EMBED, EMBED.replace('"same", ', ""), "a relation", id="a row without relation"),
     pytest.param(EMBED, "[]", "4 to 6 strings", id="an empty row"),
@@ -328,6 +347,10 @@ FAULTS = [
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "copy"), "a split", id="an unknown split"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "by e"), "a split",
                  id="dealt by a hole of no name"),
+    pytest.param(W3, W3.replace('"rows"', '"by d"'), "a hole with 'within'", id="dealt by a hole within another"),
+    pytest.param(W3, W3.replace('"rows"', '"by m"').replace("{d}", "{m}"), "a hole with 'after'",
+                 id="dealt by a hole after another"),
+    pytest.param(GATE, GATE.replace('"replicate"', '"by s"'), "which {m} is like", id="dealt by what another is like"),
     pytest.param(W3, W3.replace('"rows"', '"by p"'), "a split", id="dealt by weight and scale"),
     pytest.param(NORM, norm_row("same", "", "norm.weight", "replicate"), "the name on the left",
                  id="no name on the left"),
@@ -342,6 +365,9 @@ FAULTS = [
                  id="a hole twice"),
     pytest.param(NORM, norm_row("same", "model.{i}.norm", "{i}.norm", "replicate"), "begins with text",
                  id="a name that begins with a hole"),
+    pytest.param(NORM, norm_row("same", "0.weight", "norm.weight", "replicate"), "begins with text",
+                 id="a name that begins with a number"),
+    pytest.param(NORM, norm_row("drop", "{*}", "", "all else"), "begins with text", id="a drop of everything"),
     pytest.param(NORM, norm_row("same", "model.x{i}.norm", "norm.x{i}", "replicate"), "between two dots",
                  id="a hole that is part of a word"),
     pytest.param(NORM, norm_row("same", "model..norm", "norm", "replicate"), "between two dots",
@@ -368,9 +394,9 @@ FAULTS = [
                  id="dequantised without a scale"),
     pytest.param(W3, W3.replace('"same"', '"dequantize"'), "the same holes",
                  id="dequantised with a scale on the right"),
-    pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "row 1",
+    pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "in one row",
                  id="a left name twice"),
-    pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "row 1",
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "in one row",
                  id="a right name twice"),
 ]  # fmt: skip
 
@@ -384,6 +410,28 @@ def test_a_faulty_recipe_is_refused_with_its_line(old: str, new: str, word: str)
     assert problems, caught.value
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
     assert any(word in f"{problem.found} {problem.expected}" for problem in problems), caught.value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.{m}.mlp.gate.weight",  # by the row for {s}
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.{i}.self_attn.o_proj.weight",  # by {p}
+        "model.layers.{m}.any.router.weight",  # by a drop of the rest
+    ],
+)
+def test_rows_of_is_a_name_under_any_row(name: str) -> None:
+    text, _ = edited('rows_of = "model.layers.{s}.mlp.gate.weight"', f'rows_of = "{name}"')
+    assert parse_recipe(text, "mine.toml").holes["e"].rows_of == name
+
+
+def test_what_some_have_is_not_dealt() -> None:
+    """Their numbers have gaps."""
+    row = norm_row("same", "model.{d}.norm", "norm.{d}", "by d")
+    text = V3.replace(HOLE_D, 'holes.d = { counts = "dense layers", some_of = "i" }').replace(NORM, row)
+    with pytest.raises(Refused, match="a hole with 'some_of'"):
+        parse_recipe(text, "mine.toml")
 
 
 @pytest.mark.parametrize("key", ["name", "about", "left", "right", "files"])
@@ -417,6 +465,16 @@ def test_every_fault_is_named_with_its_line() -> None:
         parse_recipe(text, "mine.toml")
     lines = [problem.subject for problem in caught.value.problems]
     assert lines == [f"mine.toml:{first}", f"mine.toml:{second}", f"mine.toml:{second}"]
+
+
+def test_a_name_twice_is_told_with_both_lines() -> None:
+    text, line = edited(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"))
+    first = text[: text.index(EMBED)].count("\n") + 1
+    with pytest.raises(Refused) as caught:
+        parse_recipe(text, "mine.toml")
+    assert [(problem.subject, problem.found) for problem in caught.value.problems] == [
+        (f"mine.toml:{number}", "'model.embed_tokens.weight' on the left 2 times") for number in (first, line)
+    ]
 
 
 def test_a_row_may_span_lines_and_is_named_by_its_last() -> None:

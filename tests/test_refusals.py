@@ -568,6 +568,18 @@ def test_two_tensors_of_one_name_in_the_target_are_refused(
     assert snapshot(trial.source.parent) == before
 
 
+@pytest.mark.parametrize("cast", ["fp8", "fp8-ue8m0"])
+def test_weights_that_are_fp8_already_are_one_problem(
+    trial: Trial, cast: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options("--mp", "2", "--cast", cast)(trial)
+    assert main([*trial.arguments, "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["kind"], problem["subject"]) == ("wrong-option", f"--cast {cast}")
+    assert re.fullmatch(r"\d\d weights that are FP8 already, with block scales", problem["found"])
+    assert problem["remedy"].endswith("--cast bf16 first")
+
+
 def test_every_tensor_without_a_rule_is_named_with_the_nearest_rule(
     trial: Trial, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formulas import UnknownKey, value_of
+from reshard.keys import with_old_keys
 from reshard.layout import WHOLE_NAME
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX
@@ -90,20 +91,6 @@ def needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -> Any
         return value_of(allowed[1:], config, recipe.sizes)
     except UnknownKey:
         return None
-
-
-def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what newer ones keep in `rope_parameters` also where older ones have it; so too in its text
-    config. Of several rotary embeddings, by their names, the main one is meant.
-    """
-    inner = config.get("text_config")
-    said = {**config, **({"text_config": with_old_keys(inner)} if isinstance(inner, dict) else {})}
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict):
-        return said
-    rotary = rotary["main"] if isinstance(rotary.get("main"), dict) else rotary
-    known = {key: value for key, value in said.items() if value is not None}
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **known}
 
 
 def target_facts(plan: Plan) -> dict[str, Any]:

@@ -1,51 +1,42 @@
 """What is wrong with a recipe: the table that its TOML file holds -> faults, each with its place and line."""
 
+import ast
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
-from reshard.errors import listed
-from reshard.formulas import parse, parse_shape
+from reshard.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
 from reshard.header import BITS
+from reshard.letters import HOLE, REST, Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
 from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
 ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "run_needs", "rules")
-HOLE_TEXTS = (
-    "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
-)  # fmt: skip
-HOLE_KEYS = (*HOLE_TEXTS, "picked")
-SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 RELATIONS = ("same", "dequantize", "drop")
 SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
 UNITS = re.compile(r"rows of ([\w.]+)")
 """The split of heads: they are whole, and those of few are held by several ranks."""
-HOLE = re.compile(r"\{([^{}]*)\}")
-COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
+TARGET_KEYS = ("dtype", "packed")
+"""What a run configuration knows of the rank files, besides how many of each hole they have."""
 CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
-REST = "*"
-"""The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 MOST_READ = 2 << 20
 """In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
 
-Where = tuple[str | int, ...]
-Fault = tuple[Where, str, str]
-"""Where in the table, what was found, what was expected."""
-
 
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it."""
+    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it; and
+    how long formulas take, once they are formulas.
+    """
     holes = table.get("holes", {})
     letters = holes if isinstance(holes, dict) else {}
     faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
     faults += [*formula_faults(table), *needs_faults(table.get("run_needs", []))]
-    yield from faults
-    if not faults:
-        yield from rules_faults(table)
+    faults = faults or list(rules_faults(table))
+    yield from faults or [*length_faults(table), *rows_of_faults(table), *target_faults(table)]
 
 
 def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -97,33 +88,6 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def scale_faults(scales: Any, holes: Mapping[str, Any]) -> Iterator[Fault]:
-    if not isinstance(scales, dict):
-        yield ("scales",), repr(scales), "scales: a table"
-        return
-    for letter, fields in scales.items():
-        where = ("scales", letter)
-        if not re.fullmatch(r"[a-z]", letter) or letter in holes:
-            yield where, f"the hole {letter!r}", "a single lower-case letter that numbers nothing"
-        elif not isinstance(fields, dict) or not {"left", "right", "block"} <= set(fields) <= set(SCALE_KEYS):
-            yield where, repr(fields), "a table of left, right and block, and perhaps packed or stays"
-        elif not (isinstance(fields["left"], str) and isinstance(fields["right"], str)):
-            yield where, repr(fields), "left and right: strings"
-        elif not is_block(fields["block"]):
-            yield where, repr(fields["block"]), "block: a whole number of elements, or two: rows and columns"
-        elif type(fields.get("packed", False)) is not bool or fields.get("packed", False) != ("fp8_block" in fields):
-            yield where, repr(fields), "packed: true or false; and with it fp8_block"
-        elif not is_block(fields.get("fp8_block", 1)):
-            yield where, repr(fields["fp8_block"]), "fp8_block: as block"
-        elif type(fields.get("stays", False)) is not bool:
-            yield where, repr(fields["stays"]), "stays: true or false"
-
-
-def is_block(block: Any) -> bool:
-    sides = block if isinstance(block, list) and len(block) == 2 else [block]
-    return all(type(side) is int and side >= 1 for side in sides)
-
-
 def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults in the sizes and in the run configuration."""
     for key in ("sizes", "run"):
@@ -134,7 +98,7 @@ def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
     for name, value in table.get("run", {}).items():
         text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
-        yield from ((("run", name), found, expected) for found, expected in text_faults(text))
+        yield from ((("run", name), found, expected) for found, expected in text_faults(text, is_run=True))
 
 
 def needs_faults(rows: Any) -> Iterator[Fault]:
@@ -147,71 +111,57 @@ def needs_faults(rows: Any) -> Iterator[Fault]:
         yield from ((("run_needs",), *fault) for text in (row[0], *texts) for fault in text_faults(text))
 
 
-def text_faults(text: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(text, str):
-        yield repr(text), "a formula over config keys"
-        return
-    try:
-        parse(text)
-    except ValueError as error:
-        yield str(error), "a formula over config keys"
+def length_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    sizes = table.get("sizes", {})
+    for where, text in sized_formulas(table):
+        if takes_too_long(text, sizes):
+            found = f"{text!r}, with sizes that name each other so often"
+            yield where, found, f"a formula of at most {MOST_STEPS} steps, those of its sizes counted at each mention"
 
 
-def hole_faults(holes: Any) -> Iterator[Fault]:
-    if not isinstance(holes, dict):
-        yield ("holes",), repr(holes), "holes: a table"
-        return
-    for name, fields in holes.items():
-        where = ("holes", name)
-        if not re.fullmatch(r"[a-z]", name):
-            yield where, f"the hole {name!r}", "a single lower-case letter"
-        elif not isinstance(fields, dict) or not all(
-            isinstance(value, str) for key, value in fields.items() if key != "picked"
-        ):
-            yield where, repr(fields), "a table of strings"
-        elif unknown := set(fields) - set(HOLE_KEYS):
-            yield where, listed(sorted(unknown)), "only " + ", ".join(HOLE_KEYS)
-        elif not fields.get("counts"):
-            yield where, "no counts", "what the hole counts, such as counts = 'layers'"
-        elif ("after" in fields) != ("marker" in fields):
-            yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
-            yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
-        elif "listed" in fields and "some_of" not in fields:
-            yield where, repr(fields), "listed with some_of: some members of another hole"
-        else:
-            texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
-            yield from ((where, *fault) for text in texts for fault in text_faults(text))
-            yield from ((where, *fault) for fault in hole_links(name, fields, holes))
+def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
+    """The formulas of a faultless table that may speak of sizes."""
+    for name, text in table.get("sizes", {}).items():
+        yield ("sizes", name), text
+    for name, value in table.get("run", {}).items():
+        yield ("run", name), value[0] if isinstance(value, list) else value
+    for number, row in enumerate(table["rules"]):
+        formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
+        yield from ((("rules", number), formula) for formula in formulas if formula != "?")
 
 
-def is_picked(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def rows_of_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Tensors that would say how many members a hole has, and that are under no row. Letters do not count: those of
+    some layers are found by the name for all of them.
+    """
+    scales, rest = table.get("scales", {}), f"{{{REST}}}"
+    lefts = [row[1] for row in table["rules"]]
+    rests = tuple(left.removesuffix(rest) for left in lefts if left.endswith(rest))
+    known = {without_letters(left, scales) for left in lefts}
+    for letter, fields in table.get("holes", {}).items():
+        name = fields.get("rows_of", "")
+        if name and without_letters(name, scales) not in known and not name.startswith(rests):
+            yield ("holes", letter), f"rows_of {name!r}", "the left name of a row"
 
 
-def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Faults in what a hole says of other holes and of tensors."""
-    if "like" in fields and "after" not in fields:
-        yield "like without after", "like of a hole that follows another"
-    if ("within" in fields and "some_of" in fields) or (
-        "picked_by" in fields and not {"within", "some_of"} & set(fields)
-    ):
-        yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
-    others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
-    for other in [*others, *fields.get("like", "")]:
-        if other not in holes or other == name:
-            yield f"the hole {other!r}", "another hole of this recipe"
-    for key in ("marker", "rows_of"):
-        yield from pattern_faults(fields[key], holes) if fields.get(key) else ()
-    if "marker" in fields and HOLE.findall(fields["marker"]) != [name]:
-        yield repr(fields["marker"]), f"marker: a name with the hole {{{name}}}"
-    if unknown := set(HOLE.findall(fields.get("rows_of", ""))) - (set(holes) - {name}):
-        yield f"the hole {listed(sorted(unknown))} in rows_of", "rows_of: a name with holes of this recipe"
+def without_letters(name: str, scales: Mapping[str, Any]) -> str:
+    """A name with `#` for each number, whatever it counts, and `weight` for a weight with its scale."""
+    return HOLE.sub(lambda hole: "weight" if hole[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name))
+
+
+def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """What a run configuration asks of the target, and nobody tells."""
+    told = [*table.get("holes", {}), *TARGET_KEYS]
+    for where, text in sized_formulas(table):
+        for node in ast.walk(parse(text, is_run=True)) if where[0] in ("run", "sizes") else ():
+            match node:
+                case ast.Attribute(value=ast.Name(id="target"), attr=name) if name not in told:
+                    yield where, f"target.{name}", "target. and one of " + ", ".join(told)
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     holes, scales = table.get("holes", {}), table.get("scales", {})
-    seen: dict[tuple[str, str], int] = {}
+    named: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(table["rules"]):
         where = ("rules", number)
         if not is_texts(row) or len(row) not in (4, 5, 6):
@@ -220,9 +170,10 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         faults = list(row_faults(Rule(*row), holes, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
-            first = seen.setdefault((side, pattern), number)
-            if pattern and first != number:
-                yield where, f"{pattern!r} on the {side}", f"a name that row {first + 1} has not already"
+            named.setdefault((side, pattern), []).append(number)
+    for (side, pattern), numbers in named.items():
+        for number in numbers if pattern and len(numbers) > 1 else ():
+            yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
 
 
 def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -242,6 +193,7 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
         return
     yield from side_faults(rule, scales)
+    yield from dealing_faults(rule, holes)
     if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
         f"by {name}" for name in HOLE.findall(rule.left) if name in holes
     }:
@@ -249,6 +201,16 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
             repr(rule.split),
             "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
         )
+
+
+def dealing_faults(rule: Rule, holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is dealt by its number is numbered from 0 on, without a gap, for every rank to get as many."""
+    hole = holes.get(rule.split.removeprefix("by "), {}) if rule.split.startswith("by ") else {}
+    if unfit := [key for key in ("within", "some_of", "after") if key in hole]:
+        yield f"{rule.split!r}, a hole with {unfit[0]!r}", "a hole that counts from 0 by itself"
+    for letter, other in holes.items():
+        if hole and rule.split.removeprefix("by ") in other.get("like", ""):
+            yield f"{rule.split!r}, which {{{letter}}} is like", "a hole that no other is like"
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -278,22 +240,6 @@ def shape_faults(text: str) -> Iterator[tuple[str, str]]:
         return
     if dtype and dtype not in BITS:
         yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
-
-
-def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
-    *inner, last = pattern.split(".")
-    if pattern.startswith("{") and pattern != f"{{{REST}}}":
-        yield f"{pattern!r}", "a name that begins with text"  # by that we know it again in rank files
-    # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.
-    if (wrong := next((part for part in (*inner, last) if not COMPONENT.fullmatch(part)), None)) is not None:
-        yield f"{wrong!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
-    if "{*}" in inner:
-        yield f"{{*}} in {pattern!r}", "{*} at the end only"
-    names = HOLE.findall(pattern)
-    if unknown := sorted(set(names) - set(known)):
-        yield f"the hole {listed('{' + name + '}' for name in unknown)} in {pattern!r}", f"one of {listed(known, 99)}"
-    if len(set(names)) != len(names):
-        yield f"a hole twice in {pattern!r}", "each hole once"
 
 
 def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:

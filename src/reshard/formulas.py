@@ -1,8 +1,8 @@
 """Sizes as recipes write them: formulas over the keys of a model's config. Knows no recipe and no tensor.
 
 A formula is whole numbers and keys, joined by `+`, `-`, `*`, `//` and parentheses, `ceil(a / b)` and `len(key)`. A key
-within another is written with a dot: `rope_scaling.factor`. `a or b` is b where the config does not tell a; b may be a
-word in quotes.
+within another is written with a dot: `rope_scaling.factor`. `a or b` is b where the config does not tell a; where
+words are wanted, the last choice may be one in quotes.
 """
 
 import ast
@@ -16,6 +16,11 @@ LONGEST = 200
 """Characters of a formula: it is taken apart by functions that call themselves."""
 LARGEST = 1 << 63
 """A number from here on is no size; Python would go on with it for ever."""
+MOST_STEPS = 300
+"""Of a formula with all sizes that it names: each is taken apart at each mention, so that a dozen of them could name
+each other a billion times. It bounds the depth of the calls as well.
+"""
+WORD = re.compile(r"[\w-]+")
 SHAPE = re.compile(r"(?:(\w+) )?\[([^\[\]]*)\]")
 OPERATORS = {
     ast.Add: int.__add__,
@@ -29,15 +34,25 @@ class UnknownKey(Exception):
 
 
 @cache
-def parse(text: str) -> ast.expr:
-    """The formula as a tree. Raises ValueError, saying what is wrong with it."""
+def parse(text: str, *, is_run: bool = False) -> ast.expr:
+    """The formula as a tree; one of a run configuration may end in `or 'word'`. Raises ValueError, saying what is wrong
+    with it.
+    """
     if len(text) > LONGEST:
         raise ValueError(f"{text[:40] + '...'!r} has more than {LONGEST} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{text!r} is not a formula") from None
-    require_formula(tree, text)
+    require_formula(without_word(tree) if is_run else tree, text)
+    return tree
+
+
+def without_word(tree: ast.expr) -> ast.expr:
+    """A formula without the word that its last choice is, if it is one."""
+    match tree:
+        case ast.BoolOp(op=ast.Or(), values=[*choices, ast.Constant(value=str(word))]) if WORD.fullmatch(word):
+            return ast.BoolOp(ast.Or(), choices)
     return tree
 
 
@@ -57,8 +72,7 @@ def require_formula(tree: ast.expr, text: str) -> None:
             require_formula(listed, text)
         case ast.BoolOp(op=ast.Or(), values=values):
             for value in values:
-                if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
-                    require_formula(value, text)
+                require_formula(value, text)
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
             require_formula(left, text)
             require_formula(right, text)
@@ -73,7 +87,7 @@ def value_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> 
 
     Raises UnknownKey.
     """
-    return evaluated(parse(text), config, sizes)
+    return evaluated(parse(text, is_run=True), config, sizes)
 
 
 def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
@@ -81,7 +95,7 @@ def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str
         case ast.Constant(value=value):
             return value
         case ast.Name(id=name) if name in sizes:
-            return value_of(sizes[name], config, {key: text for key, text in sizes.items() if key != name})
+            return value_of(sizes[name], config, without(sizes, name))
         case ast.Name(id=name):
             return known(config, name)
         case ast.Attribute(value=value, attr=name):
@@ -102,6 +116,25 @@ def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str
         case ast.BinOp(left=left, op=operator, right=right):
             return OPERATORS[type(operator)](number(left, config, sizes), number(right, config, sizes))
     raise UnknownKey(ast.unparse(tree))
+
+
+def takes_too_long(text: str, sizes: Mapping[str, str]) -> bool:
+    """Whether a formula takes more than MOST_STEPS, with every size that it names counted at each mention."""
+    steps, waiting = 0, [(text, sizes)]
+    while waiting:
+        formula, within = waiting.pop()
+        for node in ast.walk(parse(formula, is_run=True)):
+            steps += isinstance(node, ast.expr)
+            if steps > MOST_STEPS:
+                return True
+            if isinstance(node, ast.Name) and node.id in within:
+                waiting.append((within[node.id], without(within, node.id)))
+    return False
+
+
+def without(sizes: Mapping[str, str], name: str) -> dict[str, str]:
+    """The sizes that the one of that name may speak of: a size that is its own key means the key."""
+    return {key: text for key, text in sizes.items() if key != name}
 
 
 def known(table: Any, name: str) -> Any:

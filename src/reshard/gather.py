@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from reshard.cut import COLUMNS, HALVES, ROWS, dimension_of, parts_for
 from reshard.errors import Problem, require_none
 from reshard.holes import numbers_text
-from reshard.match import OWN_RECIPE
+from reshard.match import way_to_rule
 from reshard.names import Pattern, later_members, patterns_of, split_name, split_names
 from reshard.read import Stored
 from reshard.recipe import WEIGHT, scale_letter
@@ -147,7 +147,7 @@ def no_rule(subject: str, lefts: Sequence[str], recipe: Recipe) -> Problem:
         found = " and ".join(map(repr, lefts))
         return Problem("two-rules", subject, found, "one rule", f"correct the recipe {recipe.origin}")
     expected = f"a name on the right of {recipe.name}"
-    return Problem("no-rule", subject, "no rule knows it", expected, f"another --recipe, or {OWN_RECIPE}")
+    return Problem("no-rule", subject, "no rule knows it", expected, way_to_rule(recipe, "a row"))
 
 
 def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:

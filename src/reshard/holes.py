@@ -7,8 +7,8 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem, listed
-from reshard.faults import HOLE
 from reshard.formulas import UnknownKey, value_of
+from reshard.letters import HOLE
 from reshard.names import filled, slots_of
 from reshard.types import Checkpoint, Hole, Recipe, Rule
 

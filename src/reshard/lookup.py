@@ -8,6 +8,7 @@ from pathlib import Path
 from reshard.derive import derive_recipe
 from reshard.errors import listed, printable, refuse, require_none
 from reshard.inspect import content_text, inspect_path
+from reshard.keys import unknown_keys, unknown_text
 from reshard.match import match
 from reshard.output import PROVEN, print_json
 from reshard.read import read_checkpoint
@@ -97,11 +98,14 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
     require_none(chain(*problems))
     counts = {recipe.holes[letter].counts: count for letter, count in matched.counts.items() if count}
+    unknown = unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
     if as_json:
-        print_json({"status": "fits", "tensors": len(checkpoint.tensors), "counts": counts})
+        tensors = len(checkpoint.tensors)
+        print_json({"status": "fits", "tensors": tensors, "counts": counts, "not_in_config": unknown})
     else:
         rows = [(counted, f"{count:,}") for counted, count in counts.items()]
         lines = [f"{name} fits {source}: {len(checkpoint.tensors):,} tensors, each under one rule"]
         lines += table(("", "found"), rows).split("\n")
+        lines += [unknown_text(unknown)] if unknown else []
         print("\n".join(map(printable, lines)))
     return PROVEN

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.holes import hole_members, hole_problems, missing_problems
 from reshard.names import Pattern, later_members, patterns_of, split_name, split_names
+from reshard.recipe import FOLDER
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -133,7 +135,14 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        yield Problem("no-rule", name, "no rule knows it", expected, f"another --recipe, or {OWN_RECIPE}")
+        yield Problem("no-rule", name, "no rule knows it", expected, way_to_rule(recipe, "a row or a drop"))
+
+
+def way_to_rule(recipe: Recipe, row: str) -> str:
+    """What to do where a recipe knows no rule: to one's own a row is added."""
+    if Path(recipe.origin).parent != FOLDER:
+        return f"add {row} to {recipe.origin}"
+    return f"another --recipe, or {OWN_RECIPE}"
 
 
 def one_of_each_first(names: Iterable[str]) -> list[str]:

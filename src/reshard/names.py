@@ -4,7 +4,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from reshard.faults import HOLE, REST
+from reshard.letters import HOLE, REST
 from reshard.recipe import WEIGHT, scale_letter
 from reshard.types import Recipe, Rule
 

@@ -17,8 +17,10 @@ from reshard.match import Matched, match
 from reshard.only import only_named
 from reshard.padding import is_paddable, padded_config
 from reshard.results import Outcome, Terms, outcome_of, series_of, whole_series
-from reshard.types import MOST_RANKS, RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Tensor
+from reshard.types import MOST_RANKS, RANKS, WHOLE, Cast, Checkpoint, Layout, Recipe, Rule, Tensor
 from reshard.units import CAST_TO_FP8, Kind, config_problems, kinds_of, pairing_problems, units_of
+
+HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they divide"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ def ranks_problems(
     """Everything that the number of ranks does not suit, with the numbers that suit all."""
     limits = set()
     problems = []
-    helps = not layout.pad
+    helps = not layout.pad and not any(halves_grow(outcome.kind, recipe, layout, config) for outcome in outcomes)
     for subject, length in counted_lengths(config, recipe, matched):
         limits.add(Limit(length))
         if length % layout.ranks:
@@ -179,16 +181,18 @@ def ranks_problems(
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
         units = units_of(outcome.kind.rule, config)
-        limit = limit_of(weight, split, outcome.block, units or 0)
+        if units is None:
+            problems.append(unknown_units(outcome.kind.rule, recipe, layout))
+            continue
+        limit = limit_of(weight, split, outcome.block, units)
         grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
         # What is raised to suit these ranks says nothing of other numbers of them.
         if limit and not grows:
             limits.add(limit)
-        parts = parts_for(layout.ranks, units or 0)
-        if units is None or not parts:
-            found = f"{units or 'no'} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
-            expected = "a number in config.json that divides the ranks, or that they divide"
-            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, expected))
+        parts = parts_for(layout.ranks, units)
+        if not parts:
+            found = f"{units} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, HEADS_EXPECTED))
         elif next(weight_problems(weight, split, parts, outcome.block, units), None):
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
@@ -198,7 +202,19 @@ def ranks_problems(
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
     if remedy and helps:
         remedy += ", or --pad"
-    yield from (replace(problem, remedy=remedy) for problem in problems)
+    yield from (problem if problem.remedy else replace(problem, remedy=remedy) for problem in problems)
+
+
+def unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
+    """Heads that no config tells the number of: another number of ranks does not help."""
+    key = rule.split.removeprefix("rows of ")
+    remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
+    return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
+
+
+def halves_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether padding would put rows behind the second of two halves."""
+    return kind.rule.split == "packed rows" and is_paddable(kind, recipe, layout, config)
 
 
 def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:

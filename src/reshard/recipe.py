@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
-from reshard.faults import HOLE, lines_of, table_faults
+from reshard.faults import lines_of, table_faults
+from reshard.letters import HOLE
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "recipes"

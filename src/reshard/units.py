@@ -5,6 +5,7 @@ Arithmetic on names, dtypes and shapes only.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -127,17 +128,28 @@ def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, la
     for kind in kinds:
         if kind.scaling:
             yield from scaling_problems(kind, kind.scaling)
-            yield from quantize_problems(kind, layout)
+    yield from quantize_problems(kinds, layout)
 
 
-def quantize_problems(kind: Kind, layout: Layout) -> Iterator[Problem]:
-    """What cannot be made FP8: anything but matrices of BF16. What is FP8 already is not made so again."""
-    if layout.cast not in CAST_TO_FP8 or dequantizes(kind.rule, layout) or (kind.scaling and kind.scaling.stays):
-        return
-    for tensor in kind.weights:
+def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem]:
+    """What cannot be made FP8: anything but matrices of BF16. What is FP8 already is not made so again: it is told as
+    one thing.
+    """
+    wanted = [kind for kind in kinds if quantizes(kind, layout)]
+    if already := sum(len(kind.weights) for kind in wanted if kind.scales and kind.weights[0].dtype == "F8_E4M3"):
+        found = f"{already:,} weights that are FP8 already, with block scales"
+        remedy = "no --cast, which leaves them as they are; for scales of another kind, --cast bf16 first"
+        yield Problem("wrong-option", f"--cast {layout.cast}", found, "weights of BF16", remedy)
+    for tensor in chain.from_iterable(kind.weights for kind in wanted if not kind.scales):
         if tensor.dtype != "BF16" or len(tensor.shape) != 2:
             found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"a matrix of BF16, for --cast {layout.cast}"
             yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")
+
+
+def quantizes(kind: Kind, layout: Layout) -> bool:
+    """Whether a cast is to make FP8 of the weights of a kind."""
+    is_free = kind.scaling is not None and not kind.scaling.stays
+    return is_free and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout)
 
 
 def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
