@@ -276,7 +276,7 @@ INDEXES = [
     (b'{"weight_map":{"a":"\\u001b[2J"}}', "unsafe-file-name"),
     (b'{"weight_map":{"a":"' + DOTS + b'.safetensors"}}', "missing-file"),
     (b'{"weight_map":{"a":"..safetensors"}}', "missing-file"),
-    (b'{"weight_map":{"a":"\\ud800.safetensors"}}', "missing-file"),
+    (b'{"weight_map":{"a":"\\ud800.safetensors"}}', "unsafe-file-name"),
     (b'{"weight_map":{"a":"\\u001b.safetensors"}}', "missing-file"),
     (b'{"weight_map":{"a":"*.safetensors"}}', "missing-file"),
     (b'{"weight_map":{"a":"a.safetensors","b":"b.safetensors","\\u001b[2J":"b.safetensors"}}', "missing-tensor"),
