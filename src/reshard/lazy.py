@@ -16,11 +16,11 @@ import numpy as np
 from reshard.arrays import Bytes, array_problems, array_shape, as_array, require_framework
 from reshard.disk import CACHED, PAGE, aligned_buffer, open_source, read_window
 from reshard.errors import refuse, require_none
-from reshard.execute import require_unchanged
 from reshard.joining import produce_join
 from reshard.read import read_checkpoint, read_file
 from reshard.sources import holds_rank_files, read_source
 from reshard.types import Checkpoint, Tensor
+from reshard.unchanged import require_unchanged
 from reshard.windows import WINDOW_SIZE
 from reshard.workers import Files, reader
 
@@ -60,7 +60,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
         names = [file.name for file in checkpoint.files]
         try:
             sources = [open_source(self._stack, checkpoint.folder / name, CACHED) for name in names]
-            require_unchanged(checkpoint, sources)
+            require_unchanged(checkpoint.folder, checkpoint.files, sources)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
