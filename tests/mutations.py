@@ -328,7 +328,7 @@ MUTATIONS = (
     Mutation(
         "execute",
         "a source that changes meanwhile is not seen",
-        "        ledger.flush()\n        require_unchanged(plan.source, sources)\n",
+        "        ledger.flush()\n        require_as_planned(plan, sources)\n",
         "        ledger.flush()\n",
         "test_resume.py::test_a_source_that_changes_is_seen",
     ),

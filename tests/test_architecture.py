@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 40
 LAYERS = (
     "__init__ boxes decode errors formulas memory output tables text tiles types",
-    "arrays books compiled copies disk draft header letters progress",
+    "arrays books compiled copies disk draft header letters progress unchanged",
     "bands casts cut faults generate journal parallel read values windows",
     "casting found keys ranks recipe remake target",
     "compare joining names",

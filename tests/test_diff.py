@@ -3,9 +3,11 @@
 import cmath
 import json
 import math
+import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -608,6 +610,63 @@ def test_fp4_and_the_fp8_that_it_was_cast_to_are_the_same_once_dequantized(made:
     report = diff_checkpoints(source, tmp_path / "b", Choice(dequantize=True))
     assert is_nothing(report)
     assert report.dequantized == sum(tensor.dtype == torch.int8 for tensor in load(source).values())
+
+
+# --- files that change meanwhile ---
+
+
+@contextmanager
+def spoiling(before: Callable[[], object], meanwhile: Callable[[], object]) -> Iterator[Callable[[int], None]]:
+    """A progress that spoils something when the headers are read, and something when the first bytes are compared."""
+    before()
+    told: list[int] = []
+
+    def advance(size: int) -> None:
+        told.append(size)
+        if len(told) == 1:
+            meanwhile()
+
+    yield advance
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> tuple[Path, Path]:
+    """Two files of the same tensors, written long ago."""
+    tensors = {"x": torch.arange(4.0), "y": torch.full((4,), 9.0)}
+    paths = tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors"
+    for path in paths:
+        path.parent.mkdir()
+        save_file(tensors, path)
+        os.utime(path, (1, 1))
+    return paths
+
+
+def require_refused(twins: tuple[Path, Path], changed: Path, **spoils: Callable[[], object]) -> None:
+    """By the name of the changed file, and of its folder."""
+    with pytest.raises(Refused) as error:
+        diff_checkpoints(*twins, progress=lambda _: spoiling(**{"before": nothing, "meanwhile": nothing, **spoils}))
+    assert [(problem.kind, problem.subject) for problem in error.value.problems] == [("file-changed", str(changed))]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_file_that_is_replaced_before_its_data_is_read_is_refused(side: int, twins: tuple[Path, Path]) -> None:
+    """By one of the same size in which x lies where y lay."""
+    path, twin = twins[side], twins[side].with_name("twin")
+    twin.write_bytes(path.read_bytes().replace(b'"x"', b"%").replace(b'"y"', b'"x"').replace(b"%", b'"y"'))
+    require_refused(twins, path, before=lambda: twin.replace(path))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("spoil", [Path.touch, Path.unlink, lambda path: os.truncate(path, 160)])
+def test_a_file_that_changes_while_it_is_compared_is_refused(
+    side: int, spoil: Callable[[Path], object], twins: tuple[Path, Path]
+) -> None:
+    path = twins[side]
+    require_refused(twins, path, meanwhile=lambda: spoil(path))
 
 
 # --- memory ---

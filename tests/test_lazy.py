@@ -1,10 +1,15 @@
 """Lazy tensors against those that the safetensors package reads, whole checkpoints, rank files and single files."""
 
+import gc
 import json
 import os
+import resource
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,8 +25,10 @@ from test_load import LARGE, State, flat_bytes, rank_file, spoil
 
 import reshard
 from reshard.convert import Job, convert_checkpoint
+from reshard.disk import open_file
 from reshard.errors import Refused
 from reshard.generate import write_checkpoint
+from reshard.lazy import stretch_of
 
 Source = Callable[[str], Path]
 
@@ -145,6 +152,31 @@ def test_keys_of_other_kinds_are_those_of_torch(small: Any) -> None:
         require_equal(tensor[key], wanted[key])
 
 
+ARRAYS = [np.array([0, 4]), np.array([], int), np.array(3), np.arange(5) > 2, np.zeros(5, bool)]
+
+
+@pytest.mark.parametrize("key", [*ARRAYS, (ARRAYS[0], 1), (slice(None), np.array([2, 0]))], ids=repr)
+def test_keys_that_are_arrays_of_numpy_are_those_of_torch(key: Any, small: Any) -> None:
+    require_equal(small["int64-5x3"][key], TENSORS["int64-5x3"][key])
+
+
+@pytest.mark.parametrize("key", [*ARRAYS, (ARRAYS[0], 1), np.True_, np.False_], ids=repr)
+def test_keys_that_are_arrays_of_numpy_are_those_of_numpy(key: Any, tmp_path: Path) -> None:
+    save_file({"a": TENSORS["int64-5x3"]}, tmp_path / "a.safetensors")
+    with reshard.open(tmp_path, framework="numpy") as found:
+        assert np.array_equal(found["a"][key], TENSORS["int64-5x3"].numpy()[key])
+
+
+@pytest.mark.parametrize("step", [None, 3, -1, -3])
+def test_what_a_slice_takes_of_many_rows_is_told_at_once(step: int | None) -> None:
+    """Going through the numbers of so many rows takes some ten seconds."""
+    started = time.process_time()
+    found = stretch_of((200_000_000,), slice(None, None, step))
+    assert time.process_time() - started < 1
+    ends = range(200_000_000)[::step]
+    assert (found.first, found.shape) == (min(ends[0], ends[-1]), (abs(ends[-1] - ends[0]) + 1,))
+
+
 def test_a_negative_step_is_that_of_numpy(tmp_path: Path) -> None:
     save_file({"a": torch.arange(20).reshape(5, 4)}, tmp_path / "a.safetensors")
     with reshard.open(tmp_path, framework="numpy") as found:
@@ -196,17 +228,101 @@ def test_what_is_sliced_does_not_keep_what_was_read(small: Any) -> None:
     assert part.untyped_storage().nbytes() == part.nbytes == 12
 
 
+def test_slices_of_what_lies_in_parts_share_a_buffer(joined: Any) -> None:
+    """A new one for each would be given its memory page by page."""
+    found, wanted = joined
+    rows, last = found["lm_head.weight"], len(found["lm_head.weight"]) - 1
+    require_equal(rows[last], wanted["lm_head.weight"][last])
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(1000):
+        rows[last]
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 500
+
+
 # --- opening and closing ---
 
 
+def open_files() -> int:
+    gc.collect()  # what other tests have left
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - of itself, without a path's own descriptor
+
+
 def test_it_closes_its_files(source: Source) -> None:
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - of itself, without a path's own descriptor
+    before = open_files()
     with reshard.open(source("deepseek-v3")) as found:
         tensor = found["model.norm.weight"]
-        assert len(os.listdir("/proc/self/fd")) == before + 4  # noqa: PTH208
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert open_files() == before + 4
+    assert open_files() == before
     with pytest.raises(ValueError, match="closed"):
         tensor[:]
+
+
+def test_without_being_closed_it_closes_its_files_with_the_last_of_its_tensors(source: Source) -> None:
+    before = open_files()
+    tensor = reshard.open(source("deepseek-v3"))["model.norm.weight"]
+    assert open_files() == before + 4
+    require_equal(tensor[:], whole(source("deepseek-v3"))["model.norm.weight"])
+    del tensor
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight"])
+def test_what_is_read_while_another_thread_closes_is_read_to_its_end(
+    name: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed before the first byte is read, and then as many other files opened: they get the numbers that are free."""
+    convert_checkpoint(Job(source("deepseek-v3"), 4), tmp_path / "ranks")
+    (tmp_path / "other").write_bytes(bytes(10_000_000))
+    before = open_files()
+    found = reshard.open(tmp_path / "ranks")
+    tensor, read = found[name], os.preadv
+    with ExitStack() as stack, monkeypatch.context() as patch:
+
+        def close_first(*arguments: Any) -> int:
+            if not found._closed:
+                closing = Thread(target=found.close)
+                closing.start()
+                closing.join()
+                for _ in range(4):
+                    open_file(stack, tmp_path / "other", os.O_RDONLY)
+            return read(*arguments)
+
+        patch.setattr(os, "preadv", close_first)
+        require_equal(tensor[...], whole(source("deepseek-v3"))[name])
+    assert open_files() == before
+    with pytest.raises(ValueError, match="closed"):
+        tensor[...]
+
+
+@pytest.fixture
+def old(source: Source, tmp_path: Path) -> Path:
+    """Rank files that were written long ago."""
+    convert_checkpoint(Job(source("deepseek-v3"), 4), tmp_path)
+    for rank in range(4):
+        os.utime(rank_file(tmp_path, rank, 4), (1, 1))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight"])
+def test_what_was_written_since_it_was_opened_is_refused(name: str, old: Path) -> None:
+    with reshard.open(old) as found:
+        found[name][:]
+        spoil(rank_file(old, 0, 4), "norm.weight")
+        with pytest.raises(Refused, match=r"model0-mp4.safetensors: source changed\n.*written since"):
+            found[name][:]
+
+
+def test_what_was_written_to_a_file_that_is_not_read_is_no_matter(old: Path, source: Source) -> None:
+    with reshard.open(old) as found:
+        spoil(rank_file(old, 3, 4), "norm.weight")
+        require_equal(found["lm_head.weight"][0], whole(source("deepseek-v3"))["lm_head.weight"][0])
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(old: Path) -> None:
+    with reshard.open(old) as found:
+        rows = found["model.norm.weight"][:]
+        rank_file(old, 1, 4).replace(rank_file(old, 0, 4))
+        require_equal(found["model.norm.weight"][:], rows)
 
 
 def test_it_is_a_mapping(small: Any) -> None:

@@ -28,7 +28,7 @@ from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.manifest import own_checksum
 from reshard.pruning import pruned_config
 from reshard.recipe import FOLDER, load_recipe
-from reshard.types import Subset, Tensor
+from reshard.types import File, Subset, Tensor
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,
@@ -410,7 +410,7 @@ def test_any_stretch_of_rows_that_lie_apart_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     stretches = [Tensor("gate", "U8", (size,), 0, offset, size) for offset, size in ((10, 3), (40, 5), (20, 1))]
     wanted = content[10:13] + content[40:45] + content[20:21]
-    side = Side({0: tmp_path / "file"}, CACHED, {7: stretches})
+    side = Side(tmp_path, {0: File("file", 100, 0, "", 0)}, CACHED, {7: stretches})
     buffer = aligned_buffer(3 * PAGE)
     with (tmp_path / "file").open("rb") as file:
         opened = Opened(side, {0: file.fileno()})

@@ -755,3 +755,64 @@ def test_ranks_in_another_number_of_the_same_files_are_seen(good: Path, source: 
     found = facts(verify(tmp_path, source))
     assert ("wrong-shape", f"model0-mp2.safetensors: {EMBED}") in found
     assert ("missing-tensor", "model.layers.1.mlp.experts.11.gate_proj.weight") in found
+
+
+# --- files that change meanwhile ---
+
+
+def rename_two(path: Path, first: bytes, second: bytes) -> None:
+    """Puts a file of the same size and data in the place of one: in it, two tensors have changed names."""
+    content, twin = path.read_bytes(), path.with_name("twin")
+    twin.write_bytes(content.replace(first, b"%").replace(second, first).replace(b"%", second))
+    assert twin.read_bytes() != content
+    twin.replace(path)
+
+
+def spoilt_after(count: int, spoil: Callable[[], object]) -> Callable[[int], None]:
+    """What to tell of progress, to have something spoilt when it is told for the time of that number."""
+    told: list[int] = []
+
+    def advance(size: int) -> None:
+        told.append(size)
+        if len(told) == count:
+            spoil()
+
+    return advance
+
+
+def require_refused(target: Path, source: Path, changed: Path, count: int, spoil: Callable[[], object]) -> None:
+    """By the name of the changed file. Progress is told of the header of each rank file first."""
+    checkpoint = read_checkpoint(source)
+    with pytest.raises(Refused) as error:
+        verify_target(target, checkpoint, load_recipe("deepseek-v3"), spoilt_after(count, spoil))
+    assert [(problem.kind, problem.subject) for problem in error.value.problems] == [("file-changed", str(changed))]
+
+
+@pytest.fixture
+def both(target: Path, source: Path, tmp_path: Path) -> Mapping[str, tuple[Path, Path]]:
+    """Copies of the two folders and a file of each, last written to when the originals were."""
+    copy = shutil.copytree(source, tmp_path / "source")
+    return {"target": (target, rank_file(target, 0)), "source": (copy, copy / "model-00001-of-00003.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("side", "names"),
+    [
+        ("source", (b"layers.0.mlp.gate_proj.weight", b"layers.0.mlp.down_proj.weight")),
+        ("target", (b"layers.1.attn_norm.weight", b"layers.2.attn_norm.weight")),
+    ],
+)
+def test_a_file_that_is_replaced_before_its_data_is_read_is_refused(
+    side: str, names: tuple[bytes, bytes], both: Mapping[str, tuple[Path, Path]]
+) -> None:
+    path = both[side][1]
+    require_refused(both["target"][0], both["source"][0], path, 1, lambda: rename_two(path, *names))
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("spoil", [Path.touch, Path.unlink, lambda path: os.truncate(path, 5_000)])
+def test_a_file_that_changes_while_it_is_compared_is_refused(
+    side: str, spoil: Callable[[Path], object], both: Mapping[str, tuple[Path, Path]]
+) -> None:
+    path = both[side][1]
+    require_refused(both["target"][0], both["source"][0], path, RANKS + 1, lambda: spoil(path))

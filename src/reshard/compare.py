@@ -36,7 +36,8 @@ from reshard.disk import PAGE, Ways, advise_random, aligned_buffer, c_library, o
 from reshard.header import BITS
 from reshard.parallel import in_threads, reading_threads
 from reshard.remake import made_of
-from reshard.types import Advance, Tensor
+from reshard.types import Advance, File, Tensor
+from reshard.unchanged import Watched, unchanged
 
 Item = Band | Tile | Margin
 
@@ -52,9 +53,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The files of one side, by the number that tensors or parts know them by, and how to read them."""
+    """The files of one side in a folder, by the number that tensors or parts know them by, and how to read them."""
 
-    paths: Mapping[int, Path]
+    folder: Path
+    files: Mapping[int, File]
+    """As they were when their headers were read."""
     ways: Ways
     joined: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
     """By numbers that no file has: the stretches of files that, one behind the other, are read as a file."""
@@ -66,12 +69,13 @@ class Opened:
 
     side: Side
     descriptors: Mapping[int, int]
+    """In the order of its files."""
 
     def read(self, number: int, offset: int, size: int, buffer: memoryview) -> Bytes:
         """So many bytes of a file, in a part of the buffer. Raises Refused if it ends before."""
         if number in self.side.joined:
             return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
-        name = str(self.side.paths[number])
+        name = f"{self.side.folder}/{self.side.files[number].name}"
         return np.frombuffer(
             read_window(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8
         )
@@ -101,6 +105,11 @@ class Opened:
             found[row] = self.read(number, offset + row * pitch, size, buffer)
         return found
 
+    @property
+    def watched(self) -> Watched:
+        """What must not change while it is compared."""
+        return Watched(self.side.folder, list(self.side.files.values()), list(self.descriptors.values()))
+
 
 @dataclass(slots=True)
 class Comparison:
@@ -124,7 +133,7 @@ def compare(
 ) -> Comparison:
     """Compares every part of the source tensors; with a share, about so much of each and its two ends.
 
-    Raises Refused where a file cannot be read or has become shorter.
+    Raises Refused where a file cannot be read, or is not what it was when its header was read.
     """
     in_order = sorted(things, key=place_of)
     comparison = Comparison()
@@ -151,7 +160,8 @@ def compare(
 
             return do
 
-        in_threads(items(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
+        with unchanged(side.watched for side in opened):
+            in_threads(items(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
     return comparison
 
 
@@ -182,7 +192,9 @@ def largest_read(recast: Recast) -> int:
 
 
 def open_all(stack: ExitStack, side: Side, *, is_random: bool) -> Opened:
-    descriptors = {number: open_source(stack, path, side.ways) for number, path in side.paths.items()}
+    descriptors = {
+        number: open_source(stack, side.folder / file.name, side.ways) for number, file in side.files.items()
+    }
     if is_random:
         advise_random(descriptors.values())
     return Opened(side, descriptors)

@@ -22,6 +22,7 @@ from reshard.errors import refuse
 from reshard.pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
 from reshard.parallel import in_threads, reading_threads
 from reshard.types import Advance, Cast, Tensor
+from reshard.unchanged import Watched, unchanged
 from reshard.values import Apart, elements_in, measure, merged
 from reshard.windows import WINDOW_SIZE
 from reshard.workers import SCALES_SIZE, Buffers, Files, reader
@@ -79,7 +80,8 @@ def silent(_total: int) -> Iterator[Advance]:
 def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress = silent) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 
-    Raises Refused if one cannot be read, or if ranks of one hold different bytes of what should be the same in all.
+    Raises Refused if one cannot be read or changes meanwhile, or if ranks of one hold different bytes of what should be
+    the same in all.
     """
     sides = read_side(a, choice), read_side(b, choice)
     if choice.first_replica and not any(side.recipe for side in sides):
@@ -144,7 +146,8 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
 
             return work
 
-        in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
+        with unchanged(watched(*both) for both in zip(sides, files, strict=True)):
+            in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
     return found
 
 
@@ -167,6 +170,10 @@ def open_side(stack: ExitStack, side: Side, size: int) -> Files:
     ways = ways_to_read(paths[0], size) if paths else CACHED
     descriptors = [open_source(stack, path, ways) for path in paths]
     return Files(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
+
+
+def watched(side: Side, files: Files) -> Watched:
+    return Watched(side.checkpoint.folder, side.checkpoint.files, files.sources)
 
 
 class SideReader:

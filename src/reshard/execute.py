@@ -30,7 +30,8 @@ from reshard.errors import refuse
 from reshard.journal import JOURNAL, PARTIAL, RESTART, Journal, Records, as_records, has_records, open_journal
 from reshard.memory import available_memory
 from reshard.plan import Plan, describe_layout
-from reshard.types import Advance, Cast, Checkpoint, Join
+from reshard.types import Advance, Cast, Join
+from reshard.unchanged import require_unchanged
 from reshard.windows import WINDOW_SIZE, Window, windows
 from reshard.workers import MEMORY_OF_MAKING, MEMORY_PER_JOB, Files, Ledger, move_all
 
@@ -142,7 +143,7 @@ def write_ranks(
     with ExitStack() as stack:
         names = [file.name for file in plan.source.files]
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source, sources)
+        require_as_planned(plan, sources)
         complete = missing_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
@@ -156,7 +157,7 @@ def write_ranks(
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        require_unchanged(plan.source, sources)
+        require_as_planned(plan, sources)
         records = as_records(ledger.records)
         if lacking := missing_file(plan, records):
             raise refuse(
@@ -196,25 +197,9 @@ def require_memory(settings: Settings, memory: int) -> None:
         raise refuse("too-little-memory", "--max-memory", found, expected)
 
 
-def require_unchanged(source: Checkpoint, descriptors: Sequence[int]) -> None:
+def require_as_planned(plan: Plan, sources: Sequence[int]) -> None:
     """The source is what it was when its headers were read, so that what was planned is still what is there."""
-    for file, descriptor in zip(source.files, descriptors, strict=True):
-        status = os.fstat(descriptor)
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
-            found = f"{status.st_size:,} bytes, written to since its header was read"
-            remedy = f"let nobody write to the source; {RESTART}"
-            raise refuse("source-changed", file.name, found, f"{file.size:,} bytes, unchanged", remedy)
-        if not is_named(descriptor, source.folder / file.name):
-            found, remedy = "removed or replaced", f"put it back and run the same command again; or {RESTART}"
-            raise refuse("source-changed", file.name, found, "the file whose header was read", remedy)
-
-
-def is_named(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one that has its name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    require_unchanged(plan.source.folder, plan.source.files, sources, again=RESTART)
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:

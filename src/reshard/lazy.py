@@ -4,25 +4,27 @@ Rank files look like the checkpoint that they came from. Casts nothing and write
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
+from threading import Lock, local
 from types import EllipsisType
 from typing import Any, Self
+from weakref import finalize
 
 import numpy as np
 
 from reshard.arrays import Bytes, array_problems, array_shape, as_array, require_framework
 from reshard.disk import CACHED, PAGE, aligned_buffer, open_source, read_window
 from reshard.errors import refuse, require_none
-from reshard.execute import require_unchanged
 from reshard.joining import produce_join
 from reshard.read import read_checkpoint, read_file
 from reshard.sources import holds_rank_files, read_source
 from reshard.types import Checkpoint, Tensor
+from reshard.unchanged import require_unchanged, require_unwritten
 from reshard.windows import WINDOW_SIZE
-from reshard.workers import Files, reader
 
 
 def open_tensors(
@@ -50,24 +52,31 @@ def open_tensors(
 
 
 class Tensors(Mapping[str, "LazyTensor"]):
-    """Lazy tensors by name. Holds its files open until it is closed, and is a context that closes it."""
+    """Lazy tensors by name. Holds its files open until it is closed, and is a context that closes it.
+
+    Several threads may read, and any may close.
+    """
 
     def __init__(self, checkpoint: Checkpoint, framework: str) -> None:
         self.framework = framework
         self._checkpoint = checkpoint
-        self._stack = ExitStack()
+        self._paths = [checkpoint.folder / file.name for file in checkpoint.files]
+        self._lock = Lock()
         self._closed = False
-        names = [file.name for file in checkpoint.files]
+        self._readers = 0
+        self._buffers = local()
+        stack = ExitStack()
+        self._close_files = finalize(self, stack.close)
+        self._close_files.atexit = False  # a thread may still read then
         try:
-            sources = [open_source(self._stack, checkpoint.folder / name, CACHED) for name in names]
-            require_unchanged(checkpoint, sources)
+            self._sources = [open_source(stack, path, CACHED) for path in self._paths]
+            require_unchanged(checkpoint.folder, checkpoint.files, self._sources)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
                 found = error.strerror or str(error)
                 raise refuse("cannot-read", str(error.filename), found, "to read the source") from None
             raise
-        self._files = Files(sources, names, (), CACHED, checkpoint.joins, allow_inexact=False)
 
     def __getitem__(self, name: str) -> "LazyTensor":
         return LazyTensor(self._checkpoint.tensors[name], self)
@@ -85,26 +94,57 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self.close()
 
     def close(self) -> None:
-        """After this, nothing can be read any more."""
-        self._closed = True
-        self._stack.close()
+        """After this, nothing can be read any more. What is being read by another thread is still read to its end."""
+        with self._lock:
+            self._closed = True
+            self._close_if_unread()
 
     def read(self, tensor: Tensor, offset: int, size: int) -> Bytes:
-        """So many bytes of a tensor, from a byte of it on."""
-        if self._closed:  # the numbers of its files may be those of others by now
-            raise ValueError("these tensors are closed")
+        """So many bytes of a tensor, from a byte of it on. Raises Refused if its files have been written to."""
         out = np.empty(size, np.uint8)
-        self._read_into(out, tensor, offset, size)
+        with self._reading():
+            self._read_into(out.data, tensor, offset)
         return out
 
-    def _read_into(self, out: Any, tensor: Tensor, offset: int, size: int) -> None:
-        files, place = self._files, tensor.file - len(self._files.sources)
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A context in which the files stay open: once closed, their numbers may be those of others."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("these tensors are closed")
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._close_if_unread()
+
+    def _close_if_unread(self) -> None:
+        if self._closed and not self._readers:
+            self._close_files()
+
+    def _read_into(self, out: memoryview, tensor: Tensor, offset: int) -> None:
+        place = tensor.file - len(self._sources)
         if place < 0:
-            source, name = files.sources[tensor.file], files.source_names[tensor.file]
-            read_window(source, tensor.offset + offset, size, memoryview(out), CACHED, name)
-        elif size:
-            read = reader(files, aligned_buffer(WINDOW_SIZE + 2 * PAGE))
-            produce_join(self._checkpoint.joins[place], offset, memoryview(out), read, WINDOW_SIZE)
+            self._read_part(tensor, offset, len(out), out)
+        elif out:
+            read = partial(self._read_part, buffer=self._buffer())
+            produce_join(self._checkpoint.joins[place], offset, out, read, WINDOW_SIZE)
+
+    def _read_part(self, part: Tensor, offset: int, size: int, buffer: memoryview) -> memoryview:
+        """Bytes of what lies in one file, in a part of the buffer."""
+        path, source = self._paths[part.file], self._sources[part.file]
+        found = read_window(source, part.offset + offset, size, buffer, CACHED, path.name)
+        require_unwritten(path, self._checkpoint.files[part.file], source)
+        return found
+
+    def _buffer(self) -> memoryview:
+        """What the parts of a tensor are read into: one for each thread, for making one takes as long as a read."""
+        if not hasattr(self._buffers, "own"):
+            self._buffers.own = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
+        found: memoryview = self._buffers.own
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +185,7 @@ class LazyTensor:
         width = self.tensor.size // max(1, prod(self.shape))
         data = self.opened.read(self.tensor, stretch.first * width, prod(stretch.shape) * width)
         found = as_array(data, self.dtype, stretch.shape, self.opened.framework)
-        if stretch.rest == ():
+        if isinstance(stretch.rest, tuple) and not stretch.rest:  # == would compare each number of an array
             return found
         part = found[stretch.rest]
         return part.copy() if self.opened.framework == "numpy" else part.clone()
@@ -175,7 +215,7 @@ def stretch_of(shape: tuple[int, ...], key: Any) -> Stretch:
             first += checked(int(item), shape[place]) * inner
             continue
         taken = range(*item.indices(shape[place]))
-        low, high = (min(taken), max(taken) + 1) if taken else (0, 0)
+        low, high = (min(taken[0], taken[-1]), max(taken[0], taken[-1]) + 1) if taken else (0, 0)
         rest = (slice(None, None, item.step), *items[place + 1 :])
         is_all = item.step in (None, 1) and all(one == slice(None) for one in rest[1:])
         return Stretch(first + low * inner, (high - low, *shape[place + 1 :]), () if is_all else rest)

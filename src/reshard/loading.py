@@ -17,12 +17,12 @@ from reshard.convert import Job, plan_conversion
 from reshard.copies import WrongPlan
 from reshard.disk import advise_random, open_source, ways_to_read
 from reshard.errors import refuse, require_none
-from reshard.execute import require_unchanged
 from reshard.memory import available_memory
 from reshard.parallel import in_threads, reading_threads
 from reshard.plan import Plan
 from reshard.sources import holds_rank_files
 from reshard.types import Cast, Join, Tensor
+from reshard.unchanged import require_unchanged
 from reshard.windows import WINDOW_SIZE, Window, windows
 from reshard.workers import Buffers, Files, gather, read_or_make
 
@@ -152,7 +152,7 @@ def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> No
         fastest_recode()  # here, for it may import numba, and that from one thread only
     with ExitStack() as stack:
         sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source, sources)
+        require_unchanged(plan.source.folder, plan.source.files, sources)
         advise_random(sources)  # or the kernel reads on into what other ranks need
         files = Files(sources, names, (), ways, made, allow_inexact)
         work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), held.size)
@@ -160,7 +160,7 @@ def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> No
             in_cuda_threads(work, files, held, jobs or reading_threads(ways))
         else:
             in_threads(work, lambda: worker(files, held), jobs or reading_threads(ways))
-        require_unchanged(plan.source, sources)
+        require_unchanged(plan.source.folder, plan.source.files, sources)
 
 
 def counted(work: Iterable[Window], size: int) -> Iterator[Window]:

@@ -26,7 +26,7 @@ from reshard.errors import Problem, refuse
 from reshard.forms import QUANTIZE, Unit, Widening, form_of
 from reshard.found import AGAIN, Found, look_at, read_found
 from reshard.held import Held, hold, mixture_problems, units_of
-from reshard.types import Advance, Checkpoint, Recipe
+from reshard.types import Advance, Checkpoint, File, Recipe
 
 MOST_ASKED = 64
 """So many block scales tell whether they are all powers of two; and so many bytes of each."""
@@ -73,7 +73,7 @@ def verify_target(
     two ends of each tensor of each rank file. Names, dtypes and shapes are looked at in full all the same.
 
     Every difference is a problem of the report. Raises Refused if there is nothing that could be compared, or a file
-    cannot be read.
+    cannot be read or changes meanwhile.
     """
     folder = look_at(target, recipe)
     if folder.is_whole and target.resolve() == source.folder.resolve():
@@ -159,17 +159,17 @@ def swapped_problems(held: Held, swapped: Mapping[int, int]) -> Iterator[Problem
 
 def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Side, Side]:
     """The files of the source and of the target, and how to read them."""
-    source_paths = {number: source.folder / file.name for number, file in enumerate(source.files)}
-    target_paths = {file.number: target / file.file.name for file in files}
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
     joined = {
         len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
     }
-    return replace(side_of(source_paths, size), joined=joined), side_of(target_paths, size)
+    source_side = side_of(source.folder, dict(enumerate(source.files)), size)
+    return replace(source_side, joined=joined), side_of(target, {file.number: file.file for file in files}, size)
 
 
-def side_of(paths: Mapping[int, Path], size: int) -> Side:
-    return Side(paths, ways_to_read(next(iter(paths.values())), size) if paths else CACHED)
+def side_of(folder: Path, files: Mapping[int, File], size: int) -> Side:
+    paths = [folder / file.name for file in files.values()]
+    return Side(folder, files, ways_to_read(paths[0], size) if paths else CACHED)
 
 
 def is_power_of_two(target: Path, units: Sequence[Unit], held: Held) -> bool:
