@@ -34,6 +34,7 @@ LAYERS = (
     "commands diff loading proofs",
     "demo differences",
     "cli",
+    "process",
     "__main__",
 )
 """A module imports only from the lines above its own."""

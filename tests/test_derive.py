@@ -232,9 +232,8 @@ def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_without_transformers_it_says_what_to_install_and_all_else_works(tmp_path: Path) -> None:
     write_model(tmp_path / "source", "llama")
-    start = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\nfrom reshard.cli import entry\nentry()"
-    )
+    start = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+    start += "from reshard.process import entry; entry()"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", start, *arguments], capture_output=True, text=True, check=False)

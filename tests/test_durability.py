@@ -20,7 +20,7 @@ from torture import BATCH, CHECKSUM_SIZE, RANKS, RECORD
 from reshard.generate import SMALL, write_checkpoint
 from reshard.journal import JOURNAL
 
-PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.001\nfrom reshard.cli import entry; entry()"
+PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.001\nfrom reshard.process import entry; entry()"
 CALLS = "openat,write,pwrite64,pwritev,pwritev2,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
 LINE = re.compile(r"(\d+) +(?:<\.\.\. (?P<resumed>\w+) resumed>)?(?P<text>.*)")
 CALL = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) = (?P<result>-?\d+)")

@@ -27,7 +27,7 @@ from reshard.generate import SMALL, write_checkpoint
 from reshard.journal import JOURNAL
 from reshard.types import Advance
 
-PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.002\nfrom reshard.cli import entry; entry()"
+PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.002\nfrom reshard.process import entry; entry()"
 MANY = 30
 """In seconds: whoever takes so long hangs."""
 
@@ -332,7 +332,7 @@ def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(o
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return future\n"
         "futures.ThreadPoolExecutor.submit = interrupted\n"
-        "from reshard.cli import entry; entry()"
+        "from reshard.process import entry; entry()"
     )
     command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)

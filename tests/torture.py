@@ -32,7 +32,7 @@ LARGE: dict[str, Any] = {**SMALL, "num_hidden_layers": 16}
 PROGRAM = """
 import os, pathlib
 import reshard.execute, reshard.workers
-from reshard.cli import entry
+from reshard.process import entry
 
 def telling(function):
     def tell(*arguments, **options):

@@ -1,5 +1,5 @@
 """`python -m reshard`."""
 
-from reshard.cli import entry
+from reshard.process import entry
 
 entry()

@@ -4,23 +4,17 @@ This module is all that `reshard --help` loads; what runs a command is named her
 """
 
 import argparse
-import gc
-import os
 import re
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
-from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
 
 from reshard import __version__
 from reshard.errors import Refused, printable
-from reshard.output import CLOSED_PIPE, INTERRUPTED, REFUSED, print_json
+from reshard.output import INTERRUPTED, REFUSED, print_aside, print_json
 
 Parser = argparse.ArgumentParser
 Run = Callable[[argparse.Namespace], int]
@@ -184,26 +178,6 @@ COMMANDS = (
 )
 
 
-def entry() -> NoReturn:
-    """The program `reshard`: `main` in a process of its own."""
-    # A plan is a million small values without a circle: looking for circles took a third of its time.
-    gc.disable()
-    signal.signal(signal.SIGTERM, interrupt)
-    if isinstance(sys.stdout, TextIOWrapper):
-        # A name may have letters that a terminal without UTF-8 has not. Standard error does so by itself.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read us has seen enough. Python would complain once more when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = CLOSED_PIPE
-    sys.stderr.flush()
-    # All is written and closed: taking the plan apart, value by value, would only keep the caller waiting.
-    os._exit(code)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
     as_json, way_on = False, ""
@@ -216,16 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as refused:
         if as_json:
             print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
-        print(f"reshard: refused\n{refused}", file=sys.stderr)
+        print_aside(f"reshard: refused\n{refused}")
         return REFUSED
-    except BrokenPipeError:
-        raise
     except OSError as error:
         what = f"{printable(str(error.filename or ''))}: {error.strerror or error}"
-        print(f"reshard: refused\n{what}", file=sys.stderr)
+        print_aside(f"reshard: refused\n{what}")
         return REFUSED
     except KeyboardInterrupt:
-        print(f"reshard: interrupted{way_on}", file=sys.stderr)
+        print_aside(f"reshard: interrupted{way_on}")
         return INTERRUPTED
 
 
@@ -252,11 +224,6 @@ def way_on_of(options: argparse.Namespace) -> str:
     """What to say of a command that ends early: only a conversion goes on from there."""
     is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
     return "; run the same command again to go on from there" if is_conversion else ""
-
-
-def interrupt(*_: object) -> NoReturn:
-    """A SIGTERM ends the program as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def make_parser() -> Parser:

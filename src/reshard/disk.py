@@ -118,11 +118,12 @@ def read_window(descriptor: int, offset: int, size: int, buffer: memoryview, way
         except OSError as error:
             found = f"{error.strerror} at byte {first + done:,}"
             raise refuse("cannot-read", name, found, "to read it", "is its disk sound?") from None
-        if count == 0:
-            found = f"it ends at byte {first + done:,}"
-            raise refuse("source-changed", name, found, f"byte {offset + size:,}, as when it was planned")
         # O_DIRECT goes on at a page only; what of it was read is read again.
-        done += count - (count % PAGE if ways.read == "direct" and done + count < skip + size else 0)
+        again = count % PAGE if ways.read == "direct" and done + count < skip + size else 0
+        if count == again:
+            found = f"it ends at byte {first + done + count:,}"
+            raise refuse("source-changed", name, found, f"byte {offset + size:,}, as when it was planned")
+        done += count - again
     if ways.read == "dropped":
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
     return buffer[skip : skip + size]

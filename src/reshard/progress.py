@@ -3,9 +3,10 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Lock
 
+from reshard.output import print_aside
 from reshard.text import size_text
 
 PLAIN_STEPS = 10
@@ -68,8 +69,6 @@ def plain_lines(title: str, total: int) -> Callable[[int], None]:
             said, said_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
             rate = size_text(int(done / seconds))
-            # Whoever listened may be gone, or the disk of a log full: no reason to end a job of hours.
-            with suppress(OSError):
-                print(f"{title}: {done / total:.0%} of {whole}, {rate}/s, {left:.0f} s left", file=sys.stderr)
+            print_aside(f"{title}: {done / total:.0%} of {whole}, {rate}/s, {left:.0f} s left")
 
     return advance

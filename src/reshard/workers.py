@@ -119,19 +119,24 @@ def move_all(work: Iterator[Window], files: Files, ledger: Ledger, jobs: int, ad
                 for future in ended:
                     future.result()
         finally:
-            queue.stopped.set()
-            wait_for(futures)
+            end(queue, futures)
         futures[0].result()
 
 
-def wait_for(futures: Sequence[Future[None]]) -> None:
-    """Until all have ended, whatever comes: their files may not be closed under them by an impatient second Ctrl-C."""
+def end(queue: Queue, futures: Sequence[Future[None]]) -> None:
+    """Tells all to end and waits until they have, whatever comes: their files may not be closed under them by an
+    impatient second Ctrl-C. It is raised behind that, for it may have been the first.
+    """
+    interrupted = None
     while True:
         try:
+            queue.stopped.set()
             wait(futures)
-        except KeyboardInterrupt:
-            continue
-        return
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted
 
 
 def flush_regularly(queue: Queue, ledger: Ledger) -> None:
