@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 MODELS = [page for page in PAGES if page.name != "README.md"]
 WITH_SIZES = [page for page in MODELS if page.name != "tensor-parallel.md"]
-PLANNED = {"deepseek-v2", "deepseek-v3", "deepseek-v4", "deepseek-v41"}
+PLANNED = {"deepseek-v2", "deepseek-v3", "deepseek-v4"}
 """Pages whose sizes are planned again; the others are of models that these have most in common with."""
 SIZES = re.compile(r"^\$ \.venv/bin/python benchmarks/sizes\.py (\S+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

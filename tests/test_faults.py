@@ -264,9 +264,9 @@ def test_a_call_that_fails_ends_the_run_and_the_next_goes_on(
     ("name", "when"),
     [
         *(("mkdir", 1), ("flock", 1), ("fdatasync", 1), ("fallocate", 1), ("fallocate", 3)),
-        *(("pwritev", number) for number in (1, 2, 5, 6, 60)),
-        *(("fsync", number) for number in (1, 2, 5, 6, 8, 9, 10, 11)),
-        *(("rename", number) for number in range(1, 8)),
+        *(("pwritev", number) for number in (1, 5, 60)),
+        *(("fsync", number) for number in (1, 5, 8, 10, 11)),
+        *(("rename", number) for number in (1, 2, 4, 7)),
         ("unlink", 1),
     ],
 )

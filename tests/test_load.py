@@ -88,7 +88,7 @@ def test_from_the_rank_files_of_another_mp_it_is_the_same(name: str, source: Sou
     ORACLES[name](source(name), tmp_path / "wanted", 2)
     for ranks in (1, LEGAL[name][-1]):
         convert_checkpoint(Job(source(name), ranks), tmp_path / str(ranks))
-        for compare_replicas in (False, True):
+        for compare_replicas in {False, ranks > 1}:
             found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, compare_replicas=compare_replicas)
             require_same(found, load_file(rank_file(tmp_path / "wanted", 1, 2)))
 

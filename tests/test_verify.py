@@ -153,7 +153,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(rank: int, target: Path, source: P
     random = Random(rank)
     path = rank_file(target, rank)
     content, places = path.read_bytes(), data_places(path)
-    for _ in range(20):
+    for _ in range(12):
         place, bit = random.randrange(len(content)), random.randrange(8)
         path.write_bytes(flipped(content, place, bit))
         found = facts(verify(target, source))

@@ -183,7 +183,7 @@ def test_a_true_conversion_is_proven(name: str, good: Callable[[str], Made]) -> 
     assert audit_target(made.target).problems == ()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["v3 padded bf16", "glm padded fp8", "v4", "v4 fp8", "v4.1", "v4.1 whole fp8"])
 def test_the_smallest_pieces_add_up_to_all(name: str, good: Callable[[str], Made]) -> None:
     """A sample of everything: tiles are parts of rows then, too."""
     report = verify(good(name), Fraction(1))
