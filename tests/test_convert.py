@@ -110,8 +110,9 @@ def differences(left: Path, right: Path) -> list[str]:
 # --- the bytes ---
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "ranks"), [(name, ranks) for name in SOURCES for ranks in (RANKS if name in SOURCES[:4] else (1, 8))]
+)
 def test_every_file_is_the_oracles(name: str, ranks: int, sources: dict[str, Path], tmp_path: Path) -> None:
     convert_checkpoint(Job(sources[name], ranks), tmp_path / "ours")
     oracle.convert(sources[name], tmp_path / "oracle", ranks, mtp_layers=[MTP_LAYER])
