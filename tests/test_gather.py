@@ -193,3 +193,11 @@ def test_rank_files_under_each_others_names_are_refused_by_their_headers(tmp_pat
     second.rename(first)
     (ranks / "aside").rename(second)
     assert refused(ranks, None, tmp_path / "target") == [("wrong-ranks", first.name), ("wrong-ranks", second.name)]
+
+
+def test_a_damaged_manifest_beside_whole_files_says_nothing(copied: Path, tmp_path: Path) -> None:
+    convert_checkpoint(Job(copied, 1, to="hf"), tmp_path / "whole")
+    (tmp_path / "whole" / "reshard.json").write_text('{"recipe": {"name": "own"}, "layout": {}}')
+    convert_checkpoint(Job(tmp_path / "whole", RANKS, "deepseek-v3", keep_optional=True), tmp_path / "again")
+    for path in copied.glob("*.safetensors"):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()

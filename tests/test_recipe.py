@@ -519,3 +519,15 @@ def test_what_is_like_another_has_its_rows_too() -> None:
     assert {rule.left for rule in optional} >= {f"model.layers.{{m}}.{name}.weight" for name in own}
     # Of the dense layers an MTP layer has nothing.
     assert not [rule for rule in optional if "{d}" in rule.left or rule.left.endswith("{m}.mlp.up_proj.{p}")]
+
+
+@pytest.mark.parametrize(
+    "row", ['"scoring_func"', '["scoring_func"]', '["a +", 1]', '["a", "=b +"]', '["a", [1]]', "[\"a or 'b'\", 1]"]
+)
+def test_what_the_code_needs_is_a_formula_and_its_values(row: str) -> None:
+    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    parse_recipe(text, "own.toml")
+    with pytest.raises(Refused) as refused:
+        parse_recipe(text.replace("run_needs = [", f"run_needs = [{row},"), "own.toml")
+    assert all(problem.kind == "wrong-recipe" for problem in refused.value.problems)
+    assert len(refused.value.problems) == 1

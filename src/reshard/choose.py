@@ -19,9 +19,11 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
     Raises Refused if none fits or, by the names, more than one; and for a model that no recipe speaks of, whatever its
     names: it may be another that has borrowed them.
     """
-    candidates = wanted_recipes(checkpoint.config or {}, recipes)
-    if candidates is recipes and names_model(checkpoint.config or {}):
+    config = checkpoint.config or {}
+    asked = asked_recipes(config, recipes)
+    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *architectures_of(config))):
         raise no_recipe(checkpoint, recipes, [])
+    candidates = asked or recipes
     if len(candidates) == 1:
         return candidates[0]
     fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
@@ -31,19 +33,20 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
 
 
 def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Those that a config asks for, by its model type or else its architecture; all if it asks for none of them."""
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    known = architectures if isinstance(architectures, list) else []
-    by_type = [recipe for recipe in recipes if model_type in recipe.model_types]
-    by_name = [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
-    return by_type or by_name or recipes
+    """Those that a config asks for; all if it asks for none of them."""
+    return asked_recipes(config, recipes) or recipes
 
 
-def names_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config says which model it is of."""
-    architectures = config.get("architectures")
-    known = architectures if isinstance(architectures, list) else []
-    return any(isinstance(name, str) for name in (config.get("model_type"), *known))
+def asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Those that a config asks for, by its model type or else its architecture."""
+    known = architectures_of(config)
+    by_type = [recipe for recipe in recipes if config.get("model_type") in recipe.model_types]
+    return by_type or [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
+
+
+def architectures_of(config: Mapping[str, Any]) -> list[Any]:
+    found = config.get("architectures")
+    return found if isinstance(found, list) else []
 
 
 def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reshard.configs import run_obstacles
 from reshard.convert import Job, Result, convert_checkpoint, plan_with_origin, prepare
@@ -54,11 +55,19 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def say_plan(plan: Plan, origin: Origin, source: Path, *, as_json: bool) -> int:
     if as_json:
-        lost = {"not_restored": [*lost_lines(plan, origin)], "no_run_config": [*obstacles(plan)]}
-        print_json({**describe_plan(plan), **lost})
+        print_json(about(plan, origin))
     else:
         print("\n".join(map(printable, [*plan_lines(plan, source), *run_lines(plan), *lost_lines(plan, origin)])))
     return PROVEN
+
+
+def about(plan: Plan, origin: Origin) -> dict[str, Any]:
+    """A plan as JSON values, with what a target will lack."""
+    return {
+        **describe_plan(plan),
+        "not_restored": [*lost_lines(plan, origin)],
+        "no_run_config": [*run_obstacles(plan)],
+    }
 
 
 def job_of(options: argparse.Namespace) -> Job:
@@ -93,9 +102,8 @@ def convert(job: Job, target: Path, settings: Settings, *, as_json: bool) -> int
     seconds = time.monotonic() - started
     if as_json:
         status = "converted" if result.done else "already-converted"
-        lost = list(lost_lines(result.plan, result.origin))
-        about = {**describe_plan(result.plan), "not_restored": lost, "no_run_config": [*obstacles(result.plan)]}
-        print_json({"status": status, "seconds": seconds, "done": done_of(result), **about})
+        facts = about(result.plan, result.origin)
+        print_json({"status": status, "seconds": seconds, "done": done_of(result), **facts})
     else:
         print("\n".join(map(printable, converted_lines(result, job, target, seconds, settings.jobs))))
     return PROVEN
@@ -158,13 +166,8 @@ def cast_lines(plan: Plan) -> Iterator[str]:
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
 
 
-def obstacles(plan: Plan) -> Iterator[str]:
-    """Why there is no run configuration beside rank files of a recipe that has one."""
-    yield from run_obstacles(plan) if plan.layout.to == RANKS else ()
-
-
 def run_lines(plan: Plan) -> Iterator[str]:
-    yield from (f"no run_config.json: {reason}" for reason in obstacles(plan))
+    yield from (f"no run_config.json: {reason}" for reason in run_obstacles(plan))
 
 
 def dropped_lines(plan: Plan) -> Iterator[str]:

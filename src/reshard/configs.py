@@ -69,10 +69,11 @@ def run_config(plan: Plan) -> str:
 def run_obstacles(plan: Plan) -> Iterator[str]:
     """Why the inference code cannot run what a config describes: what it has in itself, and the config wants otherwise.
 
-    Then there is no run configuration: one would start another model.
+    Then there is no run configuration beside the rank files: one would start another model.
     """
+    needs = plan.recipe.run_needs if plan.recipe.run and plan.layout.to == RANKS else ()
     config = with_old_keys(plan.config or {})
-    for formula, *allowed in plan.recipe.run_needs if plan.recipe.run else ():
+    for formula, *allowed in needs:
         try:
             value = value_of(formula, config, plan.recipe.sizes)
         except UnknownKey:

@@ -10,13 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.draft import OWN, SCALE, WEIGHT, Kept, recipe_text
 from reshard.errors import Problem, refuse, require_none
+from reshard.inspect import manifest_at
 from reshard.match import match
 from reshard.names import split_name
 from reshard.ranks import foreign_recipe, ranks_at
-from reshard.read import CONFIG, read_checkpoint, read_object
+from reshard.read import CONFIG, read_checkpoint
 from reshard.recipe import packaged_recipes, parse_recipe
 from reshard.types import Checkpoint, Layout, Tensor
 from reshard.units import config_problems, kinds_of, pairing_problems
@@ -34,6 +34,8 @@ WHOLE = (
 HEADS = "num_key_value_heads"
 QUANTIZED = re.compile(r"_(blocks|scales)$")
 """The two tensors in which MXFP4 keeps a parameter."""
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+"""How configs say how many layers there are."""
 
 
 class Model(NamedTuple):
@@ -72,25 +74,21 @@ def require_source(folder: Path) -> None:
     """It is a folder, and no rank files lie in it. Raises Refused."""
     if folder.is_file():
         raise refuse("no-source", str(folder), "a file", "the folder of a checkpoint", f"name {folder.parent}")
-    recipes, manifest = packaged_recipes(), read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
-    if foreign_recipe(manifest, recipes) or (folder.is_dir() and ranks_at(folder, recipes)):
-        raise refuse(
-            "rank-files", str(folder), "rank files", "a Hugging Face checkpoint", "name what they were cut from"
-        )
-
-
-LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+    recipes = packaged_recipes()
+    if folder.is_dir() and (foreign_recipe(manifest_at(folder), recipes) or ranks_at(folder, recipes)):
+        expected, remedy = "a Hugging Face checkpoint", "name what they were cut from"
+        raise refuse("rank-files", str(folder), "rank files", expected, remedy)
 
 
 def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """There are not more layers than tensors: to make a billion of them, even without weights, would take for ever."""
-    most = len(checkpoint.tensors)
-    for key in LAYER_KEYS:
-        if isinstance(layers := config.get(key), int) and layers > most:
-            raise refuse("contradiction", CONFIG, f"{key} of {layers:,}", f"at most {most:,}: as many as tensors")
-    for value in config.values():
-        if isinstance(value, dict):
-            require_layers(checkpoint, value)
+    most, tables = len(checkpoint.tensors), [config]
+    while tables:
+        table = tables.pop()
+        for key in LAYER_KEYS:
+            if isinstance(layers := table.get(key), int) and layers > most:
+                raise refuse("contradiction", CONFIG, f"{key} of {layers:,}", f"at most {most:,}: as many as tensors")
+        tables.extend(value for value in table.values() if isinstance(value, dict))
 
 
 def require_fit(checkpoint: Checkpoint, text: str) -> None:

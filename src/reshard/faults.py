@@ -3,13 +3,13 @@
 import ast
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
 from reshard.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
-from reshard.header import BITS
+from reshard.header import BITS, is_plain
 from reshard.letters import HOLE, REST, Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
 from reshard.types import Rule
 
@@ -79,11 +79,6 @@ def is_files_pattern(text: str) -> bool:
     )
 
 
-def is_plain(name: str) -> bool:
-    """Whether a file name stays in its folder."""
-    return bool(name) and not set(name) & set("/\\\0") and name not in {".", ".."}
-
-
 def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -107,8 +102,12 @@ def needs_faults(rows: Any) -> Iterator[Fault]:
         if not isinstance(row, list) or len(row) < 2 or any(isinstance(value, (list, dict)) for value in row):
             yield ("run_needs",), repr(row), "run_needs: rows of a formula and the values that it may come to"
             continue
-        texts = [value.removeprefix("=") for value in row if isinstance(value, str) and value.startswith("=")]
-        yield from ((("run_needs",), *fault) for text in (row[0], *texts) for fault in text_faults(text))
+        yield from ((("run_needs",), *fault) for text in needed_formulas(row) for fault in text_faults(text))
+
+
+def needed_formulas(row: Sequence[Any]) -> list[Any]:
+    """The first of a row, and the values that begin with `=`."""
+    return [row[0], *(value[1:] for value in row[1:] if isinstance(value, str) and value.startswith("="))]
 
 
 def length_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -125,6 +124,7 @@ def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
         yield ("sizes", name), text
     for name, value in table.get("run", {}).items():
         yield ("run", name), value[0] if isinstance(value, list) else value
+    yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in needed_formulas(row))
     for number, row in enumerate(table["rules"]):
         formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
         yield from ((("rules", number), formula) for formula in formulas if formula != "?")

@@ -221,12 +221,13 @@ def shape_problems(
 ) -> Iterator[Problem]:
     """Why the parts do not make up a tensor of a shape; `knows` whether anything says how large it was."""
     dimension = dimension_of(found.rule.split)
-    if units_of(found.rule, config or {}) is None:
+    units = units_of(found.rule, config or {})
+    if units is None:
         key = found.rule.split.removeprefix("rows of ")
         yield Problem("no-config", found.name, f"no {key} in a config.json", "one", "copy it beside the rank files")
-    elif not parts_for(len(found.by_rank), units_of(found.rule, config or {}) or 0):
-        units = f"{units_of(found.rule, config or {})} {found.rule.split.removeprefix('rows of ')}"
-        expected = f"one of the numbers to divide the other: {units} and {len(found.by_rank)} ranks"
+    elif not parts_for(len(found.by_rank), units):
+        things = f"{units} {found.rule.split.removeprefix('rows of ')}"
+        expected = f"one of the numbers to divide the other: {things} and {len(found.by_rank)} ranks"
         yield Problem("not-divisible", found.name, f"{len(found.by_rank)} ranks", expected, "is config.json another's?")
     if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
         yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")

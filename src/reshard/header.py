@@ -203,6 +203,11 @@ def entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
     return None
 
 
+def is_plain(name: str) -> bool:
+    """Whether a file name stays in its folder."""
+    return bool(name) and not set(name) & set("/\\\0") and name not in {".", ".."}
+
+
 def is_text(value: Any) -> bool:
     """Whether a value is a string that UTF-8 can write: JSON can spell half of a surrogate pair."""
     try:

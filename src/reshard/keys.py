@@ -36,7 +36,9 @@ def unknown_text(unknown: Mapping[str, list[str]]) -> str:
 
 
 def mentions(recipe: Recipe) -> Iterator[Mention]:
-    """Every formula of a recipe, and every key that stands alone, but those of conditions: they may be lacking."""
+    """Every formula of a recipe, and every key that stands alone, but those of conditions and needs, which a config may
+    lack.
+    """
     yield from (Mention("ranks_divide", text, {}) for text in recipe.ranks_divide)
     for name, hole in recipe.holes.items():
         texts = (hole.size, hole.picked_by, hole.listed)
@@ -83,13 +85,17 @@ def has(config: Any, key: str) -> bool:
 
 def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with what newer ones keep in `rope_parameters` also where older ones have it; so too in its text
-    config. Of several rotary embeddings, by their names, the main one is meant.
+    config.
     """
     inner = config.get("text_config")
-    said = {**config, **({"text_config": with_old_keys(inner)} if isinstance(inner, dict) else {})}
-    rotary = config.get("rope_parameters")
+    return with_rotary_keys({**config, "text_config": with_rotary_keys(inner)} if isinstance(inner, dict) else config)
+
+
+def with_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Of several rotary embeddings, by their names, the main one is meant."""
+    rotary = table.get("rope_parameters")
     if not isinstance(rotary, dict):
-        return said
+        return dict(table)
     rotary = rotary["main"] if isinstance(rotary.get("main"), dict) else rotary
-    known = {key: value for key, value in said.items() if value is not None}
-    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **known}
+    said = {key: value for key, value in table.items() if value is not None}
+    return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}

@@ -15,8 +15,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 from reshard import __version__
 from reshard.books import LARGEST_MANIFEST, MANIFEST
 from reshard.errors import refuse
-from reshard.faults import is_plain
-from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_plain, is_size, is_text
 from reshard.journal import Records
 from reshard.plan import Plan, describe_layout
 from reshard.read import read_object

@@ -12,8 +12,7 @@ from reshard.casting import computed_shape, matrix
 from reshard.configs import cast_config
 from reshard.coverage import Share
 from reshard.errors import Refused
-from reshard.faults import is_plain
-from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_size, is_text, parse_header
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, is_plain, is_size, is_text, parse_header
 from reshard.layout import Form
 from reshard.plan import Plan
 from reshard.read import CONFIG, INDEX, SUFFIX

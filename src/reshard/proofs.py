@@ -8,16 +8,15 @@ from pathlib import Path
 from reshard.audit import audit_target
 from reshard.books import MANIFEST
 from reshard.convert import Job, recipe_for
-from reshard.errors import Refused, describe, printable, refuse
+from reshard.errors import describe, printable, refuse
 from reshard.found import require_folder
-from reshard.manifest import read_manifest
 from reshard.match import match
 from reshard.output import PROBLEMS, PROVEN, print_json
 from reshard.progress import progress
 from reshard.ranks import RankNames, ranks_at
 from reshard.read import read_checkpoint
 from reshard.recipe import recipes_to_try
-from reshard.sources import read_source, subset_of
+from reshard.sources import known_manifest, read_source, subset_of
 from reshard.subset import narrowed
 from reshard.subset_text import asked_of, subset_lines, subset_text
 from reshard.text import counted
@@ -49,10 +48,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def require_its_recipe(target: Path, recipe: Recipe) -> None:
     """By another recipe than the target was made with, every tensor would be wrong. Raises Refused."""
-    try:
-        made_with = read_manifest(target).get("recipe")
-    except Refused:
-        return  # what is left of it says nothing
+    made_with = known_manifest(target).get("recipe")
     name = made_with.get("name") if isinstance(made_with, dict) else recipe.name
     if name != recipe.name:
         found, remedy = f"made by the recipe {name}", "pass the file or the name of that recipe with --recipe"
@@ -100,10 +96,7 @@ def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
 
 def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
     """Where there are problems: whether the manifest of a target says that it was made from other files than these."""
-    try:
-        known = read_manifest(target).get("source") if report.problems else None
-    except Refused:
-        return report
+    known = known_manifest(target).get("source") if report.problems else None
     given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
     if known is None or known == given:
         return report

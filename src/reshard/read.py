@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
-from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, is_text, parse_header, unique_keys
+from reshard.header import LENGTH_SIZE, MAX_HEADER_SIZE, header_length, is_plain, is_text, parse_header, unique_keys
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -95,7 +95,7 @@ def require_no_pointer(path: Path, beginning: bytes) -> None:
         raise refuse("lfs-pointer", str(path), "a git-lfs pointer", expected, remedy)
 
 
-METADATA = '{"__metadata__":'
+METADATA = b'{"__metadata__":'
 Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 """Makes an object of its keys and values."""
 
@@ -143,8 +143,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
     """An index may name files of its own folder only: a path could make us read any file of the machine."""
     for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
-        is_plain = not set(name) & set("/\\\0") and name not in ("", ".", "..") and is_text(name)
-        if not is_plain or not name.endswith(SUFFIX):
+        if not (is_plain(name) and is_text(name) and name.endswith(SUFFIX)):
             expected = f"a plain file name that ends in {SUFFIX}"
             yield Problem("unsafe-file-name", INDEX, f"the file name {name!r}", expected, "correct the index")
 
@@ -239,12 +238,13 @@ def read_file(path: Path) -> Checkpoint:
 def read_metadata(path: Path) -> Mapping[str, Any]:
     """What a file of which the header has been read says of itself, where it says so first of all; else nothing."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        text = file.read(header_length(file.read(LENGTH_SIZE), size, path.name)).decode()
+        length = header_length(file.read(LENGTH_SIZE), os.fstat(file.fileno()).st_size, path.name)
+        if file.read(len(METADATA)) != METADATA:
+            return {}
+        text = file.read(length - len(METADATA)).decode()
     found: Any = {}
-    if text.startswith(METADATA):
-        with suppress(ValueError, RecursionError):
-            found, _ = json.JSONDecoder().raw_decode(text, len(METADATA))
+    with suppress(ValueError, RecursionError):
+        found, _ = json.JSONDecoder().raw_decode(text)
     return found if isinstance(found, dict) else {}
 
 

@@ -48,10 +48,11 @@ def read_source(
     if names := ranks_at(path, recipes):
         require_none(names.problems(ignore_extra_files=ignore_extra_files))
         return read_rank_files(path, names, recipe, first_replica=first_replica)
-    if made_by := foreign_recipe(read_manifest(path) if path.is_dir() else {}, recipes):
+    manifest = known_manifest(path)
+    if made_by := foreign_recipe(manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(path), found, "a packaged recipe, or that one", remedy)
-    subset = subset_of(path)
+    subset = manifest.get("subset", {})
     require_whole(subset, path)
     checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
     return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
@@ -93,11 +94,16 @@ def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_r
 
 def subset_of(path: Path) -> Mapping[str, Any]:
     """What of a larger checkpoint a folder holds, by its manifest; empty if it is whole, or has no manifest of ours."""
+    subset: Mapping[str, Any] = known_manifest(path).get("subset", {})
+    return subset
+
+
+def known_manifest(path: Path) -> Mapping[str, Any]:
+    """The manifest of a folder; empty without one, and of a damaged one, which says nothing."""
     try:
-        subset: Mapping[str, Any] = read_manifest(path).get("subset", {}) if path.is_dir() else {}
+        return read_manifest(path) if path.is_dir() else {}
     except Refused:
         return {}
-    return subset
 
 
 def require_whole(subset: Mapping[str, Any], path: Path) -> None:

@@ -174,14 +174,14 @@ def move_windows(queue: Queue, files: Files, ledger: Ledger) -> None:
 
 def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
     """Moves a window: reads or computes it once and writes each of its groups; returns how many bytes."""
-    if is_long_runs(window, files):
+    if has_only_long_runs(window, files):
         move_in_steps(window, files, ledger, buffers.window)
     else:
         move_whole(window, files, ledger, buffers)
     return sum(group.size for group in window.groups)
 
 
-def is_long_runs(window: Window, files: Files) -> bool:
+def has_only_long_runs(window: Window, files: Files) -> bool:
     """Whether a window need not lie in memory as a whole: nothing of it is computed or gathered. Past the page cache
     it is read at once all the same, for that keeps a disk busy.
     """
