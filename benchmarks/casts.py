@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reshard import casts
-from reshard.compiled import Recode, compiled_recode
-from reshard.tables import scales_as_float32
+from reshard.casts import kernels as casts
+from reshard.casts.code_tables import scales_as_float32
+from reshard.casts.kernels import Recode, compiled_recode
 
 ROWS, COLUMNS = 2048, 7168
 BAND = 256

@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from reshard.convert import Job, convert_checkpoint
-from reshard.generate import DEEPSEEK_V3, write_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
+from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 CONFIG = {
     **DEEPSEEK_V3,

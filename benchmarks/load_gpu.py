@@ -15,7 +15,8 @@ from statistics import median
 
 from run import make
 
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
 
 WAYS = ("reshard", "reshard, then to the GPU", "load_file")
 MEASURED = """

@@ -57,10 +57,10 @@ def run_once(source: Path) -> dict[str, float]:
 
 
 def measure(source: Path) -> dict[str, float]:
-    from reshard.choose import choose_recipe  # noqa: PLC0415
-    from reshard.plan import make_plan  # noqa: PLC0415
-    from reshard.read import read_checkpoint  # noqa: PLC0415
-    from reshard.recipe import packaged_recipes  # noqa: PLC0415
+    from reshard.formats.huggingface import read_checkpoint  # noqa: PLC0415
+    from reshard.planning.plan import make_plan  # noqa: PLC0415
+    from reshard.recipes.recipe import packaged_recipes  # noqa: PLC0415
+    from reshard.sources.match import choose_recipe  # noqa: PLC0415
     from reshard.types import Layout  # noqa: PLC0415
 
     gc.disable()  # as the command does

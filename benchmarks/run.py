@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reshard
-from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, write_checkpoint, write_tensors
+from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, write_checkpoint, write_tensors
 
 SHAPE = {"first_k_dense_replace": 1, "n_routed_experts": 16, "vocab_size": 16160, "num_nextn_predict_layers": 0}
 DENSE = {"num_hidden_layers": 12, "first_k_dense_replace": 12, "vocab_size": 10240, "hidden_size": 4096,
@@ -294,8 +294,8 @@ def anonymous(command: Sequence[str]) -> int:
 
 
 WITHOUT_CHECKSUMS = """
-import sys, reshard.workers
-reshard.workers.xxh3_128_digest = lambda data: bytes(16)
+import sys, reshard.execution.writer
+reshard.execution.writer.xxh3_128_digest = lambda data: bytes(16)
 from reshard.cli import main
 sys.exit(main(sys.argv[1:]))
 """

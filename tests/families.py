@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from reshard.generate import DEEPSEEK_V3, Entry, linear, plain, tensor_list, write_tensors
+from reshard.synthetic import DEEPSEEK_V3, Entry, linear, plain, tensor_list, write_tensors
 
 Config = Mapping[str, Any]
 

@@ -22,21 +22,30 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
-from reshard.audit import audit_target
-from reshard.books import MANIFEST
 from reshard.errors import Refused
-from reshard.header import LENGTH_SIZE, MAX_DIMENSIONS, MAX_INTEGER, header_length, parse_header
-from reshard.journal import COUNT, JOURNAL, RECORD, left_names, read_batches
-from reshard.match import match
-from reshard.read import CONFIG, INDEX, read_checkpoint
-from reshard.recipe import load_recipe, parse_recipe
+from reshard.execution.journal import COUNT, JOURNAL, RECORD, left_names, read_batches
+from reshard.formats.huggingface import CONFIG, INDEX, read_checkpoint
+from reshard.formats.json_input import MAX_INTEGER
+from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, header_length, parse_header
+from reshard.formats.target_names import MANIFEST
+from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.match import match
 from reshard.types import Checkpoint, Tensor
+from reshard.verification.checksums import audit_target
 
 SEEDS = Path(__file__).parent / "seeds"
 FILES = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": np.ones(3), "c": np.ones(1)})}
 INSTRUMENTED = (
-    *(f"reshard.{name}" for name in ("audit", "header", "holes", "journal", "manifest", "match", "names", "read")),
-    "reshard.recipe",
+    "reshard.execution.journal",
+    "reshard.formats.huggingface",
+    "reshard.formats.json_input",
+    "reshard.formats.manifest",
+    "reshard.formats.safetensors",
+    "reshard.recipes.patterns",
+    "reshard.recipes.recipe",
+    "reshard.sources.completeness",
+    "reshard.sources.match",
+    "reshard.verification.checksums",
     "tomllib._parser",
     "json.decoder",
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reshard
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.recipes.recipe import load_recipe, packaged_recipes
 
 FOLDER = Path(reshard.__file__).parent
 ROOT = Path(__file__).parents[1]

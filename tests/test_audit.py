@@ -11,11 +11,12 @@ from random import Random
 import pytest
 from safetensors import safe_open
 
-from reshard.audit import audit_target
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
 from reshard.errors import Problem, Refused
-from reshard.generate import SMALL, write_checkpoint
-from reshard.manifest import read_manifest
+from reshard.formats.manifest import read_manifest
+from reshard.planning.plan import Job
+from reshard.synthetic import SMALL, write_checkpoint
+from reshard.verification.checksums import audit_target
 
 RANKS = 2
 CONFIG = {**SMALL, "num_hidden_layers": 3, "n_routed_experts": 4, "vocab_size": 30_000}
@@ -39,7 +40,7 @@ def target(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture(params=["through the cache", "past the cache"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.disk.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.local.available_memory", lambda: 0)
 
 
 def rank_file(target: Path, rank: int) -> Path:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.bands import (
+from reshard.types import Tensor
+from reshard.verification.chunks import (
     BAND_SIZE,
     SAMPLE_SIZE,
     TILE_SIZE,
@@ -24,7 +25,6 @@ from reshard.bands import (
     tiles_of,
     whole_margins,
 )
-from reshard.types import Tensor
 
 WIDTHS = [1, 2, 3, 448, 7168, SAMPLE_SIZE - 1, SAMPLE_SIZE + 1, BAND_SIZE - 1, BAND_SIZE, BAND_SIZE + 1, 3 * BAND_SIZE]
 

@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reshard import casts
-from reshard.compiled import Recode, compiled_recode, recode_each
-from reshard.tables import Bytes, Floats, Words, scales_as_float32
-from reshard.tiles import Box, Pair
+from reshard.casts import kernels as casts
+from reshard.casts.code_tables import Bytes, Floats, Words, scales_as_float32
+from reshard.casts.kernels import Box, Pair, Recode, compiled_recode, recode_each
 
 FP8 = torch.float8_e4m3fn
 BLOCKS = [(128, 128), (32, 32), (1, 32), (3, 5), (1, 200), (200, 1)]

@@ -21,11 +21,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from reshard import __version__, progress
-from reshard.cli import main, memory
-from reshard.convert import Job, convert_checkpoint
-from reshard.generate import SMALL, write_checkpoint
-from reshard.recipe import FOLDER
+import reshard.cli.terminal
+from reshard import __version__
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main, memory
+from reshard.planning.plan import Job
+from reshard.recipes.recipe import FOLDER
+from reshard.synthetic import SMALL, write_checkpoint
 
 TINY: Mapping[str, Any] = {
     **SMALL,
@@ -943,7 +945,7 @@ def test_a_terminal_shows_a_bar(command: str, source: Path, ranks: Path, tmp_pat
 def test_a_pipe_gets_plain_lines_up_to_the_last_byte(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 1e-9)
+    monkeypatch.setattr(reshard.cli.terminal, "PLAIN_SECONDS", 1e-9)
     for words in (["convert", source, tmp_path / "out", "--mp", "2"], ["verify", tmp_path / "out", "--source", source]):
         assert main([str(word) for word in words]) == 0
         text = capsys.readouterr().err

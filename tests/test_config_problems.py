@@ -16,12 +16,11 @@ import pytest
 from families import FAMILIES
 
 from reshard.errors import Problem, Refused
-from reshard.formulas import parse
-from reshard.generate import write_tensors
-from reshard.keys import lacking, unknown_keys
-from reshard.plan import make_plan
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe
+from reshard.formats.huggingface import read_checkpoint
+from reshard.planning.plan import make_plan
+from reshard.recipes.formulas import lacking, parse, unknown_keys
+from reshard.recipes.recipe import load_recipe
+from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint, Layout, Recipe, Tensor
 
 NAMES = ["deepseek-v3.2", "glm-5.1-fp8", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v4.1-flash"]

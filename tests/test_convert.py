@@ -21,10 +21,11 @@ from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.audit import audit_target
-from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.generate import SMALL, write_checkpoint
+from reshard.planning.plan import Job, plan_conversion
+from reshard.synthetic import SMALL, write_checkpoint
+from reshard.verification.checksums import audit_target
 
 RANKS = [1, 2, 4, 8, 16]
 SOURCES = [

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from reshard.decode import (
+from reshard.verification.reference_casts import (
     FP4,
     amax_scales,
     fp4_as_fp8,

@@ -12,12 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_tensor_parallel import HEAVY, MODELS, from_config, write_model
 
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint
-from reshard.derive import derive_recipe, split_by, verb_of
-from reshard.draft import Kept, recipe_text
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.recipe import parse_recipe
+from reshard.inspection.recipe_fit import derive_recipe
+from reshard.planning.plan import Job
+from reshard.recipes.derive import Kept, recipe_text, split_by, verb_of
+from reshard.recipes.recipe import parse_recipe
 
 PACKAGED = [name for name in MODELS if name != "gpt-oss"]
 
@@ -233,7 +234,7 @@ def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path) -> None:
 def test_without_transformers_it_says_what_to_install_and_all_else_works(tmp_path: Path) -> None:
     write_model(tmp_path / "source", "llama")
     start = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-    start += "from reshard.process import entry; entry()"
+    start += "from reshard.cli.process import entry; entry()"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", start, *arguments], capture_output=True, text=True, check=False)

@@ -20,13 +20,14 @@ from families import write_small
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint
-from reshard.diff import DiffReport, diff_checkpoints
-from reshard.disk import Ways
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.generate import write_tensors
-from reshard.pairs import Choice
+from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.tensor_pairs import Choice
+from reshard.planning.plan import Job
+from reshard.storage.local import Ways
+from reshard.synthetic import write_tensors
 
 Stored = Mapping[str, tuple[str, Sequence[int], bytes]]
 """By name: dtype, shape and data."""
@@ -211,7 +212,7 @@ def test_a_tensor_of_several_windows_is_compared_to_its_ends(
     tmp_path: Path, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes are changed on both sides of every border between windows, and at the ends."""
-    monkeypatch.setattr("reshard.diff.ways_to_read", lambda _path, _size: Ways(way, "cached"))
+    monkeypatch.setattr("reshard.inspection.diff.ways_to_read", lambda _path, _size: Ways(way, "cached"))
     size = (9 << 20) + 8
     one = random.Random(dtype).randbytes(size)
     other = bytearray(one)

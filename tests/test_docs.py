@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import reshard
-from reshard.generate import SMALL, write_checkpoint
+from reshard.synthetic import SMALL, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(reshard.__file__).parent

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from torture import BATCH, CHECKSUM_SIZE, RANKS, RECORD
 
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL
+from reshard.execution.journal import JOURNAL
+from reshard.synthetic import SMALL, write_checkpoint
 
-PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.001\nfrom reshard.process import entry; entry()"
+PROGRAM = (
+    "import reshard.execution.writer; reshard.execution.writer.FLUSH_SECONDS = 0.001\n"
+    "from reshard.cli.process import entry; entry()"
+)
 CALLS = "openat,write,pwrite64,pwritev,pwritev2,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
 LINE = re.compile(r"(\d+) +(?:<\.\.\. (?P<resumed>\w+) resumed>)?(?P<text>.*)")
 CALL = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) = (?P<result>-?\d+)")

@@ -16,9 +16,9 @@ from families import FAMILIES, Family, write_full, write_small
 from safetensors import safe_open
 
 from reshard.errors import Refused
-from reshard.generate import Entry, data_size, write_tensors
-from reshard.header import entry_text, header_bytes, order_key
-from reshard.read import read_checkpoint
+from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.safetensors import entry_text, header_bytes, order_key
+from reshard.synthetic import Entry, data_size, write_tensors
 
 DTYPES = {
     torch.bfloat16: "BF16",

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from reshard.plan import make_plan
-from reshard.recipe import load_recipe, packaged_recipes
+from reshard.planning.plan import make_plan
+from reshard.recipes.recipe import load_recipe, packaged_recipes
 from reshard.types import Layout
 
 ROOT = Path(__file__).parent.parent

@@ -12,10 +12,11 @@ import pytest
 from conversions import LEGAL, ORACLES, require_equal
 from families import FAMILIES, write_full, write_small
 
-from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.generate import write_tensors
+from reshard.execution.execute import Settings
+from reshard.planning.plan import Job, plan_conversion
+from reshard.synthetic import write_tensors
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
 """Threads, and whether the page cache is used."""

@@ -18,16 +18,20 @@ from pathlib import Path
 import pytest
 from torture import RANKS, contents, durable_bytes, wrong_names
 
-import reshard.workers
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint
+import reshard.execution.writer
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL
+from reshard.execution.execute import Settings
+from reshard.execution.journal import JOURNAL
+from reshard.planning.plan import Job
+from reshard.synthetic import SMALL, write_checkpoint
 from reshard.types import Advance
 
-PROGRAM = "import reshard.workers; reshard.workers.FLUSH_SECONDS = 0.002\nfrom reshard.process import entry; entry()"
+PROGRAM = (
+    "import reshard.execution.writer; reshard.execution.writer.FLUSH_SECONDS = 0.002\n"
+    "from reshard.cli.process import entry; entry()"
+)
 MANY = 30
 """In seconds: whoever takes so long hangs."""
 
@@ -59,7 +63,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reshard.workers, "FLUSH_SECONDS", 0.002)
+    monkeypatch.setattr(reshard.execution.writer, "FLUSH_SECONDS", 0.002)
 
 
 def spoiling(fault: Callable[[], None], target: Path, share: float) -> Callable[[int], AbstractContextManager[Advance]]:
@@ -309,12 +313,12 @@ def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
 def test_an_interrupt_that_another_thread_gets_is_heeded(origin: Path, target: Path, wanted: dict[str, str]) -> None:
     """The kernel may do so; the main thread is asleep then and not woken."""
     program = (
-        "import signal, threading, reshard.workers\n"
-        "append = reshard.workers.append_records\n"
+        "import signal, threading, reshard.execution.writer\n"
+        "append = reshard.execution.writer.append_records\n"
         "def interrupted(*arguments):\n"
         "    append(*arguments)\n"
         "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
-        "reshard.workers.append_records = interrupted\n" + PROGRAM
+        "reshard.execution.writer.append_records = interrupted\n" + PROGRAM
     )
     slow = "preadv:delay_enter=100000"
     code, errors = ended(traced(origin, target, slow, "--jobs", "1", "--cache", "no", program=program))
@@ -332,7 +336,7 @@ def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(o
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return future\n"
         "futures.ThreadPoolExecutor.submit = interrupted\n"
-        "from reshard.process import entry; entry()"
+        "from reshard.cli.process import entry; entry()"
     )
     command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)
@@ -343,7 +347,7 @@ def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(o
 
 
 def test_a_log_on_a_full_disk_ends_no_conversion(origin: Path, target: Path, wanted: dict[str, str]) -> None:
-    program = "import reshard.progress; reshard.progress.PLAIN_SECONDS = 0.0\n" + PROGRAM
+    program = "import reshard.cli.terminal; reshard.cli.terminal.PLAIN_SECONDS = 0.0\n" + PROGRAM
     command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
     with Path("/dev/full").open("wb") as log:
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=log)

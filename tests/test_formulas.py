@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.formulas import LONGEST, MOST_STEPS, UnknownKey, parse, parse_shape, shape_of, takes_too_long, value_of
+from reshard.recipes.formulas import (
+    LONGEST,
+    MOST_STEPS,
+    UnknownKey,
+    parse,
+    parse_shape,
+    shape_of,
+    takes_too_long,
+    value_of,
+)
 
 CONFIG: Mapping[str, Any] = {
     "heads": 128,

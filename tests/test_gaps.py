@@ -17,16 +17,17 @@ from safetensors.torch import load_file, save_file
 from torture import BATCH, RANKS, RECORD, contents
 from xxhash import xxh3_64_digest
 
-import reshard.execute
-from reshard.audit import audit_target
-from reshard.convert import Job, convert_checkpoint, plan_conversion
-from reshard.copies import Copies, WrongPlan
-from reshard.disk import CACHED, write_all
+import reshard.execution.execute
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.execute import missing_file
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL, as_records
-from reshard.layout import lay_out
+from reshard.execution.execute import missing_file
+from reshard.execution.journal import JOURNAL, as_records
+from reshard.planning.copies import Copies, WrongPlan
+from reshard.planning.file_layout import lay_out
+from reshard.planning.plan import Job, plan_conversion
+from reshard.storage.local import CACHED, write_all
+from reshard.synthetic import SMALL, write_checkpoint
+from reshard.verification.checksums import audit_target
 
 Record = tuple[int, int, int, bytes]
 """Offset, number of the file, size, checksum."""
@@ -57,7 +58,7 @@ def begun(source: Path, tmp_path: Path) -> Path:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "finish", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), tmp_path / "target")
     return tmp_path / "target"
@@ -217,7 +218,7 @@ def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, mo
         columns["target_offset"][index] += 1
         return files, Copies(**columns)
 
-    monkeypatch.setattr("reshard.plan.lay_out", wrong)
+    monkeypatch.setattr("reshard.planning.plan.lay_out", wrong)
     with pytest.raises(WrongPlan):
         plan_conversion(Job(source, RANKS))
 

@@ -10,10 +10,11 @@ import transformers
 from families import FAMILIES, write_small
 from safetensors.torch import load_file, save_file
 
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.generate import write_tensors
-from reshard.inspect import inspect_path
+from reshard.inspection.contents import inspect_path
+from reshard.planning.plan import Job
+from reshard.synthetic import write_tensors
 
 RANKS = 4
 

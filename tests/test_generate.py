@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from reshard.errors import Refused
-from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, data_size, tensor_list, write_checkpoint
+from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, data_size, tensor_list, write_checkpoint
 
 FILES = 4
 V3_FILES = 163

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 from safetensors.torch import save
 
 from reshard.errors import Refused
-from reshard.header import BITS, entry_text, header_bytes, header_length, order_key, parse_header
+from reshard.formats.safetensors import BITS, entry_text, header_bytes, header_length, order_key, parse_header
 from reshard.types import Tensor
 
 NAME = "x.safetensors"

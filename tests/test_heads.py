@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.convert import Job, convert_checkpoint
-from reshard.cut import Limit, parts_for, working_ranks
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe
-from reshard.verify import verify_target
+from reshard.formats.huggingface import read_checkpoint
+from reshard.planning.plan import Job
+from reshard.planning.shards import Limit, working_ranks
+from reshard.recipes.recipe import load_recipe
+from reshard.recipes.splits import parts_for
+from reshard.verification.verify import verify_target
 
 RECIPE = """
 name = "table"

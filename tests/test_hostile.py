@@ -32,15 +32,15 @@ from test_refusals import TINY
 from xxhash import xxh3_128_hexdigest
 
 import reshard.errors
-from reshard.cli import main
+from reshard.cli.main import main
 from reshard.errors import MOST_PROBLEMS, Refused, printable
-from reshard.generate import write_checkpoint
-from reshard.header import parse_header
-from reshard.journal import JOURNAL, left_names
-from reshard.manifest import own_checksum, read_manifest
-from reshard.match import match
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, parse_recipe
+from reshard.execution.journal import JOURNAL, left_names
+from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.manifest import own_checksum, read_manifest
+from reshard.formats.safetensors import parse_header
+from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.match import match
+from reshard.synthetic import write_checkpoint
 from reshard.types import Checkpoint, Tensor
 
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "reshard.json"

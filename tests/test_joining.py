@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reshard.errors import Refused
-from reshard.joining import produce_join
+from reshard.execution.reader import produce_join
 from reshard.types import Join, Tensor
 
 Bytes = NDArray[np.uint8]

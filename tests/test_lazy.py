@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from test_load import LARGE, State, flat_bytes, rank_file, spoil
 
 import reshard
-from reshard.convert import Job, convert_checkpoint
-from reshard.disk import open_file
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.generate import write_checkpoint
-from reshard.lazy import stretch_of
+from reshard.loading.lazy import stretch_of
+from reshard.planning.plan import Job
+from reshard.storage.local import open_file
+from reshard.synthetic import write_checkpoint
 
 Source = Callable[[str], Path]
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from test_run_configs import MODELS, TAKEN_FOR_GRANTED
 
 import reshard
-from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.generate import DEEPSEEK_V3, write_checkpoint
-from reshard.loading import Held, fill
-from reshard.workers import MEMORY_PER_JOB
+from reshard.execution.reader import MEMORY_PER_JOB
+from reshard.loading.load import Held, fill
+from reshard.planning.plan import Job, plan_conversion
+from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 Source = Callable[[str], Path]
 State = Mapping[str, torch.Tensor]

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.choose import choose_recipe
 from reshard.errors import Problem, Refused
-from reshard.generate import DEEPSEEK_V2_LITE, SMALL, Entry, tensor_list
-from reshard.header import BITS
-from reshard.match import Matched, match, one_of_each_first
-from reshard.names import split_name
-from reshard.recipe import load_recipe, packaged_recipes, parse_recipe
+from reshard.formats.safetensors import BITS
+from reshard.recipes.patterns import split_name
+from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
+from reshard.sources.match import Matched, choose_recipe, match, one_of_each_first
+from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL, Entry, tensor_list
 from reshard.types import Checkpoint, Recipe, Tensor
 
 TINY: Mapping[str, Any] = {**SMALL, "first_k_dense_replace": 2, "n_routed_experts": 12, "num_hidden_layers": 12}

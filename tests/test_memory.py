@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from reshard.convert import Job, convert_checkpoint
-from reshard.generate import write_tensors
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
+from reshard.synthetic import write_tensors
 
 INTERPRETER = """
 import numpy, msgspec, xxhash

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
 
 NAME = "deepseek-v3-for-32"
 RANKS = 32

@@ -18,19 +18,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
-from reshard.configs import run_config
-from reshard.copies import Copies, WrongPlan, require_coverage, require_tiling
-from reshard.coverage import cover
 from reshard.errors import Refused
-from reshard.generate import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, write_checkpoint
-from reshard.header import BITS, parse_header
-from reshard.match import match
-from reshard.plan import Plan, make_plan, only_ranks
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, parse_recipe
-from reshard.results import Terms, outcome_of, series_of
+from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.safetensors import BITS, parse_header
+from reshard.planning.copies import Copies, WrongPlan
+from reshard.planning.plan import Plan, make_plan, only_ranks
+from reshard.planning.proofs import cover, require_coverage, require_tiling
+from reshard.planning.shards import series_of
+from reshard.planning.transforms import Terms, outcome_of
+from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.block_scales import kinds_of as units_by_kind
+from reshard.sources.match import match
+from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, write_checkpoint
+from reshard.target.side_files import run_config
 from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Recipe, Tensor
-from reshard.units import kinds_of as units_by_kind
 
 DATA_START = 1000
 """Where the data of a checkpoint made by hand begins: the copies of the tables count from here."""

@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 from torture import RANKS, contents
 
-from reshard.convert import Job, convert_checkpoint
-from reshard.disk import PAGE
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL
+from reshard.api import convert_checkpoint
+from reshard.execution.journal import JOURNAL
+from reshard.planning.plan import Job
+from reshard.storage.local import PAGE
+from reshard.synthetic import SMALL, write_checkpoint
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 MODULE = [sys.executable, "-m", "reshard"]
@@ -68,7 +69,7 @@ def run_closed(closed: str, *words: object) -> "subprocess.CompletedProcess[str]
 
 def program(*lines: str) -> list[str]:
     """The command, with something done before."""
-    return [sys.executable, "-c", "\n".join([*lines, "from reshard.process import entry; entry()"])]
+    return [sys.executable, "-c", "\n".join([*lines, "from reshard.cli.process import entry; entry()"])]
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def test_without_standard_error_nothing_but_the_json_is_printed() -> None:
 def test_no_file_takes_the_place_of_a_closed_stream(closed: str, source: Path, target: Path) -> None:
     """Looked at in the middle of the copying, when all files are open."""
     look = program(
-        "import os, reshard.execute as execute",
+        "import os, reshard.execution.execute as execute",
         "move = execute.move_all",
         "def looking(*arguments):",
         "    with open(os.environ['SEEN'], 'w') as file:",
@@ -294,7 +295,7 @@ def test_a_storm_of_signals_is_one_interrupt(attempt: int, source: Path, target:
 def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target: Path) -> None:
     """Its shell has it ignored."""
     interrupted = program(
-        "import os, signal, reshard.execute as execute",
+        "import os, signal, reshard.execution.execute as execute",
         "finish = execute.finish",
         "def interrupting(*arguments):",
         f"    {KILL.format('SIGINT')}",
@@ -306,11 +307,11 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 
 
 LIBRARY = """
-import os, signal, sys, reshard.workers
+import os, signal, sys, reshard.execution.writer
 from pathlib import Path
 from reshard.convert import Job, convert_checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)
-wait, left = reshard.workers.wait, [None] * {signals}
+wait, left = reshard.execution.writer.wait, [None] * {signals}
 
 def interrupted(futures, *options):
     if not options and left:
@@ -318,7 +319,7 @@ def interrupted(futures, *options):
         os.kill(os.getpid(), signal.SIGINT)
     return wait(futures, *options)
 
-reshard.workers.wait = interrupted
+reshard.execution.writer.wait = interrupted
 try:
     convert_checkpoint(Job(Path(sys.argv[1]), {ranks}), Path(sys.argv[2]))
 except KeyboardInterrupt:
@@ -343,7 +344,7 @@ def test_an_interrupt_while_the_threads_end_is_not_lost(signals: int, source: Pa
 def test_an_internal_error_is_no_difference_found(stream: Any, source: Path, ranks: Path) -> None:
     """It shows where it happened, to whoever listens."""
     faulty = program(
-        "import reshard.verify as verify",
+        "import reshard.verification.verify as verify",
         "def faulty(*_, **__):",
         "    raise ZeroDivisionError('a fault of ours')",
         "verify.verify_target.__code__ = faulty.__code__",

@@ -15,8 +15,8 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from reshard.errors import Refused
-from reshard.generate import DEEPSEEK_V3, write_checkpoint
-from reshard.read import read_checkpoint
+from reshard.formats.huggingface import read_checkpoint
+from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reshard.errors import Refused
-from reshard.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
+from reshard.recipes.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
 from reshard.types import BlockScale, Recipe, Rule
 
 PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from reshard.cli import main
-from reshard.generate import SMALL, write_checkpoint
-from reshard.recipe import FOLDER
+from reshard.cli.main import main
+from reshard.recipes.recipe import FOLDER
+from reshard.synthetic import SMALL, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND, THIRD = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))

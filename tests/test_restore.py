@@ -21,15 +21,16 @@ from families import FAMILIES, write_small
 from oracle_casts import dequantize
 from safetensors.torch import load_file
 
-import reshard.execute
-import reshard.workers
-from reshard.cli import main
-from reshard.convert import Job, Result, convert_checkpoint
-from reshard.disk import make_durable
+import reshard.execution.execute
+import reshard.execution.writer
+from reshard.api import Result, convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.generate import write_tensors
-from reshard.manifest import own_checksum
+from reshard.execution.execute import Settings
+from reshard.formats.manifest import own_checksum
+from reshard.planning.plan import Job
+from reshard.storage.local import make_durable
+from reshard.synthetic import write_tensors
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
 """Threads, and whether the page cache is used."""
@@ -623,7 +624,7 @@ def test_a_run_that_was_ended_in_the_middle_is_gone_on_with(
 ) -> None:
     job = Job(ranks_of(name, 4), 1 if options["to"] == "hf" else 2, **options)  # type: ignore[arg-type]
     convert_checkpoint(job, folder / "wanted", Settings(jobs=1))
-    add, seen = reshard.workers.Ledger.add, []
+    add, seen = reshard.execution.writer.Ledger.add, []
 
     def crashing(self: Any, *arguments: Any) -> None:
         add(self, *arguments)
@@ -634,7 +635,7 @@ def test_a_run_that_was_ended_in_the_middle_is_gone_on_with(
             raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.workers.Ledger, "add", crashing)
+        patch.setattr(reshard.execution.writer.Ledger, "add", crashing)
         with pytest.raises(Crash):
             convert_checkpoint(job, folder / "found", Settings(jobs=1))
     assert all(path.name.endswith((".partial", ".journal")) for path in (folder / "found").iterdir())
@@ -668,7 +669,7 @@ def test_a_rank_file_that_changes_under_the_way_is_seen(
         make_durable(*arguments)
         flip(four / "model2-mp4.safetensors", "norm.weight")
 
-    monkeypatch.setattr(reshard.execute, "make_durable", change_too)
+    monkeypatch.setattr(reshard.execution.execute, "make_durable", change_too)
     with pytest.raises(Refused) as error:
         convert(whole(four), folder / "back")
     assert kinds(error) == {"source-changed"}

@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 from torture import MODES, RANKS, Mode, Tally, contents, moments, torment, undisturbed
 
-import reshard.execute
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint
-from reshard.disk import make_durable
+import reshard.execution.execute
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL
+from reshard.execution.execute import Settings
+from reshard.execution.journal import JOURNAL
+from reshard.planning.plan import Job
+from reshard.storage.local import make_durable
+from reshard.synthetic import SMALL, write_checkpoint
 
 
 class Crash(BaseException):
@@ -127,7 +128,7 @@ def test_a_journal_left_behind_the_last_rename_is_cleared(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execute, "remove", crash)
+        patch.setattr(reshard.execution.execute, "remove", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), target)
     assert (target / JOURNAL).exists()
@@ -145,7 +146,7 @@ def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "finish", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS, only=(1,)), target)
     journal = (target / JOURNAL).read_bytes()
@@ -241,7 +242,7 @@ def interrupted(source: Path, target: Path) -> None:
         def crash(*_: object) -> None:
             raise Crash
 
-        patch.setattr(reshard.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "finish", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), target)
 
@@ -302,7 +303,7 @@ def test_a_source_that_changes_is_seen(source: Path, tmp_path: Path, monkeypatch
             file.write(b"x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execute, "make_durable", change_too)
+        patch.setattr(reshard.execution.execute, "make_durable", change_too)
         with pytest.raises(Refused) as error:
             convert_checkpoint(Job(copy, RANKS), target)
     assert kinds(error) == {"source-changed"}

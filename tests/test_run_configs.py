@@ -18,11 +18,12 @@ from families import FAMILIES, write_full, write_small
 from skeletons import BF16, E8M0, F8, FP4, Parameters
 from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
-from reshard.configs import run_config, run_obstacles
-from reshard.convert import Job, convert_checkpoint, plan_conversion
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.recipe import FOLDER, parse_recipe
+from reshard.execution.execute import Settings
+from reshard.planning.plan import Job, plan_conversion
+from reshard.recipes.recipe import FOLDER, parse_recipe
+from reshard.target.side_files import run_config, run_obstacles
 
 Source = Callable[[str], Path]
 

@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from test_refusals import REFUSALS, TINY
 
-from reshard.cli import main
-from reshard.generate import write_checkpoint
+from reshard.cli.main import main
+from reshard.synthetic import write_checkpoint
 
 REFUSED = "test_refusals.py test_the_job_is_refused_and_nothing_is_written"
 

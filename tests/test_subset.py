@@ -18,17 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
-from reshard.cli import main
-from reshard.compare import Opened, Side
-from reshard.convert import Job, convert_checkpoint, plan_conversion
-from reshard.disk import CACHED, PAGE, aligned_buffer
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Problem, Refused
-from reshard.execute import Settings, job_of
-from reshard.generate import DEEPSEEK_V2_LITE, tensor_list, write_tensors
-from reshard.manifest import own_checksum
-from reshard.pruning import pruned_config
-from reshard.recipe import FOLDER, load_recipe
+from reshard.execution.execute import Settings, job_of
+from reshard.formats.manifest import own_checksum
+from reshard.planning.plan import Job, plan_conversion
+from reshard.recipes.recipe import FOLDER, load_recipe
+from reshard.sources.pruned_config import pruned_config
+from reshard.storage.local import CACHED, PAGE, aligned_buffer
+from reshard.synthetic import DEEPSEEK_V2_LITE, tensor_list, write_tensors
 from reshard.types import File, Subset, Tensor
+from reshard.verification.compare import Opened, Side
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,

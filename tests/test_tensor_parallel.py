@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.choose import choose_recipe
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.plan import make_plan
-from reshard.read import read_checkpoint
-from reshard.recipe import packaged_recipes
+from reshard.formats.huggingface import read_checkpoint
+from reshard.planning.plan import Job, make_plan
+from reshard.recipes.recipe import packaged_recipes
+from reshard.sources.match import choose_recipe
 from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
-from reshard.verify import verify_target
+from reshard.verification.verify import verify_target
 
 HEAVY: Mapping[str, Any] = {
     "vocab_size": 96,

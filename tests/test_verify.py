@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.generate import SMALL, write_checkpoint
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe
-from reshard.verify import Report, verify_target
+from reshard.formats.huggingface import read_checkpoint
+from reshard.planning.plan import Job
+from reshard.recipes.recipe import load_recipe
+from reshard.synthetic import SMALL, write_checkpoint
+from reshard.verification.verify import Report, verify_target
 
 RANKS = 4
 MTP_LAYER = 3
@@ -254,7 +255,7 @@ def invert(path: Path, start: int, end: int) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has memory enough, and on one that has none to spare."""
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.disk.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.local.available_memory", lambda: 0)
 
 
 @pytest.mark.usefixtures("way")

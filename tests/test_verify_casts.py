@@ -20,15 +20,16 @@ from oracle_casts import dequantize, fp4_to_fp8, unpack_fp4
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.audit import audit_target
-from reshard.choose import choose_recipe
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe, packaged_recipes
-from reshard.verify import Report, verify_target
+from reshard.execution.execute import Settings
+from reshard.formats.huggingface import read_checkpoint
+from reshard.planning.plan import Job
+from reshard.recipes.recipe import load_recipe, packaged_recipes
+from reshard.sources.match import choose_recipe
+from reshard.verification.checksums import audit_target
+from reshard.verification.verify import Report, verify_target
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from torture import RANKS, Mode, Tally, contents, torment, undisturbed
 from transformers import AutoModelForCausalLM
 
-import reshard.workers
-from reshard.cli import main
-from reshard.convert import Job, convert_checkpoint, plan_conversion
+import reshard.execution.writer
+from reshard.api import convert_checkpoint
+from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execute import Settings
-from reshard.generate import write_tensors
+from reshard.execution.execute import Settings
+from reshard.planning.plan import Job, plan_conversion
+from reshard.synthetic import write_tensors
 
 INDEX = "model.safetensors.index.json"
 Source = Callable[[str], Path]
@@ -370,9 +371,9 @@ def test_a_crash_in_the_middle_of_a_cast_is_gone_on_from(
     """With a journal of what is done, which is flushed after every window."""
     work = Job(source("deepseek-v4-flash"), 1, **job)
     convert_checkpoint(work, folder / "wanted", Settings(jobs=1))
-    add, count = reshard.workers.Ledger.add, [0]
+    add, count = reshard.execution.writer.Ledger.add, [0]
 
-    def crashing(self: reshard.workers.Ledger, records: bytes, inexact: int = 0) -> None:
+    def crashing(self: reshard.execution.writer.Ledger, records: bytes, inexact: int = 0) -> None:
         add(self, records, inexact)
         self.flush()
         count[0] += 1
@@ -380,7 +381,7 @@ def test_a_crash_in_the_middle_of_a_cast_is_gone_on_from(
             raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.workers.Ledger, "add", crashing)
+        patch.setattr(reshard.execution.writer.Ledger, "add", crashing)
         with pytest.raises(Crash):
             convert_checkpoint(work, folder / "target", Settings(jobs=1))
     assert list((folder / "target").glob("*.partial"))

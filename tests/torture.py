@@ -21,9 +21,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
-from reshard.generate import SMALL, write_checkpoint
-from reshard.journal import JOURNAL
-from reshard.text import table
+from reshard.cli.terminal import table
+from reshard.execution.journal import JOURNAL
+from reshard.synthetic import SMALL, write_checkpoint
 
 RANKS = 4
 FILES = 4
@@ -31,8 +31,8 @@ LARGE: dict[str, Any] = {**SMALL, "num_hidden_layers": 16}
 """A DeepSeek-V3 of 138 MB, so that writing takes most of the time of a run."""
 PROGRAM = """
 import os, pathlib
-import reshard.execute, reshard.workers
-from reshard.process import entry
+import reshard.execution.execute, reshard.execution.writer
+from reshard.cli.process import entry
 
 def telling(function):
     def tell(*arguments, **options):
@@ -40,10 +40,10 @@ def telling(function):
         return function(*arguments, **options)
     return tell
 
-reshard.workers.FLUSH_SECONDS = 0.02
-reshard.workers.Ledger.add = telling(reshard.workers.Ledger.add)
+reshard.execution.writer.FLUSH_SECONDS = 0.02
+reshard.execution.writer.Ledger.add = telling(reshard.execution.writer.Ledger.add)
 for name in ("open_journal", "open_targets", "make_durable", "write_whole", "finish", "remove"):
-    setattr(reshard.execute, name, telling(getattr(reshard.execute, name)))
+    setattr(reshard.execution.execute, name, telling(getattr(reshard.execution.execute, name)))
 pathlib.Path.rename = telling(pathlib.Path.rename)
 entry()
 """

@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-FUNCTIONS = {"load": ("reshard.loading", "load"), "open": ("reshard.lazy", "open_tensors")}
+FUNCTIONS = {"load": ("reshard.loading.load", "load"), "open": ("reshard.loading.lazy", "open_tensors")}
 """What the package offers under its own name, and where it is."""
 
 

@@ -1,5 +1,5 @@
 """`python -m reshard`."""
 
-from reshard.process import entry
+from reshard.cli.process import entry
 
 entry()

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 SHOWN_PER_KIND = 10
+
 MOST_PROBLEMS = 100_000
 """A few megabytes of header can claim a billion tensors that are not there: beyond this no more are looked for."""
+
 LONGEST = 2_000
 """In characters, of one field of a problem as it is shown to a person: a name may have millions."""
 
@@ -86,3 +88,30 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     shown = list(names)
     text = ", ".join(shown[:most])
     return f"{text} and {len(shown) - most:,} more" if len(shown) > most else text
+
+
+def numbers_text(numbers: Iterable[int]) -> str:
+    """`0-3, 7, 9-10`: a set of numbers, as short as it goes."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return listed((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"
+
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def counted(count: int, things: str) -> str:
+    """`2 files`, `1 file`: the number of things that are named in the plural with an `s`."""
+    return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
+
+
+def size_text(size: int) -> str:
+    """`40.18 GiB`, or `12 bytes`."""
+    value, unit = float(size), 0
+    while value >= 1024 and unit < len(UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return counted(size, "bytes") if unit == 0 else f"{value:.2f} {UNITS[unit]}"

@@ -220,6 +220,7 @@ class Recipe:
 
 
 FILE_SIZE = 5 * 10**9
+
 RANKS, WHOLE = "ranks", "hf"
 """The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
 
@@ -241,3 +242,34 @@ class Layout:
     """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
     file_size: int = FILE_SIZE
     """For WHOLE: in bytes, a file is ended before it grows beyond."""
+
+
+Read = Callable[[Tensor, int, int], memoryview]
+"""So many bytes of a tensor, from a byte of it on. What it gives is overwritten by its next call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What became of the source tensors of one rule, or left out for one reason: it adds up to the whole source."""
+
+    use: str
+    """`once`, `replicated` (to every rank), `shared` (by some ranks), `dequantized`, `cast`, `padded`, `empty`, or
+    `dropped`."""
+    what: str
+    """The rule's left name; or what is left out as a whole, such as `MTP layers`."""
+    reason: str
+    """Why it is dropped; empty for all others."""
+    tensors: int
+    size: int
+    """In bytes of the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A file as it once was: what is to be written again just so, if it holds the same tensors."""
+
+    name: str
+    header: bytes
+    """The eight bytes of the length included."""
+    tensors: Mapping[str, Tensor]
+    """By name, in the order of their data."""

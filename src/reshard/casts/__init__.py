@@ -1,0 +1,1 @@
+"""Conversions between dtypes: FP8 and FP4 with block scales, BF16."""

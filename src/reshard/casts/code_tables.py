@@ -1,0 +1,99 @@
+"""The tables of casts: what every code is worth, and what becomes of it. Made at their first use, by numpy alone."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+Words = NDArray[np.uint16]
+
+Floats = NDArray[np.float32]
+
+LEAST, MOST = -13, 10
+"""Exponents between which FP4 values as FP8 are neither all zero nor all, but zero, the largest."""
+
+NAN = 255
+"""NaN in F8_E8M0."""
+
+
+def scales_as_float32(raw: bytes | NDArray[Any], dtype: str) -> Floats:
+    """Block scales as float32, exactly. `raw` is their bytes (the answer is flat) or an array of their bit patterns.
+
+    F8_E8M0 code e is 2^(e - 127), and 255 is NaN; code 0, 2^-127, is a subnormal of float32.
+    """
+    bits_of = {"F32": np.uint32, "BF16": np.uint16, "F8_E8M0": np.uint8}[dtype]
+    bits = raw.view(bits_of) if isinstance(raw, np.ndarray) else np.frombuffer(raw, bits_of)
+    if dtype == "F8_E8M0":
+        patterns = np.arange(256, dtype=np.uint32) << 23
+        patterns[[0, NAN]] = 1 << 22, 0x7FC00000
+        return np.take(patterns.view(np.float32), bits)
+    return (bits.astype(np.uint32) << (16 if dtype == "BF16" else 0)).view(np.float32)
+
+
+@cache
+def fp8_values() -> Floats:
+    """The values [256] of all F8_E4M3 codes."""
+    codes = np.arange(128)
+    exponents, fractions = codes >> 3, codes & 7
+    values = np.ldexp(np.where(exponents, fractions + 8, fractions), np.maximum(exponents, 1) - 10).astype(np.float32)
+    values[127] = np.nan
+    return np.concatenate([values, -values])
+
+
+@cache
+def fp8_codes() -> Bytes:
+    """The code [65536] of the upper half of every float32, by its place between the midpoints of the codes' values.
+
+    Rounds to nearest even, stops at 448, and knows one NaN: 0x7F.
+    """
+    values = scales_as_float32(np.arange(1 << 15, dtype=np.uint16), "BF16")
+    finite = fp8_values()[:127]
+    midpoints = (finite[1:] + finite[:-1]) / 2
+    below, not_above = (np.searchsorted(midpoints, values, side) for side in ("left", "right"))
+    codes = np.where(below % 2, not_above, below)  # they differ on a midpoint, where the even one is taken
+    signed = np.concatenate([codes, codes | 0x80])
+    signed[np.isnan(np.concatenate([values, values]))] = 0x7F
+    return signed.astype(np.uint8)
+
+
+@cache
+def fp4_tables() -> tuple[Words, Bytes]:
+    """The two codes of each byte of FP4 and how many are not exact, [pages, 256] both; the last page is NaN's."""
+    half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    powers = np.append(np.ldexp(np.float32(1), np.arange(LEAST, MOST + 1)), np.float32(np.nan))
+    exact = np.concatenate([half, -half + 0]) * powers[:, None]
+    codes = fp8_codes()[exact.view(np.uint32) >> 16]
+    missed = (fp8_values()[codes] != exact).astype(np.uint8)
+    low, high = np.arange(256) & 15, np.arange(256) >> 4
+    pairs = np.stack([codes[:, low], codes[:, high]], axis=-1).view(np.uint16)[..., 0]
+    return pairs, missed[:, low] + missed[:, high]
+
+
+@cache
+def products_of_powers() -> Words:
+    """The products [256, 256] of the scales of no fraction, by their exponents."""
+    return products((np.arange(256, dtype=np.uint32) << 23).view(np.float32))
+
+
+def products(scales: Floats) -> Words:
+    """Of each scale with every F8_E4M3 value, [scales, 256] in BF16."""
+    with np.errstate(all="ignore"):
+        products = scales[:, None] * fp8_values()
+    bits = products.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(products), 0x7FC0, rounded).astype(np.uint16)
+
+
+@cache
+def fp4_products() -> NDArray[np.uint32]:
+    """For every F8_E8M0 scale [256] and pair of E2M1 codes [256]: both products in BF16, the even column below."""
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    scales = scales_as_float32(np.arange(256, dtype=np.uint8), "F8_E8M0")
+    with np.errstate(over="ignore", invalid="ignore"):
+        bits = (scales[:, None] * values).view(np.uint32)
+    halves = np.where(np.isnan(scales)[:, None], np.uint32(0x7FC0), bits >> 16).astype(np.uint32)
+    pairs = np.arange(256)
+    return np.asarray(halves[:, pairs & 15] | (halves[:, pairs >> 4] << 16), np.uint32)

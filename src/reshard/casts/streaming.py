@@ -1,0 +1,277 @@
+"""Casting: any stretch of a cast's result, from the stretches of its inputs that it takes. Opens no file itself.
+
+A result is a matrix of rows; a stretch of its bytes is the end of a row, whole rows and the beginning of a row. Each is
+computed box by box, such that what a box needs of the weight is one read. Behind the last row and column of what can be
+computed there are zeros, or ones in a scale.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.casts.code_tables import NAN, scales_as_float32
+from reshard.casts.kernels import (
+    dequantize,
+    fastest_recode,
+    fp4_to_bf16,
+    fp4_to_fp8,
+    fp8_scales_of_fp4,
+    largest_magnitudes,
+    quantize,
+    rounded_up,
+    scales_of_magnitudes,
+)
+from reshard.errors import refuse
+from reshard.formats.safetensors import BITS
+from reshard.types import Cast, Read, Tensor
+
+Array = NDArray[Any]
+
+ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
+"""A scale of 1."""
+
+
+class Box(NamedTuple):
+    """A rectangle of a matrix, in elements: from a row and column on, up to others."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+class Inputs(NamedTuple):
+    """How a cast gets at what it reads."""
+
+    weight: Read
+    scale: Read
+    most: int
+    """In bytes: so much of a weight may be asked for at once."""
+    most_scales: int
+    """The same of a scale."""
+
+
+def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
+    """Writes the bytes of a cast's result from `offset` on into `out`; returns how many values are not exact.
+
+    Raises Refused for a value that the result cannot express at all.
+    """
+    width, size = matrix(cast.result.shape)[1], BITS[cast.result.dtype] // 8
+    height, extent = computed_shape(cast)
+    inexact = 0
+    for box, begin in stretches(offset // size, len(out) // size, width):
+        view = np.frombuffer(out, np.uint8)[begin * size : (begin + area(box)) * size]
+        rows = view.reshape(box.bottom - box.top, -1)
+        inner = Box(box.top, box.left, max(box.top, min(box.bottom, height)), max(box.left, min(box.right, extent)))
+        if inner != box:
+            fill(rows, cast)
+        for piece in pieces(inner, cast, inputs):
+            part = rows[piece.top - box.top : piece.bottom - box.top]
+            inexact += compute(
+                cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs
+            )
+    return inexact
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A shape as rows and columns: a vector is one row, and leading dimensions are rows."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def area(box: Box) -> int:
+    return (box.bottom - box.top) * (box.right - box.left)
+
+
+def computed_shape(cast: Cast) -> tuple[int, int]:
+    """Rows and columns of a result without its padding."""
+    rows, columns = matrix(logical(cast.weight, cast))
+    if not cast.is_scale or cast.operation == "pad":
+        return rows, columns
+    block = cast.new_block
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def logical(tensor: Tensor, cast: Cast) -> tuple[int, ...]:
+    """The shape in elements: where F4 comes as I8, two lie in a byte."""
+    packed = tensor.dtype == "I8" and cast.operation != "pad"
+    return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if packed else tensor.shape
+
+
+def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
+    """The boxes of a stretch of elements: the end of a row, whole rows, the beginning of one; and where each begins."""
+    begin, end = 0, first + count
+    while begin < count:
+        row, column = divmod(first + begin, width)
+        if column or end - first - begin < width:
+            box = Box(row, column, row + 1, min(width, column + count - begin))
+        else:
+            box = Box(row, 0, row + (count - begin) // width, width)
+        yield box, begin
+        begin += area(box)
+
+
+def fill(rows: Array, cast: Cast) -> None:
+    one = ONES[cast.result.dtype] if cast.is_scale else bytes(1)
+    rows.reshape(rows.shape[0], -1, len(one))[:] = np.frombuffer(one, np.uint8)
+
+
+def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
+    """The box in pieces, for each of which no more of weight and scale is read than may be, the weight in one read."""
+    if not area(box):
+        return
+    if cast.is_scale and cast.operation != "pad":
+        yield from (box._replace(top=row, bottom=row + 1) for row in range(box.top, box.bottom))
+        return
+    most = inputs.most
+    if cast.scale:
+        # As if each row had scales of its own.
+        most = min(most, inputs.most_scales * cast.block[1] * bits_of(cast) // BITS[cast.scale.dtype])
+    yield from bands(box, matrix(logical(cast.weight, cast))[1], bits_of(cast), most)
+
+
+def bits_of(cast: Cast) -> int:
+    """Of an element of the weight, as it lies in its file."""
+    return 4 if cast.weight.dtype == "I8" and cast.operation != "pad" else BITS[cast.weight.dtype]
+
+
+def bands(box: Box, width: int, bits: int, most: int) -> Iterator[Box]:
+    """Whole rows together, or parts of one row if it is too long; `width` in elements."""
+    height = most * 8 // (width * bits)
+    if height:
+        for row in range(box.top, box.bottom, height):
+            yield box._replace(top=row, bottom=min(row + height, box.bottom))
+        return
+    step = most * 8 // bits // 256 * 256
+    for row in range(box.top, box.bottom):
+        for column in range(box.left, box.right, step):
+            yield Box(row, column, row + 1, min(column + step, box.right))
+
+
+def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Array:
+    """The bytes of a box of a tensor, row by row: of several rows, which are read whole, or of a part of one."""
+    if box.bottom - box.top == 1:
+        begin, end = (box.top * width + box.left) * bits // 8, (box.top * width + box.right) * bits // 8
+        return np.frombuffer(read(tensor, begin, end - begin), np.uint8).reshape(1, -1)
+    pitch = width * bits // 8
+    data = np.frombuffer(read(tensor, box.top * pitch, (box.bottom - box.top) * pitch), np.uint8)
+    return data.reshape(-1, pitch)[:, box.left * bits // 8 : box.right * bits // 8]
+
+
+def weight_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
+    return read_box(inputs.weight, cast.weight, box, matrix(logical(cast.weight, cast))[1], bits_of(cast))
+
+
+def blocks_of(box: Box, block: tuple[int, int]) -> Box:
+    """The blocks that a box touches."""
+    return Box(box.top // block[0], box.left // block[1], -(-box.bottom // block[0]), -(-box.right // block[1]))
+
+
+def phase_of(box: Box, block: tuple[int, int]) -> tuple[int, int]:
+    return box.top % block[0], box.left % block[1]
+
+
+def scale_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
+    """The scales of a box of scales, as bit patterns."""
+    scale = cast.scale
+    if scale is None:
+        raise ValueError(f"{cast.operation} without a scale")
+    bits = BITS[scale.dtype]
+    data = read_box(inputs.scale, scale, box, matrix(scale.shape)[1], bits)
+    return np.ascontiguousarray(data).view({8: np.uint8, 16: np.uint16, 32: np.uint32}[bits])
+
+
+def compute(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+    """Writes a box of a cast's result, as bytes."""
+    if cast.operation == "pad":
+        out[:] = weight_box(cast, box, inputs)
+        return 0
+    if cast.operation == "dequantize":
+        return compute_dequantized(cast, box, out.view(np.uint16), inputs)
+    if cast.operation == "fp4-to-fp8":
+        return compute_fp8(cast, box, out, inputs)
+    if cast.operation == "fp4-to-fp8-scale":
+        out[:] = fp8_scales(cast, box, inputs)
+        return 0
+    if cast.is_scale:
+        out.view(np.float32)[:] = amax_scales(cast, box, inputs)
+        return 0
+    scales = amax_scales(cast, blocks_of(box, cast.block), inputs)
+    values = weight_box(cast, box, inputs).view(np.uint16)
+    quantize(values, scales, cast.block, phase_of(box, cast.block), out)
+    return 0
+
+
+def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+    blocks, phase = blocks_of(box, cast.block), phase_of(box, cast.block)
+    scales = scale_box(cast, blocks, inputs)
+    if cast.weight.dtype == "I8":
+        wide = box._replace(left=box.left - box.left % 2, right=box.right + box.right % 2)
+        if wide != box:  # two columns share a byte
+            both = np.empty((box.bottom - box.top, wide.right - wide.left), np.uint16)
+            inexact = compute_dequantized(cast, wide, both, inputs)
+            out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
+            return inexact
+        fp4_to_bf16(weight_box(cast, box, inputs), scales, phase, out, fastest_recode())
+        return 0
+    values = scales_as_float32(scales, cast.scale.dtype if cast.scale else "")
+    dequantize(weight_box(cast, box, inputs), values, cast.block, phase, out, fastest_recode())
+    return 0
+
+
+def compute_fp8(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+    new = cast.new_block
+    scales = fp8_scales(cast, blocks_of(box, new), inputs)
+    groups = scale_box(cast, blocks_of(box, cast.block), inputs)
+    packed = weight_box(cast, box, inputs)
+    return fp4_to_fp8(np.ascontiguousarray(packed), groups, scales, new, phase_of(box, new), out, fastest_recode())
+
+
+def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
+    """The new scales of blocks, from those of the groups in them."""
+    rows, columns = matrix(logical(cast.weight, cast))
+    new, old = cast.new_block, cast.block
+    found = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
+    for line in range(blocks.top, blocks.bottom):
+        top, bottom = line * new[0], min(rows, (line + 1) * new[0])
+        step = max(1, inputs.most_scales // -(-columns // old[1]))
+        for row in range(top, bottom, step):
+            inside = Box(row, blocks.left * new[1], min(bottom, row + step), min(columns, blocks.right * new[1]))
+            groups = scale_box(cast, blocks_of(inside, old), inputs)
+            if np.any(groups == NAN):
+                raise not_finite(cast.scale or cast.weight)
+            scales = fp8_scales_of_fp4(groups, new, (row - top, 0))
+            here = found[line - blocks.top : line - blocks.top + 1]
+            np.maximum(here, scales, out=here)
+    return found
+
+
+def amax_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
+    """The scales of blocks, from the largest magnitude in each, in float32."""
+    rows, columns = matrix(cast.weight.shape)
+    block = cast.block
+    largest = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint16)
+    for line in range(blocks.top, blocks.bottom):
+        inside = Box(
+            line * block[0],
+            blocks.left * block[1],
+            min(rows, (line + 1) * block[0]),
+            min(columns, blocks.right * block[1]),
+        )
+        for piece in bands(inside, columns, 16, inputs.most):
+            values = weight_box(cast, piece, inputs).view(np.uint16)
+            first = piece.left // block[1] - blocks.left
+            touched = blocks_of(piece, block)
+            place = largest[line - blocks.top : line - blocks.top + 1, first : first + touched.right - touched.left]
+            largest_magnitudes(values, block, phase_of(piece, block), place)
+    if np.any(largest >= 0x7F80):
+        raise not_finite(cast.weight)
+    scales = scales_of_magnitudes(largest)
+    return scales_as_float32(rounded_up(scales), "F8_E8M0") if "ue8m0" in cast.operation else scales
+
+
+def not_finite(tensor: Tensor) -> Exception:
+    found = "a value that is infinite or no number"
+    return refuse("not-finite", tensor.name, found, "finite numbers: FP8 has no other", "mend the checkpoint")

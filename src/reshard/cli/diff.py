@@ -1,0 +1,89 @@
+"""The command `diff`."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+
+from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress, table
+from reshard.errors import printable, size_text
+from reshard.inspection.diff import DiffReport, ValueDifference, diff_checkpoints
+from reshard.inspection.tensor_pairs import Choice
+
+LONGEST_NAME = 100
+"""In characters, in a table."""
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    choice = Choice(
+        tuple(options.only),
+        options.recipe,
+        options.dequantize,
+        options.ignore_extra_files,
+        options.replicas == "first",
+    )
+    report = diff_checkpoints(options.a, options.b, choice, partial(progress, "diff"))
+    if options.json:
+        print_json({"status": "same" if report.is_same else "differs", **asdict(report)})
+    else:
+        print("\n".join(map(printable, diff_lines(report, options.show))))
+    return PROVEN if report.is_same else PROBLEMS
+
+
+def diff_lines(report: DiffReport, most: int) -> Iterator[str]:
+    """A summary, then what differs, at most so many lines of each kind."""
+    for side, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True):
+        yield f"{side}: {path}, {f'rank files by the recipe {recipe}' if recipe else 'by its own names'}"
+    yield f"compared {report.compared:,} bytes of each ({size_text(report.compared)})"
+    if report.dequantized:
+        yield f"dequantized {report.dequantized:,} tensors"
+    yield ""
+    rows = {
+        "the same": report.same,
+        "other values": len(report.values),
+        "other dtype or shape": len(report.kinds),
+        "only in A": len(report.only_a),
+        "only in B": len(report.only_b),
+    }
+    yield from table(("", "tensors"), [(what, f"{count:,}") for what, count in rows.items()]).split("\n")
+    heading = ("other values", "dtype", "elements", "differ", "max abs", "max rel", "NaN in A", "in B", "infinite")
+    yield from listing(heading, [value_row(difference) for difference in report.values[:most]], len(report.values))
+    kinds = [(short(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]
+    yield from listing(("other dtype or shape", "A", "B"), kinds, len(report.kinds))
+    for side, names in (("A", report.only_a), ("B", report.only_b)):
+        yield from listing((f"only in {side}",), [(short(name),) for name in names[:most]], len(names))
+
+
+def listing(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> Iterator[str]:
+    """A table, if there is anything in it, and how many more rows there are."""
+    if not count:
+        return
+    yield ""
+    yield from table(heading, rows).split("\n")
+    if count > len(rows):
+        yield f"... and {count - len(rows):,} more; --json lists them all"
+
+
+def value_row(difference: ValueDifference) -> Sequence[str]:
+    apart = difference.apart
+    return (
+        short(difference.name),
+        difference.dtype,
+        f"{difference.elements:,}",
+        f"{apart.different:,}",
+        number(apart.max_absolute),
+        number(apart.max_relative),
+        f"{apart.nans[0]:,}",
+        f"{apart.nans[1]:,}",
+        f"{apart.infinite:,}",
+    )
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def short(name: str) -> str:
+    """A name as a cell of a table: printable here already, for a line break would end its row."""
+    text = printable(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(name):,} characters)"

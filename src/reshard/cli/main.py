@@ -1,0 +1,293 @@
+"""The command: parses, calls one library function, prints, and chooses an exit code.
+
+This module is all that `reshard --help` loads; what runs a command is named here and imported when it runs.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+
+from reshard import __version__
+from reshard.cli.terminal import INTERRUPTED, REFUSED, print_aside, print_json
+from reshard.errors import Refused, printable
+
+Parser = argparse.ArgumentParser
+
+Run = Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One sub-command: its words, its options, and the function that runs it as `module:function`."""
+
+    name: str
+    about: str
+    add_options: Callable[[Parser], None]
+    run: str
+
+
+def add_source(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, help="a folder of safetensors files, or one such file")
+
+
+def add_job(parser: Parser) -> None:
+    add_source(parser)
+    parser.add_argument("--mp", type=int, metavar="N", help="number of ranks (model parallel)")
+    parser.add_argument("--to", choices=("ranks", "hf"), default="ranks", help="hf: stay whole, in the source's layout")
+    parser.add_argument("--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="of all block-scaled weights")
+    parser.add_argument("--expert-dtype", choices=("fp8",), default="", help="cast FP4 experts to FP8")
+    parser.add_argument("--mtp", choices=("drop", "keep"), default="drop", help="keep what a recipe drops: MTP layers")
+    parser.add_argument(
+        "--pad", action="store_true", help="widen weights with zeros where blocks do not suit the ranks"
+    )
+    parser.add_argument(
+        "--max-file-size",
+        type=memory,
+        metavar="SIZE",
+        help="with --to hf; default: the files that rank files once came from, or 5GB",
+    )
+    parser.add_argument(
+        "--replicas",
+        choices=("compare", "first"),
+        default="compare",
+        help="of what several ranks of a source hold: all must be equal, or take the first",
+    )
+    parser.add_argument("--layers", type=numbers, metavar="0-3,7", help="convert these layers only")
+    parser.add_argument("--experts", type=numbers, metavar="0-15", help="convert these experts of each layer only")
+    parser.add_argument("--renumber", action="store_true", help="number the layers and experts that are left from 0 on")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="write the tensors of these names only; repeatable",
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
+    parser.add_argument(
+        "--ignore-extra-files", action="store_true", help="leave out safetensors files that the index does not name"
+    )
+
+
+def add_convert(parser: Parser) -> None:
+    add_job(parser)
+    parser.add_argument("target", type=Path, help="the folder to write, empty or not there")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="threads; default: by the processors")
+    parser.add_argument(
+        "--max-memory", type=memory, default="256MiB", metavar="SIZE", help="of all buffers; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="go through the page cache; auto: unless the job is larger than a third of the free memory",
+    )
+    parser.add_argument("--allow-inexact", action="store_true", help="round what a cast cannot express, and say so")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted run has left, and begin again"
+    )
+
+
+def add_inspect(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, help="a folder of safetensors files in either layout, or one such file")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+
+
+def add_verify(parser: Parser) -> None:
+    parser.add_argument("target", type=Path, help="a folder of rank files")
+    parser.add_argument(
+        "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="with --source: the files of these ranks only")
+    parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
+    parser.add_argument(
+        "--sample", type=share, metavar="1%", help="compare about so much, spread evenly, and both ends of each tensor"
+    )
+
+
+def add_diff(parser: Parser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, rank files, or one safetensors file")
+    parser.add_argument("b", type=Path, metavar="B", help="another, in whichever layout")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of such names, as in '*.3.*'; repeatable",
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="compare scaled weights with those of another dtype in BF16"
+    )
+    parser.add_argument("--show", type=positive, default=20, metavar="N", help="lines of each table; default: 20")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="of both sides; default: by the model")
+    parser.add_argument(
+        "--replicas", choices=("compare", "first"), default="compare", help="of what several ranks hold: as for convert"
+    )
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+
+
+ACTIONS = ("list", "show", "check", "derive")
+"""What `recipes` does."""
+
+
+def action(text: str) -> str:
+    """One of them."""
+    if text not in ACTIONS:
+        expected = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}; for a recipe: reshard recipes show {text!r}")
+    return text
+
+
+def add_recipes(parser: Parser) -> None:
+    parser.add_argument("action", nargs="?", type=action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="NAME|FILE", help="for show and check; for derive: a checkpoint to derive one for"
+    )
+    parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="for derive: write it there")
+
+
+def add_demo(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, help="keep the files there; default: a temporary folder")
+
+
+def add_deepseek(parser: Parser) -> None:
+    parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="the Hugging Face checkpoint")
+    parser.add_argument("--save-path", type=Path, required=True, help="the folder to write, empty or not there")
+    parser.add_argument("--n-experts", type=int, required=True, help="number of routed experts; checked")
+    parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+
+
+CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_deepseek"
+
+COMMANDS = (
+    Command("convert", "write the file of each rank", add_convert, CONVERT),
+    Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.cli.convert:run_plan"),
+    Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.cli.inspect:run_inspect"),
+    Command("verify", "compare every byte of the rank files", add_verify, "reshard.cli.verify:run_verify"),
+    Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.cli.diff:run_diff"),
+    Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.cli.inspect:run_recipes"),
+    Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.cli.demo:run_demo"),
+    Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, DEEPSEEK),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
+    as_json, way_on = False, ""
+    try:
+        options = parse(arguments)
+        as_json, way_on = options.json, way_on_of(options)
+        module, function = options.run.split(":")
+        run: Run = getattr(import_module(module), function)
+        return run(options)
+    except Refused as refused:
+        if as_json:
+            print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
+        print_aside(f"reshard: refused\n{refused}")
+        return REFUSED
+    except OSError as error:
+        what = f"{printable(str(error.filename or ''))}: {error.strerror or error}"
+        print_aside(f"reshard: refused\n{what}")
+        return REFUSED
+    except KeyboardInterrupt:
+        print_aside(f"reshard: interrupted{way_on}")
+        return INTERRUPTED
+
+
+OTHER_WORDS = dict.fromkeys(
+    ("--tp", "--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
+)
+"""As other programs call our options."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. What no command knows is refused with the usage of the command that was meant."""
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        parser: Parser = options.parser
+        names = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001
+        wanted = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        nearest = [OTHER_WORDS[wanted]] if OTHER_WORDS.get(wanted) in names else get_close_matches(wanted, names, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
+    return options
+
+
+def way_on_of(options: argparse.Namespace) -> str:
+    """What to say of a command that ends early: only a conversion goes on from there."""
+    is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
+    return "; run the same command again to go on from there" if is_conversion else ""
+
+
+def make_parser() -> Parser:
+    about = "Turns a checkpoint into the files that each rank loads."
+    parser = Parser(prog="reshard", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reshard {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.about,
+            description=command.about[0].upper() + command.about[1:] + ".",
+            allow_abbrev=False,
+        )
+        command.add_options(sub)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        sub.set_defaults(run=command.run, parser=sub)
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
+
+
+def share(text: str) -> Fraction:
+    """`0.5%` -> 1/200."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
+    value = Fraction(found[1]) / 100
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: more than 0%, at most 100%")
+    return value
+
+
+UNITS = {
+    "": 1,
+    **{unit: 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}ib": 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}b": 1000 ** (power + 1) for power, unit in enumerate("kmgt")},
+}
+"""In bytes, by their names in small letters. A letter alone is the binary unit."""
+
+
+def memory(text: str) -> int:
+    """`256MiB` -> 268435456, `1.5kB` -> 1500. Bytes without a unit."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt](?:i?b)?)?", text.strip().lower())
+    if not found:
+        units = "KiB, MiB, GiB, TiB (or K, M, G, T), kB, MB, GB, TB, or none for bytes"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 256MiB or 1.5GB; the units are {units}")
+    return int(Fraction(found[1]) * UNITS[found[2] or ""])
+
+
+def numbers(text: str) -> list[int]:
+    """`0-3,7` -> [0, 1, 2, 3, 7]."""
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 0-3,7")
+        found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    return sorted(found)

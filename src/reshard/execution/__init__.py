@@ -1,0 +1,1 @@
+"""Stage 4: a plan -> bytes, by threads that read, join or compute, and write."""

@@ -1,0 +1,184 @@
+"""The journal: which groups of a job are durable, so that a rerun goes on from there. Lies beside the partial files.
+
+It is a line of JSON that says which job it is of, then batches of fixed-size records. A batch is appended only after
+the bytes that it speaks of are on the disk, and carries its own checksum: a batch that a crash tore off at the end is
+as if it had never been written, and so is all from a batch on whose length points behind the end; other damage is
+refused. The file is also the lock: whoever holds it writes the
+target, and the kernel lets go of it with the process, so that no stale lock can be.
+"""
+
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_digest
+
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.storage.local import open_file
+
+RECORD = struct.Struct("<QII16s")
+"""Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
+
+RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
+
+COUNT = struct.Struct("<I")
+
+CHECKSUM_SIZE = 8
+
+LONGEST_LINE = 64 << 20
+
+RESTART = "--restart throws the partial files away and begins again"
+
+Records = NDArray[np.void]
+"""Of RECORD_TYPE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """An open and locked journal."""
+
+    descriptor: int
+    path: Path
+    start: int
+    """Where its records begin, in bytes."""
+    records: bytes
+    """Those that it held when it was opened."""
+
+
+def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, restart: bool = False) -> Journal:
+    """The journal of a folder, locked until the stack closes; a new one if there is none, or to `restart`.
+
+    Raises Refused if another process holds it, if it is of another job, or if it is damaged.
+    """
+    path = folder / JOURNAL
+    descriptor = lock(stack, path)
+    content = path.read_bytes()
+    if restart:
+        # Now that it is locked, nobody else writes what the earlier job has left.
+        for name in left_names(folder):
+            (folder / name).unlink(missing_ok=True)
+    if restart or b"\n" not in content:
+        # Without a whole first line nothing can have been durable yet.
+        line = (json.dumps(job) + "\n").encode()
+        os.ftruncate(descriptor, 0)
+        append(descriptor, line)
+        return Journal(descriptor, path, len(line), b"")
+    start = content.index(b"\n") + 1
+    require_none(job_problems(content[:start], job, path))
+    records, end = read_batches(content, start, path)
+    os.ftruncate(descriptor, end)
+    os.lseek(descriptor, end, os.SEEK_SET)
+    return Journal(descriptor, path, start, records)
+
+
+def left_names(folder: Path) -> set[str]:
+    """The files that the job of a folder's journal has left there; none without a journal, or if it is damaged.
+
+    A rank file has its temporary name from the start of a job; so if it has not, its final name is the job's as well.
+    The other files follow once all rank files are renamed.
+    """
+    try:
+        with (folder / JOURNAL).open("rb") as file:
+            job = json.loads(file.readline(LONGEST_LINE))
+        files, others = (set(map(str, job[key])) for key in ("files", "others"))
+        present = {path.name for path in folder.iterdir()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    partials = {name + PARTIAL for name in files | others} & present
+    renamed = {name for name in files & present if name + PARTIAL not in partials}
+    is_ending = renamed and not any(name + PARTIAL in partials for name in files)
+    return partials | renamed | (others & present if is_ending else set())
+
+
+def has_records(journal: Journal) -> bool:
+    """Whether anything of the job is durable."""
+    return os.fstat(journal.descriptor).st_size > journal.start
+
+
+def lock(stack: ExitStack, path: Path) -> int:
+    """Opens and locks the journal, or refuses if another process has it."""
+    while True:
+        descriptor = open_file(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found, remedy = "another process is writing to it", "wait for it to end, or choose another target"
+            raise refuse("target-in-use", str(path.parent), found, "a target of our own", remedy) from None
+        # The one before us may have removed the file between our open and our lock.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+
+
+def job_problems(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """In what the job of the journal differs from the one that is asked for."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
+        return
+    for key in {**found, **job}:
+        if found.get(key) != json.loads(json.dumps(job.get(key))):
+            before, now = difference(found.get(key), job.get(key))
+            yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)
+
+
+def difference(before: Any, now: Any) -> tuple[str, str]:
+    """Two values as text; of two lists the first entries that differ."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        now = json.loads(json.dumps(now))
+        before, now = next((pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]), (before, now))
+    return json.dumps(before)[:200], json.dumps(now)[:200]
+
+
+def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
+    """The records of all whole batches, and where the last of them ends."""
+    found = bytearray()
+    while start < len(content):
+        head = content[start : start + COUNT.size]
+        size = COUNT.unpack(head)[0] * RECORD.size if len(head) == COUNT.size else 0
+        end = start + COUNT.size + size + CHECKSUM_SIZE
+        batch = content[start : end - CHECKSUM_SIZE]
+        if not size or end > len(content) or xxh3_64_digest(batch) != content[end - CHECKSUM_SIZE : end]:
+            if is_torn(content, start, end):
+                return bytes(found), start
+            found_text = f"a batch at byte {start:,} whose checksum is wrong"
+            raise refuse("damaged-journal", str(path), found_text, "what was written there", RESTART)
+        found += batch[COUNT.size :]
+        start = end
+    return bytes(found), start
+
+
+def is_torn(content: bytes, start: int, end: int) -> bool:
+    """Whether a bad batch is the end of the file, as a crash leaves it: short, or never filled."""
+    return end >= len(content) or not any(content[start:])
+
+
+def append(descriptor: int, data: bytes) -> None:
+    """Writes at the end of the journal and waits until it is on the disk."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fdatasync(descriptor)
+
+
+def append_records(journal: Journal, records: bytes) -> None:
+    """A batch. What it speaks of must be durable already."""
+    batch = COUNT.pack(len(records) // RECORD.size) + records
+    append(journal.descriptor, batch + xxh3_64_digest(batch))
+
+
+def as_records(data: bytes) -> Records:
+    """Records in the order of file and offset."""
+    records = np.frombuffer(data, RECORD_TYPE)
+    return records[np.lexsort((records["offset"], records["file"]))]

@@ -1,0 +1,322 @@
+"""Windows: the copies of a plan, regrouped by the stretch of source that is read at once. Pure: opens no file.
+
+The source is read in windows of a few MiB, each once, whatever the number of ranks. What a window holds is written in
+groups: pieces that lie back to back in a target file go out in one write. A group of one contiguous piece is written
+from where it was read; any other is gathered first (the small ones, and the columns of a matrix):
+
+    window of the source     | norm | scale | w w w w w w w w |       one read
+                                |       |      |
+    groups, rank 0           | norm | scale |  | w w w w w w w w |    two writes
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.casts.streaming import matrix
+from reshard.formats.safetensors import BITS
+from reshard.planning.copies import Copies, Integers
+from reshard.types import Cast, Join
+
+WINDOW_SIZE = 4 << 20
+"""In bytes. Small enough to stay in the processor's cache between the read and the write."""
+
+LARGEST_GAP = 128 << 10
+"""In bytes. A longer stretch that nobody wants ends a window; reading over a shorter one costs less than a call."""
+
+
+FILES_TOGETHER = 1000
+
+NONE: Mapping[int, int] = {}
+
+
+class Piece(NamedTuple):
+    """`rows` runs of `run` bytes in a window, `pitch` bytes apart, from byte `start` of the window on."""
+
+    start: int
+    pitch: int
+    run: int
+    rows: int
+
+
+class Group(NamedTuple):
+    """Pieces that lie back to back in a target file."""
+
+    target_file: int
+    target_offset: int
+    size: int
+    """In bytes."""
+    pieces: list[Piece]
+
+
+class Window(NamedTuple):
+    """A stretch of a source file, and what of it goes where."""
+
+    source_file: int
+    offset: int
+    size: int
+    """In bytes."""
+    groups: list[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Pieces in columns; `window` numbers the window that each belongs to, `cell` what of it may go out in one write.
+
+    The cells of a target file depend on that file alone. So its groups, and with them the ranges that have a checksum,
+    are the same whichever other ranks are written along with it.
+    """
+
+    window: Integers
+    cell: Integers
+    base: Integers
+    """Where the source file of each begins; see `windows_of_files`."""
+    grid: Integers
+    """In bytes: no window goes over a multiple of it, counted from the base."""
+    source_offset: Integers
+    pitch: Integers
+    run: Integers
+    rows: Integers
+    target_file: Integers
+    target_offset: Integers
+
+    def picked(self, index: Integers | NDArray[np.bool_]) -> "Table":
+        """The pieces at an index."""
+        return Table(*(getattr(self, name)[index] for name in Table.__slots__))
+
+    @property
+    def ends(self) -> Integers:
+        """Where each piece ends in the source."""
+        return self.source_offset + (self.rows - 1) * self.pitch + self.run
+
+
+def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NONE) -> Iterator[Window]:
+    """The windows of all copies, file by file of the source, each of at most `size` bytes.
+
+    A source file of which `bands` says how many bytes are best read together is cut at multiples of these; a thousand
+    such files, which are small, are looked at together.
+
+    Neighbours in this order write to different files as far as possible, for two writers of one file wait for each
+    other. Every byte that is wanted lies in exactly one window, but for the columns of rows longer than a window.
+    """
+    merged = merge(copies)
+    order = np.lexsort((merged.source_offset, merged.source_file))
+    files = merged.source_file[order]
+    bounds = np.flatnonzero(np.diff(files, prepend=-1, append=-1)).tolist()
+    batch: list[tuple[int, int, int]] = []
+    for begin, end in pairwise(bounds):
+        file = int(files[begin])
+        grid = max(size // bands[file], 1) * bands[file] if file in bands else size
+        if batch and (file not in bands or len(batch) == FILES_TOGETHER):
+            yield from windows_of_files(merged, order, batch, size)
+            batch = []
+        batch.append((begin, end, grid))
+    if batch:
+        yield from windows_of_files(merged, order, batch, size)
+
+
+def windows_of_files(
+    copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int
+) -> Iterator[Window]:
+    """The windows of some source files, each the copies between two places of an order, and its grid.
+
+    For this they lie one behind the other, so far apart that no window holds bytes of two.
+    """
+    chosen = order[batch[0][0] : batch[-1][1]]
+    counts = [end - begin for begin, end, _ in batch]
+    starts = np.array([begin - batch[0][0] for begin, _, _ in batch])
+    reach = copies.source_offset[chosen] + (copies.rows[chosen] - 1) * copies.pitch[chosen] + copies.run[chosen]
+    room = np.maximum.reduceat(reach, starts) + LARGEST_GAP + 1
+    bases = np.cumsum(room) - room
+    base = np.repeat(bases, counts)
+    zeros = np.zeros(len(chosen), np.int64)
+    table = Table(
+        zeros,
+        zeros,
+        base,
+        np.repeat([grid for _, _, grid in batch], counts),
+        base + copies.source_offset[chosen],
+        copies.pitch[chosen],
+        copies.run[chosen],
+        copies.rows[chosen],
+        copies.target_file[chosen],
+        copies.target_offset[chosen],
+    )
+    files = copies.source_file[chosen[starts]]
+    for window in windows_of_table(table, size):
+        place = int(np.searchsorted(bases, window.offset, side="right")) - 1
+        yield window._replace(source_file=int(files[place]), offset=window.offset - int(bases[place]))
+
+
+def merge(copies: Copies) -> Copies:
+    """Copies that follow each other in the source and in the target as one; in the order of the target."""
+    order = np.lexsort((copies.target_offset, copies.target_file))
+    columns = {name: getattr(copies, name)[order] for name in Copies.__slots__}
+    start, run, rows = columns["source_offset"], columns["run"], columns["rows"]
+    follows = np.zeros(len(order), np.bool_)
+    follows[1:] = (
+        (start[1:] == start[:-1] + run[:-1])
+        & (np.diff(columns["source_file"]) == 0)
+        & (np.diff(columns["target_file"]) == 0)
+        & (rows[1:] == 1)
+        & (rows[:-1] == 1)
+    )
+    firsts = np.flatnonzero(~follows)
+    total = np.add.reduceat(run, firsts) if len(firsts) else run
+    merged = {name: column[firsts] for name, column in columns.items()}
+    merged["run"] = np.where(merged["rows"] == 1, total, merged["run"])
+    merged["pitch"] = np.where(merged["rows"] == 1, total, merged["pitch"])
+    return Copies(**merged)
+
+
+def windows_of_table(table: Table, size: int) -> Iterator[Window]:
+    """The windows of pieces in the order of their source offset; all said to be of file 0."""
+    is_flat = table.rows == 1
+    is_wide = ~is_flat & (table.pitch > size)
+    flat = [table.picked(is_flat), split_rows(table.picked(is_wide))]
+    runs = window_of_runs(split_at_grid(concatenated(flat)))
+    bands = window_of_bands(table.picked(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
+    pieces = concatenated([runs, bands])
+    order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
+    yield from built(pieces.picked(order))
+
+
+def concatenated(tables: list[Table]) -> Table:
+    return Table(*(np.concatenate([getattr(table, name) for table in tables]) for name in Table.__slots__))
+
+
+def spread(parts: Integers) -> tuple[Integers, Integers]:
+    """For rows that fall into so many `parts` each: of every part the row it comes from, and its place there."""
+    index = np.repeat(np.arange(len(parts)), parts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(parts) - parts, parts)
+
+
+def split_rows(table: Table) -> Table:
+    """Each row of each piece as a piece of its own."""
+    index, row = spread(table.rows)
+    piece = table.picked(index)
+    return replace(
+        piece,
+        source_offset=piece.source_offset + row * piece.pitch,
+        pitch=piece.run,
+        rows=np.ones(len(row), np.int64),
+        target_offset=piece.target_offset + row * piece.run,
+    )
+
+
+def split_at_grid(table: Table) -> Table:
+    """Contiguous pieces, cut wherever the source offset, counted from the base, is a multiple of the grid."""
+    first = (table.source_offset - table.base) // table.grid
+    index, place = spread((table.ends - table.base - 1) // table.grid - first + 1)
+    piece, cell = table.picked(index), first[index] + place
+    start = np.maximum(piece.source_offset, piece.base + cell * piece.grid)
+    run = np.minimum(piece.ends, piece.base + (cell + 1) * piece.grid) - start
+    target_offset = piece.target_offset + start - piece.source_offset
+    return replace(piece, window=cell, cell=cell, source_offset=start, pitch=run, run=run, target_offset=target_offset)
+
+
+def window_of_runs(table: Table) -> Table:
+    """Numbers the windows of contiguous pieces: one a cell of the grid, and a new one behind each long gap."""
+    by_file = table.picked(np.lexsort((table.source_offset, table.target_file)))
+    starts_cell = long_gaps(by_file.cell, by_file.source_offset, by_file.ends)
+    starts_cell[1:] |= np.diff(by_file.target_file) != 0
+    table = replace(by_file, cell=np.cumsum(starts_cell))
+    table = table.picked(np.argsort(table.source_offset, kind="stable"))
+    starts_window = long_gaps(table.window, table.source_offset, np.maximum.accumulate(table.ends))
+    return replace(table, window=np.cumsum(starts_window) - 1)
+
+
+def long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np.bool_]:
+    """Where another cell of the grid begins, or a stretch that nobody wants has gone before."""
+    is_first = np.ones(len(starts), np.bool_)
+    is_first[1:] = (np.diff(grid) != 0) | (starts[1:] - reached[:-1] > LARGEST_GAP)
+    return is_first
+
+
+def window_of_bands(table: Table, first: int) -> Table:
+    """Rectangles cut into bands of so many rows as fit a window; the columns of one matrix share their windows."""
+    starts_matrix = np.ones(len(table.rows), np.bool_)
+    step = np.diff(table.source_offset)
+    starts_matrix[1:] = (
+        (np.diff(table.pitch) != 0) | (np.diff(table.rows) != 0) | ((step != table.run[:-1]) & (step != 0))
+    )
+    height = np.maximum(table.grid // table.pitch, 1)
+    index, place = spread(-(-table.rows // height))
+    piece, row = table.picked(index), np.asarray(place * height[index], np.int64)
+    keys = np.stack([np.cumsum(starts_matrix)[index], place])
+    window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
+    return replace(
+        piece,
+        window=first + window,
+        cell=place,
+        source_offset=piece.source_offset + row * piece.pitch,
+        rows=np.minimum(height[index], piece.rows - row),
+        target_offset=piece.target_offset + row * piece.run,
+    )
+
+
+def built(pieces: Table) -> Iterator[Window]:
+    """The windows as values, from pieces in the order of window, target file and target offset."""
+    sizes = pieces.run * pieces.rows
+    is_first = np.diff(pieces.window, prepend=-1) != 0
+    bounds = np.flatnonzero(is_first)
+    offsets = np.minimum.reduceat(pieces.source_offset, bounds)
+    ends = np.maximum.reduceat(pieces.ends, bounds)
+    starts_group = is_first.copy()
+    starts_group[1:] |= (np.diff(pieces.target_file) != 0) | (np.diff(pieces.cell) != 0)
+    starts_group[1:] |= pieces.target_offset[1:] != (pieces.target_offset + sizes)[:-1]
+    groups = np.flatnonzero(starts_group)
+    group_sizes = np.add.reduceat(sizes, groups).tolist()
+    group_ends = [*groups[1:].tolist(), len(sizes)]
+    group_bounds = [*np.searchsorted(groups, bounds).tolist(), len(groups)]
+    starts = pieces.source_offset - np.repeat(offsets, np.diff(bounds, append=len(sizes)))
+    columns = (column.tolist() for column in (starts, pieces.pitch, pieces.run, pieces.rows))
+    table = list(map(Piece._make, zip(*columns, strict=True)))
+    files, places = pieces.target_file[groups].tolist(), pieces.target_offset[groups].tolist()
+    begins = groups.tolist()
+    for window in interleaved(pieces, sizes, bounds, offsets).tolist():
+        chosen = range(group_bounds[window], group_bounds[window + 1])
+        found = [Group(files[g], places[g], group_sizes[g], table[begins[g] : group_ends[g]]) for g in chosen]
+        turn = window % len(found)
+        offset = int(offsets[window])
+        yield Window(0, offset, int(ends[window]) - offset, found[turn:] + found[:turn])
+
+
+def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:
+    """An order of the windows in which neighbours write mainly to different target files."""
+    total = np.add.reduceat(sizes, bounds)
+    by_size = np.lexsort((sizes, pieces.window))
+    largest = by_size[[*(bounds[1:] - 1), len(sizes) - 1]]
+    number = np.argsort(np.argsort(offsets))
+    # A window that many files share belongs to none: it takes its turn with each.
+    ranks = int(pieces.target_file.max()) + 1
+    owner = np.where(sizes[largest] * 2 >= total, pieces.target_file[largest], number % ranks)
+    by_owner = np.lexsort((number, owner))
+    firsts = np.diff(owner[by_owner], prepend=-1) != 0
+    place = np.arange(len(bounds))
+    turn = np.empty(len(bounds), np.int64)
+    turn[by_owner] = place - np.maximum.accumulate(np.where(firsts, place, 0))
+    return np.lexsort((owner, turn))
+
+
+def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, int]:
+    """By the number of a join or a cast: how many of its bytes are best made together, not more than `most`.
+
+    Whole rows, and whole blocks of rows if they fit: what is read for one is then read once.
+    """
+    found = {}
+    for place, cast in enumerate(made):
+        if isinstance(cast, Join):
+            row = cast.result.size // cast.rows
+            found[files + place] = row if cast.rows > 1 and 0 < row <= most else most
+            continue
+        rows, columns = matrix(cast.result.shape)
+        row = columns * BITS[cast.result.dtype] // 8
+        height = max(cast.block[0], cast.new_block[0]) if not cast.is_scale and cast.operation != "pad" else 1
+        if 0 < row <= most and rows:
+            found[files + place] = row * height if row * height <= most else row
+    return found

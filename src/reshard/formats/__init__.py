@@ -1,0 +1,1 @@
+"""Formats on disk: bytes <-> values. Knows no recipe."""

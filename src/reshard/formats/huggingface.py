@@ -1,0 +1,233 @@
+"""A folder of safetensors files with its index and config -> Checkpoint. Reads headers, never tensor data."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
+from reshard.formats.json_input import AGAIN, POINTER, is_plain, is_text, read_object, require_no_pointer, unique_keys
+from reshard.formats.safetensors import LENGTH_SIZE, header_length, parse_header
+from reshard.storage.local import open_regular
+from reshard.types import Checkpoint, File, Tensor
+
+INDEX = "model.safetensors.index.json"
+
+CONFIG = "config.json"
+
+SUFFIX = ".safetensors"
+
+NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The headers of a folder as they stand, before any look across files."""
+
+    folder: Path
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+
+
+def read_checkpoint(source: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
+    """What a folder of safetensors files, or a single such file, holds.
+
+    With an index, the index is the truth: each file and tensor that it names must be there, and nothing else may be,
+    unless `ignore_extra_files` says that files it does not name are left out. Raises Refused with every fault found.
+    """
+    names = file_names(source)
+    weight_map = read_index(folder_of(source)) if source.is_dir() else None
+    if weight_map is not None:
+        names = indexed_names(source, names, weight_map, ignore_extra_files=ignore_extra_files)
+    else:
+        require_none(numbering_problems(names))
+    stored = read_headers(folder_of(source), names)
+    tensors: dict[str, Tensor] = {}
+    problems = list(gather(stored, tensors))
+    if weight_map is not None:
+        problems.extend(index_problems(stored, tensors, weight_map))
+    if not tensors and not problems:
+        problems.append(Problem("empty-source", str(source), "files without a tensor", "a checkpoint"))
+    require_none(problems)
+    return Checkpoint(stored.folder, stored.files, tensors, read_config(stored.folder))
+
+
+def folder_of(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
+def file_names(source: Path) -> list[str]:
+    """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there."""
+    try:
+        if not source.is_dir():
+            source.stat()
+            return [source.name]
+        names = sorted(path.name for path in source.iterdir() if path.name.endswith(SUFFIX))
+    except OSError as error:
+        raise refuse("no-source", str(source), error.strerror or str(error), "a folder or a safetensors file") from None
+    if not names and not (source / INDEX).exists():
+        found = "no file that ends in " + SUFFIX
+        raise refuse("empty-source", str(source), found, "a checkpoint", "is it the right folder?")
+    return names
+
+
+METADATA = b'{"__metadata__":'
+
+
+def read_config(folder: Path) -> Mapping[str, Any] | None:
+    """The parsed `config.json` of a folder, if it has one."""
+    return read_object(folder / CONFIG)
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name, from the index of a folder, if any. Raises Refused if a name leaves the folder."""
+    index = read_object(folder / INDEX, pairs=unique_keys)
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("wrong-index", str(folder / INDEX), "no weight_map", "a weight_map of names", AGAIN)
+    require_none(unsafe_names(weight_map))
+    return weight_map
+
+
+def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
+    """An index may name files of its own folder only: a path could make us read any file of the machine."""
+    for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
+        if not (is_plain(name) and is_text(name) and name.endswith(SUFFIX)):
+            expected = f"a plain file name that ends in {SUFFIX}"
+            yield Problem("unsafe-file-name", INDEX, f"the file name {name!r}", expected, "correct the index")
+
+
+def indexed_names(
+    source: Path, names: list[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
+) -> list[str]:
+    """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
+    wanted = sorted(set(weight_map.values()))
+    problems = list(missing_files(source, [name for name in wanted if not is_file(source / name)], weight_map))
+    if not ignore_extra_files:
+        remedy = "move it away, or pass --ignore-extra-files to leave it out"
+        extra = sorted(set(names) - set(wanted))
+        problems += [
+            Problem("extra-file", name, "a file that the index does not name", INDEX, remedy) for name in extra
+        ]
+    require_none(problems)
+    return wanted
+
+
+def is_file(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_file()
+    return False
+
+
+def missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+    tensors: defaultdict[str, list[str]] = defaultdict(list)
+    for tensor, file in weight_map.items():
+        tensors[file].append(tensor)
+    for name in names:
+        found = "no such file"
+        with suppress(OSError):  # such as a name that is too long for the file system
+            found = "a link to nothing" if (source / name).is_symlink() else found
+        expected = f"{len(tensors[name]):,} tensors: {listed(tensors[name])}"
+        yield Problem("missing-file", name, found, expected, AGAIN)
+
+
+def numbering_problems(names: list[str]) -> Iterable[Problem]:
+    """Without an index, `model-00002-of-00004.safetensors` still tells that there are four files."""
+    present = set(names)
+    for (stem, total), count in Counter((m[1], m[3]) for m in map(NUMBERED.fullmatch, names) if m).items():
+        for number in range(1, min(int(total), 10 * count + 10) + 1):
+            wanted = f"{stem}-{number:05}-of-{total}{SUFFIX}"
+            if wanted not in present:
+                yield Problem("missing-file", wanted, "no such file", f"{int(total)} files by their names", AGAIN)
+
+
+def read_headers(folder: Path, names: Iterable[str]) -> Stored:
+    """The headers of the named files. Raises Refused with the faults of all of them."""
+    files: list[File] = []
+    tensors: list[Tensor] = []
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            file, entries = read_header(folder / name, len(files))
+        except Refused as refused:
+            problems.extend(refused.problems)
+            if len(problems) >= MOST_PROBLEMS:
+                break
+            continue
+        files.append(file)
+        tensors.extend(entries)
+    require_none(problems)
+    return Stored(folder, tuple(files), tuple(tensors))
+
+
+def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
+    """The header of one file, whose tensors will carry `index`. Raises Refused."""
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size
+            require_no_pointer(path, file.read(len(POINTER)))
+            file.seek(0)
+            first = file.read(LENGTH_SIZE)
+            text = file.read(header_length(first, size, path.name))
+    except OSError as error:
+        raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    tensors = parse_header(text, index, size, path.name)
+    header_hash = hashlib.sha256(first + text).hexdigest()
+    return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), tensors
+
+
+def read_file(path: Path) -> Checkpoint:
+    """A single file as it stands, though it be one of several."""
+    stored = read_headers(path.parent, [path.name])
+    tensors = {tensor.name: tensor for tensor in stored.tensors}
+    return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """What a file of which the header has been read says of itself, where it says so first of all; else nothing."""
+    with open_regular(path) as file:
+        length = header_length(file.read(LENGTH_SIZE), os.fstat(file.fileno()).st_size, path.name)
+        if file.read(len(METADATA)) != METADATA:
+            return {}
+        text = file.read(length - len(METADATA)).decode()
+    found: Any = {}
+    with suppress(ValueError, RecursionError):
+        found, _ = json.JSONDecoder().raw_decode(text)
+    return found if isinstance(found, dict) else {}
+
+
+def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:
+    """Fills `tensors` by name; yields those that stand in two files."""
+    for tensor in stored.tensors:
+        first = tensors.setdefault(tensor.name, tensor)
+        if first is not tensor:
+            found = f"in {stored.files[first.file].name} and in {stored.files[tensor.file].name}"
+            yield Problem("tensor-twice", tensor.name, found, "one file", "remove the file that does not belong")
+
+
+def index_problems(stored: Stored, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+    """Where index and headers do not say the same."""
+    if {name: stored.files[tensor.file].name for name, tensor in tensors.items()} == weight_map:
+        return
+    for name, file in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield Problem("missing-tensor", name, f"not in {file}", "the index says that it is there", AGAIN)
+        elif stored.files[tensor.file].name != file:
+            found = f"in {stored.files[tensor.file].name}"
+            yield Problem("misplaced-tensor", name, found, f"in {file}, as the index says", AGAIN)
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            found = f"in {stored.files[tensor.file].name}, not in the index"
+            yield Problem(
+                "extra-tensor", name, found, "each tensor in the index", "correct the index or remove the file"
+            )

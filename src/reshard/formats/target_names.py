@@ -1,0 +1,26 @@
+"""The names of manifest, journal and partial files; whether a conversion has finished."""
+
+from pathlib import Path
+
+from reshard.errors import refuse
+
+MANIFEST = "reshard.json"
+
+LARGEST_MANIFEST = 1 << 30
+"""In bytes. A model of 671B parameters has one of 12 MB."""
+
+JOURNAL = "reshard.journal"
+
+PARTIAL = ".partial"
+
+
+def require_finished(folder: Path) -> None:
+    """Raises Refused if a folder holds a conversion that has not ended. Where the same conversion for other ranks has
+    ended before, there is something to look at.
+    """
+    if (folder / JOURNAL).is_file() and not (folder / MANIFEST).exists():
+        expected, remedy = (
+            f"a finished one, which has a {MANIFEST}",
+            "run the same convert again: it goes on from there",
+        )
+        raise refuse("unfinished-target", str(folder), "an unfinished conversion", expected, remedy)

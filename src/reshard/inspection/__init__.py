@@ -1,0 +1,1 @@
+"""What a checkpoint holds, whether a recipe fits it, how two checkpoints differ. Writes nothing."""

@@ -1,0 +1,147 @@
+"""What a checkpoint holds, in either layout, from its headers alone."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Refused, listed, require_none
+from reshard.formats.huggingface import Stored, file_names, read_checkpoint, read_config, read_file, read_headers
+from reshard.formats.manifest import is_subset, manifest_at, subset_text
+from reshard.formats.target_names import require_finished
+from reshard.recipes.patterns import split_name
+from reshard.recipes.recipe import recipes_to_try
+from reshard.sources.match import choose_recipe, match, wanted_recipes
+from reshard.sources.rank_files import held_tensors, holder_problems, left_names
+from reshard.sources.source import RankNames, foreign_recipe, numbers_of, ranks_at
+from reshard.types import Checkpoint, Recipe, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the headers of a checkpoint tell."""
+
+    path: str
+    layout: str
+    """The recipe's word for it, such as `huggingface`; empty if no recipe knows it."""
+    recipe: str
+    """The recipe that knows it, if one does."""
+    ranks: int
+    """How many ranks it is cut for; 0 if it is whole."""
+    files: int
+    tensors: int
+    size: int
+    """Of the data, in bytes."""
+    counts: Mapping[str, int]
+    """Such as `{"layers": 61, "experts": 256}`."""
+    dtypes: Mapping[str, tuple[int, int]]
+    """By dtype: how many tensors, and their bytes."""
+    remark: str
+    """Why no recipe knows it."""
+    names: Mapping[str, tuple[int, str]]
+    """If no recipe knows it, what one would have to know: by name, with `#` for each number, how many tensors there
+    are, and their dtypes and shapes."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """The options that it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
+    subset: str = ""
+    """What of a larger checkpoint it is, by its manifest; empty if it is whole."""
+
+
+def inspect_path(path: Path, recipe: str | None = None) -> Content:
+    """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
+    or file, else by those that are packaged. Raises Refused.
+    """
+    content = content_at(path, recipe)
+    subset = manifest_at(path).get("subset") if path.is_dir() else None
+    return replace(content, subset=subset_text(subset)) if isinstance(subset, dict) and is_subset(subset) else content
+
+
+def content_at(path: Path, recipe: str | None) -> Content:
+    require_finished(path)
+    recipes = recipes_to_try(recipe)
+    if path.is_dir() and (names := ranks_at(path, recipes)):
+        return rank_content(path, names)
+    for name in file_names(path)[:1]:
+        for known in recipes if not path.is_dir() else ():
+            if numbers := numbers_of(name, known):
+                return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
+    if path.is_dir() and (made_with := foreign_recipe(manifest_at(path), recipes)):
+        remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
+        return content_of(path, read_headers(path, file_names(path)), "", "", 0, {}, remark)
+    checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
+    stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
+    try:
+        chosen = choose_recipe(checkpoint, recipes)
+        counts = counts_of(checkpoint, chosen)
+    except Refused as refused:
+        return content_of(path, stored, "", "", 0, {}, str(refused))
+    content = content_of(path, stored, chosen.left, chosen.name, 0, counts, "")
+    return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
+
+
+def rank_content(path: Path, names: RankNames) -> Content:
+    """Rank files, and the recipes that they fit: all that fit, where nothing tells which it was."""
+    present = [name for name in names.wanted if name not in names.missing]
+    stored, config = read_headers(path, present), read_config(path)
+    manifest = manifest_at(path)
+    found = manifest.get("recipe")
+    wanted = found.get("name") if isinstance(found, dict) else ""
+    known = [recipe for recipe in names.recipes if recipe.name == wanted] or wanted_recipes(config or {}, names.recipes)
+    counts: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
+    for recipe in known:
+        try:
+            require_none(names.problems(ignore_extra_files=True))
+            counts[recipe.name] = counts_of_ranks(stored, recipe, config)
+        except Refused as refused:
+            remarks.append(str(refused))
+    remark = "" if counts else min(remarks, key=len)
+    by = " or ".join(counts)
+    first = next(iter(counts.values()), {})
+    content = content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    return replace(content, made=made_by(manifest))
+
+
+def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """What was asked for, by its option, with the option's value; empty if that was nothing."""
+    layout = manifest.get("layout")
+    layout = layout if isinstance(layout, dict) else {}
+    flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
+    texts = {"--cast": "cast", "--expert-dtype": "expert_dtype"}
+    values = {option: layout[key] for option, key in texts.items() if isinstance(layout.get(key), str) and layout[key]}
+    return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}
+
+
+def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
+    """Raises Refused if the recipe does not fit."""
+    held, problems = held_tensors(stored, recipe)
+    require_none([*problems, *holder_problems(held.values(), len(stored.files))])
+    return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
+
+
+def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+    counts = match(checkpoint, recipe).counts
+    return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
+
+
+def content_of(
+    path: Path, stored: Stored, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
+) -> Content:
+    dtypes: dict[str, tuple[int, int]] = {}
+    for tensor in stored.tensors:
+        tensors, size = dtypes.get(tensor.dtype, (0, 0))
+        dtypes[tensor.dtype] = tensors + 1, size + tensor.size
+    size = sum(tensor.size for tensor in stored.tensors)
+    ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
+    names = names_of(stored.tensors) if remark and not ranks else {}
+    return Content(
+        str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
+    )
+
+
+def names_of(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
+    """Names that differ in their numbers only, together; sorted."""
+    kinds: dict[str, list[str]] = {}
+    for tensor in tensors:
+        kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
+    return {name: (len(kinds[name]), listed(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}

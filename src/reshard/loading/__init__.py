@@ -1,0 +1,1 @@
+"""Tensors in memory: the tensors of one rank, or lazily sliced ones."""

@@ -1,0 +1,153 @@
+"""The proofs of a plan: every target byte is written once, every kept source byte is read."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reshard.planning.copies import Copies, Integers, WrongPlan
+from reshard.planning.shards import Series
+from reshard.sources.block_scales import is_kept
+from reshard.sources.match import Matched
+from reshard.types import Cast, Checkpoint, Layout, Recipe, Rule, Share, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How often each tensor of the source is used, in the order of the tensors that were asked about."""
+
+    least: Integers
+    """By the part that is used least often."""
+    most: Integers
+
+
+def require_tiling(copies: Copies, begins: Sequence[int], ends: Sequence[int]) -> None:
+    """Every byte of each target file from its `begins` to its `ends` is written by exactly one copy."""
+    order = np.lexsort((copies.target_offset, copies.target_file))
+    file, start = copies.target_file[order], copies.target_offset[order]
+    end = start + copies.sizes[order]
+    is_first = np.diff(file, prepend=-1) != 0
+    is_last = np.diff(file, append=-1) != 0
+    expected = np.where(is_first, np.asarray(begins, np.int64)[file], np.concatenate([[0], end[:-1]]))
+    filled = {number for number, (begin, stop) in enumerate(zip(begins, ends, strict=True)) if stop > begin}
+    if set(file[is_first].tolist()) != filled:
+        raise WrongPlan("some target files have no copy at all, or copies that they should not have")
+    if wrong := np.flatnonzero(start != expected).tolist():
+        raise WrongPlan(f"target file {file[wrong[0]]}: gap or overlap at byte {start[wrong[0]]}")
+    if wrong := np.flatnonzero(is_last & (end != np.asarray(ends, np.int64)[file])).tolist():
+        raise WrongPlan(f"target file {file[wrong[0]]}: the last copy ends at byte {end[wrong[0]]}")
+
+
+def require_coverage(copies: Copies, used: Sequence[Tensor], sizes: Sequence[int]) -> Usage:
+    """Every byte of each `used` tensor is read, and no byte of another; `sizes` are those of the source files.
+
+    Returns how often. Empty tensors count as used no times.
+    """
+    bases = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+    begins = bases[[tensor.file for tensor in used]] + np.array([tensor.offset for tensor in used], np.int64)
+    lengths = np.array([tensor.size for tensor in used], np.int64)
+    starts = bases[copies.source_file] + copies.source_offset
+    order = np.lexsort((copies.rows, copies.run, starts))
+    columns = np.stack([starts[order], copies.run[order], copies.rows[order], copies.pitch[order]])
+    is_new = np.concatenate([[True], np.any(np.diff(columns, axis=1) != 0, axis=0)])[: columns.shape[1]]
+    places = np.flatnonzero(is_new)
+    times = np.diff(places, append=columns.shape[1])
+    start, run, rows, pitch = columns[:, places]
+
+    full = np.flatnonzero(lengths > 0)
+    full = full[np.argsort(begins[full])]
+    owner = full[np.searchsorted(begins[full], start, side="right") - 1] if len(full) else np.empty(0, np.int64)
+    alike = (np.diff(rows) == 0) & ((rows[1:] == 1) | (np.diff(pitch) == 0))
+    if np.any(~alike & (np.diff(owner) == 0)):
+        raise WrongPlan("a source tensor is read in rows of different lengths")
+    require_rows_tiled(owner, start, run, np.where(rows > 1, pitch, lengths[owner]), begins)
+    if np.any(np.where(rows > 1, pitch * rows, lengths[owner]) != lengths[owner]):
+        raise WrongPlan("a copy of rows that are not the tensor's")
+    read = np.count_nonzero(np.diff(owner, prepend=-1))
+    if read != len(full):
+        raise WrongPlan(f"{len(full) - read} source tensors are not read")
+    least, most = np.full(len(used), 2**62), np.zeros(len(used), np.int64)
+    np.minimum.at(least, owner, times)
+    np.maximum.at(most, owner, times)
+    return Usage(np.where(lengths > 0, least, 0), most)
+
+
+def require_rows_tiled(owner: Integers, start: Integers, run: Integers, row: Integers, begins: Integers) -> None:
+    """The runs of each tensor, in the order of their start, fill its row: its pitch, or all of it if contiguous."""
+    is_first = np.diff(owner, prepend=-1) != 0
+    is_last = np.diff(owner, append=-1) != 0
+    expected = np.where(is_first, begins[owner], np.concatenate([[0], (start + run)[:-1]]))
+    if wrong := np.flatnonzero(start != expected).tolist():
+        raise WrongPlan(f"source tensor {owner[wrong[0]]}: a part is read twice or not at all")
+    if np.any(is_last & (start + run != begins[owner] + row)):
+        raise WrongPlan("the last part of a source tensor is not read")
+
+
+WORDS = {"pad": "padded", "dequantize": "dequantized"}
+"""What is said of the tensors that a cast uses; `cast` of all others."""
+
+
+def cover(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layout: Layout,
+    matched: Matched,
+    series: Sequence[Series],
+    casts: Sequence[Cast],
+    copies: Copies,
+) -> tuple[Share, ...]:
+    """Says by rule how often each tensor of the source is used. Raises WrongPlan if that is not as the rules say."""
+    used = [tensor for one in series for tensor in one.tensors]
+    sizes = [file.size for file in checkpoint.files]
+    sizes += [join.result.size for join in checkpoint.joins] + [cast.result.size for cast in casts]
+    usage = require_coverage(copies, used, sizes)
+    counts = [len(one.tensors) for one in series]
+    least = np.repeat([one.least for one in series], counts)
+    most = np.repeat([one.most for one in series], counts)
+    if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
+        raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for use, number, tensors in uses(checkpoint, recipe, layout, matched, series, casts):
+        key = use, *(reason_of(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
+        found.setdefault(key, {}).update({tensor.name: tensor.size for tensor in tensors})
+    if sum(map(len, found.values())) != len(checkpoint.tensors):
+        raise WrongPlan("the rules do not cover every source tensor once")
+    return tuple(Share(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
+
+
+def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
+    """What is dropped by a rule, and why."""
+    hole = next((hole for hole in recipe.holes.values() if hole.optional and f"{{{hole.name}}}" in rule.left), None)
+    if hole and (rule.optional or rule.left.endswith("{*}")):
+        return hole.counts, hole.optional
+    return rule.left, rule.split
+
+
+def uses(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layout: Layout,
+    matched: Matched,
+    series: Sequence[Series],
+    casts: Sequence[Cast],
+) -> Iterator[tuple[str, int, Sequence[Tensor]]]:
+    """How tensors of the source are used, with the number of their rule."""
+    files = checkpoint.parts
+    for one in series:
+        if one.tensors[0].file < files:
+            yield use_of(one, layout.ranks), one.number, one.tensors
+            continue
+        made = [casts[tensor.file - files] for tensor in one.tensors]
+        inputs = [tensor for cast in made for tensor in (cast.weight, cast.scale) if tensor]
+        yield WORDS.get(made[0].operation, "cast"), one.number, inputs
+    for family in matched.families:
+        if not is_kept(recipe.rules[family.rule], layout):
+            yield "dropped", family.rule, family.tensors
+
+
+def use_of(series: Series, ranks: int) -> str:
+    if series.tensors[0].size == 0:
+        return "empty"
+    if series.least == series.most == 1:
+        return "once"
+    return "replicated" if series.least == series.most == ranks else "shared"

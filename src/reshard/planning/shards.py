@@ -1,0 +1,280 @@
+"""How a tensor is cut into the parts that the ranks hold. Arithmetic on shapes only.
+
+A tensor is cut along one dimension. Seen as bytes it is `rows` rows of `pitch` bytes, of which a rank gets a run of
+`run` bytes each, from byte `rank // repeat * run` of the row on:
+
+    rows, 4 ranks          columns, 4 ranks        replicate, 4 ranks     block scale of 2 rows, 4 ranks
+    rows 1                 rows = length           rows 1                 rows 1
+    |r0..|r1..|r2..|r3..|  |r0|r1|r2|r3|           |r0 r1 r2 r3......|    |r0 r1..|r2 r3..|
+     run                   |r0|r1|r2|r3|            run = pitch            run      repeat 2
+                            run      pitch          repeat 4
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reshard.errors import Problem, listed
+from reshard.formats.safetensors import BITS
+from reshard.planning.copies import Integers
+from reshard.planning.transforms import Outcome, Terms, halves_grow, is_paddable
+from reshard.recipes.formulas import config_value, units_of
+from reshard.recipes.patterns import slots_of
+from reshard.recipes.splits import HALVES, dimension_of, parts_for
+from reshard.sources.block_scales import Kind
+from reshard.sources.match import Matched
+from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a tensor that each rank holds, in bytes, and its shape in elements."""
+
+    rows: int
+    pitch: int
+    run: int
+    repeat: int
+    shape: tuple[int, ...]
+
+
+class Limit(NamedTuple):
+    """What a number of ranks must suit: a length that it must divide, cut only where blocks and bytes allow it."""
+
+    length: int
+    block: int = 1
+    """Of its scale, in elements; 1 without one."""
+    bits: int = 0
+    """Of one row that is cut: elements can be smaller than a byte, a part must be whole bytes."""
+    units: int = 0
+    """How many heads there are, where the length is that of heads."""
+    is_half: bool = False
+    """Whether it is one of two halves, of each of which a rank has a part: two parts inside one block of the rank's
+    would have two scales."""
+
+    def allows(self, ranks: int) -> bool:
+        """A part must be whole blocks, or lie inside one block, or be the whole length; or whole heads."""
+        parts = parts_for(ranks, self.units)
+        if parts == 1:
+            return True
+        if not parts or self.length % (self.units or parts) or self.length % parts or self.bits % (8 * parts):
+            return False
+        part = self.length // parts
+        return part % self.block == 0 or (not self.is_half and part > 0 and self.block % part == 0)
+
+
+def whole(tensor: Tensor, ranks: int) -> Cut:
+    """Every rank that holds the tensor holds all of it."""
+    return Cut(1, tensor.size, tensor.size, ranks, tensor.shape)
+
+
+def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
+    """`parts` equal parts along a dimension, `repeat` ranks in a row on each. The length must be divisible."""
+    shape = list(tensor.shape)
+    shape[dimension] //= parts
+    rows = prod(tensor.shape[:dimension])
+    pitch = tensor.size // rows if rows else 0
+    return Cut(rows, pitch, pitch // parts, repeat, tuple(shape))
+
+
+def packed(tensor: Tensor, parts: int) -> Cut:
+    """Of each half of the rows one part, one behind the other."""
+    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+    half = tensor.size // HALVES
+    return Cut(HALVES, half, half // parts, 1, shape)
+
+
+def cut_weight(tensor: Tensor, split: str, ranks: int, parts: int) -> Cut:
+    """The cut of an ordinary tensor into parts; `weight_problems` must have found nothing."""
+    dimension = dimension_of(split)
+    if dimension is None or parts == 1:
+        return whole(tensor, ranks)
+    return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+
+
+def limit_of(tensor: Tensor, split: str, block: tuple[int, int], units: int = 0) -> Limit | None:
+    """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, (1, 1) without one."""
+    dimension = dimension_of(split)
+    if dimension is None or len(tensor.shape) <= dimension:
+        return None
+    side = block[dimension] if dimension < len(block) else 1
+    bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
+    if split != "packed rows":
+        return Limit(tensor.shape[dimension], side, bits, units)
+    if tensor.shape[dimension] % HALVES:
+        return Limit(1)
+    return Limit(tensor.shape[dimension] // HALVES, side, bits // HALVES, is_half=True)
+
+
+def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int, block: int) -> Cut:
+    """The cut of a block scale, from that of its weight into parts.
+
+    A rank's part of the weight is either whole blocks, and the scale is cut alike, or lies inside one block, and the
+    block's scale goes to each of the ranks that share it. Source: `inference/model.py` of DeepSeek-V3 allocates scales
+    from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
+    """
+    dimension = dimension_of(split)
+    if dimension is None or parts == 1:
+        return whole(tensor, ranks)
+    part = weight.shape[dimension] // parts
+    if part % block == 0:
+        return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+    return along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
+
+
+def weight_problems(
+    tensor: Tensor, split: str, parts: int, block: tuple[int, int], units: int = 0
+) -> Iterator[Problem]:
+    """Why a tensor cannot be cut into so many parts. `block` is that of its scale, (1, 1) without one."""
+    dimension = dimension_of(split)
+    if dimension is None:
+        return
+    if len(tensor.shape) <= dimension:
+        found = f"shape {list(tensor.shape)}"
+        yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
+        return
+    length, halves = tensor.shape[dimension], HALVES if split == "packed rows" else 1
+    limit = limit_of(tensor, split, block)
+    if parts > 1 and units and length % units:
+        yield Problem("not-divisible", tensor.name, f"{length:,} {split}", f"a multiple of {units}")
+    elif parts > 1 and length % (parts * halves):
+        found = f"{length:,} {split} for {parts} ranks"
+        yield Problem("not-divisible", tensor.name, found, f"a multiple of {parts * halves}")
+    elif limit and not limit._replace(block=1).allows(parts):
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        yield Problem("not-divisible", tensor.name, found, f"rows that {parts} ranks can share in whole bytes")
+    elif limit and not limit.allows(parts):
+        found = f"{length // parts:,} {split} a rank"
+        inside = " of each half" if halves > 1 else ", or a part that lies inside one"
+        expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
+        yield Problem("straddles-blocks", tensor.name, found, expected)
+
+
+def working_ranks(limits: Iterable[Limit]) -> str:
+    """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text; at least 1 does."""
+    distinct = set(limits)
+    most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length and not limit.units)])
+    return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)
+
+
+HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they divide"
+
+
+def ranks_problems(
+    config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
+) -> Iterator[Problem]:
+    """Everything that the number of ranks does not suit, with the numbers that suit all."""
+    limits = set()
+    problems = []
+    helps = not layout.pad and not any(halves_grow(outcome.kind, recipe, layout, config) for outcome in outcomes)
+    for subject, length in counted_lengths(config, recipe, matched):
+        limits.add(Limit(length))
+        if length % layout.ranks:
+            found = f"{length} for {layout.ranks} ranks"
+            problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
+            helps = False
+    for outcome in outcomes:
+        weight, split = outcome.weights[0], outcome.kind.rule.split
+        units = units_of(outcome.kind.rule, config)
+        if units is None:
+            problems.append(unknown_units(outcome.kind.rule, recipe, layout))
+            continue
+        limit = limit_of(weight, split, outcome.block, units)
+        grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        # What is raised to suit these ranks says nothing of other numbers of them.
+        if limit and not grows:
+            limits.add(limit)
+        parts = parts_for(layout.ranks, units)
+        if not parts:
+            found = f"{units} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, HEADS_EXPECTED))
+        elif next(weight_problems(weight, split, parts, outcome.block, units), None):
+            helps = helps and is_paddable(outcome.kind, recipe, layout, config)
+            for tensor in outcome.weights:
+                problems.extend(weight_problems(tensor, split, parts, outcome.block, units))
+    # A tensor of too few dimensions suits no number of ranks.
+    works = all(problem.kind != "wrong-shape" for problem in problems)
+    remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
+    if remedy and helps:
+        remedy += ", or --pad"
+    yield from (problem if problem.remedy else replace(problem, remedy=remedy) for problem in problems)
+
+
+def unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
+    """Heads that no config tells the number of: another number of ranks does not help."""
+    key = rule.split.removeprefix("rows of ")
+    remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
+    return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
+
+
+def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
+    """What the ranks must divide besides dimensions: the members dealt to them, and config values such as heads."""
+    for letter in sorted({rule.split.removeprefix("by ") for rule in recipe.rules if rule.split.startswith("by ")}):
+        if matched.counts[letter]:
+            yield recipe.holes[letter].counts, matched.counts[letter]
+    for key in recipe.ranks_divide:
+        value = config_value(key, config)
+        if type(value) is int and value > 0:
+            yield key, value
+
+
+MOST_FILES = 1 << 32
+"""Of whole tensors: whichever file holds one holds all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Tensors of the target that are alike and cut alike, in columns of equal length."""
+
+    number: int
+    """Of their rule."""
+    names: Sequence[str]
+    tensors: Sequence[Tensor]
+    """Of the source, or results of casts."""
+    cut: Cut
+    ranks: Integers | None
+    """The one rank that holds each; None if every rank holds its part of each."""
+    least: int
+    most: int
+    """By how many ranks the part of a tensor that is used least, and most, is used."""
+
+
+def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
+    """The weights of a kind, and their scales, cut for the ranks; nothing may stand against it any more."""
+    kind, layout = outcome.kind, terms.layout
+    split, number = kind.rule.split, kind.number
+    weight, ranks = outcome.weights[0], None
+    if split.startswith("by "):
+        ranks = dealt(kind, terms, counts)
+    parts = parts_for(layout.ranks, units_of(kind.rule, terms.config) or 0)
+    times = layout.ranks if split == "replicate" else layout.ranks // parts
+    cut = cut_weight(weight, split, layout.ranks, parts)
+    yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
+    if not outcome.scales:
+        return
+    dimension = dimension_of(split)
+    if dimension is None or len(outcome.scales[0].shape) <= dimension:
+        cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
+    else:
+        cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, parts, outcome.block[dimension])
+        most = min(cut.repeat, layout.ranks)
+        least = layout.ranks - most * (-(-layout.ranks // most) - 1)
+    yield Series(number, outcome.scale_names, outcome.scales, cut, ranks, least, most)
+
+
+def dealt(kind: Kind, terms: Terms, counts: Mapping[str, int]) -> Integers:
+    """The one rank that gets each weight. Members are dealt in runs: experts 0-15 go to rank 0."""
+    letter = kind.rule.split.removeprefix("by ")
+    place = slots_of(kind.rule, terms.recipe).index(letter)
+    members = counts[letter] // terms.layout.ranks
+    return np.array([int(numbers[place]) for numbers in kind.numbers], np.int64) // members
+
+
+def whole_series(outcome: Outcome) -> Iterator[Series]:
+    """The weights and scales of a kind, each tensor in one piece, for a target in the layout of the source."""
+    kind = outcome.kind
+    for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
+        if tensors:
+            yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)

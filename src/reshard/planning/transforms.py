@@ -1,0 +1,238 @@
+"""What becomes of each weight: kept, relabelled, cast or padded."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from reshard.errors import Problem, refuse
+from reshard.formats.safetensors import BITS
+from reshard.recipes.formulas import parse_shape, shape_of
+from reshard.recipes.patterns import WEIGHT
+from reshard.recipes.splits import dimension_of
+from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape, target_block
+from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A kind as the target has it: its weights, and their scales if they still have any."""
+
+    kind: Kind
+    weights: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    scale_names: Sequence[str]
+    block: tuple[int, int]
+    """Of the scales, in elements; (1, 1) without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What decides what becomes of a kind."""
+
+    recipe: Recipe
+    layout: Layout
+    padded: Mapping[str, Any] | None
+    """The config with the keys raised that are padded; None if nothing is."""
+    files: int
+    """How many the source has: casts are numbered from there."""
+    config: Mapping[str, Any]
+    """With what padding has raised; empty without one."""
+
+
+def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+    """What becomes of a kind; appends the casts that it takes."""
+    outcome = transformed(kind, terms, casts)
+    shape = padded_shape(kind.rule, outcome.weights[0], terms)
+    if shape == outcome.weights[0].shape:
+        return outcome
+    if any(length != more for length, more in zip(outcome.weights[0].shape[1:-1], shape[1:-1], strict=True)):
+        found, expected = f"{list(outcome.weights[0].shape)} to {list(shape)}", "padding of the first or last dimension"
+        raise refuse("wrong-padding", kind.rule.left, found, expected, "no --pad, or fewer ranks")
+    return padded(outcome, shape, terms, casts)
+
+
+def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+    layout, scaling = terms.layout, kind.scaling
+    if scaling is None or scaling.stays:
+        block = scaling.block if scaling and kind.scales else (1, 1)
+        return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
+    if kind.scales and dequantizes(kind.rule, layout):
+        return dequantized(kind, scaling, terms, casts)
+    if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
+        return cast_to_fp8(kind, scaling, terms, casts)
+    if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
+        return quantized(kind, scaling, terms, casts)
+    if scaling.packed and kind.weights[0].dtype == "I8" and layout.to != WHOLE:
+        shape = logical_shape(kind.weights[0], scaling)
+        weights = [tensor._replace(dtype="F4", shape=shape) for tensor in kind.weights]
+        return Outcome(kind, weights, kind.scales, kind.scale_names, scaling.block)
+    return Outcome(kind, kind.weights, kind.scales, kind.scale_names, scaling.block if kind.scales else (1, 1))
+
+
+def computed(
+    operation: str,
+    inputs: Sequence[tuple[Tensor, Tensor | None]],
+    blocks: tuple[tuple[int, int], tuple[int, int]],
+    result: tuple[str, tuple[int, ...]],
+    terms: Terms,
+    casts: list[Cast],
+    *,
+    is_scale: bool = False,
+) -> list[Tensor]:
+    """The results of one operation on many tensors, each the work of a cast."""
+    dtype, shape = result
+    size, first = prod(shape) * BITS[dtype] // 8, terms.files + len(casts)
+    names = [(scale if is_scale and scale else weight).name for weight, scale in inputs]
+    results = [Tensor(name, dtype, shape, first + place, 0, size) for place, name in enumerate(names)]
+    casts.extend(
+        Cast(operation, weight, scale, blocks[0], tensor, blocks[1], is_scale)
+        for (weight, scale), tensor in zip(inputs, results, strict=True)
+    )
+    return results
+
+
+def dequantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs = list(zip(kind.weights, kind.scales, strict=True))
+    shape = logical_shape(kind.weights[0], scaling)
+    weights = computed("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
+    return Outcome(kind, weights, [], [], (1, 1))
+
+
+def cast_to_fp8(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs, blocks = list(zip(kind.weights, kind.scales, strict=True)), (scaling.block, scaling.fp8_block)
+    shape = logical_shape(kind.weights[0], scaling)
+    weights = computed("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F8_E8M0", scale_shape(shape, scaling.fp8_block)
+    scales = computed("fp4-to-fp8-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    return Outcome(kind, weights, scales, kind.scale_names, scaling.fp8_block)
+
+
+def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    inputs: list[tuple[Tensor, Tensor | None]] = [(weight, None) for weight in kind.weights]
+    shape, power = kind.weights[0].shape, "-ue8m0" if terms.layout.cast == "fp8-ue8m0" else ""
+    blocks = scaling.block, scaling.block
+    weights = computed(f"quantize{power}", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F32", scale_shape(shape, scaling.block)
+    scales = computed(f"quantize{power}-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    for scale in scales:
+        place = scale.file - terms.files
+        named = scale._replace(name=scale.name.removesuffix(WEIGHT) + scaling.left)
+        casts[place] = casts[place]._replace(result=named)
+    scales = [casts[scale.file - terms.files].result for scale in scales]
+    word = scaling.left if terms.layout.to == WHOLE else scaling.right
+    names = [name.removesuffix(WEIGHT) + word for name in kind.names]
+    return Outcome(kind, weights, scales, names, scaling.block)
+
+
+def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
+    """The shape of a weight with its padding: by the raised config, or whole rows for each rank."""
+    shape = weight.shape
+    if terms.padded and rule.shape and rule.relation != "drop":
+        raised = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
+        shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
+    if rule.split == "padded rows" and terms.layout.to != WHOLE and shape:
+        ranks = terms.layout.ranks
+        shape = (-(-shape[0] // ranks) * ranks, *shape[1:])
+    return shape
+
+
+def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
+    """With zeros behind the last rows and columns of the weights, and ones behind those of their scales."""
+    weights = [*pad(outcome.weights, shape, terms, casts)]
+    scales = [*pad(outcome.scales, scale_shape(shape, outcome.block), terms, casts, is_scale=True)]
+    return replace(outcome, weights=weights, scales=scales)
+
+
+def pad(
+    tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
+) -> Iterator[Tensor]:
+    """The tensors, each the result of a cast that pads it; the result of another cast has its own cast pad it."""
+    for tensor in tensors:
+        size = prod(shape) * BITS[tensor.dtype] // 8
+        place = tensor.file - terms.files
+        if place >= 0:
+            result = tensor._replace(shape=shape, size=size)
+            casts[place] = casts[place]._replace(result=result)
+        else:
+            result = Tensor(tensor.name, tensor.dtype, shape, terms.files + len(casts), 0, size)
+            casts.append(Cast("pad", stored(tensor), None, (1, 1), stored(result), (1, 1), is_scale))
+        yield result
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor as bytes hold it: two values of F4 are one of I8."""
+    if tensor.dtype != "F4":
+        return tensor
+    return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
+
+
+MOST = 64
+"""No value is raised to more than so many times what it was."""
+
+
+def padded_config(
+    config: Mapping[str, Any] | None, kinds: Sequence[Kind], recipe: Recipe, layout: Layout
+) -> Mapping[str, Any]:
+    """The config, each key that the recipe allows raised to the least value that suits the ranks. Raises Refused."""
+    if config is None:
+        raise refuse("no-config", "--pad", "no config.json", "one: padding raises its values", "copy it to the source")
+    raised = dict(config)
+    for key in recipe.padded:
+        value = config.get(key)
+        lengths = cut_lengths(kinds, recipe, layout, raised, key)
+        if type(value) is not int or value < 1 or not lengths:
+            continue
+        wanted = next(
+            (more for more in range(value, MOST * value + 1) if suits(lengths, recipe, layout, {**raised, key: more})),
+            None,
+        )
+        if wanted is None:
+            expected = f"a value up to {MOST * value:,} whose blocks {layout.ranks} ranks can share"
+            raise refuse("not-divisible", key, str(value), expected, "fewer ranks")
+        raised[key] = wanted
+    return raised
+
+
+def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether, by a config, each rank's part of each of the lengths is whole blocks."""
+    sizes = [(shape_of(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
+    return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
+
+
+def cut_lengths(
+    kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
+) -> set[tuple[str, int]]:
+    """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
+    found = set()
+    for kind in kinds:
+        dimension = dimension_of(kind.rule.split)
+        formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
+        if dimension is None or len(formulas) <= dimension:
+            continue
+        length = shape_of(kind.rule.shape, config, recipe.sizes)[dimension]
+        without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
+        if length is not None and without is None:
+            found.add((formulas[dimension], target_block(kind, layout)[dimension]))
+    return found
+
+
+def is_paddable(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether what a kind is cut along can be raised."""
+    return any(cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)
+
+
+def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
+    """Rows behind the last of two halves would become rows of the second."""
+    for outcome in outcomes:
+        before, after = outcome.kind.weights[0].shape[:1], outcome.weights[0].shape[:1]
+        if outcome.kind.rule.split == "packed rows" and before != after:
+            found = f"{before[0]:,} packed rows padded to {after[0]:,}"
+            yield Problem(
+                "wrong-option", outcome.kind.rule.left, found, "halves that are as they were", "without --pad"
+            )
+
+
+def halves_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Whether padding would put rows behind the second of two halves."""
+    return kind.rule.split == "packed rows" and is_paddable(kind, recipe, layout, config)

@@ -1,0 +1,161 @@
+"""Tensor names with numbered places, and the patterns of a recipe that they are matched with."""
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from reshard.types import Recipe, Rule
+
+NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
+"""A numbered component of a name. Only the canonical spelling: `layers.01` is not layer 1, and no rule knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A rule's left name, ready to match: its text with the numbers cut out, and what must stand in their places."""
+
+    rule: int
+    is_scale: bool
+    key: str
+    slots: tuple[str, ...]
+    """For each number of the name: the letter of a hole, or the digits that must stand there."""
+    takes_rest: bool
+    right: str
+    """A %-format for the name on the right."""
+    order: tuple[int, ...]
+    """Which number fills each place of `right`."""
+    is_plain: bool
+    """Whether that is all of them, one after the other."""
+
+    def fits(self, key: str, numbers: Sequence[str]) -> bool:
+        """Whether a name of that key and those numbers could be this pattern's, holes apart."""
+        if self.takes_rest:
+            return key.startswith(self.key) and len(numbers) >= len(self.slots)
+        return key == self.key and len(numbers) == len(self.slots)
+
+    def checked(self, letters: Container[str]) -> int:
+        """How many of the numbers, from the first on, `accepts` looks at: `letters` are the holes that it checks."""
+        places = [place for place, slot in enumerate(self.slots, 1) if slot in letters or slot.isdigit()]
+        return max(places, default=0)
+
+    def accepts(self, numbers: Sequence[str], marked: Mapping[str, set[str]], before: Mapping[str, str]) -> bool:
+        """Whether the numbers are the digits asked for, and on the right side of each marked hole.
+
+        `marked` holds the members of each hole that follows another; `before` leads from the holes before to it.
+        """
+        for slot, number in zip(self.slots, numbers, strict=False):
+            if slot in marked:
+                if number not in marked[slot]:
+                    return False
+            elif slot in before:
+                if number in marked[before[slot]]:
+                    return False
+            elif slot.isdigit() and slot != number:
+                return False
+        return True
+
+    def renamed(self, numbers: Sequence[tuple[str, ...]]) -> list[str]:
+        """The name on the right for each filling of the slots."""
+        if self.is_plain:
+            return [self.right % filling for filling in numbers]
+        return [self.right % tuple([filling[place] for place in self.order]) for filling in numbers]
+
+
+def split_name(name: str) -> tuple[str, tuple[str, ...]]:
+    r"""`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`)). A `#` of the name itself becomes `\#`."""
+    pieces = NUMBER.split(name.replace("#", r"\#") if "#" in name else name)
+    return ".#".join(pieces[::2]), tuple(pieces[1::2])
+
+
+def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Each name as `split_name` gives it. Names with the same beginning are split once: a model has many of each."""
+    heads: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
+    tails: dict[str, dict[str, str]] = {}
+    found = []
+    for name in names:
+        place = name.rfind(".", 0, max(name.rfind("."), 0))
+        head, tail = name[: max(place, 0)], name[max(place, 0) :]
+        keys, numbers = heads.get(head) or ({}, ())
+        key = keys.get(tail)
+        if key is None:
+            key, numbers = split_name(name)
+            # Where the end holds a number, the beginning does not tell all of them.
+            if place > 0 and "#" not in name and not NUMBER.search(tail):
+                known = split_name(head)
+                keys = tails.setdefault(known[0], {})
+                keys[tail], heads[head] = key, (keys, known[1])
+        found.append((key, numbers))
+    return found
+
+
+def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
+    """The patterns of a rule: one, or two where a hole stands for a weight and for its block scale."""
+    letter = scale_letter(rule, recipe)
+    if not letter:
+        yield pattern_of(number, rule.left, rule.right, is_scale=False)
+        return
+    hole, scale = f"{{{letter}}}", recipe.scales[letter]
+    yield pattern_of(number, rule.left.replace(hole, WEIGHT), rule.right.replace(hole, WEIGHT), is_scale=False)
+    # What is dequantised has no scale on the right.
+    right = rule.right.replace(hole, scale.right) if hole in rule.right else ""
+    yield pattern_of(number, rule.left.replace(hole, scale.left), right, is_scale=True)
+
+
+def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
+    takes_rest = left.endswith(f"{{{REST}}}")
+    text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
+    components = text.split(".")
+    slots = tuple(part.strip("{}") for part in components if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part))
+    parts = (part.replace("#", r"\#") for part in components)
+    key = ".".join("#" if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in parts)
+    order = tuple(slots.index(name) for name in HOLE.findall(right))
+    right_format = HOLE.sub("%s", right.replace("%", "%%"))
+    is_plain = not takes_rest and order == tuple(range(len(slots)))
+    full_key = key + "." if takes_rest else key
+    return Pattern(number, is_scale, full_key, slots, takes_rest, right_format, order, is_plain)
+
+
+def slots_of(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
+    """What fills each numbered place of the rule's left name: the letter of a hole, or digits."""
+    return next(patterns_of(0, rule, recipe)).slots
+
+
+def later_members(
+    names: Iterable[tuple[str, tuple[str, ...]]], recipe: Recipe
+) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """For each hole that follows another: its members, told by the marker; and from each hole before to the one after.
+
+    `names` are those of the left side, as `split_name` gives them.
+    """
+    holes = [hole for hole in recipe.holes.values() if hole.after]
+    known = list(names)
+    marked = {}
+    for hole in holes:
+        marker = pattern_of(0, hole.marker, "", is_scale=False)
+        place = marker.slots.index(hole.name)
+        marked[hole.name] = {numbers[place] for key, numbers in known if marker.fits(key, numbers)}
+    before = {
+        earlier.name: hole.name
+        for hole in holes
+        for earlier in recipe.holes.values()
+        if hole.after in (earlier.name, earlier.within, earlier.some_of)
+    }
+    return marked, before
+
+
+def filled(pattern: str, numbers: Mapping[str, int]) -> str:
+    """The pattern as a name: each hole by its number, the hole of a weight and its block scale as the weight."""
+    return HOLE.sub(lambda hole: str(numbers.get(hole[1], WEIGHT)), pattern)
+
+
+HOLE = re.compile(r"\{([^{}]*)\}")
+
+REST = "*"
+"""The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
+
+WEIGHT = "weight"
+
+
+def scale_letter(rule: Rule, recipe: Recipe) -> str:
+    """The letter of the hole in a rule's left name that stands for a weight or its block scale; empty if none does."""
+    return next((letter for letter in HOLE.findall(rule.left) if letter in recipe.scales), "")

@@ -1,0 +1,125 @@
+"""Recipes: a TOML file -> Recipe. Knows the language of the rows and checks it; never looks at a checkpoint."""
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import cache
+from itertools import islice, starmap
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
+from reshard.recipes.patterns import HOLE
+from reshard.recipes.table_checks import lines_of, table_faults
+from reshard.types import BlockScale, Hole, Recipe, Rule
+
+FOLDER = Path(__file__).parent / "families"
+
+LARGEST_RECIPE = 64 << 10
+"""In bytes: several hundred rows. The time of Python's TOML parser can grow with the square of the text."""
+
+
+@cache
+def packaged_recipes() -> tuple[Recipe, ...]:
+    """Every recipe that comes with the package: the folder is the only registry."""
+    return tuple(load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem))
+
+
+def recipes_to_try(name: str | None) -> Sequence[Recipe]:
+    """The one that is asked for, else every packaged one. Raises Refused."""
+    return [load_recipe(name)] if name else packaged_recipes()
+
+
+def load_recipe(name: str) -> Recipe:
+    """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
+    is_path = name.endswith(".toml") or Path(name).is_file()
+    path = Path(name) if is_path else FOLDER / f"{name}.toml"
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_RECIPE + 1)
+        if len(content) > LARGEST_RECIPE:
+            raise refuse("too-large", str(path), "a longer file", f"at most {LARGEST_RECIPE:,} bytes for a recipe")
+        return parse_recipe(content.decode(), str(path))
+    except FileNotFoundError:
+        names = [known.stem for known in sorted(FOLDER.glob("*.toml"))]
+        remedy = f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "see reshard recipes"
+        raise refuse("unknown-recipe", name, "no such recipe or file", f"one of {listed(names, 99)}", remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse("cannot-read", str(path), str(error), "a readable TOML file") from None
+
+
+def parse_recipe(text: str, origin: str) -> Recipe:
+    """The recipe that `text` describes; `origin` names its file. Raises Refused with every fault and its line."""
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a number may have more digits than Python reads
+        line = re.search(r"at line (\d+)", str(error))
+        subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
+        raise refuse("wrong-recipe", subject, str(error), "TOML") from None
+    if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
+        lines = lines_of(text, {path for path, _, _ in faults})
+        where = {path: f"{origin}:{line}" for path, line in lines.items()}
+        raise Refused(
+            Problem("wrong-recipe", where.get(path, origin), found, expected) for path, found, expected in faults
+        )
+    holes = {name: hole_of(name, fields) for name, fields in table.get("holes", {}).items()}
+    return Recipe(
+        name=table["name"],
+        about=table["about"],
+        left=table["left"],
+        right=table["right"],
+        files=table["files"],
+        carry=tuple(table.get("carry", ())),
+        model_types=tuple(table.get("model_types", ())),
+        architectures=tuple(table.get("architectures", ())),
+        ranks_divide=tuple(table.get("ranks_divide", ())),
+        holes=holes,
+        scales={letter: scale_of(fields) for letter, fields in table.get("scales", {}).items()},
+        sizes=table.get("sizes", {}),
+        padded=tuple(table.get("padded", ())),
+        run=table.get("run", {}),
+        run_needs=tuple(map(tuple, table.get("run_needs", ()))),
+        describes=table.get("describes", False),
+        checked=table.get("checked", ""),
+        rules=tuple(all_rules(table["rules"], holes)),
+        origin=origin,
+        text_hash=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def hole_of(name: str, fields: Mapping[str, Any]) -> Hole:
+    return Hole(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
+
+
+def scale_of(fields: Mapping[str, Any]) -> BlockScale:
+    packed, fp8_block = fields.get("packed", False), fields.get("fp8_block", 1)
+    return BlockScale(
+        fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block), fields.get("stays", False)
+    )
+
+
+def sides(block: Any) -> tuple[int, int]:
+    """Rows and columns of a block: one number is a square."""
+    return (block[0], block[1]) if isinstance(block, list) else (block, block)
+
+
+def all_rules(rows: Iterable[Iterable[str]], holes: Mapping[str, Hole]) -> Iterator[Rule]:
+    """Every row as a rule; and again for each hole that is `like` a hole of the row."""
+    rules = list(starmap(Rule, rows))
+    yield from (replace(rule, optional=reason_of(rule, holes)) for rule in rules)
+    for hole in holes.values():
+        for rule in rules:
+            letters = [letter for letter in HOLE.findall(rule.left) if letter in hole.like]
+            if letters:
+                old, new = f"{{{letters[0]}}}", f"{{{hole.name}}}"
+                left, right = rule.left.replace(old, new), rule.right.replace(old, new)
+                yield replace(rule, left=left, right=right, optional=hole.optional)
+
+
+def reason_of(rule: Rule, holes: Mapping[str, Hole]) -> str:
+    """Why what a rule speaks of is left out unless it is asked for; empty if it never is."""
+    letters = HOLE.findall(rule.left) if rule.relation != "drop" else []
+    return next((holes[name].optional for name in letters if name in holes and holes[name].optional), "")

@@ -1,0 +1,279 @@
+"""What is wrong with a recipe: the table that its TOML file holds -> faults, each with its place and line."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any
+
+from reshard.formats.json_input import is_plain
+from reshard.formats.safetensors import BITS
+from reshard.recipes.formulas import MOST_STEPS, UNITS, parse, parse_shape, takes_too_long
+from reshard.recipes.patterns import HOLE, REST
+from reshard.recipes.placeholder_checks import Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
+from reshard.recipes.splits import SPLITS
+from reshard.types import Rule
+
+TEXT_KEYS = ("name", "about", "left", "right", "files")
+
+LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
+
+ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "run_needs", "rules")
+
+RELATIONS = ("same", "dequantize", "drop")
+
+TARGET_KEYS = ("dtype", "packed")
+"""What a run configuration knows of the rank files, besides how many of each hole they have."""
+
+CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
+
+MOST_READ = 2 << 20
+"""In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
+
+
+def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it; and
+    how long formulas take, once they are formulas.
+    """
+    holes = table.get("holes", {})
+    letters = holes if isinstance(holes, dict) else {}
+    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
+    faults += [*formula_faults(table), *needs_faults(table.get("run_needs", []))]
+    faults = faults or list(rules_faults(table))
+    yield from faults or [*length_faults(table), *rows_of_faults(table), *target_faults(table)]
+
+
+def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in table:
+        if key not in ALL_KEYS:
+            near = get_close_matches(key, ALL_KEYS, 1)
+            yield (key,), f"the key {key!r}", near[0] if near else "one of " + ", ".join(ALL_KEYS)
+    for key in TEXT_KEYS:
+        if not isinstance(table.get(key), str) or not table[key]:
+            yield (key,), repr(table.get(key)), f"{key}: a string"
+    for key in LIST_KEYS:
+        if not is_texts(table.get(key, [])):
+            yield (key,), repr(table[key]), f"{key}: a list of strings"
+    if type(table.get("describes", False)) is not bool:
+        yield ("describes",), repr(table["describes"]), "describes: true or false"
+    if not isinstance(table.get("checked", ""), str):
+        yield ("checked",), repr(table["checked"]), "checked: a string"
+    if not isinstance(table.get("rules"), list) or not table["rules"]:
+        yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
+    files = table.get("files")
+    if isinstance(files, str) and not is_files_pattern(files):
+        yield ("files",), repr(files), "a file name with {rank} and {ranks} that ends in .safetensors"
+
+    divided = table.get("ranks_divide", [])
+    for text in divided if is_texts(divided) else ():
+        yield from ((("ranks_divide",), *fault) for fault in text_faults(text))
+    carry = table.get("carry", [])
+    if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
+        yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
+
+
+def is_files_pattern(text: str) -> bool:
+    """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
+    rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
+    return (
+        set(HOLE.findall(text)) == {"rank", "ranks"}
+        and not set(rest) & set("{}")
+        and is_plain(rest)
+        and rest.endswith(".safetensors")
+    )
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults in the sizes and in the run configuration."""
+    for key in ("sizes", "run"):
+        if not isinstance(table.get(key, {}), dict):
+            yield (key,), repr(table[key]), f"{key}: a table"
+            return
+    for name, text in table.get("sizes", {}).items():
+        yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
+    for name, value in table.get("run", {}).items():
+        text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
+        yield from ((("run", name), found, expected) for found, expected in text_faults(text, is_run=True))
+
+
+def needs_faults(rows: Any) -> Iterator[Fault]:
+    """Faults in what the inference code has in itself."""
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, list) or len(row) < 2 or any(isinstance(value, (list, dict)) for value in row):
+            yield ("run_needs",), repr(row), "run_needs: rows of a formula and the values that it may come to"
+            continue
+        yield from ((("run_needs",), *fault) for text in needed_formulas(row) for fault in text_faults(text))
+
+
+def needed_formulas(row: Sequence[Any]) -> list[Any]:
+    """The first of a row, and the values that begin with `=`."""
+    return [row[0], *(value[1:] for value in row[1:] if isinstance(value, str) and value.startswith("="))]
+
+
+def length_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    sizes = table.get("sizes", {})
+    for where, text in sized_formulas(table):
+        if takes_too_long(text, sizes):
+            found = f"{text!r}, with sizes that name each other so often"
+            yield where, found, f"a formula of at most {MOST_STEPS} steps, those of its sizes counted at each mention"
+
+
+def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
+    """The formulas of a faultless table that may speak of sizes."""
+    for name, text in table.get("sizes", {}).items():
+        yield ("sizes", name), text
+    for name, value in table.get("run", {}).items():
+        yield ("run", name), value[0] if isinstance(value, list) else value
+    yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in needed_formulas(row))
+    for number, row in enumerate(table["rules"]):
+        formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
+        yield from ((("rules", number), formula) for formula in formulas if formula != "?")
+
+
+def rows_of_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Tensors that would say how many members a hole has, and that are under no row. Letters do not count: those of
+    some layers are found by the name for all of them.
+    """
+    scales, rest = table.get("scales", {}), f"{{{REST}}}"
+    lefts = [row[1] for row in table["rules"]]
+    rests = tuple(left.removesuffix(rest) for left in lefts if left.endswith(rest))
+    known = {without_letters(left, scales) for left in lefts}
+    for letter, fields in table.get("holes", {}).items():
+        name = fields.get("rows_of", "")
+        if name and without_letters(name, scales) not in known and not name.startswith(rests):
+            yield ("holes", letter), f"rows_of {name!r}", "the left name of a row"
+
+
+def without_letters(name: str, scales: Mapping[str, Any]) -> str:
+    """A name with `#` for each number, whatever it counts, and `weight` for a weight with its scale."""
+    return HOLE.sub(lambda hole: "weight" if hole[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name))
+
+
+def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """What a run configuration asks of the target, and nobody tells."""
+    told = [*table.get("holes", {}), *TARGET_KEYS]
+    for where, text in sized_formulas(table):
+        for node in ast.walk(parse(text, is_run=True)) if where[0] in ("run", "sizes") else ():
+            match node:
+                case ast.Attribute(value=ast.Name(id="target"), attr=name) if name not in told:
+                    yield where, f"target.{name}", "target. and one of " + ", ".join(told)
+
+
+def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    holes, scales = table.get("holes", {}), table.get("scales", {})
+    named: dict[tuple[str, str], list[int]] = {}
+    for number, row in enumerate(table["rules"]):
+        where = ("rules", number)
+        if not is_texts(row) or len(row) not in (4, 5, 6):
+            yield where, repr(row), "a row of relation, left, right, split and perhaps shape and only: 4 to 6 strings"
+            continue
+        faults = list(row_faults(Rule(*row), holes, scales))
+        yield from ((where, found, expected) for found, expected in faults)
+        for side, pattern in (("left", row[1]), ("right", row[2])):
+            named.setdefault((side, pattern), []).append(number)
+    for (side, pattern), numbers in named.items():
+        for number in numbers if pattern and len(numbers) > 1 else ():
+            yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
+
+
+def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = [*holes, *scales, *([REST] if rule.relation == "drop" else [])]
+    if rule.relation not in RELATIONS:
+        yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
+    for pattern in filter(None, (rule.left, rule.right)):
+        yield from pattern_faults(pattern, known)
+    if not rule.left:
+        yield "no left name", "the name on the left"
+    if rule.only and not CONDITION.fullmatch(rule.only):
+        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
+    if rule.shape:
+        yield from shape_faults(rule.shape)
+    if rule.relation == "drop":
+        if rule.right or not rule.split:
+            yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
+        return
+    yield from side_faults(rule, scales)
+    yield from dealing_faults(rule, holes)
+    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
+        f"by {name}" for name in HOLE.findall(rule.left) if name in holes
+    }:
+        yield (
+            repr(rule.split),
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
+        )
+
+
+def dealing_faults(rule: Rule, holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is dealt by its number is numbered from 0 on, without a gap, for every rank to get as many."""
+    hole = holes.get(rule.split.removeprefix("by "), {}) if rule.split.startswith("by ") else {}
+    if unfit := [key for key in ("within", "some_of", "after") if key in hole]:
+        yield f"{rule.split!r}, a hole with {unfit[0]!r}", "a hole that counts from 0 by itself"
+    for letter, other in holes.items():
+        if hole and rule.split.removeprefix("by ") in other.get("like", ""):
+            yield f"{rule.split!r}, which {{{letter}}} is like", "a hole that no other is like"
+
+
+def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same holes on both sides; but what is dequantised has a scale on the left and none on the right."""
+    left, right = sorted(HOLE.findall(rule.left)), sorted(HOLE.findall(rule.right))
+    scaled = [letter for letter in left if letter in scales]
+    if rule.relation == "dequantize":
+        if len(scaled) != 1:
+            yield repr(rule.left), "a weight with a block scale, for it to be dequantised"
+        left = [letter for letter in left if letter not in scales]
+    if left != right:
+        yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
+    if len(scaled) > 1:
+        yield repr(rule.left), "one hole for a weight and its block scale"
+    for pattern in (rule.left, rule.right):
+        if any(letter in scales for letter in HOLE.findall(pattern.rpartition(".")[0])):
+            yield repr(pattern), "a weight and its block scale at the end of a name"
+    if rule.relation == "dequantize" and any(scales[letter].get("stays") for letter in scaled):
+        yield repr(rule.left), "`same`: what stays as it is cannot be dequantised"
+
+
+def shape_faults(text: str) -> Iterator[tuple[str, str]]:
+    try:
+        dtype = parse_shape(text)[0]
+    except ValueError as error:
+        yield str(error), "a shape such as [vocab_size, hidden_size]"
+        return
+    if dtype and dtype not in BITS:
+        yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
+
+
+def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:
+    """For each path the line on which its value ends, by reading ever more of the text. Slow, for messages only; in a
+    text so long that it would take minutes, the last of them have none.
+
+    tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
+    lie at the top or one level down, so closing at most one open list is enough.
+    """
+    lines = text.rstrip("\n").split("\n")
+    found: dict[Where, int] = {}
+    left = MOST_READ
+    for count, line in enumerate(lines, 1):
+        for ending in ("", "\n]") if line.strip() else ():
+            prefix = "\n".join(lines[:count]) + ending
+            left -= len(prefix)
+            if left < 0 or len(found) == len(paths):
+                return found
+            with suppress(ValueError, RecursionError):
+                table = tomllib.loads(prefix)
+                found |= {path: count for path in paths - found.keys() if holds(table, path)}
+    return dict.fromkeys(paths, len(lines)) | found
+
+
+def holds(value: Any, path: Where) -> bool:
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

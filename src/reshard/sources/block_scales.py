@@ -1,0 +1,247 @@
+"""Each weight with its block scale: grouped by rule, dtype and shape, and checked against the config."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+from reshard.errors import Problem
+from reshard.recipes.formulas import parse_shape, shape_of
+from reshard.recipes.patterns import scale_letter
+from reshard.sources.match import Family, Matched
+from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
+
+FLOATS = ("BF16", "F16", "F32")
+"""Loaders copy these into parameters of one another's dtype."""
+
+SCALES = ("F32", "BF16", "F8_E8M0")
+
+EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+"""How quantisers name, in a config, the modules that are not scaled though most are."""
+
+CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+
+LACKS_FILE = "is a file missing from the checkpoint?"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Weights of one rule, dtype and shape, in columns of equal length; with their block scales, if they have any."""
+
+    rule: Rule
+    number: int
+    """Of the rule."""
+    scaling: BlockScale | None
+    """How weights of this rule are scaled, if they are."""
+    numbers: Sequence[tuple[str, ...]]
+    weights: Sequence[Tensor]
+    names: Sequence[str]
+    """Of the weights, in the target."""
+    scales: Sequence[Tensor]
+    """One a weight, or none at all."""
+    scale_names: Sequence[str]
+
+
+def is_kept(rule: Rule, layout: Layout) -> bool:
+    """Whether the tensors of a rule go into the target. A target in the layout of the source keeps everything."""
+    return layout.to == WHOLE or (rule.relation != "drop" and (layout.keep_optional or not rule.optional))
+
+
+def dequantizes(rule: Rule, layout: Layout) -> bool:
+    """Whether weights of a rule have no block scales in the target, even if they have some in the source."""
+    return layout.cast == "bf16" or (rule.relation == "dequantize" and layout.to != WHOLE)
+
+
+def target_block(kind: Kind, layout: Layout) -> tuple[int, int]:
+    """The block of the scales that the weights of a kind have in the target; (1, 1) without any."""
+    if kind.scaling is None or dequantizes(kind.rule, layout) or not (kind.scales or layout.cast in CAST_TO_FP8):
+        return 1, 1
+    to_fp8 = kind.scales and kind.scaling.packed and layout.expert_dtype == "fp8"
+    return kind.scaling.fp8_block if to_fp8 else kind.scaling.block
+
+
+def kinds_of(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
+    """All that is kept."""
+    weights = {family.rule: family for family in matched.families if not family.is_scale}
+    scales = {family.rule: family for family in matched.families if family.is_scale}
+    kinds: list[Kind] = []
+    for number, family in weights.items():
+        if is_kept(recipe.rules[number], layout):
+            kinds.extend(kinds_of_rule(recipe, layout, family, scales.get(number)))
+    return kinds
+
+
+def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Family | None) -> Iterator[Kind]:
+    rule = recipe.rules[weights.rule]
+    scaling = recipe.scales.get(scale_letter(rule, recipe))
+    names = weights.names if layout.to != WHOLE else [tensor.name for tensor in weights.tensors]
+    found = dict(zip(scales.numbers, zip(scales.tensors, scales.names, strict=True), strict=True)) if scales else {}
+    if layout.to == WHOLE:
+        found = {numbers: (tensor, tensor.name) for numbers, (tensor, _) in found.items()}
+    paired = [found.get(numbers) for numbers in weights.numbers] if found else []
+    groups: dict[Any, list[int]] = {}
+    alike = [(tensor.dtype, tensor.shape) for tensor in weights.tensors]
+    for place, key in enumerate(zip(alike, map(alike_scale, paired), strict=True) if paired else alike):
+        groups.setdefault(key, []).append(place)
+    for places in groups.values():
+        # Of one place itemgetter gives the thing itself, not a tuple of it.
+        pick = itemgetter(*places) if len(places) > 1 else lambda column, place=places[0]: (column[place],)
+        of_scales = pick(paired) if paired and paired[places[0]] else ()
+        yield Kind(
+            rule,
+            weights.rule,
+            scaling_of(weights.tensors[places[0]], scaling),
+            pick(weights.numbers),
+            pick(weights.tensors),
+            pick(names),
+            [pair[0] for pair in of_scales],
+            [pair[1] for pair in of_scales],
+        )
+
+
+def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
+    """How a weight is scaled: where FP4 is expected, FP8 has blocks of its own, as the V4 base models have."""
+    if scaling and scaling.packed and weight.dtype == "F8_E4M3":
+        return replace(scaling, block=scaling.fp8_block, packed=False)
+    return scaling
+
+
+def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
+    return (pair[0].dtype, pair[0].shape) if pair else None
+
+
+def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """FP8 weights without a scale, scales without such a weight, and scales of a wrong shape or dtype."""
+    paired = {kind.number: 0 for kind in kinds}
+    for kind in kinds:
+        paired[kind.number] += len(kind.scales)
+    weights = {family.rule: set(family.numbers) for family in matched.families if not family.is_scale}
+    for family in matched.families:
+        is_whole = len(family.numbers) == paired.get(family.rule, 0)
+        if family.is_scale and is_kept(recipe.rules[family.rule], layout) and not is_whole:
+            for tensor, numbers in zip(family.tensors, family.numbers, strict=True):
+                if numbers not in weights.get(family.rule, set()):
+                    found = "a block scale without its weight"
+                    yield Problem("scale-without-weight", tensor.name, found, "both", LACKS_FILE)
+    for kind in kinds:
+        if kind.scaling:
+            yield from scaling_problems(kind, kind.scaling)
+    yield from quantize_problems(kinds, layout)
+
+
+def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem]:
+    """What cannot be made FP8: anything but matrices of BF16. What is FP8 already is not made so again: it is told as
+    one thing.
+    """
+    wanted = [kind for kind in kinds if quantizes(kind, layout)]
+    if already := sum(len(kind.weights) for kind in wanted if kind.scales and kind.weights[0].dtype == "F8_E4M3"):
+        found = f"{already:,} weights that are FP8 already, with block scales"
+        remedy = "no --cast, which leaves them as they are; for scales of another kind, --cast bf16 first"
+        yield Problem("wrong-option", f"--cast {layout.cast}", found, "weights of BF16", remedy)
+    for tensor in chain.from_iterable(kind.weights for kind in wanted if not kind.scales):
+        if tensor.dtype != "BF16" or len(tensor.shape) != 2:
+            found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"a matrix of BF16, for --cast {layout.cast}"
+            yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")
+
+
+def quantizes(kind: Kind, layout: Layout) -> bool:
+    """Whether a cast is to make FP8 of the weights of a kind."""
+    is_free = kind.scaling is not None and not kind.scaling.stays
+    return is_free and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout)
+
+
+def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
+    """What is wrong with the scales of a kind: of all of its weights, for they are alike."""
+    weight, scaled = kind.weights[0], "I8" if scaling.packed else "F8_E4M3"
+    if not kind.scales:
+        if weight.dtype.startswith("F8_") or weight.dtype == scaled:
+            for tensor in kind.weights:
+                found = f"{tensor.dtype} without a block scale"
+                yield Problem("weight-without-scale", tensor.name, found, "both", LACKS_FILE)
+        return
+    scale = kind.scales[0]
+    wanted = scale_shape(logical_shape(weight, scaling), scaling.block)
+    if weight.dtype != scaled:
+        for tensor in kind.scales:
+            found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"
+            yield Problem("scale-without-weight", tensor.name, found, f"a weight of {scaled}", remedy)
+        return
+    known = SCALES[-1:] if scaling.packed else SCALES
+    if scale.shape != wanted or scale.dtype not in known:
+        for tensor, of in zip(kind.scales, kind.weights, strict=True):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            expected = f"{' or '.join(known)} {list(wanted)} for a weight of {list(of.shape)}"
+            yield Problem("wrong-scale", tensor.name, found, expected)
+    elif len(weight.shape) != 2:
+        for tensor in kind.weights:
+            yield Problem("wrong-shape", tensor.name, f"shape {list(weight.shape)}", "a matrix, for its block scale")
+
+
+def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
+    """In elements: two of F4 may lie in a byte."""
+    packed = scaling and scaling.packed and weight.dtype == "I8" and weight.shape
+    return (*weight.shape[:-1], 2 * weight.shape[-1]) if packed else weight.shape
+
+
+def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+    """One element for each block, the last of a row or column being perhaps smaller."""
+    return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
+
+
+def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """Dtypes and shapes that are not what a loader expects, by the recipe and the config."""
+    yield from block_problems(kinds, config or {})
+    for kind in kinds:
+        weight = kind.weights[0]
+        if not kind.scales and kind.rule.relation != "drop":
+            yield from dtype_problems(kind, config or {})
+        if config is None or not kind.rule.shape:
+            continue
+        shape = shape_of(kind.rule.shape, config, recipe.sizes)
+        found = logical_shape(weight, kind.scaling)
+        if len(shape) == len(found) and all(a in (None, b) for a, b in zip(shape, found, strict=True)):
+            continue
+        wanted = f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+        for tensor in kind.weights:
+            expected = f"{wanted}, by config.json: {kind.rule.shape}"
+            yield Problem(
+                "wrong-shape", tensor.name, f"shape {list(found)}", expected, "is config.json another model's?"
+            )
+
+
+def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A config that says other blocks than the scales have: a loader would believe it."""
+    quantization = config.get("quantization_config")
+    said = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    scaled = (kind.scaling for kind in kinds if kind.scales and kind.scaling and not kind.scaling.packed)
+    blocks = {str([*scaling.block]): None for scaling in scaled if not scaling.stays}
+    if isinstance(said, list) and blocks and str(said) not in blocks:
+        found = f"weight_block_size of {said}"
+        expected = f"{' or '.join(blocks)}, as the scales have it"
+        yield Problem("contradiction", "quantization_config of config.json", found, expected, "correct the config")
+
+
+def exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
+    """The modules whose weights are not scaled, by a config."""
+    lists = [quantization.get(key) for key in EXEMPT_KEYS]
+    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
+
+
+def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Of tensors without a block scale."""
+    dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
+    expected = (dtype,) if dtype else FLOATS
+    found = kind.weights[0].dtype
+    quantization = config.get("quantization_config")
+    if kind.rule.shape and found not in expected:
+        remedy = "a loader would cast it silently: is the checkpoint sound?"
+        for tensor in kind.weights:
+            yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
+    elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
+        exempt = exempt_modules(quantization)
+        for tensor in kind.weights:
+            if not any(module in tensor.name for module in exempt):
+                said = "a scaled weight, as quantization_config of config.json says"
+                remedy = "a loader would take it for scaled: is the checkpoint a mixture?"
+                yield Problem("weight-without-scale", tensor.name, f"{found} without a block scale", said, remedy)

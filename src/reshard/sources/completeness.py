@@ -1,0 +1,158 @@
+"""Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from typing import Any
+
+from reshard.errors import Problem, numbers_text
+from reshard.recipes.formulas import config_value
+from reshard.recipes.patterns import HOLE, filled, slots_of
+from reshard.types import Checkpoint, Hole, Recipe, Rule
+
+MAYBE = "maybe"
+
+OTHER_MODEL = "is a file missing, or the config another model's?"
+
+Members = Mapping[str, set[int]]
+"""The numbers that fill each hole."""
+
+Present = Mapping[int, set[tuple[str, ...]]]
+"""By rule: the numbers of each tensor that is there, block scales apart."""
+
+
+def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
+    """The numbers that fill each hole; those of a hole within another are members of that one too."""
+    members: dict[str, set[int]] = {name: set() for name in recipe.holes}
+    for number, tuples in present.items():
+        for place, slot in enumerate(slots_of(recipe.rules[number], recipe)):
+            if slot in members:
+                members[slot] |= {int(text) for text in {numbers[place] for numbers in tuples}}
+    for hole in recipe.holes.values():
+        if whole := hole.within or hole.some_of:
+            members[whole] |= members[hole.name]
+    return members
+
+
+def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    """Gaps, and counts on which names, config and shapes do not agree."""
+    for hole in recipe.holes.values():
+        if hole.within:
+            yield from overlap_problems(hole, recipe, members)
+        elif not hole.some_of:
+            yield from gap_problems(hole, members[hole.name], len(members[hole.after]) if hole.after else 0)
+        yield from count_problems(hole, members[hole.name], checkpoint.config)
+        yield from picked_problems(hole, members, checkpoint.config)
+        yield from rows_problems(hole, checkpoint, recipe, members)
+    for name in sorted({hole.within for hole in recipe.holes.values() if hole.within}):
+        parts = [hole for hole in recipe.holes.values() if hole.within == name]
+        if without := members[name].difference(*(members[part.name] for part in parts)):
+            found = f"{numbers_text(without)} are neither"
+            expected = "each among the " + " or the ".join(part.counts for part in parts)
+            yield Problem("gap", recipe.holes[name].counts, found, expected, "is a file missing from the checkpoint?")
+
+
+def gap_problems(hole: Hole, numbers: set[int], first: int) -> Iterator[Problem]:
+    last = max(numbers, default=-1)
+    # A single stray number can be a billion: name the gap's ends, never its members.
+    if numbers and (len(numbers) != last - first + 1 or min(numbers) != first):
+        found = f"{hole.counts} {numbers_text(numbers)}"
+        expected = f"{first} to {last} without a gap"
+        yield Problem("gap", hole.counts, found, expected, "is a file missing from the checkpoint?")
+
+
+def overlap_problems(hole: Hole, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    for other in recipe.holes.values():
+        both = members[hole.name] & members[other.name]
+        if other.within == hole.within and other.name > hole.name and both:
+            found = f"{numbers_text(both)} among the {other.counts} too"
+            yield Problem("contradiction", hole.counts, found, "one or the other", "is the checkpoint a mixture?")
+
+
+def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    wanted = config_value(hole.size, config)
+    if wanted is not None and wanted != len(numbers):
+        found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
+        expected = f"{reprlib.repr(wanted)}, as {hole.size} of config.json says"
+        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
+
+
+def picked_problems(hole: Hole, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """A hole whose members a list of the config picks, or names, has just these."""
+    values, listed_ones = config_value(hole.picked_by, config), config_value(hole.listed, config)
+    whole = members.get(hole.within or hole.some_of, set())
+    wanted = members[hole.name]
+    if isinstance(values, list):
+        wanted = {number for number, value in enumerate(values) if value in hole.picked and number in whole}
+    if isinstance(listed_ones, list):
+        wanted = {number for number in listed_ones if type(number) is int}
+    if wanted != members[hole.name]:
+        found = f"{numbers_text(members[hole.name])} by the names of the tensors"
+        expected = f"{numbers_text(wanted)}, as {hole.picked_by or hole.listed} of config.json says"
+        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
+
+
+def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    """The tensor that has a row for each member has as many rows as the names have members."""
+    letters = [letter for letter in HOLE.findall(hole.rows_of) if letter in recipe.holes]
+    for numbers in product(*(sorted(members[letter]) for letter in letters)) if hole.rows_of else ():
+        tensor = checkpoint.tensors.get(filled(hole.rows_of, dict(zip(letters, numbers, strict=True))))
+        if tensor and tensor.shape[:1] != (len(members[hole.name]),):
+            expected = f"{len(members[hole.name])} rows, for {hole.counts} {numbers_text(members[hole.name])}"
+            remedy = "is a file missing from the checkpoint?"
+            yield Problem("contradiction", tensor.name, f"shape {list(tensor.shape)}", expected, remedy)
+
+
+def missing_problems(
+    config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present, *, keep_optional: bool
+) -> Iterator[Problem]:
+    """Every tensor that a rule expects and the checkpoint lacks, and the rules that the config says have none."""
+    for number, rule in enumerate(recipe.rules):
+        tuples, wanted = present.get(number, set()), is_expected(rule, config or {}, recipe, present)
+        if not wanted and tuples:
+            found = f"{len(tuples)} tensors"
+            expected = f"none, for the rule is {rule.only!r}"
+            yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
+        is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
+        if is_demanded and wanted and not may_lack(rule, config or {}):
+            yield from missing_of_rule(rule, recipe, members, tuples)
+
+
+def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
+    """Whether the model has the tensors of a rule. Where the config does not say, any tensor of an `if` does."""
+    if not rule.only or rule.only.startswith(MAYBE):
+        return True
+    condition, key = rule.only.split()
+    ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
+    told = says(key, config)
+    return (any(number in present for number in ifs) if told is None else told) == (condition == "if")
+
+
+def may_lack(rule: Rule, config: Mapping[str, Any]) -> bool:
+    """Whether a model need not have the tensors of a rule: always, or where the config says so or does not tell."""
+    word, _, key = rule.only.partition(" if ")
+    return word == MAYBE and (not key or says(key, config) is not False)
+
+
+def says(key: str, config: Mapping[str, Any]) -> bool | None:
+    """Whether a config says yes to a key; None if it does not have it."""
+    table: Any = config
+    for part in key.split("."):
+        # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
+        if not isinstance(table, Mapping) or part not in table:
+            return None
+        table = table[part]
+    return bool(table)
+
+
+def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
+    slots = slots_of(rule, recipe)
+    choices = [sorted(members[slot]) if slot in recipe.holes else [int(slot)] for slot in slots]
+    if prod(map(len, choices)) == len(tuples):
+        return
+    for numbers in product(*choices):
+        if tuple(map(str, numbers)) not in tuples:
+            name = filled(rule.left, dict(zip(slots, numbers, strict=True)))
+            remedy = "is a file missing? without a config.json, is it another model?"
+            yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", remedy)

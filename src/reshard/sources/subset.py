@@ -1,0 +1,245 @@
+"""Subsets: some layers and experts of a checkpoint as a checkpoint of its own. Pure: opens no file.
+
+Layers and experts that are kept are numbered from 0 on, so that what is left is a whole, smaller model: its tensors
+have the new numbers in their names, what has a row for each expert keeps the rows of those that are kept, and the
+config counts what is there.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reshard.errors import Problem, numbers_text, refuse, require_none
+from reshard.formats.manifest import left_out
+from reshard.recipes.formulas import parse_shape
+from reshard.recipes.patterns import NUMBER, slots_of
+from reshard.sources.completeness import hole_members
+from reshard.sources.match import Family, match
+from reshard.sources.pruned_config import expert_problems, pruned_config, table_of
+from reshard.sources.rank_files import runs_of
+from reshard.types import Checkpoint, Hole, Join, Recipe, Rule, Subset, Tensor
+
+COUNTED = {"--layers": "layers", "--experts": "experts"}
+"""What each option chooses of: what the hole counts that numbers it."""
+
+MEMBER = {"--layers": "layer", "--experts": "expert"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Some of the members of a hole."""
+
+    option: str
+    hole: Hole
+    chosen: tuple[int, ...]
+    members: frozenset[int]
+    """All that there are."""
+
+
+Numbers = Mapping[str, Mapping[int, int]]
+"""By the letter of a hole: the new number of each member that is kept. All members are kept of holes that it lacks."""
+
+
+def narrowed(checkpoint: Checkpoint, recipe: Recipe, subset: Subset) -> Checkpoint:
+    """The chosen layers and experts as a checkpoint; the checkpoint itself if these are all.
+
+    Raises Refused if the checkpoint is not whole, and with everything that stands against the choice.
+    """
+    if subset.layers is None and subset.experts is None:
+        require_none(idle_problems(subset))
+        return checkpoint
+    families = match(checkpoint, recipe).families
+    members = hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+    choices = [*choices_of(subset, recipe, members)]
+    require_none(choice_problems(choices, renumber=subset.renumber))
+    choices = [choice for choice in choices if len(choice.chosen) < len(choice.members)]
+    if not choices:
+        return checkpoint
+    numbers = new_numbers(choices, recipe, members)
+    kept = [kept_family(family, recipe, numbers) for family in families]
+    present = {family.rule: set(family.numbers) for family in kept if not family.is_scale and family.tensors}
+    left = hole_members(recipe, present)
+    experts = next((choice for choice in choices if choice.option == "--experts"), None)
+    problems = [*expert_problems(checkpoint.config, experts.hole.size, len(experts.chosen))] if experts else []
+    tensors, joins = whole_rows(kept, recipe, experts, checkpoint, problems)
+    layers = next((numbers[choice.hole.name] for choice in choices if choice.option == "--layers"), None)
+    config = pruned_config(checkpoint.config, recipe, left, layers, problems)
+    require_none(problems)
+    described = description(choices, checkpoint, tensors)
+    return replace(checkpoint, tensors=tensors, config=config, joins=joins, subset=described)
+
+
+def idle_problems(subset: Subset) -> Iterator[Problem]:
+    if subset.renumber:
+        yield Problem("wrong-option", "--renumber", "no choice", "--layers or --experts", "leave it out")
+
+
+def choices_of(subset: Subset, recipe: Recipe, members: Mapping[str, set[int]]) -> Iterator[Choice]:
+    """What the options choose. Raises Refused if the recipe has nothing of the kind."""
+    for option, chosen in (("--layers", subset.layers), ("--experts", subset.experts)):
+        if chosen is None:
+            continue
+        hole = next((hole for hole in recipe.holes.values() if hole.counts == COUNTED[option]), None)
+        if hole is None:
+            expected = f"a recipe that counts {COUNTED[option]}; {recipe.name} does not"
+            raise refuse("wrong-option", option, numbers_text(chosen), expected)
+        if option == "--experts" and not hole.size:
+            raise refuse("wrong-option", option, numbers_text(chosen), f"a `size` for the experts in {recipe.name}")
+        if option == "--experts" and not any(is_by_row(rule, hole.size) for rule in recipe.rules):
+            expected = f"a row of {recipe.name} whose shape begins with {hole.size}: the router, which loses rows too"
+            raise refuse("wrong-option", option, numbers_text(chosen), expected)
+        yield Choice(option, hole, tuple(sorted(set(chosen))), frozenset(members[hole.name]))
+
+
+def choice_problems(choices: Iterable[Choice], *, renumber: bool) -> Iterator[Problem]:
+    """Numbers that there are not, and those that would leave a gap."""
+    for option, hole, chosen, members in ((one.option, one.hole, one.chosen, one.members) for one in choices):
+        if unknown := set(chosen) - members:
+            found = f"{MEMBER[option]} {numbers_text(unknown)}"
+            yield Problem("unknown-number", option, found, f"{hole.counts} {numbers_text(members)}")
+        elif not chosen:
+            yield Problem("nothing-kept", option, f"no {MEMBER[option]}", "at least one")
+        elif chosen[-1] != len(chosen) - 1 and not renumber:
+            found = f"{hole.counts} {numbers_text(chosen)}"
+            remedy = f"--renumber gives them the numbers {numbers_text(range(len(chosen)))}"
+            yield Problem("needs-renumber", option, found, "0 and those that follow, without a gap", remedy)
+
+
+def new_numbers(choices: Iterable[Choice], recipe: Recipe, members: Mapping[str, set[int]]) -> Numbers:
+    """The numbers that are kept. What follows on from layers, as MTP layers do, is kept and follows on."""
+    found: dict[str, dict[int, int]] = {}
+    for choice in choices:
+        new = {old: place for place, old in enumerate(choice.chosen)}
+        for letter, hole in recipe.holes.items():
+            if base_of(hole, recipe) == choice.hole.name:
+                found[letter] = new
+            elif hole.after == choice.hole.name:
+                later = enumerate(sorted(members[letter]), len(choice.chosen))
+                found[letter] = {old: place for place, old in later}
+    return found
+
+
+def base_of(hole: Hole, recipe: Recipe) -> str:
+    """The letter of the hole whose members those of this one are, in the end."""
+    for _ in recipe.holes:  # a recipe of a stranger may lead in a circle
+        hole = recipe.holes.get(hole.within or hole.some_of, hole)
+    return hole.name
+
+
+def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
+    """What is kept of a family, under its new names and numbers; with the old names for those on the other side."""
+    slots = slots_of(recipe.rules[family.rule], recipe)
+    places = [(place, numbers[slot]) for place, slot in enumerate(slots) if slot in numbers]
+    if not places:
+        return family._replace(names=[tensor.name for tensor in family.tensors])
+    kept = Family(family.rule, family.is_scale, [], [], [])
+    for tensor, filling in zip(family.tensors, family.numbers, strict=True):
+        if all(int(filling[place]) in new for place, new in places):
+            changed = list(filling)
+            for place, new in places:
+                changed[place] = str(new[int(filling[place])])
+            kept.tensors.append(tensor._replace(name=renumbered(tensor.name, changed)))
+            kept.numbers.append(tuple(changed))
+            kept.names.append(tensor.name)
+    return kept
+
+
+def renumbered(name: str, numbers: Sequence[str]) -> str:
+    """A name with other numbers: `layers.7.mlp`, (`2`,) -> `layers.2.mlp`."""
+    pieces = NUMBER.split(name)
+    pieces[1::2] = ["." + number for number in numbers]
+    return "".join(pieces)
+
+
+def whole_rows(
+    families: Iterable[Family], recipe: Recipe, experts: Choice | None, checkpoint: Checkpoint, problems: list[Problem]
+) -> tuple[dict[str, Tensor], tuple[Join, ...]]:
+    """The tensors by name, in the order in which they were, those that have a row for each expert with the rows of the
+    chosen ones; and all joins.
+    """
+    tensors: dict[str, Tensor] = {}
+    joins = [*checkpoint.joins]
+    for family in families:
+        rule, has_rows = recipe.rules[family.rule], False
+        if experts and family.tensors:
+            has_rows = is_by_row(rule, experts.hole.size)
+            problems.extend(table_problems(family, rule, experts.hole.size))
+        for tensor, old in zip(family.tensors, family.names, strict=True):
+            found = tensor
+            if has_rows and experts:
+                if tensor.shape[:1] != (len(experts.members),) or tensor.size % len(experts.members):
+                    expected = f"{len(experts.members)} rows, one for each expert"
+                    problems.append(Problem("wrong-shape", tensor.name, f"shape {list(tensor.shape)}", expected))
+                    continue
+                found = rows_of(tensor, experts.chosen, checkpoint, joins)
+            tensors[old] = found
+    ordered = (tensors[name] for name in checkpoint.tensors if name in tensors)
+    return {tensor.name: tensor for tensor in ordered}, tuple(joins)
+
+
+def is_by_row(rule: Rule, size: str) -> bool:
+    """Whether the tensors of a rule have a row for each expert, `size` being the formula of how many there are."""
+    return bool(rule.shape) and parse_shape(rule.shape)[1][:1] == [size]
+
+
+def table_problems(family: Family, rule: Rule, size: str) -> Iterator[Problem]:
+    """Tensors that depend on all experts in a way that leaving some out would break."""
+    formulas = parse_shape(rule.shape)[1] if rule.shape and rule.relation != "drop" else []
+    if table_of(size) in formulas:
+        found, remedy = "a table that names experts by their numbers", "choose --layers without such a table"
+        yield from (
+            Problem("needs-all-experts", tensor.name, found, "all experts", remedy) for tensor in family.tensors
+        )
+    elif any(re.search(rf"(?<![\w.]){re.escape(size)}(?![\w.])", formula) for formula in formulas[1:]):
+        found = f"{rule.shape}, by the recipe"
+        yield from (Problem("needs-all-experts", tensor.name, found, "all experts") for tensor in family.tensors)
+
+
+def rows_of(tensor: Tensor, chosen: Sequence[int], checkpoint: Checkpoint, joins: list[Join]) -> Tensor:
+    """Some rows of a tensor: a stretch of it, or a new one of `joins` where they do not lie in one piece."""
+    width = tensor.size // tensor.shape[0]
+    shape, size = (len(chosen), *tensor.shape[1:]), len(chosen) * width
+    if tensor.file < len(checkpoint.files) and chosen[-1] - chosen[0] == len(chosen) - 1:
+        return tensor._replace(shape=shape, offset=tensor.offset + chosen[0] * width, size=size)
+    parts = tuple(part for first, count in runs(chosen) for part in stretches(tensor, first, count, checkpoint))
+    result = tensor._replace(shape=shape, file=len(checkpoint.files) + len(joins), offset=0, size=size)
+    joins.append(Join(1, parts, result))
+    return result
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The first of each run of numbers, and how many they are."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]):
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((number, 1))
+    return found
+
+
+def stretches(tensor: Tensor, first: int, count: int, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, ...]]:
+    """Rows that follow one another, as parts of a join; of what is a join itself, the parts of its parts.
+
+    Raises Refused if it is one whose parts lie side by side.
+    """
+    width, place = tensor.size // tensor.shape[0], tensor.file - len(checkpoint.files)
+    parts = checkpoint.joins[place].parts if place >= 0 else ((tensor,),)
+    if place >= 0 and checkpoint.joins[place].rows != 1 and len(parts) > 1:
+        found = "its columns are cut for ranks"
+        raise refuse("needs-all-experts", tensor.name, found, "rows in one piece", "--to hf first, then choose")
+    for run in runs_of([part[0].size for part in parts], first * width, count * width, tensor.size):
+        shape = (run.size // width, *tensor.shape[1:])
+        yield tuple(
+            copy._replace(shape=shape, offset=copy.offset + run.begin, size=run.size) for copy in parts[run.part]
+        )
+
+
+def description(choices: Iterable[Choice], checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A subset as the manifest says it."""
+    found: dict[str, Any] = {
+        choice.hole.counts: {"kept": list(choice.chosen), "of": len(choice.members)} for choice in choices
+    }
+    found["left_out"] = left_out(checkpoint.tensors, tensors, {})
+    return {**found, "source": checkpoint.subset} if checkpoint.subset else found

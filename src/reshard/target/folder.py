@@ -1,0 +1,156 @@
+"""The target folder before a job: what of it is finished, and whether the rest can be written."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from reshard.errors import Problem, refuse, require_none, size_text
+from reshard.execution.execute import finish
+from reshard.execution.journal import left_names, lock
+from reshard.formats.manifest import Origin, file_names_of, read_manifest
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.planning.plan import Job, Plan, only_ranks, plan_with_origin
+from reshard.storage.local import write_whole
+from reshard.target.manifest_writer import finished_ranks, origin_of, same_job, sample_source
+from reshard.target.side_files import names_in, read_side_files
+
+
+def our_names(target: Path) -> set[str]:
+    """What an interrupted job may have left in its target, by its journal; without a journal nothing is ours."""
+    if not (target / JOURNAL).exists():
+        return set()
+    return {JOURNAL, *left_names(target)}
+
+
+def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+    """Why the `needed` bytes cannot be written to the folder `target`, which may or may not be there yet, and may hold
+    files of `ours` but no others.
+    """
+    resolved, origin = target.resolve(), source.resolve()
+    if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
+        yield Problem("target-inside-source", str(target), f"inside {source}", "a folder elsewhere", "another target")
+        return
+    if target.exists() and not target.is_dir():
+        yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
+        return
+    if names := [name for name in names_in(target) if name not in ours]:
+        found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
+    above = nearest_folder(target)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
+        return
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    if long := [part for part in target.parts if len(os.fsencode(part)) > longest]:
+        yield Problem(
+            "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
+        )
+    free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours)
+    if free < needed:
+        found = f"{free:,} bytes free ({size_text(free)})"
+        expected = f"{needed:,} bytes ({size_text(needed)})"
+        yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
+
+
+def allocated(path: Path) -> int:
+    """What a file takes of the disk, in bytes."""
+    return path.stat().st_blocks * 512 if path.exists() else 0
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest thing above it that exists."""
+    return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done in a target, as it was when it was looked at."""
+
+    plan: Plan
+    """Of the files that are not there yet."""
+    samples: Sequence[str]
+    sides: Mapping[str, bytes]
+    manifest: Mapping[str, Any]
+    """That of the target; empty if there is none."""
+    known: Mapping[str, Any]
+    """The same, if it is of this job for other ranks; else empty."""
+    origin: Mapping[str, Any]
+    """What the manifest will keep of the source."""
+    known_origin: Origin
+    """What is known of where the source came from."""
+
+
+def prepare(job: Job, target: Path) -> Work:
+    """What is left to do in the target. Raises Refused if anything stands in the way."""
+    plan, origin = plan_with_origin(job)
+    try:
+        samples = sample_source(plan)
+        kept = origin_of(plan, origin)
+    except OSError as error:
+        raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
+    manifest = read_manifest(target)
+    known = manifest if same_job(manifest, plan, samples) else {}
+    sides = read_side_files(plan, origin)  # of all files, for an index names all
+    if finished := finished_ranks(known, plan, target):
+        plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
+    require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
+    if plan.files:
+        require_room(job, plan, target, sides, known)
+    return Work(plan, samples, sides, manifest, known, kept, origin)
+
+
+def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
+    """What is no longer as it was when the target was made: a tokenizer, or the config that a file was made of."""
+    for entry in known.get("side_files", ()):
+        content = sides.get(entry["name"])
+        if content is not None and xxh3_128_hexdigest(content) != entry["xxh3_128"]:
+            found = "other content than when the target was made, in the source or by its config.json"
+            yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
+
+
+def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
+    """Files of the same job that have a final name and not the size that they were given."""
+    sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
+    for file in plan.files:
+        path = target / file.name
+        if file.name in sizes and path.exists():
+            found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
+            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+
+
+def mend_target(target: Path, sides: Mapping[str, bytes]) -> list[str]:
+    """Writes the side files that a finished target lacks, and returns their names.
+
+    Raises Refused if it lacks some while other ranks are half written there: their journal is not ours to end.
+    """
+    lost = [name for name in sides if not (target / name).exists()]
+    if any(name.endswith(PARTIAL) for name in left_names(target)):
+        if lost:
+            found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
+            raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
+    elif lost:
+        with ExitStack() as stack:
+            lock(stack, target / JOURNAL)
+            for name in lost:
+                write_whole(target / (name + PARTIAL), sides[name])
+            finish(target, lost)
+    elif (target / JOURNAL).exists():  # of a job that a crash has ended behind its last rename
+        with ExitStack() as stack:
+            lock(stack, target / JOURNAL)
+            (target / JOURNAL).unlink()
+    return lost
+
+
+def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, Any]) -> None:
+    """The target can be written to, and holds nothing but what this job, or the same for other ranks, put there."""
+    ours = our_names(target)
+    if known:
+        ours |= {MANIFEST, *sides, *file_names_of(known)} - {file.name for file in plan.files}
+    needed = plan.size + sum(map(len, sides.values()))
+    require_none(target_problems(job.source, target, needed, ours))

@@ -1,0 +1,207 @@
+"""The content of `reshard.json`: job, checksums, and what the original checkpoint was."""
+
+import json
+import zlib
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128, xxh3_128_hexdigest
+
+from reshard import __version__
+from reshard.casts.streaming import computed_shape, matrix
+from reshard.execution.journal import Records
+from reshard.formats.huggingface import CONFIG, INDEX
+from reshard.formats.manifest import LOST, Origin, own_checksum
+from reshard.planning.plan import Plan, describe_layout
+from reshard.planning.proofs import reason_of
+from reshard.target.side_files import cast_config
+from reshard.types import WHOLE, File, Share
+
+JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
+"""What makes a conversion another one, besides the samples of its source."""
+
+SAMPLE_SIZE = 64 << 10
+"""In bytes, of the data of a source file: so much at its beginning, its middle and its end."""
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """What is known before anything is written, as JSON values."""
+    return {
+        "reshard": __version__,
+        "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
+        "ranks": plan.layout.ranks,
+        "layout": describe_layout(plan.layout),
+        **({"subset": plan.source.subset} if plan.source.subset else {}),
+        "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
+        "source": [
+            {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
+        ],
+        "casts": dict(sorted(Counter(cast.operation for cast in plan.casts).items())),
+        "coverage": [
+            {"use": share.use, "what": share.what, "tensors": share.tensors, "bytes": share.size}
+            for share in plan.coverage
+        ],
+        "files": [
+            {"name": file.name, "rank": file.rank, "size": file.size, "tensors": len(file.pieces)}
+            for file in plan.files
+        ],
+    }
+
+
+def sample_source(plan: Plan) -> list[str]:
+    """For each source file a checksum of some of its data. Fine-tuned models have the same headers, not the same data.
+
+    Not in the plan, which knows headers only. Raises OSError.
+    """
+    return [sample_of(plan.source.folder / file.name, file) for file in plan.source.files]
+
+
+def sample_of(path: Path, file: File) -> str:
+    begin, end = file.header_size, file.size
+    with path.open("rb", buffering=0) as opened:
+        digest = xxh3_128()
+        for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):
+            opened.seek(offset)
+            digest.update(opened.read(SAMPLE_SIZE))
+    return digest.hexdigest()
+
+
+def manifest_of(
+    plan: Plan,
+    samples: Sequence[str],
+    side_files: Mapping[str, bytes],
+    records: Records,
+    known: Mapping[str, Any],
+    origin: Mapping[str, Any],
+) -> bytes:
+    """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty;
+    `origin` is as `origin_of` gives it.
+    """
+    manifest = {**describe_plan(plan), "source_samples": list(samples), "origin": origin}
+    for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
+        entry["ranges"] = ranges_text(file.header, records[records["file"] == index])
+    files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}
+    manifest["files"] = sorted(files.values(), key=lambda entry: entry["rank"])
+    manifest["side_files"] = [
+        {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
+        for name, content in side_files.items()
+    ]
+    return (json.dumps({**manifest, "xxh3_128": own_checksum(manifest)}, indent=1) + "\n").encode()
+
+
+def ranges_text(header: bytes, records: Records) -> str:
+    """`SIZE HASH SIZE HASH ...`: the ranges of a file from its first byte to its last, each with its xxh3-128.
+
+    One string a file, for a model of 671B parameters has 300,000 ranges. The first is the header.
+    """
+    ranges = [(len(header), xxh3_128_hexdigest(header))]
+    ranges += [(size, digest.hex()) for size, digest in zip(records["size"].tolist(), digests(records), strict=True)]
+    return " ".join(f"{size} {digest}" for size, digest in ranges)
+
+
+def digests(records: Records) -> Iterable[bytes]:
+    return (digest.tobytes() for digest in records["digest"])
+
+
+def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
+    """Whether a manifest is of the conversion that is planned, for whichever of its ranks."""
+    wanted = describe_plan(plan)
+    return manifest.get("source_samples") == list(samples) and all(
+        manifest.get(key) == wanted.get(key) for key in JOB_KEYS
+    )
+
+
+def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
+    """The ranks of the plan whose files are there already, by the manifest of the same job and by their size."""
+    sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
+    return {
+        file.rank
+        for file in plan.files
+        if sizes.get(file.name) == file.size
+        and (folder / file.name).is_file()
+        and (folder / file.name).stat().st_size == file.size
+    }
+
+
+def origin_of(plan: Plan, before: Origin) -> dict[str, Any]:
+    """What a manifest is to keep, as JSON values. Of a source that was rank files itself, what was known of it."""
+    config = cast_config(plan, plan.source.config) if plan.source.config is not None else None
+    lost = before.lost if before.is_of_ranks else ()
+    kept = {
+        "lost": None if lost is None else [asdict(share) for share in (*lost, *lost_by(plan))],
+        "headers": packed_headers(plan),
+        "texts": packed_texts(plan),
+    }
+    if plan.source.subset:
+        kept |= {"headers": {}, "texts": {}}  # the files that there were cannot be had back
+    elif before.is_of_ranks:
+        kept |= {key: (before.raw or {}).get(key, {}) for key in ("headers", "texts")}
+    return {"config": config, "shapes": padded_shapes(plan), **kept}
+
+
+def lost_by(plan: Plan) -> list[Share]:
+    """What of its source a target does not have as it was."""
+    return [share for share in plan.coverage if share.use in LOST]
+
+
+def padded_shapes(plan: Plan) -> dict[str, list[int]]:
+    """By its name in the source: the shape of each tensor that was padded, as it is without."""
+    found = {}
+    for cast in plan.casts:
+        if computed_shape(cast) == matrix(cast.result.shape):
+            continue
+        shape = [*cast.result.shape[:-2], *computed_shape(cast)][-len(cast.result.shape) :]
+        if tuple(shape) != cast.result.shape:
+            found[cast.result.name] = shape
+    return found
+
+
+def packed_headers(plan: Plan) -> dict[str, str]:
+    """The header of each file of the source: by zlib, in base 64."""
+    return {file.name: packed_header(plan.source.folder / file.name, file) for file in plan.source.files}
+
+
+def packed_header(path: Path, file: File) -> str:
+    with path.open("rb", buffering=0) as opened:
+        return packed(opened.read(file.header_size))
+
+
+def packed_texts(plan: Plan) -> dict[str, str]:
+    """The config and the index of the source, letter by letter."""
+    paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
+    return {path.name: packed(path.read_bytes()) for path in paths if path.is_file()}
+
+
+def packed(content: bytes) -> str:
+    return b64encode(zlib.compress(content, 6)).decode()
+
+
+NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not as it was"}
+
+
+def lost_lines(plan: Plan, origin: Origin) -> Iterator[str]:
+    """What a target in the layout of the source does not have as the model had it, for a person."""
+    if plan.layout.to != WHOLE or not origin.is_of_ranks:
+        return
+    for share in origin.lost or ():
+        reason = f": {share.reason}" if share.reason else ""
+        size = f"{share.tensors:,} tensors, {share.size:,} bytes"
+        yield f"{NOW[share.use]}: {size}: {share.what}, {share.use} when converted{reason}"
+    if origin.lost is None:
+        if dropped := dropped_by_recipe(plan):
+            yield f"without a manifest nobody knows whether the model had these, dropped when converted: {dropped}"
+        for rule in plan.recipe.rules:
+            if rule.relation == "dequantize":
+                yield f"not as it was: {rule.left}, dequantized when converted, by the recipe"
+
+
+def dropped_by_recipe(plan: Plan) -> str:
+    """What the recipe leaves out, and the rank files have not."""
+    recipe = plan.recipe
+    present = {recipe.holes[letter].counts for letter, count in plan.counts.items() if count}
+    reasons = [reason_of(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
+    return ", ".join(dict.fromkeys(reason for reason in reasons if reason not in present))

@@ -1,0 +1,268 @@
+"""The files beside the tensors: tokenizer, run_config.json, config.json, index."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
+from reshard.formats.json_input import require_no_pointer
+from reshard.formats.manifest import Origin
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.planning.file_layout import WHOLE_NAME
+from reshard.planning.plan import Plan
+from reshard.recipes.formulas import UnknownKey, value_of, with_old_keys
+from reshard.recipes.patterns import scale_letter
+from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.types import RANKS, WHOLE, Recipe
+
+
+def as_they_were(plan: Plan, made: Mapping[str, bytes], origin: Origin) -> dict[str, bytes]:
+    """The JSON files that are made for a target, letter by letter as they once were where these say the same."""
+    texts = origin.texts or {}
+    found = {
+        name: texts[name] if says_same(name, texts.get(name), content) else content for name, content in made.items()
+    }
+    if INDEX not in texts and origin.forms and is_restored(plan, origin):
+        found.pop(INDEX, None)
+    return found
+
+
+def says_same(name: str, text: bytes | None, made: bytes) -> bool:
+    """Whether a config has the same keys and values, or an index the same tensors in the same files."""
+    if text is None or name not in (CONFIG, INDEX):
+        return False
+    try:
+        one, other = json.loads(text), json.loads(made)
+    except (ValueError, RecursionError):
+        return False
+    return bool(one == other if name == CONFIG else map_of(one) == map_of(other))
+
+
+def map_of(index: Any) -> Any:
+    return index.get("weight_map") if isinstance(index, dict) else None
+
+
+def is_restored(plan: Plan, origin: Origin) -> bool:
+    """Whether the target is just the checkpoint that the source once was."""
+    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [form.header for form in origin.forms]
+
+
+RUN_CONFIG = "run_config.json"
+"""Not `config.json`, which a tokenizer that is loaded from the folder would read."""
+
+EXEMPT = "modules_to_not_convert"
+"""How a config names the modules whose weights are not scaled though most are."""
+
+DTYPES = ("torch_dtype", "dtype")
+"""How a config names the dtype of its weights, by its age."""
+
+
+def made_files(plan: Plan) -> dict[str, bytes]:
+    """What a target needs beside its tensors and what is carried along, by name."""
+    if plan.layout.to == WHOLE:
+        return whole_files(plan)
+    text = run_config(plan)
+    return {**carried_config(plan), **({RUN_CONFIG: text.encode()} if text else {})}
+
+
+def carried_config(plan: Plan) -> dict[str, bytes]:
+    """The config, where rank files have it beside them and casts change it: else it goes along as it is.
+
+    What padding raises stays as it was: a loader sees the rows in the files, and must know how many of them count.
+    """
+    config = plan.source.config
+    if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
+        return {}
+    changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
+    return {} if changed == config else {CONFIG: json_text(changed)}
+
+
+def run_config(plan: Plan) -> str:
+    """The configuration that the inference code of the ranks is started with; empty without a config to make it from,
+    and for chosen tensors, which nothing can run.
+
+    Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
+    """
+    if plan.config is None or not plan.recipe.run or "only" in plan.source.subset or any(run_obstacles(plan)):
+        return ""
+    config = with_old_keys(cast_config(plan, plan.config))
+    config["target"] = target_facts(plan)
+    found = {}
+    for key, rule in plan.recipe.run.items():
+        formula, *usual = rule if isinstance(rule, list) else (rule, None)
+        try:
+            value = value_of(formula, config, plan.recipe.sizes)
+        except UnknownKey:
+            value = None
+        # Without a value the key is left out, unless the recipe wants it to be said.
+        if value not in (usual and [None, *usual]):
+            found[key] = value
+    lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def run_obstacles(plan: Plan) -> Iterator[str]:
+    """Why the inference code cannot run what a config describes: what it has in itself, and the config wants otherwise.
+
+    Then there is no run configuration beside the rank files: one would start another model.
+    """
+    needs = plan.recipe.run_needs if plan.recipe.run and plan.layout.to == RANKS else ()
+    config = with_old_keys(plan.config or {})
+    for formula, *allowed in needs:
+        try:
+            value = value_of(formula, config, plan.recipe.sizes)
+        except UnknownKey:
+            continue
+        values = [needed_value(one, config, plan.recipe) for one in allowed]
+        if value not in values:
+            wanted = " or ".join("none" if one is None else json.dumps(one) for one in values)
+            yield f"{formula} is {json.dumps(value)}; the inference code has {wanted}"
+
+
+def needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -> Any:
+    """A value that a recipe allows; behind `=` it is that of a formula, None where the config does not tell it."""
+    if not (isinstance(allowed, str) and allowed.startswith("=")):
+        return allowed
+    try:
+        return value_of(allowed[1:], config, recipe.sizes)
+    except UnknownKey:
+        return None
+
+
+def target_facts(plan: Plan) -> dict[str, Any]:
+    """What the rank files hold: by letter how many of each numbered place; `dtype`, that of the weights; `packed`, the
+    name of a packed dtype.
+    """
+    dtypes = {tensor.dtype for tensor in plan.pieces.tensors}
+    weights = "fp8" if "F8_E4M3" in dtypes and plan.layout.cast != "bf16" else "bf16"
+    return {**plan.counts, "dtype": weights, "packed": "fp4" if "F4" in dtypes else None}
+
+
+def whole_files(plan: Plan) -> dict[str, bytes]:
+    """The config, as the casts have left it, and the index, unless there is one file by the name of all. Chosen tensors
+    have no config.
+    """
+    found = {}
+    if plan.config is not None and "only" not in plan.source.subset:
+        found[CONFIG] = cast_config(plan, plan.config)
+    if [file.name for file in plan.files] != [WHOLE_NAME]:
+        found[INDEX] = index(plan)
+    return {name: json_text(value) for name, value in found.items()}
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def index(plan: Plan) -> dict[str, Any]:
+    """Which tensor is in which file, sorted by name; the size is that of the data, in bytes."""
+    names = {plan.pieces.names[piece]: file.name for file in plan.files for piece in file.pieces.tolist()}
+    size = sum(file.size - len(file.header) for file in plan.files)
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+
+
+def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config once its weights are cast: how they are quantised, and their dtype."""
+    changed = dict(config)
+    if plan.layout.expert_dtype:
+        changed.pop("expert_dtype", None)
+        if isinstance(quantization := changed.get("quantization_config"), dict):
+            changed["quantization_config"] = {key: quantization[key] for key in quantization if key != "expert_dtype"}
+    if plan.layout.cast == "bf16":
+        for key in ("quantization_config", "expert_dtype"):
+            changed.pop(key, None)
+        changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
+    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
+        block = next(cast.block for cast in plan.casts)
+        usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
+        changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}
+    if isinstance(quantization := changed.get("quantization_config"), dict) and (modules := unscaled_modules(plan)):
+        exempt = quantization.get(EXEMPT)
+        known = exempt if isinstance(exempt, list) else []
+        new = [module for module in modules if module not in known]
+        changed["quantization_config"] = {**quantization, EXEMPT: [*known, *new]}
+    return changed
+
+
+def unscaled_modules(plan: Plan) -> list[str]:
+    """The ends of the names of modules whose weights the recipe dequantises: they are not scaled, as all others are."""
+    found: dict[str, None] = {}
+    for rule in plan.recipe.rules:
+        if rule.relation == "dequantize":
+            letter = scale_letter(rule, plan.recipe)
+            module = rule.left.removesuffix(f".{{{letter}}}").rpartition("}.")[2]
+            scale = f"{module}.{plan.recipe.scales[letter].left}"
+            if plan.layout.to == RANKS or not any(name.endswith(scale) for name in plan.pieces.names):
+                found[module] = None
+    return list(found)
+
+
+LARGEST_SIDE_FILE = 256 << 20
+"""In bytes. Side files are tokenizers and the like; they are read whole."""
+
+
+def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
+    """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
+
+    Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
+    in the source; beside chosen tensors nothing does.
+    """
+    if "only" in plan.source.subset:
+        return made_files(plan)
+    patterns, made = plan.recipe.carry, made_files(plan)
+    if plan.layout.to == WHOLE:
+        patterns, made = ("*",), as_they_were(plan, made, origin)
+    ours = {RUN_CONFIG} if origin.is_of_ranks else set()  # of the rank files, not of the model
+    found = side_files(plan.source.folder, patterns)
+    sides = {**{name: read_small(path) for name, path in found.items() if name not in {*made, *ours}}, **made}
+    return dict(sorted(sides.items()))
+
+
+def read_small(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_SIDE_FILE:
+            found, expected = f"{size:,} bytes", f"at most {LARGEST_SIDE_FILE:,} for a file that goes along"
+            raise refuse(
+                "too-large", str(path), found, expected, "move it away, or correct `carry` in a recipe of yours"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    require_no_pointer(path, content)
+    return content
+
+
+def is_side(path: Path) -> bool:
+    """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it, no part of the
+    checkpoint itself and nothing that we keep books in. A link to nothing was to be a file.
+    """
+    is_ours = path.name in (MANIFEST, JOURNAL) or path.name.endswith(PARTIAL)
+    is_checkpoint = path.name.endswith((SUFFIX, SUFFIX + ".index.json"))
+    return (path.is_file() or is_lost(path)) and not (path.name.startswith(".") or is_ours or is_checkpoint)
+
+
+def is_lost(path: Path) -> bool:
+    """Whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+
+
+def side_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder that fit a pattern and go along, by name. Raises Refused if one is a link to nothing."""
+    fitting = [name for name in names_in(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    found = {name: folder / name for name in fitting if is_side(folder / name)}
+    lost = [str(path) for path in found.values() if is_lost(path)]
+    expected, remedy = "a file that goes along", "download it again, or remove the link"
+    require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
+    return found

@@ -1,0 +1,218 @@
+"""Bands, tiles and margins: the pieces that are compared at a time. Pure: opens no file.
+
+A band is of a source tensor whose bytes ranks hold, seen as a matrix of bytes: some whole rows or, where a row is
+longer than a band, a part of one row. A tile is of a weight from which something else was made: whole blocks of
+elements. A margin is what a part holds beyond its tensor: padding.
+"""
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from math import ceil, lcm
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from reshard.formats.safetensors import BITS
+from reshard.types import Tensor
+from reshard.verification.expected import in_blocks
+
+BAND_SIZE = 2 << 20
+"""In bytes. Small enough to stay in the processor's cache between the read and the comparison."""
+
+SAMPLE_SIZE = 32 << 10
+"""In bytes, of a band of a sample: of an expert's weight in DeepSeek-V3, the two ends are half a percent."""
+
+TILE_SIZE = 2 << 20
+"""In elements, of a tile: so many that a tile has whole rows, which are read at once, in almost every model."""
+
+
+class Part(NamedTuple):
+    """A tensor of a target file, and the box of the source tensor, or of what is made of it, that it should be. Where
+    it is padded the box is larger than that.
+    """
+
+    rank: int
+    """Or the number of its file, where files are not by rank."""
+    tensor: Tensor
+    rows: range
+    columns: range
+    """In bytes of a source row."""
+    skip: int = 0
+    """In bytes: where in the tensor the box begins, if it is not all of it."""
+
+
+class Whole(NamedTuple):
+    """A source tensor as a matrix of bytes, and the parts of it that ranks hold."""
+
+    tensor: Tensor
+    width: int
+    """In bytes, of a row."""
+    parts: list[Part]
+    fill: bytes = bytes(1)
+    """What padding consists of."""
+
+    @property
+    def height(self) -> int:
+        """In rows."""
+        return self.tensor.size // self.width if self.width else 0
+
+
+class Recast(NamedTuple):
+    """A weight of the source of which something else was made, and what ranks hold of that."""
+
+    form: str
+    """`dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
+    weight: Tensor
+    scale: Tensor | None
+    shape: tuple[int, int]
+    """In elements, as numbers: of a packed weight, twice the columns."""
+    block: tuple[int, int]
+    """In elements, of the scale that there is; or of the one that there will be, if there is none."""
+    new_block: tuple[int, int]
+    dtypes: tuple[str, str]
+    """Of the new weight and its new scale; the second is empty if there is none."""
+    parts: tuple[list[Part], list[Part]]
+    """Of the new weight, and of its new scale; columns in bytes."""
+
+
+class Tile(NamedTuple):
+    """Whole blocks of a weight, and what is made of them."""
+
+    recast: Recast
+    rows: range
+    columns: range
+    """In elements."""
+
+
+class Margin(NamedTuple):
+    """Padding: a box of a part that lies beyond its tensor."""
+
+    part: Part
+    rows: range
+    columns: range
+    """Both as in the part."""
+    fill: bytes
+
+
+class Band(NamedTuple):
+    """A box of a source tensor whose bytes lie in one piece: whole rows, or a part of one."""
+
+    whole: Whole
+    rows: range
+    columns: range
+
+
+def bands_of(whole: Whole, share: Fraction | None) -> Iterator[Band]:
+    """All bands of a tensor one after the other. With a share, small ones: about so many of them, and those that hold
+    the two ends of a part.
+    """
+    size = BAND_SIZE if share is None else SAMPLE_SIZE
+    if not whole.tensor.size:
+        return
+    height, per_row = whole.height, ceil(whole.width / size)
+    step = max(1, size // whole.width)
+    count = ceil(height / step) * per_row
+    numbers: Iterable[int] = range(count)
+    if share is not None:
+        ends = {number for part in whole.parts for number in end_bands(part, size, step, per_row)}
+        numbers = sorted(ends.union(spread(whole.tensor.name, count, share)))
+    for number in numbers:
+        row, column = number // per_row * step, number % per_row * size
+        rows = range(row, min(row + step, height))
+        yield Band(whole, rows, range(column, min(column + size, whole.width)))
+
+
+def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
+    """The bands that hold as much of the two ends of a part as a band can hold: for each end one, or two where the part
+    begins or ends inside one.
+    """
+    (top, bottom), (left, right) = ((cut.start, cut.stop - 1) for cut in (part.rows, part.columns))
+    if not part.rows or not part.columns:
+        return
+    if per_row == 1:
+        yield from (row // step for row in (top, min(top + step - 1, bottom), max(bottom - step + 1, top), bottom))
+    else:
+        yield from (top * per_row + column // size for column in (left, min(left + size - 1, right)))
+        yield from (bottom * per_row + column // size for column in (max(right - size + 1, left), right))
+
+
+def tiles_of(recast: Recast, share: Fraction | None) -> Iterator[Tile]:
+    """All tiles of a weight one after the other. With a share, small ones: about so many of them, and those that hold
+    the two ends of a part. A tile is never less than a block.
+    """
+    size = TILE_SIZE if share is None else SAMPLE_SIZE
+    if 0 in recast.shape:
+        return
+    rows, columns = recast.shape
+    least = lcm(recast.block[0], recast.new_block[0]), lcm(recast.block[1], recast.new_block[1])
+    wide = max(1, size // min(least[0], rows) // least[1]) * least[1]
+    step = max(1, size // min(wide, columns) // least[0]) * least[0], wide
+    per_row = ceil(columns / step[1])
+    count = ceil(rows / step[0]) * per_row
+    numbers: Iterable[int] = range(count)
+    if share is not None:
+        width = BITS[recast.dtypes[0]] // 8
+        ends = {
+            row // step[0] * per_row + column // width // step[1]
+            for part in recast.parts[0]
+            for row, column in ((part.rows.start, part.columns.start), (part.rows.stop - 1, part.columns.stop - 1))
+            if row < rows and column // width < columns
+        }
+        numbers = sorted(ends.union(spread(recast.weight.name, count, share)))
+    for number in numbers:
+        row, column = number // per_row * step[0], number % per_row * step[1]
+        yield Tile(recast, range(row, min(row + step[0], rows)), range(column, min(column + step[1], columns)))
+
+
+def whole_margins(whole: Whole, share: Fraction | None) -> Iterator[Margin]:
+    for part in whole.parts:
+        yield from margins_of(part, whole.height, whole.width, whole.fill, share)
+
+
+def recast_margins(recast: Recast, ones: bytes, share: Fraction | None) -> Iterator[Margin]:
+    """What is beyond a new weight is zeros; beyond a new scale, ones."""
+    shapes = recast.shape, in_blocks(recast.shape, recast.new_block)
+    for parts, shape, dtype, fill in zip(recast.parts, shapes, recast.dtypes, (bytes(1), ones), strict=True):
+        for part in parts:
+            yield from margins_of(part, shape[0], shape[1] * BITS[dtype] // 8, fill, share)
+
+
+def margins_of(part: Part, height: int, width: int, fill: bytes, share: Fraction | None) -> Iterator[Margin]:
+    """What of a part lies right of a matrix of bytes, and below it, in pieces. With a share, some of these."""
+    size = BAND_SIZE if share is None else SAMPLE_SIZE
+    rows, columns = part.rows, part.columns
+    beside = meet(rows, range(height)), range(max(columns.start, width), columns.stop)
+    below = range(max(rows.start, height), rows.stop), columns
+    pieces = [
+        Margin(part, range(row, min(row + step, box[0].stop)), range(column, min(column + size, box[1].stop)), fill)
+        for box in (beside, below)
+        if box[0] and box[1]
+        for step in [max(1, size // len(box[1]) // len(fill) * len(fill))]
+        for row in range(box[0].start, box[0].stop, step)
+        for column in range(box[1].start, box[1].stop, size)
+    ]
+    if share is not None and pieces:
+        chosen = {0, len(pieces) - 1, *spread(f"{part.tensor.name} margin", len(pieces), share)}
+        pieces = [pieces[number] for number in sorted(chosen)]
+    yield from pieces
+
+
+def spread(name: str, count: int, share: Fraction) -> Iterator[int]:
+    """About `share` of the numbers below `count`: one in each stretch of 1 / share, a hash of `name` tells where.
+
+    So it is spread evenly, follows no pattern, and is the same every time.
+    """
+    for stretch in range(ceil(count * share)):
+        first, after = stretch / share // 1, (stretch + 1) / share // 1
+        number = first + xxh3_64_intdigest(f"{name} {stretch}".encode(errors="surrogatepass")) % (after - first)
+        if number < count:
+            yield number
+
+
+def meet(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def shifted(numbers: range, start: range) -> range:
+    """The same numbers, counted from the start of another range."""
+    return range(numbers.start - start.start, numbers.stop - start.start)

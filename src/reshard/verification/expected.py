@@ -1,0 +1,320 @@
+"""What a tensor of the target should be: its name in the source, its form, its box of a rank."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+from reshard.recipes.formulas import UNITS, UnknownKey, parse_shape, shape_of, value_of
+from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, slots_of, split_name
+from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Tensor
+
+
+class Place(NamedTuple):
+    """What a tensor of a target is, by its name."""
+
+    rule: Rule | None
+    """None in a whole file, where no rule need know a tensor."""
+    scaling: BlockScale | None
+    """How weights of this rule are scaled, if they are."""
+    weight: str
+    """The name in the source: of the tensor, or of the weight that this is the block scale of."""
+    scale: str
+    """The name in the source of the block scale, whether there is one or not; empty if there cannot be any."""
+    is_scale: bool
+
+
+class Backwards(NamedTuple):
+    """A recipe, ready to tell what a tensor of the target is, for one source."""
+
+    patterns: Mapping[str, Sequence[tuple[Pattern, Pattern, Pattern | None]]]
+    """By their key: a pattern for names in the target; that of the weight, and of its scale, if it can have one."""
+    rules: Sequence[Rule]
+    scalings: Mapping[int, BlockScale]
+    """By the number of the rule."""
+    marked: Mapping[str, set[str]]
+    before: Mapping[str, str]
+    is_whole: bool
+
+    def place(self, name: str) -> Place | None:
+        """None if no rule knows the name, or more than one does."""
+        key, numbers = split_name(name)
+        fitting = [found for found in self.patterns.get(key, ()) if found[0].fits(key, numbers)]
+        fitting = [found for found in fitting if found[0].accepts(numbers, self.marked, self.before)]
+        if len(fitting) != 1:
+            return Place(None, None, name, "", is_scale=False) if self.is_whole else None
+        pattern, weight, scale = fitting[0]
+        numbered = [numbers]
+        return Place(
+            self.rules[pattern.rule],
+            self.scalings.get(pattern.rule),
+            weight.renamed(numbered)[0],
+            scale.renamed(numbered)[0] if scale else "",
+            is_scale=pattern.is_scale,
+        )
+
+
+def backwards(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> Backwards:
+    """With rank files from the right names to the left ones; with whole files from the left names to themselves."""
+    scalings = {
+        number: recipe.scales[letter]
+        for number, rule in enumerate(recipe.rules)
+        if (letter := scale_letter(rule, recipe))
+    }
+    patterns: dict[str, list[tuple[Pattern, Pattern, Pattern | None]]] = {}
+    for number, rule in enumerate(recipe.rules):
+        for triple in triples_of(number, rule, recipe, is_whole=is_whole) if rule.relation != "drop" else ():
+            patterns.setdefault(triple[0].key, []).append(triple)
+    members = later_members(map(split_name, source.tensors), recipe)
+    return Backwards(patterns, recipe.rules, scalings, *members, is_whole)
+
+
+def triples_of(
+    number: int, rule: Rule, recipe: Recipe, *, is_whole: bool
+) -> Iterator[tuple[Pattern, Pattern, Pattern | None]]:
+    letter = scale_letter(rule, recipe)
+    right = rule.left if is_whole else rule.right
+    is_kept = f"{{{letter}}}" in right
+    # What is dequantised has no scale on the right, but one on the left.
+    left = right if is_kept or not letter else f"{right.removesuffix(WEIGHT)}{{{letter}}}"
+    turned = replace(rule, left=left, right=rule.left)
+    scales = {
+        name: replace(scale, left=scale.left if is_whole else scale.right, right=scale.left)
+        for name, scale in recipe.scales.items()
+    }
+    found = list(patterns_of(number, turned, replace(recipe, scales=scales)))
+    scale = found[1] if len(found) > 1 else None
+    for pattern in found if is_kept else found[:1]:
+        yield pattern, found[0], scale
+
+
+class Holders(NamedTuple):
+    """The ranks that should hold a tensor of the source, or a part of it."""
+
+    ranks: Collection[int]
+    optional: str
+    """Why it may be left out by all of them; empty if it may not."""
+
+
+def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders]:
+    """By the name of each tensor of the source."""
+    names = {name: split_name(name) for name in source.tensors}
+    marked, before = later_members(names.values(), recipe)
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
+    found: dict[str, Holders] = {}
+    dealt: dict[str, tuple[str, int, str]] = {}
+    by_key: dict[tuple[str, int], list[Pattern]] = {}
+    for name, (key, numbers) in names.items():
+        fitting = by_key.get((key, len(numbers)))
+        if fitting is None:
+            # Those last that take what no other knows.
+            fitting = [pattern for pattern in patterns if pattern.fits(key, numbers)]
+            by_key[key, len(numbers)] = fitting = sorted(fitting, key=lambda pattern: pattern.takes_rest)
+        pattern = next((pattern for pattern in fitting if pattern.accepts(numbers, marked, before)), None)
+        rule = recipe.rules[pattern.rule] if pattern else None
+        if pattern is None or rule is None:
+            found[name] = Holders(range(ranks), "")
+        elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
+            found[name] = Holders((), "")
+        elif rule.split.startswith("by "):
+            letter = rule.split.removeprefix("by ")
+            dealt[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
+        else:
+            found[name] = Holders(range(ranks), rule.optional)
+    members: dict[str, set[int]] = {}
+    for letter, member, _ in dealt.values():
+        members.setdefault(letter, set()).add(member)
+    for name, (letter, member, optional) in dealt.items():
+        found[name] = Holders((member * ranks // len(members[letter]),), optional)
+    return found
+
+
+SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "quantize"
+
+WORDS = {
+    SAME: "as it is in the source",
+    DEQUANTIZE: "dequantised to BF16",
+    FP4_TO_FP8: "cast from FP4 to FP8",
+    QUANTIZE: "quantised to FP8",
+}
+
+
+class Seen(NamedTuple):
+    """A tensor of a target file."""
+
+    number: int
+    """Of the file, or its rank."""
+    tensor: Tensor
+
+
+class Unit(NamedTuple):
+    """A tensor of the source and what one rank, or a target of whole files, has of it: with its block scale, if any."""
+
+    place: Place
+    rank: int
+    """0 with whole files."""
+    weight: Seen | None
+    scale: Seen | None
+
+
+def scaling_of(scaling: BlockScale | None, weight: Tensor) -> BlockScale | None:
+    """How a weight is scaled, or will be: where weights come packed as a rule, one that is not has blocks of FP8."""
+    if scaling and scaling.packed and weight.dtype != "I8":
+        return replace(scaling, block=scaling.fp8_block, packed=False)
+    return scaling
+
+
+def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
+    """What was done to a weight of the source, by the dtype of what the target has. Where that fits nothing: what is
+    done if nothing else is asked for.
+    """
+    found, scaling, rule = unit.weight.tensor if unit.weight else weight, unit.place.scaling, unit.place.rule
+    if scaling is None or scaling.stays or len(weight.shape) != 2:
+        return SAME
+    if scale and rule and rule.relation == DEQUANTIZE and not is_whole:
+        return DEQUANTIZE
+    if scale and found.dtype == "BF16" and weight.dtype in ("F8_E4M3", "I8"):
+        return DEQUANTIZE
+    if scale and is_packed(weight, scaling) and found.dtype == "F8_E4M3":
+        return FP4_TO_FP8
+    if not scale and weight.dtype == "BF16" and found.dtype == "F8_E4M3":
+        return QUANTIZE
+    return SAME
+
+
+def dtype_kept(weight: Tensor, scaling: BlockScale | None, *, is_whole: bool) -> str:
+    """The dtype of a weight whose bytes are kept: packed F4 is called so in a rank file."""
+    return "F4" if is_packed(weight, scaling) and not is_whole else weight.dtype
+
+
+def is_packed(weight: Tensor, scaling: BlockScale | None) -> bool:
+    return scaling is not None and scaling.packed and weight.dtype == "I8" and bool(weight.shape)
+
+
+def numbers_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
+    """The shape of a weight of the source as numbers: two of F4 lie in an I8."""
+    return (*weight.shape[:-1], 2 * weight.shape[-1]) if is_packed(weight, scaling) else weight.shape
+
+
+def dtypes_of(form: str, unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> tuple[str, str]:
+    """Of a weight and of its block scale in the target; the second is empty if there should be none."""
+    if form == SAME:
+        return dtype_kept(weight, unit.place.scaling, is_whole=is_whole), scale.dtype if scale else ""
+    return {DEQUANTIZE: ("BF16", ""), FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}[form]
+
+
+@cache
+def formulas_of(shape: str) -> tuple[str, ...]:
+    return tuple(parse_shape(shape)[1]) if shape else ()
+
+
+def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
+    """How many heads there are, where the rows of a rule are those of heads; else 0."""
+    found = UNITS.fullmatch(rule.split) if rule else None
+    try:
+        heads = value_of(found[1], config, {}) if found else 0
+    except UnknownKey:
+        return 0
+    return heads if type(heads) is int and heads > 0 else 0
+
+
+class Widening(NamedTuple):
+    """Which dimensions padding may widen, by the recipe and the config of the source."""
+
+    recipe: Recipe
+    config: Mapping[str, Any]
+    known: dict[str, tuple[int, ...]]
+    """By the shape that a rule gives."""
+
+    def dimensions(self, rule: Rule | None) -> tuple[int, ...]:
+        """Those whose length depends on a key that the recipe allows to raise."""
+        if rule is None or not rule.shape or not self.recipe.padded or rule.split == "packed rows":
+            return ()
+        if rule.shape not in self.known:
+            without = {key: value for key, value in self.config.items() if key not in self.recipe.padded}
+            lengths = shape_of(rule.shape, self.config, self.recipe.sizes)
+            fixed = shape_of(rule.shape, without, self.recipe.sizes)
+            pairs = enumerate(zip(lengths, fixed, strict=True))
+            self.known[rule.shape] = tuple(place for place, (a, b) in pairs if a is not None and b is None)
+        return self.known[rule.shape]
+
+    def full_shape(
+        self, rule: Rule | None, shape: tuple[int, ...], found: tuple[int, ...], parts: int, *, is_whole: bool
+    ) -> tuple[int, ...]:
+        """The shape of a tensor with its padding, `shape` being that of the source, `found` that of a rank's part."""
+        if rule is None or is_whole or not shape:
+            return shape
+        if rule.split == "padded rows":
+            return (-(-shape[0] // parts) * parts, *shape[1:])
+        full = list(shape)
+        for place in self.dimensions(rule) if len(found) == len(shape) else ():
+            length = found[place] * (parts if dimension_of(rule.split) == place else 1)
+            full[place] = max(length, full[place])
+        return tuple(full)
+
+
+DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
+
+
+def dimension_of(split: str) -> int | None:
+    """The dimension that is cut by a split of a recipe; None if none is."""
+    return 0 if split.startswith("rows of ") else DIMENSIONS.get(split)
+
+
+def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
+    """How many parts there are of a tensor, and which of them a rank holds: of heads that are fewer than the ranks,
+    several hold the same one. `heads` is 0 where the split is not by heads.
+    """
+    parts = min(heads, ranks) if heads else ranks
+    return parts, rank * parts // ranks
+
+
+class Box(NamedTuple):
+    """The part of a tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
+    dimension; or, where it is `flat`, each byte as a row.
+    """
+
+    shape: tuple[int, ...]
+    rows: range
+    columns: range
+    """In bytes."""
+
+
+def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool) -> Box:
+    """The elements `taken` along a dimension of a tensor, or all if there is none. It can be flat unless that is 1."""
+    # In bits, for an F4 is half a byte.
+    if dimension is None:
+        place, part = range(prod(shape) * bits // 8), shape
+    else:
+        step = prod(shape[dimension + 1 :]) * bits
+        place = range(taken.start * step // 8, taken.stop * step // 8)
+        part = (*shape[:dimension], len(taken), *shape[dimension + 1 :])
+    if flat:
+        return Box(part, place, range(1))
+    if dimension == 1:
+        return Box(part, range(shape[0]), place)
+    return Box(part, taken if dimension == 0 else range(shape[0]), range(row_size(shape, bits)))
+
+
+def row_size(shape: tuple[int, ...], bits: int) -> int:
+    """In bytes, of a row of a tensor that is not flat."""
+    return prod(shape[1:]) * bits // 8
+
+
+def shares(split: str, length: int, parts: int, index: int) -> list[range]:
+    """The stretches that one of so many parts is, of a dimension of that length: one, or one of each half."""
+    halves = 2 if split == "packed rows" and parts > 1 else 1  # of one part it does not matter where they meet
+    half = length // halves
+    part = range(index * half // parts, (index + 1) * half // parts)
+    return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
+
+
+def touched(part: range, block: int) -> range:
+    """The blocks that a stretch of a weight touches."""
+    return range(part.start // block, -(-part.stop // block))
+
+
+def in_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """How many blocks there are along each dimension, the last being perhaps smaller."""
+    return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))

@@ -1,0 +1,224 @@
+"""Casts by plain arithmetic: what a weight should have become. Shares nothing with `casts`."""
+
+from functools import cache
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reshard.formats.safetensors import BITS
+from reshard.verification.chunks import Recast
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""By code. Of code 8, which is minus zero, DeepSeek's script makes plus zero."""
+
+FP4_VALUES = np.array(FP4, np.float32)
+
+CHUNK = 128 << 10
+"""Elements that are worked on at once: what numpy makes on the way stays in the processor's cache."""
+
+Bytes = NDArray[np.uint8]
+
+
+class Made(NamedTuple):
+    """What is made of a tile: rows of bytes."""
+
+    weight: Bytes
+    scale: Bytes
+    """Empty if there is none any more."""
+    inexact: int
+    """How many values were rounded though they need not be, in a cast that is exact as a rule."""
+
+
+def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
+    """`weight` and `scale` are the rows of bytes of a tile, which begins with a block, and of its scales."""
+    bits = 4 if recast.weight.dtype == "I8" else BITS[recast.weight.dtype]
+    least = lcm(recast.block[1], recast.new_block[1])
+    step = max(1, CHUNK // weight.shape[0] // least) * least
+    columns = weight.shape[1] * 8 // bits
+    found = []
+    for left in range(0, columns, step):
+        part = weight[:, left * bits // 8 : (left + step) * bits // 8]
+        scales = scale
+        if scale is not None and recast.scale:
+            size = BITS[recast.scale.dtype] // 8
+            scales = scale[:, left // recast.block[1] * size : -(-(left + step) // recast.block[1]) * size]
+        found.append(made_of_chunk(recast, part, scales))
+    if len(found) == 1:
+        return found[0]
+    weights, scaling, inexact = zip(*found, strict=True)
+    return Made(np.concatenate(weights, axis=1), np.concatenate(scaling, axis=1), sum(inexact))
+
+
+def made_of_chunk(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
+    """The same for whole blocks of columns of a tile."""
+    if recast.form == "dequantize":
+        return dequantized(recast, weight, scale)
+    if recast.form == "fp4-to-fp8":
+        return fp8_of_fp4(recast, weight, scale)
+    values = np.ascontiguousarray(weight).view(np.uint16)
+    scales = amax_scales(values, recast.new_block, is_power=recast.form == "quantize-ue8m0")
+    with np.errstate(all="ignore"):
+        quotients = wide(values) / spread(scales, recast.new_block, values.shape)
+    return Made(nearest_fp8(quotients), scales.view(np.uint8), 0)
+
+
+def dequantized(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
+    """The float32 product of each code and its scale, as the nearest BF16."""
+    is_fp4 = recast.weight.dtype == "I8"
+    values = np.take(FP4_VALUES, fp4_codes(weight)) if is_fp4 else np.take(fp8_values(), weight)
+    scales = (
+        scale_values(np.ascontiguousarray(scale), recast.scale.dtype)
+        if scale is not None and recast.scale
+        else np.ones((1, 1))
+    )
+    with np.errstate(all="ignore"):
+        products = values * spread(scales, recast.block, values.shape)
+    return Made(nearest_bf16(products.astype(np.float32, copy=False)).view(np.uint8), np.empty((0, 0), np.uint8), 0)
+
+
+def fp8_of_fp4(recast: Recast, weight: Bytes, groups: Bytes | None) -> Made:
+    """The scale of a block is a 64th of the largest of its groups', and a code is worth what it was, or nearly so."""
+    if groups is None:
+        raise ValueError(f"{recast.weight.name} has no scale")
+    block = recast.new_block[0], recast.new_block[1] // GROUP
+    largest = block_maxima(groups, block)
+    scales = np.where(largest == NAN, NAN, np.maximum(largest, 6) - 6).astype(np.uint8)
+    raised = groups.astype(np.intp) - spread(scales, block, groups.shape) + 255
+    pairs, misses = fp4_pairs()
+    in_byte = 1, GROUP // 2
+    places = spread(raised * 256, in_byte, weight.shape) + weight
+    made = np.take(pairs, places).view(np.uint8)
+    is_nan = groups == NAN
+    if np.any(is_nan):
+        made[spread(is_nan, (1, GROUP), made.shape)] = 127
+    is_missed = np.any(misses, axis=1)[raised]
+    inexact = int(np.take(misses, places).sum()) if np.any(is_missed) else 0
+    return Made(made, scales, inexact)
+
+
+Words = NDArray[np.uint16]
+
+Floats = NDArray[np.float32]
+
+NAN = 255
+"""In F8_E8M0."""
+
+LARGEST = 126
+"""The F8_E4M3 code of 448, the largest; 127 is no number."""
+
+QUIET = 0x7FC0
+"""The one BF16 that we write for what is no number."""
+
+ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
+"""A scale of 1, of which the padding of scales consists."""
+
+GROUP = 32
+"""Columns of FP4 that share a scale."""
+
+
+def spread(values: NDArray[Any], block: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
+    """What there is for each block, for each element of a matrix that begins with a block."""
+    rows = np.repeat(values, block[0], axis=0)[: shape[0]] if block[0] > 1 else values
+    return np.repeat(rows, block[1], axis=1)[:, : shape[1]] if block[1] > 1 else rows
+
+
+@cache
+def fp8_values() -> Floats:
+    """Of the 256 codes of F8_E4M3: a sign, four bits of exponent, three of fraction."""
+    values = []
+    for code in range(256):
+        exponent, fraction = code >> 3 & 15, code & 7
+        size = (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
+        values.append((-1.0 if code & 128 else 1.0) * (size if code & 127 != 127 else float("nan")))
+    return np.array(values, np.float32)
+
+
+def fp4_codes(packed: Bytes) -> Bytes:
+    """The codes [rows, columns] of [rows, columns / 2] bytes: the even column is in the low half."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
+
+
+def scale_values(raw: Bytes, dtype: str) -> Floats:
+    """Block scales in float32, from the bytes of rows of them."""
+    if dtype == "F32":
+        return raw.view(np.float32)
+    if dtype == "BF16":
+        return wide(raw.view(np.uint16))
+    with np.errstate(over="ignore"):  # of 255, which is no number
+        values = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+    values[raw == NAN] = np.nan
+    return values
+
+
+def wide(values: Words) -> Floats:
+    """BF16 bit patterns as float32."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def nearest_bf16(values: Floats) -> Words:
+    """The bit patterns of the nearest BF16, of two as near the even one."""
+    bits = values.view(np.uint32)
+    upper = bits >> 16
+    is_above = (bits & 0xFFFF) > 0x8000 - (upper & 1)
+    words = upper.astype(np.uint16)
+    words += is_above
+    words[np.isnan(values)] = QUIET
+    return words
+
+
+def nearest_fp8(values: Floats) -> Bytes:
+    """The nearest F8_E4M3 codes, of two as near the even one, 448 beyond it, and 127 for what is no number."""
+    bits = values.view(np.uint32)
+    # A value of exponent e lies between multiples of 2^(e - 3); below 2^-6 these get no finer, and 448 is below 2^9.
+    exponents = np.clip((bits >> 23 & 0xFF).astype(np.int32) - 127, -6, 8)
+    powers = ((127 + 3 - exponents) << 23).view(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.rint(np.abs(values) * powers) + ((exponents + 6) * 8).astype(np.float32)
+        codes: Bytes = np.minimum(steps, np.float32(LARGEST)).astype(np.uint8)
+    codes |= (bits >> 24 & 0x80).astype(np.uint8)
+    codes[np.isnan(values)] = 127
+    return codes
+
+
+@cache
+def fp4_as_fp8() -> tuple[Bytes, NDArray[np.bool_]]:
+    """The nearest F8_E4M3 code of each FP4 code times 2^(n - 255), [512, 16], and whether it is not exact."""
+    exact = np.array(FP4) * np.ldexp(1.0, np.minimum(np.arange(512) - 255, 100))[:, None]
+    # What float32 would round to zero is still no zero here, and rounds to the same code.
+    codes = nearest_fp8(exact.astype(np.float32))
+    return codes, fp8_values()[codes] != exact
+
+
+@cache
+def fp4_pairs() -> tuple[Words, NDArray[np.intp]]:
+    """The same for both codes in a byte, [512, 256]: the two codes as a word, and how many of them are not exact."""
+    codes, misses = fp4_as_fp8()
+    low, high = np.arange(256) & 15, np.arange(256) >> 4
+    pairs = np.stack([codes[:, low], codes[:, high]], axis=-1).view(np.uint16)[..., 0]
+    return pairs, misses[:, low].astype(np.intp) + misses[:, high]
+
+
+def block_maxima(values: NDArray[Any], block: tuple[int, int]) -> NDArray[Any]:
+    """The largest value of each block of a matrix that begins with one."""
+    rows, columns = (range(0, length, side) for length, side in zip(values.shape, block, strict=True))
+    found = [[values[row : row + block[0], column : column + block[1]].max() for column in columns] for row in rows]
+    return np.array(found, values.dtype)
+
+
+def amax_scales(values: Words, block: tuple[int, int], *, is_power: bool) -> Floats:
+    """The scale of each block of BF16: its largest magnitude over 448 in float32; or the least power of two that is not
+    below that, nor below 2^-127. 1 where all is zero.
+    """
+    largest = wide(block_maxima(values & np.uint16(0x7FFF), block))
+    scales = np.where(largest == 0, np.float32(1), largest / np.float32(448)).astype(np.float32)
+    if is_power:
+        fractions, exponents = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), np.maximum(exponents - (fractions == 0.5), -127)).astype(np.float32)
+    return scales
+
+
+def powers_of_two(values: Floats) -> NDArray[np.bool_]:
+    """Of positive numbers, which are powers of two."""
+    return np.asarray(np.frexp(values)[0] == 0.5)
