@@ -309,7 +309,8 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 LIBRARY = """
 import os, signal, sys, reshard.execution.writer
 from pathlib import Path
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait, left = reshard.execution.writer.wait, [None] * {signals}
 

@@ -374,7 +374,7 @@ def test_a_write_that_fails_leaves_no_final_name(sources: dict[str, Path], tmp_p
     """Files may not grow beyond 300,000 bytes, as on a disk that is full."""
     code = """
 import resource, sys
-from reshard.cli import main
+from reshard.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--mp", "4"]))
 """
@@ -449,7 +449,8 @@ def test_a_kill_leaves_no_final_name(sources: dict[str, Path], tmp_path: Path) -
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
 done = 0
 @contextmanager
 def killed(total):
