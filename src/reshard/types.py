@@ -219,7 +219,11 @@ class Recipe:
     """SHA-256 of that file, in hexadecimal."""
 
 
+COMPARE, FIRST = "compare", "first"
+"""The choice of replicas, which several ranks hold of one tensor: all are read and must be equal, or the first counts."""
+
 FILE_SIZE = 5 * 10**9
+"""In bytes, unless another size is asked for: whole files end before they grow beyond."""
 
 RANKS, WHOLE = "ranks", "hf"
 """The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
@@ -240,8 +244,9 @@ class Layout:
     """Keep what a recipe leaves out unless it is asked for: MTP layers."""
     pad: bool = False
     """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
-    file_size: int = FILE_SIZE
-    """For WHOLE: in bytes, a file is ended before it grows beyond."""
+    file_size: int | None = None
+    """For WHOLE: in bytes, a file ends before it grows beyond. None: the files that rank files once came from, else of
+    FILE_SIZE."""
 
 
 Read = Callable[[Tensor, int, int], memoryview]

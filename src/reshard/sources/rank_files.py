@@ -11,7 +11,7 @@ from reshard.recipes.formulas import units_of
 from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, split_name, split_names
 from reshard.recipes.splits import COLUMNS, HALVES, ROWS, dimension_of, parts_for
 from reshard.sources.match import way_to_rule
-from reshard.types import BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
+from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"
 
@@ -40,13 +40,13 @@ def gather(
     config: Mapping[str, Any] | None,
     shapes: Mapping[str, Sequence[int]] | None,
     *,
-    first_replica: bool = False,
+    replicas: str = COMPARE,
 ) -> Checkpoint:
     """The checkpoint that rank files make up; they must be all, in the order of their ranks. Its tensors are in the
     order of their names and numbers.
 
     `config` is the model's; `shapes` says by name how large a tensor was that is padded, None if nobody knows. With
-    `first_replica` only the first rank's copy of what several hold is looked at. Raises Refused with every tensor that
+    `replicas` "first", only the first rank's copy of what several hold is looked at. Raises Refused with every tensor that
     no rule knows or that is not in the ranks that should hold it, or not alike in all.
     """
     ranks = len(stored.files)
@@ -62,7 +62,7 @@ def gather(
             (tensor,) = found.by_rank.values()
             tensors[name] = unpacked(tensor._replace(name=name), found)
             continue
-        parts = parts_of(found, held.get(weight_name(found)), ranks, config or {}, first_replica=first_replica)
+        parts = parts_of(found, held.get(weight_name(found)), ranks, config or {}, replicas=replicas)
         together = shape_of(found, parts)
         shape = tuple((shapes or {}).get(name, together))
         problems.extend(shape_problems(found, shape, together, config, knows=ranks == 1 or shapes is not None))
@@ -173,7 +173,7 @@ def weight_name(found: Held) -> str:
     return f"{found.name.removesuffix(found.scaling.left)}{WEIGHT}" if found.is_scale and found.scaling else ""
 
 
-def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, Any], *, first_replica: bool) -> Parts:
+def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, Any], *, replicas: str) -> Parts:
     """In how many parts the ranks have a tensor, and which of them hold the same one: ranks that follow each other."""
     copies = [found.by_rank[rank] for rank in sorted(found.by_rank)]
     dimension, units = dimension_of(found.rule.split), units_of(found.rule, config)
@@ -186,7 +186,7 @@ def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, 
             side = block_of(found.scaling, weight.by_rank[0])[dimension]
             times *= side // length if 0 < length < side else 1
     groups = [tuple(copies[first : first + times]) for first in range(0, len(copies), times)]
-    return tuple(group[:1] if first_replica else group for group in groups)
+    return tuple(group[:1] if replicas == FIRST else group for group in groups)
 
 
 def block_of(scaling: BlockScale, weight: Tensor) -> tuple[int, int]:

@@ -14,8 +14,7 @@ from reshard.errors import Problem, numbers_text, refuse, require_none
 from reshard.formats.manifest import left_out
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import NUMBER, slots_of
-from reshard.sources.completeness import hole_members
-from reshard.sources.match import Family, match
+from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import expert_problems, pruned_config, table_of
 from reshard.sources.rank_files import runs_of
 from reshard.types import Checkpoint, Hole, Join, Recipe, Rule, Subset, Tensor
@@ -41,16 +40,15 @@ Numbers = Mapping[str, Mapping[int, int]]
 """By the letter of a hole: the new number of each member that is kept. All members are kept of holes that it lacks."""
 
 
-def narrowed(checkpoint: Checkpoint, recipe: Recipe, subset: Subset) -> Checkpoint:
+def narrow(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, subset: Subset) -> Checkpoint:
     """The chosen layers and experts as a checkpoint; the checkpoint itself if these are all.
 
-    Raises Refused if the checkpoint is not whole, and with everything that stands against the choice.
+    Raises Refused with everything that stands against the choice.
     """
     if subset.layers is None and subset.experts is None:
         require_none(idle_problems(subset))
         return checkpoint
-    families = match(checkpoint, recipe).families
-    members = hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+    families, members = matched.families, matched.members
     choices = [*choices_of(subset, recipe, members)]
     require_none(choice_problems(choices, renumber=subset.renumber))
     choices = [choice for choice in choices if len(choice.chosen) < len(choice.members)]
@@ -58,8 +56,7 @@ def narrowed(checkpoint: Checkpoint, recipe: Recipe, subset: Subset) -> Checkpoi
         return checkpoint
     numbers = new_numbers(choices, recipe, members)
     kept = [kept_family(family, recipe, numbers) for family in families]
-    present = {family.rule: set(family.numbers) for family in kept if not family.is_scale and family.tensors}
-    left = hole_members(recipe, present)
+    left = find_members([family for family in kept if family.tensors], recipe)
     experts = next((choice for choice in choices if choice.option == "--experts"), None)
     problems = [*expert_problems(checkpoint.config, experts.hole.size, len(experts.chosen))] if experts else []
     tensors, joins = whole_rows(kept, recipe, experts, checkpoint, problems)
