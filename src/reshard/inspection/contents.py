@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Refused, listed, require_none
+from reshard.errors import Refused, require_none
 from reshard.formats.huggingface import Stored, file_names, read_checkpoint, read_config, read_file, read_headers
 from reshard.formats.manifest import is_subset, manifest_at, subset_text
 from reshard.formats.target_names import require_finished
@@ -14,6 +14,7 @@ from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import held_tensors, holder_problems, left_names
 from reshard.sources.source import RankNames, foreign_recipe, numbers_of, ranks_at
+from reshard.text import listed
 from reshard.types import Checkpoint, Recipe, Tensor
 
 

@@ -9,10 +9,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, Refused, listed, refuse, require_none
+from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.recipes.patterns import Pattern, later_members, patterns_of, split_name, split_names
 from reshard.recipes.recipe import FOLDER
 from reshard.sources.completeness import hole_members, hole_problems, missing_problems
+from reshard.text import listed
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, Refused, listed, refuse, require_none
+from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.huggingface import (
     CONFIG,
     INDEX,
@@ -26,6 +26,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import gather
+from reshard.text import listed
 from reshard.types import MOST_RANKS, RANKS, Checkpoint, Form, Recipe, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
