@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the lists of 
 from families import FAMILIES, write_full
 
 from reshard.cli.terminal import table
-from reshard.errors import Refused, printable, size_text
+from reshard.errors import Refused
 from reshard.formats.huggingface import read_checkpoint
 from reshard.planning.plan import Plan, make_plan
 from reshard.recipes.recipe import packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
+from reshard.text import printable, size_text
 from reshard.types import Checkpoint, Layout
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)

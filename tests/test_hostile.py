@@ -31,9 +31,8 @@ from test_header import FAULTS, whole_file
 from test_refusals import TINY
 from xxhash import xxh3_128_hexdigest
 
-import reshard.errors
 from reshard.cli.main import main
-from reshard.errors import MOST_PROBLEMS, Refused, printable
+from reshard.errors import MOST_PROBLEMS, Refused
 from reshard.execution.journal import JOURNAL, left_names
 from reshard.formats.huggingface import read_checkpoint
 from reshard.formats.manifest import own_checksum, read_manifest
@@ -41,6 +40,7 @@ from reshard.formats.safetensors import parse_header
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
 from reshard.synthetic import write_checkpoint
+from reshard.text import LONGEST_SHOWN, printable
 from reshard.types import Checkpoint, Tensor
 
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "reshard.json"
@@ -588,7 +588,7 @@ def test_a_long_name_is_cut_for_people_and_whole_for_machines(
     name = "a" * 1_000_000
     source_of(tmp_path, {"a.safetensors": save({name: np.ones(1)})})
     words = ["plan", str(tmp_path / "source"), "--mp", "1", "--recipe", "deepseek-v3"]
-    assert f"{'a' * reshard.errors.LONGEST}... (1,000,000 characters): no rule" in run(capsys, *words)[1]
+    assert f"{'a' * LONGEST_SHOWN}... (1,000,000 characters): no rule" in run(capsys, *words)[1]
     assert f'"subject": "{name}"' in run(capsys, *words, "--json")[1]
 
 

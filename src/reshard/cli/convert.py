@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reshard.api import Result, convert_checkpoint
-from reshard.cli.terminal import PROVEN, print_json, progress, table
-from reshard.errors import counted, printable, refuse, size_text
+from reshard.cli.terminal import PROVEN, print_json, progress
+from reshard.errors import refuse
 from reshard.execution.execute import Settings, memory_per_job
 from reshard.formats.manifest import Origin, subset_lines
 from reshard.planning.plan import Job, Plan, plan_with_origin
@@ -21,6 +21,7 @@ from reshard.sources.source import ranks_at
 from reshard.target.folder import prepare
 from reshard.target.manifest_writer import describe_plan, lost_lines
 from reshard.target.side_files import run_obstacles
+from reshard.text import counted, printable, size_text, table
 from reshard.types import RANKS, Subset
 
 

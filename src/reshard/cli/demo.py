@@ -11,11 +11,11 @@ from reshard.cli.convert import converted_lines, plan_lines
 from reshard.cli.inspect import content_text
 from reshard.cli.terminal import progress
 from reshard.cli.verify import say_report
-from reshard.errors import printable
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.planning.plan import Job, plan_conversion, recipe_for
 from reshard.synthetic import SMALL, write_checkpoint
+from reshard.text import printable
 from reshard.verification.verify import verify_target
 
 RANKS = 4

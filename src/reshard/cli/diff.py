@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress, table
-from reshard.errors import printable, size_text
+from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress
 from reshard.inspection.diff import DiffReport, ValueDifference, diff_checkpoints
 from reshard.inspection.tensor_pairs import Choice
+from reshard.text import printable, size_text, table
 
 LONGEST_NAME = 100
 """In characters, in a table."""

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from reshard.cli.terminal import PROVEN, print_json, table
-from reshard.errors import counted, listed, printable, refuse, require_none, size_text
-from reshard.formats.huggingface import read_checkpoint
+from reshard.cli.terminal import PROVEN, print_json
+from reshard.errors import refuse, require_none
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.recipe_fit import derive_recipe
@@ -15,6 +15,7 @@ from reshard.recipes.formulas import unknown_keys, unknown_text
 from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
 from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
 from reshard.sources.match import match
+from reshard.text import counted, listed, printable, size_text, table
 from reshard.types import Layout
 
 

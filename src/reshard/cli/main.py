@@ -14,7 +14,8 @@ from pathlib import Path
 
 from reshard import __version__
 from reshard.cli.terminal import INTERRUPTED, REFUSED, print_aside, print_json
-from reshard.errors import Refused, printable
+from reshard.errors import Refused
+from reshard.text import printable
 
 Parser = argparse.ArgumentParser
 

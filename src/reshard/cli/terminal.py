@@ -1,27 +1,13 @@
-"""What commands print: tables, JSON, progress; and the exit codes."""
+"""What commands print: JSON, progress; and the exit codes."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
 
-from reshard.errors import size_text
-
-
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The rows under their heading, each column as wide as its widest cell; all but the first column to the right."""
-    lines = [tuple(heading), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
+from reshard.text import size_text
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
 

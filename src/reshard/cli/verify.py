@@ -6,14 +6,16 @@ from pathlib import Path
 
 from reshard.api import as_chosen, require_its_recipe, require_same_subset, with_note
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress
-from reshard.errors import counted, describe, printable, refuse
-from reshard.formats.huggingface import read_checkpoint
+from reshard.errors import describe, refuse
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.manifest import subset_lines, subset_of
 from reshard.formats.target_names import MANIFEST
 from reshard.planning.plan import Job, recipe_for
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import match
-from reshard.sources.source import RankNames, ranks_at, read_source
+from reshard.sources.rank_names import RankNames
+from reshard.sources.source import ranks_at, read_source
+from reshard.text import counted, printable
 from reshard.verification.checksums import audit_target
 from reshard.verification.target_folder import require_folder
 from reshard.verification.verify import Report, verify_target

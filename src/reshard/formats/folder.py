@@ -68,6 +68,4 @@ def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoi
 
 def checkpoint_of(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
     """The same, of a folder that was read already."""
-    return read_whole(
-        found.path, found.names, found.weight_map, found.config, ignore_extra_files=ignore_extra_files
-    )
+    return read_whole(found.path, found.names, found.weight_map, found.config, ignore_extra_files=ignore_extra_files)

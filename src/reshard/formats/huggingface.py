@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.json_input import AGAIN, POINTER, is_plain, is_text, read_object, require_no_pointer, unique_keys
 from reshard.formats.safetensors import LENGTH_SIZE, header_length, parse_header
 from reshard.storage.local import open_regular
+from reshard.text import listed
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"

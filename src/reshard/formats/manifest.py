@@ -11,11 +11,12 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Refused, listed, numbers_text, refuse
+from reshard.errors import Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
 from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_size, is_text, read_object
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
+from reshard.text import listed, numbers_text
 from reshard.types import Form, Share, Subset, Tensor
 
 COUNTS = ("layers", "experts")

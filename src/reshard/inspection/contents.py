@@ -5,15 +5,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Refused, listed, require_none
-from reshard.formats.huggingface import Stored, file_names, read_checkpoint, read_config, read_file, read_headers
+from reshard.errors import Refused, require_none
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import Stored, file_names, read_config, read_file, read_headers
 from reshard.formats.manifest import is_subset, manifest_at, subset_text
 from reshard.formats.target_names import require_finished
+from reshard.inspection.value_distance import numbers_of
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import held_tensors, holder_problems, left_names
-from reshard.sources.source import RankNames, foreign_recipe, numbers_of, ranks_at
+from reshard.sources.rank_names import RankNames
+from reshard.sources.source import foreign_recipe, ranks_at
+from reshard.text import listed
 from reshard.types import Checkpoint, Recipe, Tensor
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.huggingface import CONFIG, read_checkpoint
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import CONFIG
 from reshard.formats.manifest import manifest_at
 from reshard.recipes.derive import kept_of, model_of, recipe_text
 from reshard.recipes.recipe import packaged_recipes, parse_recipe

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Problem, require_none
-from reshard.formats.huggingface import read_checkpoint, read_file
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import read_file
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.source import ranks_at, read_source

@@ -19,9 +19,11 @@ import numpy as np
 from reshard.errors import refuse, require_none
 from reshard.execution.reader import produce_join
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.formats.huggingface import read_checkpoint, read_file
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import read_file
 from reshard.loading.arrays import Bytes, array_problems, array_shape, as_array, require_framework
-from reshard.sources.source import holds_rank_files, read_source
+from reshard.sources.rank_names import holds_rank_files
+from reshard.sources.source import read_source
 from reshard.storage.local import (
     CACHED,
     PAGE,

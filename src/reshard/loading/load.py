@@ -17,7 +17,7 @@ from reshard.execution.windows import WINDOW_SIZE, Window, bands_of, windows
 from reshard.loading.arrays import array_problems, array_shape, as_array, require_framework
 from reshard.planning.copies import WrongPlan
 from reshard.planning.plan import Job, Plan, plan_conversion
-from reshard.sources.source import holds_rank_files
+from reshard.sources.rank_names import holds_rank_files
 from reshard.storage.local import advise_random, open_source, reading_threads, require_unchanged, ways_to_read
 from reshard.storage.resources import available_memory, in_threads
 from reshard.types import Cast, Join, Tensor

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.cli.terminal import table
-from reshard.errors import counted, printable, size_text
+from reshard.errors import counted
 from reshard.formats.manifest import Origin, subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
+from reshard.text import printable, size_text, table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
 
 

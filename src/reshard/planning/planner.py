@@ -21,9 +21,7 @@ from reshard.sources.source import Source
 from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Form, Layout
 
 
-def make_plan(
-    source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()
-) -> Plan:
+def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
     """The plan of a conversion; of the files of some `ranks`, and of the tensors that fit the patterns `only`.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.

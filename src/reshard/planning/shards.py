@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reshard.errors import Problem, listed
+from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms, halves_grow, is_paddable
@@ -26,6 +26,7 @@ from reshard.recipes.patterns import slots_of
 from reshard.recipes.splits import HALVES, dimension_of, parts_for
 from reshard.sources.block_scales import Kind
 from reshard.sources.match import Matched
+from reshard.text import listed
 from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Tensor
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
-from reshard.errors import listed
+from reshard.text import listed
 from reshard.types import Recipe, Rule
 
 LONGEST = 200

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from reshard.errors import listed
 from reshard.recipes.formulas import parse
 from reshard.recipes.patterns import HOLE
+from reshard.text import listed
 
 HOLE_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",

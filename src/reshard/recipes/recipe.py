@@ -11,9 +11,10 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.recipes.patterns import HOLE
 from reshard.recipes.table_checks import lines_of, table_faults
+from reshard.text import listed
 from reshard.types import BlockScale, Hole, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "families"

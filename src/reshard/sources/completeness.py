@@ -6,9 +6,10 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from reshard.errors import Problem, numbers_text
+from reshard.errors import Problem
 from reshard.recipes.formulas import config_value
 from reshard.recipes.patterns import HOLE, filled, slots_of
+from reshard.text import numbers_text
 from reshard.types import Checkpoint, Hole, Recipe, Rule
 
 MAYBE = "maybe"

@@ -10,10 +10,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.errors import MOST_PROBLEMS, Problem, Refused, listed, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.recipes.patterns import Pattern, later_members, patterns_of, split_name, split_names
 from reshard.recipes.recipe import FOLDER
 from reshard.sources.completeness import hole_members, hole_problems, missing_problems
+from reshard.text import listed
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -83,9 +84,7 @@ def match_problems(
         lambda: unmatched_problems(recipe, unmatched),
         lambda: clashes(families),
         lambda: hole_problems(checkpoint, recipe, members),
-        lambda: missing_problems(
-            checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional
-        ),
+        lambda: missing_problems(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
     )
     for problems in kinds:
         found = list(islice(problems(), MOST_PROBLEMS))
@@ -102,9 +101,7 @@ def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[in
 def optional_problems(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
     """The optional tensors that a checkpoint lacks, once they are to be kept; the others have been looked for."""
     if any(rule.optional for rule in recipe.rules):
-        yield from missing_problems(
-            checkpoint.config, recipe, matched.members, matched.present, keep_optional=True
-        )
+        yield from missing_problems(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:

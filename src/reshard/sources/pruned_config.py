@@ -6,9 +6,10 @@ from copy import deepcopy
 from math import ceil
 from typing import Any
 
-from reshard.errors import Problem, numbers_text
+from reshard.errors import Problem
 from reshard.recipes.formulas import config_value
 from reshard.sources.block_scales import EXEMPT_KEYS
+from reshard.text import numbers_text
 from reshard.types import Hole, Recipe
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")

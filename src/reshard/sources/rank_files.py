@@ -5,12 +5,13 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, numbers_text, require_none
+from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import Stored
 from reshard.recipes.formulas import units_of
 from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, split_name, split_names
 from reshard.recipes.splits import COLUMNS, HALVES, ROWS, dimension_of, parts_for
 from reshard.sources.match import way_to_rule
+from reshard.text import numbers_text
 from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"

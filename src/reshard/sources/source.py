@@ -7,7 +7,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, Refused, listed, refuse, require_none
+from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, checkpoint_of, read_folder
 from reshard.formats.huggingface import CONFIG, INDEX, Stored, read_headers
 from reshard.formats.manifest import Origin, read_origin, subset_text
@@ -17,6 +17,7 @@ from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import gather
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
 from reshard.sources.subset import narrow
+from reshard.text import listed
 from reshard.types import COMPARE, EVERYTHING, FIRST, Checkpoint, Form, Recipe, Subset, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
@@ -112,9 +113,7 @@ def read_rank_files(
     stored = read_headers(folder.path, names.wanted)
     if folder.manifest_fault:
         raise folder.manifest_fault
-    require_none(
-        [*chosen_tensors_problems(folder), *changed_files(stored, folder.manifest), *exchanged_files(stored)]
-    )
+    require_none([*chosen_tensors_problems(folder), *changed_files(stored, folder.manifest), *exchanged_files(stored)])
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else recipes_for(folder.path, names.recipes, origin)
 
@@ -199,7 +198,9 @@ def exchanged_files(stored: Stored) -> Iterator[Problem]:
     for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
         if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
             found = f"rank {said['rank']} of {said['ranks']}, as its header says"
-            yield Problem("wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back")
+            yield Problem(
+                "wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back"
+            )
 
 
 def changed_range(path: Path, words: Sequence[str]) -> range | None:

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reshard.errors import Problem, numbers_text, refuse, require_none
+from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import left_out
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import NUMBER, slots_of
 from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import expert_problems, pruned_config, table_of
 from reshard.sources.rank_files import runs_of
+from reshard.text import numbers_text
 from reshard.types import Checkpoint, Hole, Join, Recipe, Rule, Subset, Tensor
 
 COUNTED = {"--layers": "layers", "--experts": "experts"}

@@ -10,15 +10,17 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, refuse, require_none, size_text
+from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import finish
 from reshard.execution.journal import left_names, lock
 from reshard.formats.manifest import Origin, file_names_of, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
-from reshard.planning.plan import Job, Plan, only_ranks, plan_with_origin
+from reshard.planning.plan import Job, Plan, plan_with_origin
+from reshard.planning.planner import only_ranks
 from reshard.storage.local import write_whole
 from reshard.target.manifest_writer import finished_ranks, origin_of, same_job, sample_source
 from reshard.target.side_files import names_in, read_side_files
+from reshard.text import size_text
 
 
 def our_names(target: Path) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, Refused, listed, refuse
+from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import SUFFIX, read_header
 from reshard.formats.manifest import read_manifest
 from reshard.formats.target_names import MANIFEST
@@ -29,6 +29,7 @@ from reshard.storage.local import (
     ways_to_read,
 )
 from reshard.storage.resources import in_threads
+from reshard.text import listed
 from reshard.types import WHOLE, Advance
 from reshard.verification.chunks import spread
 from reshard.verification.target_folder import AGAIN, MISSING, require_folder
