@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 Advance = Callable[[int], None]
 """Told how many more bytes of a job are done; by several threads, if the job has them."""
 
+Progress = Callable[[int, int], None]
+"""Told the bytes done and the bytes of the whole job, by one thread at a time."""
+
 MOST_RANKS = 4096
 """No model is cut for more; a larger number is a slip."""
 

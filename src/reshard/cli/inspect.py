@@ -5,11 +5,12 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+from reshard import api
 from reshard.cli.terminal import PROVEN, print_json
 from reshard.errors import refuse, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.target_names import MANIFEST
-from reshard.inspection.contents import Content, inspect_path
+from reshard.inspection.contents import Content
 from reshard.inspection.recipe_fit import derive_recipe
 from reshard.recipes.formulas import unknown_keys, unknown_text
 from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
@@ -20,7 +21,7 @@ from reshard.types import Layout
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    content = inspect_path(options.path, options.recipe)
+    content = api.inspect(options.path, options.recipe)
     if options.json:
         print_json(asdict(content))
     else:

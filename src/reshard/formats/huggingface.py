@@ -165,7 +165,7 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
     problems: list[Problem] = []
     for name in names:
         try:
-            file, entries, said = read_header(folder / name, len(files))
+            file, entries, said = read_described_header(folder / name, len(files))
         except Refused as refused:
             problems.extend(refused.problems)
             if len(problems) >= MOST_PROBLEMS:
@@ -178,7 +178,13 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
     return Stored(folder, tuple(files), tuple(tensors), tuple(metadata))
 
 
-def read_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
+def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
+    """The header of one file, whose tensors will carry `index`. Raises Refused."""
+    file, tensors, _ = read_described_header(path, index)
+    return file, tensors
+
+
+def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
     """The header of one file, whose tensors will carry `index`, and its metadata. Raises Refused."""
     try:
         with open_regular(path) as file:

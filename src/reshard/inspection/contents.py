@@ -10,13 +10,11 @@ from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import Stored, file_names, read_config, read_file, read_headers
 from reshard.formats.manifest import is_subset, manifest_at, subset_text
 from reshard.formats.target_names import require_finished
-from reshard.inspection.value_distance import numbers_of
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.match import choose_recipe, match, wanted_recipes
+from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import held_tensors, holder_problems, left_names
-from reshard.sources.rank_names import RankNames
-from reshard.sources.source import foreign_recipe, ranks_at
+from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
 from reshard.text import listed
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -63,23 +61,22 @@ def inspect_path(path: Path, recipe: str | None = None) -> Content:
 def content_at(path: Path, recipe: str | None) -> Content:
     require_finished(path)
     recipes = recipes_to_try(recipe)
-    if path.is_dir() and (names := ranks_at(path, recipes)):
+    if path.is_dir() and (names := find_rank_names(path, file_names(path), recipes)):
         return rank_content(path, names)
     for name in file_names(path)[:1]:
         for known in recipes if not path.is_dir() else ():
-            if numbers := numbers_of(name, known):
+            if numbers := parse_rank_name(name, known):
                 return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
-    if path.is_dir() and (made_with := foreign_recipe(manifest_at(path), recipes)):
+    if path.is_dir() and (made_with := find_foreign_recipe(manifest_at(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
         return content_of(path, read_headers(path, file_names(path)), "", "", 0, {}, remark)
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        chosen = choose_recipe(checkpoint, recipes)
-        counts = counts_of(checkpoint, chosen)
+        chosen, matched = choose_recipe(checkpoint, recipes)
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
-    content = content_of(path, stored, chosen.left, chosen.name, 0, counts, "")
+    content = content_of(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
     return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
 
 
@@ -124,7 +121,12 @@ def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | 
 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
-    counts = match(checkpoint, recipe).counts
+    return name_counts(match(checkpoint, recipe), recipe)
+
+
+def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
+    """By the plural that a recipe gives: `{"layers": 61, "experts": 256}`."""
+    counts = matched.counts
     return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
 
 

@@ -5,7 +5,7 @@ tokenizers are not looked at. Beside the buffers of a few threads no memory is t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -22,13 +22,10 @@ from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.tensor_pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
 from reshard.inspection.value_distance import Apart, elements_in, measure, merged
 from reshard.storage.local import CACHED, Watched, is_equal, open_source, reading_threads, unchanged, ways_to_read
-from reshard.storage.resources import in_threads
-from reshard.types import Advance, Cast, Tensor
+from reshard.storage.resources import count_progress, in_threads
+from reshard.types import FIRST, Advance, Cast, Progress, Tensor
 
 Bytes = NDArray[np.uint8]
-
-Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Given the bytes of a job, a context that gives the function to be told of the bytes done."""
 
 ALL = Choice()
 
@@ -71,25 +68,18 @@ class DiffReport:
         return not (self.values or self.kinds or self.only_a or self.only_b)
 
 
-@contextmanager
-def silent(_total: int) -> Iterator[Advance]:
-    """No progress."""
-    yield lambda _: None
-
-
-def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress = silent) -> DiffReport:
+def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress | None = None) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 
     Raises Refused if one cannot be read or changes meanwhile, or if ranks of one hold different bytes of what should be
     the same in all.
     """
     sides = read_side(a, choice), read_side(b, choice)
-    if choice.first_replica and not any(side.recipe for side in sides):
+    if choice.replicas == FIRST and not any(side.recipe for side in sides):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
     pairing = pair_up(*sides, choice)
     size = sum(result_of(pair.a).size for pair in pairing.pairs)
-    with progress(size) as advance:
-        found = compare_pairs(pairing, sides, size, advance)
+    found = compare_pairs(pairing, sides, size, count_progress(progress, size))
     values = [
         ValueDifference(pair.name, pair.dtype, elements_in(result_of(pair.a).size, pair.dtype), found[pair.name])
         for pair in pairing.pairs

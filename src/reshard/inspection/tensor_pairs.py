@@ -17,8 +17,9 @@ from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.source import ranks_at, read_source
-from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
+from reshard.sources.rank_names import holds_rank_files
+from reshard.sources.source import read_source
+from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Choice:
     dequantize: bool = False
     """Compare a block-scaled weight with one of another dtype by what both are in BF16."""
     ignore_extra_files: bool = False
-    first_replica: bool = False
-    """Of what several ranks hold, look at that of the first alone."""
+    replicas: str = COMPARE
+    """Of what several ranks hold: `compare` all, which must be equal, or take the `first`."""
 
 
 class Side(NamedTuple):
@@ -81,12 +82,12 @@ class Pairing:
 def read_side(path: Path, choice: Choice) -> Side:
     """A checkpoint in whichever layout lies there. Raises Refused."""
     recipes = recipes_to_try(choice.recipe)
-    if path.is_dir() and ranks_at(path, recipes):
+    if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,
             choice.recipe,
             ignore_extra_files=choice.ignore_extra_files,
-            first_replica=choice.first_replica,
+            replicas=choice.replicas,
         )
         return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():

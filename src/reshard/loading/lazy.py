@@ -33,7 +33,7 @@ from reshard.storage.local import (
     require_unchanged,
     require_unwritten,
 )
-from reshard.types import Checkpoint, Tensor
+from reshard.types import FIRST, Checkpoint, Tensor
 
 
 def open_tensors(
@@ -42,20 +42,20 @@ def open_tensors(
     *,
     framework: str = "torch",
     ignore_extra_files: bool = False,
-    compare_replicas: bool = False,
+    replicas: str = FIRST,
 ) -> "Tensors":
     """The tensors of a safetensors file, of a folder of them, or of the rank files in a folder, as if these were whole.
 
     Rank files are read by the recipe that their manifest names, or that fits them, or that is given; their tensors have
     the names of its left side. Of what several ranks hold, the first is read, or all are, and must be equal, if
-    `compare_replicas` says so. Opening reads little more than headers. Raises Refused.
+    `replicas` is "compare". Opening reads little more than headers. Raises Refused.
     """
     require_framework(framework)
     path = Path(path)
     if path.is_file():
         return Tensors(read_file(path), framework)
     if holds_rank_files(path, recipe):
-        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, first_replica=not compare_replicas)
+        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
     return Tensors(read_checkpoint(path, ignore_extra_files=ignore_extra_files), framework)
 

@@ -4,9 +4,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import cycle
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,13 @@ from reshard.execution.reader import Buffers, Files, gather, read_or_make
 from reshard.execution.windows import WINDOW_SIZE, Window, bands_of, windows
 from reshard.loading.arrays import array_problems, array_shape, as_array, require_framework
 from reshard.planning.copies import WrongPlan
-from reshard.planning.plan import Job, Plan, plan_conversion
-from reshard.sources.rank_names import holds_rank_files
+from reshard.planning.options import require_layout, require_whole_number
+from reshard.planning.plan import Plan
+from reshard.planning.planner import make_plan
+from reshard.sources.source import read_source
 from reshard.storage.local import advise_random, open_source, reading_threads, require_unchanged, ways_to_read
 from reshard.storage.resources import available_memory, in_threads
-from reshard.types import Cast, Join, Tensor
+from reshard.types import FIRST, RANKS, Cast, Join, Tensor
 
 Worker = Callable[[Window], None]
 
@@ -33,50 +34,33 @@ def load(
     device: Any = "cpu",
     framework: str = "torch",
     recipe: str | None = None,
-    cast: str = "",
-    expert_dtype: str = "",
-    keep_optional: bool = False,
+    cast: str | None = None,
+    expert_dtype: str | None = None,
+    keep_mtp: bool = False,
     pad: bool = False,
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
-    compare_replicas: bool = False,
+    replicas: str = FIRST,
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """The tensors of a rank by their names in its file, in the order of that file.
 
     They are what `reshard convert SOURCE --mp N` with the same options would write, bit for bit. `source` is a Hugging
     Face checkpoint, or a folder with the rank files of any number of ranks; of what several of these hold, that of the
-    first is taken, unless `compare_replicas` says that all are read and must be equal. With the framework `numpy`,
+    first is taken, or with `replicas="compare"` all are read and must be equal. With the framework `numpy`,
     dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
     """
-    if jobs is not None and whole_number("jobs", jobs) < 1:
+    if jobs is not None and require_whole_number("jobs", jobs) < 1:
         raise refuse("wrong-option", "jobs", repr(jobs), "1 or more, or None for as many as are of use")
-    job = Job(
-        Path(source),
-        whole_number("mp", mp),
-        recipe,
-        (whole_number("rank", rank),),
-        ignore_extra_files,
-        cast=cast,
-        expert_dtype=expert_dtype,
-        keep_optional=keep_optional,
-        pad=pad,
-        first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
-    )
-    return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
-
-
-def whole_number(name: str, value: Any) -> int:
-    """An argument as a number. Raises Refused if it is none."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise refuse("wrong-option", name, repr(value), "a whole number")
-    return index(value)
-
-
-def load_job(job: Job, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
-    """The tensors of the one rank of a job."""
     require_framework(framework, device)
-    plan = plan_conversion(job)
+    layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
+    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
+    return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)
+
+
+def load_planned(plan: Plan, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
+    """The tensors of the one file of a plan, by their names."""
     tensors = list(plan.tensors(0))
     require_none(array_problems(tensors, framework))
     held = Held(tensors, device)

@@ -1,9 +1,12 @@
 """Options of a conversion that cannot be, contradict each other, or would do nothing with a recipe."""
 
 from collections.abc import Iterator, Sequence
+from operator import index
+from typing import Any, SupportsIndex
 
-from reshard.errors import Problem
+from reshard.errors import Problem, refuse
 from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.sources.source import Source
 from reshard.types import MOST_RANKS, RANKS, WHOLE, Layout, Recipe
 
 
@@ -42,3 +45,37 @@ def option_problems(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None)
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.to == RANKS and layout.file_size is not None:
         yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+
+
+def require_layout(
+    mp: int | None,
+    to: str,
+    cast: str | None,
+    expert_dtype: str | None,
+    *,
+    keep_mtp: bool,
+    pad: bool,
+    file_size: int | None,
+) -> Layout:
+    """The layout of a target by the options of a conversion. Raises Refused without a number of ranks."""
+    if to == RANKS and mp is None:
+        raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
+    ranks = 1 if mp is None else require_whole_number("--mp", mp)
+    return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)
+
+
+def require_whole_number(option: str, value: Any) -> int:
+    """The value of an option as a number. Raises Refused if it is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise refuse("wrong-option", option, repr(value), "a whole number")
+    return index(value)
+
+
+def count_problems(source: Source, n_experts: int | None) -> Iterator[Problem]:
+    """Another number of experts than there should be, which DeepSeek's own script had to be told."""
+    found = [
+        count for letter, count in source.matched.counts.items() if source.recipe.holes[letter].counts == "experts"
+    ]
+    if n_experts is not None and n_experts not in found:
+        expected = f"{found[0] if found else 0}, by the names of the tensors"
+        yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import counted
 from reshard.formats.manifest import Origin, subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile

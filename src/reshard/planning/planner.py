@@ -154,7 +154,7 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}
     described = {**checkpoint.subset, "only": list(patterns)}
     described["left_out"] = left_out(checkpoint.tensors, tensors, described.get("left_out", {}))
-    chosen = Matched(tuple(family for family in families if family.tensors), matched.counts)
+    chosen = Matched(tuple(family for family in families if family.tensors), matched.members)
     return replace(checkpoint, tensors=tensors, subset=described), chosen
 
 

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -80,7 +80,7 @@ def match_problems(
 ) -> Iterator[Problem]:
     """The problems of the first kind that there are: each of the later kinds would only follow from the earlier."""
     families, members = matched.families, matched.members
-    kinds = (
+    kinds: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: unmatched_problems(recipe, unmatched),
         lambda: clashes(families),
         lambda: hole_problems(checkpoint, recipe, members),

@@ -6,6 +6,8 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
 
+from reshard.types import Advance, Progress
+
 PLENTY = 1 << 62
 """Where the system does not tell."""
 
@@ -87,3 +89,19 @@ def in_threads(work: Iterable[Item], make_worker: Callable[[], Callable[[Item], 
                 future.result()
         finally:
             stopped.set()
+
+
+def count_progress(progress: Progress | None, total: int) -> Advance:
+    """Adds up the bytes done by all threads, and tells them one thread at a time."""
+    if progress is None:
+        return lambda _: None
+    lock, done = Lock(), 0
+    progress(0, total)
+
+    def advance(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress(done, total)
+
+    return advance

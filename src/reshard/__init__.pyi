@@ -1,0 +1,11 @@
+from reshard.api import convert as convert
+from reshard.api import diff as diff
+from reshard.api import inspect as inspect
+from reshard.api import plan as plan
+from reshard.api import verify as verify
+from reshard.errors import Problem as Problem
+from reshard.errors import Refused as Refused
+from reshard.loading.load import load as load
+
+__version__: str
+__all__: list[str]
