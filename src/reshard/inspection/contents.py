@@ -121,7 +121,7 @@ def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
     counts = match(checkpoint, recipe).counts
-    return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
+    return {recipe.placeholders[letter].counts: count for letter, count in counts.items() if count}
 
 
 def content_of(

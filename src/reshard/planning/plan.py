@@ -46,7 +46,7 @@ class Plan:
     recipe: Recipe
     layout: Layout
     counts: dict[str, int]
-    """How many members each hole of the recipe has."""
+    """How many members each placeholder of the recipe has."""
     config: Mapping[str, Any] | None
     """That of the source, with the values that padding has raised."""
     pieces: Pieces
@@ -278,7 +278,7 @@ def recipe_for(job: Job, checkpoint: Checkpoint) -> Recipe:
 
 def require_experts(job: Job, plan: Plan) -> None:
     """The number of experts that the user gave, as the old script demanded it, must be that of the names."""
-    found = [plan.counts[letter] for letter, hole in plan.recipe.holes.items() if hole.counts == "experts"]
+    found = [plan.counts[letter] for letter, place in plan.recipe.placeholders.items() if place.counts == "experts"]
     if job.experts is not None and job.experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"
         raise refuse("contradiction", "--n-experts", str(job.experts), expected, "correct the option")

@@ -32,7 +32,7 @@ class Family(NamedTuple):
     is_scale: bool
     tensors: list[Tensor]
     numbers: list[tuple[str, ...]]
-    """For each tensor: what fills the holes of the rule's left name, in their order."""
+    """For each tensor: what fills the placeholders of the rule's left name, in their order."""
     names: list[str]
     """For each tensor: its name on the other side; empty for what is dropped there."""
 
@@ -43,7 +43,7 @@ class Matched:
 
     families: tuple[Family, ...]
     counts: Mapping[str, int]
-    """How many members each hole has: `{"i": 61, "e": 256}`."""
+    """How many members each placeholder has: `{"i": 61, "e": 256}`."""
 
 
 def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False) -> Matched:
