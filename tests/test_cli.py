@@ -729,7 +729,7 @@ def test_recipes_check_lists_the_keys_that_the_config_does_not_have(source: Path
     mine = tmp_path / "mine.toml"
     mine.write_text(text, encoding="utf-8")
     note = say("recipes", "check", mine, source).splitlines()[-1]
-    first = "not in config.json: n_heads (ranks_divide), routed_experts (holes: e), dmodel (run: dim, shape of "
+    first = "not in config.json: n_heads (ranks_divide), routed_experts (placeholders: e), dmodel (run: dim, shape of "
     assert note.startswith(first)
     unknown = json.loads(say("recipes", "check", mine, source, "--json"))["not_in_config"]
     assert unknown["n_heads"] == ["ranks_divide"]

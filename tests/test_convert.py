@@ -635,7 +635,7 @@ def test_two_tensors_of_one_new_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     save_file({"a.0": torch.zeros(2), "b": torch.ones(2)}, tmp_path / "source" / "odd.safetensors")
     rules = '["same", "a.{i}", "new.{i}", "rows"],\n["same", "b", "new.0", "rows"],'
-    (tmp_path / "odd.toml").write_text('holes.i = { counts = "things" }\n' + ODD_RECIPE % rules)
+    (tmp_path / "odd.toml").write_text('placeholders.i = { counts = "things" }\n' + ODD_RECIPE % rules)
     with pytest.raises(Refused, match=r"new\.0"):
         convert_checkpoint(Job(tmp_path / "source", 2, str(tmp_path / "odd.toml")), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

@@ -250,7 +250,7 @@ def test_more_kinds_of_layers_than_letters_are_refused() -> None:
     kept = [Kept(f"layers.#.own{number}.weight", [(str(number),)], "rows") for number in range(40)]
     with pytest.raises(Refused, match="41 kinds of layers"):
         recipe_text(kept, "one of a kind", {})
-    assert "holes.z" not in recipe_text(kept[:20], "one of a kind", {})
+    assert "placeholders.z" not in recipe_text(kept[:20], "one of a kind", {})
 
 
 # --- verbs ---

@@ -117,7 +117,7 @@ left = "one"
 right = "other"
 files = "m-{rank}-of-{ranks}.safetensors"
 carry = ["config.json"]
-holes.i = { counts = "layers" }
+placeholders.i = { counts = "layers" }
 rules = [["same", "l.{i}.w", "l.{i}.w", "%s"]]
 """
 

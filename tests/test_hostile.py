@@ -455,8 +455,10 @@ def recipe_of(rows: list[str], more: str = "") -> str:
     [
         pytest.param(recipe_of(['["same", "' + "." * 10_000 + '", "a", "rows"]']), id="a name of 10,000 dots"),
         pytest.param(recipe_of(['["same", "' + "{" * 10_000 + '", "a", "rows"]']), id="10,000 braces"),
-        pytest.param(recipe_of(['["same", "' + "{a}" * 10_000 + '", "a", "rows"]']), id="10,000 holes"),
-        pytest.param(recipe_of(['["same", "' + "{a}." * 10_000 + 'x", "a", "rows"]']), id="10,000 holes between dots"),
+        pytest.param(recipe_of(['["same", "' + "{a}" * 10_000 + '", "a", "rows"]']), id="10,000 placeholders"),
+        pytest.param(
+            recipe_of(['["same", "' + "{a}." * 10_000 + 'x", "a", "rows"]']), id="10,000 placeholders between dots"
+        ),
         pytest.param(recipe_of([f'["some", "{number}", "a", "b"]' for number in range(1_000)]), id="1,000 faults"),
         pytest.param("".join(f"k{number} = 1\n" for number in range(2_000)), id="2,000 unknown keys"),
         pytest.param(recipe_of(ROWS, "x = " + "[" * 400 + "]" * 400 + "\n"), id="nested 400 deep"),

@@ -30,8 +30,8 @@ about = "for one test"
 left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
-holes.i = { counts = "layers" }
-holes.e = { counts = "experts" }
+placeholders.i = { counts = "layers" }
+placeholders.e = { counts = "experts" }
 rules = [
 %s
 ]
@@ -159,7 +159,7 @@ def test_the_names_of_a_whole_query_projection() -> None:
     assert found["model.layers.2.self_attn.q_proj.weight"] == "layers.2.attn.wq.weight"
 
 
-def test_holes_may_stand_in_another_order_on_the_right() -> None:
+def test_placeholders_may_stand_in_another_order_on_the_right() -> None:
     recipe = recipe_of('["same", "layers.{i}.experts.{e}.w", "experts.{e}.layers.{i}.w", "by e"]')
     names = [f"layers.{layer}.experts.{expert}.w" for layer in range(2) for expert in range(11)]
     found = new_names(match(named(*names), recipe))
@@ -364,7 +364,7 @@ def test_the_frequencies_of_the_rotary_embedding_are_dropped() -> None:
     assert not new_names(matched).keys() & {name for name, *_ in extra}
 
 
-# --- holes that some members of another fill ---
+# --- placeholders that some members of another fill ---
 
 PICKY = """
 name = "picky"
@@ -372,10 +372,10 @@ about = "for one test"
 left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
-holes.i = { counts = "layers", size = "layers" }
-holes.c = { counts = "narrow layers", within = "i", picked_by = "ratios", picked = [0, 4] }
-holes.f = { counts = "wide layers", within = "i", picked_by = "ratios", picked = [128] }
-holes.h = { counts = "hashed layers", size = "hashed", some_of = "i" }
+placeholders.i = { counts = "layers", size = "layers" }
+placeholders.c = { counts = "narrow layers", within = "i", picked_by = "ratios", picked = [0, 4] }
+placeholders.f = { counts = "wide layers", within = "i", picked_by = "ratios", picked = [128] }
+placeholders.h = { counts = "hashed layers", size = "hashed", some_of = "i" }
 rules = [
 ["same", "layers.{i}.norm", "n.{i}", "rows"],
 ["same", "layers.{c}.narrow", "c.{c}", "rows"],

@@ -42,7 +42,7 @@ left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
 scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }
-holes.e = { counts = "experts" }
+placeholders.e = { counts = "experts" }
 rules = [["same", "%s.{p}", "%s.{p}", "%s"]]
 """
 Shape = tuple[int, ...]

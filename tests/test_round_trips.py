@@ -25,9 +25,9 @@ files = "{rank}-of-{ranks}.safetensors"
 carry = ["*token*"]
 scales.p = { left = "weight_scale_inv", right = "scale", block = 4 }
 scales.q = { left = "weight_scale", right = "weight_scale", block = [1, 8] }
-holes.i = { counts = "layers" }
-holes.e = { counts = "experts" }
-holes.m = { counts = "more layers", after = "i", marker = "model.{m}.marker.weight", like = "i" }
+placeholders.i = { counts = "layers" }
+placeholders.e = { counts = "experts" }
+placeholders.m = { counts = "more layers", after = "i", marker = "model.{m}.marker.weight", like = "i" }
 rules = [
 ["same", "model.embed.weight",             "embed.weight",         "rows"],
 ["same", "model.{i}.tall.{p}",             "l.{i}.rows.{p}",         "rows"],

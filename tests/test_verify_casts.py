@@ -543,7 +543,7 @@ left   = "left"
 right  = "right"
 files  = "model{rank}-mp{ranks}.safetensors"
 scales.p = { left = "weight_scale_inv", right = "scale", block = 8 }
-holes.i = { counts = "layers", size = "layers" }
+placeholders.i = { counts = "layers", size = "layers" }
 rules = [
 ["same", "layers.{i}.k.{p}",    "l.{i}.k.{p}",    "rows of heads"],
 ["same", "layers.{i}.both.{p}", "l.{i}.both.{p}", "packed rows"],

@@ -116,7 +116,7 @@ EVERYTHING = Subset()
 
 
 @dataclass(frozen=True, slots=True)
-class Hole:
+class Placeholder:
     """A numbered place in a recipe's names, such as the `i` of `model.layers.{i}.input_layernorm.weight`."""
 
     name: str
@@ -125,23 +125,23 @@ class Hole:
     size: str = ""
     """A formula over the config that says how many there are."""
     within: str = ""
-    """Another hole: each member of that one is a member of exactly one hole within it."""
+    """Another placeholder: each member of that one is a member of exactly one placeholder within it."""
     some_of: str = ""
-    """Another hole: each member of this one is a member of that one too."""
+    """Another placeholder: each member of this one is a member of that one too."""
     picked_by: str = ""
-    """With `within` or `some_of`: the config key of a list that has a value for each member of that hole."""
+    """With `within` or `some_of`: the config key of a list that has a value for each member of that placeholder."""
     picked: tuple[int, ...] = ()
-    """The values in that list that make a member of that hole one of this."""
+    """The values in that list that make a member of that placeholder one of this."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
     after: str = ""
-    """Another hole: the members of this one follow on from that one's last."""
+    """Another placeholder: the members of this one follow on from that one's last."""
     marker: str = ""
-    """With `after`: the name that tells a member of this hole from one of that hole."""
+    """With `after`: the name that tells a member of this placeholder from one of that placeholder."""
     like: str = ""
-    """With `after`: the letters of holes. What the recipe says of their members, it says of these as well."""
+    """With `after`: the letters of placeholders. What the recipe says of their members, it says of these as well."""
     optional: str = ""
-    """Why what is numbered by this hole is left out, unless it is asked for."""
+    """Why what is numbered by this placeholder is left out, unless it is asked for."""
     rows_of: str = ""
     """A tensor whose first dimension says how many there are."""
 
@@ -155,14 +155,14 @@ class Rule:
     left: str
     right: str
     split: str
-    """`replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`, `by HOLE`; reason of a `drop`."""
+    """`replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`, `by LETTER`; reason of a `drop`."""
     shape: str = ""
     """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
     """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; `maybe` and
     `maybe if KEY`: it may be lacking, always or where the key says so."""
     optional: str = ""
-    """The reason why the tensor is left out, unless the hole that numbers it is asked for; empty if it never is."""
+    """Why the tensor is left out, unless the placeholder that numbers it is asked for; empty if it never is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +198,9 @@ class Recipe:
     architectures: tuple[str, ...]
     ranks_divide: tuple[str, ...]
     """Formulas over the config whose values the number of ranks must divide."""
-    holes: Mapping[str, Hole]
+    placeholders: Mapping[str, Placeholder]
     scales: Mapping[str, BlockScale]
-    """By the letter of the hole that stands for a weight or its block scale."""
+    """By the letter of the placeholder that stands for a weight or its block scale."""
     sizes: Mapping[str, str]
     """Names for sizes that shapes speak of, by formulas over config keys."""
     padded: tuple[str, ...]

@@ -99,7 +99,7 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     kinds = kinds_of(matched, recipe, layout)
     problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
     require_none(chain(*problems))
-    counts = {recipe.holes[letter].counts: count for letter, count in matched.counts.items() if count}
+    counts = {recipe.placeholders[letter].counts: count for letter, count in matched.counts.items() if count}
     unknown = unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
     if as_json:
         tensors = len(checkpoint.tensors)

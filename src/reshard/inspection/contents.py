@@ -127,7 +127,7 @@ def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
 def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
     """By the plural that a recipe gives: `{"layers": 61, "experts": 256}`."""
     counts = matched.counts
-    return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
+    return {recipe.placeholders[letter].counts: count for letter, count in counts.items() if count}
 
 
 def content_of(

@@ -74,7 +74,9 @@ def require_whole_number(option: str, value: Any) -> int:
 def count_problems(source: Source, n_experts: int | None) -> Iterator[Problem]:
     """Another number of experts than there should be, which DeepSeek's own script had to be told."""
     found = [
-        count for letter, count in source.matched.counts.items() if source.recipe.holes[letter].counts == "experts"
+        count
+        for letter, count in source.matched.counts.items()
+        if source.recipe.placeholders[letter].counts == "experts"
     ]
     if n_experts is not None and n_experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"

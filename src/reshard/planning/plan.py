@@ -60,7 +60,7 @@ def describe_files(plan: Plan) -> Iterator[str]:
     target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
     yield from subset_lines(plan.source.subset)
-    counts = {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items() if count}
+    counts = {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items() if count}
     yield ", ".join(counted(count, things) for things, count in counts.items())
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]

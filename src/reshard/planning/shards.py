@@ -214,7 +214,7 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
     """What the ranks must divide besides dimensions: the members dealt to them, and config values such as heads."""
     for letter in sorted({rule.split.removeprefix("by ") for rule in recipe.rules if rule.split.startswith("by ")}):
         if matched.counts[letter]:
-            yield recipe.holes[letter].counts, matched.counts[letter]
+            yield recipe.placeholders[letter].counts, matched.counts[letter]
     for key in recipe.ranks_divide:
         value = config_value(key, config)
         if type(value) is int and value > 0:

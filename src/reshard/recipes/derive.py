@@ -188,7 +188,7 @@ SIZES = {"layers": ("num_hidden_layers",), "experts": ("num_experts", "num_local
 """What a config calls how many there are."""
 
 LETTERS = "dsabcfghjklmnoqrtuvwxyz"
-"""For holes, in the order in which they are taken: `i` is for layers, `e` for experts, `p` for weights and scales."""
+"""Names of placeholders, in the order in which they are taken: `i` is for layers, `e` for experts, `p` for scales."""
 
 FILES = "model-rank{rank}-of-{ranks}.safetensors"
 
@@ -196,7 +196,7 @@ SIDE_FILES = ("config.json", "generation_config.json", "*token*", "vocab.json", 
 
 
 Letters = Mapping[tuple[str, frozenset[str]], str]
-"""By the text of names up to a number, and all numbers that stand there: the letter of a hole."""
+"""By the text of names up to a number, and all numbers that stand there: the letter of a placeholder."""
 
 
 def recipe_text(kept: Sequence[Kept], about: str, config: Mapping[str, Any]) -> str:
@@ -208,7 +208,7 @@ def recipe_text(kept: Sequence[Kept], about: str, config: Mapping[str, Any]) -> 
     for *cells, last in rows:
         padded = [f"{cell},".ljust(width) for cell, width in zip(cells, widths, strict=False)]
         lines.append(f"[{' '.join([*padded, last])}],")
-    head = [*head_lines(kept, about, config), *hole_lines(letters, config)]
+    head = [*head_lines(kept, about, config), *placeholder_lines(letters, config)]
     return "\n".join([*head, "", "rules = [", *lines, "]", ""])
 
 
@@ -278,7 +278,7 @@ def head_lines(kept: Sequence[Kept], about: str, config: Mapping[str, Any]) -> I
         yield f"scales.p = {{ left = {quoted(SCALE[1:])}, right = {quoted(SCALE[1:])}, block = {json.dumps(block)} }}"
 
 
-def hole_lines(letters: Letters, config: Mapping[str, Any]) -> Iterator[str]:
+def placeholder_lines(letters: Letters, config: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     whole: dict[str, str] = {}
     for (prefix, numbers), letter in letters.items():
@@ -289,7 +289,7 @@ def hole_lines(letters: Letters, config: Mapping[str, Any]) -> Iterator[str]:
             whole[prefix] = letter
             size = next((key for key in SIZES.get(word, ()) if config.get(key) == len(numbers)), "")
             fields = [f"counts = {quoted(word)}", *([f"size = {quoted(size)}"] if size else [])]
-        yield f"holes.{letter} = {{ {', '.join(fields)} }}"
+        yield f"placeholders.{letter} = {{ {', '.join(fields)} }}"
 
 
 def quoted(text: str) -> str:

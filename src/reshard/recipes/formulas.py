@@ -223,9 +223,9 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
     lack.
     """
     yield from (Mention("ranks_divide", text, {}) for text in recipe.ranks_divide)
-    for name, hole in recipe.holes.items():
-        texts = (hole.size, hole.picked_by, hole.listed)
-        yield from (Mention(f"holes: {name}", text, {}) for text in texts if text)
+    for name, placeholder in recipe.placeholders.items():
+        texts = (placeholder.size, placeholder.picked_by, placeholder.listed)
+        yield from (Mention(f"placeholders: {name}", text, {}) for text in texts if text)
     for name, text in recipe.sizes.items():
         yield Mention(f"sizes: {name}", text, without(recipe.sizes, name))
     yield from (Mention("padded", key, {}) for key in recipe.padded)

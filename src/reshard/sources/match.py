@@ -34,7 +34,7 @@ class Family(NamedTuple):
     is_scale: bool
     tensors: list[Tensor]
     numbers: list[tuple[str, ...]]
-    """For each tensor: what fills the holes of the rule's left name, in their order."""
+    """For each tensor: what fills the placeholders of the rule's left name, in their order."""
     names: list[str]
     """For each tensor: its name on the other side; empty for what is dropped there."""
 

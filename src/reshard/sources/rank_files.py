@@ -119,11 +119,12 @@ def turned_around(recipe: Recipe) -> Recipe:
     """The recipe with its sides exchanged. What was dequantised comes back under the name of its weight."""
     scales = {letter: replace(scale, left=scale.right, right=scale.left) for letter, scale in recipe.scales.items()}
     names = {as_weight(rule.left, recipe): as_weight(rule.right, recipe) for rule in recipe.rules}
-    holes = {
-        name: replace(hole, marker=names.get(as_weight(hole.marker, recipe), hole.marker))
-        for name, hole in recipe.holes.items()
+    placeholders = {
+        name: replace(place, marker=names.get(as_weight(place.marker, recipe), place.marker))
+        for name, place in recipe.placeholders.items()
     }
-    return replace(recipe, scales=scales, holes=holes, rules=tuple(turned(rule, recipe) for rule in recipe.rules))
+    rules = tuple(turned(rule, recipe) for rule in recipe.rules)
+    return replace(recipe, scales=scales, placeholders=placeholders, rules=rules)
 
 
 def turned(rule: Rule, recipe: Recipe) -> Rule:

@@ -37,7 +37,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "ranks": plan.layout.ranks,
         "layout": describe_layout(plan.layout),
         **({"subset": plan.source.subset} if plan.source.subset else {}),
-        "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
+        "counts": {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
@@ -206,6 +206,6 @@ def lost_lines(plan: Plan) -> Iterator[str]:
 def dropped_by_recipe(plan: Plan) -> str:
     """What the recipe leaves out, and the rank files have not."""
     recipe = plan.recipe
-    present = {recipe.holes[letter].counts for letter, count in plan.counts.items() if count}
+    present = {recipe.placeholders[letter].counts for letter, count in plan.counts.items() if count}
     reasons = [reason_of(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
     return ", ".join(dict.fromkeys(reason for reason in reasons if reason not in present))
