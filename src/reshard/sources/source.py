@@ -22,6 +22,7 @@ from reshard.formats.huggingface import (
     read_metadata,
 )
 from reshard.formats.manifest import Origin, known_manifest, read_manifest, read_origin, subset_text
+from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import choose_recipe, match, wanted_recipes
@@ -170,7 +171,7 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
             yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
         elif entry["size"] != file.size:
             yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := changed_range(stored.folder / file.name, entry["ranges"].split()):
+        elif found := changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
             text = f"{file.name}: bytes {found.start:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
@@ -186,15 +187,14 @@ def exchanged_files(path: Path, names: RankNames) -> Iterator[Problem]:
             yield Problem("wrong-ranks", name, found, f"rank {rank} of {ranks}", "give each file its own name back")
 
 
-def changed_range(path: Path, words: Sequence[str]) -> range | None:
-    """The first range of a file whose checksum is another: of the header, the one in the middle, and the last."""
-    sizes = list(map(int, words[::2]))
+def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> range | None:
+    """The first byte range of a file whose checksum is another: of the header, the one in the middle, and the last."""
     with path.open("rb", buffering=0) as file:
-        for place in sorted({0, len(sizes) // 2, len(sizes) - 1}):
-            begin = sum(sizes[:place])
-            file.seek(begin)
-            if xxh3_128_hexdigest(file.read(sizes[place])) != words[2 * place + 1]:
-                return range(begin, begin + sizes[place])
+        for place in sorted({0, len(ranges) // 2, len(ranges) - 1}):
+            offset, size, digest = ranges[place]
+            file.seek(offset)
+            if xxh3_128_hexdigest(file.read(size)) != digest:
+                return range(offset, offset + size)
     return None
 
 
