@@ -598,8 +598,8 @@ MUTATIONS = (
     Mutation(
         "verification/checksums",
         "a range with another checksum is fine",
-        "[found.offset - start : found.offset - start + found.size]) != found.digest",
-        '[found.offset - start : found.offset - start + found.size]) == ""',
+        "[checked.offset - start : checked.stop - start]) != checked.digest",
+        '[checked.offset - start : checked.stop - start]) == ""',
         "test_audit.py::test_a_flipped_bit_is_named_with_file_range_and_tensor",
     ),
     Mutation(

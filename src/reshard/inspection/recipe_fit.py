@@ -7,13 +7,13 @@ from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import CONFIG
+from reshard.formats.huggingface import CONFIG, file_names
 from reshard.formats.manifest import manifest_at
 from reshard.recipes.derive import kept_of, model_of, recipe_text
 from reshard.recipes.recipe import packaged_recipes, parse_recipe
 from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
 from reshard.sources.match import match
-from reshard.sources.source import foreign_recipe, ranks_at
+from reshard.sources.rank_names import find_foreign_recipe, find_rank_names
 from reshard.types import Checkpoint, Layout
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
@@ -43,7 +43,9 @@ def require_source(folder: Path) -> None:
     if folder.is_file():
         raise refuse("no-source", str(folder), "a file", "the folder of a checkpoint", f"name {folder.parent}")
     recipes = packaged_recipes()
-    if folder.is_dir() and (foreign_recipe(manifest_at(folder), recipes) or ranks_at(folder, recipes)):
+    if folder.is_dir() and (
+        find_foreign_recipe(manifest_at(folder), recipes) or find_rank_names(folder, file_names(folder), recipes)
+    ):
         expected, remedy = "a Hugging Face checkpoint", "name what they were cut from"
         raise refuse("rank-files", str(folder), "rank files", expected, remedy)
 

@@ -9,7 +9,7 @@ from typing import Any
 from reshard.formats.manifest import Origin, subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
-from reshard.text import printable, size_text, table
+from reshard.text import counted, printable, size_text, table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
 
 

@@ -11,6 +11,7 @@ from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, checkpoint_of, read_folder
 from reshard.formats.huggingface import CONFIG, INDEX, Stored, read_headers
 from reshard.formats.manifest import Origin, read_origin, subset_text
+from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
@@ -186,8 +187,8 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
             yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
         elif entry["size"] != file.size:
             yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := changed_range(stored.folder / file.name, entry["ranges"].split()):
-            text = f"{file.name}: bytes {found.start:,} to {found.stop:,}"
+        elif found := changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
+            text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
 
@@ -203,13 +204,12 @@ def exchanged_files(stored: Stored) -> Iterator[Problem]:
             )
 
 
-def changed_range(path: Path, words: Sequence[str]) -> range | None:
+def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
     """The first byte range whose checksum differs, of three: the header, the one in the middle, and the last."""
-    sizes = list(map(int, words[::2]))
     with path.open("rb", buffering=0) as file:
-        for place in sorted({0, len(sizes) // 2, len(sizes) - 1}):
-            begin = sum(sizes[:place])
-            file.seek(begin)
-            if xxh3_128_hexdigest(file.read(sizes[place])) != words[2 * place + 1]:
-                return range(begin, begin + sizes[place])
+        for place in sorted({0, len(ranges) // 2, len(ranges) - 1}):
+            checked = ranges[place]
+            file.seek(checked.offset)
+            if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
+                return checked
     return None
