@@ -38,7 +38,7 @@ CONFIG = {
 }
 """A quarter as wide, with as many experts: a rank has about as much of the whole as in the real model."""
 RANKS, RANK = 16, 3
-TESTS = Path(__file__).parent.parent / "tests"
+ROOT = Path(__file__).parents[1]
 MEASURED = f"""
 import hashlib, json, sys, time
 from pathlib import Path
@@ -109,7 +109,7 @@ def main() -> None:
 
 def run(source: Path, converted: Path, way: str, check: str = "") -> dict[str, float]:
     """One way in a process of its own: seconds and bytes."""
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "support")])
     command = [sys.executable, "-c", MEASURED, str(source), str(converted), way, check]
     done = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths})
     return dict(json.loads(done.stdout))

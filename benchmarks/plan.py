@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def make_source(folder: Path, model: str) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     from families import write_full  # noqa: PLC0415 - what is measured imports by itself
 
     write_full(folder, model)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the lists of the published tensors
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the lists of the published tensors
 
 from families import FAMILIES, write_full
 

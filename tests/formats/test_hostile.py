@@ -2,8 +2,8 @@
 
 Here are whole files as byte literals, through the command itself, with a limit on time. Elsewhere:
 
-- test_header.py: each fault of a header by itself, held against the safetensors package; its list is run here again;
-- test_read.py: indexes, configs and folders that contradict; test_refusals.py: damaged checkpoints and odd options;
+- test_safetensors.py: each fault of a header by itself, held against the safetensors package; all are run here again;
+- test_huggingface.py: indexes, configs and folders that contradict; test_refusals.py: damaged checkpoints, odd options;
 - test_recipe.py: each fault of a recipe with its line; test_verify.py: damaged rank files;
 - test_resume.py: damaged journals; test_cli.py: names with escape sequences, on every way to the terminal;
 - fuzz.py makes more of them. What it found is in seeds/, and is run here.
@@ -25,18 +25,19 @@ from typing import Any
 import fuzz
 import numpy as np
 import pytest
+from header_faults import FAULTS, whole_file
+from refusals import TINY
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
-from test_header import FAULTS, whole_file
-from test_refusals import TINY
 from xxhash import xxh3_128_hexdigest
 
 from reshard.cli.main import main
-from reshard.errors import MOST_PROBLEMS, Refused
-from reshard.execution.journal import JOURNAL, left_names
+from reshard.errors import MOST_PROBLEMS, Refused, printable
+from reshard.execution.journal import left_names
 from reshard.formats.huggingface import read_checkpoint
 from reshard.formats.manifest import own_checksum, read_manifest
 from reshard.formats.safetensors import parse_header
+from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
 from reshard.synthetic import write_checkpoint

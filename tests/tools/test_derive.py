@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_tensor_parallel import HEAVY, MODELS, from_config, write_model
+from small_models import HEAVY, MODELS, from_config, write_model
 
 from reshard.api import convert_checkpoint
 from reshard.cli.main import main

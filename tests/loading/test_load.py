@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import skeletons
 import torch
 from conversions import LEGAL, ORACLES
 from families import FAMILIES, write_small
+from model_skeletons import MODELS, TAKEN_FOR_GRANTED
+from rank_states import LARGE, State, flat_bytes, rank_file, spoil
 from safetensors.torch import load_file, save_file
-from test_run_configs import MODELS, TAKEN_FOR_GRANTED
 
 import reshard
 from reshard.api import convert_checkpoint
@@ -24,26 +25,10 @@ from reshard.errors import Refused
 from reshard.execution.reader import MEMORY_PER_JOB
 from reshard.loading.load import Held, fill
 from reshard.planning.plan import Job, plan_conversion
-from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
+from reshard.synthetic import write_checkpoint
 
 Source = Callable[[str], Path]
-State = Mapping[str, torch.Tensor]
 PACKAGE = Path(reshard.__file__).parents[1]
-LARGE: dict[str, Any] = {
-    **DEEPSEEK_V3,
-    "first_k_dense_replace": 1,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "kv_lora_rank": 128,
-    "moe_intermediate_size": 1024,
-    "n_routed_experts": 32,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 3,
-    "num_nextn_predict_layers": 0,
-    "q_lora_rank": 128,
-    "vocab_size": 8192,
-}
-"""Experts of 512 KiB a matrix, larger than the gaps that are read over, and an embedding of two windows: 130 MB."""
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +38,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Torch does not view nothing as another dtype, nor a single element that has a stride."""
-    if not tensor.numel():
-        return torch.empty(0)
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
 def require_same(found: State, wanted: State) -> None:
     """The same names, and each tensor of the same dtype and shape, bit for bit."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(flat_bytes(found[name]), flat_bytes(tensor)), name
-
-
-def rank_file(folder: Path, rank: int, ranks: int) -> Path:
-    return folder / f"model{rank}-mp{ranks}.safetensors"
 
 
 # --- every family, against its oracle ---
@@ -342,14 +316,6 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
     spoil(rank_file(tmp_path, 3, 4), "norm.weight")
     require_same(reshard.load(tmp_path, mp=2, rank=0), wanted)
     assert refusal(tmp_path, mp=2, compare_replicas=True) == ("replicas-differ", "norm.weight")
-
-
-def spoil(path: Path, name: str) -> None:
-    """Flips a bit of a tensor."""
-    data = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    data[start + json.loads(data[8:start])[name]["data_offsets"][0]] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_source_that_is_cut_short_after_its_headers_were_read_is_refused(tmp_path: Path) -> None:

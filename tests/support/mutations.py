@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from repository import ROOT, find_test_file
+
 LONGEST = 300
 """In seconds: a test that takes longer hangs."""
 
@@ -29,7 +30,7 @@ class Mutation(NamedTuple):
     before: str
     after: str
     test: str
-    """What sees it, as pytest names it below `tests/`."""
+    """What sees it: the name of a test file, whatever its folder, and of the test."""
 
 
 MUTATIONS = (
@@ -246,7 +247,7 @@ MUTATIONS = (
         "the checksum of a range is that of the window it came from",
         "digest = xxh3_128_digest(bytes_of_group)",
         "digest = xxh3_128_digest(data)",
-        "test_audit.py::test_good_files_are_compared_whole",
+        "test_checksums.py::test_good_files_are_compared_whole",
     ),
     Mutation(
         "execution/writer",
@@ -288,21 +289,21 @@ MUTATIONS = (
         "halfway values are rounded down on the way to FP8",
         "bits |= (bits & 0xFFFF) + 0xFFFF",
         "bits |= 0",
-        "test_casts.py::test_every_bfloat16_over_scales_of_every_kind_is_torchs_code",
+        "test_kernels.py::test_every_bfloat16_over_scales_of_every_kind_is_torchs_code",
     ),
     Mutation(
         "casts/kernels",
         "the new scale of FP4 is a 32nd of the largest",
         "np.maximum(largest, 6) - 6)",
         "np.maximum(largest, 5) - 5)",
-        "test_casts.py::test_new_scales_are_the_largest_of_a_block_over_64",
+        "test_kernels.py::test_new_scales_are_the_largest_of_a_block_over_64",
     ),
     Mutation(
         "casts/code_tables",
         "the two values in a byte of FP4 change places",
         "np.stack([codes[:, low], codes[:, high]], axis=-1)",
         "np.stack([codes[:, high], codes[:, low]], axis=-1)",
-        "test_casts.py::test_known_fp4_values_are_right_and_the_even_column_is_in_the_low_nibble",
+        "test_kernels.py::test_known_fp4_values_are_right_and_the_even_column_is_in_the_low_nibble",
     ),
     Mutation(
         "storage/local",
@@ -363,8 +364,8 @@ MUTATIONS = (
     Mutation(
         "storage/local",
         "small files get their names before they are durable",
-        "        os.fsync(descriptor)\n\n\ndef finish",
-        "\n\ndef finish",
+        "memoryview(content), 0, CACHED)\n        os.fsync(descriptor)\n",
+        "memoryview(content), 0, CACHED)\n",
         "test_durability.py::test_nothing_is_renamed_before_all_is_durable",
     ),
     Mutation(
@@ -452,42 +453,42 @@ MUTATIONS = (
         "the parts of a tensor are joined from the last rank to the first",
         "for rank in sorted(found.by_rank)]",
         "for rank in sorted(found.by_rank, reverse=True)]",
-        "test_gather.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
+        "test_rank_files.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
     ),
     Mutation(
         "sources/rank_files",
         "a block scale that ranks share is taken as often as there are ranks",
         "side // length if 0 < length < side else 1",
         "1",
-        "test_gather.py::test_a_scale_that_ranks_share_comes_back_once",
+        "test_rank_files.py::test_a_scale_that_ranks_share_comes_back_once",
     ),
     Mutation(
         "sources/rank_files",
         "ranks may have other dtypes for one tensor",
         "if len(kinds) > 1:",
         "if False:",
-        "test_gather.py::test_parts_of_another_dtype_are_refused",
+        "test_rank_files.py::test_parts_of_another_dtype_are_refused",
     ),
     Mutation(
         "execution/reader",
         "replicas are not compared",
         "for other in copies[1:]:",
         "for other in ():",
-        "test_gather.py::test_a_replica_that_differs_is_refused",
+        "test_rank_files.py::test_a_replica_that_differs_is_refused",
     ),
     Mutation(
         "sources/rank_files",
         "each part is read from where the stretch begins",
         "Run(part, first - start, first - offset,",
         "Run(part, first - offset, first - offset,",
-        "test_gather.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
+        "test_rank_files.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
     ),
     Mutation(
         "target/manifest_writer",
         "it is forgotten how large a tensor was before it was padded",
         "if tuple(shape) != cast.result.shape:",
         "if False:",
-        "test_gather.py::test_padding_is_taken_off_again",
+        "test_rank_files.py::test_padding_is_taken_off_again",
     ),
     # --- the verifier ---
     Mutation(
@@ -551,14 +552,14 @@ MUTATIONS = (
         "the last rows of a tensor are not compared",
         "count = ceil(height / step) * per_row",
         "count = max(1, height // step) * per_row",
-        "test_bands.py::test_bands_hold_every_byte_once_and_are_small",
+        "test_chunks.py::test_bands_hold_every_byte_once_and_are_small",
     ),
     Mutation(
         "verification/chunks",
         "the padding below a tensor is not compared",
         "for box in (beside, below)",
         "for box in (beside,)",
-        "test_bands.py::test_margins_hold_what_is_beyond_a_tensor_once",
+        "test_chunks.py::test_margins_hold_what_is_beyond_a_tensor_once",
     ),
     Mutation(
         "verification/compare",
@@ -586,7 +587,7 @@ MUTATIONS = (
         "verify takes the high half of a byte of FP4 for the even column",
         "np.stack([packed & 15, packed >> 4], axis=-1)",
         "np.stack([packed >> 4, packed & 15], axis=-1)",
-        "test_decode.py::test_the_even_column_of_fp4_is_in_the_low_half",
+        "test_reference_casts.py::test_the_even_column_of_fp4_is_in_the_low_half",
     ),
     Mutation(
         "verification/target_folder",
@@ -600,28 +601,28 @@ MUTATIONS = (
         "a range with another checksum is fine",
         "[checked.offset - start : checked.stop - start]) != checked.digest",
         '[checked.offset - start : checked.stop - start]) == ""',
-        "test_audit.py::test_a_flipped_bit_is_named_with_file_range_and_tensor",
+        "test_checksums.py::test_a_flipped_bit_is_named_with_file_range_and_tensor",
     ),
     Mutation(
         "verification/checksums",
         "a file of another size is passed over",
         "elif size != entry.size:",
         "elif False:",
-        "test_audit.py::test_swapped_truncated_missing_and_extra_files_are_named",
+        "test_checksums.py::test_swapped_truncated_missing_and_extra_files_are_named",
     ),
     Mutation(
         "verification/checksums",
         "a sample need not hold the end of a file",
         "sorted({0, numbers[-1], *spread(",
         "sorted({0, *spread(",
-        "test_audit.py::test_the_smallest_sample_sees_the_header_and_the_last_byte",
+        "test_checksums.py::test_the_smallest_sample_sees_the_header_and_the_last_byte",
     ),
     Mutation(
         "verification/checksums",
         "small files are compared by their size",
         ' or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:',
         ":",
-        "test_audit.py::test_a_sample_looks_at_sizes_and_small_files_in_full",
+        "test_checksums.py::test_a_sample_looks_at_sizes_and_small_files_in_full",
     ),
 )
 
@@ -643,6 +644,12 @@ def mutate(folder: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
 
 
+def pytest_path(test: str) -> str:
+    """The path by which pytest finds a test that is named by its file alone."""
+    file, colons, name = test.partition("::")
+    return f"{find_test_file(file)}{colons}{name}"
+
+
 def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     """The exit code of pytest with the package in a folder, and what it said. 1 is that of a test that failed."""
     environment = {
@@ -653,7 +660,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder / "temp")]
     try:
         done = subprocess.run(
-            [*command, *(f"tests/{test}" for test in tests)],
+            [*command, *map(pytest_path, tests)],
             cwd=ROOT,
             env=environment,
             check=False,

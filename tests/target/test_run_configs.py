@@ -15,8 +15,8 @@ import pytest
 import skeletons
 from conversions import LEGAL, ORACLES
 from families import FAMILIES, write_full, write_small
+from model_skeletons import MODELS, TAKEN_FOR_GRANTED
 from skeletons import BF16, E8M0, F8, FP4, Parameters
-from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
 from reshard.api import convert_checkpoint
 from reshard.errors import Refused
@@ -444,13 +444,6 @@ def test_the_eps_of_v4_are_said_if_they_are_not_the_usual_ones(source: Source) -
 
 # --- after a cast, and with padding ---
 
-TAKEN_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
-    "v3": {"dtype": "bf16", "q_lora_rank": 0},
-    "v4": {"dtype": "fp8", "expert_dtype": None, "n_mtp_layers": 1, "n_hash_layers": 0},
-    "v4.1": {"dtype": "fp8", "expert_dtype": "fp4"},
-}
-"""By the models, where the configuration is silent."""
-
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "glm-5.1-fp8"])
 def test_cast_to_bf16_the_dtype_is_taken_for_granted(name: str, source: Source) -> None:
@@ -492,25 +485,6 @@ def test_padding_is_a_wider_model(source: Source) -> None:
 
 
 # --- what is written loads into the model that it describes ---
-
-Skeleton = Callable[[Mapping[str, Any], int, int], Parameters]
-
-
-def with_bias(skeleton: Callable[..., Parameters]) -> Skeleton:
-    """These models have the bias of a gate only if they are as wide as V3, which no small one is."""
-    return lambda args, ranks, rank: skeleton(args, ranks, rank, gate_bias=True)
-
-
-MODELS: Mapping[str, tuple[str, Skeleton]] = {
-    **dict.fromkeys(ORACLES, ("v3", with_bias(skeletons.v3_parameters))),
-    **dict.fromkeys(
-        ("deepseek-v3.2-exp", "deepseek-v3.2", "glm-5.1", "glm-5.1-fp8"), ("v3", with_bias(skeletons.v32_parameters))
-    ),
-    "deepseek-v4-flash": ("v4", v4_parameters),
-    "deepseek-v4-pro": ("v4", v4_parameters),
-    "deepseek-v4-flash-0731": ("v4", v4_0731_parameters),
-    "deepseek-v4.1-flash": ("v4.1", v41_parameters),
-}
 
 
 def require_loads(job: Job, name: str, target: Path) -> None:

@@ -18,9 +18,9 @@ from conversions import LEGAL, ORACLES
 from families import write_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_states import LARGE, State, flat_bytes, rank_file, spoil
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_load import LARGE, State, flat_bytes, rank_file, spoil
 
 import reshard
 from reshard.api import convert_checkpoint

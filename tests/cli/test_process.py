@@ -23,7 +23,7 @@ import pytest
 from torture import RANKS, contents
 
 from reshard.api import convert_checkpoint
-from reshard.execution.journal import JOURNAL
+from reshard.formats.target_names import JOURNAL
 from reshard.planning.plan import Job
 from reshard.storage.local import PAGE
 from reshard.synthetic import SMALL, write_checkpoint

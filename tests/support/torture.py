@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from reshard.cli.terminal import table
-from reshard.execution.journal import JOURNAL
+from reshard.formats.target_names import JOURNAL
 from reshard.synthetic import SMALL, write_checkpoint
 
 RANKS = 4

@@ -23,7 +23,7 @@ from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.execution.journal import JOURNAL
+from reshard.formats.target_names import JOURNAL
 from reshard.planning.plan import Job
 from reshard.storage.local import make_durable
 from reshard.synthetic import SMALL, write_checkpoint

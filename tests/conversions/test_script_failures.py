@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import REFUSALS, TINY
+from repository import find_test_file
 from safetensors import safe_open
-from test_refusals import REFUSALS, TINY
 
 from reshard.cli.main import main
 from reshard.synthetic import write_checkpoint
@@ -23,7 +24,7 @@ SHOWN = [
     ("a folder of tokenizer files gives N empty files, exit 0", REFUSED, "a source folder with side files only"),
     ("a file is missing: plausible files, exit 0", REFUSED, "a file of the index is missing"),
     ("a file is missing and there is no index", REFUSED, "a numbered file is missing, no index"),
-    ("the missing file's tensors are not named", "test_read.py test_a_damaged_checkpoint_is_refused", ""),
+    ("the missing file's tensors are not named", "test_huggingface.py test_a_damaged_checkpoint_is_refused", ""),
     ("--n-experts too small: experts vanish, exit 0", REFUSED, "the option has fewer experts"),
     ("--n-experts too large: wrong experts in each rank", REFUSED, "the option has more experts"),
     ("the config has another number of experts", REFUSED, "the config has fewer experts"),
@@ -51,7 +52,7 @@ SHOWN = [
 @pytest.mark.parametrize(("failure", "test", "row"), SHOWN)
 def test_each_failure_of_the_script_has_a_test(failure: str, test: str, row: str) -> None:
     file, name = test.split()
-    assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), failure
+    assert f"\ndef {name}(" in find_test_file(file).read_text(encoding="utf-8"), failure
     assert not row or [entry for entry in REFUSALS if entry[0] == row], failure
 
 

@@ -21,7 +21,8 @@ import reshard.execution.execute
 from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.execution.execute import missing_file
-from reshard.execution.journal import JOURNAL, as_records
+from reshard.execution.journal import as_records
+from reshard.formats.target_names import JOURNAL
 from reshard.planning.copies import Copies, WrongPlan
 from reshard.planning.file_layout import lay_out
 from reshard.planning.plan import Job, plan_conversion

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of everything that reads what strangers wrote: `python tests/fuzz.py TARGET --seconds N`.
+"""Coverage-guided fuzzing of everything that reads what strangers wrote: `make fuzz`.
 
 Each target is a function of bytes from which only `Refused` may come out. It needs atheris, in this file alone; the
 seeds that it found are in tests/seeds, and test_hostile.py runs the targets over them without it.
@@ -23,17 +23,17 @@ from safetensors.numpy import save
 from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 from reshard.errors import Refused
-from reshard.execution.journal import COUNT, JOURNAL, RECORD, left_names, read_batches
+from reshard.execution.journal import COUNT, RECORD, left_names, read_batches
 from reshard.formats.huggingface import CONFIG, INDEX, read_checkpoint
 from reshard.formats.json_input import MAX_INTEGER
 from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, header_length, parse_header
-from reshard.formats.target_names import MANIFEST
+from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
 from reshard.types import Checkpoint, Tensor
 from reshard.verification.checksums import audit_target
 
-SEEDS = Path(__file__).parent / "seeds"
+SEEDS = Path(__file__).parents[1] / "seeds"
 FILES = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": np.ones(3), "c": np.ones(1)})}
 INSTRUMENTED = (
     "reshard.execution.journal",

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from torture import BATCH, CHECKSUM_SIZE, RANKS, RECORD
 
-from reshard.execution.journal import JOURNAL
+from reshard.formats.target_names import JOURNAL
 from reshard.synthetic import SMALL, write_checkpoint
 
 PROGRAM = (
