@@ -25,9 +25,8 @@ from reshard.storage.local import (
     aligned_buffer,
     open_source,
     read_window,
-    reading_threads,
-    ways_to_read,
 )
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import in_threads
 from reshard.types import WHOLE, Advance
 from reshard.verification.chunks import spread
