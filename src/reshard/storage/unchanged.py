@@ -26,8 +26,9 @@ def open_unchanged(
         try:
             yield descriptors
         except Refused:
-            # A changed file explains more than a refusal that follows from it, such as a file that ends too early.
-            require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+            # In a comparison, "written to" explains more than "ends too early". Of a source, the byte is told.
+            if not is_source:
+                require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
             raise
         require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
 
