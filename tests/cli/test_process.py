@@ -307,11 +307,12 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 
 
 LIBRARY = """
-import os, signal, sys, reshard.execution.writer
+import os, signal, sys, reshard.storage.resources
 from pathlib import Path
-from reshard.convert import Job, convert_checkpoint
+from reshard.api import convert_checkpoint
+from reshard.planning.plan import Job
 signal.signal(signal.SIGINT, signal.default_int_handler)
-wait, left = reshard.execution.writer.wait, [None] * {signals}
+wait, left = reshard.storage.resources.wait, [None] * {signals}
 
 def interrupted(futures, *options):
     if not options and left:
@@ -319,7 +320,7 @@ def interrupted(futures, *options):
         os.kill(os.getpid(), signal.SIGINT)
     return wait(futures, *options)
 
-reshard.execution.writer.wait = interrupted
+reshard.storage.resources.wait = interrupted
 try:
     convert_checkpoint(Job(Path(sys.argv[1]), {ranks}), Path(sys.argv[2]))
 except KeyboardInterrupt:

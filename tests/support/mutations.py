@@ -64,7 +64,7 @@ MUTATIONS = (
         "test_match.py::test_a_tensor_that_is_missing_is_named",
     ),
     Mutation(
-        "sources/block_scales",
+        "casts/shapes",
         "the smaller block at the end of a row has no scale",
         "return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))",
         "return tuple(length // side for length, side in zip(shape, block, strict=False))",
@@ -327,10 +327,10 @@ MUTATIONS = (
         "test_durability.py::test_the_names_of_the_files_are_durable_before_the_first_batch",
     ),
     Mutation(
-        "execution/execute",
+        "storage/unchanged",
         "a source that changes meanwhile is not seen",
-        "        ledger.flush()\n        require_as_planned(plan, sources)\n",
-        "        ledger.flush()\n",
+        "            raise\n        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)\n",
+        "            raise\n",
         "test_resume.py::test_a_source_that_changes_is_seen",
     ),
     Mutation(

@@ -255,7 +255,7 @@ def invert(path: Path, start: int, end: int) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has memory enough, and on one that has none to spare."""
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.storage.local.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.page_cache.available_memory", lambda: 0)
 
 
 @pytest.mark.usefixtures("way")

@@ -6,7 +6,6 @@ computed there are zeros, or ones in a scale.
 """
 
 from collections.abc import Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from reshard.casts.kernels import (
     rounded_up,
     scales_of_magnitudes,
 )
+from reshard.casts.shapes import computed_shape, matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Read, Tensor
@@ -76,28 +76,8 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
     return inexact
 
 
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as rows and columns: a vector is one row, and leading dimensions are rows."""
-    return prod(shape[:-1]), shape[-1] if shape else 1
-
-
 def area(box: Box) -> int:
     return (box.bottom - box.top) * (box.right - box.left)
-
-
-def computed_shape(cast: Cast) -> tuple[int, int]:
-    """Rows and columns of a result without its padding."""
-    rows, columns = matrix(logical(cast.weight, cast))
-    if not cast.is_scale or cast.operation == "pad":
-        return rows, columns
-    block = cast.new_block
-    return -(-rows // block[0]), -(-columns // block[1])
-
-
-def logical(tensor: Tensor, cast: Cast) -> tuple[int, ...]:
-    """The shape in elements: where F4 comes as I8, two lie in a byte."""
-    packed = tensor.dtype == "I8" and cast.operation != "pad"
-    return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if packed else tensor.shape
 
 
 def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
@@ -129,7 +109,7 @@ def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
     if cast.scale:
         # As if each row had scales of its own.
         most = min(most, inputs.most_scales * cast.block[1] * bits_of(cast) // BITS[cast.scale.dtype])
-    yield from bands(box, matrix(logical(cast.weight, cast))[1], bits_of(cast), most)
+    yield from bands(box, matrix(unpack_weight_shape(cast))[1], bits_of(cast), most)
 
 
 def bits_of(cast: Cast) -> int:
@@ -161,7 +141,7 @@ def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Arr
 
 
 def weight_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
-    return read_box(inputs.weight, cast.weight, box, matrix(logical(cast.weight, cast))[1], bits_of(cast))
+    return read_box(inputs.weight, cast.weight, box, matrix(unpack_weight_shape(cast))[1], bits_of(cast))
 
 
 def blocks_of(box: Box, block: tuple[int, int]) -> Box:
@@ -231,7 +211,7 @@ def compute_fp8(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
 
 def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
     """The new scales of blocks, from those of the groups in them."""
-    rows, columns = matrix(logical(cast.weight, cast))
+    rows, columns = matrix(unpack_weight_shape(cast))
     new, old = cast.new_block, cast.block
     found = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
     for line in range(blocks.top, blocks.bottom):

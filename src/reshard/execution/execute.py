@@ -23,20 +23,17 @@ from reshard.planning.plan import Plan, describe_layout
 from reshard.storage.local import (
     CACHED,
     Ways,
-    is_cached,
     make_durable,
     open_file,
-    open_source,
     remove,
-    require_unchanged,
     reserve,
     sync_folder,
-    way_to_read,
-    ways_past_cache,
     write_all,
     write_whole,
 )
+from reshard.storage.page_cache import is_cached, way_to_read, ways_past_cache
 from reshard.storage.resources import available_memory
+from reshard.storage.unchanged import open_unchanged
 from reshard.types import Advance, Cast, Join
 
 JOBS_PAST_CACHE = 4
@@ -144,10 +141,8 @@ def write_ranks(
     found = as_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
-    with ExitStack() as stack:
-        names = [file.name for file in plan.source.files]
-        sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_as_planned(plan, sources)
+    opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
+    with opened as sources, ExitStack() as stack:
         complete = missing_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
@@ -156,18 +151,18 @@ def write_ranks(
         advance(resumed + sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = without(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), written)
+        names = [file.name for file in plan.source.files]
         files = Files(sources, names, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        require_as_planned(plan, sources)
         records = as_records(ledger.records)
         if lacking := missing_file(plan, records):
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-        return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
+    return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
@@ -199,11 +194,6 @@ def require_memory(settings: Settings, memory: int) -> None:
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
         raise refuse("too-little-memory", "--max-memory", found, expected)
-
-
-def require_as_planned(plan: Plan, sources: Sequence[int]) -> None:
-    """The source is what it was when its headers were read, so that what was planned is still what is there."""
-    require_unchanged(plan.source.folder, plan.source.files, sources, again=RESTART)
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.streaming import matrix
+from reshard.casts.shapes import matrix
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Copies, Integers
 from reshard.types import Cast, Join

@@ -21,8 +21,10 @@ from reshard.execution.reader import SCALES_SIZE, Buffers, Files, reader
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.tensor_pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
 from reshard.inspection.value_distance import Apart, elements_in, measure, merged
-from reshard.storage.local import CACHED, Watched, is_equal, open_source, reading_threads, unchanged, ways_to_read
+from reshard.storage.local import CACHED, is_equal
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import count_progress, in_threads
+from reshard.storage.unchanged import open_unchanged
 from reshard.types import FIRST, Advance, Cast, Progress, Tensor
 
 Bytes = NDArray[np.uint8]
@@ -136,8 +138,7 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
 
             return work
 
-        with unchanged(watched(*both) for both in zip(sides, files, strict=True)):
-            in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
+        in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
     return found
 
 
@@ -156,14 +157,11 @@ def place_of(operand: Tensor | Cast) -> tuple[int, int]:
 
 def open_side(stack: ExitStack, side: Side, size: int) -> Files:
     """The files of a side, opened for a job of so many bytes."""
-    paths = [side.checkpoint.folder / file.name for file in side.checkpoint.files]
+    folder, files = side.checkpoint.folder, side.checkpoint.files
+    paths = [folder / file.name for file in files]
     ways = ways_to_read(paths[0], size) if paths else CACHED
-    descriptors = [open_source(stack, path, ways) for path in paths]
+    descriptors = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
     return Files(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
-
-
-def watched(side: Side, files: Files) -> Watched:
-    return Watched(side.checkpoint.folder, side.checkpoint.files, files.sources)
 
 
 class SideReader:

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.casts.shapes import scale_shape, unpack_shape
 from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
@@ -192,7 +193,7 @@ def dequantizing(name: str, side: Side) -> Cast | None:
         scale = tensors.get(name.removesuffix(WEIGHT) + scaling.left)
         block = block_of(weight, scale, scaling) if scale else None
         if block:
-            shape = logical_shape(weight)
+            shape = unpack_shape(weight)
             result = Tensor(name, "BF16", shape, weight.file, weight.offset, prod(shape) * 2)
             return Cast("dequantize", weight, scale, block, result)
     return None
@@ -206,10 +207,4 @@ def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, i
         block = scaling.fp8_block if scaling.packed else scaling.block
     else:
         return None
-    wanted = tuple(-(-size // side) for size, side in zip(logical_shape(weight), block, strict=True))
-    return block if scale.shape == wanted else None
-
-
-def logical_shape(weight: Tensor) -> tuple[int, ...]:
-    """In elements: I8 has two in a byte."""
-    return (*weight.shape[:-1], weight.shape[-1] * 2) if weight.dtype == "I8" else weight.shape
+    return block if scale.shape == scale_shape(unpack_shape(weight), block) else None

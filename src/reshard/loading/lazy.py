@@ -30,9 +30,8 @@ from reshard.storage.local import (
     aligned_buffer,
     open_source,
     read_window,
-    require_unchanged,
-    require_unwritten,
 )
+from reshard.storage.unchanged import require_unchanged, require_unwritten
 from reshard.types import FIRST, Checkpoint, Tensor
 
 

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from reshard.planning.options import require_layout, require_whole_number
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
-from reshard.storage.local import advise_random, open_source, reading_threads, require_unchanged, ways_to_read
+from reshard.storage.local import advise_random
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import available_memory, in_threads
+from reshard.storage.unchanged import open_unchanged
 from reshard.types import FIRST, RANKS, Cast, Join, Tensor
 
 Worker = Callable[[Window], None]
@@ -125,14 +126,12 @@ def no_memory(size: int, found: str) -> Exception:
 
 def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> None:
     """Reads, and computes where there are casts, all that a plan for one rank wants, window by window."""
-    names = [file.name for file in plan.source.files]
-    ways = ways_to_read(plan.source.folder / names[0], held.size)
+    folder, names = plan.source.folder, [file.name for file in plan.source.files]
+    ways = ways_to_read(folder / names[0], held.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
     if plan.casts:
         fastest_recode()  # here, for it may import numba, and that from one thread only
-    with ExitStack() as stack:
-        sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source.folder, plan.source.files, sources)
+    with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_random(sources)  # or the kernel reads on into what other ranks need
         files = Files(sources, names, (), ways, made, allow_inexact)
         work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), held.size)
@@ -140,7 +139,6 @@ def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> No
             in_cuda_threads(work, files, held, jobs or reading_threads(ways))
         else:
             in_threads(work, lambda: worker(files, held), jobs or reading_threads(ways))
-        require_unchanged(plan.source.folder, plan.source.files, sources)
 
 
 def counted(work: Iterable[Window], size: int) -> Iterator[Window]:

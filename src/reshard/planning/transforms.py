@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from reshard.casts.shapes import scale_shape
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
 from reshard.recipes.formulas import parse_shape, shape_of
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.splits import dimension_of
-from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape, target_block
+from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, target_block
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 
 

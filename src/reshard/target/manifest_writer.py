@@ -13,7 +13,7 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
-from reshard.casts.streaming import computed_shape, matrix
+from reshard.casts.shapes import computed_shape, matrix
 from reshard.execution.journal import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, own_checksum
