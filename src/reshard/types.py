@@ -147,6 +147,33 @@ class Placeholder:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How the ranks share a tensor, parsed from the text of a recipe."""
+
+    text: str
+    """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`,
+    `by LETTER`; the reason of a `drop`."""
+    dimension: int | None = None
+    """The dimension that is cut; None if every tensor stays whole."""
+    placeholder: str = ""
+    """Of `by LETTER`: each member of this placeholder, such as an expert, belongs to one rank."""
+    heads_key: str = ""
+    """Of `rows of KEY`: the config key that says how many heads the rows are of. A head is never cut."""
+    is_padded: bool = False
+    """Whether zeros follow the last row, so that every rank has as many."""
+    is_packed: bool = False
+    """Whether the rows are two tensors, one behind the other, each of which is cut by itself."""
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank has the whole tensor."""
+        return self.dimension is None and not self.placeholder
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One row of a recipe: a relation between a name on the left and a name on the right."""
 
@@ -154,8 +181,8 @@ class Rule:
     """`same`, `dequantize` or `drop`."""
     left: str
     right: str
-    split: str
-    """`replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`, `by LETTER`; reason of a `drop`."""
+    split: Split
+    """Cuts nothing if the relation is `drop`: its text is the reason."""
     shape: str = ""
     """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""

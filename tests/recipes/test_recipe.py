@@ -11,6 +11,7 @@ import pytest
 
 from reshard.errors import Refused
 from reshard.recipes.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
+from reshard.recipes.splits import make_rule
 from reshard.types import BlockScale, Recipe, Rule
 
 PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -148,7 +149,7 @@ def test_what_a_recipe_may_leave_out() -> None:
     rules = [["same", "a", "b", "replicate"]]
     """
     recipe = parse_recipe(text, "least.toml")
-    assert recipe.rules == (Rule("same", "a", "b", "replicate"),)
+    assert recipe.rules == (make_rule("same", "a", "b", "replicate"),)
     assert (recipe.placeholders, recipe.scales, recipe.sizes, recipe.run) == ({}, {}, {}, {})
     assert (recipe.carry, recipe.model_types, recipe.padded, recipe.checked) == ((), (), (), "")
 

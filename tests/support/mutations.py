@@ -143,7 +143,7 @@ MUTATIONS = (
     Mutation(
         "planning/shards",
         "two halves are cut as if they were one tensor",
-        '        return whole(tensor, ranks)\n    return packed(tensor, parts) if split == "packed rows" else along(',
+        "        return whole(tensor, ranks)\n    return packed(tensor, parts) if split.is_packed else along(",
         "        return whole(tensor, ranks)\n    return along(",
         "test_gaps.py::test_each_half_is_cut_by_itself",
     ),

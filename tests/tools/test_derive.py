@@ -102,7 +102,7 @@ def test_a_plan_for_experts_alone_cuts_experts_alone(tmp_path: Path) -> None:
     """As it is for gpt-oss, of which the packaged recipe cuts the heads too."""
     write_model(tmp_path / "source", "gpt-oss")
     recipe = parse_recipe(derive_recipe(tmp_path / "source"), "derived")
-    splits = {rule.left.removeprefix("model.layers.{i}."): rule.split for rule in recipe.rules}
+    splits = {rule.left.removeprefix("model.layers.{i}."): rule.split.text for rule in recipe.rules}
     assert splits["mlp.experts.gate_up_proj"] == splits["mlp.experts.down_proj_bias"] == "rows"
     assert splits["model.embed_tokens.weight"] == splits["lm_head.weight"] == "rows"
     assert splits["self_attn.q_proj.weight"] == splits["self_attn.sinks"] == "replicate"

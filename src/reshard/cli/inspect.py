@@ -13,7 +13,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.inspection.contents import Content
 from reshard.inspection.recipe_fit import derive_recipe
 from reshard.recipes.formulas import unknown_keys, unknown_text
-from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
+from reshard.recipes.recipe import list_fields, load_recipe, packaged_recipes, parse_recipe
 from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
 from reshard.sources.match import match
 from reshard.text import counted, listed, printable, size_text, table
@@ -58,7 +58,7 @@ def require_no_more(options: argparse.Namespace) -> None:
 def list_recipes(*, as_json: bool) -> int:
     recipes = packaged_recipes()
     if as_json:
-        print_json([asdict(recipe) for recipe in recipes])
+        print_json([list_fields(recipe) for recipe in recipes])
     else:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
@@ -70,7 +70,7 @@ def list_recipes(*, as_json: bool) -> int:
 def show_recipe(name: str, *, as_json: bool) -> int:
     recipe = load_recipe(name)
     if as_json:
-        print_json(asdict(recipe))
+        print_json(list_fields(recipe))
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
         print("\n".join(map(printable, text.split("\n"))))
@@ -84,7 +84,7 @@ def say_derived(folder: Path, output: Path | None, *, as_json: bool) -> int:
         with output.open("x", encoding="utf-8") as file:
             file.write(text)
     if as_json:
-        print_json(asdict(parse_recipe(text, str(output or "derived"))))
+        print_json(list_fields(parse_recipe(text, str(output or "derived"))))
     elif output is None:
         print("\n".join(map(printable, text.rstrip("\n").split("\n"))))
     return PROVEN

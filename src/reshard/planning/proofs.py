@@ -121,7 +121,7 @@ def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     place = next(asked, None)
     if place and (rule.optional or rule.left.endswith("{*}")):
         return place.counts, place.optional
-    return rule.left, rule.split
+    return rule.left, rule.split.text
 
 
 def uses(

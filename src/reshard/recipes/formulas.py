@@ -233,8 +233,8 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
         text = value[0] if isinstance(value, list) else value
         yield Mention(f"run: {name}", text, recipe.sizes, is_run=True)
     for rule in recipe.rules:
-        if heads := UNITS.fullmatch(rule.split):
-            yield Mention(f"split of {rule.left}", heads[1], {})
+        if heads := rule.split.heads_key:
+            yield Mention(f"split of {rule.left}", heads, {})
         formulas = parse_shape(rule.shape)[1] if rule.shape else []
         yield from (Mention(f"shape of {rule.left}", text, recipe.sizes) for text in formulas if text != "?")
 
@@ -284,10 +284,6 @@ def with_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
-UNITS = re.compile(r"rows of ([\w.]+)")
-"""The split of heads: they are whole, and those of few are held by several ranks."""
-
-
 def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
     """What a formula over the config comes to; None if there is no formula, no config or no such key."""
     try:
@@ -298,6 +294,6 @@ def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
 
 def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
     """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
-    found = UNITS.fullmatch(rule.split)
-    value = config_value(found[1], config) if found else 0
-    return value if type(value) is int and (value > 0 or not found) else None
+    key = rule.split.heads_key
+    value = config_value(key, config) if key else 0
+    return value if type(value) is int and (value > 0 or not key) else None

@@ -4,7 +4,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import islice, starmap
@@ -13,6 +13,7 @@ from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.recipes.patterns import PLACEHOLDER
+from reshard.recipes.splits import make_rule
 from reshard.recipes.table_checks import lines_of, table_faults
 from reshard.text import listed
 from reshard.types import BlockScale, Placeholder, Recipe, Rule
@@ -109,7 +110,7 @@ def sides(block: Any) -> tuple[int, int]:
 
 def all_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
     """Every row as a rule; and again for each placeholder that is `like` a placeholder of the row."""
-    rules = list(starmap(Rule, rows))
+    rules = list(starmap(make_rule, rows))
     yield from (replace(rule, optional=reason_of(rule, placeholders)) for rule in rules)
     for placeholder in placeholders.values():
         for rule in rules:
@@ -126,3 +127,11 @@ def reason_of(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     return next(
         (placeholders[name].optional for name in letters if name in placeholders and placeholders[name].optional), ""
     )
+
+
+def list_fields(recipe: Recipe) -> dict[str, Any]:
+    """Lays out a recipe as the fields that `recipes show --json` prints. Their names are older than ours."""
+    fields = {"holes" if name == "placeholders" else name: value for name, value in asdict(recipe).items()}
+    for rule in fields["rules"]:
+        rule["split"] = rule["split"]["text"]
+    return fields

@@ -10,7 +10,7 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import MOST_STEPS, UNITS, parse, parse_shape, takes_too_long
+from reshard.recipes.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
 from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
@@ -20,7 +20,7 @@ from reshard.recipes.placeholder_checks import (
     scale_faults,
     text_faults,
 )
-from reshard.recipes.splits import SPLITS
+from reshard.recipes.splits import SPLITS, make_rule, parse_split
 from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
@@ -150,7 +150,7 @@ def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
         yield ("run", name), value[0] if isinstance(value, list) else value
     yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in needed_formulas(row))
     for number, row in enumerate(table["rules"]):
-        formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
+        formulas = parse_shape(row[4])[1] if row[4:] and row[4] else []
         yield from ((("rules", number), formula) for formula in formulas if formula != "?")
 
 
@@ -193,7 +193,7 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         if not is_texts(row) or len(row) not in (4, 5, 6):
             yield where, repr(row), "a row of relation, left, right, split and perhaps shape and only: 4 to 6 strings"
             continue
-        faults = list(row_faults(Rule(*row), placeholders, scales))
+        faults = list(row_faults(make_rule(*row), placeholders, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
             named.setdefault((side, pattern), []).append(number)
@@ -215,28 +215,32 @@ def row_faults(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str,
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
-        if rule.right or not rule.split:
-            yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
+        if rule.right or not rule.split.text:
+            yield (
+                repr([rule.right, rule.split.text]),
+                'in a drop: "" on the right, and the reason in the place of the split',
+            )
         return
     yield from side_faults(rule, scales)
     yield from dealing_faults(rule, placeholders)
-    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
-        f"by {name}" for name in PLACEHOLDER.findall(rule.left) if name in placeholders
-    }:
-        yield (
-            repr(rule.split),
-            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a placeholder of the row",
+    split = parse_split(rule.split.text)
+    known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
+    if not split or split.placeholder not in known:
+        expected = (
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a placeholder of the row"
         )
+        yield repr(rule.split.text), expected
 
 
 def dealing_faults(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is dealt by its number is numbered from 0 on, without a gap, for every rank to get as many."""
-    placeholder = placeholders.get(rule.split.removeprefix("by "), {}) if rule.split.startswith("by ") else {}
-    if unfit := [key for key in ("within", "some_of", "after") if key in placeholder]:
-        yield f"{rule.split!r}, a placeholder with {unfit[0]!r}", "a placeholder that counts from 0 by itself"
+    """Members that are assigned to ranks must be numbered from 0 on, without a gap, so that every rank gets as many."""
+    split = rule.split
+    fields = placeholders.get(split.placeholder, {})
+    if unfit := [key for key in ("within", "some_of", "after") if key in fields]:
+        yield f"{split.text!r}, a placeholder with {unfit[0]!r}", "a placeholder that counts from 0 by itself"
     for letter, other in placeholders.items():
-        if placeholder and rule.split.removeprefix("by ") in other.get("like", ""):
-            yield f"{rule.split!r}, which {{{letter}}} is like", "a placeholder that no other is like"
+        if fields and split.placeholder in other.get("like", ""):
+            yield f"{split.text!r}, which {{{letter}}} is like", "a placeholder that no other is like"
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import Stored
 from reshard.recipes.formulas import units_of
 from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, split_name, split_names
-from reshard.recipes.splits import COLUMNS, HALVES, ROWS, dimension_of, parts_for
+from reshard.recipes.splits import COLUMNS, HALVES, ROWS, parts_for
 from reshard.sources.match import way_to_rule
 from reshard.text import numbers_text
 from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
@@ -110,7 +110,7 @@ def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[
 def none_held(pattern: Pattern, recipe: Recipe) -> tuple[Held, int | None]:
     """What is true of all tensors of a pattern; and which of their numbers says to whom they are dealt, if they are."""
     rule = recipe.rules[pattern.rule]
-    letter = rule.split.removeprefix("by ") if rule.split.startswith("by ") else ""
+    letter = rule.split.placeholder
     scaling = recipe.scales.get(scale_letter(rule, recipe))
     return Held("", rule, scaling, pattern.is_scale, -1, {}), pattern.slots.index(letter) if letter else None
 
@@ -151,13 +151,13 @@ def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:
     """Tensors that are not in the ranks that should hold them, or not of one dtype and shape in all of them."""
     dealt: dict[str, set[int]] = {}
     for found in held:
-        dealt.setdefault(found.rule.split, set()).add(found.member)
+        dealt.setdefault(found.rule.split.placeholder, set()).add(found.member)
     for found in held:
         here = sorted(found.by_rank)
-        members = len(dealt[found.rule.split])
+        members = len(dealt[found.rule.split.placeholder])
         if found.member >= 0:
             # Where the numbers have a gap, it is found later, and is all that is said.
-            is_known = max(dealt[found.rule.split]) == members - 1 and members % ranks == 0
+            is_known = max(dealt[found.rule.split.placeholder]) == members - 1 and members % ranks == 0
             wanted = [found.member * ranks // members] if is_known else here[:1]
         else:
             wanted = list(range(ranks))
@@ -178,7 +178,7 @@ def weight_name(found: Held) -> str:
 def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, Any], *, replicas: str) -> Parts:
     """In how many parts the ranks have a tensor, and which of them hold the same one: ranks that follow each other."""
     copies = [found.by_rank[rank] for rank in sorted(found.by_rank)]
-    dimension, units = dimension_of(found.rule.split), units_of(found.rule, config)
+    dimension, units = found.rule.split.dimension, units_of(found.rule, config)
     if dimension is None or (found.is_scale and len(copies[0].shape) <= dimension):
         times = len(copies)
     else:
@@ -198,7 +198,7 @@ def block_of(scaling: BlockScale, weight: Tensor) -> tuple[int, int]:
 
 def shape_of(found: Held, parts: Parts) -> Shape:
     """The shape of all parts together, with their padding."""
-    shape, dimension = list(parts[0][0].shape), dimension_of(found.rule.split)
+    shape, dimension = list(parts[0][0].shape), found.rule.split.dimension
     if dimension is not None and len(parts) > 1 and len(shape) > dimension:
         shape[dimension] *= len(parts)
     return tuple(shape)
@@ -209,7 +209,7 @@ def torn_problems(found: Held) -> Iterator[Problem]:
     for tensor in found.by_rank.values():
         if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape and tensor.shape[-1] % 2:
             yield Problem("wrong-shape", found.name, f"F4 {list(tensor.shape)}", "whole bytes in each row", AGAIN)
-        if found.rule.split == "packed rows" and len(found.by_rank) > 1 and tensor.shape and tensor.shape[0] % HALVES:
+        if found.rule.split.is_packed and len(found.by_rank) > 1 and tensor.shape and tensor.shape[0] % HALVES:
             yield Problem("wrong-shape", found.name, f"{tensor.shape[0]} rows in a rank", "two halves alike", AGAIN)
 
 
@@ -217,18 +217,18 @@ def shape_problems(
     found: Held, shape: Shape, together: Shape, config: Mapping[str, Any] | None, *, knows: bool
 ) -> Iterator[Problem]:
     """Why the parts do not make up a tensor of a shape; `knows` whether anything says how large it was."""
-    dimension = dimension_of(found.rule.split)
+    dimension = found.rule.split.dimension
     units = units_of(found.rule, config or {})
     if units is None:
-        key = found.rule.split.removeprefix("rows of ")
+        key = found.rule.split.heads_key
         yield Problem("no-config", found.name, f"no {key} in a config.json", "one", "copy it beside the rank files")
     elif not parts_for(len(found.by_rank), units):
-        things = f"{units} {found.rule.split.removeprefix('rows of ')}"
+        things = f"{units} {found.rule.split.heads_key}"
         expected = f"one of the numbers to divide the other: {things} and {len(found.by_rank)} ranks"
         yield Problem("not-divisible", found.name, f"{len(found.by_rank)} ranks", expected, "is config.json another's?")
     if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
         yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")
-    if found.rule.split == "padded rows" and not knows:
+    if found.rule.split.is_padded and not knows:
         text, expected = f"{together[0]:,} rows, padding included", "a manifest that says how many there were"
         remedy = "convert the model itself: only the manifest of reshard says it"
         yield Problem("unknown-padding", found.name, text, expected, remedy)
@@ -244,14 +244,14 @@ def shape_problems(
 
 def whole_of(found: Held, parts: Parts, shape: Shape, together: Shape, files: int, joins: list[Join]) -> Tensor:
     """The tensor in one piece; appends the join that it takes, if it takes one. Joins are numbered behind the files."""
-    first, dimension = parts[0][0]._replace(name=found.name), dimension_of(found.rule.split)
+    first, dimension = parts[0][0]._replace(name=found.name), found.rule.split.dimension
     size = prod(shape) * first.size // max(prod(first.shape), 1)
     if not size or (len(parts) == len(parts[0]) == 1 and shape == together):
         return first._replace(shape=shape, size=size)
     if dimension == COLUMNS and len(shape) > COLUMNS:
         rows = shape[ROWS]
     else:
-        rows = HALVES if found.rule.split == "packed rows" and len(parts) > 1 else 1
+        rows = HALVES if found.rule.split.is_packed and len(parts) > 1 else 1
     whole = Tensor(found.name, first.dtype, shape, files + len(joins), 0, size)
     joins.append(Join(rows, parts, whole))
     return whole
