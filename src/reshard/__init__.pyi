@@ -5,7 +5,10 @@ from reshard.api import plan as plan
 from reshard.api import verify as verify
 from reshard.errors import Problem as Problem
 from reshard.errors import Refused as Refused
+from reshard.loading.lazy import open_tensors
 from reshard.loading.load import load as load
 
 __version__: str
 __all__: list[str]
+
+open = open_tensors  # noqa: A001

@@ -18,7 +18,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import Choice
-from reshard.planning.options import count_problems, require_layout
+from reshard.planning.options import require_layout, source_problems
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
@@ -126,7 +126,7 @@ def convert(
     subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
 
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
-    require_none(count_problems(found, n_experts))
+    require_none(source_problems(found, replicas, n_experts))
     planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
     state = look_at_target(planned, Path(target))  #         the last chance to refuse
     if not state.plan.files:
@@ -169,6 +169,7 @@ def plan(
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
+    require_none(source_problems(found, replicas, None))
     planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
     return planned if target is None else look_at_target(planned, Path(target)).plan
 

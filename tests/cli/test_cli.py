@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import Job, convert_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import reshard.cli.terminal
 from reshard import __version__
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main, memory
-from reshard.planning.plan import Job
 from reshard.recipes.recipe import FOLDER
 from reshard.synthetic import SMALL, write_checkpoint
 

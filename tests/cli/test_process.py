@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import Job, convert_checkpoint
 from torture import RANKS, contents
 
-from reshard.api import convert_checkpoint
 from reshard.formats.target_names import JOURNAL
-from reshard.planning.plan import Job
 from reshard.storage.local import PAGE
 from reshard.synthetic import SMALL, write_checkpoint
 
@@ -309,8 +308,8 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 LIBRARY = """
 import os, signal, sys, reshard.storage.resources
 from pathlib import Path
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
+from jobs import convert_checkpoint
+from jobs import Job
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait, left = reshard.storage.resources.wait, [None] * {signals}
 

@@ -135,7 +135,9 @@ def test_a_strange_job_is_refused_without_a_traceback(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        pytest.param('"layers.{s}.ffn.gate.weight",          ', '"layers.{s}.ffn_norm.weight",', id="by two placeholders"),
+        pytest.param(
+            '"layers.{s}.ffn.gate.weight",          ', '"layers.{s}.ffn_norm.weight",', id="by two placeholders"
+        ),
         pytest.param('"norm.weight",  ', '"layers.0.ffn_norm.weight",', id="by a placeholder and a number"),
         pytest.param('"norm.weight",  ', '"layers.0.attn.wo.scale",', id="by a scale and a weight"),
     ],

@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import Job, convert_checkpoint
 
-from reshard.api import convert_checkpoint
 from reshard.execution.execute import Settings
-from reshard.planning.plan import Job
 
 RECIPE = """
 name = "every split"

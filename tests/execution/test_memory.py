@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jobs import Job, convert_checkpoint
 
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
 from reshard.synthetic import write_tensors
 
 INTERPRETER = """

@@ -32,9 +32,9 @@ from safetensors.numpy import save
 from xxhash import xxh3_128_hexdigest
 
 from reshard.cli.main import main
-from reshard.errors import MOST_PROBLEMS, Refused, printable
+from reshard.errors import MOST_PROBLEMS, Refused
 from reshard.execution.journal import left_names
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.manifest import own_checksum, read_manifest
 from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import JOURNAL

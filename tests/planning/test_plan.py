@@ -15,14 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import make_plan
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.planning.copies import Copies, WrongPlan
-from reshard.planning.plan import Plan, make_plan, only_ranks
+from reshard.planning.plan import Plan
+from reshard.planning.planner import only_ranks
 from reshard.planning.proofs import cover, require_coverage, require_tiling
 from reshard.planning.shards import series_of
 from reshard.planning.transforms import Terms, outcome_of

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from small_models import HEAVY, MODELS, from_config, write_model
 
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.inspection.recipe_fit import derive_recipe
-from reshard.planning.plan import Job
 from reshard.recipes.derive import Kept, recipe_text, split_by, verb_of
 from reshard.recipes.recipe import parse_recipe
 

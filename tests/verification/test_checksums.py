@@ -9,12 +9,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from jobs import Job, convert_checkpoint
 from safetensors import safe_open
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Problem, Refused
 from reshard.formats.manifest import read_manifest
-from reshard.planning.plan import Job
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.checksums import audit_target
 

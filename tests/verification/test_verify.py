@@ -16,13 +16,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Job
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.verify import Report, verify_target

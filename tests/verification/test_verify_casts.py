@@ -16,16 +16,15 @@ import oracle_families
 import pytest
 import torch
 from families import write_small
+from jobs import Job, convert_checkpoint
 from oracle_casts import dequantize, fp4_to_fp8, unpack_fp4
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Job
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe, packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.verification.checksums import audit_target
@@ -44,7 +43,7 @@ class Case(NamedTuple):
 
 CASES = {
     "v3 bf16": Case("deepseek-v3", 2, {"cast": "bf16"}),
-    "v3 mtp": Case("deepseek-v3", 2, {"keep_optional": True}),
+    "v3 mtp": Case("deepseek-v3", 2, {"keep_mtp": True}),
     "v3 whole": Case("deepseek-v3", 1, {"to": "hf", "file_size": 3_000_000}),
     "v3 whole bf16": Case("deepseek-v3", 1, {"to": "hf", "cast": "bf16", "file_size": 3_000_000}),
     "v3 padded": Case("deepseek-v3-for-32", 32, {"pad": True}),
@@ -111,7 +110,7 @@ def copied(good: Callable[[str], Made], tmp_path: Path) -> Callable[[str], Made]
 
 def verify(made: Made, sample: Fraction | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
     source = read_checkpoint(made.source)
-    return verify_target(made.target, source, choose_recipe(source, packaged_recipes()), advance, sample=sample)
+    return verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], advance, sample=sample)
 
 
 def facts(made: Made) -> set[tuple[str, str]]:
@@ -243,7 +242,7 @@ def test_some_ranks_alone_tell_what_was_kept(good: Callable[[str], Made]) -> Non
     made = good("v3 mtp")
     source = read_checkpoint(made.source)
     for rank in (0, 1):
-        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes()), only=[rank])
+        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], only=[rank])
         assert (report.problems, report.files) == ((), 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 from reshard.errors import Problem, refuse
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
-from reshard.types import MOST_RANKS, RANKS, WHOLE, Layout, Recipe
+from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe
 
 
 def option_problems(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
@@ -71,13 +71,14 @@ def require_whole_number(option: str, value: Any) -> int:
     return index(value)
 
 
-def count_problems(source: Source, n_experts: int | None) -> Iterator[Problem]:
-    """Another number of experts than there should be, which DeepSeek's own script had to be told."""
-    found = [
-        count
-        for letter, count in source.matched.counts.items()
-        if source.recipe.placeholders[letter].counts == "experts"
-    ]
+def source_problems(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
+    """Options that do not suit a source: a choice of replicas without any, another number of experts than it has."""
+    if replicas not in (COMPARE, FIRST):
+        yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
+    elif replicas == FIRST and not source.origin.is_of_ranks:
+        yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
+    placeholders = source.recipe.placeholders
+    found = [count for letter, count in source.matched.counts.items() if placeholders[letter].counts == "experts"]
     if n_experts is not None and n_experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"
         yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")

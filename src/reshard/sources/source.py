@@ -19,7 +19,7 @@ from reshard.sources.rank_files import gather
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
 from reshard.sources.subset import narrow
 from reshard.text import listed
-from reshard.types import COMPARE, EVERYTHING, FIRST, Checkpoint, Form, Recipe, Subset, Tensor
+from reshard.types import COMPARE, EVERYTHING, Checkpoint, Form, Recipe, Subset, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
 
@@ -53,20 +53,11 @@ def read_source(
     """
     folder, recipes = read_folder(path), recipes_to_try(recipe)
     names = find_rank_names(path, folder.names, recipes)
-    require_none(replica_problems(names, replicas))
     if names:
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         source = read_huggingface(folder, recipes, recipe, ignore_extra_files=ignore_extra_files)
     return narrow_source(source, subset)
-
-
-def replica_problems(names: RankNames | None, replicas: str) -> Iterator[Problem]:
-    """A choice of replicas that is none, or that does nothing."""
-    if replicas not in (COMPARE, FIRST):
-        yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
-    elif replicas == FIRST and not names:
-        yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
 
 
 def read_huggingface(
