@@ -97,7 +97,7 @@ def describe_group(group: list[Problem]) -> Iterable[str]:
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
-OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE)\b)?")
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value if that stands behind it."""
 
 FLAGS = ("allow_inexact", "ignore_extra_files", "pad", "renumber", "restart")
@@ -129,5 +129,5 @@ def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
     if name not in parameters and name.removesuffix("s") in parameters:
         name = name.removesuffix("s")
     if value:
-        return f"{name}={value}" if value == "FILE" else f'{name}="{value}"'
+        return f"{name}={value}" if value in ("FILE", "N") else f'{name}="{value}"'
     return f"{name}=True" if name in FLAGS else name

@@ -7,7 +7,7 @@ words are wanted, the last choice may be one in quotes.
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -214,7 +214,7 @@ def unknown_keys(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, list[st
     return {key: list(places) for key, places in found.items()}
 
 
-def unknown_text(unknown: Mapping[str, list[str]]) -> str:
+def unknown_text(unknown: Mapping[str, Sequence[str]]) -> str:
     return "not in config.json: " + listed((f"{key} ({listed(places, 3)})" for key, places in unknown.items()), 20)
 
 
