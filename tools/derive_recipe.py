@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import CONFIG
+from reshard.formats.huggingface import CONFIG, file_names
 from reshard.formats.manifest import manifest_at
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import packaged_recipes, parse_recipe
-from reshard.sources.source import foreign_recipe, ranks_at
+from reshard.sources.rank_names import find_foreign_recipe, find_rank_names
 from reshard.text import printable
 from reshard.types import Checkpoint, Tensor
 
@@ -346,7 +346,9 @@ def require_source(folder: Path) -> None:
     if folder.is_file():
         raise refuse("no-source", str(folder), "a file", "the folder of a checkpoint", f"name {folder.parent}")
     recipes = packaged_recipes()
-    if folder.is_dir() and (foreign_recipe(manifest_at(folder), recipes) or ranks_at(folder, recipes)):
+    if folder.is_dir() and (
+        find_foreign_recipe(manifest_at(folder), recipes) or find_rank_names(folder, file_names(folder), recipes)
+    ):
         expected, remedy = "a Hugging Face checkpoint", "name what they were cut from"
         raise refuse("rank-files", str(folder), "rank files", expected, remedy)
 

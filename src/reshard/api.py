@@ -118,6 +118,7 @@ def convert(
 
     Raises:
         Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
+
     """
     started = monotonic()
     settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
@@ -203,6 +204,7 @@ def verify(
 
     Raises:
         Refused: There is nothing that could be compared.
+
     """
     folder, part = Path(target), sample_part(sample)
     require_folder(folder)
@@ -244,6 +246,7 @@ def diff(
 
     Raises:
         Refused: One of the two cannot be read.
+
     """
     choice = Choice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
     return diff_checkpoints(Path(a), Path(b), choice, progress)

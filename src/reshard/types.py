@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Advance = Callable[[int], None]
-"""Told how many more bytes of a job are done; by several threads, if the job has them."""
+"""Called with the number of bytes of a job that were done since the last call; from several threads at once."""
 
 Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes of the whole job, by one thread at a time."""
@@ -35,33 +35,33 @@ class Tensor(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """A tensor that is computed from others of the source. To a plan it is a file of its own, that is nowhere."""
+    """A tensor computed from others of the source. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
     """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`."""
     weight: Tensor
     scale: Tensor | None
     block: tuple[int, int]
-    """In elements of the weight: of the scale that there is, or that there will be."""
+    """Rows and columns of the weight, in elements, that share a scale: of `scale`, or of the scale that is made."""
     result: Tensor
-    """Its `file` is the number of files and joins of the source and the place of the cast; its `offset` is 0. Where its
-    shape is larger than what is computed, the rest is zeros, or ones if it is a scale."""
+    """Its `file` is the number of files and joins of the source plus the index of the cast; its `offset` is 0. Where
+    its shape is larger than the computed one, the rest is padding: zeros, or ones in a block scale."""
     new_block: tuple[int, int] = (1, 1)
-    """Of the scale that results, where that is another."""
+    """The block of the resulting scale, where it differs from `block`."""
     is_scale: bool = False
     """Whether the result is a block scale."""
 
 
 class Join(NamedTuple):
-    """A tensor in one piece, of the parts of it that rank files hold. To a plan it is a file that is nowhere."""
+    """A tensor assembled from shards in rank files. A plan addresses it like a file, but it is not on disk."""
 
     rows: int
-    """Seen as so many rows, the parts of each row lie side by side; of a single row, one behind the other."""
+    """Each of so many rows is the concatenation of a row of every shard. 1: whole shards are concatenated."""
     parts: tuple[tuple[Tensor, ...], ...]
-    """For each part, all that hold it: they must be equal."""
+    """For each shard its replicas, which must be equal."""
     result: Tensor
-    """Its `file` is the number of files of the checkpoint and the place of the join; its `offset` is 0. It may be
-    shorter than the parts together: what is left over is padding."""
+    """Its `file` is the number of files of the checkpoint plus the index of the join; its `offset` is 0. It may be
+    shorter than the shards together: the rest of them is padding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ import torch
 import transformers
 from derive_recipe import Kept, derive_recipe, find_style, translate_style, write_recipe
 from derive_recipe import main as derive
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from small_models import HEAVY, MODELS, from_config, write_model
 
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.planning.plan import Job
 from reshard.recipes.recipe import parse_recipe
 
 PACKAGED = [name for name in MODELS if name != "gpt-oss"]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from reshard import api
 from reshard.cli.terminal import PROVEN, print_json
-from reshard.errors import counted, refuse
+from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.contents import Content
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import unknown_text
 from reshard.recipes.recipe import list_fields, load_recipe, packaged_recipes
-from reshard.text import listed, printable, size_text, table
+from reshard.text import counted, listed, printable, size_text, table
 
 
 def run_inspect(options: argparse.Namespace) -> int:

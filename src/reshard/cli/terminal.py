@@ -51,7 +51,7 @@ def show_progress(title: str) -> Iterator[Progress]:
         DownloadColumn,
         TextColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,  # noqa: PLC0415
+        TransferSpeedColumn,
     )
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
