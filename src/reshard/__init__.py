@@ -20,7 +20,7 @@ PLACES = {
     "Refused": ("reshard.errors", "Refused"),
     "convert": ("reshard.api", "convert"),
     "diff": ("reshard.api", "diff"),
-    "inspect": ("reshard.api", "inspect"),
+    "inspect": ("reshard.inspection.contents", "inspect_path"),
     "load": ("reshard.loading.load", "load"),
     "open": ("reshard.loading.lazy", "open_tensors"),
     "plan": ("reshard.api", "plan"),

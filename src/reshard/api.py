@@ -2,6 +2,7 @@
 
 `convert` is read, plan, look at the target, execute: each one call whose result goes on to the next. The command calls
 these functions, and so does `import reshard`, where refusals name keyword arguments in the place of options.
+`reshard.inspect`, `load` and `open` stand in packages of their own: `inspection` and `loading`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,6 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import Done, Settings, execute_plan
 from reshard.formats.manifest import known_manifest
 from reshard.formats.target_names import MANIFEST
-from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import Choice
 from reshard.planning.options import require_layout, source_problems
@@ -250,16 +250,6 @@ def diff(
     """
     choice = Choice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
     return diff_checkpoints(Path(a), Path(b), choice, progress)
-
-
-def inspect(path: Location, recipe: str | None = None) -> Content:
-    """What a checkpoint holds, in either layout, from its headers alone: files, layers, experts, dtypes, bytes.
-
-        print(reshard.inspect("DeepSeek-V3"))
-
-    `recipe` is a packaged recipe's name or a TOML file; by default the checkpoint itself tells. Raises Refused.
-    """
-    return inspect_path(Path(path), recipe)
 
 
 def describe_conversion(conversion: Conversion) -> Iterator[str]:

@@ -713,7 +713,11 @@ def test_a_recipe_is_chosen_by_the_names_without_a_config(recipe: str, config: M
     ],
 )
 def test_a_recipe_is_chosen_by_the_config_whatever_the_names(config: Mapping[str, Any], recipe: str) -> None:
-    assert choose_recipe(checkpoint_of([("w", "U8", (1,))], config), RECIPES)[0].name == recipe
+    with pytest.raises(Refused) as refused:
+        choose_recipe(checkpoint_of([("w", "U8", (1,))], config), RECIPES)
+    (problem,) = refused.value.problems
+    assert (problem.kind, problem.subject) == ("no-rule", "w")
+    assert problem.expected.startswith(f"a rule of {recipe};")
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,15 @@ def print_plan(plan: Plan, *, as_json: bool) -> int:
     if as_json:
         print_json(plan_facts(plan))
     else:
-        memory = f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
-        lines = [*describe_files(plan), memory, *describe_coverage(plan), *run_lines(plan), *lost_lines(plan)]
-        print("\n".join(map(printable, lines)))
+        print("\n".join(map(printable, [*plan_lines(plan), *run_lines(plan), *lost_lines(plan)])))
     return PROVEN
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The tables of a plan, with the memory that a job takes."""
+    yield from describe_files(plan)
+    yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
+    yield from describe_coverage(plan)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

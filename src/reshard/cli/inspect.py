@@ -4,12 +4,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from reshard import api
 from reshard.cli.terminal import PROVEN, print_json
 from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.target_names import MANIFEST
-from reshard.inspection.contents import Content
+from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import unknown_text
 from reshard.recipes.recipe import list_fields, load_recipe, packaged_recipes
@@ -17,7 +16,7 @@ from reshard.text import counted, listed, printable, size_text, table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    content = api.inspect(options.path, options.recipe)
+    content = inspect_path(options.path, options.recipe)
     if options.json:
         print_json(asdict(content))
     else:

@@ -49,10 +49,11 @@ class Content:
     """What of a larger checkpoint it is, by its manifest; empty if it is whole."""
 
 
-def inspect_path(path: Path, recipe: str | None = None) -> Content:
+def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
     """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
     or file, else by those that are packaged. Raises Refused.
     """
+    path = Path(path)
     content = content_at(path, recipe)
     subset = manifest_at(path).get("subset") if path.is_dir() else None
     return replace(content, subset=subset_text(subset)) if isinstance(subset, dict) and is_subset(subset) else content
@@ -115,7 +116,7 @@ def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
 
 def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    held, problems = held_tensors(stored, recipe)
+    held, problems = held_tensors(stored, recipe, config or {})
     require_none([*problems, *holder_problems(held.values(), len(stored.files))])
     return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
 

@@ -21,7 +21,7 @@ from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms, halves_grow, is_paddable
-from reshard.recipes.formulas import config_value, units_of
+from reshard.recipes.formulas import config_value
 from reshard.recipes.patterns import slots_of
 from reshard.recipes.splits import HALVES, parts_for
 from reshard.sources.block_scales import Kind
@@ -178,7 +178,7 @@ def ranks_problems(
             helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        units = units_of(outcome.kind.rule, config)
+        units = outcome.heads
         if units is None:
             problems.append(unknown_units(outcome.kind.rule, recipe, layout))
             continue
@@ -249,7 +249,7 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     weight, ranks = outcome.weights[0], None
     if split.placeholder:
         ranks = dealt(kind, terms, counts)
-    parts = parts_for(layout.ranks, units_of(kind.rule, terms.config) or 0)
+    parts = parts_for(layout.ranks, outcome.heads or 0)
     times = layout.ranks if split.is_replicated else layout.ranks // parts
     cut = cut_weight(weight, split, layout.ranks, parts)
     yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)

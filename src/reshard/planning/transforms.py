@@ -8,7 +8,7 @@ from typing import Any
 from reshard.casts.shapes import scale_shape
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import parse_shape, shape_of
+from reshard.recipes.formulas import parse_shape, shape_of, units_of
 from reshard.recipes.patterns import WEIGHT
 from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, target_block
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
@@ -24,6 +24,8 @@ class Outcome:
     scale_names: Sequence[str]
     block: tuple[int, int]
     """Of the scales, in elements; (1, 1) without any."""
+    heads: int | None = 0
+    """Number of heads that the split counts: 0 if it counts none, None if the config does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Terms:
 
 def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     """What becomes of a kind; appends the casts that it takes."""
-    outcome = transformed(kind, terms, casts)
+    outcome = replace(transformed(kind, terms, casts), heads=units_of(kind.rule, terms.config))
     shape = padded_shape(kind.rule, outcome.weights[0], terms)
     if shape == outcome.weights[0].shape:
         return outcome
