@@ -1,7 +1,6 @@
 """The manifest `reshard.json`: reading it, and what it says of subsets and of the original checkpoint."""
 
 import json
-import re
 import zlib
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,13 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Refused, listed, numbers_text, refuse
+from reshard.errors import Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
 from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_size, is_text, read_object
+from reshard.formats.ranges import parse_ranges
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
+from reshard.text import listed, numbers_text
 from reshard.types import Form, Share, Subset, Tensor
 
 COUNTS = ("layers", "experts")
@@ -214,9 +215,6 @@ def manifest_at(folder: Path) -> Mapping[str, Any]:
     return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
 
 
-LARGEST_RANGE = MAX_HEADER_SIZE + LENGTH_SIZE
-"""In bytes: each range is read whole. The first is the header; the others are smaller by far."""
-
 FILE_TYPES = {"name": str, "rank": int, "size": int, "tensors": int, "ranges": str}
 
 SIDE_TYPES = {"name": str, "size": int, "xxh3_128": str}
@@ -263,15 +261,11 @@ def has_types(entry: Any, types: Mapping[str, type]) -> bool:
 
 
 def is_ranges(text: str, size: int) -> bool:
-    """Whether a text is what `ranges_text` writes for a file of that size."""
-    words = text.split(" ")
-    sizes = [int(word) for word in words[::2] if re.fullmatch(r"[0-9]{1,9}", word)]
-    return (
-        len(words) == 2 * len(sizes)
-        and max(sizes) <= LARGEST_RANGE
-        and sum(sizes) == size
-        and all(map(re.compile("[0-9a-f]{32}").fullmatch, words[1::2]))
-    )
+    """Whether a text has the ranges of a file of that size."""
+    try:
+        return parse_ranges(text)[-1].stop == size
+    except ValueError:
+        return False
 
 
 def file_names_of(manifest: Mapping[str, Any]) -> set[str]:

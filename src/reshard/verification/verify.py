@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from reshard.errors import Problem, refuse
-from reshard.storage.local import CACHED, ways_to_read
+from reshard.storage.local import CACHED
+from reshard.storage.page_cache import ways_to_read
 from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import Part, Recast, Whole
 from reshard.verification.compare import Comparison, Side, compare
