@@ -129,7 +129,7 @@ def reason_of(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     )
 
 
-def list_fields(recipe: Recipe) -> dict[str, Any]:
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Lays out a recipe as the fields that `recipes show --json` prints. Their names are older than ours."""
     fields = {"holes" if name == "placeholders" else name: value for name, value in asdict(recipe).items()}
     for rule in fields["rules"]:
