@@ -11,7 +11,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import unknown_text
-from reshard.recipes.recipe import list_fields, load_recipe, packaged_recipes
+from reshard.recipes.recipe import describe_recipe, load_recipe, packaged_recipes
 from reshard.text import counted, listed, printable, size_text, table
 
 
@@ -51,7 +51,7 @@ def require_no_more(options: argparse.Namespace) -> None:
 def list_recipes(*, as_json: bool) -> int:
     recipes = packaged_recipes()
     if as_json:
-        print_json([list_fields(recipe) for recipe in recipes])
+        print_json([describe_recipe(recipe) for recipe in recipes])
     else:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
@@ -63,7 +63,7 @@ def list_recipes(*, as_json: bool) -> int:
 def show_recipe(name: str, *, as_json: bool) -> int:
     recipe = load_recipe(name)
     if as_json:
-        print_json(list_fields(recipe))
+        print_json(describe_recipe(recipe))
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
         print("\n".join(map(printable, text.split("\n"))))
