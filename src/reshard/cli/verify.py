@@ -6,18 +6,17 @@ from pathlib import Path
 
 from reshard.api import as_chosen, require_its_recipe, require_same_subset, with_note
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress
-from reshard.errors import describe, refuse
+from reshard.errors import refuse
 from reshard.formats.huggingface import read_checkpoint
-from reshard.formats.manifest import subset_lines, subset_of
+from reshard.formats.manifest import subset_of
 from reshard.formats.target_names import MANIFEST
 from reshard.planning.plan import Job, recipe_for
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import match
 from reshard.sources.source import RankNames, ranks_at, read_source
-from reshard.text import counted, printable
 from reshard.verification.checksums import audit_target
 from reshard.verification.target_folder import require_folder
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.verify import Report, describe_report, verify_target
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -66,26 +65,9 @@ def verify_restored(options: argparse.Namespace, names: RankNames) -> int:
 
 def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
     """Prints what was compared; the exit code says whether a difference was found."""
-    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
     if as_json:
         proven = "sampled" if report.is_sampled else "proven"
         print_json({"status": "differs" if report.problems else proven, **asdict(report)})
-    elif report.problems:
-        print(f"{printable(str(target))}: {counted(len(report.problems), 'problems')}")
-        if report.note:
-            print(report.note)
-        print(describe(report.problems))
-        if report.is_sampled:
-            print(sample)
     else:
-        print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
-        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
-        files = (
-            counted(report.files, "whole files") if report.is_whole else f"{report.files} of {report.ranks} rank files"
-        )
-        print(f"{files}, {counted(report.tensors, 'tensors')}, {result}")
-        if report.inexact:
-            print(f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest")
-    for line in subset_lines(report.subset) if not as_json else ():
-        print(printable(line))
+        print(describe_report(report, target, source))
     return PROBLEMS if report.problems else PROVEN

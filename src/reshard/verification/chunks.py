@@ -60,7 +60,7 @@ class Whole(NamedTuple):
 class Recast(NamedTuple):
     """A weight of the source of which something else was made, and what ranks hold of that."""
 
-    form: str
+    conversion: str
     """`dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
     weight: Tensor
     scale: Tensor | None

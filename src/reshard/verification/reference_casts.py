@@ -53,12 +53,12 @@ def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
 
 def made_of_chunk(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
     """The same for whole blocks of columns of a tile."""
-    if recast.form == "dequantize":
+    if recast.conversion == "dequantize":
         return dequantized(recast, weight, scale)
-    if recast.form == "fp4-to-fp8":
+    if recast.conversion == "fp4-to-fp8":
         return fp8_of_fp4(recast, weight, scale)
     values = np.ascontiguousarray(weight).view(np.uint16)
-    scales = amax_scales(values, recast.new_block, is_power=recast.form == "quantize-ue8m0")
+    scales = amax_scales(values, recast.new_block, is_power=recast.conversion == "quantize-ue8m0")
     with np.errstate(all="ignore"):
         quotients = wide(values) / spread(scales, recast.new_block, values.shape)
     return Made(nearest_fp8(quotients), scales.view(np.uint8), 0)
