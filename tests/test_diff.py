@@ -350,10 +350,10 @@ def test_replicas_that_differ_are_refused_unless_the_first_is_asked_for(made: Ma
     with pytest.raises(Refused) as refused:
         diff_checkpoints(made("deepseek-v3", 0), target)
     assert [problem.kind for problem in refused.value.problems] == ["replicas-differ"]
-    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(first_replica=True)))
+    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")))
     assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(only=["model.layers.0.*"])))
     change_byte(target / "model0-mp4.safetensors", "norm.weight", 1, 1)
-    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, Choice(first_replica=True)).values
+    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")).values
     assert found.name == "model.norm.weight"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from reshard.api import convert_checkpoint
 from reshard.cli.convert import converted_lines, plan_lines
-from reshard.cli.inspect import content_text
 from reshard.cli.terminal import progress
 from reshard.cli.verify import say_report
 from reshard.formats.huggingface import read_checkpoint
@@ -41,7 +40,7 @@ def demonstrate(folder: Path, *, as_json: bool) -> int:
 
     say(f"1. Make a small checkpoint of DeepSeek-V3's true layout\n\n$ reshard inspect {source}")
     write_checkpoint(source, SMALL, FILES)
-    say(content_text(inspect_path(source)))
+    say(str(inspect_path(source)))
     say(f"\n2. Plan, from the headers alone\n\n$ reshard plan {source} --mp {RANKS}")
     say("\n".join(plan_lines(plan_conversion(job), source)))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")

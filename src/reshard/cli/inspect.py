@@ -8,14 +8,13 @@ from pathlib import Path
 from reshard.cli.terminal import PROVEN, print_json
 from reshard.errors import refuse, require_none
 from reshard.formats.huggingface import read_checkpoint
-from reshard.formats.target_names import MANIFEST
-from reshard.inspection.contents import Content, inspect_path
+from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import derive_recipe
 from reshard.recipes.formulas import unknown_keys, unknown_text
 from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
 from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
 from reshard.sources.match import match
-from reshard.text import counted, listed, printable, size_text, table
+from reshard.text import listed, printable, table
 from reshard.types import Layout
 
 
@@ -24,7 +23,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.json:
         print_json(asdict(content))
     else:
-        print("\n".join(map(printable, content_text(content).split("\n"))))
+        print(content)
     return PROVEN
 
 
@@ -110,34 +109,3 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
         lines += [unknown_text(unknown)] if unknown else []
         print("\n".join(map(printable, lines)))
     return PROVEN
-
-
-SHOWN_NAMES = 200
-"""So many lines of names at most, for a person."""
-
-
-def content_text(content: Content) -> str:
-    """For a person."""
-    known = f"{content.layout} layout" if content.layout else "no known layout"
-    by = f", recipe {content.recipe}" if content.recipe else ""
-    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
-    files = counted(content.files, "files")
-    lines = [
-        f"{content.path}: {known}{by}{ranks}",
-        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
-    ]
-    if content.counts:
-        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
-    if content.subset:
-        lines.append(f"a subset: {content.subset}")
-    if content.made:
-        words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
-        lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
-    rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
-    lines += ["", table(("dtype", "tensors", "bytes"), rows)]
-    if content.names:
-        shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
-        lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
-        lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
-    lines += ["", content.remark] if content.remark else []
-    return "\n".join(lines)

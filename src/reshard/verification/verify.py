@@ -1,9 +1,9 @@
 """Verifies a target against its source: re-reads both and compares every byte. Shares no code with the planner.
 
-The planner goes from source names to target names and computes byte offsets. `verify` goes the other way. It takes each
-tensor of the target and finds its source name with the inverted recipe. It infers from dtype and shape whether the bytes
-were kept, cast or padded. It computes the box (rows, columns) of the source tensor, or of its cast, that the rank should
-hold, and compares every byte of this box.
+The planner goes from source names to target names and computes byte offsets. `verify` goes the other way. It takes
+each tensor of the target and finds its source name with the inverted recipe. It infers from dtype and shape whether the
+bytes were kept, cast or padded. It computes the box (rows, columns) of the source tensor, or of its cast, that the rank
+should hold, and compares every byte of this box.
 
 Replicas are compared with the source in every rank: if nothing differs, they are equal.
 """
