@@ -556,8 +556,8 @@ MUTATIONS = (
     Mutation(
         "verification/chunks",
         "the padding below a tensor is not compared",
-        "for box in (beside, below)",
-        "for box in (beside,)",
+        "for box in (right, below)",
+        "for box in (right,)",
         "test_bands.py::test_margins_hold_what_is_beyond_a_tensor_once",
     ),
     Mutation(
