@@ -119,9 +119,9 @@ def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
 
 def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    held, problems = held_tensors(stored, recipe)
-    require_none([*problems, *holder_problems(held.values(), len(stored.files))])
-    return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
+    gathered, problems = held_tensors(stored, recipe)
+    require_none([*problems, *holder_problems(gathered.values(), len(stored.files))])
+    return counts_of(Checkpoint(stored.folder, stored.files, left_names(gathered.values()), config), recipe)
 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:

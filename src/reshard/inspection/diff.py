@@ -155,12 +155,12 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
         def make_worker() -> Callable[[Stretch], None]:
             readers = [SideReader(side) for side in files]
 
-            def work(stretch: Stretch) -> None:
-                apart = compare_stretch(stretch, readers)
+            def work(piece: Stretch) -> None:
+                apart = compare_stretch(piece, readers)
                 if apart:
                     with lock:
-                        found[stretch.pair.name] = merged(found.get(stretch.pair.name), apart)
-                advance(stretch.size)
+                        found[piece.pair.name] = merged(found.get(piece.pair.name), apart)
+                advance(piece.size)
 
             return work
 
@@ -212,9 +212,9 @@ class SideReader:
         return np.frombuffer(self._result[:size], np.uint8)
 
 
-def compare_stretch(stretch: Stretch, readers: Sequence[SideReader]) -> Apart | None:
+def compare_stretch(piece: Stretch, readers: Sequence[SideReader]) -> Apart | None:
     """Measures how far the two sides of a byte range differ; None if they are equal."""
-    pair, offset, size = stretch
+    pair, offset, size = piece
     one, other = readers[0].read(pair.a, offset, size), readers[1].read(pair.b, offset, size)
     if is_equal(one, other):
         return None

@@ -219,7 +219,7 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one thread compares with."""
+    """Compares items; one for each thread."""
 
     source: Opened
     target: Opened

@@ -112,8 +112,8 @@ def hold(trace: Held, unit: Unit) -> Iterator[Problem]:
         trace.used_scales.add((scale.name, unit.rank))
     is_free = trace.folder.is_whole or unit.place.rule is None or unit.place.rule.relation == SAME
     if unit.weight and unit.place.scaling and is_free and unit.weight.tensor.dtype == dtypes[0]:
-        alike = unit.place.scaling, weight.dtype, scale is None
-        trace.conversions[alike][conversion].append(trace.subject(unit.weight))
+        weight_kind = unit.place.scaling, weight.dtype, scale is None
+        trace.conversions[weight_kind][conversion].append(trace.subject(unit.weight))
     yield from scale_problems(trace, unit, scale, conversion)
     yield from hold_parts(trace, unit, (weight, scale), conversion, dtypes)
 
@@ -153,14 +153,14 @@ def hold_parts(
     lists = lists_of(trace, unit, origins, conversion, dtypes, flat=flat)
     taken = shares(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
     if unit.weight:
-        wanted = [box(full, BITS[dtypes[0]], dimension, stretch, flat=flat) for stretch in taken]
+        wanted = [box(full, BITS[dtypes[0]], dimension, part, flat=flat) for part in taken]
         yield from hold_part(trace, unit.weight, dtypes[0], wanted, lists[0])
     if unit.scale and dtypes[1] and scaling:
         block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
         blocks = scale.shape if scale and conversion == SAME and full == shape else in_blocks(full, block)
         cut = dimension if dimension is not None and len(blocks) > dimension else None
-        taken = [touched(stretch, block[cut]) for stretch in taken] if cut is not None else [range(0)]
-        wanted = [box(blocks, BITS[dtypes[1]], cut, stretch, flat=flat) for stretch in taken]
+        taken = [touched(part, block[cut]) for part in taken] if cut is not None else [range(0)]
+        wanted = [box(blocks, BITS[dtypes[1]], cut, part, flat=flat) for part in taken]
         yield from hold_part(trace, unit.scale, dtypes[1], wanted, lists[1])
 
 

@@ -32,8 +32,8 @@ class Made(NamedTuple):
 
 
 def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
-    """Casts a tile, in chunks of columns. `weight` and `scale` are the bytes [rows, bytes] of the tile and of its scales;
-    the tile begins with a block.
+    """Casts a tile, in chunks of columns. `weight` and `scale` are [rows, bytes] of the tile and of its scales; the tile
+    begins with a block.
     """
     bits = 4 if recast.weight.dtype == "I8" else BITS[recast.weight.dtype]
     least = lcm(recast.block[1], recast.new_block[1])
