@@ -32,7 +32,7 @@ class Made(NamedTuple):
 
 
 def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
-    """Casts a tile, in chunks of columns. `weight` and `scale` are [rows, bytes] of the tile and of its scales; the tile
+    """Casts a tile, in chunks of columns. `weight` and `scale` are [rows, bytes] of the tile and its scales; the tile
     begins with a block.
     """
     bits = 4 if recast.weight.dtype == "I8" else BITS[recast.weight.dtype]
