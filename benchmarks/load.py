@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
+from jobs import Job, convert_checkpoint
+
 from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 CONFIG = {
@@ -86,7 +86,7 @@ def main() -> None:
     if not source.exists():
         write_checkpoint(source, CONFIG, 4)
     shutil.rmtree(target, ignore_errors=True)
-    convert_checkpoint(Job(source, RANKS, only=[RANK]), target)
+    convert_checkpoint(Job(source, RANKS, ranks=[RANK]), target)
     converted = target / f"model{RANK}-mp{RANKS}.safetensors"
     files = [*source.glob("*.safetensors"), converted]
     os.sync()

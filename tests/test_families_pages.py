@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jobs import make_plan
 from repository import ROOT
 
-from reshard.planning.plan import make_plan
 from reshard.recipes.recipe import load_recipe, packaged_recipes
 from reshard.types import Layout
 

@@ -1,21 +1,24 @@
-"""What is refused, and how it is said. Imports nothing of ours."""
+"""Problem and Refused: every refusal of this package, and its wording for a person."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from inspect import signature
 from itertools import islice
+from typing import Any, ParamSpec, TypeVar
+
+from reshard.text import shown
 
 SHOWN_PER_KIND = 10
 
 MOST_PROBLEMS = 100_000
-"""A few megabytes of header can claim a billion tensors that are not there: beyond this no more are looked for."""
-
-LONGEST = 2_000
-"""In characters, of one field of a problem as it is shown to a person: a name may have millions."""
+"""The search for problems stops here: a few megabytes of header can claim a billion tensors that do not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault: what is at fault by name, what was found there, what was expected, and the way out."""
+    """One fault: the name of the thing at fault, what was found, what was expected, and a hint how to go on."""
 
     kind: str
     """A stable word for machines and tests, such as `missing-file`."""
@@ -24,29 +27,52 @@ class Problem:
     found: str
     expected: str
     remedy: str = ""
+    """The hint; empty if there is none."""
 
 
 class Refused(Exception):
-    """The job is refused. Holds every problem that was found, not only the first, but at most MOST_PROBLEMS."""
+    """The job is refused. `problems` has every problem that was found, not only the first, up to MOST_PROBLEMS."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(islice(problems, MOST_PROBLEMS))
         super().__init__(describe(self.problems))
 
+    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]], dict[str, Any]]:
+        """Pickles the problems and the message: by itself, an exception keeps only the message."""
+        return Refused, (self.problems,), {"args": self.args}
+
+    def reworded(self, rename: Callable[[str], str]) -> "Refused":
+        """The same refusal with other names for options. Names of files and tensors stay as they are."""
+        refused = Refused(reword_problem(problem, rename) for problem in self.problems)
+        refused.args = (refused.args[0].replace("--json lists them all", "`problems` holds them all"),)
+        return refused
+
+
+def reword_problem(problem: Problem, rename: Callable[[str], str]) -> Problem:
+    """A problem with other names for options."""
+    is_option = problem.subject.startswith("--")
+    return replace(
+        problem,
+        subject=rename(problem.subject) if is_option else problem.subject,
+        found=rename(problem.found) if is_option else problem.found,
+        expected=rename(problem.expected),
+        remedy=rename(problem.remedy),
+    )
+
 
 def refuse(kind: str, subject: str, found: str, expected: str, remedy: str = "") -> Refused:
-    """A refusal for a single problem, to be raised by the caller."""
+    """Makes a Refused of a single problem; the caller raises it."""
     return Refused([Problem(kind, subject, found, expected, remedy)])
 
 
 def require_none(problems: Iterable[Problem]) -> None:
-    """Raises Refused if there is any problem."""
+    """Raises Refused with all problems, if there is any."""
     if found := tuple(islice(problems, MOST_PROBLEMS)):
         raise Refused(found)
 
 
 def describe(problems: Iterable[Problem]) -> str:
-    """All problems as text for a person, at most SHOWN_PER_KIND of a kind in full and the rest counted."""
+    """The text of all problems for a person: at most SHOWN_PER_KIND of each kind in full, the rest as a count."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)
@@ -62,56 +88,46 @@ def describe_group(group: list[Problem]) -> Iterable[str]:
         yield f"  found:    {shown(problem.found)}"
         yield f"  expected: {shown(problem.expected)}"
         if problem.remedy:
-            yield f"  way out:  {shown(problem.remedy)}"
+            yield f"  hint:     {shown(problem.remedy)}"
     if len(group) > SHOWN_PER_KIND:
         more = len(group) - SHOWN_PER_KIND
         yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
 
 
-def printable(text: str) -> str:
-    """The text with every control, format, private, unassigned and surrogate character escaped, and every odd space.
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
-    Tensor and file names come from strangers: raw, they could move the cursor, recolour the terminal or hide text.
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
+"""An option in a message, with its value if that stands behind it."""
+
+FLAGS = ("allow_inexact", "ignore_extra_files", "pad", "renumber", "restart")
+"""The options without a value."""
+
+
+def refuse_in_python(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """The same function for callers in Python: its refusals say `rank=4` and `to="hf"`, not `--ranks` and `--to hf`."""
+    rename = partial(OPTION.sub, partial(name_argument, parameters=frozenset(signature(function).parameters)))
+
+    @wraps(function)
+    def refusing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        try:
+            return function(*args, **kwargs)
+        except Refused as refused:
+            raise refused.reworded(rename) from None
+
+    return refusing
+
+
+def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
+    """The keyword argument of an option: `--to hf` -> `to="hf"`, `--pad` -> `pad=True`, `--max-memory` -> `max_memory`.
+
+    An argument for one thing has the singular of the option's name: `rank` of `reshard.load`.
     """
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def shown(text: str) -> str:
-    """The text, printable and of a bearable length."""
-    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)")
-
-
-def listed(names: Iterable[str], most: int = 6) -> str:
-    """`a, b, c and 12 more`: the first few names of a list, so that a message keeps its length."""
-    shown = list(names)
-    text = ", ".join(shown[:most])
-    return f"{text} and {len(shown) - most:,} more" if len(shown) > most else text
-
-
-def numbers_text(numbers: Iterable[int]) -> str:
-    """`0-3, 7, 9-10`: a set of numbers, as short as it goes."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return listed((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"
-
-
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def counted(count: int, things: str) -> str:
-    """`2 files`, `1 file`: the number of things that are named in the plural with an `s`."""
-    return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
-
-
-def size_text(size: int) -> str:
-    """`40.18 GiB`, or `12 bytes`."""
-    value, unit = float(size), 0
-    while value >= 1024 and unit < len(UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return counted(size, "bytes") if unit == 0 else f"{value:.2f} {UNITS[unit]}"
+    name, value = option[1].replace("-", "_"), option[2]
+    if name == "mtp":
+        return "keep_mtp=True" if value else "keep_mtp"
+    if name not in parameters and name.removesuffix("s") in parameters:
+        name = name.removesuffix("s")
+    if value:
+        return f"{name}={value}" if value in ("FILE", "N") else f'{name}="{value}"'
+    return f"{name}=True" if name in FLAGS else name

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import Job, convert_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import reshard.cli.terminal
 from reshard import __version__
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main, memory
-from reshard.planning.plan import Job
 from reshard.recipes.recipe import FOLDER
 from reshard.synthetic import SMALL, write_checkpoint
 
@@ -429,9 +428,9 @@ def test_the_way_out_of_a_damaged_file_is_one(
     monkeypatch.chdir(source.parent)
     out = shutil.copytree(ranks, tmp_path / "out")
     flip_bit(out / "model3-mp8.safetensors", offset_of(out / "model3-mp8.safetensors", "norm.weight"))
-    assert "way out:  remove the file and convert again\n" in say("verify", out, *options, code=1)
+    assert "hint:     remove the file and convert again\n" in say("verify", out, *options, code=1)
     (out / "model3-mp8.safetensors").unlink()
-    assert "way out:  copy it there, or convert again\n" in say("verify", out, *options, code=1)
+    assert "hint:     copy it there, or convert again\n" in say("verify", out, *options, code=1)
     say("convert", source, out, "--mp", "8")
     assert rank_files(out) == rank_files(ranks)
 
@@ -486,7 +485,7 @@ def test_a_git_lfs_pointer_is_called_so(name: str, source: Path, tmp_path: Path,
     text = say("convert", tmp_path / "clone", tmp_path / "target", "--mp", "8", code=2)
     assert not (tmp_path / "target").exists()
     assert f"{name}: lfs pointer\n  found:    a git-lfs pointer\n" in text
-    assert "way out:  git lfs pull" in text
+    assert "hint:     git lfs pull" in text
 
 
 def test_verify_proves_a_good_target(source: Path, ranks: Path, say: Say) -> None:
@@ -729,7 +728,7 @@ def test_recipes_check_lists_the_keys_that_the_config_does_not_have(source: Path
     mine = tmp_path / "mine.toml"
     mine.write_text(text, encoding="utf-8")
     note = say("recipes", "check", mine, source).splitlines()[-1]
-    first = "not in config.json: n_heads (ranks_divide), routed_experts (holes: e), dmodel (run: dim, shape of "
+    first = "not in config.json: n_heads (ranks_divide), routed_experts (placeholders: e), dmodel (run: dim, shape of "
     assert note.startswith(first)
     unknown = json.loads(say("recipes", "check", mine, source, "--json"))["not_in_config"]
     assert unknown["n_heads"] == ["ranks_divide"]

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import Job, convert_checkpoint
 from torture import RANKS, contents
 
-from reshard.api import convert_checkpoint
 from reshard.formats.target_names import JOURNAL
-from reshard.planning.plan import Job
 from reshard.storage.local import PAGE
 from reshard.synthetic import SMALL, write_checkpoint
 
@@ -316,12 +315,9 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 
 
 LIBRARY = """
-import os, signal, sys, reshard.execution.writer
-from pathlib import Path
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
+import os, signal, sys, reshard, reshard.storage.resources
 signal.signal(signal.SIGINT, signal.default_int_handler)
-wait, left = reshard.execution.writer.wait, [None] * {signals}
+wait, left = reshard.storage.resources.wait, [None] * {signals}
 
 def interrupted(futures, *options):
     if not options and left:
@@ -329,9 +325,9 @@ def interrupted(futures, *options):
         os.kill(os.getpid(), signal.SIGINT)
     return wait(futures, *options)
 
-reshard.execution.writer.wait = interrupted
+reshard.storage.resources.wait = interrupted
 try:
-    convert_checkpoint(Job(Path(sys.argv[1]), {ranks}), Path(sys.argv[2]))
+    reshard.convert(sys.argv[1], sys.argv[2], mp={ranks})
 except KeyboardInterrupt:
     assert not left
     print("interrupted")

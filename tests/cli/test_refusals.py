@@ -119,7 +119,7 @@ def test_the_job_is_refused_and_nothing_is_written(
         pytest.param(recipe('["*token*"]', '["/*"]'), id="a recipe that carries the root"),
         pytest.param(recipe('"by e"', '"by p"'), id="a recipe that deals by weight and scale"),
         pytest.param(recipe(".safetensors", ".safetensors{"), id="a recipe with a stray brace in its file names"),
-        pytest.param(recipe("{m}.eh_proj", "{i}.eh_proj"), id="a recipe with a marker of another hole"),
+        pytest.param(recipe("{m}.eh_proj", "{i}.eh_proj"), id="a recipe with a marker of another placeholder"),
     ],
 )
 def test_a_strange_job_is_refused_without_a_traceback(
@@ -135,8 +135,10 @@ def test_a_strange_job_is_refused_without_a_traceback(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        pytest.param('"layers.{s}.ffn.gate.weight",          ', '"layers.{s}.ffn_norm.weight",', id="by two holes"),
-        pytest.param('"norm.weight",  ', '"layers.0.ffn_norm.weight",', id="by a hole and a number"),
+        pytest.param(
+            '"layers.{s}.ffn.gate.weight",          ', '"layers.{s}.ffn_norm.weight",', id="by two placeholders"
+        ),
+        pytest.param('"norm.weight",  ', '"layers.0.ffn_norm.weight",', id="by a placeholder and a number"),
         pytest.param('"norm.weight",  ', '"layers.0.attn.wo.scale",', id="by a scale and a weight"),
     ],
 )

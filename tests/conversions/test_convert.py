@@ -17,13 +17,12 @@ import checkpoints
 import oracle
 import pytest
 import torch
+from jobs import Job, convert_checkpoint, plan_conversion
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.planning.plan import Job, plan_conversion
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.checksums import audit_target
 
@@ -130,7 +129,7 @@ def test_a_single_file_is_a_source_like_its_folder(sources: dict[str, Path], tmp
 def test_whole_files_hold_every_tensor_whole(tmp_path: Path) -> None:
     """Also those behind the first file, and with MTP layers, which a target in the layout of the source keeps."""
     write_checkpoint(tmp_path / "source", SMALL, 3)
-    job = Job(tmp_path / "source", 1, to="hf", file_size=4_000_000)
+    job = Job(tmp_path / "source", 1, to="hf", max_file_size=4_000_000)
     assert len(convert_checkpoint(job, tmp_path / "target").plan.files) > 10
     found = {}
     for path in sorted((tmp_path / "target").glob("*.safetensors")):
@@ -208,7 +207,7 @@ def test_chosen_ranks_are_those_of_a_full_run(
     name: str, only: list[int], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     convert_checkpoint(Job(sources[name], 4), tmp_path / "all")
-    convert_checkpoint(Job(sources[name], 4, only=only), tmp_path / "some")
+    convert_checkpoint(Job(sources[name], 4, ranks=only), tmp_path / "some")
     wanted = {f"model{rank}-mp4.safetensors" for rank in only}
     assert {path.name for path in (tmp_path / "some").glob("*.safetensors")} == wanted
     others = {f"model{rank}-mp4.safetensors" for rank in range(4)} - wanted
@@ -218,16 +217,16 @@ def test_chosen_ranks_are_those_of_a_full_run(
 @pytest.mark.parametrize("only", [[4], [0, -1]])
 def test_a_rank_that_there_is_not_is_refused(only: list[int], sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(Refused, match="ranks from 0 to 3"):
-        convert_checkpoint(Job(sources["v2"], 4, only=only), tmp_path / "ours")
+        convert_checkpoint(Job(sources["v2"], 4, ranks=only), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("experts", [8, 32])
 def test_a_wrong_number_of_experts_is_refused(experts: int, sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(Refused, match="16, by the names of the tensors"):
-        convert_checkpoint(Job(sources["v2"], 4, experts=experts), tmp_path / "ours")
+        convert_checkpoint(Job(sources["v2"], 4, n_experts=experts), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    convert_checkpoint(Job(sources["v2"], 4, experts=16), tmp_path / "ours")
+    convert_checkpoint(Job(sources["v2"], 4, n_experts=16), tmp_path / "ours")
 
 
 def test_tied_embeddings_are_refused_for_want_of_a_head(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -446,21 +445,11 @@ def test_an_interrupt_leaves_no_final_name(sources: dict[str, Path], tmp_path: P
 
 def test_a_kill_leaves_no_final_name(sources: dict[str, Path], tmp_path: Path) -> None:
     code = """
-import os, signal, sys
-from contextlib import contextmanager
-from pathlib import Path
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
-done = 0
-@contextmanager
-def killed(total):
-    def advance(size):
-        global done
-        done += size
-        if done > total // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    yield advance
-convert_checkpoint(Job(Path(sys.argv[1]), 4), Path(sys.argv[2]), progress=killed)
+import os, signal, sys, reshard
+def killed(done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+reshard.convert(sys.argv[1], sys.argv[2], mp=4, progress=killed)
 """
     assert run_python(code, sources["fp8"], tmp_path / "ours").returncode == -signal.SIGKILL
     assert len(list((tmp_path / "ours").iterdir())) >= 4
@@ -636,7 +625,7 @@ def test_two_tensors_of_one_new_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     save_file({"a.0": torch.zeros(2), "b": torch.ones(2)}, tmp_path / "source" / "odd.safetensors")
     rules = '["same", "a.{i}", "new.{i}", "rows"],\n["same", "b", "new.0", "rows"],'
-    (tmp_path / "odd.toml").write_text('holes.i = { counts = "things" }\n' + ODD_RECIPE % rules)
+    (tmp_path / "odd.toml").write_text('placeholders.i = { counts = "things" }\n' + ODD_RECIPE % rules)
     with pytest.raises(Refused, match=r"new\.0"):
         convert_checkpoint(Job(tmp_path / "source", 2, str(tmp_path / "odd.toml")), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

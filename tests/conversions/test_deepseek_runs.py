@@ -10,12 +10,10 @@ import pytest
 import torch
 import transformers
 from deepseek import BLOCK, Rank, logits
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from tensor_parallel import Exchange, in_threads
 from torch import Tensor
-
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
 
 IDS = torch.tensor([[5, 17, 100, 271, 0, 33, 34, 200, 5, 90, 1], [270, 269, 3, 3, 3, 8, 144, 145, 146, 90, 2]])
 FACTOR = 2.0**-4

@@ -11,11 +11,10 @@ import oracle_families
 import pytest
 from conversions import LEGAL, ORACLES, require_equal
 from families import FAMILIES, write_full, write_small
+from jobs import Job, convert_checkpoint, plan_conversion
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.planning.plan import Job, plan_conversion
 from reshard.synthetic import write_tensors
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
@@ -199,7 +198,7 @@ def test_mtp_layers_are_kept_if_asked_for(name: str, ranks: int, source: Source,
     tensors = oracle.load_tensors(source(name), ())
     assert any(tensor.startswith("model.layers.11.") for tensor in tensors)
     oracle_families._convert(source(name), folder / "wanted", ranks, tensors, MTP_NAMES)
-    convert(Job(source(name), ranks, keep_optional=True), folder / "found", ranks)
+    convert(Job(source(name), ranks, keep_mtp=True), folder / "found", ranks)
     require_equal(folder / "wanted", folder / "found")
 
 

@@ -11,12 +11,10 @@ import oracle
 import pytest
 import torch
 from families import FAMILIES, write_small
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
-
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
 
 NAME = "deepseek-v3-for-32"
 RANKS = 32

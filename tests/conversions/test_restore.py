@@ -18,17 +18,17 @@ import torch
 from checkpoints import write_deepseek_v2
 from conversions import LEGAL, ORACLES
 from families import FAMILIES, write_small
+from jobs import Job, convert_checkpoint
 from oracle_casts import dequantize
 from safetensors.torch import load_file
 
 import reshard.execution.execute
 import reshard.execution.writer
-from reshard.api import Result, convert_checkpoint
+from reshard.api import Conversion
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import own_checksum
-from reshard.planning.plan import Job
 from reshard.storage.local import make_durable
 from reshard.synthetic import write_tensors
 
@@ -66,14 +66,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def job_of(folder: Path, name: str, ranks: int) -> Job:
     """With all that can be kept."""
-    return Job(folder, ranks, keep_optional=name in WITH_MTP and name != "kimi-k2")
+    return Job(folder, ranks, keep_mtp=name in WITH_MTP and name != "kimi-k2")
 
 
 def whole(folder: Path, **options: Any) -> Job:
     return Job(folder, 1, to="hf", **options)
 
 
-def convert(job: Job, target: Path, number: int = 0) -> Result:
+def convert(job: Job, target: Path, number: int = 0) -> Conversion:
     jobs, cache = WAYS[number % len(WAYS)]
     return convert_checkpoint(job, target, Settings(jobs=jobs, cache=cache))
 
@@ -166,14 +166,14 @@ def test_past_the_cache_the_source_is_read_directly(ranks_of: Make, folder: Path
 
 def test_a_single_file_without_an_index_comes_back_alone(folder: Path) -> None:
     write_small(folder / "source", "deepseek-v3", files=1, index=False)
-    convert(Job(folder / "source", 4, keep_optional=True), folder / "ranks")
+    convert(Job(folder / "source", 4, keep_mtp=True), folder / "ranks")
     convert(whole(folder / "ranks"), folder / "back")
     require_same(folder / "source", folder / "back")
 
 
 def test_many_files_without_an_index_come_back_without(folder: Path) -> None:
     write_small(folder / "source", "deepseek-v3", files=11, index=False)
-    convert(Job(folder / "source", 2, keep_optional=True), folder / "ranks")
+    convert(Job(folder / "source", 2, keep_mtp=True), folder / "ranks")
     convert(whole(folder / "ranks"), folder / "back")
     require_same(folder / "source", folder / "back")
 
@@ -190,11 +190,11 @@ def test_three_ranks_where_three_divide(folder: Path) -> None:
         "vocab_size": 276,
     }
     write_tensors(folder / "source", family.tensors(config), config, 3)
-    convert(Job(folder / "source", 3, keep_optional=True), folder / "three")
+    convert(Job(folder / "source", 3, keep_mtp=True), folder / "three")
     convert(whole(folder / "three"), folder / "back")
     require_same(folder / "source", folder / "back")
-    convert(Job(folder / "three", 6, keep_optional=True), folder / "six")
-    convert(Job(folder / "source", 6, keep_optional=True), folder / "wanted")
+    convert(Job(folder / "three", 6, keep_mtp=True), folder / "six")
+    convert(Job(folder / "source", 6, keep_mtp=True), folder / "wanted")
     require_same(folder / "wanted", folder / "six")
 
 
@@ -299,14 +299,14 @@ def test_fp8_experts_of_v4_come_back(source: Source, folder: Path) -> None:
 
 def test_ranks_of_a_cast_come_back_as_the_cast_of_the_whole(source: Source, folder: Path) -> None:
     origin = source("deepseek-v3")
-    convert(Job(origin, 4, cast="bf16", keep_optional=True), folder / "ranks")
+    convert(Job(origin, 4, cast="bf16", keep_mtp=True), folder / "ranks")
     convert(whole(folder / "ranks"), folder / "back")
     convert(whole(origin, cast="bf16"), folder / "wanted")
     require_tensors(tensors_of(folder / "wanted"), tensors_of(folder / "back"))
     configs = [json.loads((folder / which / "config.json").read_text()) for which in ("wanted", "back")]
     assert configs[0] == configs[1]
     # The other way round, cast on the way back.
-    convert(Job(origin, 4, keep_optional=True), folder / "scaled")
+    convert(Job(origin, 4, keep_mtp=True), folder / "scaled")
     convert(whole(folder / "scaled", cast="bf16"), folder / "cast")
     require_tensors(tensors_of(folder / "wanted"), tensors_of(folder / "cast"))
 
@@ -349,7 +349,7 @@ def test_files_of_another_converter_come_back(
 def test_however_many_ranks_there_were_the_files_are_the_same(source: Source, folder: Path) -> None:
     for ranks in (1, 2, 8):
         ORACLES["deepseek-v3"](source("deepseek-v3"), folder / "ranks", ranks)
-        convert(whole(folder / "ranks", file_size=2 * 10**6), folder / f"back-{ranks}")
+        convert(whole(folder / "ranks", max_file_size=2 * 10**6), folder / f"back-{ranks}")
         shutil.rmtree(folder / "ranks")
     require_same(folder / "back-1", folder / "back-2")
     require_same(folder / "back-1", folder / "back-8")
@@ -455,7 +455,7 @@ def test_a_rank_file_of_another_model_is_refused_by_the_manifest(four: Path, fol
     """With the same names, shapes and sizes: only the data tell."""
     family = FAMILIES["deepseek-v3"]
     write_tensors(folder / "twin", family.tensors(family.small), family.small, 4, seed=1)
-    convert(Job(folder / "twin", 4, keep_optional=True), folder / "other")
+    convert(Job(folder / "twin", 4, keep_mtp=True), folder / "other")
     shutil.copyfile(folder / "other" / "model3-mp4.safetensors", four / "model3-mp4.safetensors")
     refused = require_refused(whole(four), folder / "back", "wrong-checksum")
     assert "model3-mp4.safetensors: bytes " in refused.problems[0].subject
@@ -499,7 +499,7 @@ def test_replicas_that_differ_are_refused_by_name_and_rank(
     assert refused.problems[0].found == f"other bytes in rank {rank} than in rank 0"
     require_refused(Job(four, 2), folder / "two", "replicas-differ")
     shutil.rmtree(folder / "back", ignore_errors=True)
-    convert(whole(four, first_replica=True), folder / "back")
+    convert(whole(four, replicas="first"), folder / "back")
     require_tensors(tensors_of(source("deepseek-v3")), tensors_of(folder / "back"))
 
 
@@ -528,7 +528,7 @@ def test_block_scales_that_two_ranks_share_must_be_equal(folder: Path) -> None:
     family = FAMILIES["deepseek-v3"]
     config = {**family.small, "moe_intermediate_size": 512}
     write_tensors(folder / "source", family.tensors(config), config, 2)
-    convert(Job(folder / "source", 8, keep_optional=True), folder / "ranks")
+    convert(Job(folder / "source", 8, keep_mtp=True), folder / "ranks")
     name = "layers.10.ffn.shared_experts.w1.scale"
     files = [load_file(folder / "ranks" / f"model{rank}-mp8.safetensors") for rank in (4, 5, 6)]
     assert files[0][name].shape[0] == 1

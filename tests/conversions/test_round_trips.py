@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import Job, convert_checkpoint
 
-from reshard.api import convert_checkpoint
 from reshard.execution.execute import Settings
-from reshard.planning.plan import Job
 
 RECIPE = """
 name = "every split"
@@ -25,9 +24,9 @@ files = "{rank}-of-{ranks}.safetensors"
 carry = ["*token*"]
 scales.p = { left = "weight_scale_inv", right = "scale", block = 4 }
 scales.q = { left = "weight_scale", right = "weight_scale", block = [1, 8] }
-holes.i = { counts = "layers" }
-holes.e = { counts = "experts" }
-holes.m = { counts = "more layers", after = "i", marker = "model.{m}.marker.weight", like = "i" }
+placeholders.i = { counts = "layers" }
+placeholders.e = { counts = "experts" }
+placeholders.m = { counts = "more layers", after = "i", marker = "model.{m}.marker.weight", like = "i" }
 rules = [
 ["same", "model.embed.weight",             "embed.weight",         "rows"],
 ["same", "model.{i}.tall.{p}",             "l.{i}.rows.{p}",         "rows"],

@@ -15,15 +15,14 @@ import pytest
 import tensor_parallel
 import torch
 import transformers
+from jobs import Job, convert_checkpoint, make_plan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, from_config, write_model
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Job, make_plan
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.types import Checkpoint, File, Layout
@@ -101,7 +100,7 @@ def require_shares(tmp_path: Path, source: Path, ranks: int) -> None:
         assert data_of(found) == data_of(tmp_path / "wanted.safetensors"), f"rank {rank}"
     assert len(list(target.glob("*.safetensors"))) == ranks
     checkpoint = read_checkpoint(source)
-    report = verify_target(target, checkpoint, choose_recipe(checkpoint, RECIPES))
+    report = verify_target(target, checkpoint, choose_recipe(checkpoint, RECIPES)[0])
     assert report.problems == ()
     assert report.compared == report.size > 0
 
@@ -172,7 +171,7 @@ def test_what_is_published_in_other_forms_is_cut_and_led_back(
 ) -> None:
     write(tmp_path / "source")
     keeps = write is write_glm_with_mtp
-    convert_checkpoint(Job(tmp_path / "source", ranks, keep_optional=keeps), tmp_path / "target")
+    convert_checkpoint(Job(tmp_path / "source", ranks, keep_mtp=keeps), tmp_path / "target")
     require_shares(tmp_path, tmp_path / "source", ranks)
     convert_checkpoint(Job(tmp_path / "target", 1, to="hf"), tmp_path / "back")
     for name in ("model.safetensors", "config.json"):
@@ -337,7 +336,7 @@ def test_the_ranks_that_published_sizes_allow(name: str) -> None:
         end += 2 * value.numel()
     files = (File("model.safetensors", end, 0, "", 0),)
     checkpoint = Checkpoint(Path("nowhere"), files, tensors, json.loads(config.to_json_string(use_diff=False)))
-    recipe = choose_recipe(checkpoint, RECIPES)
+    recipe = choose_recipe(checkpoint, RECIPES)[0]
     for ranks in map(int, works.split(", ")):
         assert len(make_plan(checkpoint, recipe, Layout(ranks)).files) == ranks
     with pytest.raises(Refused) as refused:

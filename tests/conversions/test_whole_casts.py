@@ -12,17 +12,16 @@ import oracle_casts
 import pytest
 import torch
 from families import FAMILIES, write_small
+from jobs import Job, convert_checkpoint, plan_conversion
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torture import RANKS, Mode, Tally, contents, torment, undisturbed
 from transformers import AutoModelForCausalLM
 
 import reshard.execution.writer
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.planning.plan import Job, plan_conversion
 from reshard.synthetic import write_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -93,7 +92,7 @@ def fp8_experts_of(source: Path) -> dict[str, Tensor]:
 
 def cast(source: Path, target: Path, job: str = "", *, most: int = 1 << 21, **settings: Any) -> dict[str, Tensor]:
     """Casts a whole checkpoint; returns what is in the target."""
-    convert_checkpoint(Job(source, 1, to="hf", cast=job, file_size=most), target, Settings(**settings))
+    convert_checkpoint(Job(source, 1, to="hf", cast=job, max_file_size=most), target, Settings(**settings))
     return oracle.load_tensors(target, ())
 
 
@@ -126,7 +125,7 @@ def test_the_index_names_every_tensor_and_no_file_is_larger_than_asked(name: str
 @pytest.mark.parametrize("most", range(100_000, 140_000, 3_989))
 def test_the_headers_count_towards_the_size_of_a_file(most: int, source: Source) -> None:
     """Of so many files that some end just where they must."""
-    files = plan_conversion(Job(source("deepseek-v3"), 1, to="hf", cast="bf16", file_size=most)).files
+    files = plan_conversion(Job(source("deepseek-v3"), 1, to="hf", cast="bf16", max_file_size=most)).files
     assert len(files) > 100
     assert max(file.size for file in files if len(file.pieces) > 1) <= most
 
@@ -308,7 +307,7 @@ def test_the_v4_line_is_not_cast_back(name: str, source: Source) -> None:
 
 @pytest.mark.parametrize("name", ["deepseek-v4-pro", "deepseek-v4.1-flash"])
 def test_fp4_experts_alone_become_fp8(name: str, source: Source, folder: Path) -> None:
-    job = Job(source(name), 1, to="hf", expert_dtype="fp8", file_size=3 << 20)
+    job = Job(source(name), 1, to="hf", expert_dtype="fp8", max_file_size=3 << 20)
     convert_checkpoint(job, folder / "target", Settings(jobs=2))
     require_equal(oracle.load_tensors(folder / "target", ()), fp8_experts_of(source(name)))
     config = (folder / "target" / "config.json").read_text()

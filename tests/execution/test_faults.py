@@ -16,15 +16,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from jobs import Job, convert_checkpoint
 from torture import RANKS, contents, durable_bytes, wrong_names
 
 import reshard.execution.writer
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.target_names import JOURNAL
-from reshard.planning.plan import Job
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.types import Advance
 

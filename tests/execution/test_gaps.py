@@ -13,19 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import Job, convert_checkpoint, plan_conversion
 from safetensors.torch import load_file, save_file
 from torture import BATCH, RANKS, RECORD, contents
 from xxhash import xxh3_64_digest
 
 import reshard.execution.execute
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.execution.execute import missing_file
 from reshard.execution.journal import as_records
 from reshard.formats.target_names import JOURNAL
 from reshard.planning.copies import Copies, WrongPlan
 from reshard.planning.file_layout import lay_out
-from reshard.planning.plan import Job, plan_conversion
 from reshard.storage.local import CACHED, write_all
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.checksums import audit_target

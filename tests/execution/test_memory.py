@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jobs import Job, convert_checkpoint
 
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
 from reshard.synthetic import write_tensors
 
 INTERPRETER = """
@@ -54,7 +53,7 @@ def plenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tensors(folder, tensors, {}, 2)
     (folder.parent / "plenty.toml").write_text(
         'name = "plenty"\nabout = "much"\nleft = "one"\nright = "other"\nfiles = "{rank}-of-{ranks}.safetensors"\n'
-        'holes.i = { counts = "layers" }\nrules = [\n'
+        'placeholders.i = { counts = "layers" }\nrules = [\n'
         '["same", "layers.{i}.tall.weight", "layers.{i}.tall.weight", "rows"],\n'
         '["same", "layers.{i}.wide.weight", "layers.{i}.wide.weight", "columns"],\n]\n',
         encoding="utf-8",

@@ -16,15 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jobs import Job, convert_checkpoint
 from torture import MODES, RANKS, Mode, Tally, contents, moments, torment, undisturbed
 
 import reshard.execution.execute
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.target_names import JOURNAL
-from reshard.planning.plan import Job
 from reshard.storage.local import make_durable
 from reshard.synthetic import SMALL, write_checkpoint
 
@@ -140,7 +139,7 @@ def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
     source: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
-    convert_checkpoint(Job(source, RANKS, only=(0,)), target)
+    convert_checkpoint(Job(source, RANKS, ranks=(0,)), target)
 
     def crash(*_: object) -> None:
         raise Crash
@@ -148,16 +147,16 @@ def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
     with monkeypatch.context() as patch:
         patch.setattr(reshard.execution.execute, "finish", crash)
         with pytest.raises(Crash):
-            convert_checkpoint(Job(source, RANKS, only=(1,)), target)
+            convert_checkpoint(Job(source, RANKS, ranks=(1,)), target)
     journal = (target / JOURNAL).read_bytes()
     assert main(["convert", str(source), str(target), "--mp", str(RANKS), "--ranks", "0", "--dry-run"]) == 0
-    assert convert_checkpoint(Job(source, RANKS, only=(0,)), target).done is None
+    assert convert_checkpoint(Job(source, RANKS, ranks=(0,)), target).done is None
     assert (target / JOURNAL).read_bytes() == journal
     (target / "tokenizer.json").unlink()
     with pytest.raises(Refused) as error:
-        convert_checkpoint(Job(source, RANKS, only=(0,)), target)
+        convert_checkpoint(Job(source, RANKS, ranks=(0,)), target)
     assert kinds(error) == {"another-job"}
-    result = convert_checkpoint(Job(source, RANKS, only=(1,)), target)
+    result = convert_checkpoint(Job(source, RANKS, ranks=(1,)), target)
     assert result.done is not None
     assert result.done.resumed > 0
     convert_checkpoint(Job(source, RANKS), target)
@@ -168,11 +167,11 @@ def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
 
 
 def test_a_model_with_the_same_headers_is_another_job(source: Path, twin: Path, tmp_path: Path) -> None:
-    convert_checkpoint(Job(source, RANKS, only=[0, 1]), tmp_path / "target")
+    convert_checkpoint(Job(source, RANKS, ranks=[0, 1]), tmp_path / "target")
     before = contents(tmp_path / "target")
     for only in (None, [2, 3], [0, 1]):
         with pytest.raises(Refused) as error:
-            convert_checkpoint(Job(twin, RANKS, only=only), tmp_path / "target")
+            convert_checkpoint(Job(twin, RANKS, ranks=only), tmp_path / "target")
         assert kinds(error) == {"target-not-empty"}
     assert contents(tmp_path / "target") == before
 
@@ -181,7 +180,7 @@ def test_ranks_written_one_run_after_another_give_the_whole(
     source: Path, wanted: dict[str, str], tmp_path: Path
 ) -> None:
     for only in ([2], [0, 1], None):
-        convert_checkpoint(Job(source, RANKS, only=only), tmp_path / "target")
+        convert_checkpoint(Job(source, RANKS, ranks=only), tmp_path / "target")
     assert contents(tmp_path / "target") == wanted
 
 
@@ -315,7 +314,7 @@ def test_a_source_that_changes_is_seen(source: Path, tmp_path: Path, monkeypatch
 
 def test_verify_of_some_ranks_misses_what_they_lack(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    convert_checkpoint(Job(source, RANKS, only=[0]), target)
+    convert_checkpoint(Job(source, RANKS, ranks=[0]), target)
     path = target / "model0-mp4.safetensors"
     header = b'{"norm.weight":{"dtype":"BF16","shape":[256],"data_offsets":[0,512]}}'
     header += b" " * (-len(header) % 8)

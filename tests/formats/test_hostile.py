@@ -31,17 +31,17 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 from xxhash import xxh3_128_hexdigest
 
-import reshard.errors
 from reshard.cli.main import main
-from reshard.errors import MOST_PROBLEMS, Refused, printable
+from reshard.errors import MOST_PROBLEMS, Refused
 from reshard.execution.journal import left_names
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.manifest import own_checksum, read_manifest
 from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
 from reshard.synthetic import write_checkpoint
+from reshard.text import LONGEST_SHOWN, printable
 from reshard.types import Checkpoint, Tensor
 
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "reshard.json"
@@ -456,8 +456,10 @@ def recipe_of(rows: list[str], more: str = "") -> str:
     [
         pytest.param(recipe_of(['["same", "' + "." * 10_000 + '", "a", "rows"]']), id="a name of 10,000 dots"),
         pytest.param(recipe_of(['["same", "' + "{" * 10_000 + '", "a", "rows"]']), id="10,000 braces"),
-        pytest.param(recipe_of(['["same", "' + "{a}" * 10_000 + '", "a", "rows"]']), id="10,000 holes"),
-        pytest.param(recipe_of(['["same", "' + "{a}." * 10_000 + 'x", "a", "rows"]']), id="10,000 holes between dots"),
+        pytest.param(recipe_of(['["same", "' + "{a}" * 10_000 + '", "a", "rows"]']), id="10,000 placeholders"),
+        pytest.param(
+            recipe_of(['["same", "' + "{a}." * 10_000 + 'x", "a", "rows"]']), id="10,000 placeholders between dots"
+        ),
         pytest.param(recipe_of([f'["some", "{number}", "a", "b"]' for number in range(1_000)]), id="1,000 faults"),
         pytest.param("".join(f"k{number} = 1\n" for number in range(2_000)), id="2,000 unknown keys"),
         pytest.param(recipe_of(ROWS, "x = " + "[" * 400 + "]" * 400 + "\n"), id="nested 400 deep"),
@@ -478,7 +480,7 @@ def test_a_hostile_recipe_is_refused_at_once(text: str, tmp_path: Path, capsys: 
     assert len(said) < 100_000
 
 
-def test_a_fault_far_down_a_very_long_recipe_has_no_line_but_is_named() -> None:
+def test_a_fault_far_down_a_very_long_recipe_is_named_with_its_line() -> None:
     rows = [f'["same", "a{number}", "b{number}", "rows"]' for number in range(1_000)]
     with in_time(), pytest.raises(Refused) as refused:
         parse_recipe(
@@ -486,7 +488,7 @@ def test_a_fault_far_down_a_very_long_recipe_has_no_line_but_is_named() -> None:
         )
     assert [(problem.subject, problem.found) for problem in refused.value.problems] == [
         ("r:57", "'some'"),
-        ("r", "'none'"),
+        ("r:1008", "'none'"),
     ]
 
 
@@ -589,7 +591,7 @@ def test_a_long_name_is_cut_for_people_and_whole_for_machines(
     name = "a" * 1_000_000
     source_of(tmp_path, {"a.safetensors": save({name: np.ones(1)})})
     words = ["plan", str(tmp_path / "source"), "--mp", "1", "--recipe", "deepseek-v3"]
-    assert f"{'a' * reshard.errors.LONGEST}... (1,000,000 characters): no rule" in run(capsys, *words)[1]
+    assert f"{'a' * LONGEST_SHOWN}... (1,000,000 characters): no rule" in run(capsys, *words)[1]
     assert f'"subject": "{name}"' in run(capsys, *words, "--json")[1]
 
 

@@ -16,7 +16,7 @@ from families import FAMILIES, Family, write_full, write_small
 from safetensors import safe_open
 
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import entry_text, header_bytes, order_key
 from reshard.synthetic import Entry, data_size, write_tensors
 

@@ -6,8 +6,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -17,15 +16,14 @@ import oracle_casts
 import pytest
 import torch
 from families import write_small
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import Choice
-from reshard.planning.plan import Job
 from reshard.storage.local import Ways
 from reshard.synthetic import write_tensors
 
@@ -271,7 +269,7 @@ def made(root: Path) -> Made:
             write_small(source, name)
         if ranks and not target.exists():
             keep = name.startswith(("deepseek-v3", "glm"))
-            convert_checkpoint(Job(source, ranks, keep_optional=keep), target)
+            convert_checkpoint(Job(source, ranks, keep_mtp=keep), target)
         return target if ranks else source
 
     return of
@@ -350,10 +348,10 @@ def test_replicas_that_differ_are_refused_unless_the_first_is_asked_for(made: Ma
     with pytest.raises(Refused) as refused:
         diff_checkpoints(made("deepseek-v3", 0), target)
     assert [problem.kind for problem in refused.value.problems] == ["replicas-differ"]
-    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(first_replica=True)))
+    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")))
     assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(only=["model.layers.0.*"])))
     change_byte(target / "model0-mp4.safetensors", "norm.weight", 1, 1)
-    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, Choice(first_replica=True)).values
+    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")).values
     assert found.name == "model.norm.weight"
 
 
@@ -526,14 +524,14 @@ def test_fp8_is_the_same_as_its_bf16_once_dequantized(made: Made, bf16: Path, ra
 
 def test_rank_files_cast_to_bf16_are_the_same_as_their_source_once_dequantized(made: Made, tmp_path: Path) -> None:
     source = made("deepseek-v3", 0)
-    convert_checkpoint(Job(source, 4, cast="bf16", keep_optional=True), tmp_path / "target")
+    convert_checkpoint(Job(source, 4, cast="bf16", keep_mtp=True), tmp_path / "target")
     assert is_nothing(diff_checkpoints(tmp_path / "target", source, Choice(dequantize=True)))
 
 
 def test_padding_is_no_difference(made: Made, tmp_path: Path) -> None:
     """The manifest tells what was there before."""
     source = made("deepseek-v3-for-32", 0)
-    convert_checkpoint(Job(source, 32, pad=True, keep_optional=True), tmp_path / "target")
+    convert_checkpoint(Job(source, 32, pad=True, keep_mtp=True), tmp_path / "target")
     assert is_nothing(diff_checkpoints(source, tmp_path / "target"))
 
 
@@ -616,18 +614,16 @@ def test_fp4_and_the_fp8_that_it_was_cast_to_are_the_same_once_dequantized(made:
 # --- files that change meanwhile ---
 
 
-@contextmanager
-def spoiling(before: Callable[[], object], meanwhile: Callable[[], object]) -> Iterator[Callable[[int], None]]:
+def spoiling(before: Callable[[], object], meanwhile: Callable[[], object]) -> Callable[[int, int], None]:
     """A progress that spoils something when the headers are read, and something when the first bytes are compared."""
-    before()
     told: list[int] = []
 
-    def advance(size: int) -> None:
-        told.append(size)
-        if len(told) == 1:
-            meanwhile()
+    def show(done: int, _total: int) -> None:
+        told.append(done)
+        if len(told) <= 2:
+            (before, meanwhile)[len(told) - 1]()
 
-    yield advance
+    return show
 
 
 def nothing() -> None:
@@ -649,7 +645,7 @@ def twins(tmp_path: Path) -> tuple[Path, Path]:
 def require_refused(twins: tuple[Path, Path], changed: Path, **spoils: Callable[[], object]) -> None:
     """By the name of the changed file, and of its folder."""
     with pytest.raises(Refused) as error:
-        diff_checkpoints(*twins, progress=lambda _: spoiling(**{"before": nothing, "meanwhile": nothing, **spoils}))
+        diff_checkpoints(*twins, progress=spoiling(**{"before": nothing, "meanwhile": nothing, **spoils}))
     assert [(problem.kind, problem.subject) for problem in error.value.problems] == [("file-changed", str(changed))]
 
 
@@ -691,15 +687,10 @@ def test_a_tensor_of_200_megabytes_takes_no_more_memory_than_the_buffers(tmp_pat
     convert_checkpoint(Job(tmp_path / "other", 4, recipe=str(tmp_path / "large.toml")), tmp_path / "b")
     before, seen = private_memory(), []
 
-    class Watched:
-        def __enter__(self) -> Callable[[int], None]:
-            return lambda _: seen.append(private_memory())
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
     choice = Choice(recipe=str(tmp_path / "large.toml"))
-    report = diff_checkpoints(tmp_path / "a", tmp_path / "b", choice, lambda _: Watched())
+    report = diff_checkpoints(
+        tmp_path / "a", tmp_path / "b", choice, lambda _done, _total: seen.append(private_memory())
+    )
     shutil.rmtree(tmp_path)
     assert report.values[0].apart.different > 99_000_000
     assert len(seen) > 40

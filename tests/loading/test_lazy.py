@@ -18,15 +18,14 @@ from conversions import LEGAL, ORACLES
 from families import write_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import Job, convert_checkpoint
 from rank_states import LARGE, State, flat_bytes, rank_file, spoil
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.loading.lazy import stretch_of
-from reshard.planning.plan import Job
 from reshard.storage.local import open_file
 from reshard.synthetic import write_checkpoint
 
@@ -356,7 +355,7 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
     spoil(rank_file(tmp_path, 3, 4), "norm.weight")
     with reshard.open(tmp_path) as found:
         require_equal(found["model.norm.weight"][:], whole(source("deepseek-v3"))["model.norm.weight"])
-    with reshard.open(tmp_path, compare_replicas=True) as found, pytest.raises(Refused, match="other bytes in rank 3"):
+    with reshard.open(tmp_path, replicas="compare") as found, pytest.raises(Refused, match="other bytes in rank 3"):
         found["model.norm.weight"][:]
 
 

@@ -15,16 +15,15 @@ import skeletons
 import torch
 from conversions import LEGAL, ORACLES
 from families import FAMILIES, write_small
+from jobs import Job, convert_checkpoint, plan_conversion
 from model_skeletons import MODELS, TAKEN_FOR_GRANTED
 from rank_states import LARGE, State, flat_bytes, rank_file, spoil
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.execution.reader import MEMORY_PER_JOB
 from reshard.loading.load import Held, fill
-from reshard.planning.plan import Job, plan_conversion
 from reshard.synthetic import write_checkpoint
 
 Source = Callable[[str], Path]
@@ -63,8 +62,8 @@ def test_from_the_rank_files_of_another_mp_it_is_the_same(name: str, source: Sou
     ORACLES[name](source(name), tmp_path / "wanted", 2)
     for ranks in (1, LEGAL[name][-1]):
         convert_checkpoint(Job(source(name), ranks), tmp_path / str(ranks))
-        for compare_replicas in {False, ranks > 1}:
-            found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, compare_replicas=compare_replicas)
+        for replicas in {"first", "compare" if ranks > 1 else "first"}:
+            found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, replicas=replicas)
             require_same(found, load_file(rank_file(tmp_path / "wanted", 1, 2)))
 
 
@@ -95,7 +94,7 @@ def test_the_order_is_that_of_the_file(source: Source, tmp_path: Path) -> None:
         ("deepseek-v4.1-flash", 2, {"cast": "bf16"}),
         ("glm-5.1", 1, {"cast": "fp8"}),
         ("glm-5.1", 1, {"cast": "fp8-ue8m0"}),
-        ("deepseek-v3", 4, {"keep_optional": True}),
+        ("deepseek-v3", 4, {"keep_mtp": True}),
         ("deepseek-v3-for-32", 32, {"pad": True, "cast": "bf16"}),
     ],
 )
@@ -103,7 +102,7 @@ def test_with_options_it_is_what_safetensors_reads_from_the_converted_file(
     name: str, ranks: int, options: dict[str, Any], source: Source, tmp_path: Path
 ) -> None:
     rank = ranks - 1
-    convert_checkpoint(Job(source(name), ranks, only=[rank], **options), tmp_path)
+    convert_checkpoint(Job(source(name), ranks, ranks=[rank], **options), tmp_path)
     found = reshard.load(source(name), mp=ranks, rank=rank, **options)
     require_same(found, load_file(rank_file(tmp_path, rank, ranks)))
 
@@ -136,7 +135,7 @@ def test_a_cast_from_rank_files_is_that_from_the_model_itself(source: Source, tm
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "deepseek-v4-pro", "deepseek-v4.1-flash"])
 def test_one_line_loads_a_rank_strictly_into_its_model(name: str, source: Source, tmp_path: Path) -> None:
     ORACLES[name](source(name), tmp_path / "wanted", 2)
-    convert_checkpoint(Job(source(name), 2, only=[1]), tmp_path / "converted")
+    convert_checkpoint(Job(source(name), 2, ranks=[1]), tmp_path / "converted")
     line, skeleton = MODELS[name]
     args = {**TAKEN_FOR_GRANTED[line], **json.loads((tmp_path / "converted" / "run_config.json").read_bytes())}
     model = skeletons.build_module(skeleton(args, 2, 1))
@@ -256,12 +255,13 @@ def test_without_torch_numpy_has_the_same_bits(name: str, source: Source, tmp_pa
     "device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
 def test_a_device_of_torch_has_the_same_bits(device: str, source: Source, large: Path) -> None:
-    for folder, ranks, options in (
+    cases: tuple[tuple[Path, int, dict[str, Any]], ...] = (
         (source("deepseek-v4.1-flash"), 2, {}),
         (source("deepseek-v3"), 4, {"cast": "bf16"}),
         (large, 4, {}),
         (large, 1, {"cast": "bf16"}),
-    ):
+    )
+    for folder, ranks, options in cases:
         found = reshard.load(folder, mp=ranks, rank=ranks - 1, device=device, **options)
         assert {tensor.device.type for tensor in found.values()} == {torch.device(device).type}
         wanted = reshard.load(folder, mp=ranks, rank=ranks - 1, **options)
@@ -282,9 +282,9 @@ def refusal(source: Path, **options: Any) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"rank": 4}, ("unknown-rank", "--ranks")),
-        ({"rank": -1}, ("unknown-rank", "--ranks")),
-        ({"mp": 0}, ("wrong-ranks", "--mp")),
+        ({"rank": 4}, ("unknown-rank", "rank")),
+        ({"rank": -1}, ("unknown-rank", "rank")),
+        ({"mp": 0}, ("wrong-ranks", "mp")),
         ({"mp": "4"}, ("wrong-option", "mp")),
         ({"rank": True}, ("wrong-option", "rank")),
         ({"rank": 1.0}, ("wrong-option", "rank")),
@@ -293,7 +293,7 @@ def refusal(source: Path, **options: Any) -> tuple[str, str]:
         ({"framework": "numpy", "device": "cuda"}, ("wrong-option", "device")),
         ({"device": "cuda:77"}, ("wrong-option", "device")),
         ({"device": "nowhere"}, ("wrong-option", "device")),
-        ({"cast": "bf17"}, ("wrong-option", "--cast")),
+        ({"cast": "bf17"}, ("wrong-option", "cast")),
     ],
 )
 def test_what_there_is_not_is_refused(options: dict[str, Any], problem: tuple[str, str], source: Source) -> None:
@@ -301,7 +301,7 @@ def test_what_there_is_not_is_refused(options: dict[str, Any], problem: tuple[st
 
 
 def test_expert_dtypes_that_there_are_not_are_refused(source: Source) -> None:
-    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp4") == ("wrong-option", "--expert-dtype")
+    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp4") == ("wrong-option", "expert_dtype")
 
 
 def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:
@@ -315,12 +315,12 @@ def test_replicas_that_differ_are_refused_if_they_are_compared(source: Source, t
     wanted = reshard.load(tmp_path, mp=2, rank=0)
     spoil(rank_file(tmp_path, 3, 4), "norm.weight")
     require_same(reshard.load(tmp_path, mp=2, rank=0), wanted)
-    assert refusal(tmp_path, mp=2, compare_replicas=True) == ("replicas-differ", "norm.weight")
+    assert refusal(tmp_path, mp=2, replicas="compare") == ("replicas-differ", "norm.weight")
 
 
 def test_a_source_that_is_cut_short_after_its_headers_were_read_is_refused(tmp_path: Path) -> None:
     write_small(tmp_path, "deepseek-v3")
-    plan = plan_conversion(Job(tmp_path, 4, only=[0]))
+    plan = plan_conversion(Job(tmp_path, 4, ranks=[0]))
     path = tmp_path / plan.source.files[2].name
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(Refused, match="source changed"):

@@ -15,14 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import make_plan
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.planning.copies import Copies, WrongPlan
-from reshard.planning.plan import Plan, make_plan, only_ranks
+from reshard.planning.plan import Plan
+from reshard.planning.planner import only_ranks
 from reshard.planning.proofs import cover, require_coverage, require_tiling
 from reshard.planning.shards import series_of
 from reshard.planning.transforms import Terms, outcome_of
@@ -42,7 +44,7 @@ left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
 scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }
-holes.e = { counts = "experts" }
+placeholders.e = { counts = "experts" }
 rules = [["same", "%s.{p}", "%s.{p}", "%s"]]
 """
 Shape = tuple[int, ...]
@@ -1437,7 +1439,8 @@ def test_what_is_dequantised_for_the_other_side_is_not_quantised_for_it() -> Non
 )
 def test_an_option_that_would_do_nothing_is_refused(recipe: str, layout: Layout, subject: str) -> None:
     with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of(tensor_list(TINY), TINY), load_recipe(recipe), layout)
+        config = TINY if recipe == "deepseek-v3" else DEEPSEEK_V2_LITE
+        make_plan(checkpoint_of(tensor_list(config), config), load_recipe(recipe), layout)
     assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("wrong-option", subject)]
 
 

@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Job
+from reshard.formats.folder import read_checkpoint
 from reshard.planning.shards import Limit, working_ranks
 from reshard.recipes.recipe import load_recipe
 from reshard.recipes.splits import parts_for

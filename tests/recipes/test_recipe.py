@@ -11,21 +11,22 @@ import pytest
 
 from reshard.errors import Refused
 from reshard.recipes.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
+from reshard.recipes.splits import make_rule
 from reshard.types import BlockScale, Recipe, Rule
 
 PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 V3 = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
 CELL = re.compile(r'"(?:[^"\\]|\\.)*"')
-HOLE = re.compile(r"\{(.)\}")
+PLACEHOLDER = re.compile(r"\{(.)\}")
 
 
-def holes_of(pattern: str) -> list[str]:
-    found: list[str] = HOLE.findall(pattern)
+def placeholders_of(pattern: str) -> list[str]:
+    found: list[str] = PLACEHOLDER.findall(pattern)
     return found
 
 
 def filled(pattern: str, values: dict[str, str]) -> str:
-    return HOLE.sub(lambda hole: values[hole[1]], pattern)
+    return PLACEHOLDER.sub(lambda placeholder: values[placeholder[1]], pattern)
 
 
 MEMBERS = {"i": "0123", "d": "0", "s": "123", "h": "0", "g": "123", "e": "012", "m": "4"}
@@ -36,8 +37,8 @@ def name_pairs(recipe: Recipe, rule: Rule) -> list[tuple[str, str]]:
 
     The scale of what is dequantised has no name on the right.
     """
-    letters = [letter for letter in holes_of(rule.left) if letter not in recipe.scales]
-    scale = next((recipe.scales[letter] for letter in holes_of(rule.left) if letter in recipe.scales), None)
+    letters = [letter for letter in placeholders_of(rule.left) if letter not in recipe.scales]
+    scale = next((recipe.scales[letter] for letter in placeholders_of(rule.left) if letter in recipe.scales), None)
     ends = [("weight", "weight"), (scale.left, scale.right)] if scale else [("", "")]
     return [
         (
@@ -96,7 +97,7 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
     assert kept
     for rule in kept:
         lost = recipe.scales.keys() if rule.relation == "dequantize" else set[str]()
-        assert sorted({*holes_of(rule.left)} - lost) == sorted(holes_of(rule.right)), rule
+        assert sorted({*placeholders_of(rule.left)} - lost) == sorted(placeholders_of(rule.right)), rule
     pairs = [pair for rule in kept for pair in name_pairs(recipe, rule)]
     assert len({left for left, _ in pairs}) == len(pairs)
     named = [right for _, right in pairs if right]
@@ -148,8 +149,8 @@ def test_what_a_recipe_may_leave_out() -> None:
     rules = [["same", "a", "b", "replicate"]]
     """
     recipe = parse_recipe(text, "least.toml")
-    assert recipe.rules == (Rule("same", "a", "b", "replicate"),)
-    assert (recipe.holes, recipe.scales, recipe.sizes, recipe.run) == ({}, {}, {}, {})
+    assert recipe.rules == (make_rule("same", "a", "b", "replicate"),)
+    assert (recipe.placeholders, recipe.scales, recipe.sizes, recipe.run) == ({}, {}, {}, {})
     assert (recipe.carry, recipe.model_types, recipe.padded, recipe.checked) == ((), (), (), "")
 
 
@@ -204,8 +205,8 @@ REST_ROW = line_with('["drop", "model.layers.{m}.{*}"').removesuffix(",")
 ABOUT = line_with("about ")
 MODEL_TYPES = line_with("model_types ")
 PADDED = line_with("padded ")
-HOLE_D = line_with("holes.d")
-HOLE_M = line_with("holes.m")
+D_LINE = line_with("placeholders.d")
+M_LINE = line_with("placeholders.m")
 SCALE = line_with("scales.p")
 QK = line_with("sizes.qk")
 RUN_DIM = line_with("dim  ")
@@ -222,7 +223,7 @@ MANY_QK = "+".join(["qk"] * 50)
 FAULTS = [
     # Not TOML.
     pytest.param('right         = "', "right         = ", "Invalid value", id="a quote missing"),
-    pytest.param("holes.s =", "holes.d =", "Cannot overwrite", id="two holes of a name"),
+    pytest.param("placeholders.s =", "placeholders.d =", "Cannot overwrite", id="two placeholders of a name"),
     pytest.param("carry    ", "files    ", "Cannot overwrite", id="a key twice"),
     # Keys.
     pytest.param("carry    ", "carries  ", "carry", id="a misspelled key"),
@@ -280,8 +281,9 @@ FAULTS = [
     pytest.param(QK, "sizes.qk = \"num_attention_heads or 'many'\"", "is no number", id="a word as a size"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "[hidden_size or 'many']"),
                  "is no number", id="a word in a shape"),
-    pytest.param(HOLE_D, "holes.d = { counts = \"d\", within = \"i\", size = \"dense or 'few'\" }", "is no number",
-                 id="a word as the size of a hole"),
+    pytest.param(D_LINE, "placeholders.d = { counts = \"d\", within = \"i\", size = \"dense or 'few'\" }",
+                 "is no number",
+                 id="a word as the size of a placeholder"),
     pytest.param(line_with("ranks_divide "), "ranks_divide = [\"heads or 'many'\"]", "is no number",
                  id="a word as what the ranks divide"),
     pytest.param(RUN_DIM, "dim = \"'many' or hidden_size\"", "is no number", id="a word as the first choice"),
@@ -289,49 +291,57 @@ FAULTS = [
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", f"[{MANY_QK}]"), "steps",
                  id="a long formula as a shape"),
     pytest.param(RUN_DTYPE, 'dtype = ["a - b c", 1]', "is not a formula", id="a wrong formula with its default"),
-    # The holes.
-    pytest.param("holes.d =", "holes.dd =", "single lower-case letter", id="a hole of two letters"),
-    pytest.param("holes.d =", "holes.D =", "single lower-case letter", id="a hole in upper case"),
-    pytest.param(HOLE_D, "holes.d = 3", "a table of strings", id="a number as hole"),
-    pytest.param(HOLE_D, "holes.d = { counts = 3 }", "a table of strings", id="a number in a hole"),
-    pytest.param(HOLE_D, 'holes.d = { within = "i" }', "what the hole counts", id="a hole that counts nothing"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", inside = "i" }', "inside", id="an unknown field of a hole"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "z" }', "another hole", id="within no hole"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "d" }', "another hole", id="within itself"),
-    pytest.param(HOLE_M, 'holes.m = { counts = "m", after = "i" }', "after and marker", id="after without marker"),
-    pytest.param(HOLE_M, 'holes.m = { counts = "m", after = "y", marker = "x.{m}" }', "another hole",
-                 id="after no hole"),
+    # The placeholders.
+    pytest.param("placeholders.d =", "placeholders.dd =", "single lower-case letter",
+                 id="a placeholder of two letters"),
+    pytest.param("placeholders.d =", "placeholders.D =", "single lower-case letter", id="a placeholder in upper case"),
+    pytest.param(D_LINE, "placeholders.d = 3", "a table of strings", id="a number as placeholder"),
+    pytest.param(D_LINE, "placeholders.d = { counts = 3 }", "a table of strings", id="a number in a placeholder"),
+    pytest.param(D_LINE, 'placeholders.d = { within = "i" }', "what the placeholder counts",
+                 id="a placeholder that counts nothing"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", inside = "i" }', "inside",
+                 id="an unknown field of a placeholder"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "z" }', "another placeholder",
+                 id="within no placeholder"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "d" }', "another placeholder", id="within itself"),
+    pytest.param(M_LINE, 'placeholders.m = { counts = "m", after = "i" }', "after and marker",
+                 id="after without marker"),
+    pytest.param(M_LINE, 'placeholders.m = { counts = "m", after = "y", marker = "x.{m}" }', "another placeholder",
+                 id="after no placeholder"),
     pytest.param('marker = "model.layers.{m}', 'marker = "model.layers.{i}', "marker",
-                 id="a marker of another hole"),
-    pytest.param('marker = "model.layers.{m}.', 'marker = "model.', "marker", id="a marker without a hole"),
-    pytest.param('like = "is"', 'like = "iz"', "the hole 'z'", id="like a hole that there is not"),
-    pytest.param('like = "is"', 'like = "im"', "another hole", id="like itself"),
-    pytest.param(HOLE_M, 'holes.m = { counts = "m", like = "i" }', "like", id="like without after"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "z" }', "another hole", id="some of no hole"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "i", within = "i" }', "within or some_of",
+                 id="a marker of another placeholder"),
+    pytest.param('marker = "model.layers.{m}.', 'marker = "model.', "marker", id="a marker without a placeholder"),
+    pytest.param('like = "is"', 'like = "iz"', "the placeholder 'z'", id="like a placeholder that there is not"),
+    pytest.param('like = "is"', 'like = "im"', "another placeholder", id="like itself"),
+    pytest.param(M_LINE, 'placeholders.m = { counts = "m", like = "i" }', "like", id="like without after"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "z" }', "another placeholder",
+                 id="some of no placeholder"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", within = "i" }', "within or some_of",
                  id="within and some of"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds" }', "picked_by and picked",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds" }', "picked_by and picked",
                  id="picked by no values"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked = [1] }', "picked_by and picked",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked = [1] }', "picked_by and picked",
                  id="picked by no key"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds", picked = 4 }',
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = 4 }',
                  "picked_by and picked", id="a number as what is picked"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", picked_by = "kinds", picked = ["4"] }',
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = ["4"] }',
                  "picked_by and picked", id="a text in what is picked"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", listed = "dense" }', "listed with some_of",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", listed = "dense" }', "listed with some_of",
                  id="listed within"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", some_of = "i", listed = "dense layers" }', "is not a formula",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense layers" }',
+                 "is not a formula",
                  id="listed by two words"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
                  id="half a formula as size"),
     pytest.param(line_with("ranks_divide "), 'ranks_divide = ["heads", "a b"]', "is not a formula",
                  id="two words as what the ranks divide"),
-    pytest.param(HOLE_D, 'holes.d = { counts = "d", picked_by = "kinds", picked = [4] }', "within or some_of",
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", picked_by = "kinds", picked = [4] }', "within or some_of",
                  id="picked from nothing"),
-    pytest.param('rows_of = "model.layers.{s}', 'rows_of = "model.layers.{z}', "rows_of", id="rows of an unknown hole"),
+    pytest.param('rows_of = "model.layers.{s}', 'rows_of = "model.layers.{z}', "rows_of",
+                 id="rows of an unknown placeholder"),
     pytest.param('rows_of = "model.layers.{s}.mlp.gate.weight"', 'rows_of = "model.layers.{s}.gate.weight"',
                  "the left name of a row", id="rows of a tensor under no row"),
-    pytest.param(RUN_DTYPE, 'dtype = "target.z"', "target.z", id="how many of no hole the target has"),
+    pytest.param(RUN_DTYPE, 'dtype = "target.z"', "target.z", id="how many of no placeholder the target has"),
     pytest.param(RUN_DTYPE, 'dtype = ["2 * (target.pack + 1)", 2]', "target.pack",
                  id="what nobody knows of the target"),
     # The rows.
@@ -346,30 +356,31 @@ FAULTS = [
     pytest.param(REST_ROW, norm_row("drop", "model.layers.{m}.{*}", "", ""), "the reason", id="a drop without reason"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "copy"), "a split", id="an unknown split"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "by e"), "a split",
-                 id="dealt by a hole of no name"),
-    pytest.param(W3, W3.replace('"rows"', '"by d"'), "a hole with 'within'", id="dealt by a hole within another"),
-    pytest.param(W3, W3.replace('"rows"', '"by m"').replace("{d}", "{m}"), "a hole with 'after'",
-                 id="dealt by a hole after another"),
+                 id="dealt by a placeholder of no name"),
+    pytest.param(W3, W3.replace('"rows"', '"by d"'), "a placeholder with 'within'",
+                 id="dealt by a placeholder within another"),
+    pytest.param(W3, W3.replace('"rows"', '"by m"').replace("{d}", "{m}"), "a placeholder with 'after'",
+                 id="dealt by a placeholder after another"),
     pytest.param(GATE, GATE.replace('"replicate"', '"by s"'), "which {m} is like", id="dealt by what another is like"),
     pytest.param(W3, W3.replace('"rows"', '"by p"'), "a split", id="dealt by weight and scale"),
     pytest.param(NORM, norm_row("same", "", "norm.weight", "replicate"), "the name on the left",
                  id="no name on the left"),
-    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.{i}.weight", "replicate"), "the same holes",
-                 id="a hole on the right only"),
-    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm", "replicate"), "the same holes",
-                 id="a hole on the left only"),
-    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm.{s}", "replicate"), "the same holes",
-                 id="another hole"),
-    pytest.param(NORM, norm_row("same", "model.{k}.norm", "norm.{k}", "replicate"), "{k}", id="an unknown hole"),
-    pytest.param(NORM, norm_row("same", "model.{i}.{i}", "norm.{i}.{i}", "replicate"), "each hole once",
-                 id="a hole twice"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.{i}.weight", "replicate"), "the same placeholders",
+                 id="a placeholder on the right only"),
+    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm", "replicate"), "the same placeholders",
+                 id="a placeholder on the left only"),
+    pytest.param(NORM, norm_row("same", "model.{i}.norm", "norm.{s}", "replicate"), "the same placeholders",
+                 id="another placeholder"),
+    pytest.param(NORM, norm_row("same", "model.{k}.norm", "norm.{k}", "replicate"), "{k}", id="an unknown placeholder"),
+    pytest.param(NORM, norm_row("same", "model.{i}.{i}", "norm.{i}.{i}", "replicate"), "each placeholder once",
+                 id="a placeholder twice"),
     pytest.param(NORM, norm_row("same", "model.{i}.norm", "{i}.norm", "replicate"), "begins with text",
-                 id="a name that begins with a hole"),
+                 id="a name that begins with a placeholder"),
     pytest.param(NORM, norm_row("same", "0.weight", "norm.weight", "replicate"), "begins with text",
                  id="a name that begins with a number"),
     pytest.param(NORM, norm_row("drop", "{*}", "", "all else"), "begins with text", id="a drop of everything"),
     pytest.param(NORM, norm_row("same", "model.x{i}.norm", "norm.x{i}", "replicate"), "between two dots",
-                 id="a hole that is part of a word"),
+                 id="a placeholder that is part of a word"),
     pytest.param(NORM, norm_row("same", "model..norm", "norm", "replicate"), "between two dots",
                  id="an empty component"),
     pytest.param(NORM, norm_row("same", "model.{*}", "norm.{*}", "replicate"), "{*}",
@@ -392,7 +403,7 @@ FAULTS = [
                  "a dtype", id="an unknown dtype"),
     pytest.param(NORM, norm_row("dequantize", "model.norm.weight", "norm.weight", "replicate"), "block scale",
                  id="dequantised without a scale"),
-    pytest.param(W3, W3.replace('"same"', '"dequantize"'), "the same holes",
+    pytest.param(W3, W3.replace('"same"', '"dequantize"'), "the same placeholders",
                  id="dequantised with a scale on the right"),
     pytest.param(NORM, norm_row("same", "model.embed_tokens.weight", "norm.weight", "replicate"), "in one row",
                  id="a left name twice"),
@@ -423,14 +434,14 @@ def test_a_faulty_recipe_is_refused_with_its_line(old: str, new: str, word: str)
 )
 def test_rows_of_is_a_name_under_any_row(name: str) -> None:
     text, _ = edited('rows_of = "model.layers.{s}.mlp.gate.weight"', f'rows_of = "{name}"')
-    assert parse_recipe(text, "mine.toml").holes["e"].rows_of == name
+    assert parse_recipe(text, "mine.toml").placeholders["e"].rows_of == name
 
 
 def test_what_some_have_is_not_dealt() -> None:
     """Their numbers have gaps."""
     row = norm_row("same", "model.{d}.norm", "norm.{d}", "by d")
-    text = V3.replace(HOLE_D, 'holes.d = { counts = "dense layers", some_of = "i" }').replace(NORM, row)
-    with pytest.raises(Refused, match="a hole with 'some_of'"):
+    text = V3.replace(D_LINE, 'placeholders.d = { counts = "dense layers", some_of = "i" }').replace(NORM, row)
+    with pytest.raises(Refused, match="a placeholder with 'some_of'"):
         parse_recipe(text, "mine.toml")
 
 
@@ -484,11 +495,11 @@ def test_a_row_may_span_lines_and_is_named_by_its_last() -> None:
     assert [problem.subject for problem in caught.value.problems] == [f"mine.toml:{line + 2}"]
 
 
-@pytest.mark.parametrize("word", ["holes", "scales", "sizes", "run"])
+@pytest.mark.parametrize("word", ["placeholders", "scales", "sizes", "run"])
 @pytest.mark.parametrize("value", ["3", '"text"', "[]", "true", "2020-01-01"])
 def test_what_should_be_a_table_is_refused_if_it_is_not(word: str, value: str) -> None:
     lines = [line for line in V3.splitlines() if not line.startswith(f"{word}.")]
-    text = "\n".join(lines).replace("[run]", "[run]" if word != "run" else "[holes.run]")
+    text = "\n".join(lines).replace("[run]", "[run]" if word != "run" else "[placeholders.run]")
     with pytest.raises(Refused) as caught:
         parse_recipe(f"{word} = {value}\n{text}", "mine.toml")
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
@@ -500,7 +511,7 @@ def test_a_recipe_has_two_kinds_of_scales_at_most_one_a_row() -> None:
     recipe = parse_recipe(V3.replace(SCALE, f"{SCALE}\n{other}"), "mine.toml")
     assert recipe.scales["q"] == BlockScale("scale", "scale", (1, 32), packed=True, fp8_block=(128, 128))
     row = norm_row("same", "model.{p}.{q}", "norm.{p}.{q}", "replicate")
-    with pytest.raises(Refused, match="one hole for a weight and its block scale"):
+    with pytest.raises(Refused, match="one placeholder for a weight and its block scale"):
         parse_recipe(V3.replace(SCALE, f"{SCALE}\n{other}").replace(NORM, row), "mine.toml")
 
 

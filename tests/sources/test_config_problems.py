@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from families import FAMILIES
+from jobs import make_plan
 
 from reshard.errors import Problem, Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import make_plan
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.formulas import lacking, parse, unknown_keys
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import write_tensors

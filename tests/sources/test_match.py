@@ -30,8 +30,8 @@ about = "for one test"
 left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
-holes.i = { counts = "layers" }
-holes.e = { counts = "experts" }
+placeholders.i = { counts = "layers" }
+placeholders.e = { counts = "experts" }
 rules = [
 %s
 ]
@@ -159,7 +159,7 @@ def test_the_names_of_a_whole_query_projection() -> None:
     assert found["model.layers.2.self_attn.q_proj.weight"] == "layers.2.attn.wq.weight"
 
 
-def test_holes_may_stand_in_another_order_on_the_right() -> None:
+def test_placeholders_may_stand_in_another_order_on_the_right() -> None:
     recipe = recipe_of('["same", "layers.{i}.experts.{e}.w", "experts.{e}.layers.{i}.w", "by e"]')
     names = [f"layers.{layer}.experts.{expert}.w" for layer in range(2) for expert in range(11)]
     found = new_names(match(named(*names), recipe))
@@ -364,7 +364,7 @@ def test_the_frequencies_of_the_rotary_embedding_are_dropped() -> None:
     assert not new_names(matched).keys() & {name for name, *_ in extra}
 
 
-# --- holes that some members of another fill ---
+# --- placeholders that some members of another fill ---
 
 PICKY = """
 name = "picky"
@@ -372,10 +372,10 @@ about = "for one test"
 left = "one"
 right = "other"
 files = "{rank}-of-{ranks}.safetensors"
-holes.i = { counts = "layers", size = "layers" }
-holes.c = { counts = "narrow layers", within = "i", picked_by = "ratios", picked = [0, 4] }
-holes.f = { counts = "wide layers", within = "i", picked_by = "ratios", picked = [128] }
-holes.h = { counts = "hashed layers", size = "hashed", some_of = "i" }
+placeholders.i = { counts = "layers", size = "layers" }
+placeholders.c = { counts = "narrow layers", within = "i", picked_by = "ratios", picked = [0, 4] }
+placeholders.f = { counts = "wide layers", within = "i", picked_by = "ratios", picked = [128] }
+placeholders.h = { counts = "hashed layers", size = "hashed", some_of = "i" }
 rules = [
 ["same", "layers.{i}.norm", "n.{i}", "rows"],
 ["same", "layers.{c}.narrow", "c.{c}", "rows"],
@@ -697,7 +697,7 @@ def models() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 @pytest.mark.parametrize(("recipe", "config"), models())
 def test_a_recipe_is_chosen_by_the_names_without_a_config(recipe: str, config: Mapping[str, Any]) -> None:
-    assert choose_recipe(checkpoint_of(tensor_list(config)), RECIPES).name == recipe
+    assert choose_recipe(checkpoint_of(tensor_list(config)), RECIPES)[0].name == recipe
 
 
 @pytest.mark.parametrize(
@@ -713,7 +713,11 @@ def test_a_recipe_is_chosen_by_the_names_without_a_config(recipe: str, config: M
     ],
 )
 def test_a_recipe_is_chosen_by_the_config_whatever_the_names(config: Mapping[str, Any], recipe: str) -> None:
-    assert choose_recipe(checkpoint_of([("w", "U8", (1,))], config), RECIPES).name == recipe
+    with pytest.raises(Refused) as refused:
+        choose_recipe(checkpoint_of([("w", "U8", (1,))], config), RECIPES)
+    (problem,) = refused.value.problems
+    assert (problem.kind, problem.subject) == ("no-rule", "w")
+    assert problem.expected.startswith(f"a rule of {recipe};")
 
 
 @pytest.mark.parametrize(
@@ -729,7 +733,7 @@ def test_a_recipe_is_chosen_by_the_config_whatever_the_names(config: Mapping[str
 )
 def test_a_config_that_says_nothing_leaves_it_to_the_names(config: Mapping[str, Any]) -> None:
     own = {"q_lora_rank": SMALLER["q_lora_rank"], **config}
-    assert choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES).name == "deepseek-v3"
+    assert choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES)[0].name == "deepseek-v3"
 
 
 @pytest.mark.parametrize("config", [{"model_type": "another"}, {"architectures": ["Another"]}])

@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, write_small
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.inspection.contents import inspect_path
-from reshard.planning.plan import Job
 from reshard.synthetic import write_tensors
 
 RANKS = 4
@@ -24,7 +23,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rank files of a small DeepSeek-V3, its MTP layer included."""
     folder = tmp_path_factory.mktemp("gather")
     write_small(folder / "source", "deepseek-v3")
-    convert_checkpoint(Job(folder / "source", RANKS, keep_optional=True), folder / "ranks")
+    convert_checkpoint(Job(folder / "source", RANKS, keep_mtp=True), folder / "ranks")
     return folder / "ranks"
 
 
@@ -53,7 +52,7 @@ def refused_kinds(ranks: Path, target: Path) -> set[str]:
 @pytest.mark.parametrize(("name", "ranks"), [("deepseek-v3", 4), ("deepseek-v3.2", 8), ("glm-5.1", 2)])
 def test_rank_files_become_the_checkpoint_again(name: str, ranks: int, tmp_path: Path) -> None:
     write_small(tmp_path / "source", name)
-    convert_checkpoint(Job(tmp_path / "source", ranks, keep_optional=True), tmp_path / "ranks")
+    convert_checkpoint(Job(tmp_path / "source", ranks, keep_mtp=True), tmp_path / "ranks")
     require_the_source_again(tmp_path / "source", tmp_path / "ranks", tmp_path / "target")
 
 
@@ -61,7 +60,7 @@ def test_a_scale_that_ranks_share_comes_back_once(tmp_path: Path) -> None:
     """A shared expert of two blocks for 8 ranks."""
     config = {**FAMILIES["deepseek-v3"].small, "moe_intermediate_size": 256}
     write_tensors(tmp_path / "source", FAMILIES["deepseek-v3"].tensors(config), config, 3)
-    convert_checkpoint(Job(tmp_path / "source", 8, keep_optional=True), tmp_path / "ranks")
+    convert_checkpoint(Job(tmp_path / "source", 8, keep_mtp=True), tmp_path / "ranks")
     require_the_source_again(tmp_path / "source", tmp_path / "ranks", tmp_path / "target")
 
 
@@ -117,7 +116,7 @@ left = "one"
 right = "other"
 files = "m-{rank}-of-{ranks}.safetensors"
 carry = ["config.json"]
-holes.i = { counts = "layers" }
+placeholders.i = { counts = "layers" }
 rules = [["same", "l.{i}.w", "l.{i}.w", "%s"]]
 """
 
@@ -199,6 +198,6 @@ def test_rank_files_under_each_others_names_are_refused_by_their_headers(tmp_pat
 def test_a_damaged_manifest_beside_whole_files_says_nothing(copied: Path, tmp_path: Path) -> None:
     convert_checkpoint(Job(copied, 1, to="hf"), tmp_path / "whole")
     (tmp_path / "whole" / "reshard.json").write_text('{"recipe": {"name": "own"}, "layout": {}}')
-    convert_checkpoint(Job(tmp_path / "whole", RANKS, "deepseek-v3", keep_optional=True), tmp_path / "again")
+    convert_checkpoint(Job(tmp_path / "whole", RANKS, "deepseek-v3", keep_mtp=True), tmp_path / "again")
     for path in copied.glob("*.safetensors"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()

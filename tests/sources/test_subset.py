@@ -14,16 +14,15 @@ import torch
 from checkpoints import write_deepseek_v3
 from conversions import ORACLES, require_equal
 from families import FAMILIES
+from jobs import Job, convert_checkpoint, plan_conversion
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Problem, Refused
 from reshard.execution.execute import Settings, job_of
 from reshard.formats.manifest import own_checksum
-from reshard.planning.plan import Job, plan_conversion
 from reshard.recipes.recipe import FOLDER, load_recipe
 from reshard.sources.pruned_config import pruned_config
 from reshard.storage.local import CACHED, PAGE, aligned_buffer
@@ -296,7 +295,7 @@ def test_rank_files_of_a_subset_are_cut_again_and_keep_saying_so(case: Case, sou
     assert manifest(tmp_path / "back")["subset"] == manifest(tmp_path / "two")["subset"]
 
 
-@pytest.mark.parametrize("options", [{"cast": "bf16"}, {"keep_optional": True}, {"pad": True}], ids=str)
+@pytest.mark.parametrize("options", [{"cast": "bf16"}, {"keep_mtp": True}, {"pad": True}], ids=str)
 def test_a_subset_is_cast_padded_and_keeps_mtp_layers_as_the_pruned_checkpoint_does(
     options: Mapping[str, Any], source: Write, tmp_path: Path
 ) -> None:

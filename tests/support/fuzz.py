@@ -24,7 +24,8 @@ from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 from reshard.errors import Refused
 from reshard.execution.journal import COUNT, RECORD, left_names, read_batches
-from reshard.formats.huggingface import CONFIG, INDEX, read_checkpoint
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.json_input import MAX_INTEGER
 from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, header_length, parse_header
 from reshard.formats.target_names import JOURNAL, MANIFEST

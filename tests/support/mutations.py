@@ -64,7 +64,7 @@ MUTATIONS = (
         "test_match.py::test_a_tensor_that_is_missing_is_named",
     ),
     Mutation(
-        "sources/block_scales",
+        "casts/shapes",
         "the smaller block at the end of a row has no scale",
         "return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))",
         "return tuple(length // side for length, side in zip(shape, block, strict=False))",
@@ -143,7 +143,7 @@ MUTATIONS = (
     Mutation(
         "planning/shards",
         "two halves are cut as if they were one tensor",
-        '        return whole(tensor, ranks)\n    return packed(tensor, parts) if split == "packed rows" else along(',
+        "        return whole(tensor, ranks)\n    return packed(tensor, parts) if split.is_packed else along(",
         "        return whole(tensor, ranks)\n    return along(",
         "test_gaps.py::test_each_half_is_cut_by_itself",
     ),
@@ -327,10 +327,10 @@ MUTATIONS = (
         "test_durability.py::test_the_names_of_the_files_are_durable_before_the_first_batch",
     ),
     Mutation(
-        "execution/execute",
+        "storage/unchanged",
         "a source that changes meanwhile is not seen",
-        "        ledger.flush()\n        require_as_planned(plan, sources)\n",
-        "        ledger.flush()\n",
+        "            raise\n        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)\n",
+        "            raise\n",
         "test_resume.py::test_a_source_that_changes_is_seen",
     ),
     Mutation(
@@ -494,14 +494,14 @@ MUTATIONS = (
     Mutation(
         "verification/verify",
         "differences are found and not reported",
-        "    problems.extend(difference_problems(held, comparison))\n",
+        "    problems.extend(difference_problems(trace, comparison))\n",
         "",
         "test_verify.py::test_the_first_and_the_last_bit_of_every_tensor_are_seen[0-False]",
     ),
     Mutation(
         "verification/verify",
         "what all ranks lack is not missed",
-        "    yield from absent_problems(held, looked_at, wanted)\n",
+        "    yield from absent_problems(trace, looked_at, wanted)\n",
         "",
         "test_verify.py::test_a_tensor_that_all_ranks_lack_is_named",
     ),
@@ -557,8 +557,8 @@ MUTATIONS = (
     Mutation(
         "verification/chunks",
         "the padding below a tensor is not compared",
-        "for box in (beside, below)",
-        "for box in (beside,)",
+        "for box in (right, below)",
+        "for box in (right,)",
         "test_chunks.py::test_margins_hold_what_is_beyond_a_tensor_once",
     ),
     Mutation(
@@ -592,15 +592,15 @@ MUTATIONS = (
     Mutation(
         "verification/target_folder",
         "the index may name any file",
-        "if named.get(name) != held.get(name):",
+        "if named.get(name) != file_names.get(name):",
         "if False:",
         "test_verify_casts.py::test_an_index_that_names_another_file_is_seen",
     ),
     Mutation(
         "verification/checksums",
         "a range with another checksum is fine",
-        "[found.offset - start : found.offset - start + found.size]) != found.digest",
-        '[found.offset - start : found.offset - start + found.size]) == ""',
+        "[checked.offset - start : checked.stop - start]) != checked.digest",
+        '[checked.offset - start : checked.stop - start]) == ""',
         "test_checksums.py::test_a_flipped_bit_is_named_with_file_range_and_tensor",
     ),
     Mutation(

@@ -15,13 +15,12 @@ import pytest
 import skeletons
 from conversions import LEGAL, ORACLES
 from families import FAMILIES, write_full, write_small
+from jobs import Job, convert_checkpoint, plan_conversion
 from model_skeletons import MODELS, TAKEN_FOR_GRANTED
 from skeletons import BF16, E8M0, F8, FP4, Parameters
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.planning.plan import Job, plan_conversion
 from reshard.recipes.recipe import FOLDER, parse_recipe
 from reshard.target.side_files import run_config, run_obstacles
 
@@ -492,11 +491,11 @@ def require_loads(job: Job, name: str, target: Path) -> None:
     convert_checkpoint(job, target, Settings(jobs=1))
     line, skeleton = MODELS[name]
     args = {**TAKEN_FOR_GRANTED[line], **json.loads((target / "run_config.json").read_bytes())}
-    for rank in range(job.ranks):
-        parameters = skeleton(args, job.ranks, rank)
+    for rank in range(job.mp):
+        parameters = skeleton(args, job.mp, rank)
         if line != "v3" and args["dtype"] == "bf16":
             parameters = in_bf16(parameters)
-        path = target / f"model{rank}-mp{job.ranks}.safetensors"
+        path = target / f"model{rank}-mp{job.mp}.safetensors"
         assert skeletons.differences(parameters, path) == []
         skeletons.load(parameters, path, strict=True)
 

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from derive_recipe import Kept, derive_recipe, find_style, translate_style, write_recipe
+from derive_recipe import main as derive
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from small_models import HEAVY, MODELS, from_config, write_model
 
-from reshard.api import convert_checkpoint
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.inspection.recipe_fit import derive_recipe
-from reshard.planning.plan import Job
-from reshard.recipes.derive import Kept, recipe_text, split_by, verb_of
 from reshard.recipes.recipe import parse_recipe
 
 PACKAGED = [name for name in MODELS if name != "gpt-oss"]
@@ -102,7 +101,7 @@ def test_a_plan_for_experts_alone_cuts_experts_alone(tmp_path: Path) -> None:
     """As it is for gpt-oss, of which the packaged recipe cuts the heads too."""
     write_model(tmp_path / "source", "gpt-oss")
     recipe = parse_recipe(derive_recipe(tmp_path / "source"), "derived")
-    splits = {rule.left.removeprefix("model.layers.{i}."): rule.split for rule in recipe.rules}
+    splits = {rule.left.removeprefix("model.layers.{i}."): rule.split.text for rule in recipe.rules}
     assert splits["mlp.experts.gate_up_proj"] == splits["mlp.experts.down_proj_bias"] == "rows"
     assert splits["model.embed_tokens.weight"] == splits["lm_head.weight"] == "rows"
     assert splits["self_attn.q_proj.weight"] == splits["self_attn.sinks"] == "replicate"
@@ -140,21 +139,21 @@ def test_block_scales_go_with_their_weights(name: str, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
 
 
-def test_the_command_prints_a_recipe_that_check_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_prints_a_recipe_that_check_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "source", "mixtral")
-    assert main(["recipes", "derive", str(tmp_path / "source")]) == 0
+    assert derive([str(tmp_path / "source")]) == 0
     printed = capsys.readouterr().out
     assert printed == derive_recipe(tmp_path / "source")
-    assert main(["recipes", "derive", str(tmp_path / "source"), "-o", str(tmp_path / "mine.toml")]) == 0
+    assert derive([str(tmp_path / "source"), "-o", str(tmp_path / "mine.toml")]) == 0
     assert (tmp_path / "mine.toml").read_text() == printed
     assert capsys.readouterr().out == ""
     assert main(["recipes", "check", str(tmp_path / "mine.toml"), str(tmp_path / "source")]) == 0
     assert "each under one rule" in capsys.readouterr().out
     # A file that is there is not written over.
-    assert main(["recipes", "derive", str(tmp_path / "source"), "-o", str(tmp_path / "mine.toml")]) == 2
+    assert derive([str(tmp_path / "source"), "-o", str(tmp_path / "mine.toml")]) == 2
     assert "mine.toml" in capsys.readouterr().err
-    assert main(["recipes", "derive", str(tmp_path / "source"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "mixtral-derived"
+    assert (tmp_path / "mine.toml").read_text() == printed
+    assert parse_recipe(printed, "derived").name == "mixtral-derived"
 
 
 # --- what cannot be derived ---
@@ -233,24 +232,28 @@ def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_without_transformers_it_says_what_to_install_and_all_else_works(tmp_path: Path) -> None:
     write_model(tmp_path / "source", "llama")
-    start = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-    start += "from reshard.cli.process import entry; entry()"
+    blocked = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+    command = blocked + "from reshard.cli.process import entry; entry()"
+    tool = (
+        blocked
+        + f"import runpy; runpy.run_path({sys.modules[derive_recipe.__module__].__file__!r}, run_name='__main__')"
+    )
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(start: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", start, *arguments], capture_output=True, text=True, check=False)
 
-    derived = run("recipes", "derive", str(tmp_path / "source"))
+    derived = run(tool, str(tmp_path / "source"))
     assert derived.returncode == 2
     assert "no torch" in derived.stderr
     assert "pip install 'reshard[transformers]'" in derived.stderr
-    assert run("recipes", "check", "llama", str(tmp_path / "source")).returncode == 0
+    assert run(command, "recipes", "check", "llama", str(tmp_path / "source")).returncode == 0
 
 
 def test_more_kinds_of_layers_than_letters_are_refused() -> None:
     kept = [Kept(f"layers.#.own{number}.weight", [(str(number),)], "rows") for number in range(40)]
     with pytest.raises(Refused, match="41 kinds of layers"):
-        recipe_text(kept, "one of a kind", {})
-    assert "holes.z" not in recipe_text(kept[:20], "one of a kind", {})
+        write_recipe(kept, "one of a kind", {})
+    assert "placeholders.z" not in write_recipe(kept[:20], "one of a kind", {})
 
 
 # --- verbs ---
@@ -291,7 +294,7 @@ def test_more_kinds_of_layers_than_letters_are_refused() -> None:
     ],
 )
 def test_what_a_verb_makes_of_a_tensor(verb: str, shape: tuple[int, ...], whole: tuple[int, ...], wanted: str) -> None:
-    assert split_by(verb, shape, whole) == wanted
+    assert translate_style(verb, shape, whole) == wanted
 
 
 @pytest.mark.parametrize(
@@ -312,4 +315,4 @@ def test_a_plan_names_a_parameter_or_its_module(parameter: str, wanted: str) -> 
         "model.layers.*.mlp.experts.up_proj": "grouped_gemm",
         "lm_head": "colwise_rep",
     }
-    assert verb_of(parameter, plan) == wanted
+    assert find_style(parameter, plan) == wanted

@@ -9,12 +9,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from jobs import Job, convert_checkpoint
 from safetensors import safe_open
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Problem, Refused
 from reshard.formats.manifest import read_manifest
-from reshard.planning.plan import Job
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.checksums import audit_target
 
@@ -40,7 +39,7 @@ def target(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture(params=["through the cache", "past the cache"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.storage.local.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.page_cache.available_memory", lambda: 0)
 
 
 def rank_file(target: Path, rank: int) -> Path:

@@ -16,13 +16,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reshard.api import convert_checkpoint
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Job
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL, write_checkpoint
 from reshard.verification.verify import Report, verify_target
@@ -255,7 +254,7 @@ def invert(path: Path, start: int, end: int) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has memory enough, and on one that has none to spare."""
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.storage.local.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.page_cache.available_memory", lambda: 0)
 
 
 @pytest.mark.usefixtures("way")
@@ -377,7 +376,7 @@ def test_a_sample_compares_as_many_bytes_as_it_says(large: Path) -> None:
     start, end = min(place[0] for place in places), max(place[1] for place in places)
     recipe, source = load_recipe(str(large / "own.toml")), read_checkpoint(large / "source")
     invert(path, start, end)
-    reports = [verify_target(large / "target", source, recipe, only=[1], sample=Fraction(1, 10)) for _ in range(2)]
+    reports = [verify_target(large / "target", source, recipe, ranks=[1], sample=Fraction(1, 10)) for _ in range(2)]
     invert(path, start, end)
     assert reports[0] == reports[1]
     counts = [int(problem.found.split()[0].replace(",", "")) for problem in reports[0].problems]

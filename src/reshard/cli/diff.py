@@ -3,26 +3,28 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress, table
-from reshard.errors import printable, size_text
-from reshard.inspection.diff import DiffReport, ValueDifference, diff_checkpoints
-from reshard.inspection.tensor_pairs import Choice
+from reshard import api
+from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.inspection.diff import DiffReport, ValueDifference
+from reshard.text import printable, size_text, table
 
 LONGEST_NAME = 100
 """In characters, in a table."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
-    choice = Choice(
-        tuple(options.only),
-        options.recipe,
-        options.dequantize,
-        options.ignore_extra_files,
-        options.replicas == "first",
-    )
-    report = diff_checkpoints(options.a, options.b, choice, partial(progress, "diff"))
+    with show_progress("diff") as progress:
+        report = api.diff(
+            options.a,
+            options.b,
+            only=options.only,
+            recipe=options.recipe,
+            dequantize=options.dequantize,
+            replicas=options.replicas,
+            ignore_extra_files=options.ignore_extra_files,
+            progress=progress,
+        )
     if options.json:
         print_json({"status": "same" if report.is_same else "differs", **asdict(report)})
     else:
@@ -38,14 +40,8 @@ def diff_lines(report: DiffReport, most: int) -> Iterator[str]:
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
     yield ""
-    rows = {
-        "the same": report.same,
-        "other values": len(report.values),
-        "other dtype or shape": len(report.kinds),
-        "only in A": len(report.only_a),
-        "only in B": len(report.only_b),
-    }
-    yield from table(("", "tensors"), [(what, f"{count:,}") for what, count in rows.items()]).split("\n")
+    rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
+    yield from table(("", "tensors"), rows).split("\n")
     heading = ("other values", "dtype", "elements", "differ", "max abs", "max rel", "NaN in A", "in B", "infinite")
     yield from listing(heading, [value_row(difference) for difference in report.values[:most]], len(report.values))
     kinds = [(short(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]

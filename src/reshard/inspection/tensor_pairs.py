@@ -1,7 +1,7 @@
-"""Pairs: two paths -> the tensors that are to be compared with each other. Reads headers; no tensor's data.
+"""Pairs the tensors of two checkpoints by name, so that `diff` can compare them. Reads headers only.
 
-Tensors are paired by name. Rank files are read as the checkpoint that they make up, under the names that it had; in any
-other folder, and in a single file, names stand for themselves.
+Rank files are read as the whole checkpoint that they make up, under its names. In any other folder, and in a single
+file, tensors keep the names in the files.
 """
 
 import re
@@ -12,27 +12,30 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.casts.shapes import scale_shape, unpack_shape
 from reshard.errors import Problem, require_none
-from reshard.formats.huggingface import read_checkpoint, read_file
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import read_file
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.source import ranks_at, read_source
-from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
+from reshard.sources.rank_names import holds_rank_files
+from reshard.sources.source import read_source
+from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is to be compared, and how it is read."""
+    """The tensors to compare, and how to read them."""
 
     only: Sequence[str] = ()
-    """Patterns of names, as a shell has them; none: all."""
+    """Shell patterns of names; empty for all tensors."""
     recipe: str | None = None
-    """For both sides; by default each tells itself."""
+    """The name or file of a recipe for both sides; by default each side is recognized by itself."""
     dequantize: bool = False
-    """Compare a block-scaled weight with one of another dtype by what both are in BF16."""
+    """Compare a block-scaled weight with a weight of another dtype by dequantizing both to BF16."""
     ignore_extra_files: bool = False
-    first_replica: bool = False
-    """Of what several ranks hold, look at that of the first alone."""
+    replicas: str = COMPARE
+    """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
 
 
 class Side(NamedTuple):
@@ -40,24 +43,24 @@ class Side(NamedTuple):
 
     checkpoint: Checkpoint
     recipe: str
-    """By which rank files were read; empty for what is no rank files."""
+    """The recipe that rank files were read with; empty if they are no rank files."""
     scalings: tuple[BlockScale, ...]
-    """How its weights may be scaled: each is told by the names and shapes of weight and scale."""
+    """The block scalings that its weights may have; names and shapes of weight and scale tell which."""
 
 
 class Pair(NamedTuple):
-    """Two tensors of one name and of as many bytes; a cast stands for its result."""
+    """Two tensors of one name and equal size in bytes. A cast stands for its result."""
 
     name: str
     a: Tensor | Cast
     b: Tensor | Cast
     dtype: str
-    """What the bytes are taken for."""
+    """The dtype of the elements that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindDifference:
-    """A tensor whose dtype or shape is another."""
+    """A tensor whose dtype or shape differs."""
 
     name: str
     a: str
@@ -67,25 +70,25 @@ class KindDifference:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What becomes of the names of both sides."""
+    """The names of both sides: paired, of different kinds, or on one side only."""
 
     pairs: tuple[Pair, ...]
     dequantized: int
-    """So many of the pairs are of weights that are dequantised first."""
+    """The number of pairs whose weights are dequantized first."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
 
 
 def read_side(path: Path, choice: Choice) -> Side:
-    """A checkpoint in whichever layout lies there. Raises Refused."""
+    """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = recipes_to_try(choice.recipe)
-    if path.is_dir() and ranks_at(path, recipes):
+    if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,
             choice.recipe,
             ignore_extra_files=choice.ignore_extra_files,
-            first_replica=choice.first_replica,
+            replicas=choice.replicas,
         )
         return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():
@@ -100,7 +103,7 @@ def scalings_of(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
 
 
 def pair_up(a: Side, b: Side, choice: Choice) -> Pairing:
-    """Pairs the tensors of two sides. Raises Refused for a pattern that no name fits."""
+    """Pairs the tensors of two sides. Raises Refused for a pattern that matches no name."""
     names = chosen([*a.checkpoint.tensors, *b.checkpoint.tensors], choice.only)
     made = dequantized_pairs(names, a, b) if choice.dequantize else []
     known = {pair.name for pair in made}
@@ -129,7 +132,7 @@ def lacking(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> tuple[st
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that fit a pattern, each once, in their order."""
+    """The names that match a pattern, each once, in their order."""
     every = list(dict.fromkeys(names))
     if not patterns:
         return every
@@ -148,13 +151,13 @@ def kind_text(tensor: Tensor) -> str:
 
 
 def dtype_of(tensor: Tensor, a: Side, b: Side) -> str:
-    """What the bytes of a tensor of both sides are taken for: F4 lies in checkpoints as I8, two values in a byte."""
+    """The dtype of the elements of a tensor of both sides: F4 for packed I8, which has two elements in a byte."""
     is_packed = tensor.dtype == "I8" and (dequantizing(tensor.name, a) or dequantizing(tensor.name, b))
     return "F4" if is_packed else tensor.dtype
 
 
 def dequantized_pairs(names: Iterable[str], a: Side, b: Side) -> list[Pair]:
-    """The weights of other kinds on both sides that can both be had in BF16, in one shape."""
+    """Pairs of weights of different kinds that both can be read as BF16, with the same shape."""
     found = []
     for name in names:
         one, other = a.checkpoint.tensors.get(name), b.checkpoint.tensors.get(name)
@@ -167,7 +170,7 @@ def dequantized_pairs(names: Iterable[str], a: Side, b: Side) -> list[Pair]:
 
 
 def as_bf16(tensor: Tensor, side: Side) -> Tensor | Cast | None:
-    """A tensor in BF16: as it is, or by its block scale."""
+    """A tensor in BF16: as it is, or dequantized with its block scale; None if neither."""
     return tensor if tensor.dtype == "BF16" else dequantizing(tensor.name, side)
 
 
@@ -176,12 +179,12 @@ def result_of(operand: Tensor | Cast) -> Tensor:
 
 
 def scales_in(operands: Iterable[Tensor | Cast]) -> set[str]:
-    """The names of the scales that casts use up."""
+    """The names of the block scales that the casts need."""
     return {operand.scale.name for operand in operands if isinstance(operand, Cast) and operand.scale}
 
 
 def dequantizing(name: str, side: Side) -> Cast | None:
-    """The cast of a block-scaled weight to BF16; None if it is none, or if its scale does not fit it."""
+    """The cast of a block-scaled weight to BF16; None if it has no block scale that fits."""
     tensors = side.checkpoint.tensors
     weight = tensors.get(name)
     if weight is None or not name.endswith(WEIGHT) or len(weight.shape) != 2:
@@ -190,24 +193,18 @@ def dequantizing(name: str, side: Side) -> Cast | None:
         scale = tensors.get(name.removesuffix(WEIGHT) + scaling.left)
         block = block_of(weight, scale, scaling) if scale else None
         if block:
-            shape = logical_shape(weight)
+            shape = unpack_shape(weight)
             result = Tensor(name, "BF16", shape, weight.file, weight.offset, prod(shape) * 2)
             return Cast("dequantize", weight, scale, block, result)
     return None
 
 
 def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, int] | None:
-    """The block of a scale, in elements; None if weight and scale are not as such a scaling has them."""
+    """The block of a scale in elements; None if dtypes or shapes of weight and scale do not fit the scaling."""
     if weight.dtype == "I8" and scaling.packed and scale.dtype == "F8_E8M0":
         block = scaling.block
     elif weight.dtype == "F8_E4M3" and scale.dtype in ("F32", "BF16", "F8_E8M0"):
         block = scaling.fp8_block if scaling.packed else scaling.block
     else:
         return None
-    wanted = tuple(-(-size // side) for size, side in zip(logical_shape(weight), block, strict=True))
-    return block if scale.shape == wanted else None
-
-
-def logical_shape(weight: Tensor) -> tuple[int, ...]:
-    """In elements: I8 has two in a byte."""
-    return (*weight.shape[:-1], weight.shape[-1] * 2) if weight.dtype == "I8" else weight.shape
+    return block if scale.shape == scale_shape(unpack_shape(weight), block) else None

@@ -1,7 +1,7 @@
-"""Stage 5 without the source: every file of a target, re-read and compared with the checksums of its manifest.
+"""Verifies a target without its source: re-reads every file and compares it with the checksums of the manifest.
 
-Each file is held against its own checksums, which were taken of the bytes that were written. That two ranks hold the
-same replica follows only where both were written from the same source; `verify --source` compares them.
+The checksums were taken of the bytes that were written, file by file. That the replicas in two ranks are equal follows
+only if both were written from the same source; `verify --source` compares them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, Refused, listed, refuse
+from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import SUFFIX, read_header
 from reshard.formats.manifest import read_manifest
+from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.local import (
     PAGE,
@@ -25,51 +26,45 @@ from reshard.storage.local import (
     aligned_buffer,
     open_source,
     read_window,
-    reading_threads,
-    ways_to_read,
 )
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import in_threads
+from reshard.text import listed
 from reshard.types import WHOLE, Advance
 from reshard.verification.chunks import spread
 from reshard.verification.target_folder import AGAIN, MISSING, require_folder
 from reshard.verification.verify import Report
 
 READ_SIZE = 2 << 20
-"""In bytes: ranges that lie back to back are read together up to this size; a larger one is read by itself."""
-
-
-class Range(NamedTuple):
-    """A stretch of a file, and its checksum."""
-
-    offset: int
-    size: int
-    digest: str
+"""In bytes: adjacent ranges are read together up to this size; a larger range is read by itself."""
 
 
 class Entry(NamedTuple):
-    """What the manifest says of a rank file."""
+    """A file of the target, as the manifest describes it."""
 
     name: str
     size: int
+    """In bytes."""
     tensors: int
-    ranges: tuple[Range, ...]
+    """How many."""
+    ranges: tuple[CheckedRange, ...]
 
 
 class Batch(NamedTuple):
-    """Ranges of a file, back to back, that are read at once."""
+    """Adjacent ranges of a file that are read at once."""
 
     entry: Entry
-    ranges: tuple[Range, ...]
+    ranges: tuple[CheckedRange, ...]
 
 
 def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fraction | None = None) -> Report:
-    """Compares every byte of every file that the manifest of the folder `target` names with its checksum.
+    """Compares every byte of every file that the manifest in the folder `target` names with its checksum.
 
-    With a `sample`, about that share of the ranges of each file is compared, and always the first, which is the header,
-    and the last. Sizes and side files are looked at in full all the same.
+    With a `sample`, a fraction such as 1/100, only about that share of the ranges of each file is compared, and always
+    the first range, which is the header, and the last. Sizes and side files are still checked in full.
 
-    Every difference is a problem of the report, with its file, range and tensors. Raises Refused if there is no
-    manifest that could be understood, or a file cannot be read.
+    Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
+    readable manifest, or a file cannot be read.
     """
     require_folder(target)
     manifest = read_manifest(target)
@@ -78,20 +73,20 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
         raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
     entries = entries_of(manifest, target)
     problems = list(folder_problems(target, entries))
-    whole = [entry for entry in entries if size_of(target / entry.name) == entry.size]
-    batches = [batch for entry in whole for batch in batches_of(entry, sample)]
-    tensors, size = sum(entry.tensors for entry in whole), sum(entry.size for entry in whole)
-    compared = sum(found.size for batch in batches for found in batch.ranges)
-    advance(size - compared)  # what a sample leaves out is done as well
-    wrong = wrong_ranges(target, whole, batches, advance, is_sampled=sample is not None)
-    for entry in whole:
+    full = [entry for entry in entries if size_of(target / entry.name) == entry.size]
+    batches = [batch for entry in full for batch in batches_of(entry, sample)]
+    tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
+    compared = sum(checked.size for batch in batches for checked in batch.ranges)
+    advance(size - compared)  # bytes that a sample leaves out count as done
+    wrong = wrong_ranges(target, full, batches, advance, is_sampled=sample is not None)
+    for entry in full:
         problems.extend(content_problems(target, entry, entries, wrong[entry.name]))
     problems.extend(side_problems(target, manifest))
     layout = manifest.get("layout")
     is_whole = isinstance(layout, dict) and layout.get("to") == WHOLE
     return Report(
         int(manifest["ranks"]),
-        len(whole),
+        len(full),
         tensors,
         size,
         compared,
@@ -103,25 +98,20 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
 
 
 def entries_of(manifest: Mapping[str, Any], target: Path) -> list[Entry]:
-    """The rank files that a manifest names. Raises Refused if it is not as reshard writes it."""
+    """The files that a manifest names. Raises Refused if the manifest is not as reshard writes it."""
     entries = [entry_of(entry) for entry in manifest["files"]]
-    ends = [entry.ranges[-1].offset + entry.ranges[-1].size for entry in entries]
-    if not entries or ends != [entry.size for entry in entries]:
+    if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
         raise refuse("wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", AGAIN)
     return entries
 
 
 def entry_of(entry: Mapping[str, Any]) -> Entry:
-    words = entry["ranges"].split()
-    ranges, offset = [], 0
-    for size, digest in zip(map(int, words[::2]), words[1::2], strict=True):
-        ranges.append(Range(offset, size, digest))
-        offset += size
-    return Entry(Path(entry["name"]).name, int(entry["size"]), int(entry["tensors"]), tuple(ranges))
+    ranges = parse_ranges(entry["ranges"])
+    return Entry(Path(entry["name"]).name, int(entry["size"]), int(entry["tensors"]), ranges)
 
 
 def folder_problems(target: Path, entries: Sequence[Entry]) -> Iterator[Problem]:
-    """Files that are missing, of another size, or of no one's."""
+    """Files that are missing, have another size, or are not in the manifest."""
     for entry in entries:
         size = size_of(target / entry.name)
         if size is None:
@@ -137,7 +127,7 @@ def folder_problems(target: Path, entries: Sequence[Entry]) -> Iterator[Problem]
 
 
 def size_of_swapped(path: Path, entries: Sequence[Entry]) -> int:
-    """In bytes: how large the file is whose header a file has now; -1 if it has none of the manifest's."""
+    """The size in bytes, by the manifest, of the file whose header lies at `path`; -1 if no file has this header."""
     other = file_with_header(path, entries)
     return next((entry.size for entry in entries if entry.name == other), -1)
 
@@ -147,36 +137,32 @@ def swapped(name: str, other: str) -> Problem:
 
 
 def size_of(path: Path) -> int | None:
-    """In bytes; None if there is no such file."""
+    """The size of a file in bytes; None if there is no such file."""
     return path.stat().st_size if path.is_file() else None
 
 
 def batches_of(entry: Entry, sample: Fraction | None) -> Iterator[Batch]:
-    """The ranges of a file, or those of a sample, in batches."""
+    """All ranges of a file, or those of a sample, in batches of at most READ_SIZE bytes."""
     numbers = range(len(entry.ranges))
     chosen = numbers if sample is None else sorted({0, numbers[-1], *spread(entry.name, len(numbers), sample)})
-    batch: list[Range] = []
-    for found in (entry.ranges[number] for number in chosen):
-        if batch and (found.offset + found.size - batch[0].offset > READ_SIZE or found.offset != end_of(batch)):
+    batch: list[CheckedRange] = []
+    for checked in (entry.ranges[number] for number in chosen):
+        if batch and (checked.stop - batch[0].offset > READ_SIZE or checked.offset != batch[-1].stop):
             yield Batch(entry, tuple(batch))
             batch = []
-        batch.append(found)
+        batch.append(checked)
     yield Batch(entry, tuple(batch))
-
-
-def end_of(ranges: Sequence[Range]) -> int:
-    return ranges[-1].offset + ranges[-1].size
 
 
 def wrong_ranges(
     target: Path, entries: Sequence[Entry], batches: Sequence[Batch], advance: Advance, *, is_sampled: bool
-) -> dict[str, list[Range]]:
-    """For each file, by its name: the ranges whose checksum is another, in their order. Reads with several threads."""
-    wrong: dict[str, list[Range]] = {entry.name: [] for entry in entries}
+) -> dict[str, list[CheckedRange]]:
+    """By file name: the ranges whose bytes have another checksum, by offset. Reads with several threads."""
+    wrong: dict[str, list[CheckedRange]] = {entry.name: [] for entry in entries}
     if not entries:
         return wrong
     ways = ways_to_read(target / entries[0].name, sum(entry.size for entry in entries))
-    largest = max(end_of(batch.ranges) - batch.ranges[0].offset for batch in batches)
+    largest = max(batch.ranges[-1].stop - batch.ranges[0].offset for batch in batches)
     lock = Lock()
     with ExitStack() as stack:
         files = {entry.name: open_source(stack, target / entry.name, ways) for entry in entries}
@@ -187,7 +173,7 @@ def wrong_ranges(
             found = wrong_of(batch, files[batch.entry.name], buffer, ways)
             with lock:
                 wrong[batch.entry.name].extend(found)
-            advance(end_of(batch.ranges) - batch.ranges[0].offset)
+            advance(batch.ranges[-1].stop - batch.ranges[0].offset)
 
         def make_worker() -> Callable[[Batch], None]:
             return partial(work, aligned_buffer(largest + 2 * PAGE))
@@ -196,35 +182,37 @@ def wrong_ranges(
     return {name: sorted(ranges) for name, ranges in wrong.items()}
 
 
-def wrong_of(batch: Batch, descriptor: int, buffer: memoryview, ways: Ways) -> list[Range]:
-    """The ranges of a batch whose checksum is another."""
+def wrong_of(batch: Batch, descriptor: int, buffer: memoryview, ways: Ways) -> list[CheckedRange]:
+    """The ranges of a batch whose bytes have another checksum."""
     start = batch.ranges[0].offset
-    data = read_window(descriptor, start, end_of(batch.ranges) - start, buffer, ways, batch.entry.name)
+    data = read_window(descriptor, start, batch.ranges[-1].stop - start, buffer, ways, batch.entry.name)
     return [
-        found
-        for found in batch.ranges
-        if xxh3_128_hexdigest(data[found.offset - start : found.offset - start + found.size]) != found.digest
+        checked
+        for checked in batch.ranges
+        if xxh3_128_hexdigest(data[checked.offset - start : checked.stop - start]) != checked.digest
     ]
 
 
-def content_problems(target: Path, entry: Entry, entries: Sequence[Entry], wrong: Sequence[Range]) -> Iterator[Problem]:
-    """The stretches of a file that are not what was written; or the file whose contents these seem to be."""
+def content_problems(
+    target: Path, entry: Entry, entries: Sequence[Entry], wrong: Sequence[CheckedRange]
+) -> Iterator[Problem]:
+    """The byte ranges of a file that differ from what was written; or the name of the file that lies here instead."""
     if wrong and wrong[0].offset == 0 and (other := file_with_header(target / entry.name, entries)):
         yield swapped(entry.name, other)
         return
-    stretches: list[list[int]] = []
+    merged: list[list[int]] = []
     for offset, size, _ in wrong:
-        if stretches and stretches[-1][1] == offset:
-            stretches[-1][1] += size
+        if merged and merged[-1][1] == offset:
+            merged[-1][1] += size
         else:
-            stretches.append([offset, offset + size])
-    for begin, end in stretches:
+            merged.append([offset, offset + size])
+    for begin, end in merged:
         subject = f"{entry.name}: bytes {begin:,} to {end:,}: {names_at(target / entry.name, begin, end)}"
         yield Problem("wrong-checksum", subject, "other bytes than were written", "those of the manifest", AGAIN)
 
 
 def file_with_header(path: Path, entries: Sequence[Entry]) -> str:
-    """The name under which the manifest has the header that a file has now, or the empty string."""
+    """The file whose header, by the manifest, lies at `path`; the empty string if no file has this header."""
     with path.open("rb") as file:
         for entry in entries:
             file.seek(0)
@@ -234,7 +222,7 @@ def file_with_header(path: Path, entries: Sequence[Entry]) -> str:
 
 
 def names_at(path: Path, begin: int, end: int) -> str:
-    """The tensors that lie between two offsets of a file; `header` where it begins."""
+    """The names of the tensors between two offsets of a file; with `header`, if the range touches it."""
     try:
         file, tensors = read_header(path, 0)
     except Refused:
@@ -244,7 +232,7 @@ def names_at(path: Path, begin: int, end: int) -> str:
 
 
 def side_problems(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """The small files beside the rank files."""
+    """Side files, such as `config.json`, that are missing or changed."""
     for entry in manifest.get("side_files", ()):
         path = target / Path(entry["name"]).name
         if not path.is_file():
