@@ -99,7 +99,7 @@ def reach(start: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_from_packages_before_its_own(module: str) -> None:
-    package = module.split(".")[0]
+    package = module.split(".", maxsplit=1)[0]
     assert package in PLACE, "a new package needs a place in the order"
     for imported in IMPORTS[module] - {"__init__"}:  # which holds the version, and imports nothing of ours
         other = imported.split(".")[0]
@@ -200,9 +200,15 @@ def test_no_two_public_functions_or_types_share_a_name() -> None:
 def test_functions_are_short(module: str) -> None:
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            about = node.body[0] if ast.get_docstring(node) else None
-            described = (about.end_lineno or 0) - about.lineno + 1 if about else 0
-            assert (node.end_lineno or 0) - node.lineno + 1 - described <= MOST_LINES, node.name
+            assert length(node, module) <= MOST_LINES, node.name
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> int:
+    """Lines without the docstring; for public functions, whose arguments stand one a line, without these too."""
+    first = node.body[0]
+    described = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) else 0
+    is_public = (f"reshard.{module}", node.name) in vars(reshard)["PLACES"].values()
+    return (node.end_lineno or 0) + 1 - (first.lineno if is_public else node.lineno) - described
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=module_name)
