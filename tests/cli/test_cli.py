@@ -93,7 +93,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 def run(*arguments: object, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own, with options for the interpreter."""
     command = [sys.executable, *options, "-m", "reshard", *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
 def rank_files(folder: Path) -> dict[str, bytes]:
@@ -774,7 +774,7 @@ def test_the_demo_makes_plans_converts_and_verifies(demo: tuple[Path, str], say:
 def test_the_demo_leaves_nothing_behind_without_a_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reshard", "demo", "--json"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=120)
     said = json.loads(done.stdout)
     assert (said["status"], said["files"], said["problems"]) == ("proven", 4, [])
     assert list(tmp_path.iterdir()) == []
@@ -932,7 +932,7 @@ def test_a_terminal_shows_a_bar(command: str, source: Path, ranks: Path, tmp_pat
         )  # fmt: skip
         os.close(theirs)
         shown = read_terminal(ours)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert command in shown
     assert "\x1b[" in shown
@@ -966,7 +966,7 @@ def test_a_reader_that_goes_away_is_no_error(words: list[str], source: Path) -> 
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "reshard", *words, str(source)]
-    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

@@ -29,7 +29,7 @@ from reshard.synthetic import SMALL, write_checkpoint
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 MODULE = [sys.executable, "-m", "reshard"]
-MANY = 60
+MANY = 120
 """In seconds: whoever takes so long hangs."""
 NOWHERE = ["plan", "/nonexistent", "--mp", "2", "--json"]
 """A refusal."""

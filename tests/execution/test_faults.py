@@ -31,7 +31,7 @@ PROGRAM = (
     "import reshard.execution.writer; reshard.execution.writer.FLUSH_SECONDS = 0.002\n"
     "from reshard.cli.process import entry; entry()"
 )
-MANY = 30
+MANY = 120
 """In seconds: whoever takes so long hangs."""
 
 

@@ -47,7 +47,7 @@ from reshard.types import Checkpoint, Tensor
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "reshard.json"
 ONE = b'"dtype":"U8","shape":[1],"data_offsets":[0,1]'
 DOTS = b"." * 10_000
-LIMIT = 20
+LIMIT = 60
 """In seconds. All of this takes milliseconds; what is wrong would take hours."""
 
 
