@@ -376,7 +376,7 @@ def test_a_sample_compares_as_many_bytes_as_it_says(large: Path) -> None:
     start, end = min(place[0] for place in places), max(place[1] for place in places)
     recipe, source = load_recipe(str(large / "own.toml")), read_checkpoint(large / "source")
     invert(path, start, end)
-    reports = [verify_target(large / "target", source, recipe, only=[1], sample=Fraction(1, 10)) for _ in range(2)]
+    reports = [verify_target(large / "target", source, recipe, ranks=[1], sample=Fraction(1, 10)) for _ in range(2)]
     invert(path, start, end)
     assert reports[0] == reports[1]
     counts = [int(problem.found.split()[0].replace(",", "")) for problem in reports[0].problems]

@@ -242,7 +242,7 @@ def test_some_ranks_alone_tell_what_was_kept(good: Callable[[str], Made]) -> Non
     made = good("v3 mtp")
     source = read_checkpoint(made.source)
     for rank in (0, 1):
-        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], only=[rank])
+        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], ranks=[rank])
         assert (report.problems, report.files) == ((), 1)
 
 
