@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from operator import index
 from pathlib import Path
@@ -76,18 +77,10 @@ def load(
     """
     if jobs is not None and whole_number("jobs", jobs) < 1:
         raise refuse("wrong-option", "jobs", repr(jobs), "jobs=1 or more, or None for as many as are of use")
-    job = Job(
-        Path(source),
-        whole_number("mp", mp),
-        recipe,
-        (whole_number("rank", rank),),
-        ignore_extra_files,
-        cast=cast,
-        expert_dtype=expert_dtype,
-        keep_optional=keep_optional,
-        pad=pad,
-        first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
-    )
+    path, ranks, only = Path(source), whole_number("mp", mp), (whole_number("rank", rank),)
+    job = Job(path, ranks, recipe, only, ignore_extra_files, cast=cast, expert_dtype=expert_dtype)
+    first_replica = not compare_replicas and holds_rank_files(path, recipe)
+    job = replace(job, keep_optional=keep_optional, pad=pad, first_replica=first_replica)
     return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
 
 
