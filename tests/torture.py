@@ -21,9 +21,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
-from reshard.cli.terminal import table
 from reshard.execution.journal import JOURNAL
 from reshard.synthetic import SMALL, write_checkpoint
+from reshard.text import table
 
 RANKS = 4
 FILES = 4
