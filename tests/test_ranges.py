@@ -36,5 +36,5 @@ def test_ranges_lie_back_to_back_from_the_start_of_the_file() -> None:
     ],
 )
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no size of|zip"):
+    with pytest.raises(ValueError, match=r"no size of|zip"):
         parse_ranges(text)
