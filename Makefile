@@ -13,10 +13,10 @@ test: .venv/test  ## all tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
 
 torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
-	$(BIN)/python tests/torture.py $(TORTURE_OPTIONS)
+	$(BIN)/python tests/support/torture.py $(TORTURE_OPTIONS)
 
 mutations: .venv/test  ## break the code in many places, one at a time; a test has to see each
-	$(BIN)/python tests/mutations.py $(MUTATIONS_OPTIONS)
+	$(BIN)/python tests/support/mutations.py $(MUTATIONS_OPTIONS)
 
 lint: .venv/test  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ lint: .venv/test  ## ruff and mypy, as CI runs them
 
 fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS each, until something but a refusal comes
 	for target in $(FUZZ_TARGETS); do \
-		$(BIN)/python tests/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
+		$(BIN)/python tests/support/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
 
 .venv/reshard: pyproject.toml

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from reshard.api import convert_checkpoint
-from reshard.planning.plan import Job
+from jobs import Job, convert_checkpoint
+
 from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 CONFIG = {
@@ -38,7 +38,7 @@ CONFIG = {
 }
 """A quarter as wide, with as many experts: a rank has about as much of the whole as in the real model."""
 RANKS, RANK = 16, 3
-TESTS = Path(__file__).parent.parent / "tests"
+ROOT = Path(__file__).parents[1]
 MEASURED = f"""
 import hashlib, json, sys, time
 from pathlib import Path
@@ -86,7 +86,7 @@ def main() -> None:
     if not source.exists():
         write_checkpoint(source, CONFIG, 4)
     shutil.rmtree(target, ignore_errors=True)
-    convert_checkpoint(Job(source, RANKS, only=[RANK]), target)
+    convert_checkpoint(Job(source, RANKS, ranks=[RANK]), target)
     converted = target / f"model{RANK}-mp{RANKS}.safetensors"
     files = [*source.glob("*.safetensors"), converted]
     os.sync()
@@ -109,7 +109,7 @@ def main() -> None:
 
 def run(source: Path, converted: Path, way: str, check: str = "") -> dict[str, float]:
     """One way in a process of its own: seconds and bytes."""
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "support")])
     command = [sys.executable, "-c", MEASURED, str(source), str(converted), way, check]
     done = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths})
     return dict(json.loads(done.stdout))

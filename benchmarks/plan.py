@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def make_source(folder: Path, model: str) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     from families import write_full  # noqa: PLC0415 - what is measured imports by itself
 
     write_full(folder, model)
@@ -57,8 +57,9 @@ def run_once(source: Path) -> dict[str, float]:
 
 
 def measure(source: Path) -> dict[str, float]:
-    from reshard.formats.huggingface import read_checkpoint  # noqa: PLC0415
-    from reshard.planning.plan import make_plan  # noqa: PLC0415
+    from jobs import make_plan  # noqa: PLC0415
+
+    from reshard.formats.folder import read_checkpoint  # noqa: PLC0415
     from reshard.recipes.recipe import packaged_recipes  # noqa: PLC0415
     from reshard.sources.match import choose_recipe  # noqa: PLC0415
     from reshard.types import Layout  # noqa: PLC0415
@@ -67,7 +68,7 @@ def measure(source: Path) -> dict[str, float]:
     started = time.perf_counter()
     checkpoint = read_checkpoint(source)
     was_read = time.perf_counter()
-    plan = make_plan(checkpoint, choose_recipe(checkpoint, packaged_recipes()), Layout(RANKS))
+    plan = make_plan(checkpoint, choose_recipe(checkpoint, packaged_recipes())[0], Layout(RANKS))
     planned = time.perf_counter()
     return {
         "tensors": len(plan.source.tensors),

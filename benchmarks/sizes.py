@@ -16,18 +16,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the lists of the published tensors
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the lists of the published tensors
 
 from families import FAMILIES, write_full
+from jobs import make_plan
 
-from reshard.cli.terminal import table
 from reshard.errors import Refused
-from reshard.formats.huggingface import read_checkpoint
-from reshard.planning.plan import Plan, make_plan
+from reshard.formats.folder import read_checkpoint
+from reshard.planning.plan import Plan
 from reshard.recipes.recipe import packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
-from reshard.text import printable, size_text
+from reshard.text import printable, size_text, table
 from reshard.types import Checkpoint, Layout
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -63,7 +63,7 @@ def main() -> None:
 def lines(options: argparse.Namespace) -> Iterator[str]:
     """A table of the numbers of ranks that work, then those that are refused."""
     checkpoint = full_checkpoint(options.name)
-    recipe = choose_recipe(checkpoint, packaged_recipes())
+    recipe = choose_recipe(checkpoint, packaged_recipes())[0]
     yield f"{options.name}: {len(checkpoint.tensors):,} tensors, recipe {recipe.name}"
     rows, refusals = [], []
     for ranks in RANKS:

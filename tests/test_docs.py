@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT, find_test_file
 
 import reshard
 from reshard.synthetic import SMALL, write_checkpoint
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = Path(reshard.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES_THAT_RUN = [
@@ -164,7 +164,7 @@ def test_tree_lists_nothing_else() -> None:
 
 
 def test_format_page_lists_every_kind_of_problem() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py")))
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
     kinds = {kind for groups in KIND.findall(sources) for kind in groups if kind}
     listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(kinds)
@@ -174,7 +174,5 @@ def test_the_tests_that_the_page_on_reliability_names_are_there() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
     assert len(named) > 20
-    lacking = [
-        name for file, name in named if f"\ndef {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
-    ]
+    lacking = [name for file, name in named if f"\ndef {name}(" not in find_test_file(file).read_text(encoding="utf-8")]
     assert lacking == []

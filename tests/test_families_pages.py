@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jobs import make_plan
+from repository import ROOT
 
-from reshard.planning.plan import make_plan
 from reshard.recipes.recipe import load_recipe, packaged_recipes
 from reshard.types import Layout
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 MODELS = [page for page in PAGES if page.name != "README.md"]
 WITH_SIZES = [page for page in MODELS if page.name != "tensor-parallel.md"]

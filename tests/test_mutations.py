@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, ROOT, Mutation, module_path
-
-TESTS = Path(__file__).parent
+from mutations import MUTATIONS, Mutation, module_path
+from repository import ROOT, find_test_file
 
 
 @cache
@@ -24,7 +23,7 @@ def test_a_mutation_can_be_made_and_has_a_test(mutation: Mutation) -> None:
     assert text.count(mutation.before) == 1
     assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text.replace(mutation.before, mutation.after)))
     file, _, test = mutation.test.partition("::")
-    assert test.partition("[")[0] in functions(TESTS / file)
+    assert test.partition("[")[0] in functions(find_test_file(file))
 
 
 def test_no_mutation_is_listed_twice() -> None:

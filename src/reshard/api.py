@@ -1,101 +1,304 @@
-"""START HERE: what reshard does, one function each, with the stages in their order."""
+"""START HERE: what reshard does, one function each, with the stages in their order.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+`convert` is read, plan, look at the target, execute: each one call whose result goes on to the next. The command calls
+these functions, and so does `import reshard`, where refusals name keyword arguments in the place of options.
+`reshard.inspect`, `load` and `open` stand in packages of their own: `inspection` and `loading`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from os import PathLike
 from pathlib import Path
+from time import monotonic
 
-from reshard.errors import refuse
-from reshard.execution.execute import USUAL, Done, Others, Settings, execute_plan
-from reshard.execution.journal import Records
-from reshard.formats.manifest import Origin, asked_of, known_manifest, read_manifest, subset_of, subset_text
+from reshard.errors import Problem, refuse, require_none
+from reshard.execution.execute import Done, Settings, execute_plan
+from reshard.formats.manifest import known_manifest
 from reshard.formats.target_names import MANIFEST
-from reshard.planning.plan import Job, Plan
-from reshard.sources.subset import narrowed
-from reshard.target.folder import mend_target, prepare
-from reshard.target.manifest_writer import manifest_of
-from reshard.types import Advance, Checkpoint, File, Recipe
-from reshard.verification.verify import Report
+from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.tensor_pairs import Choice
+from reshard.planning.options import require_layout, source_problems
+from reshard.planning.plan import Plan
+from reshard.planning.planner import make_plan
+from reshard.sources.source import read_source
+from reshard.sources.verified_source import read_sides
+from reshard.storage.resources import count_progress
+from reshard.target.folder import describe_others, look_at_target, mend_target
+from reshard.text import counted, printable, size_text
+from reshard.types import COMPARE, RANKS, File, Progress, Subset
+from reshard.verification.checksums import audit_target
+from reshard.verification.target_folder import require_folder
+from reshard.verification.verify import Report, verify_target
+
+Location = str | PathLike[str]
+"""A path."""
+
+MEMORY = 256 << 20
+"""In bytes, of all buffers together."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What became of a job."""
+class Conversion:
+    """A finished conversion."""
 
+    target: Path
     plan: Plan
+    """Of the files that this run has written."""
     done: Done | None
-    """None if the target was finished already."""
+    """How the run went; None if the target was finished already."""
     mended: Sequence[str]
-    """The side files of a finished target that had been lost, and were written again."""
-    origin: Origin
-    """What is known of the checkpoint that rank files came from."""
+    """The side files that a finished target had lost, and that were written again."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, describe_conversion(self)))
+
+    __repr__ = __str__
 
 
-Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Given the bytes of a job, a context that gives the function to be told of the bytes done."""
+def convert(
+    source: Location,
+    target: Location,
+    mp: int | None = None,
+    *,
+    to: str = RANKS,
+    cast: str | None = None,
+    expert_dtype: str | None = None,
+    keep_mtp: bool = False,
+    pad: bool = False,
+    max_file_size: int | None = None,
+    replicas: str = COMPARE,
+    layers: Iterable[int] | None = None,
+    experts: Iterable[int] | None = None,
+    renumber: bool = False,
+    only: Iterable[str] = (),
+    recipe: str | None = None,
+    ranks: Iterable[int] | None = None,
+    ignore_extra_files: bool = False,
+    n_experts: int | None = None,
+    jobs: int | None = None,
+    max_memory: int = MEMORY,
+    cache: str = "auto",
+    allow_inexact: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes the files of every rank, the files beside them and a manifest into the folder `target`.
 
+        reshard.convert("DeepSeek-V3", "DeepSeek-V3-mp16", mp=16)
 
-@contextmanager
-def silent(_total: int) -> Iterator[Advance]:
-    """No progress."""
-    yield lambda _: None
+    A target that an interrupted run has begun is resumed; a finished one is left alone.
 
+    Args:
+        source: A folder with a Hugging Face checkpoint or with rank files, or one safetensors file.
+        target: The folder to write: empty, not there yet, or begun by the same conversion.
+        mp: The number of ranks.
+        to: `"ranks"`, or `"hf"` for whole files in the layout of Hugging Face.
+        cast: Of all block-scaled weights: `"bf16"`, `"fp8"` or `"fp8-ue8m0"`.
+        expert_dtype: `"fp8"` casts FP4 experts to FP8.
+        keep_mtp: Keep the MTP layers, which recipes leave out.
+        pad: Widen weights with zeros where blocks do not suit the ranks.
+        max_file_size: With `to="hf"`: the largest file, in bytes.
+        replicas: `"compare"`: tensors that several ranks of the source hold must be equal; `"first"`: take the first.
+        layers: Convert these layers only, by their numbers.
+        experts: Convert these experts of each layer only.
+        renumber: Number the layers and experts that are left from 0 on.
+        only: Patterns of names, as a shell has them: write these tensors only.
+        recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
+        ranks: Write the files of these ranks only.
+        ignore_extra_files: Leave out safetensors files that the index does not name.
+        n_experts: The number of experts that there should be: any other is refused.
+        jobs: Threads; by default as many as processors and disk can use.
+        max_memory: In bytes, of all buffers together.
+        cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
+        allow_inexact: Round values that the new dtype does not have.
+        restart: Throw away what an interrupted run has left in the target.
+        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
 
-def convert_checkpoint(job: Job, target: Path, settings: Settings = USUAL, progress: Progress = silent) -> Result:
-    """Writes the rank files of a checkpoint, its side files and a manifest into the folder `target`.
+    Raises:
+        Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
 
-    A target that an interrupted run has begun is gone on with; a finished one is left alone. Raises Refused, and then
-    nothing more is there under a final name.
     """
-    work = prepare(job, target)  #                                        headers only; the last chance to refuse
-    plan = work.plan
-    if not plan.files:
-        return Result(plan, None, mend_target(target, work.sides), work.known_origin)
+    started = monotonic()
+    settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
+    require_none(settings_problems(settings))
+    layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
+    subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
 
-    def contents(records: Records) -> dict[str, bytes]:
-        manifest = manifest_of(plan, work.samples, work.sides, records, work.known, work.origin)
-        return {**work.sides, MANIFEST: manifest}
-
-    def require_same() -> None:
-        if read_manifest(target) != work.manifest:
-            raise refuse("target-changed", str(target), "another run has ended there just now", "none", "run it again")
-
-    with progress(plan.size) as advance:
-        others = Others([*work.sides, MANIFEST], contents, require_same)
-        done = execute_plan(plan, target, others, advance, settings)  #   the only step that writes
-    return Result(plan, done, (), work.known_origin)
-
-
-def require_its_recipe(target: Path, recipe: Recipe) -> None:
-    """By another recipe than the target was made with, every tensor would be wrong. Raises Refused."""
-    made_with = known_manifest(target).get("recipe")
-    name = made_with.get("name") if isinstance(made_with, dict) else recipe.name
-    if name != recipe.name:
-        found, remedy = f"made by the recipe {name}", "pass the file or the name of that recipe with --recipe"
-        raise refuse("no-recipe", str(target), found, f"the recipe {recipe.name}, which the source wants", remedy)
+    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
+    require_none(source_problems(found, replicas, n_experts))
+    planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
+    state = look_at_target(planned, Path(target))  #         the last chance to refuse
+    if not state.plan.files:
+        return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
+    advance = count_progress(progress, state.plan.size)
+    done = execute_plan(
+        state.plan, state.folder, describe_others(state), advance, settings
+    )  # the only step that writes
+    return Conversion(state.folder, state.plan, done, (), monotonic() - started)
 
 
-def as_chosen(source: Checkpoint, recipe: Recipe, path: Path, target: Path) -> Checkpoint:
-    """What of a source the target holds, by its manifest: all of it if that says nothing else, or is none."""
-    before, now = subset_of(path), subset_of(target)
-    if not now:
-        return replace(source, subset=before)
-    return narrowed(replace(source, subset=before), recipe, asked_of(before, now, str(target)))
+def plan(
+    source: Location,
+    mp: int | None = None,
+    *,
+    target: Location | None = None,
+    to: str = RANKS,
+    cast: str | None = None,
+    expert_dtype: str | None = None,
+    keep_mtp: bool = False,
+    pad: bool = False,
+    max_file_size: int | None = None,
+    replicas: str = COMPARE,
+    layers: Iterable[int] | None = None,
+    experts: Iterable[int] | None = None,
+    renumber: bool = False,
+    only: Iterable[str] = (),
+    recipe: str | None = None,
+    ranks: Iterable[int] | None = None,
+    ignore_extra_files: bool = False,
+) -> Plan:
+    """The plan of a conversion, from the headers of the source alone. It prints as tables of files and tensors.
+
+        plan = reshard.plan("DeepSeek-V3", mp=16)
+        print(plan, plan.size)  # in bytes
+
+    The arguments are those of `convert`. With a `target`, the plan has the files that are still to be written there,
+    and everything that stands in the way of writing them is refused. Raises Refused.
+    """
+    layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
+    subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
+    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
+    require_none(source_problems(found, replicas, None))
+    planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
+    return planned if target is None else look_at_target(planned, Path(target)).plan
 
 
-def require_same_subset(source: Path, target: Path) -> None:
-    """What was chosen of rank files cannot be held against all of them. Raises Refused."""
-    if (now := subset_of(target)) != subset_of(source):
-        remedy = "verify it without --source, by the checksums of its manifest"
-        raise refuse(
-            "incomplete-source", str(target), subset_text(now) or "a whole model", "what the ranks hold", remedy
-        )
+def verify(
+    target: Location,
+    source: Location | None = None,
+    *,
+    recipe: str | None = None,
+    ranks: Iterable[int] | None = None,
+    ignore_extra_files: bool = False,
+    sample: float | Fraction | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Reads a target again and compares every byte: with the source, or without one with the manifest's checksums.
+
+        report = reshard.verify("DeepSeek-V3-mp16", "DeepSeek-V3")
+        assert report.is_proven, report
+
+    Args:
+        target: A folder of rank files, or of whole files that were made by `convert`.
+        source: The checkpoint or the rank files that the target was made from.
+        recipe: With a source: a packaged recipe's name or a TOML file; by default the checkpoint itself tells.
+        ranks: With a source: compare the files of these ranks only.
+        ignore_extra_files: With a source: as for `convert`.
+        sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
+        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+
+    Returns:
+        A report, whose `problems` name file, tensor and byte range of each difference.
+
+    Raises:
+        Refused: There is nothing that could be compared.
+
+    """
+    folder, part = Path(target), sample_part(sample)
+    require_folder(folder)
+    if source is None:
+        if ranks is not None or recipe:
+            raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
+        return audit_target(folder, count_progress(progress, tensor_bytes(folder)), part)
+    sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
+    advance = count_progress(progress, tensor_bytes(sides.folder))
+    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sorted_numbers(ranks), part)
+    return note_other_source(report, folder, sides.files)
 
 
-def with_note(report: Report, target: Path, files: Sequence[File]) -> Report:
-    """Where there are problems: whether the manifest of a target says that it was made from other files than these."""
+def diff(
+    a: Location,
+    b: Location,
+    *,
+    only: Iterable[str] = (),
+    recipe: str | None = None,
+    dequantize: bool = False,
+    replicas: str = COMPARE,
+    ignore_extra_files: bool = False,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compares two checkpoints tensor by tensor, each in any layout, and says how far apart their numbers are.
+
+        report = reshard.diff("base", "fine-tuned", only=["*.mlp.*"])
+        print(report.is_same, report)
+
+    Args:
+        a: A checkpoint, a folder of rank files, or one safetensors file.
+        b: Another one.
+        only: Patterns of names, as a shell has them; by default all tensors are compared.
+        recipe: Of both sides: a packaged recipe's name or a TOML file; by default each side tells itself.
+        dequantize: Compare block-scaled weights with weights of another dtype, both in BF16.
+        replicas: As for `convert`.
+        ignore_extra_files: As for `convert`.
+        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+
+    Raises:
+        Refused: One of the two cannot be read.
+
+    """
+    choice = Choice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
+    return diff_checkpoints(Path(a), Path(b), choice, progress)
+
+
+def describe_conversion(conversion: Conversion) -> Iterator[str]:
+    """The first lines of a conversion's summary, for a person."""
+    plan, done, target = conversion.plan, conversion.done, conversion.target
+    if conversion.mended:
+        yield f"{target}: converted already; written again: {', '.join(conversion.mended)}"
+    elif done is None:
+        yield f"{target}: converted already; nothing was written"
+    else:
+        size = f"{plan.size:,} bytes ({size_text(plan.size)})"
+        kind = "rank files" if plan.layout.to == RANKS else "files"
+        yield f"{target}: {counted(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
+        if done.resumed:
+            yield f"resumed: {done.resumed:,} bytes had been written before"
+
+
+def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Report:
+    """Notes, where there are problems, that by its manifest a target was made from other files than these."""
     known = known_manifest(target).get("source") if report.problems else None
     given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
     if known is None or known == given:
         return report
     return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of all safetensors files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def sorted_numbers(numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Each once."""
+    return None if numbers is None else tuple(sorted(set(numbers)))
+
+
+def sample_part(sample: float | Fraction | None) -> Fraction | None:
+    """The part of the bytes to compare, exactly as it was written. Raises Refused."""
+    if sample is None:
+        return None
+    part = Fraction(str(sample))
+    if not 0 < part <= 1:
+        raise refuse("wrong-option", "--sample", str(sample), "more than 0 and at most 1")
+    return part
+
+
+def settings_problems(settings: Settings) -> Iterator[Problem]:
+    """Settings that are none."""
+    if settings.jobs is not None and settings.jobs < 1:
+        yield Problem("wrong-option", "--jobs", str(settings.jobs), "1 or more")
+    if settings.cache not in ("auto", "yes", "no"):
+        yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")

@@ -1,8 +1,12 @@
 """Problem and Refused: every refusal of this package, and its wording for a person."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from inspect import signature
 from itertools import islice
+from typing import Any, ParamSpec, TypeVar
 
 from reshard.text import shown
 
@@ -33,9 +37,27 @@ class Refused(Exception):
         self.problems = tuple(islice(problems, MOST_PROBLEMS))
         super().__init__(describe(self.problems))
 
-    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]]]:
-        """By its problems: an exception is pickled by its message, which does not make a Refused again."""
-        return Refused, (self.problems,)
+    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]], dict[str, Any]]:
+        """Pickles the problems and the message: by itself, an exception keeps only the message."""
+        return Refused, (self.problems,), {"args": self.args}
+
+    def reworded(self, rename: Callable[[str], str]) -> "Refused":
+        """The same refusal with other names for options. Names of files and tensors stay as they are."""
+        refused = Refused(reword_problem(problem, rename) for problem in self.problems)
+        refused.args = (refused.args[0].replace("--json lists them all", "`problems` holds them all"),)
+        return refused
+
+
+def reword_problem(problem: Problem, rename: Callable[[str], str]) -> Problem:
+    """A problem with other names for options."""
+    is_option = problem.subject.startswith("--")
+    return replace(
+        problem,
+        subject=rename(problem.subject) if is_option else problem.subject,
+        found=rename(problem.found) if is_option else problem.found,
+        expected=rename(problem.expected),
+        remedy=rename(problem.remedy),
+    )
 
 
 def refuse(kind: str, subject: str, found: str, expected: str, remedy: str = "") -> Refused:
@@ -70,3 +92,42 @@ def describe_group(group: list[Problem]) -> Iterable[str]:
     if len(group) > SHOWN_PER_KIND:
         more = len(group) - SHOWN_PER_KIND
         yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
+
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
+"""An option in a message, with its value if that stands behind it."""
+
+FLAGS = ("allow_inexact", "ignore_extra_files", "pad", "renumber", "restart")
+"""The options without a value."""
+
+
+def refuse_in_python(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """The same function for callers in Python: its refusals say `rank=4` and `to="hf"`, not `--ranks` and `--to hf`."""
+    rename = partial(OPTION.sub, partial(name_argument, parameters=frozenset(signature(function).parameters)))
+
+    @wraps(function)
+    def refusing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        try:
+            return function(*args, **kwargs)
+        except Refused as refused:
+            raise refused.reworded(rename) from None
+
+    return refusing
+
+
+def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
+    """The keyword argument of an option: `--to hf` -> `to="hf"`, `--pad` -> `pad=True`, `--max-memory` -> `max_memory`.
+
+    An argument for one thing has the singular of the option's name: `rank` of `reshard.load`.
+    """
+    name, value = option[1].replace("-", "_"), option[2]
+    if name == "mtp":
+        return "keep_mtp=True" if value else "keep_mtp"
+    if name not in parameters and name.removesuffix("s") in parameters:
+        name = name.removesuffix("s")
+    if value:
+        return f"{name}={value}" if value in ("FILE", "N") else f'{name}="{value}"'
+    return f"{name}=True" if name in FLAGS else name

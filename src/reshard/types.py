@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Advance = Callable[[int], None]
-"""Told how many more bytes of a job are done; by several threads, if the job has them."""
+"""Called with the number of bytes of a job that were done since the last call; from several threads at once."""
+
+Progress = Callable[[int, int], None]
+"""Told the bytes done and the bytes of the whole job, by one thread at a time."""
 
 MOST_RANKS = 4096
 """No model is cut for more; a larger number is a slip."""
@@ -32,33 +35,33 @@ class Tensor(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """A tensor that is computed from others of the source. To a plan it is a file of its own, that is nowhere."""
+    """A tensor computed from others of the source. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
     """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`."""
     weight: Tensor
     scale: Tensor | None
     block: tuple[int, int]
-    """In elements of the weight: of the scale that there is, or that there will be."""
+    """Rows and columns of the weight, in elements, that share a scale: of `scale`, or of the scale that is made."""
     result: Tensor
-    """Its `file` is the number of files and joins of the source and the place of the cast; its `offset` is 0. Where its
-    shape is larger than what is computed, the rest is zeros, or ones if it is a scale."""
+    """Its `file` is the number of files and joins of the source plus the index of the cast; its `offset` is 0. Where
+    its shape is larger than the computed one, the rest is padding: zeros, or ones in a block scale."""
     new_block: tuple[int, int] = (1, 1)
-    """Of the scale that results, where that is another."""
+    """The block of the resulting scale, where it differs from `block`."""
     is_scale: bool = False
     """Whether the result is a block scale."""
 
 
 class Join(NamedTuple):
-    """A tensor in one piece, of the parts of it that rank files hold. To a plan it is a file that is nowhere."""
+    """A tensor assembled from shards in rank files. A plan addresses it like a file, but it is not on disk."""
 
     rows: int
-    """Seen as so many rows, the parts of each row lie side by side; of a single row, one behind the other."""
+    """Each of so many rows is the concatenation of a row of every shard. 1: whole shards are concatenated."""
     parts: tuple[tuple[Tensor, ...], ...]
-    """For each part, all that hold it: they must be equal."""
+    """For each shard its replicas, which must be equal."""
     result: Tensor
-    """Its `file` is the number of files of the checkpoint and the place of the join; its `offset` is 0. It may be
-    shorter than the parts together: what is left over is padding."""
+    """Its `file` is the number of files of the checkpoint plus the index of the join; its `offset` is 0. It may be
+    shorter than the shards together: the rest of them is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ EVERYTHING = Subset()
 
 
 @dataclass(frozen=True, slots=True)
-class Hole:
+class Placeholder:
     """A numbered place in a recipe's names, such as the `i` of `model.layers.{i}.input_layernorm.weight`."""
 
     name: str
@@ -122,25 +125,52 @@ class Hole:
     size: str = ""
     """A formula over the config that says how many there are."""
     within: str = ""
-    """Another hole: each member of that one is a member of exactly one hole within it."""
+    """Another placeholder: each member of that one is a member of exactly one placeholder within it."""
     some_of: str = ""
-    """Another hole: each member of this one is a member of that one too."""
+    """Another placeholder: each member of this one is a member of that one too."""
     picked_by: str = ""
-    """With `within` or `some_of`: the config key of a list that has a value for each member of that hole."""
+    """With `within` or `some_of`: the config key of a list that has a value for each member of that placeholder."""
     picked: tuple[int, ...] = ()
-    """The values in that list that make a member of that hole one of this."""
+    """The values in that list that make a member of that placeholder one of this."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
     after: str = ""
-    """Another hole: the members of this one follow on from that one's last."""
+    """Another placeholder: the members of this one follow on from that one's last."""
     marker: str = ""
-    """With `after`: the name that tells a member of this hole from one of that hole."""
+    """With `after`: the name that tells a member of this placeholder from one of that placeholder."""
     like: str = ""
-    """With `after`: the letters of holes. What the recipe says of their members, it says of these as well."""
+    """With `after`: the letters of placeholders. What the recipe says of their members, it says of these as well."""
     optional: str = ""
-    """Why what is numbered by this hole is left out, unless it is asked for."""
+    """Why what is numbered by this placeholder is left out, unless it is asked for."""
     rows_of: str = ""
     """A tensor whose first dimension says how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How the ranks share a tensor, parsed from the text of a recipe."""
+
+    text: str
+    """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`,
+    `by LETTER`; the reason of a `drop`."""
+    dimension: int | None = None
+    """The dimension that is cut; None if every tensor stays whole."""
+    placeholder: str = ""
+    """Of `by LETTER`: each member of this placeholder, such as an expert, belongs to one rank."""
+    heads_key: str = ""
+    """Of `rows of KEY`: the config key that says how many heads the rows are of. A head is never cut."""
+    is_padded: bool = False
+    """Whether zeros follow the last row, so that every rank has as many."""
+    is_packed: bool = False
+    """Whether the rows are two tensors, one behind the other, each of which is cut by itself."""
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank has the whole tensor."""
+        return self.dimension is None and not self.placeholder
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +181,15 @@ class Rule:
     """`same`, `dequantize` or `drop`."""
     left: str
     right: str
-    split: str
-    """`replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`, `by HOLE`; reason of a `drop`."""
+    split: Split
+    """Cuts nothing if the relation is `drop`: its text is the reason."""
     shape: str = ""
     """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
     """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; `maybe` and
     `maybe if KEY`: it may be lacking, always or where the key says so."""
     optional: str = ""
-    """The reason why the tensor is left out, unless the hole that numbers it is asked for; empty if it never is."""
+    """Why the tensor is left out, unless the placeholder that numbers it is asked for; empty if it never is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +225,9 @@ class Recipe:
     architectures: tuple[str, ...]
     ranks_divide: tuple[str, ...]
     """Formulas over the config whose values the number of ranks must divide."""
-    holes: Mapping[str, Hole]
+    placeholders: Mapping[str, Placeholder]
     scales: Mapping[str, BlockScale]
-    """By the letter of the hole that stands for a weight or its block scale."""
+    """By the letter of the placeholder that stands for a weight or its block scale."""
     sizes: Mapping[str, str]
     """Names for sizes that shapes speak of, by formulas over config keys."""
     padded: tuple[str, ...]
@@ -219,7 +249,11 @@ class Recipe:
     """SHA-256 of that file, in hexadecimal."""
 
 
+COMPARE, FIRST = "compare", "first"
+"""The choice of replicas, which several ranks hold of one tensor: all are read and must be equal, or the first counts."""
+
 FILE_SIZE = 5 * 10**9
+"""In bytes, unless another size is asked for: whole files end before they grow beyond."""
 
 RANKS, WHOLE = "ranks", "hf"
 """The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
@@ -240,8 +274,9 @@ class Layout:
     """Keep what a recipe leaves out unless it is asked for: MTP layers."""
     pad: bool = False
     """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
-    file_size: int = FILE_SIZE
-    """For WHOLE: in bytes, a file is ended before it grows beyond."""
+    file_size: int | None = None
+    """For WHOLE: in bytes, a file ends before it grows beyond. None: the files that rank files once came from, else of
+    FILE_SIZE."""
 
 
 Read = Callable[[Tensor, int, int], memoryview]

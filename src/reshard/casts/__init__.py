@@ -1,1 +1,1 @@
-"""Conversions between dtypes: FP8 and FP4 with block scales, BF16."""
+"""Casts between BF16, FP8 with block scales and packed FP4 with block scales, and padding."""

@@ -1,4 +1,4 @@
-"""The tables of casts: what every code is worth, and what becomes of it. Made at their first use, by numpy alone."""
+"""Lookup tables for casts: the value of every FP8, FP4 and E8M0 code, and its code in another dtype."""
 
 from functools import cache
 from typing import Any
@@ -13,14 +13,14 @@ Words = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
 LEAST, MOST = -13, 10
-"""Exponents between which FP4 values as FP8 are neither all zero nor all, but zero, the largest."""
+"""Exponents of the scale ratio, inclusive. Outside them every FP4 value becomes zero, or zero and the largest FP8."""
 
 NAN = 255
 """NaN in F8_E8M0."""
 
 
 def scales_as_float32(raw: bytes | NDArray[Any], dtype: str) -> Floats:
-    """Block scales as float32, exactly. `raw` is their bytes (the answer is flat) or an array of their bit patterns.
+    """Block scales as float32, exactly. `raw` is their bytes (the result is flat) or an array of their bit patterns.
 
     F8_E8M0 code e is 2^(e - 127), and 255 is NaN; code 0, 2^-127, is a subnormal of float32.
     """
@@ -45,9 +45,9 @@ def fp8_values() -> Floats:
 
 @cache
 def fp8_codes() -> Bytes:
-    """The code [65536] of the upper half of every float32, by its place between the midpoints of the codes' values.
+    """The F8_E4M3 code [65536] for the upper 16 bits of every float32.
 
-    Rounds to nearest even, stops at 448, and knows one NaN: 0x7F.
+    Rounds to nearest even, saturates at 448, and has one NaN: 0x7F.
     """
     values = scales_as_float32(np.arange(1 << 15, dtype=np.uint16), "BF16")
     finite = fp8_values()[:127]
@@ -61,7 +61,9 @@ def fp8_codes() -> Bytes:
 
 @cache
 def fp4_tables() -> tuple[Words, Bytes]:
-    """The two codes of each byte of FP4 and how many are not exact, [pages, 256] both; the last page is NaN's."""
+    """For each scale ratio (page) and byte of FP4 [pages, 256]: two F8_E4M3 codes as one uint16, and how many of the
+    two are not exact. The last page is for a scale that is NaN.
+    """
     half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     powers = np.append(np.ldexp(np.float32(1), np.arange(LEAST, MOST + 1)), np.float32(np.nan))
     exact = np.concatenate([half, -half + 0]) * powers[:, None]
@@ -74,12 +76,12 @@ def fp4_tables() -> tuple[Words, Bytes]:
 
 @cache
 def products_of_powers() -> Words:
-    """The products [256, 256] of the scales of no fraction, by their exponents."""
+    """The products [256, 256] of scales that are powers of two, by their exponents, with every F8_E4M3 code."""
     return products((np.arange(256, dtype=np.uint32) << 23).view(np.float32))
 
 
 def products(scales: Floats) -> Words:
-    """Of each scale with every F8_E4M3 value, [scales, 256] in BF16."""
+    """Products of each float32 scale with every F8_E4M3 value: [scales, 256], as BF16 bit patterns."""
     with np.errstate(all="ignore"):
         products = scales[:, None] * fp8_values()
     bits = products.view(np.uint32)
@@ -89,7 +91,9 @@ def products(scales: Floats) -> Words:
 
 @cache
 def fp4_products() -> NDArray[np.uint32]:
-    """For every F8_E8M0 scale [256] and pair of E2M1 codes [256]: both products in BF16, the even column below."""
+    """For every F8_E8M0 scale [256] and pair of E2M1 codes [256]: both products in BF16, as one uint32 with the even
+    column in its lower half.
+    """
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     scales = scales_as_float32(np.arange(256, dtype=np.uint8), "F8_E8M0")
     with np.errstate(over="ignore", invalid="ignore"):

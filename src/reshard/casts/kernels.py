@@ -1,11 +1,11 @@
-"""The kernels of casts: pure functions on arrays, which open nothing and know nothing of plans.
+"""Numpy kernels that dequantize, quantize and repack weights with block scales; pure functions on arrays.
 
-Each works on a *box*, any rectangle of a matrix. A matrix is scaled by *blocks*, one scale for each; `block` is the
-rows and columns of one. The caller gives the scales of exactly the blocks that the box touches, and the `phase`: the
-row and column of the box's first element within its block. Where a box begins and ends changes no bit of the outcome.
+Each kernel works on a *box*: any rectangle of a matrix. Each *block* of a matrix has one scale; `block` is its rows and
+columns. The caller gives the scales of exactly the blocks that the box touches, and the `phase`: the row and column of
+the box's first element within its block. The result does not depend on where boxes begin and end.
 
-Rows of `out` are contiguous; it may be a view of any bytes. Beside it a kernel needs a few MiB at most, however large
-the box. The heavy calls run without the interpreter's lock.
+Rows of `out` are contiguous; it may be a view of any bytes. A kernel needs at most a few MiB of memory of its own,
+however large the box. The heavy calls release the interpreter's lock.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,37 +31,37 @@ from reshard.casts.code_tables import (
 )
 
 TILE = 1 << 16
-"""Elements that are worked on at once: their index fits the second-level cache of a core."""
+"""In elements, worked on at once: their indices fit the second-level cache of a core."""
 
 BAND = 1 << 21
-"""Elements whose small tables are made at once."""
+"""In elements: the pages of so many are computed at once."""
 
 SCALES = 1 << 16
-"""Scales that are looked at at once."""
+"""In scales, worked on at once."""
 
 PAGES = 256
-"""The most pages of a table, so that page and code together fit 16 bits."""
+"""At most so many pages in a table, so that page and code together fit 16 bits."""
 
 GROUP = 32
-"""Columns of FP4 that share a scale."""
+"""In elements: columns of FP4 that share a scale."""
 
 Pair = tuple[int, int]
 """Rows and columns."""
 
 Recode = Callable[[NDArray[Any], NDArray[Any], Pair, Pair, NDArray[Any], NDArray[Any]], None]
-"""Called with codes, pages, group, phase, table and out: see `casts.recode`."""
+"""Called with codes, pages, group, phase, table and out: see `recode`."""
 
 
 def fastest_recode() -> Recode:
-    """What to hand to the casts that look up: compiled where numba is installed, numpy elsewhere; the same bits."""
+    """The function to pass as `run`: compiled where numba is installed, else `recode`; of the same bits."""
     return compiled_recode() or recode
 
 
 def recode(codes: Bytes, pages: Words, group: Pair, phase: Pair, table: NDArray[Any], out: NDArray[Any]) -> None:
     """Writes `table[page, code]` for every code of a box [rows, columns]; `table` is [at most 256 pages, 256].
 
-    Codes share a page by groups: `pages` has one for each group that the box touches, `group` is the rows and columns
-    of one, and `phase` where the box begins in its first.
+    The codes of a group share a page: `pages` has one for each group that the box touches, `group` is the rows and
+    columns of a group, and `phase` the row and column of the box's first code in its group.
     """
     flat = table.reshape(-1)
     short, long = np.empty(min(codes.size, TILE), np.uint16), np.empty(min(codes.size, TILE), np.intp)
@@ -69,27 +69,27 @@ def recode(codes: Bytes, pages: Words, group: Pair, phase: Pair, table: NDArray[
         tile = codes[box]
         places, indices = short[: tile.size].reshape(tile.shape), long[: tile.size].reshape(tile.shape)
         np.add(tile, firsts, out=places)
-        np.copyto(indices, places)  # take would do so itself, into fresh memory
-        np.take(flat, indices, mode="clip", out=out[box])  # other modes copy what they write
+        np.copyto(indices, places)  # else take would convert them itself, into new memory
+        np.take(flat, indices, mode="clip", out=out[box])  # other modes write into a copy of `out` first
 
 
 def dequantize(codes: Bytes, scales: Floats, block: Pair, phase: Pair, out: Words, run: Recode = recode) -> None:
-    """F8_E4M3 codes [rows, columns] times float32 block scales, as BF16 bit patterns [rows, columns].
+    """Multiplies F8_E4M3 codes [rows, columns] by float32 block scales, into BF16 bit patterns [rows, columns].
 
-    The float32 product is rounded to nearest even: infinite beyond the range, minus zero kept, subnormals exact. Every
-    NaN, by code or by scale, becomes 0x7FC0. Slow where scales are not powers of two and blocks are small.
+    The float32 product is rounded to nearest even: beyond the range it is infinite; minus zero and subnormals are kept.
+    A NaN of code or scale becomes 0x7FC0. Slow where scales are not powers of two and blocks are small.
     """
     require_fit(codes.shape, scales, block, phase, out)
     for places, box, inner in areas(codes.shape, block, phase, SCALES):
         bits = scales[places].view(np.uint32)
         if np.any(bits & 0x807FFFFF):
             _dequantize_by_scale(codes[box], scales[places], block, inner, out[box], run)
-        else:  # powers of two: one table has them all
+        else:  # powers of two: one table serves all of them
             run(codes[box], (bits >> 23).astype(np.uint16), block, inner, products_of_powers(), out[box])
 
 
 def _dequantize_by_scale(codes: Bytes, scales: Floats, block: Pair, phase: Pair, out: Words, run: Recode) -> None:
-    """With a page of products for each scale."""
+    """For scales of any value: looks up products in a table with one page a scale."""
     for places, box, inner in areas(codes.shape, block, phase, PAGES):
         table = products(scales[places].ravel())
         pages = np.arange(len(table), dtype=np.uint16).reshape(scales[places].shape)
@@ -97,11 +97,12 @@ def _dequantize_by_scale(codes: Bytes, scales: Floats, block: Pair, phase: Pair,
 
 
 def fp8_scales_of_fp4(group_scales: Bytes, block: Pair, phase: Pair = (0, 0)) -> Bytes:
-    """The F8_E8M0 scale of each block [block rows, block columns], from those of its groups [rows, columns / 32].
+    """The F8_E8M0 scale of each FP8 block [block rows, block columns], from the scales of its FP4 groups
+    [rows, columns / 32].
 
-    It is the largest of the block's, all of which must be given, divided by 64: 6, the largest FP4 value, becomes 384
-    at most. NaN if one of the groups' is. Where the largest is below 2^-121 it is 2^-127, the least there is, and no
-    value is lost by that.
+    It is the largest group scale of the block divided by 64, so that 6, the largest FP4 value, becomes 384 at most; all
+    group scales of a block must be given. NaN if one of them is. A largest scale below 2^-121 gives 2^-127, the
+    smallest scale, which loses no value.
     """
     groups, inner = (block[0], block[1] // GROUP), (phase[0], phase[1] // GROUP)
     largest = np.zeros(touched(group_scales.shape, groups, inner), np.uint8)
@@ -112,12 +113,12 @@ def fp8_scales_of_fp4(group_scales: Bytes, block: Pair, phase: Pair = (0, 0)) ->
 def fp4_to_fp8(
     packed: Bytes, group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair, out: Bytes, run: Recode = recode
 ) -> int:
-    """E2M1 pairs [rows, columns / 2] as F8_E4M3 codes [rows, columns]; returns how many values are not exact.
+    """Converts E2M1 pairs [rows, columns / 2] to F8_E4M3 codes [rows, columns]; returns how many values are not exact.
 
-    The even column is in the low nibble; `phase` is in columns. `group_scales` are F8_E8M0 for 1 x 32 values each,
-    `scales` those of the new blocks. A value is exact if code times new scale is value times group scale. The others
-    are rounded to nearest even and stop at 448, or 0x7F where a scale is NaN. Minus zero becomes zero, and zero stays
-    zero whatever the numbers.
+    The even column is in the low nibble; `phase` counts columns. `group_scales` are F8_E8M0, one for 1 x 32 values;
+    `scales` are those of the new blocks. A value is exact if code times new scale equals value times group scale. The
+    others are rounded to nearest even and saturate at 448; 0x7F where a scale is NaN. Minus zero becomes zero, and
+    zero stays zero whatever the scales.
     """
     shape = (packed.shape[0], packed.shape[1] * 2)
     if phase[1] % 2 or block[1] % GROUP:
@@ -129,7 +130,7 @@ def fp4_to_fp8(
     for rows in bands(shape, BAND):
         pages = _fp4_pages(group_scales[rows], scales, block, (phase[0] + rows.start, phase[1]))
         run(packed[rows], pages, group, start, pairs, out[rows].view(np.uint16))
-        if misses[[pages.min(), pages.max()]].any():  # the pages without misses are in the middle
+        if misses[[pages.min(), pages.max()]].any():  # the pages without inexact values are in the middle
             missed = np.empty(packed[rows].shape, np.uint8)
             run(packed[rows], pages, group, start, misses, missed)
             inexact += int(missed.sum())
@@ -139,8 +140,8 @@ def fp4_to_fp8(
 def largest_magnitudes(values: Words, block: Pair, phase: Pair, largest: Words) -> None:
     """Raises `largest` [block rows, block columns] to the largest magnitudes of BF16 values [rows, columns].
 
-    Begin with zeros and give every box of a block in turn. Magnitudes are bit patterns without their sign: from 0x7F80
-    on the block holds an infinity or NaN, which no scale can serve.
+    The caller begins with zeros and gives the boxes of a block one by one. A magnitude is the bit pattern without its
+    sign; from 0x7F80 on the block has an infinity or NaN, for which there is no scale.
     """
     require_fit(values.shape, largest, block, phase, values)
     for rows in bands(values.shape, TILE):
@@ -150,34 +151,35 @@ def largest_magnitudes(values: Words, block: Pair, phase: Pair, largest: Words) 
 
 
 def largest_of_blocks(values: NDArray[Any], block: Pair, phase: Pair, largest: NDArray[Any]) -> None:
-    """Raises `largest`, which may have more rows than are touched, to the largest value of each block."""
+    """Raises `largest` to the largest value of each block; it may have more rows than the box touches."""
     lines, places = touched(values.shape, block, phase)
     rows = np.maximum(np.arange(lines) * block[0] - phase[0], 0)
     columns = np.maximum(np.arange(places) * block[1] - phase[1], 0)
-    of_rows = np.maximum.reduceat(values, columns, axis=1)  # columns first: the other order takes many times as long
+    of_rows = np.maximum.reduceat(values, columns, axis=1)  # columns first: rows first takes many times as long
     found = np.maximum.reduceat(of_rows, rows, axis=0)
     np.maximum(largest[: len(rows)], found, out=largest[: len(rows)])
 
 
 def scales_of_magnitudes(largest: Words) -> Floats:
-    """The float32 scales that bring the largest magnitudes to 448; 1 for a block of zeros, NaN for one not finite."""
+    """The float32 scales that bring the largest magnitudes to 448; 1 for a block of zeros, NaN if it is not finite."""
     finite = np.where(largest < 0x7F80, largest, 0x7FC0)
     scales = scales_as_float32(finite.astype(np.uint16), "BF16") / np.float32(448)
     return np.where(largest == 0, np.float32(1), scales)
 
 
 def rounded_up(scales: Floats) -> Bytes:
-    """The least F8_E8M0 scales that are not below the given ones, which are positive and below 2^127, or NaN."""
+    """Rounds float32 scales up to powers of two, in F8_E8M0. They are positive and below 2^127, or NaN."""
     bits = scales.view(np.uint32)
     codes = np.where(bits <= 1 << 22, 0, (bits + 0x7FFFFF) >> 23)
     return np.where(np.isnan(scales), NAN, codes).astype(np.uint8)
 
 
 def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes) -> int:
-    """BF16 values [rows, columns] over float32 scales, as F8_E4M3 codes; returns how many quotients are not finite.
+    """Divides BF16 values [rows, columns] by float32 scales, into F8_E4M3 codes; returns how many quotients are not
+    finite.
 
-    The float32 quotient is rounded to nearest even and stops at 448, infinities too; NaN is 0x7F. A count above zero
-    means an infinity or NaN among the values, or a scale that is NaN, zero or far too small: refuse it.
+    The float32 quotient is rounded to nearest even and saturates at 448, infinities too; NaN is 0x7F. A count above
+    zero means that a value is infinite or NaN, or that a scale is NaN, zero or far too small: the caller must refuse.
     """
     require_fit(values.shape, scales, block, phase, out)
     bad = 0
@@ -187,7 +189,7 @@ def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes
         with np.errstate(all="ignore"):
             np.divide(quotients, divisors, out=quotients)
         bad += bits.size - int(np.count_nonzero(np.isfinite(quotients)))
-        # The upper half decides, once its last bit also tells whether anything followed it.
+        # The upper half alone gives the code, once its last bit is set where any lower bit is (round to odd).
         bits |= (bits & 0xFFFF) + 0xFFFF
         bits >>= 16
         np.take(fp8_codes(), bits.astype(np.intp), mode="clip", out=out[box])
@@ -195,7 +197,7 @@ def quantize(values: Words, scales: Floats, block: Pair, phase: Pair, out: Bytes
 
 
 def _fp4_pages(group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair) -> Words:
-    """The page of each group [rows, groups]: by how many powers of two its scale is above the new one."""
+    """The page of each group [rows, groups]: how many powers of two its scale is above the new scale."""
     lines = (np.arange(group_scales.shape[0]) + phase[0]) // block[0]
     places = (np.arange(group_scales.shape[1]) + phase[1] // GROUP) // (block[1] // GROUP)
     new = scales[:, places][lines]
@@ -208,9 +210,9 @@ def _fp4_pages(group_scales: Bytes, scales: Bytes, block: Pair, phase: Pair) -> 
 
 
 def fp4_to_bf16(packed: Bytes, scales: Bytes, phase: Pair, out: Words, run: Recode = recode) -> None:
-    """E2M1 pairs [rows, columns / 2] times F8_E8M0 scales of 1 x 32 values, as BF16 bit patterns; exact.
+    """Multiplies E2M1 pairs [rows, columns / 2] by F8_E8M0 scales of 1 x 32 values, into BF16 bit patterns; exact.
 
-    `phase` is in columns, of which the first is even. A scale of NaN gives 0x7FC0.
+    `phase` counts columns; the first column of the box is even. A scale of NaN gives 0x7FC0.
     """
     require_fit((packed.shape[0], packed.shape[1] * 2), scales, (1, GROUP), phase, out)
     run(packed, scales.astype(np.uint16), (1, GROUP // 2), (0, phase[1] // 2), fp4_products(), out.view(np.uint32))
@@ -218,7 +220,7 @@ def fp4_to_bf16(packed: Bytes, scales: Bytes, phase: Pair, out: Words, run: Reco
 
 @cache
 def compiled_recode() -> Recode | None:
-    """The loop below, compiled at its first call; None without numba. The import alone takes a second or more."""
+    """`recode_each`, compiled at its first call; None without numba, whose import alone takes a second or more."""
     try:
         import numba  # noqa: PLC0415 - only when a cast is really run
     except ImportError:
@@ -230,7 +232,7 @@ def compiled_recode() -> Recode | None:
 def recode_each(
     codes: NDArray[Any], pages: NDArray[Any], group: Pair, phase: Pair, table: NDArray[Any], out: NDArray[Any]
 ) -> None:
-    """See `casts.recode`. Run as it stands, without numba, it is right too, and slow."""
+    """Does what `recode` does, for numba to compile. Also correct without numba, but slow."""
     rows, columns = codes.shape
     for row in range(rows):
         line = (row + phase[0]) // group[0]
@@ -244,23 +246,23 @@ def recode_each(
 
 
 Box = tuple[slice, slice]
-"""Rows and columns of a piece."""
+"""Rows and columns of a box, as indices."""
 
 
 def require_fit(shape: Pair, scales: NDArray[Any], block: Pair, phase: Pair, out: NDArray[Any]) -> None:
-    """A lookup clips what it is given: wrong shapes would give wrong values."""
+    """Raises ValueError for shapes that do not fit: lookups clip indices, so the values would be wrong."""
     expected = touched(shape, block, phase)
     if scales.shape != expected or out.shape != shape or not (0 <= phase[0] < block[0] and 0 <= phase[1] < block[1]):
         raise ValueError(f"a box {shape} at {phase} of {block} touches {expected}: {scales.shape} for {out.shape}")
 
 
 def touched(shape: Pair, block: Pair, phase: Pair) -> Pair:
-    """How many blocks a box touches."""
+    """Counts the rows and columns of blocks that a box touches."""
     return -(-(shape[0] + phase[0]) // block[0]), -(-(shape[1] + phase[1]) // block[1])
 
 
 def bands(shape: Pair, most: int) -> Iterator[slice]:
-    """Rows by rows, at most so many elements, but one row at least."""
+    """Splits a box into ranges of rows of at most `most` elements, but at least one row."""
     height = max(1, most // max(1, shape[1]))
     for row in range(0, shape[0], height):
         yield slice(row, min(row + height, shape[0]))
@@ -269,9 +271,9 @@ def bands(shape: Pair, most: int) -> Iterator[slice]:
 def tiles(
     shape: Pair, of_groups: NDArray[Any], group: Pair, phase: Pair, most: int
 ) -> Iterator[tuple[Box, NDArray[Any]]]:
-    """Pieces of a box of at most so many elements, each with what `of_groups` has for it, until the next is asked for.
+    """Splits a box into tiles of at most `most` elements, each with the values of its groups, one an element.
 
-    That is spread over the elements, but one row or column will do where all rows or columns have the same.
+    The values may have a single row or column, to be broadcast. The next tile overwrites them.
     """
     for columns in _chunks(shape[1], group[1], phase[1], most):
         left, right = (columns.start + phase[1]) // group[1], (columns.stop - 1 + phase[1]) // group[1]
@@ -289,7 +291,7 @@ def tiles(
 
 
 def _chunks(columns: int, group: int, phase: int, most: int) -> Iterator[slice]:
-    """Columns by columns, at most so many: within one group, if the groups are wide for that, else across them."""
+    """Splits columns into ranges of at most `most`: within single groups if these are wide, else across groups."""
     step = group if group * 2 > min(columns, most) else columns
     for start in range(-phase if step == group else 0, columns, step):
         for piece in bands((min(start + step, columns) - max(start, 0), 1), most):
@@ -297,17 +299,17 @@ def _chunks(columns: int, group: int, phase: int, most: int) -> Iterator[slice]:
 
 
 def areas(shape: Pair, block: Pair, phase: Pair, most: int) -> Iterator[tuple[Box, Box, Pair]]:
-    """Pieces of a box of at most so many blocks: its blocks, its elements, and its phase."""
+    """Splits a box into pieces of at most `most` blocks; gives the blocks, the elements and the phase of each."""
     lines, width = touched(shape, block, phase)
     height = max(1, most // max(1, width))
     for line in range(0, lines, height):
-        rows, top = _stretch(line, height, block[0], phase[0], shape[0])
+        rows, top = _block_range(line, height, block[0], phase[0], shape[0])
         for place in range(0, width, most):
-            columns, left = _stretch(place, most, block[1], phase[1], shape[1])
+            columns, left = _block_range(place, most, block[1], phase[1], shape[1])
             yield (slice(line, line + height), slice(place, place + most)), (rows, columns), (top, left)
 
 
-def _stretch(first: int, count: int, size: int, phase: int, end: int) -> tuple[slice, int]:
-    """Where so many blocks lie along one dimension of a box, and how much of the first is before it."""
+def _block_range(first: int, count: int, size: int, phase: int, end: int) -> tuple[slice, int]:
+    """The range of `count` blocks along one dimension of a box, and how much of the first block lies before the box."""
     start = first * size - phase
     return slice(max(0, start), min(end, start + count * size)), max(0, -start)

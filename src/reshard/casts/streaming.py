@@ -1,12 +1,11 @@
-"""Casting: any stretch of a cast's result, from the stretches of its inputs that it takes. Opens no file itself.
+"""Computes any byte range of a cast tensor, reading only the input ranges it needs. Opens no file itself.
 
-A result is a matrix of rows; a stretch of its bytes is the end of a row, whole rows and the beginning of a row. Each is
-computed box by box, such that what a box needs of the weight is one read. Behind the last row and column of what can be
-computed there are zeros, or ones in a scale.
+A result is a matrix; a byte range of it is the end of a row, whole rows and the beginning of a row. Each of these is
+computed box by box, so that each box needs one read of the weight. Right of and below the computed values is padding:
+zeros, or ones in a block scale.
 """
 
 from collections.abc import Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from reshard.casts.kernels import (
     rounded_up,
     scales_of_magnitudes,
 )
+from reshard.casts.shapes import computed_shape, matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Read, Tensor
@@ -35,7 +35,7 @@ ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
 
 
 class Box(NamedTuple):
-    """A rectangle of a matrix, in elements: from a row and column on, up to others."""
+    """A rectangle of a matrix, in elements; `bottom` and `right` are exclusive."""
 
     top: int
     left: int
@@ -44,20 +44,20 @@ class Box(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """How a cast gets at what it reads."""
+    """How a cast reads its weight and scale."""
 
     weight: Read
     scale: Read
     most: int
-    """In bytes: so much of a weight may be asked for at once."""
+    """In bytes: the largest read of a weight."""
     most_scales: int
-    """The same of a scale."""
+    """In bytes: the largest read of a scale."""
 
 
 def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
-    """Writes the bytes of a cast's result from `offset` on into `out`; returns how many values are not exact.
+    """Writes the bytes of a cast's result from byte `offset` on into `out`; returns how many values are not exact.
 
-    Raises Refused for a value that the result cannot express at all.
+    Raises Refused for a value that has no equivalent in the new dtype, such as an infinity.
     """
     width, size = matrix(cast.result.shape)[1], BITS[cast.result.dtype] // 8
     height, extent = computed_shape(cast)
@@ -76,32 +76,14 @@ def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
     return inexact
 
 
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as rows and columns: a vector is one row, and leading dimensions are rows."""
-    return prod(shape[:-1]), shape[-1] if shape else 1
-
-
 def area(box: Box) -> int:
     return (box.bottom - box.top) * (box.right - box.left)
 
 
-def computed_shape(cast: Cast) -> tuple[int, int]:
-    """Rows and columns of a result without its padding."""
-    rows, columns = matrix(logical(cast.weight, cast))
-    if not cast.is_scale or cast.operation == "pad":
-        return rows, columns
-    block = cast.new_block
-    return -(-rows // block[0]), -(-columns // block[1])
-
-
-def logical(tensor: Tensor, cast: Cast) -> tuple[int, ...]:
-    """The shape in elements: where F4 comes as I8, two lie in a byte."""
-    packed = tensor.dtype == "I8" and cast.operation != "pad"
-    return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if packed else tensor.shape
-
-
 def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
-    """The boxes of a stretch of elements: the end of a row, whole rows, the beginning of one; and where each begins."""
+    """Splits a range of elements into boxes: the end of a row, whole rows, the beginning of a row. Gives each box with
+    the index of its first element in the range; `width` is the number of columns.
+    """
     begin, end = 0, first + count
     while begin < count:
         row, column = divmod(first + begin, width)
@@ -114,12 +96,13 @@ def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
 
 
 def fill(rows: Array, cast: Cast) -> None:
+    """Fills bytes [rows, bytes] with padding."""
     one = ONES[cast.result.dtype] if cast.is_scale else bytes(1)
     rows.reshape(rows.shape[0], -1, len(one))[:] = np.frombuffer(one, np.uint8)
 
 
 def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
-    """The box in pieces, for each of which no more of weight and scale is read than may be, the weight in one read."""
+    """Splits a box so that each piece needs one read of the weight, and no read is larger than allowed."""
     if not area(box):
         return
     if cast.is_scale and cast.operation != "pad":
@@ -127,18 +110,21 @@ def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
         return
     most = inputs.most
     if cast.scale:
-        # As if each row had scales of its own.
+        # An estimate from above: as if each row had scales of its own.
         most = min(most, inputs.most_scales * cast.block[1] * bits_of(cast) // BITS[cast.scale.dtype])
-    yield from bands(box, matrix(logical(cast.weight, cast))[1], bits_of(cast), most)
+    yield from bands(box, matrix(unpack_weight_shape(cast))[1], bits_of(cast), most)
 
 
 def bits_of(cast: Cast) -> int:
-    """Of an element of the weight, as it lies in its file."""
+    """The size of an element of the weight in its file, in bits."""
     return 4 if cast.weight.dtype == "I8" and cast.operation != "pad" else BITS[cast.weight.dtype]
 
 
 def bands(box: Box, width: int, bits: int, most: int) -> Iterator[Box]:
-    """Whole rows together, or parts of one row if it is too long; `width` in elements."""
+    """Splits a box into ranges of rows of at most `most` bytes, or of parts of a row if one is longer.
+
+    `width` is the length of a row in elements, `bits` the size of an element.
+    """
     height = most * 8 // (width * bits)
     if height:
         for row in range(box.top, box.bottom, height):
@@ -151,7 +137,7 @@ def bands(box: Box, width: int, bits: int, most: int) -> Iterator[Box]:
 
 
 def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Array:
-    """The bytes of a box of a tensor, row by row: of several rows, which are read whole, or of a part of one."""
+    """Reads the bytes [rows, bytes] of a box of a tensor: several rows are read whole, a single row only in part."""
     if box.bottom - box.top == 1:
         begin, end = (box.top * width + box.left) * bits // 8, (box.top * width + box.right) * bits // 8
         return np.frombuffer(read(tensor, begin, end - begin), np.uint8).reshape(1, -1)
@@ -161,20 +147,22 @@ def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Arr
 
 
 def weight_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
-    return read_box(inputs.weight, cast.weight, box, matrix(logical(cast.weight, cast))[1], bits_of(cast))
+    """Reads the bytes [rows, bytes] of a box of the weight."""
+    return read_box(inputs.weight, cast.weight, box, matrix(unpack_weight_shape(cast))[1], bits_of(cast))
 
 
 def blocks_of(box: Box, block: tuple[int, int]) -> Box:
-    """The blocks that a box touches."""
+    """The blocks that a box touches, as a box of the matrix of scales."""
     return Box(box.top // block[0], box.left // block[1], -(-box.bottom // block[0]), -(-box.right // block[1]))
 
 
 def phase_of(box: Box, block: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the box's first element within its block."""
     return box.top % block[0], box.left % block[1]
 
 
 def scale_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
-    """The scales of a box of scales, as bit patterns."""
+    """Reads a box of the scale [rows, columns], as bit patterns."""
     scale = cast.scale
     if scale is None:
         raise ValueError(f"{cast.operation} without a scale")
@@ -184,7 +172,7 @@ def scale_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
 
 
 def compute(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
-    """Writes a box of a cast's result, as bytes."""
+    """Computes a box of a cast's result into bytes [rows, bytes]; returns how many values are not exact."""
     if cast.operation == "pad":
         out[:] = weight_box(cast, box, inputs)
         return 0
@@ -205,11 +193,12 @@ def compute(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
 
 
 def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+    """Computes a box of a dequantized weight, as BF16 bit patterns [rows, columns]. Returns 0: rounding is expected."""
     blocks, phase = blocks_of(box, cast.block), phase_of(box, cast.block)
     scales = scale_box(cast, blocks, inputs)
     if cast.weight.dtype == "I8":
         wide = box._replace(left=box.left - box.left % 2, right=box.right + box.right % 2)
-        if wide != box:  # two columns share a byte
+        if wide != box:  # the box begins or ends within a byte, which has two columns
             both = np.empty((box.bottom - box.top, wide.right - wide.left), np.uint16)
             inexact = compute_dequantized(cast, wide, both, inputs)
             out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
@@ -222,6 +211,7 @@ def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int
 
 
 def compute_fp8(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+    """Computes a box of an FP4 weight in FP8, as codes [rows, columns]; returns how many values are not exact."""
     new = cast.new_block
     scales = fp8_scales(cast, blocks_of(box, new), inputs)
     groups = scale_box(cast, blocks_of(box, cast.block), inputs)
@@ -230,8 +220,8 @@ def compute_fp8(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
 
 
 def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
-    """The new scales of blocks, from those of the groups in them."""
-    rows, columns = matrix(logical(cast.weight, cast))
+    """Computes the F8_E8M0 scales of FP8 blocks from the scales of the FP4 groups in them. Raises Refused for a NaN."""
+    rows, columns = matrix(unpack_weight_shape(cast))
     new, old = cast.new_block, cast.block
     found = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
     for line in range(blocks.top, blocks.bottom):
@@ -249,7 +239,7 @@ def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
 
 
 def amax_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
-    """The scales of blocks, from the largest magnitude in each, in float32."""
+    """Computes the float32 scales of blocks from their largest magnitudes. Raises Refused for an infinity or NaN."""
     rows, columns = matrix(cast.weight.shape)
     block = cast.block
     largest = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint16)
@@ -273,5 +263,6 @@ def amax_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
 
 
 def not_finite(tensor: Tensor) -> Exception:
+    """The refusal of a tensor with an infinity or NaN."""
     found = "a value that is infinite or no number"
     return refuse("not-finite", tensor.name, found, "finite numbers: FP8 has no other", "mend the checkpoint")

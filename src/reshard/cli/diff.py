@@ -3,11 +3,10 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, progress
-from reshard.inspection.diff import DiffReport, ValueDifference, diff_checkpoints
-from reshard.inspection.tensor_pairs import Choice
+from reshard import api
+from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.text import printable, size_text, table
 
 LONGEST_NAME = 100
@@ -15,14 +14,17 @@ LONGEST_NAME = 100
 
 
 def run_diff(options: argparse.Namespace) -> int:
-    choice = Choice(
-        tuple(options.only),
-        options.recipe,
-        options.dequantize,
-        options.ignore_extra_files,
-        options.replicas,
-    )
-    report = diff_checkpoints(options.a, options.b, choice, partial(progress, "diff"))
+    with show_progress("diff") as progress:
+        report = api.diff(
+            options.a,
+            options.b,
+            only=options.only,
+            recipe=options.recipe,
+            dequantize=options.dequantize,
+            replicas=options.replicas,
+            ignore_extra_files=options.ignore_extra_files,
+            progress=progress,
+        )
     if options.json:
         print_json({"status": "same" if report.is_same else "differs", **asdict(report)})
     else:

@@ -2,20 +2,16 @@
 
 import argparse
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 from reshard.cli.terminal import PROVEN, print_json
-from reshard.errors import refuse, require_none
-from reshard.formats.huggingface import read_checkpoint
+from reshard.errors import refuse
+from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
-from reshard.inspection.recipe_fit import derive_recipe
-from reshard.recipes.formulas import unknown_keys, unknown_text
-from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
-from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
-from reshard.sources.match import match
+from reshard.inspection.recipe_fit import check_fit
+from reshard.recipes.formulas import unknown_text
+from reshard.recipes.recipe import describe_recipe, load_recipe, packaged_recipes
 from reshard.text import listed, printable, table
-from reshard.types import Layout
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -37,8 +33,6 @@ def run_recipes(options: argparse.Namespace) -> int:
         )
     if options.action == "show":
         return show_recipe(options.recipe, as_json=options.json)
-    if options.action == "derive":
-        return say_derived(Path(options.recipe), options.output, as_json=options.json)
     if not options.source:
         raise refuse("wrong-option", "recipes check", "no source", "a checkpoint to hold the recipe against")
     return check_recipe(options.recipe, options.source, as_json=options.json)
@@ -56,7 +50,7 @@ def require_no_more(options: argparse.Namespace) -> None:
 def list_recipes(*, as_json: bool) -> int:
     recipes = packaged_recipes()
     if as_json:
-        print_json([asdict(recipe) for recipe in recipes])
+        print_json([describe_recipe(recipe) for recipe in recipes])
     else:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
@@ -68,23 +62,10 @@ def list_recipes(*, as_json: bool) -> int:
 def show_recipe(name: str, *, as_json: bool) -> int:
     recipe = load_recipe(name)
     if as_json:
-        print_json(asdict(recipe))
+        print_json(describe_recipe(recipe))
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
         print("\n".join(map(printable, text.split("\n"))))
-    return PROVEN
-
-
-def say_derived(folder: Path, output: Path | None, *, as_json: bool) -> int:
-    """Prints a recipe that is derived for a checkpoint, or writes it to a file that is not there yet."""
-    text = derive_recipe(folder)
-    if output is not None:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    if as_json:
-        print_json(asdict(parse_recipe(text, str(output or "derived"))))
-    elif output is None:
-        print("\n".join(map(printable, text.rstrip("\n").split("\n"))))
     return PROVEN
 
 
@@ -92,20 +73,14 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     """Holds a recipe against a checkpoint: every tensor under one rule and as the config says, none missing. Raises
     Refused otherwise.
     """
-    checkpoint, recipe = read_checkpoint(source), load_recipe(name)
-    matched, layout = match(checkpoint, recipe), Layout(1)
-    kinds = kinds_of(matched, recipe, layout)
-    problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
-    require_none(chain(*problems))
-    counts = {recipe.holes[letter].counts: count for letter, count in matched.counts.items() if count}
-    unknown = unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
+    fit = check_fit(read_checkpoint(source), load_recipe(name))
     if as_json:
-        tensors = len(checkpoint.tensors)
-        print_json({"status": "fits", "tensors": tensors, "counts": counts, "not_in_config": unknown})
+        unknown = fit.unknown_keys
+        print_json({"status": "fits", "tensors": fit.tensors, "counts": fit.counts, "not_in_config": unknown})
     else:
-        rows = [(counted, f"{count:,}") for counted, count in counts.items()]
-        lines = [f"{name} fits {source}: {len(checkpoint.tensors):,} tensors, each under one rule"]
+        rows = [(counted, f"{count:,}") for counted, count in fit.counts.items()]
+        lines = [f"{name} fits {source}: {fit.tensors:,} tensors, each under one rule"]
         lines += table(("", "found"), rows).split("\n")
-        lines += [unknown_text(unknown)] if unknown else []
+        lines += [unknown_text(fit.unknown_keys)] if fit.unknown_keys else []
         print("\n".join(map(printable, lines)))
     return PROVEN

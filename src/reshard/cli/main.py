@@ -134,7 +134,7 @@ def add_diff(parser: Parser) -> None:
     parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
 
 
-ACTIONS = ("list", "show", "check", "derive")
+ACTIONS = ("list", "show", "check")
 """What `recipes` does."""
 
 
@@ -148,11 +148,8 @@ def action(text: str) -> str:
 
 def add_recipes(parser: Parser) -> None:
     parser.add_argument("action", nargs="?", type=action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
-    parser.add_argument(
-        "recipe", nargs="?", metavar="NAME|FILE", help="for show and check; for derive: a checkpoint to derive one for"
-    )
+    parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
     parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="for derive: write it there")
 
 
 def add_demo(parser: Parser) -> None:
@@ -175,7 +172,7 @@ COMMANDS = (
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.cli.inspect:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.cli.verify:run_verify"),
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.cli.diff:run_diff"),
-    Command("recipes", "list, show, check or derive recipes", add_recipes, "reshard.cli.inspect:run_recipes"),
+    Command("recipes", "list, show or check recipes", add_recipes, "reshard.cli.inspect:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.cli.demo:run_demo"),
     Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, DEEPSEEK),
 )

@@ -3,11 +3,11 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock
 
 from reshard.text import size_text
+from reshard.types import Progress
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
 
@@ -39,21 +39,21 @@ PLAIN_SECONDS = 1.0
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives the function that is to be told of the bytes done, of `total`."""
+def show_progress(title: str) -> Iterator[Progress]:
+    """Gives the function that shows the bytes done on standard error: as a bar on a terminal, else as plain lines."""
     if not sys.stderr.isatty():
-        yield locked(plain_lines(title, total))
+        yield plain_lines(title)
         return
     # Heavy, and of use on a terminal only.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         DownloadColumn,
-        Progress,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.progress import Progress as Bar  # noqa: PLC0415
 
     columns = (
         TextColumn("{task.description}"),
@@ -62,37 +62,36 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda size: bar.advance(task, size)
+    bar = Bar(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=None, start=False)
+
+    def show(done: int, total: int) -> None:
+        if not done:
+            bar.start()
+            bar.start_task(task)
+        bar.update(task, total=total, completed=done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
-def locked(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """The same function, for several threads."""
-    lock = Lock()
-
-    def one_at_a_time(size: int) -> None:
-        with lock:
-            advance(size)
-
-    return one_at_a_time
-
-
-def plain_lines(title: str, total: int) -> Callable[[int], None]:
+def plain_lines(title: str) -> Progress:
     """A line for each tenth of the bytes, and none within a second of the one before."""
     started = said_at = time.monotonic()
-    whole = size_text(total)
-    done = said = 0
+    said = 0
 
-    def advance(size: int) -> None:
-        nonlocal done, said, said_at
-        done += size
-        step = done * PLAIN_STEPS // total if total else 0
+    def show(done: int, total: int) -> None:
+        nonlocal started, said, said_at
         now = time.monotonic()
+        if not done:
+            started = said_at = now
+        step = done * PLAIN_STEPS // total if total else 0
         if step > said and now - said_at >= PLAIN_SECONDS:
             said, said_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
             rate = size_text(int(done / seconds))
-            print_aside(f"{title}: {done / total:.0%} of {whole}, {rate}/s, {left:.0f} s left")
+            print_aside(f"{title}: {done / total:.0%} of {size_text(total)}, {rate}/s, {left:.0f} s left")
 
-    return advance
+    return show

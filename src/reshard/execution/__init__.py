@@ -1,1 +1,1 @@
-"""Stage 4: a plan -> bytes, by threads that read, join or compute, and write."""
+"""Carries out a plan: reads or computes windows of the source, writes target files, resumes after interruptions."""

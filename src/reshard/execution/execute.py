@@ -1,7 +1,7 @@
-"""Stage 4: Plan -> files. The only writer.
+"""Executes a plan: writes the files of the target, or resumes an interrupted job. The only writer of tensors.
 
-Everything is written under temporary names, made durable, and renamed last: a file under its final name is whole. What
-is durable stands in a journal, so that the same command goes on where a crash, a full disk or Ctrl-C has ended it.
+Everything is written under temporary names, made durable, and renamed last: a file with its final name is complete. A
+journal records what is durable, so that the same command resumes after a crash, a full disk or Ctrl-C.
 """
 
 import os
@@ -23,20 +23,17 @@ from reshard.planning.plan import Plan, describe_layout
 from reshard.storage.local import (
     CACHED,
     Ways,
-    is_cached,
     make_durable,
     open_file,
-    open_source,
     remove,
-    require_unchanged,
     reserve,
     sync_folder,
-    way_to_read,
-    ways_past_cache,
     write_all,
     write_whole,
 )
+from reshard.storage.page_cache import is_cached, way_to_read, ways_past_cache
 from reshard.storage.resources import available_memory
+from reshard.storage.unchanged import open_unchanged
 from reshard.types import Advance, Cast, Join
 
 JOBS_PAST_CACHE = 4
@@ -45,30 +42,30 @@ JOBS_PAST_CACHE = 4
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """The files beside the rank files."""
+    """Side files and manifest of the target."""
 
     names: Sequence[str]
-    """The last of them gets its final name last of all."""
+    """The last of them, the manifest, gets its final name last of all files."""
     contents: Callable[[Records], Mapping[str, bytes]]
-    """Given the checksums of all that was written: what is in each, by name."""
+    """Makes the contents of each file, by name, from the checksums of everything that was written."""
     require_same: Callable[[], None]
-    """Raises Refused if the target is no longer as it was looked at, before it was locked."""
+    """Raises Refused if another run has changed the target after it was read and before it was locked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to work. The files that come out do not depend on it."""
+    """Resources and policy of a run."""
 
     jobs: int | None = None
-    """Threads; by default as many as the processors and the disk can use."""
+    """Number of threads; by default as many as the processors and the disk can use."""
     max_memory: int = 256 << 20
-    """In bytes, of all buffers together."""
+    """Of all buffers together, in bytes."""
     cache: str = "auto"
     """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
     restart: bool = False
-    """Throw away what an interrupted job has left."""
+    """Discard what an interrupted job has left, and begin again."""
     allow_inexact: bool = False
-    """Round what a cast cannot express to the nearest value, instead of refusing it."""
+    """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
 
 USUAL = Settings()
@@ -76,23 +73,24 @@ USUAL = Settings()
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a job was done."""
+    """Resources that a run used, and its results in numbers."""
 
     jobs: int
+    """Number of threads."""
     ways: Ways
     resumed: int
-    """In bytes: what an earlier run had done already."""
+    """In bytes: how much an earlier run had done already."""
     inexact: int
-    """How many values this run has rounded."""
+    """How many values a cast of this run has rounded."""
     copy_seconds: float
     sync_seconds: float
 
 
 def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, settings: Settings) -> Done:
-    """Writes the files of a plan into the folder `target`, which is made if need be, or goes on where it was ended.
+    """Writes the files of a plan into the folder `target`, which is made if need be; resumes if it was interrupted.
 
-    Raises Refused if the source changes or the file system refuses; then the same call goes on from there. If nothing
-    was durable yet, what was written is removed.
+    `advance` is called with numbers of bytes. Raises Refused if the source changes or the file system fails; the same
+    call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
     names = [*(file.name for file in plan.files), *others.names]
     require_memory(settings, memory_per_job(plan))
@@ -118,7 +116,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
 
 
 def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """What makes a job another one: the journal of one is of no use to another."""
+    """The identity of a job, for its journal: a job with any other value is another job, and cannot resume this one."""
     return {
         "allow_inexact": settings.allow_inexact,
         "reshard": __version__,
@@ -138,16 +136,14 @@ def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, A
 def write_ranks(
     plan: Plan, target: Path, journal: Journal, advance: Advance, settings: Settings
 ) -> tuple[Done, Records]:
-    """Writes what the journal has not of every rank file, under its temporary name, and makes it durable."""
+    """Writes all groups that are not in the journal, into files with temporary names, and makes them durable."""
     ways = choose_ways(plan, target, settings)
     jobs = choose_jobs(ways, settings, memory_per_job(plan))
     found = as_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
-    with ExitStack() as stack:
-        names = [file.name for file in plan.source.files]
-        sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_as_planned(plan, sources)
+    opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
+    with opened as sources, ExitStack() as stack:
         complete = missing_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
@@ -156,23 +152,25 @@ def write_ranks(
         advance(resumed + sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = without(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), written)
+        names = [file.name for file in plan.source.files]
         files = Files(sources, names, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        require_as_planned(plan, sources)
         records = as_records(ledger.records)
         if lacking := missing_file(plan, records):
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-        return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
+    return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
-    """Through the page cache or past it. A job that fits the cache is read past it all the same if the source is not in
-    there yet: reading would be held up by making room for bytes that are wanted once.
+    """Chooses to read and write through the page cache or past it, by settings and size of the job.
+
+    A source that is not in the cache yet is read past it even if the job fits: making room for bytes that are read only
+    once would slow down reading.
     """
     moved = plan.size + int(plan.copies.sizes.sum())
     paths = [plan.source.folder / file.name for file in plan.source.files]
@@ -184,37 +182,34 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
 
 
 def memory_per_job(plan: Plan) -> int:
-    """In bytes."""
+    """The memory of the buffers of a thread, in bytes."""
     return MEMORY_PER_JOB + (MEMORY_OF_MAKING if plan.casts or plan.source.joins else 0)
 
 
 def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:
-    """As many as asked for, else what the processors give or keep a disk busy; never more than fit the memory."""
+    """The number of threads: as asked for, else as many as processors or as keep a disk busy; limited by memory."""
     usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
     return min(settings.max_memory // memory, settings.jobs or usual)
 
 
 def require_memory(settings: Settings, memory: int) -> None:
-    """There is enough for one job."""
+    """Raises Refused if the memory that is allowed is not enough for the buffers of one thread."""
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
         raise refuse("too-little-memory", "--max-memory", found, expected)
 
 
-def require_as_planned(plan: Plan, sources: Sequence[int]) -> None:
-    """The source is what it was when its headers were read, so that what was planned is still what is there."""
-    require_unchanged(plan.source.folder, plan.source.files, sources, again=RESTART)
-
-
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:
-    """Every rank file under its temporary name, at its full size and with its header. `begun` are the indices of those
-    of which the journal says that something is in them; `complete`, that everything is in all of them.
+    """Opens every target file under its temporary name, sets its full size and writes its header.
+
+    `begun` has the indices of the files with bytes in the journal; `complete` says that the journal has all bytes of
+    all files. Raises Refused if a file that was begun has another size than the journal says.
     """
     targets = []
     for index, file in enumerate(plan.files):
         path = target / (file.name + PARTIAL)
         if complete and not path.exists():
-            # A crash between two renames: everything was durable before the first of them. Not to be written to again.
+            # A crash between two renames: everything was durable before the first of them. Not to be written again.
             targets.append(open_file(stack, target / file.name, os.O_RDONLY))
             continue
         size = path.stat().st_size if path.exists() else 0
@@ -229,7 +224,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
 
 
 def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[Window]:
-    """The windows, less the groups that were written before."""
+    """Leaves out the groups that were written before, and windows without any other groups."""
     for window in work:
         left = [group for group in window.groups if (group.target_offset, group.target_file) not in written]
         if left:
@@ -237,7 +232,7 @@ def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[W
 
 
 def missing_file(plan: Plan, records: Records) -> str | None:
-    """A file of which the records do not speak of every byte behind its header exactly once; None if there is none."""
+    """The name of a file whose bytes behind the header are not each recorded exactly once; None if there is none."""
     for index, file in enumerate(plan.files):
         mine = records[records["file"] == index]
         bounds = [len(file.header), *(mine["offset"] + mine["size"]).tolist()]
@@ -247,15 +242,15 @@ def missing_file(plan: Plan, records: Records) -> str | None:
 
 
 def finish(target: Path, names: Sequence[str]) -> None:
-    """Gives every file its final name, then removes the journal. A crash in between leaves all that is needed."""
+    """Gives every file its final name, then removes the journal. A crash in between leaves everything to resume."""
     for name in names:
         partial = target / (name + PARTIAL)
-        if name == names[-1]:  # the manifest: it says that the others have their final names
+        if name == names[-1]:  # the manifest: its presence says that the others have their final names
             sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)
-    with suppress(PermissionError):  # we may enter the folder above, but not read it
+    with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
     remove(target, [JOURNAL])
     sync_folder(target)

@@ -1,10 +1,10 @@
-"""The journal: which groups of a job are durable, so that a rerun goes on from there. Lies beside the partial files.
+"""Reads, writes and locks the journal: a record of the groups of a job that are durable, so that a rerun resumes it.
 
-It is a line of JSON that says which job it is of, then batches of fixed-size records. A batch is appended only after
-the bytes that it speaks of are on the disk, and carries its own checksum: a batch that a crash tore off at the end is
-as if it had never been written, and so is all from a batch on whose length points behind the end; other damage is
-refused. The file is also the lock: whoever holds it writes the
-target, and the kernel lets go of it with the process, so that no stale lock can be.
+It lies in the target folder: a line of JSON with the identity of the job, then batches of fixed-size records. A batch
+is appended only after the bytes that it records are on the disk, and has its own checksum. A batch that a crash tore
+off at the end, or whose length points behind the end, is ignored with all that follows; other damage is refused.
+
+The file is also the lock on the target. The kernel releases it with the process, so that it is never stale.
 """
 
 import fcntl
@@ -31,10 +31,13 @@ RECORD = struct.Struct("<QII16s")
 RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
 
 COUNT = struct.Struct("<I")
+"""Number of records in a batch."""
 
 CHECKSUM_SIZE = 8
+"""In bytes, of a batch: xxh3-64."""
 
 LONGEST_LINE = 64 << 20
+"""In bytes."""
 
 RESTART = "--restart throws the partial files away and begins again"
 
@@ -51,23 +54,23 @@ class Journal:
     start: int
     """Where its records begin, in bytes."""
     records: bytes
-    """Those that it held when it was opened."""
+    """The records that were in it when it was opened."""
 
 
 def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, restart: bool = False) -> Journal:
-    """The journal of a folder, locked until the stack closes; a new one if there is none, or to `restart`.
+    """Opens the journal of a folder, locked until the stack closes; a new one if there is none, or to `restart`.
 
-    Raises Refused if another process holds it, if it is of another job, or if it is damaged.
+    Raises Refused if another process has locked it, if it belongs to another job, or if it is damaged.
     """
     path = folder / JOURNAL
     descriptor = lock(stack, path)
     content = path.read_bytes()
     if restart:
-        # Now that it is locked, nobody else writes what the earlier job has left.
+        # Only now that it is locked: no other process is writing these files.
         for name in left_names(folder):
             (folder / name).unlink(missing_ok=True)
     if restart or b"\n" not in content:
-        # Without a whole first line nothing can have been durable yet.
+        # Without a complete first line nothing can be durable yet.
         line = (json.dumps(job) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append(descriptor, line)
@@ -81,10 +84,10 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
 
 
 def left_names(folder: Path) -> set[str]:
-    """The files that the job of a folder's journal has left there; none without a journal, or if it is damaged.
+    """The files that an interrupted job has left in a folder, by its journal; none if that is missing or damaged.
 
-    A rank file has its temporary name from the start of a job; so if it has not, its final name is the job's as well.
-    The other files follow once all rank files are renamed.
+    Every rank file has its temporary name from the start of a job. So a rank file without one was renamed by the job,
+    and its final name belongs to the job too; so do those of the side files, once all rank files are renamed.
     """
     try:
         with (folder / JOURNAL).open("rb") as file:
@@ -100,12 +103,12 @@ def left_names(folder: Path) -> set[str]:
 
 
 def has_records(journal: Journal) -> bool:
-    """Whether anything of the job is durable."""
+    """Whether any bytes of the job are durable."""
     return os.fstat(journal.descriptor).st_size > journal.start
 
 
 def lock(stack: ExitStack, path: Path) -> int:
-    """Opens and locks the journal, or refuses if another process has it."""
+    """Opens and locks the journal; returns its descriptor. Raises Refused if another process has locked it."""
     while True:
         descriptor = open_file(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
@@ -119,7 +122,7 @@ def lock(stack: ExitStack, path: Path) -> int:
 
 
 def job_problems(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    """In what the job of the journal differs from the one that is asked for."""
+    """The differences between the job of the journal and the job that is asked for."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -134,7 +137,7 @@ def job_problems(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Pr
 
 
 def difference(before: Any, now: Any) -> tuple[str, str]:
-    """Two values as text; of two lists the first entries that differ."""
+    """Two different values as text; of two lists only the first entries that differ."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         now = json.loads(json.dumps(now))
         before, now = next((pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]), (before, now))
@@ -142,7 +145,7 @@ def difference(before: Any, now: Any) -> tuple[str, str]:
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
-    """The records of all whole batches, and where the last of them ends."""
+    """The records of all complete batches, and the byte where the last of them ends. Raises Refused for damage."""
     found = bytearray()
     while start < len(content):
         head = content[start : start + COUNT.size]
@@ -160,12 +163,12 @@ def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
 
 
 def is_torn(content: bytes, start: int, end: int) -> bool:
-    """Whether a bad batch is the end of the file, as a crash leaves it: short, or never filled."""
+    """Whether a bad batch is what a crash leaves at the end of the file: too short, or only zeros."""
     return end >= len(content) or not any(content[start:])
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Writes at the end of the journal and waits until it is on the disk."""
+    """Appends to the journal and waits until it is on the disk."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -173,12 +176,12 @@ def append(descriptor: int, data: bytes) -> None:
 
 
 def append_records(journal: Journal, records: bytes) -> None:
-    """A batch. What it speaks of must be durable already."""
+    """Appends a batch of records. The bytes that they record must be durable already."""
     batch = COUNT.pack(len(records) // RECORD.size) + records
     append(journal.descriptor, batch + xxh3_64_digest(batch))
 
 
 def as_records(data: bytes) -> Records:
-    """Records in the order of file and offset."""
+    """Parses records and sorts them by file and offset."""
     records = np.frombuffer(data, RECORD_TYPE)
     return records[np.lexsort((records["offset"], records["file"]))]

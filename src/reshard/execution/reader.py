@@ -1,4 +1,4 @@
-"""Reads a window: from a file, joined from the parts that ranks hold, or computed by a cast."""
+"""Reads a window: from a file, joined from shards of rank files, or computed by a cast."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Bytes = NDArray[np.uint8]
 
 
 def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int) -> None:
-    """Writes the bytes of a joined tensor from `offset` on into `out`; at most `most` bytes are read at a time.
+    """Writes the bytes of a joined tensor from byte `offset` on into `out`; reads at most `most` bytes at a time.
 
-    Raises Refused if two ranks hold different bytes of one part.
+    Raises Refused if replicas of a shard differ.
     """
     data = np.frombuffer(out, np.uint8)
     if join.rows == 1:
@@ -39,8 +39,10 @@ def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int
 
 
 def lines(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """A stretch as the end of a row, whole rows together, and the beginning of a row: the first row, the bytes from and
-    to, and the place of these in the stretch.
+    """Splits a byte range into the end of a row, whole rows, and the beginning of a row.
+
+    Gives for each its first row, its begin and end in bytes of the tensor, and its begin in the range. `width` is the
+    size of a row in bytes.
     """
     begin, end = offset, offset + size
     while begin < end:
@@ -51,7 +53,7 @@ def lines(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, i
 
 
 def fetch(join: Join, run: Run, out: Bytes, read: Read) -> None:
-    """Bytes of a part that lie in one piece."""
+    """Reads a contiguous run of a shard into `out`, and compares its replicas."""
     copies = join.parts[run.part]
     out[:] = np.frombuffer(read(copies[0], run.begin, run.size), np.uint8)
     for other in copies[1:]:
@@ -59,9 +61,10 @@ def fetch(join: Join, run: Run, out: Bytes, read: Read) -> None:
 
 
 def fetch_rows(join: Join, run: Run, row: int, width: int, out: Bytes, read: Read) -> None:
-    """A part's bytes of some rows from `row` on, which it holds one behind the other, `width` bytes each.
+    """Reads a run of each of the rows of a shard from `row` on into `out`, and compares its replicas.
 
-    Several rows are read whole, though the end of each be padding; of a single row only the run.
+    `width` is the size of a row of the shard in bytes. Several rows are read whole, even if each ends with padding; of
+    a single row only the run is read.
     """
     copies = join.parts[run.part]
     target = out[:, run.place : run.place + run.size]
@@ -76,7 +79,7 @@ def fetch_rows(join: Join, run: Run, row: int, width: int, out: Bytes, read: Rea
 
 
 def require_equal(one: NDArray[Any], other: NDArray[Any], first: Tensor, second: Tensor) -> None:
-    """What several ranks hold is the same in all."""
+    """Raises Refused if two replicas of a shard have different bytes."""
     if not np.array_equal(one, other):
         found = f"other bytes in rank {second.file} than in rank {first.file}"
         remedy = "--replicas first takes those of the first rank that has it"
@@ -84,32 +87,33 @@ def require_equal(one: NDArray[Any], other: NDArray[Any], first: Tensor, second:
 
 
 MEMORY_PER_JOB = 2 * WINDOW_SIZE + 2 * PAGE
-"""In bytes: a buffer to read into and one to gather in."""
+"""In bytes: a buffer for a window and one to gather groups in."""
 
 SCALES_SIZE = WINDOW_SIZE // 4
-"""In bytes: more scales are not read at once for a window of weights."""
+"""In bytes: at most so much of a block scale is read at once."""
 
 MEMORY_OF_MAKING = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
-"""In bytes, for each job that joins or casts: a buffer for what comes out, one for what is joined before it is cast,
-one for scales, and what computing takes."""
+"""In bytes, in addition, for each job that joins or casts: a buffer for results, one for tensors joined before they are
+cast, one for scales, and the memory of the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The open files of a job."""
+    """The open files of a job, and its joins and casts."""
 
     sources: Sequence[int]
+    """Descriptors."""
     source_names: Sequence[str]
     targets: Sequence[int]
-    """None where what is moved goes into memory."""
+    """Descriptors; empty where tensors are loaded into memory."""
     ways: Ways
     made: Sequence[Join | Cast]
-    """What is numbered from `len(sources)` on is joined or cast."""
+    """The joins and casts that have the file numbers from `len(sources)` on."""
     allow_inexact: bool
 
 
 class Buffers:
-    """The memory of one worker."""
+    """The memory of one worker: anonymous pages, or what `allocate` gives, such as pinned memory."""
 
     def __init__(self, *, makes: bool, allocate: Callable[[int], memoryview] = aligned_buffer) -> None:
         self.window = allocate(WINDOW_SIZE + 2 * PAGE)
@@ -120,7 +124,7 @@ class Buffers:
 
 
 def read_or_make(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
-    """The bytes of a window, in one of the buffers, and how many of its values are not exact."""
+    """Reads or computes the bytes of a window into one of the buffers; also returns how many values are not exact."""
     if window.source_file >= len(files.sources):
         return make_window(window, files, buffers)
     source, name = files.sources[window.source_file], files.source_names[window.source_file]
@@ -128,7 +132,10 @@ def read_or_make(window: Window, files: Files, buffers: Buffers) -> tuple[memory
 
 
 def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
-    """The bytes of a window of what is joined or cast, and how many of its values are not exact."""
+    """Joins or casts the bytes of a window; also returns how many values are not exact.
+
+    Raises Refused for values that are not exact, unless they are allowed.
+    """
     made, data = files.made[window.source_file - len(files.sources)], buffers.result[: window.size]
     if isinstance(made, Join):
         produce_join(made, window.offset, data, reader(files, buffers.window), WINDOW_SIZE)
@@ -145,7 +152,7 @@ def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryv
 
 
 def reader(files: Files, buffer: memoryview, joined: memoryview | None = None) -> Read:
-    """How to read a part of a tensor into a buffer; one in parts is put together in another, piece by piece."""
+    """A function that reads byte ranges of tensors into `buffer`. Tensors in shards are assembled in `joined`."""
 
     def read(tensor: Tensor, offset: int, size: int) -> memoryview:
         place = tensor.file - len(files.sources)
@@ -166,7 +173,7 @@ def reader(files: Files, buffer: memoryview, joined: memoryview | None = None) -
 
 
 def gather(group: Group, window: memoryview, stage: memoryview) -> memoryview:
-    """The bytes of a group: a part of the window if they lie there in one piece, else copied together in `stage`."""
+    """The bytes of a group: a part of the window where they are contiguous, else gathered in `stage`."""
     if len(group.pieces) == 1 and group.pieces[0].rows == 1:
         start = group.pieces[0].start
         return window[start : start + group.size]
@@ -175,7 +182,7 @@ def gather(group: Group, window: memoryview, stage: memoryview) -> memoryview:
         if rows == 1:
             stage[end : end + run] = window[start : start + run]
         else:
-            # A run as one element: numpy moves it whole, three times faster than byte by byte at 128 bytes.
+            # A run as one element: numpy copies it whole, at 128 bytes three times faster than byte by byte.
             runs = np.ndarray((rows,), f"V{run}", window, start, (pitch,))
             np.copyto(np.ndarray((rows,), f"V{run}", stage, end), runs)
         end += run * rows

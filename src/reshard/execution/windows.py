@@ -1,8 +1,8 @@
-"""Windows: the copies of a plan, regrouped by the stretch of source that is read at once. Pure: opens no file.
+"""Groups the copies of a plan into windows: byte ranges of the source, each read once and written to many places.
 
-The source is read in windows of a few MiB, each once, whatever the number of ranks. What a window holds is written in
-groups: pieces that lie back to back in a target file go out in one write. A group of one contiguous piece is written
-from where it was read; any other is gathered first (the small ones, and the columns of a matrix):
+Pure: opens no file. The source is read in windows of a few MiB, each once, whatever the number of ranks. A window is
+written in groups: pieces that lie back to back in a target file are one write. A group of one contiguous piece is
+written from where it was read; the pieces of any other (small tensors, columns of a matrix) are first gathered:
 
     window of the source     | norm | scale | w w w w w w w w |       one read
                                 |       |      |
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.streaming import matrix
+from reshard.casts.shapes import matrix
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Copies, Integers
 from reshard.types import Cast, Join
@@ -26,16 +26,17 @@ WINDOW_SIZE = 4 << 20
 """In bytes. Small enough to stay in the processor's cache between the read and the write."""
 
 LARGEST_GAP = 128 << 10
-"""In bytes. A longer stretch that nobody wants ends a window; reading over a shorter one costs less than a call."""
+"""In bytes. Gaps up to this size are read and discarded: cheaper than another read. A longer one ends a window."""
 
 
 FILES_TOGETHER = 1000
+"""At most so many small source files are grouped at once."""
 
 NONE: Mapping[int, int] = {}
 
 
 class Piece(NamedTuple):
-    """`rows` runs of `run` bytes in a window, `pitch` bytes apart, from byte `start` of the window on."""
+    """`rows` runs of `run` bytes in a window, their starts `pitch` bytes apart, from byte `start` of the window on."""
 
     start: int
     pitch: int
@@ -54,10 +55,11 @@ class Group(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A stretch of a source file, and what of it goes where."""
+    """A byte range of a source file, with the groups that are written from it."""
 
     source_file: int
     offset: int
+    """In bytes from the start of the file."""
     size: int
     """In bytes."""
     groups: list[Group]
@@ -65,18 +67,18 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Pieces in columns; `window` numbers the window that each belongs to, `cell` what of it may go out in one write.
+    """Pieces in columns. `window` is the number of each one's window; pieces of different `cell`s are never one write.
 
-    The cells of a target file depend on that file alone. So its groups, and with them the ranges that have a checksum,
-    are the same whichever other ranks are written along with it.
+    The cells of a target file depend on that file alone. So its groups, which are the ranges with a checksum, are the
+    same whichever other ranks are written along with it.
     """
 
     window: Integers
     cell: Integers
     base: Integers
-    """Where the source file of each begins; see `windows_of_files`."""
+    """In bytes, where the source file of each piece begins: see `windows_of_files`."""
     grid: Integers
-    """In bytes: no window goes over a multiple of it, counted from the base."""
+    """In bytes: no window crosses a multiple of it, counted from the base."""
     source_offset: Integers
     pitch: Integers
     run: Integers
@@ -84,24 +86,24 @@ class Table:
     target_file: Integers
     target_offset: Integers
 
-    def picked(self, index: Integers | NDArray[np.bool_]) -> "Table":
-        """The pieces at an index."""
+    def pick(self, index: Integers | NDArray[np.bool_]) -> "Table":
+        """The pieces at some indices, or where a mask is true."""
         return Table(*(getattr(self, name)[index] for name in Table.__slots__))
 
     @property
     def ends(self) -> Integers:
-        """Where each piece ends in the source."""
+        """Source offset behind the last byte of each piece."""
         return self.source_offset + (self.rows - 1) * self.pitch + self.run
 
 
 def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NONE) -> Iterator[Window]:
-    """The windows of all copies, file by file of the source, each of at most `size` bytes.
+    """The windows of all copies, source file by source file, each of at most `size` bytes.
 
-    A source file of which `bands` says how many bytes are best read together is cut at multiples of these; a thousand
-    such files, which are small, are looked at together.
+    `bands` has, for joins and casts, how many bytes are best made together: their windows end at multiples of it. Up to
+    FILES_TOGETHER of them, which are small, are grouped at once.
 
-    Neighbours in this order write to different files as far as possible, for two writers of one file wait for each
-    other. Every byte that is wanted lies in exactly one window, but for the columns of rows longer than a window.
+    Neighbours in the order write to different files as far as possible, for two writers of one file wait for each
+    other. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
     """
     merged = merge(copies)
     order = np.lexsort((merged.source_offset, merged.source_file))
@@ -122,9 +124,9 @@ def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = 
 def windows_of_files(
     copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int
 ) -> Iterator[Window]:
-    """The windows of some source files, each the copies between two places of an order, and its grid.
+    """The windows of several source files. `batch` has begin and end of the copies of each in `order`, and its grid.
 
-    For this they lie one behind the other, so far apart that no window holds bytes of two.
+    The files are laid one behind the other, so far apart that no window has bytes of two.
     """
     chosen = order[batch[0][0] : batch[-1][1]]
     counts = [end - begin for begin, end, _ in batch]
@@ -153,7 +155,7 @@ def windows_of_files(
 
 
 def merge(copies: Copies) -> Copies:
-    """Copies that follow each other in the source and in the target as one; in the order of the target."""
+    """Merges copies that follow each other both in the source and in the target; in the order of the target."""
     order = np.lexsort((copies.target_offset, copies.target_file))
     columns = {name: getattr(copies, name)[order] for name in Copies.__slots__}
     start, run, rows = columns["source_offset"], columns["run"], columns["rows"]
@@ -174,31 +176,32 @@ def merge(copies: Copies) -> Copies:
 
 
 def windows_of_table(table: Table, size: int) -> Iterator[Window]:
-    """The windows of pieces in the order of their source offset; all said to be of file 0."""
+    """The windows of pieces, which come in the order of their source offset. `source_file` is 0 in all windows."""
     is_flat = table.rows == 1
     is_wide = ~is_flat & (table.pitch > size)
-    flat = [table.picked(is_flat), split_rows(table.picked(is_wide))]
+    flat = [table.pick(is_flat), split_rows(table.pick(is_wide))]
     runs = window_of_runs(split_at_grid(concatenated(flat)))
-    bands = window_of_bands(table.picked(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
+    bands = window_of_bands(table.pick(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
     pieces = concatenated([runs, bands])
     order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
-    yield from built(pieces.picked(order))
+    yield from built(pieces.pick(order))
 
 
 def concatenated(tables: list[Table]) -> Table:
+    """One table of several."""
     return Table(*(np.concatenate([getattr(table, name) for table in tables]) for name in Table.__slots__))
 
 
 def spread(parts: Integers) -> tuple[Integers, Integers]:
-    """For rows that fall into so many `parts` each: of every part the row it comes from, and its place there."""
+    """For rows split into `parts` parts each: for every part the index of its row, and its index within the row."""
     index = np.repeat(np.arange(len(parts)), parts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(parts) - parts, parts)
 
 
 def split_rows(table: Table) -> Table:
-    """Each row of each piece as a piece of its own."""
+    """Makes each row of each piece a piece of its own."""
     index, row = spread(table.rows)
-    piece = table.picked(index)
+    piece = table.pick(index)
     return replace(
         piece,
         source_offset=piece.source_offset + row * piece.pitch,
@@ -209,10 +212,10 @@ def split_rows(table: Table) -> Table:
 
 
 def split_at_grid(table: Table) -> Table:
-    """Contiguous pieces, cut wherever the source offset, counted from the base, is a multiple of the grid."""
+    """Cuts contiguous pieces where the source offset, counted from the base, is a multiple of the grid."""
     first = (table.source_offset - table.base) // table.grid
     index, place = spread((table.ends - table.base - 1) // table.grid - first + 1)
-    piece, cell = table.picked(index), first[index] + place
+    piece, cell = table.pick(index), first[index] + place
     start = np.maximum(piece.source_offset, piece.base + cell * piece.grid)
     run = np.minimum(piece.ends, piece.base + (cell + 1) * piece.grid) - start
     target_offset = piece.target_offset + start - piece.source_offset
@@ -220,25 +223,25 @@ def split_at_grid(table: Table) -> Table:
 
 
 def window_of_runs(table: Table) -> Table:
-    """Numbers the windows of contiguous pieces: one a cell of the grid, and a new one behind each long gap."""
-    by_file = table.picked(np.lexsort((table.source_offset, table.target_file)))
+    """Numbers the windows of contiguous pieces: a new one at each multiple of the grid and behind each long gap."""
+    by_file = table.pick(np.lexsort((table.source_offset, table.target_file)))
     starts_cell = long_gaps(by_file.cell, by_file.source_offset, by_file.ends)
     starts_cell[1:] |= np.diff(by_file.target_file) != 0
     table = replace(by_file, cell=np.cumsum(starts_cell))
-    table = table.picked(np.argsort(table.source_offset, kind="stable"))
+    table = table.pick(np.argsort(table.source_offset, kind="stable"))
     starts_window = long_gaps(table.window, table.source_offset, np.maximum.accumulate(table.ends))
     return replace(table, window=np.cumsum(starts_window) - 1)
 
 
 def long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np.bool_]:
-    """Where another cell of the grid begins, or a stretch that nobody wants has gone before."""
+    """Whether each piece begins a new cell of the grid, or comes behind a gap of more than LARGEST_GAP bytes."""
     is_first = np.ones(len(starts), np.bool_)
     is_first[1:] = (np.diff(grid) != 0) | (starts[1:] - reached[:-1] > LARGEST_GAP)
     return is_first
 
 
 def window_of_bands(table: Table, first: int) -> Table:
-    """Rectangles cut into bands of so many rows as fit a window; the columns of one matrix share their windows."""
+    """Cuts rectangles into bands of as many rows as fit a window. Column shards of one matrix share their windows."""
     starts_matrix = np.ones(len(table.rows), np.bool_)
     step = np.diff(table.source_offset)
     starts_matrix[1:] = (
@@ -246,7 +249,7 @@ def window_of_bands(table: Table, first: int) -> Table:
     )
     height = np.maximum(table.grid // table.pitch, 1)
     index, place = spread(-(-table.rows // height))
-    piece, row = table.picked(index), np.asarray(place * height[index], np.int64)
+    piece, row = table.pick(index), np.asarray(place * height[index], np.int64)
     keys = np.stack([np.cumsum(starts_matrix)[index], place])
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
     return replace(
@@ -260,7 +263,7 @@ def window_of_bands(table: Table, first: int) -> Table:
 
 
 def built(pieces: Table) -> Iterator[Window]:
-    """The windows as values, from pieces in the order of window, target file and target offset."""
+    """Builds the windows from pieces in the order of window, target file and target offset."""
     sizes = pieces.run * pieces.rows
     is_first = np.diff(pieces.window, prepend=-1) != 0
     bounds = np.flatnonzero(is_first)
@@ -287,12 +290,12 @@ def built(pieces: Table) -> Iterator[Window]:
 
 
 def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:
-    """An order of the windows in which neighbours write mainly to different target files."""
+    """Orders the windows so that neighbours write mainly to different target files; returns their numbers."""
     total = np.add.reduceat(sizes, bounds)
     by_size = np.lexsort((sizes, pieces.window))
     largest = by_size[[*(bounds[1:] - 1), len(sizes) - 1]]
     number = np.argsort(np.argsort(offsets))
-    # A window that many files share belongs to none: it takes its turn with each.
+    # A window that goes to many files equally has no owner: it is counted to each file in turn.
     ranks = int(pieces.target_file.max()) + 1
     owner = np.where(sizes[largest] * 2 >= total, pieces.target_file[largest], number % ranks)
     by_owner = np.lexsort((number, owner))
@@ -304,9 +307,9 @@ def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integ
 
 
 def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, int]:
-    """By the number of a join or a cast: how many of its bytes are best made together, not more than `most`.
+    """For joins and casts, by file number: how many bytes are best made together, at most `most`.
 
-    Whole rows, and whole blocks of rows if they fit: what is read for one is then read once.
+    Whole rows, and whole rows of blocks if they fit, so that every input byte is read once.
     """
     found = {}
     for place, cast in enumerate(made):

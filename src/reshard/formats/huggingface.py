@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,29 +34,36 @@ class Stored:
     folder: Path
     files: tuple[File, ...]
     tensors: tuple[Tensor, ...]
+    metadata: tuple[Mapping[str, Any], ...] = ()
+    """Of each file: the `__metadata__` of its header."""
 
 
-def read_checkpoint(source: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
-    """What a folder of safetensors files, or a single such file, holds.
+def read_whole(
+    path: Path,
+    names: Sequence[str],
+    weight_map: Mapping[str, str] | None,
+    config: Mapping[str, Any] | None,
+    *,
+    ignore_extra_files: bool = False,
+) -> Checkpoint:
+    """The checkpoint in the safetensors files of these names, from their headers.
 
     With an index, the index is the truth: each file and tensor that it names must be there, and nothing else may be,
     unless `ignore_extra_files` says that files it does not name are left out. Raises Refused with every fault found.
     """
-    names = file_names(source)
-    weight_map = read_index(folder_of(source)) if source.is_dir() else None
     if weight_map is not None:
-        names = indexed_names(source, names, weight_map, ignore_extra_files=ignore_extra_files)
+        names = indexed_names(path, names, weight_map, ignore_extra_files=ignore_extra_files)
     else:
         require_none(numbering_problems(names))
-    stored = read_headers(folder_of(source), names)
+    stored = read_headers(folder_of(path), names)
     tensors: dict[str, Tensor] = {}
     problems = list(gather(stored, tensors))
     if weight_map is not None:
         problems.extend(index_problems(stored, tensors, weight_map))
     if not tensors and not problems:
-        problems.append(Problem("empty-source", str(source), "files without a tensor", "a checkpoint"))
+        problems.append(Problem("empty-source", str(path), "files without a tensor", "a checkpoint"))
     require_none(problems)
-    return Checkpoint(stored.folder, stored.files, tensors, read_config(stored.folder))
+    return Checkpoint(stored.folder, stored.files, tensors, config)
 
 
 def folder_of(source: Path) -> Path:
@@ -107,7 +114,7 @@ def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
 
 
 def indexed_names(
-    source: Path, names: list[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
+    source: Path, names: Sequence[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
 ) -> list[str]:
     """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
     wanted = sorted(set(weight_map.values()))
@@ -140,7 +147,7 @@ def missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, s
         yield Problem("missing-file", name, found, expected, AGAIN)
 
 
-def numbering_problems(names: list[str]) -> Iterable[Problem]:
+def numbering_problems(names: Sequence[str]) -> Iterable[Problem]:
     """Without an index, `model-00002-of-00004.safetensors` still tells that there are four files."""
     present = set(names)
     for (stem, total), count in Counter((m[1], m[3]) for m in map(NUMBERED.fullmatch, names) if m).items():
@@ -154,10 +161,11 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
     """The headers of the named files. Raises Refused with the faults of all of them."""
     files: list[File] = []
     tensors: list[Tensor] = []
+    metadata: list[Mapping[str, Any]] = []
     problems: list[Problem] = []
     for name in names:
         try:
-            file, entries = read_header(folder / name, len(files))
+            file, entries, said = read_described_header(folder / name, len(files))
         except Refused as refused:
             problems.extend(refused.problems)
             if len(problems) >= MOST_PROBLEMS:
@@ -165,12 +173,19 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
             continue
         files.append(file)
         tensors.extend(entries)
+        metadata.append(said)
     require_none(problems)
-    return Stored(folder, tuple(files), tuple(tensors))
+    return Stored(folder, tuple(files), tuple(tensors), tuple(metadata))
 
 
 def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
     """The header of one file, whose tensors will carry `index`. Raises Refused."""
+    file, tensors, _ = read_described_header(path, index)
+    return file, tensors
+
+
+def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
+    """The header of one file, whose tensors will carry `index`, and its metadata. Raises Refused."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -183,7 +198,8 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     tensors = parse_header(text, index, size, path.name)
     header_hash = hashlib.sha256(first + text).hexdigest()
-    return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), tensors
+    file_of = File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns)
+    return file_of, tensors, parse_metadata(text)
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -193,16 +209,13 @@ def read_file(path: Path) -> Checkpoint:
     return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
 
 
-def read_metadata(path: Path) -> Mapping[str, Any]:
-    """What a file of which the header has been read says of itself, where it says so first of all; else nothing."""
-    with open_regular(path) as file:
-        length = header_length(file.read(LENGTH_SIZE), os.fstat(file.fileno()).st_size, path.name)
-        if file.read(len(METADATA)) != METADATA:
-            return {}
-        text = file.read(length - len(METADATA)).decode()
+def parse_metadata(text: bytes) -> Mapping[str, Any]:
+    """The metadata of a header, where it stands first of all, as every writer puts it; else nothing."""
+    if not text.startswith(METADATA):
+        return {}
     found: Any = {}
     with suppress(ValueError, RecursionError):
-        found, _ = json.JSONDecoder().raw_decode(text)
+        found, _ = json.JSONDecoder().raw_decode(text.decode()[len(METADATA) :])
     return found if isinstance(found, dict) else {}
 
 

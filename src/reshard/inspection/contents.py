@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, require_none
-from reshard.formats.huggingface import Stored, file_names, read_checkpoint, read_config, read_file, read_headers
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import Stored, file_names, read_config, read_file, read_headers
 from reshard.formats.manifest import is_subset, manifest_at, subset_text
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.match import choose_recipe, match, wanted_recipes
+from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import held_tensors, holder_problems, left_names
-from reshard.sources.source import RankNames, foreign_recipe, numbers_of, ranks_at
+from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
 from reshard.text import counted, listed, printable, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -52,10 +53,14 @@ class Content:
     __repr__ = __str__
 
 
-def inspect_path(path: Path, recipe: str | None = None) -> Content:
-    """Summarizes a folder of safetensors files in either layout, or a single file. Uses the recipe of this name or
-    file, else the packaged recipes. Raises Refused.
+def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
+    """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
+
+        print(reshard.inspect("DeepSeek-V3"))
+
+    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
     """
+    path = Path(path)
     content = content_at(path, recipe)
     subset = manifest_at(path).get("subset") if path.is_dir() else None
     return replace(content, subset=subset_text(subset)) if isinstance(subset, dict) and is_subset(subset) else content
@@ -64,23 +69,22 @@ def inspect_path(path: Path, recipe: str | None = None) -> Content:
 def content_at(path: Path, recipe: str | None) -> Content:
     require_finished(path)
     recipes = recipes_to_try(recipe)
-    if path.is_dir() and (names := ranks_at(path, recipes)):
+    if path.is_dir() and (names := find_rank_names(path, file_names(path), recipes)):
         return rank_content(path, names)
     for name in file_names(path)[:1]:
         for known in recipes if not path.is_dir() else ():
-            if numbers := numbers_of(name, known):
+            if numbers := parse_rank_name(name, known):
                 return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
-    if path.is_dir() and (made_with := foreign_recipe(manifest_at(path), recipes)):
+    if path.is_dir() and (made_with := find_foreign_recipe(manifest_at(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
         return content_of(path, read_headers(path, file_names(path)), "", "", 0, {}, remark)
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        chosen = choose_recipe(checkpoint, recipes)
-        counts = counts_of(checkpoint, chosen)
+        chosen, matched = choose_recipe(checkpoint, recipes)
     except Refused as refused:
         return content_of(path, stored, "", "", 0, {}, str(refused))
-    content = content_of(path, stored, chosen.left, chosen.name, 0, counts, "")
+    content = content_of(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
     return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
 
 
@@ -119,14 +123,19 @@ def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
 
 def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    gathered, problems = held_tensors(stored, recipe)
+    gathered, problems = held_tensors(stored, recipe, config or {})
     require_none([*problems, *holder_problems(gathered.values(), len(stored.files))])
     return counts_of(Checkpoint(stored.folder, stored.files, left_names(gathered.values()), config), recipe)
 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
-    counts = match(checkpoint, recipe).counts
-    return {recipe.holes[letter].counts: count for letter, count in counts.items() if count}
+    return name_counts(match(checkpoint, recipe), recipe)
+
+
+def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
+    """By the plural that a recipe gives: `{"layers": 61, "experts": 256}`."""
+    counts = matched.counts
+    return {recipe.placeholders[letter].counts: count for letter, count in counts.items() if count}
 
 
 def content_of(

@@ -5,7 +5,7 @@ tokenizers are not compared. Memory is the buffers of a few threads, whatever th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -21,15 +21,14 @@ from reshard.execution.reader import SCALES_SIZE, Buffers, Files, reader
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.tensor_pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
 from reshard.inspection.value_distance import Apart, elements_in, measure, merged
-from reshard.storage.local import CACHED, Watched, is_equal, open_source, reading_threads, unchanged, ways_to_read
-from reshard.storage.resources import in_threads
+from reshard.storage.local import CACHED, is_equal
+from reshard.storage.page_cache import reading_threads, ways_to_read
+from reshard.storage.resources import count_progress, in_threads
+from reshard.storage.unchanged import open_unchanged
 from reshard.text import printable
-from reshard.types import Advance, Cast, Tensor
+from reshard.types import FIRST, Advance, Cast, Progress, Tensor
 
 Bytes = NDArray[np.uint8]
-
-Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Given the bytes of a job, a context that gives the function to be told of the bytes done."""
 
 ALL = Choice()
 
@@ -90,24 +89,17 @@ class DiffReport:
     __repr__ = __str__
 
 
-@contextmanager
-def silent(_total: int) -> Iterator[Advance]:
-    """No progress."""
-    yield lambda _: None
-
-
-def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress = silent) -> DiffReport:
+def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress | None = None) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
     sides = read_side(a, choice), read_side(b, choice)
-    if choice.replicas == "first" and not any(side.recipe for side in sides):
+    if choice.replicas == FIRST and not any(side.recipe for side in sides):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
     pairing = pair_up(*sides, choice)
     size = sum(result_of(pair.a).size for pair in pairing.pairs)
-    with progress(size) as advance:
-        found = compare_pairs(pairing, sides, size, advance)
+    found = compare_pairs(pairing, sides, size, count_progress(progress, size))
     values = [
         ValueDifference(pair.name, pair.dtype, elements_in(result_of(pair.a).size, pair.dtype), found[pair.name])
         for pair in pairing.pairs
@@ -164,8 +156,7 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
 
             return work
 
-        with unchanged(watched(*both) for both in zip(sides, files, strict=True)):
-            in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
+        in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
     return found
 
 
@@ -184,14 +175,11 @@ def place_of(operand: Tensor | Cast) -> tuple[int, int]:
 
 def open_side(stack: ExitStack, side: Side, size: int) -> Files:
     """Opens the files of a side for a job that reads `size` bytes."""
-    paths = [side.checkpoint.folder / file.name for file in side.checkpoint.files]
+    folder, files = side.checkpoint.folder, side.checkpoint.files
+    paths = [folder / file.name for file in files]
     ways = ways_to_read(paths[0], size) if paths else CACHED
-    descriptors = [open_source(stack, path, ways) for path in paths]
+    descriptors = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
     return Files(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
-
-
-def watched(side: Side, files: Files) -> Watched:
-    return Watched(side.checkpoint.folder, side.checkpoint.files, files.sources)
 
 
 class SideReader:

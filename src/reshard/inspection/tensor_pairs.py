@@ -12,12 +12,15 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.casts.shapes import scale_shape, unpack_shape
 from reshard.errors import Problem, require_none
-from reshard.formats.huggingface import read_checkpoint, read_file
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import read_file
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.source import ranks_at, read_source
-from reshard.types import BlockScale, Cast, Checkpoint, Recipe, Tensor
+from reshard.sources.rank_names import holds_rank_files
+from reshard.sources.source import read_source
+from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Choice:
     dequantize: bool = False
     """Compare a block-scaled weight with a weight of another dtype by dequantizing both to BF16."""
     ignore_extra_files: bool = False
-    replicas: str = "compare"
+    replicas: str = COMPARE
     """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
 
 
@@ -80,12 +83,12 @@ class Pairing:
 def read_side(path: Path, choice: Choice) -> Side:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = recipes_to_try(choice.recipe)
-    if path.is_dir() and ranks_at(path, recipes):
+    if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,
             choice.recipe,
             ignore_extra_files=choice.ignore_extra_files,
-            first_replica=choice.replicas == "first",
+            replicas=choice.replicas,
         )
         return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
     if path.is_dir():
@@ -190,7 +193,7 @@ def dequantizing(name: str, side: Side) -> Cast | None:
         scale = tensors.get(name.removesuffix(WEIGHT) + scaling.left)
         block = block_of(weight, scale, scaling) if scale else None
         if block:
-            shape = logical_shape(weight)
+            shape = unpack_shape(weight)
             result = Tensor(name, "BF16", shape, weight.file, weight.offset, prod(shape) * 2)
             return Cast("dequantize", weight, scale, block, result)
     return None
@@ -204,10 +207,4 @@ def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, i
         block = scaling.fp8_block if scaling.packed else scaling.block
     else:
         return None
-    wanted = tuple(-(-size // side) for size, side in zip(logical_shape(weight), block, strict=True))
-    return block if scale.shape == wanted else None
-
-
-def logical_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape in elements: I8 packs two elements of F4 in a byte."""
-    return (*weight.shape[:-1], weight.shape[-1] * 2) if weight.dtype == "I8" else weight.shape
+    return block if scale.shape == scale_shape(unpack_shape(weight), block) else None

@@ -1,1 +1,1 @@
-"""Tensors in memory: the tensors of one rank, or lazily sliced ones."""
+"""Loads one rank's tensors into memory, or opens a checkpoint as lazily sliced tensors: numpy or torch."""

@@ -1,4 +1,4 @@
-"""Arrays: bytes as numpy arrays or torch tensors. Imports torch only where torch is asked for."""
+"""Views bytes as numpy arrays or torch tensors of any safetensors dtype. Imports torch only when it is asked for."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ FRAMEWORKS = ("torch", "numpy")
 NUMPY = {
     "BOOL": "bool", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
-    # What numpy has not, as unsigned integers of the same width; two values of F4 share a byte.
+    # Dtypes that numpy lacks, as unsigned integers of the same width; two values of F4 share a byte.
     "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1",
     "F4": "u1",
 }  # fmt: skip
@@ -30,12 +30,12 @@ TORCH = {
 
 
 def require_framework(framework: str, device: Any = "cpu") -> None:
-    """Raises Refused if the framework is none of ours or not installed, or has no such device."""
+    """Raises Refused if the framework is unknown or not installed, or has no such device."""
     if framework not in FRAMEWORKS:
-        raise refuse("wrong-option", "framework", repr(framework), " or ".join(FRAMEWORKS))
+        raise refuse("wrong-option", "framework", repr(framework), " or ".join(map(repr, FRAMEWORKS)))
     if framework == "numpy":
         if str(device) != "cpu":
-            raise refuse("wrong-option", "device", repr(device), "cpu: numpy has no other", "framework='torch'")
+            raise refuse("wrong-option", "device", repr(device), "device='cpu', for numpy", "framework='torch'")
         return
     try:
         import torch  # noqa: PLC0415 - half a second, and not installed everywhere
@@ -50,7 +50,7 @@ def require_framework(framework: str, device: Any = "cpu") -> None:
 
 
 def array_problems(tensors: Iterable[Tensor], framework: str) -> Iterator[Problem]:
-    """The tensors that the framework has no dtype for."""
+    """Problems of tensors for which the framework has no dtype."""
     for tensor in tensors:
         if not has_dtype(tensor.dtype, framework):
             yield Problem("unknown-dtype", tensor.name, tensor.dtype, f"a dtype of {framework}")
@@ -59,6 +59,7 @@ def array_problems(tensors: Iterable[Tensor], framework: str) -> Iterator[Proble
 
 
 def has_dtype(dtype: str, framework: str) -> bool:
+    """Whether a framework has a dtype, or for numpy a stand-in."""
     if framework == "numpy":
         return dtype in NUMPY
     import torch  # noqa: PLC0415
@@ -67,18 +68,18 @@ def has_dtype(dtype: str, framework: str) -> bool:
 
 
 def array_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of its array: of F4 two values are one element, as in torch and in the safetensors package."""
+    """The shape of a tensor's array: two F4 values are one element, as in torch and in the safetensors package."""
     return (*tensor.shape[:-1], tensor.shape[-1] // 2) if tensor.dtype == "F4" else tensor.shape
 
 
 def as_array(data: Any, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
-    """Bytes, a numpy array or a torch tensor of uint8 in one dimension, as an array: no byte is copied."""
+    """Views bytes, a flat uint8 array of numpy or torch, as an array of a dtype and shape. Copies nothing."""
     if framework == "numpy":
         return data.view(NUMPY[dtype]).reshape(shape)
     import torch  # noqa: PLC0415
 
     kind = getattr(torch, TORCH[dtype])
     found = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
-    if not found.numel():  # torch does not view nothing as another dtype
+    if not found.numel():  # torch does not view an empty tensor as another dtype
         return torch.empty(shape, dtype=kind, device=found.device)
     return found.view(kind).reshape(shape)

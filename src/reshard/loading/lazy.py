@@ -1,6 +1,6 @@
-"""Lazy tensors: a checkpoint of any layout as a mapping of names to tensors that are read only where they are sliced.
+"""Opens a checkpoint of any layout as a mapping of names to lazy tensors, which read only what is sliced of them.
 
-Rank files look like the checkpoint that they came from. Casts nothing and writes nothing.
+Rank files appear as the checkpoint that they were made from. Nothing is cast.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,19 +19,20 @@ import numpy as np
 from reshard.errors import refuse, require_none
 from reshard.execution.reader import produce_join
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.formats.huggingface import read_checkpoint, read_file
+from reshard.formats.folder import read_checkpoint
+from reshard.formats.huggingface import read_file
 from reshard.loading.arrays import Bytes, array_problems, array_shape, as_array, require_framework
-from reshard.sources.source import holds_rank_files, read_source
+from reshard.sources.rank_names import holds_rank_files
+from reshard.sources.source import read_source
 from reshard.storage.local import (
     CACHED,
     PAGE,
     aligned_buffer,
     open_source,
     read_window,
-    require_unchanged,
-    require_unwritten,
 )
-from reshard.types import Checkpoint, Tensor
+from reshard.storage.unchanged import require_unchanged, require_unwritten
+from reshard.types import FIRST, Checkpoint, Tensor
 
 
 def open_tensors(
@@ -40,28 +41,43 @@ def open_tensors(
     *,
     framework: str = "torch",
     ignore_extra_files: bool = False,
-    compare_replicas: bool = False,
+    replicas: str = FIRST,
 ) -> "Tensors":
-    """The tensors of a safetensors file, of a folder of them, or of the rank files in a folder, as if these were whole.
+    """Opens the tensors of a safetensors file, of a Hugging Face checkpoint or of rank files, without reading them.
 
-    Rank files are read by the recipe that their manifest names, or that fits them, or that is given; their tensors have
-    the names of its left side. Of what several ranks hold, the first is read, or all are, and must be equal, if
-    `compare_replicas` says so. Opening reads little more than headers. Raises Refused.
+    Rank files appear as the checkpoint that they were made from, with its names and whole tensors. Opening reads little
+    more than headers. Nothing is cast: packed FP4 and FP8 stay as they are.
+
+        with reshard.open("DeepSeek-V3-mp16") as tensors:
+            rows = tensors["model.layers.0.self_attn.o_proj.weight"][:128]
+
+    Args:
+        path: A safetensors file, or a folder.
+        recipe: Name or file of the recipe of rank files; by default the one of their manifest, or that fits them.
+        framework: `torch` or `numpy`. Dtypes that numpy lacks become unsigned integers of the same width.
+        ignore_extra_files: Ignore safetensors files that do not belong to the checkpoint.
+        replicas: Of rank files: `"first"` reads the first replica of a shard; `"compare"` reads every replica and
+            requires that all are equal.
+
+    Raises:
+        Refused: The files cannot be read, or are not a checkpoint. Reading a tensor raises it if its files have changed
+            since they were opened.
+
     """
     require_framework(framework)
     path = Path(path)
     if path.is_file():
         return Tensors(read_file(path), framework)
     if holds_rank_files(path, recipe):
-        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, first_replica=not compare_replicas)
+        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
     return Tensors(read_checkpoint(path, ignore_extra_files=ignore_extra_files), framework)
 
 
 class Tensors(Mapping[str, "LazyTensor"]):
-    """Lazy tensors by name. Holds its files open until it is closed, and is a context that closes it.
+    """Lazy tensors by name. Keeps its files open until `close`, or until the end of a `with` block.
 
-    Several threads may read, and any may close.
+    Several threads may read at once, and any of them may close.
     """
 
     def __init__(self, checkpoint: Checkpoint, framework: str) -> None:
@@ -101,13 +117,13 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self.close()
 
     def close(self) -> None:
-        """After this, nothing can be read any more. What is being read by another thread is still read to its end."""
+        """Closes the files; nothing can be read afterwards. Reads of other threads still run to their end."""
         with self._lock:
             self._closed = True
             self._close_if_unread()
 
     def read(self, tensor: Tensor, offset: int, size: int) -> Bytes:
-        """So many bytes of a tensor, from a byte of it on. Raises Refused if its files have been written to."""
+        """Reads `size` bytes of a tensor from byte `offset` of it on. Raises Refused if its files were written to."""
         out = np.empty(size, np.uint8)
         with self._reading():
             self._read_into(out.data, tensor, offset)
@@ -115,7 +131,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """A context in which the files stay open: once closed, their numbers may be those of others."""
+        """A context in which the files stay open. Once they are closed, their descriptors may be other files'."""
         with self._lock:
             if self._closed:
                 raise ValueError("these tensors are closed")
@@ -140,14 +156,14 @@ class Tensors(Mapping[str, "LazyTensor"]):
             produce_join(self._checkpoint.joins[place], offset, out, read, WINDOW_SIZE)
 
     def _read_part(self, part: Tensor, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Bytes of what lies in one file, in a part of the buffer."""
+        """Reads bytes of a tensor or shard of one file, into a part of the buffer."""
         path, source = self._paths[part.file], self._sources[part.file]
         found = read_window(source, part.offset + offset, size, buffer, CACHED, path.name)
         require_unwritten(path, self._checkpoint.files[part.file], source)
         return found
 
     def _buffer(self) -> memoryview:
-        """What the parts of a tensor are read into: one for each thread, for making one takes as long as a read."""
+        """The buffer of this thread for shards. It is kept, for allocating one takes as long as a read."""
         if not hasattr(self._buffers, "own"):
             self._buffers.own = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
         found: memoryview = self._buffers.own
@@ -156,7 +172,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor of which nothing has been read. `tensor[...]` reads it whole, a slice what the slice takes."""
+    """A tensor that is not read yet. `tensor[...]` reads all of it, `tensor[2:5]` only those rows."""
 
     tensor: Tensor
     opened: Tensors
@@ -168,12 +184,12 @@ class LazyTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In elements of the array that a slice gives: of F4, two values are one."""
+        """In elements of the array that a slice gives: two F4 values are one element."""
         return array_shape(self.tensor)
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Size of the whole tensor, in bytes."""
         return self.tensor.size
 
     def __len__(self) -> int:
@@ -182,36 +198,36 @@ class LazyTensor:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> Any:
-        """An array as numpy or torch would give for the same key, in memory of its own.
+        """Reads the array that numpy or torch would give for the same key, in memory of its own.
 
-        Of whole numbers and slices in the first dimensions only what they take is read: up to and with the first slice.
-        What comes behind them is read whole, and so is everything for keys of another kind.
+        For leading integers and the first slice only their part is read. Later dimensions are read whole; so is the
+        whole tensor for a key of any other kind. Raises Refused if the framework lacks the dtype or the file changed.
         """
         require_none(array_problems([self.tensor], self.opened.framework))
-        stretch = stretch_of(self.shape, key)
+        taken = stretch_of(self.shape, key)
         width = self.tensor.size // max(1, prod(self.shape))
-        data = self.opened.read(self.tensor, stretch.first * width, prod(stretch.shape) * width)
-        found = as_array(data, self.dtype, stretch.shape, self.opened.framework)
-        if isinstance(stretch.rest, tuple) and not stretch.rest:  # == would compare each number of an array
+        data = self.opened.read(self.tensor, taken.first * width, prod(taken.shape) * width)
+        found = as_array(data, self.dtype, taken.shape, self.opened.framework)
+        if isinstance(taken.rest, tuple) and not taken.rest:  # == would compare each number of an array
             return found
-        part = found[stretch.rest]
+        part = found[taken.rest]
         return part.copy() if self.opened.framework == "numpy" else part.clone()
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What is read for a key, and how the key goes on from there."""
+    """A contiguous range of elements that is read for a key, and the rest of the key."""
 
     first: int
-    """The first element."""
+    """Index of the first element in the flattened tensor."""
     shape: tuple[int, ...]
-    """Of what is read from there on, which lies in one piece."""
+    """Shape of the elements that are read."""
     rest: Any
-    """A key for what is read; () if it is just what was asked for."""
+    """The key to apply to them; () if nothing is left to apply."""
 
 
 def stretch_of(shape: tuple[int, ...], key: Any) -> Stretch:
-    """The stretch of a tensor that a key takes. Raises IndexError for a number that is outside."""
+    """The range of elements to read for a key. Raises IndexError for an index that is out of range."""
     items = key if isinstance(key, tuple) else (key,)
     if not all(type(item) is int or isinstance(item, np.integer | slice | EllipsisType) for item in items):
         return Stretch(0, shape, key)
@@ -230,7 +246,7 @@ def stretch_of(shape: tuple[int, ...], key: Any) -> Stretch:
 
 
 def spelt_out(items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
-    """The same key with as many whole slices in the place of an ellipsis as it stands for."""
+    """Replaces an ellipsis in a key by the full slices that it stands for."""
     places = [place for place, item in enumerate(items) if item is Ellipsis]
     count = len(items) - len(places)
     if count > dimensions or len(places) > 1:
@@ -241,7 +257,7 @@ def spelt_out(items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
 
 
 def checked(index: int, length: int) -> int:
-    """A whole number counted from the front."""
+    """An index counted from the front. Raises IndexError if it is out of range."""
     if not -length <= index < length:
         raise IndexError(f"index {index} is out of range for {length}")
     return index % length

@@ -1,12 +1,10 @@
-"""Loading: the tensors of one rank into memory, from files of any layout; planned as for `convert`. Writes nothing."""
+"""Loads one rank's tensors into memory, from a checkpoint of any layout, as `convert` would write them."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import cycle
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +14,15 @@ from reshard.execution.reader import Buffers, Files, gather, read_or_make
 from reshard.execution.windows import WINDOW_SIZE, Window, bands_of, windows
 from reshard.loading.arrays import array_problems, array_shape, as_array, require_framework
 from reshard.planning.copies import WrongPlan
-from reshard.planning.plan import Job, Plan, plan_conversion
-from reshard.sources.source import holds_rank_files
-from reshard.storage.local import advise_random, open_source, reading_threads, require_unchanged, ways_to_read
+from reshard.planning.options import require_layout, require_whole_number
+from reshard.planning.plan import Plan
+from reshard.planning.planner import make_plan
+from reshard.sources.source import read_source
+from reshard.storage.local import advise_random
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import available_memory, in_threads
-from reshard.types import Cast, Join, Tensor
+from reshard.storage.unchanged import open_unchanged
+from reshard.types import FIRST, RANKS, Cast, Join, Tensor
 
 Worker = Callable[[Window], None]
 
@@ -33,68 +35,75 @@ def load(
     device: Any = "cpu",
     framework: str = "torch",
     recipe: str | None = None,
-    cast: str = "",
-    expert_dtype: str = "",
-    keep_optional: bool = False,
+    cast: str | None = None,
+    expert_dtype: str | None = None,
+    keep_mtp: bool = False,
     pad: bool = False,
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
-    compare_replicas: bool = False,
+    replicas: str = FIRST,
     jobs: int | None = None,
 ) -> dict[str, Any]:
-    """The tensors of a rank by their names in its file, in the order of that file.
+    """Loads the tensors of one rank: a dictionary by their names in the rank's file, in the order of that file.
 
-    They are what `reshard convert SOURCE --mp N` with the same options would write, bit for bit. `source` is a Hugging
-    Face checkpoint, or a folder with the rank files of any number of ranks; of what several of these hold, that of the
-    first is taken, unless `compare_replicas` says that all are read and must be equal. With the framework `numpy`,
-    dtypes that numpy has not come as unsigned integers of the same width. Raises Refused.
+    The tensors are, bit for bit, what `reshard.convert` with the same options would write. Reads little more than the
+    byte ranges that the rank needs. Beside the tensors it takes about 8 MiB of memory a thread, 26 MiB where tensors
+    are cast or joined.
+
+        tensors = reshard.load("DeepSeek-V3", mp=16, rank=3, device="cuda")
+        model.load_state_dict(tensors, strict=True)
+
+    Args:
+        source: Folder of a Hugging Face checkpoint, or of rank files of any number of ranks.
+        mp: Number of ranks (tensor parallel, or whatever the recipe splits by).
+        rank: Number of the rank to load, from 0 to `mp - 1`.
+        device: `cpu`, or any device of torch.
+        framework: `torch` or `numpy`. Dtypes that numpy lacks become unsigned integers of the same width.
+        recipe: Name or file of the recipe; by default the one that fits the checkpoint.
+        cast: `bf16` dequantizes weights with block scales; `fp8` and `fp8-ue8m0` quantize weights without.
+        expert_dtype: `fp8` casts packed FP4 experts to FP8.
+        keep_mtp: Keep what the recipe leaves out by default: MTP layers.
+        pad: Pad weights with zeros where whole blocks do not divide among the ranks.
+        allow_inexact: Round values that a cast cannot express, instead of refusing them.
+        ignore_extra_files: Ignore safetensors files that do not belong to the checkpoint.
+        replicas: Of rank files: `"first"` reads the first replica of a shard; `"compare"` reads every replica and
+            requires that all are equal.
+        jobs: Number of threads; by default as many as are of use, at most 4.
+
+    Raises:
+        Refused: The source cannot be read, changes meanwhile or is not what a recipe expects; an argument is wrong;
+            or the tensors do not fit into memory. It has every problem that was found.
+
     """
-    if jobs is not None and whole_number("jobs", jobs) < 1:
+    if jobs is not None and require_whole_number("jobs", jobs) < 1:
         raise refuse("wrong-option", "jobs", repr(jobs), "1 or more, or None for as many as are of use")
-    job = Job(
-        Path(source),
-        whole_number("mp", mp),
-        recipe,
-        (whole_number("rank", rank),),
-        ignore_extra_files,
-        cast=cast,
-        expert_dtype=expert_dtype,
-        keep_optional=keep_optional,
-        pad=pad,
-        first_replica=not compare_replicas and holds_rank_files(Path(source), recipe),
-    )
-    return load_job(job, device, framework, jobs, allow_inexact=allow_inexact)
-
-
-def whole_number(name: str, value: Any) -> int:
-    """An argument as a number. Raises Refused if it is none."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise refuse("wrong-option", name, repr(value), "a whole number")
-    return index(value)
-
-
-def load_job(job: Job, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
-    """The tensors of the one rank of a job."""
     require_framework(framework, device)
-    plan = plan_conversion(job)
+    layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
+    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
+    return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)
+
+
+def load_planned(plan: Plan, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
+    """The tensors of the one file of a plan, by their names."""
     tensors = list(plan.tensors(0))
     require_none(array_problems(tensors, framework))
-    held = Held(tensors, device)
+    memory = Held(tensors, device)
     try:
-        fill(plan, held, jobs, allow_inexact=allow_inexact)
+        fill(plan, memory, jobs, allow_inexact=allow_inexact)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     return {
         tensor.name: as_array(data, tensor.dtype, array_shape(tensor), framework)
-        for tensor, data in zip(tensors, held.data, strict=True)
+        for tensor, data in zip(tensors, memory.data, strict=True)
     }
 
 
 class Held:
-    """The tensors of a rank in memory, each in bytes of its own; found by where they would lie in the rank's file."""
+    """The tensors of a rank in memory, each in an allocation of its own; addressed by offsets in the rank's file."""
 
     def __init__(self, tensors: Sequence[Tensor], device: Any) -> None:
-        """`device` is one of torch's, or the name of one; numpy allocates what lies on `cpu`."""
+        """Allocates the tensors. `device` is `cpu`, for which numpy allocates, or a device of torch or its name."""
         self.device: Any = None if str(device) == "cpu" else device
         self.is_cuda = str(device).startswith("cuda")
         self.tensors = tensors
@@ -117,7 +126,7 @@ class Held:
             raise no_memory(self.size, str(error).splitlines()[0]) from None
 
     def put(self, content: memoryview, offset: int) -> None:
-        """Takes the bytes that lie at an offset of the file. On CUDA, they may be read even after this has returned."""
+        """Copies bytes to an offset of the rank's file. On CUDA, `content` may be read even after this has returned."""
         data: Any = np.frombuffer(content, np.uint8)
         if self.device is not None:
             import torch  # noqa: PLC0415
@@ -136,31 +145,30 @@ class Held:
 
 
 def no_memory(size: int, found: str) -> Exception:
-    return refuse("too-little-memory", "load", found, f"{size:,} bytes for the tensors of the rank", "more ranks")
+    """The refusal of a rank whose tensors do not fit."""
+    expected = f"{size:,} bytes for the tensors of the rank"
+    return refuse("too-little-memory", "load", found, expected, "a larger mp= has smaller ranks")
 
 
-def fill(plan: Plan, held: Held, jobs: int | None, *, allow_inexact: bool) -> None:
-    """Reads, and computes where there are casts, all that a plan for one rank wants, window by window."""
-    names = [file.name for file in plan.source.files]
-    ways = ways_to_read(plan.source.folder / names[0], held.size)
+def fill(plan: Plan, memory: Held, jobs: int | None, *, allow_inexact: bool) -> None:
+    """Reads or computes all windows of a plan for one rank, into memory."""
+    folder, names = plan.source.folder, [file.name for file in plan.source.files]
+    ways = ways_to_read(folder / names[0], memory.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
     if plan.casts:
         fastest_recode()  # here, for it may import numba, and that from one thread only
-    with ExitStack() as stack:
-        sources = [open_source(stack, plan.source.folder / name, ways) for name in names]
-        require_unchanged(plan.source.folder, plan.source.files, sources)
+    with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_random(sources)  # or the kernel reads on into what other ranks need
         files = Files(sources, names, (), ways, made, allow_inexact)
-        work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), held.size)
-        if held.is_cuda:
-            in_cuda_threads(work, files, held, jobs or reading_threads(ways))
+        work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), memory.size)
+        if memory.is_cuda:
+            in_cuda_threads(work, files, memory, jobs or reading_threads(ways))
         else:
-            in_threads(work, lambda: worker(files, held), jobs or reading_threads(ways))
-        require_unchanged(plan.source.folder, plan.source.files, sources)
+            in_threads(work, lambda: worker(files, memory), jobs or reading_threads(ways))
 
 
 def counted(work: Iterable[Window], size: int) -> Iterator[Window]:
-    """The windows. Raises WrongPlan if they have not just so many bytes: some of the memory would hold anything."""
+    """The windows. Raises WrongPlan if they do not have `size` bytes: some of the memory would stay uninitialized."""
     for window in work:
         size -= sum(group.size for group in window.groups)
         yield window
@@ -168,31 +176,33 @@ def counted(work: Iterable[Window], size: int) -> Iterator[Window]:
         raise WrongPlan(f"the windows lack {size:,} bytes")
 
 
-def worker(files: Files, held: Held) -> Worker:
-    """Moves windows into memory, through buffers of its own."""
+def worker(files: Files, memory: Held) -> Worker:
+    """A function that reads windows into memory, through buffers of its own."""
     buffers = Buffers(makes=bool(files.made))
 
     def move(window: Window) -> None:
         data, _ = read_or_make(window, files, buffers)
         for group in window.groups:
-            held.put(gather(group, data, buffers.stage), group.target_offset)
+            memory.put(gather(group, data, buffers.stage), group.target_offset)
 
     return move
 
 
-def in_cuda_threads(work: Iterable[Window], files: Files, held: Held, threads: int) -> None:
-    """Moves the windows onto a CUDA device, each thread on a stream of its own."""
+def in_cuda_threads(work: Iterable[Window], files: Files, memory: Held, threads: int) -> None:
+    """Reads the windows onto a CUDA device, each thread with a stream of its own."""
     import torch  # noqa: PLC0415
 
-    allocated_on = torch.cuda.current_stream(held.device)
+    allocated_on = torch.cuda.current_stream(memory.device)
     try:
-        in_threads(work, lambda: cuda_worker(files, held, allocated_on), threads)
+        in_threads(work, lambda: cuda_worker(files, memory, allocated_on), threads)
     finally:
-        torch.cuda.synchronize(held.device)  # before the buffers go, which the device may still read
+        torch.cuda.synchronize(memory.device)  # before the buffers go, which the device may still read
 
 
-def cuda_worker(files: Files, held: Held, allocated_on: Any) -> Worker:
-    """Moves windows through two sets of pinned buffers: while the device takes what is in one, the other is filled."""
+def cuda_worker(files: Files, memory: Held, allocated_on: Any) -> Worker:
+    """A function that reads windows through two sets of pinned buffers: one is filled while the device copies from the
+    other.
+    """
     import torch  # noqa: PLC0415
 
     cuda: Any = torch.cuda  # which is not typed throughout
@@ -201,8 +211,8 @@ def cuda_worker(files: Files, held: Held, allocated_on: Any) -> Worker:
         array: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
         return memoryview(array)
 
-    with cuda.device(held.device):  # a new thread has the first device, which may be another process's
-        stream = cuda.Stream(held.device)
+    with cuda.device(memory.device):  # a new thread has the first device, which may be another process's
+        stream = cuda.Stream(memory.device)
         turns = cycle([(Buffers(makes=bool(files.made), allocate=pinned), cuda.Event()) for _ in range(2)])
     stream.wait_stream(allocated_on)
 
@@ -213,8 +223,8 @@ def cuda_worker(files: Files, held: Held, allocated_on: Any) -> Worker:
         used = 0
         with cuda.stream(stream):
             for group in window.groups:
-                # Behind what was gathered before, which the device may still read. A rank has each byte once.
-                held.put(gather(group, data, buffers.stage[used:]), group.target_offset)
+                # Behind the groups gathered before, which the device may still read. They fit: no byte is in two.
+                memory.put(gather(group, data, buffers.stage[used:]), group.target_offset)
                 used += group.size
             taken.record(stream)
 

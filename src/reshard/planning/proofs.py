@@ -117,10 +117,11 @@ def cover(
 
 def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     """What is dropped by a rule, and why."""
-    hole = next((hole for hole in recipe.holes.values() if hole.optional and f"{{{hole.name}}}" in rule.left), None)
-    if hole and (rule.optional or rule.left.endswith("{*}")):
-        return hole.counts, hole.optional
-    return rule.left, rule.split
+    asked = (place for place in recipe.placeholders.values() if place.optional and f"{{{place.name}}}" in rule.left)
+    place = next(asked, None)
+    if place and (rule.optional or rule.left.endswith("{*}")):
+        return place.counts, place.optional
+    return rule.left, rule.split.text
 
 
 def uses(

@@ -21,13 +21,13 @@ from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms, halves_grow, is_paddable
-from reshard.recipes.formulas import config_value, units_of
+from reshard.recipes.formulas import config_value
 from reshard.recipes.patterns import slots_of
-from reshard.recipes.splits import HALVES, dimension_of, parts_for
+from reshard.recipes.splits import HALVES, parts_for
 from reshard.sources.block_scales import Kind
 from reshard.sources.match import Matched
 from reshard.text import listed
-from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Tensor
+from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Split, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,56 +87,56 @@ def packed(tensor: Tensor, parts: int) -> Cut:
     return Cut(HALVES, half, half // parts, 1, shape)
 
 
-def cut_weight(tensor: Tensor, split: str, ranks: int, parts: int) -> Cut:
+def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
     """The cut of an ordinary tensor into parts; `weight_problems` must have found nothing."""
-    dimension = dimension_of(split)
+    dimension = split.dimension
     if dimension is None or parts == 1:
         return whole(tensor, ranks)
-    return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+    return packed(tensor, parts) if split.is_packed else along(tensor, dimension, parts, ranks // parts)
 
 
-def limit_of(tensor: Tensor, split: str, block: tuple[int, int], units: int = 0) -> Limit | None:
+def limit_of(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 0) -> Limit | None:
     """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, (1, 1) without one."""
-    dimension = dimension_of(split)
+    dimension = split.dimension
     if dimension is None or len(tensor.shape) <= dimension:
         return None
     side = block[dimension] if dimension < len(block) else 1
     bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
-    if split != "packed rows":
+    if not split.is_packed:
         return Limit(tensor.shape[dimension], side, bits, units)
     if tensor.shape[dimension] % HALVES:
         return Limit(1)
     return Limit(tensor.shape[dimension] // HALVES, side, bits // HALVES, is_half=True)
 
 
-def cut_scale(tensor: Tensor, weight: Tensor, split: str, ranks: int, parts: int, block: int) -> Cut:
+def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: int, block: int) -> Cut:
     """The cut of a block scale, from that of its weight into parts.
 
     A rank's part of the weight is either whole blocks, and the scale is cut alike, or lies inside one block, and the
     block's scale goes to each of the ranks that share it. Source: `inference/model.py` of DeepSeek-V3 allocates scales
     from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
     """
-    dimension = dimension_of(split)
+    dimension = split.dimension
     if dimension is None or parts == 1:
         return whole(tensor, ranks)
     part = weight.shape[dimension] // parts
     if part % block == 0:
-        return packed(tensor, parts) if split == "packed rows" else along(tensor, dimension, parts, ranks // parts)
+        return packed(tensor, parts) if split.is_packed else along(tensor, dimension, parts, ranks // parts)
     return along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
 
 
 def weight_problems(
-    tensor: Tensor, split: str, parts: int, block: tuple[int, int], units: int = 0
+    tensor: Tensor, split: Split, parts: int, block: tuple[int, int], units: int = 0
 ) -> Iterator[Problem]:
     """Why a tensor cannot be cut into so many parts. `block` is that of its scale, (1, 1) without one."""
-    dimension = dimension_of(split)
+    dimension = split.dimension
     if dimension is None:
         return
     if len(tensor.shape) <= dimension:
         found = f"shape {list(tensor.shape)}"
         yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
         return
-    length, halves = tensor.shape[dimension], HALVES if split == "packed rows" else 1
+    length, halves = tensor.shape[dimension], HALVES if split.is_packed else 1
     limit = limit_of(tensor, split, block)
     if parts > 1 and units and length % units:
         yield Problem("not-divisible", tensor.name, f"{length:,} {split}", f"a multiple of {units}")
@@ -178,18 +178,18 @@ def ranks_problems(
             helps = False
     for outcome in outcomes:
         weight, split = outcome.weights[0], outcome.kind.rule.split
-        units = units_of(outcome.kind.rule, config)
+        units = outcome.heads
         if units is None:
             problems.append(unknown_units(outcome.kind.rule, recipe, layout))
             continue
         limit = limit_of(weight, split, outcome.block, units)
-        grows = split == "padded rows" or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        grows = split.is_padded or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
         # What is raised to suit these ranks says nothing of other numbers of them.
         if limit and not grows:
             limits.add(limit)
         parts = parts_for(layout.ranks, units)
         if not parts:
-            found = f"{units} {split.removeprefix('rows of ')} for {layout.ranks} ranks"
+            found = f"{units} {split.heads_key} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", outcome.kind.rule.left, found, HEADS_EXPECTED))
         elif next(weight_problems(weight, split, parts, outcome.block, units), None):
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
@@ -205,16 +205,16 @@ def ranks_problems(
 
 def unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
     """Heads that no config tells the number of: another number of ranks does not help."""
-    key = rule.split.removeprefix("rows of ")
+    key = rule.split.heads_key
     remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
     return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
 
 
 def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
     """What the ranks must divide besides dimensions: the members dealt to them, and config values such as heads."""
-    for letter in sorted({rule.split.removeprefix("by ") for rule in recipe.rules if rule.split.startswith("by ")}):
+    for letter in sorted({rule.split.placeholder for rule in recipe.rules} - {""}):
         if matched.counts[letter]:
-            yield recipe.holes[letter].counts, matched.counts[letter]
+            yield recipe.placeholders[letter].counts, matched.counts[letter]
     for key in recipe.ranks_divide:
         value = config_value(key, config)
         if type(value) is int and value > 0:
@@ -247,15 +247,15 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     kind, layout = outcome.kind, terms.layout
     split, number = kind.rule.split, kind.number
     weight, ranks = outcome.weights[0], None
-    if split.startswith("by "):
+    if split.placeholder:
         ranks = dealt(kind, terms, counts)
-    parts = parts_for(layout.ranks, units_of(kind.rule, terms.config) or 0)
-    times = layout.ranks if split == "replicate" else layout.ranks // parts
+    parts = parts_for(layout.ranks, outcome.heads or 0)
+    times = layout.ranks if split.is_replicated else layout.ranks // parts
     cut = cut_weight(weight, split, layout.ranks, parts)
     yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
     if not outcome.scales:
         return
-    dimension = dimension_of(split)
+    dimension = split.dimension
     if dimension is None or len(outcome.scales[0].shape) <= dimension:
         cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
     else:
@@ -267,7 +267,7 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
 
 def dealt(kind: Kind, terms: Terms, counts: Mapping[str, int]) -> Integers:
     """The one rank that gets each weight. Members are dealt in runs: experts 0-15 go to rank 0."""
-    letter = kind.rule.split.removeprefix("by ")
+    letter = kind.rule.split.placeholder
     place = slots_of(kind.rule, terms.recipe).index(letter)
     members = counts[letter] // terms.layout.ranks
     return np.array([int(numbers[place]) for numbers in kind.numbers], np.int64) // members

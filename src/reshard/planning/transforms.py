@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from reshard.casts.shapes import scale_shape
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import parse_shape, shape_of
+from reshard.recipes.formulas import parse_shape, shape_of, units_of
 from reshard.recipes.patterns import WEIGHT
-from reshard.recipes.splits import dimension_of
-from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, scale_shape, target_block
+from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, target_block
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 
 
@@ -24,6 +24,8 @@ class Outcome:
     scale_names: Sequence[str]
     block: tuple[int, int]
     """Of the scales, in elements; (1, 1) without any."""
+    heads: int | None = 0
+    """Number of heads that the split counts: 0 if it counts none, None if the config does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Terms:
 
 def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     """What becomes of a kind; appends the casts that it takes."""
-    outcome = transformed(kind, terms, casts)
+    outcome = replace(transformed(kind, terms, casts), heads=units_of(kind.rule, terms.config))
     shape = padded_shape(kind.rule, outcome.weights[0], terms)
     if shape == outcome.weights[0].shape:
         return outcome
@@ -131,7 +133,7 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     if terms.padded and rule.shape and rule.relation != "drop":
         raised = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
         shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
-    if rule.split == "padded rows" and terms.layout.to != WHOLE and shape:
+    if rule.split.is_padded and terms.layout.to != WHOLE and shape:
         ranks = terms.layout.ranks
         shape = (-(-shape[0] // ranks) * ranks, *shape[1:])
     return shape
@@ -206,7 +208,7 @@ def cut_lengths(
     """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
     found = set()
     for kind in kinds:
-        dimension = dimension_of(kind.rule.split)
+        dimension = kind.rule.split.dimension
         formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
         if dimension is None or len(formulas) <= dimension:
             continue
@@ -226,7 +228,7 @@ def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
     """Rows behind the last of two halves would become rows of the second."""
     for outcome in outcomes:
         before, after = outcome.kind.weights[0].shape[:1], outcome.weights[0].shape[:1]
-        if outcome.kind.rule.split == "packed rows" and before != after:
+        if outcome.kind.rule.split.is_packed and before != after:
             found = f"{before[0]:,} packed rows padded to {after[0]:,}"
             yield Problem(
                 "wrong-option", outcome.kind.rule.left, found, "halves that are as they were", "without --pad"
@@ -235,4 +237,4 @@ def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
 
 def halves_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether padding would put rows behind the second of two halves."""
-    return kind.rule.split == "packed rows" and is_paddable(kind, recipe, layout, config)
+    return kind.rule.split.is_packed and is_paddable(kind, recipe, layout, config)

@@ -7,7 +7,7 @@ words are wanted, the last choice may be one in quotes.
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -214,7 +214,7 @@ def unknown_keys(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, list[st
     return {key: list(places) for key, places in found.items()}
 
 
-def unknown_text(unknown: Mapping[str, list[str]]) -> str:
+def unknown_text(unknown: Mapping[str, Sequence[str]]) -> str:
     return "not in config.json: " + listed((f"{key} ({listed(places, 3)})" for key, places in unknown.items()), 20)
 
 
@@ -223,9 +223,9 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
     lack.
     """
     yield from (Mention("ranks_divide", text, {}) for text in recipe.ranks_divide)
-    for name, hole in recipe.holes.items():
-        texts = (hole.size, hole.picked_by, hole.listed)
-        yield from (Mention(f"holes: {name}", text, {}) for text in texts if text)
+    for name, placeholder in recipe.placeholders.items():
+        texts = (placeholder.size, placeholder.picked_by, placeholder.listed)
+        yield from (Mention(f"placeholders: {name}", text, {}) for text in texts if text)
     for name, text in recipe.sizes.items():
         yield Mention(f"sizes: {name}", text, without(recipe.sizes, name))
     yield from (Mention("padded", key, {}) for key in recipe.padded)
@@ -233,8 +233,8 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
         text = value[0] if isinstance(value, list) else value
         yield Mention(f"run: {name}", text, recipe.sizes, is_run=True)
     for rule in recipe.rules:
-        if heads := UNITS.fullmatch(rule.split):
-            yield Mention(f"split of {rule.left}", heads[1], {})
+        if heads := rule.split.heads_key:
+            yield Mention(f"split of {rule.left}", heads, {})
         formulas = parse_shape(rule.shape)[1] if rule.shape else []
         yield from (Mention(f"shape of {rule.left}", text, recipe.sizes) for text in formulas if text != "?")
 
@@ -284,10 +284,6 @@ def with_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
-UNITS = re.compile(r"rows of ([\w.]+)")
-"""The split of heads: they are whole, and those of few are held by several ranks."""
-
-
 def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
     """What a formula over the config comes to; None if there is no formula, no config or no such key."""
     try:
@@ -298,6 +294,6 @@ def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
 
 def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
     """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
-    found = UNITS.fullmatch(rule.split)
-    value = config_value(found[1], config) if found else 0
-    return value if type(value) is int and (value > 0 or not found) else None
+    key = rule.split.heads_key
+    value = config_value(key, config) if key else 0
+    return value if type(value) is int and (value > 0 or not key) else None

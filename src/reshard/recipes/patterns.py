@@ -18,7 +18,7 @@ class Pattern:
     is_scale: bool
     key: str
     slots: tuple[str, ...]
-    """For each number of the name: the letter of a hole, or the digits that must stand there."""
+    """For each number of the name: the letter of a placeholder, or the digits that must stand there."""
     takes_rest: bool
     right: str
     """A %-format for the name on the right."""
@@ -28,20 +28,20 @@ class Pattern:
     """Whether that is all of them, one after the other."""
 
     def fits(self, key: str, numbers: Sequence[str]) -> bool:
-        """Whether a name of that key and those numbers could be this pattern's, holes apart."""
+        """Whether a name of that key and those numbers could be this pattern's, placeholders apart."""
         if self.takes_rest:
             return key.startswith(self.key) and len(numbers) >= len(self.slots)
         return key == self.key and len(numbers) == len(self.slots)
 
     def checked(self, letters: Container[str]) -> int:
-        """How many of the numbers, from the first on, `accepts` looks at: `letters` are the holes that it checks."""
+        """How many of the numbers, from the first on, `accepts` looks at: it checks the placeholders of `letters`."""
         places = [place for place, slot in enumerate(self.slots, 1) if slot in letters or slot.isdigit()]
         return max(places, default=0)
 
     def accepts(self, numbers: Sequence[str], marked: Mapping[str, set[str]], before: Mapping[str, str]) -> bool:
-        """Whether the numbers are the digits asked for, and on the right side of each marked hole.
+        """Whether the numbers are the digits asked for, and on the right side of each marked placeholder.
 
-        `marked` holds the members of each hole that follows another; `before` leads from the holes before to it.
+        `marked` has the members of each placeholder that follows another; `before` leads from those before to it.
         """
         for slot, number in zip(self.slots, numbers, strict=False):
             if slot in marked:
@@ -89,73 +89,77 @@ def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
-    """The patterns of a rule: one, or two where a hole stands for a weight and for its block scale."""
+    """The patterns of a rule: one, or two where a placeholder stands for a weight and for its block scale."""
     letter = scale_letter(rule, recipe)
     if not letter:
         yield pattern_of(number, rule.left, rule.right, is_scale=False)
         return
-    hole, scale = f"{{{letter}}}", recipe.scales[letter]
-    yield pattern_of(number, rule.left.replace(hole, WEIGHT), rule.right.replace(hole, WEIGHT), is_scale=False)
+    placeholder, scale = f"{{{letter}}}", recipe.scales[letter]
+    yield pattern_of(
+        number, rule.left.replace(placeholder, WEIGHT), rule.right.replace(placeholder, WEIGHT), is_scale=False
+    )
     # What is dequantised has no scale on the right.
-    right = rule.right.replace(hole, scale.right) if hole in rule.right else ""
-    yield pattern_of(number, rule.left.replace(hole, scale.left), right, is_scale=True)
+    right = rule.right.replace(placeholder, scale.right) if placeholder in rule.right else ""
+    yield pattern_of(number, rule.left.replace(placeholder, scale.left), right, is_scale=True)
 
 
 def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
     takes_rest = left.endswith(f"{{{REST}}}")
     text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
     components = text.split(".")
-    slots = tuple(part.strip("{}") for part in components if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part))
+    slots = tuple(
+        part.strip("{}") for part in components if PLACEHOLDER.fullmatch(part) or NUMBER.fullmatch("." + part)
+    )
     parts = (part.replace("#", r"\#") for part in components)
-    key = ".".join("#" if HOLE.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in parts)
-    order = tuple(slots.index(name) for name in HOLE.findall(right))
-    right_format = HOLE.sub("%s", right.replace("%", "%%"))
+    key = ".".join("#" if PLACEHOLDER.fullmatch(part) or NUMBER.fullmatch("." + part) else part for part in parts)
+    order = tuple(slots.index(name) for name in PLACEHOLDER.findall(right))
+    right_format = PLACEHOLDER.sub("%s", right.replace("%", "%%"))
     is_plain = not takes_rest and order == tuple(range(len(slots)))
     full_key = key + "." if takes_rest else key
     return Pattern(number, is_scale, full_key, slots, takes_rest, right_format, order, is_plain)
 
 
 def slots_of(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
-    """What fills each numbered place of the rule's left name: the letter of a hole, or digits."""
+    """What fills each numbered place of the rule's left name: the letter of a placeholder, or digits."""
     return next(patterns_of(0, rule, recipe)).slots
 
 
 def later_members(
     names: Iterable[tuple[str, tuple[str, ...]]], recipe: Recipe
 ) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """For each hole that follows another: its members, told by the marker; and from each hole before to the one after.
+    """The members of each placeholder that follows another, told by the marker; the later placeholder by the earlier.
 
     `names` are those of the left side, as `split_name` gives them.
     """
-    holes = [hole for hole in recipe.holes.values() if hole.after]
+    placeholders = [placeholder for placeholder in recipe.placeholders.values() if placeholder.after]
     known = list(names)
     marked = {}
-    for hole in holes:
-        marker = pattern_of(0, hole.marker, "", is_scale=False)
-        place = marker.slots.index(hole.name)
-        marked[hole.name] = {numbers[place] for key, numbers in known if marker.fits(key, numbers)}
+    for placeholder in placeholders:
+        marker = pattern_of(0, placeholder.marker, "", is_scale=False)
+        place = marker.slots.index(placeholder.name)
+        marked[placeholder.name] = {numbers[place] for key, numbers in known if marker.fits(key, numbers)}
     before = {
-        earlier.name: hole.name
-        for hole in holes
-        for earlier in recipe.holes.values()
-        if hole.after in (earlier.name, earlier.within, earlier.some_of)
+        earlier.name: placeholder.name
+        for placeholder in placeholders
+        for earlier in recipe.placeholders.values()
+        if placeholder.after in (earlier.name, earlier.within, earlier.some_of)
     }
     return marked, before
 
 
 def filled(pattern: str, numbers: Mapping[str, int]) -> str:
-    """The pattern as a name: each hole by its number, the hole of a weight and its block scale as the weight."""
-    return HOLE.sub(lambda hole: str(numbers.get(hole[1], WEIGHT)), pattern)
+    """Fills a pattern with numbers; the placeholder of a weight and its block scale becomes the weight."""
+    return PLACEHOLDER.sub(lambda placeholder: str(numbers.get(placeholder[1], WEIGHT)), pattern)
 
 
-HOLE = re.compile(r"\{([^{}]*)\}")
+PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 REST = "*"
-"""The hole at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
+"""The placeholder at the end of a drop rule that stands for the rest of the name: it drops what no other rule knows."""
 
 WEIGHT = "weight"
 
 
 def scale_letter(rule: Rule, recipe: Recipe) -> str:
-    """The letter of the hole in a rule's left name that stands for a weight or its block scale; empty if none does."""
-    return next((letter for letter in HOLE.findall(rule.left) if letter in recipe.scales), "")
+    """The placeholder in a rule's left name that stands for a weight or its block scale; empty if none does."""
+    return next((letter for letter in PLACEHOLDER.findall(rule.left) if letter in recipe.scales), "")

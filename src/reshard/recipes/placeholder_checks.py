@@ -1,18 +1,18 @@
-"""What is wrong with the letters of a recipe: its holes and its scales, and the names that they stand in."""
+"""What is wrong with the letters of a recipe: its placeholders and its scales, and the names that they stand in."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.recipes.formulas import parse
-from reshard.recipes.patterns import HOLE
+from reshard.recipes.patterns import PLACEHOLDER
 from reshard.text import listed
 
-HOLE_TEXTS = (
+PLACEHOLDER_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
 )  # fmt: skip
 
-HOLE_KEYS = (*HOLE_TEXTS, "picked")
+PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
 
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
@@ -27,14 +27,14 @@ Fault = tuple[Where, str, str]
 """Where in the table, what was found, what was expected."""
 
 
-def scale_faults(scales: Any, holes: Mapping[str, Any]) -> Iterator[Fault]:
+def scale_faults(scales: Any, placeholders: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(scales, dict):
         yield ("scales",), repr(scales), "scales: a table"
         return
     for letter, fields in scales.items():
         where = ("scales", letter)
-        if not re.fullmatch(r"[a-z]", letter) or letter in holes:
-            yield where, f"the hole {letter!r}", "a single lower-case letter that numbers nothing"
+        if not re.fullmatch(r"[a-z]", letter) or letter in placeholders:
+            yield where, f"the placeholder {letter!r}", "a single lower-case letter that numbers nothing"
         elif not isinstance(fields, dict) or not {"left", "right", "block"} <= set(fields) <= set(SCALE_KEYS):
             yield where, repr(fields), "a table of left, right and block, and perhaps packed or stays"
         elif not (isinstance(fields["left"], str) and isinstance(fields["right"], str)):
@@ -54,56 +54,61 @@ def is_block(block: Any) -> bool:
     return all(type(side) is int and side >= 1 for side in sides)
 
 
-def hole_faults(holes: Any) -> Iterator[Fault]:
-    if not isinstance(holes, dict):
-        yield ("holes",), repr(holes), "holes: a table"
+def placeholder_faults(placeholders: Any) -> Iterator[Fault]:
+    if not isinstance(placeholders, dict):
+        yield ("placeholders",), repr(placeholders), "placeholders: a table"
         return
-    for name, fields in holes.items():
-        where = ("holes", name)
+    for name, fields in placeholders.items():
+        where = ("placeholders", name)
         if not re.fullmatch(r"[a-z]", name):
-            yield where, f"the hole {name!r}", "a single lower-case letter"
+            yield where, f"the placeholder {name!r}", "a single lower-case letter"
         elif not isinstance(fields, dict) or not all(
             isinstance(value, str) for key, value in fields.items() if key != "picked"
         ):
             yield where, repr(fields), "a table of strings"
-        elif unknown := set(fields) - set(HOLE_KEYS):
-            yield where, listed(sorted(unknown)), "only " + ", ".join(HOLE_KEYS)
+        elif unknown := set(fields) - set(PLACEHOLDER_KEYS):
+            yield where, listed(sorted(unknown)), "only " + ", ".join(PLACEHOLDER_KEYS)
         elif not fields.get("counts"):
-            yield where, "no counts", "what the hole counts, such as counts = 'layers'"
+            yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
         elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
         elif "listed" in fields and "some_of" not in fields:
-            yield where, repr(fields), "listed with some_of: some members of another hole"
+            yield where, repr(fields), "listed with some_of: some members of another placeholder"
         else:
             texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
             yield from ((where, *fault) for text in texts for fault in text_faults(text))
-            yield from ((where, *fault) for fault in hole_links(name, fields, holes))
+            yield from ((where, *fault) for fault in placeholder_links(name, fields, placeholders))
 
 
 def is_picked(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def hole_links(name: str, fields: Mapping[str, str], holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Faults in what a hole says of other holes and of tensors."""
+def placeholder_links(
+    name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Faults in what a placeholder says of other placeholders and of tensors."""
     if "like" in fields and "after" not in fields:
-        yield "like without after", "like of a hole that follows another"
+        yield "like without after", "like of a placeholder that follows another"
     if ("within" in fields and "some_of" in fields) or (
         "picked_by" in fields and not {"within", "some_of"} & set(fields)
     ):
         yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
     others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
     for other in [*others, *fields.get("like", "")]:
-        if other not in holes or other == name:
-            yield f"the hole {other!r}", "another hole of this recipe"
+        if other not in placeholders or other == name:
+            yield f"the placeholder {other!r}", "another placeholder of this recipe"
     for key in ("marker", "rows_of"):
-        yield from pattern_faults(fields[key], holes) if fields.get(key) else ()
-    if "marker" in fields and HOLE.findall(fields["marker"]) != [name]:
-        yield repr(fields["marker"]), f"marker: a name with the hole {{{name}}}"
-    if unknown := set(HOLE.findall(fields.get("rows_of", ""))) - (set(holes) - {name}):
-        yield f"the hole {listed(sorted(unknown))} in rows_of", "rows_of: a name with holes of this recipe"
+        yield from pattern_faults(fields[key], placeholders) if fields.get(key) else ()
+    if "marker" in fields and PLACEHOLDER.findall(fields["marker"]) != [name]:
+        yield repr(fields["marker"]), f"marker: a name with the placeholder {{{name}}}"
+    if unknown := set(PLACEHOLDER.findall(fields.get("rows_of", ""))) - (set(placeholders) - {name}):
+        yield (
+            f"the placeholder {listed(sorted(unknown))} in rows_of",
+            "rows_of: a name with placeholders of this recipe",
+        )
 
 
 def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -112,14 +117,17 @@ def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, st
         yield f"{pattern!r}", "a name that begins with text"  # by that we know it again in rank files
     # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.
     if (wrong := next((part for part in (*inner, last) if not COMPONENT.fullmatch(part)), None)) is not None:
-        yield f"{wrong!r} in {pattern!r}", "text, or a hole such as {i}, between two dots"
+        yield f"{wrong!r} in {pattern!r}", "text, or a placeholder such as {i}, between two dots"
     if "{*}" in inner:
         yield f"{{*}} in {pattern!r}", "{*} at the end only"
-    names = HOLE.findall(pattern)
+    names = PLACEHOLDER.findall(pattern)
     if unknown := sorted(set(names) - set(known)):
-        yield f"the hole {listed('{' + name + '}' for name in unknown)} in {pattern!r}", f"one of {listed(known, 99)}"
+        yield (
+            f"the placeholder {listed('{' + name + '}' for name in unknown)} in {pattern!r}",
+            f"one of {listed(known, 99)}",
+        )
     if len(set(names)) != len(names):
-        yield f"a hole twice in {pattern!r}", "each hole once"
+        yield f"a placeholder twice in {pattern!r}", "each placeholder once"
 
 
 def text_faults(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import islice, starmap
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
-from reshard.recipes.patterns import HOLE
-from reshard.recipes.table_checks import lines_of, table_faults
+from reshard.recipes.patterns import PLACEHOLDER
+from reshard.recipes.splits import make_rule
+from reshard.recipes.table_checks import find_lines, table_faults
 from reshard.text import listed
-from reshard.types import BlockScale, Hole, Recipe, Rule
+from reshard.types import BlockScale, Placeholder, Recipe, Rule
 
 FOLDER = Path(__file__).parent / "families"
 
@@ -61,12 +62,13 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
         raise refuse("wrong-recipe", subject, str(error), "TOML") from None
     if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
-        lines = lines_of(text, {path for path, _, _ in faults})
-        where = {path: f"{origin}:{line}" for path, line in lines.items()}
+        lines, last = find_lines(text), text.rstrip("\n").count("\n") + 1
+        places = (lines.get(path) or lines.get(path[:1]) or last for path, _, _ in faults)
         raise Refused(
-            Problem("wrong-recipe", where.get(path, origin), found, expected) for path, found, expected in faults
+            Problem("wrong-recipe", f"{origin}:{line}", found, expected)
+            for line, (_, found, expected) in zip(places, faults, strict=True)
         )
-    holes = {name: hole_of(name, fields) for name, fields in table.get("holes", {}).items()}
+    placeholders = {name: placeholder_of(name, fields) for name, fields in table.get("placeholders", {}).items()}
     return Recipe(
         name=table["name"],
         about=table["about"],
@@ -77,7 +79,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         model_types=tuple(table.get("model_types", ())),
         architectures=tuple(table.get("architectures", ())),
         ranks_divide=tuple(table.get("ranks_divide", ())),
-        holes=holes,
+        placeholders=placeholders,
         scales={letter: scale_of(fields) for letter, fields in table.get("scales", {}).items()},
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
@@ -85,14 +87,14 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         run_needs=tuple(map(tuple, table.get("run_needs", ()))),
         describes=table.get("describes", False),
         checked=table.get("checked", ""),
-        rules=tuple(all_rules(table["rules"], holes)),
+        rules=tuple(all_rules(table["rules"], placeholders)),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
-def hole_of(name: str, fields: Mapping[str, Any]) -> Hole:
-    return Hole(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
+def placeholder_of(name: str, fields: Mapping[str, Any]) -> Placeholder:
+    return Placeholder(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
 
 
 def scale_of(fields: Mapping[str, Any]) -> BlockScale:
@@ -107,20 +109,30 @@ def sides(block: Any) -> tuple[int, int]:
     return (block[0], block[1]) if isinstance(block, list) else (block, block)
 
 
-def all_rules(rows: Iterable[Iterable[str]], holes: Mapping[str, Hole]) -> Iterator[Rule]:
-    """Every row as a rule; and again for each hole that is `like` a hole of the row."""
-    rules = list(starmap(Rule, rows))
-    yield from (replace(rule, optional=reason_of(rule, holes)) for rule in rules)
-    for hole in holes.values():
+def all_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
+    """Every row as a rule; and again for each placeholder that is `like` a placeholder of the row."""
+    rules = list(starmap(make_rule, rows))
+    yield from (replace(rule, optional=reason_of(rule, placeholders)) for rule in rules)
+    for placeholder in placeholders.values():
         for rule in rules:
-            letters = [letter for letter in HOLE.findall(rule.left) if letter in hole.like]
+            letters = [letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholder.like]
             if letters:
-                old, new = f"{{{letters[0]}}}", f"{{{hole.name}}}"
+                old, new = f"{{{letters[0]}}}", f"{{{placeholder.name}}}"
                 left, right = rule.left.replace(old, new), rule.right.replace(old, new)
-                yield replace(rule, left=left, right=right, optional=hole.optional)
+                yield replace(rule, left=left, right=right, optional=placeholder.optional)
 
 
-def reason_of(rule: Rule, holes: Mapping[str, Hole]) -> str:
+def reason_of(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     """Why what a rule speaks of is left out unless it is asked for; empty if it never is."""
-    letters = HOLE.findall(rule.left) if rule.relation != "drop" else []
-    return next((holes[name].optional for name in letters if name in holes and holes[name].optional), "")
+    letters = PLACEHOLDER.findall(rule.left) if rule.relation != "drop" else []
+    return next(
+        (placeholders[name].optional for name in letters if name in placeholders and placeholders[name].optional), ""
+    )
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Lays out a recipe as the fields that `recipes show --json` prints. Their names are older than ours."""
+    fields = {"holes" if name == "placeholders" else name: value for name, value in asdict(recipe).items()}
+    for rule in fields["rules"]:
+        rule["split"] = rule["split"]["text"]
+    return fields

@@ -1,25 +1,51 @@
-"""The splits of a recipe: which dimension is cut, into how many parts."""
+"""The splits of a recipe: parses them, and counts into how many parts ranks cut a tensor."""
+
+import re
+
+from reshard.types import Rule, Split
 
 ROWS, COLUMNS = 0, 1
-
-DIMENSIONS = {"rows": ROWS, "padded rows": ROWS, "packed rows": ROWS, "columns": COLUMNS}
+"""The dimensions that a split can cut."""
 
 HALVES = 2
-"""What is packed: a gate and what it lets through."""
+"""Tensors that lie packed in one: a gate, and what it is multiplied with."""
+
+SPLITS = {
+    "replicate": Split("replicate"),
+    "rows": Split("rows", ROWS),
+    "columns": Split("columns", COLUMNS),
+    "padded rows": Split("padded rows", ROWS, is_padded=True),
+    "packed rows": Split("packed rows", ROWS, is_packed=True),
+}
+"""The splits that name nothing of the recipe or of the config."""
+
+HEADS = re.compile(r"rows of ([\w.]+)")
+
+MEMBERS = re.compile(r"by ([a-z])")
 
 
-def dimension_of(split: str) -> int | None:
-    """Along which dimension a split cuts; None if it cuts nothing."""
-    return ROWS if split.startswith("rows of ") else DIMENSIONS.get(split)
+def parse_split(text: str) -> Split | None:
+    """Parses a split as recipes write it: `rows`, `rows of KEY`, `by e`. None if the text is no split."""
+    if found := HEADS.fullmatch(text):
+        return Split(text, ROWS, heads_key=found[1])
+    if found := MEMBERS.fullmatch(text):
+        return Split(text, placeholder=found[1])
+    return SPLITS.get(text)
 
 
-def parts_for(ranks: int, units: int) -> int:
-    """Into how many parts so many ranks have a tensor cut: where there are fewer units (heads) than ranks, one for each
-    unit, held by several ranks. 0 if neither number divides the other. Without units, one for each rank.
+def make_rule(relation: str, left: str, right: str, split: str, shape: str = "", only: str = "") -> Rule:
+    """Makes a rule of the strings of a row. The reason of a `drop`, and a wrong split, are kept as text that cuts
+    nothing.
     """
-    if not units or units % ranks == 0:
+    parsed = parse_split(split) if relation != "drop" else None
+    return Rule(relation, left, right, parsed or Split(split), shape, only)
+
+
+def parts_for(ranks: int, heads: int) -> int:
+    """Counts the parts into which ranks cut a tensor: one for each rank. Where there are fewer heads than ranks, one
+    for each head, held by several ranks. 0 if neither number divides the other. `heads` is 0 where the split is not by
+    heads.
+    """
+    if not heads or heads % ranks == 0:
         return ranks
-    return units if ranks % units == 0 else 0
-
-
-SPLITS = ("replicate", "rows", "columns", "padded rows", "packed rows")
+    return heads if ranks % heads == 0 else 0

@@ -2,44 +2,61 @@
 
 import ast
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import MOST_STEPS, UNITS, parse, parse_shape, takes_too_long
-from reshard.recipes.patterns import HOLE, REST
-from reshard.recipes.placeholder_checks import Fault, Where, hole_faults, pattern_faults, scale_faults, text_faults
-from reshard.recipes.splits import SPLITS
+from reshard.recipes.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
+from reshard.recipes.patterns import PLACEHOLDER, REST
+from reshard.recipes.placeholder_checks import (
+    Fault,
+    Where,
+    pattern_faults,
+    placeholder_faults,
+    scale_faults,
+    text_faults,
+)
+from reshard.recipes.splits import SPLITS, make_rule, parse_split
 from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 
 LIST_KEYS = ("carry", "model_types", "architectures", "ranks_divide", "padded")
 
-ALL_KEYS = (*TEXT_KEYS, *LIST_KEYS, "checked", "describes", "holes", "scales", "sizes", "run", "run_needs", "rules")
+ALL_KEYS = (
+    *TEXT_KEYS,
+    *LIST_KEYS,
+    "checked",
+    "describes",
+    "placeholders",
+    "scales",
+    "sizes",
+    "run",
+    "run_needs",
+    "rules",
+)
 
 RELATIONS = ("same", "dequantize", "drop")
 
 TARGET_KEYS = ("dtype", "packed")
-"""What a run configuration knows of the rank files, besides how many of each hole they have."""
+"""What a run configuration knows of the rank files, besides how many of each placeholder they have."""
 
 CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 
-MOST_READ = 2 << 20
-"""In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
+STRING_OR_COMMENT = re.compile(
+    r'"""(?:\\.|[^\\])*?""""{0,2}|\'\'\'.*?\'\'\'\'{0,2}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*', re.DOTALL
+)
 
 
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it; and
     how long formulas take, once they are formulas.
     """
-    holes = table.get("holes", {})
-    letters = holes if isinstance(holes, dict) else {}
-    faults = [*key_faults(table), *hole_faults(holes), *scale_faults(table.get("scales", {}), letters)]
+    placeholders = table.get("placeholders", {})
+    letters = placeholders if isinstance(placeholders, dict) else {}
+    faults = [*key_faults(table), *placeholder_faults(placeholders), *scale_faults(table.get("scales", {}), letters)]
     faults += [*formula_faults(table), *needs_faults(table.get("run_needs", []))]
     faults = faults or list(rules_faults(table))
     yield from faults or [*length_faults(table), *rows_of_faults(table), *target_faults(table)]
@@ -78,7 +95,7 @@ def is_files_pattern(text: str) -> bool:
     """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
     rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
     return (
-        set(HOLE.findall(text)) == {"rank", "ranks"}
+        set(PLACEHOLDER.findall(text)) == {"rank", "ranks"}
         and not set(rest) & set("{}")
         and is_plain(rest)
         and rest.endswith(".safetensors")
@@ -132,32 +149,34 @@ def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
         yield ("run", name), value[0] if isinstance(value, list) else value
     yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in needed_formulas(row))
     for number, row in enumerate(table["rules"]):
-        formulas = parse_shape(Rule(*row).shape)[1] if Rule(*row).shape else []
+        formulas = parse_shape(row[4])[1] if row[4:] and row[4] else []
         yield from ((("rules", number), formula) for formula in formulas if formula != "?")
 
 
 def rows_of_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """Tensors that would say how many members a hole has, and that are under no row. Letters do not count: those of
-    some layers are found by the name for all of them.
+    """Tensors that would say how many members a placeholder has, and that are under no row. Which placeholders a name
+    has does not count: some layers are found by the name for all of them.
     """
     scales, rest = table.get("scales", {}), f"{{{REST}}}"
     lefts = [row[1] for row in table["rules"]]
     rests = tuple(left.removesuffix(rest) for left in lefts if left.endswith(rest))
     known = {without_letters(left, scales) for left in lefts}
-    for letter, fields in table.get("holes", {}).items():
+    for letter, fields in table.get("placeholders", {}).items():
         name = fields.get("rows_of", "")
         if name and without_letters(name, scales) not in known and not name.startswith(rests):
-            yield ("holes", letter), f"rows_of {name!r}", "the left name of a row"
+            yield ("placeholders", letter), f"rows_of {name!r}", "the left name of a row"
 
 
 def without_letters(name: str, scales: Mapping[str, Any]) -> str:
     """A name with `#` for each number, whatever it counts, and `weight` for a weight with its scale."""
-    return HOLE.sub(lambda hole: "weight" if hole[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name))
+    return PLACEHOLDER.sub(
+        lambda placeholder: "weight" if placeholder[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name)
+    )
 
 
 def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
     """What a run configuration asks of the target, and nobody tells."""
-    told = [*table.get("holes", {}), *TARGET_KEYS]
+    told = [*table.get("placeholders", {}), *TARGET_KEYS]
     for where, text in sized_formulas(table):
         for node in ast.walk(parse(text, is_run=True)) if where[0] in ("run", "sizes") else ():
             match node:
@@ -166,14 +185,14 @@ def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
-    holes, scales = table.get("holes", {}), table.get("scales", {})
+    placeholders, scales = table.get("placeholders", {}), table.get("scales", {})
     named: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(table["rules"]):
         where = ("rules", number)
         if not is_texts(row) or len(row) not in (4, 5, 6):
             yield where, repr(row), "a row of relation, left, right, split and perhaps shape and only: 4 to 6 strings"
             continue
-        faults = list(row_faults(Rule(*row), holes, scales))
+        faults = list(row_faults(make_rule(*row), placeholders, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
             named.setdefault((side, pattern), []).append(number)
@@ -182,8 +201,8 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
             yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
 
 
-def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    known = [*holes, *scales, *([REST] if rule.relation == "drop" else [])]
+def row_faults(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
     for pattern in filter(None, (rule.left, rule.right)):
@@ -195,44 +214,48 @@ def row_faults(rule: Rule, holes: Mapping[str, Any], scales: Mapping[str, Any]) 
     if rule.shape:
         yield from shape_faults(rule.shape)
     if rule.relation == "drop":
-        if rule.right or not rule.split:
-            yield repr([rule.right, rule.split]), 'in a drop: "" on the right, and the reason in the place of the split'
+        if rule.right or not rule.split.text:
+            yield (
+                repr([rule.right, rule.split.text]),
+                'in a drop: "" on the right, and the reason in the place of the split',
+            )
         return
     yield from side_faults(rule, scales)
-    yield from dealing_faults(rule, holes)
-    if not (rule.split in SPLITS or UNITS.fullmatch(rule.split)) and rule.split not in {
-        f"by {name}" for name in HOLE.findall(rule.left) if name in holes
-    }:
-        yield (
-            repr(rule.split),
-            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a hole of the row",
+    yield from dealing_faults(rule, placeholders)
+    split = parse_split(rule.split.text)
+    known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
+    if not split or split.placeholder not in known:
+        expected = (
+            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a placeholder of the row"
         )
+        yield repr(rule.split.text), expected
 
 
-def dealing_faults(rule: Rule, holes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is dealt by its number is numbered from 0 on, without a gap, for every rank to get as many."""
-    hole = holes.get(rule.split.removeprefix("by "), {}) if rule.split.startswith("by ") else {}
-    if unfit := [key for key in ("within", "some_of", "after") if key in hole]:
-        yield f"{rule.split!r}, a hole with {unfit[0]!r}", "a hole that counts from 0 by itself"
-    for letter, other in holes.items():
-        if hole and rule.split.removeprefix("by ") in other.get("like", ""):
-            yield f"{rule.split!r}, which {{{letter}}} is like", "a hole that no other is like"
+def dealing_faults(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Members that are assigned to ranks must be numbered from 0 on, without a gap, so that every rank gets as many."""
+    split = rule.split
+    fields = placeholders.get(split.placeholder, {})
+    if unfit := [key for key in ("within", "some_of", "after") if key in fields]:
+        yield f"{split.text!r}, a placeholder with {unfit[0]!r}", "a placeholder that counts from 0 by itself"
+    for letter, other in placeholders.items():
+        if fields and split.placeholder in other.get("like", ""):
+            yield f"{split.text!r}, which {{{letter}}} is like", "a placeholder that no other is like"
 
 
 def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The same holes on both sides; but what is dequantised has a scale on the left and none on the right."""
-    left, right = sorted(HOLE.findall(rule.left)), sorted(HOLE.findall(rule.right))
+    """The same placeholders on both sides; but what is dequantised has a scale on the left and none on the right."""
+    left, right = sorted(PLACEHOLDER.findall(rule.left)), sorted(PLACEHOLDER.findall(rule.right))
     scaled = [letter for letter in left if letter in scales]
     if rule.relation == "dequantize":
         if len(scaled) != 1:
             yield repr(rule.left), "a weight with a block scale, for it to be dequantised"
         left = [letter for letter in left if letter not in scales]
     if left != right:
-        yield f"{rule.left!r} and {rule.right!r}", "the same holes on the left and on the right"
+        yield f"{rule.left!r} and {rule.right!r}", "the same placeholders on the left and on the right"
     if len(scaled) > 1:
-        yield repr(rule.left), "one hole for a weight and its block scale"
+        yield repr(rule.left), "one placeholder for a weight and its block scale"
     for pattern in (rule.left, rule.right):
-        if any(letter in scales for letter in HOLE.findall(pattern.rpartition(".")[0])):
+        if any(letter in scales for letter in PLACEHOLDER.findall(pattern.rpartition(".")[0])):
             yield repr(pattern), "a weight and its block scale at the end of a name"
     if rule.relation == "dequantize" and any(scales[letter].get("stays") for letter in scaled):
         yield repr(rule.left), "`same`: what stays as it is cannot be dequantised"
@@ -248,32 +271,35 @@ def shape_faults(text: str) -> Iterator[tuple[str, str]]:
         yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
 
 
-def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:
-    """For each path the line on which its value ends, by reading ever more of the text. Slow, for messages only; in a
-    text so long that it would take minutes, the last of them have none.
+def find_lines(text: str) -> dict[Where, int]:
+    """Finds the line of each key, and the last line of each row of an array. tomllib gives no positions, but has found
+    `text` to be TOML.
 
-    tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
-    lie at the top or one level down, so closing at most one open list is enough.
+    What is inside one row or inside braces has no line of its own.
     """
-    lines = text.rstrip("\n").split("\n")
     found: dict[Where, int] = {}
-    left = MOST_READ
-    for count, line in enumerate(lines, 1):
-        for ending in ("", "\n]") if line.strip() else ():
-            prefix = "\n".join(lines[:count]) + ending
-            left -= len(prefix)
-            if left < 0 or len(found) == len(paths):
-                return found
-            with suppress(ValueError, RecursionError):
-                table = tomllib.loads(prefix)
-                found |= {path: count for path in paths - found.keys() if holds(table, path)}
-    return dict.fromkeys(paths, len(lines)) | found
+    table: Where = ()
+    path: Where = ()
+    depth = row = 0
+    for number, line in enumerate(STRING_OR_COMMENT.sub(hide_text, text).split("\n"), 1):
+        value = line
+        if depth == 0 and line.strip():
+            key, equals, value = line.partition("=")
+            own = tuple(part.strip() for part in key.strip(" \t\r[]").split("."))
+            path, row = (*table, *own) if equals else own, 0
+            table = table if equals else own
+            found.update({path[:length]: number for length in (1, 2) if path[:length] not in found})
+        for char in value:
+            depth -= char in "]}"
+            if depth == 1 and char == ",":
+                row += 1
+            elif depth == 1 and not char.isspace():
+                found[(*path, row)] = number
+            depth += char in "[{"
+    return found
 
 
-def holds(value: Any, path: Where) -> bool:
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
+def hide_text(found: re.Match[str]) -> str:
+    """A word for a string that is one, as a key may be; of other strings and comments only the ends of lines."""
+    is_word = re.fullmatch(r"""["'][\w-]+["']""", found[0])
+    return found[0][1:-1] if is_word else "\n" * found[0].count("\n")

@@ -6,6 +6,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
+from reshard.casts.shapes import scale_shape, unpack_shape
 from reshard.errors import Problem
 from reshard.recipes.formulas import parse_shape, shape_of
 from reshard.recipes.patterns import scale_letter
@@ -180,13 +181,7 @@ def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
 
 def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
     """In elements: two of F4 may lie in a byte."""
-    packed = scaling and scaling.packed and weight.dtype == "I8" and weight.shape
-    return (*weight.shape[:-1], 2 * weight.shape[-1]) if packed else weight.shape
-
-
-def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
-    """One element for each block, the last of a row or column being perhaps smaller."""
-    return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
+    return unpack_shape(weight, is_packed=scaling is not None and scaling.packed)
 
 
 def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:

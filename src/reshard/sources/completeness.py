@@ -8,99 +8,100 @@ from typing import Any
 
 from reshard.errors import Problem
 from reshard.recipes.formulas import config_value
-from reshard.recipes.patterns import HOLE, filled, slots_of
+from reshard.recipes.patterns import PLACEHOLDER, filled, slots_of
 from reshard.text import numbers_text
-from reshard.types import Checkpoint, Hole, Recipe, Rule
+from reshard.types import Checkpoint, Placeholder, Recipe, Rule
 
 MAYBE = "maybe"
 
 OTHER_MODEL = "is a file missing, or the config another model's?"
 
 Members = Mapping[str, set[int]]
-"""The numbers that fill each hole."""
+"""The numbers that fill each placeholder."""
 
 Present = Mapping[int, set[tuple[str, ...]]]
 """By rule: the numbers of each tensor that is there, block scales apart."""
 
 
 def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
-    """The numbers that fill each hole; those of a hole within another are members of that one too."""
-    members: dict[str, set[int]] = {name: set() for name in recipe.holes}
+    """The numbers that fill each placeholder; those of a placeholder within another are members of that one too."""
+    members: dict[str, set[int]] = {name: set() for name in recipe.placeholders}
     for number, tuples in present.items():
         for place, slot in enumerate(slots_of(recipe.rules[number], recipe)):
             if slot in members:
                 members[slot] |= {int(text) for text in {numbers[place] for numbers in tuples}}
-    for hole in recipe.holes.values():
-        if whole := hole.within or hole.some_of:
-            members[whole] |= members[hole.name]
+    for placeholder in recipe.placeholders.values():
+        if whole := placeholder.within or placeholder.some_of:
+            members[whole] |= members[placeholder.name]
     return members
 
 
 def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """Gaps, and counts on which names, config and shapes do not agree."""
-    for hole in recipe.holes.values():
-        if hole.within:
-            yield from overlap_problems(hole, recipe, members)
-        elif not hole.some_of:
-            yield from gap_problems(hole, members[hole.name], len(members[hole.after]) if hole.after else 0)
-        yield from count_problems(hole, members[hole.name], checkpoint.config)
-        yield from picked_problems(hole, members, checkpoint.config)
-        yield from rows_problems(hole, checkpoint, recipe, members)
-    for name in sorted({hole.within for hole in recipe.holes.values() if hole.within}):
-        parts = [hole for hole in recipe.holes.values() if hole.within == name]
+    for place in recipe.placeholders.values():
+        if place.within:
+            yield from overlap_problems(place, recipe, members)
+        elif not place.some_of:
+            yield from gap_problems(place, members[place.name], len(members[place.after]) if place.after else 0)
+        yield from count_problems(place, members[place.name], checkpoint.config)
+        yield from picked_problems(place, members, checkpoint.config)
+        yield from rows_problems(place, checkpoint, recipe, members)
+    for name in sorted({place.within for place in recipe.placeholders.values() if place.within}):
+        parts = [place for place in recipe.placeholders.values() if place.within == name]
         if without := members[name].difference(*(members[part.name] for part in parts)):
             found = f"{numbers_text(without)} are neither"
             expected = "each among the " + " or the ".join(part.counts for part in parts)
-            yield Problem("gap", recipe.holes[name].counts, found, expected, "is a file missing from the checkpoint?")
+            remedy = "is a file missing from the checkpoint?"
+            yield Problem("gap", recipe.placeholders[name].counts, found, expected, remedy)
 
 
-def gap_problems(hole: Hole, numbers: set[int], first: int) -> Iterator[Problem]:
+def gap_problems(place: Placeholder, numbers: set[int], first: int) -> Iterator[Problem]:
     last = max(numbers, default=-1)
     # A single stray number can be a billion: name the gap's ends, never its members.
     if numbers and (len(numbers) != last - first + 1 or min(numbers) != first):
-        found = f"{hole.counts} {numbers_text(numbers)}"
+        found = f"{place.counts} {numbers_text(numbers)}"
         expected = f"{first} to {last} without a gap"
-        yield Problem("gap", hole.counts, found, expected, "is a file missing from the checkpoint?")
+        yield Problem("gap", place.counts, found, expected, "is a file missing from the checkpoint?")
 
 
-def overlap_problems(hole: Hole, recipe: Recipe, members: Members) -> Iterator[Problem]:
-    for other in recipe.holes.values():
-        both = members[hole.name] & members[other.name]
-        if other.within == hole.within and other.name > hole.name and both:
+def overlap_problems(place: Placeholder, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    for other in recipe.placeholders.values():
+        both = members[place.name] & members[other.name]
+        if other.within == place.within and other.name > place.name and both:
             found = f"{numbers_text(both)} among the {other.counts} too"
-            yield Problem("contradiction", hole.counts, found, "one or the other", "is the checkpoint a mixture?")
+            yield Problem("contradiction", place.counts, found, "one or the other", "is the checkpoint a mixture?")
 
 
-def count_problems(hole: Hole, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    wanted = config_value(hole.size, config)
+def count_problems(place: Placeholder, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    wanted = config_value(place.size, config)
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
-        expected = f"{reprlib.repr(wanted)}, as {hole.size} of config.json says"
-        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
+        expected = f"{reprlib.repr(wanted)}, as {place.size} of config.json says"
+        yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
-def picked_problems(hole: Hole, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """A hole whose members a list of the config picks, or names, has just these."""
-    values, listed_ones = config_value(hole.picked_by, config), config_value(hole.listed, config)
-    whole = members.get(hole.within or hole.some_of, set())
-    wanted = members[hole.name]
+def picked_problems(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """A placeholder whose members a list of the config picks, or names, has just these."""
+    values, listed_ones = config_value(place.picked_by, config), config_value(place.listed, config)
+    whole = members.get(place.within or place.some_of, set())
+    wanted = members[place.name]
     if isinstance(values, list):
-        wanted = {number for number, value in enumerate(values) if value in hole.picked and number in whole}
+        wanted = {number for number, value in enumerate(values) if value in place.picked and number in whole}
     if isinstance(listed_ones, list):
         wanted = {number for number in listed_ones if type(number) is int}
-    if wanted != members[hole.name]:
-        found = f"{numbers_text(members[hole.name])} by the names of the tensors"
-        expected = f"{numbers_text(wanted)}, as {hole.picked_by or hole.listed} of config.json says"
-        yield Problem("contradiction", hole.counts, found, expected, OTHER_MODEL)
+    if wanted != members[place.name]:
+        found = f"{numbers_text(members[place.name])} by the names of the tensors"
+        expected = f"{numbers_text(wanted)}, as {place.picked_by or place.listed} of config.json says"
+        yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
-def rows_problems(hole: Hole, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+def rows_problems(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """The tensor that has a row for each member has as many rows as the names have members."""
-    letters = [letter for letter in HOLE.findall(hole.rows_of) if letter in recipe.holes]
-    for numbers in product(*(sorted(members[letter]) for letter in letters)) if hole.rows_of else ():
-        tensor = checkpoint.tensors.get(filled(hole.rows_of, dict(zip(letters, numbers, strict=True))))
-        if tensor and tensor.shape[:1] != (len(members[hole.name]),):
-            expected = f"{len(members[hole.name])} rows, for {hole.counts} {numbers_text(members[hole.name])}"
+    letters = [letter for letter in PLACEHOLDER.findall(place.rows_of) if letter in recipe.placeholders]
+    for numbers in product(*(sorted(members[letter]) for letter in letters)) if place.rows_of else ():
+        tensor = checkpoint.tensors.get(filled(place.rows_of, dict(zip(letters, numbers, strict=True))))
+        if tensor and tensor.shape[:1] != (len(members[place.name]),):
+            expected = f"{len(members[place.name])} rows, for {place.counts} {numbers_text(members[place.name])}"
             remedy = "is a file missing from the checkpoint?"
             yield Problem("contradiction", tensor.name, f"shape {list(tensor.shape)}", expected, remedy)
 
@@ -149,7 +150,7 @@ def says(key: str, config: Mapping[str, Any]) -> bool | None:
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
     slots = slots_of(rule, recipe)
-    choices = [sorted(members[slot]) if slot in recipe.holes else [int(slot)] for slot in slots]
+    choices = [sorted(members[slot]) if slot in recipe.placeholders else [int(slot)] for slot in slots]
     if prod(map(len, choices)) == len(tuples):
         return
     for numbers in product(*choices):

@@ -2,14 +2,15 @@
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, Refused, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.recipes.patterns import Pattern, later_members, patterns_of, split_name, split_names
 from reshard.recipes.recipe import FOLDER
 from reshard.sources.completeness import hole_members, hole_problems, missing_problems
@@ -33,7 +34,7 @@ class Family(NamedTuple):
     is_scale: bool
     tensors: list[Tensor]
     numbers: list[tuple[str, ...]]
-    """For each tensor: what fills the holes of the rule's left name, in their order."""
+    """For each tensor: what fills the placeholders of the rule's left name, in their order."""
     names: list[str]
     """For each tensor: its name on the other side; empty for what is dropped there."""
 
@@ -43,24 +44,64 @@ class Matched:
     """Every tensor of a checkpoint under exactly one rule of a recipe."""
 
     families: tuple[Family, ...]
-    counts: Mapping[str, int]
-    """How many members each hole has: `{"i": 61, "e": 256}`."""
+    members: Mapping[str, set[int]]
+    """The numbers that fill each placeholder: `{"i": {0, 1, 2}, "e": {0, 1}}`."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many members each placeholder has: `{"i": 61, "e": 256}`."""
+        return {letter: len(numbers) for letter, numbers in self.members.items()}
+
+    @property
+    def present(self) -> dict[int, set[tuple[str, ...]]]:
+        """By rule: the numbers of each tensor that is there, block scales apart."""
+        return {family.rule: set(family.numbers) for family in self.families if not family.is_scale}
 
 
 def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False) -> Matched:
-    """Finds the one rule of each tensor. What is optional need not be complete, unless it is to be kept.
+    """Finds the one rule of each tensor. Optional tensors (MTP layers) need not be complete, unless they are kept.
 
-    Raises Refused with every tensor that no rule or more than one rule covers; then with every gap in a numbered family
-    and every contradiction with the config; then with every tensor that a rule expects and the checkpoint lacks.
+    Raises Refused with every tensor that no rule or more than one rule covers; else with every gap in a numbered family
+    and every contradiction with the config; else with every tensor that a rule expects and the checkpoint lacks.
     """
     families, unmatched = match_names(checkpoint, recipe)
-    require_none(unmatched_problems(recipe, unmatched))
-    present = {family.rule: set(family.numbers) for family in families if not family.is_scale}
-    require_none(clashes(families))
-    members = hole_members(recipe, present)
-    require_none(hole_problems(checkpoint, recipe, members))
-    require_none(missing_problems(checkpoint.config, recipe, members, present, keep_optional=keep_optional))
-    return Matched(tuple(families), {name: len(numbers) for name, numbers in members.items()})
+    matched = Matched(tuple(families), find_members(families, recipe))
+    require_none(match_problems(checkpoint, recipe, matched, unmatched, keep_optional=keep_optional))
+    return matched
+
+
+def match_problems(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    matched: Matched,
+    unmatched: Mapping[str, Sequence[Pattern]],
+    *,
+    keep_optional: bool,
+) -> Iterator[Problem]:
+    """The problems of the first kind that there are: each of the later kinds would only follow from the earlier."""
+    families, members = matched.families, matched.members
+    kinds: tuple[Callable[[], Iterator[Problem]], ...] = (
+        lambda: unmatched_problems(recipe, unmatched),
+        lambda: clashes(families),
+        lambda: hole_problems(checkpoint, recipe, members),
+        lambda: missing_problems(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
+    )
+    for problems in kinds:
+        found = list(islice(problems(), MOST_PROBLEMS))
+        if found:
+            yield from found
+            return
+
+
+def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[int]]:
+    """The numbers that fill each placeholder of the recipe."""
+    return hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+
+
+def optional_problems(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
+    """The optional tensors that a checkpoint lacks, once they are to be kept; the others have been looked for."""
+    if any(rule.optional for rule in recipe.rules):
+        yield from missing_problems(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
@@ -162,12 +203,12 @@ def one_of_each_first(names: Iterable[str]) -> list[str]:
 FITS = "it fits, but the config names another model"
 
 
-def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
-    """The recipe of a checkpoint: by its config's model type, else its architecture; of several, or where the config
-    says neither, by the tensors' names.
+def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Recipe, Matched]:
+    """The recipe of a checkpoint, with the rule of each tensor: by its config's model type, else its architecture; of
+    several, or where the config says neither, by the names of the tensors.
 
     Raises Refused if none fits or, by the names, more than one; and for a model that no recipe speaks of, whatever its
-    names: it may be another that has borrowed them.
+    names: another model may have borrowed them.
     """
     config = checkpoint.config or {}
     asked = asked_recipes(config, recipes)
@@ -175,11 +216,11 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
         raise no_recipe(checkpoint, recipes, [])
     candidates = asked or recipes
     if len(candidates) == 1:
-        return candidates[0]
-    fitting = [recipe for recipe in candidates if fits(checkpoint, recipe)]
+        return candidates[0], match(checkpoint, candidates[0])
+    fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
     if len(fitting) == 1:
         return fitting[0]
-    raise no_recipe(checkpoint, candidates, fitting)
+    raise no_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
 
 
 def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
@@ -199,14 +240,14 @@ def architectures_of(config: Mapping[str, Any]) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def fits(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
+    """The rule of each tensor, or None where a recipe does not fit."""
     if match_names(checkpoint, recipe)[1]:  # at once: match would first look for the nearest rule of every name
-        return False
+        return None
     try:
-        match(checkpoint, recipe)
+        return match(checkpoint, recipe)
     except Refused:
-        return False
-    return True
+        return None
 
 
 def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:

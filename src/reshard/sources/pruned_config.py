@@ -10,7 +10,7 @@ from reshard.errors import Problem
 from reshard.recipes.formulas import config_value
 from reshard.sources.block_scales import EXEMPT_KEYS
 from reshard.text import numbers_text
-from reshard.types import Hole, Recipe
+from reshard.types import Placeholder, Recipe
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 """A formula that is a config key alone, perhaps one within another."""
@@ -79,16 +79,16 @@ def pruned_config(
     if config is None:
         return None
     changed = deepcopy(dict(config))
-    counting = next((hole for hole in recipe.holes.values() if hole.counts == "layers"), None)
+    counting = next((place for place in recipe.placeholders.values() if place.counts == "layers"), None)
     if layers is not None and counting:
         count = config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
         problems.extend(prune_references(changed, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
-    for hole in recipe.holes.values():
-        for key in hole.size.split(" or "):
+    for place in recipe.placeholders.values():
+        for key in place.size.split(" or "):
             if KEY.fullmatch(key) and type(config_value(key, config)) is int:
-                put(changed, key, len(left[hole.name]))
+                put(changed, key, len(left[place.name]))
     return changed
 
 
@@ -100,15 +100,15 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def table_with(counting: Hole, config: dict[str, Any]) -> dict[str, Any]:
-    """The object of the config that says how many members a hole has; empty without one."""
+def table_with(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
+    """The object of the config that says how many members a placeholder has; empty without one."""
     table = config_value(counting.size.rpartition(".")[0], config) if "." in counting.size else config
     return table if isinstance(table, dict) else {}
 
 
-def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Hole, layers: Layers, count: int) -> None:
+def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers, count: int) -> None:
     """Lists with a value for each layer keep those of the layers that are left, and what follows for MTP."""
-    keys = {hole.picked_by for hole in recipe.holes.values() if hole.picked_by}
+    keys = {place.picked_by for place in recipe.placeholders.values() if place.picked_by}
     keys |= {beside(counting.size, key) for key in table_with(counting, config) if PER_LAYER.fullmatch(key)}
     for key in sorted(keys):
         values = config_value(key, config)
@@ -116,7 +116,7 @@ def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Hole, layers: 
             put(config, key, [values[old] for old in layers if old < count] + values[count:])
 
 
-def prune_references(config: dict[str, Any], counting: Hole, layers: Layers) -> Iterator[Problem]:
+def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:
     """Keys that speak of layers by number: these must all be kept, and get their new numbers."""
     table = table_with(counting, config)
     if isinstance(table.get(DENSE), list):

@@ -9,10 +9,10 @@ from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import Stored
 from reshard.recipes.formulas import units_of
 from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, split_name, split_names
-from reshard.recipes.splits import COLUMNS, HALVES, ROWS, dimension_of, parts_for
+from reshard.recipes.splits import COLUMNS, HALVES, ROWS, parts_for
 from reshard.sources.match import way_to_rule
 from reshard.text import numbers_text
-from reshard.types import BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
+from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"
 
@@ -20,19 +20,22 @@ Shape = tuple[int, ...]
 
 
 class Held(NamedTuple):
-    """A tensor of the left side, and what of it each rank holds."""
+    """A tensor of the original checkpoint, and the shard of it in each rank that has one."""
 
     name: str
     rule: Rule
     scaling: BlockScale | None
     is_scale: bool
     member: int
-    """Which of what is dealt to the ranks it belongs to, such as an expert; -1 if it is not dealt."""
+    """Number of the expert it belongs to, where whole experts are assigned to ranks; else -1."""
+    heads: int | None
+    """Number of heads that the rule's split counts: 0 if it counts none, None if the config does not tell."""
     by_rank: dict[int, Tensor]
+    """Rank -> its shard, as it lies in the file of that rank."""
 
 
 Parts = tuple[tuple[Tensor, ...], ...]
-"""The parts of a tensor in their order, and of each all that hold it."""
+"""The parts of a tensor in their order; of each part all replicas, one from each rank that holds it."""
 
 
 def gather(
@@ -41,17 +44,17 @@ def gather(
     config: Mapping[str, Any] | None,
     shapes: Mapping[str, Sequence[int]] | None,
     *,
-    first_replica: bool = False,
+    replicas: str = COMPARE,
 ) -> Checkpoint:
-    """The checkpoint that rank files make up; they must be all, in the order of their ranks. Its tensors are in the
-    order of their names and numbers.
+    """Assembles the original checkpoint from the headers of all rank files, in the order of their ranks.
 
-    `config` is the model's; `shapes` says by name how large a tensor was that is padded, None if nobody knows. With
-    `first_replica` only the first rank's copy of what several hold is looked at. Raises Refused with every tensor that
-    no rule knows or that is not in the ranks that should hold it, or not alike in all.
+    Its tensors come in the order of their names and numbers. `config` is that of the model. `shapes` has the original
+    shape, in elements, of each padded tensor by its name; None if nobody knows. With `replicas` "first", only the first
+    replica of a shard is used. Raises Refused with every tensor that no rule knows, that is not in the ranks that
+    should hold it, or whose shards are not alike.
     """
     ranks = len(stored.files)
-    held, unknown = held_tensors(stored, recipe)
+    held, unknown = held_tensors(stored, recipe, config or {})
     require_none([*unknown, *holder_problems(held.values(), ranks)])
     tensors: dict[str, Tensor] = {}
     joins: list[Join] = []
@@ -63,24 +66,26 @@ def gather(
             (tensor,) = found.by_rank.values()
             tensors[name] = unpacked(tensor._replace(name=name), found)
             continue
-        parts = parts_of(found, held.get(weight_name(found)), ranks, config or {}, first_replica=first_replica)
+        parts = parts_of(found, held.get(weight_name(found)), ranks, replicas=replicas)
         together = shape_of(found, parts)
         shape = tuple((shapes or {}).get(name, together))
-        problems.extend(shape_problems(found, shape, together, config, knows=ranks == 1 or shapes is not None))
+        problems.extend(shape_problems(found, shape, together, knows=ranks == 1 or shapes is not None))
         tensors[name] = unpacked(whole_of(found, parts, shape, together, ranks, joins), found)
     require_none(problems)
     return Checkpoint(stored.folder, stored.files, tensors, config, tuple(joins))
 
 
 def in_order(name: str) -> tuple[Any, ...]:
-    """By this, layer 2 comes before layer 10."""
+    """The sort key of a name by its numbers: layer 2 comes before layer 10."""
     key, numbers = split_name(name)
     pieces = key.split("#")
     return tuple((piece, int(number)) for piece, number in zip(pieces, (*numbers, "0"), strict=False))
 
 
-def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[Problem]]:
-    """By name on the left: what each rank holds; and the tensors that no rule knows, or more than one."""
+def held_tensors(stored: Stored, recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, Held], list[Problem]]:
+    """Groups the shards of all ranks by their original names; also returns a problem for each tensor that no rule, or
+    more than one, covers.
+    """
     turned = turned_around(recipe)
     patterns: dict[str, list[Pattern]] = {}
     for number, rule in enumerate(turned.rules):
@@ -88,7 +93,7 @@ def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[
             patterns.setdefault(pattern.key, []).append(pattern)
     names = split_names(tensor.name for tensor in stored.tensors)
     marked, before = later_members(names, turned)
-    kinds = {pattern: none_held(pattern, recipe) for group in patterns.values() for pattern in group}
+    kinds = {pattern: none_held(pattern, recipe, config) for group in patterns.values() for pattern in group}
     held: dict[str, Held] = {}
     problems = []
     for tensor, (key, numbers) in zip(stored.tensors, names, strict=True):
@@ -107,23 +112,27 @@ def held_tensors(stored: Stored, recipe: Recipe) -> tuple[dict[str, Held], list[
     return held, problems
 
 
-def none_held(pattern: Pattern, recipe: Recipe) -> tuple[Held, int | None]:
-    """What is true of all tensors of a pattern; and which of their numbers says to whom they are dealt, if they are."""
+def none_held(pattern: Pattern, recipe: Recipe, config: Mapping[str, Any]) -> tuple[Held, int | None]:
+    """The facts that all tensors of a pattern share; and the place of the expert's number among their numbers, where
+    whole experts are assigned to ranks.
+    """
     rule = recipe.rules[pattern.rule]
-    letter = rule.split.removeprefix("by ") if rule.split.startswith("by ") else ""
+    letter = rule.split.placeholder
     scaling = recipe.scales.get(scale_letter(rule, recipe))
-    return Held("", rule, scaling, pattern.is_scale, -1, {}), pattern.slots.index(letter) if letter else None
+    heads = units_of(rule, config)
+    return Held("", rule, scaling, pattern.is_scale, -1, heads, {}), pattern.slots.index(letter) if letter else None
 
 
 def turned_around(recipe: Recipe) -> Recipe:
-    """The recipe with its sides exchanged. What was dequantised comes back under the name of its weight."""
+    """The recipe with its sides exchanged. A dequantized weight comes back under the name of the weight."""
     scales = {letter: replace(scale, left=scale.right, right=scale.left) for letter, scale in recipe.scales.items()}
     names = {as_weight(rule.left, recipe): as_weight(rule.right, recipe) for rule in recipe.rules}
-    holes = {
-        name: replace(hole, marker=names.get(as_weight(hole.marker, recipe), hole.marker))
-        for name, hole in recipe.holes.items()
+    placeholders = {
+        name: replace(place, marker=names.get(as_weight(place.marker, recipe), place.marker))
+        for name, place in recipe.placeholders.items()
     }
-    return replace(recipe, scales=scales, holes=holes, rules=tuple(turned(rule, recipe) for rule in recipe.rules))
+    rules = tuple(turned(rule, recipe) for rule in recipe.rules)
+    return replace(recipe, scales=scales, placeholders=placeholders, rules=rules)
 
 
 def turned(rule: Rule, recipe: Recipe) -> Rule:
@@ -147,16 +156,16 @@ def no_rule(subject: str, lefts: Sequence[str], recipe: Recipe) -> Problem:
 
 
 def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:
-    """Tensors that are not in the ranks that should hold them, or not of one dtype and shape in all of them."""
+    """Checks that each tensor is in the ranks that should hold it, with one dtype and shape in all of them."""
     dealt: dict[str, set[int]] = {}
     for found in held:
-        dealt.setdefault(found.rule.split, set()).add(found.member)
+        dealt.setdefault(found.rule.split.placeholder, set()).add(found.member)
     for found in held:
         here = sorted(found.by_rank)
-        members = len(dealt[found.rule.split])
+        members = len(dealt[found.rule.split.placeholder])
         if found.member >= 0:
             # Where the numbers have a gap, it is found later, and is all that is said.
-            is_known = max(dealt[found.rule.split]) == members - 1 and members % ranks == 0
+            is_known = max(dealt[found.rule.split.placeholder]) == members - 1 and members % ranks == 0
             wanted = [found.member * ranks // members] if is_known else here[:1]
         else:
             wanted = list(range(ranks))
@@ -170,14 +179,14 @@ def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:
 
 
 def weight_name(found: Held) -> str:
-    """Of the weight that a block scale belongs to."""
+    """The name of the weight that a block scale belongs to; empty for other tensors."""
     return f"{found.name.removesuffix(found.scaling.left)}{WEIGHT}" if found.is_scale and found.scaling else ""
 
 
-def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, Any], *, first_replica: bool) -> Parts:
-    """In how many parts the ranks have a tensor, and which of them hold the same one: ranks that follow each other."""
+def parts_of(found: Held, weight: Held | None, ranks: int, *, replicas: str) -> Parts:
+    """The parts of a tensor with their replicas: ranks that follow each other hold the same part."""
     copies = [found.by_rank[rank] for rank in sorted(found.by_rank)]
-    dimension, units = dimension_of(found.rule.split), units_of(found.rule, config)
+    dimension, units = found.rule.split.dimension, found.heads
     if dimension is None or (found.is_scale and len(copies[0].shape) <= dimension):
         times = len(copies)
     else:
@@ -187,47 +196,44 @@ def parts_of(found: Held, weight: Held | None, ranks: int, config: Mapping[str, 
             side = block_of(found.scaling, weight.by_rank[0])[dimension]
             times *= side // length if 0 < length < side else 1
     groups = [tuple(copies[first : first + times]) for first in range(0, len(copies), times)]
-    return tuple(group[:1] if first_replica else group for group in groups)
+    return tuple(group[:1] if replicas == FIRST else group for group in groups)
 
 
 def block_of(scaling: BlockScale, weight: Tensor) -> tuple[int, int]:
-    """Packed weights that were cast to FP8 have the block of that."""
+    """The block of a weight's scale, in elements: packed FP4 that was cast to FP8 has the block of FP8."""
     return scaling.fp8_block if scaling.packed and weight.dtype == "F8_E4M3" else scaling.block
 
 
 def shape_of(found: Held, parts: Parts) -> Shape:
-    """The shape of all parts together, with their padding."""
-    shape, dimension = list(parts[0][0].shape), dimension_of(found.rule.split)
+    """The shape of all parts together, padding included, in elements."""
+    shape, dimension = list(parts[0][0].shape), found.rule.split.dimension
     if dimension is not None and len(parts) > 1 and len(shape) > dimension:
         shape[dimension] *= len(parts)
     return tuple(shape)
 
 
 def torn_problems(found: Held) -> Iterator[Problem]:
-    """Why what a rank holds cannot be taken apart as its rule says: a value would be torn."""
+    """Checks that no value is torn: FP4 rows are whole bytes, and packed rows are two equal halves."""
     for tensor in found.by_rank.values():
         if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape and tensor.shape[-1] % 2:
             yield Problem("wrong-shape", found.name, f"F4 {list(tensor.shape)}", "whole bytes in each row", AGAIN)
-        if found.rule.split == "packed rows" and len(found.by_rank) > 1 and tensor.shape and tensor.shape[0] % HALVES:
+        if found.rule.split.is_packed and len(found.by_rank) > 1 and tensor.shape and tensor.shape[0] % HALVES:
             yield Problem("wrong-shape", found.name, f"{tensor.shape[0]} rows in a rank", "two halves alike", AGAIN)
 
 
-def shape_problems(
-    found: Held, shape: Shape, together: Shape, config: Mapping[str, Any] | None, *, knows: bool
-) -> Iterator[Problem]:
-    """Why the parts do not make up a tensor of a shape; `knows` whether anything says how large it was."""
-    dimension = dimension_of(found.rule.split)
-    units = units_of(found.rule, config or {})
+def shape_problems(found: Held, shape: Shape, together: Shape, *, knows: bool) -> Iterator[Problem]:
+    """Reasons why the parts do not make up a tensor of a shape; `knows` says whether its original shape is known."""
+    dimension, units = found.rule.split.dimension, found.heads
     if units is None:
-        key = found.rule.split.removeprefix("rows of ")
+        key = found.rule.split.heads_key
         yield Problem("no-config", found.name, f"no {key} in a config.json", "one", "copy it beside the rank files")
     elif not parts_for(len(found.by_rank), units):
-        things = f"{units} {found.rule.split.removeprefix('rows of ')}"
+        things = f"{units} {found.rule.split.heads_key}"
         expected = f"one of the numbers to divide the other: {things} and {len(found.by_rank)} ranks"
         yield Problem("not-divisible", found.name, f"{len(found.by_rank)} ranks", expected, "is config.json another's?")
     if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
         yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")
-    if found.rule.split == "padded rows" and not knows:
+    if found.rule.split.is_padded and not knows:
         text, expected = f"{together[0]:,} rows, padding included", "a manifest that says how many there were"
         remedy = "convert the model itself: only the manifest of reshard says it"
         yield Problem("unknown-padding", found.name, text, expected, remedy)
@@ -242,34 +248,34 @@ def shape_problems(
 
 
 def whole_of(found: Held, parts: Parts, shape: Shape, together: Shape, files: int, joins: list[Join]) -> Tensor:
-    """The tensor in one piece; appends the join that it takes, if it takes one. Joins are numbered behind the files."""
-    first, dimension = parts[0][0]._replace(name=found.name), dimension_of(found.rule.split)
+    """The whole tensor. Appends a join if it lies in several parts; joins are numbered behind the files."""
+    first, dimension = parts[0][0]._replace(name=found.name), found.rule.split.dimension
     size = prod(shape) * first.size // max(prod(first.shape), 1)
     if not size or (len(parts) == len(parts[0]) == 1 and shape == together):
         return first._replace(shape=shape, size=size)
     if dimension == COLUMNS and len(shape) > COLUMNS:
         rows = shape[ROWS]
     else:
-        rows = HALVES if found.rule.split == "packed rows" and len(parts) > 1 else 1
+        rows = HALVES if found.rule.split.is_packed and len(parts) > 1 else 1
     whole = Tensor(found.name, first.dtype, shape, files + len(joins), 0, size)
     joins.append(Join(rows, parts, whole))
     return whole
 
 
 def unpacked(tensor: Tensor, found: Held) -> Tensor:
-    """F4 is I8 with two values a byte on the left."""
+    """The tensor as Hugging Face has it: FP4 as I8, two values in a byte."""
     if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape:
         return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
     return tensor
 
 
 def left_names(held: Iterable[Held]) -> dict[str, Tensor]:
-    """By name on the left: what the first rank holds of each. Its shape is that of a part."""
+    """The first shard of each tensor, by its original name."""
     return {found.name: found.by_rank[min(found.by_rank)] for found in held}
 
 
 class Run(NamedTuple):
-    """Bytes of a part: where they begin in it, where they go in a stretch, and how many."""
+    """A byte range of one part, and its place in the byte range that was asked for. All in bytes."""
 
     part: int
     begin: int
@@ -278,7 +284,7 @@ class Run(NamedTuple):
 
 
 def runs_of(sizes: Sequence[int], offset: int, size: int, most: int) -> Iterator[Run]:
-    """The runs of parts, one behind the other, that a stretch of them takes."""
+    """Cuts a byte range of parts that lie one behind the other into byte ranges of each, at most `most` bytes long."""
     start = 0
     for part, length in enumerate(sizes):
         begin, end = max(offset, start), min(offset + size, start + length)

@@ -1,130 +1,137 @@
-"""What lies at a path: a Hugging Face checkpoint or rank files -> Checkpoint, Recipe and Origin."""
+"""Stages 1 and 2: a path -> Source: checkpoint, recipe and the rule of every tensor. From headers alone."""
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.huggingface import (
-    CONFIG,
-    INDEX,
-    Stored,
-    file_names,
-    read_checkpoint,
-    read_config,
-    read_headers,
-    read_index,
-    read_metadata,
-)
-from reshard.formats.manifest import Origin, known_manifest, read_manifest, read_origin, subset_text
+from reshard.formats.folder import Folder, checkpoint_of, read_folder
+from reshard.formats.huggingface import CONFIG, INDEX, Stored, read_headers
+from reshard.formats.manifest import Origin, read_origin, subset_text
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.match import choose_recipe, match, wanted_recipes
+from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import gather
+from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
+from reshard.sources.subset import narrow
 from reshard.text import listed
-from reshard.types import MOST_RANKS, RANKS, Checkpoint, Form, Recipe, Tensor
+from reshard.types import COMPARE, EVERYTHING, Checkpoint, Form, Recipe, Subset, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What there is to be converted."""
+    """A checkpoint that is to be converted, with everything that the later stages have to know of it."""
 
+    path: Path
+    """As it was given."""
     checkpoint: Checkpoint
+    """Of rank files: their tensors put together, under their original names."""
     recipe: Recipe
+    matched: Matched
     origin: Origin
-    """What is known of the checkpoint that it was once; nothing, if it is that itself."""
+    """The checkpoint that rank files came from, as far as it is known; nothing for a checkpoint that is whole."""
 
 
 def read_source(
-    path: Path, recipe: str | None = None, *, ignore_extra_files: bool = False, first_replica: bool = False
+    path: Path,
+    recipe: str | None = None,
+    *,
+    ignore_extra_files: bool = False,
+    replicas: str = COMPARE,
+    subset: Subset = EVERYTHING,
 ) -> Source:
-    """A checkpoint, or rank files as one; with the recipe of that name or file, else the one that it wants.
+    """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
-    Raises Refused.
+    The recipe is the one of that name or file, else the one that the manifest names, or that config and tensors ask
+    for. With a subset, the source holds its layers and experts only. Raises Refused.
     """
-    recipes = recipes_to_try(recipe)
-    if names := ranks_at(path, recipes):
-        require_none(names.problems(ignore_extra_files=ignore_extra_files))
-        return read_rank_files(path, names, recipe, first_replica=first_replica)
-    manifest = known_manifest(path)
-    if made_by := foreign_recipe(manifest, recipes):
+    folder, recipes = read_folder(path), recipes_to_try(recipe)
+    names = find_rank_names(path, folder.names, recipes)
+    if names:
+        source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    else:
+        source = read_huggingface(folder, recipes, recipe, ignore_extra_files=ignore_extra_files)
+    return narrow_source(source, subset)
+
+
+def read_huggingface(
+    folder: Folder, recipes: Sequence[Recipe], recipe: str | None, *, ignore_extra_files: bool
+) -> Source:
+    """A checkpoint under its Hugging Face names."""
+    if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
-        raise refuse("no-recipe", str(path), found, "a packaged recipe, or that one", remedy)
-    subset = manifest.get("subset", {})
-    require_whole(subset, path)
-    checkpoint = replace(read_checkpoint(path, ignore_extra_files=ignore_extra_files), subset=subset)
-    return Source(checkpoint, recipes[0] if recipe else choose_recipe(checkpoint, recipes), Origin())
+        raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
+    require_none(chosen_tensors_problems(folder))
+    checkpoint = replace(checkpoint_of(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
+    if recipe:
+        return Source(folder.path, checkpoint, recipes[0], match(checkpoint, recipes[0]), Origin())
+    chosen, matched = choose_recipe(checkpoint, recipes)
+    return Source(folder.path, checkpoint, chosen, matched, Origin())
 
 
-def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
-    """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
-    return path.is_dir() and ranks_at(path, recipes_to_try(recipe)) is not None
+def narrow_source(source: Source, subset: Subset) -> Source:
+    """The chosen layers and experts as a source of its own. Raises Refused."""
+    checkpoint = narrow(source.checkpoint, source.recipe, source.matched, subset)
+    if checkpoint.subset or subset.only:
+        # The files that the checkpoint once had cannot come back: some of their tensors are left out.
+        source = replace(source, origin=replace(source.origin, forms=(), texts=None))
+    if checkpoint is source.checkpoint:
+        return source
+    return replace(source, checkpoint=checkpoint, matched=match(checkpoint, source.recipe))
 
 
-class RankNames(NamedTuple):
-    """Rank files as their names tell."""
-
-    recipes: Sequence[Recipe]
-    """Those whose rank files they could be."""
-    wanted: Sequence[str]
-    """The names that there should be, in the order of the ranks."""
-    missing: Sequence[str]
-    extra: Sequence[str]
-    """Those of other safetensors files."""
-
-    def problems(self, *, ignore_extra_files: bool) -> Iterator[Problem]:
-        """Why they are not just the files of all ranks."""
-        ranks = len(self.wanted)
-        for name in self.missing:
-            expected = f"{ranks} rank files, by the names of the others"
-            yield Problem("missing-file", name, "no such file", expected, "copy it there")
-        for name in () if ignore_extra_files else self.extra:
-            remedy = "move it away, or pass --ignore-extra-files to leave it out"
-            yield Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none", remedy)
+def chosen_tensors_problems(folder: Folder) -> Iterator[Problem]:
+    """A conversion of chosen tensors is no source: most of the model is not there."""
+    if "only" in folder.subset:
+        remedy = "convert what these tensors came from"
+        yield Problem("incomplete-source", str(folder.path), subset_text(folder.subset), "a whole model", remedy)
 
 
-def read_rank_files(path: Path, names: RankNames, recipe: str | None, *, first_replica: bool) -> Source:
-    """Rank files as one checkpoint, by the recipe that is asked for, or that the manifest names, or that their config
-    asks for, or else by the one that fits their tensors.
+def read_rank_files(
+    folder: Folder, names: RankNames, recipe: str | None, *, ignore_extra_files: bool, replicas: str
+) -> Source:
+    """Rank files as one checkpoint.
+
+    The recipe is the one that was asked for, or that the manifest names, or that the config asks for, or else the one
+    that fits the tensors.
     """
-    stored = read_headers(path, names.wanted)
-    manifest = read_manifest(path)
-    subset = manifest.get("subset", {})
-    require_whole(subset, path)
-    require_none([*changed_files(stored, manifest), *exchanged_files(path, names)])
-    origin = origin_at(path, manifest, names)
+    require_none(names.problems(ignore_extra_files=ignore_extra_files))
+    stored = read_headers(folder.path, names.wanted)
+    if folder.manifest_fault:
+        raise folder.manifest_fault
+    require_none([*chosen_tensors_problems(folder), *changed_files(stored, folder.manifest), *exchanged_files(stored)])
+    origin = find_origin(folder, names)
+    recipes = names.recipes if recipe else recipes_for(folder.path, names.recipes, origin)
+
+    def assemble(known: Recipe) -> Source:
+        whole = gather(stored, known, origin.config, origin.shapes, replicas=replicas)
+        checkpoint = replace(whole, subset=folder.subset)
+        return Source(folder.path, checkpoint, known, match(checkpoint, known), origin)
+
+    return require_one(folder.path, recipes, assemble)
+
+
+def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
+    """The source by the only recipe that fits. Raises Refused: by the recipe that has the least against it."""
     found: list[Source] = []
     refusals: list[Refused] = []
-    recipes = names.recipes if recipe else recipes_for(path, names.recipes, origin)
-    for known in recipes:
+    for recipe in recipes:
         try:
-            checkpoint = gather(stored, known, origin.config, origin.shapes, first_replica=first_replica)
-            match(checkpoint, known)
+            found.append(assemble(recipe))
         except Refused as refused:
             refusals.append(refused)
-        else:
-            found.append(Source(replace(checkpoint, subset=subset), known, origin))
     if not found:
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
         fitting = listed(source.recipe.name for source in found)
         raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", "choose one with --recipe")
     return found[0]
-
-
-def require_whole(subset: Mapping[str, Any], path: Path) -> None:
-    """Chosen tensors are no source. Raises Refused."""
-    if "only" in subset:
-        remedy = "convert what these tensors came from"
-        raise refuse("incomplete-source", str(path), subset_text(subset), "a whole model", remedy)
 
 
 def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
@@ -137,23 +144,23 @@ def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequen
     raise refuse("no-recipe", str(path), f"made by the recipe {origin.recipe}", "a packaged recipe", remedy)
 
 
-def origin_at(folder: Path, manifest: Mapping[str, Any], names: RankNames) -> Origin:
-    """What is known of the checkpoint: by the manifest, else by a config and an index beside the rank files."""
-    origin, config, weight_map = read_origin(manifest), read_config(folder), read_index(folder)
+def find_origin(folder: Folder, names: RankNames) -> Origin:
+    """The checkpoint that rank files came from: by the manifest, else by config and index beside the rank files."""
+    origin, weight_map = read_origin(folder.manifest), folder.weight_map
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
-        weight_map = None  # an index of the rank files themselves: it tells nothing of the files that there once were
-    beside = {name: value for name, value in ((CONFIG, config), (INDEX, weight_map)) if value is not None}
-    texts = {name: (folder / name).read_bytes() for name in beside}
+        weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
+    beside = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
+    texts = {name: (folder.path / name).read_bytes() for name in beside}
     return replace(
         origin,
-        config=config if origin.config is None else origin.config,
+        config=folder.config if origin.config is None else origin.config,
         forms=origin.forms or forms_of_map(weight_map or {}),
         texts=texts if origin.texts is None else {**texts, **origin.texts},
     )
 
 
 def forms_of_map(weight_map: Mapping[str, str]) -> tuple[Form, ...]:
-    """Files of which an index tells the tensors, and nothing else."""
+    """Files of which only the names of the tensors are known, from an index."""
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         names.setdefault(file, []).append(name)
@@ -163,7 +170,7 @@ def forms_of_map(weight_map: Mapping[str, str]) -> tuple[Form, ...]:
 
 
 def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rank files that are not those that the manifest speaks of, as far as header, size and two ranges of each tell."""
+    """Rank files that the manifest does not describe, as far as their size and three byte ranges of each tell."""
     entries = {entry["name"]: entry for entry in manifest.get("files", ())}
     for file in stored.files if entries else ():
         entry = entries.get(file.name)
@@ -172,74 +179,28 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
         elif entry["size"] != file.size:
             yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
         elif found := changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
-            text = f"{file.name}: bytes {found.start:,} to {found.stop:,}"
+            text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
 
 
-def exchanged_files(path: Path, names: RankNames) -> Iterator[Problem]:
-    """Rank files that are another's by what they say of themselves, as those of tensor-parallel recipes do."""
-    ranks = len(names.wanted)
-    for rank, name in enumerate(names.wanted):
-        said = read_metadata(path / name)
+def exchanged_files(stored: Stored) -> Iterator[Problem]:
+    """Rank files under another's name, by what they say of themselves, as those of tensor-parallel recipes do."""
+    ranks = len(stored.files)
+    for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
         if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
             found = f"rank {said['rank']} of {said['ranks']}, as its header says"
-            yield Problem("wrong-ranks", name, found, f"rank {rank} of {ranks}", "give each file its own name back")
+            yield Problem(
+                "wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back"
+            )
 
 
-def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> range | None:
-    """The first byte range of a file whose checksum is another: of the header, the one in the middle, and the last."""
+def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
+    """The first byte range whose checksum differs, of three: the header, the one in the middle, and the last."""
     with path.open("rb", buffering=0) as file:
         for place in sorted({0, len(ranges) // 2, len(ranges) - 1}):
-            offset, size, digest = ranges[place]
-            file.seek(offset)
-            if xxh3_128_hexdigest(file.read(size)) != digest:
-                return range(offset, offset + size)
+            checked = ranges[place]
+            file.seek(checked.offset)
+            if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
+                return checked
     return None
-
-
-def ranks_at(path: Path, recipes: Sequence[Recipe]) -> RankNames | None:
-    """The rank files at a path; None if something else lies there, or it holds a checkpoint with an index besides.
-
-    Raises Refused for a single one of several.
-    """
-    names = file_names(path)
-    for recipe in recipes:
-        numbers = {name: found for name in names if (found := numbers_of(name, recipe))}
-        if numbers and (len(numbers) == len(names) or not (path / INDEX).exists()):
-            if not path.is_dir():
-                text = f"one of {numbers[path.name][1]} rank files"
-                raise refuse("rank-files", str(path), text, "the folder that holds all of them", f"name {path.parent}")
-            return rank_names(names, numbers, [known for known in recipes if known.files == recipe.files])
-    return None
-
-
-def rank_names(names: Sequence[str], numbers: dict[str, tuple[int, int]], recipes: Sequence[Recipe]) -> RankNames:
-    """How many ranks there are is told by the names of most."""
-    ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
-    if not 1 <= ranks <= MOST_RANKS:
-        raise refuse("wrong-ranks", next(iter(numbers)), f"{ranks} ranks", f"1 to {MOST_RANKS}")
-    wanted = [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
-    missing = sorted(set(wanted) - set(names), key=wanted.index)
-    return RankNames(recipes, wanted, missing, sorted(set(names) - set(wanted)))
-
-
-def foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
-    """The recipe that cut rank files, by their manifest, if it is none of these.
-
-    The names of the files tell nothing then, and they are not to be taken for whole ones.
-    """
-    recipe, layout = manifest.get("recipe"), manifest.get("layout")
-    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
-        return ""
-    name = str(recipe.get("name"))
-    return "" if name in {known.name for known in recipes} else name
-
-
-def numbers_of(name: str, recipe: Recipe) -> tuple[int, int] | None:
-    """The rank and the number of ranks in the name of a rank file, if it is one, as the recipe spells it."""
-    pattern = re.escape(recipe.files)
-    for key in ("rank", "ranks"):
-        pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
-    found = re.fullmatch(pattern, name)
-    return (int(found["rank"]), int(found["ranks"])) if found else None

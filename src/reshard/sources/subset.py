@@ -14,44 +14,42 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import left_out
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import NUMBER, slots_of
-from reshard.sources.completeness import hole_members
-from reshard.sources.match import Family, match
+from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import expert_problems, pruned_config, table_of
 from reshard.sources.rank_files import runs_of
 from reshard.text import numbers_text
-from reshard.types import Checkpoint, Hole, Join, Recipe, Rule, Subset, Tensor
+from reshard.types import Checkpoint, Join, Placeholder, Recipe, Rule, Subset, Tensor
 
 COUNTED = {"--layers": "layers", "--experts": "experts"}
-"""What each option chooses of: what the hole counts that numbers it."""
+"""What each option chooses of: what the placeholder counts that numbers it."""
 
 MEMBER = {"--layers": "layer", "--experts": "expert"}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Some of the members of a hole."""
+    """Some of the members of a placeholder."""
 
     option: str
-    hole: Hole
+    placeholder: Placeholder
     chosen: tuple[int, ...]
     members: frozenset[int]
     """All that there are."""
 
 
 Numbers = Mapping[str, Mapping[int, int]]
-"""By the letter of a hole: the new number of each member that is kept. All members are kept of holes that it lacks."""
+"""By placeholder: the new number of each member that is kept. A placeholder that is not in it keeps all members."""
 
 
-def narrowed(checkpoint: Checkpoint, recipe: Recipe, subset: Subset) -> Checkpoint:
+def narrow(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, subset: Subset) -> Checkpoint:
     """The chosen layers and experts as a checkpoint; the checkpoint itself if these are all.
 
-    Raises Refused if the checkpoint is not whole, and with everything that stands against the choice.
+    Raises Refused with everything that stands against the choice.
     """
     if subset.layers is None and subset.experts is None:
         require_none(idle_problems(subset))
         return checkpoint
-    families = match(checkpoint, recipe).families
-    members = hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+    families, members = matched.families, matched.members
     choices = [*choices_of(subset, recipe, members)]
     require_none(choice_problems(choices, renumber=subset.renumber))
     choices = [choice for choice in choices if len(choice.chosen) < len(choice.members)]
@@ -59,12 +57,11 @@ def narrowed(checkpoint: Checkpoint, recipe: Recipe, subset: Subset) -> Checkpoi
         return checkpoint
     numbers = new_numbers(choices, recipe, members)
     kept = [kept_family(family, recipe, numbers) for family in families]
-    present = {family.rule: set(family.numbers) for family in kept if not family.is_scale and family.tensors}
-    left = hole_members(recipe, present)
+    left = find_members([family for family in kept if family.tensors], recipe)
     experts = next((choice for choice in choices if choice.option == "--experts"), None)
-    problems = [*expert_problems(checkpoint.config, experts.hole.size, len(experts.chosen))] if experts else []
+    problems = [*expert_problems(checkpoint.config, experts.placeholder.size, len(experts.chosen))] if experts else []
     tensors, joins = whole_rows(kept, recipe, experts, checkpoint, problems)
-    layers = next((numbers[choice.hole.name] for choice in choices if choice.option == "--layers"), None)
+    layers = next((numbers[choice.placeholder.name] for choice in choices if choice.option == "--layers"), None)
     config = pruned_config(checkpoint.config, recipe, left, layers, problems)
     require_none(problems)
     described = description(choices, checkpoint, tensors)
@@ -81,28 +78,28 @@ def choices_of(subset: Subset, recipe: Recipe, members: Mapping[str, set[int]]) 
     for option, chosen in (("--layers", subset.layers), ("--experts", subset.experts)):
         if chosen is None:
             continue
-        hole = next((hole for hole in recipe.holes.values() if hole.counts == COUNTED[option]), None)
-        if hole is None:
+        place = next((place for place in recipe.placeholders.values() if place.counts == COUNTED[option]), None)
+        if place is None:
             expected = f"a recipe that counts {COUNTED[option]}; {recipe.name} does not"
             raise refuse("wrong-option", option, numbers_text(chosen), expected)
-        if option == "--experts" and not hole.size:
+        if option == "--experts" and not place.size:
             raise refuse("wrong-option", option, numbers_text(chosen), f"a `size` for the experts in {recipe.name}")
-        if option == "--experts" and not any(is_by_row(rule, hole.size) for rule in recipe.rules):
-            expected = f"a row of {recipe.name} whose shape begins with {hole.size}: the router, which loses rows too"
+        if option == "--experts" and not any(is_by_row(rule, place.size) for rule in recipe.rules):
+            expected = f"a row of {recipe.name} whose shape begins with {place.size}: the router, which loses rows too"
             raise refuse("wrong-option", option, numbers_text(chosen), expected)
-        yield Choice(option, hole, tuple(sorted(set(chosen))), frozenset(members[hole.name]))
+        yield Choice(option, place, tuple(sorted(set(chosen))), frozenset(members[place.name]))
 
 
 def choice_problems(choices: Iterable[Choice], *, renumber: bool) -> Iterator[Problem]:
     """Numbers that there are not, and those that would leave a gap."""
-    for option, hole, chosen, members in ((one.option, one.hole, one.chosen, one.members) for one in choices):
+    for option, place, chosen, members in ((one.option, one.placeholder, one.chosen, one.members) for one in choices):
         if unknown := set(chosen) - members:
             found = f"{MEMBER[option]} {numbers_text(unknown)}"
-            yield Problem("unknown-number", option, found, f"{hole.counts} {numbers_text(members)}")
+            yield Problem("unknown-number", option, found, f"{place.counts} {numbers_text(members)}")
         elif not chosen:
             yield Problem("nothing-kept", option, f"no {MEMBER[option]}", "at least one")
         elif chosen[-1] != len(chosen) - 1 and not renumber:
-            found = f"{hole.counts} {numbers_text(chosen)}"
+            found = f"{place.counts} {numbers_text(chosen)}"
             remedy = f"--renumber gives them the numbers {numbers_text(range(len(chosen)))}"
             yield Problem("needs-renumber", option, found, "0 and those that follow, without a gap", remedy)
 
@@ -112,20 +109,20 @@ def new_numbers(choices: Iterable[Choice], recipe: Recipe, members: Mapping[str,
     found: dict[str, dict[int, int]] = {}
     for choice in choices:
         new = {old: place for place, old in enumerate(choice.chosen)}
-        for letter, hole in recipe.holes.items():
-            if base_of(hole, recipe) == choice.hole.name:
+        for letter, placeholder in recipe.placeholders.items():
+            if base_of(placeholder, recipe) == choice.placeholder.name:
                 found[letter] = new
-            elif hole.after == choice.hole.name:
+            elif placeholder.after == choice.placeholder.name:
                 later = enumerate(sorted(members[letter]), len(choice.chosen))
                 found[letter] = {old: place for place, old in later}
     return found
 
 
-def base_of(hole: Hole, recipe: Recipe) -> str:
-    """The letter of the hole whose members those of this one are, in the end."""
-    for _ in recipe.holes:  # a recipe of a stranger may lead in a circle
-        hole = recipe.holes.get(hole.within or hole.some_of, hole)
-    return hole.name
+def base_of(place: Placeholder, recipe: Recipe) -> str:
+    """The letter of the placeholder whose members those of this one are, in the end."""
+    for _ in recipe.placeholders:  # a recipe of a stranger may lead in a circle
+        place = recipe.placeholders.get(place.within or place.some_of, place)
+    return place.name
 
 
 def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
@@ -164,8 +161,8 @@ def whole_rows(
     for family in families:
         rule, has_rows = recipe.rules[family.rule], False
         if experts and family.tensors:
-            has_rows = is_by_row(rule, experts.hole.size)
-            problems.extend(table_problems(family, rule, experts.hole.size))
+            has_rows = is_by_row(rule, experts.placeholder.size)
+            problems.extend(table_problems(family, rule, experts.placeholder.size))
         for tensor, old in zip(family.tensors, family.names, strict=True):
             found = tensor
             if has_rows and experts:
@@ -240,7 +237,7 @@ def stretches(tensor: Tensor, first: int, count: int, checkpoint: Checkpoint) ->
 def description(choices: Iterable[Choice], checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A subset as the manifest says it."""
     found: dict[str, Any] = {
-        choice.hole.counts: {"kept": list(choice.chosen), "of": len(choice.members)} for choice in choices
+        choice.placeholder.counts: {"kept": list(choice.chosen), "of": len(choice.members)} for choice in choices
     }
     found["left_out"] = left_out(checkpoint.tensors, tensors, {})
     return {**found, "source": checkpoint.subset} if checkpoint.subset else found

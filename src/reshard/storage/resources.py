@@ -1,21 +1,25 @@
-"""Free memory and threads."""
+"""Free memory of the machine or container, and a pool of threads that ends cleanly on errors and interrupts."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
+
+from reshard.types import Advance, Progress
 
 PLENTY = 1 << 62
-"""Where the system does not tell."""
+"""In bytes: stands for free memory where the system does not tell."""
 
 
 def available_memory() -> int:
-    """What this process could get now without swapping, in bytes; a huge number where nothing tells."""
+    """Memory that this process can get now without swapping, in bytes; PLENTY where the system does not tell."""
     return min(system_memory(), *(limit - used for limit, used in container_limits()), PLENTY)
 
 
 def system_memory() -> int:
+    """Free memory of the machine, in bytes."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         return int(text.split("MemAvailable:")[1].split()[0]) << 10
@@ -24,7 +28,7 @@ def system_memory() -> int:
 
 
 def container_limits() -> Iterator[tuple[int, int]]:
-    """For each control group that limits us: its limit, and what of it is used for good, in bytes."""
+    """For each control group that limits us: its limit, and its memory in use without the page cache, in bytes."""
     for folder, limit, used, cache in control_groups():
         try:
             most = int((folder / limit).read_text(encoding="ascii"))
@@ -36,9 +40,9 @@ def container_limits() -> Iterator[tuple[int, int]]:
 
 
 def control_groups() -> Iterator[tuple[Path, str, str, str]]:
-    """The folders that may tell of our limits, and the names in them, of both versions of control groups.
+    """Folders of the control groups that may limit us, each with its names of limit, use and page cache (v1 or v2).
 
-    Inside a container the group that we are told to be in may be the root of what is mounted.
+    Inside a container our group may be mounted as the root, so both places are looked at.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
@@ -57,33 +61,99 @@ def control_groups() -> Iterator[tuple[Path, str, str, str]]:
 
 Item = TypeVar("Item")
 
+LOOK_SECONDS = 0.2
+"""The kernel may give a signal to any thread, but Python acts on it only in the main thread, once that one wakes up."""
 
-def in_threads(work: Iterable[Item], make_worker: Callable[[], Callable[[Item], None]], threads: int) -> None:
-    """Hands each item to a worker that is free, in the order of the items. Each thread makes a worker of its own, with
-    the buffers that it needs. The first error of one ends all and is raised.
+
+class Queue(Generic[Item]):
+    """Items that several threads take one by one, in order. It ends early once it is stopped."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._lock = Lock()
+        self.stopped = Event()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            if self.stopped.is_set():
+                raise StopIteration
+            return next(self._items)
+
+
+def in_threads(
+    work: Iterable[Item],
+    make_worker: Callable[[], Callable[[Item], None]],
+    threads: int,
+    background: Callable[[Event], None] | None = None,
+) -> None:
+    """Hands each item to a free worker, in the order of the items. Each thread makes one worker, with its own buffers.
+
+    `background` runs in one more thread: it has to return soon after the event that it is given is set. The first
+    error, or an interrupt, ends all threads; it is raised once they have ended.
     """
-    items, lock, stopped = iter(work), Lock(), Event()
+    queue = Queue(work)
 
-    def run() -> None:
-        try:
-            worker = make_worker()
-            while True:
-                with lock:
-                    if stopped.is_set():
-                        return
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
-                worker(item)
-        except BaseException:
-            stopped.set()
-            raise
+    def run_worker() -> None:
+        worker = make_worker()
+        for item in queue:
+            worker(item)
 
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(run) for _ in range(threads)]
+    futures: list[Future[None]] = []
+    with ThreadPoolExecutor(threads + 1) as pool:
+        # From the first thread on: the pool waits for all of them, and `background` ends only when it is told to.
         try:
-            for future in futures:
-                future.result()
+            if background:
+                futures.append(pool.submit(stop_on_error, queue.stopped, partial(background, queue.stopped)))
+            futures.extend(pool.submit(stop_on_error, queue.stopped, run_worker) for _ in range(threads))
+            left = set(futures[-threads:])
+            while left:
+                ended, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
         finally:
+            stop_and_wait(queue.stopped, futures)
+        futures[0].result()
+
+
+def stop_on_error(stopped: Event, run: Callable[[], None]) -> None:
+    """Runs a thread. Any error of it stops the others."""
+    try:
+        run()
+    except BaseException:
+        stopped.set()
+        raise
+
+
+def stop_and_wait(stopped: Event, futures: Sequence[Future[None]]) -> None:
+    """Tells all threads to end, and waits for them even if Ctrl-C is pressed again: their files must not be closed
+    before. An interrupt meanwhile is raised at the end, for it may be the first.
+    """
+    interrupted = None
+    while True:
+        try:
             stopped.set()
+            wait(futures)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted
+
+
+def count_progress(progress: Progress | None, total: int) -> Advance:
+    """Adds up the bytes done by all threads, and tells them one thread at a time."""
+    if progress is None:
+        return lambda _: None
+    lock, done = Lock(), 0
+    progress(0, total)
+
+    def advance(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress(done, total)
+
+    return advance

@@ -11,13 +11,20 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import finish
-from reshard.execution.journal import left_names, lock
-from reshard.formats.manifest import Origin, file_names_of, read_manifest
+from reshard.execution.execute import Others, finish
+from reshard.execution.journal import Records, left_names, lock
+from reshard.formats.manifest import file_names_of, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
-from reshard.planning.plan import Job, Plan, only_ranks, plan_with_origin
+from reshard.planning.plan import Plan
+from reshard.planning.planner import only_ranks
 from reshard.storage.local import write_whole
-from reshard.target.manifest_writer import finished_ranks, origin_of, same_job, sample_source
+from reshard.target.manifest_writer import (
+    describe_origin,
+    finished_ranks,
+    manifest_of,
+    read_source_facts,
+    same_job,
+)
 from reshard.target.side_files import names_in, read_side_files
 from reshard.text import size_text
 
@@ -70,40 +77,62 @@ def nearest_folder(path: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What is to be done in a target, as it was when it was looked at."""
+class TargetState:
+    """A target folder as it was looked at, and the part of a plan that is left to be done there."""
 
+    folder: Path
     plan: Plan
     """Of the files that are not there yet."""
     samples: Sequence[str]
+    """Of the data of each source file: a checksum."""
     sides: Mapping[str, bytes]
+    """The files beside the tensors, by name."""
     manifest: Mapping[str, Any]
-    """That of the target; empty if there is none."""
+    """Of the target; empty if there is none."""
     known: Mapping[str, Any]
-    """The same, if it is of this job for other ranks; else empty."""
+    """The same, if it is of this conversion for other ranks; else empty."""
     origin: Mapping[str, Any]
-    """What the manifest will keep of the source."""
-    known_origin: Origin
-    """What is known of where the source came from."""
+    """The part of the manifest that describes the source."""
 
 
-def prepare(job: Job, target: Path) -> Work:
-    """What is left to do in the target. Raises Refused if anything stands in the way."""
-    plan, origin = plan_with_origin(job)
+def look_at_target(plan: Plan, folder: Path) -> TargetState:
+    """Finds what is left to do in the target folder; writes nothing. Raises Refused if anything stands in the way."""
     try:
-        samples = sample_source(plan)
-        kept = origin_of(plan, origin)
+        samples, headers = read_source_facts(plan)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
-    manifest = read_manifest(target)
+    manifest = read_manifest(folder)
     known = manifest if same_job(manifest, plan, samples) else {}
-    sides = read_side_files(plan, origin)  # of all files, for an index names all
-    if finished := finished_ranks(known, plan, target):
+    sides = read_side_files(plan)  # of all files, for an index names all
+    origin = describe_origin(plan, headers)
+    if finished := finished_ranks(known, plan, folder):
         plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    require_none([*changed_side_files(known, sides), *damaged_files(known, plan, target)])
-    if plan.files:
-        require_room(job, plan, target, sides, known)
-    return Work(plan, samples, sides, manifest, known, kept, origin)
+    state = TargetState(folder, plan, samples, sides, manifest, known, origin)
+    require_none(state_problems(state))
+    return state
+
+
+def state_problems(state: TargetState) -> Iterator[Problem]:
+    """Files that are not as this conversion left them; else, if there is something to write, why it cannot be."""
+    found = [*changed_side_files(state.known, state.sides), *damaged_files(state.known, state.plan, state.folder)]
+    yield from found
+    if not found and state.plan.files:
+        yield from room_problems(state)
+
+
+def describe_others(state: TargetState) -> Others:
+    """The files beside the tensor files, for `execute_plan`: the manifest gets its final name last."""
+
+    def contents(records: Records) -> dict[str, bytes]:
+        manifest = manifest_of(state.plan, state.samples, state.sides, records, state.known, state.origin)
+        return {**state.sides, MANIFEST: manifest}
+
+    def require_same() -> None:
+        if read_manifest(state.folder) != state.manifest:
+            found = "another run has ended there just now"
+            raise refuse("target-changed", str(state.folder), found, "none", "run it again")
+
+    return Others([*state.sides, MANIFEST], contents, require_same)
 
 
 def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
@@ -125,12 +154,13 @@ def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterato
             yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
 
 
-def mend_target(target: Path, sides: Mapping[str, bytes]) -> list[str]:
+def mend_target(state: TargetState) -> list[str]:
     """Writes the side files that a finished target lacks, and returns their names.
 
     Raises Refused if it lacks some while other ranks are half written there: their journal is not ours to end.
     """
-    lost = [name for name in sides if not (target / name).exists()]
+    target = state.folder
+    lost = [name for name in state.sides if not (target / name).exists()]
     if any(name.endswith(PARTIAL) for name in left_names(target)):
         if lost:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
@@ -139,7 +169,7 @@ def mend_target(target: Path, sides: Mapping[str, bytes]) -> list[str]:
         with ExitStack() as stack:
             lock(stack, target / JOURNAL)
             for name in lost:
-                write_whole(target / (name + PARTIAL), sides[name])
+                write_whole(target / (name + PARTIAL), state.sides[name])
             finish(target, lost)
     elif (target / JOURNAL).exists():  # of a job that a crash has ended behind its last rename
         with ExitStack() as stack:
@@ -148,10 +178,12 @@ def mend_target(target: Path, sides: Mapping[str, bytes]) -> list[str]:
     return lost
 
 
-def require_room(job: Job, plan: Plan, target: Path, sides: Mapping[str, bytes], known: Mapping[str, Any]) -> None:
-    """The target can be written to, and holds nothing but what this job, or the same for other ranks, put there."""
-    ours = our_names(target)
-    if known:
-        ours |= {MANIFEST, *sides, *file_names_of(known)} - {file.name for file in plan.files}
-    needed = plan.size + sum(map(len, sides.values()))
-    require_none(target_problems(job.source, target, needed, ours))
+def room_problems(state: TargetState) -> Iterator[Problem]:
+    """A target that cannot be written to, or holds files that neither this conversion nor the same for other ranks put
+    there.
+    """
+    ours = our_names(state.folder)
+    if state.known:
+        ours |= {MANIFEST, *state.sides, *file_names_of(state.known)} - {file.name for file in state.plan.files}
+    needed = state.plan.size + sum(map(len, state.sides.values()))
+    yield from target_problems(state.plan.path, state.folder, needed, ours)

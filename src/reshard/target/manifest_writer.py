@@ -6,16 +6,17 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
-from reshard.casts.streaming import computed_shape, matrix
+from reshard.casts.shapes import computed_shape, matrix
 from reshard.execution.journal import Records
 from reshard.formats.huggingface import CONFIG, INDEX
-from reshard.formats.manifest import LOST, Origin, own_checksum
+from reshard.formats.manifest import LOST, own_checksum
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import reason_of
 from reshard.target.side_files import cast_config
@@ -36,7 +37,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "ranks": plan.layout.ranks,
         "layout": describe_layout(plan.layout),
         **({"subset": plan.source.subset} if plan.source.subset else {}),
-        "counts": {plan.recipe.holes[letter].counts: count for letter, count in plan.counts.items()},
+        "counts": {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
@@ -52,21 +53,33 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def sample_source(plan: Plan) -> list[str]:
-    """For each source file a checksum of some of its data. Fine-tuned models have the same headers, not the same data.
+def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
+    """Of each source file a checksum of some of its data, in their order; and its packed header, by name.
 
-    Not in the plan, which knows headers only. Raises OSError.
+    Fine-tuned models have the same headers, not the same data. Not in the plan, which knows headers only. Raises
+    OSError.
     """
-    return [sample_of(plan.source.folder / file.name, file) for file in plan.source.files]
+    samples, headers = [], {}
+    for file in plan.source.files:
+        with (plan.source.folder / file.name).open("rb", buffering=0) as opened:
+            if keeps_headers(plan):
+                headers[file.name] = packed(opened.read(file.header_size))
+            samples.append(sample_data(opened, file))
+    return samples, headers
 
 
-def sample_of(path: Path, file: File) -> str:
+def keeps_headers(plan: Plan) -> bool:
+    """Whether the source files can come back from the target: not those of a subset, nor rank files."""
+    return not (plan.source.subset or plan.origin.is_of_ranks)
+
+
+def sample_data(opened: FileIO, file: File) -> str:
+    """The checksum of SAMPLE_SIZE bytes at the beginning, in the middle and at the end of a file's data."""
     begin, end = file.header_size, file.size
-    with path.open("rb", buffering=0) as opened:
-        digest = xxh3_128()
-        for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):
-            opened.seek(offset)
-            digest.update(opened.read(SAMPLE_SIZE))
+    digest = xxh3_128()
+    for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):
+        opened.seek(offset)
+        digest.update(opened.read(SAMPLE_SIZE))
     return digest.hexdigest()
 
 
@@ -79,7 +92,7 @@ def manifest_of(
     origin: Mapping[str, Any],
 ) -> bytes:
     """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty;
-    `origin` is as `origin_of` gives it.
+    `origin` is as `describe_origin` gives it.
     """
     manifest = {**describe_plan(plan), "source_samples": list(samples), "origin": origin}
     for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
@@ -127,20 +140,20 @@ def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set
     }
 
 
-def origin_of(plan: Plan, before: Origin) -> dict[str, Any]:
-    """What a manifest is to keep, as JSON values. Of a source that was rank files itself, what was known of it."""
-    config = cast_config(plan, plan.source.config) if plan.source.config is not None else None
+def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest keeps of the source, as JSON values. Of rank files: what was known of the source of these."""
+    before, config = plan.origin, plan.source.config
     lost = before.lost if before.is_of_ranks else ()
-    kept = {
+    texts = {} if plan.source.subset else packed_texts(plan)
+    if before.is_of_ranks and not plan.source.subset:
+        headers, texts = ((before.raw or {}).get(key, {}) for key in ("headers", "texts"))
+    return {
+        "config": cast_config(plan, config) if config is not None else None,
+        "shapes": padded_shapes(plan),
         "lost": None if lost is None else [asdict(share) for share in (*lost, *lost_by(plan))],
-        "headers": packed_headers(plan),
-        "texts": packed_texts(plan),
+        "headers": headers,
+        "texts": texts,
     }
-    if plan.source.subset:
-        kept |= {"headers": {}, "texts": {}}  # the files that there were cannot be had back
-    elif before.is_of_ranks:
-        kept |= {key: (before.raw or {}).get(key, {}) for key in ("headers", "texts")}
-    return {"config": config, "shapes": padded_shapes(plan), **kept}
 
 
 def lost_by(plan: Plan) -> list[Share]:
@@ -160,16 +173,6 @@ def padded_shapes(plan: Plan) -> dict[str, list[int]]:
     return found
 
 
-def packed_headers(plan: Plan) -> dict[str, str]:
-    """The header of each file of the source: by zlib, in base 64."""
-    return {file.name: packed_header(plan.source.folder / file.name, file) for file in plan.source.files}
-
-
-def packed_header(path: Path, file: File) -> str:
-    with path.open("rb", buffering=0) as opened:
-        return packed(opened.read(file.header_size))
-
-
 def packed_texts(plan: Plan) -> dict[str, str]:
     """The config and the index of the source, letter by letter."""
     paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
@@ -183,8 +186,9 @@ def packed(content: bytes) -> str:
 NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not as it was"}
 
 
-def lost_lines(plan: Plan, origin: Origin) -> Iterator[str]:
+def lost_lines(plan: Plan) -> Iterator[str]:
     """What a target in the layout of the source does not have as the model had it, for a person."""
+    origin = plan.origin
     if plan.layout.to != WHOLE or not origin.is_of_ranks:
         return
     for share in origin.lost or ():
@@ -202,6 +206,6 @@ def lost_lines(plan: Plan, origin: Origin) -> Iterator[str]:
 def dropped_by_recipe(plan: Plan) -> str:
     """What the recipe leaves out, and the rank files have not."""
     recipe = plan.recipe
-    present = {recipe.holes[letter].counts for letter, count in plan.counts.items() if count}
+    present = {recipe.placeholders[letter].counts for letter, count in plan.counts.items() if count}
     reasons = [reason_of(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
     return ", ".join(dict.fromkeys(reason for reason in reasons if reason not in present))

@@ -9,7 +9,6 @@ from typing import Any
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
 from reshard.formats.json_input import require_no_pointer
-from reshard.formats.manifest import Origin
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.file_layout import WHOLE_NAME
 from reshard.planning.plan import Plan
@@ -19,13 +18,13 @@ from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.types import RANKS, WHOLE, Recipe
 
 
-def as_they_were(plan: Plan, made: Mapping[str, bytes], origin: Origin) -> dict[str, bytes]:
+def as_they_were(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:
     """The JSON files that are made for a target, letter by letter as they once were where these say the same."""
-    texts = origin.texts or {}
+    origin, texts = plan.origin, plan.origin.texts or {}
     found = {
         name: texts[name] if says_same(name, texts.get(name), content) else content for name, content in made.items()
     }
-    if INDEX not in texts and origin.forms and is_restored(plan, origin):
+    if INDEX not in texts and origin.forms and is_restored(plan):
         found.pop(INDEX, None)
     return found
 
@@ -45,9 +44,11 @@ def map_of(index: Any) -> Any:
     return index.get("weight_map") if isinstance(index, dict) else None
 
 
-def is_restored(plan: Plan, origin: Origin) -> bool:
+def is_restored(plan: Plan) -> bool:
     """Whether the target is just the checkpoint that the source once was."""
-    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [form.header for form in origin.forms]
+    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [
+        form.header for form in plan.origin.forms
+    ]
 
 
 RUN_CONFIG = "run_config.json"
@@ -205,7 +206,7 @@ LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files are tokenizers and the like; they are read whole."""
 
 
-def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
+def read_side_files(plan: Plan) -> dict[str, bytes]:
     """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
 
     Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
@@ -215,8 +216,8 @@ def read_side_files(plan: Plan, origin: Origin) -> dict[str, bytes]:
         return made_files(plan)
     patterns, made = plan.recipe.carry, made_files(plan)
     if plan.layout.to == WHOLE:
-        patterns, made = ("*",), as_they_were(plan, made, origin)
-    ours = {RUN_CONFIG} if origin.is_of_ranks else set()  # of the rank files, not of the model
+        patterns, made = ("*",), as_they_were(plan, made)
+    ours = {RUN_CONFIG} if plan.origin.is_of_ranks else set()  # of the rank files, not of the model
     found = side_files(plan.source.folder, patterns)
     sides = {**{name: read_small(path) for name, path in found.items() if name not in {*made, *ours}}, **made}
     return dict(sorted(sides.items()))

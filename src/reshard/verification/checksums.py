@@ -26,9 +26,8 @@ from reshard.storage.local import (
     aligned_buffer,
     open_source,
     read_window,
-    reading_threads,
-    ways_to_read,
 )
+from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import in_threads
 from reshard.text import listed
 from reshard.types import WHOLE, Advance

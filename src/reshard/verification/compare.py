@@ -17,17 +17,15 @@ import numpy as np
 from reshard.formats.safetensors import BITS
 from reshard.storage.local import (
     PAGE,
-    Watched,
     Ways,
     advise_random,
     aligned_buffer,
     is_equal,
-    open_source,
     read_window,
-    reading_threads,
-    unchanged,
 )
+from reshard.storage.page_cache import reading_threads
 from reshard.storage.resources import in_threads
+from reshard.storage.unchanged import open_unchanged
 from reshard.types import Advance, File, Tensor
 from reshard.verification.chunks import (
     BAND_SIZE,
@@ -113,11 +111,6 @@ class Opened:
             found[row] = self.read(number, offset + row * pitch, size, buffer)
         return found
 
-    @property
-    def watched(self) -> Watched:
-        """The files that must not change while they are compared."""
-        return Watched(self.side.folder, list(self.side.files.values()), list(self.descriptors.values()))
-
 
 @dataclass(slots=True)
 class Comparison:
@@ -168,8 +161,7 @@ def compare(
 
             return do
 
-        with unchanged(side.watched for side in opened):
-            in_threads(items(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
+        in_threads(items(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
     return comparison
 
 
@@ -200,12 +192,11 @@ def largest_read(recast: Recast) -> int:
 
 
 def open_all(stack: ExitStack, side: Side, *, is_random: bool) -> Opened:
-    descriptors = {
-        number: open_source(stack, side.folder / file.name, side.ways) for number, file in side.files.items()
-    }
+    opened = open_unchanged(side.folder, list(side.files.values()), side.ways, is_source=False)
+    descriptors = stack.enter_context(opened)
     if is_random:
-        advise_random(descriptors.values())
-    return Opened(side, descriptors)
+        advise_random(descriptors)
+    return Opened(side, dict(zip(side.files, descriptors, strict=True)))
 
 
 class Buffers:

@@ -6,9 +6,9 @@ from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
-from reshard.recipes.formulas import UNITS, UnknownKey, parse_shape, shape_of, value_of
+from reshard.recipes.formulas import UnknownKey, parse_shape, shape_of, value_of
 from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, slots_of, split_name
-from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Tensor
+from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
 
 
 class Place(NamedTuple):
@@ -118,8 +118,7 @@ def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders
             found[name] = Holders(range(ranks), "")
         elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
             found[name] = Holders((), "")
-        elif rule.split.startswith("by "):
-            letter = rule.split.removeprefix("by ")
+        elif letter := rule.split.placeholder:
             assigned[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
         else:
             found[name] = Holders(range(ranks), rule.optional)
@@ -213,9 +212,9 @@ def formulas_of(shape: str) -> tuple[str, ...]:
 
 def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
     """The number of heads, if the rule splits rows by heads; else 0."""
-    found = UNITS.fullmatch(rule.split) if rule else None
+    key = rule.split.heads_key if rule else ""
     try:
-        heads = value_of(found[1], config, {}) if found else 0
+        heads = value_of(key, config, {}) if key else 0
     except UnknownKey:
         return 0
     return heads if type(heads) is int and heads > 0 else 0
@@ -231,7 +230,7 @@ class Widening(NamedTuple):
 
     def dimensions(self, rule: Rule | None) -> tuple[int, ...]:
         """The dimensions whose length depends on a config key that the recipe allows to raise."""
-        if rule is None or not rule.shape or not self.recipe.padded or rule.split == "packed rows":
+        if rule is None or not rule.shape or not self.recipe.padded or rule.split.is_packed:
             return ()
         if rule.shape not in self.known:
             without = {key: value for key, value in self.config.items() if key not in self.recipe.padded}
@@ -247,7 +246,7 @@ class Widening(NamedTuple):
         """The padded shape of a tensor of shape `shape` in the source, of which a rank's part has the shape `found`."""
         if rule is None or is_whole or not shape:
             return shape
-        if rule.split == "padded rows":
+        if rule.split.is_padded:
             return (-(-shape[0] // parts) * parts, *shape[1:])
         full = list(shape)
         for place in self.dimensions(rule) if len(found) == len(shape) else ():
@@ -259,9 +258,11 @@ class Widening(NamedTuple):
 DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
 
 
-def dimension_of(split: str) -> int | None:
-    """The dimension that a split of a recipe cuts; None if it cuts none."""
-    return 0 if split.startswith("rows of ") else DIMENSIONS.get(split)
+def dimension_of(split: Split) -> int | None:
+    """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
+    planner cuts.
+    """
+    return 0 if split.heads_key else DIMENSIONS.get(split.text)
 
 
 def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
@@ -309,9 +310,9 @@ def row_size(shape: tuple[int, ...], bits: int) -> int:
     return prod(shape[1:]) * bits // 8
 
 
-def shares(split: str, length: int, parts: int, index: int) -> list[range]:
+def shares(split: Split, length: int, parts: int, index: int) -> list[range]:
     """The ranges of part `index` of `parts` of a dimension, in elements: one; with packed rows, one in each half."""
-    halves = 2 if split == "packed rows" and parts > 1 else 1  # a single part has both halves, back to back
+    halves = 2 if split.is_packed and parts > 1 else 1  # a single part has both halves, back to back
     half = length // halves
     part = range(index * half // parts, (index + 1) * half // parts)
     return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]

@@ -18,7 +18,8 @@ import numpy as np
 
 from reshard.errors import Problem, describe, refuse
 from reshard.formats.manifest import subset_lines
-from reshard.storage.local import CACHED, ways_to_read
+from reshard.storage.local import CACHED
+from reshard.storage.page_cache import ways_to_read
 from reshard.text import counted, printable
 from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import Part, Recast, Whole

@@ -1,0 +1,38 @@
+"""Shapes of weights and block scales in elements, and as matrices of rows and columns."""
+
+from collections.abc import Sequence
+from math import prod
+
+from reshard.types import Cast, Tensor
+
+
+def unpack_shape(tensor: Tensor, *, is_packed: bool = True) -> tuple[int, ...]:
+    """The shape of a weight in elements. Where FP4 is packed, as I8, each byte has two elements of a row."""
+    is_doubled = is_packed and tensor.dtype == "I8" and tensor.shape
+    return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if is_doubled else tensor.shape
+
+
+def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the block scales of a weight [rows, columns]: one a block; the last of a row or column may be
+    smaller.
+    """
+    return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A shape as rows and columns: a vector is one row; leading dimensions are rows."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def unpack_weight_shape(cast: Cast) -> tuple[int, ...]:
+    """The shape of the weight of a cast, in elements. What is only padded is never packed."""
+    return unpack_shape(cast.weight, is_packed=cast.operation != "pad")
+
+
+def computed_shape(cast: Cast) -> tuple[int, int]:
+    """Rows and columns of the result of a cast without its padding."""
+    rows, columns = matrix(unpack_weight_shape(cast))
+    if not cast.is_scale or cast.operation == "pad":
+        return rows, columns
+    height, width = scale_shape((rows, columns), cast.new_block)
+    return height, width

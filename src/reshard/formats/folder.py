@@ -1,0 +1,71 @@
+"""A checkpoint's folder, read once: the names of its safetensors files, its config, its index and its manifest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Refused
+from reshard.formats.huggingface import file_names, folder_of, read_config, read_index, read_whole
+from reshard.formats.manifest import read_manifest
+from reshard.types import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The names and small files at a path. For a single safetensors file: that name, and the config beside it."""
+
+    path: Path
+    """As it was given: a folder, or one safetensors file."""
+    names: tuple[str, ...]
+    """Of the safetensors files, sorted."""
+    config: Mapping[str, Any] | None
+    weight_map: Mapping[str, str] | None
+    """Tensor name -> file name, from the index; None without one."""
+    manifest: Mapping[str, Any]
+    """As reshard wrote it; empty without one, and if it is damaged."""
+    manifest_fault: Refused | None
+    """Why the manifest is not as reshard wrote it."""
+
+    @property
+    def is_folder(self) -> bool:
+        """False for a single safetensors file."""
+        return self.path.is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the files."""
+        return folder_of(self.path)
+
+    @property
+    def subset(self) -> Mapping[str, Any]:
+        """The part of a larger checkpoint that lies here, by the manifest; empty if it is whole or not known."""
+        subset: Mapping[str, Any] = self.manifest.get("subset", {})
+        return subset
+
+
+def read_folder(path: Path) -> Folder:
+    """Lists a folder, or takes a single safetensors file, and reads the JSON files beside the weights.
+
+    Raises Refused if nothing lies there, or if config or index are not what they should be. A damaged manifest is only
+    noted: not everyone who reads a folder needs it.
+    """
+    names = tuple(file_names(path))
+    manifest: Mapping[str, Any] = {}
+    fault = None
+    if path.is_dir():
+        try:
+            manifest = read_manifest(path)
+        except Refused as refused:
+            fault = refused
+    return Folder(path, names, read_config(folder_of(path)), read_index(path), manifest, fault)
+
+
+def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
+    """The checkpoint in a folder of safetensors files, or in a single such file; see `read_whole`. Raises Refused."""
+    return checkpoint_of(read_folder(path), ignore_extra_files=ignore_extra_files)
+
+
+def checkpoint_of(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
+    """The same, of a folder that was read already."""
+    return read_whole(found.path, found.names, found.weight_map, found.config, ignore_extra_files=ignore_extra_files)

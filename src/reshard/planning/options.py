@@ -1,0 +1,84 @@
+"""Options of a conversion that cannot be, contradict each other, or would do nothing with a recipe."""
+
+from collections.abc import Iterator, Sequence
+from operator import index
+from typing import Any, SupportsIndex
+
+from reshard.errors import Problem, refuse
+from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.sources.source import Source
+from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe
+
+
+def option_problems(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+    """A number of ranks that is none, values that no option has, and options that would do nothing."""
+    for option, value, known in (
+        ("--to", layout.to, (RANKS, WHOLE)),
+        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
+        ("--expert-dtype", layout.expert_dtype, ("", "fp8")),
+    ):
+        if value not in known:
+            yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
+    if not 1 <= layout.ranks <= MOST_RANKS:
+        yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
+    if layout.cast and not recipe.scales:
+        yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+    if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
+        expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
+        yield Problem("wrong-option", "--cast", layout.cast, expected)
+    if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
+        yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, "a recipe with packed FP4 weights")
+    if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
+        yield Problem("wrong-option", "--mtp", "keep", f"a recipe that leaves MTP layers out; {recipe.name} does not")
+    if layout.pad and not recipe.padded:
+        yield Problem(
+            "wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not"
+        )
+    if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
+        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
+    if layout.to == WHOLE and layout.keep_optional:
+        yield Problem("wrong-option", "--mtp", "keep, with --to hf", "neither word: whole files keep everything")
+    if layout.cast and layout.expert_dtype:
+        expected = "one of them: both say what becomes of FP4 experts"
+        yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
+    if layout.to == WHOLE and ranks is not None:
+        yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
+    if layout.to == RANKS and layout.file_size is not None:
+        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+
+
+def require_layout(
+    mp: int | None,
+    to: str,
+    cast: str | None,
+    expert_dtype: str | None,
+    *,
+    keep_mtp: bool,
+    pad: bool,
+    file_size: int | None,
+) -> Layout:
+    """The layout of a target by the options of a conversion. Raises Refused without a number of ranks."""
+    if to == RANKS and mp is None:
+        raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
+    ranks = 1 if mp is None else require_whole_number("--mp", mp)
+    return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)
+
+
+def require_whole_number(option: str, value: Any) -> int:
+    """The value of an option as a number. Raises Refused if it is none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise refuse("wrong-option", option, repr(value), "a whole number")
+    return index(value)
+
+
+def source_problems(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
+    """Options that do not suit a source: a choice of replicas without any, another number of experts than it has."""
+    if replicas not in (COMPARE, FIRST):
+        yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
+    elif replicas == FIRST and not source.origin.is_of_ranks:
+        yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
+    placeholders = source.recipe.placeholders
+    found = [count for letter, count in source.matched.counts.items() if placeholders[letter].counts == "experts"]
+    if n_experts is not None and n_experts not in found:
+        expected = f"{found[0] if found else 0}, by the names of the tensors"
+        yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")

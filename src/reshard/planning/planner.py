@@ -1,0 +1,167 @@
+"""Stage 3: Source + Layout -> Plan, proven to tile every target file and to cover the source. Opens no file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.manifest import left_out
+from reshard.planning.copies import Copies
+from reshard.planning.file_layout import Pieces, dealt_to_files, formed, lay_out, pieces_of
+from reshard.planning.options import option_problems
+from reshard.planning.plan import Plan
+from reshard.planning.proofs import cover, require_tiling
+from reshard.planning.shards import Series, ranks_problems, series_of, whole_series
+from reshard.planning.transforms import Outcome, Terms, outcome_of, padded_config, padding_problems
+from reshard.sources.block_scales import Kind, config_problems, kinds_of, pairing_problems
+from reshard.sources.match import Family, Matched, optional_problems
+from reshard.sources.source import Source
+from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Form, Layout
+
+
+def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
+    """The plan of a conversion; of the files of some `ranks`, and of the tensors that fit the patterns `only`.
+
+    Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
+    """
+    require_none(option_problems(source.recipe, layout, ranks))
+    kinds = checked_kinds(source, layout)
+    config = source.checkpoint.config
+    if layout.pad:
+        config = padded_config(config, kinds, source.recipe, layout)
+    checkpoint, matched = source.checkpoint, source.matched
+    if only:
+        checkpoint, matched = only_named(checkpoint, matched, only)
+        kinds = kept_kinds(matched, source, layout)
+    terms = Terms(source.recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
+    casts: list[Cast] = []
+    outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
+    require_none(outcome_problems(outcomes, casts, terms, matched))
+    series, pieces, forms = arrange(outcomes, terms, casts, checkpoint, matched, source.origin.forms)
+    files, copies = lay_out(source.recipe, layout, pieces, forms)
+    require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
+    coverage = cover(checkpoint, source.recipe, layout, matched, series, casts, copies)
+    plan = Plan(
+        source.path,
+        checkpoint,
+        source.recipe,
+        source.origin,
+        layout,
+        matched.counts,
+        config,
+        pieces,
+        files,
+        copies,
+        tuple(casts),
+        coverage,
+    )
+    return plan if ranks is None else only_ranks(plan, ranks)
+
+
+def checked_kinds(source: Source, layout: Layout) -> list[Kind]:
+    """All that is kept, by rule, dtype and shape. Raises Refused for weights and scales that are not as they should be."""
+    checkpoint, recipe, matched = source.checkpoint, source.recipe, source.matched
+    if layout.keep_optional or layout.to == WHOLE:
+        require_none(optional_problems(checkpoint, recipe, matched))
+    kinds = kept_kinds(matched, source, layout)
+    problems = [*pairing_problems(matched, kinds, recipe, layout), *config_problems(kinds, recipe, checkpoint.config)]
+    require_none(problems)
+    return kinds
+
+
+def kept_kinds(matched: Matched, source: Source, layout: Layout) -> list[Kind]:
+    """All that is kept. Raises Refused if that is nothing."""
+    kinds = kinds_of(matched, source.recipe, layout)
+    if not kinds:
+        found, expected = "every tensor is dropped", "at least one to convert"
+        raise refuse("nothing-kept", source.recipe.name, found, expected, "another recipe")
+    return kinds
+
+
+def outcome_problems(
+    outcomes: Sequence[Outcome], casts: Sequence[Cast], terms: Terms, matched: Matched
+) -> Iterator[Problem]:
+    """A cast that changes nothing; and all that the number of ranks does not suit."""
+    layout = terms.layout
+    if layout.cast and not casts:
+        yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
+    elif layout.to != WHOLE:
+        if torn := list(padding_problems(outcomes)):
+            yield from torn
+        else:
+            yield from ranks_problems(terms.config, terms.recipe, layout, matched, outcomes)
+
+
+def arrange(
+    outcomes: Sequence[Outcome],
+    terms: Terms,
+    casts: Sequence[Cast],
+    checkpoint: Checkpoint,
+    matched: Matched,
+    forms: Sequence[Form],
+) -> tuple[list[Series], Pieces, Sequence[Form]]:
+    """The tensors of the target, cut for the ranks or assigned to whole files; and the files that these once were, if
+    they can come back.
+    """
+    layout = terms.layout
+    if layout.to != WHOLE:
+        series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
+        return series, pieces_of(series), ()
+    series = [one for outcome in outcomes for one in whole_series(outcome)]
+    pieces = pieces_of(series)
+    if found := formed(pieces, forms if layout.file_size is None else ()):
+        return series, *found
+    places = {name: place for place, name in enumerate(checkpoint.tensors)}
+    most = layout.file_size or FILE_SIZE
+    return series, dealt_to_files(pieces, casts, checkpoint.parts, places, most), ()
+
+
+def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
+    """The part of a plan that writes the files of some ranks. Raises Refused for ranks that the plan has not."""
+    if unknown := sorted(set(ranks) - {file.rank for file in plan.files}):
+        found = f"rank {unknown[0]}"
+        raise refuse("unknown-rank", "--ranks", found, f"ranks from 0 to {plan.layout.ranks - 1}")
+    files = tuple(file for file in plan.files if file.rank in ranks)
+    new_index = np.full(len(plan.files), -1)
+    new_index[[index for index, file in enumerate(plan.files) if file.rank in ranks]] = np.arange(len(files))
+    chosen = new_index[plan.copies.target_file] >= 0
+    columns = {name: getattr(plan.copies, name)[chosen] for name in Copies.__slots__}
+    columns["target_file"] = new_index[columns["target_file"]]
+    return replace(plan, files=files, copies=Copies(**columns))
+
+
+def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]) -> tuple[Checkpoint, Matched]:
+    """The tensors whose names fit a pattern, as a shell has them; with a weight goes its block scale, and with a scale
+    its weight. Counts stay those of the whole. Raises Refused for each pattern that nothing fits.
+    """
+    used: set[str] = set()
+    units = set()
+    for family in matched.families:
+        for tensor, numbers in zip(family.tensors, family.numbers, strict=True):
+            if fitting := [pattern for pattern in patterns if fnmatchcase(tensor.name, pattern)]:
+                units.add((family.rule, numbers))
+                used.update(fitting)
+    expected, remedy = "names of the source, such as 'model.layers.0.*'", "the index of the source has them"
+    require_none(
+        Problem("nothing-kept", "--only", f"no tensor fits {pattern!r}", expected, remedy)
+        for pattern in patterns
+        if pattern not in used
+    )
+    families = [chosen_of(family, units) for family in matched.families]
+    kept = {tensor.name for family in families for tensor in family.tensors}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}
+    described = {**checkpoint.subset, "only": list(patterns)}
+    described["left_out"] = left_out(checkpoint.tensors, tensors, described.get("left_out", {}))
+    chosen = Matched(tuple(family for family in families if family.tensors), matched.members)
+    return replace(checkpoint, tensors=tensors, subset=described), chosen
+
+
+def chosen_of(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
+    chosen = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
+    return family._replace(
+        tensors=[family.tensors[place] for place in chosen],
+        numbers=[family.numbers[place] for place in chosen],
+        names=[family.names[place] for place in chosen],
+    )

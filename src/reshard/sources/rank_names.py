@@ -1,0 +1,86 @@
+"""The names of rank files: for how many ranks they are cut, which ranks are missing, by which recipes they may be."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reshard.errors import Problem, refuse
+from reshard.formats.huggingface import INDEX, file_names
+from reshard.recipes.recipe import recipes_to_try
+from reshard.types import MOST_RANKS, RANKS, Recipe
+
+
+class RankNames(NamedTuple):
+    """The rank files of a folder, as far as their names tell."""
+
+    recipes: Sequence[Recipe]
+    """By which they may have been cut."""
+    wanted: Sequence[str]
+    """The names of the files of all ranks, in the order of the ranks."""
+    missing: Sequence[str]
+    extra: Sequence[str]
+    """The names of other safetensors files beside them."""
+
+    def problems(self, *, ignore_extra_files: bool) -> Iterator[Problem]:
+        """Rank files that are missing, and files beside them."""
+        ranks = len(self.wanted)
+        for name in self.missing:
+            expected = f"{ranks} rank files, by the names of the others"
+            yield Problem("missing-file", name, "no such file", expected, "copy it there")
+        for name in () if ignore_extra_files else self.extra:
+            remedy = "move it away, or pass --ignore-extra-files to leave it out"
+            yield Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none", remedy)
+
+
+def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
+    """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
+    return path.is_dir() and find_rank_names(path, file_names(path), recipes_to_try(recipe)) is not None
+
+
+def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:
+    """The rank files among the names at a path; None if something else lies there, or a checkpoint with an index
+    besides.
+
+    Raises Refused for a single one of several rank files.
+    """
+    for recipe in recipes:
+        numbers = {name: found for name in names if (found := parse_rank_name(name, recipe))}
+        if numbers and (len(numbers) == len(names) or not (path / INDEX).exists()):
+            if not path.is_dir():
+                text = f"one of {numbers[path.name][1]} rank files"
+                raise refuse("rank-files", str(path), text, "the folder that holds all of them", f"name {path.parent}")
+            return count_ranks(names, numbers, [known for known in recipes if known.files == recipe.files])
+    return None
+
+
+def count_ranks(names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]) -> RankNames:
+    """The names of all ranks; most of the files tell how many ranks there are."""
+    ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
+    if not 1 <= ranks <= MOST_RANKS:
+        raise refuse("wrong-ranks", next(iter(numbers)), f"{ranks} ranks", f"1 to {MOST_RANKS}")
+    wanted = [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
+    missing = sorted(set(wanted) - set(names), key=wanted.index)
+    return RankNames(recipes, wanted, missing, sorted(set(names) - set(wanted)))
+
+
+def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
+    """Rank and number of ranks in the name of a rank file, as the recipe spells it; None for another name."""
+    pattern = re.escape(recipe.files)
+    for key in ("rank", "ranks"):
+        pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
+    found = re.fullmatch(pattern, name)
+    return (int(found["rank"]), int(found["ranks"])) if found else None
+
+
+def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
+    """The name of the recipe that cut rank files, by their manifest, if it is none of these; else empty.
+
+    Then the names of the files tell nothing, and the files must not be taken for whole ones.
+    """
+    recipe, layout = manifest.get("recipe"), manifest.get("layout")
+    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
+        return ""
+    name = str(recipe.get("name"))
+    return "" if name in {known.name for known in recipes} else name

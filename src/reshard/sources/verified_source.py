@@ -1,0 +1,85 @@
+"""The two sides of a verification: rank files and a whole checkpoint, by the recipe and subset of the manifest."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.folder import checkpoint_of, read_folder
+from reshard.formats.huggingface import file_names
+from reshard.formats.manifest import asked_of, known_manifest, subset_of, subset_text
+from reshard.recipes.recipe import packaged_recipes, recipes_to_try
+from reshard.sources.match import match
+from reshard.sources.rank_names import RankNames, find_rank_names
+from reshard.sources.source import read_source
+from reshard.sources.subset import narrow
+from reshard.types import Checkpoint, File, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What `verify_target` compares."""
+
+    folder: Path
+    """Of the rank files, or of the whole files that were cast."""
+    whole: Checkpoint
+    recipe: Recipe
+    files: Sequence[File]
+    """Of the source, as the manifest of the target should name them."""
+
+
+def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> Sides:
+    """Reads the headers of the source that a target was made from. Raises Refused.
+
+    A checkpoint that was made of rank files is verified the other way round: whether the rank files are cut from it. So
+    the proof does not depend on how the parts were put together.
+    """
+    recipes = recipes_to_try(recipe)
+    if names := find_rank_names(source, file_names(source), recipes):
+        return read_restored_sides(target, source, names, recipe, ignore_extra_files=ignore_extra_files)
+    made_with = find_recipe_name(target)
+    if recipe is None and made_with not in {"", *(known.name for known in packaged_recipes())}:
+        raise wrong_recipe(target, made_with, "a packaged recipe")
+    found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
+    if made_with not in ("", found.recipe.name):
+        raise wrong_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
+    before, now = found.checkpoint.subset, subset_of(target)
+    whole = found.checkpoint
+    if now:
+        whole = narrow(whole, found.recipe, found.matched, asked_of(before, now, str(target)))
+    return Sides(target, whole, found.recipe, whole.files)
+
+
+def read_restored_sides(
+    target: Path, source: Path, names: RankNames, recipe: str | None, *, ignore_extra_files: bool
+) -> Sides:
+    """The sides turned round: the target as the whole checkpoint, the source as the rank files."""
+    restored = read_folder(target)
+    if find_rank_names(target, restored.names, names.recipes):
+        found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
+        raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
+    require_none(subset_problems(source, target))
+    whole = replace(checkpoint_of(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
+    ranks = read_source(source, recipe)
+    match(whole, ranks.recipe)
+    return Sides(source, whole, ranks.recipe, ranks.checkpoint.files)
+
+
+def find_recipe_name(target: Path) -> str:
+    """The recipe that a target was made with, by its manifest; empty if that says nothing."""
+    made_with = known_manifest(target).get("recipe")
+    return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
+
+
+def wrong_recipe(target: Path, made_with: str, expected: str) -> Exception:
+    """By another recipe than the target was made with, every tensor would be found wrong."""
+    found, remedy = f"made by the recipe {made_with}", "pass the file or the name of that recipe with --recipe"
+    return refuse("no-recipe", str(target), found, expected, remedy)
+
+
+def subset_problems(source: Path, target: Path) -> Iterator[Problem]:
+    """A target that holds a part of the rank files cannot be compared with all of them."""
+    if (now := subset_of(target)) != subset_of(source):
+        remedy = "verify it without --source, by the checksums of its manifest"
+        text = subset_text(now) or "a whole model"
+        yield Problem("incomplete-source", str(target), text, "what the ranks hold", remedy)

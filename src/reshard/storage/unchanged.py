@@ -1,0 +1,72 @@
+"""Opens the files of a checkpoint, and refuses to go on if one has changed since its header was read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from reshard.errors import Refused, refuse
+from reshard.storage.local import Ways, open_source
+from reshard.types import File
+
+START_AGAIN = "begin again with the files as they are now"
+
+
+@contextmanager
+def open_unchanged(
+    folder: Path, files: Sequence[File], ways: Ways, *, is_source: bool = True, again: str = START_AGAIN
+) -> Iterator[list[int]]:
+    """A context that opens files for reading and gives their descriptors, in the order of `files`.
+
+    Raises Refused if a file has changed since its header was read: before the context begins or by the time it ends.
+    """
+    with ExitStack() as stack:
+        descriptors = [open_source(stack, folder / file.name, ways) for file in files]
+        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+        try:
+            yield descriptors
+        except Refused:
+            # In a comparison, "written to" explains more than "ends too early". Of a source, the byte is told.
+            if not is_source:
+                require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+            raise
+        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+
+
+def require_unchanged(
+    folder: Path, files: Sequence[File], descriptors: Sequence[int], *, is_source: bool = True, again: str = START_AGAIN
+) -> None:
+    """Raises Refused if an open file was written to, removed or replaced since its header was read.
+
+    `again` tells how to begin again, for the hint of the refusal.
+    """
+    for file, descriptor in zip(files, descriptors, strict=True):
+        path = folder / file.name
+        require_unwritten(path, file, descriptor, is_source=is_source, again=again)
+        if not is_named(descriptor, path):
+            remedy = f"put it back and run the same command again; or {again}"
+            raise changed(path, "removed or replaced", "the file whose header was read", remedy, is_source=is_source)
+
+
+def require_unwritten(
+    path: Path, file: File, descriptor: int, *, is_source: bool = True, again: str = START_AGAIN
+) -> None:
+    """Raises Refused if an open file was written to since its header was read, whatever its name is by now."""
+    status = os.fstat(descriptor)
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+        found, expected = f"{status.st_size:,} bytes, written since its header was read", f"{file.size:,} bytes"
+        raise changed(path, found, f"{expected}, unchanged", f"let nobody write to it; {again}", is_source=is_source)
+
+
+def changed(path: Path, found: str, expected: str, remedy: str, *, is_source: bool) -> Refused:
+    """The refusal of a file that has changed: `source-changed` where it is converted, `file-changed` where compared."""
+    kind = "source-changed" if is_source else "file-changed"
+    return refuse(kind, str(path), found, expected, remedy)
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to the open file, and not to another or to none."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,354 @@
+"""Real faults in the middle of a conversion: nothing is lost, and the same command goes on.
+
+Disks are full, files are shortened and removed. Where a single system call must fail, or the process must die in it,
+strace makes the kernel do so.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from jobs import Job, convert_checkpoint
+from torture import RANKS, contents, durable_bytes, wrong_names
+
+import reshard.execution.writer
+from reshard.cli.main import main
+from reshard.errors import Refused
+from reshard.execution.execute import Settings
+from reshard.formats.target_names import JOURNAL
+from reshard.synthetic import SMALL, write_checkpoint
+from reshard.types import Advance
+
+PROGRAM = (
+    "import reshard.execution.writer; reshard.execution.writer.FLUSH_SECONDS = 0.002\n"
+    "from reshard.cli.process import entry; entry()"
+)
+MANY = 30
+"""In seconds: whoever takes so long hangs."""
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "source"
+    write_checkpoint(folder, SMALL, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(origin: Path) -> dict[str, str]:
+    target = origin.with_name("wanted")
+    convert_checkpoint(Job(origin, RANKS), target)
+    return contents(target)
+
+
+@pytest.fixture
+def source(origin: Path, tmp_path: Path) -> Path:
+    """A source to be spoiled. Times are kept: by them a source is known again."""
+    return Path(shutil.copytree(origin, tmp_path / "source"))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+@pytest.fixture(autouse=True)
+def quick_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reshard.execution.writer, "FLUSH_SECONDS", 0.002)
+
+
+def spoiling(fault: Callable[[], None], target: Path, share: float) -> Callable[[int], AbstractContextManager[Advance]]:
+    """A progress that brings about a fault, once, when that share of all is written and something of it is durable."""
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Advance]:
+        done, spoiled = 0, False
+
+        def advance(size: int) -> None:
+            nonlocal done, spoiled
+            done += size
+            if done >= total * share and not spoiled:
+                spoiled = True
+                until(lambda: durable_bytes(target / JOURNAL) > 0)
+                fault()
+
+        yield advance
+
+    return progress
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + MANY
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def refused_kinds(job: Job, target: Path, settings: Settings, progress: object) -> set[str]:
+    with pytest.raises(Refused) as error:
+        convert_checkpoint(job, target, settings, progress)  # type: ignore[arg-type]
+    return {problem.kind for problem in error.value.problems}
+
+
+def require_gone_on(source: Path, target: Path, wanted: dict[str, str]) -> None:
+    """Nothing has its final name and is wrong, and the same job does what is left, and no more."""
+    assert wrong_names(target, wanted) == []
+    durable = durable_bytes(target / JOURNAL)
+    assert durable > 0
+    result = convert_checkpoint(Job(source, RANKS), target)
+    assert result.done is not None
+    assert result.done.resumed == durable
+    assert contents(target) == wanted
+
+
+# --- full disks ---
+
+
+def mounted(folder: Path, *options: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    if subprocess.run(["mount", *options, str(folder)], check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """60 MB that promise blocks."""
+    yield mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=60m", "tmpfs")
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+@pytest.fixture
+def old_disk(tmp_path: Path) -> Iterator[Path]:
+    """60 MB that cannot promise blocks: ext2 has no fallocate."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(60 << 20)
+    command = shutil.which("mkfs.ext2", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
+    if not command:
+        pytest.skip("mkfs.ext2 is not installed")
+    subprocess.run([command, "-q", "-F", "-m", "0", str(image)], check=True)
+    yield mounted(tmp_path / "disk", "-o", "loop", str(image))
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def fill(thief: Path) -> None:
+    """Takes all the room that there is."""
+    with suppress(OSError), thief.open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_disk_that_fills_up_behind_the_promised_blocks(
+    share: float, source: Path, wanted: dict[str, str], small_disk: Path
+) -> None:
+    """What needs room still: the journal, the side files, the manifest."""
+    target, thief = small_disk / "target", small_disk / "thief"
+    progress = spoiling(lambda: fill(thief), target, share)
+    assert refused_kinds(Job(source, RANKS), target, Settings(jobs=2), progress) == {"cannot-write"}
+    thief.unlink()
+    require_gone_on(source, target, wanted)
+
+
+def test_a_disk_that_promises_nothing_fills_up_in_the_middle(
+    source: Path, wanted: dict[str, str], old_disk: Path
+) -> None:
+    target, thief = old_disk / "target", old_disk / "thief"
+    progress = spoiling(lambda: fill(thief), target, 0.5)
+    with pytest.raises(Refused, match="No space left") as error:
+        convert_checkpoint(Job(source, RANKS), target, Settings(jobs=2), progress)
+    assert {problem.kind for problem in error.value.problems} == {"cannot-write"}
+    thief.unlink()
+    require_gone_on(source, target, wanted)
+
+
+# --- sources that change ---
+
+
+@pytest.mark.parametrize("cache", ["yes", "no"])
+@pytest.mark.parametrize("rest", [0, 13, 512, 4096])
+def test_a_source_file_that_is_shortened(
+    cache: str, rest: int, source: Path, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    """To whole pages and to others: past the cache whole pages are read."""
+    third = source / "model-00003-of-00004.safetensors"
+    size = (third.stat().st_size // 2 & ~4095) + rest
+    progress = spoiling(lambda: os.truncate(third, size), target, 0.2)
+    with pytest.raises(Refused, match=f"{third.name}: source changed\n.*ends at byte {size:,}\n"):
+        convert_checkpoint(Job(source, RANKS), target, Settings(jobs=1, cache=cache), progress)
+    shutil.copy2(origin / third.name, third)
+    require_gone_on(source, target, wanted)
+
+
+def test_a_source_file_that_is_removed_is_missed_at_the_end(source: Path, target: Path, wanted: dict[str, str]) -> None:
+    """Its bytes can be read to the last, for it is open. Put back, it is read no second time."""
+    first, away = source / "model-00001-of-00004.safetensors", source.with_name("away")
+    progress = spoiling(lambda: void(first.rename(away)), target, 0.2)
+    assert refused_kinds(Job(source, RANKS), target, Settings(), progress) == {"source-changed"}
+    assert not list(target.glob("*.safetensors"))
+    away.rename(first)
+    require_gone_on(source, target, wanted)
+
+
+def test_a_source_file_that_is_replaced_by_one_of_the_same_size_and_time_is_seen(source: Path, target: Path) -> None:
+    first, twin = source / "model-00001-of-00004.safetensors", source.with_name("twin")
+    shutil.copy2(first, twin)
+    progress = spoiling(lambda: void(twin.rename(first)), target, 0.2)
+    assert refused_kinds(Job(source, RANKS), target, Settings(), progress) == {"source-changed"}
+    assert not list(target.glob("*.safetensors"))
+
+
+def void(_: object) -> None:
+    """For a lambda that should return nothing."""
+
+
+# --- single system calls ---
+
+
+def traced(source: Path, target: Path, fault: str, *options: str, program: str = PROGRAM) -> "subprocess.Popen[str]":
+    """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    name, _, how = fault.partition(":")
+    calls = ",".join(f"?{call}" for call in ([name, name + "2"] if name.startswith("p") else [name]))
+    command = ["strace", "-D", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
+    command += [sys.executable, "-c", program, "convert", str(source), str(target), "--mp", str(RANKS), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """The exit code, and what it said on standard error."""
+    try:
+        _, errors = process.communicate(timeout=MANY)
+    finally:
+        process.kill()
+    if "ptrace" in errors:
+        pytest.skip("strace may not trace here")
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("preadv:error=EIO:when=9+", "cannot read", "Input/output error at byte"),
+        ("pwritev:error=EIO:when=200+", "cannot write", "Input/output error"),
+        ("pwritev:error=ENOSPC:when=200+", "cannot write", "No space left"),
+        ("pwritev:error=EDQUOT:when=200+", "cannot write", "Disk quota exceeded"),
+        ("fdatasync:error=EIO:when=6+", "cannot write", "Input/output error"),
+        ("fsync:error=EIO:when=3", "cannot write", "Input/output error"),
+        ("rename:error=EIO:when=1", "cannot write", "Input/output error"),
+        ("rename:error=EIO:when=3", "cannot write", "Input/output error"),
+    ],
+)
+def test_a_call_that_fails_ends_the_run_and_the_next_goes_on(
+    fault: str, kind: str, words: str, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    code, errors = ended(traced(origin, target, fault, "--jobs", "1", "--cache", "no"))
+    assert code == 2, errors
+    assert f": {kind}\n" in errors
+    assert words in errors
+    assert "Traceback" not in errors
+    require_gone_on(origin, target, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        *(("mkdir", 1), ("flock", 1), ("fdatasync", 1), ("fallocate", 1), ("fallocate", 3)),
+        *(("pwritev", number) for number in (1, 5, 60)),
+        *(("fsync", number) for number in (1, 5, 8, 10, 11)),
+        *(("rename", number) for number in (1, 2, 4, 7)),
+        ("unlink", 1),
+    ],
+)
+def test_a_kill_in_that_call_is_finished_by_the_next_run(
+    name: str, when: int, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    """A rerun takes the other way through the cache, so that it must know by itself what the first has left."""
+    code, errors = ended(traced(origin, target, f"{name}:signal=KILL:when={when}", "--jobs", "1", "--cache", "no"))
+    assert code == -signal.SIGKILL, errors
+    assert not target.exists() or wrong_names(target, wanted) == []
+    assert main(["convert", str(origin), str(target), "--mp", str(RANKS), "--cache", "yes"]) == 0
+    assert contents(target) == wanted
+
+
+# --- interrupts ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupt_ends_at_once_and_the_next_run_goes_on(
+    number: signal.Signals, jobs: str, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    """From a disk that takes 0.3 s for every window, so that the whole would take many seconds.
+
+    On a machine with nothing else to do it ends within half a second.
+    """
+    with traced(origin, target, "preadv:delay_enter=300000", "--jobs", jobs, "--cache", "no") as process:
+        until(lambda: durable_bytes(target / JOURNAL) > 0 or process.poll() is not None)
+        process.send_signal(number)
+        began = time.monotonic()
+        code, errors = ended(process)
+        seconds = time.monotonic() - began
+    assert code == 130, errors
+    assert re.fullmatch(r"(convert: .+\n)*reshard: interrupted; run the same command again to go on .+\n", errors)
+    assert seconds < 2
+    assert not list(target.glob("*.safetensors"))
+    require_gone_on(origin, target, wanted)
+
+
+def test_an_interrupt_that_another_thread_gets_is_heeded(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    """The kernel may do so; the main thread is asleep then and not woken."""
+    program = (
+        "import signal, threading, reshard.execution.writer\n"
+        "append = reshard.execution.writer.append_records\n"
+        "def interrupted(*arguments):\n"
+        "    append(*arguments)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+        "reshard.execution.writer.append_records = interrupted\n" + PROGRAM
+    )
+    slow = "preadv:delay_enter=100000"
+    code, errors = ended(traced(origin, target, slow, "--jobs", "1", "--cache", "no", program=program))
+    assert code == 130, errors
+    assert durable_bytes(target / JOURNAL) < sum(path.stat().st_size for path in target.glob("*.partial")) // 2
+    require_gone_on(origin, target, wanted)
+
+
+def test_an_interrupt_while_the_threads_are_started_leaves_none_of_them_behind(origin: Path, target: Path) -> None:
+    program = (
+        "import os, signal, concurrent.futures as futures\n"
+        "submit = futures.ThreadPoolExecutor.submit\n"
+        "def interrupted(*arguments):\n"
+        "    future = submit(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return future\n"
+        "futures.ThreadPoolExecutor.submit = interrupted\n"
+        "from reshard.cli.process import entry; entry()"
+    )
+    command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)
+    assert done.returncode == 130, done.stderr
+
+
+# --- nobody listens ---
+
+
+def test_a_log_on_a_full_disk_ends_no_conversion(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    program = "import reshard.cli.terminal; reshard.cli.terminal.PLAIN_SECONDS = 0.0\n" + PROGRAM
+    command = [sys.executable, "-c", program, "convert", str(origin), str(target), "--mp", str(RANKS)]
+    with Path("/dev/full").open("wb") as log:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=log)
+    assert b"4 rank files" in done.stdout
+    assert contents(target) == wanted

@@ -1,0 +1,174 @@
+"""The memory cap, held by the kernel: conversions under a limit on private memory, and in a control group."""
+
+import filecmp
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from jobs import Job, convert_checkpoint
+
+from reshard.synthetic import write_tensors
+
+INTERPRETER = """
+import numpy, msgspec, xxhash
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+"""In KiB. Not `ru_maxrss`: that counts what the process that starts this one has, too."""
+CAP = 48 << 20
+LARGEST = ("engram.embed.weight", "F8_E4M3", (384_006_168, 256))
+"""As in DeepSeek-V4.1: 98.3 GB."""
+SCALE = ("engram.embed.scale", "F8_E8M0", (384_006_168, 8))
+RECIPE = """
+name  = "largest"
+about = "one tensor of 98 GB and its scales"
+left  = "one"
+right = "other"
+files = "{rank}-of-{ranks}.safetensors"
+scales.r = { left = "scale", right = "scale", block = [1, 32] }
+rules = [["same", "engram.embed.{r}", "engram.embed.{r}", "padded rows"]]
+"""
+
+
+def command(source: Path, target: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "reshard", "convert", str(source), str(target), *options, "--max-memory", str(CAP)]
+
+
+@pytest.fixture(scope="module")
+def largest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("largest") / "source"
+    write_tensors(folder, [LARGEST, SCALE], {}, 1, sparse=True)
+    (folder.parent / "largest.toml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 MB of data, rows and columns: six times the cap."""
+    folder = tmp_path_factory.mktemp("plenty") / "source"
+    tensors = [(f"layers.{i}.{kind}.weight", "BF16", (4096, 2560)) for i in range(7) for kind in ("tall", "wide")]
+    write_tensors(folder, tensors, {}, 2)
+    (folder.parent / "plenty.toml").write_text(
+        'name = "plenty"\nabout = "much"\nleft = "one"\nright = "other"\nfiles = "{rank}-of-{ranks}.safetensors"\n'
+        'placeholders.i = { counts = "layers" }\nrules = [\n'
+        '["same", "layers.{i}.tall.weight", "layers.{i}.tall.weight", "rows"],\n'
+        '["same", "layers.{i}.wide.weight", "layers.{i}.wide.weight", "columns"],\n]\n',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def private_limit() -> Callable[[], None]:
+    """Limits what the child may have of private memory, by RLIMIT_DATA, to the cap beside what it starts with.
+
+    Stacks count in full, though little of each is used: eight MiB for each of six threads.
+    """
+    base = int(subprocess.run([sys.executable, "-c", INTERPRETER], check=True, capture_output=True).stdout) << 10
+    limit = base + CAP + 6 * (8 << 20) + (16 << 20)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+    return limited
+
+
+def run(arguments: list[str], limited: Callable[[], None]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(arguments, check=False, capture_output=True, text=True, preexec_fn=limited)
+
+
+def test_the_limit_is_one() -> None:
+    """A program that takes more is stopped: else the tests below would show nothing."""
+    done = run([sys.executable, "-c", "import numpy; numpy.ones(1 << 29, numpy.uint8)"], private_limit())
+    assert "MemoryError" in done.stderr or "Unable to allocate" in done.stderr
+
+
+@pytest.mark.parametrize("cache", ["yes", "no"])
+def test_a_conversion_of_many_times_the_cap_stays_below_it(plenty: Path, tmp_path: Path, cache: str) -> None:
+    recipe = plenty.parent / "plenty.toml"
+    options = ("--mp", "4", "--jobs", "4", "--recipe", str(recipe), "--cache", cache)
+    done = run(command(plenty, tmp_path / "target", *options), private_limit())
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_tensor_of_98_gigabytes_stays_below_it(largest: Path, tmp_path: Path) -> None:
+    """A rank of 512: its file has 198 MB; the plan is that of all."""
+    recipe = largest.parent / "largest.toml"
+    options = ("--mp", "512", "--ranks", "511", "--recipe", str(recipe))
+    done = run(command(largest, tmp_path / "target", *options), private_limit())
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "target").glob("*.safetensors")
+    rows = -(-LARGEST[2][0] // 512)
+    assert file.stat().st_size > rows * (256 + 8)
+
+
+@pytest.fixture(scope="module")
+def wide_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rank files of a matrix of three rows of 64 MB, cut by columns, and of what both hold."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_tensors(
+        folder / "source", [("wide.weight", "BF16", (3, 32 << 20)), ("same.weight", "BF16", (24 << 20,))], {}, 1
+    )
+    (folder / "wide.toml").write_text(
+        'name = "wide"\nabout = "long rows"\nleft = "one"\nright = "other"\nfiles = "{rank}-of-{ranks}.safetensors"\n'
+        'rules = [\n["same", "wide.weight", "wide.weight", "columns"],\n'
+        '["same", "same.weight", "same.weight", "replicate"],\n]\n',
+        encoding="utf-8",
+    )
+    convert_checkpoint(Job(folder / "source", 2, str(folder / "wide.toml")), folder / "ranks")
+    return folder
+
+
+@pytest.mark.parametrize("options", [("--to", "hf"), ("--mp", "4")])
+@pytest.mark.parametrize("cache", ["yes", "no"])
+def test_putting_wide_rows_together_stays_below_it(
+    wide_ranks: Path, tmp_path: Path, options: tuple[str, ...], cache: str
+) -> None:
+    more = ("--recipe", str(wide_ranks / "wide.toml"), "--cache", cache)
+    done = run(command(wide_ranks / "ranks", tmp_path / "target", *options, *more), private_limit())
+    assert done.returncode == 0, done.stderr
+    if options[0] == "--to":
+        (wanted,), (found,) = (
+            (folder.glob("*.safetensors")) for folder in (wide_ranks / "source", tmp_path / "target")
+        )
+        assert wanted.name == found.name
+        assert filecmp.cmp(wanted, found, shallow=False)
+
+
+# --- control groups ---
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Path]:
+    """A control group of ours, of either version."""
+    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        folder = root / f"reshard-test-{os.getpid()}-{tmp_path.name}"
+        limits = ("memory.limit_in_bytes", "memory.max")
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        for name in limits:
+            if (folder / name).exists():
+                yield folder / name
+                folder.rmdir()
+                return
+        folder.rmdir()
+    pytest.skip("no control group with a limit on memory can be made here")
+
+
+def test_a_control_group_with_little_memory_is_enough(plenty: Path, tmp_path: Path, group: Path) -> None:
+    """Its limit counts the page cache too, which the kernel takes back: 300 MB go through 128 MiB."""
+    group.write_text(str(128 << 20), encoding="ascii")
+
+    def join() -> None:
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    recipe = plenty.parent / "plenty.toml"
+    done = run(command(plenty, tmp_path / "target", "--mp", "2", "--recipe", str(recipe), "--json"), join)
+    assert done.returncode == 0, done.stderr
+    # Less than three times as much memory as data, by the limit of the group: past the cache, of its own accord.
+    assert '"write": "cached"' not in done.stdout

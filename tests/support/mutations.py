@@ -1,0 +1,716 @@
+"""Breaks reshard on purpose, one place at a time, and shows which test sees it: `make mutations`.
+
+Each row of the table takes a few words of a module, which stand there once, and puts others in their place. The tests
+named beside it are run on a copy of the package with that one change, and have to fail; before, they have to pass on a
+copy without it. Nothing of the working tree is touched.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from repository import ROOT, find_test_file
+
+LONGEST = 300
+"""In seconds: a test that takes longer hangs."""
+
+
+class Mutation(NamedTuple):
+    """A fault."""
+
+    module: str
+    what: str
+    """What is broken."""
+    before: str
+    after: str
+    test: str
+    """What sees it: the name of a test file, whatever its folder, and of the test."""
+
+
+MUTATIONS = (
+    # --- the planner ---
+    Mutation(
+        "sources/match",
+        "a tensor that two rules know goes to the first of them",
+        "if len(found) != 1:",
+        "if not found:",
+        "test_match.py::test_a_name_under_two_rules_is_refused",
+    ),
+    Mutation(
+        "sources/match",
+        "only the first of the unknown tensors is reported",
+        "for name in one_of_each_first(unmatched):",
+        "for name in one_of_each_first(unmatched)[:1]:",
+        "test_match.py::test_every_unknown_name_is_told",
+    ),
+    Mutation(
+        "sources/match",
+        "two tensors may get one name",
+        "require_none(clashes(families))",
+        "pass",
+        "test_convert.py::test_two_tensors_of_one_new_name_are_refused",
+    ),
+    Mutation(
+        "sources/match",
+        "nothing is ever missing",
+        "require_none(missing_problems(checkpoint.config, recipe, members, present, keep_optional=keep_optional))",
+        "pass",
+        "test_match.py::test_a_tensor_that_is_missing_is_named",
+    ),
+    Mutation(
+        "casts/shapes",
+        "the smaller block at the end of a row has no scale",
+        "return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))",
+        "return tuple(length // side for length, side in zip(shape, block, strict=False))",
+        "test_plan.py::test_block_scales_go_with_their_weight",
+    ),
+    Mutation(
+        "sources/block_scales",
+        "an FP8 weight may lack its block scale",
+        'if weight.dtype.startswith("F8_") or weight.dtype == scaled:',
+        'if weight.dtype == "I8":',
+        "test_plan.py::test_a_weight_and_its_scale_that_do_not_fit_are_refused",
+    ),
+    Mutation(
+        "planning/shards",
+        "block scales are left out of rank files",
+        "    if not outcome.scales:\n        return\n",
+        "    return\n",
+        "test_plan.py::test_the_scale_of_an_expert_goes_with_it",
+    ),
+    Mutation(
+        "planning/shards",
+        "experts are dealt like cards, 0, 4, 8 to the first rank",
+        "for numbers in kind.numbers], np.int64) // members",
+        "for numbers in kind.numbers], np.int64) % terms.layout.ranks",
+        "test_plan.py::test_experts_go_whole_and_in_order_of_number",
+    ),
+    Mutation(
+        "planning/transforms",
+        "the tail of a table is not padded",
+        "-(-shape[0] // ranks) * ranks",
+        "shape[0] // ranks * ranks",
+        "test_plan.py::test_padded_rows_are_as_few_as_all_ranks_can_share",
+    ),
+    Mutation(
+        "planning/file_layout",
+        "the parts go to the ranks in reverse order",
+        "part = rank if layout.to == RANKS else 0",
+        "part = layout.ranks - 1 - rank if layout.to == RANKS else 0",
+        "test_plan.py::test_copies_of_a_weight",
+    ),
+    Mutation(
+        "planning/file_layout",
+        "a rank gets the scale of the next block",
+        "part // columns.repeat[chosen] * run",
+        "(part + 1) // columns.repeat[chosen] * run",
+        "test_plan.py::test_block_scales_go_with_their_weight",
+    ),
+    Mutation(
+        "planning/file_layout",
+        "the tensors of a file are not in the order of safetensors",
+        "for row in sorted(by_dtype[dtype]))",
+        "for row in by_dtype[dtype])",
+        "test_plan.py::test_the_order_in_a_file_is_by_dtype_then_name",
+    ),
+    Mutation(
+        "planning/file_layout",
+        "a whole file grows by one tensor beyond the size asked for",
+        "if held and held + size > most - LEAST_HEADER:",
+        "if held and held > most - LEAST_HEADER:",
+        "test_plan.py::test_a_checkpoint_goes_out_in_files_that_are_not_too_large",
+    ),
+    Mutation(
+        "planning/proofs",
+        "a part may be used more or less often than its rule says",
+        "if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):",
+        "if False:",
+        "test_plan.py::test_the_proof_sees_a_copy_that_reads_another_part",
+    ),
+    Mutation(
+        "planning/shards",
+        "a part may end inside a block",
+        "elif limit and not limit.allows(parts):",
+        "elif False:",
+        "test_plan.py::test_deepseek_v3_cannot_be_cut_for_32_ranks",
+    ),
+    Mutation(
+        "planning/shards",
+        "two halves are cut as if they were one tensor",
+        "        return whole(tensor, ranks)\n    return packed(tensor, parts) if split.is_packed else along(",
+        "        return whole(tensor, ranks)\n    return along(",
+        "test_gaps.py::test_each_half_is_cut_by_itself",
+    ),
+    Mutation(
+        "planning/proofs",
+        "the last copy of a file may end early",
+        "is_last & (end != np.asarray(ends, np.int64)[file])",
+        "is_last & (end > np.asarray(ends, np.int64)[file])",
+        "test_plan.py::test_what_counts_as_tiled_is_tiled",
+    ),
+    Mutation(
+        "planning/proofs",
+        "a tensor of which nothing is read is covered",
+        "if read != len(full):",
+        "if False:",
+        "test_plan.py::test_what_counts_as_covered_is_covered",
+    ),
+    Mutation(
+        "planning/plan",
+        "a plan is given out without the proof that it tiles its files",
+        "    require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])\n",
+        "",
+        "test_gaps.py::test_a_plan_that_does_not_tile_is_not_given_out",
+    ),
+    Mutation(
+        "planning/plan",
+        "a plan for some ranks writes into the files of others",
+        'columns["target_file"] = new_index[columns["target_file"]]',
+        "pass",
+        "test_plan.py::test_some_ranks_have_the_copies_of_all_ranks",
+    ),
+    Mutation(
+        "planning/transforms",
+        "padding does not heed the blocks",
+        "size % (layout.ranks * block) == 0",
+        "size % layout.ranks == 0",
+        "test_plan.py::test_padding_gives_the_files_of_a_larger_config",
+    ),
+    Mutation(
+        "planning/transforms",
+        "what suits the ranks already is padded too",
+        "for more in range(value, MOST * value + 1)",
+        "for more in range(value + 1, MOST * value + 1)",
+        "test_family_conversions.py::test_padding_where_nothing_straddles_changes_nothing",
+    ),
+    # --- the executor ---
+    Mutation(
+        "execution/windows",
+        "the second stretch of a long copy is written over the first",
+        "target_offset = piece.target_offset + start - piece.source_offset\n",
+        "target_offset = piece.target_offset\n",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "execution/windows",
+        "the last band of columns goes on behind the matrix",
+        "rows=np.minimum(height[index], piece.rows - row)",
+        "rows=height[index]",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "execution/windows",
+        "what ends in one source file goes on in the next",
+        '        & (np.diff(columns["source_file"]) == 0)\n',
+        "",
+        "test_gaps.py::test_neighbours_from_two_files_are_read_from_their_own",
+    ),
+    Mutation(
+        "execution/writer",
+        "the journal speaks of a batch before its bytes are durable",
+        """\
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+            os.fdatasync(self._targets[file])
+            drop_cached(self._targets[file], self._ways)
+        append_records(self._journal, batch)
+""",
+        """\
+        append_records(self._journal, batch)
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+            os.fdatasync(self._targets[file])
+            drop_cached(self._targets[file], self._ways)
+""",
+        "test_durability.py::test_a_batch_of_the_journal_comes_behind_the_bytes_that_it_speaks_of",
+    ),
+    Mutation(
+        "execution/writer",
+        "written bytes are not made durable at all",
+        "os.fdatasync(self._targets[file])",
+        "pass",
+        "test_durability.py::test_a_batch_of_the_journal_comes_behind_the_bytes_that_it_speaks_of",
+    ),
+    Mutation(
+        "execution/reader",
+        "the columns of a matrix are gathered on top of each other",
+        "end += run * rows",
+        "end += run",
+        "test_convert.py::test_every_file_is_the_oracles[v2-2]",
+    ),
+    Mutation(
+        "execution/writer",
+        "the checksum of a range is that of the window it came from",
+        "digest = xxh3_128_digest(bytes_of_group)",
+        "digest = xxh3_128_digest(data)",
+        "test_checksums.py::test_good_files_are_compared_whole",
+    ),
+    Mutation(
+        "execution/writer",
+        "every step of a long run reads the first again",
+        "window.offset + start + step, min(",
+        "window.offset + start, min(",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "execution/writer",
+        "the checksum of a long run is that of its last step",
+        "                checksum.update(data)\n",
+        "                checksum = xxh3_128(data)\n",
+        "test_convert.py::test_tensors_larger_than_any_buffer_are_those_of_safetensors",
+    ),
+    Mutation(
+        "execution/reader",
+        "values are rounded though nobody has allowed it",
+        "if inexact and not files.allow_inexact:",
+        "if False:",
+        "test_whole_casts.py::test_a_value_that_fp8_has_not_is_refused_with_its_tensor",
+    ),
+    Mutation(
+        "casts/streaming",
+        "padding is what was in the buffer before",
+        "            fill(rows, cast)\n",
+        "            pass\n",
+        "test_family_conversions.py::test_padding_is_that_of_the_oracle[32-more0]",
+    ),
+    Mutation(
+        "casts/streaming",
+        "the padding of block scales is zeros",
+        "one = ONES[cast.result.dtype] if cast.is_scale else bytes(1)",
+        "one = bytes(1)",
+        "test_family_conversions.py::test_padding_is_that_of_the_oracle[32-more0]",
+    ),
+    Mutation(
+        "casts/kernels",
+        "halfway values are rounded down on the way to FP8",
+        "bits |= (bits & 0xFFFF) + 0xFFFF",
+        "bits |= 0",
+        "test_kernels.py::test_every_bfloat16_over_scales_of_every_kind_is_torchs_code",
+    ),
+    Mutation(
+        "casts/kernels",
+        "the new scale of FP4 is a 32nd of the largest",
+        "np.maximum(largest, 6) - 6)",
+        "np.maximum(largest, 5) - 5)",
+        "test_kernels.py::test_new_scales_are_the_largest_of_a_block_over_64",
+    ),
+    Mutation(
+        "casts/code_tables",
+        "the two values in a byte of FP4 change places",
+        "np.stack([codes[:, low], codes[:, high]], axis=-1)",
+        "np.stack([codes[:, high], codes[:, low]], axis=-1)",
+        "test_kernels.py::test_known_fp4_values_are_right_and_the_even_column_is_in_the_low_nibble",
+    ),
+    Mutation(
+        "storage/local",
+        "of a write that the system cuts short the rest is not written",
+        "    while done < len(data):\n",
+        "    if data:\n",
+        "test_gaps.py::test_a_write_that_the_system_cuts_short_is_not_taken_for_whole",
+    ),
+    Mutation(
+        "storage/local",
+        "past the cache a stretch is taken from the beginning of its page",
+        "return buffer[skip : skip + size]",
+        "return buffer[:size]",
+        "test_family_conversions.py::test_a_family_is_converted_as_its_oracle_does[deepseek-v3-2]",
+    ),
+    Mutation(
+        "execution/execute",
+        "the names of the partial files are not durable before the journal speaks of them",
+        "        sync_folder(target)\n        ledger = Ledger(",
+        "        ledger = Ledger(",
+        "test_durability.py::test_the_names_of_the_files_are_durable_before_the_first_batch",
+    ),
+    Mutation(
+        "storage/unchanged",
+        "a source that changes meanwhile is not seen",
+        "            raise\n        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)\n",
+        "            raise\n",
+        "test_resume.py::test_a_source_that_changes_is_seen",
+    ),
+    Mutation(
+        "execution/execute",
+        "the next run leaves out what was written at that place of another file",
+        "if (group.target_offset, group.target_file) not in written]",
+        "if group.target_offset not in {offset for offset, _ in written}]",
+        "test_gaps.py::test_what_the_journal_has_not_is_written_and_nothing_else_is",
+    ),
+    Mutation(
+        "execution/execute",
+        "the journal need not reach the end of a file",
+        'if bounds[:-1] != mine["offset"].tolist() or bounds[-1] != file.size:',
+        'if bounds[:-1] != mine["offset"].tolist():',
+        "test_gaps.py::test_a_record_that_is_not_there_is_missed_wherever_it_is",
+    ),
+    Mutation(
+        "execution/execute",
+        "a partial file that is gone counts as written",
+        "if index in begun and size != file.size:",
+        "if False:",
+        "test_gaps.py::test_a_partial_file_that_is_gone_is_not_taken_for_written",
+    ),
+    Mutation(
+        "execution/execute",
+        "a run that fails throws away what is durable",
+        "if not has_records(journal):",
+        "if True:",
+        "test_faults.py::test_a_source_file_that_is_removed_is_missed_at_the_end",
+    ),
+    Mutation(
+        "storage/local",
+        "small files get their names before they are durable",
+        "memoryview(content), 0, CACHED)\n        os.fsync(descriptor)\n",
+        "memoryview(content), 0, CACHED)\n",
+        "test_durability.py::test_nothing_is_renamed_before_all_is_durable",
+    ),
+    Mutation(
+        "execution/execute",
+        "files get their final names too early: while bytes are still to be written",
+        "        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)\n",
+        "        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)\n"
+        "        for file in plan.files:\n            (target / (file.name + PARTIAL)).rename(target / file.name)\n",
+        "test_convert.py::test_a_kill_leaves_no_final_name",
+    ),
+    Mutation(
+        "execution/execute",
+        "the manifest gets its name before those of the others are durable",
+        "if name == names[-1]:",
+        "if False:",
+        "test_durability.py::test_the_manifest_is_renamed_last_and_the_names_are_durable_before_the_journal_goes",
+    ),
+    # --- the journal and the manifest ---
+    Mutation(
+        "execution/journal",
+        "a batch is believed without its checksum",
+        " or xxh3_64_digest(batch) != content[end - CHECKSUM_SIZE : end]:",
+        ":",
+        "test_gaps.py::test_a_flipped_bit_anywhere_in_a_batch_is_refused",
+    ),
+    Mutation(
+        "execution/journal",
+        "a torn end is refused like any damage",
+        "return end >= len(content) or not any(content[start:])",
+        "return False",
+        "test_resume.py::test_a_torn_end_of_the_journal_is_as_if_never_written",
+    ),
+    Mutation(
+        "execution/journal",
+        "what is written to the journal is not waited for",
+        "    os.fdatasync(descriptor)\n",
+        "",
+        "test_durability.py::test_every_write_to_the_journal_is_made_durable_before_the_next_step",
+    ),
+    Mutation(
+        "execution/journal",
+        "two runs may share the lock",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "test_resume.py::test_two_runs_at_once_are_one_too_many",
+    ),
+    Mutation(
+        "execution/journal",
+        "a run goes on with the journal of another job",
+        "for key in {**found, **job}:",
+        "for key in ():",
+        "test_resume.py::test_after_it_another_job_is_refused_and_a_restart_leaves_no_mixture",
+    ),
+    Mutation(
+        "target/manifest_writer",
+        "a model with the same headers is the same model",
+        'return manifest.get("source_samples") == list(samples) and all(',
+        "return all(",
+        "test_resume.py::test_a_model_with_the_same_headers_is_another_job",
+    ),
+    Mutation(
+        "target/manifest_writer",
+        "of a source only the beginning is looked at",
+        "for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):",
+        "for offset in (begin,):",
+        "test_gaps.py::test_a_model_that_differs_at_one_place_of_the_samples_is_another",
+    ),
+    Mutation(
+        "target/manifest_writer",
+        "a finished file may have any size",
+        "        and (folder / file.name).stat().st_size == file.size\n",
+        "",
+        "test_gaps.py::test_a_finished_file_of_another_size_is_not_taken_for_finished",
+    ),
+    Mutation(
+        "formats/manifest",
+        "a manifest is believed without its checksum",
+        "if found != own_checksum(manifest) or not is_well_formed(manifest):",
+        "if not is_well_formed(manifest):",
+        "test_gaps.py::test_a_manifest_with_another_value_in_it_is_refused",
+    ),
+    # --- rank files as a source ---
+    Mutation(
+        "sources/rank_files",
+        "the parts of a tensor are joined from the last rank to the first",
+        "for rank in sorted(found.by_rank)]",
+        "for rank in sorted(found.by_rank, reverse=True)]",
+        "test_rank_files.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
+    ),
+    Mutation(
+        "sources/rank_files",
+        "a block scale that ranks share is taken as often as there are ranks",
+        "side // length if 0 < length < side else 1",
+        "1",
+        "test_rank_files.py::test_a_scale_that_ranks_share_comes_back_once",
+    ),
+    Mutation(
+        "sources/rank_files",
+        "ranks may have other dtypes for one tensor",
+        "if len(kinds) > 1:",
+        "if False:",
+        "test_rank_files.py::test_parts_of_another_dtype_are_refused",
+    ),
+    Mutation(
+        "execution/reader",
+        "replicas are not compared",
+        "for other in copies[1:]:",
+        "for other in ():",
+        "test_rank_files.py::test_a_replica_that_differs_is_refused",
+    ),
+    Mutation(
+        "sources/rank_files",
+        "each part is read from where the stretch begins",
+        "Run(part, first - start, first - offset,",
+        "Run(part, first - offset, first - offset,",
+        "test_rank_files.py::test_rank_files_become_the_checkpoint_again[deepseek-v3-4]",
+    ),
+    Mutation(
+        "target/manifest_writer",
+        "it is forgotten how large a tensor was before it was padded",
+        "if tuple(shape) != cast.result.shape:",
+        "if False:",
+        "test_rank_files.py::test_padding_is_taken_off_again",
+    ),
+    # --- the verifier ---
+    Mutation(
+        "verification/verify",
+        "differences are found and not reported",
+        "    problems.extend(difference_problems(trace, comparison))\n",
+        "",
+        "test_verify.py::test_the_first_and_the_last_bit_of_every_tensor_are_seen[0-False]",
+    ),
+    Mutation(
+        "verification/verify",
+        "what all ranks lack is not missed",
+        "    yield from absent_problems(trace, looked_at, wanted)\n",
+        "",
+        "test_verify.py::test_a_tensor_that_all_ranks_lack_is_named",
+    ),
+    Mutation(
+        "verification/verify",
+        "an expert may lie in two ranks",
+        "elif expected != found:",
+        "elif not set(expected) <= set(found):",
+        "test_verify.py::test_an_expert_in_two_ranks_is_named",
+    ),
+    Mutation(
+        "verification/provenance",
+        "another dtype of the same size is not seen",
+        "if tensor.dtype != dtype or tensor.shape != shape or",
+        "if tensor.shape != shape or",
+        "test_verify.py::test_another_dtype_or_shape_of_equal_bytes_is_named",
+    ),
+    Mutation(
+        "verification/provenance",
+        "the second half of a packed tensor is looked for at its beginning",
+        "accumulate(sizes, initial=0)",
+        "[0] * len(sizes)",
+        "test_verify_casts.py::test_heads_that_ranks_share_and_halves_are_proven",
+    ),
+    Mutation(
+        "verification/target_folder",
+        "a rank file too many is not seen",
+        "extra=[name for name in tensor_files if name not in known]",
+        "extra=[]",
+        "test_verify.py::test_a_rank_file_too_many_is_named",
+    ),
+    Mutation(
+        "verification/expected",
+        "packed FP4 may be called I8 in a rank file",
+        'return "F4" if is_packed(weight, scaling) and not is_whole else weight.dtype',
+        "return weight.dtype",
+        "test_verify_casts.py::test_packed_weights_are_called_so",
+    ),
+    Mutation(
+        "verification/expected",
+        "each rank should hold the part of the rank before it",
+        "range(index * half // parts, (index + 1) * half // parts)",
+        "range((index - 1) % parts * half // parts, ((index - 1) % parts + 1) * half // parts)",
+        "test_verify.py::test_good_rank_files_have_no_problems[2]",
+    ),
+    Mutation(
+        "verification/chunks",
+        "the last rows of a tensor are not compared",
+        "count = ceil(height / step) * per_row",
+        "count = max(1, height // step) * per_row",
+        "test_chunks.py::test_bands_hold_every_byte_once_and_are_small",
+    ),
+    Mutation(
+        "verification/chunks",
+        "the padding below a tensor is not compared",
+        "for box in (right, below)",
+        "for box in (right,)",
+        "test_chunks.py::test_margins_hold_what_is_beyond_a_tensor_once",
+    ),
+    Mutation(
+        "verification/compare",
+        "of replicas only the first is compared",
+        "for part, rows, columns in boxes:",
+        "for part, rows, columns in boxes[:1]:",
+        "test_verify.py::test_a_replica_that_differs_in_one_rank_is_named",
+    ),
+    Mutation(
+        "verification/compare",
+        "only the last difference of a tensor is counted",
+        "known.count += count",
+        "known.count = count",
+        "test_verify.py::test_all_bytes_that_differ_are_counted_whichever_thread_finds_them",
+    ),
+    Mutation(
+        "verification/reference_casts",
+        "every chunk of a tile gets the scales of the first",
+        "scale[:, left // recast.block[1] * size : -(-(left + step) // recast.block[1]) * size]",
+        "scale[:, : -(-step // recast.block[1]) * size]",
+        "test_verify_casts.py::test_a_true_conversion_is_proven",
+    ),
+    Mutation(
+        "verification/reference_casts",
+        "verify takes the high half of a byte of FP4 for the even column",
+        "np.stack([packed & 15, packed >> 4], axis=-1)",
+        "np.stack([packed >> 4, packed & 15], axis=-1)",
+        "test_reference_casts.py::test_the_even_column_of_fp4_is_in_the_low_half",
+    ),
+    Mutation(
+        "verification/target_folder",
+        "the index may name any file",
+        "if named.get(name) != file_names.get(name):",
+        "if False:",
+        "test_verify_casts.py::test_an_index_that_names_another_file_is_seen",
+    ),
+    Mutation(
+        "verification/checksums",
+        "a range with another checksum is fine",
+        "[checked.offset - start : checked.stop - start]) != checked.digest",
+        '[checked.offset - start : checked.stop - start]) == ""',
+        "test_checksums.py::test_a_flipped_bit_is_named_with_file_range_and_tensor",
+    ),
+    Mutation(
+        "verification/checksums",
+        "a file of another size is passed over",
+        "elif size != entry.size:",
+        "elif False:",
+        "test_checksums.py::test_swapped_truncated_missing_and_extra_files_are_named",
+    ),
+    Mutation(
+        "verification/checksums",
+        "a sample need not hold the end of a file",
+        "sorted({0, numbers[-1], *spread(",
+        "sorted({0, *spread(",
+        "test_checksums.py::test_the_smallest_sample_sees_the_header_and_the_last_byte",
+    ),
+    Mutation(
+        "verification/checksums",
+        "small files are compared by their size",
+        ' or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:',
+        ":",
+        "test_checksums.py::test_a_sample_looks_at_sizes_and_small_files_in_full",
+    ),
+)
+
+
+def module_path(folder: Path, module: str) -> Path:
+    return folder / "src" / "reshard" / f"{module}.py"
+
+
+def copy_package(folder: Path) -> None:
+    """Without what Python has compiled: it must not be taken for the changed module."""
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+
+
+def mutate(folder: Path, mutation: Mutation) -> None:
+    path = module_path(folder, mutation.module)
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.before) != 1:
+        raise SystemExit(f"{mutation.module}: {mutation.before!r} stands there {text.count(mutation.before)} times")
+    path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
+
+
+def pytest_path(test: str) -> str:
+    """The path by which pytest finds a test that is named by its file alone."""
+    file, colons, name = test.partition("::")
+    return f"{find_test_file(file)}{colons}{name}"
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """The exit code of pytest with the package in a folder, and what it said. 1 is that of a test that failed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder / "src"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder / "temp")]
+    try:
+        done = subprocess.run(
+            [*command, *map(pytest_path, tests)],
+            cwd=ROOT,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"longer than {LONGEST} seconds"
+    return done.returncode, done.stdout + done.stderr
+
+
+def outcome_of(mutation: Mutation) -> str:
+    """`caught`, or what came instead."""
+    with tempfile.TemporaryDirectory(prefix="reshard-mutation-") as name:
+        folder = Path(name)
+        copy_package(folder)
+        mutate(folder, mutation)
+        code, said = run_tests(folder, [mutation.test])
+    if code == 1:
+        return "caught"
+    return "SURVIVED" if code == 0 else f"pytest ended with {code}: {said.strip().splitlines()[-1]}"
+
+
+def require_good(mutations: list[Mutation]) -> None:
+    """Without a fault all tests pass, so that it is the fault that they see."""
+    with tempfile.TemporaryDirectory(prefix="reshard-mutation-") as name:
+        copy_package(Path(name))
+        code, said = run_tests(Path(name), sorted({mutation.test for mutation in mutations}))
+    if code:
+        raise SystemExit(f"{said}\nthe tests do not pass without a fault either")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="the numbers of some mutations")
+    numbers = parser.parse_args().only or range(1, len(MUTATIONS) + 1)
+    require_good([MUTATIONS[number - 1] for number in numbers])
+    print("| n | module | what is broken | caught by | s |\n|---:|---|---|---|---:|", flush=True)
+    others = 0
+    for number in numbers:
+        mutation, started = MUTATIONS[number - 1], time.monotonic()
+        outcome = outcome_of(mutation)
+        others += outcome != "caught"
+        test = f"`{mutation.test}`" if outcome == "caught" else f"**{outcome}** (`{mutation.test}`)"
+        seconds = time.monotonic() - started
+        print(f"| {number} | `{mutation.module}` | {mutation.what} | {test} | {seconds:.0f} |", flush=True)
+    print(f"\n{len(numbers)} mutations, {len(numbers) - others} caught")
+    return 1 if others else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

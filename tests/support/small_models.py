@@ -1,0 +1,57 @@
+"""Small random models of the families with tensor parallelism, written by transformers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+HEAVY: Mapping[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""Two key heads for four ranks: each is held by two."""
+
+EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 20, "num_experts_per_tok": 3}
+
+MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "num_experts": 12, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 12, "num_experts_per_tok": 3}),
+    "glm4-moe": ("Glm4MoeConfig", {**EXPERTS, "n_routed_experts": 12, "n_shared_experts": 2, "use_qk_norm": True,
+                                   "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 12}),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 12, "num_experts_per_tok": 3,
+                                 "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
+}  # fmt: skip
+
+from_config: Any = transformers.AutoModelForCausalLM.from_config
+
+
+def write_model(folder: Path, name: str, **changes: Any) -> None:
+    """A random model of float32, as transformers writes it, in several files; biases and norms are random too."""
+    word, own = MODELS[name]
+    config = getattr(transformers, word)(**{**HEAVY, **own, **changes})
+    torch.manual_seed(5)
+    model = from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *(buffer for key, buffer in model.named_buffers() if "score" in key)]:
+            if parameter.dim() == 1:
+                parameter.add_(torch.rand_like(parameter) * 0.5)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    (folder / "tokenizer.json").write_text("{}")
