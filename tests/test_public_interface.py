@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -105,7 +105,7 @@ def test_values_print_as_text_for_people(small: Path, tmp_path: Path) -> None:
         (lambda source, target: reshard.convert(source, target), 'one, or to="hf"'),
         (lambda source, target: reshard.convert(source, target, mp=3), "mp with one of 1, 2, 4"),
         (lambda source, target: reshard.convert(source, target, to="hf", ranks=[0]), "ranks: wrong option"),
-        (lambda source, _: reshard.plan(source, mp="4"), "a whole number"),
+        (lambda source, _: reshard.plan(source, mp=cast(int, "4")), "a whole number"),
         (lambda source, _: reshard.plan(source, mp=2, replicas="all"), "compare or first"),
         (lambda source, _: reshard.plan(source, mp=2, replicas="first"), "replicas: wrong option"),
         (lambda source, _: reshard.load(source, mp=2, rank=2, framework="numpy"), "rank: unknown rank"),

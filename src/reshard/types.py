@@ -1,4 +1,4 @@
-"""The nouns that every stage shares: frozen values that open nothing. Imports only the standard library."""
+"""The types that every stage shares: frozen values, no file is opened. Imports only the standard library."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,48 +6,52 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes of a job that were done since the last call; from several threads at once."""
+"""Receives the number of bytes done since the last call. Several threads may call it at the same time."""
 
 Progress = Callable[[int, int], None]
-"""Told the bytes done and the bytes of the whole job, by one thread at a time."""
+"""Receives the bytes done so far and the bytes of the whole job. One thread calls it at a time."""
 
 MOST_RANKS = 4096
-"""No model is cut for more; a larger number is a slip."""
+"""Largest number of ranks accepted. No model is cut for more: a larger number is a typing error."""
 
 
 class Tensor(NamedTuple):
-    """One entry of a safetensors header: a tensor, or a rank's part of one, as it lies in its file.
+    """One entry of a safetensors header: a tensor, or one rank's shard of it, and its place in a file.
 
     A named tuple, not a dataclass: a large model has 140,000 of them, and a tuple is made in a third of the time.
     """
 
     name: str
+    """As the header spells it."""
     dtype: str
-    """As the format spells it, such as `BF16` or `F8_E4M3`."""
+    """As safetensors spells it, such as `BF16` or `F8_E4M3`."""
     shape: tuple[int, ...]
-    """In elements, as the header says."""
+    """In elements, as the header gives it."""
     file: int
-    """Index into the files of its checkpoint."""
+    """Index into the files of its checkpoint; behind them follow joins, then casts."""
     offset: int
-    """In bytes from the start of the file."""
+    """Of its first byte, in bytes from the start of the file."""
     size: int
     """In bytes."""
 
 
 class Cast(NamedTuple):
-    """A tensor computed from others of the source. A plan addresses it like a file, but it is not on disk."""
+    """A tensor computed from source tensors. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
-    """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`."""
+    """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also as
+    `quantize-ue8m0` and `quantize-ue8m0-scale`."""
     weight: Tensor
+    """The input weight."""
     scale: Tensor | None
+    """The block scale of the input weight; None if it has none."""
     block: tuple[int, int]
-    """Rows and columns of the weight, in elements, that share a scale: of `scale`, or of the scale that is made."""
+    """Rows and columns of the weight, in elements, that share one value of `scale`, or of the scale that is made."""
     result: Tensor
-    """Its `file` is the number of files and joins of the source plus the index of the cast; its `offset` is 0. Where
-    its shape is larger than the computed one, the rest is padding: zeros, or ones in a block scale."""
+    """The computed tensor. Its `file` is the number of files and joins of the source plus the index of the cast; its
+    `offset` is 0. A shape larger than the computed one is padded: with zeros, in a block scale with ones."""
     new_block: tuple[int, int] = (1, 1)
-    """The block of the resulting scale, where it differs from `block`."""
+    """Rows and columns, in elements, that share one value of the resulting scale, where they differ from `block`."""
     is_scale: bool = False
     """Whether the result is a block scale."""
 
@@ -56,12 +60,12 @@ class Join(NamedTuple):
     """A tensor assembled from shards in rank files. A plan addresses it like a file, but it is not on disk."""
 
     rows: int
-    """Each of so many rows is the concatenation of a row of every shard. 1: whole shards are concatenated."""
+    """Number of rows. Each row concatenates one row of every shard. 1: whole shards are concatenated."""
     parts: tuple[tuple[Tensor, ...], ...]
-    """For each shard its replicas, which must be equal."""
+    """The shards in their order; for each shard its replicas, which must be equal."""
     result: Tensor
-    """Its `file` is the number of files of the checkpoint plus the index of the join; its `offset` is 0. It may be
-    shorter than the shards together: the rest of them is padding."""
+    """The whole tensor. Its `file` is the number of files of the checkpoint plus the index of the join; its `offset`
+    is 0. It may be shorter than all shards together: the bytes behind its end are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,50 +73,56 @@ class File:
     """One safetensors file of a checkpoint."""
 
     name: str
+    """Within the folder of the checkpoint."""
     size: int
     """In bytes, header included."""
     header_size: int
-    """In bytes, the eight of the length included: where the data begins."""
+    """In bytes, the eight bytes of its length included. The data begins here."""
     header_hash: str
-    """SHA-256 of those bytes, in hexadecimal."""
+    """SHA-256 of the header, the eight bytes of its length included, in hexadecimal."""
     modified: int
-    """When it was last written to, in nanoseconds since 1970."""
+    """Time of the last write, in nanoseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a set of files holds, known from their headers alone. Source and target are both this."""
+    """The tensors of a folder, known from the headers of its files alone. Source and target are both checkpoints."""
 
     folder: Path
+    """The folder of the files."""
     files: tuple[File, ...]
+    """The safetensors files; a tensor's `file` is an index into them."""
     tensors: Mapping[str, Tensor]
+    """Every tensor, by its name."""
     config: Mapping[str, Any] | None
-    """The parsed `config.json`, if there is one."""
+    """The parsed `config.json`; None without one."""
     joins: tuple[Join, ...] = ()
-    """What of the tensors lies in parts."""
+    """The tensors that are assembled from several shards."""
     subset: Mapping[str, Any] = field(default_factory=dict)
-    """What of a larger checkpoint this is, as a manifest says it; empty if it is whole."""
+    """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""
 
     @property
     def parts(self) -> int:
-        """How many files there are, and joins, which count as files: casts are numbered from here on."""
+        """Number of files and joins. Joins are numbered behind the files, casts from this number on."""
         return len(self.files) + len(self.joins)
 
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """What is chosen of a checkpoint; by default everything."""
+    """The layers, experts and tensors to take from a checkpoint; by default all."""
 
     layers: tuple[int, ...] | None = None
-    """Their numbers; None for all of them."""
+    """Numbers of the layers to keep; None keeps all."""
     experts: tuple[int, ...] | None = None
+    """Numbers of the experts to keep; None keeps all."""
     renumber: bool = False
-    """Number what is left from 0 on, where it does not begin there or has gaps."""
+    """Whether kept layers and experts are renumbered from 0 without gaps."""
     only: tuple[str, ...] = ()
-    """Patterns of names on the left, as a shell has them, of the tensors to be written; empty for all."""
+    """Shell patterns of the original names of the tensors to write; empty writes all."""
 
 
 EVERYTHING = Subset()
+"""The whole checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,53 +130,54 @@ class Placeholder:
     """A numbered place in a recipe's names, such as the `i` of `model.layers.{i}.input_layernorm.weight`."""
 
     name: str
+    """One letter, without braces."""
     counts: str
-    """What it counts, in the plural: `layers`."""
+    """The things that it numbers, in the plural: `layers`."""
     size: str = ""
-    """A formula over the config that says how many there are."""
+    """Formula over the config for the number of members."""
     within: str = ""
-    """Another placeholder: each member of that one is a member of exactly one placeholder within it."""
+    """Another placeholder, P. Each member of P belongs to exactly one of the placeholders within P."""
     some_of: str = ""
-    """Another placeholder: each member of this one is a member of that one too."""
+    """Another placeholder, P. Each member of this placeholder is also a member of P."""
     picked_by: str = ""
-    """With `within` or `some_of`: the config key of a list that has a value for each member of that placeholder."""
+    """With `within` or `some_of`: the config key of a list with one value for each member of P."""
     picked: tuple[int, ...] = ()
-    """The values in that list that make a member of that placeholder one of this."""
+    """With `picked_by`: the values in the list that make a member of P a member of this placeholder."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
     after: str = ""
-    """Another placeholder: the members of this one follow on from that one's last."""
+    """Another placeholder, A. The numbers of this placeholder begin after the last number of A."""
     marker: str = ""
-    """With `after`: the name that tells a member of this placeholder from one of that placeholder."""
+    """With `after`: a tensor name that only members of this placeholder have, not members of A."""
     like: str = ""
-    """With `after`: the letters of placeholders. What the recipe says of their members, it says of these as well."""
+    """With `after`: names of placeholders, one letter each. Their rules hold for members of this one as well."""
     optional: str = ""
-    """Why what is numbered by this placeholder is left out, unless it is asked for."""
+    """Reason why tensors numbered by this placeholder are left out unless asked for; empty if they never are."""
     rows_of: str = ""
-    """A tensor whose first dimension says how many there are."""
+    """Name of a tensor whose first dimension is the number of members, in elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the ranks share a tensor, parsed from the text of a recipe."""
+    """How a tensor is split over the ranks, parsed from the text of a recipe."""
 
     text: str
     """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`,
-    `by LETTER`; the reason of a `drop`."""
+    `by LETTER`; of a `drop`, the reason."""
     dimension: int | None = None
-    """The dimension that is cut; None if every tensor stays whole."""
+    """The dimension that is cut, from 0 on; None if every tensor stays whole."""
     placeholder: str = ""
-    """Of `by LETTER`: each member of this placeholder, such as an expert, belongs to one rank."""
+    """Of `by LETTER`: each member of this placeholder, such as an expert, is assigned to one rank."""
     heads_key: str = ""
-    """Of `rows of KEY`: the config key that says how many heads the rows are of. A head is never cut."""
+    """Of `rows of KEY`: the config key with the number of heads in the rows. A head is never cut."""
     is_padded: bool = False
-    """Whether zeros follow the last row, so that every rank has as many."""
+    """Whether rows of zeros are appended, so that every rank has the same number of rows."""
     is_packed: bool = False
-    """Whether the rows are two tensors, one behind the other, each of which is cut by itself."""
+    """Whether the rows are two tensors stacked, such as gate and up. Each half is cut by itself."""
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank has the whole tensor."""
+        """Whether every rank gets the whole tensor."""
         return self.dimension is None and not self.placeholder
 
     def __str__(self) -> str:
@@ -175,136 +186,150 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of a recipe: a relation between a name on the left and a name on the right."""
+    """One row of a recipe: maps a name on the left (original files) to a name on the right (rank files)."""
 
     relation: str
     """`same`, `dequantize` or `drop`."""
     left: str
+    """Name pattern of the original tensors, with placeholders."""
     right: str
+    """Name pattern in the rank files; empty for a `drop`."""
     split: Split
-    """Cuts nothing if the relation is `drop`: its text is the reason."""
+    """How the ranks share the tensors. Of a `drop` it cuts nothing, and its text is the reason."""
     shape: str = ""
-    """Dtype, unless it is a float, and sizes of the tensor on the left, such as `I64 [vocab_size, 2 * heads]`."""
+    """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """`if KEY` or `unless KEY`: a config key on which it depends whether the model has this tensor; `maybe` and
-    `maybe if KEY`: it may be lacking, always or where the key says so."""
+    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
+    `maybe if KEY`: it may be missing where the config key is true or absent."""
     optional: str = ""
-    """Why the tensor is left out, unless the placeholder that numbers it is asked for; empty if it never is."""
+    """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockScale:
-    """How weights are scaled: one scale for each block of elements of a weight."""
+    """How a group of weights is scaled: one scale for each block of a weight's elements."""
 
     left: str
-    """What stands on the left in the place of `weight`."""
+    """The word that replaces `weight` in the left name of the scale."""
     right: str
+    """The word that replaces `weight` in the right name of the scale."""
     block: tuple[int, int]
-    """In elements, on rows and on columns."""
+    """Rows and columns, in elements, that share one scale."""
     packed: bool = False
-    """Whether the weights are I8 with two elements of F4 in a byte. Blocks count elements."""
+    """Whether the weights are FP4 packed in I8, two elements a byte. `block` counts elements, not bytes."""
     fp8_block: tuple[int, int] = (1, 1)
-    """With `packed`: the block once they are cast to FP8."""
+    """With `packed`: rows and columns, in elements, that share one scale after the cast to FP8."""
     stays: bool = False
-    """Whether weights scaled like this are never cast: their code reads them in no other way."""
+    """Whether these weights are never cast, because the model's code reads no other dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A relation between two layouts of one model family, read from a TOML file."""
+    """The mapping between two layouts of one model family, read from a TOML file."""
 
     name: str
+    """The name for `--recipe`."""
     about: str
+    """One sentence about the recipe."""
     left: str
+    """The layout of the original files, in words."""
     right: str
+    """The layout of the rank files, in words."""
     files: str
-    """The pattern of the right side's file names, with `{rank}` and `{ranks}`."""
+    """Pattern of the names of rank files, with `{rank}` and `{ranks}`."""
     carry: tuple[str, ...]
-    """Patterns of the side files that go along."""
+    """Patterns of the side files to copy."""
     model_types: tuple[str, ...]
+    """Values of `model_type` in the config that choose this recipe."""
     architectures: tuple[str, ...]
+    """Values of `architectures` in the config that choose this recipe."""
     ranks_divide: tuple[str, ...]
-    """Formulas over the config whose values the number of ranks must divide."""
+    """Formulas over the config; the number of ranks must divide each value."""
     placeholders: Mapping[str, Placeholder]
+    """The numbered placeholders, by name."""
     scales: Mapping[str, BlockScale]
-    """By the letter of the placeholder that stands for a weight or its block scale."""
+    """The block scales, by the name of the placeholder for the weight or its scale."""
     sizes: Mapping[str, str]
-    """Names for sizes that shapes speak of, by formulas over config keys."""
+    """Formulas over config keys for the sizes that shapes name, in elements."""
     padded: tuple[str, ...]
-    """Config keys that may be raised, with zeros in the weights, so that whole blocks fall to each rank."""
+    """Config keys that padding may raise, with zeros in the weights, so that each rank gets whole blocks."""
     run: Mapping[str, Any]
-    """The run configuration of the right side's code: by key a formula over the config; or a list of a formula and the
-    value that need not be said, or of a formula alone whose lack of a value must be said."""
+    """The run configuration of the right side's code. By key: a formula over the config; a list of a formula and the
+    default that is left out; or a list of one formula whose missing value is written as null."""
     run_needs: tuple[tuple[Any, ...], ...]
-    """What that code has in itself: rows of a formula over the config and the values that it may come to, where the
-    config tells it; one that begins with `=` is another formula. Without them there is no run configuration."""
+    """Conditions of that code. Each row: a formula over the config, then its allowed values; a value that begins with
+    `=` is a formula. If a value that the config gives is not allowed, no run configuration is written."""
     describes: bool
-    """Whether the rank files say in their metadata what they are: rank, ranks and recipe."""
+    """Whether the metadata of each rank file names its rank, the number of ranks and the recipe."""
     checked: str
-    """What the recipe was checked against, in words."""
+    """The models and code that the recipe was checked against, in words."""
     rules: tuple[Rule, ...]
+    """The rows, in the order of the file."""
     origin: str
-    """The file it was read from."""
+    """The file that the recipe was read from."""
     text_hash: str
     """SHA-256 of that file, in hexadecimal."""
 
 
 COMPARE, FIRST = "compare", "first"
-"""The choice of replicas, which several ranks hold of one tensor: all are read and must be equal, or the first counts."""
+"""How replicas of a shard are read: COMPARE reads all, which must be equal; FIRST reads the first only."""
 
 FILE_SIZE = 5 * 10**9
-"""In bytes, unless another size is asked for: whole files end before they grow beyond."""
+"""Default maximum size of a file in the original layout, in bytes."""
 
 RANKS, WHOLE = "ranks", "hf"
-"""The two ways to lay out a target: a file a rank on the right side of a recipe, or the left side as it was."""
+"""The two layouts of a target: one file for each rank (right side of a recipe), or the original layout (left side)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the target is cut, and what becomes of its numbers."""
+    """The layout of a target: how tensors are split over ranks, cast and padded."""
 
     ranks: int
-    """1 for WHOLE."""
+    """Number of ranks; 1 for WHOLE."""
     to: str = RANKS
+    """RANKS or WHOLE."""
     cast: str = ""
-    """What becomes of scaled weights: `bf16` dequantises them; `fp8` and `fp8-ue8m0` quantise those without scales."""
+    """`bf16` dequantizes scaled weights; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
     expert_dtype: str = ""
-    """`fp8` casts packed F4 to FP8."""
+    """`fp8` casts packed FP4 experts to FP8; empty keeps them."""
     keep_optional: bool = False
-    """Keep what a recipe leaves out unless it is asked for: MTP layers."""
+    """Whether to keep the tensors that a recipe leaves out unless asked for: MTP layers."""
     pad: bool = False
-    """Raise the config keys that the recipe allows to, until whole blocks fall to each rank."""
+    """Whether to raise the config keys that the recipe allows, until each rank gets whole blocks."""
     file_size: int | None = None
-    """For WHOLE: in bytes, a file ends before it grows beyond. None: the files that rank files once came from, else of
-    FILE_SIZE."""
+    """For WHOLE: maximum size of a file, in bytes. None: the original files that the manifest of rank files records,
+    else FILE_SIZE."""
 
 
 Read = Callable[[Tensor, int, int], memoryview]
-"""So many bytes of a tensor, from a byte of it on. What it gives is overwritten by its next call."""
+"""Reads bytes of a tensor: `(tensor, offset, size)`, in bytes. The next call overwrites the returned buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What became of the source tensors of one rule, or left out for one reason: it adds up to the whole source."""
+    """How the source tensors of one rule are used, or why they are left out. All shares cover the whole source."""
 
     use: str
     """`once`, `replicated` (to every rank), `shared` (by some ranks), `dequantized`, `cast`, `padded`, `empty`, or
     `dropped`."""
     what: str
-    """The rule's left name; or what is left out as a whole, such as `MTP layers`."""
+    """The left name of the rule; or the name of a group left out as a whole, such as `MTP layers`."""
     reason: str
-    """Why it is dropped; empty for all others."""
+    """Why the tensors are dropped; empty for all other uses."""
     tensors: int
+    """Number of source tensors."""
     size: int
     """In bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A file as it once was: what is to be written again just so, if it holds the same tensors."""
+    """One file of the original checkpoint, by its header. It is written again as it was, if its tensors are the same."""
 
     name: str
+    """Of the file."""
     header: bytes
-    """The eight bytes of the length included."""
+    """The eight bytes of its length included."""
     tensors: Mapping[str, Tensor]
-    """By name, in the order of their data."""
+    """Its tensors by name, in the order of their data."""

@@ -306,10 +306,7 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 
 
 LIBRARY = """
-import os, signal, sys, reshard.storage.resources
-from pathlib import Path
-from jobs import convert_checkpoint
-from jobs import Job
+import os, signal, sys, reshard, reshard.storage.resources
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait, left = reshard.storage.resources.wait, [None] * {signals}
 
@@ -321,7 +318,7 @@ def interrupted(futures, *options):
 
 reshard.storage.resources.wait = interrupted
 try:
-    convert_checkpoint(Job(Path(sys.argv[1]), {ranks}), Path(sys.argv[2]))
+    reshard.convert(sys.argv[1], sys.argv[2], mp={ranks})
 except KeyboardInterrupt:
     assert not left
     print("interrupted")

@@ -298,9 +298,9 @@ def test_all_bytes_that_differ_are_counted_whichever_thread_finds_them(name: str
 VERIFY_AND_TELL_MEMORY = """
 import sys
 from pathlib import Path
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe
-from reshard.verify import verify_target
+from reshard.formats.huggingface import read_checkpoint
+from reshard.recipes.recipe import load_recipe
+from reshard.verification.verify import verify_target
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
