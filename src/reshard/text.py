@@ -57,8 +57,7 @@ def size_text(size: int) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Formats rows under a heading. Each column is as wide as its widest cell; the first is left-aligned, others right.
-    """
+    """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right."""
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     return "\n".join(
