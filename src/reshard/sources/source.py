@@ -151,7 +151,7 @@ def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequen
 
 
 def find_origin(folder: Folder, names: RankNames) -> Origin:
-    """Finds the facts about the original checkpoint: in the manifest, else in config and index next to the rank files."""
+    """Finds the facts about the original checkpoint: in the manifest, else in config and index of the folder."""
     origin, weight_map = read_origin(folder.manifest), folder.weight_map
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
