@@ -325,7 +325,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One file of the original checkpoint, by its header. It is written again as it was, if its tensors are the same."""
+    """One file of the original checkpoint, by its header. It is restored as it was, if its tensors are the same."""
 
     name: str
     """Of the file."""

@@ -1,4 +1,4 @@
-"""The plan of a conversion: every file that it will write, to the byte, and what becomes of the source."""
+"""The plan of a conversion: every target file to the byte, and how each source tensor is used. Also its text."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,33 +15,37 @@ from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a conversion will do. Prints as the files that it will write."""
+    """Everything that a conversion will do. Prints as a table of the files that it will write."""
 
     path: Path
-    """The source as it was given."""
+    """The source, as the caller gave it."""
     source: Checkpoint
     recipe: Recipe
     origin: Origin
-    """The checkpoint that rank files came from, as far as it is known."""
+    """The original checkpoint of rank files, as far as it is known."""
     layout: Layout
     counts: dict[str, int]
-    """How many members each placeholder of the recipe has."""
+    """Number of members of each placeholder of the recipe."""
     config: Mapping[str, Any] | None
-    """The config of the source, with the values that padding has raised."""
+    """The config of the source, with the values that padding raises."""
     pieces: Pieces
+    """The tensors of the target."""
     files: tuple[TargetFile, ...]
+    """The files to write."""
     copies: Copies
-    """Their `target_file` is an index into `files`; their `source_file` one into those of the source and the casts."""
+    """`target_file` is an index into `files`; `source_file` one into the files, joins and casts of the source."""
     casts: tuple[Cast, ...]
+    """The tensors to compute."""
     coverage: tuple[Share, ...]
+    """The uses of all source tensors."""
 
     @property
     def size(self) -> int:
-        """Of all files to be written, in bytes."""
+        """Size of all files to be written, in bytes."""
         return sum(file.size for file in self.files)
 
     def tensors(self, index: int) -> Iterator[Tensor]:
-        """The tensors of one target file, in their order."""
+        """Yields the tensors of one target file, in the order of their offsets; `index` is an index into `files`."""
         file, pieces = self.files[index], self.pieces
         start = len(file.header)
         for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
@@ -56,11 +60,11 @@ class Plan:
 
 
 def describe_files(plan: Plan) -> Iterator[str]:
-    """A table of the files, for a person; it adds up to the byte."""
+    """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
     target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
     yield from subset_lines(plan.source.subset)
-    counts = {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items() if count}
+    counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}
     yield ", ".join(counted(count, things) for things, count in counts.items())
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
@@ -75,13 +79,13 @@ def describe_files(plan: Plan) -> Iterator[str]:
 
 
 def describe_coverage(plan: Plan) -> Iterator[str]:
-    """A table of the uses of the source tensors, for a person; it adds up to the byte."""
+    """Describes the uses of the source tensors as a table for people. Its sizes, in bytes, add up exactly."""
     yield ""
     yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
 
 
 def describe_casts(plan: Plan) -> Iterator[str]:
-    """The casts by their results, and the config values that padding raises."""
+    """Describes the casts, by operation and resulting dtype, and the config values that padding raises."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
         yield f"{operation}: {counted(count, 'tensors')} of {dtype}"
@@ -91,6 +95,7 @@ def describe_casts(plan: Plan) -> Iterator[str]:
 
 
 def describe_dropped(plan: Plan) -> Iterator[str]:
+    """Describes the tensors that are left out, with the reason."""
     for share in plan.coverage:
         if share.use == "dropped":
             yield f"dropped: {counted(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
@@ -106,9 +111,11 @@ USES = {
     "empty": "empty",
     "dropped": "dropped",
 }
+"""The uses of source tensors -> their words in the table, in its order."""
 
 
 def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """Lists the rows of the table of uses, with a total."""
     for use, words in USES.items():
         shares = [share for share in plan.coverage if share.use == use]
         if shares:
@@ -123,6 +130,6 @@ def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
-    """As JSON values, without what is usual."""
-    usual = asdict(Layout(0))
-    return {key: value for key, value in asdict(layout).items() if value != usual[key]}
+    """Describes a layout as JSON values, without defaults."""
+    defaults = asdict(Layout(0))
+    return {key: value for key, value in asdict(layout).items() if value != defaults[key]}

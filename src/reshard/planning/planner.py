@@ -1,4 +1,4 @@
-"""Stage 3: Source + Layout -> Plan, proven to tile every target file and to cover the source. Opens no file."""
+"""Stage 3: Source + Layout -> Plan, proven to write every target byte once and to use every kept source tensor."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +22,8 @@ from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Form, Layout
 
 
 def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
-    """The plan of a conversion; of the files of some `ranks`, and of the tensors that fit the patterns `only`.
+    """Makes the plan of a conversion. `ranks` limits it to the files of some ranks, `only` to the tensors whose
+    original names match a shell pattern.
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
@@ -61,7 +62,7 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
 
 
 def checked_kinds(source: Source, layout: Layout) -> list[Kind]:
-    """All that is kept, by rule, dtype and shape. Raises Refused for weights and scales that are not as they should be."""
+    """Groups the kept weights by rule, dtype and shape. Raises Refused if weights, block scales and config disagree."""
     checkpoint, recipe, matched = source.checkpoint, source.recipe, source.matched
     if layout.keep_optional or layout.to == WHOLE:
         require_none(optional_problems(checkpoint, recipe, matched))
@@ -72,7 +73,7 @@ def checked_kinds(source: Source, layout: Layout) -> list[Kind]:
 
 
 def kept_kinds(matched: Matched, source: Source, layout: Layout) -> list[Kind]:
-    """All that is kept. Raises Refused if that is nothing."""
+    """Groups the kept weights. Raises Refused if no tensor is kept."""
     kinds = kinds_of(matched, source.recipe, layout)
     if not kinds:
         found, expected = "every tensor is dropped", "at least one to convert"
@@ -83,7 +84,7 @@ def kept_kinds(matched: Matched, source: Source, layout: Layout) -> list[Kind]:
 def outcome_problems(
     outcomes: Sequence[Outcome], casts: Sequence[Cast], terms: Terms, matched: Matched
 ) -> Iterator[Problem]:
-    """A cast that changes nothing; and all that the number of ranks does not suit."""
+    """Reports a cast that changes nothing, and every tensor that cannot be cut for the number of ranks."""
     layout = terms.layout
     if layout.cast and not casts:
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
@@ -102,8 +103,8 @@ def arrange(
     matched: Matched,
     forms: Sequence[Form],
 ) -> tuple[list[Series], Pieces, Sequence[Form]]:
-    """The tensors of the target, cut for the ranks or assigned to whole files; and the files that these once were, if
-    they can come back.
+    """Cuts the tensors for the ranks, or assigns them to files in the original layout. Returns the series, the pieces
+    in file order, and the original files to restore; none if they cannot be restored.
     """
     layout = terms.layout
     if layout.to != WHOLE:
@@ -119,7 +120,7 @@ def arrange(
 
 
 def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
-    """The part of a plan that writes the files of some ranks. Raises Refused for ranks that the plan has not."""
+    """Keeps the files of some ranks only. Raises Refused for ranks that the plan does not have."""
     if unknown := sorted(set(ranks) - {file.rank for file in plan.files}):
         found = f"rank {unknown[0]}"
         raise refuse("unknown-rank", "--ranks", found, f"ranks from 0 to {plan.layout.ranks - 1}")
@@ -133,8 +134,8 @@ def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
 
 
 def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]) -> tuple[Checkpoint, Matched]:
-    """The tensors whose names fit a pattern, as a shell has them; with a weight goes its block scale, and with a scale
-    its weight. Counts stay those of the whole. Raises Refused for each pattern that nothing fits.
+    """Keeps the tensors whose names match a shell pattern. A weight and its block scale are kept together. The counts
+    of members do not change. Raises Refused with each pattern that matches no tensor.
     """
     used: set[str] = set()
     units = set()
@@ -159,6 +160,7 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
 
 
 def chosen_of(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
+    """Keeps the tensors of a family whose rule and numbers are among `units`."""
     chosen = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
     return family._replace(
         tensors=[family.tensors[place] for place in chosen],

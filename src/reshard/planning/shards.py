@@ -1,7 +1,7 @@
-"""How a tensor is cut into the parts that the ranks hold. Arithmetic on shapes only.
+"""Cuts tensors into the shards of the ranks, and checks that shapes allow the cut. Arithmetic on shapes only.
 
-A tensor is cut along one dimension. Seen as bytes it is `rows` rows of `pitch` bytes, of which a rank gets a run of
-`run` bytes each, from byte `rank // repeat * run` of the row on:
+A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` bytes. Of each row, a rank gets a run of
+`run` bytes that begins at byte `rank // repeat * run` of the row:
 
     rows, 4 ranks          columns, 4 ranks        replicate, 4 ranks     block scale of 2 rows, 4 ranks
     rows 1                 rows = length           rows 1                 rows 1
@@ -32,31 +32,37 @@ from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Split, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a tensor that each rank holds, in bytes, and its shape in elements."""
+    """The part of a tensor that each rank gets, as drawn above."""
 
     rows: int
+    """Number of rows."""
     pitch: int
+    """Size of a row of the whole tensor, in bytes."""
     run: int
+    """Bytes of each row that one rank gets."""
     repeat: int
+    """Number of consecutive ranks that get the same part."""
     shape: tuple[int, ...]
+    """Shape of one part, in elements."""
 
 
 class Limit(NamedTuple):
-    """What a number of ranks must suit: a length that it must divide, cut only where blocks and bytes allow it."""
+    """A condition on the number of ranks: it must divide a length so that no block, byte or head is cut."""
 
     length: int
+    """Of the cut dimension, in elements; or a number of members or heads."""
     block: int = 1
-    """Of its scale, in elements; 1 without one."""
+    """Elements of the length that share one block scale; 1 without scales."""
     bits: int = 0
-    """Of one row that is cut: elements can be smaller than a byte, a part must be whole bytes."""
+    """Size of one row that is cut, in bits: an element can be smaller than a byte, a part must be whole bytes."""
     units: int = 0
-    """How many heads there are, where the length is that of heads."""
+    """Number of heads in the length; 0 if it does not count heads."""
     is_half: bool = False
-    """Whether it is one of two halves, of each of which a rank has a part: two parts inside one block of the rank's
-    would have two scales."""
+    """Whether the length is one of two packed halves. A rank gets a part of each half: two parts inside one block would
+    need two scales."""
 
     def allows(self, ranks: int) -> bool:
-        """A part must be whole blocks, or lie inside one block, or be the whole length; or whole heads."""
+        """Whether each rank's part is whole blocks, lies inside one block, or is the whole length; heads stay whole."""
         parts = parts_for(ranks, self.units)
         if parts == 1:
             return True
@@ -67,12 +73,14 @@ class Limit(NamedTuple):
 
 
 def whole(tensor: Tensor, ranks: int) -> Cut:
-    """Every rank that holds the tensor holds all of it."""
+    """Cuts nothing: every rank gets the whole tensor."""
     return Cut(1, tensor.size, tensor.size, ranks, tensor.shape)
 
 
 def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
-    """`parts` equal parts along a dimension, `repeat` ranks in a row on each. The length must be divisible."""
+    """Cuts a tensor into `parts` equal parts along a dimension; `repeat` consecutive ranks get the same part. The
+    length must be divisible by `parts`.
+    """
     shape = list(tensor.shape)
     shape[dimension] //= parts
     rows = prod(tensor.shape[:dimension])
@@ -81,14 +89,14 @@ def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
 
 
 def packed(tensor: Tensor, parts: int) -> Cut:
-    """Of each half of the rows one part, one behind the other."""
+    """Cuts each half of the rows into `parts` parts; a rank gets one part of each half, stacked."""
     shape = (tensor.shape[0] // parts, *tensor.shape[1:])
     half = tensor.size // HALVES
     return Cut(HALVES, half, half // parts, 1, shape)
 
 
 def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
-    """The cut of an ordinary tensor into parts; `weight_problems` must have found nothing."""
+    """Cuts a tensor that is no block scale. It must have been checked before that the split suits its shape."""
     dimension = split.dimension
     if dimension is None or parts == 1:
         return whole(tensor, ranks)
@@ -96,7 +104,10 @@ def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
 
 
 def limit_of(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 0) -> Limit | None:
-    """What the cut of a tensor asks of the number of ranks. `block` is that of its scale, (1, 1) without one."""
+    """Finds the condition that the cut of a tensor sets for the number of ranks; None if it is not cut.
+
+    `block` is the block of its scale, in elements; (1, 1) without a scale.
+    """
     dimension = split.dimension
     if dimension is None or len(tensor.shape) <= dimension:
         return None
@@ -110,11 +121,11 @@ def limit_of(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 
 
 
 def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: int, block: int) -> Cut:
-    """The cut of a block scale, from that of its weight into parts.
+    """Cuts a block scale to match its weight, which is cut into `parts` parts. `block` is in elements.
 
-    A rank's part of the weight is either whole blocks, and the scale is cut alike, or lies inside one block, and the
-    block's scale goes to each of the ranks that share it. Source: `inference/model.py` of DeepSeek-V3 allocates scales
-    from the local shape and the kernels index them from the local origin, so nothing else can be expressed.
+    If a rank's part of the weight is whole blocks, the scale is cut in the same way. If the part lies inside one block,
+    each rank that shares the block gets its scale. Source: `inference/model.py` of DeepSeek-V3 allocates scales from
+    the local shape and the kernels index them from the local origin, so no other cut is possible.
     """
     dimension = split.dimension
     if dimension is None or parts == 1:
@@ -128,7 +139,9 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: i
 def weight_problems(
     tensor: Tensor, split: Split, parts: int, block: tuple[int, int], units: int = 0
 ) -> Iterator[Problem]:
-    """Why a tensor cannot be cut into so many parts. `block` is that of its scale, (1, 1) without one."""
+    """Checks that a tensor can be cut into `parts` parts. `block` is the block of its scale, in elements; (1, 1)
+    without a scale.
+    """
     dimension = split.dimension
     if dimension is None:
         return
@@ -154,7 +167,7 @@ def weight_problems(
 
 
 def working_ranks(limits: Iterable[Limit]) -> str:
-    """`1, 2, 4, 8, 16`: the numbers of ranks that suit every limit, as text; at least 1 does."""
+    """Lists the numbers of ranks that every limit allows, as text: `1, 2, 4, 8, 16`. 1 is always among them."""
     distinct = set(limits)
     most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length and not limit.units)])
     return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)
@@ -166,7 +179,7 @@ HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they d
 def ranks_problems(
     config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
 ) -> Iterator[Problem]:
-    """Everything that the number of ranks does not suit, with the numbers that suit all."""
+    """Reports every tensor and count that the number of ranks does not suit, with the numbers of ranks that work."""
     limits = set()
     problems = []
     helps = not layout.pad and not any(halves_grow(outcome.kind, recipe, layout, config) for outcome in outcomes)
@@ -184,7 +197,7 @@ def ranks_problems(
             continue
         limit = limit_of(weight, split, outcome.block, units)
         grows = split.is_padded or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
-        # What is raised to suit these ranks says nothing of other numbers of them.
+        # A length that was padded for this number of ranks says nothing about other numbers.
         if limit and not grows:
             limits.add(limit)
         parts = parts_for(layout.ranks, units)
@@ -195,7 +208,7 @@ def ranks_problems(
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
                 problems.extend(weight_problems(tensor, split, parts, outcome.block, units))
-    # A tensor of too few dimensions suits no number of ranks.
+    # A tensor with too few dimensions cannot be cut for any number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
     remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
     if remedy and helps:
@@ -204,17 +217,19 @@ def ranks_problems(
 
 
 def unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
-    """Heads that no config tells the number of: another number of ranks does not help."""
+    """Explains that the config lacks the number of heads. Another number of ranks would not help."""
     key = rule.split.heads_key
     remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
     return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
 
 
 def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
-    """What the ranks must divide besides dimensions: the members dealt to them, and config values such as heads."""
-    for letter in sorted({rule.split.placeholder for rule in recipe.rules} - {""}):
-        if matched.counts[letter]:
-            yield recipe.placeholders[letter].counts, matched.counts[letter]
+    """Lists the counts, besides dimensions, that the ranks must divide: members assigned to ranks, such as experts, and
+    config values, such as heads. Yields the name and the count.
+    """
+    for name in sorted({rule.split.placeholder for rule in recipe.rules} - {""}):
+        if matched.counts[name]:
+            yield recipe.placeholders[name].counts, matched.counts[name]
     for key in recipe.ranks_divide:
         value = config_value(key, config)
         if type(value) is int and value > 0:
@@ -222,28 +237,32 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
 
 
 MOST_FILES = 1 << 32
-"""Of whole tensors: whichever file holds one holds all of it."""
+"""The `repeat` of whole tensors in the original layout: more than any number of files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Tensors of the target that are alike and cut alike, in columns of equal length."""
+    """Target tensors of one rule, dtype and shape that are cut in the same way. The columns have equal lengths."""
 
     number: int
-    """Of their rule."""
+    """Index of their rule."""
     names: Sequence[str]
+    """Names in the target."""
     tensors: Sequence[Tensor]
-    """Of the source, or results of casts."""
+    """The inputs: source tensors, or results of joins and casts."""
     cut: Cut
     ranks: Integers | None
-    """The one rank that holds each; None if every rank holds its part of each."""
+    """The rank that each tensor is assigned to, int64 of shape [tensors]; None if every rank gets its part of each."""
     least: int
+    """Number of ranks that use the least used part of a tensor."""
     most: int
-    """By how many ranks the part of a tensor that is used least, and most, is used."""
+    """Number of ranks that use the most used part of a tensor."""
 
 
 def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
-    """The weights of a kind, and their scales, cut for the ranks; nothing may stand against it any more."""
+    """Cuts the weights of a group, and their block scales, for the ranks. It must have been checked before that the
+    number of ranks suits them.
+    """
     kind, layout = outcome.kind, terms.layout
     split, number = kind.rule.split, kind.number
     weight, ranks = outcome.weights[0], None
@@ -266,15 +285,17 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
 
 
 def dealt(kind: Kind, terms: Terms, counts: Mapping[str, int]) -> Integers:
-    """The one rank that gets each weight. Members are dealt in runs: experts 0-15 go to rank 0."""
-    letter = kind.rule.split.placeholder
-    place = slots_of(kind.rule, terms.recipe).index(letter)
-    members = counts[letter] // terms.layout.ranks
+    """Assigns each weight to one rank, by the number of its expert: experts 0-15 to rank 0, 16-31 to rank 1. Returns
+    int64 of shape [weights].
+    """
+    name = kind.rule.split.placeholder
+    place = slots_of(kind.rule, terms.recipe).index(name)
+    members = counts[name] // terms.layout.ranks
     return np.array([int(numbers[place]) for numbers in kind.numbers], np.int64) // members
 
 
 def whole_series(outcome: Outcome) -> Iterator[Series]:
-    """The weights and scales of a kind, each tensor in one piece, for a target in the layout of the source."""
+    """Keeps the weights and scales of a group whole, for a target in the original layout."""
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:

@@ -1,4 +1,4 @@
-"""What becomes of each weight: kept, relabelled, cast or padded."""
+"""Decides how each weight group is converted: kept, relabelled as FP4, cast or padded; and makes the casts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,34 +16,40 @@ from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A kind as the target has it: its weights, and their scales if they still have any."""
+    """A weight group after casts and padding: the whole tensors that the target is cut from."""
 
     kind: Kind
+    """The group in the source."""
     weights: Sequence[Tensor]
+    """Source tensors, or results of casts."""
     scales: Sequence[Tensor]
+    """One for each weight; empty if the target has no block scales."""
     scale_names: Sequence[str]
+    """Names of the scales in the target."""
     block: tuple[int, int]
-    """Of the scales, in elements; (1, 1) without any."""
+    """Rows and columns, in elements, that share one scale; (1, 1) without scales."""
     heads: int | None = 0
-    """Number of heads that the split counts: 0 if it counts none, None if the config does not tell."""
+    """Number of heads that the split counts: 0 if it counts none, None if the config lacks the number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What decides what becomes of a kind."""
+    """The facts that decide how weight groups are converted."""
 
     recipe: Recipe
     layout: Layout
     padded: Mapping[str, Any] | None
-    """The config with the keys raised that are padded; None if nothing is."""
+    """The config with raised values; None without padding."""
     files: int
-    """How many the source has: casts are numbered from there."""
+    """Number of files and joins of the source: casts are numbered from here on."""
     config: Mapping[str, Any]
-    """With what padding has raised; empty without one."""
+    """The config, with raised values if padded; empty without a config."""
 
 
 def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
-    """What becomes of a kind; appends the casts that it takes."""
+    """Casts and pads a weight group, as the layout asks. Appends the needed casts. Raises Refused if a dimension in the
+    middle would have to be padded.
+    """
     outcome = replace(transformed(kind, terms, casts), heads=units_of(kind.rule, terms.config))
     shape = padded_shape(kind.rule, outcome.weights[0], terms)
     if shape == outcome.weights[0].shape:
@@ -55,6 +61,7 @@ def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
 
 
 def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
     if scaling is None or scaling.stays:
         block = scaling.block if scaling and kind.scales else (1, 1)
@@ -82,7 +89,10 @@ def computed(
     *,
     is_scale: bool = False,
 ) -> list[Tensor]:
-    """The results of one operation on many tensors, each the work of a cast."""
+    """Adds a cast for each pair of weight and scale, all with one operation; returns their results.
+
+    `blocks` are the old and the new block, in elements; `result` is the dtype and shape of each result.
+    """
     dtype, shape = result
     size, first = prod(shape) * BITS[dtype] // 8, terms.files + len(casts)
     names = [(scale if is_scale and scale else weight).name for weight, scale in inputs]
@@ -95,6 +105,7 @@ def computed(
 
 
 def dequantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Dequantizes a weight group to BF16, without scales."""
     inputs = list(zip(kind.weights, kind.scales, strict=True))
     shape = logical_shape(kind.weights[0], scaling)
     weights = computed("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
@@ -102,6 +113,7 @@ def dequantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]
 
 
 def cast_to_fp8(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Casts packed FP4 weights to FP8, with E8M0 scales of the FP8 block."""
     inputs, blocks = list(zip(kind.weights, kind.scales, strict=True)), (scaling.block, scaling.fp8_block)
     shape = logical_shape(kind.weights[0], scaling)
     weights = computed("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
@@ -111,6 +123,7 @@ def cast_to_fp8(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]
 
 
 def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Quantizes BF16 weights to FP8, with F32 scales. The scales get the names that the recipe gives them."""
     inputs: list[tuple[Tensor, Tensor | None]] = [(weight, None) for weight in kind.weights]
     shape, power = kind.weights[0].shape, "-ue8m0" if terms.layout.cast == "fp8-ue8m0" else ""
     blocks = scaling.block, scaling.block
@@ -128,7 +141,7 @@ def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) 
 
 
 def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
-    """The shape of a weight with its padding: by the raised config, or whole rows for each rank."""
+    """Finds the shape of a weight after padding, in elements: by the raised config, or equal rows for each rank."""
     shape = weight.shape
     if terms.padded and rule.shape and rule.relation != "drop":
         raised = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
@@ -140,7 +153,7 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
 
 
 def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
-    """With zeros behind the last rows and columns of the weights, and ones behind those of their scales."""
+    """Pads weights to `shape`, in elements, with zeros behind the last rows and columns; their scales with ones."""
     weights = [*pad(outcome.weights, shape, terms, casts)]
     scales = [*pad(outcome.scales, scale_shape(shape, outcome.block), terms, casts, is_scale=True)]
     return replace(outcome, weights=weights, scales=scales)
@@ -149,7 +162,8 @@ def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[C
 def pad(
     tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
 ) -> Iterator[Tensor]:
-    """The tensors, each the result of a cast that pads it; the result of another cast has its own cast pad it."""
+    """Pads tensors to `shape`, in elements. Adds a cast for each tensor; for the result of a cast, changes that cast.
+    """
     for tensor in tensors:
         size = prod(shape) * BITS[tensor.dtype] // 8
         place = tensor.file - terms.files
@@ -163,20 +177,22 @@ def pad(
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """A tensor as bytes hold it: two values of F4 are one of I8."""
+    """Relabels F4 as I8, two values in a byte, so that padding works on whole bytes."""
     if tensor.dtype != "F4":
         return tensor
     return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
 
 
 MOST = 64
-"""No value is raised to more than so many times what it was."""
+"""Padding raises no config value to more than MOST times its value."""
 
 
 def padded_config(
     config: Mapping[str, Any] | None, kinds: Sequence[Kind], recipe: Recipe, layout: Layout
 ) -> Mapping[str, Any]:
-    """The config, each key that the recipe allows raised to the least value that suits the ranks. Raises Refused."""
+    """Raises each config key that the recipe allows to the least value that suits the ranks. Raises Refused without a
+    config, or if no value suits.
+    """
     if config is None:
         raise refuse("no-config", "--pad", "no config.json", "one: padding raises its values", "copy it to the source")
     raised = dict(config)
@@ -197,7 +213,9 @@ def padded_config(
 
 
 def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Whether, by a config, each rank's part of each of the lengths is whole blocks."""
+    """Whether each rank gets whole blocks of each length. `lengths` are formulas over the config, each with its block
+    in elements.
+    """
     sizes = [(shape_of(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
     return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
 
@@ -205,7 +223,7 @@ def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, co
 def cut_lengths(
     kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
 ) -> set[tuple[str, int]]:
-    """The formulas of the lengths that are cut and depend on a key of the config, each with its block."""
+    """Finds the formulas of the lengths that are cut and depend on a config key, each with its block in elements."""
     found = set()
     for kind in kinds:
         dimension = kind.rule.split.dimension
@@ -220,12 +238,12 @@ def cut_lengths(
 
 
 def is_paddable(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Whether what a kind is cut along can be raised."""
+    """Whether padding can raise the length along which a weight group is cut."""
     return any(cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)
 
 
 def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
-    """Rows behind the last of two halves would become rows of the second."""
+    """Reports packed tensors that padding would change: rows added at the end would all belong to the second half."""
     for outcome in outcomes:
         before, after = outcome.kind.weights[0].shape[:1], outcome.weights[0].shape[:1]
         if outcome.kind.rule.split.is_packed and before != after:
@@ -236,5 +254,5 @@ def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
 
 
 def halves_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Whether padding would put rows behind the second of two halves."""
+    """Whether padding would add rows to a packed tensor, all of them to its second half."""
     return kind.rule.split.is_packed and is_paddable(kind, recipe, layout, config)

@@ -1,4 +1,4 @@
-"""Numbered families are complete: the layers, the experts, and every tensor that a rule expects of each."""
+"""Checks that a checkpoint is complete: no gap in the layers and experts, and every tensor that a rule expects."""
 
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from reshard.text import numbers_text
 from reshard.types import Checkpoint, Placeholder, Recipe, Rule
 
 MAYBE = "maybe"
+"""The condition of a rule whose tensors may be missing."""
 
 OTHER_MODEL = "is a file missing, or the config another model's?"
 
@@ -20,11 +21,11 @@ Members = Mapping[str, set[int]]
 """The numbers that fill each placeholder."""
 
 Present = Mapping[int, set[tuple[str, ...]]]
-"""By rule: the numbers of each tensor that is there, block scales apart."""
+"""For each rule, by its index: the numbers of every tensor in the checkpoint, block scales excluded."""
 
 
 def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
-    """The numbers that fill each placeholder; those of a placeholder within another are members of that one too."""
+    """Collects the numbers that fill each placeholder. Members of a placeholder within another count for both."""
     members: dict[str, set[int]] = {name: set() for name in recipe.placeholders}
     for number, tuples in present.items():
         for place, slot in enumerate(slots_of(recipe.rules[number], recipe)):
@@ -37,7 +38,7 @@ def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
 
 
 def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
-    """Gaps, and counts on which names, config and shapes do not agree."""
+    """Reports gaps in the numbers, and counts on which names, config and shapes disagree."""
     for place in recipe.placeholders.values():
         if place.within:
             yield from overlap_problems(place, recipe, members)
@@ -56,6 +57,7 @@ def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> I
 
 
 def gap_problems(place: Placeholder, numbers: set[int], first: int) -> Iterator[Problem]:
+    """Reports numbers that are not `first` to the last without a gap."""
     last = max(numbers, default=-1)
     # A single stray number can be a billion: name the gap's ends, never its members.
     if numbers and (len(numbers) != last - first + 1 or min(numbers) != first):
@@ -65,6 +67,7 @@ def gap_problems(place: Placeholder, numbers: set[int], first: int) -> Iterator[
 
 
 def overlap_problems(place: Placeholder, recipe: Recipe, members: Members) -> Iterator[Problem]:
+    """Reports numbers that are members of two placeholders within the same one."""
     for other in recipe.placeholders.values():
         both = members[place.name] & members[other.name]
         if other.within == place.within and other.name > place.name and both:
@@ -73,6 +76,7 @@ def overlap_problems(place: Placeholder, recipe: Recipe, members: Members) -> It
 
 
 def count_problems(place: Placeholder, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """Reports a number of members that differs from the config's."""
     wanted = config_value(place.size, config)
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
@@ -81,7 +85,7 @@ def count_problems(place: Placeholder, numbers: set[int], config: Mapping[str, A
 
 
 def picked_problems(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """A placeholder whose members a list of the config picks, or names, has just these."""
+    """Reports a placeholder whose members differ from the list in the config that picks or names them."""
     values, listed_ones = config_value(place.picked_by, config), config_value(place.listed, config)
     whole = members.get(place.within or place.some_of, set())
     wanted = members[place.name]
@@ -96,10 +100,10 @@ def picked_problems(place: Placeholder, members: Members, config: Mapping[str, A
 
 
 def rows_problems(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
-    """The tensor that has a row for each member has as many rows as the names have members."""
-    letters = [letter for letter in PLACEHOLDER.findall(place.rows_of) if letter in recipe.placeholders]
-    for numbers in product(*(sorted(members[letter]) for letter in letters)) if place.rows_of else ():
-        tensor = checkpoint.tensors.get(filled(place.rows_of, dict(zip(letters, numbers, strict=True))))
+    """Reports a tensor with one row for each member whose number of rows differs from the number of members."""
+    names = [name for name in PLACEHOLDER.findall(place.rows_of) if name in recipe.placeholders]
+    for numbers in product(*(sorted(members[name]) for name in names)) if place.rows_of else ():
+        tensor = checkpoint.tensors.get(filled(place.rows_of, dict(zip(names, numbers, strict=True))))
         if tensor and tensor.shape[:1] != (len(members[place.name]),):
             expected = f"{len(members[place.name])} rows, for {place.counts} {numbers_text(members[place.name])}"
             remedy = "is a file missing from the checkpoint?"
@@ -109,7 +113,9 @@ def rows_problems(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, me
 def missing_problems(
     config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present, *, keep_optional: bool
 ) -> Iterator[Problem]:
-    """Every tensor that a rule expects and the checkpoint lacks, and the rules that the config says have none."""
+    """Reports every tensor that a rule expects and the checkpoint lacks, and every rule that has tensors although its
+    condition on the config excludes them.
+    """
     for number, rule in enumerate(recipe.rules):
         tuples, wanted = present.get(number, set()), is_expected(rule, config or {}, recipe, present)
         if not wanted and tuples:
@@ -122,7 +128,7 @@ def missing_problems(
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
-    """Whether the model has the tensors of a rule. Where the config does not say, any tensor of an `if` does."""
+    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide."""
     if not rule.only or rule.only.startswith(MAYBE):
         return True
     condition, key = rule.only.split()
@@ -132,16 +138,16 @@ def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: 
 
 
 def may_lack(rule: Rule, config: Mapping[str, Any]) -> bool:
-    """Whether a model need not have the tensors of a rule: always, or where the config says so or does not tell."""
+    """Whether the tensors of a rule may be missing: always, or if the config key is true or absent."""
     word, _, key = rule.only.partition(" if ")
     return word == MAYBE and (not key or says(key, config) is not False)
 
 
 def says(key: str, config: Mapping[str, Any]) -> bool | None:
-    """Whether a config says yes to a key; None if it does not have it."""
+    """Returns whether the value of a config key is true; None if the config lacks the key."""
     table: Any = config
     for part in key.split("."):
-        # A key that is there and null says no, as `q_lora_rank` of V2-Lite does.
+        # A key whose value is null counts as false: `q_lora_rank` of V2-Lite.
         if not isinstance(table, Mapping) or part not in table:
             return None
         table = table[part]
@@ -149,6 +155,7 @@ def says(key: str, config: Mapping[str, Any]) -> bool | None:
 
 
 def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
+    """Reports each combination of numbers that a rule expects and `tuples` lacks."""
     slots = slots_of(rule, recipe)
     choices = [sorted(members[slot]) if slot in recipe.placeholders else [int(slot)] for slot in slots]
     if prod(map(len, choices)) == len(tuples):

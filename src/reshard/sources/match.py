@@ -1,4 +1,4 @@
-"""Stage 2: Checkpoint + Recipe -> Matched. Which rule covers each tensor, and that none is missing. Opens no file."""
+"""Stage 2: Checkpoint + Recipe -> Matched. Finds the rule of each tensor; refuses missing tensors. Opens no file."""
 
 import reprlib
 from collections import Counter
@@ -20,28 +20,29 @@ from reshard.types import Checkpoint, Recipe, Tensor
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
 
 NEAREST_FOR = 50
-"""For so many kinds of unknown name the nearest rule is looked for: it is slow, and beyond that nobody reads."""
+"""Number of unknown name patterns for which the nearest rule is searched: the search is slow, and nobody reads more."""
 
 LONGEST_COMPARED = 500
-"""In characters: so much of a name is compared with the rules. A hostile one has a million."""
+"""In characters. Only the beginning of a name is compared with the rules: a hostile name may have a million."""
 
 
 class Family(NamedTuple):
-    """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000, in 50 families."""
+    """The tensors of one pattern of a recipe, in lists of equal length. A model has 100,000 tensors in 50 families."""
 
     rule: int
     """Index into the rules of the recipe."""
     is_scale: bool
+    """Whether the tensors are block scales."""
     tensors: list[Tensor]
     numbers: list[tuple[str, ...]]
-    """For each tensor: what fills the placeholders of the rule's left name, in their order."""
+    """For each tensor: the numbers that fill the placeholders of the rule's left name, in their order."""
     names: list[str]
-    """For each tensor: its name on the other side; empty for what is dropped there."""
+    """For each tensor: its name on the other side of the recipe; empty if it is dropped there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Every tensor of a checkpoint under exactly one rule of a recipe."""
+    """A checkpoint whose every tensor is covered by exactly one rule of a recipe."""
 
     families: tuple[Family, ...]
     members: Mapping[str, set[int]]
@@ -49,17 +50,17 @@ class Matched:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many members each placeholder has: `{"i": 61, "e": 256}`."""
-        return {letter: len(numbers) for letter, numbers in self.members.items()}
+        """Number of members of each placeholder: `{"i": 61, "e": 256}`."""
+        return {name: len(numbers) for name, numbers in self.members.items()}
 
     @property
     def present(self) -> dict[int, set[tuple[str, ...]]]:
-        """By rule: the numbers of each tensor that is there, block scales apart."""
+        """For each rule, by its index: the numbers of every tensor in the checkpoint, block scales excluded."""
         return {family.rule: set(family.numbers) for family in self.families if not family.is_scale}
 
 
 def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False) -> Matched:
-    """Finds the one rule of each tensor. Optional tensors (MTP layers) need not be complete, unless they are kept.
+    """Finds the one rule of each tensor. Optional tensors (MTP layers) must be complete only if they are kept.
 
     Raises Refused with every tensor that no rule or more than one rule covers; else with every gap in a numbered family
     and every contradiction with the config; else with every tensor that a rule expects and the checkpoint lacks.
@@ -78,34 +79,34 @@ def match_problems(
     *,
     keep_optional: bool,
 ) -> Iterator[Problem]:
-    """The problems of the first kind that there are: each of the later kinds would only follow from the earlier."""
+    """Reports the problems of the first check that fails: problems of later checks would only follow from them."""
     families, members = matched.families, matched.members
-    kinds: tuple[Callable[[], Iterator[Problem]], ...] = (
+    checks: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: unmatched_problems(recipe, unmatched),
         lambda: clashes(families),
         lambda: hole_problems(checkpoint, recipe, members),
         lambda: missing_problems(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
     )
-    for problems in kinds:
-        found = list(islice(problems(), MOST_PROBLEMS))
+    for check in checks:
+        found = list(islice(check(), MOST_PROBLEMS))
         if found:
             yield from found
             return
 
 
 def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[int]]:
-    """The numbers that fill each placeholder of the recipe."""
+    """Collects the numbers that fill each placeholder of the recipe."""
     return hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
 
 
 def optional_problems(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
-    """The optional tensors that a checkpoint lacks, once they are to be kept; the others have been looked for."""
+    """Reports the optional tensors that a checkpoint lacks, for a layout that keeps them. `match` checks the rest."""
     if any(rule.optional for rule in recipe.rules):
         yield from missing_problems(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
-    """The families of a checkpoint; and by name the tensors with no rule or several, with the patterns that fit."""
+    """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
     names = split_names(checkpoint.tensors)
     marked, before = later_members(names, recipe)
@@ -139,9 +140,10 @@ def decided(
     marked: Mapping[str, set[str]],
     before: Mapping[str, str],
 ) -> Iterator[tuple[list[Pattern], Sequence[int]]]:
-    """The patterns that accept names of one key, with the places of the names; a rest only where nothing else does.
+    """Decides which patterns accept the names of one key; yields the patterns and the indices of their names.
 
-    Of a name's numbers mostly the layer alone decides: so each decision is made once a layer, not once an expert.
+    A pattern with `{*}` counts only where no other pattern fits. Mostly the layer number alone decides, so each
+    decision is made once for a layer, not for each expert.
     """
     checked = max((pattern.checked({*marked, *before}) for pattern in fitting), default=0)
     places: dict[tuple[str, ...], list[int]] = {}
@@ -153,7 +155,7 @@ def decided(
 
 
 def clashes(families: Sequence[Family]) -> Iterator[Problem]:
-    """Tensors that would have the same name on the other side. What is dropped has none there."""
+    """Reports tensors that would get the same name on the other side. Dropped tensors have no name there."""
     named = [family for family in families if family.names and family.names[0]]
     if len({name for family in named for name in family.names}) == sum(len(family.names) for family in named):
         return
@@ -167,6 +169,7 @@ def clashes(families: Sequence[Family]) -> Iterator[Problem]:
 
 
 def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
+    """Reports each tensor that no rule or more than one rule covers, with the rules or the nearest one."""
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
     for name in one_of_each_first(unmatched):
@@ -183,14 +186,14 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
 
 
 def way_to_rule(recipe: Recipe, row: str) -> str:
-    """What to do where a recipe knows no rule: to one's own a row is added."""
+    """Suggests how to get the missing rule: add a row to the user's own recipe; else use another recipe."""
     if Path(recipe.origin).parent != FOLDER:
         return f"add {row} to {recipe.origin}"
     return f"another --recipe, or {OWN_RECIPE}"
 
 
 def one_of_each_first(names: Iterable[str]) -> list[str]:
-    """The names, such that those that differ in their numbers only do not fill the few lines that are shown."""
+    """Sorts names so that one of each pattern comes first: names that differ only in numbers would fill the message."""
     turns: Counter[str] = Counter()
     found = []
     for name in names:
@@ -204,11 +207,11 @@ FITS = "it fits, but the config names another model"
 
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Recipe, Matched]:
-    """The recipe of a checkpoint, with the rule of each tensor: by its config's model type, else its architecture; of
-    several, or where the config says neither, by the names of the tensors.
+    """Chooses the recipe of a checkpoint and matches its tensors: by the config's model type, else its architecture. If
+    several recipes are left, or the config has neither, the tensor names decide.
 
-    Raises Refused if none fits or, by the names, more than one; and for a model that no recipe speaks of, whatever its
-    names: another model may have borrowed them.
+    Raises Refused if no recipe or more than one fits; and if the config names a model that no recipe lists, even if the
+    tensor names fit: another model may use the same names.
     """
     config = checkpoint.config or {}
     asked = asked_recipes(config, recipes)
@@ -224,25 +227,26 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Re
 
 
 def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Those that a config asks for; all if it asks for none of them."""
+    """Narrows the recipes to those that list the config's model; returns all if none does."""
     return asked_recipes(config, recipes) or recipes
 
 
 def asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Those that a config asks for, by its model type or else its architecture."""
+    """Finds the recipes that list the config's model type or, if none does, its architecture."""
     known = architectures_of(config)
     by_type = [recipe for recipe in recipes if config.get("model_type") in recipe.model_types]
     return by_type or [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
 
 
 def architectures_of(config: Mapping[str, Any]) -> list[Any]:
+    """Lists the `architectures` of a config; empty if they are no list."""
     found = config.get("architectures")
     return found if isinstance(found, list) else []
 
 
 def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
-    """The rule of each tensor, or None where a recipe does not fit."""
-    if match_names(checkpoint, recipe)[1]:  # at once: match would first look for the nearest rule of every name
+    """Matches a checkpoint; returns None if the recipe does not fit."""
+    if match_names(checkpoint, recipe)[1]:  # a quick check: `match` would first search the nearest rule of every name
         return None
     try:
         return match(checkpoint, recipe)
@@ -251,7 +255,7 @@ def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
 
 
 def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
-    """Why a recipe does not fit, in a few words; `#` is a number."""
+    """Explains in a few words why a recipe does not fit; `#` stands for a number."""
     if unknown:
         return f"it does not know {listed(dict.fromkeys(split_name(name)[0] for name in unknown))}"
     try:
@@ -262,7 +266,7 @@ def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown
 
 
 def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
-    """Names the recipe that knows most of the tensors, and what it does not know."""
+    """Makes the refusal if no recipe or several fit. It names the nearest recipe and the tensors that it lacks."""
     if fitting:
         names = listed(recipe.name for recipe in fitting)
         return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")

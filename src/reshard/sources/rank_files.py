@@ -1,4 +1,4 @@
-"""The headers of rank files -> one Checkpoint of whole tensors, under their original names."""
+"""Assembles the headers of rank files into one Checkpoint of whole tensors, under their original names."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ class Held(NamedTuple):
 
 
 Parts = tuple[tuple[Tensor, ...], ...]
-"""The parts of a tensor in their order; of each part all replicas, one from each rank that holds it."""
+"""The shards of a tensor in their order; for each shard its replicas, one from each rank that has it."""
 
 
 def gather(
@@ -48,10 +48,10 @@ def gather(
 ) -> Checkpoint:
     """Assembles the original checkpoint from the headers of all rank files, in the order of their ranks.
 
-    Its tensors come in the order of their names and numbers. `config` is that of the model. `shapes` has the original
-    shape, in elements, of each padded tensor by its name; None if nobody knows. With `replicas` "first", only the first
-    replica of a shard is used. Raises Refused with every tensor that no rule knows, that is not in the ranks that
-    should hold it, or whose shards are not alike.
+    The tensors are in the order of their names and numbers. `config` is the model's. `shapes` maps each padded tensor
+    to its original shape, in elements; None if the manifest is lost. With `replicas` "first", only the first replica of
+    a shard is used. Raises Refused with every tensor that no rule covers, that is not in the expected ranks, or whose
+    shards differ in dtype or shape.
     """
     ranks = len(stored.files)
     held, unknown = held_tensors(stored, recipe, config or {})
@@ -62,7 +62,7 @@ def gather(
     for name in sorted(held, key=in_order):
         found = held[name]
         problems.extend(torn_problems(found))
-        if found.member >= 0 and name not in (shapes or {}):  # most of all tensors: experts lie in one piece
+        if found.member >= 0 and name not in (shapes or {}):  # the fast path: an expert is whole in one rank
             (tensor,) = found.by_rank.values()
             tensors[name] = unpacked(tensor._replace(name=name), found)
             continue
@@ -76,7 +76,7 @@ def gather(
 
 
 def in_order(name: str) -> tuple[Any, ...]:
-    """The sort key of a name by its numbers: layer 2 comes before layer 10."""
+    """Makes a sort key of a name that compares numbers as numbers: layer 2 comes before layer 10."""
     key, numbers = split_name(name)
     pieces = key.split("#")
     return tuple((piece, int(number)) for piece, number in zip(pieces, (*numbers, "0"), strict=False))
@@ -113,19 +113,19 @@ def held_tensors(stored: Stored, recipe: Recipe, config: Mapping[str, Any]) -> t
 
 
 def none_held(pattern: Pattern, recipe: Recipe, config: Mapping[str, Any]) -> tuple[Held, int | None]:
-    """The facts that all tensors of a pattern share; and the place of the expert's number among their numbers, where
-    whole experts are assigned to ranks.
+    """Collects the facts that all tensors of a pattern share. Also returns the index of the expert's number among their
+    numbers, where whole experts are assigned to ranks; else None.
     """
     rule = recipe.rules[pattern.rule]
-    letter = rule.split.placeholder
+    name = rule.split.placeholder
     scaling = recipe.scales.get(scale_letter(rule, recipe))
     heads = units_of(rule, config)
-    return Held("", rule, scaling, pattern.is_scale, -1, heads, {}), pattern.slots.index(letter) if letter else None
+    return Held("", rule, scaling, pattern.is_scale, -1, heads, {}), pattern.slots.index(name) if name else None
 
 
 def turned_around(recipe: Recipe) -> Recipe:
-    """The recipe with its sides exchanged. A dequantized weight comes back under the name of the weight."""
-    scales = {letter: replace(scale, left=scale.right, right=scale.left) for letter, scale in recipe.scales.items()}
+    """Exchanges the sides of a recipe. A dequantized weight gets the name of the weight."""
+    scales = {name: replace(scale, left=scale.right, right=scale.left) for name, scale in recipe.scales.items()}
     names = {as_weight(rule.left, recipe): as_weight(rule.right, recipe) for rule in recipe.rules}
     placeholders = {
         name: replace(place, marker=names.get(as_weight(place.marker, recipe), place.marker))
@@ -136,18 +136,20 @@ def turned_around(recipe: Recipe) -> Recipe:
 
 
 def turned(rule: Rule, recipe: Recipe) -> Rule:
+    """Exchanges the sides of a rule."""
     left = as_weight(rule.left, recipe) if rule.relation == "dequantize" else rule.left
     return replace(rule, left=rule.right, right=left)
 
 
 def as_weight(name: str, recipe: Recipe) -> str:
-    """A rule's name as that of its weight."""
-    for letter in recipe.scales:
-        name = name.replace(f"{{{letter}}}", WEIGHT)
+    """Replaces the scale placeholder in a rule's name with `weight`."""
+    for placeholder in recipe.scales:
+        name = name.replace(f"{{{placeholder}}}", WEIGHT)
     return name
 
 
 def no_rule(subject: str, lefts: Sequence[str], recipe: Recipe) -> Problem:
+    """Explains why a tensor has not exactly one rule; `lefts` are the left names of the rules that fit."""
     if lefts:
         found = " and ".join(map(repr, lefts))
         return Problem("two-rules", subject, found, "one rule", f"correct the recipe {recipe.origin}")
@@ -156,16 +158,16 @@ def no_rule(subject: str, lefts: Sequence[str], recipe: Recipe) -> Problem:
 
 
 def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:
-    """Checks that each tensor is in the ranks that should hold it, with one dtype and shape in all of them."""
-    dealt: dict[str, set[int]] = {}
+    """Checks that each tensor is in the expected ranks, with one dtype and shape in all of them."""
+    assigned: dict[str, set[int]] = {}
     for found in held:
-        dealt.setdefault(found.rule.split.placeholder, set()).add(found.member)
+        assigned.setdefault(found.rule.split.placeholder, set()).add(found.member)
     for found in held:
         here = sorted(found.by_rank)
-        members = len(dealt[found.rule.split.placeholder])
+        members = len(assigned[found.rule.split.placeholder])
         if found.member >= 0:
-            # Where the numbers have a gap, it is found later, and is all that is said.
-            is_known = max(dealt[found.rule.split.placeholder]) == members - 1 and members % ranks == 0
+            # A gap in the numbers is reported later, and alone.
+            is_known = max(assigned[found.rule.split.placeholder]) == members - 1 and members % ranks == 0
             wanted = [found.member * ranks // members] if is_known else here[:1]
         else:
             wanted = list(range(ranks))
@@ -179,12 +181,12 @@ def holder_problems(held: Collection[Held], ranks: int) -> Iterator[Problem]:
 
 
 def weight_name(found: Held) -> str:
-    """The name of the weight that a block scale belongs to; empty for other tensors."""
+    """Names the weight that a block scale belongs to; empty for other tensors."""
     return f"{found.name.removesuffix(found.scaling.left)}{WEIGHT}" if found.is_scale and found.scaling else ""
 
 
 def parts_of(found: Held, weight: Held | None, ranks: int, *, replicas: str) -> Parts:
-    """The parts of a tensor with their replicas: ranks that follow each other hold the same part."""
+    """Splits the shards of all ranks into parts. Consecutive ranks with the same part are its replicas."""
     copies = [found.by_rank[rank] for rank in sorted(found.by_rank)]
     dimension, units = found.rule.split.dimension, found.heads
     if dimension is None or (found.is_scale and len(copies[0].shape) <= dimension):
@@ -200,12 +202,12 @@ def parts_of(found: Held, weight: Held | None, ranks: int, *, replicas: str) -> 
 
 
 def block_of(scaling: BlockScale, weight: Tensor) -> tuple[int, int]:
-    """The block of a weight's scale, in elements: packed FP4 that was cast to FP8 has the block of FP8."""
+    """Finds the block of a weight's scale, in elements: packed FP4 that was cast to FP8 has the block of FP8."""
     return scaling.fp8_block if scaling.packed and weight.dtype == "F8_E4M3" else scaling.block
 
 
 def shape_of(found: Held, parts: Parts) -> Shape:
-    """The shape of all parts together, padding included, in elements."""
+    """Joins the shapes of all parts, padding included, in elements."""
     shape, dimension = list(parts[0][0].shape), found.rule.split.dimension
     if dimension is not None and len(parts) > 1 and len(shape) > dimension:
         shape[dimension] *= len(parts)
@@ -213,7 +215,7 @@ def shape_of(found: Held, parts: Parts) -> Shape:
 
 
 def torn_problems(found: Held) -> Iterator[Problem]:
-    """Checks that no value is torn: FP4 rows are whole bytes, and packed rows are two equal halves."""
+    """Checks that no value is cut apart: FP4 rows are whole bytes, and packed rows are two equal halves."""
     for tensor in found.by_rank.values():
         if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape and tensor.shape[-1] % 2:
             yield Problem("wrong-shape", found.name, f"F4 {list(tensor.shape)}", "whole bytes in each row", AGAIN)
@@ -222,7 +224,9 @@ def torn_problems(found: Held) -> Iterator[Problem]:
 
 
 def shape_problems(found: Held, shape: Shape, together: Shape, *, knows: bool) -> Iterator[Problem]:
-    """Reasons why the parts do not make up a tensor of a shape; `knows` says whether its original shape is known."""
+    """Checks that the parts make up a tensor of `shape`. `together` is the shape of all parts, both in elements;
+    `knows` says whether the original shape is known.
+    """
     dimension, units = found.rule.split.dimension, found.heads
     if units is None:
         key = found.rule.split.heads_key
@@ -237,7 +241,7 @@ def shape_problems(found: Held, shape: Shape, together: Shape, *, knows: bool) -
         text, expected = f"{together[0]:,} rows, padding included", "a manifest that says how many there were"
         remedy = "convert the model itself: only the manifest of reshard says it"
         yield Problem("unknown-padding", found.name, text, expected, remedy)
-    # Padding lies behind the last part of what is cut, and nowhere else.
+    # Padding is at the end of the cut dimension, and nowhere else.
     alike = len(shape) == len(together) and all(
         a == b or (place == dimension and a < b) for place, (a, b) in enumerate(zip(shape, together, strict=True))
     )
@@ -248,7 +252,7 @@ def shape_problems(found: Held, shape: Shape, together: Shape, *, knows: bool) -
 
 
 def whole_of(found: Held, parts: Parts, shape: Shape, together: Shape, files: int, joins: list[Join]) -> Tensor:
-    """The whole tensor. Appends a join if it lies in several parts; joins are numbered behind the files."""
+    """Assembles the whole tensor. Appends a join if it has several parts; joins are numbered behind the files."""
     first, dimension = parts[0][0]._replace(name=found.name), found.rule.split.dimension
     size = prod(shape) * first.size // max(prod(first.shape), 1)
     if not size or (len(parts) == len(parts[0]) == 1 and shape == together):
@@ -263,28 +267,35 @@ def whole_of(found: Held, parts: Parts, shape: Shape, together: Shape, files: in
 
 
 def unpacked(tensor: Tensor, found: Held) -> Tensor:
-    """The tensor as Hugging Face has it: FP4 as I8, two values in a byte."""
+    """Gives FP4 its dtype and shape in Hugging Face files: I8, two values a byte. Other tensors stay unchanged."""
     if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape:
         return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
     return tensor
 
 
 def left_names(held: Iterable[Held]) -> dict[str, Tensor]:
-    """The first shard of each tensor, by its original name."""
+    """Takes the first shard of each tensor; returns original name -> shard."""
     return {found.name: found.by_rank[min(found.by_rank)] for found in held}
 
 
 class Run(NamedTuple):
-    """A byte range of one part, and its place in the byte range that was asked for. All in bytes."""
+    """A byte range of one part, and its place in the requested byte range."""
 
     part: int
+    """Index of the part."""
     begin: int
+    """In bytes from the start of the part."""
     place: int
+    """In bytes from the start of the requested range."""
     size: int
+    """In bytes."""
 
 
 def runs_of(sizes: Sequence[int], offset: int, size: int, most: int) -> Iterator[Run]:
-    """Cuts a byte range of parts that lie one behind the other into byte ranges of each, at most `most` bytes long."""
+    """Cuts a byte range of consecutive parts into byte ranges of single parts, each at most `most` bytes long.
+
+    `sizes` are the sizes of the parts; all values are in bytes.
+    """
     start = 0
     for part, length in enumerate(sizes):
         begin, end = max(offset, start), min(offset + size, start + length)

@@ -1,4 +1,4 @@
-"""Stages 1 and 2: a path -> Source: checkpoint, recipe and the rule of every tensor. From headers alone."""
+"""Stages 1 and 2: reads a path into a Source: checkpoint, recipe and the rule of every tensor. Reads headers only."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,16 +26,17 @@ AGAIN = "convert it again; or remove reshard.json, to take the rank files as the
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint that is to be converted, with everything that the later stages have to know of it."""
+    """A checkpoint to be converted, with its recipe and everything else that later stages need."""
 
     path: Path
-    """As it was given."""
+    """As the caller gave it."""
     checkpoint: Checkpoint
-    """Of rank files: their tensors put together, under their original names."""
+    """Of rank files: whole tensors, assembled from the shards, under their original names."""
     recipe: Recipe
     matched: Matched
+    """The rule of every tensor."""
     origin: Origin
-    """The checkpoint that rank files came from, as far as it is known; nothing for a checkpoint that is whole."""
+    """The original checkpoint of rank files, as far as it is known; empty for a checkpoint in its original layout."""
 
 
 def read_source(
@@ -48,8 +49,9 @@ def read_source(
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
-    The recipe is the one of that name or file, else the one that the manifest names, or that config and tensors ask
-    for. With a subset, the source holds its layers and experts only. Raises Refused.
+    `recipe` is a name or a file; None takes the recipe that the manifest names, else the one for the config and tensor
+    names. With a subset, the source has only its layers and experts. Raises Refused if a header is faulty, or if no
+    recipe or more than one fits.
     """
     folder, recipes = read_folder(path), recipes_to_try(recipe)
     names = find_rank_names(path, folder.names, recipes)
@@ -63,7 +65,7 @@ def read_source(
 def read_huggingface(
     folder: Folder, recipes: Sequence[Recipe], recipe: str | None, *, ignore_extra_files: bool
 ) -> Source:
-    """A checkpoint under its Hugging Face names."""
+    """Reads a checkpoint in the original layout. Raises Refused."""
     if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
@@ -76,10 +78,10 @@ def read_huggingface(
 
 
 def narrow_source(source: Source, subset: Subset) -> Source:
-    """The chosen layers and experts as a source of its own. Raises Refused."""
+    """Narrows a source to the chosen layers and experts. Raises Refused if the model does not have them."""
     checkpoint = narrow(source.checkpoint, source.recipe, source.matched, subset)
     if checkpoint.subset or subset.only:
-        # The files that the checkpoint once had cannot come back: some of their tensors are left out.
+        # The original files cannot be restored: some of their tensors are left out.
         source = replace(source, origin=replace(source.origin, forms=(), texts=None))
     if checkpoint is source.checkpoint:
         return source
@@ -87,7 +89,7 @@ def narrow_source(source: Source, subset: Subset) -> Source:
 
 
 def chosen_tensors_problems(folder: Folder) -> Iterator[Problem]:
-    """A conversion of chosen tensors is no source: most of the model is not there."""
+    """Reports a folder made with `--only`: most of the model is missing, so it cannot be a source."""
     if "only" in folder.subset:
         remedy = "convert what these tensors came from"
         yield Problem("incomplete-source", str(folder.path), subset_text(folder.subset), "a whole model", remedy)
@@ -96,10 +98,10 @@ def chosen_tensors_problems(folder: Folder) -> Iterator[Problem]:
 def read_rank_files(
     folder: Folder, names: RankNames, recipe: str | None, *, ignore_extra_files: bool, replicas: str
 ) -> Source:
-    """Rank files as one checkpoint.
+    """Reads rank files as one checkpoint. Raises Refused.
 
-    The recipe is the one that was asked for, or that the manifest names, or that the config asks for, or else the one
-    that fits the tensors.
+    The recipe is the requested one, else the one that the manifest names, else one for the config, else the one that
+    fits the tensors.
     """
     require_none(names.problems(ignore_extra_files=ignore_extra_files))
     stored = read_headers(folder.path, names.wanted)
@@ -118,7 +120,9 @@ def read_rank_files(
 
 
 def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
-    """The source by the only recipe that fits. Raises Refused: by the recipe that has the least against it."""
+    """Returns the source by the only recipe that fits. Raises Refused if several fit; if none fits, with the problems
+    of the recipe that has the fewest.
+    """
     found: list[Source] = []
     refusals: list[Refused] = []
     for recipe in recipes:
@@ -135,7 +139,9 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
 
 
 def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
-    """The recipe that the manifest names, else those that the config asks for."""
+    """Finds the recipe that the manifest names, else the recipes for the config. Raises Refused if the named recipe is
+    unknown.
+    """
     if not origin.recipe:
         return wanted_recipes(origin.config or {}, recipes)
     if named := [recipe for recipe in recipes if recipe.name == origin.recipe]:
@@ -145,12 +151,12 @@ def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequen
 
 
 def find_origin(folder: Folder, names: RankNames) -> Origin:
-    """The checkpoint that rank files came from: by the manifest, else by config and index beside the rank files."""
+    """Finds the facts about the original checkpoint: in the manifest, else in config and index of the folder."""
     origin, weight_map = read_origin(folder.manifest), folder.weight_map
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
-    beside = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
-    texts = {name: (folder.path / name).read_bytes() for name in beside}
+    names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
+    texts = {name: (folder.path / name).read_bytes() for name in names_here}
     return replace(
         origin,
         config=folder.config if origin.config is None else origin.config,
@@ -160,7 +166,7 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
 
 
 def forms_of_map(weight_map: Mapping[str, str]) -> tuple[Form, ...]:
-    """Files of which only the names of the tensors are known, from an index."""
+    """Makes the original files from an index, which gives only the tensor names of each file."""
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         names.setdefault(file, []).append(name)
@@ -170,7 +176,7 @@ def forms_of_map(weight_map: Mapping[str, str]) -> tuple[Form, ...]:
 
 
 def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rank files that the manifest does not describe, as far as their size and three byte ranges of each tell."""
+    """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
     entries = {entry["name"]: entry for entry in manifest.get("files", ())}
     for file in stored.files if entries else ():
         entry = entries.get(file.name)
@@ -185,7 +191,7 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
 
 
 def exchanged_files(stored: Stored) -> Iterator[Problem]:
-    """Rank files under another's name, by what they say of themselves, as those of tensor-parallel recipes do."""
+    """Reports rank files whose metadata names another rank. Files of tensor-parallel recipes have such metadata."""
     ranks = len(stored.files)
     for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
         if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
@@ -196,7 +202,9 @@ def exchanged_files(stored: Stored) -> Iterator[Problem]:
 
 
 def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
-    """The first byte range whose checksum differs, of three: the header, the one in the middle, and the last."""
+    """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
+    are equal.
+    """
     with path.open("rb", buffering=0) as file:
         for place in sorted({0, len(ranges) // 2, len(ranges) - 1}):
             checked = ranges[place]

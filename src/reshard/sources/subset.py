@@ -1,8 +1,7 @@
-"""Subsets: some layers and experts of a checkpoint as a checkpoint of its own. Pure: opens no file.
+"""Narrows a checkpoint to some layers and experts. Opens no file.
 
-Layers and experts that are kept are numbered from 0 on, so that what is left is a whole, smaller model: its tensors
-have the new numbers in their names, what has a row for each expert keeps the rows of those that are kept, and the
-config counts what is there.
+The kept layers and experts are numbered from 0 on, so that the result is a whole, smaller model: tensor names have the
+new numbers, tensors with one row for each expert keep only the rows of kept experts, and the config has the new counts.
 """
 
 import re
@@ -21,30 +20,33 @@ from reshard.text import numbers_text
 from reshard.types import Checkpoint, Join, Placeholder, Recipe, Rule, Subset, Tensor
 
 COUNTED = {"--layers": "layers", "--experts": "experts"}
-"""What each option chooses of: what the placeholder counts that numbers it."""
+"""Option -> the `counts` of the placeholder whose members it chooses."""
 
 MEMBER = {"--layers": "layer", "--experts": "expert"}
+"""Option -> the word for one member."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Some of the members of a placeholder."""
+    """The members of a placeholder that an option chooses."""
 
     option: str
+    """`--layers` or `--experts`."""
     placeholder: Placeholder
     chosen: tuple[int, ...]
+    """Their numbers, sorted."""
     members: frozenset[int]
-    """All that there are."""
+    """The numbers of all members."""
 
 
 Numbers = Mapping[str, Mapping[int, int]]
-"""By placeholder: the new number of each member that is kept. A placeholder that is not in it keeps all members."""
+"""For each placeholder: old number -> new number of each kept member. A placeholder not listed keeps all members."""
 
 
 def narrow(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, subset: Subset) -> Checkpoint:
-    """The chosen layers and experts as a checkpoint; the checkpoint itself if these are all.
+    """Narrows a checkpoint to the chosen layers and experts. Returns the checkpoint itself if all are chosen.
 
-    Raises Refused with everything that stands against the choice.
+    Raises Refused with every reason why the choice is not possible.
     """
     if subset.layers is None and subset.experts is None:
         require_none(idle_problems(subset))
@@ -69,12 +71,13 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, subset: Sub
 
 
 def idle_problems(subset: Subset) -> Iterator[Problem]:
+    """Reports `--renumber` without `--layers` or `--experts`."""
     if subset.renumber:
         yield Problem("wrong-option", "--renumber", "no choice", "--layers or --experts", "leave it out")
 
 
 def choices_of(subset: Subset, recipe: Recipe, members: Mapping[str, set[int]]) -> Iterator[Choice]:
-    """What the options choose. Raises Refused if the recipe has nothing of the kind."""
+    """Finds the placeholder of each option. Raises Refused if the recipe does not allow the choice."""
     for option, chosen in (("--layers", subset.layers), ("--experts", subset.experts)):
         if chosen is None:
             continue
@@ -91,7 +94,7 @@ def choices_of(subset: Subset, recipe: Recipe, members: Mapping[str, set[int]]) 
 
 
 def choice_problems(choices: Iterable[Choice], *, renumber: bool) -> Iterator[Problem]:
-    """Numbers that there are not, and those that would leave a gap."""
+    """Reports numbers that do not exist, an empty choice, and choices that leave a gap without `--renumber`."""
     for option, place, chosen, members in ((one.option, one.placeholder, one.chosen, one.members) for one in choices):
         if unknown := set(chosen) - members:
             found = f"{MEMBER[option]} {numbers_text(unknown)}"
@@ -105,28 +108,28 @@ def choice_problems(choices: Iterable[Choice], *, renumber: bool) -> Iterator[Pr
 
 
 def new_numbers(choices: Iterable[Choice], recipe: Recipe, members: Mapping[str, set[int]]) -> Numbers:
-    """The numbers that are kept. What follows on from layers, as MTP layers do, is kept and follows on."""
+    """Assigns the new numbers of kept members. MTP layers are always kept; their numbers follow the last kept layer."""
     found: dict[str, dict[int, int]] = {}
     for choice in choices:
         new = {old: place for place, old in enumerate(choice.chosen)}
-        for letter, placeholder in recipe.placeholders.items():
+        for name, placeholder in recipe.placeholders.items():
             if base_of(placeholder, recipe) == choice.placeholder.name:
-                found[letter] = new
+                found[name] = new
             elif placeholder.after == choice.placeholder.name:
-                later = enumerate(sorted(members[letter]), len(choice.chosen))
-                found[letter] = {old: place for place, old in later}
+                later = enumerate(sorted(members[name]), len(choice.chosen))
+                found[name] = {old: place for place, old in later}
     return found
 
 
 def base_of(place: Placeholder, recipe: Recipe) -> str:
-    """The letter of the placeholder whose members those of this one are, in the end."""
-    for _ in recipe.placeholders:  # a recipe of a stranger may lead in a circle
+    """Finds the name of the outermost placeholder that contains the members of this one."""
+    for _ in recipe.placeholders:  # an untrusted recipe may lead in a circle
         place = recipe.placeholders.get(place.within or place.some_of, place)
     return place.name
 
 
 def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
-    """What is kept of a family, under its new names and numbers; with the old names for those on the other side."""
+    """Keeps the chosen tensors of a family, with new names and numbers. `names` of the result are the old names."""
     slots = slots_of(recipe.rules[family.rule], recipe)
     places = [(place, numbers[slot]) for place, slot in enumerate(slots) if slot in numbers]
     if not places:
@@ -144,7 +147,7 @@ def kept_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:
 
 
 def renumbered(name: str, numbers: Sequence[str]) -> str:
-    """A name with other numbers: `layers.7.mlp`, (`2`,) -> `layers.2.mlp`."""
+    """Replaces the numbers in a name: `layers.7.mlp`, (`2`,) -> `layers.2.mlp`."""
     pieces = NUMBER.split(name)
     pieces[1::2] = ["." + number for number in numbers]
     return "".join(pieces)
@@ -153,8 +156,8 @@ def renumbered(name: str, numbers: Sequence[str]) -> str:
 def whole_rows(
     families: Iterable[Family], recipe: Recipe, experts: Choice | None, checkpoint: Checkpoint, problems: list[Problem]
 ) -> tuple[dict[str, Tensor], tuple[Join, ...]]:
-    """The tensors by name, in the order in which they were, those that have a row for each expert with the rows of the
-    chosen ones; and all joins.
+    """Cuts tensors with one row for each expert to the rows of the chosen experts. Returns all tensors by name, in
+    their old order, and all joins. Appends to `problems` each tensor that cannot be cut.
     """
     tensors: dict[str, Tensor] = {}
     joins = [*checkpoint.joins]
@@ -177,12 +180,12 @@ def whole_rows(
 
 
 def is_by_row(rule: Rule, size: str) -> bool:
-    """Whether the tensors of a rule have a row for each expert, `size` being the formula of how many there are."""
+    """Whether the tensors of a rule have one row for each expert; `size` is the formula for the number of experts."""
     return bool(rule.shape) and parse_shape(rule.shape)[1][:1] == [size]
 
 
 def table_problems(family: Family, rule: Rule, size: str) -> Iterator[Problem]:
-    """Tensors that depend on all experts in a way that leaving some out would break."""
+    """Reports tensors that need all experts: tables of expert numbers, or experts in a later dimension."""
     formulas = parse_shape(rule.shape)[1] if rule.shape and rule.relation != "drop" else []
     if table_of(size) in formulas:
         found, remedy = "a table that names experts by their numbers", "choose --layers without such a table"
@@ -195,7 +198,7 @@ def table_problems(family: Family, rule: Rule, size: str) -> Iterator[Problem]:
 
 
 def rows_of(tensor: Tensor, chosen: Sequence[int], checkpoint: Checkpoint, joins: list[Join]) -> Tensor:
-    """Some rows of a tensor: a stretch of it, or a new one of `joins` where they do not lie in one piece."""
+    """Takes some rows of a tensor: one byte range of it, or a new join (appended to `joins`) of several."""
     width = tensor.size // tensor.shape[0]
     shape, size = (len(chosen), *tensor.shape[1:]), len(chosen) * width
     if tensor.file < len(checkpoint.files) and chosen[-1] - chosen[0] == len(chosen) - 1:
@@ -207,7 +210,7 @@ def rows_of(tensor: Tensor, chosen: Sequence[int], checkpoint: Checkpoint, joins
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """The first of each run of numbers, and how many they are."""
+    """Finds runs of consecutive numbers: the first number and the length of each run."""
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and number == sum(found[-1]):
@@ -218,9 +221,9 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def stretches(tensor: Tensor, first: int, count: int, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, ...]]:
-    """Rows that follow one another, as parts of a join; of what is a join itself, the parts of its parts.
+    """Takes `count` consecutive rows of a tensor, as parts of a join. If the tensor is a join, cuts its parts.
 
-    Raises Refused if it is one whose parts lie side by side.
+    Raises Refused for a join of columns: its rows are not contiguous.
     """
     width, place = tensor.size // tensor.shape[0], tensor.file - len(checkpoint.files)
     parts = checkpoint.joins[place].parts if place >= 0 else ((tensor,),)
@@ -235,7 +238,7 @@ def stretches(tensor: Tensor, first: int, count: int, checkpoint: Checkpoint) ->
 
 
 def description(choices: Iterable[Choice], checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A subset as the manifest says it."""
+    """Describes a subset for the manifest, as JSON values."""
     found: dict[str, Any] = {
         choice.placeholder.counts: {"kept": list(choice.chosen), "of": len(choice.members)} for choice in choices
     }

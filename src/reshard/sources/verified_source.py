@@ -1,4 +1,4 @@
-"""The two sides of a verification: rank files and a whole checkpoint, by the recipe and subset of the manifest."""
+"""Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +18,22 @@ from reshard.types import Checkpoint, File, Recipe
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """What `verify_target` compares."""
+    """The two sides that `verify_target` compares."""
 
     folder: Path
-    """Of the rank files, or of the whole files that were cast."""
+    """The folder of the rank files, or of the cast files in the original layout."""
     whole: Checkpoint
+    """The other side: the checkpoint in the original layout."""
     recipe: Recipe
     files: Sequence[File]
-    """Of the source, as the manifest of the target should name them."""
+    """The files of the source, as the manifest of the target should name them."""
 
 
 def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> Sides:
-    """Reads the headers of the source that a target was made from. Raises Refused.
+    """Reads the headers of a target and its source. Raises Refused if the target was made with another recipe.
 
-    A checkpoint that was made of rank files is verified the other way round: whether the rank files are cut from it. So
-    the proof does not depend on how the parts were put together.
+    A checkpoint that was restored from rank files is verified in reverse: are the rank files cut from it? So the proof
+    does not depend on the code that assembled the shards.
     """
     recipes = recipes_to_try(recipe)
     if names := find_rank_names(source, file_names(source), recipes):
@@ -53,7 +54,7 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
 def read_restored_sides(
     target: Path, source: Path, names: RankNames, recipe: str | None, *, ignore_extra_files: bool
 ) -> Sides:
-    """The sides turned round: the target as the whole checkpoint, the source as the rank files."""
+    """Reads the sides in reverse: the target is the whole checkpoint, the source the rank files. Raises Refused."""
     restored = read_folder(target)
     if find_rank_names(target, restored.names, names.recipes):
         found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
@@ -66,19 +67,19 @@ def read_restored_sides(
 
 
 def find_recipe_name(target: Path) -> str:
-    """The recipe that a target was made with, by its manifest; empty if that says nothing."""
+    """Finds the recipe that a target was made with, by its manifest; empty if the manifest does not name one."""
     made_with = known_manifest(target).get("recipe")
     return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
 
 
 def wrong_recipe(target: Path, made_with: str, expected: str) -> Exception:
-    """By another recipe than the target was made with, every tensor would be found wrong."""
+    """Makes the refusal for another recipe than the target's: with it, every tensor would look wrong."""
     found, remedy = f"made by the recipe {made_with}", "pass the file or the name of that recipe with --recipe"
     return refuse("no-recipe", str(target), found, expected, remedy)
 
 
 def subset_problems(source: Path, target: Path) -> Iterator[Problem]:
-    """A target that holds a part of the rank files cannot be compared with all of them."""
+    """Reports a target whose subset is not the source's: part of a model cannot be compared with the whole."""
     if (now := subset_of(target)) != subset_of(source):
         remedy = "verify it without --source, by the checksums of its manifest"
         text = subset_text(now) or "a whole model"
