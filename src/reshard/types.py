@@ -324,8 +324,8 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """One file of the original checkpoint, by its header. It is written again as it was, if its tensors are the same."""
+class OriginalFile:
+    """One file of the original checkpoint, by its header. It is restored as it was, if its tensors are the same."""
 
     name: str
     """Of the file."""

@@ -16,11 +16,11 @@ STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Unwritten(Exception):
+class OutputFailed(Exception):
     """Standard output does not take what was printed; its cause says why."""
 
 
-class Output(FileIO):
+class CheckedOutput(FileIO):
     """Standard output. Its errors are of their own kind, for as an OSError they could be those of any file or pipe."""
 
     def write(self, data: Any, /) -> int:
@@ -28,7 +28,7 @@ class Output(FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            raise Unwritten(error.strerror) from error
+            raise OutputFailed(error.strerror) from error
 
 
 def entry() -> NoReturn:
@@ -57,7 +57,7 @@ def run_main() -> int:
             code = int(ended.code or 0)
         if code != INTERRUPTED:  # else a reader who has stopped reading could hold us, and no signal would help
             sys.stdout.flush()
-    except Unwritten as error:
+    except OutputFailed as error:
         if isinstance(error.__cause__, BrokenPipeError):
             return CLOSED_PIPE  # whoever read us has seen enough
         print_aside(f"reshard: cannot write standard output: {error}")
@@ -72,7 +72,7 @@ def prepare_streams() -> None:
     """Gives standard output its own errors, and /dev/null the place of each stream that is closed."""
     stream = sys.stdout
     if isinstance(stream, TextIOWrapper):
-        raw = Output(stream.fileno(), "w", closefd=False)
+        raw = CheckedOutput(stream.fileno(), "w", closefd=False)
         sys.stdout = TextIOWrapper(
             raw if stream.write_through else BufferedWriter(raw),
             stream.encoding,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from reshard.text import size_text
+from reshard.text import format_size
 from reshard.types import Progress
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
@@ -42,7 +42,7 @@ PLAIN_SECONDS = 1.0
 def show_progress(title: str) -> Iterator[Progress]:
     """Gives the function that shows the bytes done on standard error: as a bar on a terminal, else as plain lines."""
     if not sys.stderr.isatty():
-        yield plain_lines(title)
+        yield print_lines(title)
         return
     # Heavy, and of use on a terminal only.
     from rich.console import Console  # noqa: PLC0415
@@ -77,7 +77,7 @@ def show_progress(title: str) -> Iterator[Progress]:
         bar.stop()
 
 
-def plain_lines(title: str) -> Progress:
+def print_lines(title: str) -> Progress:
     """A line for each tenth of the bytes, and none within a second of the one before."""
     started = said_at = time.monotonic()
     said = 0
@@ -91,7 +91,7 @@ def plain_lines(title: str) -> Progress:
         if step > said and now - said_at >= PLAIN_SECONDS:
             said, said_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
-            rate = size_text(int(done / seconds))
-            print_aside(f"{title}: {done / total:.0%} of {size_text(total)}, {rate}/s, {left:.0f} s left")
+            rate = format_size(int(done / seconds))
+            print_aside(f"{title}: {done / total:.0%} of {format_size(total)}, {rate}/s, {left:.0f} s left")
 
     return show

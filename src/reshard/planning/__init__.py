@@ -1,1 +1,1 @@
-"""Stage 3: checkpoint, recipe and layout -> a plan of every byte, proven. Opens no file but by `sources`."""
+"""Stage 3: makes a proven plan of every byte from checkpoint, recipe and layout. Opens no file."""

@@ -1,4 +1,4 @@
-"""Copies: rectangles of bytes, held in columns."""
+"""Copies from source to target files: rectangles of bytes, stored as numpy columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,32 +11,40 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Rectangles of bytes, one an element of each column: `rows` runs of `run` bytes, `pitch` bytes apart in the source
-    and back to back in the target. A contiguous copy has one row. None is empty.
+    """A table of copies; the columns are int64 of shape [copies]. Each copy is a rectangle: `rows` runs of `run` bytes,
+    `pitch` bytes apart in the source and contiguous in the target. A contiguous copy has one row. No copy is empty.
     """
 
     source_file: Integers
+    """Index of the source file; joins and casts are numbered behind the files."""
     source_offset: Integers
-    """In bytes from the start of the file."""
+    """Of the first run, in bytes from the start of the file."""
     pitch: Integers
+    """Distance between the starts of two runs in the source, in bytes."""
     run: Integers
+    """Size of one run, in bytes."""
     rows: Integers
+    """Number of runs."""
     target_file: Integers
+    """Index into the files of the plan."""
     target_offset: Integers
+    """In bytes from the start of the file."""
 
     def __len__(self) -> int:
         return len(self.run)
 
     @property
     def sizes(self) -> Integers:
-        """The bytes that each moves."""
+        """Size of each copy, in bytes."""
         return self.run * self.rows
 
 
 class WrongPlan(Exception):
-    """A plan that does not tile or cover. Never the user's fault: it is ours, and the plan is not executed."""
+    """Raised for a plan that writes a target byte not exactly once, or misses a source byte. It is a bug of reshard,
+    not a mistake of the user.
+    """
 
 
-def joined(parts: Sequence[Copies]) -> Copies:
-    """One table of several."""
+def join_copies(parts: Sequence[Copies]) -> Copies:
+    """Concatenates tables of copies."""
     return Copies(*(np.concatenate([getattr(part, name) for part in parts]) for name in Copies.__slots__))

@@ -1,4 +1,4 @@
-"""Every target file to the byte: headers, offsets, and the copies that fill it."""
+"""Lays out every target file to the byte: names, headers, offsets, and the copies that fill it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,71 +7,81 @@ from json.encoder import encode_basestring
 
 import numpy as np
 
-from reshard.formats.safetensors import DTYPE_RANK, entry_end, header_bytes
-from reshard.planning.copies import Copies, Integers, joined
+from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
+from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
-from reshard.types import RANKS, Cast, Form, Layout, Recipe, Tensor
+from reshard.types import RANKS, Cast, Layout, OriginalFile, Recipe, Tensor
 
 EVERY_RANK = -1
+"""The rank of a piece that goes into the file of every rank."""
 
 WHOLE_NAME = "model.safetensors"
-"""Of a checkpoint in one file: loaders find it without an index."""
+"""File name of a checkpoint in one file: loaders find it without an index."""
 
 WHOLE_METADATA = '"__metadata__":{"format":"pt"}'
-"""Without it, transformers refuses a file."""
+"""Metadata of a file in the original layout: without it, transformers refuses the file."""
 
 LEAST_HEADER = len(WHOLE_METADATA) + 8 + 2 + 8
-"""In bytes: with its length, its braces and what aligns it."""
+"""Size of a header without entries, in bytes: length, braces and padding for alignment included."""
 
 MOST_OFFSETS = 32
-"""In bytes: two numbers of 13 digits, and what stands around them."""
+"""Largest size of the two offsets of a header entry, in bytes: two numbers of 13 digits and their punctuation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What the target holds, in the order in which safetensors lays tensors out; in columns of equal length."""
+    """The tensors of the target, in the order in which safetensors stores them. The columns have equal lengths."""
 
     names: Sequence[str]
+    """Names in the target."""
     tensors: Sequence[Tensor]
-    """Of the source, or results of casts."""
+    """The inputs: source tensors, or results of joins and casts."""
     cut: Integers
-    """Index into `cuts`: a model has 100,000 tensors and some 50 ways to cut them."""
+    """Index into `cuts`: a model has 100,000 tensors but only about 50 different cuts."""
     cuts: Sequence[Cut]
     rank: Integers
-    """The one rank, or file, that holds each; or EVERY_RANK."""
+    """The rank, or the number of the file, that each piece is assigned to; or EVERY_RANK."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFile:
-    """A file to be written: its header to the byte, and where each of its tensors lies."""
+    """A file to be written: its header to the byte, and the place of each tensor."""
 
     name: str
     rank: int
-    """Or its number, where files are not by rank."""
+    """Its rank; in the original layout the number of the file, from 0 on."""
     header: bytes
+    """The eight bytes of its length included."""
     size: int
     """In bytes, header included."""
     pieces: Integers
     """Indices into the pieces of the plan, in the order of the file."""
     ends: Integers
-    """Where each of them ends, in bytes from the start of the file."""
+    """End of each piece, in bytes from the start of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The pieces as numbers: what the layout of the files and the copies are computed from, all at once."""
+    """The pieces as int64 columns of shape [pieces], so that file layout and copies are computed for all at once."""
 
     source_file: Integers
+    """Index of the source file; joins and casts are numbered behind the files."""
     source_offset: Integers
+    """In bytes from the start of the file."""
     rank: Integers
+    """As in `Pieces`."""
     rows: Integers
+    """Number of rows."""
     pitch: Integers
+    """Size of a row in the source, in bytes."""
     run: Integers
+    """Bytes of each row that one rank gets."""
     repeat: Integers
+    """Number of consecutive ranks that get the same part."""
 
 
-def pieces_of(series: Sequence[Series]) -> Pieces:
-    """All tensors of all series, dtype by dtype, sorted by their names."""
+def order_pieces(series: Sequence[Series]) -> Pieces:
+    """Orders the tensors of all series as safetensors does: by dtype, then by name."""
     by_dtype: dict[str, list[tuple[str, int, Tensor, int]]] = {}
     for number, one in enumerate(series):
         ranks = one.ranks.tolist() if one.ranks is not None else [EVERY_RANK] * len(one.names)
@@ -83,21 +93,24 @@ def pieces_of(series: Sequence[Series]) -> Pieces:
     return Pieces(names, tensors, np.array(numbers, np.int64), cuts, np.array(ranks, np.int64))
 
 
-def columns_of(pieces: Pieces) -> Columns:
+def make_columns(pieces: Pieces) -> Columns:
+    """Makes the columns of the pieces."""
     table = np.array([(cut.rows, cut.pitch, cut.run, cut.repeat) for cut in pieces.cuts], np.int64).reshape(-1, 4)
     file = np.array([tensor.file for tensor in pieces.tensors], np.int64)
     offset = np.array([tensor.offset for tensor in pieces.tensors], np.int64)
     return Columns(file, offset, pieces.rank, *np.ascontiguousarray(table[pieces.cut].T))
 
 
-def lay_out(
-    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[Form] = ()
+def lay_out_files(
+    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[OriginalFile] = ()
 ) -> tuple[tuple[TargetFile, ...], Copies]:
-    """Every target file to the byte, and the copies that fill it behind its header; `forms` are those of the files."""
-    columns = columns_of(pieces)
-    texts = entry_texts(pieces)
+    """Lays out every target file to the byte, and makes the copies that fill it. `forms` are the original files to
+    restore, one for each target file; empty if there are none.
+    """
+    columns = make_columns(pieces)
+    texts = write_entries(pieces)
     files, parts = [], []
-    names = [form.name for form in forms] or file_names(recipe, layout, pieces)
+    names = [form.name for form in forms] or name_files(recipe, layout, pieces)
     for rank, name in enumerate(names):
         chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
         form = forms[rank] if forms and has_form(pieces, chosen, forms[rank]) else None
@@ -108,16 +121,18 @@ def lay_out(
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = form.header if form else header_bytes([*metadata(recipe, layout, rank), *entries])
+        header = form.header if form else format_header([*write_metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
         part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
-        parts.append(copies_of(columns, chosen, rank, part, ends - sizes + len(header)))
-    return tuple(files), joined(parts)
+        parts.append(make_copies(columns, chosen, rank, part, ends - sizes + len(header)))
+    return tuple(files), join_copies(parts)
 
 
-def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
-    """What a file says of itself: in whole files their format, in rank files what a recipe wants them to say."""
+def write_metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
+    """Writes the metadata entry of a header: in the original layout the format; in rank files rank, ranks and recipe,
+    if the recipe asks for them. Empty without metadata.
+    """
     if layout.to != RANKS:
         return [WHOLE_METADATA]
     if not recipe.describes:
@@ -126,8 +141,8 @@ def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
     return [f'"__metadata__":{json.dumps(facts, separators=(",", ":"), ensure_ascii=False)}']
 
 
-def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
-    """Whether the pieces are just the tensors that a file once had."""
+def has_form(pieces: Pieces, chosen: Integers, form: OriginalFile) -> bool:
+    """Whether the pieces are exactly the tensors of an original file."""
     found = {
         pieces.names[piece]: (pieces.tensors[piece].dtype, pieces.cuts[cut].shape)
         for piece, cut in zip(chosen.tolist(), pieces.cut[chosen].tolist(), strict=True)
@@ -135,9 +150,9 @@ def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
     return found == {name: (tensor.dtype, tensor.shape) for name, tensor in form.tensors.items()}
 
 
-def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] | None:
-    """The pieces, each in the file where it once was, and the forms of the files that still have any; None if a piece
-    was in none.
+def restore_forms(pieces: Pieces, forms: Sequence[OriginalFile]) -> tuple[Pieces, list[OriginalFile]] | None:
+    """Assigns each piece to its original file. Returns the pieces, and the original files that still have tensors; None
+    if a piece was in no original file.
     """
     places = {name: number for number, form in enumerate(forms) for name in form.tensors}
     if not forms or not set(pieces.names) <= places.keys():
@@ -147,21 +162,22 @@ def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] |
     return replace(pieces, rank=rank.reshape(-1)), [forms[number] for number in kept.tolist()]
 
 
-def entry_texts(pieces: Pieces) -> list[str]:
-    """The entry of each piece in a header, up to its offsets."""
-    ends = [entry_end(tensor.dtype, pieces.cuts[cut].shape) for tensor, cut in first_of_each(pieces)]
+def write_entries(pieces: Pieces) -> list[str]:
+    """Writes the header entry of each piece, up to its offsets."""
+    ends = [format_entry_end(tensor.dtype, pieces.cuts[cut].shape) for tensor, cut in find_first_of_each(pieces)]
     names = map(encode_basestring, pieces.names)
     return [name + ends[cut] for name, cut in zip(names, pieces.cut.tolist(), strict=True)]
 
 
-def first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
-    """A tensor of each cut, in the order of the cuts."""
+def find_first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
+    """Finds the first tensor of each cut; yields the tensor and the index of the cut."""
     cuts, places = np.unique(pieces.cut, return_index=True)
     for cut, place in zip(cuts.tolist(), places.tolist(), strict=True):
         yield pieces.tensors[place], cut
 
 
-def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
+def name_files(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
+    """Names the target files: by the pattern of the recipe, or as Hugging Face names them."""
     if layout.to == RANKS:
         return [recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
     count = int(pieces.rank.max()) + 1
@@ -170,10 +186,10 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
-    """The copies of one file's pieces, of each the part of one rank.
+def make_copies(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
+    """Makes the copies of one file: of each piece the part of one rank. `target_offset` is in bytes.
 
-    Rows that lie back to back become one run; empty tensors have no copy.
+    Contiguous rows become one run; empty tensors have no copy.
     """
     rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
     source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
@@ -186,21 +202,21 @@ def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_o
     return Copies(*(column[full] for column in table))
 
 
-def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: Mapping[str, int], most: int) -> Pieces:
-    """The pieces, each in one file, in the order of the source; a file ends before it grows beyond `most` bytes.
+def assign_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: Mapping[str, int], most: int) -> Pieces:
+    """Assigns each piece to one file, in the order of the source, so that no file exceeds `most` bytes.
 
-    A piece that is larger has a file of its own. `parts` is where casts are numbered from, `places` says by name where
-    in the order a tensor of the source has its place; what is computed has that of its weight.
+    A larger piece gets a file of its own. `parts` is the number of the first cast. `places` maps the name of a source
+    tensor to its place in the order; a computed tensor has the place of its weight.
     """
-    # Before the files are known, their headers are not: offsets may have so many digits more.
-    entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
+    # The header of a file is not known before its tensors are: reserve room for the longest offsets.
+    entries = [len(text.encode()) + MOST_OFFSETS for text in write_entries(pieces)]
     weights = [casts[tensor.file - parts].weight if tensor.file >= parts else tensor for tensor in pieces.tensors]
-    file, held = 0, 0
+    file, filled = 0, 0
     rank = np.zeros(len(weights), np.int64)
     for place in np.argsort([places[weight.name] for weight in weights], kind="stable").tolist():
         size = pieces.tensors[place].size + entries[place]
-        if held and held + size > most - LEAST_HEADER:
-            file, held = file + 1, 0
-        held += size
+        if filled and filled + size > most - LEAST_HEADER:
+            file, filled = file + 1, 0
+        filled += size
         rank[place] = file
     return replace(pieces, rank=rank)

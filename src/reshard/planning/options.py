@@ -1,4 +1,4 @@
-"""Options of a conversion that cannot be, contradict each other, or would do nothing with a recipe."""
+"""Checks the options of a conversion: wrong values, contradictions, and options that would do nothing."""
 
 from collections.abc import Iterator, Sequence
 from operator import index
@@ -10,8 +10,8 @@ from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe
 
 
-def option_problems(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
-    """A number of ranks that is none, values that no option has, and options that would do nothing."""
+def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+    """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
         ("--to", layout.to, (RANKS, WHOLE)),
         ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
@@ -57,7 +57,7 @@ def require_layout(
     pad: bool,
     file_size: int | None,
 ) -> Layout:
-    """The layout of a target by the options of a conversion. Raises Refused without a number of ranks."""
+    """Makes the layout of a target from options; `file_size` is in bytes. Raises Refused without a number of ranks."""
     if to == RANKS and mp is None:
         raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
     ranks = 1 if mp is None else require_whole_number("--mp", mp)
@@ -65,20 +65,20 @@ def require_layout(
 
 
 def require_whole_number(option: str, value: Any) -> int:
-    """The value of an option as a number. Raises Refused if it is none."""
+    """Returns the value of an option as an int. Raises Refused if it is no whole number."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise refuse("wrong-option", option, repr(value), "a whole number")
     return index(value)
 
 
-def source_problems(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
-    """Options that do not suit a source: a choice of replicas without any, another number of experts than it has."""
+def check_source_options(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
+    """Reports options that do not suit a source: `replicas` without rank files, or a wrong number of experts."""
     if replicas not in (COMPARE, FIRST):
         yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
     elif replicas == FIRST and not source.origin.is_of_ranks:
         yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     placeholders = source.recipe.placeholders
-    found = [count for letter, count in source.matched.counts.items() if placeholders[letter].counts == "experts"]
+    found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]
     if n_experts is not None and n_experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"
         yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")

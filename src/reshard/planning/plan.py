@@ -1,4 +1,4 @@
-"""The plan of a conversion: every file that it will write, to the byte, and what becomes of the source."""
+"""The plan of a conversion: every target file to the byte, and how each source tensor is used. Also its text."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -6,42 +6,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.formats.manifest import Origin, subset_lines
+from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
-from reshard.text import counted, printable, size_text, table
+from reshard.text import escape, format_count, format_size, format_table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a conversion will do. Prints as the files that it will write."""
+    """Everything that a conversion will do. Prints as a table of the files that it will write."""
 
     path: Path
-    """The source as it was given."""
+    """The source, as the caller gave it."""
     source: Checkpoint
     recipe: Recipe
     origin: Origin
-    """The checkpoint that rank files came from, as far as it is known."""
+    """The original checkpoint of rank files, as far as it is known."""
     layout: Layout
     counts: dict[str, int]
-    """How many members each placeholder of the recipe has."""
+    """Number of members of each placeholder of the recipe."""
     config: Mapping[str, Any] | None
-    """The config of the source, with the values that padding has raised."""
+    """The config of the source, with the values that padding raises."""
     pieces: Pieces
+    """The tensors of the target."""
     files: tuple[TargetFile, ...]
+    """The files to write."""
     copies: Copies
-    """Their `target_file` is an index into `files`; their `source_file` one into those of the source and the casts."""
+    """`target_file` is an index into `files`; `source_file` one into the files, joins and casts of the source."""
     casts: tuple[Cast, ...]
+    """The tensors to compute."""
     coverage: tuple[Share, ...]
+    """The uses of all source tensors."""
 
     @property
     def size(self) -> int:
-        """Of all files to be written, in bytes."""
+        """Size of all files to be written, in bytes."""
         return sum(file.size for file in self.files)
 
     def tensors(self, index: int) -> Iterator[Tensor]:
-        """The tensors of one target file, in their order."""
+        """Yields the tensors of one target file, in the order of their offsets; `index` is an index into `files`."""
         file, pieces = self.files[index], self.pieces
         start = len(file.header)
         for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
@@ -50,50 +54,56 @@ class Plan:
             start = end
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, [*describe_files(self), *describe_coverage(self)]))
+        return "\n".join(map(escape, [*describe_files(self), *describe_coverage(self)]))
 
     __repr__ = __str__
 
 
 def describe_files(plan: Plan) -> Iterator[str]:
-    """A table of the files, for a person; it adds up to the byte."""
-    target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
+    """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
+    target = (
+        format_count(plan.layout.ranks, "ranks")
+        if plan.layout.to == RANKS
+        else format_count(len(plan.files), "whole files")
+    )
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
-    yield from subset_lines(plan.source.subset)
-    counts = {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items() if count}
-    yield ", ".join(counted(count, things) for things, count in counts.items())
+    yield from list_subset_lines(plan.source.subset)
+    counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}
+    yield ", ".join(format_count(count, things) for things, count in counts.items())
     yield ""
-    rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
+    rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", format_size(file.size)) for file in plan.files]
     pieces = sum(len(file.pieces) for file in plan.files)
-    total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
-    yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    total = ("total", f"{pieces:,}", f"{plan.size:,}", format_size(plan.size))
+    yield from format_table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     yield from describe_casts(plan)
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
     if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
         yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
-    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
+    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({format_size(plan.size)})"
 
 
 def describe_coverage(plan: Plan) -> Iterator[str]:
-    """A table of the uses of the source tensors, for a person; it adds up to the byte."""
+    """Describes the uses of the source tensors as a table for people. Its sizes, in bytes, add up exactly."""
     yield ""
-    yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
+    yield from format_table(("source tensors", "tensors", "bytes", ""), [*list_uses(plan)]).splitlines()
 
 
 def describe_casts(plan: Plan) -> Iterator[str]:
-    """The casts by their results, and the config values that padding raises."""
+    """Describes the casts, by operation and resulting dtype, and the config values that padding raises."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
-        yield f"{operation}: {counted(count, 'tensors')} of {dtype}"
+        yield f"{operation}: {format_count(count, 'tensors')} of {dtype}"
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
 
 
 def describe_dropped(plan: Plan) -> Iterator[str]:
+    """Describes the tensors that are left out, with the reason."""
     for share in plan.coverage:
         if share.use == "dropped":
-            yield f"dropped: {counted(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
+            tensors = format_count(share.tensors, "tensors")
+            yield f"dropped: {tensors}, {share.size:,} bytes: {share.what}: {share.reason}"
 
 
 USES = {
@@ -106,23 +116,25 @@ USES = {
     "empty": "empty",
     "dropped": "dropped",
 }
+"""The uses of source tensors -> their words in the table, in its order."""
 
 
-def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+def list_uses(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """Lists the rows of the table of uses, with a total."""
     for use, words in USES.items():
         shares = [share for share in plan.coverage if share.use == use]
         if shares:
             size = sum(share.size for share in shares)
-            yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", size_text(size)
+            yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", format_size(size)
         if use not in ("once", "empty"):
             for share in shares:
                 reason = f" ({share.reason})" if share.reason else ""
                 yield f"  {share.what}{reason}", f"{share.tensors:,}", f"{share.size:,}", ""
     size = sum(share.size for share in plan.coverage)
-    yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", size_text(size)
+    yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", format_size(size)
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
-    """As JSON values, without what is usual."""
-    usual = asdict(Layout(0))
-    return {key: value for key, value in asdict(layout).items() if value != usual[key]}
+    """Describes a layout as JSON values, without defaults."""
+    defaults = asdict(Layout(0))
+    return {key: value for key, value in asdict(layout).items() if value != defaults[key]}

@@ -1,4 +1,4 @@
-"""The proofs of a plan: every target byte is written once, every kept source byte is read."""
+"""Proves a plan: every target byte is written exactly once, and every byte of a kept source tensor is read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,18 @@ from reshard.types import Cast, Checkpoint, Layout, Recipe, Rule, Share, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How often each tensor of the source is used, in the order of the tensors that were asked about."""
+    """How often source tensors are used; int64 columns of shape [tensors]."""
 
     least: Integers
-    """By the part that is used least often."""
+    """Number of uses of the part of a tensor that is used least often."""
     most: Integers
+    """Number of uses of the part of a tensor that is used most often."""
 
 
 def require_tiling(copies: Copies, begins: Sequence[int], ends: Sequence[int]) -> None:
-    """Every byte of each target file from its `begins` to its `ends` is written by exactly one copy."""
+    """Proves that exactly one copy writes each byte of each target file from its `begins` to its `ends`, in bytes.
+    Raises WrongPlan.
+    """
     order = np.lexsort((copies.target_offset, copies.target_file))
     file, start = copies.target_file[order], copies.target_offset[order]
     end = start + copies.sizes[order]
@@ -39,9 +42,10 @@ def require_tiling(copies: Copies, begins: Sequence[int], ends: Sequence[int]) -
 
 
 def require_coverage(copies: Copies, used: Sequence[Tensor], sizes: Sequence[int]) -> Usage:
-    """Every byte of each `used` tensor is read, and no byte of another; `sizes` are those of the source files.
+    """Proves that copies read every byte of each `used` tensor, and no byte of others. Raises WrongPlan.
 
-    Returns how often. Empty tensors count as used no times.
+    `sizes` are the sizes of the source files, joins and casts, in bytes. Returns the number of uses; 0 for empty
+    tensors.
     """
     bases = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
     begins = bases[[tensor.file for tensor in used]] + np.array([tensor.offset for tensor in used], np.int64)
@@ -73,7 +77,10 @@ def require_coverage(copies: Copies, used: Sequence[Tensor], sizes: Sequence[int
 
 
 def require_rows_tiled(owner: Integers, start: Integers, run: Integers, row: Integers, begins: Integers) -> None:
-    """The runs of each tensor, in the order of their start, fill its row: its pitch, or all of it if contiguous."""
+    """Proves that the runs of each tensor, sorted by start, fill its row without gap or overlap. Raises WrongPlan.
+
+    The row is the pitch, or the whole tensor if its copies are contiguous; all values are in bytes.
+    """
     is_first = np.diff(owner, prepend=-1) != 0
     is_last = np.diff(owner, append=-1) != 0
     expected = np.where(is_first, begins[owner], np.concatenate([[0], (start + run)[:-1]]))
@@ -84,10 +91,10 @@ def require_rows_tiled(owner: Integers, start: Integers, run: Integers, row: Int
 
 
 WORDS = {"pad": "padded", "dequantize": "dequantized"}
-"""What is said of the tensors that a cast uses; `cast` of all others."""
+"""Operation of a cast -> the use of its inputs; `cast` for all other operations."""
 
 
-def cover(
+def prove_coverage(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layout: Layout,
@@ -96,7 +103,7 @@ def cover(
     casts: Sequence[Cast],
     copies: Copies,
 ) -> tuple[Share, ...]:
-    """Says by rule how often each tensor of the source is used. Raises WrongPlan if that is not as the rules say."""
+    """Proves that every source tensor is used as often as its rule says; returns the uses. Raises WrongPlan."""
     used = [tensor for one in series for tensor in one.tensors]
     sizes = [file.size for file in checkpoint.files]
     sizes += [join.result.size for join in checkpoint.joins] + [cast.result.size for cast in casts]
@@ -107,16 +114,16 @@ def cover(
     if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
         raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
     found: dict[tuple[str, str, str], dict[str, int]] = {}
-    for use, number, tensors in uses(checkpoint, recipe, layout, matched, series, casts):
-        key = use, *(reason_of(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
+    for use, number, tensors in find_uses(checkpoint, recipe, layout, matched, series, casts):
+        key = use, *(find_reason(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
         found.setdefault(key, {}).update({tensor.name: tensor.size for tensor in tensors})
     if sum(map(len, found.values())) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
     return tuple(Share(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
 
 
-def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
-    """What is dropped by a rule, and why."""
+def find_reason(rule: Rule, recipe: Recipe) -> tuple[str, str]:
+    """Finds the name of what a rule drops, and the reason."""
     asked = (place for place in recipe.placeholders.values() if place.optional and f"{{{place.name}}}" in rule.left)
     place = next(asked, None)
     if place and (rule.optional or rule.left.endswith("{*}")):
@@ -124,7 +131,7 @@ def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     return rule.left, rule.split.text
 
 
-def uses(
+def find_uses(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layout: Layout,
@@ -132,11 +139,11 @@ def uses(
     series: Sequence[Series],
     casts: Sequence[Cast],
 ) -> Iterator[tuple[str, int, Sequence[Tensor]]]:
-    """How tensors of the source are used, with the number of their rule."""
+    """Finds the uses of source tensors: yields the use, the index of the rule, and the tensors."""
     files = checkpoint.parts
     for one in series:
         if one.tensors[0].file < files:
-            yield use_of(one, layout.ranks), one.number, one.tensors
+            yield name_use(one, layout.ranks), one.number, one.tensors
             continue
         made = [casts[tensor.file - files] for tensor in one.tensors]
         inputs = [tensor for cast in made for tensor in (cast.weight, cast.scale) if tensor]
@@ -146,7 +153,8 @@ def uses(
             yield "dropped", family.rule, family.tensors
 
 
-def use_of(series: Series, ranks: int) -> str:
+def name_use(series: Series, ranks: int) -> str:
+    """Names the use of a series of source tensors that are not cast."""
     if series.tensors[0].size == 0:
         return "empty"
     if series.least == series.most == 1:

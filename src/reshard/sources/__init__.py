@@ -1,1 +1,1 @@
-"""Stage 1 and 2: a path -> a checkpoint whose every tensor is under one rule of its recipe. From headers alone."""
+"""Stages 1 and 2: reads a path into a checkpoint and finds the recipe rule of every tensor. Reads headers only."""

@@ -1,4 +1,4 @@
-"""Each weight with its block scale: grouped by rule, dtype and shape, and checked against the config."""
+"""Pairs each weight with its block scale, groups both by rule, dtype and shape, and checks them against the config."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,42 +6,47 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from reshard.casts.shapes import scale_shape, unpack_shape
+from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import Problem
-from reshard.recipes.formulas import parse_shape, shape_of
-from reshard.recipes.patterns import scale_letter
+from reshard.recipes.formulas import compute_shape, parse_shape
+from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.match import Family, Matched
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
-"""Loaders copy these into parameters of one another's dtype."""
+"""Dtypes of unscaled weights. Loaders copy each of them into a parameter of any other."""
 
 SCALES = ("F32", "BF16", "F8_E8M0")
+"""Dtypes of block scales; the last is the only one for packed FP4."""
 
 EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
-"""How quantisers name, in a config, the modules that are not scaled though most are."""
+"""Config keys that list the modules without block scales; each quantizer has its own key."""
 
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
+"""Values of `--cast` that quantize weights to FP8."""
 
 LACKS_FILE = "is a file missing from the checkpoint?"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """Weights of one rule, dtype and shape, in columns of equal length; with their block scales, if they have any."""
+class WeightGroup:
+    """Weights of one rule, dtype and shape, with their block scales if any. The sequences have equal lengths."""
 
     rule: Rule
     number: int
-    """Of the rule."""
+    """Index of the rule in the recipe."""
     scaling: BlockScale | None
-    """How weights of this rule are scaled, if they are."""
+    """The block scale of weights of this rule; None if they are never scaled."""
     numbers: Sequence[tuple[str, ...]]
+    """For each weight: the numbers that fill the placeholders of the rule's left name."""
     weights: Sequence[Tensor]
+    """Of the source."""
     names: Sequence[str]
-    """Of the weights, in the target."""
+    """Names of the weights in the target."""
     scales: Sequence[Tensor]
-    """One a weight, or none at all."""
+    """One for each weight; empty if the weights have no block scales."""
     scale_names: Sequence[str]
+    """Names of the scales in the target."""
 
 
 def is_kept(rule: Rule, layout: Layout) -> bool:
@@ -54,28 +59,30 @@ def dequantizes(rule: Rule, layout: Layout) -> bool:
     return layout.cast == "bf16" or (rule.relation == "dequantize" and layout.to != WHOLE)
 
 
-def target_block(kind: Kind, layout: Layout) -> tuple[int, int]:
-    """The block of the scales that the weights of a kind have in the target; (1, 1) without any."""
+def find_target_block(kind: WeightGroup, layout: Layout) -> tuple[int, int]:
+    """Finds the block of the target's scales of a weight group, in elements; (1, 1) without scales."""
     if kind.scaling is None or dequantizes(kind.rule, layout) or not (kind.scales or layout.cast in CAST_TO_FP8):
         return 1, 1
     to_fp8 = kind.scales and kind.scaling.packed and layout.expert_dtype == "fp8"
     return kind.scaling.fp8_block if to_fp8 else kind.scaling.block
 
 
-def kinds_of(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
-    """All that is kept."""
+def group_weights(matched: Matched, recipe: Recipe, layout: Layout) -> list[WeightGroup]:
+    """Groups the weights that go into the target, with their block scales, by rule, dtype and shape."""
     weights = {family.rule: family for family in matched.families if not family.is_scale}
     scales = {family.rule: family for family in matched.families if family.is_scale}
-    kinds: list[Kind] = []
+    kinds: list[WeightGroup] = []
     for number, family in weights.items():
         if is_kept(recipe.rules[number], layout):
-            kinds.extend(kinds_of_rule(recipe, layout, family, scales.get(number)))
+            kinds.extend(group_weights_of_rule(recipe, layout, family, scales.get(number)))
     return kinds
 
 
-def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Family | None) -> Iterator[Kind]:
+def group_weights_of_rule(
+    recipe: Recipe, layout: Layout, weights: Family, scales: Family | None
+) -> Iterator[WeightGroup]:
     rule = recipe.rules[weights.rule]
-    scaling = recipe.scales.get(scale_letter(rule, recipe))
+    scaling = recipe.scales.get(find_scale_placeholder(rule, recipe))
     names = weights.names if layout.to != WHOLE else [tensor.name for tensor in weights.tensors]
     found = dict(zip(scales.numbers, zip(scales.tensors, scales.names, strict=True), strict=True)) if scales else {}
     if layout.to == WHOLE:
@@ -83,16 +90,16 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
     paired = [found.get(numbers) for numbers in weights.numbers] if found else []
     groups: dict[Any, list[int]] = {}
     alike = [(tensor.dtype, tensor.shape) for tensor in weights.tensors]
-    for place, key in enumerate(zip(alike, map(alike_scale, paired), strict=True) if paired else alike):
+    for place, key in enumerate(zip(alike, map(key_scale, paired), strict=True) if paired else alike):
         groups.setdefault(key, []).append(place)
     for places in groups.values():
-        # Of one place itemgetter gives the thing itself, not a tuple of it.
+        # With one place itemgetter returns the item itself, not a tuple.
         pick = itemgetter(*places) if len(places) > 1 else lambda column, place=places[0]: (column[place],)
         of_scales = pick(paired) if paired and paired[places[0]] else ()
-        yield Kind(
+        yield WeightGroup(
             rule,
             weights.rule,
-            scaling_of(weights.tensors[places[0]], scaling),
+            find_scaling(weights.tensors[places[0]], scaling),
             pick(weights.numbers),
             pick(weights.tensors),
             pick(names),
@@ -101,19 +108,21 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
         )
 
 
-def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
-    """How a weight is scaled: where FP4 is expected, FP8 has blocks of its own, as the V4 base models have."""
+def find_scaling(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
+    """Finds the block scale of a weight. Where the recipe expects packed FP4, an FP8 weight (V4 base models) has the
+    block of FP8.
+    """
     if scaling and scaling.packed and weight.dtype == "F8_E4M3":
         return replace(scaling, block=scaling.fp8_block, packed=False)
     return scaling
 
 
-def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
+def key_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
     return (pair[0].dtype, pair[0].shape) if pair else None
 
 
-def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """FP8 weights without a scale, scales without such a weight, and scales of a wrong shape or dtype."""
+def check_pairing(matched: Matched, kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Reports FP8 weights without a scale, scales without such a weight, and scales of a wrong shape or dtype."""
     paired = {kind.number: 0 for kind in kinds}
     for kind in kinds:
         paired[kind.number] += len(kind.scales)
@@ -127,13 +136,13 @@ def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, la
                     yield Problem("scale-without-weight", tensor.name, found, "both", LACKS_FILE)
     for kind in kinds:
         if kind.scaling:
-            yield from scaling_problems(kind, kind.scaling)
-    yield from quantize_problems(kinds, layout)
+            yield from check_scaling(kind, kind.scaling)
+    yield from check_quantizing(kinds, layout)
 
 
-def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem]:
-    """What cannot be made FP8: anything but matrices of BF16. What is FP8 already is not made so again: it is told as
-    one thing.
+def check_quantizing(kinds: Sequence[WeightGroup], layout: Layout) -> Iterator[Problem]:
+    """Reports weights that cannot be quantized to FP8: only BF16 matrices can. Weights that are FP8 already are
+    reported once, together.
     """
     wanted = [kind for kind in kinds if quantizes(kind, layout)]
     if already := sum(len(kind.weights) for kind in wanted if kind.scales and kind.weights[0].dtype == "F8_E4M3"):
@@ -146,14 +155,16 @@ def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem
             yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")
 
 
-def quantizes(kind: Kind, layout: Layout) -> bool:
-    """Whether a cast is to make FP8 of the weights of a kind."""
+def quantizes(kind: WeightGroup, layout: Layout) -> bool:
+    """Whether the layout quantizes a weight group to FP8."""
     is_free = kind.scaling is not None and not kind.scaling.stays
     return is_free and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout)
 
 
-def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
-    """What is wrong with the scales of a kind: of all of its weights, for they are alike."""
+def check_scaling(kind: WeightGroup, scaling: BlockScale) -> Iterator[Problem]:
+    """Reports each weight or scale of a group whose scales do not fit. Dtypes and shapes are the same in a group: the
+    first is checked for all.
+    """
     weight, scaled = kind.weights[0], "I8" if scaling.packed else "F8_E4M3"
     if not kind.scales:
         if weight.dtype.startswith("F8_") or weight.dtype == scaled:
@@ -162,7 +173,7 @@ def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
                 yield Problem("weight-without-scale", tensor.name, found, "both", LACKS_FILE)
         return
     scale = kind.scales[0]
-    wanted = scale_shape(logical_shape(weight, scaling), scaling.block)
+    wanted = count_blocks(logical_shape(weight, scaling), scaling.block)
     if weight.dtype != scaled:
         for tensor in kind.scales:
             found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"
@@ -180,20 +191,22 @@ def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
 
 
 def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
-    """In elements: two of F4 may lie in a byte."""
+    """Returns the shape of a weight in elements; packed FP4 has two elements in a byte."""
     return unpack_shape(weight, is_packed=scaling is not None and scaling.packed)
 
 
-def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Dtypes and shapes that are not what a loader expects, by the recipe and the config."""
-    yield from block_problems(kinds, config or {})
+def check_against_config(
+    kinds: Sequence[WeightGroup], recipe: Recipe, config: Mapping[str, Any] | None
+) -> Iterator[Problem]:
+    """Reports dtypes and shapes that differ from the recipe's, computed with the config."""
+    yield from check_blocks(kinds, config or {})
     for kind in kinds:
         weight = kind.weights[0]
         if not kind.scales and kind.rule.relation != "drop":
-            yield from dtype_problems(kind, config or {})
+            yield from check_dtypes(kind, config or {})
         if config is None or not kind.rule.shape:
             continue
-        shape = shape_of(kind.rule.shape, config, recipe.sizes)
+        shape = compute_shape(kind.rule.shape, config, recipe.sizes)
         found = logical_shape(weight, kind.scaling)
         if len(shape) == len(found) and all(a in (None, b) for a, b in zip(shape, found, strict=True)):
             continue
@@ -205,8 +218,8 @@ def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, 
             )
 
 
-def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator[Problem]:
-    """A config that says other blocks than the scales have: a loader would believe it."""
+def check_blocks(kinds: Sequence[WeightGroup], config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Reports a `weight_block_size` in the config that differs from the blocks of the scales: a loader trusts it."""
     quantization = config.get("quantization_config")
     said = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     scaled = (kind.scaling for kind in kinds if kind.scales and kind.scaling and not kind.scaling.packed)
@@ -217,14 +230,14 @@ def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator
         yield Problem("contradiction", "quantization_config of config.json", found, expected, "correct the config")
 
 
-def exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
-    """The modules whose weights are not scaled, by a config."""
+def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
+    """Lists the modules whose weights have no block scales, by the `quantization_config` of a config."""
     lists = [quantization.get(key) for key in EXEMPT_KEYS]
     return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
-def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Of tensors without a block scale."""
+def check_dtypes(kind: WeightGroup, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Reports weights without a block scale whose dtype is wrong, or whose config says that they are scaled."""
     dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
     expected = (dtype,) if dtype else FLOATS
     found = kind.weights[0].dtype
@@ -234,7 +247,7 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
     elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
-        exempt = exempt_modules(quantization)
+        exempt = list_exempt_modules(quantization)
         for tensor in kind.weights:
             if not any(module in tensor.name for module in exempt):
                 said = "a scaled weight, as quantization_config of config.json says"

@@ -1,4 +1,4 @@
-"""Stage 2: Checkpoint + Recipe -> Matched. Which rule covers each tensor, and that none is missing. Opens no file."""
+"""Stage 2: Checkpoint + Recipe -> Matched. Finds the rule of each tensor; refuses missing tensors. Opens no file."""
 
 import reprlib
 from collections import Counter
@@ -11,37 +11,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
-from reshard.recipes.patterns import Pattern, later_members, patterns_of, split_name, split_names
-from reshard.recipes.recipe import FOLDER
-from reshard.sources.completeness import hole_members, hole_problems, missing_problems
-from reshard.text import listed
+from reshard.recipes.patterns import Pattern, find_later_members, make_patterns, split_name, split_names
+from reshard.recipes.recipe import FAMILIES_FOLDER
+from reshard.sources.completeness import check_missing, check_placeholders, collect_members
+from reshard.text import format_list
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
 
 NEAREST_FOR = 50
-"""For so many kinds of unknown name the nearest rule is looked for: it is slow, and beyond that nobody reads."""
+"""Number of unknown name patterns for which the nearest rule is searched: the search is slow, and nobody reads more."""
 
 LONGEST_COMPARED = 500
-"""In characters: so much of a name is compared with the rules. A hostile one has a million."""
+"""In characters. Only the beginning of a name is compared with the rules: a hostile name may have a million."""
 
 
 class Family(NamedTuple):
-    """The tensors of one pattern of a recipe, in columns of equal length: a model has 100,000, in 50 families."""
+    """The tensors of one pattern of a recipe, in lists of equal length. A model has 100,000 tensors in 50 families."""
 
     rule: int
     """Index into the rules of the recipe."""
     is_scale: bool
+    """Whether the tensors are block scales."""
     tensors: list[Tensor]
     numbers: list[tuple[str, ...]]
-    """For each tensor: what fills the placeholders of the rule's left name, in their order."""
+    """For each tensor: the numbers that fill the placeholders of the rule's left name, in their order."""
     names: list[str]
-    """For each tensor: its name on the other side; empty for what is dropped there."""
+    """For each tensor: its name on the other side of the recipe; empty if it is dropped there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Every tensor of a checkpoint under exactly one rule of a recipe."""
+    """A checkpoint whose every tensor is covered by exactly one rule of a recipe."""
 
     families: tuple[Family, ...]
     members: Mapping[str, set[int]]
@@ -49,28 +50,28 @@ class Matched:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many members each placeholder has: `{"i": 61, "e": 256}`."""
-        return {letter: len(numbers) for letter, numbers in self.members.items()}
+        """Number of members of each placeholder: `{"i": 61, "e": 256}`."""
+        return {name: len(numbers) for name, numbers in self.members.items()}
 
     @property
     def present(self) -> dict[int, set[tuple[str, ...]]]:
-        """By rule: the numbers of each tensor that is there, block scales apart."""
+        """For each rule, by its index: the numbers of every tensor in the checkpoint, block scales excluded."""
         return {family.rule: set(family.numbers) for family in self.families if not family.is_scale}
 
 
 def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False) -> Matched:
-    """Finds the one rule of each tensor. Optional tensors (MTP layers) need not be complete, unless they are kept.
+    """Finds the one rule of each tensor. Optional tensors (MTP layers) must be complete only if they are kept.
 
     Raises Refused with every tensor that no rule or more than one rule covers; else with every gap in a numbered family
     and every contradiction with the config; else with every tensor that a rule expects and the checkpoint lacks.
     """
     families, unmatched = match_names(checkpoint, recipe)
     matched = Matched(tuple(families), find_members(families, recipe))
-    require_none(match_problems(checkpoint, recipe, matched, unmatched, keep_optional=keep_optional))
+    require_none(check_match(checkpoint, recipe, matched, unmatched, keep_optional=keep_optional))
     return matched
 
 
-def match_problems(
+def check_match(
     checkpoint: Checkpoint,
     recipe: Recipe,
     matched: Matched,
@@ -78,37 +79,37 @@ def match_problems(
     *,
     keep_optional: bool,
 ) -> Iterator[Problem]:
-    """The problems of the first kind that there are: each of the later kinds would only follow from the earlier."""
+    """Reports the problems of the first check that fails: problems of later checks would only follow from them."""
     families, members = matched.families, matched.members
-    kinds: tuple[Callable[[], Iterator[Problem]], ...] = (
-        lambda: unmatched_problems(recipe, unmatched),
-        lambda: clashes(families),
-        lambda: hole_problems(checkpoint, recipe, members),
-        lambda: missing_problems(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
+    checks: tuple[Callable[[], Iterator[Problem]], ...] = (
+        lambda: explain_unmatched(recipe, unmatched),
+        lambda: check_clashes(families),
+        lambda: check_placeholders(checkpoint, recipe, members),
+        lambda: check_missing(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
     )
-    for problems in kinds:
-        found = list(islice(problems(), MOST_PROBLEMS))
+    for check in checks:
+        found = list(islice(check(), MOST_PROBLEMS))
         if found:
             yield from found
             return
 
 
 def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[int]]:
-    """The numbers that fill each placeholder of the recipe."""
-    return hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+    """Collects the numbers that fill each placeholder of the recipe."""
+    return collect_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
 
 
-def optional_problems(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
-    """The optional tensors that a checkpoint lacks, once they are to be kept; the others have been looked for."""
+def check_optional(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
+    """Reports the optional tensors that a checkpoint lacks, for a layout that keeps them. `match` checks the rest."""
     if any(rule.optional for rule in recipe.rules):
-        yield from missing_problems(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
+        yield from check_missing(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
-    """The families of a checkpoint; and by name the tensors with no rule or several, with the patterns that fit."""
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
+    """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
     names = split_names(checkpoint.tensors)
-    marked, before = later_members(names, recipe)
+    marked, before = find_later_members(names, recipe)
     groups: dict[str, tuple[list[Tensor], list[tuple[str, ...]]]] = {}
     for (key, numbers), tensor in zip(names, checkpoint.tensors.values(), strict=True):
         group = groups.get(key)
@@ -120,7 +121,7 @@ def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], d
     unmatched: dict[str, list[Pattern]] = {}
     for key, (tensors, members) in groups.items():
         fitting = [pattern for pattern in patterns if pattern.fits(key, members[0])]
-        for found, chosen in decided(fitting, members, marked, before):
+        for found, chosen in decide_patterns(fitting, members, marked, before):
             if len(found) != 1:
                 unmatched |= {tensors[place].name: found for place in chosen}
                 continue
@@ -133,15 +134,16 @@ def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], d
     return [families[pattern] for pattern in sorted(families, key=order.__getitem__)], unmatched
 
 
-def decided(
+def decide_patterns(
     fitting: Sequence[Pattern],
     members: Sequence[tuple[str, ...]],
     marked: Mapping[str, set[str]],
     before: Mapping[str, str],
 ) -> Iterator[tuple[list[Pattern], Sequence[int]]]:
-    """The patterns that accept names of one key, with the places of the names; a rest only where nothing else does.
+    """Decides which patterns accept the names of one key; yields the patterns and the indices of their names.
 
-    Of a name's numbers mostly the layer alone decides: so each decision is made once a layer, not once an expert.
+    A pattern with `{*}` counts only where no other pattern fits. Mostly the layer number alone decides, so each
+    decision is made once for a layer, not for each expert.
     """
     checked = max((pattern.checked({*marked, *before}) for pattern in fitting), default=0)
     places: dict[tuple[str, ...], list[int]] = {}
@@ -152,8 +154,8 @@ def decided(
         yield [pattern for pattern in found if not pattern.takes_rest] or found, chosen
 
 
-def clashes(families: Sequence[Family]) -> Iterator[Problem]:
-    """Tensors that would have the same name on the other side. What is dropped has none there."""
+def check_clashes(families: Sequence[Family]) -> Iterator[Problem]:
+    """Reports tensors that would get the same name on the other side. Dropped tensors have no name there."""
     named = [family for family in families if family.names and family.names[0]]
     if len({name for family in named for name in family.names}) == sum(len(family.names) for family in named):
         return
@@ -166,10 +168,11 @@ def clashes(families: Sequence[Family]) -> Iterator[Problem]:
                 yield Problem("same-name", f"{tensor.name} -> {name}", found, "a name for each", "mend the recipe")
 
 
-def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
+def explain_unmatched(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
+    """Reports each tensor that no rule or more than one rule covers, with the rules or the nearest one."""
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
-    for name in one_of_each_first(unmatched):
+    for name in sort_one_of_each_first(unmatched):
         patterns = unmatched[name]
         if patterns:
             found = " and ".join(repr(recipe.rules[pattern.rule].left) for pattern in patterns)
@@ -179,18 +182,18 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        yield Problem("no-rule", name, "no rule knows it", expected, way_to_rule(recipe, "a row or a drop"))
+        yield Problem("no-rule", name, "no rule knows it", expected, suggest_rule(recipe, "a row or a drop"))
 
 
-def way_to_rule(recipe: Recipe, row: str) -> str:
-    """What to do where a recipe knows no rule: to one's own a row is added."""
-    if Path(recipe.origin).parent != FOLDER:
+def suggest_rule(recipe: Recipe, row: str) -> str:
+    """Suggests how to get the missing rule: add a row to the user's own recipe; else use another recipe."""
+    if Path(recipe.origin).parent != FAMILIES_FOLDER:
         return f"add {row} to {recipe.origin}"
     return f"another --recipe, or {OWN_RECIPE}"
 
 
-def one_of_each_first(names: Iterable[str]) -> list[str]:
-    """The names, such that those that differ in their numbers only do not fill the few lines that are shown."""
+def sort_one_of_each_first(names: Iterable[str]) -> list[str]:
+    """Sorts names so that one of each pattern comes first: names that differ only in numbers would fill the message."""
     turns: Counter[str] = Counter()
     found = []
     for name in names:
@@ -204,45 +207,46 @@ FITS = "it fits, but the config names another model"
 
 
 def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Recipe, Matched]:
-    """The recipe of a checkpoint, with the rule of each tensor: by its config's model type, else its architecture; of
-    several, or where the config says neither, by the names of the tensors.
+    """Chooses the recipe of a checkpoint and matches its tensors: by the config's model type, else its architecture. If
+    several recipes are left, or the config has neither, the tensor names decide.
 
-    Raises Refused if none fits or, by the names, more than one; and for a model that no recipe speaks of, whatever its
-    names: another model may have borrowed them.
+    Raises Refused if no recipe or more than one fits; and if the config names a model that no recipe lists, even if the
+    tensor names fit: another model may use the same names.
     """
     config = checkpoint.config or {}
-    asked = asked_recipes(config, recipes)
-    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *architectures_of(config))):
-        raise no_recipe(checkpoint, recipes, [])
+    asked = find_asked_recipes(config, recipes)
+    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *list_architectures(config))):
+        raise refuse_without_recipe(checkpoint, recipes, [])
     candidates = asked or recipes
     if len(candidates) == 1:
         return candidates[0], match(checkpoint, candidates[0])
     fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
     if len(fitting) == 1:
         return fitting[0]
-    raise no_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
+    raise refuse_without_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
 
 
-def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Those that a config asks for; all if it asks for none of them."""
-    return asked_recipes(config, recipes) or recipes
+def narrow_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Narrows the recipes to those that list the config's model; returns all if none does."""
+    return find_asked_recipes(config, recipes) or recipes
 
 
-def asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Those that a config asks for, by its model type or else its architecture."""
-    known = architectures_of(config)
+def find_asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Finds the recipes that list the config's model type or, if none does, its architecture."""
+    known = list_architectures(config)
     by_type = [recipe for recipe in recipes if config.get("model_type") in recipe.model_types]
     return by_type or [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
 
 
-def architectures_of(config: Mapping[str, Any]) -> list[Any]:
+def list_architectures(config: Mapping[str, Any]) -> list[Any]:
+    """Lists the `architectures` of a config; empty if they are no list."""
     found = config.get("architectures")
     return found if isinstance(found, list) else []
 
 
 def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
-    """The rule of each tensor, or None where a recipe does not fit."""
-    if match_names(checkpoint, recipe)[1]:  # at once: match would first look for the nearest rule of every name
+    """Matches a checkpoint; returns None if the recipe does not fit."""
+    if match_names(checkpoint, recipe)[1]:  # a quick check: `match` would first search the nearest rule of every name
         return None
     try:
         return match(checkpoint, recipe)
@@ -250,28 +254,28 @@ def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
         return None
 
 
-def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
-    """Why a recipe does not fit, in a few words; `#` is a number."""
+def explain_misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
+    """Explains in a few words why a recipe does not fit; `#` stands for a number."""
     if unknown:
-        return f"it does not know {listed(dict.fromkeys(split_name(name)[0] for name in unknown))}"
+        return f"it does not know {format_list(dict.fromkeys(split_name(name)[0] for name in unknown))}"
     try:
         match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
     except Refused as refused:
-        return listed((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
+        return format_list((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
     return FITS
 
 
-def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
-    """Names the recipe that knows most of the tensors, and what it does not know."""
+def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
+    """Makes the refusal if no recipe or several fit. It names the nearest recipe and the tensors that it lacks."""
     if fitting:
-        names = listed(recipe.name for recipe in fitting)
+        names = format_list(recipe.name for recipe in fitting)
         return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
     unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
     model = model if isinstance(model, str) else reprlib.repr(model)
-    misfits = misfit(checkpoint, recipes, nearest, unknown[nearest])
+    misfits = explain_misfit(checkpoint, recipes, nearest, unknown[nearest])
     found = f"{model}; the nearest recipe is {nearest}: {misfits}"
     remedy = f"--recipe {nearest}, if it is that model under another name; or {OWN_RECIPE}"
     remedy = remedy if misfits == FITS else OWN_RECIPE
-    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", remedy)
+    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {format_list(unknown, 99)}", remedy)

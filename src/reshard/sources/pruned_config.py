@@ -1,4 +1,4 @@
-"""Pruning: the config of a model of which only some layers and experts are left. Arithmetic on JSON values only."""
+"""Prunes the config of a model to the layers and experts that are kept. Works on JSON values only."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,56 +7,62 @@ from math import ceil
 from typing import Any
 
 from reshard.errors import Problem
-from reshard.recipes.formulas import config_value
+from reshard.recipes.formulas import read_config_value
 from reshard.sources.block_scales import EXEMPT_KEYS
-from reshard.text import numbers_text
+from reshard.text import format_numbers
 from reshard.types import Placeholder, Recipe
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
-"""A formula that is a config key alone, perhaps one within another."""
+"""A formula that is one config key, nested or not: `n_layers`, `text_config.n_layers`."""
 
 REFERENCE = re.compile(r"\w*layer_ids?")
-"""A config key whose value is the number of a layer, or a list of such."""
+"""A config key whose value is a layer number or a list of layer numbers."""
 
 DENSE = "mlp_only_layers"
-"""A config key whose value lists layers without experts: those of them that are left stay there."""
+"""Config key of the list of layers without experts. Kept layers stay in it, with their new numbers."""
 
 STEP = "decoder_sparse_step"
-"""A config key that says that each so many-th layer has experts."""
+"""Config key of a step N: every Nth layer has experts."""
 
 PER_LAYER = re.compile(r"\w*layer_types")
-"""A config key whose value is a list with something for each layer."""
+"""A config key whose value is a list with one value for each layer."""
 
 MODULE = re.compile(r"(.*\blayers\.)([0-9]{1,9})(?!\w)(.*)", re.DOTALL)
+"""A module name with a layer number."""
 
 CHOSEN_EXPERTS = "num_experts_per_tok"
+"""Config key of the number of experts that each token is routed to."""
 
 LEAST_OF_GROUP = {"noaux_tc": 2}
-"""So many experts of a group are looked at, by the `topk_method`, to choose the groups."""
+"""`topk_method` -> the number of experts that the router looks at in each group to choose the groups."""
 
 Members = Mapping[str, set[int]]
+"""The numbers that fill each placeholder."""
 
 Layers = Mapping[int, int]
 """The new number of each layer that is kept."""
 
 
-def table_of(size: str) -> str:
-    """How a shape speaks of the experts that a token has, `size` being the formula of how many experts there are."""
-    return beside(size, CHOSEN_EXPERTS)
+def name_table(size: str) -> str:
+    """Names the number of experts of a token, as shapes write it. `size` is the formula for the number of experts."""
+    return name_beside(size, CHOSEN_EXPERTS)
 
 
-def beside(key: str, other: str) -> str:
-    """A key in the same object: `text_config.n_group` beside `text_config.n_routed_experts`; of `a or b`, beside a."""
+def name_beside(key: str, other: str) -> str:
+    """Names another key of the same object: `n_group` beside `text_config.n_routed_experts` is `text_config.n_group`.
+    For `a or b`, the object of `a`.
+    """
     return ".".join([*key.split(" or ", maxsplit=1)[0].split(".")[:-1], other])
 
 
-def expert_problems(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
-    """Whether a token can still be given the experts that the config says, `left` being how many there are."""
+def check_experts(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
+    """Reports if tokens cannot be routed to as many experts and groups as the config says; `left` experts are kept."""
     chosen, groups, taken, method = (
-        config_value(beside(size, key), config) for key in (CHOSEN_EXPERTS, "n_group", "topk_group", "topk_method")
+        read_config_value(name_beside(size, key), config)
+        for key in (CHOSEN_EXPERTS, "n_group", "topk_group", "topk_method")
     )
     if type(chosen) is int and left < chosen:
-        expected = f"at least {chosen}, as {table_of(size)} of config.json says"
+        expected = f"at least {chosen}, as {name_table(size)} of config.json says"
         yield Problem("too-few-experts", "--experts", f"{left} experts", expected)
     elif type(groups) is int and groups > 1:
         if left % groups:
@@ -69,56 +75,56 @@ def expert_problems(config: Mapping[str, Any] | None, size: str, left: int) -> I
                 yield Problem("too-few-experts", "--experts", f"{left} experts", expected)
 
 
-def pruned_config(
+def prune_config(
     config: Mapping[str, Any] | None, recipe: Recipe, left: Members, layers: Layers | None, problems: list[Problem]
 ) -> Mapping[str, Any] | None:
-    """The config with the counts and lists of what is left; None without one. Appends what stands against it.
+    """Returns the config for the kept layers and experts: counts, lists and layer numbers. None without a config.
 
-    `layers` are None if all are kept.
+    `layers` is None if all are kept. Appends to `problems` each value that cannot be pruned.
     """
     if config is None:
         return None
     changed = deepcopy(dict(config))
     counting = next((place for place in recipe.placeholders.values() if place.counts == "layers"), None)
     if layers is not None and counting:
-        count = config_value(counting.size, config)
+        count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
         problems.extend(prune_references(changed, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
         for key in place.size.split(" or "):
-            if KEY.fullmatch(key) and type(config_value(key, config)) is int:
-                put(changed, key, len(left[place.name]))
+            if KEY.fullmatch(key) and type(read_config_value(key, config)) is int:
+                set_key(changed, key, len(left[place.name]))
     return changed
 
 
-def put(config: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a key that is there, perhaps one within another."""
+def set_key(config: dict[str, Any], key: str, value: Any) -> None:
+    """Sets an existing key, nested or not, in place."""
     *path, last = key.split(".")
     for name in path:
         config = config[name]
     config[last] = value
 
 
-def table_with(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
-    """The object of the config that says how many members a placeholder has; empty without one."""
-    table = config_value(counting.size.rpartition(".")[0], config) if "." in counting.size else config
+def find_table(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
+    """Finds the object of the config with the size of a placeholder; empty if there is none."""
+    table = read_config_value(counting.size.rpartition(".")[0], config) if "." in counting.size else config
     return table if isinstance(table, dict) else {}
 
 
 def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers, count: int) -> None:
-    """Lists with a value for each layer keep those of the layers that are left, and what follows for MTP."""
+    """Prunes the lists with one value for each layer, in place. Values behind the last layer belong to MTP and stay."""
     keys = {place.picked_by for place in recipe.placeholders.values() if place.picked_by}
-    keys |= {beside(counting.size, key) for key in table_with(counting, config) if PER_LAYER.fullmatch(key)}
+    keys |= {name_beside(counting.size, key) for key in find_table(counting, config) if PER_LAYER.fullmatch(key)}
     for key in sorted(keys):
-        values = config_value(key, config)
+        values = read_config_value(key, config)
         if isinstance(values, list) and len(values) >= count and KEY.fullmatch(key):
-            put(config, key, [values[old] for old in layers if old < count] + values[count:])
+            set_key(config, key, [values[old] for old in layers if old < count] + values[count:])
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:
-    """Keys that speak of layers by number: these must all be kept, and get their new numbers."""
-    table = table_with(counting, config)
+    """Renumbers the layers in config keys, in place; reports layers that a key names and that are not kept."""
+    table = find_table(counting, config)
     if isinstance(table.get(DENSE), list):
         table[DENSE] = [layers[value] for value in table[DENSE] if type(value) is int and value in layers]
     if table.get(STEP, 1) != 1 and any(old != new for old, new in layers.items()):
@@ -127,7 +133,7 @@ def prune_references(config: dict[str, Any], counting: Placeholder, layers: Laye
         values = table[key] if isinstance(table[key], list) else [table[key]]
         known = [value for value in values if type(value) is int]
         if lost := set(known) - layers.keys():
-            found = f"without layer {numbers_text(lost)}"
+            found = f"without layer {format_numbers(lost)}"
             yield Problem("needs-layers", "--layers", found, f"all that {key} of config.json names", "choose them too")
         elif known == values:
             new = [layers[value] for value in known]
@@ -135,15 +141,16 @@ def prune_references(config: dict[str, Any], counting: Placeholder, layers: Laye
 
 
 def prune_modules(config: dict[str, Any], layers: Layers, count: int) -> None:
-    """Names of modules that are not quantised, with the new numbers of their layers. Those of MTP layers follow on."""
+    """Renumbers the layers in the names of modules that are not quantized, in place. MTP layers come last."""
     quantization = config.get("quantization_config")
     for key in EXEMPT_KEYS:
         names = quantization.get(key) if isinstance(quantization, dict) else None
         if isinstance(quantization, dict) and isinstance(names, list):
-            quantization[key] = [*renumbered_modules(names, layers, count)]
+            quantization[key] = [*renumber_modules(names, layers, count)]
 
 
-def renumbered_modules(names: Sequence[Any], layers: Layers, count: int) -> Iterator[Any]:
+def renumber_modules(names: Sequence[Any], layers: Layers, count: int) -> Iterator[Any]:
+    """Yields module names with new layer numbers, without the names of removed layers."""
     for name in names:
         found = MODULE.fullmatch(name) if isinstance(name, str) else None
         if not found:

@@ -1,4 +1,4 @@
-"""The names of rank files: for how many ranks they are cut, which ranks are missing, by which recipes they may be."""
+"""Reads the names of rank files: the number of ranks, missing ranks, and the recipes that name files this way."""
 
 import re
 from collections import Counter
@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, file_names
-from reshard.recipes.recipe import recipes_to_try
+from reshard.formats.huggingface import INDEX, list_safetensors_files
+from reshard.recipes.recipe import list_recipes_to_try
 from reshard.types import MOST_RANKS, RANKS, Recipe
 
 
 class RankNames(NamedTuple):
-    """The rank files of a folder, as far as their names tell."""
+    """The rank files of a folder, known from their names alone."""
 
     recipes: Sequence[Recipe]
-    """By which they may have been cut."""
+    """The recipes that may have made them."""
     wanted: Sequence[str]
-    """The names of the files of all ranks, in the order of the ranks."""
+    """The file names of all ranks, in the order of the ranks."""
     missing: Sequence[str]
+    """The names of files that should be there and are not."""
     extra: Sequence[str]
-    """The names of other safetensors files beside them."""
+    """The names of other safetensors files in the folder."""
 
     def problems(self, *, ignore_extra_files: bool) -> Iterator[Problem]:
-        """Rank files that are missing, and files beside them."""
+        """Reports missing rank files and, unless ignored, other safetensors files."""
         ranks = len(self.wanted)
         for name in self.missing:
             expected = f"{ranks} rank files, by the names of the others"
@@ -35,15 +36,17 @@ class RankNames(NamedTuple):
 
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
-    """Whether a folder holds the rank files of a recipe. Raises Refused if it is not there."""
-    return path.is_dir() and find_rank_names(path, file_names(path), recipes_to_try(recipe)) is not None
+    """Whether a folder holds the rank files of a recipe. Raises Refused if folder or recipe cannot be read."""
+    return (
+        path.is_dir() and find_rank_names(path, list_safetensors_files(path), list_recipes_to_try(recipe)) is not None
+    )
 
 
 def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:
-    """The rank files among the names at a path; None if something else lies there, or a checkpoint with an index
-    besides.
+    """Finds the rank files among the file names at a path. None if there are none, or if a folder with an index also
+    has other files.
 
-    Raises Refused for a single one of several rank files.
+    Raises Refused if the path is a single rank file.
     """
     for recipe in recipes:
         numbers = {name: found for name in names if (found := parse_rank_name(name, recipe))}
@@ -56,7 +59,9 @@ def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe])
 
 
 def count_ranks(names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]) -> RankNames:
-    """The names of all ranks; most of the files tell how many ranks there are."""
+    """Counts the ranks, by the majority of the file names, and names the file of each rank. Raises Refused if the
+    number is out of range.
+    """
     ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
     if not 1 <= ranks <= MOST_RANKS:
         raise refuse("wrong-ranks", next(iter(numbers)), f"{ranks} ranks", f"1 to {MOST_RANKS}")
@@ -66,7 +71,7 @@ def count_ranks(names: Sequence[str], numbers: Mapping[str, tuple[int, int]], re
 
 
 def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
-    """Rank and number of ranks in the name of a rank file, as the recipe spells it; None for another name."""
+    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names."""
     pattern = re.escape(recipe.files)
     for key in ("rank", "ranks"):
         pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
@@ -75,9 +80,9 @@ def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
 
 
 def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
-    """The name of the recipe that cut rank files, by their manifest, if it is none of these; else empty.
+    """Finds the recipe that made the rank files, by their manifest, if it is not among `recipes`; else empty.
 
-    Then the names of the files tell nothing, and the files must not be taken for whole ones.
+    The names of such files follow an unknown pattern: they must not be taken for whole files.
     """
     recipe, layout = manifest.get("recipe"), manifest.get("layout")
     if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
