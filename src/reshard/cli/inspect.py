@@ -1,4 +1,4 @@
-"""The commands `inspect` and `recipes`."""
+"""Runs the commands `inspect` and `recipes`."""
 
 import argparse
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from reshard.text import counted, listed, printable, size_text, table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
+    """Runs `inspect`. Returns the exit code. Raises Refused."""
     content = inspect_path(options.path, options.recipe)
     if options.json:
         print_json(asdict(content))
@@ -25,6 +26,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_recipes(options: argparse.Namespace) -> int:
+    """Runs `recipes list`, `show` or `check`. Returns the exit code. Raises Refused."""
     require_no_more(options)
     if options.action == "list":
         return list_recipes(as_json=options.json)
@@ -40,7 +42,7 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def require_no_more(options: argparse.Namespace) -> None:
-    """Raises Refused if there are more words than an action takes."""
+    """Raises Refused if an action has more arguments than it takes."""
     words = [str(word) for word in (options.recipe, options.source) if word is not None]
     taken = {"list": 0, "check": 2}.get(options.action, 1)
     if words[taken:]:
@@ -49,6 +51,7 @@ def require_no_more(options: argparse.Namespace) -> None:
 
 
 def list_recipes(*, as_json: bool) -> int:
+    """Prints the packaged recipes, each with the models that it was checked against. Returns the exit code."""
     recipes = packaged_recipes()
     if as_json:
         print_json([list_fields(recipe) for recipe in recipes])
@@ -61,6 +64,7 @@ def list_recipes(*, as_json: bool) -> int:
 
 
 def show_recipe(name: str, *, as_json: bool) -> int:
+    """Prints a recipe, as its TOML text or as JSON. Returns the exit code. Raises Refused."""
     recipe = load_recipe(name)
     if as_json:
         print_json(list_fields(recipe))
@@ -71,8 +75,8 @@ def show_recipe(name: str, *, as_json: bool) -> int:
 
 
 def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
-    """Holds a recipe against a checkpoint: every tensor under one rule and as the config says, none missing. Raises
-    Refused otherwise.
+    """Checks that a recipe fits a checkpoint: each tensor is covered by one rule and agrees with the config, none is
+    missing. Returns the exit code. Raises Refused if it does not fit.
     """
     fit = check_fit(read_checkpoint(source), load_recipe(name))
     if as_json:
@@ -88,11 +92,11 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
 
 
 SHOWN_NAMES = 200
-"""So many lines of names at most, for a person."""
+"""Maximum number of lines of names in the text."""
 
 
 def content_text(content: Content) -> str:
-    """For a person."""
+    """Describes the content of a checkpoint as text."""
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
     ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""

@@ -1,4 +1,4 @@
-"""The command `verify`."""
+"""Runs the command `verify` and prints its report."""
 
 import argparse
 from dataclasses import asdict
@@ -14,6 +14,7 @@ from reshard.verification.verify import Report
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    """Runs `verify`. Returns the exit code. Raises Refused."""
     with show_progress("verify") as progress:
         report = api.verify(
             options.target,
@@ -28,7 +29,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
-    """Prints what was compared; the exit code says whether a difference was found."""
+    """Prints a report. Returns the exit code: PROBLEMS if there is a difference, else PROVEN."""
     sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
     if as_json:
         proven = "sampled" if report.is_sampled else "proven"

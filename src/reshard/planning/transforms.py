@@ -162,8 +162,7 @@ def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[C
 def pad(
     tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
 ) -> Iterator[Tensor]:
-    """Pads tensors to `shape`, in elements. Adds a cast for each tensor; for the result of a cast, changes that cast.
-    """
+    """Pads tensors to `shape`, in elements. Adds a cast for each tensor; results of casts have their cast changed."""
     for tensor in tensors:
         size = prod(shape) * BITS[tensor.dtype] // 8
         place = tensor.file - terms.files
