@@ -4,13 +4,36 @@ BIN := .venv/bin
 FUZZ_TARGETS ?= header index config names recipe journal manifest
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test torture mutations lint fuzz
+define make_venv
+version=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) || version="not there"; \
+$(PYTHON) -c '$(NEW_ENOUGH)' >/dev/null 2>&1 || \
+	{ echo "reshard needs Python 3.11 or newer; $(PYTHON) is $$version" >&2; exit 1; }; \
+$(PYTHON) -m venv --clear .venv
+endef
+
+# A .venv is used again if its Python is new enough and, where PYTHON is given, the same one.
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit(1); print(sys.version)
+USABLE := $(shell $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+ifneq ($(USABLE),$(shell $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null))
+USABLE :=
+endif
+endif
+ifeq ($(USABLE),)
+.PHONY: .venv/reshard
+endif
+
+.PHONY: help demo test torture mutations lint fuzz
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
 
+# With bytecode written, as for everybody: the tests start some hundred commands.
 test: .venv/test  ## all tests
-	$(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
 
 torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
 	$(BIN)/python tests/support/torture.py $(TORTURE_OPTIONS)
@@ -28,8 +51,9 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 		$(BIN)/python tests/support/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
 
+# Without its mark, .venv is one whose installation failed.
 .venv/reshard: pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(if $(and $(USABLE),$(wildcard .venv/reshard)),true,$(make_venv))
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable .
 	touch $@

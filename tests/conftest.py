@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,16 @@ from families import write_small
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reference", help="path to DeepSeek's own convert.py, to compare the outputs with")
+
+
+def pytest_configure() -> None:
+    """Gives the commands that the tests start an interrupt that is not ignored, however the tests were started.
+
+    Behind `nohup ... &` and `trap '' INT`, SIGINT is ignored, and so it would be in every child process. A handler
+    is not inherited: the child begins with the default. This process still does nothing when the signal comes.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

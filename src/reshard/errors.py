@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from inspect import signature
 from itertools import islice
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from reshard.text import shown
 
@@ -37,9 +37,9 @@ class Refused(Exception):
         self.problems = tuple(islice(problems, MOST_PROBLEMS))
         super().__init__(describe(self.problems))
 
-    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]]]:
-        """By its problems: an exception is pickled by its message, which does not make a Refused again."""
-        return Refused, (self.problems,)
+    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]], dict[str, Any]]:
+        """Pickles the problems and the message: by itself, an exception keeps only the message."""
+        return Refused, (self.problems,), {"args": self.args}
 
     def reworded(self, rename: Callable[[str], str]) -> "Refused":
         """The same refusal with other names for options. Names of files and tensors stay as they are."""

@@ -951,7 +951,7 @@ def test_a_pipe_gets_plain_lines_up_to_the_last_byte(
         assert not UNSAFE.search(text)
         lines = text.splitlines()
         assert 1 <= len(lines) <= 20
-        assert all(re.fullmatch(rf"{words[0]}: \d+% of 2\.18 MiB, \d[\d.]* \w+/s, \d+ s left", line) for line in lines)
+        assert all(re.fullmatch(rf"{words[0]}: \d+% of 2\.18 MiB, \d[\d.,]* \w+/s, \d+ s left", line) for line in lines)
         assert lines[-1].startswith(f"{words[0]}: 100% of ")
 
 

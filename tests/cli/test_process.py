@@ -262,6 +262,7 @@ def test_an_interrupt_ends_the_waiting_for_a_reader(number: signal.Signals, reci
         end = time.monotonic() + MANY
         while struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, bytes(4))) != (size,):
             assert time.monotonic() < end
+            time.sleep(0.001)
         process.send_signal(number)
         try:
             _, errors = process.communicate(timeout=MANY)
@@ -273,13 +274,21 @@ def test_an_interrupt_ends_the_waiting_for_a_reader(number: signal.Signals, reci
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_storm_of_signals_is_one_interrupt(attempt: int, source: Path, target: Path) -> None:
-    """From where the copying begins to the end of the process, some thousand of them."""
-    command = [*MODULE, "convert", str(source), str(target), "--mp", str(RANKS), "--jobs", "1"]
+    """From where the copying begins to the end of the process, some thousand of them.
+
+    Without one of them the conversion would not end, so that it cannot be through before the first comes.
+    """
+    waiting = program(
+        "import time, reshard.execution.execute as execute",
+        f"execute.finish = lambda *_: time.sleep({MANY})",
+    )
+    command = [*waiting, "convert", str(source), str(target), "--mp", str(RANKS), "--jobs", "1"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
         end = time.monotonic() + MANY
         while not (target / JOURNAL).exists() and process.poll() is None:
             assert time.monotonic() < end
+            time.sleep(0.001)
         time.sleep(attempt * 0.01)
         while process.poll() is None and time.monotonic() < end:
             process.send_signal(signal.SIGTERM)
@@ -306,10 +315,7 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
 
 
 LIBRARY = """
-import os, signal, sys, reshard.storage.resources
-from pathlib import Path
-from jobs import convert_checkpoint
-from jobs import Job
+import os, signal, sys, reshard, reshard.storage.resources
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait, left = reshard.storage.resources.wait, [None] * {signals}
 
@@ -321,7 +327,7 @@ def interrupted(futures, *options):
 
 reshard.storage.resources.wait = interrupted
 try:
-    convert_checkpoint(Job(Path(sys.argv[1]), {ranks}), Path(sys.argv[2]))
+    reshard.convert(sys.argv[1], sys.argv[2], mp={ranks})
 except KeyboardInterrupt:
     assert not left
     print("interrupted")

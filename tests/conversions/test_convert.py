@@ -373,7 +373,7 @@ def test_a_write_that_fails_leaves_no_final_name(sources: dict[str, Path], tmp_p
     """Files may not grow beyond 300,000 bytes, as on a disk that is full."""
     code = """
 import resource, sys
-from reshard.cli import main
+from reshard.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--mp", "4"]))
 """
@@ -445,20 +445,11 @@ def test_an_interrupt_leaves_no_final_name(sources: dict[str, Path], tmp_path: P
 
 def test_a_kill_leaves_no_final_name(sources: dict[str, Path], tmp_path: Path) -> None:
     code = """
-import os, signal, sys
-from contextlib import contextmanager
-from pathlib import Path
-from jobs import Job, convert_checkpoint
-done = 0
-@contextmanager
-def killed(total):
-    def advance(size):
-        global done
-        done += size
-        if done > total // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    yield advance
-convert_checkpoint(Job(Path(sys.argv[1]), 4), Path(sys.argv[2]), progress=killed)
+import os, signal, sys, reshard
+def killed(done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+reshard.convert(sys.argv[1], sys.argv[2], mp=4, progress=killed)
 """
     assert run_python(code, sources["fp8"], tmp_path / "ours").returncode == -signal.SIGKILL
     assert len(list((tmp_path / "ours").iterdir())) >= 4

@@ -196,7 +196,7 @@ def test_two_runs_at_once_are_one_too_many(source: Path, tmp_path: Path) -> None
     target = tmp_path / "target"
     target.mkdir()
     hold = (
-        "import contextlib, pathlib, sys; from reshard.journal import lock\n"
+        "import contextlib, pathlib, sys; from reshard.execution.journal import lock\n"
         "with contextlib.ExitStack() as stack:\n"
         "    lock(stack, pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )

@@ -480,7 +480,7 @@ def test_a_hostile_recipe_is_refused_at_once(text: str, tmp_path: Path, capsys: 
     assert len(said) < 100_000
 
 
-def test_a_fault_far_down_a_very_long_recipe_has_no_line_but_is_named() -> None:
+def test_a_fault_far_down_a_very_long_recipe_is_named_with_its_line() -> None:
     rows = [f'["same", "a{number}", "b{number}", "rows"]' for number in range(1_000)]
     with in_time(), pytest.raises(Refused) as refused:
         parse_recipe(
@@ -488,7 +488,7 @@ def test_a_fault_far_down_a_very_long_recipe_has_no_line_but_is_named() -> None:
         )
     assert [(problem.subject, problem.found) for problem in refused.value.problems] == [
         ("r:57", "'some'"),
-        ("r", "'none'"),
+        ("r:1008", "'none'"),
     ]
 
 

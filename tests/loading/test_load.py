@@ -282,9 +282,9 @@ def refusal(source: Path, **options: Any) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"rank": 4}, ("unknown-rank", "--ranks")),
-        ({"rank": -1}, ("unknown-rank", "--ranks")),
-        ({"mp": 0}, ("wrong-ranks", "--mp")),
+        ({"rank": 4}, ("unknown-rank", "rank")),
+        ({"rank": -1}, ("unknown-rank", "rank")),
+        ({"mp": 0}, ("wrong-ranks", "mp")),
         ({"mp": "4"}, ("wrong-option", "mp")),
         ({"rank": True}, ("wrong-option", "rank")),
         ({"rank": 1.0}, ("wrong-option", "rank")),
@@ -293,7 +293,7 @@ def refusal(source: Path, **options: Any) -> tuple[str, str]:
         ({"framework": "numpy", "device": "cuda"}, ("wrong-option", "device")),
         ({"device": "cuda:77"}, ("wrong-option", "device")),
         ({"device": "nowhere"}, ("wrong-option", "device")),
-        ({"cast": "bf17"}, ("wrong-option", "--cast")),
+        ({"cast": "bf17"}, ("wrong-option", "cast")),
     ],
 )
 def test_what_there_is_not_is_refused(options: dict[str, Any], problem: tuple[str, str], source: Source) -> None:
@@ -301,7 +301,7 @@ def test_what_there_is_not_is_refused(options: dict[str, Any], problem: tuple[st
 
 
 def test_expert_dtypes_that_there_are_not_are_refused(source: Source) -> None:
-    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp4") == ("wrong-option", "--expert-dtype")
+    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp4") == ("wrong-option", "expert_dtype")
 
 
 def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:

@@ -1438,8 +1438,8 @@ def test_what_is_dequantised_for_the_other_side_is_not_quantised_for_it() -> Non
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(recipe: str, layout: Layout, subject: str) -> None:
+    config = TINY if recipe == "deepseek-v3" else DEEPSEEK_V2_LITE
     with pytest.raises(Refused) as refused:
-        config = TINY if recipe == "deepseek-v3" else DEEPSEEK_V2_LITE
         make_plan(checkpoint_of(tensor_list(config), config), load_recipe(recipe), layout)
     assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("wrong-option", subject)]
 

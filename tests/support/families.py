@@ -1,7 +1,7 @@
 """Every tensor of the published checkpoints, from their `config.json` alone: full-size and small ones of each family.
 
 Written from the published lists of names and shapes. It knows no recipe and no plan, so that they can be checked
-against what stands here; `reshard.generate` lends it DeepSeek-V3 and the writing of files.
+against what stands here; `reshard.synthetic` lends it DeepSeek-V3 and the writing of files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

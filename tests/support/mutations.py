@@ -494,14 +494,14 @@ MUTATIONS = (
     Mutation(
         "verification/verify",
         "differences are found and not reported",
-        "    problems.extend(difference_problems(held, comparison))\n",
+        "    problems.extend(difference_problems(trace, comparison))\n",
         "",
         "test_verify.py::test_the_first_and_the_last_bit_of_every_tensor_are_seen[0-False]",
     ),
     Mutation(
         "verification/verify",
         "what all ranks lack is not missed",
-        "    yield from absent_problems(held, looked_at, wanted)\n",
+        "    yield from absent_problems(trace, looked_at, wanted)\n",
         "",
         "test_verify.py::test_a_tensor_that_all_ranks_lack_is_named",
     ),
@@ -557,8 +557,8 @@ MUTATIONS = (
     Mutation(
         "verification/chunks",
         "the padding below a tensor is not compared",
-        "for box in (beside, below)",
-        "for box in (beside,)",
+        "for box in (right, below)",
+        "for box in (right,)",
         "test_chunks.py::test_margins_hold_what_is_beyond_a_tensor_once",
     ),
     Mutation(
@@ -592,7 +592,7 @@ MUTATIONS = (
     Mutation(
         "verification/target_folder",
         "the index may name any file",
-        "if named.get(name) != held.get(name):",
+        "if named.get(name) != file_names.get(name):",
         "if False:",
         "test_verify_casts.py::test_an_index_that_names_another_file_is_seen",
     ),

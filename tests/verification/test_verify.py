@@ -298,9 +298,9 @@ def test_all_bytes_that_differ_are_counted_whichever_thread_finds_them(name: str
 VERIFY_AND_TELL_MEMORY = """
 import sys
 from pathlib import Path
-from reshard.read import read_checkpoint
-from reshard.recipe import load_recipe
-from reshard.verify import verify_target
+from reshard.formats.huggingface import read_checkpoint
+from reshard.recipes.recipe import load_recipe
+from reshard.verification.verify import verify_target
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
@@ -376,7 +376,7 @@ def test_a_sample_compares_as_many_bytes_as_it_says(large: Path) -> None:
     start, end = min(place[0] for place in places), max(place[1] for place in places)
     recipe, source = load_recipe(str(large / "own.toml")), read_checkpoint(large / "source")
     invert(path, start, end)
-    reports = [verify_target(large / "target", source, recipe, only=[1], sample=Fraction(1, 10)) for _ in range(2)]
+    reports = [verify_target(large / "target", source, recipe, ranks=[1], sample=Fraction(1, 10)) for _ in range(2)]
     invert(path, start, end)
     assert reports[0] == reports[1]
     counts = [int(problem.found.split()[0].replace(",", "")) for problem in reports[0].problems]

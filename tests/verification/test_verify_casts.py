@@ -44,17 +44,17 @@ class Case(NamedTuple):
 CASES = {
     "v3 bf16": Case("deepseek-v3", 2, {"cast": "bf16"}),
     "v3 mtp": Case("deepseek-v3", 2, {"keep_mtp": True}),
-    "v3 whole": Case("deepseek-v3", 1, {"to": "hf", "file_size": 3_000_000}),
-    "v3 whole bf16": Case("deepseek-v3", 1, {"to": "hf", "cast": "bf16", "file_size": 3_000_000}),
+    "v3 whole": Case("deepseek-v3", 1, {"to": "hf", "max_file_size": 3_000_000}),
+    "v3 whole bf16": Case("deepseek-v3", 1, {"to": "hf", "cast": "bf16", "max_file_size": 3_000_000}),
     "v3 padded": Case("deepseek-v3-for-32", 32, {"pad": True}),
     "v3 padded bf16": Case("deepseek-v3-for-32", 32, {"pad": True, "cast": "bf16"}),
     "glm fp8": Case("glm-5.1", 1, {"cast": "fp8"}),
     "glm padded fp8": Case("glm-5.1", 2, {"cast": "fp8", "pad": True}),
-    "glm whole ue8m0": Case("glm-5.1", 1, {"to": "hf", "cast": "fp8-ue8m0", "file_size": 2_000_000}),
+    "glm whole ue8m0": Case("glm-5.1", 1, {"to": "hf", "cast": "fp8-ue8m0", "max_file_size": 2_000_000}),
     "v4": Case("deepseek-v4-flash", 4, {}),
     "v4 fp8": Case("deepseek-v4-flash", 2, {"expert_dtype": "fp8"}),
     "v4 bf16": Case("deepseek-v4-flash", 2, {"cast": "bf16"}),
-    "v4 whole fp8": Case("deepseek-v4-flash", 1, {"to": "hf", "expert_dtype": "fp8", "file_size": 5_000_000}),
+    "v4 whole fp8": Case("deepseek-v4-flash", 1, {"to": "hf", "expert_dtype": "fp8", "max_file_size": 5_000_000}),
     "v4.1": Case("deepseek-v4.1-flash", 4, {}),
     "v4.1 fp8": Case("deepseek-v4.1-flash", 2, {"expert_dtype": "fp8"}),
     "v4.1 whole fp8": Case("deepseek-v4.1-flash", 1, {"to": "hf", "expert_dtype": "fp8"}),
@@ -242,7 +242,7 @@ def test_some_ranks_alone_tell_what_was_kept(good: Callable[[str], Made]) -> Non
     made = good("v3 mtp")
     source = read_checkpoint(made.source)
     for rank in (0, 1):
-        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], only=[rank])
+        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], ranks=[rank])
         assert (report.problems, report.files) == ((), 1)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from reshard import api
 from reshard.cli.convert import conversion_lines, plan_lines
-from reshard.cli.inspect import content_text
 from reshard.cli.terminal import show_progress
 from reshard.cli.verify import say_report
 from reshard.inspection.contents import inspect_path
@@ -38,7 +37,7 @@ def demonstrate(folder: Path, *, as_json: bool) -> int:
 
     say(f"1. Make a small checkpoint of DeepSeek-V3's true layout\n\n$ reshard inspect {source}")
     write_checkpoint(source, SMALL, FILES)
-    say(content_text(inspect_path(source)))
+    say(str(inspect_path(source)))
     say(f"\n2. Plan, from the headers alone\n\n$ reshard plan {source} --mp {RANKS}")
     say("\n".join(plan_lines(api.plan(source, RANKS))))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")

@@ -41,14 +41,8 @@ def diff_lines(report: DiffReport, most: int) -> Iterator[str]:
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
     yield ""
-    rows = {
-        "the same": report.same,
-        "other values": len(report.values),
-        "other dtype or shape": len(report.kinds),
-        "only in A": len(report.only_a),
-        "only in B": len(report.only_b),
-    }
-    yield from table(("", "tensors"), [(what, f"{count:,}") for what, count in rows.items()]).split("\n")
+    rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
+    yield from table(("", "tensors"), rows).split("\n")
     heading = ("other values", "dtype", "elements", "differ", "max abs", "max rel", "NaN in A", "in B", "infinite")
     yield from listing(heading, [value_row(difference) for difference in report.values[:most]], len(report.values))
     kinds = [(short(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]

@@ -7,12 +7,11 @@ from pathlib import Path
 from reshard.cli.terminal import PROVEN, print_json
 from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.target_names import MANIFEST
-from reshard.inspection.contents import Content, inspect_path
+from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import unknown_text
-from reshard.recipes.recipe import list_fields, load_recipe, packaged_recipes
-from reshard.text import counted, listed, printable, size_text, table
+from reshard.recipes.recipe import describe_recipe, load_recipe, packaged_recipes
+from reshard.text import listed, printable, table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -21,7 +20,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.json:
         print_json(asdict(content))
     else:
-        print("\n".join(map(printable, content_text(content).split("\n"))))
+        print(content)
     return PROVEN
 
 
@@ -54,7 +53,7 @@ def list_recipes(*, as_json: bool) -> int:
     """Prints the packaged recipes, each with the models that it was checked against. Returns the exit code."""
     recipes = packaged_recipes()
     if as_json:
-        print_json([list_fields(recipe) for recipe in recipes])
+        print_json([describe_recipe(recipe) for recipe in recipes])
     else:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
@@ -67,7 +66,7 @@ def show_recipe(name: str, *, as_json: bool) -> int:
     """Prints a recipe, as its TOML text or as JSON. Returns the exit code. Raises Refused."""
     recipe = load_recipe(name)
     if as_json:
-        print_json(list_fields(recipe))
+        print_json(describe_recipe(recipe))
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
         print("\n".join(map(printable, text.split("\n"))))
@@ -89,34 +88,3 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
         lines += [unknown_text(fit.unknown_keys)] if fit.unknown_keys else []
         print("\n".join(map(printable, lines)))
     return PROVEN
-
-
-SHOWN_NAMES = 200
-"""Maximum number of lines of names in the text."""
-
-
-def content_text(content: Content) -> str:
-    """Describes the content of a checkpoint as text."""
-    known = f"{content.layout} layout" if content.layout else "no known layout"
-    by = f", recipe {content.recipe}" if content.recipe else ""
-    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
-    files = counted(content.files, "files")
-    lines = [
-        f"{content.path}: {known}{by}{ranks}",
-        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
-    ]
-    if content.counts:
-        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
-    if content.subset:
-        lines.append(f"a subset: {content.subset}")
-    if content.made:
-        words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
-        lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
-    rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
-    lines += ["", table(("dtype", "tensors", "bytes"), rows)]
-    if content.names:
-        shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
-        lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
-        lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
-    lines += ["", content.remark] if content.remark else []
-    return "\n".join(lines)

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from reshard import api
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
-from reshard.errors import describe
-from reshard.formats.manifest import subset_lines
 from reshard.formats.target_names import MANIFEST
-from reshard.text import counted, printable
-from reshard.verification.verify import Report
+from reshard.verification.verify import Report, describe_report
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -29,27 +26,10 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
-    """Prints a report. Returns the exit code: PROBLEMS if there is a difference, else PROVEN."""
-    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
+    """Prints what was compared; the exit code says whether a difference was found."""
     if as_json:
         proven = "sampled" if report.is_sampled else "proven"
         print_json({"status": "differs" if report.problems else proven, **asdict(report)})
-    elif report.problems:
-        print(f"{printable(str(target))}: {counted(len(report.problems), 'problems')}")
-        if report.note:
-            print(report.note)
-        print(describe(report.problems))
-        if report.is_sampled:
-            print(sample)
     else:
-        print(printable(f"{target}: {'sampled' if report.is_sampled else 'proven'} against {source}"))
-        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
-        files = (
-            counted(report.files, "whole files") if report.is_whole else f"{report.files} of {report.ranks} rank files"
-        )
-        print(f"{files}, {counted(report.tensors, 'tensors')}, {result}")
-        if report.inexact:
-            print(f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest")
-    for line in subset_lines(report.subset) if not as_json else ():
-        print(printable(line))
+        print(describe_report(report, target, source))
     return PROBLEMS if report.problems else PROVEN

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from reshard.errors import refuse
 from reshard.storage.local import open_regular
@@ -28,7 +28,7 @@ def is_plain(name: str) -> bool:
     return bool(name) and not set(name) & set("/\\\0") and name not in {".", ".."}
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a string that UTF-8 can write: JSON can spell half of a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None

@@ -1,4 +1,4 @@
-"""The manifest `reshard.json`: reading it, and what it says of subsets and of the original checkpoint."""
+"""The manifest `reshard.json`: reads and validates it, and tells subset and origin of the source from it."""
 
 import json
 import zlib
@@ -6,15 +6,16 @@ from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
-from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_size, is_text, read_object
+from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_text, read_object
 from reshard.formats.ranges import parse_ranges
-from reshard.formats.safetensors import LENGTH_SIZE, parse_header
+from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
 from reshard.text import listed, numbers_text
 from reshard.types import Form, Share, Subset, Tensor
@@ -24,42 +25,70 @@ COUNTS = ("layers", "experts")
 ITSELF = "source"
 """The key of what the source was a subset of itself."""
 
-KEYS = {*COUNTS, "only", "left_out", ITSELF}
+Number = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class KeptNumbers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The layers, or the experts, that a subset keeps."""
+
+    kept: Annotated[list[Number], msgspec.Meta(min_length=1)]
+    of: int
+
+
+class LeftOut(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How much a subset lacks."""
+
+    tensors: int
+    bytes: int
+
+
+class SubsetEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The description of a subset, as we write it."""
+
+    left_out: LeftOut
+    layers: KeptNumbers | msgspec.UnsetType = msgspec.UNSET
+    experts: KeptNumbers | msgspec.UnsetType = msgspec.UNSET
+    only: Annotated[list[str], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    source: dict[str, Any] = {}
+    """Of the same form, or empty: checked by `is_subset`, for they can be nested deeper than Python can call."""
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A rank file in the manifest. Other fields may stand there."""
+
+    name: str
+    rank: Size
+    size: Size
+    """In bytes."""
+    tensors: Size
+    ranges: str
+
+
+class SideFileEntry(msgspec.Struct, frozen=True):
+    """A side file in the manifest."""
+
+    name: str
+    size: Size
+    """In bytes."""
+    xxh3_128: str
+
+
+class ManifestEntries(msgspec.Struct, frozen=True):
+    """The fields of a manifest that are read later, with their types."""
+
+    ranks: Size
+    files: list[FileEntry]
+    side_files: list[SideFileEntry]
 
 
 def is_subset(value: Any) -> bool:
-    """Whether a value is as we write it: anyone can write a manifest."""
-    while isinstance(value, dict) and value:
-        kept = [value[key] for key in COUNTS if key in value]
-        if not (
-            set(value) <= KEYS
-            and all(is_kept(entry) for entry in kept)
-            and is_only(value.get("only", ["*"]))
-            and is_numbers(value.get("left_out"), ("tensors", "bytes"))
-        ):
+    """Whether a value describes a subset as we write it, or is empty: anyone can write a manifest."""
+    while value:
+        try:
+            value = msgspec.convert(value, SubsetEntry).source
+        except ValueError:  # msgspec's own errors are ValueErrors; a key that UTF-8 cannot write is another
             return False
-        value = value.get(ITSELF, {})
     return isinstance(value, dict)
-
-
-def is_only(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(pattern, str) for pattern in value)
-
-
-def is_kept(value: Any) -> bool:
-    """Whether a value is `{"kept": [0, 1], "of": 61}`."""
-    numbers = value.get("kept") if isinstance(value, dict) else None
-    return (
-        isinstance(numbers, list)
-        and bool(numbers)
-        and all(type(number) is int and number >= 0 for number in numbers)
-        and value.keys() == {"kept", "of"}
-        and type(value["of"]) is int
-    )
-
-
-def is_numbers(value: Any, keys: tuple[str, ...]) -> bool:
-    return isinstance(value, dict) and value.keys() == set(keys) and all(type(value[key]) is int for key in keys)
 
 
 def left_out(before: Mapping[str, Tensor], after: Mapping[str, Tensor], known: Mapping[str, int]) -> dict[str, int]:
@@ -116,7 +145,30 @@ LARGEST_HEADERS = 4 * MAX_HEADER_SIZE
 """In bytes, of all headers together. A model of 1,000B parameters has 20 MB."""
 
 LOST = ("dropped", "dequantized", "cast")
-"""The uses of tensors that do not come back as they were."""
+"""The uses of source tensors whose bytes the target does not hold."""
+
+
+class LostEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A `Share` in the manifest."""
+
+    use: Literal[LOST]  # type: ignore[valid-type]
+    what: str
+    reason: str
+    tensors: Size
+    size: Size
+    """In bytes of the source."""
+
+
+class OriginEntry(msgspec.Struct, frozen=True):
+    """The origin in the manifest: what the source was."""
+
+    shapes: dict[str, list[Number]]
+    headers: dict[str, str]
+    """By file name: zlib-packed headers in base 64."""
+    texts: dict[str, str]
+    """By file name: zlib-packed JSON files in base 64."""
+    lost: list[LostEntry] | None
+    config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,41 +194,34 @@ class Origin:
 
 
 def unpacked(text: str, most: int) -> bytes:
-    """Raises what can be wrong with it."""
+    """Unpacks base 64 of zlib, to at most so many bytes. Raises ValueError or zlib.error."""
     return zlib.decompressobj().decompress(b64decode(text), most)
 
 
 def read_origin(manifest: Mapping[str, Any]) -> Origin:
-    """What a manifest tells; of what is not as we write it nothing, for anyone can write one."""
+    """Reads what a manifest tells of the source. An origin that is not as we write it is left out: anyone can write
+    one.
+    """
     origin, recipe = manifest.get("origin"), manifest.get("recipe")
     name = recipe.get("name") if isinstance(recipe, dict) else ""
-    unknown = Origin(name if isinstance(name, str) and is_text(name) else "", is_of_ranks=True)
-    if not isinstance(origin, dict):
-        return unknown
-    config, shapes, headers, texts = (origin.get(key) for key in ("config", "shapes", "headers", "texts"))
-    if not (config is None or isinstance(config, dict)) or not (isinstance(headers, dict) and isinstance(texts, dict)):
-        return unknown
+    unknown = Origin(name if is_text(name) else "", is_of_ranks=True)
     try:
-        require_shapes(shapes)
-        forms = forms_of(headers)
-        known = {name: unpacked(texts[name], MAX_HEADER_SIZE) for name in (CONFIG, INDEX) if name in texts}
-        lost = shares_of(origin["lost"])
+        entry = msgspec.convert(origin, OriginEntry)
+        forms = forms_of(entry.headers)
+        texts = {name: unpacked(entry.texts[name], MAX_HEADER_SIZE) for name in (CONFIG, INDEX) if name in entry.texts}
+        lost = shares_of(entry.lost)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, zlib.error, Refused):
         return unknown
-    return Origin(unknown.recipe, config, shapes, forms, known, lost, origin, is_of_ranks=True)
+    return Origin(unknown.recipe, entry.config, entry.shapes, forms, texts, lost, origin, is_of_ranks=True)
 
 
-def shares_of(lost: Any) -> tuple[Share, ...] | None:
-    """Raises what can be wrong with them."""
+def shares_of(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:
+    """The shares of an origin. Raises ValueError for a text that UTF-8 cannot write."""
     if lost is None:
         return None
-    shares = tuple(Share(**fields) for fields in lost)
-    for share in shares:
-        if not all(map(is_text, (share.use, share.what, share.reason))):
-            raise ValueError(share)
-        if share.use not in LOST or not (is_size(share.tensors) and is_size(share.size)):
-            raise ValueError(share)
-    return shares
+    if not all(is_text(share.what) and is_text(share.reason) for share in lost):
+        raise ValueError("not UTF-8")
+    return tuple(Share(share.use, share.what, share.reason, share.tensors, share.size) for share in lost)
 
 
 def forms_of(headers: Mapping[str, str]) -> tuple[Form, ...]:
@@ -190,13 +235,6 @@ def forms_of(headers: Mapping[str, str]) -> tuple[Form, ...]:
         if left < 0:
             raise ValueError(name)
     return tuple(forms)
-
-
-def require_shapes(shapes: Any) -> None:
-    """Shapes by name. Raises what can be wrong with them."""
-    for shape in shapes.values():
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(shape)
 
 
 def form_of(name: str, text: str) -> Form:
@@ -213,11 +251,6 @@ def form_of(name: str, text: str) -> Form:
 def manifest_at(folder: Path) -> Mapping[str, Any]:
     """As it stands there: what is told of it is a hint, so that its checksum need not be right."""
     return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
-
-
-FILE_TYPES = {"name": str, "rank": int, "size": int, "tensors": int, "ranges": str}
-
-SIDE_TYPES = {"name": str, "size": int, "xxh3_128": str}
 
 
 def own_checksum(manifest: Mapping[str, Any]) -> str:
@@ -242,22 +275,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def is_well_formed(manifest: Mapping[str, Any]) -> bool:
     """Whether all that is read of a manifest later has its type. The checksum is no secret: anyone can write one."""
-    files, sides = manifest.get("files"), manifest.get("side_files")
-    if not (isinstance(files, list) and isinstance(sides, list) and is_size(manifest.get("ranks"))):
+    try:
+        entries = msgspec.convert(manifest, ManifestEntries)
+    except (ValueError, RecursionError):
         return False
-    if not is_subset(manifest.get("subset", {})):
-        return False
-    return all(has_types(entry, FILE_TYPES) and is_ranges(entry["ranges"], entry["size"]) for entry in files) and all(
-        has_types(entry, SIDE_TYPES) for entry in sides
+    names = [*(file.name for file in entries.files), *(file.name for file in entries.side_files)]
+    return (
+        is_subset(manifest.get("subset", {}))
+        and all(is_text(name) and is_plain(name) for name in names)
+        and all(is_ranges(entry.ranges, entry.size) for entry in entries.files)
     )
-
-
-def has_types(entry: Any, types: Mapping[str, type]) -> bool:
-    """Whether an entry has at least these fields: a plain name, sizes and texts."""
-    if not isinstance(entry, dict) or not all(type(entry.get(key)) is wanted for key, wanted in types.items()):
-        return False
-    sizes = [entry[key] for key, wanted in types.items() if wanted is int]
-    return all(map(is_size, sizes)) and is_text(entry["name"]) and is_plain(entry["name"])
 
 
 def is_ranges(text: str, size: int) -> bool:

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, whether a recipe fits it, how two checkpoints differ. Writes nothing."""
+"""Summarizes a checkpoint, checks whether a recipe fits, compares two checkpoints. Writes nothing."""

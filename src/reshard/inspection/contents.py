@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in either layout, from its headers alone."""
+"""Summarizes a checkpoint of either layout from its headers: layout, recipe, counts, dtypes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,49 +9,56 @@ from reshard.errors import Refused, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import Stored, file_names, read_config, read_file, read_headers
 from reshard.formats.manifest import is_subset, manifest_at, subset_text
-from reshard.formats.target_names import require_finished
+from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
 from reshard.sources.rank_files import held_tensors, holder_problems, left_names
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
-from reshard.text import listed
+from reshard.text import counted, listed, printable, size_text, table
 from reshard.types import Checkpoint, Recipe, Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Content:
-    """What the headers of a checkpoint tell."""
+    """The summary of a checkpoint, from its headers."""
 
     path: str
     layout: str
-    """The recipe's word for it, such as `huggingface`; empty if no recipe knows it."""
+    """The recipe's name for the layout, such as `huggingface`; empty if no recipe fits."""
     recipe: str
-    """The recipe that knows it, if one does."""
+    """The recipe that fits; several joined by ` or `; empty if none does."""
     ranks: int
-    """How many ranks it is cut for; 0 if it is whole."""
+    """The number of ranks that it is split for; 0 if it is whole."""
     files: int
     tensors: int
     size: int
-    """Of the data, in bytes."""
+    """Of all tensors, in bytes."""
     counts: Mapping[str, int]
     """Such as `{"layers": 61, "experts": 256}`."""
     dtypes: Mapping[str, tuple[int, int]]
-    """By dtype: how many tensors, and their bytes."""
+    """By dtype: the number of tensors, and their bytes."""
     remark: str
-    """Why no recipe knows it."""
+    """Why no recipe fits."""
     names: Mapping[str, tuple[int, str]]
-    """If no recipe knows it, what one would have to know: by name, with `#` for each number, how many tensors there
-    are, and their dtypes and shapes."""
+    """If no recipe fits: by name, with `#` for each number, the number of tensors, and their dtypes and shapes."""
     made: Mapping[str, str] = field(default_factory=dict)
-    """The options that it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
+    """The options it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
     subset: str = ""
-    """What of a larger checkpoint it is, by its manifest; empty if it is whole."""
+    """The part of a larger checkpoint that it is, by its manifest; empty if it is whole."""
+
+    def __str__(self) -> str:
+        return content_text(self)
+
+    __repr__ = __str__
 
 
 def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
-    """What lies at a path: a folder of safetensors files in either layout, or a single file; by the recipe of that name
-    or file, else by those that are packaged. Raises Refused.
+    """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
+
+        print(reshard.inspect("DeepSeek-V3"))
+
+    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
     """
     path = Path(path)
     content = content_at(path, recipe)
@@ -82,7 +89,7 @@ def content_at(path: Path, recipe: str | None) -> Content:
 
 
 def rank_content(path: Path, names: RankNames) -> Content:
-    """Rank files, and the recipes that they fit: all that fit, where nothing tells which it was."""
+    """Summarizes rank files, with every recipe that fits if neither manifest nor config names one."""
     present = [name for name in names.wanted if name not in names.missing]
     stored, config = read_headers(path, present), read_config(path)
     manifest = manifest_at(path)
@@ -105,7 +112,7 @@ def rank_content(path: Path, names: RankNames) -> Content:
 
 
 def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
-    """What was asked for, by its option, with the option's value; empty if that was nothing."""
+    """The options of the conversion and their values, by the manifest; a flag has the value `keep` or none."""
     layout = manifest.get("layout")
     layout = layout if isinstance(layout, dict) else {}
     flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
@@ -116,9 +123,9 @@ def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
 
 def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    held, problems = held_tensors(stored, recipe, config or {})
-    require_none([*problems, *holder_problems(held.values(), len(stored.files))])
-    return counts_of(Checkpoint(stored.folder, stored.files, left_names(held.values()), config), recipe)
+    gathered, problems = held_tensors(stored, recipe, config or {})
+    require_none([*problems, *holder_problems(gathered.values(), len(stored.files))])
+    return counts_of(Checkpoint(stored.folder, stored.files, left_names(gathered.values()), config), recipe)
 
 
 def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
@@ -147,8 +154,39 @@ def content_of(
 
 
 def names_of(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
-    """Names that differ in their numbers only, together; sorted."""
+    """Groups names that differ in their numbers only; sorted."""
     kinds: dict[str, list[str]] = {}
     for tensor in tensors:
         kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
     return {name: (len(kinds[name]), listed(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}
+
+
+SHOWN_NAMES = 200
+"""At most so many lines of names are printed."""
+
+
+def content_text(content: Content) -> str:
+    """The text of a content for a person."""
+    known = f"{content.layout} layout" if content.layout else "no known layout"
+    by = f", recipe {content.recipe}" if content.recipe else ""
+    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
+    files = counted(content.files, "files")
+    lines = [
+        f"{content.path}: {known}{by}{ranks}",
+        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
+    ]
+    if content.counts:
+        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
+    if content.subset:
+        lines.append(f"a subset: {content.subset}")
+    if content.made:
+        words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
+        lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
+    rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
+    lines += ["", table(("dtype", "tensors", "bytes"), rows)]
+    if content.names:
+        shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
+        lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
+        lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
+    lines += ["", content.remark] if content.remark else []
+    return "\n".join(printable(line) for text in lines for line in text.split("\n"))

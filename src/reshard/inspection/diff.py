@@ -1,7 +1,7 @@
-"""Diff: two checkpoints, in any layouts -> what of their tensors is the same, and how far the rest is apart.
+"""Compares two checkpoints of any layouts tensor by tensor, and measures how far the values differ.
 
-Only tensors are compared, by name: one that has another name on the other side is missing there. Configs, metadata and
-tokenizers are not looked at. Beside the buffers of a few threads no memory is taken, however large the tensors are.
+Tensors are compared by name: a tensor with another name on the other side is missing there. Configs, metadata and
+tokenizers are not compared. Memory is the buffers of a few threads, whatever the size of the tensors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ from reshard.storage.local import CACHED, is_equal
 from reshard.storage.page_cache import reading_threads, ways_to_read
 from reshard.storage.resources import count_progress, in_threads
 from reshard.storage.unchanged import open_unchanged
+from reshard.text import printable
 from reshard.types import FIRST, Advance, Cast, Progress, Tensor
 
 Bytes = NDArray[np.uint8]
@@ -34,32 +35,32 @@ ALL = Choice()
 
 @dataclass(frozen=True, slots=True)
 class ValueDifference:
-    """A tensor that has other elements on the other side."""
+    """A tensor whose elements differ."""
 
     name: str
     dtype: str
-    """What its bytes are taken for: F4 where I8 packs it, BF16 where it was dequantised."""
+    """The dtype of the compared elements: F4 for packed I8, BF16 for dequantized weights."""
     elements: int
     apart: Apart
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DiffReport:
-    """What two checkpoints have in common, and what not."""
+    """The result of comparing two checkpoints: how many tensors are equal, and every difference."""
 
     a: str
     b: str
     """The paths."""
     recipes: tuple[str, str]
-    """By which rank files were read; empty for what is no rank files."""
+    """The recipe that the rank files of each side were read with; empty for other layouts."""
     same: int
-    """So many tensors are the same, bit by bit."""
+    """The number of tensors that are equal, bit by bit."""
     compared: int
-    """In bytes of one side."""
+    """The bytes that were compared, of one side."""
     dequantized: int
-    """So many tensors were dequantised to be compared, be they the same or not."""
+    """The number of tensors that were dequantized to be compared, equal or not."""
     values: tuple[ValueDifference, ...]
-    """The most different first: those with NaNs and infinities, then by the relative difference."""
+    """The most different first: with NaNs and infinities, then by the largest relative difference."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -69,12 +70,29 @@ class DiffReport:
         """Whether there is no difference at all."""
         return not (self.values or self.kinds or self.only_a or self.only_b)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of tensors that are equal, and of each kind of difference."""
+        return {
+            "the same": self.same,
+            "other values": len(self.values),
+            "other dtype or shape": len(self.kinds),
+            "only in A": len(self.only_a),
+            "only in B": len(self.only_b),
+        }
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items() if count)
+        verdict = "same" if self.is_same else "differs"
+        return printable(f"{self.a} and {self.b}: {verdict}: {counts or 'no tensors'}")
+
+    __repr__ = __str__
+
 
 def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress | None = None) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 
-    Raises Refused if one cannot be read or changes meanwhile, or if ranks of one hold different bytes of what should be
-    the same in all.
+    Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
     sides = read_side(a, choice), read_side(b, choice)
     if choice.replicas == FIRST and not any(side.recipe for side in sides):
@@ -103,14 +121,14 @@ def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress 
 
 
 def how_different(difference: ValueDifference) -> tuple[bool, float, float]:
-    """More is more different."""
+    """The sort key of a difference: larger is more different."""
     apart = difference.apart
     odd = apart.infinite > 0 or apart.nans != (0, 0)
     return odd, apart.max_relative or 0, apart.different / difference.elements
 
 
 class Stretch(NamedTuple):
-    """A part of a pair, in bytes."""
+    """A byte range of a pair of tensors."""
 
     pair: Pair
     offset: int
@@ -118,7 +136,7 @@ class Stretch(NamedTuple):
 
 
 def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: Advance) -> dict[str, Apart]:
-    """Compares all pairs, of so many bytes on a side; returns by name how far those that differ are apart."""
+    """Compares all pairs, of `size` bytes on a side; returns the differences by name."""
     found: dict[str, Apart] = {}
     lock = Lock()
     if pairing.dequantized:
@@ -129,12 +147,12 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
         def make_worker() -> Callable[[Stretch], None]:
             readers = [SideReader(side) for side in files]
 
-            def work(stretch: Stretch) -> None:
-                apart = compare_stretch(stretch, readers)
+            def work(piece: Stretch) -> None:
+                apart = compare_stretch(piece, readers)
                 if apart:
                     with lock:
-                        found[stretch.pair.name] = merged(found.get(stretch.pair.name), apart)
-                advance(stretch.size)
+                        found[piece.pair.name] = merged(found.get(piece.pair.name), apart)
+                advance(piece.size)
 
             return work
 
@@ -143,7 +161,7 @@ def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: A
 
 
 def stretches(pairs: Sequence[Pair]) -> Iterator[Stretch]:
-    """All pairs in stretches of a window, in the order in which the first side has them on the disk."""
+    """Splits all pairs into byte ranges of WINDOW_SIZE, in the order of the first side on disk."""
     for pair in sorted(pairs, key=lambda pair: place_of(pair.a)):
         size = result_of(pair.a).size
         for offset in range(0, size, WINDOW_SIZE):
@@ -156,7 +174,7 @@ def place_of(operand: Tensor | Cast) -> tuple[int, int]:
 
 
 def open_side(stack: ExitStack, side: Side, size: int) -> Files:
-    """The files of a side, opened for a job of so many bytes."""
+    """Opens the files of a side for a job that reads `size` bytes."""
     folder, files = side.checkpoint.folder, side.checkpoint.files
     paths = [folder / file.name for file in files]
     ways = ways_to_read(paths[0], size) if paths else CACHED
@@ -165,7 +183,7 @@ def open_side(stack: ExitStack, side: Side, size: int) -> Files:
 
 
 class SideReader:
-    """What one thread reads a side with."""
+    """Reads tensors and casts of a side; one for each thread."""
 
     def __init__(self, files: Files) -> None:
         buffers = Buffers(makes=True)
@@ -175,16 +193,16 @@ class SideReader:
         self._inputs = Inputs(self._read, scales, WINDOW_SIZE, SCALES_SIZE)
 
     def read(self, operand: Tensor | Cast, offset: int, size: int) -> Bytes:
-        """So many bytes of a tensor or of the result of a cast; overwritten by the next call."""
+        """Reads `size` bytes of a tensor or of the result of a cast; the next call overwrites them."""
         if isinstance(operand, Tensor):
             return np.frombuffer(self._read(operand, offset, size), np.uint8)
         produce(operand, offset, self._result[:size], self._inputs)
         return np.frombuffer(self._result[:size], np.uint8)
 
 
-def compare_stretch(stretch: Stretch, readers: Sequence[SideReader]) -> Apart | None:
-    """How far the two sides of a stretch are apart; None if they are the same."""
-    pair, offset, size = stretch
+def compare_stretch(piece: Stretch, readers: Sequence[SideReader]) -> Apart | None:
+    """Measures how far the two sides of a byte range differ; None if they are equal."""
+    pair, offset, size = piece
     one, other = readers[0].read(pair.a, offset, size), readers[1].read(pair.b, offset, size)
     if is_equal(one, other):
         return None

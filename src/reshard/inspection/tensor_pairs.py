@@ -1,7 +1,7 @@
-"""Pairs: two paths -> the tensors that are to be compared with each other. Reads headers; no tensor's data.
+"""Pairs the tensors of two checkpoints by name, so that `diff` can compare them. Reads headers only.
 
-Tensors are paired by name. Rank files are read as the checkpoint that they make up, under the names that it had; in any
-other folder, and in a single file, names stand for themselves.
+Rank files are read as the whole checkpoint that they make up, under its names. In any other folder, and in a single
+file, tensors keep the names in the files.
 """
 
 import re
@@ -25,17 +25,17 @@ from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is to be compared, and how it is read."""
+    """The tensors to compare, and how to read them."""
 
     only: Sequence[str] = ()
-    """Patterns of names, as a shell has them; none: all."""
+    """Shell patterns of names; empty for all tensors."""
     recipe: str | None = None
-    """For both sides; by default each tells itself."""
+    """The name or file of a recipe for both sides; by default each side is recognized by itself."""
     dequantize: bool = False
-    """Compare a block-scaled weight with one of another dtype by what both are in BF16."""
+    """Compare a block-scaled weight with a weight of another dtype by dequantizing both to BF16."""
     ignore_extra_files: bool = False
     replicas: str = COMPARE
-    """Of what several ranks hold: `compare` all, which must be equal, or take the `first`."""
+    """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
 
 
 class Side(NamedTuple):
@@ -43,24 +43,24 @@ class Side(NamedTuple):
 
     checkpoint: Checkpoint
     recipe: str
-    """By which rank files were read; empty for what is no rank files."""
+    """The recipe that rank files were read with; empty if they are no rank files."""
     scalings: tuple[BlockScale, ...]
-    """How its weights may be scaled: each is told by the names and shapes of weight and scale."""
+    """The block scalings that its weights may have; names and shapes of weight and scale tell which."""
 
 
 class Pair(NamedTuple):
-    """Two tensors of one name and of as many bytes; a cast stands for its result."""
+    """Two tensors of one name and equal size in bytes. A cast stands for its result."""
 
     name: str
     a: Tensor | Cast
     b: Tensor | Cast
     dtype: str
-    """What the bytes are taken for."""
+    """The dtype of the elements that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindDifference:
-    """A tensor whose dtype or shape is another."""
+    """A tensor whose dtype or shape differs."""
 
     name: str
     a: str
@@ -70,18 +70,18 @@ class KindDifference:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What becomes of the names of both sides."""
+    """The names of both sides: paired, of different kinds, or on one side only."""
 
     pairs: tuple[Pair, ...]
     dequantized: int
-    """So many of the pairs are of weights that are dequantised first."""
+    """The number of pairs whose weights are dequantized first."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
 
 
 def read_side(path: Path, choice: Choice) -> Side:
-    """A checkpoint in whichever layout lies there. Raises Refused."""
+    """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = recipes_to_try(choice.recipe)
     if holds_rank_files(path, choice.recipe):
         found = read_source(
@@ -103,7 +103,7 @@ def scalings_of(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
 
 
 def pair_up(a: Side, b: Side, choice: Choice) -> Pairing:
-    """Pairs the tensors of two sides. Raises Refused for a pattern that no name fits."""
+    """Pairs the tensors of two sides. Raises Refused for a pattern that matches no name."""
     names = chosen([*a.checkpoint.tensors, *b.checkpoint.tensors], choice.only)
     made = dequantized_pairs(names, a, b) if choice.dequantize else []
     known = {pair.name for pair in made}
@@ -132,7 +132,7 @@ def lacking(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> tuple[st
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that fit a pattern, each once, in their order."""
+    """The names that match a pattern, each once, in their order."""
     every = list(dict.fromkeys(names))
     if not patterns:
         return every
@@ -151,13 +151,13 @@ def kind_text(tensor: Tensor) -> str:
 
 
 def dtype_of(tensor: Tensor, a: Side, b: Side) -> str:
-    """What the bytes of a tensor of both sides are taken for: F4 lies in checkpoints as I8, two values in a byte."""
+    """The dtype of the elements of a tensor of both sides: F4 for packed I8, which has two elements in a byte."""
     is_packed = tensor.dtype == "I8" and (dequantizing(tensor.name, a) or dequantizing(tensor.name, b))
     return "F4" if is_packed else tensor.dtype
 
 
 def dequantized_pairs(names: Iterable[str], a: Side, b: Side) -> list[Pair]:
-    """The weights of other kinds on both sides that can both be had in BF16, in one shape."""
+    """Pairs of weights of different kinds that both can be read as BF16, with the same shape."""
     found = []
     for name in names:
         one, other = a.checkpoint.tensors.get(name), b.checkpoint.tensors.get(name)
@@ -170,7 +170,7 @@ def dequantized_pairs(names: Iterable[str], a: Side, b: Side) -> list[Pair]:
 
 
 def as_bf16(tensor: Tensor, side: Side) -> Tensor | Cast | None:
-    """A tensor in BF16: as it is, or by its block scale."""
+    """A tensor in BF16: as it is, or dequantized with its block scale; None if neither."""
     return tensor if tensor.dtype == "BF16" else dequantizing(tensor.name, side)
 
 
@@ -179,12 +179,12 @@ def result_of(operand: Tensor | Cast) -> Tensor:
 
 
 def scales_in(operands: Iterable[Tensor | Cast]) -> set[str]:
-    """The names of the scales that casts use up."""
+    """The names of the block scales that the casts need."""
     return {operand.scale.name for operand in operands if isinstance(operand, Cast) and operand.scale}
 
 
 def dequantizing(name: str, side: Side) -> Cast | None:
-    """The cast of a block-scaled weight to BF16; None if it is none, or if its scale does not fit it."""
+    """The cast of a block-scaled weight to BF16; None if it has no block scale that fits."""
     tensors = side.checkpoint.tensors
     weight = tensors.get(name)
     if weight is None or not name.endswith(WEIGHT) or len(weight.shape) != 2:
@@ -200,7 +200,7 @@ def dequantizing(name: str, side: Side) -> Cast | None:
 
 
 def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, int] | None:
-    """The block of a scale, in elements; None if weight and scale are not as such a scaling has them."""
+    """The block of a scale in elements; None if dtypes or shapes of weight and scale do not fit the scaling."""
     if weight.dtype == "I8" and scaling.packed and scale.dtype == "F8_E8M0":
         block = scaling.block
     elif weight.dtype == "F8_E4M3" and scale.dtype in ("F32", "BF16", "F8_E8M0"):

@@ -1,7 +1,7 @@
-"""Values: how far elements are apart, by their bits and as the numbers that they stand for. Pure; opens nothing.
+"""Measures how far the elements of two arrays differ: in bits, in absolute and in relative value. Opens no file.
 
-Numbers are compared as float64, which has every value of every dtype but the larger integers of 64 bits; the
-differences of those are taken exactly.
+Values are compared as float64, which is exact for every dtype except large 64-bit integers; their differences are
+computed as integers.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 CHUNK = 1 << 16
-"""In bytes: so much is looked at at once, so that what is made of it fits the processor's cache."""
+"""In bytes: so many are compared at once, so that intermediate arrays stay in the processor's cache."""
 
 LARGEST = float(np.finfo(np.float64).max)
 
@@ -41,43 +41,43 @@ NATIVE: Mapping[str, Any] = {
     "I64": np.int64,
     "U64": np.uint64,
 }
-"""What numpy has itself."""
+"""The dtypes that numpy has."""
 
 FLOATS_OF_8_BITS = {"F8_E5M2": (5, 15), "F8_E4M3FNUZ": (4, 8), "F8_E5M2FNUZ": (5, 16)}
-"""Bits of the exponent, and its bias."""
+"""The bits of the exponent, and its bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """How far elements are apart. Those of the same bits are the same, NaNs too; 0 and -0 differ, by 0."""
+    """How far elements differ. Elements with equal bits are equal, NaNs too; 0 and -0 differ, by 0."""
 
     different: int
-    """How many have other bits. All that follows is of these alone."""
+    """The number of elements whose bits differ. All other fields are about these elements only."""
     first: int
-    """The place of the first, row by row."""
+    """The index of the first, in row-major order."""
     last: int
     nans: tuple[int, int] = (0, 0)
-    """How many are NaN on either side."""
+    """The number of NaNs on each side."""
     infinite: int = 0
-    """How many are infinite on a side, and NaN on none."""
+    """The number that are infinite on a side, and NaN on neither."""
     max_absolute: float | None = None
-    """Of those that are finite on both sides; None if there is none, or if no numbers are known for the dtype. Never
-    more than the largest float64."""
+    """The largest absolute difference of elements that are finite on both sides, at most the largest float64; None if
+    there is none, or if the values of the dtype are not known."""
     max_relative: float | None = None
-    """The same, divided by the larger magnitude of the two: from 0 to 2."""
+    """The largest difference divided by the larger magnitude of the two elements: from 0 to 2."""
 
 
 def elements_in(size: int, dtype: str) -> int:
-    """How many elements so many bytes are; of the dtypes of 6 bits, the bytes themselves are looked at."""
+    """The number of elements in `size` bytes; dtypes of 6 bits are compared byte by byte."""
     return size if BITS[dtype] == 6 else size * 8 // BITS[dtype]
 
 
 def measure(one: Bytes, other: Bytes, dtype: str, start: int) -> Apart | None:
-    """How far as many elements as two arrays of bytes hold are apart, the first being at the place `start`; None if
-    they are the same.
+    """Measures how far two arrays of bytes differ as elements of a dtype; the first element has the index `start`. None
+    if they are equal.
     """
     found = None
-    # Of few bits there are few pairs: they are counted, and each is looked at once.
+    # Dtypes of few bits have few pairs of codes: pairs are counted, and each is measured once.
     pairs = np.zeros((1 << BITS[dtype], 1 << BITS[dtype]), np.int64) if BITS[dtype] in (4, 8) else None
     for begin in range(0, len(one), CHUNK):
         x, y = (codes_of(side[begin : begin + CHUNK], dtype) for side in (one, other))
@@ -97,18 +97,18 @@ def measure(one: Bytes, other: Bytes, dtype: str, start: int) -> Apart | None:
 
 
 def pairs_in(x: Array, y: Array, codes: int) -> Array:
-    """How often each code [codes] of one side stands where each code [codes] of the other does."""
+    """Counts [codes, codes] how often each code of one side lies opposite each code of the other."""
     return np.bincount(x * np.intp(codes) + y, minlength=codes * codes).reshape(codes, codes)
 
 
 def with_pairs(apart: Apart, pairs: Array, dtype: str) -> Apart:
-    """With what the pairs tell."""
+    """Adds the measures of the values, from counted pairs of codes."""
     x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
     return with_numbers(apart, x, y, pairs[x, y], dtype)
 
 
 def merged(one: Apart | None, other: Apart) -> Apart:
-    """Both together."""
+    """Merges the measures of two byte ranges."""
     if one is None:
         return other
     return Apart(
@@ -134,13 +134,13 @@ def codes_of(data: Bytes, dtype: str) -> Array:
 
 
 def with_numbers(apart: Apart, x: Array, y: Array, times: Array | None, dtype: str) -> Apart:
-    """With what the numbers of elements tell, of which `x` and `y` are the bits; `times` is how often each is there.
-    They may be the same: of those nothing is said.
+    """Adds the measures of the values of elements with the bits `x` and `y`; `times` is how often each occurs. Equal
+    elements do not count.
     """
     with np.errstate(all="ignore"):
         one, other = numbers_of(x, dtype), numbers_of(y, dtype)
         absolute = distances(x, y, one, other, dtype)
-        if np.isfinite(absolute.max()):  # nearly always, and then there is nothing that would have to be left out
+        if np.isfinite(absolute.max()):  # nearly always; then there are no NaNs and infinities to leave out
             return replace(apart, max_absolute=float(absolute.max()), max_relative=largest(absolute, one, other))
         nans = np.isnan(one), np.isnan(other)
         finite = np.isfinite(one) & np.isfinite(other)
@@ -161,15 +161,15 @@ def total(chosen: Array, times: Array | None) -> int:
 
 
 def distances(x: Array, y: Array, one: Array, other: Array, dtype: str) -> Floats:
-    """The absolute differences of numbers, of which `x` and `y` are the bits. Infinite where float64 has none."""
+    """The absolute differences of values with the bits `x` and `y`. Infinite where float64 overflows."""
     if dtype in ("I64", "U64"):
         is_more = x.view(NATIVE[dtype]) > y.view(NATIVE[dtype])
-        return np.where(is_more, x - y, y - x).astype(np.float64)  # modulo 2^64, where every difference has its place
+        return np.where(is_more, x - y, y - x).astype(np.float64)  # modulo 2^64: never overflows
     return np.asarray(np.abs(one - other), np.float64)
 
 
 def largest(absolute: Floats, one: Array, other: Array) -> float:
-    """The largest of differences divided by the larger of the magnitudes; 0 where both are 0."""
+    """The largest difference divided by the larger magnitude; 0 where both values are 0."""
     larger = np.maximum(np.abs(one), np.abs(other))
     relative = absolute / larger
     beyond = np.isinf(absolute)
@@ -179,7 +179,7 @@ def largest(absolute: Floats, one: Array, other: Array) -> float:
 
 
 def numbers_of(codes: Array, dtype: str) -> Array:
-    """What elements stand for, in float64; in complex128 for C64."""
+    """The values of elements in float64; in complex128 for C64."""
     if dtype in NATIVE:
         numbers: Array = codes.view(NATIVE[dtype]).astype(np.complex128 if dtype == "C64" else np.float64)
         return numbers
@@ -190,7 +190,7 @@ def numbers_of(codes: Array, dtype: str) -> Array:
 
 @cache
 def table_of(dtype: str) -> Floats:
-    """The numbers of all codes of a dtype of at most 8 bits."""
+    """The values of all codes of a dtype of at most 8 bits."""
     if dtype == "F4":
         half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         return np.concatenate([half, -half])

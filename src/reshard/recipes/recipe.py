@@ -14,7 +14,7 @@ from typing import Any
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.splits import make_rule
-from reshard.recipes.table_checks import lines_of, table_faults
+from reshard.recipes.table_checks import find_lines, table_faults
 from reshard.text import listed
 from reshard.types import BlockScale, Placeholder, Recipe, Rule
 
@@ -62,10 +62,11 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
         raise refuse("wrong-recipe", subject, str(error), "TOML") from None
     if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
-        lines = lines_of(text, {path for path, _, _ in faults})
-        where = {path: f"{origin}:{line}" for path, line in lines.items()}
+        lines, last = find_lines(text), text.rstrip("\n").count("\n") + 1
+        places = (lines.get(path) or lines.get(path[:1]) or last for path, _, _ in faults)
         raise Refused(
-            Problem("wrong-recipe", where.get(path, origin), found, expected) for path, found, expected in faults
+            Problem("wrong-recipe", f"{origin}:{line}", found, expected)
+            for line, (_, found, expected) in zip(places, faults, strict=True)
         )
     placeholders = {name: placeholder_of(name, fields) for name, fields in table.get("placeholders", {}).items()}
     return Recipe(
@@ -129,7 +130,7 @@ def reason_of(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     )
 
 
-def list_fields(recipe: Recipe) -> dict[str, Any]:
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Lays out a recipe as the fields that `recipes show --json` prints. Their names are older than ours."""
     fields = {"holes" if name == "placeholders" else name: value for name, value in asdict(recipe).items()}
     for rule in fields["rules"]:

@@ -2,9 +2,7 @@
 
 import ast
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,8 +45,9 @@ TARGET_KEYS = ("dtype", "packed")
 
 CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 
-MOST_READ = 2 << 20
-"""In characters: so much is read again to find the lines of faults. A recipe of 150 rows needs no more."""
+STRING_OR_COMMENT = re.compile(
+    r'"""(?:\\.|[^\\])*?""""{0,2}|\'\'\'.*?\'\'\'\'{0,2}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*', re.DOTALL
+)
 
 
 def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -272,32 +271,35 @@ def shape_faults(text: str) -> Iterator[tuple[str, str]]:
         yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
 
 
-def lines_of(text: str, paths: set[Where]) -> dict[Where, int]:
-    """For each path the line on which its value ends, by reading ever more of the text. Slow, for messages only; in a
-    text so long that it would take minutes, the last of them have none.
+def find_lines(text: str) -> dict[Where, int]:
+    """Finds the line of each key, and the last line of each row of an array. tomllib gives no positions, but has found
+    `text` to be TOML.
 
-    tomllib gives no positions; the first prefix that holds the value shows where it stands. The values that we ask for
-    lie at the top or one level down, so closing at most one open list is enough.
+    What is inside one row or inside braces has no line of its own.
     """
-    lines = text.rstrip("\n").split("\n")
     found: dict[Where, int] = {}
-    left = MOST_READ
-    for count, line in enumerate(lines, 1):
-        for ending in ("", "\n]") if line.strip() else ():
-            prefix = "\n".join(lines[:count]) + ending
-            left -= len(prefix)
-            if left < 0 or len(found) == len(paths):
-                return found
-            with suppress(ValueError, RecursionError):
-                table = tomllib.loads(prefix)
-                found |= {path: count for path in paths - found.keys() if holds(table, path)}
-    return dict.fromkeys(paths, len(lines)) | found
+    table: Where = ()
+    path: Where = ()
+    depth = row = 0
+    for number, line in enumerate(STRING_OR_COMMENT.sub(hide_text, text).split("\n"), 1):
+        value = line
+        if depth == 0 and line.strip():
+            key, equals, value = line.partition("=")
+            own = tuple(part.strip() for part in key.strip(" \t\r[]").split("."))
+            path, row = (*table, *own) if equals else own, 0
+            table = table if equals else own
+            found.update({path[:length]: number for length in (1, 2) if path[:length] not in found})
+        for char in value:
+            depth -= char in "]}"
+            if depth == 1 and char == ",":
+                row += 1
+            elif depth == 1 and not char.isspace():
+                found[(*path, row)] = number
+            depth += char in "[{"
+    return found
 
 
-def holds(value: Any, path: Where) -> bool:
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
+def hide_text(found: re.Match[str]) -> str:
+    """A word for a string that is one, as a key may be; of other strings and comments only the ends of lines."""
+    is_word = re.fullmatch(r"""["'][\w-]+["']""", found[0])
+    return found[0][1:-1] if is_word else "\n" * found[0].count("\n")

@@ -1,1 +1,1 @@
-"""Stage 5, independent of stages 2 to 4: what a target should hold, and whether it does."""
+"""Proves a target: compares its bytes with the source, or with its manifest. Shares no code with the planner."""

@@ -1,8 +1,8 @@
-"""Bands, tiles and margins: the pieces that are compared at a time. Pure: opens no file.
+"""Splits tensors into the pieces that are compared at once: bands, tiles and margins. Opens no file.
 
-A band is of a source tensor whose bytes ranks hold, seen as a matrix of bytes: some whole rows or, where a row is
-longer than a band, a part of one row. A tile is of a weight from which something else was made: whole blocks of
-elements. A margin is what a part holds beyond its tensor: padding.
+A band is a piece of a source tensor whose bytes are kept, seen as a matrix of bytes: some whole rows or, if a row is
+longer than a band, a part of one row. A tile is a piece of a weight that is cast: whole blocks of elements. A margin is
+padding: a piece of a part that lies beyond its tensor.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,66 +17,66 @@ from reshard.types import Tensor
 from reshard.verification.expected import in_blocks
 
 BAND_SIZE = 2 << 20
-"""In bytes. Small enough to stay in the processor's cache between the read and the comparison."""
+"""In bytes. Small enough to stay in the processor's cache between reading and comparing."""
 
 SAMPLE_SIZE = 32 << 10
-"""In bytes, of a band of a sample: of an expert's weight in DeepSeek-V3, the two ends are half a percent."""
+"""In bytes, of a band of a sample: the bands at both ends are half a percent of an expert's weight in DeepSeek-V3."""
 
 TILE_SIZE = 2 << 20
-"""In elements, of a tile: so many that a tile has whole rows, which are read at once, in almost every model."""
+"""In elements. Large enough that in almost every model a tile has whole rows, which are read at once."""
 
 
 class Part(NamedTuple):
-    """A tensor of a target file, and the box of the source tensor, or of what is made of it, that it should be. Where
-    it is padded the box is larger than that.
+    """A target tensor, and the box of the source tensor, or of its cast, that it should hold. With padding the box
+    reaches beyond the tensor.
     """
 
     rank: int
-    """Or the number of its file, where files are not by rank."""
+    """With whole files, the running number of the file."""
     tensor: Tensor
     rows: range
     columns: range
-    """In bytes of a source row."""
+    """In bytes of a row."""
     skip: int = 0
-    """In bytes: where in the tensor the box begins, if it is not all of it."""
+    """In bytes: the offset of the box in the target tensor."""
 
 
 class Whole(NamedTuple):
-    """A source tensor as a matrix of bytes, and the parts of it that ranks hold."""
+    """A source tensor whose bytes are kept, as a matrix of bytes, and the parts of it that ranks hold."""
 
     tensor: Tensor
     width: int
-    """In bytes, of a row."""
+    """Bytes of a row."""
     parts: list[Part]
     fill: bytes = bytes(1)
-    """What padding consists of."""
+    """The bytes that padding repeats."""
 
     @property
     def height(self) -> int:
-        """In rows."""
+        """The number of rows."""
         return self.tensor.size // self.width if self.width else 0
 
 
 class Recast(NamedTuple):
-    """A weight of the source of which something else was made, and what ranks hold of that."""
+    """A source weight that is cast, and the parts of the cast that ranks hold."""
 
-    form: str
+    conversion: str
     """`dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
     weight: Tensor
     scale: Tensor | None
     shape: tuple[int, int]
-    """In elements, as numbers: of a packed weight, twice the columns."""
+    """In elements: a packed FP4 weight has twice the columns of its I8 tensor."""
     block: tuple[int, int]
-    """In elements, of the scale that there is; or of the one that there will be, if there is none."""
+    """The block of the scale in elements; if the source has no scale, of the new scale."""
     new_block: tuple[int, int]
     dtypes: tuple[str, str]
-    """Of the new weight and its new scale; the second is empty if there is none."""
+    """Of the new weight and of its new scale; the second is empty if there is none."""
     parts: tuple[list[Part], list[Part]]
     """Of the new weight, and of its new scale; columns in bytes."""
 
 
 class Tile(NamedTuple):
-    """Whole blocks of a weight, and what is made of them."""
+    """Whole blocks of a weight that is cast."""
 
     recast: Recast
     rows: range
@@ -90,7 +90,7 @@ class Margin(NamedTuple):
     part: Part
     rows: range
     columns: range
-    """Both as in the part."""
+    """Both in the coordinates of the part."""
     fill: bytes
 
 
@@ -103,8 +103,8 @@ class Band(NamedTuple):
 
 
 def bands_of(whole: Whole, share: Fraction | None) -> Iterator[Band]:
-    """All bands of a tensor one after the other. With a share, small ones: about so many of them, and those that hold
-    the two ends of a part.
+    """Splits a tensor into bands, in order. With a share, a fraction: small bands, about this share of them, and those
+    at both ends of each part.
     """
     size = BAND_SIZE if share is None else SAMPLE_SIZE
     if not whole.tensor.size:
@@ -123,8 +123,8 @@ def bands_of(whole: Whole, share: Fraction | None) -> Iterator[Band]:
 
 
 def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
-    """The bands that hold as much of the two ends of a part as a band can hold: for each end one, or two where the part
-    begins or ends inside one.
+    """The numbers of the bands at both ends of a part: one at each end, or two if the part begins or ends inside a
+    band.
     """
     (top, bottom), (left, right) = ((cut.start, cut.stop - 1) for cut in (part.rows, part.columns))
     if not part.rows or not part.columns:
@@ -137,8 +137,8 @@ def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
 
 
 def tiles_of(recast: Recast, share: Fraction | None) -> Iterator[Tile]:
-    """All tiles of a weight one after the other. With a share, small ones: about so many of them, and those that hold
-    the two ends of a part. A tile is never less than a block.
+    """Splits a weight into tiles, in order. With a share, a fraction: small tiles, about this share of them, and those
+    at both ends of each part. A tile is at least a block.
     """
     size = TILE_SIZE if share is None else SAMPLE_SIZE
     if 0 in recast.shape:
@@ -170,7 +170,7 @@ def whole_margins(whole: Whole, share: Fraction | None) -> Iterator[Margin]:
 
 
 def recast_margins(recast: Recast, ones: bytes, share: Fraction | None) -> Iterator[Margin]:
-    """What is beyond a new weight is zeros; beyond a new scale, ones."""
+    """Splits the padding of a cast weight and of its scale: zeros beyond the weight, ones beyond the scale."""
     shapes = recast.shape, in_blocks(recast.shape, recast.new_block)
     for parts, shape, dtype, fill in zip(recast.parts, shapes, recast.dtypes, (bytes(1), ones), strict=True):
         for part in parts:
@@ -178,14 +178,14 @@ def recast_margins(recast: Recast, ones: bytes, share: Fraction | None) -> Itera
 
 
 def margins_of(part: Part, height: int, width: int, fill: bytes, share: Fraction | None) -> Iterator[Margin]:
-    """What of a part lies right of a matrix of bytes, and below it, in pieces. With a share, some of these."""
+    """Splits what a part holds right of a matrix of bytes, and below it, into margins. With a share: some of them."""
     size = BAND_SIZE if share is None else SAMPLE_SIZE
     rows, columns = part.rows, part.columns
-    beside = meet(rows, range(height)), range(max(columns.start, width), columns.stop)
+    right = meet(rows, range(height)), range(max(columns.start, width), columns.stop)
     below = range(max(rows.start, height), rows.stop), columns
     pieces = [
         Margin(part, range(row, min(row + step, box[0].stop)), range(column, min(column + size, box[1].stop)), fill)
-        for box in (beside, below)
+        for box in (right, below)
         if box[0] and box[1]
         for step in [max(1, size // len(box[1]) // len(fill) * len(fill))]
         for row in range(box[0].start, box[0].stop, step)
@@ -198,13 +198,13 @@ def margins_of(part: Part, height: int, width: int, fill: bytes, share: Fraction
 
 
 def spread(name: str, count: int, share: Fraction) -> Iterator[int]:
-    """About `share` of the numbers below `count`: one in each stretch of 1 / share, a hash of `name` tells where.
+    """About `share` of the numbers below `count`: one of each 1 / share numbers, chosen by a hash of `name`.
 
-    So it is spread evenly, follows no pattern, and is the same every time.
+    So the sample is even, follows no pattern, and is the same every time.
     """
-    for stretch in range(ceil(count * share)):
-        first, after = stretch / share // 1, (stretch + 1) / share // 1
-        number = first + xxh3_64_intdigest(f"{name} {stretch}".encode(errors="surrogatepass")) % (after - first)
+    for index in range(ceil(count * share)):
+        first, after = index / share // 1, (index + 1) / share // 1
+        number = first + xxh3_64_intdigest(f"{name} {index}".encode(errors="surrogatepass")) % (after - first)
         if number < count:
             yield number
 
@@ -214,5 +214,5 @@ def meet(one: range, other: range) -> range:
 
 
 def shifted(numbers: range, start: range) -> range:
-    """The same numbers, counted from the start of another range."""
+    """The numbers, counted from the start of another range."""
     return range(numbers.start - start.start, numbers.stop - start.start)

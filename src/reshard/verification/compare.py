@@ -1,7 +1,7 @@
-"""The comparing of stage 5: source tensors against what the rank files hold of them, in fixed memory, by a few threads.
+"""Compares source tensors and their casts with the parts that target files hold, in fixed memory, by a few threads.
 
-A band of a source tensor is read once, and every part of a rank that meets it is compared with it. So is a tile of a
-weight of which something else was made, and what should have been made of it is computed once.
+A band of a source tensor is read once and compared with every part that overlaps it. A tile of a weight is read and
+cast once and compared in the same way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ Item = Band | Tile | Margin
 
 @dataclass(slots=True)
 class Difference:
-    """How many bytes of a tensor of a rank file are wrong, and the first and last of them."""
+    """How many bytes of a target tensor are wrong, and the offsets of the first and the last in the tensor."""
 
     count: int
     first: int
@@ -59,26 +59,26 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The files of one side in a folder, by the number that tensors or parts know them by, and how to read them."""
+    """The files of source or target, and how to read them."""
 
     folder: Path
     files: Mapping[int, File]
-    """As they were when their headers were read."""
+    """By the number that tensors and parts refer to; as they were when their headers were read."""
     ways: Ways
     joined: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
-    """By numbers that no file has: the stretches of files that, one behind the other, are read as a file."""
+    """Tensors assembled from shards: by a number that no file has, the shards, back to back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The same, opened."""
+    """The files of one side, opened."""
 
     side: Side
     descriptors: Mapping[int, int]
     """In the order of its files."""
 
     def read(self, number: int, offset: int, size: int, buffer: memoryview) -> Bytes:
-        """So many bytes of a file, in a part of the buffer. Raises Refused if it ends before."""
+        """Reads `size` bytes of a file into the buffer. Raises Refused if the file ends before."""
         if number in self.side.joined:
             return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
         name = f"{self.side.folder}/{self.side.files[number].name}"
@@ -86,19 +86,19 @@ class Opened:
             read_window(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8
         )
 
-    def read_joined(self, stretches: Sequence[Tensor], wanted: range, buffer: memoryview) -> Bytes:
-        """Bytes of what lies in stretches, in memory of their own. Raises Refused."""
-        found, start = np.empty(len(wanted), np.uint8), 0
-        for stretch in stretches:
-            inner = meet(wanted, range(start, start + stretch.size))
+    def read_joined(self, shards: Sequence[Tensor], wanted: range, buffer: memoryview) -> Bytes:
+        """Reads a byte range of a tensor assembled from shards, into new memory. Raises Refused."""
+        result, start = np.empty(len(wanted), np.uint8), 0
+        for shard in shards:
+            inner = meet(wanted, range(start, start + shard.size))
             if inner:
-                data = self.read(stretch.file, stretch.offset + inner.start - start, len(inner), buffer)
-                found[shift(inner, wanted)] = data
-            start += stretch.size
-        return found
+                data = self.read(shard.file, shard.offset + inner.start - start, len(inner), buffer)
+                result[shift(inner, wanted)] = data
+            start += shard.size
+        return result
 
     def read_rows(self, number: int, offset: int, pitch: int, shape: tuple[int, int], buffer: memoryview) -> Bytes:
-        """So many rows of so many bytes, each `pitch` bytes behind the one before. Raises Refused."""
+        """Reads a matrix of `shape` (rows, bytes); rows begin `pitch` bytes apart. Raises Refused."""
         rows, size = shape
         whole = (rows - 1) * pitch + size
         if size == pitch or rows == 1:
@@ -114,14 +114,14 @@ class Opened:
 
 @dataclass(slots=True)
 class Comparison:
-    """What has been compared so far, by all threads."""
+    """What all threads have compared so far."""
 
     size: int = 0
-    """In bytes of the rank files."""
+    """Compared bytes of the target."""
     inexact: int = 0
-    """How many values of FP4 have no FP8 under the scale of their block, and are the nearest there is."""
+    """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
     differences: dict[tuple[int, str], Difference] = field(default_factory=dict)
-    """By the rank and the name of the tensor in its file."""
+    """By rank (or file number) and name of the target tensor."""
     lock: Lock = field(default_factory=Lock)
 
 
@@ -132,9 +132,9 @@ def compare(
     advance: Advance,
     share: Fraction | None = None,
 ) -> Comparison:
-    """Compares every part of the source tensors; with a share, about so much of each and its two ends.
+    """Compares every part of the source tensors and casts; with a share, about this share of each, and both ends.
 
-    Raises Refused where a file cannot be read, or is not what it was when its header was read.
+    Raises Refused if a file cannot be read, or has changed since its header was read.
     """
     in_order = sorted(things, key=place_of)
     comparison = Comparison()
@@ -142,7 +142,7 @@ def compare(
     def items() -> Iterator[Item]:
         for thing in in_order:
             yield from items_of(thing, share)
-            if share is not None:  # what the sample leaves out is done as well
+            if share is not None:  # bytes that the sample leaves out count as done
                 advance(sum(len(part.rows) * len(part.columns) for part in parts_of(thing)))
 
     largest = max((largest_read(thing) for thing in in_order if isinstance(thing, Recast)), default=0)
@@ -184,7 +184,7 @@ def items_of(thing: Whole | Recast, share: Fraction | None) -> Iterator[Item]:
 
 
 def largest_read(recast: Recast) -> int:
-    """In bytes, of a tile: more than usual where one block is. Of the source, and of what was made of it."""
+    """The bytes of the largest tile, before or after the cast: more than TILE_SIZE if a single block is."""
     bits = max(16, *(BITS[dtype] for dtype in recast.dtypes if dtype))
     return max(
         (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(tiles_of(recast, None), 1)), default=0
@@ -200,7 +200,7 @@ def open_all(stack: ExitStack, side: Side, *, is_random: bool) -> Opened:
 
 
 class Buffers:
-    """What one thread needs, whatever the tensors."""
+    """The buffers of one thread, the same size for all tensors."""
 
     def __init__(self, size: int) -> None:
         self.source = aligned_buffer(size + 2 * PAGE)
@@ -210,7 +210,7 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one thread compares with."""
+    """Compares items; one for each thread."""
 
     source: Opened
     target: Opened
@@ -218,7 +218,7 @@ class Work:
     comparison: Comparison
 
     def compare(self, item: Item) -> int:
-        """Compares an item with all that ranks hold of it; returns how many bytes of theirs."""
+        """Compares an item with every part that overlaps it; returns the number of target bytes compared."""
         if isinstance(item, Band):
             return self.compare_band(item)
         if isinstance(item, Tile):
@@ -228,7 +228,7 @@ class Work:
         return self.compare_part(item.part, item.rows, item.columns, wanted.reshape(len(item.rows), -1))
 
     def compare_band(self, band: Band) -> int:
-        """Reads a band of the source once."""
+        """Reads a band of the source once and compares every part that overlaps it."""
         boxes = meeting(band.whole.parts, band.rows, band.columns)
         if not boxes:
             return 0
@@ -242,7 +242,7 @@ class Work:
         return compared
 
     def compare_tile(self, tile: Tile) -> int:
-        """Reads a tile of the source once, with the scales that it has, and makes of it what should be there."""
+        """Reads a tile of the source and its scales once, casts it and compares every part that overlaps it."""
         recast = tile.recast
         rows, columns = in_units(tile.rows, recast.new_block[0]), in_units(tile.columns, recast.new_block[1])
         places = (tile.rows, sized(tile.columns, recast.dtypes[0])), (rows, sized(columns, recast.dtypes[1]))
@@ -252,7 +252,7 @@ class Work:
         scale = None
         if recast.scale:
             blocks = in_units(tile.rows, recast.block[0]), in_units(tile.columns, recast.block[1])
-            scale = self.source_rows(recast.scale, *blocks, 1).copy()  # the buffer is wanted for the weight
+            scale = self.source_rows(recast.scale, *blocks, 1).copy()  # the buffer is needed for the weight
         weight = self.source_rows(recast.weight, tile.rows, tile.columns, 2 if recast.weight.dtype == "I8" else 1)
         made = made_of(recast, weight, scale)
         compared = 0
@@ -266,14 +266,14 @@ class Work:
         return compared
 
     def source_rows(self, tensor: Tensor, rows: range, columns: range, packed: int) -> Bytes:
-        """A box of a tensor of the source as rows of bytes; `packed` numbers are an element."""
+        """Reads a box of a source tensor as rows of bytes; an element of the tensor packs `packed` numbers."""
         pitch, bits = row_size(tensor.shape, BITS[tensor.dtype]), BITS[tensor.dtype] // packed
         offset = tensor.offset + rows.start * pitch + columns.start * bits // 8
         shape = len(rows), len(columns) * bits // 8
         return self.source.read_rows(tensor.file, offset, pitch, shape, self.buffers.source)
 
     def compare_part(self, part: Part, rows: range, columns: range, wanted: Bytes) -> int:
-        """Compares a box of a part with rows of bytes."""
+        """Compares a box of a part with the rows of bytes that it should hold."""
         pitch = len(part.columns)
         place = (rows.start - part.rows.start) * pitch + columns.start - part.columns.start
         place += part.skip
@@ -284,18 +284,18 @@ class Work:
 
 
 def meeting(parts: Iterable[Part], rows: range, columns: range) -> list[tuple[Part, range, range]]:
-    """The parts that a box meets, with what they have of it."""
+    """The parts that overlap a box, each with the rows and columns of the overlap."""
     boxes = [(part, meet(part.rows, rows), meet(part.columns, columns)) for part in parts]
     return [(part, inner, across) for part, inner, across in boxes if inner and across]
 
 
 def in_units(numbers: range, unit: int) -> range:
-    """The units that numbers are in, the first of them being a unit's first."""
+    """The units (blocks) that a range covers; the range begins with a unit."""
     return range(numbers.start // unit, -(-numbers.stop // unit))
 
 
 def sized(columns: range, dtype: str) -> range:
-    """Columns of elements in bytes."""
+    """Converts a range of columns from elements to bytes."""
     size = BITS[dtype] // 8 if dtype else 0
     return range(columns.start * size, columns.stop * size)
 
@@ -305,7 +305,7 @@ def shift(numbers: range, start: range) -> slice:
 
 
 def box_of(source: Bytes, rows: range, columns: range, stage: Bytes) -> Bytes:
-    """A box of a band, one row behind the other. `stage` takes bytes that do not lie there in one piece."""
+    """A box of a band as contiguous bytes; copied into `stage` if it is not contiguous in the band."""
     box = source[rows.start : rows.stop, columns.start : columns.stop]
     if box.flags.c_contiguous:
         return box.reshape(-1)
@@ -316,7 +316,7 @@ def box_of(source: Bytes, rows: range, columns: range, stage: Bytes) -> Bytes:
 
 
 def note_difference(comparison: Comparison, part: Part, place: int, found: Bytes, wanted: Bytes) -> None:
-    """Adds the bytes that differ, of rows of which the first begins at byte `place` of the part."""
+    """Adds the bytes that differ to the comparison; the first row begins at byte `place` of the target tensor."""
     if is_equal(found, wanted):
         return
     wrong = (found != wanted).reshape(-1)

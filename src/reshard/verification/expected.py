@@ -1,4 +1,4 @@
-"""What a tensor of the target should be: its name in the source, its form, its box of a rank."""
+"""Computes for a target tensor what it should be: its name in the source, its conversion, its box of the tensor."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,33 +12,34 @@ from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
 
 
 class Place(NamedTuple):
-    """What a tensor of a target is, by its name."""
+    """A target tensor traced back by its name: its rule, and the names in the source."""
 
     rule: Rule | None
-    """None in a whole file, where no rule need know a tensor."""
+    """None for a tensor of a whole file that no rule matches: it is kept."""
     scaling: BlockScale | None
-    """How weights of this rule are scaled, if they are."""
+    """How weights of this rule are block-scaled; None if they are not."""
     weight: str
-    """The name in the source: of the tensor, or of the weight that this is the block scale of."""
+    """The name in the source of the tensor; for a block scale, of its weight."""
     scale: str
-    """The name in the source of the block scale, whether there is one or not; empty if there cannot be any."""
+    """The name that the block scale has, or would have, in the source; empty if the rule has no scales."""
     is_scale: bool
 
 
 class Backwards(NamedTuple):
-    """A recipe, ready to tell what a tensor of the target is, for one source."""
+    """A recipe read from right to left: finds the source names of target tensors."""
 
     patterns: Mapping[str, Sequence[tuple[Pattern, Pattern, Pattern | None]]]
-    """By their key: a pattern for names in the target; that of the weight, and of its scale, if it can have one."""
+    """By the key of a target name: the patterns of the target name, of the weight and of its scale, if it can have one.
+    """
     rules: Sequence[Rule]
     scalings: Mapping[int, BlockScale]
-    """By the number of the rule."""
+    """By the index of the rule."""
     marked: Mapping[str, set[str]]
     before: Mapping[str, str]
     is_whole: bool
 
-    def place(self, name: str) -> Place | None:
-        """None if no rule knows the name, or more than one does."""
+    def locate(self, name: str) -> Place | None:
+        """Finds the place of a target tensor; None if no rule, or more than one, matches its name."""
         key, numbers = split_name(name)
         fitting = [found for found in self.patterns.get(key, ()) if found[0].fits(key, numbers)]
         fitting = [found for found in fitting if found[0].accepts(numbers, self.marked, self.before)]
@@ -56,7 +57,7 @@ class Backwards(NamedTuple):
 
 
 def backwards(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> Backwards:
-    """With rank files from the right names to the left ones; with whole files from the left names to themselves."""
+    """Inverts a recipe: for rank files from right to left names; for whole files from left names to themselves."""
     scalings = {
         number: recipe.scales[letter]
         for number, rule in enumerate(recipe.rules)
@@ -76,7 +77,7 @@ def triples_of(
     letter = scale_letter(rule, recipe)
     right = rule.left if is_whole else rule.right
     is_kept = f"{{{letter}}}" in right
-    # What is dequantised has no scale on the right, but one on the left.
+    # A dequantized weight has no scale on the right, but one on the left.
     left = right if is_kept or not letter else f"{right.removesuffix(WEIGHT)}{{{letter}}}"
     turned = replace(rule, left=left, right=rule.left)
     scales = {
@@ -90,25 +91,25 @@ def triples_of(
 
 
 class Holders(NamedTuple):
-    """The ranks that should hold a tensor of the source, or a part of it."""
+    """The ranks that should hold a source tensor, or a part of it."""
 
     ranks: Collection[int]
     optional: str
-    """Why it may be left out by all of them; empty if it may not."""
+    """The reason why all ranks may leave it out; empty if it is required."""
 
 
 def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders]:
-    """By the name of each tensor of the source."""
+    """Computes by source name which of `ranks` ranks should hold each tensor. Experts are assigned whole, in order."""
     names = {name: split_name(name) for name in source.tensors}
     marked, before = later_members(names.values(), recipe)
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
     found: dict[str, Holders] = {}
-    dealt: dict[str, tuple[str, int, str]] = {}
+    assigned: dict[str, tuple[str, int, str]] = {}
     by_key: dict[tuple[str, int], list[Pattern]] = {}
     for name, (key, numbers) in names.items():
         fitting = by_key.get((key, len(numbers)))
         if fitting is None:
-            # Those last that take what no other knows.
+            # Patterns that take every name that no other matches come last.
             fitting = [pattern for pattern in patterns if pattern.fits(key, numbers)]
             by_key[key, len(numbers)] = fitting = sorted(fitting, key=lambda pattern: pattern.takes_rest)
         pattern = next((pattern for pattern in fitting if pattern.accepts(numbers, marked, before)), None)
@@ -118,13 +119,13 @@ def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders
         elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
             found[name] = Holders((), "")
         elif letter := rule.split.placeholder:
-            dealt[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
+            assigned[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
         else:
             found[name] = Holders(range(ranks), rule.optional)
     members: dict[str, set[int]] = {}
-    for letter, member, _ in dealt.values():
+    for letter, member, _ in assigned.values():
         members.setdefault(letter, set()).add(member)
-    for name, (letter, member, optional) in dealt.items():
+    for name, (letter, member, optional) in assigned.items():
         found[name] = Holders((member * ranks // len(members[letter]),), optional)
     return found
 
@@ -133,22 +134,22 @@ SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "qu
 
 WORDS = {
     SAME: "as it is in the source",
-    DEQUANTIZE: "dequantised to BF16",
+    DEQUANTIZE: "dequantized to BF16",
     FP4_TO_FP8: "cast from FP4 to FP8",
-    QUANTIZE: "quantised to FP8",
+    QUANTIZE: "quantized to FP8",
 }
 
 
 class Seen(NamedTuple):
-    """A tensor of a target file."""
+    """A tensor in a file of the target."""
 
     number: int
-    """Of the file, or its rank."""
+    """The rank of the file; with whole files, its running number."""
     tensor: Tensor
 
 
 class Unit(NamedTuple):
-    """A tensor of the source and what one rank, or a target of whole files, has of it: with its block scale, if any."""
+    """A tensor and its block scale, if any, as one rank (or the set of whole files) has them."""
 
     place: Place
     rank: int
@@ -158,15 +159,16 @@ class Unit(NamedTuple):
 
 
 def scaling_of(scaling: BlockScale | None, weight: Tensor) -> BlockScale | None:
-    """How a weight is scaled, or will be: where weights come packed as a rule, one that is not has blocks of FP8."""
+    """The block scaling of one weight: where the rule has packed FP4, a weight that is not I8 has the FP8 blocks."""
     if scaling and scaling.packed and weight.dtype != "I8":
         return replace(scaling, block=scaling.fp8_block, packed=False)
     return scaling
 
 
 def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
-    """What was done to a weight of the source, by the dtype of what the target has. Where that fits nothing: what is
-    done if nothing else is asked for.
+    """Infers from dtype and shape how a weight was converted: kept, dequantized, FP4 to FP8, quantized.
+
+    A dtype that no conversion gives is taken for the default conversion; comparing then reports it.
     """
     found, scaling, rule = unit.weight.tensor if unit.weight else weight, unit.place.scaling, unit.place.rule
     if scaling is None or scaling.stays or len(weight.shape) != 2:
@@ -183,7 +185,7 @@ def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool)
 
 
 def dtype_kept(weight: Tensor, scaling: BlockScale | None, *, is_whole: bool) -> str:
-    """The dtype of a weight whose bytes are kept: packed F4 is called so in a rank file."""
+    """The dtype in the target of a weight whose bytes are kept: packed F4 is I8 in whole files, F4 in rank files."""
     return "F4" if is_packed(weight, scaling) and not is_whole else weight.dtype
 
 
@@ -192,15 +194,15 @@ def is_packed(weight: Tensor, scaling: BlockScale | None) -> bool:
 
 
 def numbers_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
-    """The shape of a weight of the source as numbers: two of F4 lie in an I8."""
+    """The shape of a source weight in elements: an I8 packs two F4 along the last dimension."""
     return (*weight.shape[:-1], 2 * weight.shape[-1]) if is_packed(weight, scaling) else weight.shape
 
 
-def dtypes_of(form: str, unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> tuple[str, str]:
-    """Of a weight and of its block scale in the target; the second is empty if there should be none."""
-    if form == SAME:
+def dtypes_of(conversion: str, unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> tuple[str, str]:
+    """The dtypes of a weight and of its block scale in the target; the second is empty if there should be no scale."""
+    if conversion == SAME:
         return dtype_kept(weight, unit.place.scaling, is_whole=is_whole), scale.dtype if scale else ""
-    return {DEQUANTIZE: ("BF16", ""), FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}[form]
+    return {DEQUANTIZE: ("BF16", ""), FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}[conversion]
 
 
 @cache
@@ -209,7 +211,7 @@ def formulas_of(shape: str) -> tuple[str, ...]:
 
 
 def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
-    """How many heads there are, where the rows of a rule are those of heads; else 0."""
+    """The number of heads, if the rule splits rows by heads; else 0."""
     key = rule.split.heads_key if rule else ""
     try:
         heads = value_of(key, config, {}) if key else 0
@@ -219,15 +221,15 @@ def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
 
 
 class Widening(NamedTuple):
-    """Which dimensions padding may widen, by the recipe and the config of the source."""
+    """Finds the dimensions that padding may lengthen, by the recipe and the config of the source."""
 
     recipe: Recipe
     config: Mapping[str, Any]
     known: dict[str, tuple[int, ...]]
-    """By the shape that a rule gives."""
+    """Results by the shape text of a rule."""
 
     def dimensions(self, rule: Rule | None) -> tuple[int, ...]:
-        """Those whose length depends on a key that the recipe allows to raise."""
+        """The dimensions whose length depends on a config key that the recipe allows to raise."""
         if rule is None or not rule.shape or not self.recipe.padded or rule.split.is_packed:
             return ()
         if rule.shape not in self.known:
@@ -241,7 +243,7 @@ class Widening(NamedTuple):
     def full_shape(
         self, rule: Rule | None, shape: tuple[int, ...], found: tuple[int, ...], parts: int, *, is_whole: bool
     ) -> tuple[int, ...]:
-        """The shape of a tensor with its padding, `shape` being that of the source, `found` that of a rank's part."""
+        """The padded shape of a tensor of shape `shape` in the source, of which a rank's part has the shape `found`."""
         if rule is None or is_whole or not shape:
             return shape
         if rule.split.is_padded:
@@ -257,24 +259,27 @@ DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
 
 
 def dimension_of(split: Split) -> int | None:
-    """The dimension that is cut by a split of a recipe; None if none is. Not taken from the split itself, by which the
+    """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
     planner cuts.
     """
     return 0 if split.heads_key else DIMENSIONS.get(split.text)
 
 
 def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
-    """How many parts there are of a tensor, and which of them a rank holds: of heads that are fewer than the ranks,
-    several hold the same one. `heads` is 0 where the split is not by heads.
+    """The number of parts of a tensor, and the index of the part that a rank holds. With fewer heads than ranks,
+    several ranks hold the same head. `heads` is 0 if the split is not by heads.
     """
     parts = min(heads, ranks) if heads else ranks
     return parts, rank * parts // ranks
 
 
 class Box(NamedTuple):
-    """The part of a tensor that a rank should hold, with the tensor seen as rows of bytes: those of its first
-    dimension; or, where it is `flat`, each byte as a row.
+    """The part of a tensor that a rank should hold. The tensor is a matrix of bytes whose rows are its first dimension;
+    or, if it is `flat`, each byte is a row.
     """
+
+    #   shape [4, 6] of BF16, columns 2..4    ->  rows 0..4, columns 4..8, part of shape [4, 2]
+    #   shape [4, 6] of BF16, rows 1..3, flat ->  rows 12..36, columns 0..1, part of shape [2, 6]
 
     shape: tuple[int, ...]
     rows: range
@@ -283,8 +288,10 @@ class Box(NamedTuple):
 
 
 def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool) -> Box:
-    """The elements `taken` along a dimension of a tensor, or all if there is none. It can be flat unless that is 1."""
-    # In bits, for an F4 is half a byte.
+    """The box of the elements `taken` along a dimension; of all elements if it is None. Flat needs a dimension other
+    than 1.
+    """
+    # In bits: an F4 is half a byte.
     if dimension is None:
         place, part = range(prod(shape) * bits // 8), shape
     else:
@@ -299,23 +306,23 @@ def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, 
 
 
 def row_size(shape: tuple[int, ...], bits: int) -> int:
-    """In bytes, of a row of a tensor that is not flat."""
+    """The bytes of a row (all but the first dimension) of a tensor that is not flat."""
     return prod(shape[1:]) * bits // 8
 
 
 def shares(split: Split, length: int, parts: int, index: int) -> list[range]:
-    """The stretches that one of so many parts is, of a dimension of that length: one, or one of each half."""
-    halves = 2 if split.is_packed and parts > 1 else 1  # of one part it does not matter where they meet
+    """The ranges of part `index` of `parts` of a dimension, in elements: one; with packed rows, one in each half."""
+    halves = 2 if split.is_packed and parts > 1 else 1  # a single part has both halves, back to back
     half = length // halves
     part = range(index * half // parts, (index + 1) * half // parts)
     return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
 
 
 def touched(part: range, block: int) -> range:
-    """The blocks that a stretch of a weight touches."""
+    """The blocks that a range of a weight touches."""
     return range(part.start // block, -(-part.stop // block))
 
 
 def in_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """How many blocks there are along each dimension, the last being perhaps smaller."""
+    """The number of blocks along each dimension; the last block may be partial."""
     return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))

@@ -1,4 +1,4 @@
-"""Casts by plain arithmetic: what a weight should have become. Shares nothing with `casts`."""
+"""Reference casts in plain numpy arithmetic, to compare a target with. Shares no code with `casts`."""
 
 from functools import cache
 from math import lcm
@@ -11,28 +11,30 @@ from reshard.formats.safetensors import BITS
 from reshard.verification.chunks import Recast
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""By code. Of code 8, which is minus zero, DeepSeek's script makes plus zero."""
+"""The value of each code. Code 8 is minus zero, of which DeepSeek's script makes plus zero."""
 
 FP4_VALUES = np.array(FP4, np.float32)
 
 CHUNK = 128 << 10
-"""Elements that are worked on at once: what numpy makes on the way stays in the processor's cache."""
+"""In elements: so many are cast at once, so that numpy's intermediate arrays stay in the processor's cache."""
 
 Bytes = NDArray[np.uint8]
 
 
 class Made(NamedTuple):
-    """What is made of a tile: rows of bytes."""
+    """A tile after the cast, as rows of bytes."""
 
     weight: Bytes
     scale: Bytes
-    """Empty if there is none any more."""
+    """Empty if the weight has no scale after the cast."""
     inexact: int
-    """How many values were rounded though they need not be, in a cast that is exact as a rule."""
+    """The number of values that were rounded in a cast that is usually exact."""
 
 
 def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
-    """`weight` and `scale` are the rows of bytes of a tile, which begins with a block, and of its scales."""
+    """Casts a tile, in chunks of columns. `weight` and `scale` are [rows, bytes] of the tile and its scales; the tile
+    begins with a block.
+    """
     bits = 4 if recast.weight.dtype == "I8" else BITS[recast.weight.dtype]
     least = lcm(recast.block[1], recast.new_block[1])
     step = max(1, CHUNK // weight.shape[0] // least) * least
@@ -52,20 +54,20 @@ def made_of(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
 
 
 def made_of_chunk(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
-    """The same for whole blocks of columns of a tile."""
-    if recast.form == "dequantize":
+    """Casts some whole blocks of columns of a tile."""
+    if recast.conversion == "dequantize":
         return dequantized(recast, weight, scale)
-    if recast.form == "fp4-to-fp8":
+    if recast.conversion == "fp4-to-fp8":
         return fp8_of_fp4(recast, weight, scale)
     values = np.ascontiguousarray(weight).view(np.uint16)
-    scales = amax_scales(values, recast.new_block, is_power=recast.form == "quantize-ue8m0")
+    scales = amax_scales(values, recast.new_block, is_power=recast.conversion == "quantize-ue8m0")
     with np.errstate(all="ignore"):
         quotients = wide(values) / spread(scales, recast.new_block, values.shape)
     return Made(nearest_fp8(quotients), scales.view(np.uint8), 0)
 
 
 def dequantized(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
-    """The float32 product of each code and its scale, as the nearest BF16."""
+    """Multiplies each value by its scale in float32 and rounds to the nearest BF16."""
     is_fp4 = recast.weight.dtype == "I8"
     values = np.take(FP4_VALUES, fp4_codes(weight)) if is_fp4 else np.take(fp8_values(), weight)
     scales = (
@@ -79,7 +81,7 @@ def dequantized(recast: Recast, weight: Bytes, scale: Bytes | None) -> Made:
 
 
 def fp8_of_fp4(recast: Recast, weight: Bytes, groups: Bytes | None) -> Made:
-    """The scale of a block is a 64th of the largest of its groups', and a code is worth what it was, or nearly so."""
+    """The new scale of a block is 1/64 of the largest scale of its groups; values stay equal or are rounded."""
     if groups is None:
         raise ValueError(f"{recast.weight.name} has no scale")
     block = recast.new_block[0], recast.new_block[1] // GROUP
@@ -106,27 +108,27 @@ NAN = 255
 """In F8_E8M0."""
 
 LARGEST = 126
-"""The F8_E4M3 code of 448, the largest; 127 is no number."""
+"""The F8_E4M3 code of 448, the largest value; 127 is NaN."""
 
 QUIET = 0x7FC0
-"""The one BF16 that we write for what is no number."""
+"""The BF16 bit pattern that is written for every NaN."""
 
 ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
-"""A scale of 1, of which the padding of scales consists."""
+"""The bytes of a scale of 1 by dtype: the padding of scales."""
 
 GROUP = 32
-"""Columns of FP4 that share a scale."""
+"""Columns of FP4 that share a scale, in elements."""
 
 
 def spread(values: NDArray[Any], block: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
-    """What there is for each block, for each element of a matrix that begins with a block."""
+    """Repeats the value of each block for each element of a matrix of `shape` that begins with a block."""
     rows = np.repeat(values, block[0], axis=0)[: shape[0]] if block[0] > 1 else values
     return np.repeat(rows, block[1], axis=1)[:, : shape[1]] if block[1] > 1 else rows
 
 
 @cache
 def fp8_values() -> Floats:
-    """Of the 256 codes of F8_E4M3: a sign, four bits of exponent, three of fraction."""
+    """The values of the 256 codes of F8_E4M3: a sign, four bits of exponent, three of fraction."""
     values = []
     for code in range(256):
         exponent, fraction = code >> 3 & 15, code & 7
@@ -141,24 +143,24 @@ def fp4_codes(packed: Bytes) -> Bytes:
 
 
 def scale_values(raw: Bytes, dtype: str) -> Floats:
-    """Block scales in float32, from the bytes of rows of them."""
+    """Block scales as float32, from their bytes."""
     if dtype == "F32":
         return raw.view(np.float32)
     if dtype == "BF16":
         return wide(raw.view(np.uint16))
-    with np.errstate(over="ignore"):  # of 255, which is no number
+    with np.errstate(over="ignore"):  # by code 255, which is NaN
         values = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
     values[raw == NAN] = np.nan
     return values
 
 
 def wide(values: Words) -> Floats:
-    """BF16 bit patterns as float32."""
+    """Widens BF16 bit patterns to float32."""
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def nearest_bf16(values: Floats) -> Words:
-    """The bit patterns of the nearest BF16, of two as near the even one."""
+    """Rounds to BF16 bit patterns, ties to even."""
     bits = values.view(np.uint32)
     upper = bits >> 16
     is_above = (bits & 0xFFFF) > 0x8000 - (upper & 1)
@@ -169,7 +171,7 @@ def nearest_bf16(values: Floats) -> Words:
 
 
 def nearest_fp8(values: Floats) -> Bytes:
-    """The nearest F8_E4M3 codes, of two as near the even one, 448 beyond it, and 127 for what is no number."""
+    """Rounds to F8_E4M3 codes, ties to even; values beyond 448 become 448, NaN becomes code 127."""
     bits = values.view(np.uint32)
     # A value of exponent e lies between multiples of 2^(e - 3); below 2^-6 these get no finer, and 448 is below 2^9.
     exponents = np.clip((bits >> 23 & 0xFF).astype(np.int32) - 127, -6, 8)
@@ -186,14 +188,14 @@ def nearest_fp8(values: Floats) -> Bytes:
 def fp4_as_fp8() -> tuple[Bytes, NDArray[np.bool_]]:
     """The nearest F8_E4M3 code of each FP4 code times 2^(n - 255), [512, 16], and whether it is not exact."""
     exact = np.array(FP4) * np.ldexp(1.0, np.minimum(np.arange(512) - 255, 100))[:, None]
-    # What float32 would round to zero is still no zero here, and rounds to the same code.
+    # A value too small for float32 is zero in FP8 too; `exact` still tells that it was no zero.
     codes = nearest_fp8(exact.astype(np.float32))
     return codes, fp8_values()[codes] != exact
 
 
 @cache
 def fp4_pairs() -> tuple[Words, NDArray[np.intp]]:
-    """The same for both codes in a byte, [512, 256]: the two codes as a word, and how many of them are not exact."""
+    """The same for the two codes in a byte, [512, 256]: both codes as a word, and how many of them are not exact."""
     codes, misses = fp4_as_fp8()
     low, high = np.arange(256) & 15, np.arange(256) >> 4
     pairs = np.stack([codes[:, low], codes[:, high]], axis=-1).view(np.uint16)[..., 0]
@@ -201,15 +203,15 @@ def fp4_pairs() -> tuple[Words, NDArray[np.intp]]:
 
 
 def block_maxima(values: NDArray[Any], block: tuple[int, int]) -> NDArray[Any]:
-    """The largest value of each block of a matrix that begins with one."""
+    """The largest value of each block of a matrix that begins with a block."""
     rows, columns = (range(0, length, side) for length, side in zip(values.shape, block, strict=True))
     found = [[values[row : row + block[0], column : column + block[1]].max() for column in columns] for row in rows]
     return np.array(found, values.dtype)
 
 
 def amax_scales(values: Words, block: tuple[int, int], *, is_power: bool) -> Floats:
-    """The scale of each block of BF16: its largest magnitude over 448 in float32; or the least power of two that is not
-    below that, nor below 2^-127. 1 where all is zero.
+    """The scale of each block of BF16 values: the largest magnitude / 448 in float32; with `is_power`, rounded up to a
+    power of two, at least 2^-127. 1 for a block of zeros.
     """
     largest = wide(block_maxima(values & np.uint16(0x7FFF), block))
     scales = np.where(largest == 0, np.float32(1), largest / np.float32(448)).astype(np.float32)
@@ -220,5 +222,5 @@ def amax_scales(values: Words, block: tuple[int, int], *, is_power: bool) -> Flo
 
 
 def powers_of_two(values: Floats) -> NDArray[np.bool_]:
-    """Of positive numbers, which are powers of two."""
+    """Whether each of some positive numbers is a power of two."""
     return np.asarray(np.frexp(values)[0] == 0.5)

@@ -1,4 +1,4 @@
-"""What lies in a target: its tensor files and headers, its index and config."""
+"""Lists and reads the tensor files of a target folder; checks its index and config."""
 
 import json
 import re
@@ -20,29 +20,29 @@ MISSING = "copy it there, or convert again"
 
 
 class Folder(NamedTuple):
-    """The tensor files that a target folder has, or should have."""
+    """The tensor files that a target folder should have."""
 
     names: Mapping[int, str]
-    """By the rank; or by a number, where files are not by rank."""
+    """By rank; with whole files, by a running number."""
     ranks: int
-    """1 where files are not by rank."""
+    """How many; 1 with whole files."""
     is_whole: bool
-    """Whether these are not rank files, but tensors in one piece under the names of the source."""
+    """Whether the files hold whole tensors under the names of the source, instead of one rank each."""
     extra: Sequence[str]
-    """The names of others beside rank files."""
+    """Names of tensor files that do not belong to the set of rank files."""
 
 
 class Found(NamedTuple):
-    """One file of the target, as it stands."""
+    """A file of the target and the tensors in its header."""
 
     number: int
-    """Its rank, or its number."""
+    """Its rank; with whole files, a running number."""
     file: File
     tensors: Sequence[Tensor]
 
 
 def require_folder(target: Path) -> None:
-    """Raises Refused if there is none, or if the conversion that writes it has not ended."""
+    """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
         raise refuse("empty-target", str(target), found, "a folder that was converted into", "is the path right?")
@@ -50,8 +50,8 @@ def require_folder(target: Path) -> None:
 
 
 def look_at(target: Path, recipe: Recipe) -> Folder:
-    """What files a folder should have. How many ranks there are is told by the names of most; where no file is named as
-    a rank file is, they are whole. Raises Refused if there is none at all.
+    """Lists the tensor files that a folder should have. The number of ranks is the one that most file names say; if no
+    file is named like a rank file, all are whole files. Raises Refused if there are no tensor files.
     """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
     require_folder(target)
@@ -72,7 +72,7 @@ def look_at(target: Path, recipe: Recipe) -> Folder:
 
 
 def read_found(target: Path, names: Mapping[int, str]) -> tuple[list[Found], list[Problem]]:
-    """The headers of the files that can be read, and what is wrong with the others."""
+    """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
     files: list[Found] = []
     problems: list[Problem] = []
     for number, name in names.items():
@@ -88,20 +88,23 @@ def read_found(target: Path, names: Mapping[int, str]) -> tuple[list[Found], lis
 
 
 DTYPES = ("torch_dtype", "dtype")
-"""How a config names the dtype of its weights."""
+"""The config keys for the dtype of the weights: the old one and the new one."""
 
 
 def beside_problems(
     target: Path,
     files: Sequence[Found],
     config: Mapping[str, Any] | None,
-    forms: Collection[str],
+    conversions: Collection[str],
     recipe: Recipe,
     *,
     is_power: bool,
 ) -> Iterator[Problem]:
-    """What the index and the config of a target say wrongly; `config` is that of the source."""
-    for check in (index_problems(target, files), config_problems(target, config, forms, recipe, is_power=is_power)):
+    """Wrong entries in the index and the config of a target of whole files; `config` is the config of the source."""
+    for check in (
+        index_problems(target, files),
+        config_problems(target, config, conversions, recipe, is_power=is_power),
+    ):
         try:
             yield from check
         except Refused as refused:
@@ -109,7 +112,7 @@ def beside_problems(
 
 
 def index_problems(target: Path, files: Sequence[Found]) -> Iterator[Problem]:
-    """Where the index does not name the file that a tensor is in. A single file needs none."""
+    """Tensors that the index does not have in the right file. A single file needs no index."""
     index = read_object(target / INDEX)
     if index is None:
         if len(files) > 1:
@@ -117,11 +120,11 @@ def index_problems(target: Path, files: Sequence[Found]) -> Iterator[Problem]:
         return
     named = index.get("weight_map")
     named = named if isinstance(named, dict) else {}
-    held = {tensor.name: file.file.name for file in files for tensor in file.tensors}
-    for name in sorted(held.keys() | named.keys()):
-        if named.get(name) != held.get(name):
+    file_names = {tensor.name: file.file.name for file in files for tensor in file.tensors}
+    for name in sorted(file_names.keys() | named.keys()):
+        if named.get(name) != file_names.get(name):
             found = f"in {named[name]}" if name in named else "not named"
-            expected = f"in {held[name]}" if name in held else "not named: it is in no file"
+            expected = f"in {file_names[name]}" if name in file_names else "not named: it is in no file"
             yield Problem("wrong-index", f"{INDEX}: {name}", found, expected, AGAIN)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -131,37 +134,37 @@ def index_problems(target: Path, files: Sequence[Found]) -> Iterator[Problem]:
 
 
 def config_problems(
-    target: Path, config: Mapping[str, Any] | None, forms: Collection[str], recipe: Recipe, *, is_power: bool
+    target: Path, config: Mapping[str, Any] | None, conversions: Collection[str], recipe: Recipe, *, is_power: bool
 ) -> Iterator[Problem]:
-    """Where the config is not that of the source, or does not say what the weights are now."""
+    """Config keys that differ from the source, or that do not match the conversions of the weights."""
     if config is None:
         return
     found = read_object(target / CONFIG)
     if found is None:
         yield Problem("missing-file", CONFIG, "no such file", "that of the source", AGAIN)
         return
-    # How weights are held is looked at below, if that has changed.
-    changed = {"quantization_config", "expert_dtype", *DTYPES} if set(forms) & {DEQUANTIZE, QUANTIZE} else set()
-    changed |= {"quantization_config", "expert_dtype"} if FP4_TO_FP8 in forms else set()
+    # Keys about the dtype of weights are checked below, if the weights were converted.
+    changed = {"quantization_config", "expert_dtype", *DTYPES} if set(conversions) & {DEQUANTIZE, QUANTIZE} else set()
+    changed |= {"quantization_config", "expert_dtype"} if FP4_TO_FP8 in conversions else set()
     for key in sorted((config.keys() | found.keys()) - changed):
         if key in DTYPES and found.get(key) == "bfloat16":
             continue
         if found.get(key) != config.get(key):
             yield wrong(key, found, text_of(config, key))
-    if DEQUANTIZE in forms:
+    if DEQUANTIZE in conversions:
         for key in ("quantization_config", "expert_dtype"):
             if key in found:
                 yield wrong(key, found, "nothing: the weights are BF16")
         if {found.get(key, "bfloat16") for key in DTYPES} != {"bfloat16"} or not any(key in found for key in DTYPES):
             yield wrong("torch_dtype", found, '"bfloat16"')
-    if FP4_TO_FP8 in forms:
+    if FP4_TO_FP8 in conversions:
         yield from expert_problems(config, found)
-    if QUANTIZE in forms:
+    if QUANTIZE in conversions:
         yield from quantization_problems(found, recipe, is_power=is_power)
 
 
 def expert_problems(config: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:
-    """A config that still says that the experts are FP4, or that says more than that they are not."""
+    """A config that still says that the experts are FP4, or that differs in more than this."""
     if "expert_dtype" in found:
         yield wrong("expert_dtype", found, "nothing: the experts are FP8")
     if without_experts(config) != found.get("quantization_config"):

@@ -1,11 +1,11 @@
-"""Stage 5: files -> Report. The only re-reader; it shares nothing with the planner.
+"""Verifies a target against its source: re-reads both and compares every byte. Shares no code with the planner.
 
-The planner goes from the source's names to the ranks' and computes byte offsets. This goes the other way: it takes what
-lies in the target, finds each tensor's name in the source by the recipe read from right to left, tells by its dtype and
-shape whether the bytes were kept, cast or padded, says in rows and columns which box of the source, or of what is made
-of it, the rank should hold, and has every byte of that box compared.
+The planner goes from source names to target names and computes byte offsets. `verify` goes the other way. It takes
+each tensor of the target and finds its source name with the inverted recipe. It infers from dtype and shape whether the
+bytes were kept, cast or padded. It computes the box (rows, columns) of the source tensor, or of its cast, that the rank
+should hold, and compares every byte of this box.
 
-What every rank holds is compared with the source in every rank, so that replicas are equal if nothing differs.
+Replicas are compared with the source in every rank: if nothing differs, they are equal.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from reshard.errors import Problem, refuse
+from reshard.errors import Problem, describe, refuse
+from reshard.formats.manifest import subset_lines
 from reshard.storage.local import CACHED
 from reshard.storage.page_cache import ways_to_read
+from reshard.text import counted, printable
 from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import Part, Recast, Whole
 from reshard.verification.compare import Comparison, Side, compare
@@ -28,35 +30,75 @@ from reshard.verification.reference_casts import powers_of_two
 from reshard.verification.target_folder import AGAIN, Found, beside_problems, look_at, read_found
 
 MOST_ASKED = 64
-"""So many block scales tell whether they are all powers of two; and so many bytes of each."""
+"""At most so many block scale tensors, and so many bytes of each, decide whether scales are powers of two."""
 
 ASKED_SIZE = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """What was compared, and where it differs."""
+    """The result of verifying a target: how much was compared, and every difference."""
 
     ranks: int
-    """How many ranks the target is cut for; 1 for whole files."""
+    """The number of ranks that the target is split for; 1 for whole files."""
     files: int
-    """Of so many of them the files were compared."""
+    """The number of tensor files that were compared."""
     tensors: int
     size: int
-    """In bytes of the target; with a source, headers left out."""
+    """The bytes of the target; with a source, without headers."""
     compared: int
-    """In bytes: so many of them were compared."""
+    """The bytes that were compared: all of `size`, or those of a sample."""
     is_sampled: bool
-    """Whether a sample was asked for."""
+    """Whether only a sample was compared."""
     problems: tuple[Problem, ...]
     inexact: int = 0
-    """How many values of FP4 became the nearest of FP8, which has none that is equal under the scale of their block."""
+    """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
     is_whole: bool = False
     """Whether the target has whole files, not rank files."""
     subset: Mapping[str, Any] = field(default_factory=dict)
-    """What of a larger checkpoint the target holds, by its manifest; empty if that says nothing of it."""
+    """The part of a larger checkpoint that the target holds, as in the manifest; empty if it is no subset."""
     note: str = ""
-    """What may explain the problems. It does not change what is compared."""
+    """A possible explanation of the problems."""
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether nothing differs in the bytes that were compared: all bytes, unless `is_sampled`."""
+        return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        """`proven`, `sampled`, or the number of problems."""
+        if self.problems:
+            return counted(len(self.problems), "problems")
+        return "sampled" if self.is_sampled else "proven"
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict, *report_lines(self)])
+
+    __repr__ = __str__
+
+
+def describe_report(report: Report, target: Path | str, source: Path | str) -> str:
+    """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
+    against = f" against {source}" if report.is_proven else ""
+    return "\n".join([printable(f"{target}: {report.verdict}{against}"), *report_lines(report)])
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """The lines below the verdict: the problems, or how much was compared."""
+    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
+    if report.problems:
+        yield from [report.note] if report.note else []
+        yield describe(report.problems)
+        yield from [sample] if report.is_sampled else []
+    else:
+        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
+        ranks = f"{report.files} of {report.ranks} rank files"
+        files = counted(report.files, "whole files") if report.is_whole else ranks
+        yield f"{files}, {counted(report.tensors, 'tensors')}, {result}"
+        if report.inexact:
+            yield f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest"
+    yield from map(printable, subset_lines(report.subset))
 
 
 def verify_target(
@@ -64,44 +106,44 @@ def verify_target(
     source: Checkpoint,
     recipe: Recipe,
     advance: Advance = lambda _: None,
-    only: Collection[int] | None = None,
+    ranks: Collection[int] | None = None,
     sample: Fraction | None = None,
 ) -> Report:
-    """Compares every byte of every tensor file in the folder `target`, or of the ranks `only`, with the source.
+    """Compares every byte of every tensor file in the folder `target`, or of the `ranks` given, with the source.
 
-    With a `sample`, about that share of the bytes is compared: blocks spread evenly over every tensor, and always the
-    two ends of each tensor of each rank file. Names, dtypes and shapes are looked at in full all the same.
+    With a `sample`, a fraction such as 1/100, only about that share of the bytes is compared: blocks spread evenly over
+    every tensor, and always both ends of each tensor of each rank file. Names, dtypes and shapes are checked in full.
 
-    Every difference is a problem of the report. Raises Refused if there is nothing that could be compared, or a file
-    cannot be read or changes meanwhile.
+    Every difference is a problem of the report. Raises Refused if there is nothing to compare, or if a file cannot be
+    read or changes meanwhile.
     """
     folder = look_at(target, recipe)
     if folder.is_whole and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
-    if unknown := sorted(set(only or ()) - set(range(folder.ranks))):
+    if unknown := sorted(set(ranks or ()) - set(range(folder.ranks))):
         raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
-    is_part = only is not None and not folder.is_whole
-    names = {number: name for number, name in folder.names.items() if not is_part or number in (only or ())}
+    is_part = ranks is not None and not folder.is_whole
+    names = {number: name for number, name in folder.names.items() if not is_part or number in (ranks or ())}
     files, problems = read_found(target, names)
     extra = f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra]
     for file in files:
         advance(file.file.header_size)
-    held = Held(source, folder, Widening(recipe, source.config or {}, {}))
-    problems.extend(look_through(held, target, files, recipe))
-    things: list[Whole | Recast] = [*held.wholes.values(), *held.recasts.values()]
+    trace = Held(source, folder, Widening(recipe, source.config or {}, {}))
+    problems.extend(look_through(trace, target, files, recipe))
+    things: list[Whole | Recast] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare(things, *sides(target, files, source), advance, sample)
-    problems.extend(difference_problems(held, comparison))
-    return report_of(held, files, comparison, problems, is_sampled=sample is not None)
+    problems.extend(difference_problems(trace, comparison))
+    return report_of(trace, files, comparison, problems, is_sampled=sample is not None)
 
 
 def report_of(
-    held: Held, files: Sequence[Found], comparison: Comparison, problems: Sequence[Problem], *, is_sampled: bool
+    trace: Held, files: Sequence[Found], comparison: Comparison, problems: Sequence[Problem], *, is_sampled: bool
 ) -> Report:
     tensors = [tensor for file in files for tensor in file.tensors]
     return Report(
-        ranks=held.folder.ranks,
+        ranks=trace.folder.ranks,
         files=len(files),
         tensors=len(tensors),
         size=sum(tensor.size for tensor in tensors),
@@ -109,52 +151,52 @@ def report_of(
         is_sampled=is_sampled,
         problems=tuple(problems),
         inexact=comparison.inexact,
-        is_whole=held.folder.is_whole,
-        subset=held.source.subset,
+        is_whole=trace.folder.is_whole,
+        subset=trace.source.subset,
     )
 
 
-def look_through(held: Held, target: Path, files: Sequence[Found], recipe: Recipe) -> Iterator[Problem]:
-    """Finds out what each tensor of the files is; yields what is wrong by names, dtypes and shapes."""
-    folder = held.folder
-    known = backwards(recipe, held.source, is_whole=folder.is_whole)
-    wanted = {} if folder.is_whole else holders(held.source, recipe, folder.ranks)
+def look_through(trace: Held, target: Path, files: Sequence[Found], recipe: Recipe) -> Iterator[Problem]:
+    """Traces each tensor of the files to the source; yields problems of names, dtypes and shapes."""
+    folder = trace.folder
+    known = backwards(recipe, trace.source, is_whole=folder.is_whole)
+    wanted = {} if folder.is_whole else holders(trace.source, recipe, folder.ranks)
     swapped = swapped_files(files, known, wanted)
-    yield from swapped_problems(held, swapped)
+    yield from swapped_problems(trace, swapped)
     files = [file for file in files if file.number not in swapped]
     units, problems = units_of(files, known, folder.names)
-    held.is_power = is_power_of_two(target, units, held)
+    trace.is_power = is_power_of_two(target, units, trace)
     yield from problems
     for unit in units:
-        yield from hold(held, unit)
+        yield from hold(trace, unit)
     looked_at = {file.number for file in files}
-    yield from absent_problems(held, looked_at, wanted)
-    yield from mixture_problems(held)
+    yield from absent_problems(trace, looked_at, wanted)
+    yield from mixture_problems(trace)
     if folder.is_whole:
-        forms = {form for found in held.forms.values() for form in found}
-        yield from beside_problems(target, files, held.source.config, forms, recipe, is_power=held.is_power)
+        conversions = {conversion for found in trace.conversions.values() for conversion in found}
+        yield from beside_problems(target, files, trace.source.config, conversions, recipe, is_power=trace.is_power)
 
 
 def swapped_files(files: Sequence[Found], known: Backwards, wanted: Mapping[str, Holders]) -> dict[int, int]:
-    """By the rank of each file that has just what is dealt to another rank, such as its experts: that other rank."""
-    dealt: dict[int, set[str]] = {}
+    """By rank of a file whose names are exactly the tensors (experts) assigned to another rank: this other rank."""
+    assigned: dict[int, set[str]] = {}
     for name, (ranks, optional) in wanted.items():
         if len(ranks) == 1 and not optional:
-            dealt.setdefault(next(iter(ranks)), set()).add(name)
-    every, found = set[str]().union(*dealt.values()), dict[int, int]()
+            assigned.setdefault(next(iter(ranks)), set()).add(name)
+    every, found = set[str]().union(*assigned.values()), dict[int, int]()
     for file in files:
-        places = [place for tensor in file.tensors if (place := known.place(tensor.name))]
+        places = [place for tensor in file.tensors if (place := known.locate(tensor.name))]
         names = {name for place in places for name in (place.weight, place.scale)} & every
-        if fitting := [rank for rank in dealt if rank != file.number and names == dealt[rank]]:
+        if fitting := [rank for rank in assigned if rank != file.number and names == assigned[rank]]:
             found[file.number] = fitting[0]
     return found
 
 
-def swapped_problems(held: Held, swapped: Mapping[int, int]) -> Iterator[Problem]:
-    """A file under the name of another is not compared: nearly all in it would be wrong."""
+def swapped_problems(trace: Held, swapped: Mapping[int, int]) -> Iterator[Problem]:
+    """A file under the name of another is not compared: nearly every tensor would differ."""
     for number, rank in swapped.items():
-        found = f"the header of {held.folder.names[rank]}"
-        yield Problem("swapped-file", held.folder.names[number], found, "its own", "give the files their names back")
+        found = f"the header of {trace.folder.names[rank]}"
+        yield Problem("swapped-file", trace.folder.names[number], found, "its own", "give the files their names back")
 
 
 def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Side, Side]:
@@ -172,9 +214,9 @@ def side_of(folder: Path, files: Mapping[int, File], size: int) -> Side:
     return Side(folder, files, ways_to_read(paths[0], size) if paths else CACHED)
 
 
-def is_power_of_two(target: Path, units: Sequence[Unit], held: Held) -> bool:
-    """Whether most block scales that were made by quantising are powers of two: then all should be."""
-    tensors, folder = held.source.tensors, held.folder
+def is_power_of_two(target: Path, units: Sequence[Unit], trace: Held) -> bool:
+    """Whether most scales of quantized weights are powers of two: then all should be."""
+    tensors, folder = trace.source.tensors, trace.folder
     powers, others, asked = 0, 0, 0
     for unit in units:
         weight, scale = tensors.get(unit.place.weight), tensors.get(unit.place.scale)
@@ -193,48 +235,48 @@ def is_power_of_two(target: Path, units: Sequence[Unit], held: Held) -> bool:
     return powers > others
 
 
-def difference_problems(held: Held, comparison: Comparison) -> Iterator[Problem]:
-    """The tensors whose bytes are not those of their box."""
-    for whole in held.wholes.values():
+def difference_problems(trace: Held, comparison: Comparison) -> Iterator[Problem]:
+    """Target tensors whose bytes differ from their box of the source, or of the cast."""
+    for whole in trace.kept.values():
         for key in keys_of(whole.parts):
-            yield from difference_of(held, comparison, key, whole)
-    for (name, form), recast in held.recasts.items():
+            yield from difference_of(trace, comparison, key, whole)
+    for (name, conversion), recast in trace.casts.items():
         for key in keys_of((*recast.parts[0], *recast.parts[1])):
-            yield from difference_of(held, comparison, key, f"what {form} makes of {name}")
+            yield from difference_of(trace, comparison, key, f"what {conversion} makes of {name}")
 
 
 def keys_of(parts: Iterable[Part]) -> Iterable[tuple[int, str]]:
-    """By which differences are known: once for each tensor, of which there may be two parts."""
+    """Rank and name of each target tensor once, though it may have two parts: the keys of differences."""
     return dict.fromkeys((part.rank, part.tensor.name) for part in parts)
 
 
-def difference_of(held: Held, comparison: Comparison, key: tuple[int, str], origin: Whole | str) -> Iterator[Problem]:
+def difference_of(trace: Held, comparison: Comparison, key: tuple[int, str], origin: Whole | str) -> Iterator[Problem]:
     if found := comparison.differences.get(key):
         place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
         where = "than in the source" if isinstance(origin, Whole) else "than are made of the source"
         expected = f"those of {origin.tensor.name}" if isinstance(origin, Whole) else origin
-        subject = f"{held.folder.names[key[0]]}: {key[1]}"
+        subject = f"{trace.folder.names[key[0]]}: {key[1]}"
         yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, AGAIN)
 
 
-def absent_problems(held: Held, looked_at: set[int], wanted: Mapping[str, Holders]) -> Iterator[Problem]:
-    """Tensors of the source that one of the ranks `looked_at` lacks, or has though it should not."""
-    if held.folder.is_whole:
-        for name in held.source.tensors:
-            if not held.present.get(name) and (name, 0) not in held.gone:
+def absent_problems(trace: Held, looked_at: set[int], wanted: Mapping[str, Holders]) -> Iterator[Problem]:
+    """Source tensors that one of the ranks `looked_at` lacks, or has though it should not."""
+    if trace.folder.is_whole:
+        for name in trace.source.tensors:
+            if not trace.present.get(name) and (name, 0) not in trace.used_scales:
                 yield Problem("missing-tensor", name, "in none of these files", "in one of them", AGAIN)
         return
     optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
-    # All of what is optional is kept, or none: what most of it tells holds for the rest.
-    is_kept = 2 * sum(name in held.present for name in optional) > len(optional)
+    # Optional tensors are kept all or none: the majority decides.
+    is_kept = 2 * sum(name in trace.present for name in optional) > len(optional)
     for name, (ranks, reason) in wanted.items():
-        present = held.present.get(name, {})
+        present = trace.present.get(name, {})
         if reason and not is_kept:
             for seen in present.values():
-                yield Problem("extra-tensor", held.subject(seen), f"a part of {name}", f"none: {reason}", AGAIN)
+                yield Problem("extra-tensor", trace.subject(seen), f"a part of {name}", f"none: {reason}", AGAIN)
             continue
-        expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in held.gone)
-        found = sorted(rank for rank in present if (name, rank) not in held.gone)
+        expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in trace.used_scales)
+        found = sorted(rank for rank in present if (name, rank) not in trace.used_scales)
         if expected and not found:
             yield Problem("missing-tensor", name, "in none of these rank files", f"in ranks {expected}", AGAIN)
         elif expected != found:
