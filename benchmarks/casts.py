@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from reshard.casts import kernels as casts
-from reshard.casts.code_tables import scales_as_float32
-from reshard.casts.kernels import Recode, compiled_recode
+from reshard.casts.code_tables import decode_scales
+from reshard.casts.kernels import Recode, compile_recode
 
 ROWS, COLUMNS = 2048, 7168
 BAND = 256
@@ -52,7 +52,7 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
     runs: dict[str, Recode] = {"numpy": casts.recode}
-    if (compiled := compiled_recode()) is not None:
+    if (compiled := compile_recode()) is not None:
         runs["numba"] = compiled
     print(
         f"{ROWS} x {COLUMNS} values, GB/s of output, {pairs} pairs, torch {torch.__version__}, numpy {np.__version__}"
@@ -130,8 +130,8 @@ def dequantizing() -> list[Case]:
         return Case(f"FP8 to BF16, {name} {block[0]} x {block[1]}", torch_way, kernel, out, bar)
 
     floats = random.random((ROWS // 128, COLUMNS // 128), np.float32) / 1000
-    powers = scales_as_float32(random.integers(110, 125, floats.shape, np.uint8), "F8_E8M0")
-    fine = scales_as_float32(random.integers(110, 125, (ROWS, COLUMNS // 32), np.uint8), "F8_E8M0")
+    powers = decode_scales(random.integers(110, 125, floats.shape, np.uint8), "F8_E8M0")
+    fine = decode_scales(random.integers(110, 125, (ROWS, COLUMNS // 32), np.uint8), "F8_E8M0")
     return [case("F32", (128, 128), floats, 6), case("E8M0", (128, 128), powers, 6), case("E8M0", (1, 32), fine, 0)]
 
 
@@ -142,7 +142,7 @@ def from_fp4() -> list[Case]:
     out = np.empty((ROWS, COLUMNS), np.uint8)
 
     def case(block: int) -> Case:
-        scales = casts.fp8_scales_of_fp4(groups, (block, block))
+        scales = casts.compute_fp8_scales(groups, (block, block))
 
         def torch_way() -> Array:
             halves, factors = torch.from_numpy(packed), torch.from_numpy(groups).view(torch.float8_e8m0fnu).float()
@@ -154,7 +154,7 @@ def from_fp4() -> list[Case]:
 
         def kernel(rows: slice, run: Recode) -> None:
             some = scales[touched(rows, block)]
-            casts.fp4_to_fp8(packed[rows], groups[rows], some, (block, block), (0, 0), out[rows], run)
+            casts.cast_fp4_to_fp8(packed[rows], groups[rows], some, (block, block), (0, 0), out[rows], run)
 
         return Case(f"FP4 to FP8, {block} x {block}", torch_way, kernel, out, 15)
 
@@ -174,8 +174,8 @@ def quantizing() -> Case:
 
     def kernel(rows: slice, _: Recode) -> None:
         largest = np.zeros((BAND // 128, COLUMNS // 128), np.uint16)
-        casts.largest_magnitudes(values[rows], block, (0, 0), largest)
-        casts.quantize(values[rows], casts.scales_of_magnitudes(largest), block, (0, 0), out[rows])
+        casts.raise_to_magnitudes(values[rows], block, (0, 0), largest)
+        casts.quantize(values[rows], casts.compute_scales(largest), block, (0, 0), out[rows])
 
     return Case("BF16 to FP8, 128 x 128, with its scales", torch_way, kernel, out, looks_up=False)
 

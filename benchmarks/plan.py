@@ -60,7 +60,7 @@ def measure(source: Path) -> dict[str, float]:
     from jobs import make_plan  # noqa: PLC0415
 
     from reshard.formats.folder import read_checkpoint  # noqa: PLC0415
-    from reshard.recipes.recipe import packaged_recipes  # noqa: PLC0415
+    from reshard.recipes.recipe import list_packaged_recipes  # noqa: PLC0415
     from reshard.sources.match import choose_recipe  # noqa: PLC0415
     from reshard.types import Layout  # noqa: PLC0415
 
@@ -68,7 +68,7 @@ def measure(source: Path) -> dict[str, float]:
     started = time.perf_counter()
     checkpoint = read_checkpoint(source)
     was_read = time.perf_counter()
-    plan = make_plan(checkpoint, choose_recipe(checkpoint, packaged_recipes())[0], Layout(RANKS))
+    plan = make_plan(checkpoint, choose_recipe(checkpoint, list_packaged_recipes())[0], Layout(RANKS))
     planned = time.perf_counter()
     return {
         "tensors": len(plan.source.tensors),

@@ -24,10 +24,10 @@ from jobs import make_plan
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.planning.plan import Plan
-from reshard.recipes.recipe import packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
-from reshard.text import printable, size_text, table
+from reshard.text import escape_unprintable, format_size, format_table
 from reshard.types import Checkpoint, Layout
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -57,13 +57,13 @@ def main() -> None:
         print("\n".join(NAMES))
         return
     gc.disable()  # as the command does
-    print("\n".join(map(printable, lines(options))))
+    print("\n".join(map(escape_unprintable, lines(options))))
 
 
 def lines(options: argparse.Namespace) -> Iterator[str]:
     """A table of the numbers of ranks that work, then those that are refused."""
     checkpoint = full_checkpoint(options.name)
-    recipe = choose_recipe(checkpoint, packaged_recipes())[0]
+    recipe = choose_recipe(checkpoint, list_packaged_recipes())[0]
     yield f"{options.name}: {len(checkpoint.tensors):,} tensors, recipe {recipe.name}"
     rows, refusals = [], []
     for ranks in RANKS:
@@ -76,7 +76,7 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
         except Refused as refused:
             problem = refused.problems[0]
             refusals.append(f"--mp {ranks}: refused: {problem.subject}: {problem.found}")
-    yield from table(("--mp", "tensors a rank", "bytes of the largest rank", ""), rows).splitlines()
+    yield from format_table(("--mp", "tensors a rank", "bytes of the largest rank", ""), rows).splitlines()
     yield from refusals
 
 
@@ -94,7 +94,7 @@ def row(plan: Plan) -> tuple[str, str, str, str]:
     largest = max(plan.files, key=lambda file: file.size)
     config = plan.source.config or {}
     raised = [f", {key} {value}" for key, value in (plan.config or {}).items() if value != config.get(key)]
-    size = f"{largest.size:,}", size_text(largest.size) + "".join(raised)
+    size = f"{largest.size:,}", format_size(largest.size) + "".join(raised)
     return str(plan.layout.ranks), f"{len(largest.pieces):,}", *size
 
 

@@ -14,7 +14,7 @@ import pytest
 from repository import ROOT
 
 import reshard
-from reshard.recipes.recipe import load_recipe, packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 
 FOLDER = Path(reshard.__file__).parent
 MOST_LINES = 40
@@ -251,6 +251,6 @@ def test_the_types_are_for_others_too() -> None:
 
 def test_every_recipe_in_the_folder_is_registered_under_its_own_name() -> None:
     files = sorted(path.stem for path in (FOLDER / "recipes" / "families").glob("*.toml"))
-    assert [recipe.name for recipe in packaged_recipes()] == files
+    assert [recipe.name for recipe in list_packaged_recipes()] == files
     assert [load_recipe(name).name for name in files] == files
     assert {"deepseek-v2", "deepseek-v3"} <= set(files)

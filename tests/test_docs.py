@@ -18,7 +18,7 @@ import pytest
 from repository import ROOT, find_test_file
 
 import reshard
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 PACKAGE = Path(reshard.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,7 +42,7 @@ STANDS_FOR = {"make demo": "reshard demo"}
 """What the Makefile runs once everything is set up."""
 
 FOR_16_RANKS: dict[str, Any] = {
-    **SMALL,
+    **SMALL_V3,
     "hidden_size": 128,
     "intermediate_size": 2048,
     "kv_lora_rank": 128,
@@ -80,7 +80,7 @@ def tree() -> set[Path]:
 def folder(tmp_path: Path) -> Path:
     """The folder that the pages speak of: a checkpoint for 16 ranks, one whose second file is missing, and none."""
     write_checkpoint(tmp_path / "DeepSeek-V3", FOR_16_RANKS, 4)
-    write_checkpoint(tmp_path / "incomplete", SMALL, 4)
+    write_checkpoint(tmp_path / "incomplete", SMALL_V3, 4)
     (tmp_path / "incomplete" / "model-00002-of-00004.safetensors").unlink()
     (tmp_path / "empty").mkdir()
     (tmp_path / "bin").mkdir()

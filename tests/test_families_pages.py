@@ -11,7 +11,7 @@ import pytest
 from jobs import make_plan
 from repository import ROOT
 
-from reshard.recipes.recipe import load_recipe, packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.types import Layout
 
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
@@ -37,7 +37,7 @@ def sizes() -> ModuleType:
 
 def test_every_recipe_has_a_page_and_every_page_a_place_in_the_table() -> None:
     named = {page: named_by(page) for page in MODELS}
-    assert {recipe for recipes in named.values() for recipe in recipes} == {r.name for r in packaged_recipes()}
+    assert {recipe for recipes in named.values() for recipe in recipes} == {r.name for r in list_packaged_recipes()}
     table = (ROOT / "docs" / "families" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[.+\]\((.+)\) \| (`.+?`) \|", table, re.MULTILINE)
     assert sorted(rows) == sorted((page.name, ", ".join(map("`{}`".format, named[page]))) for page in MODELS)

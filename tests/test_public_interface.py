@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 import reshard
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 FUNCTIONS = ("convert", "diff", "inspect", "load", "open", "plan", "verify")
 NAMES = sorted(["Problem", "Refused", *FUNCTIONS])
@@ -20,7 +20,7 @@ NAMES = sorted(["Problem", "Refused", *FUNCTIONS])
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "source"
-    write_checkpoint(folder, SMALL, 2)
+    write_checkpoint(folder, SMALL_V3, 2)
     return folder
 
 

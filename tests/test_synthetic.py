@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from reshard.errors import Refused
-from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, data_size, tensor_list, write_checkpoint
+from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL_V3, compute_data_size, list_tensors, write_checkpoint
 
 FILES = 4
 V3_FILES = 163
@@ -23,18 +23,18 @@ V3_DATA_SIZE = 688_574_839_360
 MIXER = np.uint64(0x9E37_79B9_7F4A_7C15)
 """An odd number: two runs of 16 bytes are reduced to 8 that differ if only one half does, and else almost always."""
 INDEX = "model.safetensors.index.json"
-TINY = {**SMALL, "n_routed_experts": 4, "num_hidden_layers": 2, "vocab_size": 128}
+TINY = {**SMALL_V3, "n_routed_experts": 4, "num_hidden_layers": 2, "vocab_size": 128}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated") / "small"
-    write_checkpoint(folder, SMALL, FILES)
+    write_checkpoint(folder, SMALL_V3, FILES)
     return folder
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: (dtype, shape) for name, dtype, shape in tensor_list(config)}
+    return {name: (dtype, shape) for name, dtype, shape in list_tensors(config)}
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
@@ -61,16 +61,16 @@ def file_data_size(path: Path) -> int:
 
 
 def test_the_full_v3_has_the_published_tensors() -> None:
-    tensors = tensor_list(DEEPSEEK_V3)
+    tensors = list_tensors(DEEPSEEK_V3)
     assert len({name for name, _, _ in tensors}) == len(tensors) == 91_991
-    assert sum(map(data_size, tensors)) == V3_DATA_SIZE
+    assert sum(map(compute_data_size, tensors)) == V3_DATA_SIZE
     assert Counter(dtype for _, dtype, _ in tensors) == {"F8_E4M3": 45_808, "F32": 45_867, "BF16": 316}
 
 
 def test_v2_lite_has_the_published_tensors() -> None:
-    tensors = tensor_list(DEEPSEEK_V2_LITE)
+    tensors = list_tensors(DEEPSEEK_V2_LITE)
     assert len({name for name, _, _ in tensors}) == len(tensors) == 5_291
-    assert sum(map(data_size, tensors)) == 31_412_968_448
+    assert sum(map(compute_data_size, tensors)) == 31_412_968_448
     assert {dtype for _, dtype, _ in tensors} == {"BF16"}
 
 
@@ -108,8 +108,8 @@ def test_v2_lite_shapes(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_the_small_model_has_what_the_demo_shows() -> None:
-    found = shapes(SMALL)
-    assert 20e6 < sum(map(data_size, tensor_list(SMALL))) < 60e6
+    found = shapes(SMALL_V3)
+    assert 20e6 < sum(map(compute_data_size, list_tensors(SMALL_V3))) < 60e6
     assert found["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"][1][0] % 128 != 0
     for name in ("layers.0.mlp.gate_proj", "layers.1.mlp.shared_experts.up_proj", "layers.0.self_attn.q_b_proj"):
         assert found[f"model.{name}.weight"][1][0] % (4 * 128) == 0
@@ -119,14 +119,14 @@ def test_the_small_model_has_what_the_demo_shows() -> None:
 def test_every_file_opens_and_holds_the_listed_tensors(small: Path) -> None:
     dtypes = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
     found = {name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in read_tensors(small).items()}
-    assert found == shapes(SMALL)
+    assert found == shapes(SMALL_V3)
 
 
 def test_the_index_agrees_with_the_files(small: Path) -> None:
     names = {f"model-{number:05}-of-{FILES:05}.safetensors" for number in range(1, FILES + 1)}
     assert {path.name for path in small.glob("*.safetensors")} == names
     index = json.loads((small / INDEX).read_bytes())
-    assert index["metadata"] == {"total_size": sum(map(data_size, tensor_list(SMALL)))}
+    assert index["metadata"] == {"total_size": sum(map(compute_data_size, list_tensors(SMALL_V3)))}
     found = {}
     for name in names:
         with safe_open(small / name, framework="pt") as file:
@@ -148,7 +148,7 @@ def test_the_files_are_about_equal(tmp_path: Path) -> None:
 
 
 def test_the_side_files_are_there(small: Path) -> None:
-    assert json.loads((small / "config.json").read_bytes()) == SMALL
+    assert json.loads((small / "config.json").read_bytes()) == SMALL_V3
     assert Tokenizer.from_file(str(small / "tokenizer.json")).encode("ab").tokens == ["ab"]
     assert json.loads((small / "tokenizer_config.json").read_bytes())["bos_token"]
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import CONFIG, file_names
-from reshard.formats.manifest import manifest_at
+from reshard.formats.huggingface import CONFIG, list_safetensors_files
+from reshard.formats.manifest import read_manifest_unchecked
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.patterns import split_name
-from reshard.recipes.recipe import packaged_recipes, parse_recipe
+from reshard.recipes.recipe import list_packaged_recipes, parse_recipe
 from reshard.sources.rank_names import find_foreign_recipe, find_rank_names
-from reshard.text import printable
+from reshard.text import escape
 from reshard.types import Checkpoint, Tensor
 
 REFUSED = 2
@@ -345,9 +345,10 @@ def require_source(folder: Path) -> None:
     """It is a folder, and no rank files lie in it. Raises Refused."""
     if folder.is_file():
         raise refuse("no-source", str(folder), "a file", "the folder of a checkpoint", f"name {folder.parent}")
-    recipes = packaged_recipes()
+    recipes = list_packaged_recipes()
     if folder.is_dir() and (
-        find_foreign_recipe(manifest_at(folder), recipes) or find_rank_names(folder, file_names(folder), recipes)
+        find_foreign_recipe(read_manifest_unchecked(folder), recipes)
+        or find_rank_names(folder, list_safetensors_files(folder), recipes)
     ):
         expected, remedy = "a Hugging Face checkpoint", "name what they were cut from"
         raise refuse("rank-files", str(folder), "rank files", expected, remedy)
@@ -376,12 +377,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with options.output.open("x", encoding="utf-8") as file:
                 file.write(text)
         else:
-            print("\n".join(map(printable, text.rstrip("\n").split("\n"))))
+            print("\n".join(map(escape, text.rstrip("\n").split("\n"))))
     except Refused as refused:
         print(f"derive_recipe: refused\n{refused}", file=sys.stderr)
         return REFUSED
     except OSError as error:
-        print(f"derive_recipe: refused\n{printable(str(error.filename or ''))}: {error.strerror}", file=sys.stderr)
+        print(f"derive_recipe: refused\n{escape(str(error.filename or ''))}: {error.strerror}", file=sys.stderr)
         return REFUSED
     return 0
 

@@ -13,22 +13,22 @@ from pathlib import Path
 from time import monotonic
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import Done, Settings, execute_plan
-from reshard.formats.manifest import known_manifest
+from reshard.execution.execute import RunResult, Settings, execute_plan
+from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
-from reshard.inspection.tensor_pairs import Choice
-from reshard.planning.options import require_layout, source_problems
+from reshard.inspection.tensor_pairs import DiffChoice
+from reshard.planning.options import check_source_options, require_layout
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
 from reshard.target.folder import describe_others, look_at_target, mend_target
-from reshard.text import counted, printable, size_text
+from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, File, Progress, Subset
 from reshard.verification.checksums import audit_target
-from reshard.verification.target_folder import require_folder
+from reshard.verification.target_folder import require_target_folder
 from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
@@ -45,14 +45,14 @@ class Conversion:
     target: Path
     plan: Plan
     """Of the files that this run has written."""
-    done: Done | None
+    done: RunResult | None
     """How the run went; None if the target was finished already."""
     mended: Sequence[str]
     """The side files that a finished target had lost, and that were written again."""
     seconds: float
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, describe_conversion(self)))
+        return "\n".join(map(escape, describe_conversion(self)))
 
     __repr__ = __str__
 
@@ -122,13 +122,13 @@ def convert(
     """
     started = monotonic()
     settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
-    require_none(settings_problems(settings))
+    require_none(check_settings(settings))
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
-    subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
+    subset = Subset(sort_numbers(layers), sort_numbers(experts), renumber, tuple(only))
 
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
-    require_none(source_problems(found, replicas, n_experts))
-    planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
+    require_none(check_source_options(found, replicas, n_experts))
+    planned = make_plan(found, layout, ranks=sort_numbers(ranks), only=subset.only)
     state = look_at_target(planned, Path(target))  #         the last chance to refuse
     if not state.plan.files:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
@@ -168,10 +168,10 @@ def plan(
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
-    subset = Subset(sorted_numbers(layers), sorted_numbers(experts), renumber, tuple(only))
+    subset = Subset(sort_numbers(layers), sort_numbers(experts), renumber, tuple(only))
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
-    require_none(source_problems(found, replicas, None))
-    planned = make_plan(found, layout, ranks=sorted_numbers(ranks), only=subset.only)
+    require_none(check_source_options(found, replicas, None))
+    planned = make_plan(found, layout, ranks=sort_numbers(ranks), only=subset.only)
     return planned if target is None else look_at_target(planned, Path(target)).plan
 
 
@@ -206,15 +206,15 @@ def verify(
         Refused: There is nothing that could be compared.
 
     """
-    folder, part = Path(target), sample_part(sample)
-    require_folder(folder)
+    folder, part = Path(target), read_sample(sample)
+    require_target_folder(folder)
     if source is None:
         if ranks is not None or recipe:
             raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
-        return audit_target(folder, count_progress(progress, tensor_bytes(folder)), part)
+        return audit_target(folder, count_progress(progress, count_tensor_bytes(folder)), part)
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
-    advance = count_progress(progress, tensor_bytes(sides.folder))
-    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sorted_numbers(ranks), part)
+    advance = count_progress(progress, count_tensor_bytes(sides.folder))
+    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sort_numbers(ranks), part)
     return note_other_source(report, folder, sides.files)
 
 
@@ -248,7 +248,7 @@ def diff(
         Refused: One of the two cannot be read.
 
     """
-    choice = Choice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
+    choice = DiffChoice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
     return diff_checkpoints(Path(a), Path(b), choice, progress)
 
 
@@ -260,33 +260,33 @@ def describe_conversion(conversion: Conversion) -> Iterator[str]:
     elif done is None:
         yield f"{target}: converted already; nothing was written"
     else:
-        size = f"{plan.size:,} bytes ({size_text(plan.size)})"
+        size = f"{plan.size:,} bytes ({format_size(plan.size)})"
         kind = "rank files" if plan.layout.to == RANKS else "files"
-        yield f"{target}: {counted(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
+        yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
         if done.resumed:
             yield f"resumed: {done.resumed:,} bytes had been written before"
 
 
 def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Report:
     """Notes, where there are problems, that by its manifest a target was made from other files than these."""
-    known = known_manifest(target).get("source") if report.problems else None
+    known = read_valid_manifest(target).get("source") if report.problems else None
     given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
     if known is None or known == given:
         return report
     return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
 
 
-def tensor_bytes(folder: Path) -> int:
+def count_tensor_bytes(folder: Path) -> int:
     """Of all safetensors files in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def sorted_numbers(numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+def sort_numbers(numbers: Iterable[int] | None) -> tuple[int, ...] | None:
     """Each once."""
     return None if numbers is None else tuple(sorted(set(numbers)))
 
 
-def sample_part(sample: float | Fraction | None) -> Fraction | None:
+def read_sample(sample: float | Fraction | None) -> Fraction | None:
     """The part of the bytes to compare, exactly as it was written. Raises Refused."""
     if sample is None:
         return None
@@ -296,7 +296,7 @@ def sample_part(sample: float | Fraction | None) -> Fraction | None:
     return part
 
 
-def settings_problems(settings: Settings) -> Iterator[Problem]:
+def check_settings(settings: Settings) -> Iterator[Problem]:
     """Settings that are none."""
     if settings.jobs is not None and settings.jobs < 1:
         yield Problem("wrong-option", "--jobs", str(settings.jobs), "1 or more")

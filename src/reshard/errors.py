@@ -8,9 +8,9 @@ from inspect import signature
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
-from reshard.text import shown
+from reshard.text import escape_and_clip
 
-SHOWN_PER_KIND = 10
+MOST_SHOWN_PER_KIND = 10
 
 MOST_PROBLEMS = 100_000
 """The search for problems stops here: a few megabytes of header can claim a billion tensors that do not exist."""
@@ -35,7 +35,7 @@ class Refused(Exception):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(islice(problems, MOST_PROBLEMS))
-        super().__init__(describe(self.problems))
+        super().__init__(describe_problems(self.problems))
 
     def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]], dict[str, Any]]:
         """Pickles the problems and the message: by itself, an exception keeps only the message."""
@@ -71,26 +71,26 @@ def require_none(problems: Iterable[Problem]) -> None:
         raise Refused(found)
 
 
-def describe(problems: Iterable[Problem]) -> str:
+def describe_problems(problems: Iterable[Problem]) -> str:
     """The text of all problems for a person: at most SHOWN_PER_KIND of each kind in full, the rest as a count."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)
-    lines = [line for group in groups.values() for line in describe_group(group)]
+    lines = [line for group in groups.values() for line in describe_problem_kind(group)]
     if sum(map(len, groups.values())) >= MOST_PROBLEMS:
         lines.append(f"only the first {MOST_PROBLEMS:,} problems were looked for")
     return "\n".join(lines)
 
 
-def describe_group(group: list[Problem]) -> Iterable[str]:
-    for problem in group[:SHOWN_PER_KIND]:
-        yield f"{shown(problem.subject)}: {problem.kind.replace('-', ' ')}"
-        yield f"  found:    {shown(problem.found)}"
-        yield f"  expected: {shown(problem.expected)}"
+def describe_problem_kind(group: list[Problem]) -> Iterable[str]:
+    for problem in group[:MOST_SHOWN_PER_KIND]:
+        yield f"{escape_and_clip(problem.subject)}: {problem.kind.replace('-', ' ')}"
+        yield f"  found:    {escape_and_clip(problem.found)}"
+        yield f"  expected: {escape_and_clip(problem.expected)}"
         if problem.remedy:
-            yield f"  hint:     {shown(problem.remedy)}"
-    if len(group) > SHOWN_PER_KIND:
-        more = len(group) - SHOWN_PER_KIND
+            yield f"  hint:     {escape_and_clip(problem.remedy)}"
+    if len(group) > MOST_SHOWN_PER_KIND:
+        more = len(group) - MOST_SHOWN_PER_KIND
         yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
 
 

@@ -8,7 +8,7 @@ LONGEST_SHOWN = 2_000
 SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def printable(text: str) -> str:
+def escape(text: str) -> str:
     """Escapes every control, format, private, unassigned and surrogate character, and every space but the plain one.
 
     Tensor and file names are untrusted: printed raw, they could move the cursor, recolour the terminal or hide text.
@@ -18,21 +18,21 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def shown(text: str) -> str:
+def escape_and_clip(text: str) -> str:
     """Cuts the text after LONGEST_SHOWN characters and escapes it."""
     if len(text) > LONGEST_SHOWN:
         text = f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
-    return printable(text)
+    return escape(text)
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
+def format_list(names: Iterable[str], most: int = 6) -> str:
     """Joins the first `most` names and counts the rest: `a, b, c and 12 more`."""
     shown = list(names)
     text = ", ".join(shown[:most])
     return f"{text} and {len(shown) - most:,} more" if len(shown) > most else text
 
 
-def numbers_text(numbers: Iterable[int]) -> str:
+def format_numbers(numbers: Iterable[int]) -> str:
     """Formats a set of numbers as ranges: `0-3, 7, 9-10`; `none` for an empty set."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
@@ -40,23 +40,23 @@ def numbers_text(numbers: Iterable[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return listed((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"
+    return format_list((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"
 
 
-def counted(count: int, things: str) -> str:
+def format_count(count: int, things: str) -> str:
     """Formats a number of things: `2 files`, `1 file`. `things` is the plural, which ends in `s`."""
     return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
 
 
-def size_text(size: int) -> str:
+def format_size(size: int) -> str:
     """Formats a size given in bytes: `40.18 GiB`, or `12 bytes`."""
     value, unit = float(size), 0
     while value >= 1024 and unit < len(SIZE_UNITS) - 1:
         value, unit = value / 1024, unit + 1
-    return counted(size, "bytes") if unit == 0 else f"{value:.2f} {SIZE_UNITS[unit]}"
+    return format_count(size, "bytes") if unit == 0 else f"{value:.2f} {SIZE_UNITS[unit]}"
 
 
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right."""
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]

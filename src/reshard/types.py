@@ -324,7 +324,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class OriginalFile:
     """One file of the original checkpoint, by its header. It is restored as it was, if its tensors are the same."""
 
     name: str

@@ -24,12 +24,12 @@ from safetensors.numpy import save_file
 
 import reshard.cli.terminal
 from reshard import __version__
-from reshard.cli.main import main, memory
-from reshard.recipes.recipe import FOLDER
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.cli.main import main, parse_size
+from reshard.recipes.recipe import FAMILIES_FOLDER
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 TINY: Mapping[str, Any] = {
-    **SMALL,
+    **SMALL_V3,
     "hidden_size": 128,
     "intermediate_size": 512,
     "kv_lora_rank": 128,
@@ -184,7 +184,7 @@ def test_ranks_that_are_no_ranks_are_refused(
 
 
 def test_an_own_recipe_gives_the_files_of_the_packaged_one(source: Path, ranks: Path, tmp_path: Path, say: Say) -> None:
-    shutil.copy(FOLDER / "deepseek-v3.toml", tmp_path / "mine.toml")
+    shutil.copy(FAMILIES_FOLDER / "deepseek-v3.toml", tmp_path / "mine.toml")
     say("convert", source, tmp_path / "out", "--mp", "8", "--recipe", tmp_path / "mine.toml")
     assert rank_files(tmp_path / "out") == rank_files(ranks)
 
@@ -240,7 +240,9 @@ def test_the_command_that_convert_names_next_can_be_run(
     name: str, options: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text((FOLDER / "deepseek-v3.toml").read_text().replace('"head.weight"', '"out.weight"'))
+    Path("mine.toml").write_text(
+        (FAMILIES_FOLDER / "deepseek-v3.toml").read_text().replace('"head.weight"', '"out.weight"')
+    )
     shutil.copytree(source, name)
     path = Path(name)
     if name == "single":
@@ -377,7 +379,7 @@ def test_inspect_shows_one_of_several_files_where_it_lies(source: Path, say: Say
 
 
 def test_inspect_takes_a_recipe_of_ones_own(source: Path, ranks: Path, tmp_path: Path, say: Say) -> None:
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     (tmp_path / "mine.toml").write_text(text.replace("deepseek-v3", "mine-of-all", 1), encoding="utf-8")
     assert "huggingface layout, recipe mine-of-all\n" in say("inspect", source, "--recipe", tmp_path / "mine.toml")
     assert "recipe mine-of-all, cut for 8 ranks\n" in say("inspect", ranks, "--recipe", tmp_path / "mine.toml")
@@ -451,7 +453,7 @@ def test_verify_says_that_the_source_is_another(source: Path, ranks: Path, tmp_p
 
 
 def test_verify_asks_for_the_recipe_that_the_target_was_made_with(source: Path, tmp_path: Path, say: Say) -> None:
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     (tmp_path / "own.toml").write_text(text.replace('"deepseek-v3"', '"own"', 1))
     say("convert", source, tmp_path / "target", "--mp", "8", "--recipe", tmp_path / "own.toml")
     text = say("verify", tmp_path / "target", "--source", source, code=2)
@@ -643,7 +645,7 @@ def plain(tmp_path: Path) -> Path:
 def test_verify_proves_elements_smaller_than_a_byte(name: str, plain: Path, tmp_path: Path, say: Say) -> None:
     change_header(plain / "model-00001-of-00001.safetensors", quarter_elements, name)
     recipe = tmp_path / "any-shape.toml"
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     recipe.write_text(re.sub(r'"\[[^"]*\]"(,|\])', r'""\1', text), encoding="utf-8")
     say("convert", plain, tmp_path / "out", "--mp", "4", "--recipe", recipe)
     assert "all equal" in say("verify", tmp_path / "out", "--source", plain, "--recipe", recipe)
@@ -684,7 +686,7 @@ def test_a_damaged_manifest_is_refused_or_named(
 def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
     """Each with what it was checked against, in a line of its own."""
     lines = say(*words).splitlines()
-    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    names = sorted(path.stem for path in FAMILIES_FOLDER.glob("*.toml"))
     assert [line.split()[0] for line in lines[::2]] == names
     assert all("DeepSeek" in line or "tensor-parallel" in line for line in lines[::2])
     assert all(re.match(r" +checked against: \w", line) for line in lines[1::2])
@@ -695,7 +697,7 @@ def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
 
 def test_recipes_show_prints_the_file(say: Say) -> None:
     text = say("recipes", "show", "deepseek-v3")
-    assert text == (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    assert text == (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     said = json.loads(say("recipes", "show", "deepseek-v3", "--json"))
     assert (said["name"], said["scales"]["p"]["block"]) == ("deepseek-v3", [128, 128])
     rows = tomllib.loads(text)["rules"]
@@ -705,7 +707,7 @@ def test_recipes_show_prints_the_file(say: Say) -> None:
 
 
 def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_path: Path, say: Say) -> None:
-    shutil.copy(FOLDER / "deepseek-v3.toml", tmp_path / "mine.toml")
+    shutil.copy(FAMILIES_FOLDER / "deepseek-v3.toml", tmp_path / "mine.toml")
     for recipe in ("deepseek-v3", tmp_path / "mine.toml"):
         text = say("recipes", "check", recipe, source)
         assert text.startswith(f"{recipe} fits {source}: {TENSORS} tensors, each under one rule\n")
@@ -715,7 +717,7 @@ def test_recipes_check_holds_a_recipe_against_a_checkpoint(source: Path, tmp_pat
 
 
 def test_recipes_check_lists_the_keys_that_the_config_does_not_have(source: Path, tmp_path: Path, say: Say) -> None:
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     for old, new in (
         (r'size = "n_routed_experts"', 'size = "routed_experts"'),
         (r"\[vocab_size, hidden_size\]", "[vocab_size, dmodel]"),
@@ -869,13 +871,13 @@ def test_what_is_not_known_is_refused_with_the_usage_of_the_command(
     ],
 )  # fmt: skip
 def test_a_size_has_any_of_the_usual_units(text: str, size: int) -> None:
-    assert memory(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["1PiB", "much", "1.", ".5GB", "-1", "1 G i B", "1e3", ""])
 def test_what_is_no_size_is_refused_with_the_units(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match=r"KiB, MiB, GiB, TiB \(or K, M, G, T\), kB, MB, GB, TB"):
-        memory(text)
+        parse_size(text)
 
 
 def test_fewer_jobs_than_were_asked_for_are_explained(source: Path, tmp_path: Path, say: Say) -> None:
@@ -999,7 +1001,7 @@ def evil_recipe(key: str) -> Callable[[Path], list[str]]:
     """A recipe that has such a word in the place of another."""
 
     def prepare(folder: Path) -> list[str]:
-        text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+        text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
         assert f'"{key}"' in text
         (folder / "r.toml").write_text(text.replace(f'"{key}"', json.dumps(EVIL)), encoding="utf-8")
         return ["recipes", "check", str(folder / "r.toml"), str(folder / "source")]

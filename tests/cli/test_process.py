@@ -25,7 +25,7 @@ from torture import RANKS, contents
 
 from reshard.formats.target_names import JOURNAL
 from reshard.storage.local import PAGE
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 MODULE = [sys.executable, "-m", "reshard"]
@@ -38,7 +38,7 @@ NOWHERE = ["plan", "/nonexistent", "--mp", "2", "--json"]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("process") / "source"
-    write_checkpoint(folder, SMALL, 4)
+    write_checkpoint(folder, SMALL_V3, 4)
     return folder
 
 

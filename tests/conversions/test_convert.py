@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reshard.errors import Refused
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.checksums import audit_target
 
 RANKS = [1, 2, 4, 8, 16]
@@ -128,7 +128,7 @@ def test_a_single_file_is_a_source_like_its_folder(sources: dict[str, Path], tmp
 
 def test_whole_files_hold_every_tensor_whole(tmp_path: Path) -> None:
     """Also those behind the first file, and with MTP layers, which a target in the layout of the source keeps."""
-    write_checkpoint(tmp_path / "source", SMALL, 3)
+    write_checkpoint(tmp_path / "source", SMALL_V3, 3)
     job = Job(tmp_path / "source", 1, to="hf", max_file_size=4_000_000)
     assert len(convert_checkpoint(job, tmp_path / "target").plan.files) > 10
     found = {}
@@ -289,7 +289,7 @@ def test_every_file_is_the_scripts(
 def test_every_file_is_the_scripts_for_fp8_and_its_mtp_layer(ranks: int, reference: Path, tmp_path: Path) -> None:
     """With as many layers as DeepSeek-V3, for the script drops layer 61 and no other; all cuts end on a block."""
     sizes = {"hidden_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "moe_intermediate_size": 512}
-    config = {**SMALL, **sizes, "num_hidden_layers": 61, "n_routed_experts": 4, "vocab_size": 64}
+    config = {**SMALL_V3, **sizes, "num_hidden_layers": 61, "n_routed_experts": 4, "vocab_size": 64}
     write_checkpoint(tmp_path / "source", config, 3)
     require_the_bytes_of_the_script(reference, tmp_path / "source", ranks, tmp_path)
 

@@ -28,7 +28,7 @@ from reshard.api import Conversion
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.formats.manifest import own_checksum
+from reshard.formats.manifest import compute_manifest_checksum
 from reshard.storage.local import make_durable
 from reshard.synthetic import write_tensors
 
@@ -563,7 +563,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / "reshard.json").read_text())
     del manifest["xxh3_128"]
     change(manifest)
-    manifest["xxh3_128"] = own_checksum(manifest)
+    manifest["xxh3_128"] = compute_manifest_checksum(manifest)
     (folder / "reshard.json").write_text(json.dumps(manifest))
 
 

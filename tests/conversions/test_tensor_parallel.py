@@ -23,13 +23,13 @@ from torch import Tensor
 
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
-from reshard.recipes.recipe import packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.match import choose_recipe
 from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
 from reshard.verification.verify import verify_target
 
-RECIPES = [recipe for recipe in packaged_recipes() if recipe.right == "tensor-parallel"]
+RECIPES = [recipe for recipe in list_packaged_recipes() if recipe.right == "tensor-parallel"]
 
 
 @pytest.fixture(scope="module", params=MODELS)

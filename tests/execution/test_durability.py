@@ -18,7 +18,7 @@ import pytest
 from torture import BATCH, CHECKSUM_SIZE, RANKS, RECORD
 
 from reshard.formats.target_names import JOURNAL
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 PROGRAM = (
     "import reshard.execution.writer; reshard.execution.writer.FLUSH_SECONDS = 0.001\n"
@@ -79,7 +79,7 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     folder = tmp_path_factory.mktemp("trace").resolve()
-    write_checkpoint(folder / "source", SMALL, 2)
+    write_checkpoint(folder / "source", SMALL_V3, 2)
     target, kept = folder / "target", folder / "kept"
     target.mkdir()
     # The journal is removed at the end; by a second name it stays.

@@ -24,7 +24,7 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.target_names import JOURNAL
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Advance
 
 PROGRAM = (
@@ -38,7 +38,7 @@ MANY = 30
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "source"
-    write_checkpoint(folder, SMALL, 4)
+    write_checkpoint(folder, SMALL_V3, 4)
     return folder
 
 

@@ -20,13 +20,13 @@ from xxhash import xxh3_64_digest
 
 import reshard.execution.execute
 from reshard.errors import Refused
-from reshard.execution.execute import missing_file
-from reshard.execution.journal import as_records
+from reshard.execution.execute import find_incomplete_file
+from reshard.execution.journal import parse_records
 from reshard.formats.target_names import JOURNAL
 from reshard.planning.copies import Copies, WrongPlan
-from reshard.planning.file_layout import lay_out
-from reshard.storage.local import CACHED, write_all
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.planning.file_layout import lay_out_files
+from reshard.storage.local import CACHED, write_range
+from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.checksums import audit_target
 
 Record = tuple[int, int, int, bytes]
@@ -40,7 +40,7 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gaps") / "source"
-    write_checkpoint(folder, SMALL, 2)
+    write_checkpoint(folder, SMALL_V3, 2)
     return folder
 
 
@@ -116,10 +116,10 @@ def test_what_the_journal_has_not_is_written_and_nothing_else_is(
 def test_a_record_that_is_not_there_is_missed_wherever_it_is(begun: Path, source: Path) -> None:
     plan, records = plan_conversion(Job(source, RANKS)), sorted(records_of(begun), key=lambda record: record[1::-1])
     packed = [RECORD.pack(*record) for record in records]
-    assert missing_file(plan, as_records(b"".join(packed))) is None
+    assert find_incomplete_file(plan, parse_records(b"".join(packed))) is None
     for number, (_, file, _, _) in enumerate(records):
-        without = as_records(b"".join(packed[:number] + packed[number + 1 :]))
-        assert missing_file(plan, without) == plan.files[file].name
+        without = parse_records(b"".join(packed[:number] + packed[number + 1 :]))
+        assert find_incomplete_file(plan, without) == plan.files[file].name
 
 
 @pytest.mark.parametrize("rest", [None, 0, -1])
@@ -213,7 +213,7 @@ def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, mo
     """No checkpoint leads to one: a copy is moved by a byte in the target, of which the other proof knows nothing."""
 
     def wrong(*arguments: Any) -> Any:
-        files, copies = lay_out(*arguments)
+        files, copies = lay_out_files(*arguments)
         columns = {name: getattr(copies, name).copy() for name in Copies.__slots__}
         columns["target_offset"][index] += 1
         return files, Copies(**columns)
@@ -299,6 +299,6 @@ def test_a_write_that_the_system_cuts_short_is_not_taken_for_whole(tmp_path: Pat
     data = np.arange(3 << 20, dtype=np.uint32).tobytes()[: 3 << 20]
     with (tmp_path / "file").open("wb") as file:
         with largest_file(2 << 20), pytest.raises(OSError, match="File too large") as error:
-            write_all(file.fileno(), memoryview(data), 0, CACHED)
+            write_range(file.fileno(), memoryview(data), 0, CACHED)
         assert error.value.errno == errno.EFBIG
     assert (tmp_path / "file").read_bytes() == data[: 2 << 20]

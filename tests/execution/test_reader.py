@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reshard.errors import Refused
-from reshard.execution.reader import produce_join
+from reshard.execution.reader import read_join
 from reshard.types import Join, Tensor
 
 Bytes = NDArray[np.uint8]
@@ -68,7 +68,7 @@ def test_any_stretch_is_that_of_the_parts_together(made: Made, data: st.DataObje
     size = data.draw(st.integers(1, len(whole) - offset))
     most = data.draw(st.integers(1, 40))
     out = bytearray(size)
-    produce_join(join, offset, memoryview(out), reader(files, most), most)
+    read_join(join, offset, memoryview(out), reader(files, most), most)
     assert bytes(out) == whole[offset : offset + size]
 
 
@@ -90,4 +90,4 @@ def test_a_byte_that_differs_between_replicas_is_seen(made: Made, data: st.DataO
     if behind >= join.result.size // join.rows:
         return  # padding, which is not read
     with pytest.raises(Refused, match="other bytes in rank"):
-        produce_join(join, 0, memoryview(bytearray(len(whole))), reader(files, 40), 40)
+        read_join(join, 0, memoryview(bytearray(len(whole))), reader(files, 40), 40)

@@ -25,7 +25,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.target_names import JOURNAL
 from reshard.storage.local import make_durable
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 
 class Crash(BaseException):
@@ -35,7 +35,7 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume") / "source"
-    write_checkpoint(folder, SMALL, 4)
+    write_checkpoint(folder, SMALL_V3, 4)
     return folder
 
 
@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def twin(source: Path) -> Path:
     """Another model with the same headers."""
     folder = source.with_name("twin")
-    write_checkpoint(folder, SMALL, 4, seed=1)
+    write_checkpoint(folder, SMALL_V3, 4, seed=1)
     return folder
 
 

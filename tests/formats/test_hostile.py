@@ -33,15 +33,15 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.cli.main import main
 from reshard.errors import MOST_PROBLEMS, Refused
-from reshard.execution.journal import left_names
+from reshard.execution.journal import list_left_files
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.manifest import own_checksum, read_manifest
+from reshard.formats.manifest import compute_manifest_checksum, read_manifest
 from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
 from reshard.synthetic import write_checkpoint
-from reshard.text import LONGEST_SHOWN, printable
+from reshard.text import LONGEST_SHOWN, escape
 from reshard.types import Checkpoint, Tensor
 
 INDEX, CONFIG, MANIFEST = "model.safetensors.index.json", "config.json", "reshard.json"
@@ -533,7 +533,7 @@ def test_a_manifest_that_anyone_could_have_signed_is_refused(
 ) -> None:
     """Its own checksum is right: it guards against damage, not against strangers."""
     target = source_of(tmp_path, RIGHT)
-    (target / MANIFEST).write_text(json.dumps({**manifest, "xxh3_128": own_checksum(manifest)}))
+    (target / MANIFEST).write_text(json.dumps({**manifest, "xxh3_128": compute_manifest_checksum(manifest)}))
     code, said = run(capsys, "verify", target)
     assert (code, "wrong manifest" in said) == (2, True)
 
@@ -564,16 +564,16 @@ def test_a_manifest_nested_as_deep_as_can_be_read_is_refused(tmp_path: Path) -> 
 def test_a_journal_names_nothing_outside_its_folder(line: object, tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"kept")
     target = source_of(tmp_path, {JOURNAL: json.dumps(line).encode() + b"\n"})
-    assert left_names(target) == set()
+    assert list_left_files(target) == set()
 
 
 # --- the terminal ---
 
 
 def test_every_letter_that_a_terminal_could_obey_is_escaped() -> None:
-    assert not is_raw(printable("".join(map(chr, range(sys.maxunicode + 1)))).replace("\n", "\r"))
-    assert printable("\n\x1b\u202e") == r"\n\x1b\u202e"
-    assert all(printable(chr(code)) == chr(code) for code in [*range(0x20, 0x7F), 0xE9, 0x4E2D, 0x1F600])
+    assert not is_raw(escape("".join(map(chr, range(sys.maxunicode + 1)))).replace("\n", "\r"))
+    assert escape("\n\x1b\u202e") == r"\n\x1b\u202e"
+    assert all(escape(chr(code)) == chr(code) for code in [*range(0x20, 0x7F), 0xE9, 0x4E2D, 0x1F600])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -15,7 +15,14 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 from safetensors.torch import save
 
 from reshard.errors import Refused
-from reshard.formats.safetensors import BITS, entry_text, header_bytes, header_length, order_key, parse_header
+from reshard.formats.safetensors import (
+    BITS,
+    format_entry,
+    format_header,
+    make_order_key,
+    parse_header,
+    read_header_length,
+)
 from reshard.types import Tensor
 
 NAME = "x.safetensors"
@@ -221,7 +228,7 @@ def test_a_value_nested_almost_too_deep_is_refused_too(depth: int) -> None:
     ],
 )
 def test_a_header_length_is_read(first_bytes: bytes, file_size: int, length: int) -> None:
-    assert header_length(first_bytes, file_size, NAME) == length
+    assert read_header_length(first_bytes, file_size, NAME) == length
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_a_header_length_is_read(first_bytes: bytes, file_size: int, length: int
 )
 def test_a_wrong_header_length_is_refused(first_bytes: bytes, file_size: int, kind: str, word: str) -> None:
     with pytest.raises(Refused) as caught:
-        header_length(first_bytes, file_size, NAME)
+        read_header_length(first_bytes, file_size, NAME)
     assert [(problem.kind, problem.subject) for problem in caught.value.problems] == [(kind, NAME)]
     assert word in str(caught.value)
 
@@ -298,11 +305,11 @@ def test_what_we_read_is_what_safetensors_reads(header: tuple[bytes, int]) -> No
 def written_by_us(entries: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
     """The header for tensors given as name -> dtype, shape and size in bytes."""
     texts, begin = [], 0
-    for name in sorted(entries, key=lambda name: order_key(name, entries[name][0])):
+    for name in sorted(entries, key=lambda name: make_order_key(name, entries[name][0])):
         dtype, shape, size = entries[name]
-        texts.append(f"{entry_text(name, dtype, shape)}{begin},{begin + size}]}}")
+        texts.append(f"{format_entry(name, dtype, shape)}{begin},{begin + size}]}}")
         begin += size
-    return header_bytes(texts)
+    return format_header(texts)
 
 
 names = st.one_of(

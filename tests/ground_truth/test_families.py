@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.safetensors import entry_text, header_bytes, order_key
-from reshard.synthetic import Entry, data_size, write_tensors
+from reshard.formats.safetensors import format_entry, format_header, make_order_key
+from reshard.synthetic import TensorEntry, compute_data_size, write_tensors
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -49,19 +49,19 @@ RANKS = {
 
 
 @lru_cache(maxsize=2)
-def full(name: str) -> list[Entry]:
+def full(name: str) -> list[TensorEntry]:
     return FAMILIES[name].tensors(FAMILIES[name].full)
 
 
-def small(name: str) -> list[Entry]:
+def small(name: str) -> list[TensorEntry]:
     return FAMILIES[name].tensors(FAMILIES[name].small)
 
 
-def shapes(tensors: Iterable[Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def shapes(tensors: Iterable[TensorEntry]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (dtype, shape) for name, dtype, shape in tensors}
 
 
-def elements(tensors: Iterable[Entry]) -> Counter[str]:
+def elements(tensors: Iterable[TensorEntry]) -> Counter[str]:
     """Number of elements by dtype, the scales too."""
     found: Counter[str] = Counter()
     for _, dtype, shape in tensors:
@@ -69,17 +69,17 @@ def elements(tensors: Iterable[Entry]) -> Counter[str]:
     return found
 
 
-def kinds(tensors: Iterable[Entry]) -> set[str]:
+def kinds(tensors: Iterable[TensorEntry]) -> set[str]:
     """The names without their numbers; one expert stands for all."""
     found = (name for name, _, _ in tensors if ".experts." not in name or ".experts.0." in name)
     return {re.sub(r"\d+\.", "", name) for name in found}
 
 
-def bytes_of(tensors: Iterable[Entry]) -> int:
-    return sum(map(data_size, tensors))
+def bytes_of(tensors: Iterable[TensorEntry]) -> int:
+    return sum(map(compute_data_size, tensors))
 
 
-def gibibytes(tensors: Iterable[Entry]) -> str:
+def gibibytes(tensors: Iterable[TensorEntry]) -> str:
     return f"{bytes_of(tensors) / 2**30:.2f}"
 
 
@@ -95,7 +95,7 @@ def expert_count(config: Mapping[str, Any], name: str) -> int:
     return int(config.get(key, config["n_routed_experts"]))
 
 
-def first_rank(family: Family, tensors: Iterable[Entry], ranks: int, *, fp8: bool = False) -> list[Entry]:
+def first_rank(family: Family, tensors: Iterable[TensorEntry], ranks: int, *, fp8: bool = False) -> list[TensorEntry]:
     """What DeepSeek's scripts put into the file of rank 0 of `ranks`, under the names of the source; by loops."""
     cuts = V3_CUTS if "kv_lora_rank" in family.full else V4_CUTS
     found = []
@@ -113,7 +113,7 @@ def first_rank(family: Family, tensors: Iterable[Entry], ranks: int, *, fp8: boo
     return found
 
 
-def unpacked(name: str, dtype: str, shape: tuple[int, ...], *, fp8: bool) -> Entry:
+def unpacked(name: str, dtype: str, shape: tuple[int, ...], *, fp8: bool) -> TensorEntry:
     """A packed weight counted by its values, or as FP8; that has a scale for each block of 128, not for 32 of a row."""
     rows, columns = shape
     if dtype == "I8":
@@ -121,12 +121,12 @@ def unpacked(name: str, dtype: str, shape: tuple[int, ...], *, fp8: bool) -> Ent
     return name, dtype, (rows // 128, columns // 4) if fp8 else shape
 
 
-def file_size(tensors: Iterable[Entry]) -> int:
+def file_size(tensors: Iterable[TensorEntry]) -> int:
     """In bytes, of a file that safetensors writes without metadata."""
-    ordered = sorted(tensors, key=lambda tensor: order_key(tensor[0], tensor[1]))
-    ends = list(accumulate(map(data_size, ordered), initial=0))
-    entries = [f"{entry_text(*tensor)}{ends[i]},{ends[i + 1]}]}}" for i, tensor in enumerate(ordered)]
-    return len(header_bytes(entries)) + ends[-1]
+    ordered = sorted(tensors, key=lambda tensor: make_order_key(tensor[0], tensor[1]))
+    ends = list(accumulate(map(compute_data_size, ordered), initial=0))
+    entries = [f"{format_entry(*tensor)}{ends[i]},{ends[i + 1]}]}}" for i, tensor in enumerate(ordered)]
+    return len(format_header(entries)) + ends[-1]
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +207,7 @@ def test_v41_has_the_published_number_of_elements_of_each_dtype() -> None:
 
 
 def test_the_parts_of_v41_have_the_published_tensors_and_bytes() -> None:
-    parts: dict[str, list[Entry]] = {}
+    parts: dict[str, list[TensorEntry]] = {}
     for tensor in full("deepseek-v4.1-flash"):
         first = tensor[0].split(".")[0]
         part = "images" if first.startswith(("vision", "aligner", "image_")) else first if first == "mtp" else "text"
@@ -219,7 +219,7 @@ def test_the_parts_of_v41_have_the_published_tensors_and_bytes() -> None:
         "images": 970_536_960,
     }
     assert (len(parts["mtp"]), len(parts["images"]), len(parts["engram"])) == (2_401, 266, 12)
-    assert sum(data_size(tensor) for tensor in full("deepseek-v4.1-flash") if EXPERT.search(tensor[0])) == (
+    assert sum(compute_data_size(tensor) for tensor in full("deepseek-v4.1-flash") if EXPERT.search(tensor[0])) == (
         295_997_276_160
     )
 

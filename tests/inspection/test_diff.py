@@ -23,7 +23,7 @@ from torch import Tensor
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.inspection.diff import DiffReport, diff_checkpoints
-from reshard.inspection.tensor_pairs import Choice
+from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.storage.local import Ways
 from reshard.synthetic import write_tensors
 
@@ -348,10 +348,10 @@ def test_replicas_that_differ_are_refused_unless_the_first_is_asked_for(made: Ma
     with pytest.raises(Refused) as refused:
         diff_checkpoints(made("deepseek-v3", 0), target)
     assert [problem.kind for problem in refused.value.problems] == ["replicas-differ"]
-    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")))
-    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, Choice(only=["model.layers.0.*"])))
+    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, DiffChoice(replicas="first")))
+    assert is_nothing(diff_checkpoints(made("deepseek-v3", 0), target, DiffChoice(only=["model.layers.0.*"])))
     change_byte(target / "model0-mp4.safetensors", "norm.weight", 1, 1)
-    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, Choice(replicas="first")).values
+    (found,) = diff_checkpoints(made("deepseek-v3", 0), target, DiffChoice(replicas="first")).values
     assert found.name == "model.norm.weight"
 
 
@@ -443,14 +443,14 @@ def test_patterns_choose_what_is_compared(made: Made, tmp_path: Path) -> None:
     b = tmp_path / "b.safetensors"
     both = diff_checkpoints(source, b)
     assert (len(both.values), both.only_a) == (1, ("lm_head.weight",))
-    report = diff_checkpoints(source, b, Choice(only=["*.1.self_attn.*", "model.embed*"]))
+    report = diff_checkpoints(source, b, DiffChoice(only=["*.1.self_attn.*", "model.embed*"]))
     fitting = {name for name in tensors if name.startswith(("model.layers.1.self_attn.", "model.embed"))}
     assert is_nothing(report)
     assert report.same == len(fitting)
     assert report.compared == sum(tensors[name].nbytes for name in fitting)
-    assert not diff_checkpoints(source, b, Choice(only=["lm_head.*"])).is_same
+    assert not diff_checkpoints(source, b, DiffChoice(only=["lm_head.*"])).is_same
     with pytest.raises(Refused) as refused:
-        diff_checkpoints(source, b, Choice(only=["lm_head", "model.*", "MODEL.*"]))
+        diff_checkpoints(source, b, DiffChoice(only=["lm_head", "model.*", "MODEL.*"]))
     assert [problem.subject for problem in refused.value.problems] == ["--only lm_head", "--only MODEL.*"]
 
 
@@ -517,7 +517,7 @@ def test_fp8_and_its_bf16_are_of_other_kinds(made: Made, bf16: Path) -> None:
 def test_fp8_is_the_same_as_its_bf16_once_dequantized(made: Made, bf16: Path, ranks: int) -> None:
     scaled = sum(tensor.dtype == torch.float8_e4m3fn for tensor in load(made("deepseek-v3", 0)).values())
     for sides in ((made("deepseek-v3", ranks), bf16), (bf16, made("deepseek-v3", ranks))):
-        report = diff_checkpoints(*sides, Choice(dequantize=True))
+        report = diff_checkpoints(*sides, DiffChoice(dequantize=True))
         assert is_nothing(report)
         assert (report.dequantized, report.same) == (scaled, len(load(bf16)))
 
@@ -525,7 +525,7 @@ def test_fp8_is_the_same_as_its_bf16_once_dequantized(made: Made, bf16: Path, ra
 def test_rank_files_cast_to_bf16_are_the_same_as_their_source_once_dequantized(made: Made, tmp_path: Path) -> None:
     source = made("deepseek-v3", 0)
     convert_checkpoint(Job(source, 4, cast="bf16", keep_mtp=True), tmp_path / "target")
-    assert is_nothing(diff_checkpoints(tmp_path / "target", source, Choice(dequantize=True)))
+    assert is_nothing(diff_checkpoints(tmp_path / "target", source, DiffChoice(dequantize=True)))
 
 
 def test_padding_is_no_difference(made: Made, tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_scale_of_another_shape_dequantizes_nothing(made: Made, bf16: Path, tm
     name = "model.layers.1.self_attn.o_proj.weight"
     tensors = load(source)
     save_file(tensors | {f"{name}_scale_inv": torch.ones(99, 1)}, tmp_path / "a.safetensors")
-    report = diff_checkpoints(tmp_path / "a.safetensors", bf16, Choice(dequantize=True))
+    report = diff_checkpoints(tmp_path / "a.safetensors", bf16, DiffChoice(dequantize=True))
     assert [kind.name for kind in report.kinds] == [name]
     assert (report.values, report.only_a, report.only_b) == ((), (f"{name}_scale_inv",), ())
 
@@ -553,7 +553,7 @@ def test_how_far_dequantized_values_are_apart(made: Made, bf16: Path, tmp_path: 
     folder = shutil.copytree(bf16, tmp_path / "b")
     save_file(tensors, folder / "model.safetensors")
     one, other = (tensor.view(torch.uint8).numpy().tobytes() for tensor in (before, tensors[name]))
-    report = diff_checkpoints(made("deepseek-v3", 4), folder, Choice(dequantize=True))
+    report = diff_checkpoints(made("deepseek-v3", 4), folder, DiffChoice(dequantize=True))
     apart = expected(one, other, "BF16")
     assert apart
     assert apart.different > 10
@@ -566,7 +566,7 @@ def test_a_stray_scale_beside_bf16_is_still_missing_on_the_other_side(made: Made
     folder = shutil.copytree(bf16, tmp_path / "b")
     name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
     save_file(load(bf16) | {name: torch.ones(1, 1)}, folder / "model.safetensors")
-    report = diff_checkpoints(made("deepseek-v3", 0), folder, Choice(dequantize=True))
+    report = diff_checkpoints(made("deepseek-v3", 0), folder, DiffChoice(dequantize=True))
     assert (report.only_a, report.only_b, report.values, report.kinds) == ((), (name,), (), ())
 
 
@@ -578,7 +578,7 @@ def test_v4_and_its_rank_files_differ_in_what_is_dequantized(made: Made) -> None
     assert {name.rpartition(".attn.")[2] for name in report.only_a} == {"wo_a.scale"}
     assert (report.values, report.only_b) == ((), ())
     assert len(report.only_a) == len(report.kinds) > 1
-    again = diff_checkpoints(*sides, Choice(dequantize=True))
+    again = diff_checkpoints(*sides, DiffChoice(dequantize=True))
     assert is_nothing(again)
     assert again.dequantized == len(report.kinds)
 
@@ -606,7 +606,7 @@ def test_fp4_and_the_fp8_that_it_was_cast_to_are_the_same_once_dequantized(made:
     source = made("deepseek-v4-flash", 0)
     convert_checkpoint(Job(source, 1, to="hf", expert_dtype="fp8"), tmp_path / "b")
     assert len(diff_checkpoints(source, tmp_path / "b").kinds) > 1
-    report = diff_checkpoints(source, tmp_path / "b", Choice(dequantize=True))
+    report = diff_checkpoints(source, tmp_path / "b", DiffChoice(dequantize=True))
     assert is_nothing(report)
     assert report.dequantized == sum(tensor.dtype == torch.int8 for tensor in load(source).values())
 
@@ -687,7 +687,7 @@ def test_a_tensor_of_200_megabytes_takes_no_more_memory_than_the_buffers(tmp_pat
     convert_checkpoint(Job(tmp_path / "other", 4, recipe=str(tmp_path / "large.toml")), tmp_path / "b")
     before, seen = private_memory(), []
 
-    choice = Choice(recipe=str(tmp_path / "large.toml"))
+    choice = DiffChoice(recipe=str(tmp_path / "large.toml"))
     report = diff_checkpoints(
         tmp_path / "a", tmp_path / "b", choice, lambda _done, _total: seen.append(private_memory())
     )

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard.errors import Refused
-from reshard.loading.lazy import stretch_of
-from reshard.storage.local import open_file
+from reshard.loading.lazy import find_element_range
+from reshard.storage.local import open_descriptor
 from reshard.synthetic import write_checkpoint
 
 Source = Callable[[str], Path]
@@ -170,7 +170,7 @@ def test_keys_that_are_arrays_of_numpy_are_those_of_numpy(key: Any, tmp_path: Pa
 def test_what_a_slice_takes_of_many_rows_is_told_at_once(step: int | None) -> None:
     """Going through the numbers of so many rows would never end."""
     rows = 10**15
-    found = stretch_of((rows,), slice(None, None, step))
+    found = find_element_range((rows,), slice(None, None, step))
     ends = range(rows)[::step]
     assert (found.first, found.shape) == (min(ends[0], ends[-1]), (abs(ends[-1] - ends[0]) + 1,))
 
@@ -282,7 +282,7 @@ def test_what_is_read_while_another_thread_closes_is_read_to_its_end(
                 closing.start()
                 closing.join()
                 for _ in range(4):
-                    open_file(stack, tmp_path / "other", os.O_RDONLY)
+                    open_descriptor(stack, tmp_path / "other", os.O_RDONLY)
             return read(*arguments)
 
         patch.setattr(os, "preadv", close_first)

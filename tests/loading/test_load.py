@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard.errors import Refused
-from reshard.execution.reader import MEMORY_PER_JOB
-from reshard.loading.load import Held, fill
+from reshard.execution.reader import MEMORY_PER_THREAD
+from reshard.loading.load import RankMemory, fill_memory
 from reshard.synthetic import write_checkpoint
 
 Source = Callable[[str], Path]
@@ -195,7 +195,7 @@ def test_from_rank_files_of_another_mp_it_reads_no_more(large: Path, tmp_path: P
 def test_the_memory_is_that_of_the_tensors_and_fixed_buffers(large: Path) -> None:
     found = measured(large, mp=1, rank=0, jobs=2)
     assert found["size"] > 100e6
-    assert found["size"] < found["memory"] < found["size"] + 2 * MEMORY_PER_JOB + (12 << 20)
+    assert found["size"] < found["memory"] < found["size"] + 2 * MEMORY_PER_THREAD + (12 << 20)
 
 
 def test_each_tensor_has_memory_of_its_own(source: Source, tmp_path: Path) -> None:
@@ -324,4 +324,4 @@ def test_a_source_that_is_cut_short_after_its_headers_were_read_is_refused(tmp_p
     path = tmp_path / plan.source.files[2].name
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(Refused, match="source changed"):
-        fill(plan, Held(list(plan.tensors(0)), "cpu"), 1, allow_inexact=False)
+        fill_memory(plan, RankMemory(list(plan.tensors(0)), "cpu"), 1, allow_inexact=False)

@@ -24,15 +24,15 @@ from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.planning.copies import Copies, WrongPlan
 from reshard.planning.plan import Plan
-from reshard.planning.planner import only_ranks
-from reshard.planning.proofs import cover, require_coverage, require_tiling
-from reshard.planning.shards import series_of
-from reshard.planning.transforms import Terms, outcome_of
+from reshard.planning.planner import keep_ranks
+from reshard.planning.proofs import prove_coverage, require_coverage, require_tiling
+from reshard.planning.shards import cut_for_ranks
+from reshard.planning.transforms import Terms, transform_weights
 from reshard.recipes.recipe import load_recipe, parse_recipe
-from reshard.sources.block_scales import kinds_of as units_by_kind
+from reshard.sources.block_scales import group_weights as units_by_kind
 from reshard.sources.match import match
-from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL, tensor_list, write_checkpoint
-from reshard.target.side_files import run_config
+from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL_V3, list_tensors, write_checkpoint
+from reshard.target.side_files import make_run_config
 from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Recipe, Tensor
 
 DATA_START = 1000
@@ -360,9 +360,9 @@ NARROW_HEADS = {"num_attention_heads": 2, "qk_nope_head_dim": 64, "qk_rope_head_
 def test_what_the_ranks_do_not_suit_is_named(
     changes: Mapping[str, int], ranks: int, subjects: set[str], working: str
 ) -> None:
-    config = {**SMALL, **changes}
+    config = {**SMALL_V3, **changes}
     with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of(tensor_list(config), config), load_recipe("deepseek-v3"), Layout(ranks))
+        make_plan(checkpoint_of(list_tensors(config), config), load_recipe("deepseek-v3"), Layout(ranks))
     assert subjects <= {problem.subject for problem in refused.value.problems}
     assert {problem.remedy for problem in refused.value.problems} == {f"--mp with one of {working}"}
 
@@ -629,7 +629,7 @@ def test_some_ranks_have_the_copies_of_all_ranks(model: Model, data: st.DataObje
     made = make_model(model)
     plan = plan_of(model, made)
     chosen = data.draw(st.sets(st.integers(0, model.ranks - 1), min_size=1))
-    part = only_ranks(plan, sorted(chosen, reverse=True))
+    part = keep_ranks(plan, sorted(chosen, reverse=True))
     whole = apply(plan, made.files)
     assert apply(part, made.files) == [whole[rank] for rank in sorted(chosen)]
     assert [file.rank for file in part.files] == sorted(chosen)
@@ -643,9 +643,9 @@ def prove(plan: Plan, copies: Copies) -> None:
     require_tiling(copies, [len(file.header) for file in plan.files], [file.size for file in plan.files])
     matched = match(plan.source, plan.recipe)
     terms, casts = Terms(plan.recipe, plan.layout, None, len(plan.source.files), plan.config or {}), list(plan.casts)
-    outcomes = [outcome_of(kind, terms, []) for kind in units_by_kind(matched, plan.recipe, plan.layout)]
-    series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-    cover(plan.source, plan.recipe, plan.layout, matched, series, casts, copies)
+    outcomes = [transform_weights(kind, terms, []) for kind in units_by_kind(matched, plan.recipe, plan.layout)]
+    series = [one for outcome in outcomes for one in cut_for_ranks(outcome, terms, matched.counts)]
+    prove_coverage(plan.source, plan.recipe, plan.layout, matched, series, casts, copies)
 
 
 def with_row(copies: Copies, index: int, **changes: int) -> Copies:
@@ -844,7 +844,7 @@ def test_deepseek_v3_cannot_be_cut_for_32_ranks(deepseek_v3: Checkpoint) -> None
     ],
 )
 def test_deepseek_v2_in_full_size(config: Mapping[str, Any], ranks: int, size: int) -> None:
-    plan = make_plan(checkpoint_of(tensor_list(config), config), load_recipe("deepseek-v2"), Layout(ranks))
+    plan = make_plan(checkpoint_of(list_tensors(config), config), load_recipe("deepseek-v2"), Layout(ranks))
     assert [file.size - len(file.header) for file in plan.files] == [size] * ranks
     assert sum(share.tensors for share in plan.coverage) == (5_291 if config is DEEPSEEK_V2_LITE else 29_102)
 
@@ -855,14 +855,14 @@ def test_deepseek_v2_in_full_size(config: Mapping[str, Any], ranks: int, size: i
 )
 def test_the_ranks_that_work_for_deepseek_v2(config: Mapping[str, Any], ranks: int, working: str) -> None:
     with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of(tensor_list(config), config), load_recipe("deepseek-v2"), Layout(ranks))
+        make_plan(checkpoint_of(list_tensors(config), config), load_recipe("deepseek-v2"), Layout(ranks))
     assert {problem.remedy for problem in refused.value.problems} == {f"--mp with one of {working}"}
 
 
 # --- shapes and dtypes, by the config ---
 
 TINY: Mapping[str, Any] = {
-    **SMALL,
+    **SMALL_V3,
     "hidden_size": 128,
     "intermediate_size": 512,
     "kv_lora_rank": 128,
@@ -882,8 +882,8 @@ Entries = list[tuple[str, str, Shape]]
 def changed(config: Mapping[str, Any], name: str, dtype: str, shape: Shape | None = None) -> Entries:
     """The tensors of a model, one of them of another dtype or shape."""
     entries = [(old, dtype, shape or is_shape) if old == name else (old, is_dtype, is_shape)
-               for old, is_dtype, is_shape in tensor_list(config)]  # fmt: skip
-    assert entries != tensor_list(config)
+               for old, is_dtype, is_shape in list_tensors(config)]  # fmt: skip
+    assert entries != list_tensors(config)
     return entries
 
 
@@ -913,7 +913,7 @@ def refusal(entries: Iterable[tuple[str, str, Shape]], config: Mapping[str, Any]
 def test_shapes_that_are_not_those_of_the_config_are_refused(
     change: Mapping[str, Any], names: set[str], found: str, expected: str
 ) -> None:
-    refused = refusal(tensor_list(TINY), {**TINY, **change}, Layout(2))
+    refused = refusal(list_tensors(TINY), {**TINY, **change}, Layout(2))
     assert kinds_of(refused) == {"wrong-shape"}
     texts = {problem.subject: (problem.found, problem.expected) for problem in refused.problems}
     assert names <= texts.keys()
@@ -946,7 +946,7 @@ def test_what_is_dropped_may_have_any_shape() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_floats_may_stand_for_one_another(dtype: str) -> None:
-    assert make_plan(checkpoint_of(changed(PLAIN, OUTPUT, dtype) if dtype != "BF16" else tensor_list(PLAIN), PLAIN),
+    assert make_plan(checkpoint_of(changed(PLAIN, OUTPUT, dtype) if dtype != "BF16" else list_tensors(PLAIN), PLAIN),
                      V3, Layout(2))  # fmt: skip
 
 
@@ -975,7 +975,7 @@ def mixture(without_scale: Sequence[str]) -> Entries:
     scales = {f"{name}_scale_inv" for name in without_scale}
     return [
         (name, "BF16" if name in without_scale else dtype, shape)
-        for name, dtype, shape in tensor_list(TINY)
+        for name, dtype, shape in list_tensors(TINY)
         if name not in scales
     ]
 
@@ -1014,7 +1014,7 @@ def test_without_a_word_on_quantisation_a_bf16_weight_is_taken(config: Mapping[s
 
 def test_mtp_layers_are_kept_if_they_are_asked_for() -> None:
     """They are laid out as the same tensors are in any other layer."""
-    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    checkpoint = checkpoint_of(list_tensors(TINY), TINY)
     plan, without = make_plan(checkpoint, V3, Layout(2, keep_optional=True)), make_plan(checkpoint, V3, Layout(2))
     assert not [share for share in plan.coverage if share.use == "dropped"]
     for rank in range(2):
@@ -1038,8 +1038,8 @@ def test_mtp_layers_are_kept_if_they_are_asked_for() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_lies_in_mtp_layers_is_dropped_for_one_reason(ranks: int) -> None:
     extra = [("model.layers.3.what.ever", "U8", (7,)), ("model.layers.3.self_attn.rotary_emb.inv_freq", "F32", (32,))]
-    of_layer = [entry for entry in tensor_list(TINY) if entry[0].startswith("model.layers.3.")]
-    plan = make_plan(checkpoint_of([*tensor_list(TINY), *extra], TINY), V3, Layout(ranks))
+    of_layer = [entry for entry in list_tensors(TINY) if entry[0].startswith("model.layers.3.")]
+    plan = make_plan(checkpoint_of([*list_tensors(TINY), *extra], TINY), V3, Layout(ranks))
     (share,) = (share for share in plan.coverage if share.use == "dropped")
     assert (share.what, share.reason) == ("MTP layers", "DeepSeek's inference code has no multi-token prediction")
     assert share.tensors == len(of_layer) + 2
@@ -1066,9 +1066,9 @@ def test_padding_gives_the_files_of_a_larger_config(
 ) -> None:
     """BF16 weights have no blocks: the widths of DeepSeek-V3 suit any of these numbers as they are."""
     raised = raised if "quantization_config" in config else {}
-    plan = make_plan(checkpoint_of(tensor_list(config), config), V3, Layout(ranks, pad=True))
+    plan = make_plan(checkpoint_of(list_tensors(config), config), V3, Layout(ranks, pad=True))
     assert plan.config == {**config, **raised}
-    larger = make_plan(checkpoint_of(tensor_list({**config, **raised}), None), V3, Layout(ranks))
+    larger = make_plan(checkpoint_of(list_tensors({**config, **raised}), None), V3, Layout(ranks))
     assert [(file.name, file.header, file.size) for file in plan.files] == [
         (file.name, file.header, file.size) for file in larger.files
     ]
@@ -1082,15 +1082,15 @@ def test_padding_gives_the_files_of_a_larger_config(
 def test_padding_suits_the_blocks_that_there_will_be(source: str, cast: str, result: Mapping[str, int]) -> None:
     without = {key: value for key, value in WIDE.items() if key != "quantization_config"}
     config, other = (WIDE, without) if source == "fp8" else (without, WIDE)
-    plan = make_plan(checkpoint_of(tensor_list(config), config), V3, Layout(32, pad=True, cast=cast))
+    plan = make_plan(checkpoint_of(list_tensors(config), config), V3, Layout(32, pad=True, cast=cast))
     assert plan.config == {**config, **result}
-    larger = make_plan(checkpoint_of(tensor_list({**other, **result})), V3, Layout(32))
+    larger = make_plan(checkpoint_of(list_tensors({**other, **result})), V3, Layout(32))
     assert [file.header for file in plan.files] == [file.header for file in larger.files]
 
 
 def test_what_is_padded_is_what_grows() -> None:
-    plan = make_plan(checkpoint_of(tensor_list(WIDE), WIDE), V3, Layout(32, pad=True))
-    before, after = tensor_list(WIDE), tensor_list({**WIDE, "intermediate_size": 20_480, "n_shared_experts": 2})
+    plan = make_plan(checkpoint_of(list_tensors(WIDE), WIDE), V3, Layout(32, pad=True))
+    before, after = list_tensors(WIDE), list_tensors({**WIDE, "intermediate_size": 20_480, "n_shared_experts": 2})
     grown = {
         name: (old, new)
         for (name, _, old), (_, _, new) in zip(before, after, strict=True)
@@ -1107,12 +1107,12 @@ def test_deepseek_v3_in_full_size_is_padded_for_32_ranks(deepseek_v3: Checkpoint
     plan = make_plan(deepseek_v3, load_recipe("deepseek-v3"), Layout(32, pad=True))
     raised = {"intermediate_size": 20_480, "n_shared_experts": 2}
     assert plan.config == {**DEEPSEEK_V3, **raised}
-    kept = [entry for entry in tensor_list({**DEEPSEEK_V3, **raised}) if not entry[0].startswith("model.layers.61.")]
+    kept = [entry for entry in list_tensors({**DEEPSEEK_V3, **raised}) if not entry[0].startswith("model.layers.61.")]
     whole = sum(prod(shape) * BITS[dtype] // 8 for name, dtype, shape in kept if is_whole(name))
     parts = sum(prod(shape) * BITS[dtype] // 8 for name, dtype, shape in kept if not is_whole(name))
     assert [file.size - len(file.header) for file in plan.files] == [whole + parts // 32] * 32
     assert sum(share.size for share in plan.coverage) == 688_574_839_360
-    said = json.loads(run_config(plan))
+    said = json.loads(make_run_config(plan))
     assert said == {**CONFIG_671B, "inter_dim": 20_480, "n_shared_experts": 2}
 
 
@@ -1142,7 +1142,7 @@ CONFIG_671B = {
 
 
 def test_the_run_configuration_is_the_published_one(deepseek_v3: Checkpoint) -> None:
-    said = run_config(make_plan(deepseek_v3, V3, Layout(16)))
+    said = make_run_config(make_plan(deepseek_v3, V3, Layout(16)))
     assert said == json.dumps(CONFIG_671B, indent=4)
 
 
@@ -1152,12 +1152,12 @@ def is_whole(name: str) -> bool:
 
 
 def test_padding_needs_a_config() -> None:
-    refused = refusal(tensor_list(TINY), None, Layout(2, pad=True))
+    refused = refusal(list_tensors(TINY), None, Layout(2, pad=True))
     assert kinds_of(refused) == {"no-config"}
 
 
 def test_heads_cannot_be_padded() -> None:
-    refused = refusal(tensor_list(TINY), TINY, Layout(8, pad=True))
+    refused = refusal(list_tensors(TINY), TINY, Layout(8, pad=True))
     assert {problem.subject for problem in refused.problems if problem.kind == "not-divisible"} >= {
         "num_attention_heads",
         "experts",
@@ -1204,13 +1204,13 @@ def test_a_cast_gives_the_tensors_of_the_other_model(
     source: Mapping[str, Any], cast: str, result: Mapping[str, Any], operations: set[str], layout: Layout
 ) -> None:
     layout = replace(layout, cast=cast)
-    plan = make_plan(checkpoint_of(tensor_list(source), source), V3, layout)
+    plan = make_plan(checkpoint_of(list_tensors(source), source), V3, layout)
     assert {one.operation for one in plan.casts} == operations
-    assert sum(share.tensors for share in plan.coverage) == len(tensor_list(source))
+    assert sum(share.tensors for share in plan.coverage) == len(list_tensors(source))
     if layout.to == WHOLE:
-        assert sorted(listing(plan)) == sorted(tensor_list(result))
+        assert sorted(listing(plan)) == sorted(list_tensors(result))
         return
-    other = make_plan(checkpoint_of(tensor_list(result), result), V3, replace(layout, cast=""))
+    other = make_plan(checkpoint_of(list_tensors(result), result), V3, replace(layout, cast=""))
     assert [(file.name, file.header) for file in plan.files] == [(file.name, file.header) for file in other.files]
 
 
@@ -1218,13 +1218,13 @@ def test_a_cast_gives_the_tensors_of_the_other_model(
 @pytest.mark.parametrize("layout", [Layout(2), Layout(1, to=WHOLE)])
 def test_a_cast_to_what_is_there_already_is_refused(source: Mapping[str, Any], cast: str, layout: Layout) -> None:
     with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of(tensor_list(source), source), V3, replace(layout, cast=cast))
+        make_plan(checkpoint_of(list_tensors(source), source), V3, replace(layout, cast=cast))
     assert [problem.kind for problem in refused.value.problems] == ["wrong-option"]
 
 
 @pytest.mark.parametrize("layout", [Layout(4), Layout(1, to=WHOLE), Layout(1, to=WHOLE, file_size=100_000)])
 def test_what_is_cast_is_computed_from_a_weight_and_its_scale(layout: Layout) -> None:
-    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    checkpoint = checkpoint_of(list_tensors(TINY), TINY)
     plan = make_plan(checkpoint, V3, replace(layout, cast="bf16"))
     dropped = () if layout.to == WHOLE else ("model.layers.3.",)
     scales = [name for name in checkpoint.tensors if name.endswith("_scale_inv") and not name.startswith(dropped)]
@@ -1248,21 +1248,21 @@ def test_what_is_cast_is_computed_from_a_weight_and_its_scale(layout: Layout) ->
 
 
 def test_results_of_casts_are_proven_to_be_used_whole() -> None:
-    plan = make_plan(checkpoint_of(tensor_list(TINY), TINY), V3, Layout(2, cast="bf16"))
+    plan = make_plan(checkpoint_of(list_tensors(TINY), TINY), V3, Layout(2, cast="bf16"))
     first = int(np.flatnonzero(plan.copies.source_file >= len(plan.source.files))[0])
     matched, terms, casts = (
         match(plan.source, V3),
         Terms(V3, plan.layout, None, len(plan.source.files), TINY),
         list[Cast](),
     )
-    outcomes = [outcome_of(kind, terms, casts) for kind in units_by_kind(matched, V3, plan.layout)]
-    series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-    cover(plan.source, V3, plan.layout, matched, series, casts, plan.copies)
+    outcomes = [transform_weights(kind, terms, casts) for kind in units_by_kind(matched, V3, plan.layout)]
+    series = [one for outcome in outcomes for one in cut_for_ranks(outcome, terms, matched.counts)]
+    prove_coverage(plan.source, V3, plan.layout, matched, series, casts, plan.copies)
     wrong = with_row(plan.copies, first, source_offset=int(plan.copies.source_offset[first]) + 1)
     with pytest.raises(WrongPlan):
-        cover(plan.source, V3, plan.layout, matched, series, casts, wrong)
+        prove_coverage(plan.source, V3, plan.layout, matched, series, casts, wrong)
     with pytest.raises(WrongPlan):
-        cover(plan.source, V3, plan.layout, matched, series[1:], casts, plan.copies)
+        prove_coverage(plan.source, V3, plan.layout, matched, series[1:], casts, plan.copies)
 
 
 # --- the layout of the source ---
@@ -1270,7 +1270,7 @@ def test_results_of_casts_are_proven_to_be_used_whole() -> None:
 
 def test_a_checkpoint_goes_out_in_files_that_are_not_too_large() -> None:
     """In the order of the source; a tensor that is larger than a file may be is a file by itself."""
-    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    checkpoint = checkpoint_of(list_tensors(TINY), TINY)
     most = 60_000
     plan = make_plan(checkpoint, V3, Layout(1, to=WHOLE, file_size=most))
     count = len(plan.files)
@@ -1307,15 +1307,15 @@ def test_the_copies_of_a_whole_checkpoint_give_its_bytes(files: int, most: int, 
 
 
 def test_a_checkpoint_that_fits_is_one_file() -> None:
-    plan = make_plan(checkpoint_of(tensor_list(TINY), TINY), V3, Layout(1, to=WHOLE))
+    plan = make_plan(checkpoint_of(list_tensors(TINY), TINY), V3, Layout(1, to=WHOLE))
     assert [file.name for file in plan.files] == ["model.safetensors"]
     assert {share.use for share in plan.coverage} == {"once"}
 
 
 def test_what_is_dropped_for_ranks_stays_in_a_whole_checkpoint() -> None:
     extra = ("model.layers.3.what.ever", "U8", (7,))
-    plan = make_plan(checkpoint_of([*tensor_list(TINY), extra], TINY), V3, Layout(1, to=WHOLE))
-    assert sorted(listing(plan)) == sorted([*tensor_list(TINY), extra])
+    plan = make_plan(checkpoint_of([*list_tensors(TINY), extra], TINY), V3, Layout(1, to=WHOLE))
+    assert sorted(listing(plan)) == sorted([*list_tensors(TINY), extra])
 
 
 # --- packed FP4 ---
@@ -1440,7 +1440,7 @@ def test_what_is_dequantised_for_the_other_side_is_not_quantised_for_it() -> Non
 def test_an_option_that_would_do_nothing_is_refused(recipe: str, layout: Layout, subject: str) -> None:
     config = TINY if recipe == "deepseek-v3" else DEEPSEEK_V2_LITE
     with pytest.raises(Refused) as refused:
-        make_plan(checkpoint_of(tensor_list(config), config), load_recipe(recipe), layout)
+        make_plan(checkpoint_of(list_tensors(config), config), load_recipe(recipe), layout)
     assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("wrong-option", subject)]
 
 
@@ -1462,7 +1462,7 @@ def test_a_number_of_ranks_that_is_none_is_refused_before_all_else(ranks: int, s
 @pytest.mark.parametrize("ranks", [[], [3, 0]])
 def test_a_plan_for_some_ranks_keeps_what_it_is_of(ranks: list[int]) -> None:
     plan = make_plan(checkpoint_of([("x.weight", "U8", (4, 4))]), recipe_of("rows"), Layout(4))
-    part = only_ranks(plan, ranks)
+    part = keep_ranks(plan, ranks)
     assert replace(part, files=plan.files, copies=plan.copies) == plan
     assert [file.rank for file in part.files] == sorted(ranks)
     assert len(part.copies) == len(ranks)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
-from reshard.planning.shards import Limit, working_ranks
+from reshard.planning.shards import Limit, list_working_ranks
 from reshard.recipes.recipe import load_recipe
-from reshard.recipes.splits import parts_for
+from reshard.recipes.splits import count_parts
 from reshard.verification.verify import verify_target
 
 RECIPE = """
@@ -187,7 +187,7 @@ def parts_are_odd(heads: int, ranks: int) -> bool:
     [(1, 8, 1), (2, 8, 2), (8, 8, 8), (16, 8, 8), (64, 8, 8), (3, 8, 0), (12, 8, 0), (5, 1, 1), (4, 0, 4), (9, 3, 3)],
 )
 def test_into_how_many_parts_heads_are_cut(ranks: int, heads: int, wanted: int) -> None:
-    assert parts_for(ranks, heads) == wanted
+    assert count_parts(ranks, heads) == wanted
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_into_how_many_parts_heads_are_cut(ranks: int, heads: int, wanted: int) 
     ],
 )
 def test_the_ranks_that_work(limits: list[Limit], wanted: str) -> None:
-    assert working_ranks(limits) == wanted
+    assert list_working_ranks(limits) == wanted
 
 
 def refusal(

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.recipes.formulas import (
-    LONGEST,
+    LONGEST_FORMULA,
     MOST_STEPS,
     UnknownKey,
-    parse,
+    compute_formula,
+    compute_shape,
+    parse_formula,
     parse_shape,
-    shape_of,
     takes_too_long,
-    value_of,
 )
 
 CONFIG: Mapping[str, Any] = {
@@ -72,7 +72,7 @@ SIZES = {"qk": "heads * (nope + rope)", "twice": "2 * qk", "left": "right + 1", 
     ],
 )
 def test_a_formula_comes_to(text: str, value: object) -> None:
-    found = value_of(text, CONFIG, SIZES)
+    found = compute_formula(text, CONFIG, SIZES)
     assert found == value
     assert type(found) is type(value)
 
@@ -80,8 +80,8 @@ def test_a_formula_comes_to(text: str, value: object) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 1000))
 def test_ceil_rounds_up(number: int, divisor: int) -> None:
     config = {"a": number, "b": divisor}
-    assert value_of("ceil(a / b)", config, {}) == ceil(number / divisor)
-    assert value_of("a // b", config, {}) == number // divisor
+    assert compute_formula("ceil(a / b)", config, {}) == ceil(number / divisor)
+    assert compute_formula("a // b", config, {}) == number // divisor
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_ceil_rounds_up(number: int, divisor: int) -> None:
 )
 def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
     with pytest.raises(UnknownKey):
-        value_of(text, CONFIG, SIZES)
+        compute_formula(text, CONFIG, SIZES)
 
 
 @pytest.mark.parametrize(
@@ -180,20 +180,20 @@ def test_what_the_config_does_not_tell_is_unknown(text: str) -> None:
         "a\0b",
         "a # b\n+",
         "(" * 150 + "a" + ")" * 150,
-        "a" + " + a" * LONGEST,
-        "9" * (LONGEST + 1),
+        "a" + " + a" * LONGEST_FORMULA,
+        "9" * (LONGEST_FORMULA + 1),
     ],
 )
 def test_what_is_no_formula_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        parse(text)
+        parse_formula(text)
 
 
 @pytest.mark.parametrize("text", ["a or 'word'", "a or b + 1 or 'two-words'", "a.b or 'fp8_e4m3'"])
 def test_the_last_choice_of_a_run_value_may_be_a_word(text: str) -> None:
-    parse(text, is_run=True)
+    parse_formula(text, is_run=True)
     with pytest.raises(ValueError, match="is no number"):
-        parse(text)
+        parse_formula(text)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +203,13 @@ def test_the_last_choice_of_a_run_value_may_be_a_word(text: str) -> None:
 )  # fmt: skip
 def test_a_word_stands_nowhere_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        parse(text, is_run=True)
+        parse_formula(text, is_run=True)
 
 
 def test_a_formula_has_so_many_steps_with_all_the_sizes_that_it_names() -> None:
     chain = {f"a{number}": f"a{number + 1}" for number in range(MOST_STEPS - 1)}
     assert not takes_too_long("a0", chain)
-    assert value_of("a0", {f"a{MOST_STEPS - 1}": 3}, chain) == 3
+    assert compute_formula("a0", {f"a{MOST_STEPS - 1}": 3}, chain) == 3
     assert takes_too_long("a0", {"before": "a0", **chain, f"a{MOST_STEPS - 1}": "key"})
     # In a circle, and by the name of its own key, it comes to an end.
     assert not takes_too_long("left", SIZES)
@@ -259,4 +259,4 @@ def test_what_is_no_shape_is_refused(text: str) -> None:
     ],
 )
 def test_a_shape_has_the_sizes_that_the_config_tells(text: str, sizes: list[int | None]) -> None:
-    assert shape_of(text, CONFIG, SIZES) == sizes
+    assert compute_shape(text, CONFIG, SIZES) == sizes

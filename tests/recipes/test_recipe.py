@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from reshard.errors import Refused
-from reshard.recipes.recipe import FOLDER, load_recipe, packaged_recipes, parse_recipe
+from reshard.recipes.recipe import FAMILIES_FOLDER, list_packaged_recipes, load_recipe, parse_recipe
 from reshard.recipes.splits import make_rule
 from reshard.types import BlockScale, Recipe, Rule
 
-PACKAGED = sorted(path.stem for path in FOLDER.glob("*.toml"))
-V3 = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+PACKAGED = sorted(path.stem for path in FAMILIES_FOLDER.glob("*.toml"))
+V3 = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
 CELL = re.compile(r'"(?:[^"\\]|\\.)*"')
 PLACEHOLDER = re.compile(r"\{(.)\}")
 
@@ -57,12 +57,12 @@ def name_pairs(recipe: Recipe, rule: Rule) -> list[tuple[str, str]]:
 def test_a_packaged_recipe_loads_under_the_name_of_its_file(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.origin == str(FOLDER / f"{name}.toml")
-    assert recipe in packaged_recipes()
+    assert recipe.origin == str(FAMILIES_FOLDER / f"{name}.toml")
+    assert recipe in list_packaged_recipes()
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert [recipe.name for recipe in packaged_recipes()] == PACKAGED
+    assert [recipe.name for recipe in list_packaged_recipes()] == PACKAGED
     assert {"deepseek-v2", "deepseek-v3"} <= set(PACKAGED)
 
 
@@ -70,7 +70,7 @@ def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
     """The config does not tell them apart, so the names must: one wants a tensor that the other does not know. So what
     has it is not for the other, and what has it not is not for that one.
     """
-    recipes = packaged_recipes()
+    recipes = list_packaged_recipes()
     pairs = [(one, other) for one in recipes for other in recipes if one.name < other.name]
     alike = [(one, other) for one, other in pairs if {*one.model_types} & {*other.model_types}]
     assert [(one.name, other.name) for one, other in alike] == [
@@ -106,7 +106,7 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_rows_of_a_packaged_recipe_stand_in_columns(name: str) -> None:
-    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith('["')]
     assert len(rows) == len(tomllib.loads(text)["rules"]) > 10
     starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows if not row.startswith('["drop"')]
@@ -160,7 +160,7 @@ def test_what_a_recipe_may_leave_out() -> None:
         pytest.param("deepseek-v33", "unknown-recipe", "did you mean deepseek-v3?", id="nearly a name"),
         pytest.param("phi", "unknown-recipe", "one of deepseek-v2, deepseek-v3", id="another name"),
         pytest.param("no/such/recipe.toml", "unknown-recipe", "no/such/recipe.toml", id="no such file"),
-        pytest.param(str(FOLDER), "unknown-recipe", "no such recipe", id="a folder"),
+        pytest.param(str(FAMILIES_FOLDER), "unknown-recipe", "no such recipe", id="a folder"),
     ],
 )
 def test_an_unknown_recipe_is_refused(name: str, kind: str, word: str) -> None:
@@ -536,7 +536,7 @@ def test_what_is_like_another_has_its_rows_too() -> None:
     "row", ['"scoring_func"', '["scoring_func"]', '["a +", 1]', '["a", "=b +"]', '["a", [1]]', "[\"a or 'b'\", 1]"]
 )
 def test_what_the_code_needs_is_a_formula_and_its_values(row: str) -> None:
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     parse_recipe(text, "own.toml")
     with pytest.raises(Refused) as refused:
         parse_recipe(text.replace("run_needs = [", f"run_needs = [{row},"), "own.toml")

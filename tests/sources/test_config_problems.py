@@ -18,7 +18,7 @@ from jobs import make_plan
 
 from reshard.errors import Problem, Refused
 from reshard.formats.folder import read_checkpoint
-from reshard.recipes.formulas import lacking, parse, unknown_keys
+from reshard.recipes.formulas import find_lacking, find_unknown_keys, parse_formula
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint, Layout, Recipe, Tensor
@@ -94,13 +94,13 @@ def problems(checkpoint: Checkpoint) -> list[Problem]:
     ],
 )
 def test_a_key_that_a_config_lacks_is_named(formula: str, config: Mapping[str, Any], found: list[str]) -> None:
-    assert lacking(parse(formula, is_run=True), config, {"size": "b"}) == found
+    assert find_lacking(parse_formula(formula, is_run=True), config, {"size": "b"}) == found
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packaged_recipe_names_few_keys_that_its_configs_lack(name: str) -> None:
     config = FAMILIES[name].small
-    assert unknown_keys(recipe_of(config), config).keys() <= {"quantization_config.scale_fmt"}
+    assert find_unknown_keys(recipe_of(config), config).keys() <= {"quantization_config.scale_fmt"}
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
 from reshard.recipes.patterns import split_name
-from reshard.recipes.recipe import load_recipe, packaged_recipes, parse_recipe
-from reshard.sources.match import Matched, choose_recipe, match, one_of_each_first
-from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL, Entry, tensor_list
+from reshard.recipes.recipe import list_packaged_recipes, load_recipe, parse_recipe
+from reshard.sources.match import Matched, choose_recipe, match, sort_one_of_each_first
+from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL_V3, TensorEntry, list_tensors
 from reshard.types import Checkpoint, Recipe, Tensor
 
-TINY: Mapping[str, Any] = {**SMALL, "first_k_dense_replace": 2, "n_routed_experts": 12, "num_hidden_layers": 12}
+TINY: Mapping[str, Any] = {**SMALL_V3, "first_k_dense_replace": 2, "n_routed_experts": 12, "num_hidden_layers": 12}
 """Layers and experts such that 10 sorts before 2; layer 12 is an MTP layer."""
 PLAIN: Mapping[str, Any] = {key: value for key, value in TINY.items() if key != "quantization_config"}
 WHOLE_QUERY: Mapping[str, Any] = {**TINY, "q_lora_rank": None}
@@ -38,7 +38,7 @@ rules = [
 """
 
 
-def checkpoint_of(entries: Iterable[Entry], config: Mapping[str, Any] | None = None) -> Checkpoint:
+def checkpoint_of(entries: Iterable[TensorEntry], config: Mapping[str, Any] | None = None) -> Checkpoint:
     """A checkpoint that is nowhere."""
     tensors = {name: Tensor(name, dtype, shape, 0, 0, prod(shape) * BITS[dtype] // 8) for name, dtype, shape in entries}
     return Checkpoint(Path("nowhere"), (), tensors, config)
@@ -49,7 +49,7 @@ def named(*names: str) -> Checkpoint:
 
 
 def without(config: Mapping[str, Any], is_left_out: Callable[[str], bool], *, has_config: bool = True) -> Checkpoint:
-    entries = (entry for entry in tensor_list(config) if not is_left_out(entry[0]))
+    entries = (entry for entry in list_tensors(config) if not is_left_out(entry[0]))
     return checkpoint_of(entries, config if has_config else None)
 
 
@@ -147,7 +147,7 @@ RENAMED = {
 
 
 def test_the_names_on_the_other_side() -> None:
-    matched = match(checkpoint_of(tensor_list(TINY), TINY), V3)
+    matched = match(checkpoint_of(list_tensors(TINY), TINY), V3)
     found = new_names(matched)
     assert {name: found[name] for name in RENAMED} == RENAMED
     assert len(set(found.values())) == len(found)
@@ -155,7 +155,7 @@ def test_the_names_on_the_other_side() -> None:
 
 
 def test_the_names_of_a_whole_query_projection() -> None:
-    found = new_names(match(checkpoint_of(tensor_list(V2_TINY), V2_TINY), V2))
+    found = new_names(match(checkpoint_of(list_tensors(V2_TINY), V2_TINY), V2))
     assert found["model.layers.2.self_attn.q_proj.weight"] == "layers.2.attn.wq.weight"
 
 
@@ -231,14 +231,14 @@ def test_a_name_under_two_rules_is_refused() -> None:
     ],
 )
 def test_a_name_that_no_rule_knows_is_refused(name: str) -> None:
-    problems = problems_of(checkpoint_of([*tensor_list(TINY), (name, "BF16", (1,))], TINY))
+    problems = problems_of(checkpoint_of([*list_tensors(TINY), (name, "BF16", (1,))], TINY))
     assert [(problem.kind, problem.subject) for problem in problems] == [("no-rule", name)]
 
 
 def test_every_unknown_name_is_told() -> None:
     names = [f"unknown.{number}" for number in range(100)]
     extra = [(name, "BF16", (1,)) for name in names]
-    problems = problems_of(checkpoint_of([*tensor_list(TINY), *extra], TINY))
+    problems = problems_of(checkpoint_of([*list_tensors(TINY), *extra], TINY))
     assert [problem.subject for problem in problems] == names
 
 
@@ -254,7 +254,7 @@ def is_in_layer(name: str, layer: int) -> bool:
 def test_layers_with_the_marker_are_dropped_and_no_others(layers: int, mtp_layers: int, *, has_config: bool) -> None:
     """Layer 61 of a deeper model is a layer like any other."""
     config = {**TINY, "num_hidden_layers": layers, "num_nextn_predict_layers": mtp_layers, "n_routed_experts": 2}
-    entries = tensor_list(config)
+    entries = list_tensors(config)
     matched = match(checkpoint_of(entries, config if has_config else None), V3)
     wanted = {
         name for name, *_ in entries if any(is_in_layer(name, layer) for layer in range(layers, layers + mtp_layers))
@@ -274,14 +274,14 @@ def test_without_the_marker_nothing_is_dropped() -> None:
 
 def test_a_layer_past_the_last_without_the_marker_is_one_too_many() -> None:
     config = {**TINY, "num_hidden_layers": 13, "num_nextn_predict_layers": 0}
-    problems = problems_of(checkpoint_of(tensor_list(config), TINY))
+    problems = problems_of(checkpoint_of(list_tensors(config), TINY))
     assert [(problem.kind, problem.subject) for problem in problems] == [("contradiction", "layers")]
 
 
 @pytest.mark.parametrize(("layer", "has_config"), [(0, True), (0, False), (5, True), (5, False), (11, True)])
 def test_the_marker_in_a_layer_of_the_model_is_refused(layer: int, *, has_config: bool) -> None:
     """In the last one only the config can tell."""
-    entries = [*tensor_list(TINY), (f"model.layers.{layer}.eh_proj.weight", "BF16", (1, 2))]
+    entries = [*list_tensors(TINY), (f"model.layers.{layer}.eh_proj.weight", "BF16", (1, 2))]
     problems = problems_of(checkpoint_of(entries, TINY if has_config else None))
     assert {problem.kind for problem in problems} & {"gap", "contradiction"}
     assert any("layers" in problem.subject for problem in problems)
@@ -300,7 +300,7 @@ def test_the_marker_in_a_layer_of_the_model_is_refused(layer: int, *, has_config
     ],
 )
 def test_the_rest_of_a_drop_rule_takes_mtp_layers_only(name: str) -> None:
-    problems = problems_of(checkpoint_of([*tensor_list(TINY), (name, "BF16", (1,))], TINY))
+    problems = problems_of(checkpoint_of([*list_tensors(TINY), (name, "BF16", (1,))], TINY))
     assert [(problem.kind, problem.subject) for problem in problems] == [("no-rule", name)]
 
 
@@ -308,7 +308,7 @@ def test_the_rest_of_a_drop_rule_takes_mtp_layers_only(name: str) -> None:
 def test_whatever_lies_in_an_mtp_layer_is_dropped(*, keep_optional: bool) -> None:
     """Even where it is to be kept: the other side has no name for it."""
     name = "model.layers.12.what.ever.7.it.is"
-    checkpoint = checkpoint_of([*tensor_list(TINY), (name, "BF16", (1,))], TINY)
+    checkpoint = checkpoint_of([*list_tensors(TINY), (name, "BF16", (1,))], TINY)
     matched = match(checkpoint, V3, keep_optional=keep_optional)
     assert name in left_out(matched, V3)
     assert name not in new_names(matched)
@@ -328,7 +328,7 @@ OF_MTP = {
 
 
 def test_an_mtp_layer_that_is_kept_has_names_as_other_layers() -> None:
-    checkpoint = checkpoint_of(tensor_list(TINY), TINY)
+    checkpoint = checkpoint_of(list_tensors(TINY), TINY)
     found = new_names(match(checkpoint, V3, keep_optional=True))
     assert found.keys() == checkpoint.tensors.keys()
     assert {name: found[name] for name in OF_MTP} == OF_MTP
@@ -343,7 +343,7 @@ def rest(name: str, components: int = 3) -> str:
     return name.split(".", components)[-1]
 
 
-MTP_NAMES = [name for name, *_ in tensor_list({**TINY, "n_routed_experts": 2}) if name.startswith("model.layers.12.")]
+MTP_NAMES = [name for name, *_ in list_tensors({**TINY, "n_routed_experts": 2}) if name.startswith("model.layers.12.")]
 
 
 @pytest.mark.parametrize("name", [name for name in MTP_NAMES if not name.endswith((".eh_proj.weight", "_scale_inv"))])
@@ -359,7 +359,7 @@ def test_an_mtp_layer_that_is_kept_is_complete(name: str) -> None:
 def test_the_frequencies_of_the_rotary_embedding_are_dropped() -> None:
     """Kimi-K2 stores them. Of an MTP layer they are dropped with all else in it."""
     extra = [(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq", "F32", (32,)) for layer in range(13)]
-    matched = match(checkpoint_of([*tensor_list(TINY), *extra], TINY), V3, keep_optional=True)
+    matched = match(checkpoint_of([*list_tensors(TINY), *extra], TINY), V3, keep_optional=True)
     assert left_out(matched, V3) >= {name for name, *_ in extra}
     assert not new_names(matched).keys() & {name for name, *_ in extra}
 
@@ -533,7 +533,7 @@ SMALLER: Mapping[str, Any] = {
     "num_hidden_layers": 3,
     "num_nextn_predict_layers": 0,
 }
-SMALLER_NAMES = [name for name, *_ in tensor_list(SMALLER)]
+SMALLER_NAMES = [name for name, *_ in list_tensors(SMALLER)]
 
 
 @pytest.mark.parametrize("has_config", [True, False])
@@ -580,13 +580,13 @@ def test_an_expert_that_one_layer_lacks_is_named() -> None:
 def test_a_stray_number_is_not_counted_up_to() -> None:
     """A name may hold any number below a billion."""
     extra = ("model.layers.999999999.input_layernorm.weight", "BF16", (256,))
-    problems = problems_of(checkpoint_of([*tensor_list(TINY), extra], None))
+    problems = problems_of(checkpoint_of([*list_tensors(TINY), extra], None))
     assert any("0-11, 999999999" in problem.found for problem in problems)
 
 
 def test_a_layer_that_is_dense_and_not_is_refused() -> None:
     extra = [(f"model.layers.4.mlp.{name}_proj.weight", "BF16", (4, 4)) for name in ("gate", "up", "down")]
-    problems = problems_of(checkpoint_of([*tensor_list(PLAIN), *extra]))
+    problems = problems_of(checkpoint_of([*list_tensors(PLAIN), *extra]))
     assert [(problem.kind, problem.found) for problem in problems] == [
         ("contradiction", "4 among the expert layers too")
     ]
@@ -602,7 +602,7 @@ def test_a_layer_that_is_dense_and_not_is_refused() -> None:
 )
 @pytest.mark.parametrize("step", [1, -1])
 def test_a_config_that_counts_otherwise_is_refused(key: str, subject: str, step: int) -> None:
-    problems = problems_of(checkpoint_of(tensor_list(TINY), {**TINY, key: TINY[key] + step}))
+    problems = problems_of(checkpoint_of(list_tensors(TINY), {**TINY, key: TINY[key] + step}))
     assert [(problem.kind, problem.subject) for problem in problems] == [("contradiction", subject)]
     assert key in problems[0].expected
 
@@ -610,7 +610,7 @@ def test_a_config_that_counts_otherwise_is_refused(key: str, subject: str, step:
 @pytest.mark.parametrize("rows", [0, 11, 13])
 def test_a_gate_that_counts_otherwise_is_refused(rows: int) -> None:
     gate = "model.layers.7.mlp.gate.weight"
-    entries = [(name, dtype, (rows, 256) if name == gate else shape) for name, dtype, shape in tensor_list(TINY)]
+    entries = [(name, dtype, (rows, 256) if name == gate else shape) for name, dtype, shape in list_tensors(TINY)]
     problems = problems_of(checkpoint_of(entries))
     assert [(problem.kind, problem.subject) for problem in problems] == [("contradiction", gate)]
 
@@ -626,7 +626,7 @@ LOW_RANK = {
 
 def queries(*names: str, config: Mapping[str, Any] | None) -> Checkpoint:
     """The smaller model with these tensors for its queries."""
-    others = [entry for entry in tensor_list(SMALLER) if ".self_attn.q_" not in entry[0]]
+    others = [entry for entry in list_tensors(SMALLER) if ".self_attn.q_" not in entry[0]]
     return checkpoint_of([*others, *((name, "BF16", (4, 4)) for name in names)], config)
 
 
@@ -684,7 +684,7 @@ def test_without_a_config_the_queries_are_complete_all_the_same(names: list[str]
 
 # --- the recipe of a checkpoint ---
 
-RECIPES = packaged_recipes()
+RECIPES = list_packaged_recipes()
 
 
 def models() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -697,7 +697,7 @@ def models() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 @pytest.mark.parametrize(("recipe", "config"), models())
 def test_a_recipe_is_chosen_by_the_names_without_a_config(recipe: str, config: Mapping[str, Any]) -> None:
-    assert choose_recipe(checkpoint_of(tensor_list(config)), RECIPES)[0].name == recipe
+    assert choose_recipe(checkpoint_of(list_tensors(config)), RECIPES)[0].name == recipe
 
 
 @pytest.mark.parametrize(
@@ -733,21 +733,21 @@ def test_a_recipe_is_chosen_by_the_config_whatever_the_names(config: Mapping[str
 )
 def test_a_config_that_says_nothing_leaves_it_to_the_names(config: Mapping[str, Any]) -> None:
     own = {"q_lora_rank": SMALLER["q_lora_rank"], **config}
-    assert choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES)[0].name == "deepseek-v3"
+    assert choose_recipe(checkpoint_of(list_tensors(SMALLER), own), RECIPES)[0].name == "deepseek-v3"
 
 
 @pytest.mark.parametrize("config", [{"model_type": "another"}, {"architectures": ["Another"]}])
 def test_another_model_with_the_names_of_a_known_one_is_refused(config: Mapping[str, Any]) -> None:
     own = {"q_lora_rank": SMALLER["q_lora_rank"], **config}
     with pytest.raises(Refused) as refused:
-        choose_recipe(checkpoint_of(tensor_list(SMALLER), own), RECIPES)
+        choose_recipe(checkpoint_of(list_tensors(SMALLER), own), RECIPES)
     (problem,) = refused.value.problems
     assert "the nearest recipe is deepseek-v3: it fits" in problem.found
     assert problem.remedy.startswith("--recipe deepseek-v3, ")
 
 
 def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None:
-    entries = [*tensor_list(PLAIN), ("model.layers.3.self_attn.q_norm.weight", "BF16", (1,))]
+    entries = [*list_tensors(PLAIN), ("model.layers.3.self_attn.q_norm.weight", "BF16", (1,))]
     with pytest.raises(Refused) as refused:
         choose_recipe(checkpoint_of(entries, {"model_type": "another"}), RECIPES)
     (problem,) = refused.value.problems
@@ -759,7 +759,7 @@ def test_a_checkpoint_that_no_recipe_knows_is_refused_with_the_nearest() -> None
 
 
 def test_a_checkpoint_that_is_incomplete_is_refused_without_a_config() -> None:
-    entries = [entry for entry in tensor_list(PLAIN) if entry[0] != "lm_head.weight"]
+    entries = [entry for entry in list_tensors(PLAIN) if entry[0] != "lm_head.weight"]
     with pytest.raises(Refused) as refused:
         choose_recipe(checkpoint_of(entries), RECIPES)
     assert "the nearest recipe is deepseek-v3: lm_head.weight: not in the checkpoint" in refused.value.problems[0].found
@@ -769,7 +769,7 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
     """Without experts V2 and V3 are alike."""
     config = {**SMALLER, "first_k_dense_replace": 3}
     with pytest.raises(Refused) as refused:
-        choose_recipe(checkpoint_of(tensor_list(config)), RECIPES)
+        choose_recipe(checkpoint_of(list_tensors(config)), RECIPES)
     (problem,) = refused.value.problems
     assert problem.found == "deepseek-v2, deepseek-v3 all fit"
     assert "--recipe" in problem.remedy
@@ -777,7 +777,7 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
 
 def test_of_many_unknown_names_one_of_each_kind_comes_first() -> None:
     names = [f"layers.{layer}.{kind}.weight" for kind in ("up", "down") for layer in range(3)]
-    assert one_of_each_first(names) == [
+    assert sort_one_of_each_first(names) == [
         f"layers.{layer}.{kind}.weight" for layer in range(3) for kind in ("up", "down")
     ]
 

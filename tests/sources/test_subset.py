@@ -21,14 +21,14 @@ from transformers import DeepseekV3ForCausalLM
 
 from reshard.cli.main import main
 from reshard.errors import Problem, Refused
-from reshard.execution.execute import Settings, job_of
-from reshard.formats.manifest import own_checksum
-from reshard.recipes.recipe import FOLDER, load_recipe
-from reshard.sources.pruned_config import pruned_config
-from reshard.storage.local import CACHED, PAGE, aligned_buffer
-from reshard.synthetic import DEEPSEEK_V2_LITE, tensor_list, write_tensors
+from reshard.execution.execute import Settings, identify_job
+from reshard.formats.manifest import compute_manifest_checksum
+from reshard.recipes.recipe import FAMILIES_FOLDER, load_recipe
+from reshard.sources.pruned_config import prune_config
+from reshard.storage.local import CACHED, PAGE, allocate_aligned
+from reshard.synthetic import DEEPSEEK_V2_LITE, list_tensors, write_tensors
 from reshard.types import File, Subset, Tensor
-from reshard.verification.compare import Opened, Side
+from reshard.verification.compare import ComparedFiles, OpenedFiles
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,
@@ -56,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Write:
     def of(name: str) -> Path:
         if not (root / name).exists():
             config = CONFIGS[name]
-            tensors = FAMILIES[name].tensors(config) if name in FAMILIES else tensor_list(config)
+            tensors = FAMILIES[name].tensors(config) if name in FAMILIES else list_tensors(config)
             write_tensors(root / name, tensors, config, 4)
         return root / name
 
@@ -410,10 +410,10 @@ def test_any_stretch_of_rows_that_lie_apart_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     stretches = [Tensor("gate", "U8", (size,), 0, offset, size) for offset, size in ((10, 3), (40, 5), (20, 1))]
     wanted = content[10:13] + content[40:45] + content[20:21]
-    side = Side(tmp_path, {0: File("file", 100, 0, "", 0)}, CACHED, {7: stretches})
-    buffer = aligned_buffer(3 * PAGE)
+    side = ComparedFiles(tmp_path, {0: File("file", 100, 0, "", 0)}, CACHED, {7: stretches})
+    buffer = allocate_aligned(3 * PAGE)
     with (tmp_path / "file").open("rb") as file:
-        opened = Opened(side, {0: file.fileno()})
+        opened = OpenedFiles(side, {0: file.fileno()})
         for start in range(len(wanted)):
             for end in range(start + 1, len(wanted) + 1):
                 assert opened.read(7, start, end - start, buffer).tobytes() == wanted[start:end]
@@ -493,7 +493,7 @@ def test_what_a_config_says_of_layers_follows_them() -> None:
     }
     before = json.dumps(config)
     problems: list[Problem] = []
-    found = pruned_config(config, QWEN, MEMBERS, {0: 0, 3: 1, 4: 2}, problems)
+    found = prune_config(config, QWEN, MEMBERS, {0: 0, 3: 1, 4: 2}, problems)
     assert problems == []
     assert json.dumps(config) == before
     assert found == {
@@ -516,20 +516,20 @@ def test_what_a_config_says_of_layers_follows_them() -> None:
 
 def test_a_count_is_kept_under_whichever_key_the_config_has() -> None:
     """transformers 5 writes the experts of Qwen3-MoE as num_local_experts."""
-    found = pruned_config({"num_local_experts": 4}, QWEN, MEMBERS, None, [])
+    found = prune_config({"num_local_experts": 4}, QWEN, MEMBERS, None, [])
     assert found == {"num_local_experts": 2}
 
 
 def test_modules_that_are_not_scaled_are_followed_under_every_name() -> None:
     names = ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate", "lm_head"]
     config = {"num_hidden_layers": 5, "quantization_config": {"ignore": names, "ignored_layers": names}}
-    found = pruned_config(config, QWEN, MEMBERS, {0: 0, 3: 1}, [])
+    found = prune_config(config, QWEN, MEMBERS, {0: 0, 3: 1}, [])
     assert found is not None
     assert [*found["quantization_config"].values()] == [["model.layers.1.mlp.gate", "lm_head"]] * 2
 
 
 def test_experts_are_not_taken_from_a_router_that_no_row_knows(source: Write, tmp_path: Path) -> None:
-    text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+    text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
     (tmp_path / "own.toml").write_text(
         text.replace("[n_routed_experts, hidden_size]", "[?, hidden_size]").replace('"[n_routed_experts]"', '"[?]"')
     )
@@ -540,14 +540,14 @@ def test_experts_are_not_taken_from_a_router_that_no_row_knows(source: Write, tm
 @pytest.mark.parametrize(("layers", "count"), [({0: 0, 1: 1, 2: 2}, 0), ({0: 0, 2: 1, 4: 2}, 1)])
 def test_layers_that_a_step_counts_keep_their_numbers(layers: dict[int, int], count: int) -> None:
     problems: list[Problem] = []
-    pruned_config({"num_hidden_layers": 5, "decoder_sparse_step": 2}, QWEN, MEMBERS, layers, problems)
+    prune_config({"num_hidden_layers": 5, "decoder_sparse_step": 2}, QWEN, MEMBERS, layers, problems)
     assert [problem.kind for problem in problems] == ["needs-layers"] * count
 
 
 def test_another_subset_of_the_same_sizes_is_another_job(source: Write, tmp_path: Path) -> None:
     first, second = (Subset(layers, renumber=True) for layers in ((0, 1, 2), (1, 2, 3)))
     jobs = [
-        job_of(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), [], Settings())
+        identify_job(plan_conversion(Job(source("deepseek-v3"), 2, subset=subset)), [], Settings())
         for subset in (first, second)
     ]
     assert [key for key in jobs[0] if jobs[0][key] != jobs[1][key]] == ["subset"]
@@ -644,7 +644,7 @@ def test_a_manifest_that_says_something_else_of_a_subset_is_refused(
     del found["xxh3_128"]
     for value, wanted in ((SAID, 0), (said, 2)):
         found["subset"] = value
-        text = json.dumps({**found, "xxh3_128": own_checksum(found)})
+        text = json.dumps({**found, "xxh3_128": compute_manifest_checksum(found)})
         (tmp_path / "target" / "reshard.json").write_text(text)
         assert main(["verify", str(tmp_path / "target")]) == wanted
     assert "wrong manifest" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from reshard.synthetic import DEEPSEEK_V3, Entry, linear, plain, tensor_list, write_tensors
+from reshard.synthetic import DEEPSEEK_V3, TensorEntry, list_linear, list_tensors, make_bf16_entry, write_tensors
 
 Config = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 class Family:
     """`tensors` lists a checkpoint from a config; `full` is the published one in `files` files, `small` a toy."""
 
-    tensors: Callable[[Config], list[Entry]]
+    tensors: Callable[[Config], list[TensorEntry]]
     full: Config
     small: Config
     files: int
@@ -41,12 +41,12 @@ def write_full(folder: Path, name: str) -> None:
 # DeepSeek-V3 and those that are built like it
 
 
-def deepseek_v3(config: Config) -> list[Entry]:
+def deepseek_v3(config: Config) -> list[TensorEntry]:
     """V3, R1, V3-0324 and V3.1, which are one layout."""
-    return tensor_list({**config, "model_type": "deepseek_v3"})
+    return list_tensors({**config, "model_type": "deepseek_v3"})
 
 
-def deepseek_v32(config: Config, *, norms: str) -> list[Entry]:
+def deepseek_v32(config: Config, *, norms: str) -> list[TensorEntry]:
     """V3 with an indexer in every layer, the MTP layer too. No config tells that V3.2 keeps its norms in F32."""
     tensors = (
         (name, norms, shape) if name.endswith("norm.weight") else (name, dtype, shape)
@@ -55,7 +55,7 @@ def deepseek_v32(config: Config, *, norms: str) -> list[Entry]:
     return list(with_indexers(config, tensors, key_norm="F32"))
 
 
-def glm_moe_dsa(config: Config) -> list[Entry]:
+def glm_moe_dsa(config: Config) -> list[TensorEntry]:
     """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own."""
     first = f"model.layers.{config['num_hidden_layers']}"
     left_out = {f"{first}.embed_tokens.weight", f"{first}.shared_head.head.weight"}
@@ -63,7 +63,7 @@ def glm_moe_dsa(config: Config) -> list[Entry]:
     return list(with_indexers(config, kept, key_norm="BF16"))
 
 
-def kimi_k2(config: Config) -> list[Entry]:
+def kimi_k2(config: Config) -> list[TensorEntry]:
     """V3 without an MTP layer, and with the frequencies of the rotary embedding in every layer."""
     # 56 as published, half of hidden size by heads, though a head has but 64 rotated channels.
     frequencies = config["hidden_size"] // config["num_attention_heads"] // 2
@@ -72,22 +72,22 @@ def kimi_k2(config: Config) -> list[Entry]:
         found.append(tensor)
         prefix, ending = split_at(tensor[0], "kv_a_layernorm.weight")
         if ending:
-            found.append(plain(f"{prefix}rotary_emb.inv_freq", frequencies))
+            found.append(make_bf16_entry(f"{prefix}rotary_emb.inv_freq", frequencies))
     return found
 
 
-def with_indexers(config: Config, tensors: Iterable[Entry], *, key_norm: str) -> Iterator[Entry]:
+def with_indexers(config: Config, tensors: Iterable[TensorEntry], *, key_norm: str) -> Iterator[TensorEntry]:
     heads, width = config["index_n_heads"], config["index_head_dim"]
     for tensor in tensors:
         yield tensor
         prefix, ending = split_at(tensor[0], "kv_a_layernorm.weight")
         if ending:
             prefix += "indexer"
-            yield from linear(config, f"{prefix}.wq_b", heads * width, config["q_lora_rank"])
-            yield from linear(config, f"{prefix}.wk", width, config["hidden_size"])
+            yield from list_linear(config, f"{prefix}.wq_b", heads * width, config["q_lora_rank"])
+            yield from list_linear(config, f"{prefix}.wk", width, config["hidden_size"])
             yield f"{prefix}.k_norm.weight", key_norm, (width,)
             yield f"{prefix}.k_norm.bias", key_norm, (width,)
-            yield plain(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
+            yield make_bf16_entry(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
 
 
 def split_at(name: str, ending: str) -> tuple[str, str]:
@@ -98,29 +98,29 @@ def split_at(name: str, ending: str) -> tuple[str, str]:
 # DeepSeek-V4 and V4.1, whose published names are short ones of their own
 
 
-def deepseek_v4(config: Config) -> list[Entry]:
+def deepseek_v4(config: Config) -> list[TensorEntry]:
     """V4-Flash, V4-Pro, and with the keys `dspark_*` also V4-Flash-0731, which drafts with three blocks."""
     dim, layers = config["hidden_size"], config["num_hidden_layers"]
     drafts = mtp_v4 if "dspark_block_size" not in config else draft_v4
     return [
-        plain("embed.weight", config["vocab_size"], dim),
+        make_bf16_entry("embed.weight", config["vocab_size"], dim),
         *chain.from_iterable(layer_v4(config, number) for number in range(layers)),
-        plain("norm.weight", dim),
-        plain("head.weight", config["vocab_size"], dim),
+        make_bf16_entry("norm.weight", dim),
+        make_bf16_entry("head.weight", config["vocab_size"], dim),
         *head_connections(config, "hc_head"),
         *chain.from_iterable(drafts(config, number) for number in range(draft_layers(config))),
     ]
 
 
-def deepseek_v41(config: Config) -> list[Entry]:
+def deepseek_v41(config: Config) -> list[TensorEntry]:
     """V4.1-Flash: blocks of 32, two tables of n-grams, one draft head, and eyes."""
     text = {**config["text_config"], "quantization_config": config["quantization_config"]}
     dim, layers = text["hidden_size"], text["num_hidden_layers"]
     return [
-        plain("embed.weight", text["vocab_size"], dim),
+        make_bf16_entry("embed.weight", text["vocab_size"], dim),
         *chain.from_iterable(layer_v41(text, number) for number in range(layers)),
-        plain("norm.weight", dim),
-        plain("head.weight", text["vocab_size"], dim),
+        make_bf16_entry("norm.weight", dim),
+        make_bf16_entry("head.weight", text["vocab_size"], dim),
         *chain.from_iterable(draft_v41(text, number) for number in range(draft_layers(text))),
         *vision(config["vision_config"], dim),
     ]
@@ -131,7 +131,7 @@ def draft_layers(config: Config) -> int:
     return len(config["compress_ratios"]) - int(config["num_hidden_layers"])
 
 
-def layer_v4(config: Config, number: int) -> Iterator[Entry]:
+def layer_v4(config: Config, number: int) -> Iterator[TensorEntry]:
     prefix, ratio = f"layers.{number}", config["compress_ratios"][number]
     yield from block(config, prefix)
     if ratio:
@@ -145,21 +145,21 @@ def layer_v4(config: Config, number: int) -> Iterator[Entry]:
         yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
 
 
-def mtp_v4(config: Config, number: int) -> Iterator[Entry]:
+def mtp_v4(config: Config, number: int) -> Iterator[TensorEntry]:
     """A block that sees the window only, between two projections and a head of its own."""
     prefix, dim = f"mtp.{number}", config["hidden_size"]
     yield from native(config, f"{prefix}.e_proj", dim, dim)
     yield from native(config, f"{prefix}.h_proj", dim, dim)
-    yield plain(f"{prefix}.enorm.weight", dim)
-    yield plain(f"{prefix}.hnorm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.enorm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.hnorm.weight", dim)
     yield from block(config, prefix)
     yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
     yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
-    yield plain(f"{prefix}.norm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.norm.weight", dim)
     yield from head_connections(config, f"{prefix}.hc_head")
 
 
-def draft_v4(config: Config, number: int) -> Iterator[Entry]:
+def draft_v4(config: Config, number: int) -> Iterator[TensorEntry]:
     """Three blocks in a row: what leads in stands with the first, what leads out with the last."""
     prefix, last = f"mtp.{number}", number == draft_layers(config) - 1
     yield from draft_entrance(config, number)
@@ -171,7 +171,7 @@ def draft_v4(config: Config, number: int) -> Iterator[Entry]:
         yield from head_connections(config, f"{prefix}.hc_head")
 
 
-def layer_v41(text: Config, number: int) -> Iterator[Entry]:
+def layer_v41(text: Config, number: int) -> Iterator[TensorEntry]:
     prefix, ratio = f"layers.{number}", text["compress_ratios"][number]
     yield from block(text, prefix)
     yield from shared_compression(text, f"{prefix}.attn", number, ratio)
@@ -181,7 +181,7 @@ def layer_v41(text: Config, number: int) -> Iterator[Entry]:
         yield from engram(text, f"{prefix}.engram", text["engram_layer_ids"].index(number))
 
 
-def draft_v41(text: Config, number: int) -> Iterator[Entry]:
+def draft_v41(text: Config, number: int) -> Iterator[TensorEntry]:
     """As in V4-Flash-0731, with fewer experts than the layers have and other names for the last two tables."""
     prefix, last = f"mtp.{number}", number == draft_layers(text) - 1
     yield from draft_entrance(text, number)
@@ -192,27 +192,27 @@ def draft_v41(text: Config, number: int) -> Iterator[Entry]:
         yield from draft_exit(text, prefix, "embed", "head")
 
 
-def draft_entrance(config: Config, number: int) -> Iterator[Entry]:
+def draft_entrance(config: Config, number: int) -> Iterator[TensorEntry]:
     dim = config["hidden_size"]
     if number == 0:
         yield from native(config, "mtp.0.main_proj", dim, dim * len(config["dspark_target_layer_ids"]))
-        yield plain("mtp.0.main_norm.weight", dim)
+        yield make_bf16_entry("mtp.0.main_norm.weight", dim)
 
 
-def draft_exit(config: Config, prefix: str, first: str, second: str) -> Iterator[Entry]:
+def draft_exit(config: Config, prefix: str, first: str, second: str) -> Iterator[TensorEntry]:
     dim, rank, vocabulary = config["hidden_size"], config["dspark_markov_rank"], config["vocab_size"]
-    yield plain(f"{prefix}.norm.weight", dim)
-    yield plain(f"{prefix}.confidence_head.proj.weight", 1, dim + rank)
-    yield plain(f"{prefix}.markov_head.{first}.weight", vocabulary, rank)
-    yield plain(f"{prefix}.markov_head.{second}.weight", vocabulary, rank)
+    yield make_bf16_entry(f"{prefix}.norm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.confidence_head.proj.weight", 1, dim + rank)
+    yield make_bf16_entry(f"{prefix}.markov_head.{first}.weight", vocabulary, rank)
+    yield make_bf16_entry(f"{prefix}.markov_head.{second}.weight", vocabulary, rank)
 
 
-def block(config: Config, prefix: str) -> Iterator[Entry]:
+def block(config: Config, prefix: str) -> Iterator[TensorEntry]:
     """What every layer has but its experts: attention, norms, and the connections around both halves."""
     dim = config["hidden_size"]
     yield from attention(config, f"{prefix}.attn")
-    yield plain(f"{prefix}.attn_norm.weight", dim)
-    yield plain(f"{prefix}.ffn_norm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.attn_norm.weight", dim)
+    yield make_bf16_entry(f"{prefix}.ffn_norm.weight", dim)
     streams = config["hc_mult"]
     rows = streams * (2 + streams)
     for half in ("attn", "ffn"):
@@ -221,61 +221,61 @@ def block(config: Config, prefix: str) -> Iterator[Entry]:
         yield f"{prefix}.hc_{half}_scale", "F32", (3,)
 
 
-def head_connections(config: Config, prefix: str) -> Iterator[Entry]:
+def head_connections(config: Config, prefix: str) -> Iterator[TensorEntry]:
     streams = config["hc_mult"]
     yield f"{prefix}_fn", "F32", (streams, streams * config["hidden_size"])
     yield f"{prefix}_base", "F32", (streams,)
     yield f"{prefix}_scale", "F32", (1,)
 
 
-def attention(config: Config, prefix: str) -> Iterator[Entry]:
+def attention(config: Config, prefix: str) -> Iterator[TensorEntry]:
     """All heads share one key; the output goes through one small matrix for each group of heads."""
     dim, heads, head, rank = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "q_lora_rank"))
     groups, group_rank = config["o_groups"], config["o_lora_rank"]
     yield f"{prefix}.attn_sink", "F32", (heads,)
     yield from native(config, f"{prefix}.wq_a", rank, dim)
-    yield plain(f"{prefix}.q_norm.weight", rank)
+    yield make_bf16_entry(f"{prefix}.q_norm.weight", rank)
     yield from native(config, f"{prefix}.wq_b", heads * head, rank)
     yield from native(config, f"{prefix}.wkv", head, dim)
-    yield plain(f"{prefix}.kv_norm.weight", head)
+    yield make_bf16_entry(f"{prefix}.kv_norm.weight", head)
     yield from native(config, f"{prefix}.wo_a", groups * group_rank, heads * head // groups)
     yield from native(config, f"{prefix}.wo_b", dim, groups * group_rank)
 
 
-def compressor(config: Config, prefix: str, ratio: int, width: int) -> Iterator[Entry]:
+def compressor(config: Config, prefix: str, ratio: int, width: int) -> Iterator[TensorEntry]:
     """At a ratio of 4 the windows overlap, so that there are two of everything."""
     rows = 2 * width if ratio == 4 else width
     yield f"{prefix}.ape", "F32", (ratio, rows)
-    yield plain(f"{prefix}.wkv.weight", rows, config["hidden_size"])
-    yield plain(f"{prefix}.wgate.weight", rows, config["hidden_size"])
-    yield plain(f"{prefix}.norm.weight", width)
+    yield make_bf16_entry(f"{prefix}.wkv.weight", rows, config["hidden_size"])
+    yield make_bf16_entry(f"{prefix}.wgate.weight", rows, config["hidden_size"])
+    yield make_bf16_entry(f"{prefix}.norm.weight", width)
 
 
-def indexer_v4(config: Config, prefix: str, ratio: int) -> Iterator[Entry]:
+def indexer_v4(config: Config, prefix: str, ratio: int) -> Iterator[TensorEntry]:
     heads, width = config["index_n_heads"], config["index_head_dim"]
     yield from native(config, f"{prefix}.wq_b", heads * width, config["q_lora_rank"])
-    yield plain(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
+    yield make_bf16_entry(f"{prefix}.weights_proj.weight", heads, config["hidden_size"])
     yield from compressor(config, f"{prefix}.compressor", ratio, width)
 
 
-def shared_compression(text: Config, prefix: str, number: int, ratio: int) -> Iterator[Entry]:
+def shared_compression(text: Config, prefix: str, number: int, ratio: int) -> Iterator[TensorEntry]:
     """Few layers compress, and the others read what they made: so few have these tensors, whatever their ratio."""
     dim, head, heads, width = (text[key] for key in ("hidden_size", "head_dim", "index_n_heads", "index_head_dim"))
     if number in text["kv_source_layer_ids"]:
-        yield plain(f"{prefix}.compressor.wkv.weight", head, dim)
+        yield make_bf16_entry(f"{prefix}.compressor.wkv.weight", head, dim)
         if ratio > 1:
-            yield plain(f"{prefix}.compressor.wgate.weight", head, dim)
-        yield plain(f"{prefix}.compressor.norm.weight", head)
-        yield plain(f"{prefix}.indexer.wk.weight", width, head)
-        yield plain(f"{prefix}.indexer.k_norm.weight", width)
+            yield make_bf16_entry(f"{prefix}.compressor.wgate.weight", head, dim)
+        yield make_bf16_entry(f"{prefix}.compressor.norm.weight", head)
+        yield make_bf16_entry(f"{prefix}.indexer.wk.weight", width, head)
+        yield make_bf16_entry(f"{prefix}.indexer.k_norm.weight", width)
     if number in text["index_source_layer_ids"]:
         yield from native(text, f"{prefix}.indexer.wq_b", heads * width, text["q_lora_rank"])
-        yield plain(f"{prefix}.indexer.weights_proj.weight", heads, dim)
+        yield make_bf16_entry(f"{prefix}.indexer.weights_proj.weight", heads, dim)
 
 
-def experts(config: Config, prefix: str, count: int) -> Iterator[Entry]:
+def experts(config: Config, prefix: str, count: int) -> Iterator[TensorEntry]:
     dim, width = config["hidden_size"], config["moe_intermediate_size"]
-    yield plain(f"{prefix}.gate.weight", count, dim)
+    yield make_bf16_entry(f"{prefix}.gate.weight", count, dim)
     for expert in range(count):
         yield from packed(f"{prefix}.experts.{expert}.w1", width, dim)
         yield from packed(f"{prefix}.experts.{expert}.w2", dim, width)
@@ -285,12 +285,12 @@ def experts(config: Config, prefix: str, count: int) -> Iterator[Entry]:
     yield from native(config, f"{prefix}.shared_experts.w3", width, dim)
 
 
-def gate_biases(prefix: str, count: int) -> Iterator[Entry]:
+def gate_biases(prefix: str, count: int) -> Iterator[TensorEntry]:
     yield f"{prefix}.bias", "F32", (count,)
     yield f"{prefix}.bias_vl", "F32", (count,)
 
 
-def engram(text: Config, prefix: str, number: int) -> Iterator[Entry]:
+def engram(text: Config, prefix: str, number: int) -> Iterator[TensorEntry]:
     """A table with a row for each n-gram and a scale for each 32 of a row, and what reads it."""
     dim, width, streams = text["hidden_size"], text["engram_head_dim"], text["hc_mult"]
     rows = text["engram_num_embeddings"][number]
@@ -298,42 +298,42 @@ def engram(text: Config, prefix: str, number: int) -> Iterator[Entry]:
     yield f"{prefix}.embed.weight", "F8_E4M3", (rows, width)
     yield f"{prefix}.embed.scale", "F8_E8M0", (rows, width // 32)
     yield from native(text, f"{prefix}.wkv", dim * (streams + 1), looked_up)
-    yield plain(f"{prefix}.q_weight", streams, dim)
-    yield plain(f"{prefix}.k_weight", streams, dim)
+    yield make_bf16_entry(f"{prefix}.q_weight", streams, dim)
+    yield make_bf16_entry(f"{prefix}.k_weight", streams, dim)
 
 
-def vision(config: Config, dim: int) -> Iterator[Entry]:
+def vision(config: Config, dim: int) -> Iterator[TensorEntry]:
     """An encoder of images, the two layers that lead from it to a model `dim` wide, and three special embeddings."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     yield from biased("vision.patch_embed.proj", width, 3 * config["patch_size"] ** 2)
     for number in range(config["num_hidden_layers"]):
         prefix = f"vision.blocks.{number}"
-        yield plain(f"{prefix}.norm1.weight", width)
+        yield make_bf16_entry(f"{prefix}.norm1.weight", width)
         yield from biased(f"{prefix}.attn.wqkv", 3 * width, width)
         yield from biased(f"{prefix}.attn.wo", width, width)
-        yield plain(f"{prefix}.norm2.weight", width)
-        yield plain(f"{prefix}.mlp.w1.weight", 2 * inner, width)
-        yield plain(f"{prefix}.mlp.w2.weight", width, inner)
-    yield plain("vision.norm.weight", width)
+        yield make_bf16_entry(f"{prefix}.norm2.weight", width)
+        yield make_bf16_entry(f"{prefix}.mlp.w1.weight", 2 * inner, width)
+        yield make_bf16_entry(f"{prefix}.mlp.w2.weight", width, inner)
+    yield make_bf16_entry("vision.norm.weight", width)
     yield from biased("aligner.w1", dim, width * config["downsample_ratio"] ** 2)
     yield from biased("aligner.w2", dim, dim)
     for name in ("image_start", "image_end", "image_newline"):
-        yield plain(name, dim)
+        yield make_bf16_entry(name, dim)
 
 
-def biased(prefix: str, rows: int, columns: int) -> Iterator[Entry]:
-    yield plain(f"{prefix}.weight", rows, columns)
-    yield plain(f"{prefix}.bias", rows)
+def biased(prefix: str, rows: int, columns: int) -> Iterator[TensorEntry]:
+    yield make_bf16_entry(f"{prefix}.weight", rows, columns)
+    yield make_bf16_entry(f"{prefix}.bias", rows)
 
 
-def native(config: Config, prefix: str, rows: int, columns: int) -> Iterator[Entry]:
+def native(config: Config, prefix: str, rows: int, columns: int) -> Iterator[TensorEntry]:
     """An FP8 weight with a power of two for each block, the last blocks smaller."""
     block_rows, block_columns = config["quantization_config"]["weight_block_size"]
     yield f"{prefix}.weight", "F8_E4M3", (rows, columns)
     yield f"{prefix}.scale", "F8_E8M0", (-(-rows // block_rows), -(-columns // block_columns))
 
 
-def packed(prefix: str, rows: int, columns: int) -> Iterator[Entry]:
+def packed(prefix: str, rows: int, columns: int) -> Iterator[TensorEntry]:
     """An FP4 weight, two values a byte, with a power of two for each 32 of a row."""
     yield f"{prefix}.weight", "I8", (rows, columns // 2)
     yield f"{prefix}.scale", "F8_E8M0", (rows, columns // 32)

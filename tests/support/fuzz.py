@@ -23,11 +23,11 @@ from safetensors.numpy import save
 from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 from reshard.errors import Refused
-from reshard.execution.journal import COUNT, RECORD, left_names, read_batches
+from reshard.execution.journal import BATCH_COUNT, RECORD, list_left_files, read_batches
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.json_input import MAX_INTEGER
-from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, header_length, parse_header
+from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, parse_header, read_header_length
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.match import match
@@ -62,7 +62,7 @@ def header(data: bytes) -> None:
     data_size, text = int.from_bytes(data[:2], "little"), data[2:]
     size = LENGTH_SIZE + len(text) + data_size
     with suppress(Refused):
-        header_length(data[:LENGTH_SIZE], size, "x")
+        read_header_length(data[:LENGTH_SIZE], size, "x")
     theirs = by_safetensors(len(text).to_bytes(LENGTH_SIZE, "little") + text + bytes(data_size))
     try:
         found = parse_header(text, 0, size, "x")
@@ -136,12 +136,12 @@ def journal(data: bytes) -> None:
             assert len(records) % RECORD.size == 0
             assert end <= len(content)
     with folder({JOURNAL: data}) as place:
-        assert left_names(place) <= {path.name for path in place.iterdir()}
+        assert list_left_files(place) <= {path.name for path in place.iterdir()}
 
 
 def with_checksums(data: bytes) -> bytes:
     count = len(data) // RECORD.size
-    batch = COUNT.pack(count) + data[: count * RECORD.size]
+    batch = BATCH_COUNT.pack(count) + data[: count * RECORD.size]
     return batch + xxh3_64_digest(batch) + data[count * RECORD.size :]
 
 

@@ -45,21 +45,21 @@ MUTATIONS = (
     Mutation(
         "sources/match",
         "only the first of the unknown tensors is reported",
-        "for name in one_of_each_first(unmatched):",
-        "for name in one_of_each_first(unmatched)[:1]:",
+        "for name in sort_one_of_each_first(unmatched):",
+        "for name in sort_one_of_each_first(unmatched)[:1]:",
         "test_match.py::test_every_unknown_name_is_told",
     ),
     Mutation(
         "sources/match",
         "two tensors may get one name",
-        "require_none(clashes(families))",
+        "require_none(check_clashes(families))",
         "pass",
         "test_convert.py::test_two_tensors_of_one_new_name_are_refused",
     ),
     Mutation(
         "sources/match",
         "nothing is ever missing",
-        "require_none(missing_problems(checkpoint.config, recipe, members, present, keep_optional=keep_optional))",
+        "require_none(check_missing(checkpoint.config, recipe, members, present, keep_optional=keep_optional))",
         "pass",
         "test_match.py::test_a_tensor_that_is_missing_is_named",
     ),
@@ -86,7 +86,7 @@ MUTATIONS = (
     ),
     Mutation(
         "planning/shards",
-        "experts are dealt like cards, 0, 4, 8 to the first rank",
+        "experts are assign_to_ranks like cards, 0, 4, 8 to the first rank",
         "for numbers in kind.numbers], np.int64) // members",
         "for numbers in kind.numbers], np.int64) % terms.layout.ranks",
         "test_plan.py::test_experts_go_whole_and_in_order_of_number",
@@ -143,8 +143,8 @@ MUTATIONS = (
     Mutation(
         "planning/shards",
         "two halves are cut as if they were one tensor",
-        "        return whole(tensor, ranks)\n    return packed(tensor, parts) if split.is_packed else along(",
-        "        return whole(tensor, ranks)\n    return along(",
+        "        return cut_nothing(tensor, ranks)\n    return cut_packed(tensor, parts) if split.is_packed else cut_along(",
+        "        return cut_nothing(tensor, ranks)\n    return cut_along(",
         "test_gaps.py::test_each_half_is_cut_by_itself",
     ),
     Mutation(
@@ -184,7 +184,7 @@ MUTATIONS = (
     ),
     Mutation(
         "planning/transforms",
-        "what suits the ranks already is padded too",
+        "what suits_ranks the ranks already is pad_outcome too",
         "for more in range(value, MOST * value + 1)",
         "for more in range(value + 1, MOST * value + 1)",
         "test_family_conversions.py::test_padding_where_nothing_straddles_changes_nothing",
@@ -217,14 +217,14 @@ MUTATIONS = (
         """\
         for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
-            drop_cached(self._targets[file], self._ways)
+            drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
 """,
         """\
         append_records(self._journal, batch)
         for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
-            drop_cached(self._targets[file], self._ways)
+            drop_from_cache(self._targets[file], self._ways)
 """,
         "test_durability.py::test_a_batch_of_the_journal_comes_behind_the_bytes_that_it_speaks_of",
     ),
@@ -273,14 +273,14 @@ MUTATIONS = (
     Mutation(
         "casts/streaming",
         "padding is what was in the buffer before",
-        "            fill(rows, cast)\n",
+        "            fill_padding(rows, cast)\n",
         "            pass\n",
         "test_family_conversions.py::test_padding_is_that_of_the_oracle[32-more0]",
     ),
     Mutation(
         "casts/streaming",
         "the padding of block scales is zeros",
-        "one = ONES[cast.result.dtype] if cast.is_scale else bytes(1)",
+        "one = SCALE_ONES[cast.result.dtype] if cast.is_scale else bytes(1)",
         "one = bytes(1)",
         "test_family_conversions.py::test_padding_is_that_of_the_oracle[32-more0]",
     ),
@@ -443,7 +443,7 @@ MUTATIONS = (
     Mutation(
         "formats/manifest",
         "a manifest is believed without its checksum",
-        "if found != own_checksum(manifest) or not is_well_formed(manifest):",
+        "if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):",
         "if not is_well_formed(manifest):",
         "test_gaps.py::test_a_manifest_with_another_value_in_it_is_refused",
     ),
@@ -494,14 +494,14 @@ MUTATIONS = (
     Mutation(
         "verification/verify",
         "differences are found and not reported",
-        "    problems.extend(difference_problems(trace, comparison))\n",
+        "    problems.extend(check_differences(trace, comparison))\n",
         "",
         "test_verify.py::test_the_first_and_the_last_bit_of_every_tensor_are_seen[0-False]",
     ),
     Mutation(
         "verification/verify",
         "what all ranks lack is not missed",
-        "    yield from absent_problems(trace, looked_at, wanted)\n",
+        "    yield from check_missing_tensors(trace, looked_at, wanted)\n",
         "",
         "test_verify.py::test_a_tensor_that_all_ranks_lack_is_named",
     ),
@@ -536,7 +536,7 @@ MUTATIONS = (
     Mutation(
         "verification/expected",
         "packed FP4 may be called I8 in a rank file",
-        'return "F4" if is_packed(weight, scaling) and not is_whole else weight.dtype',
+        'return "F4" if is_packed_fp4(weight, scaling) and not is_whole else weight.dtype',
         "return weight.dtype",
         "test_verify_casts.py::test_packed_weights_are_called_so",
     ),
@@ -584,7 +584,7 @@ MUTATIONS = (
     ),
     Mutation(
         "verification/reference_casts",
-        "verify takes the high half of a byte of FP4 for the even column",
+        "verify takes the high half of a byte of FP4_CODE_VALUES for the even column",
         "np.stack([packed & 15, packed >> 4], axis=-1)",
         "np.stack([packed >> 4, packed & 15], axis=-1)",
         "test_reference_casts.py::test_the_even_column_of_fp4_is_in_the_low_half",
@@ -613,8 +613,8 @@ MUTATIONS = (
     Mutation(
         "verification/checksums",
         "a sample need not hold the end of a file",
-        "sorted({0, numbers[-1], *spread(",
-        "sorted({0, *spread(",
+        "sorted({0, numbers[-1], *sample_evenly(",
+        "sorted({0, *sample_evenly(",
         "test_checksums.py::test_the_smallest_sample_sees_the_header_and_the_last_byte",
     ),
     Mutation(

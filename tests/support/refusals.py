@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from reshard.recipes.recipe import FOLDER
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.recipes.recipe import FAMILIES_FOLDER
+from reshard.synthetic import SMALL_V3, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
 FIRST, SECOND, THIRD = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
 
 TINY: Mapping[str, Any] = {
-    **SMALL,
+    **SMALL_V3,
     "hidden_size": 128,
     "intermediate_size": 512,
     "kv_lora_rank": 128,
@@ -196,7 +196,7 @@ def recipe(old: str, new: str) -> Damage:
     """Converts by an own recipe: the packaged one with an edit."""
 
     def damage(trial: Trial) -> None:
-        text = (FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
+        text = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
         assert old in text
         path = trial.source.parent / "mine.toml"
         path.write_text(text.replace(old, new, 1), encoding="utf-8")

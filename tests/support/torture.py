@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from reshard.formats.target_names import JOURNAL
-from reshard.synthetic import SMALL, write_checkpoint
-from reshard.text import table
+from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.text import format_table
 
 RANKS = 4
 FILES = 4
-LARGE: dict[str, Any] = {**SMALL, "num_hidden_layers": 16}
+LARGE: dict[str, Any] = {**SMALL_V3, "num_hidden_layers": 16}
 """A DeepSeek-V3 of 138 MB, so that writing takes most of the time of a run."""
 PROGRAM = """
 import os, pathlib
@@ -253,7 +253,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="reshard-torture-", dir=options.folder))
     tallies = torture(folder, options.kills, random.Random(options.seed))
     heads = ("cache", "jobs", "conversions", "kills", "with records", "resumed bytes", "wrong")
-    print("\n" + table(heads, tally_rows(tallies)))
+    print("\n" + format_table(heads, tally_rows(tallies)))
     if wrong := [text for tally in tallies.values() for text in tally.wrong]:
         print("\n".join(wrong), f"\nseed {options.seed}; see {folder}", file=sys.stderr)
         return 1

@@ -21,8 +21,8 @@ from skeletons import BF16, E8M0, F8, FP4, Parameters
 
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.recipes.recipe import FOLDER, parse_recipe
-from reshard.target.side_files import run_config, run_obstacles
+from reshard.recipes.recipe import FAMILIES_FOLDER, parse_recipe
+from reshard.target.side_files import find_run_obstacles, make_run_config
 
 Source = Callable[[str], Path]
 
@@ -339,7 +339,7 @@ def test_what_the_inference_code_cannot_run_has_no_configuration(source: Source,
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         plan = convert_checkpoint(Job(folder, 2), target).plan
         assert not (target / "run_config.json").exists()
-        assert any(word in reason for reason in run_obstacles(plan))
+        assert any(word in reason for reason in find_run_obstacles(plan))
 
 
 def run_config_of(folder: Path, changes: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
@@ -385,7 +385,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def as_published(job: Job, config: Mapping[str, Any]) -> str:
     """The run configuration of the small model of a job, had it the config of the published one."""
-    return run_config(replace(plan_conversion(job), config=config))
+    return make_run_config(replace(plan_conversion(job), config=config))
 
 
 # --- the published ones ---
@@ -394,7 +394,7 @@ def as_published(job: Job, config: Mapping[str, Any]) -> str:
 def test_the_file_of_v4_flash_is_byte_for_byte_the_published_one(tmp_path: Path) -> None:
     """Of the whole model; what is planned is all that counts."""
     write_full(tmp_path, "deepseek-v4-flash")
-    assert run_config(plan_conversion(Job(tmp_path, 4))) == V4_FLASH
+    assert make_run_config(plan_conversion(Job(tmp_path, 4))) == V4_FLASH
 
 
 def test_the_file_of_v4_pro_is_byte_for_byte_the_published_one(source: Source) -> None:
@@ -477,9 +477,9 @@ def test_cast_to_fp8_the_dtype_is_said(source: Source) -> None:
 def test_padding_is_a_wider_model(source: Source) -> None:
     """The widths are those of V3."""
     plan = plan_conversion(Job(source("deepseek-v3-for-32"), 32, pad=True))
-    found = json.loads(run_config(plan))
+    found = json.loads(make_run_config(plan))
     assert (found["inter_dim"], found["moe_inter_dim"], found["n_shared_experts"]) == (20480, 2048, 2)
-    without = json.loads(run_config(plan_conversion(Job(source("deepseek-v3-for-32"), 16))))
+    without = json.loads(make_run_config(plan_conversion(Job(source("deepseek-v3-for-32"), 16))))
     assert {key for key in found if found[key] != without[key]} == {"inter_dim", "n_shared_experts"}
 
 
@@ -564,7 +564,7 @@ def test_so_it_does_for_v2(folder: Path, q_lora: bool) -> None:  # noqa: FBT001 
     ],
 )
 def test_a_faulty_entry_is_refused(old: str, new: str) -> None:
-    text = (FOLDER / "deepseek-v41.toml").read_text()
+    text = (FAMILIES_FOLDER / "deepseek-v41.toml").read_text()
     assert old in text
     with pytest.raises(Refused) as error:
         parse_recipe(text.replace(old, new), "mine.toml")

@@ -14,11 +14,11 @@ from safetensors import safe_open
 
 from reshard.errors import Problem, Refused
 from reshard.formats.manifest import read_manifest
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.checksums import audit_target
 
 RANKS = 2
-CONFIG = {**SMALL, "num_hidden_layers": 3, "n_routed_experts": 4, "vocab_size": 30_000}
+CONFIG = {**SMALL_V3, "num_hidden_layers": 3, "n_routed_experts": 4, "vocab_size": 30_000}
 """17 MB: large enough for several ranges of a tensor."""
 
 
@@ -133,7 +133,7 @@ def test_swapped_truncated_missing_and_extra_files_are_named(target: Path) -> No
 
 @pytest.mark.parametrize("sample", [None, Fraction(1, 1000)])
 def test_swapped_files_of_one_size_are_named(sample: Fraction | None, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "source", SMALL, 1)
+    write_checkpoint(tmp_path / "source", SMALL_V3, 1)
     convert_checkpoint(Job(tmp_path / "source", 4), tmp_path / "out")
     paths = [tmp_path / "out" / f"model{rank}-mp4.safetensors" for rank in (0, 1)]
     assert paths[0].stat().st_size == paths[1].stat().st_size
@@ -148,7 +148,7 @@ def test_swapped_files_of_one_size_are_named(sample: Fraction | None, tmp_path: 
 
 def test_swapped_files_of_other_sizes_are_named(tmp_path: Path) -> None:
     """Five digits make the header of one longer."""
-    write_checkpoint(tmp_path / "source", {**SMALL, "n_routed_experts": 16}, 1)
+    write_checkpoint(tmp_path / "source", {**SMALL_V3, "n_routed_experts": 16}, 1)
     convert_checkpoint(Job(tmp_path / "source", 4), tmp_path / "out")
     paths = [tmp_path / "out" / f"model{rank}-mp4.safetensors" for rank in (0, 3)]
     assert paths[0].stat().st_size != paths[1].stat().st_size

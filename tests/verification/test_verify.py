@@ -23,13 +23,13 @@ from torch import Tensor
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
-from reshard.synthetic import SMALL, write_checkpoint
+from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.verify import Report, verify_target
 
 RANKS = 4
 MTP_LAYER = 3
 CONFIG: Mapping[str, Any] = {
-    **SMALL,
+    **SMALL_V3,
     "hidden_size": 40,
     "intermediate_size": 1024,
     "kv_lora_rank": 24,

@@ -25,7 +25,7 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.folder import read_checkpoint
-from reshard.recipes.recipe import load_recipe, packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.sources.match import choose_recipe
 from reshard.verification.checksums import audit_target
 from reshard.verification.verify import Report, verify_target
@@ -110,7 +110,7 @@ def copied(good: Callable[[str], Made], tmp_path: Path) -> Callable[[str], Made]
 
 def verify(made: Made, sample: Fraction | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
     source = read_checkpoint(made.source)
-    return verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], advance, sample=sample)
+    return verify_target(made.target, source, choose_recipe(source, list_packaged_recipes())[0], advance, sample=sample)
 
 
 def facts(made: Made) -> set[tuple[str, str]]:
@@ -242,7 +242,7 @@ def test_some_ranks_alone_tell_what_was_kept(good: Callable[[str], Made]) -> Non
     made = good("v3 mtp")
     source = read_checkpoint(made.source)
     for rank in (0, 1):
-        report = verify_target(made.target, source, choose_recipe(source, packaged_recipes())[0], ranks=[rank])
+        report = verify_target(made.target, source, choose_recipe(source, list_packaged_recipes())[0], ranks=[rank])
         assert (report.problems, report.files) == ((), 1)
 
 

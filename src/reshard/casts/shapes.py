@@ -12,14 +12,14 @@ def unpack_shape(tensor: Tensor, *, is_packed: bool = True) -> tuple[int, ...]:
     return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if is_doubled else tensor.shape
 
 
-def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+def count_blocks(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
     """The shape of the block scales of a weight [rows, columns]: one a block; the last of a row or column may be
     smaller.
     """
     return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))
 
 
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def flatten_to_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """A shape as rows and columns: a vector is one row; leading dimensions are rows."""
     return prod(shape[:-1]), shape[-1] if shape else 1
 
@@ -29,10 +29,10 @@ def unpack_weight_shape(cast: Cast) -> tuple[int, ...]:
     return unpack_shape(cast.weight, is_packed=cast.operation != "pad")
 
 
-def computed_shape(cast: Cast) -> tuple[int, int]:
+def compute_unpadded_shape(cast: Cast) -> tuple[int, int]:
     """Rows and columns of the result of a cast without its padding."""
-    rows, columns = matrix(unpack_weight_shape(cast))
+    rows, columns = flatten_to_matrix(unpack_weight_shape(cast))
     if not cast.is_scale or cast.operation == "pad":
         return rows, columns
-    height, width = scale_shape((rows, columns), cast.new_block)
+    height, width = count_blocks((rows, columns), cast.new_block)
     return height, width

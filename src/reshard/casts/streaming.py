@@ -11,30 +11,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.code_tables import NAN, scales_as_float32
+from reshard.casts.code_tables import NAN_SCALE, decode_scales
 from reshard.casts.kernels import (
+    cast_fp4_to_fp8,
+    choose_recode,
+    compute_fp8_scales,
+    compute_scales,
     dequantize,
-    fastest_recode,
-    fp4_to_bf16,
-    fp4_to_fp8,
-    fp8_scales_of_fp4,
-    largest_magnitudes,
+    dequantize_fp4,
     quantize,
-    rounded_up,
-    scales_of_magnitudes,
+    raise_to_magnitudes,
+    round_up_scales,
 )
-from reshard.casts.shapes import computed_shape, matrix, unpack_weight_shape
+from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Read, Tensor
 
-Array = NDArray[Any]
+CastArray = NDArray[Any]
 
-ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
+SCALE_ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
 """A scale of 1."""
 
 
-class Box(NamedTuple):
+class ElementBox(NamedTuple):
     """A rectangle of a matrix, in elements; `bottom` and `right` are exclusive."""
 
     top: int
@@ -43,7 +43,7 @@ class Box(NamedTuple):
     right: int
 
 
-class Inputs(NamedTuple):
+class CastInputs(NamedTuple):
     """How a cast reads its weight and scale."""
 
     weight: Read
@@ -54,33 +54,35 @@ class Inputs(NamedTuple):
     """In bytes: the largest read of a scale."""
 
 
-def produce(cast: Cast, offset: int, out: memoryview, inputs: Inputs) -> int:
+def compute_cast(cast: Cast, offset: int, out: memoryview, inputs: CastInputs) -> int:
     """Writes the bytes of a cast's result from byte `offset` on into `out`; returns how many values are not exact.
 
     Raises Refused for a value that has no equivalent in the new dtype, such as an infinity.
     """
-    width, size = matrix(cast.result.shape)[1], BITS[cast.result.dtype] // 8
-    height, extent = computed_shape(cast)
+    width, size = flatten_to_matrix(cast.result.shape)[1], BITS[cast.result.dtype] // 8
+    height, extent = compute_unpadded_shape(cast)
     inexact = 0
-    for box, begin in stretches(offset // size, len(out) // size, width):
-        view = np.frombuffer(out, np.uint8)[begin * size : (begin + area(box)) * size]
+    for box, begin in split_range_into_boxes(offset // size, len(out) // size, width):
+        view = np.frombuffer(out, np.uint8)[begin * size : (begin + measure_area(box)) * size]
         rows = view.reshape(box.bottom - box.top, -1)
-        inner = Box(box.top, box.left, max(box.top, min(box.bottom, height)), max(box.left, min(box.right, extent)))
+        inner = ElementBox(
+            box.top, box.left, max(box.top, min(box.bottom, height)), max(box.left, min(box.right, extent))
+        )
         if inner != box:
-            fill(rows, cast)
-        for piece in pieces(inner, cast, inputs):
+            fill_padding(rows, cast)
+        for piece in split_for_reads(inner, cast, inputs):
             part = rows[piece.top - box.top : piece.bottom - box.top]
-            inexact += compute(
+            inexact += compute_box(
                 cast, piece, part[:, (piece.left - box.left) * size : (piece.right - box.left) * size], inputs
             )
     return inexact
 
 
-def area(box: Box) -> int:
+def measure_area(box: ElementBox) -> int:
     return (box.bottom - box.top) * (box.right - box.left)
 
 
-def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
+def split_range_into_boxes(first: int, count: int, width: int) -> Iterator[tuple[ElementBox, int]]:
     """Splits a range of elements into boxes: the end of a row, whole rows, the beginning of a row. Gives each box with
     the index of its first element in the range; `width` is the number of columns.
     """
@@ -88,22 +90,22 @@ def stretches(first: int, count: int, width: int) -> Iterator[tuple[Box, int]]:
     while begin < count:
         row, column = divmod(first + begin, width)
         if column or end - first - begin < width:
-            box = Box(row, column, row + 1, min(width, column + count - begin))
+            box = ElementBox(row, column, row + 1, min(width, column + count - begin))
         else:
-            box = Box(row, 0, row + (count - begin) // width, width)
+            box = ElementBox(row, 0, row + (count - begin) // width, width)
         yield box, begin
-        begin += area(box)
+        begin += measure_area(box)
 
 
-def fill(rows: Array, cast: Cast) -> None:
+def fill_padding(rows: CastArray, cast: Cast) -> None:
     """Fills bytes [rows, bytes] with padding."""
-    one = ONES[cast.result.dtype] if cast.is_scale else bytes(1)
+    one = SCALE_ONES[cast.result.dtype] if cast.is_scale else bytes(1)
     rows.reshape(rows.shape[0], -1, len(one))[:] = np.frombuffer(one, np.uint8)
 
 
-def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
+def split_for_reads(box: ElementBox, cast: Cast, inputs: CastInputs) -> Iterator[ElementBox]:
     """Splits a box so that each piece needs one read of the weight, and no read is larger than allowed."""
-    if not area(box):
+    if not measure_area(box):
         return
     if cast.is_scale and cast.operation != "pad":
         yield from (box._replace(top=row, bottom=row + 1) for row in range(box.top, box.bottom))
@@ -111,16 +113,16 @@ def pieces(box: Box, cast: Cast, inputs: Inputs) -> Iterator[Box]:
     most = inputs.most
     if cast.scale:
         # An estimate from above: as if each row had scales of its own.
-        most = min(most, inputs.most_scales * cast.block[1] * bits_of(cast) // BITS[cast.scale.dtype])
-    yield from bands(box, matrix(unpack_weight_shape(cast))[1], bits_of(cast), most)
+        most = min(most, inputs.most_scales * cast.block[1] * get_weight_bits(cast) // BITS[cast.scale.dtype])
+    yield from split_box_by_size(box, flatten_to_matrix(unpack_weight_shape(cast))[1], get_weight_bits(cast), most)
 
 
-def bits_of(cast: Cast) -> int:
+def get_weight_bits(cast: Cast) -> int:
     """The size of an element of the weight in its file, in bits."""
     return 4 if cast.weight.dtype == "I8" and cast.operation != "pad" else BITS[cast.weight.dtype]
 
 
-def bands(box: Box, width: int, bits: int, most: int) -> Iterator[Box]:
+def split_box_by_size(box: ElementBox, width: int, bits: int, most: int) -> Iterator[ElementBox]:
     """Splits a box into ranges of rows of at most `most` bytes, or of parts of a row if one is longer.
 
     `width` is the length of a row in elements, `bits` the size of an element.
@@ -133,10 +135,10 @@ def bands(box: Box, width: int, bits: int, most: int) -> Iterator[Box]:
     step = most * 8 // bits // 256 * 256
     for row in range(box.top, box.bottom):
         for column in range(box.left, box.right, step):
-            yield Box(row, column, row + 1, min(column + step, box.right))
+            yield ElementBox(row, column, row + 1, min(column + step, box.right))
 
 
-def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Array:
+def read_box(read: Read, tensor: Tensor, box: ElementBox, width: int, bits: int) -> CastArray:
     """Reads the bytes [rows, bytes] of a box of a tensor: several rows are read whole, a single row only in part."""
     if box.bottom - box.top == 1:
         begin, end = (box.top * width + box.left) * bits // 8, (box.top * width + box.right) * bits // 8
@@ -146,56 +148,58 @@ def read_box(read: Read, tensor: Tensor, box: Box, width: int, bits: int) -> Arr
     return data.reshape(-1, pitch)[:, box.left * bits // 8 : box.right * bits // 8]
 
 
-def weight_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
+def read_weight_box(cast: Cast, box: ElementBox, inputs: CastInputs) -> CastArray:
     """Reads the bytes [rows, bytes] of a box of the weight."""
-    return read_box(inputs.weight, cast.weight, box, matrix(unpack_weight_shape(cast))[1], bits_of(cast))
+    return read_box(
+        inputs.weight, cast.weight, box, flatten_to_matrix(unpack_weight_shape(cast))[1], get_weight_bits(cast)
+    )
 
 
-def blocks_of(box: Box, block: tuple[int, int]) -> Box:
+def find_touched_blocks(box: ElementBox, block: tuple[int, int]) -> ElementBox:
     """The blocks that a box touches, as a box of the matrix of scales."""
-    return Box(box.top // block[0], box.left // block[1], -(-box.bottom // block[0]), -(-box.right // block[1]))
+    return ElementBox(box.top // block[0], box.left // block[1], -(-box.bottom // block[0]), -(-box.right // block[1]))
 
 
-def phase_of(box: Box, block: tuple[int, int]) -> tuple[int, int]:
+def find_phase(box: ElementBox, block: tuple[int, int]) -> tuple[int, int]:
     """Row and column of the box's first element within its block."""
     return box.top % block[0], box.left % block[1]
 
 
-def scale_box(cast: Cast, box: Box, inputs: Inputs) -> Array:
+def read_scale_box(cast: Cast, box: ElementBox, inputs: CastInputs) -> CastArray:
     """Reads a box of the scale [rows, columns], as bit patterns."""
     scale = cast.scale
     if scale is None:
         raise ValueError(f"{cast.operation} without a scale")
     bits = BITS[scale.dtype]
-    data = read_box(inputs.scale, scale, box, matrix(scale.shape)[1], bits)
+    data = read_box(inputs.scale, scale, box, flatten_to_matrix(scale.shape)[1], bits)
     return np.ascontiguousarray(data).view({8: np.uint8, 16: np.uint16, 32: np.uint32}[bits])
 
 
-def compute(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs) -> int:
     """Computes a box of a cast's result into bytes [rows, bytes]; returns how many values are not exact."""
     if cast.operation == "pad":
-        out[:] = weight_box(cast, box, inputs)
+        out[:] = read_weight_box(cast, box, inputs)
         return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)
     if cast.operation == "fp4-to-fp8":
-        return compute_fp8(cast, box, out, inputs)
+        return compute_fp8_of_fp4(cast, box, out, inputs)
     if cast.operation == "fp4-to-fp8-scale":
-        out[:] = fp8_scales(cast, box, inputs)
+        out[:] = read_fp8_scales(cast, box, inputs)
         return 0
     if cast.is_scale:
-        out.view(np.float32)[:] = amax_scales(cast, box, inputs)
+        out.view(np.float32)[:] = read_quantize_scales(cast, box, inputs)
         return 0
-    scales = amax_scales(cast, blocks_of(box, cast.block), inputs)
-    values = weight_box(cast, box, inputs).view(np.uint16)
-    quantize(values, scales, cast.block, phase_of(box, cast.block), out)
+    scales = read_quantize_scales(cast, find_touched_blocks(box, cast.block), inputs)
+    values = read_weight_box(cast, box, inputs).view(np.uint16)
+    quantize(values, scales, cast.block, find_phase(box, cast.block), out)
     return 0
 
 
-def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+def compute_dequantized(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs) -> int:
     """Computes a box of a dequantized weight, as BF16 bit patterns [rows, columns]. Returns 0: rounding is expected."""
-    blocks, phase = blocks_of(box, cast.block), phase_of(box, cast.block)
-    scales = scale_box(cast, blocks, inputs)
+    blocks, phase = find_touched_blocks(box, cast.block), find_phase(box, cast.block)
+    scales = read_scale_box(cast, blocks, inputs)
     if cast.weight.dtype == "I8":
         wide = box._replace(left=box.left - box.left % 2, right=box.right + box.right % 2)
         if wide != box:  # the box begins or ends within a byte, which has two columns
@@ -203,66 +207,68 @@ def compute_dequantized(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int
             inexact = compute_dequantized(cast, wide, both, inputs)
             out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
             return inexact
-        fp4_to_bf16(weight_box(cast, box, inputs), scales, phase, out, fastest_recode())
+        dequantize_fp4(read_weight_box(cast, box, inputs), scales, phase, out, choose_recode())
         return 0
-    values = scales_as_float32(scales, cast.scale.dtype if cast.scale else "")
-    dequantize(weight_box(cast, box, inputs), values, cast.block, phase, out, fastest_recode())
+    values = decode_scales(scales, cast.scale.dtype if cast.scale else "")
+    dequantize(read_weight_box(cast, box, inputs), values, cast.block, phase, out, choose_recode())
     return 0
 
 
-def compute_fp8(cast: Cast, box: Box, out: Array, inputs: Inputs) -> int:
+def compute_fp8_of_fp4(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs) -> int:
     """Computes a box of an FP4 weight in FP8, as codes [rows, columns]; returns how many values are not exact."""
     new = cast.new_block
-    scales = fp8_scales(cast, blocks_of(box, new), inputs)
-    groups = scale_box(cast, blocks_of(box, cast.block), inputs)
-    packed = weight_box(cast, box, inputs)
-    return fp4_to_fp8(np.ascontiguousarray(packed), groups, scales, new, phase_of(box, new), out, fastest_recode())
+    scales = read_fp8_scales(cast, find_touched_blocks(box, new), inputs)
+    groups = read_scale_box(cast, find_touched_blocks(box, cast.block), inputs)
+    packed = read_weight_box(cast, box, inputs)
+    return cast_fp4_to_fp8(
+        np.ascontiguousarray(packed), groups, scales, new, find_phase(box, new), out, choose_recode()
+    )
 
 
-def fp8_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
+def read_fp8_scales(cast: Cast, blocks: ElementBox, inputs: CastInputs) -> CastArray:
     """Computes the F8_E8M0 scales of FP8 blocks from the scales of the FP4 groups in them. Raises Refused for a NaN."""
-    rows, columns = matrix(unpack_weight_shape(cast))
+    rows, columns = flatten_to_matrix(unpack_weight_shape(cast))
     new, old = cast.new_block, cast.block
     found = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint8)
     for line in range(blocks.top, blocks.bottom):
         top, bottom = line * new[0], min(rows, (line + 1) * new[0])
         step = max(1, inputs.most_scales // -(-columns // old[1]))
         for row in range(top, bottom, step):
-            inside = Box(row, blocks.left * new[1], min(bottom, row + step), min(columns, blocks.right * new[1]))
-            groups = scale_box(cast, blocks_of(inside, old), inputs)
-            if np.any(groups == NAN):
-                raise not_finite(cast.scale or cast.weight)
-            scales = fp8_scales_of_fp4(groups, new, (row - top, 0))
+            inside = ElementBox(row, blocks.left * new[1], min(bottom, row + step), min(columns, blocks.right * new[1]))
+            groups = read_scale_box(cast, find_touched_blocks(inside, old), inputs)
+            if np.any(groups == NAN_SCALE):
+                raise refuse_not_finite(cast.scale or cast.weight)
+            scales = compute_fp8_scales(groups, new, (row - top, 0))
             here = found[line - blocks.top : line - blocks.top + 1]
             np.maximum(here, scales, out=here)
     return found
 
 
-def amax_scales(cast: Cast, blocks: Box, inputs: Inputs) -> Array:
+def read_quantize_scales(cast: Cast, blocks: ElementBox, inputs: CastInputs) -> CastArray:
     """Computes the float32 scales of blocks from their largest magnitudes. Raises Refused for an infinity or NaN."""
-    rows, columns = matrix(cast.weight.shape)
+    rows, columns = flatten_to_matrix(cast.weight.shape)
     block = cast.block
     largest = np.zeros((blocks.bottom - blocks.top, blocks.right - blocks.left), np.uint16)
     for line in range(blocks.top, blocks.bottom):
-        inside = Box(
+        inside = ElementBox(
             line * block[0],
             blocks.left * block[1],
             min(rows, (line + 1) * block[0]),
             min(columns, blocks.right * block[1]),
         )
-        for piece in bands(inside, columns, 16, inputs.most):
-            values = weight_box(cast, piece, inputs).view(np.uint16)
+        for piece in split_box_by_size(inside, columns, 16, inputs.most):
+            values = read_weight_box(cast, piece, inputs).view(np.uint16)
             first = piece.left // block[1] - blocks.left
-            touched = blocks_of(piece, block)
+            touched = find_touched_blocks(piece, block)
             place = largest[line - blocks.top : line - blocks.top + 1, first : first + touched.right - touched.left]
-            largest_magnitudes(values, block, phase_of(piece, block), place)
+            raise_to_magnitudes(values, block, find_phase(piece, block), place)
     if np.any(largest >= 0x7F80):
-        raise not_finite(cast.weight)
-    scales = scales_of_magnitudes(largest)
-    return scales_as_float32(rounded_up(scales), "F8_E8M0") if "ue8m0" in cast.operation else scales
+        raise refuse_not_finite(cast.weight)
+    scales = compute_scales(largest)
+    return decode_scales(round_up_scales(scales), "F8_E8M0") if "ue8m0" in cast.operation else scales
 
 
-def not_finite(tensor: Tensor) -> Exception:
+def refuse_not_finite(tensor: Tensor) -> Exception:
     """The refusal of a tensor with an infinity or NaN."""
     found = "a value that is infinite or no number"
     return refuse("not-finite", tensor.name, found, "finite numbers: FP8 has no other", "mend the checkpoint")

@@ -9,12 +9,12 @@ from typing import Any
 from reshard import api
 from reshard.api import Conversion, describe_conversion
 from reshard.cli.terminal import PROVEN, print_json, show_progress
-from reshard.execution.execute import memory_per_job
-from reshard.formats.manifest import subset_lines
+from reshard.execution.execute import measure_memory_per_thread
+from reshard.formats.manifest import list_subset_lines
 from reshard.planning.plan import Plan, describe_casts, describe_coverage, describe_dropped, describe_files
-from reshard.target.manifest_writer import describe_plan, lost_lines
-from reshard.target.side_files import run_obstacles
-from reshard.text import counted, printable, size_text
+from reshard.target.manifest_writer import describe_lost, describe_plan
+from reshard.target.side_files import find_run_obstacles
+from reshard.text import escape, format_count, format_size
 from reshard.types import RANKS
 
 CHOICES = (
@@ -29,11 +29,11 @@ WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart")
 
 def run_convert(options: argparse.Namespace) -> int:
     """Runs `convert`, or prints its plan with `--dry-run`. Returns the exit code. Raises Refused."""
-    chosen = options_of(options)
+    chosen = collect_options(options)
     if options.dry_run:
         plan = api.plan(options.source, target=options.target, **chosen)
         if not plan.files and not options.json:
-            print(printable(f"{options.target}: converted already; no tensor would be written"))
+            print(escape(f"{options.target}: converted already; no tensor would be written"))
             return PROVEN
         return print_plan(plan, as_json=options.json)
     ways = {name: getattr(options, name) for name in WAYS}
@@ -58,10 +58,10 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Runs `plan`: prints what `convert` would write. Returns the exit code. Raises Refused."""
-    return print_plan(api.plan(options.source, **options_of(options)), as_json=options.json)
+    return print_plan(api.plan(options.source, **collect_options(options)), as_json=options.json)
 
 
-def options_of(options: argparse.Namespace) -> dict[str, Any]:
+def collect_options(options: argparse.Namespace) -> dict[str, Any]:
     """Collects the options that choose what to convert, as keyword arguments of `reshard.convert`."""
     return {name: getattr(options, name) for name in CHOICES} | {"keep_mtp": options.mtp == "keep"}
 
@@ -69,22 +69,22 @@ def options_of(options: argparse.Namespace) -> dict[str, Any]:
 def print_plan(plan: Plan, *, as_json: bool) -> int:
     """Prints a plan as tables or JSON. Returns the exit code."""
     if as_json:
-        print_json(plan_facts(plan))
+        print_json(describe_plan_facts(plan))
     else:
-        print("\n".join(map(printable, [*plan_lines(plan), *run_lines(plan), *lost_lines(plan)])))
+        print("\n".join(map(escape, [*plan_lines(plan), *explain_no_run_config(plan), *describe_lost(plan)])))
     return PROVEN
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Describes a plan: its tables, and the memory that each job takes."""
     yield from describe_files(plan)
-    yield f"memory: {size_text(memory_per_job(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
+    yield f"memory: {format_size(measure_memory_per_thread(plan))} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield from describe_coverage(plan)
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def describe_plan_facts(plan: Plan) -> dict[str, Any]:
     """Describes a plan as JSON values, with the tensors that cannot be restored and the reasons for no run config."""
-    return {**describe_plan(plan), "not_restored": [*lost_lines(plan)], "no_run_config": [*run_obstacles(plan)]}
+    return {**describe_plan(plan), "not_restored": [*describe_lost(plan)], "no_run_config": [*find_run_obstacles(plan)]}
 
 
 def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int:
@@ -92,37 +92,39 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
     if options.json:
         status = "converted" if conversion.done else "already-converted"
         done = asdict(conversion.done) if conversion.done else None
-        print_json({"status": status, "seconds": conversion.seconds, "done": done, **plan_facts(conversion.plan)})
+        print_json(
+            {"status": status, "seconds": conversion.seconds, "done": done, **describe_plan_facts(conversion.plan)}
+        )
     else:
-        print("\n".join(map(printable, conversion_lines(conversion, options))))
+        print("\n".join(map(escape, summarize_conversion(conversion, options))))
     return PROVEN
 
 
-def conversion_lines(conversion: Conversion, options: argparse.Namespace) -> Iterator[str]:
+def summarize_conversion(conversion: Conversion, options: argparse.Namespace) -> Iterator[str]:
     """Summarizes a conversion; the last line is the command that verifies it."""
     plan, done = conversion.plan, conversion.done
     yield from describe_conversion(conversion)
     if done:
-        jobs = jobs_text(done.jobs, getattr(options, "jobs", None))
+        jobs = describe_jobs(done.jobs, getattr(options, "jobs", None))
         yield f"{jobs}, read {done.ways.read}, written {done.ways.write}"
         if done.inexact:
-            yield f"rounded: {counted(done.inexact, 'values')} that the new dtype does not have"
-    yield from subset_lines(plan.source.subset)
+            yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
+    yield from list_subset_lines(plan.source.subset)
     yield from describe_casts(plan)
     yield from describe_dropped(plan)
-    yield from run_lines(plan)
-    yield from lost_lines(plan)
-    yield f"next: {verify_command(conversion, options)}"
+    yield from explain_no_run_config(plan)
+    yield from describe_lost(plan)
+    yield f"next: {make_verify_command(conversion, options)}"
 
 
-def jobs_text(jobs: int, asked: int | None) -> str:
+def describe_jobs(jobs: int, asked: int | None) -> str:
     """Describes the number of jobs: `2 jobs`; if memory allowed fewer than requested, both numbers."""
     if asked is None or jobs >= asked:
-        return counted(jobs, "jobs")
-    return f"{jobs} of {counted(asked, 'jobs')} (--max-memory allows no more)"
+        return format_count(jobs, "jobs")
+    return f"{jobs} of {format_count(asked, 'jobs')} (--max-memory allows no more)"
 
 
-def verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
+def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
     """Makes the shell command that verifies a target. A target restored from rank files is compared with them, unless
     tensors were chosen or cast: then its checksums are verified.
     """
@@ -140,6 +142,6 @@ def verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def run_lines(plan: Plan) -> Iterator[str]:
+def explain_no_run_config(plan: Plan) -> Iterator[str]:
     """Explains why there is no run configuration; no line if there is one."""
-    yield from (f"no run_config.json: {reason}" for reason in run_obstacles(plan))
+    yield from (f"no run_config.json: {reason}" for reason in find_run_obstacles(plan))

@@ -5,12 +5,12 @@ import tempfile
 from pathlib import Path
 
 from reshard import api
-from reshard.cli.convert import conversion_lines, plan_lines
+from reshard.cli.convert import plan_lines, summarize_conversion
 from reshard.cli.terminal import show_progress
-from reshard.cli.verify import say_report
+from reshard.cli.verify import print_report
 from reshard.inspection.contents import inspect_path
-from reshard.synthetic import SMALL, write_checkpoint
-from reshard.text import printable
+from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.text import escape
 
 RANKS = 4
 """Number of ranks of the target."""
@@ -22,29 +22,29 @@ FILES = 4
 def run_demo(options: argparse.Namespace) -> int:
     """Runs `demo` in the given folder or a temporary one. Returns the exit code of the verification."""
     if options.folder:
-        return demonstrate(options.folder, as_json=options.json)
+        return run_demo_in(options.folder, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="reshard-demo-") as folder:
-        return demonstrate(Path(folder), as_json=options.json)
+        return run_demo_in(Path(folder), as_json=options.json)
 
 
-def demonstrate(folder: Path, *, as_json: bool) -> int:
+def run_demo_in(folder: Path, *, as_json: bool) -> int:
     """Runs the demo in the subfolders `source` and `ranks` of a folder. Returns the exit code of the verification."""
     source, target = folder / "source", folder / "ranks"
 
     def say(text: str) -> None:
         if not as_json:
-            print("\n".join(map(printable, text.split("\n"))))
+            print("\n".join(map(escape, text.split("\n"))))
 
     say(f"1. Make a small checkpoint of DeepSeek-V3's true layout\n\n$ reshard inspect {source}")
-    write_checkpoint(source, SMALL, FILES)
+    write_checkpoint(source, SMALL_V3, FILES)
     say(str(inspect_path(source)))
     say(f"\n2. Plan, from the headers alone\n\n$ reshard plan {source} --mp {RANKS}")
     say("\n".join(plan_lines(api.plan(source, RANKS))))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     with show_progress("convert") as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)
-    say("\n".join(conversion_lines(conversion, argparse.Namespace())))
+    say("\n".join(summarize_conversion(conversion, argparse.Namespace())))
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     with show_progress("verify") as progress:
         report = api.verify(target, source, progress=progress)
-    return say_report(report, target, source, as_json=as_json)
+    return print_report(report, target, source, as_json=as_json)

@@ -9,9 +9,9 @@ from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
-from reshard.recipes.formulas import unknown_text
-from reshard.recipes.recipe import describe_recipe, load_recipe, packaged_recipes
-from reshard.text import listed, printable, table
+from reshard.recipes.formulas import describe_unknown_keys
+from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
+from reshard.text import escape, format_list, format_table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -46,12 +46,14 @@ def require_no_more(options: argparse.Namespace) -> None:
     taken = {"list": 0, "check": 2}.get(options.action, 1)
     if words[taken:]:
         expected = f"at most {taken} behind it" if taken else "nothing behind it"
-        raise refuse("wrong-option", f"recipes {options.action}", listed(words), expected, "leave out what is too much")
+        raise refuse(
+            "wrong-option", f"recipes {options.action}", format_list(words), expected, "leave out what is too much"
+        )
 
 
 def list_recipes(*, as_json: bool) -> int:
     """Prints the packaged recipes, each with the models that it was checked against. Returns the exit code."""
-    recipes = packaged_recipes()
+    recipes = list_packaged_recipes()
     if as_json:
         print_json([describe_recipe(recipe) for recipe in recipes])
     else:
@@ -69,7 +71,7 @@ def show_recipe(name: str, *, as_json: bool) -> int:
         print_json(describe_recipe(recipe))
     else:
         text = Path(recipe.origin).read_text(encoding="utf-8").rstrip("\n")
-        print("\n".join(map(printable, text.split("\n"))))
+        print("\n".join(map(escape, text.split("\n"))))
     return PROVEN
 
 
@@ -84,7 +86,7 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     else:
         rows = [(counted, f"{count:,}") for counted, count in fit.counts.items()]
         lines = [f"{name} fits {source}: {fit.tensors:,} tensors, each under one rule"]
-        lines += table(("", "found"), rows).split("\n")
-        lines += [unknown_text(fit.unknown_keys)] if fit.unknown_keys else []
-        print("\n".join(map(printable, lines)))
+        lines += format_table(("", "found"), rows).split("\n")
+        lines += [describe_unknown_keys(fit.unknown_keys)] if fit.unknown_keys else []
+        print("\n".join(map(escape, lines)))
     return PROVEN

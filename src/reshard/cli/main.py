@@ -15,7 +15,7 @@ from pathlib import Path
 from reshard import __version__
 from reshard.cli.terminal import INTERRUPTED, REFUSED, print_aside, print_json
 from reshard.errors import Refused
-from reshard.text import printable
+from reshard.text import escape
 
 Parser = argparse.ArgumentParser
 
@@ -53,7 +53,7 @@ def add_job(parser: Parser) -> None:
     )
     parser.add_argument(
         "--max-file-size",
-        type=memory,
+        type=parse_size,
         metavar="SIZE",
         help="with --to hf; default: the files that rank files once came from, or 5GB",
     )
@@ -63,8 +63,10 @@ def add_job(parser: Parser) -> None:
         default="compare",
         help="of what several ranks of a source hold: all must be equal, or take the first",
     )
-    parser.add_argument("--layers", type=numbers, metavar="0-3,7", help="convert these layers only")
-    parser.add_argument("--experts", type=numbers, metavar="0-15", help="convert these experts of each layer only")
+    parser.add_argument("--layers", type=parse_numbers, metavar="0-3,7", help="convert these layers only")
+    parser.add_argument(
+        "--experts", type=parse_numbers, metavar="0-15", help="convert these experts of each layer only"
+    )
     parser.add_argument("--renumber", action="store_true", help="number the layers and experts that are left from 0 on")
     parser.add_argument(
         "--only",
@@ -74,7 +76,7 @@ def add_job(parser: Parser) -> None:
         help="write the tensors of these names only; repeatable",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
-    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="write the files of these ranks only")
+    parser.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="write the files of these ranks only")
     parser.add_argument(
         "--ignore-extra-files", action="store_true", help="leave out safetensors files that the index does not name"
     )
@@ -85,9 +87,9 @@ def add_convert(parser: Parser) -> None:
     add_job(parser)
     parser.add_argument("target", type=Path, help="the folder to write, empty or not there")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="threads; default: by the processors")
+    parser.add_argument("--jobs", type=parse_positive, metavar="N", help="threads; default: by the processors")
     parser.add_argument(
-        "--max-memory", type=memory, default="256MiB", metavar="SIZE", help="of all buffers; default: %(default)s"
+        "--max-memory", type=parse_size, default="256MiB", metavar="SIZE", help="of all buffers; default: %(default)s"
     )
     parser.add_argument(
         "--cache",
@@ -114,10 +116,15 @@ def add_verify(parser: Parser) -> None:
         "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
-    parser.add_argument("--ranks", type=numbers, metavar="0-3,7", help="with --source: the files of these ranks only")
+    parser.add_argument(
+        "--ranks", type=parse_numbers, metavar="0-3,7", help="with --source: the files of these ranks only"
+    )
     parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
     parser.add_argument(
-        "--sample", type=share, metavar="1%", help="compare about so much, spread evenly, and both ends of each tensor"
+        "--sample",
+        type=parse_share,
+        metavar="1%",
+        help="compare about so much, spread evenly, and both ends of each tensor",
     )
 
 
@@ -135,7 +142,7 @@ def add_diff(parser: Parser) -> None:
     parser.add_argument(
         "--dequantize", action="store_true", help="compare scaled weights with those of another dtype in BF16"
     )
-    parser.add_argument("--show", type=positive, default=20, metavar="N", help="lines of each table; default: 20")
+    parser.add_argument("--show", type=parse_positive, default=20, metavar="N", help="lines of each table; default: 20")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="of both sides; default: by the model")
     parser.add_argument(
         "--replicas", choices=("compare", "first"), default="compare", help="of what several ranks hold: as for convert"
@@ -147,7 +154,7 @@ ACTIONS = ("list", "show", "check")
 """The actions of the command `recipes`."""
 
 
-def action(text: str) -> str:
+def parse_action(text: str) -> str:
     """Parses an action of `recipes`. Raises ArgumentTypeError for other words."""
     if text not in ACTIONS:
         expected = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
@@ -157,7 +164,7 @@ def action(text: str) -> str:
 
 def add_recipes(parser: Parser) -> None:
     """Adds the options of `recipes`."""
-    parser.add_argument("action", nargs="?", type=action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
+    parser.add_argument("action", nargs="?", type=parse_action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
     parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
     parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
 
@@ -194,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused, 130 interrupted."""
     as_json, way_on = False, ""
     try:
-        options = parse(arguments)
-        as_json, way_on = options.json, way_on_of(options)
+        options = parse_arguments(arguments)
+        as_json, way_on = options.json, suggest_rerun(options)
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
         return run(options)
@@ -205,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_aside(f"reshard: refused\n{refused}")
         return REFUSED
     except OSError as error:
-        what = f"{printable(str(error.filename or ''))}: {error.strerror or error}"
+        what = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
         print_aside(f"reshard: refused\n{what}")
         return REFUSED
     except KeyboardInterrupt:
@@ -219,7 +226,7 @@ OTHER_WORDS = dict.fromkeys(
 """Option names of other programs -> our option."""
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the options. An unknown option ends the program with the usage of its command and the nearest option."""
     options, unknown = make_parser().parse_known_args(arguments)
     if unknown:
@@ -228,11 +235,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         wanted = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
         nearest = [OTHER_WORDS[wanted]] if OTHER_WORDS.get(wanted) in names else get_close_matches(wanted, names, 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
+        parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}{hint}")
     return options
 
 
-def way_on_of(options: argparse.Namespace) -> str:
+def suggest_rerun(options: argparse.Namespace) -> str:
     """Suggests to run an interrupted conversion again: it resumes. Empty for other commands."""
     is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
     return "; run the same command again to go on from there" if is_conversion else ""
@@ -257,14 +264,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     """Parses a whole number from 1 to 9999. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9]\d{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
 
 
-def share(text: str) -> Fraction:
+def parse_share(text: str) -> Fraction:
     """Parses a percentage above 0 and up to 100 into a fraction: `0.5%` -> 1/200. Raises ArgumentTypeError."""
     found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
     if not found:
@@ -284,7 +291,7 @@ UNITS = {
 """Units of size by name in lower case, in bytes. A single letter is the binary unit."""
 
 
-def memory(text: str) -> int:
+def parse_size(text: str) -> int:
     """Parses a size into bytes: `256MiB` -> 268435456, `1.5kB` -> 1500, `12` -> 12. Raises ArgumentTypeError."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt](?:i?b)?)?", text.strip().lower())
     if not found:
@@ -293,7 +300,7 @@ def memory(text: str) -> int:
     return int(Fraction(found[1]) * UNITS[found[2] or ""])
 
 
-def numbers(text: str) -> list[int]:
+def parse_numbers(text: str) -> list[int]:
     """Parses numbers and ranges: `0-3,7` -> [0, 1, 2, 3, 7]. Raises ArgumentTypeError."""
     found: set[int] = set()
     for part in text.split(","):

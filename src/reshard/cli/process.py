@@ -17,11 +17,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Signals that interrupt the program."""
 
 
-class Unwritten(Exception):
+class OutputFailed(Exception):
     """Raised if standard output cannot be written; the cause is the OSError."""
 
 
-class Output(FileIO):
+class CheckedOutput(FileIO):
     """Standard output that raises its own exception: an OSError could come from any other file or pipe."""
 
     def write(self, data: Any, /) -> int:
@@ -29,7 +29,7 @@ class Output(FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            raise Unwritten(error.strerror) from error
+            raise OutputFailed(error.strerror) from error
 
 
 def entry() -> NoReturn:
@@ -58,7 +58,7 @@ def run_main() -> int:
             code = int(ended.code or 0)
         if code != INTERRUPTED:  # a flush could block forever if the reader has stopped, and signals are ignored now
             sys.stdout.flush()
-    except Unwritten as error:
+    except OutputFailed as error:
         if isinstance(error.__cause__, BrokenPipeError):
             return CLOSED_PIPE  # the reader, such as `head`, has ended
         print_aside(f"reshard: cannot write standard output: {error}")
@@ -73,7 +73,7 @@ def prepare_streams() -> None:
     """Replaces standard output by one with its own exception, and each closed stream by /dev/null."""
     stream = sys.stdout
     if isinstance(stream, TextIOWrapper):
-        raw = Output(stream.fileno(), "w", closefd=False)
+        raw = CheckedOutput(stream.fileno(), "w", closefd=False)
         sys.stdout = TextIOWrapper(
             raw if stream.write_through else BufferedWriter(raw),
             stream.encoding,

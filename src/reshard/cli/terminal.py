@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from reshard.text import size_text
+from reshard.text import format_size
 from reshard.types import Progress
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
@@ -44,7 +44,7 @@ PLAIN_SECONDS = 1.0
 def show_progress(title: str) -> Iterator[Progress]:
     """Yields a function that shows progress on standard error: a bar on a terminal, else plain lines."""
     if not sys.stderr.isatty():
-        yield plain_lines(title)
+        yield print_lines(title)
         return
     # Slow to import, and needed on a terminal only.
     from rich.console import Console  # noqa: PLC0415
@@ -79,7 +79,7 @@ def show_progress(title: str) -> Iterator[Progress]:
         bar.stop()
 
 
-def plain_lines(title: str) -> Progress:
+def print_lines(title: str) -> Progress:
     """Makes a function that prints a line for each tenth of the bytes, at most one in PLAIN_SECONDS."""
     started = printed_at = time.monotonic()
     printed = 0
@@ -93,7 +93,7 @@ def plain_lines(title: str) -> Progress:
         if step > printed and now - printed_at >= PLAIN_SECONDS:
             printed, printed_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
-            rate = size_text(int(done / seconds))
-            print_aside(f"{title}: {done / total:.0%} of {size_text(total)}, {rate}/s, {left:.0f} s left")
+            rate = format_size(int(done / seconds))
+            print_aside(f"{title}: {done / total:.0%} of {format_size(total)}, {rate}/s, {left:.0f} s left")
 
     return show

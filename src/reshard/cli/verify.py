@@ -22,10 +22,10 @@ def run_verify(options: argparse.Namespace) -> int:
             sample=options.sample,
             progress=progress,
         )
-    return say_report(report, options.target, options.source or Path(MANIFEST), as_json=options.json)
+    return print_report(report, options.target, options.source or Path(MANIFEST), as_json=options.json)
 
 
-def say_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
+def print_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
     """Prints what was compared; the exit code says whether a difference was found."""
     if as_json:
         proven = "sampled" if report.is_sampled else "proven"

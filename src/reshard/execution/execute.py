@@ -14,9 +14,9 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import refuse
-from reshard.execution.journal import RESTART, Journal, Records, as_records, has_records, open_journal
-from reshard.execution.reader import MEMORY_OF_MAKING, MEMORY_PER_JOB, Files
-from reshard.execution.windows import WINDOW_SIZE, Window, bands_of, windows
+from reshard.execution.journal import RESTART, Journal, Records, has_records, open_journal, parse_records
+from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
+from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Ledger, move_all
 from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.planning.plan import Plan, describe_layout
@@ -24,24 +24,24 @@ from reshard.storage.local import (
     CACHED,
     Ways,
     make_durable,
-    open_file,
-    remove,
-    reserve,
+    open_descriptor,
+    remove_files,
+    reserve_blocks,
     sync_folder,
-    write_all,
-    write_whole,
+    write_durable,
+    write_range,
 )
-from reshard.storage.page_cache import is_cached, way_to_read, ways_past_cache
-from reshard.storage.resources import available_memory
+from reshard.storage.page_cache import choose_ways_past_cache, is_cached, probe_way_to_read
+from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Advance, Cast, Join
 
-JOBS_PAST_CACHE = 4
+THREADS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
+class OtherFiles:
     """Side files and manifest of the target."""
 
     names: Sequence[str]
@@ -68,11 +68,11 @@ class Settings:
     """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
 
-USUAL = Settings()
+DEFAULT_SETTINGS = Settings()
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class RunResult:
     """Resources that a run used, and its results in numbers."""
 
     jobs: int
@@ -86,28 +86,28 @@ class Done:
     sync_seconds: float
 
 
-def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, settings: Settings) -> Done:
+def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance, settings: Settings) -> RunResult:
     """Writes the files of a plan into the folder `target`, which is made if need be; resumes if it was interrupted.
 
     `advance` is called with numbers of bytes. Raises Refused if the source changes or the file system fails; the same
     call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
     names = [*(file.name for file in plan.files), *others.names]
-    require_memory(settings, memory_per_job(plan))
+    require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, job_of(plan, others.names, settings), restart=settings.restart)
+            journal = open_journal(stack, target, identify_job(plan, others.names, settings), restart=settings.restart)
             try:
                 others.require_same()
-                done, records = write_ranks(plan, target, journal, advance, settings)
+                done, records = write_tensors_of_plan(plan, target, journal, advance, settings)
                 for name, content in others.contents(records).items():
-                    write_whole(target / (name + PARTIAL), content)
+                    write_durable(target / (name + PARTIAL), content)
             except Exception:
                 if not has_records(journal):
-                    remove(target, [*(name + PARTIAL for name in names), JOURNAL])
+                    remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
-            finish(target, names)
+            rename_to_final(target, names)
     except OSError as error:
         subject, found = str(error.filename or target), error.strerror or str(error)
         remedy = "mend it and run the same command again"
@@ -115,7 +115,7 @@ def execute_plan(plan: Plan, target: Path, others: Others, advance: Advance, set
     return done
 
 
-def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
+def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
     """The identity of a job, for its journal: a job with any other value is another job, and cannot resume this one."""
     return {
         "allow_inexact": settings.allow_inexact,
@@ -133,37 +133,37 @@ def job_of(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, A
     }
 
 
-def write_ranks(
+def write_tensors_of_plan(
     plan: Plan, target: Path, journal: Journal, advance: Advance, settings: Settings
-) -> tuple[Done, Records]:
+) -> tuple[RunResult, Records]:
     """Writes all groups that are not in the journal, into files with temporary names, and makes them durable."""
     ways = choose_ways(plan, target, settings)
-    jobs = choose_jobs(ways, settings, memory_per_job(plan))
-    found = as_records(journal.records)
+    jobs = choose_threads(ways, settings, measure_memory_per_thread(plan))
+    found = parse_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
     opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
     with opened as sources, ExitStack() as stack:
-        complete = missing_file(plan, found) is None
+        complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
-        work = without(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), written)
+        work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
         names = [file.name for file in plan.source.files]
-        files = Files(sources, names, targets, ways, made, settings.allow_inexact)
+        files = OpenFiles(sources, names, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, advance)
         copied = time.monotonic()
         make_durable(targets, ways)
         ledger.flush()
-        records = as_records(ledger.records)
-        if lacking := missing_file(plan, records):
+        records = parse_records(ledger.records)
+        if lacking := find_incomplete_file(plan, records):
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    return Done(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
+    return RunResult(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
@@ -174,25 +174,25 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     """
     moved = plan.size + int(plan.copies.sizes.sum())
     paths = [plan.source.folder / file.name for file in plan.source.files]
-    if settings.cache == "no" or (settings.cache == "auto" and moved > available_memory() // 3):
-        return ways_past_cache(paths[0], target)
+    if settings.cache == "no" or (settings.cache == "auto" and moved > measure_available_memory() // 3):
+        return choose_ways_past_cache(paths[0], target)
     if settings.cache == "yes" or is_cached(paths):
         return CACHED
-    return Ways(way_to_read(paths[0]), CACHED.write)
+    return Ways(probe_way_to_read(paths[0]), CACHED.write)
 
 
-def memory_per_job(plan: Plan) -> int:
+def measure_memory_per_thread(plan: Plan) -> int:
     """The memory of the buffers of a thread, in bytes."""
-    return MEMORY_PER_JOB + (MEMORY_OF_MAKING if plan.casts or plan.source.joins else 0)
+    return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_jobs(ways: Ways, settings: Settings, memory: int) -> int:
+def choose_threads(ways: Ways, settings: Settings, memory: int) -> int:
     """The number of threads: as asked for, else as many as processors or as keep a disk busy; limited by memory."""
-    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else JOBS_PAST_CACHE
+    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else THREADS_PAST_CACHE
     return min(settings.max_memory // memory, settings.jobs or usual)
 
 
-def require_memory(settings: Settings, memory: int) -> None:
+def require_buffer_memory(settings: Settings, memory: int) -> None:
     """Raises Refused if the memory that is allowed is not enough for the buffers of one thread."""
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
@@ -210,20 +210,20 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         path = target / (file.name + PARTIAL)
         if complete and not path.exists():
             # A crash between two renames: everything was durable before the first of them. Not to be written again.
-            targets.append(open_file(stack, target / file.name, os.O_RDONLY))
+            targets.append(open_descriptor(stack, target / file.name, os.O_RDONLY))
             continue
         size = path.stat().st_size if path.exists() else 0
         if index in begun and size != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
-        reserve(descriptor, file.size)
-        write_all(descriptor, memoryview(file.header), 0, CACHED)
+        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        reserve_blocks(descriptor, file.size)
+        write_range(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)
     return targets
 
 
-def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[Window]:
+def skip_written(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[Window]:
     """Leaves out the groups that were written before, and windows without any other groups."""
     for window in work:
         left = [group for group in window.groups if (group.target_offset, group.target_file) not in written]
@@ -231,7 +231,7 @@ def without(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[W
             yield window._replace(groups=left)
 
 
-def missing_file(plan: Plan, records: Records) -> str | None:
+def find_incomplete_file(plan: Plan, records: Records) -> str | None:
     """The name of a file whose bytes behind the header are not each recorded exactly once; None if there is none."""
     for index, file in enumerate(plan.files):
         mine = records[records["file"] == index]
@@ -241,7 +241,7 @@ def missing_file(plan: Plan, records: Records) -> str | None:
     return None
 
 
-def finish(target: Path, names: Sequence[str]) -> None:
+def rename_to_final(target: Path, names: Sequence[str]) -> None:
     """Gives every file its final name, then removes the journal. A crash in between leaves everything to resume."""
     for name in names:
         partial = target / (name + PARTIAL)
@@ -252,5 +252,5 @@ def finish(target: Path, names: Sequence[str]) -> None:
     sync_folder(target)
     with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
-    remove(target, [JOURNAL])
+    remove_files(target, [JOURNAL])
     sync_folder(target)

@@ -23,20 +23,20 @@ from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.target_names import JOURNAL, PARTIAL
-from reshard.storage.local import open_file
+from reshard.storage.local import open_descriptor
 
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
 
 RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
 
-COUNT = struct.Struct("<I")
+BATCH_COUNT = struct.Struct("<I")
 """Number of records in a batch."""
 
 CHECKSUM_SIZE = 8
 """In bytes, of a batch: xxh3-64."""
 
-LONGEST_LINE = 64 << 20
+LONGEST_JOB_LINE = 64 << 20
 """In bytes."""
 
 RESTART = "--restart throws the partial files away and begins again"
@@ -63,27 +63,27 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
     Raises Refused if another process has locked it, if it belongs to another job, or if it is damaged.
     """
     path = folder / JOURNAL
-    descriptor = lock(stack, path)
+    descriptor = lock_journal(stack, path)
     content = path.read_bytes()
     if restart:
         # Only now that it is locked: no other process is writing these files.
-        for name in left_names(folder):
+        for name in list_left_files(folder):
             (folder / name).unlink(missing_ok=True)
     if restart or b"\n" not in content:
         # Without a complete first line nothing can be durable yet.
         line = (json.dumps(job) + "\n").encode()
         os.ftruncate(descriptor, 0)
-        append(descriptor, line)
+        append_durably(descriptor, line)
         return Journal(descriptor, path, len(line), b"")
     start = content.index(b"\n") + 1
-    require_none(job_problems(content[:start], job, path))
+    require_none(check_same_job(content[:start], job, path))
     records, end = read_batches(content, start, path)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
     return Journal(descriptor, path, start, records)
 
 
-def left_names(folder: Path) -> set[str]:
+def list_left_files(folder: Path) -> set[str]:
     """The files that an interrupted job has left in a folder, by its journal; none if that is missing or damaged.
 
     Every rank file has its temporary name from the start of a job. So a rank file without one was renamed by the job,
@@ -91,7 +91,7 @@ def left_names(folder: Path) -> set[str]:
     """
     try:
         with (folder / JOURNAL).open("rb") as file:
-            job = json.loads(file.readline(LONGEST_LINE))
+            job = json.loads(file.readline(LONGEST_JOB_LINE))
         files, others = (set(map(str, job[key])) for key in ("files", "others"))
         present = {path.name for path in folder.iterdir()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -107,10 +107,10 @@ def has_records(journal: Journal) -> bool:
     return os.fstat(journal.descriptor).st_size > journal.start
 
 
-def lock(stack: ExitStack, path: Path) -> int:
+def lock_journal(stack: ExitStack, path: Path) -> int:
     """Opens and locks the journal; returns its descriptor. Raises Refused if another process has locked it."""
     while True:
-        descriptor = open_file(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        descriptor = open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -121,7 +121,7 @@ def lock(stack: ExitStack, path: Path) -> int:
             return descriptor
 
 
-def job_problems(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     """The differences between the job of the journal and the job that is asked for."""
     try:
         found = json.loads(line)
@@ -132,11 +132,11 @@ def job_problems(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Pr
         return
     for key in {**found, **job}:
         if found.get(key) != json.loads(json.dumps(job.get(key))):
-            before, now = difference(found.get(key), job.get(key))
+            before, now = describe_difference(found.get(key), job.get(key))
             yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)
 
 
-def difference(before: Any, now: Any) -> tuple[str, str]:
+def describe_difference(before: Any, now: Any) -> tuple[str, str]:
     """Two different values as text; of two lists only the first entries that differ."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         now = json.loads(json.dumps(now))
@@ -148,16 +148,16 @@ def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
     """The records of all complete batches, and the byte where the last of them ends. Raises Refused for damage."""
     found = bytearray()
     while start < len(content):
-        head = content[start : start + COUNT.size]
-        size = COUNT.unpack(head)[0] * RECORD.size if len(head) == COUNT.size else 0
-        end = start + COUNT.size + size + CHECKSUM_SIZE
+        head = content[start : start + BATCH_COUNT.size]
+        size = BATCH_COUNT.unpack(head)[0] * RECORD.size if len(head) == BATCH_COUNT.size else 0
+        end = start + BATCH_COUNT.size + size + CHECKSUM_SIZE
         batch = content[start : end - CHECKSUM_SIZE]
         if not size or end > len(content) or xxh3_64_digest(batch) != content[end - CHECKSUM_SIZE : end]:
             if is_torn(content, start, end):
                 return bytes(found), start
             found_text = f"a batch at byte {start:,} whose checksum is wrong"
             raise refuse("damaged-journal", str(path), found_text, "what was written there", RESTART)
-        found += batch[COUNT.size :]
+        found += batch[BATCH_COUNT.size :]
         start = end
     return bytes(found), start
 
@@ -167,7 +167,7 @@ def is_torn(content: bytes, start: int, end: int) -> bool:
     return end >= len(content) or not any(content[start:])
 
 
-def append(descriptor: int, data: bytes) -> None:
+def append_durably(descriptor: int, data: bytes) -> None:
     """Appends to the journal and waits until it is on the disk."""
     view = memoryview(data)
     while view:
@@ -177,11 +177,11 @@ def append(descriptor: int, data: bytes) -> None:
 
 def append_records(journal: Journal, records: bytes) -> None:
     """Appends a batch of records. The bytes that they record must be durable already."""
-    batch = COUNT.pack(len(records) // RECORD.size) + records
-    append(journal.descriptor, batch + xxh3_64_digest(batch))
+    batch = BATCH_COUNT.pack(len(records) // RECORD.size) + records
+    append_durably(journal.descriptor, batch + xxh3_64_digest(batch))
 
 
-def as_records(data: bytes) -> Records:
+def parse_records(data: bytes) -> Records:
     """Parses records and sorts them by file and offset."""
     records = np.frombuffer(data, RECORD_TYPE)
     return records[np.lexsort((records["offset"], records["file"]))]

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.streaming import Inputs, produce
+from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
 from reshard.execution.windows import WINDOW_SIZE, Group, Window
-from reshard.sources.rank_files import Run, runs_of
-from reshard.storage.local import PAGE, Ways, aligned_buffer, read_window
+from reshard.sources.rank_files import PartRange, cut_part_ranges
+from reshard.storage.local import PAGE, Ways, allocate_aligned, read_range
 from reshard.types import Cast, Join, Read, Tensor
 
-Bytes = NDArray[np.uint8]
+ByteRows = NDArray[np.uint8]
 
 
-def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int) -> None:
+def read_join(join: Join, offset: int, out: memoryview, read: Read, most: int) -> None:
     """Writes the bytes of a joined tensor from byte `offset` on into `out`; reads at most `most` bytes at a time.
 
     Raises Refused if replicas of a shard differ.
@@ -25,20 +25,20 @@ def produce_join(join: Join, offset: int, out: memoryview, read: Read, most: int
     data = np.frombuffer(out, np.uint8)
     if join.rows == 1:
         sizes = [part[0].size for part in join.parts]
-        for run in runs_of(sizes, offset, len(data), most):
-            fetch(join, run, data[run.place : run.place + run.size], read)
+        for run in cut_part_ranges(sizes, offset, len(data), most):
+            read_run(join, run, data[run.place : run.place + run.size], read)
         return
     width, widths = join.result.size // join.rows, [part[0].size // join.rows for part in join.parts]
     most_rows = max(1, most // max(widths))
-    for row, begin, end, place in lines(offset, len(data), width):
+    for row, begin, end, place in split_range_by_rows(offset, len(data), width):
         rows = data[place : place + end - begin].reshape(max((end - begin) // width, 1), -1)
         for first in range(0, len(rows), most_rows):
             some = rows[first : first + most_rows]
-            for run in runs_of(widths, begin % width, some.shape[1], most):
-                fetch_rows(join, run, row + first, widths[run.part], some, read)
+            for run in cut_part_ranges(widths, begin % width, some.shape[1], most):
+                read_run_of_rows(join, run, row + first, widths[run.part], some, read)
 
 
-def lines(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+def split_range_by_rows(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, int]]:
     """Splits a byte range into the end of a row, whole rows, and the beginning of a row.
 
     Gives for each its first row, its begin and end in bytes of the tensor, and its begin in the range. `width` is the
@@ -52,15 +52,15 @@ def lines(offset: int, size: int, width: int) -> Iterator[tuple[int, int, int, i
         begin = stop
 
 
-def fetch(join: Join, run: Run, out: Bytes, read: Read) -> None:
+def read_run(join: Join, run: PartRange, out: ByteRows, read: Read) -> None:
     """Reads a contiguous run of a shard into `out`, and compares its replicas."""
     copies = join.parts[run.part]
     out[:] = np.frombuffer(read(copies[0], run.begin, run.size), np.uint8)
     for other in copies[1:]:
-        require_equal(out, np.frombuffer(read(other, run.begin, run.size), np.uint8), copies[0], other)
+        require_equal_replicas(out, np.frombuffer(read(other, run.begin, run.size), np.uint8), copies[0], other)
 
 
-def fetch_rows(join: Join, run: Run, row: int, width: int, out: Bytes, read: Read) -> None:
+def read_run_of_rows(join: Join, run: PartRange, row: int, width: int, out: ByteRows, read: Read) -> None:
     """Reads a run of each of the rows of a shard from `row` on into `out`, and compares its replicas.
 
     `width` is the size of a row of the shard in bytes. Several rows are read whole, even if each ends with padding; of
@@ -75,10 +75,10 @@ def fetch_rows(join: Join, run: Run, row: int, width: int, out: Bytes, read: Rea
         if copy is copies[0]:
             target[:] = found
         else:
-            require_equal(target, found, copies[0], copy)
+            require_equal_replicas(target, found, copies[0], copy)
 
 
-def require_equal(one: NDArray[Any], other: NDArray[Any], first: Tensor, second: Tensor) -> None:
+def require_equal_replicas(one: NDArray[Any], other: NDArray[Any], first: Tensor, second: Tensor) -> None:
     """Raises Refused if two replicas of a shard have different bytes."""
     if not np.array_equal(one, other):
         found = f"other bytes in rank {second.file} than in rank {first.file}"
@@ -86,19 +86,19 @@ def require_equal(one: NDArray[Any], other: NDArray[Any], first: Tensor, second:
         raise refuse("replicas-differ", first.name, found, "the same in every rank", remedy)
 
 
-MEMORY_PER_JOB = 2 * WINDOW_SIZE + 2 * PAGE
+MEMORY_PER_THREAD = 2 * WINDOW_SIZE + 2 * PAGE
 """In bytes: a buffer for a window and one to gather groups in."""
 
 SCALES_SIZE = WINDOW_SIZE // 4
 """In bytes: at most so much of a block scale is read at once."""
 
-MEMORY_OF_MAKING = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
+MEMORY_TO_COMPUTE = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
 """In bytes, in addition, for each job that joins or casts: a buffer for results, one for tensors joined before they are
 cast, one for scales, and the memory of the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class OpenFiles:
     """The open files of a job, and its joins and casts."""
 
     sources: Sequence[int]
@@ -112,10 +112,10 @@ class Files:
     allow_inexact: bool
 
 
-class Buffers:
+class WorkerBuffers:
     """The memory of one worker: anonymous pages, or what `allocate` gives, such as pinned memory."""
 
-    def __init__(self, *, makes: bool, allocate: Callable[[int], memoryview] = aligned_buffer) -> None:
+    def __init__(self, *, makes: bool, allocate: Callable[[int], memoryview] = allocate_aligned) -> None:
         self.window = allocate(WINDOW_SIZE + 2 * PAGE)
         self.stage = allocate(WINDOW_SIZE)
         self.scales = allocate(SCALES_SIZE + 2 * PAGE) if makes else self.window
@@ -123,26 +123,26 @@ class Buffers:
         self.result = allocate(WINDOW_SIZE) if makes else self.stage
 
 
-def read_or_make(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
+def read_or_compute_window(window: Window, files: OpenFiles, buffers: WorkerBuffers) -> tuple[memoryview, int]:
     """Reads or computes the bytes of a window into one of the buffers; also returns how many values are not exact."""
     if window.source_file >= len(files.sources):
-        return make_window(window, files, buffers)
+        return compute_window(window, files, buffers)
     source, name = files.sources[window.source_file], files.source_names[window.source_file]
-    return read_window(source, window.offset, window.size, buffers.window, files.ways, name), 0
+    return read_range(source, window.offset, window.size, buffers.window, files.ways, name), 0
 
 
-def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryview, int]:
+def compute_window(window: Window, files: OpenFiles, buffers: WorkerBuffers) -> tuple[memoryview, int]:
     """Joins or casts the bytes of a window; also returns how many values are not exact.
 
     Raises Refused for values that are not exact, unless they are allowed.
     """
     made, data = files.made[window.source_file - len(files.sources)], buffers.result[: window.size]
     if isinstance(made, Join):
-        produce_join(made, window.offset, data, reader(files, buffers.window), WINDOW_SIZE)
+        read_join(made, window.offset, data, make_reader(files, buffers.window), WINDOW_SIZE)
         return data, 0
-    weight = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
-    scale = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE:])
-    inexact = produce(made, window.offset, data, Inputs(weight, scale, WINDOW_SIZE, SCALES_SIZE))
+    weight = make_reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
+    scale = make_reader(files, buffers.scales, buffers.joined[WINDOW_SIZE:])
+    inexact = compute_cast(made, window.offset, data, CastInputs(weight, scale, WINDOW_SIZE, SCALES_SIZE))
     if inexact and not files.allow_inexact:
         found = f"{inexact:,} values of {made.result.dtype} that are not exact"
         expected = "only values that both dtypes have"
@@ -151,28 +151,28 @@ def make_window(window: Window, files: Files, buffers: Buffers) -> tuple[memoryv
     return data, inexact
 
 
-def reader(files: Files, buffer: memoryview, joined: memoryview | None = None) -> Read:
+def make_reader(files: OpenFiles, buffer: memoryview, joined: memoryview | None = None) -> Read:
     """A function that reads byte ranges of tensors into `buffer`. Tensors in shards are assembled in `joined`."""
 
     def read(tensor: Tensor, offset: int, size: int) -> memoryview:
         place = tensor.file - len(files.sources)
         if place < 0 or joined is None:
             source, name = files.sources[tensor.file], files.source_names[tensor.file]
-            return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
+            return read_range(source, tensor.offset + offset, size, buffer, files.ways, name)
         join = files.made[place]
         if not isinstance(join, Join):
             raise TypeError(f"{tensor.name} is cast twice")
-        produce_join(join, offset, joined[:size], read_part, len(buffer) - 2 * PAGE)
+        read_join(join, offset, joined[:size], read_part, len(buffer) - 2 * PAGE)
         return joined[:size]
 
     def read_part(tensor: Tensor, offset: int, size: int) -> memoryview:
         source, name = files.sources[tensor.file], files.source_names[tensor.file]
-        return read_window(source, tensor.offset + offset, size, buffer, files.ways, name)
+        return read_range(source, tensor.offset + offset, size, buffer, files.ways, name)
 
     return read
 
 
-def gather(group: Group, window: memoryview, stage: memoryview) -> memoryview:
+def gather_group(group: Group, window: memoryview, stage: memoryview) -> memoryview:
     """The bytes of a group: a part of the window where they are contiguous, else gathered in `stage`."""
     if len(group.pieces) == 1 and group.pieces[0].rows == 1:
         start = group.pieces[0].start

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.shapes import matrix
+from reshard.casts.shapes import flatten_to_matrix
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Copies, Integers
 from reshard.types import Cast, Join
@@ -32,7 +32,7 @@ LARGEST_GAP = 128 << 10
 FILES_TOGETHER = 1000
 """At most so many small source files are grouped at once."""
 
-NONE: Mapping[int, int] = {}
+NO_BANDS: Mapping[int, int] = {}
 
 
 class Piece(NamedTuple):
@@ -66,7 +66,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PieceTable:
     """Pieces in columns. `window` is the number of each one's window; pieces of different `cell`s are never one write.
 
     The cells of a target file depend on that file alone. So its groups, which are the ranges with a checksum, are the
@@ -76,7 +76,7 @@ class Table:
     window: Integers
     cell: Integers
     base: Integers
-    """In bytes, where the source file of each piece begins: see `windows_of_files`."""
+    """In bytes, where the source file of each piece begins: see `make_windows_of_files`."""
     grid: Integers
     """In bytes: no window crosses a multiple of it, counted from the base."""
     source_offset: Integers
@@ -86,9 +86,9 @@ class Table:
     target_file: Integers
     target_offset: Integers
 
-    def pick(self, index: Integers | NDArray[np.bool_]) -> "Table":
+    def pick(self, index: Integers | NDArray[np.bool_]) -> "PieceTable":
         """The pieces at some indices, or where a mask is true."""
-        return Table(*(getattr(self, name)[index] for name in Table.__slots__))
+        return PieceTable(*(getattr(self, name)[index] for name in PieceTable.__slots__))
 
     @property
     def ends(self) -> Integers:
@@ -96,7 +96,7 @@ class Table:
         return self.source_offset + (self.rows - 1) * self.pitch + self.run
 
 
-def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NONE) -> Iterator[Window]:
+def make_windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NO_BANDS) -> Iterator[Window]:
     """The windows of all copies, source file by source file, each of at most `size` bytes.
 
     `bands` has, for joins and casts, how many bytes are best made together: their windows end at multiples of it. Up to
@@ -105,7 +105,7 @@ def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = 
     Neighbours in the order write to different files as far as possible, for two writers of one file wait for each
     other. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
     """
-    merged = merge(copies)
+    merged = merge_copies(copies)
     order = np.lexsort((merged.source_offset, merged.source_file))
     files = merged.source_file[order]
     bounds = np.flatnonzero(np.diff(files, prepend=-1, append=-1)).tolist()
@@ -114,14 +114,14 @@ def windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = 
         file = int(files[begin])
         grid = max(size // bands[file], 1) * bands[file] if file in bands else size
         if batch and (file not in bands or len(batch) == FILES_TOGETHER):
-            yield from windows_of_files(merged, order, batch, size)
+            yield from make_windows_of_files(merged, order, batch, size)
             batch = []
         batch.append((begin, end, grid))
     if batch:
-        yield from windows_of_files(merged, order, batch, size)
+        yield from make_windows_of_files(merged, order, batch, size)
 
 
-def windows_of_files(
+def make_windows_of_files(
     copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int
 ) -> Iterator[Window]:
     """The windows of several source files. `batch` has begin and end of the copies of each in `order`, and its grid.
@@ -136,7 +136,7 @@ def windows_of_files(
     bases = np.cumsum(room) - room
     base = np.repeat(bases, counts)
     zeros = np.zeros(len(chosen), np.int64)
-    table = Table(
+    table = PieceTable(
         zeros,
         zeros,
         base,
@@ -149,12 +149,12 @@ def windows_of_files(
         copies.target_offset[chosen],
     )
     files = copies.source_file[chosen[starts]]
-    for window in windows_of_table(table, size):
+    for window in make_windows_of_table(table, size):
         place = int(np.searchsorted(bases, window.offset, side="right")) - 1
         yield window._replace(source_file=int(files[place]), offset=window.offset - int(bases[place]))
 
 
-def merge(copies: Copies) -> Copies:
+def merge_copies(copies: Copies) -> Copies:
     """Merges copies that follow each other both in the source and in the target; in the order of the target."""
     order = np.lexsort((copies.target_offset, copies.target_file))
     columns = {name: getattr(copies, name)[order] for name in Copies.__slots__}
@@ -175,32 +175,32 @@ def merge(copies: Copies) -> Copies:
     return Copies(**merged)
 
 
-def windows_of_table(table: Table, size: int) -> Iterator[Window]:
+def make_windows_of_table(table: PieceTable, size: int) -> Iterator[Window]:
     """The windows of pieces, which come in the order of their source offset. `source_file` is 0 in all windows."""
     is_flat = table.rows == 1
     is_wide = ~is_flat & (table.pitch > size)
     flat = [table.pick(is_flat), split_rows(table.pick(is_wide))]
-    runs = window_of_runs(split_at_grid(concatenated(flat)))
-    bands = window_of_bands(table.pick(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
-    pieces = concatenated([runs, bands])
+    runs = number_run_windows(split_at_grid(concatenate_tables(flat)))
+    bands = number_band_windows(table.pick(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
+    pieces = concatenate_tables([runs, bands])
     order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
-    yield from built(pieces.pick(order))
+    yield from build_windows(pieces.pick(order))
 
 
-def concatenated(tables: list[Table]) -> Table:
+def concatenate_tables(tables: list[PieceTable]) -> PieceTable:
     """One table of several."""
-    return Table(*(np.concatenate([getattr(table, name) for table in tables]) for name in Table.__slots__))
+    return PieceTable(*(np.concatenate([getattr(table, name) for table in tables]) for name in PieceTable.__slots__))
 
 
-def spread(parts: Integers) -> tuple[Integers, Integers]:
+def expand_counts(parts: Integers) -> tuple[Integers, Integers]:
     """For rows split into `parts` parts each: for every part the index of its row, and its index within the row."""
     index = np.repeat(np.arange(len(parts)), parts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(parts) - parts, parts)
 
 
-def split_rows(table: Table) -> Table:
+def split_rows(table: PieceTable) -> PieceTable:
     """Makes each row of each piece a piece of its own."""
-    index, row = spread(table.rows)
+    index, row = expand_counts(table.rows)
     piece = table.pick(index)
     return replace(
         piece,
@@ -211,10 +211,10 @@ def split_rows(table: Table) -> Table:
     )
 
 
-def split_at_grid(table: Table) -> Table:
+def split_at_grid(table: PieceTable) -> PieceTable:
     """Cuts contiguous pieces where the source offset, counted from the base, is a multiple of the grid."""
     first = (table.source_offset - table.base) // table.grid
-    index, place = spread((table.ends - table.base - 1) // table.grid - first + 1)
+    index, place = expand_counts((table.ends - table.base - 1) // table.grid - first + 1)
     piece, cell = table.pick(index), first[index] + place
     start = np.maximum(piece.source_offset, piece.base + cell * piece.grid)
     run = np.minimum(piece.ends, piece.base + (cell + 1) * piece.grid) - start
@@ -222,25 +222,25 @@ def split_at_grid(table: Table) -> Table:
     return replace(piece, window=cell, cell=cell, source_offset=start, pitch=run, run=run, target_offset=target_offset)
 
 
-def window_of_runs(table: Table) -> Table:
+def number_run_windows(table: PieceTable) -> PieceTable:
     """Numbers the windows of contiguous pieces: a new one at each multiple of the grid and behind each long gap."""
     by_file = table.pick(np.lexsort((table.source_offset, table.target_file)))
-    starts_cell = long_gaps(by_file.cell, by_file.source_offset, by_file.ends)
+    starts_cell = find_long_gaps(by_file.cell, by_file.source_offset, by_file.ends)
     starts_cell[1:] |= np.diff(by_file.target_file) != 0
     table = replace(by_file, cell=np.cumsum(starts_cell))
     table = table.pick(np.argsort(table.source_offset, kind="stable"))
-    starts_window = long_gaps(table.window, table.source_offset, np.maximum.accumulate(table.ends))
+    starts_window = find_long_gaps(table.window, table.source_offset, np.maximum.accumulate(table.ends))
     return replace(table, window=np.cumsum(starts_window) - 1)
 
 
-def long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np.bool_]:
+def find_long_gaps(grid: Integers, starts: Integers, reached: Integers) -> NDArray[np.bool_]:
     """Whether each piece begins a new cell of the grid, or comes behind a gap of more than LARGEST_GAP bytes."""
     is_first = np.ones(len(starts), np.bool_)
     is_first[1:] = (np.diff(grid) != 0) | (starts[1:] - reached[:-1] > LARGEST_GAP)
     return is_first
 
 
-def window_of_bands(table: Table, first: int) -> Table:
+def number_band_windows(table: PieceTable, first: int) -> PieceTable:
     """Cuts rectangles into bands of as many rows as fit a window. Column shards of one matrix share their windows."""
     starts_matrix = np.ones(len(table.rows), np.bool_)
     step = np.diff(table.source_offset)
@@ -248,7 +248,7 @@ def window_of_bands(table: Table, first: int) -> Table:
         (np.diff(table.pitch) != 0) | (np.diff(table.rows) != 0) | ((step != table.run[:-1]) & (step != 0))
     )
     height = np.maximum(table.grid // table.pitch, 1)
-    index, place = spread(-(-table.rows // height))
+    index, place = expand_counts(-(-table.rows // height))
     piece, row = table.pick(index), np.asarray(place * height[index], np.int64)
     keys = np.stack([np.cumsum(starts_matrix)[index], place])
     window = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1) if len(place) else place
@@ -262,7 +262,7 @@ def window_of_bands(table: Table, first: int) -> Table:
     )
 
 
-def built(pieces: Table) -> Iterator[Window]:
+def build_windows(pieces: PieceTable) -> Iterator[Window]:
     """Builds the windows from pieces in the order of window, target file and target offset."""
     sizes = pieces.run * pieces.rows
     is_first = np.diff(pieces.window, prepend=-1) != 0
@@ -281,7 +281,7 @@ def built(pieces: Table) -> Iterator[Window]:
     table = list(map(Piece._make, zip(*columns, strict=True)))
     files, places = pieces.target_file[groups].tolist(), pieces.target_offset[groups].tolist()
     begins = groups.tolist()
-    for window in interleaved(pieces, sizes, bounds, offsets).tolist():
+    for window in interleave_target_files(pieces, sizes, bounds, offsets).tolist():
         chosen = range(group_bounds[window], group_bounds[window + 1])
         found = [Group(files[g], places[g], group_sizes[g], table[begins[g] : group_ends[g]]) for g in chosen]
         turn = window % len(found)
@@ -289,7 +289,7 @@ def built(pieces: Table) -> Iterator[Window]:
         yield Window(0, offset, int(ends[window]) - offset, found[turn:] + found[:turn])
 
 
-def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:
+def interleave_target_files(pieces: PieceTable, sizes: Integers, bounds: Integers, offsets: Integers) -> Integers:
     """Orders the windows so that neighbours write mainly to different target files; returns their numbers."""
     total = np.add.reduceat(sizes, bounds)
     by_size = np.lexsort((sizes, pieces.window))
@@ -306,7 +306,7 @@ def interleaved(pieces: Table, sizes: Integers, bounds: Integers, offsets: Integ
     return np.lexsort((owner, turn))
 
 
-def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, int]:
+def choose_bands(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, int]:
     """For joins and casts, by file number: how many bytes are best made together, at most `most`.
 
     Whole rows, and whole rows of blocks if they fit, so that every input byte is read once.
@@ -317,7 +317,7 @@ def bands_of(made: Sequence[Join | Cast], files: int, most: int) -> dict[int, in
             row = cast.result.size // cast.rows
             found[files + place] = row if cast.rows > 1 and 0 < row <= most else most
             continue
-        rows, columns = matrix(cast.result.shape)
+        rows, columns = flatten_to_matrix(cast.result.shape)
         row = columns * BITS[cast.result.dtype] // 8
         height = max(cast.block[0], cast.new_block[0]) if not cast.is_scale and cast.operation != "pad" else 1
         if 0 < row <= most and rows:

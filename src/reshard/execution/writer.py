@@ -8,12 +8,12 @@ from threading import Event, Lock
 import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
 
-from reshard.casts.kernels import fastest_recode
+from reshard.casts.kernels import choose_recode
 from reshard.execution.journal import RECORD, RECORD_TYPE, Journal, append_records
-from reshard.execution.reader import Buffers, Files, gather, read_or_make
+from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
 from reshard.execution.windows import Window
-from reshard.storage.local import Ways, drop_cached, read_window, write_all
-from reshard.storage.resources import in_threads
+from reshard.storage.local import Ways, drop_from_cache, read_range, write_range
+from reshard.storage.resources import run_in_threads
 from reshard.types import Advance, Cast
 
 STEP_SIZE = 1 << 20
@@ -52,7 +52,7 @@ class Ledger:
             return
         for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
-            drop_cached(self._targets[file], self._ways)
+            drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
         self._durable += batch
 
@@ -62,17 +62,17 @@ class Ledger:
         return bytes(self._durable)
 
 
-def move_all(work: Iterable[Window], files: Files, ledger: Ledger, jobs: int, advance: Advance) -> None:
+def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: int, advance: Advance) -> None:
     """Moves every window, with `jobs` threads, and flushes the ledger every few seconds. Raises their first error."""
     if any(isinstance(made, Cast) for made in files.made):
-        fastest_recode()  # here, for it may import numba, and that from one thread only
+        choose_recode()  # here, for it may import numba, and that from one thread only
 
     def make_worker() -> Callable[[Window], None]:
-        buffers = Buffers(makes=bool(files.made))
-        return lambda window: advance(move(window, files, ledger, buffers))
+        buffers = WorkerBuffers(makes=bool(files.made))
+        return lambda window: advance(move_window(window, files, ledger, buffers))
 
     # The ledger has a thread of its own, so that no worker waits for the disk.
-    in_threads(work, make_worker, jobs, partial(flush_regularly, ledger))
+    run_in_threads(work, make_worker, jobs, partial(flush_regularly, ledger))
 
 
 def flush_regularly(ledger: Ledger, stopped: Event) -> None:
@@ -81,7 +81,7 @@ def flush_regularly(ledger: Ledger, stopped: Event) -> None:
         ledger.flush()
 
 
-def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
+def move_window(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> int:
     """Reads or computes a window once and writes each of its groups; returns the number of bytes written."""
     if has_only_long_runs(window, files):
         move_in_steps(window, files, ledger, buffers.window)
@@ -90,7 +90,7 @@ def move(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> int:
     return sum(group.size for group in window.groups)
 
 
-def has_only_long_runs(window: Window, files: Files) -> bool:
+def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
     """Whether a window can be copied in steps: it is not computed, its runs are long, and it is read through the page
     cache. Past the page cache a window is read at once, which keeps the disk busy.
     """
@@ -99,7 +99,7 @@ def has_only_long_runs(window: Window, files: Files) -> bool:
     return is_read and all(piece.rows == 1 and piece.run >= SHORTEST_RUN for piece in pieces)
 
 
-def move_in_steps(window: Window, files: Files, ledger: Ledger, buffer: memoryview) -> None:
+def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
     source, name = files.sources[window.source_file], files.source_names[window.source_file]
     records = bytearray()
@@ -108,22 +108,22 @@ def move_in_steps(window: Window, files: Files, ledger: Ledger, buffer: memoryvi
         for start, _, run, _ in group.pieces:
             for step in range(0, run, STEP_SIZE):
                 offset, size = window.offset + start + step, min(STEP_SIZE, run - step)
-                data = read_window(source, offset, size, buffer, files.ways, name)
+                data = read_range(source, offset, size, buffer, files.ways, name)
                 checksum.update(data)
-                write_all(files.targets[group.target_file], data, end, files.ways)
+                write_range(files.targets[group.target_file], data, end, files.ways)
                 end += size
         records += RECORD.pack(group.target_offset, group.target_file, group.size, checksum.digest())
     ledger.add(bytes(records))
 
 
-def move_whole(window: Window, files: Files, ledger: Ledger, buffers: Buffers) -> None:
+def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> None:
     """Reads or computes a window as a whole, then gathers and writes each of its groups."""
-    data, inexact = read_or_make(window, files, buffers)
+    data, inexact = read_or_compute_window(window, files, buffers)
     records = bytearray()
     for group in window.groups:
-        bytes_of_group = gather(group, data, buffers.stage)
+        bytes_of_group = gather_group(group, data, buffers.stage)
         # Now, while the bytes are in the processor's cache: from memory it would cost twice as much.
         digest = xxh3_128_digest(bytes_of_group)
-        write_all(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
+        write_range(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
     ledger.add(bytes(records), inexact)

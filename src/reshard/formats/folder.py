@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused
-from reshard.formats.huggingface import file_names, folder_of, read_config, read_index, read_whole
+from reshard.formats.huggingface import find_folder, list_safetensors_files, read_config, read_index, read_whole
 from reshard.formats.manifest import read_manifest
 from reshard.types import Checkpoint
 
@@ -35,7 +35,7 @@ class Folder:
     @property
     def folder(self) -> Path:
         """The folder that holds the files."""
-        return folder_of(self.path)
+        return find_folder(self.path)
 
     @property
     def subset(self) -> Mapping[str, Any]:
@@ -50,7 +50,7 @@ def read_folder(path: Path) -> Folder:
     Raises Refused if nothing lies there, or if config or index are not what they should be. A damaged manifest is only
     noted: not everyone who reads a folder needs it.
     """
-    names = tuple(file_names(path))
+    names = tuple(list_safetensors_files(path))
     manifest: Mapping[str, Any] = {}
     fault = None
     if path.is_dir():
@@ -58,14 +58,14 @@ def read_folder(path: Path) -> Folder:
             manifest = read_manifest(path)
         except Refused as refused:
             fault = refused
-    return Folder(path, names, read_config(folder_of(path)), read_index(path), manifest, fault)
+    return Folder(path, names, read_config(find_folder(path)), read_index(path), manifest, fault)
 
 
 def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
     """The checkpoint in a folder of safetensors files, or in a single such file; see `read_whole`. Raises Refused."""
-    return checkpoint_of(read_folder(path), ignore_extra_files=ignore_extra_files)
+    return read_folder_checkpoint(read_folder(path), ignore_extra_files=ignore_extra_files)
 
 
-def checkpoint_of(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
+def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
     """The same, of a folder that was read already."""
     return read_whole(found.path, found.names, found.weight_map, found.config, ignore_extra_files=ignore_extra_files)

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
-from reshard.formats.json_input import AGAIN, POINTER, is_plain, is_text, read_object, require_no_pointer, unique_keys
-from reshard.formats.safetensors import LENGTH_SIZE, header_length, parse_header
-from reshard.storage.local import open_regular
-from reshard.text import listed
+from reshard.formats.json_input import (
+    DOWNLOAD_AGAIN,
+    POINTER,
+    is_plain,
+    is_text,
+    read_object,
+    refuse_duplicate_keys,
+    require_no_pointer,
+)
+from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
+from reshard.storage.local import open_regular_file
+from reshard.text import format_list
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -28,7 +36,7 @@ NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class FolderHeaders:
     """The headers of a folder as they stand, before any look across files."""
 
     folder: Path
@@ -52,25 +60,25 @@ def read_whole(
     unless `ignore_extra_files` says that files it does not name are left out. Raises Refused with every fault found.
     """
     if weight_map is not None:
-        names = indexed_names(path, names, weight_map, ignore_extra_files=ignore_extra_files)
+        names = choose_indexed_files(path, names, weight_map, ignore_extra_files=ignore_extra_files)
     else:
-        require_none(numbering_problems(names))
-    stored = read_headers(folder_of(path), names)
+        require_none(check_numbering(names))
+    stored = read_headers(find_folder(path), names)
     tensors: dict[str, Tensor] = {}
-    problems = list(gather(stored, tensors))
+    problems = list(collect_tensors(stored, tensors))
     if weight_map is not None:
-        problems.extend(index_problems(stored, tensors, weight_map))
+        problems.extend(check_index(stored, tensors, weight_map))
     if not tensors and not problems:
         problems.append(Problem("empty-source", str(path), "files without a tensor", "a checkpoint"))
     require_none(problems)
     return Checkpoint(stored.folder, stored.files, tensors, config)
 
 
-def folder_of(source: Path) -> Path:
+def find_folder(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-def file_names(source: Path) -> list[str]:
+def list_safetensors_files(source: Path) -> list[str]:
     """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there."""
     try:
         if not source.is_dir():
@@ -85,7 +93,7 @@ def file_names(source: Path) -> list[str]:
     return names
 
 
-METADATA = b'{"__metadata__":'
+METADATA_START = b'{"__metadata__":'
 
 
 def read_config(folder: Path) -> Mapping[str, Any] | None:
@@ -95,17 +103,17 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
 
 def read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name, from the index of a folder, if any. Raises Refused if a name leaves the folder."""
-    index = read_object(folder / INDEX, pairs=unique_keys)
+    index = read_object(folder / INDEX, pairs=refuse_duplicate_keys)
     if index is None:
         return None
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("wrong-index", str(folder / INDEX), "no weight_map", "a weight_map of names", AGAIN)
-    require_none(unsafe_names(weight_map))
+        raise refuse("wrong-index", str(folder / INDEX), "no weight_map", "a weight_map of names", DOWNLOAD_AGAIN)
+    require_none(check_names_are_safe(weight_map))
     return weight_map
 
 
-def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
+def check_names_are_safe(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
     """An index may name files of its own folder only: a path could make us read any file of the machine."""
     for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
         if not (is_plain(name) and is_text(name) and name.endswith(SUFFIX)):
@@ -113,12 +121,12 @@ def unsafe_names(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
             yield Problem("unsafe-file-name", INDEX, f"the file name {name!r}", expected, "correct the index")
 
 
-def indexed_names(
+def choose_indexed_files(
     source: Path, names: Sequence[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
 ) -> list[str]:
     """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
     wanted = sorted(set(weight_map.values()))
-    problems = list(missing_files(source, [name for name in wanted if not is_file(source / name)], weight_map))
+    problems = list(describe_missing_files(source, [name for name in wanted if not is_file(source / name)], weight_map))
     if not ignore_extra_files:
         remedy = "move it away, or pass --ignore-extra-files to leave it out"
         extra = sorted(set(names) - set(wanted))
@@ -135,7 +143,7 @@ def is_file(path: Path) -> bool:
     return False
 
 
-def missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+def describe_missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
     tensors: defaultdict[str, list[str]] = defaultdict(list)
     for tensor, file in weight_map.items():
         tensors[file].append(tensor)
@@ -143,21 +151,23 @@ def missing_files(source: Path, names: Iterable[str], weight_map: Mapping[str, s
         found = "no such file"
         with suppress(OSError):  # such as a name that is too long for the file system
             found = "a link to nothing" if (source / name).is_symlink() else found
-        expected = f"{len(tensors[name]):,} tensors: {listed(tensors[name])}"
-        yield Problem("missing-file", name, found, expected, AGAIN)
+        expected = f"{len(tensors[name]):,} tensors: {format_list(tensors[name])}"
+        yield Problem("missing-file", name, found, expected, DOWNLOAD_AGAIN)
 
 
-def numbering_problems(names: Sequence[str]) -> Iterable[Problem]:
+def check_numbering(names: Sequence[str]) -> Iterable[Problem]:
     """Without an index, `model-00002-of-00004.safetensors` still tells that there are four files."""
     present = set(names)
     for (stem, total), count in Counter((m[1], m[3]) for m in map(NUMBERED.fullmatch, names) if m).items():
         for number in range(1, min(int(total), 10 * count + 10) + 1):
             wanted = f"{stem}-{number:05}-of-{total}{SUFFIX}"
             if wanted not in present:
-                yield Problem("missing-file", wanted, "no such file", f"{int(total)} files by their names", AGAIN)
+                yield Problem(
+                    "missing-file", wanted, "no such file", f"{int(total)} files by their names", DOWNLOAD_AGAIN
+                )
 
 
-def read_headers(folder: Path, names: Iterable[str]) -> Stored:
+def read_headers(folder: Path, names: Iterable[str]) -> FolderHeaders:
     """The headers of the named files. Raises Refused with the faults of all of them."""
     files: list[File] = []
     tensors: list[Tensor] = []
@@ -175,7 +185,7 @@ def read_headers(folder: Path, names: Iterable[str]) -> Stored:
         tensors.extend(entries)
         metadata.append(said)
     require_none(problems)
-    return Stored(folder, tuple(files), tuple(tensors), tuple(metadata))
+    return FolderHeaders(folder, tuple(files), tuple(tensors), tuple(metadata))
 
 
 def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
@@ -187,13 +197,13 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
 def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
     """The header of one file, whose tensors will carry `index`, and its metadata. Raises Refused."""
     try:
-        with open_regular(path) as file:
+        with open_regular_file(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
             require_no_pointer(path, file.read(len(POINTER)))
             file.seek(0)
             first = file.read(LENGTH_SIZE)
-            text = file.read(header_length(first, size, path.name))
+            text = file.read(read_header_length(first, size, path.name))
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     tensors = parse_header(text, index, size, path.name)
@@ -211,15 +221,15 @@ def read_file(path: Path) -> Checkpoint:
 
 def parse_metadata(text: bytes) -> Mapping[str, Any]:
     """The metadata of a header, where it stands first of all, as every writer puts it; else nothing."""
-    if not text.startswith(METADATA):
+    if not text.startswith(METADATA_START):
         return {}
     found: Any = {}
     with suppress(ValueError, RecursionError):
-        found, _ = json.JSONDecoder().raw_decode(text.decode()[len(METADATA) :])
+        found, _ = json.JSONDecoder().raw_decode(text.decode()[len(METADATA_START) :])
     return found if isinstance(found, dict) else {}
 
 
-def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:
+def collect_tensors(stored: FolderHeaders, tensors: dict[str, Tensor]) -> Iterable[Problem]:
     """Fills `tensors` by name; yields those that stand in two files."""
     for tensor in stored.tensors:
         first = tensors.setdefault(tensor.name, tensor)
@@ -228,17 +238,19 @@ def gather(stored: Stored, tensors: dict[str, Tensor]) -> Iterable[Problem]:
             yield Problem("tensor-twice", tensor.name, found, "one file", "remove the file that does not belong")
 
 
-def index_problems(stored: Stored, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+def check_index(
+    stored: FolderHeaders, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]
+) -> Iterable[Problem]:
     """Where index and headers do not say the same."""
     if {name: stored.files[tensor.file].name for name, tensor in tensors.items()} == weight_map:
         return
     for name, file in weight_map.items():
         tensor = tensors.get(name)
         if tensor is None:
-            yield Problem("missing-tensor", name, f"not in {file}", "the index says that it is there", AGAIN)
+            yield Problem("missing-tensor", name, f"not in {file}", "the index says that it is there", DOWNLOAD_AGAIN)
         elif stored.files[tensor.file].name != file:
             found = f"in {stored.files[tensor.file].name}"
-            yield Problem("misplaced-tensor", name, found, f"in {file}, as the index says", AGAIN)
+            yield Problem("misplaced-tensor", name, found, f"in {file}, as the index says", DOWNLOAD_AGAIN)
     for name, tensor in tensors.items():
         if name not in weight_map:
             found = f"in {stored.files[tensor.file].name}, not in the index"

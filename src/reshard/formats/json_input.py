@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from reshard.errors import refuse
-from reshard.storage.local import open_regular
+from reshard.storage.local import open_regular_file
 
 MAX_HEADER_SIZE = 100_000_000
 
 MAX_INTEGER = 2**63 - 1
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -40,12 +40,12 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_INTEGER
 
 
-def short(value: Any) -> str:
+def shorten_json(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-AGAIN = "download or copy it again"
+DOWNLOAD_AGAIN = "download or copy it again"
 
 POINTER = b"version https://git-lfs"
 """So begins what git has in the place of a large file until git-lfs fetches that."""
@@ -67,10 +67,10 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
     anything else.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
-                raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", AGAIN)
+                raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", DOWNLOAD_AGAIN)
             text = file.read(size)
         require_no_pointer(path, text)
         value = json.loads(text, object_pairs_hook=None if pairs is dict else pairs)
@@ -79,7 +79,7 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     except (ValueError, RecursionError) as error:
-        raise refuse("not-json", str(path), f"{type(error).__name__}: {error}", "JSON", AGAIN) from None
+        raise refuse("not-json", str(path), f"{type(error).__name__}: {error}", "JSON", DOWNLOAD_AGAIN) from None
     if not isinstance(value, dict):
-        raise refuse("not-json", str(path), f"a JSON {type(value).__name__}", "a JSON object", AGAIN)
+        raise refuse("not-json", str(path), f"a JSON {type(value).__name__}", "a JSON object", DOWNLOAD_AGAIN)
     return value

@@ -17,12 +17,12 @@ from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_text, read_
 from reshard.formats.ranges import parse_ranges
 from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
-from reshard.text import listed, numbers_text
-from reshard.types import Form, Share, Subset, Tensor
+from reshard.text import format_list, format_numbers
+from reshard.types import OriginalFile, Share, Subset, Tensor
 
 COUNTS = ("layers", "experts")
 
-ITSELF = "source"
+SUBSET_SOURCE = "source"
 """The key of what the source was a subset of itself."""
 
 Number = Annotated[int, msgspec.Meta(ge=0)]
@@ -91,33 +91,35 @@ def is_subset(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def left_out(before: Mapping[str, Tensor], after: Mapping[str, Tensor], known: Mapping[str, int]) -> dict[str, int]:
+def count_left_out(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], known: Mapping[str, int]
+) -> dict[str, int]:
     """What a subset lacks, and what it lacked before."""
     size = sum(tensor.size for tensor in before.values()) - sum(tensor.size for tensor in after.values())
     tensors = len(before) - len(after)
     return {"tensors": tensors + known.get("tensors", 0), "bytes": size + known.get("bytes", 0)}
 
 
-def subset_text(subset: Mapping[str, Any]) -> str:
+def format_subset(subset: Mapping[str, Any]) -> str:
     """`layers 0-3 of 61, experts 0-15 of 256; 87,000 tensors left out, 600,000,000,000 bytes`."""
-    return "; of a subset: ".join(own_text(one) for one in with_sources(subset))
+    return "; of a subset: ".join(format_own_subset(one) for one in list_with_sources(subset))
 
 
-def with_sources(subset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def list_with_sources(subset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A subset, what it is a subset of, and so on."""
     while subset:
         yield subset
-        subset = subset.get(ITSELF, {})
+        subset = subset.get(SUBSET_SOURCE, {})
 
 
-def own_text(subset: Mapping[str, Any]) -> str:
-    parts = [f"{key} {numbers_text(subset[key]['kept'])} of {subset[key]['of']:,}" for key in COUNTS if key in subset]
-    parts += [f"only {listed(subset['only'])}"] if "only" in subset else []
+def format_own_subset(subset: Mapping[str, Any]) -> str:
+    parts = [f"{key} {format_numbers(subset[key]['kept'])} of {subset[key]['of']:,}" for key in COUNTS if key in subset]
+    parts += [f"only {format_list(subset['only'])}"] if "only" in subset else []
     lacking = subset["left_out"]
     return f"{', '.join(parts)}; {lacking['tensors']:,} tensors left out, {lacking['bytes']:,} bytes"
 
 
-def asked_of(source: Mapping[str, Any], target: Mapping[str, Any], name: str) -> Subset:
+def find_asked_subset(source: Mapping[str, Any], target: Mapping[str, Any], name: str) -> Subset:
     """What was asked of a source, itself perhaps a subset, to get a target; `name` is that of the target's folder.
 
     Raises Refused if the target holds chosen tensors only, or came from another source.
@@ -126,19 +128,19 @@ def asked_of(source: Mapping[str, Any], target: Mapping[str, Any], name: str) ->
         return Subset()
     if "only" in target:
         remedy = "verify it without --source, by the checksums of its manifest"
-        raise refuse("incomplete-source", name, subset_text(target), "whole layers, to be compared", remedy)
-    if target.get(ITSELF, {}) != source:
-        found = f"a subset: {subset_text(target)}" if target else "a whole model"
-        expected = f"made from this source, which is a subset: {subset_text(source)}" if source else "made from this"
+        raise refuse("incomplete-source", name, format_subset(target), "whole layers, to be compared", remedy)
+    if target.get(SUBSET_SOURCE, {}) != source:
+        found = f"a subset: {format_subset(target)}" if target else "a whole model"
+        expected = f"made from this source, which is a subset: {format_subset(source)}" if source else "made from this"
         raise refuse("contradiction", name, found, expected, "name the source that it was made from")
     layers, experts = (tuple(target[key]["kept"]) if key in target else None for key in COUNTS)
     return Subset(layers, experts, renumber=True)
 
 
-def subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
+def list_subset_lines(subset: Mapping[str, Any]) -> Iterator[str]:
     """That this is not the whole model."""
     if subset:
-        yield f"a subset: {subset_text(subset)}"
+        yield f"a subset: {format_subset(subset)}"
 
 
 LARGEST_HEADERS = 4 * MAX_HEADER_SIZE
@@ -181,7 +183,7 @@ class Origin:
     """The model's `config.json`, as the casts have left it."""
     shapes: Mapping[str, list[int]] | None = None
     """By name: the shape of what was padded, as it was."""
-    forms: tuple[Form, ...] = ()
+    forms: tuple[OriginalFile, ...] = ()
     """The files of the checkpoint."""
     texts: Mapping[str, bytes] | None = None
     """Its config and its index, letter by letter."""
@@ -193,7 +195,7 @@ class Origin:
     """Whether it is of rank files, be there a manifest or not."""
 
 
-def unpacked(text: str, most: int) -> bytes:
+def unpack_text(text: str, most: int) -> bytes:
     """Unpacks base 64 of zlib, to at most so many bytes. Raises ValueError or zlib.error."""
     return zlib.decompressobj().decompress(b64decode(text), most)
 
@@ -207,15 +209,17 @@ def read_origin(manifest: Mapping[str, Any]) -> Origin:
     unknown = Origin(name if is_text(name) else "", is_of_ranks=True)
     try:
         entry = msgspec.convert(origin, OriginEntry)
-        forms = forms_of(entry.headers)
-        texts = {name: unpacked(entry.texts[name], MAX_HEADER_SIZE) for name in (CONFIG, INDEX) if name in entry.texts}
-        lost = shares_of(entry.lost)
+        forms = unpack_original_files(entry.headers)
+        texts = {
+            name: unpack_text(entry.texts[name], MAX_HEADER_SIZE) for name in (CONFIG, INDEX) if name in entry.texts
+        }
+        lost = make_shares(entry.lost)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, zlib.error, Refused):
         return unknown
     return Origin(unknown.recipe, entry.config, entry.shapes, forms, texts, lost, origin, is_of_ranks=True)
 
 
-def shares_of(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:
+def make_shares(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:
     """The shares of an origin. Raises ValueError for a text that UTF-8 cannot write."""
     if lost is None:
         return None
@@ -224,36 +228,36 @@ def shares_of(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:
     return tuple(Share(share.use, share.what, share.reason, share.tensors, share.size) for share in lost)
 
 
-def forms_of(headers: Mapping[str, str]) -> tuple[Form, ...]:
+def unpack_original_files(headers: Mapping[str, str]) -> tuple[OriginalFile, ...]:
     """Files by their packed headers. Raises what can be wrong with them."""
     forms, left = [], LARGEST_HEADERS
     for name, text in headers.items():
         if not (is_plain(name) and name.endswith(SUFFIX)):
             raise ValueError(name)
-        forms.append(form_of(name, text))
+        forms.append(unpack_original_file(name, text))
         left -= len(forms[-1].header)
         if left < 0:
             raise ValueError(name)
     return tuple(forms)
 
 
-def form_of(name: str, text: str) -> Form:
+def unpack_original_file(name: str, text: str) -> OriginalFile:
     """A file by its packed header. Raises what can be wrong with it."""
-    header = unpacked(text, MAX_HEADER_SIZE + LENGTH_SIZE)
+    header = unpack_text(text, MAX_HEADER_SIZE + LENGTH_SIZE)
     if int.from_bytes(header[:LENGTH_SIZE], "little") != len(header) - LENGTH_SIZE:
         raise ValueError(name)
     entries = json.loads(header[LENGTH_SIZE:])
     ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
     tensors = parse_header(header[LENGTH_SIZE:], 0, len(header) + max(ends, default=0), name)
-    return Form(name, header, {tensor.name: tensor for tensor in tensors})
+    return OriginalFile(name, header, {tensor.name: tensor for tensor in tensors})
 
 
-def manifest_at(folder: Path) -> Mapping[str, Any]:
+def read_manifest_unchecked(folder: Path) -> Mapping[str, Any]:
     """As it stands there: what is told of it is a hint, so that its checksum need not be right."""
     return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
 
 
-def own_checksum(manifest: Mapping[str, Any]) -> str:
+def compute_manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """Of a manifest without its checksum: so that nobody takes a damaged one at its word."""
     try:
         return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
@@ -267,7 +271,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest is None:
         return {}
     found = manifest.pop("xxh3_128", None)
-    if found != own_checksum(manifest) or not is_well_formed(manifest):
+    if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
         remedy = "verify with --source, or convert into another folder"
         raise refuse("wrong-manifest", str(folder / MANIFEST), "damaged or changed", "what reshard has written", remedy)
     return manifest
@@ -283,11 +287,11 @@ def is_well_formed(manifest: Mapping[str, Any]) -> bool:
     return (
         is_subset(manifest.get("subset", {}))
         and all(is_text(name) and is_plain(name) for name in names)
-        and all(is_ranges(entry.ranges, entry.size) for entry in entries.files)
+        and all(covers_file(entry.ranges, entry.size) for entry in entries.files)
     )
 
 
-def is_ranges(text: str, size: int) -> bool:
+def covers_file(text: str, size: int) -> bool:
     """Whether a text has the ranges of a file of that size."""
     try:
         return parse_ranges(text)[-1].stop == size
@@ -295,18 +299,18 @@ def is_ranges(text: str, size: int) -> bool:
         return False
 
 
-def file_names_of(manifest: Mapping[str, Any]) -> set[str]:
+def list_rank_files(manifest: Mapping[str, Any]) -> set[str]:
     """The names of the rank files that a manifest speaks of."""
     return {entry["name"] for entry in manifest.get("files", ())}
 
 
-def subset_of(path: Path) -> Mapping[str, Any]:
+def read_subset(path: Path) -> Mapping[str, Any]:
     """What of a larger checkpoint a folder holds, by its manifest; empty if it is whole, or has no manifest of ours."""
-    subset: Mapping[str, Any] = known_manifest(path).get("subset", {})
+    subset: Mapping[str, Any] = read_valid_manifest(path).get("subset", {})
     return subset
 
 
-def known_manifest(path: Path) -> Mapping[str, Any]:
+def read_valid_manifest(path: Path) -> Mapping[str, Any]:
     """The manifest of a folder; empty without one, and of a damaged one, which says nothing."""
     try:
         return read_manifest(path) if path.is_dir() else {}

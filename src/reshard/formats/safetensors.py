@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import msgspec
 
 from reshard.errors import MOST_PROBLEMS, Problem, refuse, require_none
-from reshard.formats.json_input import MAX_HEADER_SIZE, MAX_INTEGER, is_size, is_text, short, unique_keys
+from reshard.formats.json_input import (
+    MAX_HEADER_SIZE,
+    MAX_INTEGER,
+    is_size,
+    is_text,
+    refuse_duplicate_keys,
+    shorten_json,
+)
 from reshard.types import Tensor
 
 BITS = {
@@ -51,14 +58,14 @@ LENGTH_SIZE = 8
 
 MAX_DIMENSIONS = 64
 
-AGAIN = "download or copy the file again"
+DOWNLOAD_FILE_AGAIN = "download or copy the file again"
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
-class Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """An entry of a header that is right, or it does not parse."""
 
     dtype: Literal[tuple(BITS)]  # type: ignore[valid-type]
@@ -66,23 +73,23 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     data_offsets: tuple[Size, Size]
 
 
-ENTRIES = msgspec.json.Decoder(dict[str, Entry])
+ENTRIES = msgspec.json.Decoder(dict[str, HeaderEntry])
 
-METADATA = re.compile(rb'\{"__metadata__":\{"[^"\\]*":"[^"\\]*"\}(?:,(?=")|(?=\}))')
+LEADING_METADATA = re.compile(rb'\{"__metadata__":\{"[^"\\]*":"[^"\\]*"\}(?:,(?=")|(?=\}))')
 """Metadata of one key where safetensors writes it: first. It is not of the form of an entry."""
 
 
-def header_length(first_bytes: bytes, file_size: int, name: str) -> int:
+def read_header_length(first_bytes: bytes, file_size: int, name: str) -> int:
     """The length of the JSON text, in bytes, from the first eight bytes of the file `name`. Raises Refused."""
     if len(first_bytes) < LENGTH_SIZE:
-        raise refuse("truncated-file", name, f"{file_size} bytes", f"at least {LENGTH_SIZE} bytes", AGAIN)
+        raise refuse("truncated-file", name, f"{file_size} bytes", f"at least {LENGTH_SIZE} bytes", DOWNLOAD_FILE_AGAIN)
     length = int.from_bytes(first_bytes, "little")
     if length > MAX_HEADER_SIZE:
         expected = f"at most {MAX_HEADER_SIZE:,} bytes"
         raise refuse("header-too-long", name, f"a header length of {length:,} bytes", expected, "is it safetensors?")
     if LENGTH_SIZE + length > file_size:
         found = f"a header of {length:,} bytes in a file of {file_size:,} bytes"
-        raise refuse("truncated-file", name, found, "the whole header", AGAIN)
+        raise refuse("truncated-file", name, found, "the whole header", DOWNLOAD_FILE_AGAIN)
     return length
 
 
@@ -93,18 +100,18 @@ def parse_header(text: bytes, file: int, file_size: int, name: str) -> list[Tens
     cover the data exactly: no overlap, no gap, nothing behind the last.
     """
     start = LENGTH_SIZE + len(text)
-    tensors = sound_tensors(text, file)
+    tensors = parse_sound_header(text, file)
     if tensors is None:
-        tensors = checked_tensors(text, file, name)
-    tensors.sort(key=PLACE)
+        tensors = parse_doubtful_header(text, file, name)
+    tensors.sort(key=OFFSET_AND_SIZE)
     if not is_tiled(tensors, start, file_size):
-        require_none(placing_problems(tensors, start, file_size, name))
+        require_none(check_offsets(tensors, start, file_size, name))
     return tensors
 
 
-def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
+def parse_sound_header(text: bytes, file: int) -> list[Tensor] | None:
     """The tensors of a header in which every entry is right; None if one is not, or if that cannot be told so fast."""
-    metadata = METADATA.match(text)
+    metadata = LEADING_METADATA.match(text)
     start = LENGTH_SIZE + len(text)
     text = b"{" + text[metadata.end() :] if metadata else text
     try:
@@ -121,7 +128,7 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
         begin, end = entry.data_offsets
         kind = kinds.get((entry.dtype, entry.shape))
         if kind is None:
-            kind = kinds[entry.dtype, entry.shape] = entry.dtype, entry.shape, size_of(entry.dtype, entry.shape)
+            kind = kinds[entry.dtype, entry.shape] = entry.dtype, entry.shape, compute_size(entry.dtype, entry.shape)
         dtype, shape, size = kind
         if end - begin != size:
             return None
@@ -129,14 +136,14 @@ def sound_tensors(text: bytes, file: int) -> list[Tensor] | None:
     return tensors
 
 
-def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+def compute_size(dtype: str, shape: tuple[int, ...]) -> int:
     """In bytes; -1 if that is no whole number, or too large to be read."""
     # A product that overflows on the way to its zero is an overflow to safetensors too.
     bits = prod(shape) * BITS[dtype]
     return -1 if bits % 8 or prod(filter(None, shape)) > MAX_INTEGER else bits // 8
 
 
-def checked_tensors(text: bytes, file: int, name: str) -> list[Tensor]:
+def parse_doubtful_header(text: bytes, file: int, name: str) -> list[Tensor]:
     """The tensors of a header, each entry looked at by itself. Raises Refused with every fault found."""
     header = parse_object(text, name)
     problems: list[Problem] = []
@@ -146,8 +153,8 @@ def checked_tensors(text: bytes, file: int, name: str) -> list[Tensor]:
     start = LENGTH_SIZE + len(text)
     tensors = []
     for key, entry in header.items():
-        if fault := entry_fault(key, entry):
-            problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], AGAIN))
+        if fault := find_entry_fault(key, entry):
+            problems.append(Problem(fault[0], f"{name}: {key}", fault[1], fault[2], DOWNLOAD_FILE_AGAIN))
             if len(problems) >= MOST_PROBLEMS:
                 break
             continue
@@ -161,12 +168,17 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
     """The JSON object of a header: no duplicate key, no float, no NaN, nothing but UTF-8. Raises Refused for `name`."""
     try:
         header = json.loads(
-            text.decode(), parse_float=refuse_number, parse_constant=refuse_number, object_pairs_hook=unique_keys
+            text.decode(),
+            parse_float=refuse_number,
+            parse_constant=refuse_number,
+            object_pairs_hook=refuse_duplicate_keys,
         )
     except (ValueError, RecursionError) as error:
-        raise refuse("header-not-json", name, f"{type(error).__name__}: {error}", "a JSON header", AGAIN) from None
+        raise refuse(
+            "header-not-json", name, f"{type(error).__name__}: {error}", "a JSON header", DOWNLOAD_FILE_AGAIN
+        ) from None
     if not isinstance(header, dict):
-        raise refuse("header-not-json", name, f"a JSON {type(header).__name__}", "a JSON object", AGAIN)
+        raise refuse("header-not-json", name, f"a JSON {type(header).__name__}", "a JSON object", DOWNLOAD_FILE_AGAIN)
     return header
 
 
@@ -174,31 +186,31 @@ def refuse_number(number: str) -> NoReturn:
     raise ValueError(f"{number[:40]} is not a whole number")
 
 
-def entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
+def find_entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
     """What is wrong with one entry as (kind, found, expected), or None."""
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
-        return "wrong-entry", short(entry), "dtype, shape and data_offsets, and nothing else"
+        return "wrong-entry", shorten_json(entry), "dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (type(offsets) is list and len(offsets) != 2):
-        return "wrong-entry", short(entry), "a dtype, a list of sizes and two offsets"
+        return "wrong-entry", shorten_json(entry), "a dtype, a list of sizes and two offsets"
     if not is_text(key):
         return "wrong-name", "a lone surrogate in the name", "a name that UTF-8 can write"
     if dtype not in BITS:
-        return "unknown-dtype", f"dtype {short(dtype)}", "one of " + ", ".join(BITS)
+        return "unknown-dtype", f"dtype {shorten_json(dtype)}", "one of " + ", ".join(BITS)
     if type(offsets) is not list or not all(map(is_size, offsets)) or offsets[0] > offsets[1]:
-        return "wrong-offsets", f"data_offsets {short(offsets)}", "two whole numbers, begin <= end"
+        return "wrong-offsets", f"data_offsets {shorten_json(offsets)}", "two whole numbers, begin <= end"
     if type(shape) is not list or len(shape) > MAX_DIMENSIONS or not all(map(is_size, shape)):
-        return "wrong-shape", f"shape {short(shape)}", f"at most {MAX_DIMENSIONS} whole numbers, none negative"
+        return "wrong-shape", f"shape {shorten_json(shape)}", f"at most {MAX_DIMENSIONS} whole numbers, none negative"
     # A product that overflows on the way to its zero is an overflow to safetensors too.
     if prod(filter(None, shape)) > MAX_INTEGER:
-        return "wrong-shape", f"shape {short(shape)}", f"at most {MAX_INTEGER:,} elements"
+        return "wrong-shape", f"shape {shorten_json(shape)}", f"at most {MAX_INTEGER:,} elements"
     bits, found = prod(shape) * BITS[dtype], (offsets[1] - offsets[0]) * 8
     if bits != found:
-        return "wrong-offsets", f"{found:,} bits of data for {dtype} {short(shape)}", f"{bits:,} bits"
+        return "wrong-offsets", f"{found:,} bits of data for {dtype} {shorten_json(shape)}", f"{bits:,} bits"
     return None
 
 
-PLACE = itemgetter(Tensor._fields.index("offset"), Tensor._fields.index("size"))
+OFFSET_AND_SIZE = itemgetter(Tensor._fields.index("offset"), Tensor._fields.index("size"))
 
 
 def is_tiled(tensors: Sequence[Tensor], start: int, file_size: int) -> bool:
@@ -207,41 +219,47 @@ def is_tiled(tensors: Sequence[Tensor], start: int, file_size: int) -> bool:
     return ends[:-1] == [tensor.offset for tensor in tensors] and ends[-1] == file_size
 
 
-def placing_problems(tensors: Iterable[Tensor], start: int, file_size: int, name: str) -> Iterable[Problem]:
+def check_offsets(tensors: Iterable[Tensor], start: int, file_size: int, name: str) -> Iterable[Problem]:
     """Overlaps, gaps and a wrong end, for tensors in the order of their data."""
     end = start
     for tensor in tensors:
         if tensor.offset != end:
             kind = "overlap" if tensor.offset < end else "gap"
             found = f"its data begins at byte {tensor.offset:,}"
-            yield Problem(kind, f"{name}: {tensor.name}", found, f"byte {end:,}, where the one before ends", AGAIN)
+            yield Problem(
+                kind, f"{name}: {tensor.name}", found, f"byte {end:,}, where the one before ends", DOWNLOAD_FILE_AGAIN
+            )
         end = tensor.offset + tensor.size
     if end > file_size:
-        yield Problem("truncated-file", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", AGAIN)
+        yield Problem(
+            "truncated-file", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", DOWNLOAD_FILE_AGAIN
+        )
     if end < file_size:
-        yield Problem("wrong-size", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", AGAIN)
+        yield Problem(
+            "wrong-size", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", DOWNLOAD_FILE_AGAIN
+        )
 
 
-def header_bytes(entries: Iterable[str]) -> bytes:
+def format_header(entries: Iterable[str]) -> bytes:
     """The header of a file, byte for byte as `safetensors.serialize_file` writes it without metadata.
 
-    `entries` are the texts of `entry_text` in the order of `order_key`. Padded with spaces to a multiple of eight.
+    `entries` are the texts of `format_entry` in the order of `make_order_key`. Padded with spaces to a multiple of eight.
     """
     text = ("{" + ",".join(entries) + "}").encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(LENGTH_SIZE, "little") + text
 
 
-def entry_text(name: str, dtype: str, shape: Iterable[int]) -> str:
+def format_entry(name: str, dtype: str, shape: Iterable[int]) -> str:
     """The start of an entry, up to its two offsets: complete it with `BEGIN,END]}`."""
-    return encode_basestring(name) + entry_end(dtype, shape)
+    return encode_basestring(name) + format_entry_end(dtype, shape)
 
 
-def entry_end(dtype: str, shape: Iterable[int]) -> str:
+def format_entry_end(dtype: str, shape: Iterable[int]) -> str:
     """What follows the name of an entry, up to its two offsets."""
     return f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
 
 
-def order_key(name: str, dtype: str) -> tuple[int, str]:
+def make_order_key(name: str, dtype: str) -> tuple[int, str]:
     """Sorts the tensors of a file as safetensors does: dtype descending, then the name by its code points."""
     return -DTYPE_RANK[dtype], name

@@ -7,15 +7,15 @@ from typing import Any
 
 from reshard.errors import Refused, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import Stored, file_names, read_config, read_file, read_headers
-from reshard.formats.manifest import is_subset, manifest_at, subset_text
+from reshard.formats.huggingface import FolderHeaders, list_safetensors_files, read_config, read_file, read_headers
+from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
-from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
-from reshard.sources.rank_files import held_tensors, holder_problems, left_names
+from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
-from reshard.text import counted, listed, printable, size_text, table
+from reshard.text import escape, format_count, format_list, format_size, format_table
 from reshard.types import Checkpoint, Recipe, Tensor
 
 
@@ -48,7 +48,7 @@ class Content:
     """The part of a larger checkpoint that it is, by its manifest; empty if it is whole."""
 
     def __str__(self) -> str:
-        return content_text(self)
+        return format_content(self)
 
     __repr__ = __str__
 
@@ -61,57 +61,57 @@ def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
     `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
     """
     path = Path(path)
-    content = content_at(path, recipe)
-    subset = manifest_at(path).get("subset") if path.is_dir() else None
-    return replace(content, subset=subset_text(subset)) if isinstance(subset, dict) and is_subset(subset) else content
+    content = summarize_path(path, recipe)
+    subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
+    return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 
 
-def content_at(path: Path, recipe: str | None) -> Content:
+def summarize_path(path: Path, recipe: str | None) -> Content:
     require_finished(path)
-    recipes = recipes_to_try(recipe)
-    if path.is_dir() and (names := find_rank_names(path, file_names(path), recipes)):
-        return rank_content(path, names)
-    for name in file_names(path)[:1]:
+    recipes = list_recipes_to_try(recipe)
+    if path.is_dir() and (names := find_rank_names(path, list_safetensors_files(path), recipes)):
+        return summarize_rank_files(path, names)
+    for name in list_safetensors_files(path)[:1]:
         for known in recipes if not path.is_dir() else ():
             if numbers := parse_rank_name(name, known):
-                return content_of(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
-    if path.is_dir() and (made_with := find_foreign_recipe(manifest_at(path), recipes)):
+                return make_content(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
+    if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
-        return content_of(path, read_headers(path, file_names(path)), "", "", 0, {}, remark)
+        return make_content(path, read_headers(path, list_safetensors_files(path)), "", "", 0, {}, remark)
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
-    stored = Stored(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
+    stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         chosen, matched = choose_recipe(checkpoint, recipes)
     except Refused as refused:
-        return content_of(path, stored, "", "", 0, {}, str(refused))
-    content = content_of(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
-    return replace(content, made=made_by(manifest_at(path))) if path.is_dir() else content
+        return make_content(path, stored, "", "", 0, {}, str(refused))
+    content = make_content(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
+    return replace(content, made=read_conversion_options(read_manifest_unchecked(path))) if path.is_dir() else content
 
 
-def rank_content(path: Path, names: RankNames) -> Content:
+def summarize_rank_files(path: Path, names: RankNames) -> Content:
     """Summarizes rank files, with every recipe that fits if neither manifest nor config names one."""
     present = [name for name in names.wanted if name not in names.missing]
     stored, config = read_headers(path, present), read_config(path)
-    manifest = manifest_at(path)
+    manifest = read_manifest_unchecked(path)
     found = manifest.get("recipe")
     wanted = found.get("name") if isinstance(found, dict) else ""
-    known = [recipe for recipe in names.recipes if recipe.name == wanted] or wanted_recipes(config or {}, names.recipes)
+    known = [recipe for recipe in names.recipes if recipe.name == wanted] or narrow_recipes(config or {}, names.recipes)
     counts: dict[str, dict[str, int]] = {}
     remarks: list[str] = []
     for recipe in known:
         try:
             require_none(names.problems(ignore_extra_files=True))
-            counts[recipe.name] = counts_of_ranks(stored, recipe, config)
+            counts[recipe.name] = count_members_of_ranks(stored, recipe, config)
         except Refused as refused:
             remarks.append(str(refused))
     remark = "" if counts else min(remarks, key=len)
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
-    content = content_of(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
-    return replace(content, made=made_by(manifest))
+    content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    return replace(content, made=read_conversion_options(manifest))
 
 
-def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+def read_conversion_options(manifest: Mapping[str, Any]) -> Mapping[str, str]:
     """The options of the conversion and their values, by the manifest; a flag has the value `keep` or none."""
     layout = manifest.get("layout")
     layout = layout if isinstance(layout, dict) else {}
@@ -121,14 +121,14 @@ def made_by(manifest: Mapping[str, Any]) -> Mapping[str, str]:
     return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}
 
 
-def counts_of_ranks(stored: Stored, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
+def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    gathered, problems = held_tensors(stored, recipe, config or {})
-    require_none([*problems, *holder_problems(gathered.values(), len(stored.files))])
-    return counts_of(Checkpoint(stored.folder, stored.files, left_names(gathered.values()), config), recipe)
+    gathered, problems = collect_shards(stored, recipe, config or {})
+    require_none([*problems, *check_holders(gathered.values(), len(stored.files))])
+    return count_members(Checkpoint(stored.folder, stored.files, take_first_shards(gathered.values()), config), recipe)
 
 
-def counts_of(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+def count_members(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
     return name_counts(match(checkpoint, recipe), recipe)
 
 
@@ -138,8 +138,8 @@ def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
     return {recipe.placeholders[letter].counts: count for letter, count in counts.items() if count}
 
 
-def content_of(
-    path: Path, stored: Stored, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
+def make_content(
+    path: Path, stored: FolderHeaders, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
 ) -> Content:
     dtypes: dict[str, tuple[int, int]] = {}
     for tensor in stored.tensors:
@@ -147,46 +147,51 @@ def content_of(
         dtypes[tensor.dtype] = tensors + 1, size + tensor.size
     size = sum(tensor.size for tensor in stored.tensors)
     ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
-    names = names_of(stored.tensors) if remark and not ranks else {}
+    names = group_names(stored.tensors) if remark and not ranks else {}
     return Content(
         str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
     )
 
 
-def names_of(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
+def group_names(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
     """Groups names that differ in their numbers only; sorted."""
     kinds: dict[str, list[str]] = {}
     for tensor in tensors:
         kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
-    return {name: (len(kinds[name]), listed(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}
+    return {name: (len(kinds[name]), format_list(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}
 
 
-SHOWN_NAMES = 200
+MOST_SHOWN_NAMES = 200
 """At most so many lines of names are printed."""
 
 
-def content_text(content: Content) -> str:
+def format_content(content: Content) -> str:
     """The text of a content for a person."""
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
-    ranks = f", cut for {counted(content.ranks, 'ranks')}" if content.ranks else ""
-    files = counted(content.files, "files")
+    ranks = f", cut for {format_count(content.ranks, 'ranks')}" if content.ranks else ""
+    files = format_count(content.files, "files")
     lines = [
         f"{content.path}: {known}{by}{ranks}",
-        f"{files}, {counted(content.tensors, 'tensors')}, {content.size:,} bytes ({size_text(content.size)})",
+        f"{files}, {format_count(content.tensors, 'tensors')}, {content.size:,} bytes ({format_size(content.size)})",
     ]
     if content.counts:
-        lines.append(", ".join(counted(count, name) for name, count in content.counts.items()))
+        lines.append(", ".join(format_count(count, name) for name, count in content.counts.items()))
     if content.subset:
         lines.append(f"a subset: {content.subset}")
     if content.made:
         words = [f"{option} {value}".rstrip() for option, value in content.made.items()]
         lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
-    lines += ["", table(("dtype", "tensors", "bytes"), rows)]
+    lines += ["", format_table(("dtype", "tensors", "bytes"), rows)]
     if content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
-        lines += ["", table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:SHOWN_NAMES])]
-        lines += [f"... and {len(shapes) - SHOWN_NAMES:,} more; --json lists them all"] * (len(shapes) > SHOWN_NAMES)
+        lines += [
+            "",
+            format_table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:MOST_SHOWN_NAMES]),
+        ]
+        lines += [f"... and {len(shapes) - MOST_SHOWN_NAMES:,} more; --json lists them all"] * (
+            len(shapes) > MOST_SHOWN_NAMES
+        )
     lines += ["", content.remark] if content.remark else []
-    return "\n".join(printable(line) for text in lines for line in text.split("\n"))
+    return "\n".join(escape(line) for text in lines for line in text.split("\n"))

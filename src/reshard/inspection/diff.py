@@ -14,23 +14,32 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.kernels import fastest_recode
-from reshard.casts.streaming import Inputs, produce
+from reshard.casts.kernels import choose_recode
+from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
-from reshard.execution.reader import SCALES_SIZE, Buffers, Files, reader
+from reshard.execution.reader import SCALES_SIZE, OpenFiles, WorkerBuffers, make_reader
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.inspection.tensor_pairs import Choice, KindDifference, Pair, Pairing, Side, pair_up, read_side, result_of
-from reshard.inspection.value_distance import Apart, elements_in, measure, merged
-from reshard.storage.local import CACHED, is_equal
-from reshard.storage.page_cache import reading_threads, ways_to_read
-from reshard.storage.resources import count_progress, in_threads
+from reshard.inspection.tensor_pairs import (
+    DiffChoice,
+    DiffSide,
+    KindDifference,
+    Pairing,
+    TensorPair,
+    get_result,
+    pair_up,
+    read_diff_side,
+)
+from reshard.inspection.value_distance import ValueDistance, count_elements, measure_distance, merge_distances
+from reshard.storage.local import CACHED, has_equal_bytes
+from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
+from reshard.storage.resources import count_progress, run_in_threads
 from reshard.storage.unchanged import open_unchanged
-from reshard.text import printable
+from reshard.text import escape
 from reshard.types import FIRST, Advance, Cast, Progress, Tensor
 
-Bytes = NDArray[np.uint8]
+DiffBytes = NDArray[np.uint8]
 
-ALL = Choice()
+COMPARE_ALL = DiffChoice()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class ValueDifference:
     dtype: str
     """The dtype of the compared elements: F4 for packed I8, BF16 for dequantized weights."""
     elements: int
-    apart: Apart
+    apart: ValueDistance
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -84,28 +93,30 @@ class DiffReport:
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items() if count)
         verdict = "same" if self.is_same else "differs"
-        return printable(f"{self.a} and {self.b}: {verdict}: {counts or 'no tensors'}")
+        return escape(f"{self.a} and {self.b}: {verdict}: {counts or 'no tensors'}")
 
     __repr__ = __str__
 
 
-def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress | None = None) -> DiffReport:
+def diff_checkpoints(
+    a: Path, b: Path, choice: DiffChoice = COMPARE_ALL, progress: Progress | None = None
+) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
-    sides = read_side(a, choice), read_side(b, choice)
+    sides = read_diff_side(a, choice), read_diff_side(b, choice)
     if choice.replicas == FIRST and not any(side.recipe for side in sides):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
     pairing = pair_up(*sides, choice)
-    size = sum(result_of(pair.a).size for pair in pairing.pairs)
+    size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, count_progress(progress, size))
     values = [
-        ValueDifference(pair.name, pair.dtype, elements_in(result_of(pair.a).size, pair.dtype), found[pair.name])
+        ValueDifference(pair.name, pair.dtype, count_elements(get_result(pair.a).size, pair.dtype), found[pair.name])
         for pair in pairing.pairs
         if pair.name in found
     ]
-    values.sort(key=how_different, reverse=True)
+    values.sort(key=rank_difference, reverse=True)
     return DiffReport(
         str(a),
         str(b),
@@ -120,90 +131,92 @@ def diff_checkpoints(a: Path, b: Path, choice: Choice = ALL, progress: Progress 
     )
 
 
-def how_different(difference: ValueDifference) -> tuple[bool, float, float]:
+def rank_difference(difference: ValueDifference) -> tuple[bool, float, float]:
     """The sort key of a difference: larger is more different."""
     apart = difference.apart
     odd = apart.infinite > 0 or apart.nans != (0, 0)
     return odd, apart.max_relative or 0, apart.different / difference.elements
 
 
-class Stretch(NamedTuple):
+class PairRange(NamedTuple):
     """A byte range of a pair of tensors."""
 
-    pair: Pair
+    pair: TensorPair
     offset: int
     size: int
 
 
-def compare_pairs(pairing: Pairing, sides: Sequence[Side], size: int, advance: Advance) -> dict[str, Apart]:
+def compare_pairs(pairing: Pairing, sides: Sequence[DiffSide], size: int, advance: Advance) -> dict[str, ValueDistance]:
     """Compares all pairs, of `size` bytes on a side; returns the differences by name."""
-    found: dict[str, Apart] = {}
+    found: dict[str, ValueDistance] = {}
     lock = Lock()
     if pairing.dequantized:
-        fastest_recode()  # here, for it may import numba, and that from one thread only
+        choose_recode()  # here, for it may import numba, and that from one thread only
     with ExitStack() as stack:
         files = [open_side(stack, side, 2 * size) for side in sides]
 
-        def make_worker() -> Callable[[Stretch], None]:
+        def make_worker() -> Callable[[PairRange], None]:
             readers = [SideReader(side) for side in files]
 
-            def work(piece: Stretch) -> None:
-                apart = compare_stretch(piece, readers)
+            def work(piece: PairRange) -> None:
+                apart = compare_pair_range(piece, readers)
                 if apart:
                     with lock:
-                        found[piece.pair.name] = merged(found.get(piece.pair.name), apart)
+                        found[piece.pair.name] = merge_distances(found.get(piece.pair.name), apart)
                 advance(piece.size)
 
             return work
 
-        in_threads(stretches(pairing.pairs), make_worker, max(reading_threads(side.ways) for side in files))
+        run_in_threads(
+            split_pairs(pairing.pairs), make_worker, max(choose_reading_threads(side.ways) for side in files)
+        )
     return found
 
 
-def stretches(pairs: Sequence[Pair]) -> Iterator[Stretch]:
+def split_pairs(pairs: Sequence[TensorPair]) -> Iterator[PairRange]:
     """Splits all pairs into byte ranges of WINDOW_SIZE, in the order of the first side on disk."""
-    for pair in sorted(pairs, key=lambda pair: place_of(pair.a)):
-        size = result_of(pair.a).size
+    for pair in sorted(pairs, key=lambda pair: get_first_position(pair.a)):
+        size = get_result(pair.a).size
         for offset in range(0, size, WINDOW_SIZE):
-            yield Stretch(pair, offset, min(WINDOW_SIZE, size - offset))
+            yield PairRange(pair, offset, min(WINDOW_SIZE, size - offset))
 
 
-def place_of(operand: Tensor | Cast) -> tuple[int, int]:
+def get_first_position(operand: Tensor | Cast) -> tuple[int, int]:
     tensor = operand.weight if isinstance(operand, Cast) else operand
     return tensor.file, tensor.offset
 
 
-def open_side(stack: ExitStack, side: Side, size: int) -> Files:
+def open_side(stack: ExitStack, side: DiffSide, size: int) -> OpenFiles:
     """Opens the files of a side for a job that reads `size` bytes."""
     folder, files = side.checkpoint.folder, side.checkpoint.files
     paths = [folder / file.name for file in files]
-    ways = ways_to_read(paths[0], size) if paths else CACHED
+    ways = choose_ways_to_read(paths[0], size) if paths else CACHED
     descriptors = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
-    return Files(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
+    return OpenFiles(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
 
 
 class SideReader:
     """Reads tensors and casts of a side; one for each thread."""
 
-    def __init__(self, files: Files) -> None:
-        buffers = Buffers(makes=True)
+    def __init__(self, files: OpenFiles) -> None:
+        buffers = WorkerBuffers(makes=True)
         self._result = buffers.result
-        self._read = reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
-        scales = reader(files, buffers.scales, buffers.joined[WINDOW_SIZE : WINDOW_SIZE + SCALES_SIZE])
-        self._inputs = Inputs(self._read, scales, WINDOW_SIZE, SCALES_SIZE)
+        self._read = make_reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
+        scales = make_reader(files, buffers.scales, buffers.joined[WINDOW_SIZE : WINDOW_SIZE + SCALES_SIZE])
+        self._inputs = CastInputs(self._read, scales, WINDOW_SIZE, SCALES_SIZE)
 
-    def read(self, operand: Tensor | Cast, offset: int, size: int) -> Bytes:
+    def read(self, operand: Tensor | Cast, offset: int, size: int) -> DiffBytes:
         """Reads `size` bytes of a tensor or of the result of a cast; the next call overwrites them."""
         if isinstance(operand, Tensor):
             return np.frombuffer(self._read(operand, offset, size), np.uint8)
-        produce(operand, offset, self._result[:size], self._inputs)
+        compute_cast(operand, offset, self._result[:size], self._inputs)
         return np.frombuffer(self._result[:size], np.uint8)
 
 
-def compare_stretch(piece: Stretch, readers: Sequence[SideReader]) -> Apart | None:
+def compare_pair_range(piece: PairRange, readers: Sequence[SideReader]) -> ValueDistance | None:
     """Measures how far the two sides of a byte range differ; None if they are equal."""
     pair, offset, size = piece
     one, other = readers[0].read(pair.a, offset, size), readers[1].read(pair.b, offset, size)
-    if is_equal(one, other):
+    if has_equal_bytes(one, other):
         return None
-    return measure(one, other, pair.dtype, elements_in(offset, pair.dtype))
+    return measure_distance(one, other, pair.dtype, count_elements(offset, pair.dtype))

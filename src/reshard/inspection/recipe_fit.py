@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from reshard.errors import require_none
-from reshard.recipes.formulas import unknown_keys
-from reshard.sources.block_scales import config_problems, kinds_of, pairing_problems
+from reshard.recipes.formulas import find_unknown_keys
+from reshard.sources.block_scales import check_against_config, check_pairing, group_weights
 from reshard.sources.match import match
 from reshard.types import Checkpoint, Layout, Recipe
 
@@ -29,9 +29,9 @@ def check_fit(checkpoint: Checkpoint, recipe: Recipe) -> RecipeFit:
     every problem.
     """
     matched, layout = match(checkpoint, recipe), Layout(1)
-    kinds = kinds_of(matched, recipe, layout)
-    problems = pairing_problems(matched, kinds, recipe, layout), config_problems(kinds, recipe, checkpoint.config)
+    kinds = group_weights(matched, recipe, layout)
+    problems = check_pairing(matched, kinds, recipe, layout), check_against_config(kinds, recipe, checkpoint.config)
     require_none(chain(*problems))
     counts = {recipe.placeholders[letter].counts: count for letter, count in matched.counts.items() if count}
-    unknown = unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
+    unknown = find_unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
     return RecipeFit(len(checkpoint.tensors), counts, unknown)

@@ -12,19 +12,19 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.casts.shapes import scale_shape, unpack_shape
+from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
 from reshard.recipes.patterns import WEIGHT
-from reshard.recipes.recipe import recipes_to_try
+from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DiffChoice:
     """The tensors to compare, and how to read them."""
 
     only: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Choice:
     """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
 
 
-class Side(NamedTuple):
+class DiffSide(NamedTuple):
     """One of the two checkpoints."""
 
     checkpoint: Checkpoint
@@ -48,7 +48,7 @@ class Side(NamedTuple):
     """The block scalings that its weights may have; names and shapes of weight and scale tell which."""
 
 
-class Pair(NamedTuple):
+class TensorPair(NamedTuple):
     """Two tensors of one name and equal size in bytes. A cast stands for its result."""
 
     name: str
@@ -72,7 +72,7 @@ class KindDifference:
 class Pairing:
     """The names of both sides: paired, of different kinds, or on one side only."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[TensorPair, ...]
     dequantized: int
     """The number of pairs whose weights are dequantized first."""
     kinds: tuple[KindDifference, ...]
@@ -80,9 +80,9 @@ class Pairing:
     only_b: tuple[str, ...]
 
 
-def read_side(path: Path, choice: Choice) -> Side:
+def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
-    recipes = recipes_to_try(choice.recipe)
+    recipes = list_recipes_to_try(choice.recipe)
     if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,
@@ -90,28 +90,28 @@ def read_side(path: Path, choice: Choice) -> Side:
             ignore_extra_files=choice.ignore_extra_files,
             replicas=choice.replicas,
         )
-        return Side(found.checkpoint, found.recipe.name, scalings_of([found.recipe]))
+        return DiffSide(found.checkpoint, found.recipe.name, list_block_scalings([found.recipe]))
     if path.is_dir():
         checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files)
     else:
         checkpoint = read_file(path)
-    return Side(checkpoint, "", scalings_of(recipes))
+    return DiffSide(checkpoint, "", list_block_scalings(recipes))
 
 
-def scalings_of(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
+def list_block_scalings(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
     return tuple(dict.fromkeys(scaling for recipe in recipes for scaling in recipe.scales.values()))
 
 
-def pair_up(a: Side, b: Side, choice: Choice) -> Pairing:
+def pair_up(a: DiffSide, b: DiffSide, choice: DiffChoice) -> Pairing:
     """Pairs the tensors of two sides. Raises Refused for a pattern that matches no name."""
-    names = chosen([*a.checkpoint.tensors, *b.checkpoint.tensors], choice.only)
-    made = dequantized_pairs(names, a, b) if choice.dequantize else []
+    names = choose_names([*a.checkpoint.tensors, *b.checkpoint.tensors], choice.only)
+    made = pair_dequantized(names, a, b) if choice.dequantize else []
     known = {pair.name for pair in made}
     left, right = (
         {name: tensors[name] for name in names if name in tensors and name not in used}
         for tensors, used in (
-            (a.checkpoint.tensors, known | scales_in(pair.a for pair in made)),
-            (b.checkpoint.tensors, known | scales_in(pair.b for pair in made)),
+            (a.checkpoint.tensors, known | list_used_scales(pair.a for pair in made)),
+            (b.checkpoint.tensors, known | list_used_scales(pair.b for pair in made)),
         )
     )
     pairs, kinds = list(made), []
@@ -120,18 +120,20 @@ def pair_up(a: Side, b: Side, choice: Choice) -> Pairing:
         if other is None:
             continue
         if (one.dtype, one.shape) == (other.dtype, other.shape):
-            pairs.append(Pair(name, one, other, dtype_of(one, a, b)))
+            pairs.append(TensorPair(name, one, other, get_compared_dtype(one, a, b)))
         else:
-            kinds.append(KindDifference(name, kind_text(one), kind_text(other)))
-    return Pairing(tuple(pairs), len(made), tuple(kinds), lacking(left, right), lacking(right, left))
+            kinds.append(KindDifference(name, format_kind(one), format_kind(other)))
+    return Pairing(
+        tuple(pairs), len(made), tuple(kinds), list_lacking_names(left, right), list_lacking_names(right, left)
+    )
 
 
-def lacking(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> tuple[str, ...]:
+def list_lacking_names(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The names on one side that the other has not."""
     return tuple(name for name in here if name not in there)
 
 
-def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def choose_names(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names that match a pattern, each once, in their order."""
     every = list(dict.fromkeys(names))
     if not patterns:
@@ -146,44 +148,44 @@ def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in every if name in wanted]
 
 
-def kind_text(tensor: Tensor) -> str:
+def format_kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def dtype_of(tensor: Tensor, a: Side, b: Side) -> str:
+def get_compared_dtype(tensor: Tensor, a: DiffSide, b: DiffSide) -> str:
     """The dtype of the elements of a tensor of both sides: F4 for packed I8, which has two elements in a byte."""
-    is_packed = tensor.dtype == "I8" and (dequantizing(tensor.name, a) or dequantizing(tensor.name, b))
+    is_packed = tensor.dtype == "I8" and (find_dequantize_cast(tensor.name, a) or find_dequantize_cast(tensor.name, b))
     return "F4" if is_packed else tensor.dtype
 
 
-def dequantized_pairs(names: Iterable[str], a: Side, b: Side) -> list[Pair]:
+def pair_dequantized(names: Iterable[str], a: DiffSide, b: DiffSide) -> list[TensorPair]:
     """Pairs of weights of different kinds that both can be read as BF16, with the same shape."""
     found = []
     for name in names:
         one, other = a.checkpoint.tensors.get(name), b.checkpoint.tensors.get(name)
         if one is None or other is None or (one.dtype, one.shape) == (other.dtype, other.shape):
             continue
-        left, right = as_bf16(one, a), as_bf16(other, b)
-        if left and right and result_of(left).shape == result_of(right).shape:
-            found.append(Pair(name, left, right, "BF16"))
+        left, right = read_as_bf16(one, a), read_as_bf16(other, b)
+        if left and right and get_result(left).shape == get_result(right).shape:
+            found.append(TensorPair(name, left, right, "BF16"))
     return found
 
 
-def as_bf16(tensor: Tensor, side: Side) -> Tensor | Cast | None:
+def read_as_bf16(tensor: Tensor, side: DiffSide) -> Tensor | Cast | None:
     """A tensor in BF16: as it is, or dequantized with its block scale; None if neither."""
-    return tensor if tensor.dtype == "BF16" else dequantizing(tensor.name, side)
+    return tensor if tensor.dtype == "BF16" else find_dequantize_cast(tensor.name, side)
 
 
-def result_of(operand: Tensor | Cast) -> Tensor:
+def get_result(operand: Tensor | Cast) -> Tensor:
     return operand.result if isinstance(operand, Cast) else operand
 
 
-def scales_in(operands: Iterable[Tensor | Cast]) -> set[str]:
+def list_used_scales(operands: Iterable[Tensor | Cast]) -> set[str]:
     """The names of the block scales that the casts need."""
     return {operand.scale.name for operand in operands if isinstance(operand, Cast) and operand.scale}
 
 
-def dequantizing(name: str, side: Side) -> Cast | None:
+def find_dequantize_cast(name: str, side: DiffSide) -> Cast | None:
     """The cast of a block-scaled weight to BF16; None if it has no block scale that fits."""
     tensors = side.checkpoint.tensors
     weight = tensors.get(name)
@@ -191,7 +193,7 @@ def dequantizing(name: str, side: Side) -> Cast | None:
         return None
     for scaling in side.scalings:
         scale = tensors.get(name.removesuffix(WEIGHT) + scaling.left)
-        block = block_of(weight, scale, scaling) if scale else None
+        block = find_scale_block(weight, scale, scaling) if scale else None
         if block:
             shape = unpack_shape(weight)
             result = Tensor(name, "BF16", shape, weight.file, weight.offset, prod(shape) * 2)
@@ -199,7 +201,7 @@ def dequantizing(name: str, side: Side) -> Cast | None:
     return None
 
 
-def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, int] | None:
+def find_scale_block(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, int] | None:
     """The block of a scale in elements; None if dtypes or shapes of weight and scale do not fit the scaling."""
     if weight.dtype == "I8" and scaling.packed and scale.dtype == "F8_E8M0":
         block = scaling.block
@@ -207,4 +209,4 @@ def block_of(weight: Tensor, scale: Tensor, scaling: BlockScale) -> tuple[int, i
         block = scaling.fp8_block if scaling.packed else scaling.block
     else:
         return None
-    return block if scale.shape == scale_shape(unpack_shape(weight), block) else None
+    return block if scale.shape == count_blocks(unpack_shape(weight), block) else None

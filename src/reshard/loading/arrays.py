@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from reshard.errors import Problem, refuse
 from reshard.types import Tensor
 
-Bytes = NDArray[np.uint8]
+FlatBytes = NDArray[np.uint8]
 
 FRAMEWORKS = ("torch", "numpy")
 
-NUMPY = {
+NUMPY_DTYPES = {
     "BOOL": "bool", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
     # Dtypes that numpy lacks, as unsigned integers of the same width; two values of F4 share a byte.
@@ -21,7 +21,7 @@ NUMPY = {
     "F4": "u1",
 }  # fmt: skip
 
-TORCH = {
+TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16", "U32": "uint32",
     "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
     "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -49,7 +49,7 @@ def require_framework(framework: str, device: Any = "cpu") -> None:
         raise refuse("wrong-option", "device", found, "a device of torch that is there") from None
 
 
-def array_problems(tensors: Iterable[Tensor], framework: str) -> Iterator[Problem]:
+def check_array_dtypes(tensors: Iterable[Tensor], framework: str) -> Iterator[Problem]:
     """Problems of tensors for which the framework has no dtype."""
     for tensor in tensors:
         if not has_dtype(tensor.dtype, framework):
@@ -61,24 +61,24 @@ def array_problems(tensors: Iterable[Tensor], framework: str) -> Iterator[Proble
 def has_dtype(dtype: str, framework: str) -> bool:
     """Whether a framework has a dtype, or for numpy a stand-in."""
     if framework == "numpy":
-        return dtype in NUMPY
+        return dtype in NUMPY_DTYPES
     import torch  # noqa: PLC0415
 
-    return dtype in TORCH and hasattr(torch, TORCH[dtype])
+    return dtype in TORCH_DTYPES and hasattr(torch, TORCH_DTYPES[dtype])
 
 
-def array_shape(tensor: Tensor) -> tuple[int, ...]:
+def get_array_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a tensor's array: two F4 values are one element, as in torch and in the safetensors package."""
     return (*tensor.shape[:-1], tensor.shape[-1] // 2) if tensor.dtype == "F4" else tensor.shape
 
 
-def as_array(data: Any, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+def view_as_array(data: Any, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
     """Views bytes, a flat uint8 array of numpy or torch, as an array of a dtype and shape. Copies nothing."""
     if framework == "numpy":
-        return data.view(NUMPY[dtype]).reshape(shape)
+        return data.view(NUMPY_DTYPES[dtype]).reshape(shape)
     import torch  # noqa: PLC0415
 
-    kind = getattr(torch, TORCH[dtype])
+    kind = getattr(torch, TORCH_DTYPES[dtype])
     found = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if not found.numel():  # torch does not view an empty tensor as another dtype
         return torch.empty(shape, dtype=kind, device=found.device)

@@ -17,19 +17,19 @@ from weakref import finalize
 import numpy as np
 
 from reshard.errors import refuse, require_none
-from reshard.execution.reader import produce_join
+from reshard.execution.reader import read_join
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
-from reshard.loading.arrays import Bytes, array_problems, array_shape, as_array, require_framework
+from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.storage.local import (
     CACHED,
     PAGE,
-    aligned_buffer,
-    open_source,
-    read_window,
+    allocate_aligned,
+    open_to_read,
+    read_range,
 )
 from reshard.storage.unchanged import require_unchanged, require_unwritten
 from reshard.types import FIRST, Checkpoint, Tensor
@@ -92,7 +92,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self._close_files = finalize(self, stack.close)
         self._close_files.atexit = False  # a thread may still read then
         try:
-            self._sources = [open_source(stack, path, CACHED) for path in self._paths]
+            self._sources = [open_to_read(stack, path, CACHED) for path in self._paths]
             require_unchanged(checkpoint.folder, checkpoint.files, self._sources)
         except BaseException as error:
             self.close()
@@ -122,7 +122,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
             self._closed = True
             self._close_if_unread()
 
-    def read(self, tensor: Tensor, offset: int, size: int) -> Bytes:
+    def read(self, tensor: Tensor, offset: int, size: int) -> FlatBytes:
         """Reads `size` bytes of a tensor from byte `offset` of it on. Raises Refused if its files were written to."""
         out = np.empty(size, np.uint8)
         with self._reading():
@@ -153,19 +153,19 @@ class Tensors(Mapping[str, "LazyTensor"]):
             self._read_part(tensor, offset, len(out), out)
         elif out:
             read = partial(self._read_part, buffer=self._buffer())
-            produce_join(self._checkpoint.joins[place], offset, out, read, WINDOW_SIZE)
+            read_join(self._checkpoint.joins[place], offset, out, read, WINDOW_SIZE)
 
     def _read_part(self, part: Tensor, offset: int, size: int, buffer: memoryview) -> memoryview:
         """Reads bytes of a tensor or shard of one file, into a part of the buffer."""
         path, source = self._paths[part.file], self._sources[part.file]
-        found = read_window(source, part.offset + offset, size, buffer, CACHED, path.name)
+        found = read_range(source, part.offset + offset, size, buffer, CACHED, path.name)
         require_unwritten(path, self._checkpoint.files[part.file], source)
         return found
 
     def _buffer(self) -> memoryview:
         """The buffer of this thread for shards. It is kept, for allocating one takes as long as a read."""
         if not hasattr(self._buffers, "own"):
-            self._buffers.own = aligned_buffer(WINDOW_SIZE + 2 * PAGE)
+            self._buffers.own = allocate_aligned(WINDOW_SIZE + 2 * PAGE)
         found: memoryview = self._buffers.own
         return found
 
@@ -185,7 +185,7 @@ class LazyTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """In elements of the array that a slice gives: two F4 values are one element."""
-        return array_shape(self.tensor)
+        return get_array_shape(self.tensor)
 
     @property
     def nbytes(self) -> int:
@@ -203,11 +203,11 @@ class LazyTensor:
         For leading integers and the first slice only their part is read. Later dimensions are read whole; so is the
         whole tensor for a key of any other kind. Raises Refused if the framework lacks the dtype or the file changed.
         """
-        require_none(array_problems([self.tensor], self.opened.framework))
-        taken = stretch_of(self.shape, key)
+        require_none(check_array_dtypes([self.tensor], self.opened.framework))
+        taken = find_element_range(self.shape, key)
         width = self.tensor.size // max(1, prod(self.shape))
         data = self.opened.read(self.tensor, taken.first * width, prod(taken.shape) * width)
-        found = as_array(data, self.dtype, taken.shape, self.opened.framework)
+        found = view_as_array(data, self.dtype, taken.shape, self.opened.framework)
         if isinstance(taken.rest, tuple) and not taken.rest:  # == would compare each number of an array
             return found
         part = found[taken.rest]
@@ -215,7 +215,7 @@ class LazyTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class ElementRange:
     """A contiguous range of elements that is read for a key, and the rest of the key."""
 
     first: int
@@ -226,26 +226,26 @@ class Stretch:
     """The key to apply to them; () if nothing is left to apply."""
 
 
-def stretch_of(shape: tuple[int, ...], key: Any) -> Stretch:
+def find_element_range(shape: tuple[int, ...], key: Any) -> ElementRange:
     """The range of elements to read for a key. Raises IndexError for an index that is out of range."""
     items = key if isinstance(key, tuple) else (key,)
     if not all(type(item) is int or isinstance(item, np.integer | slice | EllipsisType) for item in items):
-        return Stretch(0, shape, key)
-    items, first = spelt_out(items, len(shape)), 0
+        return ElementRange(0, shape, key)
+    items, first = expand_ellipsis(items, len(shape)), 0
     for place, item in enumerate(items):
         inner = prod(shape[place + 1 :])
         if not isinstance(item, slice):
-            first += checked(int(item), shape[place]) * inner
+            first += normalize_index(int(item), shape[place]) * inner
             continue
         taken = range(*item.indices(shape[place]))
         low, high = (min(taken[0], taken[-1]), max(taken[0], taken[-1]) + 1) if taken else (0, 0)
         rest = (slice(None, None, item.step), *items[place + 1 :])
         is_all = item.step in (None, 1) and all(one == slice(None) for one in rest[1:])
-        return Stretch(first + low * inner, (high - low, *shape[place + 1 :]), () if is_all else rest)
-    return Stretch(first, shape[len(items) :], ())
+        return ElementRange(first + low * inner, (high - low, *shape[place + 1 :]), () if is_all else rest)
+    return ElementRange(first, shape[len(items) :], ())
 
 
-def spelt_out(items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
+def expand_ellipsis(items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
     """Replaces an ellipsis in a key by the full slices that it stands for."""
     places = [place for place, item in enumerate(items) if item is Ellipsis]
     count = len(items) - len(places)
@@ -256,7 +256,7 @@ def spelt_out(items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
     return (*items[: places[0]], *[slice(None)] * (dimensions - count), *items[places[0] + 1 :])
 
 
-def checked(index: int, length: int) -> int:
+def normalize_index(index: int, length: int) -> int:
     """An index counted from the front. Raises IndexError if it is out of range."""
     if not -length <= index < length:
         raise IndexError(f"index {index} is out of range for {length}")

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from reshard.casts.kernels import fastest_recode
+from reshard.casts.kernels import choose_recode
 from reshard.errors import refuse, require_none
-from reshard.execution.reader import Buffers, Files, gather, read_or_make
-from reshard.execution.windows import WINDOW_SIZE, Window, bands_of, windows
-from reshard.loading.arrays import array_problems, array_shape, as_array, require_framework
+from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
+from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
+from reshard.loading.arrays import check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.planning.copies import WrongPlan
 from reshard.planning.options import require_layout, require_whole_number
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
-from reshard.storage.local import advise_random
-from reshard.storage.page_cache import reading_threads, ways_to_read
-from reshard.storage.resources import available_memory, in_threads
+from reshard.storage.local import advise_random_reads
+from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
+from reshard.storage.resources import measure_available_memory, run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import FIRST, RANKS, Cast, Join, Tensor
 
-Worker = Callable[[Window], None]
+WindowWorker = Callable[[Window], None]
 
 
 def load(
@@ -87,19 +87,19 @@ def load(
 def load_planned(plan: Plan, device: Any, framework: str, jobs: int | None, *, allow_inexact: bool) -> dict[str, Any]:
     """The tensors of the one file of a plan, by their names."""
     tensors = list(plan.tensors(0))
-    require_none(array_problems(tensors, framework))
-    memory = Held(tensors, device)
+    require_none(check_array_dtypes(tensors, framework))
+    memory = RankMemory(tensors, device)
     try:
-        fill(plan, memory, jobs, allow_inexact=allow_inexact)
+        fill_memory(plan, memory, jobs, allow_inexact=allow_inexact)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     return {
-        tensor.name: as_array(data, tensor.dtype, array_shape(tensor), framework)
+        tensor.name: view_as_array(data, tensor.dtype, get_array_shape(tensor), framework)
         for tensor, data in zip(tensors, memory.data, strict=True)
     }
 
 
-class Held:
+class RankMemory:
     """The tensors of a rank in memory, each in an allocation of its own; addressed by offsets in the rank's file."""
 
     def __init__(self, tensors: Sequence[Tensor], device: Any) -> None:
@@ -109,8 +109,8 @@ class Held:
         self.tensors = tensors
         self.size = sum(tensor.size for tensor in tensors)
         self._starts = [tensor.offset for tensor in tensors]
-        if self.device is None and self.size > available_memory():
-            raise no_memory(self.size, f"{available_memory():,} bytes free")
+        if self.device is None and self.size > measure_available_memory():
+            raise refuse_memory(self.size, f"{measure_available_memory():,} bytes free")
         self.data = [self._allocated(tensor.size) for tensor in tensors]
         if self.device is not None and self.data:
             self.device = self.data[0].device  # with its number: to another thread, `cuda` may be another
@@ -123,7 +123,7 @@ class Held:
         try:
             return torch.empty(size, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
-            raise no_memory(self.size, str(error).splitlines()[0]) from None
+            raise refuse_memory(self.size, str(error).splitlines()[0]) from None
 
     def put(self, content: memoryview, offset: int) -> None:
         """Copies bytes to an offset of the rank's file. On CUDA, `content` may be read even after this has returned."""
@@ -144,30 +144,32 @@ class Held:
             place, done = place + 1, done + count
 
 
-def no_memory(size: int, found: str) -> Exception:
+def refuse_memory(size: int, found: str) -> Exception:
     """The refusal of a rank whose tensors do not fit."""
     expected = f"{size:,} bytes for the tensors of the rank"
     return refuse("too-little-memory", "load", found, expected, "a larger mp= has smaller ranks")
 
 
-def fill(plan: Plan, memory: Held, jobs: int | None, *, allow_inexact: bool) -> None:
+def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexact: bool) -> None:
     """Reads or computes all windows of a plan for one rank, into memory."""
     folder, names = plan.source.folder, [file.name for file in plan.source.files]
-    ways = ways_to_read(folder / names[0], memory.size)
+    ways = choose_ways_to_read(folder / names[0], memory.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
     if plan.casts:
-        fastest_recode()  # here, for it may import numba, and that from one thread only
+        choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
-        advise_random(sources)  # or the kernel reads on into what other ranks need
-        files = Files(sources, names, (), ways, made, allow_inexact)
-        work = counted(windows(plan.copies, bands=bands_of(made, len(sources), WINDOW_SIZE)), memory.size)
+        advise_random_reads(sources)  # or the kernel reads on into what other ranks need
+        files = OpenFiles(sources, names, (), ways, made, allow_inexact)
+        work = require_total_size(
+            make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size
+        )
         if memory.is_cuda:
-            in_cuda_threads(work, files, memory, jobs or reading_threads(ways))
+            run_in_cuda_threads(work, files, memory, jobs or choose_reading_threads(ways))
         else:
-            in_threads(work, lambda: worker(files, memory), jobs or reading_threads(ways))
+            run_in_threads(work, lambda: make_window_worker(files, memory), jobs or choose_reading_threads(ways))
 
 
-def counted(work: Iterable[Window], size: int) -> Iterator[Window]:
+def require_total_size(work: Iterable[Window], size: int) -> Iterator[Window]:
     """The windows. Raises WrongPlan if they do not have `size` bytes: some of the memory would stay uninitialized."""
     for window in work:
         size -= sum(group.size for group in window.groups)
@@ -176,30 +178,30 @@ def counted(work: Iterable[Window], size: int) -> Iterator[Window]:
         raise WrongPlan(f"the windows lack {size:,} bytes")
 
 
-def worker(files: Files, memory: Held) -> Worker:
+def make_window_worker(files: OpenFiles, memory: RankMemory) -> WindowWorker:
     """A function that reads windows into memory, through buffers of its own."""
-    buffers = Buffers(makes=bool(files.made))
+    buffers = WorkerBuffers(makes=bool(files.made))
 
     def move(window: Window) -> None:
-        data, _ = read_or_make(window, files, buffers)
+        data, _ = read_or_compute_window(window, files, buffers)
         for group in window.groups:
-            memory.put(gather(group, data, buffers.stage), group.target_offset)
+            memory.put(gather_group(group, data, buffers.stage), group.target_offset)
 
     return move
 
 
-def in_cuda_threads(work: Iterable[Window], files: Files, memory: Held, threads: int) -> None:
+def run_in_cuda_threads(work: Iterable[Window], files: OpenFiles, memory: RankMemory, threads: int) -> None:
     """Reads the windows onto a CUDA device, each thread with a stream of its own."""
     import torch  # noqa: PLC0415
 
     allocated_on = torch.cuda.current_stream(memory.device)
     try:
-        in_threads(work, lambda: cuda_worker(files, memory, allocated_on), threads)
+        run_in_threads(work, lambda: make_cuda_window_worker(files, memory, allocated_on), threads)
     finally:
         torch.cuda.synchronize(memory.device)  # before the buffers go, which the device may still read
 
 
-def cuda_worker(files: Files, memory: Held, allocated_on: Any) -> Worker:
+def make_cuda_window_worker(files: OpenFiles, memory: RankMemory, allocated_on: Any) -> WindowWorker:
     """A function that reads windows through two sets of pinned buffers: one is filled while the device copies from the
     other.
     """
@@ -213,18 +215,18 @@ def cuda_worker(files: Files, memory: Held, allocated_on: Any) -> Worker:
 
     with cuda.device(memory.device):  # a new thread has the first device, which may be another process's
         stream = cuda.Stream(memory.device)
-        turns = cycle([(Buffers(makes=bool(files.made), allocate=pinned), cuda.Event()) for _ in range(2)])
+        turns = cycle([(WorkerBuffers(makes=bool(files.made), allocate=pinned), cuda.Event()) for _ in range(2)])
     stream.wait_stream(allocated_on)
 
     def move(window: Window) -> None:
         buffers, taken = next(turns)
         taken.synchronize()
-        data, _ = read_or_make(window, files, buffers)
+        data, _ = read_or_compute_window(window, files, buffers)
         used = 0
         with cuda.stream(stream):
             for group in window.groups:
                 # Behind the groups gathered before, which the device may still read. They fit: no byte is in two.
-                memory.put(gather(group, data, buffers.stage[used:]), group.target_offset)
+                memory.put(gather_group(group, data, buffers.stage[used:]), group.target_offset)
                 used += group.size
             taken.record(stream)
 

@@ -45,6 +45,6 @@ class WrongPlan(Exception):
     """
 
 
-def joined(parts: Sequence[Copies]) -> Copies:
+def join_copies(parts: Sequence[Copies]) -> Copies:
     """Concatenates tables of copies."""
     return Copies(*(np.concatenate([getattr(part, name) for part in parts]) for name in Copies.__slots__))

@@ -7,10 +7,10 @@ from json.encoder import encode_basestring
 
 import numpy as np
 
-from reshard.formats.safetensors import DTYPE_RANK, entry_end, header_bytes
-from reshard.planning.copies import Copies, Integers, joined
+from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
+from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
-from reshard.types import RANKS, Cast, Form, Layout, Recipe, Tensor
+from reshard.types import RANKS, Cast, Layout, OriginalFile, Recipe, Tensor
 
 EVERY_RANK = -1
 """The rank of a piece that goes into the file of every rank."""
@@ -80,7 +80,7 @@ class Columns:
     """Number of consecutive ranks that get the same part."""
 
 
-def pieces_of(series: Sequence[Series]) -> Pieces:
+def order_pieces(series: Sequence[Series]) -> Pieces:
     """Orders the tensors of all series as safetensors does: by dtype, then by name."""
     by_dtype: dict[str, list[tuple[str, int, Tensor, int]]] = {}
     for number, one in enumerate(series):
@@ -93,7 +93,7 @@ def pieces_of(series: Sequence[Series]) -> Pieces:
     return Pieces(names, tensors, np.array(numbers, np.int64), cuts, np.array(ranks, np.int64))
 
 
-def columns_of(pieces: Pieces) -> Columns:
+def make_columns(pieces: Pieces) -> Columns:
     """Makes the columns of the pieces."""
     table = np.array([(cut.rows, cut.pitch, cut.run, cut.repeat) for cut in pieces.cuts], np.int64).reshape(-1, 4)
     file = np.array([tensor.file for tensor in pieces.tensors], np.int64)
@@ -101,16 +101,16 @@ def columns_of(pieces: Pieces) -> Columns:
     return Columns(file, offset, pieces.rank, *np.ascontiguousarray(table[pieces.cut].T))
 
 
-def lay_out(
-    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[Form] = ()
+def lay_out_files(
+    recipe: Recipe, layout: Layout, pieces: Pieces, forms: Sequence[OriginalFile] = ()
 ) -> tuple[tuple[TargetFile, ...], Copies]:
     """Lays out every target file to the byte, and makes the copies that fill it. `forms` are the original files to
     restore, one for each target file; empty if there are none.
     """
-    columns = columns_of(pieces)
-    texts = entry_texts(pieces)
+    columns = make_columns(pieces)
+    texts = write_entries(pieces)
     files, parts = [], []
-    names = [form.name for form in forms] or file_names(recipe, layout, pieces)
+    names = [form.name for form in forms] or name_files(recipe, layout, pieces)
     for rank, name in enumerate(names):
         chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
         form = forms[rank] if forms and has_form(pieces, chosen, forms[rank]) else None
@@ -121,15 +121,15 @@ def lay_out(
         ends = np.cumsum(sizes)
         bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = form.header if form else header_bytes([*metadata(recipe, layout, rank), *entries])
+        header = form.header if form else format_header([*write_metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
         part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
-        parts.append(copies_of(columns, chosen, rank, part, ends - sizes + len(header)))
-    return tuple(files), joined(parts)
+        parts.append(make_copies(columns, chosen, rank, part, ends - sizes + len(header)))
+    return tuple(files), join_copies(parts)
 
 
-def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
+def write_metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
     """Writes the metadata entry of a header: in the original layout the format; in rank files rank, ranks and recipe,
     if the recipe asks for them. Empty without metadata.
     """
@@ -141,7 +141,7 @@ def metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
     return [f'"__metadata__":{json.dumps(facts, separators=(",", ":"), ensure_ascii=False)}']
 
 
-def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
+def has_form(pieces: Pieces, chosen: Integers, form: OriginalFile) -> bool:
     """Whether the pieces are exactly the tensors of an original file."""
     found = {
         pieces.names[piece]: (pieces.tensors[piece].dtype, pieces.cuts[cut].shape)
@@ -150,7 +150,7 @@ def has_form(pieces: Pieces, chosen: Integers, form: Form) -> bool:
     return found == {name: (tensor.dtype, tensor.shape) for name, tensor in form.tensors.items()}
 
 
-def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] | None:
+def restore_forms(pieces: Pieces, forms: Sequence[OriginalFile]) -> tuple[Pieces, list[OriginalFile]] | None:
     """Assigns each piece to its original file. Returns the pieces, and the original files that still have tensors; None
     if a piece was in no original file.
     """
@@ -162,21 +162,21 @@ def formed(pieces: Pieces, forms: Sequence[Form]) -> tuple[Pieces, list[Form]] |
     return replace(pieces, rank=rank.reshape(-1)), [forms[number] for number in kept.tolist()]
 
 
-def entry_texts(pieces: Pieces) -> list[str]:
+def write_entries(pieces: Pieces) -> list[str]:
     """Writes the header entry of each piece, up to its offsets."""
-    ends = [entry_end(tensor.dtype, pieces.cuts[cut].shape) for tensor, cut in first_of_each(pieces)]
+    ends = [format_entry_end(tensor.dtype, pieces.cuts[cut].shape) for tensor, cut in find_first_of_each(pieces)]
     names = map(encode_basestring, pieces.names)
     return [name + ends[cut] for name, cut in zip(names, pieces.cut.tolist(), strict=True)]
 
 
-def first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
+def find_first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
     """Finds the first tensor of each cut; yields the tensor and the index of the cut."""
     cuts, places = np.unique(pieces.cut, return_index=True)
     for cut, place in zip(cuts.tolist(), places.tolist(), strict=True):
         yield pieces.tensors[place], cut
 
 
-def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
+def name_files(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     """Names the target files: by the pattern of the recipe, or as Hugging Face names them."""
     if layout.to == RANKS:
         return [recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
@@ -186,7 +186,7 @@ def file_names(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
+def make_copies(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
     """Makes the copies of one file: of each piece the part of one rank. `target_offset` is in bytes.
 
     Contiguous rows become one run; empty tensors have no copy.
@@ -202,14 +202,14 @@ def copies_of(columns: Columns, chosen: Integers, file: int, part: int, target_o
     return Copies(*(column[full] for column in table))
 
 
-def dealt_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: Mapping[str, int], most: int) -> Pieces:
+def assign_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: Mapping[str, int], most: int) -> Pieces:
     """Assigns each piece to one file, in the order of the source, so that no file exceeds `most` bytes.
 
     A larger piece gets a file of its own. `parts` is the number of the first cast. `places` maps the name of a source
     tensor to its place in the order; a computed tensor has the place of its weight.
     """
     # The header of a file is not known before its tensors are: reserve room for the longest offsets.
-    entries = [len(text.encode()) + MOST_OFFSETS for text in entry_texts(pieces)]
+    entries = [len(text.encode()) + MOST_OFFSETS for text in write_entries(pieces)]
     weights = [casts[tensor.file - parts].weight if tensor.file >= parts else tensor for tensor in pieces.tensors]
     file, filled = 0, 0
     rank = np.zeros(len(weights), np.int64)

@@ -10,7 +10,7 @@ from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe
 
 
-def option_problems(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
     """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
         ("--to", layout.to, (RANKS, WHOLE)),
@@ -71,7 +71,7 @@ def require_whole_number(option: str, value: Any) -> int:
     return index(value)
 
 
-def source_problems(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
+def check_source_options(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
     """Reports options that do not suit a source: `replicas` without rank files, or a wrong number of experts."""
     if replicas not in (COMPARE, FIRST):
         yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.formats.manifest import Origin, subset_lines
+from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
-from reshard.text import counted, printable, size_text, table
+from reshard.text import escape, format_count, format_size, format_table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
 
 
@@ -54,41 +54,45 @@ class Plan:
             start = end
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, [*describe_files(self), *describe_coverage(self)]))
+        return "\n".join(map(escape, [*describe_files(self), *describe_coverage(self)]))
 
     __repr__ = __str__
 
 
 def describe_files(plan: Plan) -> Iterator[str]:
     """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
-    target = counted(plan.layout.ranks, "ranks") if plan.layout.to == RANKS else counted(len(plan.files), "whole files")
+    target = (
+        format_count(plan.layout.ranks, "ranks")
+        if plan.layout.to == RANKS
+        else format_count(len(plan.files), "whole files")
+    )
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
-    yield from subset_lines(plan.source.subset)
+    yield from list_subset_lines(plan.source.subset)
     counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}
-    yield ", ".join(counted(count, things) for things, count in counts.items())
+    yield ", ".join(format_count(count, things) for things, count in counts.items())
     yield ""
-    rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", size_text(file.size)) for file in plan.files]
+    rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", format_size(file.size)) for file in plan.files]
     pieces = sum(len(file.pieces) for file in plan.files)
-    total = ("total", f"{pieces:,}", f"{plan.size:,}", size_text(plan.size))
-    yield from table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
+    total = ("total", f"{pieces:,}", f"{plan.size:,}", format_size(plan.size))
+    yield from format_table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     yield from describe_casts(plan)
     kept = sum(share.size for share in plan.coverage if share.use != "dropped")
     if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
         yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
-    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({size_text(plan.size)})"
+    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({format_size(plan.size)})"
 
 
 def describe_coverage(plan: Plan) -> Iterator[str]:
     """Describes the uses of the source tensors as a table for people. Its sizes, in bytes, add up exactly."""
     yield ""
-    yield from table(("source tensors", "tensors", "bytes", ""), [*use_rows(plan)]).splitlines()
+    yield from format_table(("source tensors", "tensors", "bytes", ""), [*list_uses(plan)]).splitlines()
 
 
 def describe_casts(plan: Plan) -> Iterator[str]:
     """Describes the casts, by operation and resulting dtype, and the config values that padding raises."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
-        yield f"{operation}: {counted(count, 'tensors')} of {dtype}"
+        yield f"{operation}: {format_count(count, 'tensors')} of {dtype}"
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"
@@ -98,7 +102,7 @@ def describe_dropped(plan: Plan) -> Iterator[str]:
     """Describes the tensors that are left out, with the reason."""
     for share in plan.coverage:
         if share.use == "dropped":
-            yield f"dropped: {counted(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
+            yield f"dropped: {format_count(share.tensors, 'tensors')}, {share.size:,} bytes: {share.what}: {share.reason}"
 
 
 USES = {
@@ -114,19 +118,19 @@ USES = {
 """The uses of source tensors -> their words in the table, in its order."""
 
 
-def use_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+def list_uses(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     """Lists the rows of the table of uses, with a total."""
     for use, words in USES.items():
         shares = [share for share in plan.coverage if share.use == use]
         if shares:
             size = sum(share.size for share in shares)
-            yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", size_text(size)
+            yield words, f"{sum(share.tensors for share in shares):,}", f"{size:,}", format_size(size)
         if use not in ("once", "empty"):
             for share in shares:
                 reason = f" ({share.reason})" if share.reason else ""
                 yield f"  {share.what}{reason}", f"{share.tensors:,}", f"{share.size:,}", ""
     size = sum(share.size for share in plan.coverage)
-    yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", size_text(size)
+    yield "total", f"{len(plan.source.tensors):,}", f"{size:,}", format_size(size)
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:

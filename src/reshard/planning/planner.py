@@ -7,18 +7,18 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.manifest import left_out
+from reshard.formats.manifest import count_left_out
 from reshard.planning.copies import Copies
-from reshard.planning.file_layout import Pieces, dealt_to_files, formed, lay_out, pieces_of
-from reshard.planning.options import option_problems
+from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
+from reshard.planning.options import check_options
 from reshard.planning.plan import Plan
-from reshard.planning.proofs import cover, require_tiling
-from reshard.planning.shards import Series, ranks_problems, series_of, whole_series
-from reshard.planning.transforms import Outcome, Terms, outcome_of, padded_config, padding_problems
-from reshard.sources.block_scales import Kind, config_problems, kinds_of, pairing_problems
-from reshard.sources.match import Family, Matched, optional_problems
+from reshard.planning.proofs import prove_coverage, require_tiling
+from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
+from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
+from reshard.sources.block_scales import WeightGroup, check_against_config, check_pairing, group_weights
+from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Form, Layout
+from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, OriginalFile
 
 
 def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
@@ -27,23 +27,23 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
 
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
-    require_none(option_problems(source.recipe, layout, ranks))
-    kinds = checked_kinds(source, layout)
+    require_none(check_options(source.recipe, layout, ranks))
+    kinds = group_kept_weights(source, layout)
     config = source.checkpoint.config
     if layout.pad:
-        config = padded_config(config, kinds, source.recipe, layout)
+        config = raise_config(config, kinds, source.recipe, layout)
     checkpoint, matched = source.checkpoint, source.matched
     if only:
-        checkpoint, matched = only_named(checkpoint, matched, only)
-        kinds = kept_kinds(matched, source, layout)
+        checkpoint, matched = keep_named(checkpoint, matched, only)
+        kinds = require_kept(matched, source, layout)
     terms = Terms(source.recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
-    outcomes = [outcome_of(kind, terms, casts) for kind in kinds]
-    require_none(outcome_problems(outcomes, casts, terms, matched))
-    series, pieces, forms = arrange(outcomes, terms, casts, checkpoint, matched, source.origin.forms)
-    files, copies = lay_out(source.recipe, layout, pieces, forms)
+    outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
+    require_none(check_outcomes(outcomes, casts, terms, matched))
+    series, pieces, forms = arrange_tensors(outcomes, terms, casts, checkpoint, matched, source.origin.forms)
+    files, copies = lay_out_files(source.recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
-    coverage = cover(checkpoint, source.recipe, layout, matched, series, casts, copies)
+    coverage = prove_coverage(checkpoint, source.recipe, layout, matched, series, casts, copies)
     plan = Plan(
         source.path,
         checkpoint,
@@ -58,30 +58,30 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
         tuple(casts),
         coverage,
     )
-    return plan if ranks is None else only_ranks(plan, ranks)
+    return plan if ranks is None else keep_ranks(plan, ranks)
 
 
-def checked_kinds(source: Source, layout: Layout) -> list[Kind]:
+def group_kept_weights(source: Source, layout: Layout) -> list[WeightGroup]:
     """Groups the kept weights by rule, dtype and shape. Raises Refused if weights, block scales and config disagree."""
     checkpoint, recipe, matched = source.checkpoint, source.recipe, source.matched
     if layout.keep_optional or layout.to == WHOLE:
-        require_none(optional_problems(checkpoint, recipe, matched))
-    kinds = kept_kinds(matched, source, layout)
-    problems = [*pairing_problems(matched, kinds, recipe, layout), *config_problems(kinds, recipe, checkpoint.config)]
+        require_none(check_optional(checkpoint, recipe, matched))
+    kinds = require_kept(matched, source, layout)
+    problems = [*check_pairing(matched, kinds, recipe, layout), *check_against_config(kinds, recipe, checkpoint.config)]
     require_none(problems)
     return kinds
 
 
-def kept_kinds(matched: Matched, source: Source, layout: Layout) -> list[Kind]:
+def require_kept(matched: Matched, source: Source, layout: Layout) -> list[WeightGroup]:
     """Groups the kept weights. Raises Refused if no tensor is kept."""
-    kinds = kinds_of(matched, source.recipe, layout)
+    kinds = group_weights(matched, source.recipe, layout)
     if not kinds:
         found, expected = "every tensor is dropped", "at least one to convert"
         raise refuse("nothing-kept", source.recipe.name, found, expected, "another recipe")
     return kinds
 
 
-def outcome_problems(
+def check_outcomes(
     outcomes: Sequence[Outcome], casts: Sequence[Cast], terms: Terms, matched: Matched
 ) -> Iterator[Problem]:
     """Reports a cast that changes nothing, and every tensor that cannot be cut for the number of ranks."""
@@ -89,37 +89,37 @@ def outcome_problems(
     if layout.cast and not casts:
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     elif layout.to != WHOLE:
-        if torn := list(padding_problems(outcomes)):
+        if torn := list(check_padding(outcomes)):
             yield from torn
         else:
-            yield from ranks_problems(terms.config, terms.recipe, layout, matched, outcomes)
+            yield from check_ranks(terms.config, terms.recipe, layout, matched, outcomes)
 
 
-def arrange(
+def arrange_tensors(
     outcomes: Sequence[Outcome],
     terms: Terms,
     casts: Sequence[Cast],
     checkpoint: Checkpoint,
     matched: Matched,
-    forms: Sequence[Form],
-) -> tuple[list[Series], Pieces, Sequence[Form]]:
+    forms: Sequence[OriginalFile],
+) -> tuple[list[Series], Pieces, Sequence[OriginalFile]]:
     """Cuts the tensors for the ranks, or assigns them to files in the original layout. Returns the series, the pieces
     in file order, and the original files to restore; none if they cannot be restored.
     """
     layout = terms.layout
     if layout.to != WHOLE:
-        series = [one for outcome in outcomes for one in series_of(outcome, terms, matched.counts)]
-        return series, pieces_of(series), ()
-    series = [one for outcome in outcomes for one in whole_series(outcome)]
-    pieces = pieces_of(series)
-    if found := formed(pieces, forms if layout.file_size is None else ()):
+        series = [one for outcome in outcomes for one in cut_for_ranks(outcome, terms, matched.counts)]
+        return series, order_pieces(series), ()
+    series = [one for outcome in outcomes for one in keep_whole(outcome)]
+    pieces = order_pieces(series)
+    if found := restore_forms(pieces, forms if layout.file_size is None else ()):
         return series, *found
     places = {name: place for place, name in enumerate(checkpoint.tensors)}
     most = layout.file_size or FILE_SIZE
-    return series, dealt_to_files(pieces, casts, checkpoint.parts, places, most), ()
+    return series, assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
 
 
-def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
+def keep_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     """Keeps the files of some ranks only. Raises Refused for ranks that the plan does not have."""
     if unknown := sorted(set(ranks) - {file.rank for file in plan.files}):
         found = f"rank {unknown[0]}"
@@ -133,7 +133,7 @@ def only_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     return replace(plan, files=files, copies=Copies(**columns))
 
 
-def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]) -> tuple[Checkpoint, Matched]:
+def keep_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]) -> tuple[Checkpoint, Matched]:
     """Keeps the tensors whose names match a shell pattern. A weight and its block scale are kept together. The counts
     of members do not change. Raises Refused with each pattern that matches no tensor.
     """
@@ -150,16 +150,16 @@ def only_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
         for pattern in patterns
         if pattern not in used
     )
-    families = [chosen_of(family, units) for family in matched.families]
+    families = [keep_units(family, units) for family in matched.families]
     kept = {tensor.name for family in families for tensor in family.tensors}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}
     described = {**checkpoint.subset, "only": list(patterns)}
-    described["left_out"] = left_out(checkpoint.tensors, tensors, described.get("left_out", {}))
+    described["left_out"] = count_left_out(checkpoint.tensors, tensors, described.get("left_out", {}))
     chosen = Matched(tuple(family for family in families if family.tensors), matched.members)
     return replace(checkpoint, tensors=tensors, subset=described), chosen
 
 
-def chosen_of(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
+def keep_units(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
     """Keeps the tensors of a family whose rule and numbers are among `units`."""
     chosen = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
     return family._replace(

@@ -94,7 +94,7 @@ WORDS = {"pad": "padded", "dequantize": "dequantized"}
 """Operation of a cast -> the use of its inputs; `cast` for all other operations."""
 
 
-def cover(
+def prove_coverage(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layout: Layout,
@@ -114,15 +114,15 @@ def cover(
     if np.any((usage.most > 0) & ((usage.least != least) | (usage.most != most))):
         raise WrongPlan("a part of a source tensor is used more or less often than its rule says")
     found: dict[tuple[str, str, str], dict[str, int]] = {}
-    for use, number, tensors in uses(checkpoint, recipe, layout, matched, series, casts):
-        key = use, *(reason_of(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
+    for use, number, tensors in find_uses(checkpoint, recipe, layout, matched, series, casts):
+        key = use, *(find_reason(recipe.rules[number], recipe) if use == "dropped" else (recipe.rules[number].left, ""))
         found.setdefault(key, {}).update({tensor.name: tensor.size for tensor in tensors})
     if sum(map(len, found.values())) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
     return tuple(Share(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
 
 
-def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
+def find_reason(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     """Finds the name of what a rule drops, and the reason."""
     asked = (place for place in recipe.placeholders.values() if place.optional and f"{{{place.name}}}" in rule.left)
     place = next(asked, None)
@@ -131,7 +131,7 @@ def reason_of(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     return rule.left, rule.split.text
 
 
-def uses(
+def find_uses(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layout: Layout,
@@ -143,7 +143,7 @@ def uses(
     files = checkpoint.parts
     for one in series:
         if one.tensors[0].file < files:
-            yield use_of(one, layout.ranks), one.number, one.tensors
+            yield name_use(one, layout.ranks), one.number, one.tensors
             continue
         made = [casts[tensor.file - files] for tensor in one.tensors]
         inputs = [tensor for cast in made for tensor in (cast.weight, cast.scale) if tensor]
@@ -153,7 +153,7 @@ def uses(
             yield "dropped", family.rule, family.tensors
 
 
-def use_of(series: Series, ranks: int) -> str:
+def name_use(series: Series, ranks: int) -> str:
     """Names the use of a series of source tensors that are not cast."""
     if series.tensors[0].size == 0:
         return "empty"

@@ -20,13 +20,13 @@ import numpy as np
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
-from reshard.planning.transforms import Outcome, Terms, halves_grow, is_paddable
-from reshard.recipes.formulas import config_value
-from reshard.recipes.patterns import slots_of
-from reshard.recipes.splits import HALVES, parts_for
-from reshard.sources.block_scales import Kind
+from reshard.planning.transforms import Outcome, Terms, grows_in_halves, is_paddable
+from reshard.recipes.formulas import read_config_value
+from reshard.recipes.patterns import list_slots
+from reshard.recipes.splits import HALVES, count_parts
+from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
-from reshard.text import listed
+from reshard.text import format_list
 from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Split, Tensor
 
 
@@ -63,7 +63,7 @@ class Limit(NamedTuple):
 
     def allows(self, ranks: int) -> bool:
         """Whether each rank's part is whole blocks, lies inside one block, or is the whole length; heads stay whole."""
-        parts = parts_for(ranks, self.units)
+        parts = count_parts(ranks, self.units)
         if parts == 1:
             return True
         if not parts or self.length % (self.units or parts) or self.length % parts or self.bits % (8 * parts):
@@ -72,12 +72,12 @@ class Limit(NamedTuple):
         return part % self.block == 0 or (not self.is_half and part > 0 and self.block % part == 0)
 
 
-def whole(tensor: Tensor, ranks: int) -> Cut:
+def cut_nothing(tensor: Tensor, ranks: int) -> Cut:
     """Cuts nothing: every rank gets the whole tensor."""
     return Cut(1, tensor.size, tensor.size, ranks, tensor.shape)
 
 
-def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
+def cut_along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
     """Cuts a tensor into `parts` equal parts along a dimension; `repeat` consecutive ranks get the same part. The
     length must be divisible by `parts`.
     """
@@ -88,7 +88,7 @@ def along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
     return Cut(rows, pitch, pitch // parts, repeat, tuple(shape))
 
 
-def packed(tensor: Tensor, parts: int) -> Cut:
+def cut_packed(tensor: Tensor, parts: int) -> Cut:
     """Cuts each half of the rows into `parts` parts; a rank gets one part of each half, stacked."""
     shape = (tensor.shape[0] // parts, *tensor.shape[1:])
     half = tensor.size // HALVES
@@ -99,11 +99,11 @@ def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
     """Cuts a tensor that is no block scale. It must have been checked before that the split suits its shape."""
     dimension = split.dimension
     if dimension is None or parts == 1:
-        return whole(tensor, ranks)
-    return packed(tensor, parts) if split.is_packed else along(tensor, dimension, parts, ranks // parts)
+        return cut_nothing(tensor, ranks)
+    return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
 
 
-def limit_of(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 0) -> Limit | None:
+def find_limit(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 0) -> Limit | None:
     """Finds the condition that the cut of a tensor sets for the number of ranks; None if it is not cut.
 
     `block` is the block of its scale, in elements; (1, 1) without a scale.
@@ -129,16 +129,14 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: i
     """
     dimension = split.dimension
     if dimension is None or parts == 1:
-        return whole(tensor, ranks)
+        return cut_nothing(tensor, ranks)
     part = weight.shape[dimension] // parts
     if part % block == 0:
-        return packed(tensor, parts) if split.is_packed else along(tensor, dimension, parts, ranks // parts)
-    return along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
+        return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
+    return cut_along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
 
 
-def weight_problems(
-    tensor: Tensor, split: Split, parts: int, block: tuple[int, int], units: int = 0
-) -> Iterator[Problem]:
+def check_cut(tensor: Tensor, split: Split, parts: int, block: tuple[int, int], units: int = 0) -> Iterator[Problem]:
     """Checks that a tensor can be cut into `parts` parts. `block` is the block of its scale, in elements; (1, 1)
     without a scale.
     """
@@ -150,7 +148,7 @@ def weight_problems(
         yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
         return
     length, halves = tensor.shape[dimension], HALVES if split.is_packed else 1
-    limit = limit_of(tensor, split, block)
+    limit = find_limit(tensor, split, block)
     if parts > 1 and units and length % units:
         yield Problem("not-divisible", tensor.name, f"{length:,} {split}", f"a multiple of {units}")
     elif parts > 1 and length % (parts * halves):
@@ -166,24 +164,24 @@ def weight_problems(
         yield Problem("straddles-blocks", tensor.name, found, expected)
 
 
-def working_ranks(limits: Iterable[Limit]) -> str:
+def list_working_ranks(limits: Iterable[Limit]) -> str:
     """Lists the numbers of ranks that every limit allows, as text: `1, 2, 4, 8, 16`. 1 is always among them."""
     distinct = set(limits)
     most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length and not limit.units)])
-    return listed((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)
+    return format_list((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)
 
 
 HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they divide"
 
 
-def ranks_problems(
+def check_ranks(
     config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
 ) -> Iterator[Problem]:
     """Reports every tensor and count that the number of ranks does not suit, with the numbers of ranks that work."""
     limits = set()
     problems = []
-    helps = not layout.pad and not any(halves_grow(outcome.kind, recipe, layout, config) for outcome in outcomes)
-    for subject, length in counted_lengths(config, recipe, matched):
+    helps = not layout.pad and not any(grows_in_halves(outcome.kind, recipe, layout, config) for outcome in outcomes)
+    for subject, length in list_counted_lengths(config, recipe, matched):
         limits.add(Limit(length))
         if length % layout.ranks:
             found = f"{length} for {layout.ranks} ranks"
@@ -193,37 +191,37 @@ def ranks_problems(
         weight, split = outcome.weights[0], outcome.kind.rule.split
         units = outcome.heads
         if units is None:
-            problems.append(unknown_units(outcome.kind.rule, recipe, layout))
+            problems.append(explain_unknown_units(outcome.kind.rule, recipe, layout))
             continue
-        limit = limit_of(weight, split, outcome.block, units)
+        limit = find_limit(weight, split, outcome.block, units)
         grows = split.is_padded or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
         # A length that was padded for this number of ranks says nothing about other numbers.
         if limit and not grows:
             limits.add(limit)
-        parts = parts_for(layout.ranks, units)
+        parts = count_parts(layout.ranks, units)
         if not parts:
             found = f"{units} {split.heads_key} for {layout.ranks} ranks"
             problems.append(Problem("not-divisible", outcome.kind.rule.left, found, HEADS_EXPECTED))
-        elif next(weight_problems(weight, split, parts, outcome.block, units), None):
+        elif next(check_cut(weight, split, parts, outcome.block, units), None):
             helps = helps and is_paddable(outcome.kind, recipe, layout, config)
             for tensor in outcome.weights:
-                problems.extend(weight_problems(tensor, split, parts, outcome.block, units))
+                problems.extend(check_cut(tensor, split, parts, outcome.block, units))
     # A tensor with too few dimensions cannot be cut for any number of ranks.
     works = all(problem.kind != "wrong-shape" for problem in problems)
-    remedy = f"--mp with one of {working_ranks(limits)}" if works and problems else ""
+    remedy = f"--mp with one of {list_working_ranks(limits)}" if works and problems else ""
     if remedy and helps:
         remedy += ", or --pad"
     yield from (problem if problem.remedy else replace(problem, remedy=remedy) for problem in problems)
 
 
-def unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
+def explain_unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
     """Explains that the config lacks the number of heads. Another number of ranks would not help."""
     key = rule.split.heads_key
     remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
     return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
 
 
-def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
+def list_counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
     """Lists the counts, besides dimensions, that the ranks must divide: members assigned to ranks, such as experts, and
     config values, such as heads. Yields the name and the count.
     """
@@ -231,7 +229,7 @@ def counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched)
         if matched.counts[name]:
             yield recipe.placeholders[name].counts, matched.counts[name]
     for key in recipe.ranks_divide:
-        value = config_value(key, config)
+        value = read_config_value(key, config)
         if type(value) is int and value > 0:
             yield key, value
 
@@ -259,7 +257,7 @@ class Series:
     """Number of ranks that use the most used part of a tensor."""
 
 
-def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
+def cut_for_ranks(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:
     """Cuts the weights of a group, and their block scales, for the ranks. It must have been checked before that the
     number of ranks suits them.
     """
@@ -267,8 +265,8 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     split, number = kind.rule.split, kind.number
     weight, ranks = outcome.weights[0], None
     if split.placeholder:
-        ranks = dealt(kind, terms, counts)
-    parts = parts_for(layout.ranks, outcome.heads or 0)
+        ranks = assign_to_ranks(kind, terms, counts)
+    parts = count_parts(layout.ranks, outcome.heads or 0)
     times = layout.ranks if split.is_replicated else layout.ranks // parts
     cut = cut_weight(weight, split, layout.ranks, parts)
     yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
@@ -276,7 +274,7 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
         return
     dimension = split.dimension
     if dimension is None or len(outcome.scales[0].shape) <= dimension:
-        cut, least, most = whole(outcome.scales[0], layout.ranks), times, times
+        cut, least, most = cut_nothing(outcome.scales[0], layout.ranks), times, times
     else:
         cut = cut_scale(outcome.scales[0], weight, split, layout.ranks, parts, outcome.block[dimension])
         most = min(cut.repeat, layout.ranks)
@@ -284,19 +282,19 @@ def series_of(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iter
     yield Series(number, outcome.scale_names, outcome.scales, cut, ranks, least, most)
 
 
-def dealt(kind: Kind, terms: Terms, counts: Mapping[str, int]) -> Integers:
+def assign_to_ranks(kind: WeightGroup, terms: Terms, counts: Mapping[str, int]) -> Integers:
     """Assigns each weight to one rank, by the number of its expert: experts 0-15 to rank 0, 16-31 to rank 1. Returns
     int64 of shape [weights].
     """
     name = kind.rule.split.placeholder
-    place = slots_of(kind.rule, terms.recipe).index(name)
+    place = list_slots(kind.rule, terms.recipe).index(name)
     members = counts[name] // terms.layout.ranks
     return np.array([int(numbers[place]) for numbers in kind.numbers], np.int64) // members
 
 
-def whole_series(outcome: Outcome) -> Iterator[Series]:
+def keep_whole(outcome: Outcome) -> Iterator[Series]:
     """Keeps the weights and scales of a group whole, for a target in the original layout."""
     kind = outcome.kind
     for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
         if tensors:
-            yield Series(kind.number, names, tensors, whole(tensors[0], MOST_FILES), None, 1, 1)
+            yield Series(kind.number, names, tensors, cut_nothing(tensors[0], MOST_FILES), None, 1, 1)

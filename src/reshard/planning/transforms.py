@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from reshard.casts.shapes import scale_shape
+from reshard.casts.shapes import count_blocks
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import parse_shape, shape_of, units_of
+from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
-from reshard.sources.block_scales import CAST_TO_FP8, Kind, dequantizes, logical_shape, target_block
+from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_target_block, logical_shape
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 
 
@@ -18,7 +18,7 @@ from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 class Outcome:
     """A weight group after casts and padding: the whole tensors that the target is cut from."""
 
-    kind: Kind
+    kind: WeightGroup
     """The group in the source."""
     weights: Sequence[Tensor]
     """Source tensors, or results of casts."""
@@ -46,32 +46,32 @@ class Terms:
     """The config, with raised values if padded; empty without a config."""
 
 
-def outcome_of(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts and pads a weight group, as the layout asks. Appends the needed casts. Raises Refused if a dimension in the
     middle would have to be padded.
     """
-    outcome = replace(transformed(kind, terms, casts), heads=units_of(kind.rule, terms.config))
-    shape = padded_shape(kind.rule, outcome.weights[0], terms)
+    outcome = replace(cast_weights(kind, terms, casts), heads=count_heads(kind.rule, terms.config))
+    shape = find_padded_shape(kind.rule, outcome.weights[0], terms)
     if shape == outcome.weights[0].shape:
         return outcome
     if any(length != more for length, more in zip(outcome.weights[0].shape[1:-1], shape[1:-1], strict=True)):
         found, expected = f"{list(outcome.weights[0].shape)} to {list(shape)}", "padding of the first or last dimension"
         raise refuse("wrong-padding", kind.rule.left, found, expected, "no --pad, or fewer ranks")
-    return padded(outcome, shape, terms, casts)
+    return pad_outcome(outcome, shape, terms, casts)
 
 
-def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
+def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
     if scaling is None or scaling.stays:
         block = scaling.block if scaling and kind.scales else (1, 1)
         return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
     if kind.scales and dequantizes(kind.rule, layout):
-        return dequantized(kind, scaling, terms, casts)
+        return dequantize_group(kind, scaling, terms, casts)
     if kind.scales and scaling.packed and layout.expert_dtype == "fp8":
-        return cast_to_fp8(kind, scaling, terms, casts)
+        return cast_group_to_fp8(kind, scaling, terms, casts)
     if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
-        return quantized(kind, scaling, terms, casts)
+        return quantize_group(kind, scaling, terms, casts)
     if scaling.packed and kind.weights[0].dtype == "I8" and layout.to != WHOLE:
         shape = logical_shape(kind.weights[0], scaling)
         weights = [tensor._replace(dtype="F4", shape=shape) for tensor in kind.weights]
@@ -79,7 +79,7 @@ def transformed(kind: Kind, terms: Terms, casts: list[Cast]) -> Outcome:
     return Outcome(kind, kind.weights, kind.scales, kind.scale_names, scaling.block if kind.scales else (1, 1))
 
 
-def computed(
+def add_casts(
     operation: str,
     inputs: Sequence[tuple[Tensor, Tensor | None]],
     blocks: tuple[tuple[int, int], tuple[int, int]],
@@ -104,32 +104,32 @@ def computed(
     return results
 
 
-def dequantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+def dequantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
     """Dequantizes a weight group to BF16, without scales."""
     inputs = list(zip(kind.weights, kind.scales, strict=True))
     shape = logical_shape(kind.weights[0], scaling)
-    weights = computed("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
+    weights = add_casts("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
     return Outcome(kind, weights, [], [], (1, 1))
 
 
-def cast_to_fp8(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+def cast_group_to_fp8(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts packed FP4 weights to FP8, with E8M0 scales of the FP8 block."""
     inputs, blocks = list(zip(kind.weights, kind.scales, strict=True)), (scaling.block, scaling.fp8_block)
     shape = logical_shape(kind.weights[0], scaling)
-    weights = computed("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
-    result = "F8_E8M0", scale_shape(shape, scaling.fp8_block)
-    scales = computed("fp4-to-fp8-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    weights = add_casts("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F8_E8M0", count_blocks(shape, scaling.fp8_block)
+    scales = add_casts("fp4-to-fp8-scale", inputs, blocks, result, terms, casts, is_scale=True)
     return Outcome(kind, weights, scales, kind.scale_names, scaling.fp8_block)
 
 
-def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
+def quantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
     """Quantizes BF16 weights to FP8, with F32 scales. The scales get the names that the recipe gives them."""
     inputs: list[tuple[Tensor, Tensor | None]] = [(weight, None) for weight in kind.weights]
     shape, power = kind.weights[0].shape, "-ue8m0" if terms.layout.cast == "fp8-ue8m0" else ""
     blocks = scaling.block, scaling.block
-    weights = computed(f"quantize{power}", inputs, blocks, ("F8_E4M3", shape), terms, casts)
-    result = "F32", scale_shape(shape, scaling.block)
-    scales = computed(f"quantize{power}-scale", inputs, blocks, result, terms, casts, is_scale=True)
+    weights = add_casts(f"quantize{power}", inputs, blocks, ("F8_E4M3", shape), terms, casts)
+    result = "F32", count_blocks(shape, scaling.block)
+    scales = add_casts(f"quantize{power}-scale", inputs, blocks, result, terms, casts, is_scale=True)
     for scale in scales:
         place = scale.file - terms.files
         named = scale._replace(name=scale.name.removesuffix(WEIGHT) + scaling.left)
@@ -140,11 +140,11 @@ def quantized(kind: Kind, scaling: BlockScale, terms: Terms, casts: list[Cast]) 
     return Outcome(kind, weights, scales, names, scaling.block)
 
 
-def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
+def find_padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     """Finds the shape of a weight after padding, in elements: by the raised config, or equal rows for each rank."""
     shape = weight.shape
     if terms.padded and rule.shape and rule.relation != "drop":
-        raised = shape_of(rule.shape, terms.padded, terms.recipe.sizes)
+        raised = compute_shape(rule.shape, terms.padded, terms.recipe.sizes)
         shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
     if rule.split.is_padded and terms.layout.to != WHOLE and shape:
         ranks = terms.layout.ranks
@@ -152,14 +152,14 @@ def padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     return shape
 
 
-def padded(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
+def pad_outcome(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: list[Cast]) -> Outcome:
     """Pads weights to `shape`, in elements, with zeros behind the last rows and columns; their scales with ones."""
-    weights = [*pad(outcome.weights, shape, terms, casts)]
-    scales = [*pad(outcome.scales, scale_shape(shape, outcome.block), terms, casts, is_scale=True)]
+    weights = [*pad_tensors(outcome.weights, shape, terms, casts)]
+    scales = [*pad_tensors(outcome.scales, count_blocks(shape, outcome.block), terms, casts, is_scale=True)]
     return replace(outcome, weights=weights, scales=scales)
 
 
-def pad(
+def pad_tensors(
     tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
 ) -> Iterator[Tensor]:
     """Pads tensors to `shape`, in elements. Adds a cast for each tensor; results of casts have their cast changed."""
@@ -171,11 +171,11 @@ def pad(
             casts[place] = casts[place]._replace(result=result)
         else:
             result = Tensor(tensor.name, tensor.dtype, shape, terms.files + len(casts), 0, size)
-            casts.append(Cast("pad", stored(tensor), None, (1, 1), stored(result), (1, 1), is_scale))
+            casts.append(Cast("pad", store_as_bytes(tensor), None, (1, 1), store_as_bytes(result), (1, 1), is_scale))
         yield result
 
 
-def stored(tensor: Tensor) -> Tensor:
+def store_as_bytes(tensor: Tensor) -> Tensor:
     """Relabels F4 as I8, two values in a byte, so that padding works on whole bytes."""
     if tensor.dtype != "F4":
         return tensor
@@ -186,8 +186,8 @@ MOST = 64
 """Padding raises no config value to more than MOST times its value."""
 
 
-def padded_config(
-    config: Mapping[str, Any] | None, kinds: Sequence[Kind], recipe: Recipe, layout: Layout
+def raise_config(
+    config: Mapping[str, Any] | None, kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout
 ) -> Mapping[str, Any]:
     """Raises each config key that the recipe allows to the least value that suits the ranks. Raises Refused without a
     config, or if no value suits.
@@ -197,11 +197,15 @@ def padded_config(
     raised = dict(config)
     for key in recipe.padded:
         value = config.get(key)
-        lengths = cut_lengths(kinds, recipe, layout, raised, key)
+        lengths = find_cut_lengths(kinds, recipe, layout, raised, key)
         if type(value) is not int or value < 1 or not lengths:
             continue
         wanted = next(
-            (more for more in range(value, MOST * value + 1) if suits(lengths, recipe, layout, {**raised, key: more})),
+            (
+                more
+                for more in range(value, MOST * value + 1)
+                if suits_ranks(lengths, recipe, layout, {**raised, key: more})
+            ),
             None,
         )
         if wanted is None:
@@ -211,16 +215,16 @@ def padded_config(
     return raised
 
 
-def suits(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+def suits_ranks(lengths: Iterable[tuple[str, int]], recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether each rank gets whole blocks of each length. `lengths` are formulas over the config, each with its block
     in elements.
     """
-    sizes = [(shape_of(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
+    sizes = [(compute_shape(f"[{length}]", config, recipe.sizes)[0], block) for length, block in lengths]
     return all(size is not None and size % (layout.ranks * block) == 0 for size, block in sizes)
 
 
-def cut_lengths(
-    kinds: Sequence[Kind], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
+def find_cut_lengths(
+    kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout, config: Mapping[str, Any], key: str
 ) -> set[tuple[str, int]]:
     """Finds the formulas of the lengths that are cut and depend on a config key, each with its block in elements."""
     found = set()
@@ -229,19 +233,19 @@ def cut_lengths(
         formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
         if dimension is None or len(formulas) <= dimension:
             continue
-        length = shape_of(kind.rule.shape, config, recipe.sizes)[dimension]
-        without = shape_of(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
+        length = compute_shape(kind.rule.shape, config, recipe.sizes)[dimension]
+        without = compute_shape(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
         if length is not None and without is None:
-            found.add((formulas[dimension], target_block(kind, layout)[dimension]))
+            found.add((formulas[dimension], find_target_block(kind, layout)[dimension]))
     return found
 
 
-def is_paddable(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+def is_paddable(kind: WeightGroup, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether padding can raise the length along which a weight group is cut."""
-    return any(cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)
+    return any(find_cut_lengths([kind], recipe, layout, config, key) for key in recipe.padded)
 
 
-def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
+def check_padding(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
     """Reports packed tensors that padding would change: rows added at the end would all belong to the second half."""
     for outcome in outcomes:
         before, after = outcome.kind.weights[0].shape[:1], outcome.weights[0].shape[:1]
@@ -252,6 +256,6 @@ def padding_problems(outcomes: Sequence[Outcome]) -> Iterator[Problem]:
             )
 
 
-def halves_grow(kind: Kind, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
+def grows_in_halves(kind: WeightGroup, recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether padding would add rows to a packed tensor, all of them to its second half."""
     return kind.rule.split.is_packed and is_paddable(kind, recipe, layout, config)

@@ -12,13 +12,13 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
-from reshard.text import listed
+from reshard.text import format_list
 from reshard.types import Recipe, Rule
 
-LONGEST = 200
+LONGEST_FORMULA = 200
 """Characters of a formula: it is taken apart by functions that call themselves."""
 
-LARGEST = 1 << 63
+LARGEST_NUMBER = 1 << 63
 """A number from here on is no size; Python would go on with it for ever."""
 
 MOST_STEPS = 300
@@ -42,21 +42,21 @@ class UnknownKey(Exception):
 
 
 @cache
-def parse(text: str, *, is_run: bool = False) -> ast.expr:
+def parse_formula(text: str, *, is_run: bool = False) -> ast.expr:
     """The formula as a tree; one of a run configuration may end in `or 'word'`. Raises ValueError, saying what is wrong
     with it.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"{text[:40] + '...'!r} has more than {LONGEST} characters")
+    if len(text) > LONGEST_FORMULA:
+        raise ValueError(f"{text[:40] + '...'!r} has more than {LONGEST_FORMULA} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{text!r} is not a formula") from None
-    require_formula(without_word(tree) if is_run else tree, text)
+    require_formula(remove_word(tree) if is_run else tree, text)
     return tree
 
 
-def without_word(tree: ast.expr) -> ast.expr:
+def remove_word(tree: ast.expr) -> ast.expr:
     """A formula without the word that its last choice is, if it is one."""
     match tree:
         case ast.BoolOp(op=ast.Or(), values=[*choices, ast.Constant(value=str(word))]) if WORD.fullmatch(word):
@@ -90,39 +90,41 @@ def require_formula(tree: ast.expr, text: str) -> None:
             )
 
 
-def value_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
+def compute_formula(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
     """What a formula comes to; a key alone may stand for anything. `sizes` are names for other formulas.
 
     Raises UnknownKey.
     """
-    return evaluated(parse(text, is_run=True), config, sizes)
+    return evaluate(parse_formula(text, is_run=True), config, sizes)
 
 
-def evaluated(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
+def evaluate(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
     match tree:
         case ast.Constant(value=value):
             return value
         case ast.Name(id=name) if name in sizes:
-            return value_of(sizes[name], config, without(sizes, name))
+            return compute_formula(sizes[name], config, leave_out_size(sizes, name))
         case ast.Name(id=name):
-            return known(config, name)
+            return get_known(config, name)
         case ast.Attribute(value=value, attr=name):
-            return known(evaluated(value, config, sizes), name)
+            return get_known(evaluate(value, config, sizes), name)
         case ast.Call(func=ast.Name(id="len"), args=[listed]):
-            value = evaluated(listed, config, sizes)
+            value = evaluate(listed, config, sizes)
             if isinstance(value, list):
                 return len(value)
         case ast.BoolOp(values=[*choices, last]):
             for choice in choices:
                 with suppress(UnknownKey):
-                    return evaluated(choice, config, sizes)
-            return evaluated(last, config, sizes)
+                    return evaluate(choice, config, sizes)
+            return evaluate(last, config, sizes)
         case ast.Call(args=[ast.BinOp(left=left, right=right)]):
-            return -(-number(left, config, sizes) // divisor(right, config, sizes))
+            return -(-evaluate_number(left, config, sizes) // evaluate_divisor(right, config, sizes))
         case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
-            return number(left, config, sizes) // divisor(right, config, sizes)
+            return evaluate_number(left, config, sizes) // evaluate_divisor(right, config, sizes)
         case ast.BinOp(left=left, op=operator, right=right):
-            return OPERATORS[type(operator)](number(left, config, sizes), number(right, config, sizes))
+            return OPERATORS[type(operator)](
+                evaluate_number(left, config, sizes), evaluate_number(right, config, sizes)
+            )
     raise UnknownKey(ast.unparse(tree))
 
 
@@ -131,36 +133,36 @@ def takes_too_long(text: str, sizes: Mapping[str, str]) -> bool:
     steps, waiting = 0, [(text, sizes)]
     while waiting:
         formula, within = waiting.pop()
-        for node in ast.walk(parse(formula, is_run=True)):
+        for node in ast.walk(parse_formula(formula, is_run=True)):
             steps += isinstance(node, ast.expr)
             if steps > MOST_STEPS:
                 return True
             if isinstance(node, ast.Name) and node.id in within:
-                waiting.append((within[node.id], without(within, node.id)))
+                waiting.append((within[node.id], leave_out_size(within, node.id)))
     return False
 
 
-def without(sizes: Mapping[str, str], name: str) -> dict[str, str]:
+def leave_out_size(sizes: Mapping[str, str], name: str) -> dict[str, str]:
     """The sizes that the one of that name may speak of: a size that is its own key means the key."""
     return {key: text for key, text in sizes.items() if key != name}
 
 
-def known(table: Any, name: str) -> Any:
+def get_known(table: Any, name: str) -> Any:
     value = table.get(name) if isinstance(table, Mapping) else None
     if value is None:
         raise UnknownKey(name)
     return value
 
 
-def number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
-    value = evaluated(tree, config, sizes)
-    if type(value) is not int or abs(value) >= LARGEST:
+def evaluate_number(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
+    value = evaluate(tree, config, sizes)
+    if type(value) is not int or abs(value) >= LARGEST_NUMBER:
         raise UnknownKey(ast.unparse(tree))
     return value
 
 
-def divisor(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
-    value = number(tree, config, sizes)
+def evaluate_divisor(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> int:
+    value = evaluate_number(tree, config, sizes)
     if not value:
         raise UnknownKey(ast.unparse(tree))
     return value
@@ -177,19 +179,19 @@ def parse_shape(text: str) -> tuple[str, list[str]]:
     formulas = [part.strip() for part in found[2].split(",")] if found[2].strip() else []
     for formula in formulas:
         if formula != "?":
-            parse(formula)
+            parse_formula(formula)
     return found[1] or "", formulas
 
 
-def shape_of(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> list[int | None]:
+def compute_shape(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> list[int | None]:
     """The sizes of a shape in elements; None where the config does not tell."""
     found: list[int | None] = []
     for formula in parse_shape(text)[1]:
         try:
-            value = value_of(formula, config, sizes) if formula != "?" else None
+            value = compute_formula(formula, config, sizes) if formula != "?" else None
         except UnknownKey:
             value = None
-        found.append(value if type(value) is int and abs(value) < LARGEST else None)
+        found.append(value if type(value) is int and abs(value) < LARGEST_NUMBER else None)
     return found
 
 
@@ -203,22 +205,24 @@ class Mention(NamedTuple):
     is_run: bool = False
 
 
-def unknown_keys(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, list[str]]:
+def find_unknown_keys(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The keys that a config does not have, and where the recipe names each. One that is null it has."""
-    run_config = {**with_old_keys(config), "target": None}
+    run_config = {**add_old_keys(config), "target": None}
     found: dict[str, dict[str, None]] = {}
-    for mention in mentions(recipe):
-        tree, table = parse(mention.text, is_run=True), run_config if mention.is_run else config
-        for key in lacking(tree, table, mention.sizes):
+    for mention in list_mentions(recipe):
+        tree, table = parse_formula(mention.text, is_run=True), run_config if mention.is_run else config
+        for key in find_lacking(tree, table, mention.sizes):
             found.setdefault(key, {})[mention.place] = None
     return {key: list(places) for key, places in found.items()}
 
 
-def unknown_text(unknown: Mapping[str, Sequence[str]]) -> str:
-    return "not in config.json: " + listed((f"{key} ({listed(places, 3)})" for key, places in unknown.items()), 20)
+def describe_unknown_keys(unknown: Mapping[str, Sequence[str]]) -> str:
+    return "not in config.json: " + format_list(
+        (f"{key} ({format_list(places, 3)})" for key, places in unknown.items()), 20
+    )
 
 
-def mentions(recipe: Recipe) -> Iterator[Mention]:
+def list_mentions(recipe: Recipe) -> Iterator[Mention]:
     """Every formula of a recipe, and every key that stands alone, but those of conditions and needs, which a config may
     lack.
     """
@@ -227,7 +231,7 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
         texts = (placeholder.size, placeholder.picked_by, placeholder.listed)
         yield from (Mention(f"placeholders: {name}", text, {}) for text in texts if text)
     for name, text in recipe.sizes.items():
-        yield Mention(f"sizes: {name}", text, without(recipe.sizes, name))
+        yield Mention(f"sizes: {name}", text, leave_out_size(recipe.sizes, name))
     yield from (Mention("padded", key, {}) for key in recipe.padded)
     for name, value in recipe.run.items():
         text = value[0] if isinstance(value, list) else value
@@ -239,23 +243,23 @@ def mentions(recipe: Recipe) -> Iterator[Mention]:
         yield from (Mention(f"shape of {rule.left}", text, recipe.sizes) for text in formulas if text != "?")
 
 
-def lacking(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> list[str]:
+def find_lacking(tree: ast.expr, config: Mapping[str, Any], sizes: Mapping[str, str]) -> list[str]:
     """The keys that a formula names and a config does not have. Of choices one must be there."""
     match tree:
         case ast.Name() | ast.Attribute():
             key = ast.unparse(tree)
-            return [] if key in sizes or has(config, key) else [key]
+            return [] if key in sizes or has_key(config, key) else [key]
         case ast.BoolOp(values=choices):
-            of_each = [lacking(choice, config, sizes) for choice in choices]
+            of_each = [find_lacking(choice, config, sizes) for choice in choices]
             return [key for keys in of_each for key in keys] if all(of_each) else []
         case ast.Call(args=[inner]):
-            return lacking(inner, config, sizes)
+            return find_lacking(inner, config, sizes)
         case ast.BinOp(left=left, right=right):
-            return lacking(left, config, sizes) + lacking(right, config, sizes)
+            return find_lacking(left, config, sizes) + find_lacking(right, config, sizes)
     return []
 
 
-def has(config: Any, key: str) -> bool:
+def has_key(config: Any, key: str) -> bool:
     """Whether a config has a key; of a table that is null it has every one, for it says nothing of them."""
     for part in key.split("."):
         if config is None:
@@ -266,15 +270,15 @@ def has(config: Any, key: str) -> bool:
     return True
 
 
-def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def add_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with what newer ones keep in `rope_parameters` also where older ones have it; so too in its text
     config.
     """
     inner = config.get("text_config")
-    return with_rotary_keys({**config, "text_config": with_rotary_keys(inner)} if isinstance(inner, dict) else config)
+    return add_rotary_keys({**config, "text_config": add_rotary_keys(inner)} if isinstance(inner, dict) else config)
 
 
-def with_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
+def add_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
     """Of several rotary embeddings, by their names, the main one is meant."""
     rotary = table.get("rope_parameters")
     if not isinstance(rotary, dict):
@@ -284,16 +288,16 @@ def with_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": rotary, "rope_theta": rotary.get("rope_theta"), **said}
 
 
-def config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
+def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
     """What a formula over the config comes to; None if there is no formula, no config or no such key."""
     try:
-        return value_of(formula, config, {}) if formula and config is not None else None
+        return compute_formula(formula, config, {}) if formula and config is not None else None
     except UnknownKey:
         return None
 
 
-def units_of(rule: Rule, config: Mapping[str, Any]) -> int | None:
+def count_heads(rule: Rule, config: Mapping[str, Any]) -> int | None:
     """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
     key = rule.split.heads_key
-    value = config_value(key, config) if key else 0
+    value = read_config_value(key, config) if key else 0
     return value if type(value) is int and (value > 0 or not key) else None

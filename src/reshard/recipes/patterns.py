@@ -88,22 +88,22 @@ def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
-def patterns_of(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
+def make_patterns(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
     """The patterns of a rule: one, or two where a placeholder stands for a weight and for its block scale."""
-    letter = scale_letter(rule, recipe)
+    letter = find_scale_placeholder(rule, recipe)
     if not letter:
-        yield pattern_of(number, rule.left, rule.right, is_scale=False)
+        yield make_pattern(number, rule.left, rule.right, is_scale=False)
         return
     placeholder, scale = f"{{{letter}}}", recipe.scales[letter]
-    yield pattern_of(
+    yield make_pattern(
         number, rule.left.replace(placeholder, WEIGHT), rule.right.replace(placeholder, WEIGHT), is_scale=False
     )
     # What is dequantised has no scale on the right.
     right = rule.right.replace(placeholder, scale.right) if placeholder in rule.right else ""
-    yield pattern_of(number, rule.left.replace(placeholder, scale.left), right, is_scale=True)
+    yield make_pattern(number, rule.left.replace(placeholder, scale.left), right, is_scale=True)
 
 
-def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
+def make_pattern(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
     takes_rest = left.endswith(f"{{{REST}}}")
     text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
     components = text.split(".")
@@ -119,12 +119,12 @@ def pattern_of(number: int, left: str, right: str, *, is_scale: bool) -> Pattern
     return Pattern(number, is_scale, full_key, slots, takes_rest, right_format, order, is_plain)
 
 
-def slots_of(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
+def list_slots(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
     """What fills each numbered place of the rule's left name: the letter of a placeholder, or digits."""
-    return next(patterns_of(0, rule, recipe)).slots
+    return next(make_patterns(0, rule, recipe)).slots
 
 
-def later_members(
+def find_later_members(
     names: Iterable[tuple[str, tuple[str, ...]]], recipe: Recipe
 ) -> tuple[dict[str, set[str]], dict[str, str]]:
     """The members of each placeholder that follows another, told by the marker; the later placeholder by the earlier.
@@ -135,7 +135,7 @@ def later_members(
     known = list(names)
     marked = {}
     for placeholder in placeholders:
-        marker = pattern_of(0, placeholder.marker, "", is_scale=False)
+        marker = make_pattern(0, placeholder.marker, "", is_scale=False)
         place = marker.slots.index(placeholder.name)
         marked[placeholder.name] = {numbers[place] for key, numbers in known if marker.fits(key, numbers)}
     before = {
@@ -147,7 +147,7 @@ def later_members(
     return marked, before
 
 
-def filled(pattern: str, numbers: Mapping[str, int]) -> str:
+def fill_pattern(pattern: str, numbers: Mapping[str, int]) -> str:
     """Fills a pattern with numbers; the placeholder of a weight and its block scale becomes the weight."""
     return PLACEHOLDER.sub(lambda placeholder: str(numbers.get(placeholder[1], WEIGHT)), pattern)
 
@@ -160,6 +160,6 @@ REST = "*"
 WEIGHT = "weight"
 
 
-def scale_letter(rule: Rule, recipe: Recipe) -> str:
+def find_scale_placeholder(rule: Rule, recipe: Recipe) -> str:
     """The placeholder in a rule's left name that stands for a weight or its block scale; empty if none does."""
     return next((letter for letter in PLACEHOLDER.findall(rule.left) if letter in recipe.scales), "")

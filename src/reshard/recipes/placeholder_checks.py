@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from reshard.recipes.formulas import parse
+from reshard.recipes.formulas import parse_formula
 from reshard.recipes.patterns import PLACEHOLDER
-from reshard.text import listed
+from reshard.text import format_list
 
 PLACEHOLDER_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
@@ -21,13 +21,13 @@ COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 BEGINS_WITH_NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})(\.|$)")
 """A number stands behind a dot: the first component of a tensor's name is never one."""
 
-Where = tuple[str | int, ...]
+TablePath = tuple[str | int, ...]
 
-Fault = tuple[Where, str, str]
+Fault = tuple[TablePath, str, str]
 """Where in the table, what was found, what was expected."""
 
 
-def scale_faults(scales: Any, placeholders: Mapping[str, Any]) -> Iterator[Fault]:
+def check_scales(scales: Any, placeholders: Mapping[str, Any]) -> Iterator[Fault]:
     if not isinstance(scales, dict):
         yield ("scales",), repr(scales), "scales: a table"
         return
@@ -54,7 +54,7 @@ def is_block(block: Any) -> bool:
     return all(type(side) is int and side >= 1 for side in sides)
 
 
-def placeholder_faults(placeholders: Any) -> Iterator[Fault]:
+def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
     if not isinstance(placeholders, dict):
         yield ("placeholders",), repr(placeholders), "placeholders: a table"
         return
@@ -67,51 +67,49 @@ def placeholder_faults(placeholders: Any) -> Iterator[Fault]:
         ):
             yield where, repr(fields), "a table of strings"
         elif unknown := set(fields) - set(PLACEHOLDER_KEYS):
-            yield where, listed(sorted(unknown)), "only " + ", ".join(PLACEHOLDER_KEYS)
+            yield where, format_list(sorted(unknown)), "only " + ", ".join(PLACEHOLDER_KEYS)
         elif not fields.get("counts"):
             yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_picked(fields.get("picked", [])):
+        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_integers(fields.get("picked", [])):
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
         else:
             texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
-            yield from ((where, *fault) for text in texts for fault in text_faults(text))
-            yield from ((where, *fault) for fault in placeholder_links(name, fields, placeholders))
+            yield from ((where, *fault) for text in texts for fault in check_formula(text))
+            yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
 
 
-def is_picked(value: Any) -> bool:
+def is_list_of_integers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def placeholder_links(
-    name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a placeholder says of other placeholders and of tensors."""
     if "like" in fields and "after" not in fields:
         yield "like without after", "like of a placeholder that follows another"
     if ("within" in fields and "some_of" in fields) or (
         "picked_by" in fields and not {"within", "some_of"} & set(fields)
     ):
-        yield listed(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
+        yield format_list(sorted(fields)), "within or some_of: one of them, and for picked_by just one"
     others = [fields[key] for key in ("within", "some_of", "after") if key in fields]
     for other in [*others, *fields.get("like", "")]:
         if other not in placeholders or other == name:
             yield f"the placeholder {other!r}", "another placeholder of this recipe"
     for key in ("marker", "rows_of"):
-        yield from pattern_faults(fields[key], placeholders) if fields.get(key) else ()
+        yield from check_pattern(fields[key], placeholders) if fields.get(key) else ()
     if "marker" in fields and PLACEHOLDER.findall(fields["marker"]) != [name]:
         yield repr(fields["marker"]), f"marker: a name with the placeholder {{{name}}}"
     if unknown := set(PLACEHOLDER.findall(fields.get("rows_of", ""))) - (set(placeholders) - {name}):
         yield (
-            f"the placeholder {listed(sorted(unknown))} in rows_of",
+            f"the placeholder {format_list(sorted(unknown))} in rows_of",
             "rows_of: a name with placeholders of this recipe",
         )
 
 
-def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
+def check_pattern(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
     *inner, last = pattern.split(".")
     if pattern.startswith("{") or BEGINS_WITH_NUMBER.match(pattern):
         yield f"{pattern!r}", "a name that begins with text"  # by that we know it again in rank files
@@ -123,18 +121,18 @@ def pattern_faults(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, st
     names = PLACEHOLDER.findall(pattern)
     if unknown := sorted(set(names) - set(known)):
         yield (
-            f"the placeholder {listed('{' + name + '}' for name in unknown)} in {pattern!r}",
-            f"one of {listed(known, 99)}",
+            f"the placeholder {format_list('{' + name + '}' for name in unknown)} in {pattern!r}",
+            f"one of {format_list(known, 99)}",
         )
     if len(set(names)) != len(names):
         yield f"a placeholder twice in {pattern!r}", "each placeholder once"
 
 
-def text_faults(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:
+def check_formula(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:
     if not isinstance(text, str):
         yield repr(text), "a formula over config keys"
         return
     try:
-        parse(text, is_run=is_run)
+        parse_formula(text, is_run=is_run)
     except ValueError as error:
         yield str(error), "a formula over config keys"

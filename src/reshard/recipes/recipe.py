@@ -14,31 +14,31 @@ from typing import Any
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.splits import make_rule
-from reshard.recipes.table_checks import find_lines, table_faults
-from reshard.text import listed
+from reshard.recipes.table_checks import check_table, find_lines
+from reshard.text import format_list
 from reshard.types import BlockScale, Placeholder, Recipe, Rule
 
-FOLDER = Path(__file__).parent / "families"
+FAMILIES_FOLDER = Path(__file__).parent / "families"
 
 LARGEST_RECIPE = 64 << 10
 """In bytes: several hundred rows. The time of Python's TOML parser can grow with the square of the text."""
 
 
 @cache
-def packaged_recipes() -> tuple[Recipe, ...]:
+def list_packaged_recipes() -> tuple[Recipe, ...]:
     """Every recipe that comes with the package: the folder is the only registry."""
-    return tuple(load_recipe(str(path)) for path in sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem))
+    return tuple(load_recipe(str(path)) for path in sorted(FAMILIES_FOLDER.glob("*.toml"), key=lambda path: path.stem))
 
 
-def recipes_to_try(name: str | None) -> Sequence[Recipe]:
+def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
     """The one that is asked for, else every packaged one. Raises Refused."""
-    return [load_recipe(name)] if name else packaged_recipes()
+    return [load_recipe(name)] if name else list_packaged_recipes()
 
 
 def load_recipe(name: str) -> Recipe:
     """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
     is_path = name.endswith(".toml") or Path(name).is_file()
-    path = Path(name) if is_path else FOLDER / f"{name}.toml"
+    path = Path(name) if is_path else FAMILIES_FOLDER / f"{name}.toml"
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_RECIPE + 1)
@@ -46,9 +46,11 @@ def load_recipe(name: str) -> Recipe:
             raise refuse("too-large", str(path), "a longer file", f"at most {LARGEST_RECIPE:,} bytes for a recipe")
         return parse_recipe(content.decode(), str(path))
     except FileNotFoundError:
-        names = [known.stem for known in sorted(FOLDER.glob("*.toml"))]
+        names = [known.stem for known in sorted(FAMILIES_FOLDER.glob("*.toml"))]
         remedy = f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "see reshard recipes"
-        raise refuse("unknown-recipe", name, "no such recipe or file", f"one of {listed(names, 99)}", remedy) from None
+        raise refuse(
+            "unknown-recipe", name, "no such recipe or file", f"one of {format_list(names, 99)}", remedy
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise refuse("cannot-read", str(path), str(error), "a readable TOML file") from None
 
@@ -61,14 +63,14 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         line = re.search(r"at line (\d+)", str(error))
         subject = f"{origin}:{line[1] if line else text.count(chr(10)) + 1}"
         raise refuse("wrong-recipe", subject, str(error), "TOML") from None
-    if faults := list(islice(table_faults(table), MOST_PROBLEMS)):
+    if faults := list(islice(check_table(table), MOST_PROBLEMS)):
         lines, last = find_lines(text), text.rstrip("\n").count("\n") + 1
         places = (lines.get(path) or lines.get(path[:1]) or last for path, _, _ in faults)
         raise Refused(
             Problem("wrong-recipe", f"{origin}:{line}", found, expected)
             for line, (_, found, expected) in zip(places, faults, strict=True)
         )
-    placeholders = {name: placeholder_of(name, fields) for name, fields in table.get("placeholders", {}).items()}
+    placeholders = {name: make_placeholder(name, fields) for name, fields in table.get("placeholders", {}).items()}
     return Recipe(
         name=table["name"],
         about=table["about"],
@@ -80,39 +82,44 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         architectures=tuple(table.get("architectures", ())),
         ranks_divide=tuple(table.get("ranks_divide", ())),
         placeholders=placeholders,
-        scales={letter: scale_of(fields) for letter, fields in table.get("scales", {}).items()},
+        scales={letter: make_block_scale(fields) for letter, fields in table.get("scales", {}).items()},
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
         run=table.get("run", {}),
         run_needs=tuple(map(tuple, table.get("run_needs", ()))),
         describes=table.get("describes", False),
         checked=table.get("checked", ""),
-        rules=tuple(all_rules(table["rules"], placeholders)),
+        rules=tuple(make_rules(table["rules"], placeholders)),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
-def placeholder_of(name: str, fields: Mapping[str, Any]) -> Placeholder:
+def make_placeholder(name: str, fields: Mapping[str, Any]) -> Placeholder:
     return Placeholder(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
 
 
-def scale_of(fields: Mapping[str, Any]) -> BlockScale:
+def make_block_scale(fields: Mapping[str, Any]) -> BlockScale:
     packed, fp8_block = fields.get("packed", False), fields.get("fp8_block", 1)
     return BlockScale(
-        fields["left"], fields["right"], sides(fields["block"]), packed, sides(fp8_block), fields.get("stays", False)
+        fields["left"],
+        fields["right"],
+        read_block(fields["block"]),
+        packed,
+        read_block(fp8_block),
+        fields.get("stays", False),
     )
 
 
-def sides(block: Any) -> tuple[int, int]:
+def read_block(block: Any) -> tuple[int, int]:
     """Rows and columns of a block: one number is a square."""
     return (block[0], block[1]) if isinstance(block, list) else (block, block)
 
 
-def all_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
+def make_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
     """Every row as a rule; and again for each placeholder that is `like` a placeholder of the row."""
     rules = list(starmap(make_rule, rows))
-    yield from (replace(rule, optional=reason_of(rule, placeholders)) for rule in rules)
+    yield from (replace(rule, optional=find_optional_reason(rule, placeholders)) for rule in rules)
     for placeholder in placeholders.values():
         for rule in rules:
             letters = [letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholder.like]
@@ -122,7 +129,7 @@ def all_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placehol
                 yield replace(rule, left=left, right=right, optional=placeholder.optional)
 
 
-def reason_of(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
+def find_optional_reason(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     """Why what a rule speaks of is left out unless it is asked for; empty if it never is."""
     letters = PLACEHOLDER.findall(rule.left) if rule.relation != "drop" else []
     return next(

@@ -41,7 +41,7 @@ def make_rule(relation: str, left: str, right: str, split: str, shape: str = "",
     return Rule(relation, left, right, parsed or Split(split), shape, only)
 
 
-def parts_for(ranks: int, heads: int) -> int:
+def count_parts(ranks: int, heads: int) -> int:
     """Counts the parts into which ranks cut a tensor: one for each rank. Where there are fewer heads than ranks, one
     for each head, held by several ranks. 0 if neither number divides the other. `heads` is 0 where the split is not by
     heads.

@@ -8,15 +8,15 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
-from reshard.recipes.formulas import MOST_STEPS, parse, parse_shape, takes_too_long
+from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
 from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
-    Where,
-    pattern_faults,
-    placeholder_faults,
-    scale_faults,
-    text_faults,
+    TablePath,
+    check_formula,
+    check_pattern,
+    check_placeholder_table,
+    check_scales,
 )
 from reshard.recipes.splits import SPLITS, make_rule, parse_split
 from reshard.types import Rule
@@ -50,19 +50,23 @@ STRING_OR_COMMENT = re.compile(
 )
 
 
-def table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Every fault of a recipe's table. The rules are looked at only once all else is right, for they depend on it; and
     how long formulas take, once they are formulas.
     """
     placeholders = table.get("placeholders", {})
     letters = placeholders if isinstance(placeholders, dict) else {}
-    faults = [*key_faults(table), *placeholder_faults(placeholders), *scale_faults(table.get("scales", {}), letters)]
-    faults += [*formula_faults(table), *needs_faults(table.get("run_needs", []))]
-    faults = faults or list(rules_faults(table))
-    yield from faults or [*length_faults(table), *rows_of_faults(table), *target_faults(table)]
+    faults = [
+        *check_keys(table),
+        *check_placeholder_table(placeholders),
+        *check_scales(table.get("scales", {}), letters),
+    ]
+    faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
+    faults = faults or list(check_rules(table))
+    yield from faults or [*check_formula_lengths(table), *check_rows_of(table), *check_target_keys(table)]
 
 
-def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in table:
         if key not in ALL_KEYS:
             near = get_close_matches(key, ALL_KEYS, 1)
@@ -71,7 +75,7 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         if not isinstance(table.get(key), str) or not table[key]:
             yield (key,), repr(table.get(key)), f"{key}: a string"
     for key in LIST_KEYS:
-        if not is_texts(table.get(key, [])):
+        if not is_list_of_strings(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
     if type(table.get("describes", False)) is not bool:
         yield ("describes",), repr(table["describes"]), "describes: true or false"
@@ -84,10 +88,10 @@ def key_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("files",), repr(files), "a file name with {rank} and {ranks} that ends in .safetensors"
 
     divided = table.get("ranks_divide", [])
-    for text in divided if is_texts(divided) else ():
-        yield from ((("ranks_divide",), *fault) for fault in text_faults(text))
+    for text in divided if is_list_of_strings(divided) else ():
+        yield from ((("ranks_divide",), *fault) for fault in check_formula(text))
     carry = table.get("carry", [])
-    if is_texts(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
+    if is_list_of_strings(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
 
 
@@ -102,97 +106,97 @@ def is_files_pattern(text: str) -> bool:
     )
 
 
-def is_texts(value: Any) -> bool:
+def is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def formula_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_formulas(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults in the sizes and in the run configuration."""
     for key in ("sizes", "run"):
         if not isinstance(table.get(key, {}), dict):
             yield (key,), repr(table[key]), f"{key}: a table"
             return
     for name, text in table.get("sizes", {}).items():
-        yield from ((("sizes", name), found, expected) for found, expected in text_faults(text))
+        yield from ((("sizes", name), found, expected) for found, expected in check_formula(text))
     for name, value in table.get("run", {}).items():
         text = value[0] if isinstance(value, list) and len(value) in (1, 2) else value
-        yield from ((("run", name), found, expected) for found, expected in text_faults(text, is_run=True))
+        yield from ((("run", name), found, expected) for found, expected in check_formula(text, is_run=True))
 
 
-def needs_faults(rows: Any) -> Iterator[Fault]:
+def check_run_needs(rows: Any) -> Iterator[Fault]:
     """Faults in what the inference code has in itself."""
     for row in rows if isinstance(rows, list) else [rows]:
         if not isinstance(row, list) or len(row) < 2 or any(isinstance(value, (list, dict)) for value in row):
             yield ("run_needs",), repr(row), "run_needs: rows of a formula and the values that it may come to"
             continue
-        yield from ((("run_needs",), *fault) for text in needed_formulas(row) for fault in text_faults(text))
+        yield from ((("run_needs",), *fault) for text in list_needed_formulas(row) for fault in check_formula(text))
 
 
-def needed_formulas(row: Sequence[Any]) -> list[Any]:
+def list_needed_formulas(row: Sequence[Any]) -> list[Any]:
     """The first of a row, and the values that begin with `=`."""
     return [row[0], *(value[1:] for value in row[1:] if isinstance(value, str) and value.startswith("="))]
 
 
-def length_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_formula_lengths(table: Mapping[str, Any]) -> Iterator[Fault]:
     sizes = table.get("sizes", {})
-    for where, text in sized_formulas(table):
+    for where, text in list_sized_formulas(table):
         if takes_too_long(text, sizes):
             found = f"{text!r}, with sizes that name each other so often"
             yield where, found, f"a formula of at most {MOST_STEPS} steps, those of its sizes counted at each mention"
 
 
-def sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[Where, str]]:
+def list_sized_formulas(table: Mapping[str, Any]) -> Iterator[tuple[TablePath, str]]:
     """The formulas of a faultless table that may speak of sizes."""
     for name, text in table.get("sizes", {}).items():
         yield ("sizes", name), text
     for name, value in table.get("run", {}).items():
         yield ("run", name), value[0] if isinstance(value, list) else value
-    yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in needed_formulas(row))
+    yield from ((("run_needs",), text) for row in table.get("run_needs", []) for text in list_needed_formulas(row))
     for number, row in enumerate(table["rules"]):
         formulas = parse_shape(row[4])[1] if row[4:] and row[4] else []
         yield from ((("rules", number), formula) for formula in formulas if formula != "?")
 
 
-def rows_of_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_rows_of(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Tensors that would say how many members a placeholder has, and that are under no row. Which placeholders a name
     has does not count: some layers are found by the name for all of them.
     """
     scales, rest = table.get("scales", {}), f"{{{REST}}}"
     lefts = [row[1] for row in table["rules"]]
     rests = tuple(left.removesuffix(rest) for left in lefts if left.endswith(rest))
-    known = {without_letters(left, scales) for left in lefts}
+    known = {remove_placeholders(left, scales) for left in lefts}
     for letter, fields in table.get("placeholders", {}).items():
         name = fields.get("rows_of", "")
-        if name and without_letters(name, scales) not in known and not name.startswith(rests):
+        if name and remove_placeholders(name, scales) not in known and not name.startswith(rests):
             yield ("placeholders", letter), f"rows_of {name!r}", "the left name of a row"
 
 
-def without_letters(name: str, scales: Mapping[str, Any]) -> str:
+def remove_placeholders(name: str, scales: Mapping[str, Any]) -> str:
     """A name with `#` for each number, whatever it counts, and `weight` for a weight with its scale."""
     return PLACEHOLDER.sub(
         lambda placeholder: "weight" if placeholder[1] in scales else "#", re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", name)
     )
 
 
-def target_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_target_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     """What a run configuration asks of the target, and nobody tells."""
     told = [*table.get("placeholders", {}), *TARGET_KEYS]
-    for where, text in sized_formulas(table):
-        for node in ast.walk(parse(text, is_run=True)) if where[0] in ("run", "sizes") else ():
+    for where, text in list_sized_formulas(table):
+        for node in ast.walk(parse_formula(text, is_run=True)) if where[0] in ("run", "sizes") else ():
             match node:
                 case ast.Attribute(value=ast.Name(id="target"), attr=name) if name not in told:
                     yield where, f"target.{name}", "target. and one of " + ", ".join(told)
 
 
-def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
     placeholders, scales = table.get("placeholders", {}), table.get("scales", {})
     named: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(table["rules"]):
         where = ("rules", number)
-        if not is_texts(row) or len(row) not in (4, 5, 6):
+        if not is_list_of_strings(row) or len(row) not in (4, 5, 6):
             yield where, repr(row), "a row of relation, left, right, split and perhaps shape and only: 4 to 6 strings"
             continue
-        faults = list(row_faults(make_rule(*row), placeholders, scales))
+        faults = list(check_row(make_rule(*row), placeholders, scales))
         yield from ((where, found, expected) for found, expected in faults)
         for side, pattern in (("left", row[1]), ("right", row[2])):
             named.setdefault((side, pattern), []).append(number)
@@ -201,18 +205,18 @@ def rules_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
             yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
 
 
-def row_faults(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
     for pattern in filter(None, (rule.left, rule.right)):
-        yield from pattern_faults(pattern, known)
+        yield from check_pattern(pattern, known)
     if not rule.left:
         yield "no left name", "the name on the left"
     if rule.only and not CONDITION.fullmatch(rule.only):
         yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
     if rule.shape:
-        yield from shape_faults(rule.shape)
+        yield from check_rule_shape(rule.shape)
     if rule.relation == "drop":
         if rule.right or not rule.split.text:
             yield (
@@ -220,8 +224,8 @@ def row_faults(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str,
                 'in a drop: "" on the right, and the reason in the place of the split',
             )
         return
-    yield from side_faults(rule, scales)
-    yield from dealing_faults(rule, placeholders)
+    yield from check_sides(rule, scales)
+    yield from check_assignment(rule, placeholders)
     split = parse_split(rule.split.text)
     known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
     if not split or split.placeholder not in known:
@@ -231,7 +235,7 @@ def row_faults(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str,
         yield repr(rule.split.text), expected
 
 
-def dealing_faults(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def check_assignment(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Members that are assigned to ranks must be numbered from 0 on, without a gap, so that every rank gets as many."""
     split = rule.split
     fields = placeholders.get(split.placeholder, {})
@@ -242,7 +246,7 @@ def dealing_faults(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tupl
             yield f"{split.text!r}, which {{{letter}}} is like", "a placeholder that no other is like"
 
 
-def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def check_sides(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The same placeholders on both sides; but what is dequantised has a scale on the left and none on the right."""
     left, right = sorted(PLACEHOLDER.findall(rule.left)), sorted(PLACEHOLDER.findall(rule.right))
     scaled = [letter for letter in left if letter in scales]
@@ -261,7 +265,7 @@ def side_faults(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield repr(rule.left), "`same`: what stays as it is cannot be dequantised"
 
 
-def shape_faults(text: str) -> Iterator[tuple[str, str]]:
+def check_rule_shape(text: str) -> Iterator[tuple[str, str]]:
     try:
         dtype = parse_shape(text)[0]
     except ValueError as error:
@@ -271,15 +275,15 @@ def shape_faults(text: str) -> Iterator[tuple[str, str]]:
         yield f"{dtype!r} in {text!r}", "a dtype: " + ", ".join(BITS)
 
 
-def find_lines(text: str) -> dict[Where, int]:
+def find_lines(text: str) -> dict[TablePath, int]:
     """Finds the line of each key, and the last line of each row of an array. tomllib gives no positions, but has found
     `text` to be TOML.
 
     What is inside one row or inside braces has no line of its own.
     """
-    found: dict[Where, int] = {}
-    table: Where = ()
-    path: Where = ()
+    found: dict[TablePath, int] = {}
+    table: TablePath = ()
+    path: TablePath = ()
     depth = row = 0
     for number, line in enumerate(STRING_OR_COMMENT.sub(hide_text, text).split("\n"), 1):
         value = line

@@ -6,10 +6,10 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from reshard.casts.shapes import scale_shape, unpack_shape
+from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import Problem
-from reshard.recipes.formulas import parse_shape, shape_of
-from reshard.recipes.patterns import scale_letter
+from reshard.recipes.formulas import compute_shape, parse_shape
+from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.match import Family, Matched
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
@@ -29,7 +29,7 @@ LACKS_FILE = "is a file missing from the checkpoint?"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class WeightGroup:
     """Weights of one rule, dtype and shape, with their block scales if any. The sequences have equal lengths."""
 
     rule: Rule
@@ -59,7 +59,7 @@ def dequantizes(rule: Rule, layout: Layout) -> bool:
     return layout.cast == "bf16" or (rule.relation == "dequantize" and layout.to != WHOLE)
 
 
-def target_block(kind: Kind, layout: Layout) -> tuple[int, int]:
+def find_target_block(kind: WeightGroup, layout: Layout) -> tuple[int, int]:
     """Finds the block of the target's scales of a weight group, in elements; (1, 1) without scales."""
     if kind.scaling is None or dequantizes(kind.rule, layout) or not (kind.scales or layout.cast in CAST_TO_FP8):
         return 1, 1
@@ -67,20 +67,22 @@ def target_block(kind: Kind, layout: Layout) -> tuple[int, int]:
     return kind.scaling.fp8_block if to_fp8 else kind.scaling.block
 
 
-def kinds_of(matched: Matched, recipe: Recipe, layout: Layout) -> list[Kind]:
+def group_weights(matched: Matched, recipe: Recipe, layout: Layout) -> list[WeightGroup]:
     """Groups the weights that go into the target, with their block scales, by rule, dtype and shape."""
     weights = {family.rule: family for family in matched.families if not family.is_scale}
     scales = {family.rule: family for family in matched.families if family.is_scale}
-    kinds: list[Kind] = []
+    kinds: list[WeightGroup] = []
     for number, family in weights.items():
         if is_kept(recipe.rules[number], layout):
-            kinds.extend(kinds_of_rule(recipe, layout, family, scales.get(number)))
+            kinds.extend(group_weights_of_rule(recipe, layout, family, scales.get(number)))
     return kinds
 
 
-def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Family | None) -> Iterator[Kind]:
+def group_weights_of_rule(
+    recipe: Recipe, layout: Layout, weights: Family, scales: Family | None
+) -> Iterator[WeightGroup]:
     rule = recipe.rules[weights.rule]
-    scaling = recipe.scales.get(scale_letter(rule, recipe))
+    scaling = recipe.scales.get(find_scale_placeholder(rule, recipe))
     names = weights.names if layout.to != WHOLE else [tensor.name for tensor in weights.tensors]
     found = dict(zip(scales.numbers, zip(scales.tensors, scales.names, strict=True), strict=True)) if scales else {}
     if layout.to == WHOLE:
@@ -88,16 +90,16 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
     paired = [found.get(numbers) for numbers in weights.numbers] if found else []
     groups: dict[Any, list[int]] = {}
     alike = [(tensor.dtype, tensor.shape) for tensor in weights.tensors]
-    for place, key in enumerate(zip(alike, map(alike_scale, paired), strict=True) if paired else alike):
+    for place, key in enumerate(zip(alike, map(key_scale, paired), strict=True) if paired else alike):
         groups.setdefault(key, []).append(place)
     for places in groups.values():
         # With one place itemgetter returns the item itself, not a tuple.
         pick = itemgetter(*places) if len(places) > 1 else lambda column, place=places[0]: (column[place],)
         of_scales = pick(paired) if paired and paired[places[0]] else ()
-        yield Kind(
+        yield WeightGroup(
             rule,
             weights.rule,
-            scaling_of(weights.tensors[places[0]], scaling),
+            find_scaling(weights.tensors[places[0]], scaling),
             pick(weights.numbers),
             pick(weights.tensors),
             pick(names),
@@ -106,7 +108,7 @@ def kinds_of_rule(recipe: Recipe, layout: Layout, weights: Family, scales: Famil
         )
 
 
-def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
+def find_scaling(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
     """Finds the block scale of a weight. Where the recipe expects packed FP4, an FP8 weight (V4 base models) has the
     block of FP8.
     """
@@ -115,11 +117,11 @@ def scaling_of(weight: Tensor, scaling: BlockScale | None) -> BlockScale | None:
     return scaling
 
 
-def alike_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
+def key_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
     return (pair[0].dtype, pair[0].shape) if pair else None
 
 
-def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+def check_pairing(matched: Matched, kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     """Reports FP8 weights without a scale, scales without such a weight, and scales of a wrong shape or dtype."""
     paired = {kind.number: 0 for kind in kinds}
     for kind in kinds:
@@ -134,11 +136,11 @@ def pairing_problems(matched: Matched, kinds: Sequence[Kind], recipe: Recipe, la
                     yield Problem("scale-without-weight", tensor.name, found, "both", LACKS_FILE)
     for kind in kinds:
         if kind.scaling:
-            yield from scaling_problems(kind, kind.scaling)
-    yield from quantize_problems(kinds, layout)
+            yield from check_scaling(kind, kind.scaling)
+    yield from check_quantizing(kinds, layout)
 
 
-def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem]:
+def check_quantizing(kinds: Sequence[WeightGroup], layout: Layout) -> Iterator[Problem]:
     """Reports weights that cannot be quantized to FP8: only BF16 matrices can. Weights that are FP8 already are
     reported once, together.
     """
@@ -153,13 +155,13 @@ def quantize_problems(kinds: Sequence[Kind], layout: Layout) -> Iterator[Problem
             yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")
 
 
-def quantizes(kind: Kind, layout: Layout) -> bool:
+def quantizes(kind: WeightGroup, layout: Layout) -> bool:
     """Whether the layout quantizes a weight group to FP8."""
     is_free = kind.scaling is not None and not kind.scaling.stays
     return is_free and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout)
 
 
-def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
+def check_scaling(kind: WeightGroup, scaling: BlockScale) -> Iterator[Problem]:
     """Reports each weight or scale of a group whose scales do not fit. Dtypes and shapes are the same in a group: the
     first is checked for all.
     """
@@ -171,7 +173,7 @@ def scaling_problems(kind: Kind, scaling: BlockScale) -> Iterator[Problem]:
                 yield Problem("weight-without-scale", tensor.name, found, "both", LACKS_FILE)
         return
     scale = kind.scales[0]
-    wanted = scale_shape(logical_shape(weight, scaling), scaling.block)
+    wanted = count_blocks(logical_shape(weight, scaling), scaling.block)
     if weight.dtype != scaled:
         for tensor in kind.scales:
             found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"
@@ -193,16 +195,18 @@ def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]
     return unpack_shape(weight, is_packed=scaling is not None and scaling.packed)
 
 
-def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+def check_against_config(
+    kinds: Sequence[WeightGroup], recipe: Recipe, config: Mapping[str, Any] | None
+) -> Iterator[Problem]:
     """Reports dtypes and shapes that differ from the recipe's, computed with the config."""
-    yield from block_problems(kinds, config or {})
+    yield from check_blocks(kinds, config or {})
     for kind in kinds:
         weight = kind.weights[0]
         if not kind.scales and kind.rule.relation != "drop":
-            yield from dtype_problems(kind, config or {})
+            yield from check_dtypes(kind, config or {})
         if config is None or not kind.rule.shape:
             continue
-        shape = shape_of(kind.rule.shape, config, recipe.sizes)
+        shape = compute_shape(kind.rule.shape, config, recipe.sizes)
         found = logical_shape(weight, kind.scaling)
         if len(shape) == len(found) and all(a in (None, b) for a, b in zip(shape, found, strict=True)):
             continue
@@ -214,7 +218,7 @@ def config_problems(kinds: Sequence[Kind], recipe: Recipe, config: Mapping[str, 
             )
 
 
-def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator[Problem]:
+def check_blocks(kinds: Sequence[WeightGroup], config: Mapping[str, Any]) -> Iterator[Problem]:
     """Reports a `weight_block_size` in the config that differs from the blocks of the scales: a loader trusts it."""
     quantization = config.get("quantization_config")
     said = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
@@ -226,13 +230,13 @@ def block_problems(kinds: Sequence[Kind], config: Mapping[str, Any]) -> Iterator
         yield Problem("contradiction", "quantization_config of config.json", found, expected, "correct the config")
 
 
-def exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
+def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
     """Lists the modules whose weights have no block scales, by the `quantization_config` of a config."""
     lists = [quantization.get(key) for key in EXEMPT_KEYS]
     return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
-def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
+def check_dtypes(kind: WeightGroup, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Reports weights without a block scale whose dtype is wrong, or whose config says that they are scaled."""
     dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
     expected = (dtype,) if dtype else FLOATS
@@ -243,7 +247,7 @@ def dtype_problems(kind: Kind, config: Mapping[str, Any]) -> Iterator[Problem]:
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
     elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
-        exempt = exempt_modules(quantization)
+        exempt = list_exempt_modules(quantization)
         for tensor in kind.weights:
             if not any(module in tensor.name for module in exempt):
                 said = "a scaled weight, as quantization_config of config.json says"

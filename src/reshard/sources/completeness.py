@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem
-from reshard.recipes.formulas import config_value
-from reshard.recipes.patterns import PLACEHOLDER, filled, slots_of
-from reshard.text import numbers_text
+from reshard.recipes.formulas import read_config_value
+from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
+from reshard.text import format_numbers
 from reshard.types import Checkpoint, Placeholder, Recipe, Rule
 
 MAYBE = "maybe"
@@ -24,11 +24,11 @@ Present = Mapping[int, set[tuple[str, ...]]]
 """For each rule, by its index: the numbers of every tensor in the checkpoint, block scales excluded."""
 
 
-def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
+def collect_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
     """Collects the numbers that fill each placeholder. Members of a placeholder within another count for both."""
     members: dict[str, set[int]] = {name: set() for name in recipe.placeholders}
     for number, tuples in present.items():
-        for place, slot in enumerate(slots_of(recipe.rules[number], recipe)):
+        for place, slot in enumerate(list_slots(recipe.rules[number], recipe)):
             if slot in members:
                 members[slot] |= {int(text) for text in {numbers[place] for numbers in tuples}}
     for placeholder in recipe.placeholders.values():
@@ -37,56 +37,56 @@ def hole_members(recipe: Recipe, present: Present) -> dict[str, set[int]]:
     return members
 
 
-def hole_problems(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+def check_placeholders(checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """Reports gaps in the numbers, and counts on which names, config and shapes disagree."""
     for place in recipe.placeholders.values():
         if place.within:
-            yield from overlap_problems(place, recipe, members)
+            yield from check_overlaps(place, recipe, members)
         elif not place.some_of:
-            yield from gap_problems(place, members[place.name], len(members[place.after]) if place.after else 0)
-        yield from count_problems(place, members[place.name], checkpoint.config)
-        yield from picked_problems(place, members, checkpoint.config)
-        yield from rows_problems(place, checkpoint, recipe, members)
+            yield from check_gaps(place, members[place.name], len(members[place.after]) if place.after else 0)
+        yield from check_counts(place, members[place.name], checkpoint.config)
+        yield from check_picked(place, members, checkpoint.config)
+        yield from check_rows(place, checkpoint, recipe, members)
     for name in sorted({place.within for place in recipe.placeholders.values() if place.within}):
         parts = [place for place in recipe.placeholders.values() if place.within == name]
         if without := members[name].difference(*(members[part.name] for part in parts)):
-            found = f"{numbers_text(without)} are neither"
+            found = f"{format_numbers(without)} are neither"
             expected = "each among the " + " or the ".join(part.counts for part in parts)
             remedy = "is a file missing from the checkpoint?"
             yield Problem("gap", recipe.placeholders[name].counts, found, expected, remedy)
 
 
-def gap_problems(place: Placeholder, numbers: set[int], first: int) -> Iterator[Problem]:
+def check_gaps(place: Placeholder, numbers: set[int], first: int) -> Iterator[Problem]:
     """Reports numbers that are not `first` to the last without a gap."""
     last = max(numbers, default=-1)
     # A single stray number can be a billion: name the gap's ends, never its members.
     if numbers and (len(numbers) != last - first + 1 or min(numbers) != first):
-        found = f"{place.counts} {numbers_text(numbers)}"
+        found = f"{place.counts} {format_numbers(numbers)}"
         expected = f"{first} to {last} without a gap"
         yield Problem("gap", place.counts, found, expected, "is a file missing from the checkpoint?")
 
 
-def overlap_problems(place: Placeholder, recipe: Recipe, members: Members) -> Iterator[Problem]:
+def check_overlaps(place: Placeholder, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """Reports numbers that are members of two placeholders within the same one."""
     for other in recipe.placeholders.values():
         both = members[place.name] & members[other.name]
         if other.within == place.within and other.name > place.name and both:
-            found = f"{numbers_text(both)} among the {other.counts} too"
+            found = f"{format_numbers(both)} among the {other.counts} too"
             yield Problem("contradiction", place.counts, found, "one or the other", "is the checkpoint a mixture?")
 
 
-def count_problems(place: Placeholder, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
+def check_counts(place: Placeholder, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
     """Reports a number of members that differs from the config's."""
-    wanted = config_value(place.size, config)
+    wanted = read_config_value(place.size, config)
     if wanted is not None and wanted != len(numbers):
-        found = f"{len(numbers)} by the names of the tensors ({numbers_text(numbers)})"
+        found = f"{len(numbers)} by the names of the tensors ({format_numbers(numbers)})"
         expected = f"{reprlib.repr(wanted)}, as {place.size} of config.json says"
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
-def picked_problems(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
+def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
     """Reports a placeholder whose members differ from the list in the config that picks or names them."""
-    values, listed_ones = config_value(place.picked_by, config), config_value(place.listed, config)
+    values, listed_ones = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
     whole = members.get(place.within or place.some_of, set())
     wanted = members[place.name]
     if isinstance(values, list):
@@ -94,23 +94,23 @@ def picked_problems(place: Placeholder, members: Members, config: Mapping[str, A
     if isinstance(listed_ones, list):
         wanted = {number for number in listed_ones if type(number) is int}
     if wanted != members[place.name]:
-        found = f"{numbers_text(members[place.name])} by the names of the tensors"
-        expected = f"{numbers_text(wanted)}, as {place.picked_by or place.listed} of config.json says"
+        found = f"{format_numbers(members[place.name])} by the names of the tensors"
+        expected = f"{format_numbers(wanted)}, as {place.picked_by or place.listed} of config.json says"
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
-def rows_problems(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
+def check_rows(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """Reports a tensor with one row for each member whose number of rows differs from the number of members."""
     names = [name for name in PLACEHOLDER.findall(place.rows_of) if name in recipe.placeholders]
     for numbers in product(*(sorted(members[name]) for name in names)) if place.rows_of else ():
-        tensor = checkpoint.tensors.get(filled(place.rows_of, dict(zip(names, numbers, strict=True))))
+        tensor = checkpoint.tensors.get(fill_pattern(place.rows_of, dict(zip(names, numbers, strict=True))))
         if tensor and tensor.shape[:1] != (len(members[place.name]),):
-            expected = f"{len(members[place.name])} rows, for {place.counts} {numbers_text(members[place.name])}"
+            expected = f"{len(members[place.name])} rows, for {place.counts} {format_numbers(members[place.name])}"
             remedy = "is a file missing from the checkpoint?"
             yield Problem("contradiction", tensor.name, f"shape {list(tensor.shape)}", expected, remedy)
 
 
-def missing_problems(
+def check_missing(
     config: Mapping[str, Any] | None, recipe: Recipe, members: Members, present: Present, *, keep_optional: bool
 ) -> Iterator[Problem]:
     """Reports every tensor that a rule expects and the checkpoint lacks, and every rule that has tensors although its
@@ -124,7 +124,7 @@ def missing_problems(
             yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
         is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
         if is_demanded and wanted and not may_lack(rule, config or {}):
-            yield from missing_of_rule(rule, recipe, members, tuples)
+            yield from check_missing_of_rule(rule, recipe, members, tuples)
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
@@ -133,17 +133,17 @@ def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: 
         return True
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
-    told = says(key, config)
+    told = get_answer(key, config)
     return (any(number in present for number in ifs) if told is None else told) == (condition == "if")
 
 
 def may_lack(rule: Rule, config: Mapping[str, Any]) -> bool:
     """Whether the tensors of a rule may be missing: always, or if the config key is true or absent."""
     word, _, key = rule.only.partition(" if ")
-    return word == MAYBE and (not key or says(key, config) is not False)
+    return word == MAYBE and (not key or get_answer(key, config) is not False)
 
 
-def says(key: str, config: Mapping[str, Any]) -> bool | None:
+def get_answer(key: str, config: Mapping[str, Any]) -> bool | None:
     """Returns whether the value of a config key is true; None if the config lacks the key."""
     table: Any = config
     for part in key.split("."):
@@ -154,14 +154,16 @@ def says(key: str, config: Mapping[str, Any]) -> bool | None:
     return bool(table)
 
 
-def missing_of_rule(rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]) -> Iterator[Problem]:
+def check_missing_of_rule(
+    rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]
+) -> Iterator[Problem]:
     """Reports each combination of numbers that a rule expects and `tuples` lacks."""
-    slots = slots_of(rule, recipe)
+    slots = list_slots(rule, recipe)
     choices = [sorted(members[slot]) if slot in recipe.placeholders else [int(slot)] for slot in slots]
     if prod(map(len, choices)) == len(tuples):
         return
     for numbers in product(*choices):
         if tuple(map(str, numbers)) not in tuples:
-            name = filled(rule.left, dict(zip(slots, numbers, strict=True)))
+            name = fill_pattern(rule.left, dict(zip(slots, numbers, strict=True)))
             remedy = "is a file missing? without a config.json, is it another model?"
             yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", remedy)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
-from reshard.recipes.patterns import Pattern, later_members, patterns_of, split_name, split_names
-from reshard.recipes.recipe import FOLDER
-from reshard.sources.completeness import hole_members, hole_problems, missing_problems
-from reshard.text import listed
+from reshard.recipes.patterns import Pattern, find_later_members, make_patterns, split_name, split_names
+from reshard.recipes.recipe import FAMILIES_FOLDER
+from reshard.sources.completeness import check_missing, check_placeholders, collect_members
+from reshard.text import format_list
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -67,11 +67,11 @@ def match(checkpoint: Checkpoint, recipe: Recipe, *, keep_optional: bool = False
     """
     families, unmatched = match_names(checkpoint, recipe)
     matched = Matched(tuple(families), find_members(families, recipe))
-    require_none(match_problems(checkpoint, recipe, matched, unmatched, keep_optional=keep_optional))
+    require_none(check_match(checkpoint, recipe, matched, unmatched, keep_optional=keep_optional))
     return matched
 
 
-def match_problems(
+def check_match(
     checkpoint: Checkpoint,
     recipe: Recipe,
     matched: Matched,
@@ -82,10 +82,10 @@ def match_problems(
     """Reports the problems of the first check that fails: problems of later checks would only follow from them."""
     families, members = matched.families, matched.members
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
-        lambda: unmatched_problems(recipe, unmatched),
-        lambda: clashes(families),
-        lambda: hole_problems(checkpoint, recipe, members),
-        lambda: missing_problems(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
+        lambda: explain_unmatched(recipe, unmatched),
+        lambda: check_clashes(families),
+        lambda: check_placeholders(checkpoint, recipe, members),
+        lambda: check_missing(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
     )
     for check in checks:
         found = list(islice(check(), MOST_PROBLEMS))
@@ -96,20 +96,20 @@ def match_problems(
 
 def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[int]]:
     """Collects the numbers that fill each placeholder of the recipe."""
-    return hole_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
+    return collect_members(recipe, {family.rule: set(family.numbers) for family in families if not family.is_scale})
 
 
-def optional_problems(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
+def check_optional(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Iterator[Problem]:
     """Reports the optional tensors that a checkpoint lacks, for a layout that keeps them. `match` checks the rest."""
     if any(rule.optional for rule in recipe.rules):
-        yield from missing_problems(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
+        yield from check_missing(checkpoint.config, recipe, matched.members, matched.present, keep_optional=True)
 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
     """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
     names = split_names(checkpoint.tensors)
-    marked, before = later_members(names, recipe)
+    marked, before = find_later_members(names, recipe)
     groups: dict[str, tuple[list[Tensor], list[tuple[str, ...]]]] = {}
     for (key, numbers), tensor in zip(names, checkpoint.tensors.values(), strict=True):
         group = groups.get(key)
@@ -121,7 +121,7 @@ def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], d
     unmatched: dict[str, list[Pattern]] = {}
     for key, (tensors, members) in groups.items():
         fitting = [pattern for pattern in patterns if pattern.fits(key, members[0])]
-        for found, chosen in decided(fitting, members, marked, before):
+        for found, chosen in decide_patterns(fitting, members, marked, before):
             if len(found) != 1:
                 unmatched |= {tensors[place].name: found for place in chosen}
                 continue
@@ -134,7 +134,7 @@ def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], d
     return [families[pattern] for pattern in sorted(families, key=order.__getitem__)], unmatched
 
 
-def decided(
+def decide_patterns(
     fitting: Sequence[Pattern],
     members: Sequence[tuple[str, ...]],
     marked: Mapping[str, set[str]],
@@ -154,7 +154,7 @@ def decided(
         yield [pattern for pattern in found if not pattern.takes_rest] or found, chosen
 
 
-def clashes(families: Sequence[Family]) -> Iterator[Problem]:
+def check_clashes(families: Sequence[Family]) -> Iterator[Problem]:
     """Reports tensors that would get the same name on the other side. Dropped tensors have no name there."""
     named = [family for family in families if family.names and family.names[0]]
     if len({name for family in named for name in family.names}) == sum(len(family.names) for family in named):
@@ -168,11 +168,11 @@ def clashes(families: Sequence[Family]) -> Iterator[Problem]:
                 yield Problem("same-name", f"{tensor.name} -> {name}", found, "a name for each", "mend the recipe")
 
 
-def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
+def explain_unmatched(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
     """Reports each tensor that no rule or more than one rule covers, with the rules or the nearest one."""
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
-    for name in one_of_each_first(unmatched):
+    for name in sort_one_of_each_first(unmatched):
         patterns = unmatched[name]
         if patterns:
             found = " and ".join(repr(recipe.rules[pattern.rule].left) for pattern in patterns)
@@ -182,17 +182,17 @@ def unmatched_problems(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        yield Problem("no-rule", name, "no rule knows it", expected, way_to_rule(recipe, "a row or a drop"))
+        yield Problem("no-rule", name, "no rule knows it", expected, suggest_rule(recipe, "a row or a drop"))
 
 
-def way_to_rule(recipe: Recipe, row: str) -> str:
+def suggest_rule(recipe: Recipe, row: str) -> str:
     """Suggests how to get the missing rule: add a row to the user's own recipe; else use another recipe."""
-    if Path(recipe.origin).parent != FOLDER:
+    if Path(recipe.origin).parent != FAMILIES_FOLDER:
         return f"add {row} to {recipe.origin}"
     return f"another --recipe, or {OWN_RECIPE}"
 
 
-def one_of_each_first(names: Iterable[str]) -> list[str]:
+def sort_one_of_each_first(names: Iterable[str]) -> list[str]:
     """Sorts names so that one of each pattern comes first: names that differ only in numbers would fill the message."""
     turns: Counter[str] = Counter()
     found = []
@@ -214,31 +214,31 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Re
     tensor names fit: another model may use the same names.
     """
     config = checkpoint.config or {}
-    asked = asked_recipes(config, recipes)
-    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *architectures_of(config))):
-        raise no_recipe(checkpoint, recipes, [])
+    asked = find_asked_recipes(config, recipes)
+    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *list_architectures(config))):
+        raise refuse_without_recipe(checkpoint, recipes, [])
     candidates = asked or recipes
     if len(candidates) == 1:
         return candidates[0], match(checkpoint, candidates[0])
     fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
     if len(fitting) == 1:
         return fitting[0]
-    raise no_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
+    raise refuse_without_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
 
 
-def wanted_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+def narrow_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
     """Narrows the recipes to those that list the config's model; returns all if none does."""
-    return asked_recipes(config, recipes) or recipes
+    return find_asked_recipes(config, recipes) or recipes
 
 
-def asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+def find_asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
     """Finds the recipes that list the config's model type or, if none does, its architecture."""
-    known = architectures_of(config)
+    known = list_architectures(config)
     by_type = [recipe for recipe in recipes if config.get("model_type") in recipe.model_types]
     return by_type or [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
 
 
-def architectures_of(config: Mapping[str, Any]) -> list[Any]:
+def list_architectures(config: Mapping[str, Any]) -> list[Any]:
     """Lists the `architectures` of a config; empty if they are no list."""
     found = config.get("architectures")
     return found if isinstance(found, list) else []
@@ -254,28 +254,28 @@ def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
         return None
 
 
-def misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
+def explain_misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
     """Explains in a few words why a recipe does not fit; `#` stands for a number."""
     if unknown:
-        return f"it does not know {listed(dict.fromkeys(split_name(name)[0] for name in unknown))}"
+        return f"it does not know {format_list(dict.fromkeys(split_name(name)[0] for name in unknown))}"
     try:
         match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
     except Refused as refused:
-        return listed((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
+        return format_list((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
     return FITS
 
 
-def no_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
+def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
     """Makes the refusal if no recipe or several fit. It names the nearest recipe and the tensors that it lacks."""
     if fitting:
-        names = listed(recipe.name for recipe in fitting)
+        names = format_list(recipe.name for recipe in fitting)
         return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
     unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
     nearest = min(unknown, key=lambda name: len(unknown[name]))
     model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
     model = model if isinstance(model, str) else reprlib.repr(model)
-    misfits = misfit(checkpoint, recipes, nearest, unknown[nearest])
+    misfits = explain_misfit(checkpoint, recipes, nearest, unknown[nearest])
     found = f"{model}; the nearest recipe is {nearest}: {misfits}"
     remedy = f"--recipe {nearest}, if it is that model under another name; or {OWN_RECIPE}"
     remedy = remedy if misfits == FITS else OWN_RECIPE
-    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {listed(unknown, 99)}", remedy)
+    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {format_list(unknown, 99)}", remedy)

@@ -7,9 +7,9 @@ from math import ceil
 from typing import Any
 
 from reshard.errors import Problem
-from reshard.recipes.formulas import config_value
+from reshard.recipes.formulas import read_config_value
 from reshard.sources.block_scales import EXEMPT_KEYS
-from reshard.text import numbers_text
+from reshard.text import format_numbers
 from reshard.types import Placeholder, Recipe
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -43,25 +43,26 @@ Layers = Mapping[int, int]
 """The new number of each layer that is kept."""
 
 
-def table_of(size: str) -> str:
+def name_table(size: str) -> str:
     """Names the number of experts of a token, as shapes write it. `size` is the formula for the number of experts."""
-    return beside(size, CHOSEN_EXPERTS)
+    return name_beside(size, CHOSEN_EXPERTS)
 
 
-def beside(key: str, other: str) -> str:
+def name_beside(key: str, other: str) -> str:
     """Names another key of the same object: `n_group` beside `text_config.n_routed_experts` is `text_config.n_group`.
     For `a or b`, the object of `a`.
     """
     return ".".join([*key.split(" or ", maxsplit=1)[0].split(".")[:-1], other])
 
 
-def expert_problems(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
+def check_experts(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
     """Reports if tokens cannot be routed to as many experts and groups as the config says; `left` experts are kept."""
     chosen, groups, taken, method = (
-        config_value(beside(size, key), config) for key in (CHOSEN_EXPERTS, "n_group", "topk_group", "topk_method")
+        read_config_value(name_beside(size, key), config)
+        for key in (CHOSEN_EXPERTS, "n_group", "topk_group", "topk_method")
     )
     if type(chosen) is int and left < chosen:
-        expected = f"at least {chosen}, as {table_of(size)} of config.json says"
+        expected = f"at least {chosen}, as {name_table(size)} of config.json says"
         yield Problem("too-few-experts", "--experts", f"{left} experts", expected)
     elif type(groups) is int and groups > 1:
         if left % groups:
@@ -74,7 +75,7 @@ def expert_problems(config: Mapping[str, Any] | None, size: str, left: int) -> I
                 yield Problem("too-few-experts", "--experts", f"{left} experts", expected)
 
 
-def pruned_config(
+def prune_config(
     config: Mapping[str, Any] | None, recipe: Recipe, left: Members, layers: Layers | None, problems: list[Problem]
 ) -> Mapping[str, Any] | None:
     """Returns the config for the kept layers and experts: counts, lists and layer numbers. None without a config.
@@ -86,18 +87,18 @@ def pruned_config(
     changed = deepcopy(dict(config))
     counting = next((place for place in recipe.placeholders.values() if place.counts == "layers"), None)
     if layers is not None and counting:
-        count = config_value(counting.size, config)
+        count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
         problems.extend(prune_references(changed, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
         for key in place.size.split(" or "):
-            if KEY.fullmatch(key) and type(config_value(key, config)) is int:
-                put(changed, key, len(left[place.name]))
+            if KEY.fullmatch(key) and type(read_config_value(key, config)) is int:
+                set_key(changed, key, len(left[place.name]))
     return changed
 
 
-def put(config: dict[str, Any], key: str, value: Any) -> None:
+def set_key(config: dict[str, Any], key: str, value: Any) -> None:
     """Sets an existing key, nested or not, in place."""
     *path, last = key.split(".")
     for name in path:
@@ -105,25 +106,25 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def table_with(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
+def find_table(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
     """Finds the object of the config with the size of a placeholder; empty if there is none."""
-    table = config_value(counting.size.rpartition(".")[0], config) if "." in counting.size else config
+    table = read_config_value(counting.size.rpartition(".")[0], config) if "." in counting.size else config
     return table if isinstance(table, dict) else {}
 
 
 def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers, count: int) -> None:
     """Prunes the lists with one value for each layer, in place. Values behind the last layer belong to MTP and stay."""
     keys = {place.picked_by for place in recipe.placeholders.values() if place.picked_by}
-    keys |= {beside(counting.size, key) for key in table_with(counting, config) if PER_LAYER.fullmatch(key)}
+    keys |= {name_beside(counting.size, key) for key in find_table(counting, config) if PER_LAYER.fullmatch(key)}
     for key in sorted(keys):
-        values = config_value(key, config)
+        values = read_config_value(key, config)
         if isinstance(values, list) and len(values) >= count and KEY.fullmatch(key):
-            put(config, key, [values[old] for old in layers if old < count] + values[count:])
+            set_key(config, key, [values[old] for old in layers if old < count] + values[count:])
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:
     """Renumbers the layers in config keys, in place; reports layers that a key names and that are not kept."""
-    table = table_with(counting, config)
+    table = find_table(counting, config)
     if isinstance(table.get(DENSE), list):
         table[DENSE] = [layers[value] for value in table[DENSE] if type(value) is int and value in layers]
     if table.get(STEP, 1) != 1 and any(old != new for old, new in layers.items()):
@@ -132,7 +133,7 @@ def prune_references(config: dict[str, Any], counting: Placeholder, layers: Laye
         values = table[key] if isinstance(table[key], list) else [table[key]]
         known = [value for value in values if type(value) is int]
         if lost := set(known) - layers.keys():
-            found = f"without layer {numbers_text(lost)}"
+            found = f"without layer {format_numbers(lost)}"
             yield Problem("needs-layers", "--layers", found, f"all that {key} of config.json names", "choose them too")
         elif known == values:
             new = [layers[value] for value in known]
@@ -145,10 +146,10 @@ def prune_modules(config: dict[str, Any], layers: Layers, count: int) -> None:
     for key in EXEMPT_KEYS:
         names = quantization.get(key) if isinstance(quantization, dict) else None
         if isinstance(quantization, dict) and isinstance(names, list):
-            quantization[key] = [*renumbered_modules(names, layers, count)]
+            quantization[key] = [*renumber_modules(names, layers, count)]
 
 
-def renumbered_modules(names: Sequence[Any], layers: Layers, count: int) -> Iterator[Any]:
+def renumber_modules(names: Sequence[Any], layers: Layers, count: int) -> Iterator[Any]:
     """Yields module names with new layer numbers, without the names of removed layers."""
     for name in names:
         found = MODULE.fullmatch(name) if isinstance(name, str) else None

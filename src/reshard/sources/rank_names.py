@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, file_names
-from reshard.recipes.recipe import recipes_to_try
+from reshard.formats.huggingface import INDEX, list_safetensors_files
+from reshard.recipes.recipe import list_recipes_to_try
 from reshard.types import MOST_RANKS, RANKS, Recipe
 
 
@@ -37,7 +37,9 @@ class RankNames(NamedTuple):
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
     """Whether a folder holds the rank files of a recipe. Raises Refused if folder or recipe cannot be read."""
-    return path.is_dir() and find_rank_names(path, file_names(path), recipes_to_try(recipe)) is not None
+    return (
+        path.is_dir() and find_rank_names(path, list_safetensors_files(path), list_recipes_to_try(recipe)) is not None
+    )
 
 
 def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:

@@ -8,18 +8,18 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, checkpoint_of, read_folder
-from reshard.formats.huggingface import CONFIG, INDEX, Stored, read_headers
-from reshard.formats.manifest import Origin, read_origin, subset_text
+from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
+from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
+from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
-from reshard.recipes.recipe import recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, wanted_recipes
-from reshard.sources.rank_files import gather
+from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
-from reshard.sources.subset import narrow
-from reshard.text import listed
-from reshard.types import COMPARE, EVERYTHING, Checkpoint, Form, Recipe, Subset, Tensor
+from reshard.sources.subset import narrow_checkpoint
+from reshard.text import format_list
+from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 
 AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
 
@@ -53,7 +53,7 @@ def read_source(
     names. With a subset, the source has only its layers and experts. Raises Refused if a header is faulty, or if no
     recipe or more than one fits.
     """
-    folder, recipes = read_folder(path), recipes_to_try(recipe)
+    folder, recipes = read_folder(path), list_recipes_to_try(recipe)
     names = find_rank_names(path, folder.names, recipes)
     if names:
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
@@ -69,8 +69,8 @@ def read_huggingface(
     if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
-    require_none(chosen_tensors_problems(folder))
-    checkpoint = replace(checkpoint_of(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
+    require_none(check_chosen_tensors(folder))
+    checkpoint = replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
     if recipe:
         return Source(folder.path, checkpoint, recipes[0], match(checkpoint, recipes[0]), Origin())
     chosen, matched = choose_recipe(checkpoint, recipes)
@@ -79,7 +79,7 @@ def read_huggingface(
 
 def narrow_source(source: Source, subset: Subset) -> Source:
     """Narrows a source to the chosen layers and experts. Raises Refused if the model does not have them."""
-    checkpoint = narrow(source.checkpoint, source.recipe, source.matched, subset)
+    checkpoint = narrow_checkpoint(source.checkpoint, source.recipe, source.matched, subset)
     if checkpoint.subset or subset.only:
         # The original files cannot be restored: some of their tensors are left out.
         source = replace(source, origin=replace(source.origin, forms=(), texts=None))
@@ -88,11 +88,11 @@ def narrow_source(source: Source, subset: Subset) -> Source:
     return replace(source, checkpoint=checkpoint, matched=match(checkpoint, source.recipe))
 
 
-def chosen_tensors_problems(folder: Folder) -> Iterator[Problem]:
+def check_chosen_tensors(folder: Folder) -> Iterator[Problem]:
     """Reports a folder made with `--only`: most of the model is missing, so it cannot be a source."""
     if "only" in folder.subset:
         remedy = "convert what these tensors came from"
-        yield Problem("incomplete-source", str(folder.path), subset_text(folder.subset), "a whole model", remedy)
+        yield Problem("incomplete-source", str(folder.path), format_subset(folder.subset), "a whole model", remedy)
 
 
 def read_rank_files(
@@ -107,12 +107,14 @@ def read_rank_files(
     stored = read_headers(folder.path, names.wanted)
     if folder.manifest_fault:
         raise folder.manifest_fault
-    require_none([*chosen_tensors_problems(folder), *changed_files(stored, folder.manifest), *exchanged_files(stored)])
+    require_none(
+        [*check_chosen_tensors(folder), *check_changed_files(stored, folder.manifest), *check_exchanged_files(stored)]
+    )
     origin = find_origin(folder, names)
-    recipes = names.recipes if recipe else recipes_for(folder.path, names.recipes, origin)
+    recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
 
     def assemble(known: Recipe) -> Source:
-        whole = gather(stored, known, origin.config, origin.shapes, replicas=replicas)
+        whole = assemble_checkpoint(stored, known, origin.config, origin.shapes, replicas=replicas)
         checkpoint = replace(whole, subset=folder.subset)
         return Source(folder.path, checkpoint, known, match(checkpoint, known), origin)
 
@@ -133,17 +135,17 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
     if not found:
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
-        fitting = listed(source.recipe.name for source in found)
+        fitting = format_list(source.recipe.name for source in found)
         raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", "choose one with --recipe")
     return found[0]
 
 
-def recipes_for(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
+def find_recipes(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
     """Finds the recipe that the manifest names, else the recipes for the config. Raises Refused if the named recipe is
     unknown.
     """
     if not origin.recipe:
-        return wanted_recipes(origin.config or {}, recipes)
+        return narrow_recipes(origin.config or {}, recipes)
     if named := [recipe for recipe in recipes if recipe.name == origin.recipe]:
         return named
     remedy = "pass the file of that recipe with --recipe"
@@ -160,22 +162,22 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
     return replace(
         origin,
         config=folder.config if origin.config is None else origin.config,
-        forms=origin.forms or forms_of_map(weight_map or {}),
+        forms=origin.forms or make_forms(weight_map or {}),
         texts=texts if origin.texts is None else {**texts, **origin.texts},
     )
 
 
-def forms_of_map(weight_map: Mapping[str, str]) -> tuple[Form, ...]:
+def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:
     """Makes the original files from an index, which gives only the tensor names of each file."""
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         names.setdefault(file, []).append(name)
     return tuple(
-        Form(file, b"", {name: Tensor(name, "", (), 0, 0, 0) for name in names[file]}) for file in sorted(names)
+        OriginalFile(file, b"", {name: Tensor(name, "", (), 0, 0, 0) for name in names[file]}) for file in sorted(names)
     )
 
 
-def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
     entries = {entry["name"]: entry for entry in manifest.get("files", ())}
     for file in stored.files if entries else ():
@@ -184,13 +186,13 @@ def changed_files(stored: Stored, manifest: Mapping[str, Any]) -> Iterator[Probl
             yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
         elif entry["size"] != file.size:
             yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
+        elif found := find_changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
             text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
 
 
-def exchanged_files(stored: Stored) -> Iterator[Problem]:
+def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
     """Reports rank files whose metadata names another rank. Files of tensor-parallel recipes have such metadata."""
     ranks = len(stored.files)
     for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
@@ -201,7 +203,7 @@ def exchanged_files(stored: Stored) -> Iterator[Problem]:
             )
 
 
-def changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
+def find_changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
     """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
     are equal.
     """

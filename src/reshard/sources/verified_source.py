@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.folder import checkpoint_of, read_folder
-from reshard.formats.huggingface import file_names
-from reshard.formats.manifest import asked_of, known_manifest, subset_of, subset_text
-from reshard.recipes.recipe import packaged_recipes, recipes_to_try
+from reshard.formats.folder import read_folder, read_folder_checkpoint
+from reshard.formats.huggingface import list_safetensors_files
+from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
+from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.match import match
 from reshard.sources.rank_names import RankNames, find_rank_names
 from reshard.sources.source import read_source
-from reshard.sources.subset import narrow
+from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
+class VerifiedSides:
     """The two sides that `verify_target` compares."""
 
     folder: Path
@@ -29,58 +29,58 @@ class Sides:
     """The files of the source, as the manifest of the target should name them."""
 
 
-def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> Sides:
+def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> VerifiedSides:
     """Reads the headers of a target and its source. Raises Refused if the target was made with another recipe.
 
     A checkpoint that was restored from rank files is verified in reverse: are the rank files cut from it? So the proof
     does not depend on the code that assembled the shards.
     """
-    recipes = recipes_to_try(recipe)
-    if names := find_rank_names(source, file_names(source), recipes):
+    recipes = list_recipes_to_try(recipe)
+    if names := find_rank_names(source, list_safetensors_files(source), recipes):
         return read_restored_sides(target, source, names, recipe, ignore_extra_files=ignore_extra_files)
     made_with = find_recipe_name(target)
-    if recipe is None and made_with not in {"", *(known.name for known in packaged_recipes())}:
-        raise wrong_recipe(target, made_with, "a packaged recipe")
+    if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
+        raise refuse_recipe(target, made_with, "a packaged recipe")
     found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
     if made_with not in ("", found.recipe.name):
-        raise wrong_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
-    before, now = found.checkpoint.subset, subset_of(target)
+        raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
+    before, now = found.checkpoint.subset, read_subset(target)
     whole = found.checkpoint
     if now:
-        whole = narrow(whole, found.recipe, found.matched, asked_of(before, now, str(target)))
-    return Sides(target, whole, found.recipe, whole.files)
+        whole = narrow_checkpoint(whole, found.recipe, found.matched, find_asked_subset(before, now, str(target)))
+    return VerifiedSides(target, whole, found.recipe, whole.files)
 
 
 def read_restored_sides(
     target: Path, source: Path, names: RankNames, recipe: str | None, *, ignore_extra_files: bool
-) -> Sides:
+) -> VerifiedSides:
     """Reads the sides in reverse: the target is the whole checkpoint, the source the rank files. Raises Refused."""
     restored = read_folder(target)
     if find_rank_names(target, restored.names, names.recipes):
         found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
-    require_none(subset_problems(source, target))
-    whole = replace(checkpoint_of(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
+    require_none(check_subsets(source, target))
+    whole = replace(read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
     ranks = read_source(source, recipe)
     match(whole, ranks.recipe)
-    return Sides(source, whole, ranks.recipe, ranks.checkpoint.files)
+    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files)
 
 
 def find_recipe_name(target: Path) -> str:
     """Finds the recipe that a target was made with, by its manifest; empty if the manifest does not name one."""
-    made_with = known_manifest(target).get("recipe")
+    made_with = read_valid_manifest(target).get("recipe")
     return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
 
 
-def wrong_recipe(target: Path, made_with: str, expected: str) -> Exception:
+def refuse_recipe(target: Path, made_with: str, expected: str) -> Exception:
     """Makes the refusal for another recipe than the target's: with it, every tensor would look wrong."""
     found, remedy = f"made by the recipe {made_with}", "pass the file or the name of that recipe with --recipe"
     return refuse("no-recipe", str(target), found, expected, remedy)
 
 
-def subset_problems(source: Path, target: Path) -> Iterator[Problem]:
+def check_subsets(source: Path, target: Path) -> Iterator[Problem]:
     """Reports a target whose subset is not the source's: part of a model cannot be compared with the whole."""
-    if (now := subset_of(target)) != subset_of(source):
+    if (now := read_subset(target)) != read_subset(source):
         remedy = "verify it without --source, by the checksums of its manifest"
-        text = subset_text(now) or "a whole model"
+        text = format_subset(now) or "a whole model"
         yield Problem("incomplete-source", str(target), text, "what the ranks hold", remedy)

@@ -42,30 +42,30 @@ class Ways:
 CACHED = Ways("cached", "cached")
 
 
-def open_file(stack: ExitStack, path: Path, flags: int) -> int:
+def open_descriptor(stack: ExitStack, path: Path, flags: int) -> int:
     """Opens a file and returns its descriptor, which is closed with the stack. A new file has the mode of the umask."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     stack.callback(os.close, descriptor)
     return descriptor
 
 
-def aligned_buffer(size: int) -> memoryview:
+def allocate_aligned(size: int) -> memoryview:
     """Allocates `size` bytes of zeros that begin on a page boundary, as O_DIRECT needs."""
     return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def advise_random(descriptors: Iterable[int]) -> None:
+def advise_random_reads(descriptors: Iterable[int]) -> None:
     """Tells the kernel that files are read at scattered offsets, so that it does not read ahead."""
     for descriptor in descriptors:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
-def open_source(stack: ExitStack, path: Path, ways: Ways) -> int:
+def open_to_read(stack: ExitStack, path: Path, ways: Ways) -> int:
     """Opens a file for reading and returns its descriptor, which is closed with the stack."""
-    return open_file(stack, path, os.O_RDONLY | (os.O_DIRECT if ways.read == "direct" else 0))
+    return open_descriptor(stack, path, os.O_RDONLY | (os.O_DIRECT if ways.read == "direct" else 0))
 
 
-def read_window(descriptor: int, offset: int, size: int, buffer: memoryview, ways: Ways, name: str) -> memoryview:
+def read_range(descriptor: int, offset: int, size: int, buffer: memoryview, ways: Ways, name: str) -> memoryview:
     """Reads `size` bytes at a byte offset of a file and returns them as a part of `buffer`, which must be two pages
     larger. `name` is the file's name in messages. Raises Refused if the file ends before, or cannot be read.
     """
@@ -92,36 +92,36 @@ def read_window(descriptor: int, offset: int, size: int, buffer: memoryview, way
     return buffer[skip : skip + size]
 
 
-def write_all(descriptor: int, data: memoryview, offset: int, ways: Ways) -> None:
+def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> None:
     """Writes all of `data` at a byte offset of a file, in as many system calls as needed."""
     flags = RWF_DONTCACHE if ways.write == "uncached" and len(data) >= SMALLEST_UNCACHED else 0
     done = 0
     while done < len(data):
         done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
     if ways.write == "dropped":
-        start_writing(descriptor, offset, len(data))
+        start_writeback(descriptor, offset, len(data))
 
 
 @cache
-def c_library() -> ctypes.CDLL:
+def load_c_library() -> ctypes.CDLL:
     """The C library, for what Python has no functions for."""
     return ctypes.CDLL(None, use_errno=True)
 
 
-def start_writing(descriptor: int, offset: int, size: int) -> None:
+def start_writeback(descriptor: int, offset: int, size: int) -> None:
     """Asks the kernel to begin to write a byte range to the disk, and does not wait for it."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
-    c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
+    load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
 
 
-def reserve(descriptor: int, size: int) -> None:
+def reserve_blocks(descriptor: int, size: int) -> None:
     """Sets the size of a file in bytes and reserves its disk blocks: else a full disk would show only after hours.
 
     Does without the blocks where the file system cannot reserve them. Not by `os.posix_fallocate`: glibc would then
     write into every block, which takes hours, and fails where the file exists already.
     """
     arguments = (ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
-    while c_library().fallocate(*arguments):
+    while load_c_library().fallocate(*arguments):
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.ENOSYS):
             break
@@ -134,10 +134,10 @@ def make_durable(descriptors: Sequence[int], ways: Ways) -> None:
     """Waits until files are on the disk. A job that writes past the page cache also drops them from it."""
     for descriptor in descriptors:
         os.fsync(descriptor)
-        drop_cached(descriptor, ways)
+        drop_from_cache(descriptor, ways)
 
 
-def drop_cached(descriptor: int, ways: Ways) -> None:
+def drop_from_cache(descriptor: int, ways: Ways) -> None:
     """For a job that writes past the page cache: drops from it the pages of a file that are on the disk already."""
     if ways.write != "cached":
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -155,23 +155,23 @@ class ByteArray(Protocol):
         """Has the address as `data`."""
 
 
-def is_equal(one: ByteArray, other: ByteArray) -> bool:
+def has_equal_bytes(one: ByteArray, other: ByteArray) -> bool:
     """Whether two arrays of the same size have the same bytes.
 
     By memcmp: twice as fast as numpy here, needs no array of booleans, and runs without the interpreter's lock.
     """
-    return not c_library().memcmp(c_void_p(one.ctypes.data), c_void_p(other.ctypes.data), c_size_t(one.nbytes))
+    return not load_c_library().memcmp(c_void_p(one.ctypes.data), c_void_p(other.ctypes.data), c_size_t(one.nbytes))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_durable(path: Path, content: bytes) -> None:
     """Writes a small file and waits until it is on the disk."""
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
-        write_all(descriptor, memoryview(content), 0, CACHED)
+        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+        write_range(descriptor, memoryview(content), 0, CACHED)
         os.fsync(descriptor)
 
 
-def remove(folder: Path, names: Iterable[str]) -> None:
+def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Removes files of a folder, if they exist."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -180,10 +180,10 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 def sync_folder(folder: Path) -> None:
     """Waits until the file names in a folder are on the disk."""
     with ExitStack() as stack:
-        os.fsync(open_file(stack, folder, os.O_RDONLY | os.O_DIRECTORY))
+        os.fsync(open_descriptor(stack, folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises OSError for anything else: a pipe or a device may never end, or never
     begin.
     """

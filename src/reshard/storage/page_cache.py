@@ -6,27 +6,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways, aligned_buffer, open_file
-from reshard.storage.resources import available_memory
+from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways, allocate_aligned, open_descriptor
+from reshard.storage.resources import measure_available_memory
 
-CACHE_LOOKS = 64
+CACHE_PROBES = 64
 """How many places of a source are probed to tell whether it is in the page cache."""
 
-MOST_THREADS = 4
+MOST_READING_THREADS = 4
 
 
-def ways_past_cache(source: Path, target: Path) -> Ways:
+def choose_ways_past_cache(source: Path, target: Path) -> Ways:
     """The best ways past the page cache to read the file `source` and to write into the folder `target`, by trial."""
-    return Ways(way_to_read(source), way_to_write(target))
+    return Ways(probe_way_to_read(source), probe_way_to_write(target))
 
 
-def way_to_read(path: Path) -> str:
+def probe_way_to_read(path: Path) -> str:
     """The best way past the page cache to read a file: `direct`, `uncached` or, where it allows neither, `dropped`."""
-    buffer = aligned_buffer(PAGE)
+    buffer = allocate_aligned(PAGE)
     for way, open_flags, read_flags in (("direct", os.O_DIRECT, 0), ("uncached", 0, RWF_DONTCACHE)):
         with ExitStack() as stack:
             try:
-                os.preadv(open_file(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
+                os.preadv(open_descriptor(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
@@ -35,12 +35,12 @@ def way_to_read(path: Path) -> str:
     return "dropped"
 
 
-def way_to_write(folder: Path) -> str:
+def probe_way_to_write(folder: Path) -> str:
     """The best way past the page cache to write into a folder: `uncached` or, where it is unsupported, `dropped`."""
     with ExitStack() as stack:
         try:
             # A file without a name: one with a name would stay behind when we are killed here.
-            descriptor = open_file(stack, folder, os.O_WRONLY | os.O_TMPFILE)
+            descriptor = open_descriptor(stack, folder, os.O_WRONLY | os.O_TMPFILE)
             os.pwritev(descriptor, [b"probe"], 0, RWF_DONTCACHE)
         except OSError as error:
             if error.errno not in (*UNSUPPORTED, errno.EISDIR):
@@ -49,26 +49,26 @@ def way_to_write(folder: Path) -> str:
     return "uncached"
 
 
-def ways_to_read(path: Path, size: int) -> Ways:
+def choose_ways_to_read(path: Path, size: int) -> Ways:
     """How to read a job of `size` bytes, `path` being one of its files: past the page cache if the job is larger than
     a third of the free memory.
     """
-    return CACHED if size <= available_memory() // 3 else Ways(way_to_read(path), CACHED.write)
+    return CACHED if size <= measure_available_memory() // 3 else Ways(probe_way_to_read(path), CACHED.write)
 
 
 def is_cached(paths: Sequence[Path]) -> bool:
     """Whether most of the files' bytes are in the page cache, by probing a few places of each file."""
-    looks = [found for path in paths for found in looks_at(path, -(-CACHE_LOOKS // len(paths)))]
+    looks = [found for path in paths for found in probe_cache(path, -(-CACHE_PROBES // len(paths)))]
     return sum(looks) * 2 > len(looks)
 
 
-def looks_at(path: Path, count: int) -> Iterator[bool]:
+def probe_cache(path: Path, count: int) -> Iterator[bool]:
     """For each of `count` places spread over a file: whether it is in the page cache; True where the system cannot
     tell.
     """
     buffer = bytearray(1)
     with ExitStack() as stack:
-        descriptor = open_file(stack, path, os.O_RDONLY)
+        descriptor = open_descriptor(stack, path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         for place in range(count):
             try:
@@ -83,6 +83,6 @@ def looks_at(path: Path, count: int) -> Iterator[bool]:
                 yield True
 
 
-def reading_threads(ways: Ways) -> int:
+def choose_reading_threads(ways: Ways) -> int:
     """How many threads read at a time: one a processor; more past the page cache, to keep a disk busy. At most 4."""
-    return MOST_THREADS if ways.read != "cached" else min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))

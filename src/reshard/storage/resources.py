@@ -9,27 +9,27 @@ from typing import Generic, Self, TypeVar
 
 from reshard.types import Advance, Progress
 
-PLENTY = 1 << 62
+UNLIMITED = 1 << 62
 """In bytes: stands for free memory where the system does not tell."""
 
 
-def available_memory() -> int:
+def measure_available_memory() -> int:
     """Memory that this process can get now without swapping, in bytes; PLENTY where the system does not tell."""
-    return min(system_memory(), *(limit - used for limit, used in container_limits()), PLENTY)
+    return min(read_system_memory(), *(limit - used for limit, used in read_container_limits()), UNLIMITED)
 
 
-def system_memory() -> int:
+def read_system_memory() -> int:
     """Free memory of the machine, in bytes."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         return int(text.split("MemAvailable:")[1].split()[0]) << 10
     except (OSError, IndexError, ValueError):
-        return PLENTY
+        return UNLIMITED
 
 
-def container_limits() -> Iterator[tuple[int, int]]:
+def read_container_limits() -> Iterator[tuple[int, int]]:
     """For each control group that limits us: its limit, and its memory in use without the page cache, in bytes."""
-    for folder, limit, used, cache in control_groups():
+    for folder, limit, used, cache in list_control_groups():
         try:
             most = int((folder / limit).read_text(encoding="ascii"))
             now = int((folder / used).read_text(encoding="ascii"))
@@ -39,7 +39,7 @@ def container_limits() -> Iterator[tuple[int, int]]:
             continue
 
 
-def control_groups() -> Iterator[tuple[Path, str, str, str]]:
+def list_control_groups() -> Iterator[tuple[Path, str, str, str]]:
     """Folders of the control groups that may limit us, each with its names of limit, use and page cache (v1 or v2).
 
     Inside a container our group may be mounted as the root, so both places are looked at.
@@ -59,16 +59,16 @@ def control_groups() -> Iterator[tuple[Path, str, str, str]]:
         yield from ((folder, *names) for folder in {root / path.lstrip("/"), root})
 
 
-Item = TypeVar("Item")
+WorkItem = TypeVar("WorkItem")
 
-LOOK_SECONDS = 0.2
+WAKE_SECONDS = 0.2
 """The kernel may give a signal to any thread, but Python acts on it only in the main thread, once that one wakes up."""
 
 
-class Queue(Generic[Item]):
+class WorkQueue(Generic[WorkItem]):
     """Items that several threads take one by one, in order. It ends early once it is stopped."""
 
-    def __init__(self, items: Iterable[Item]) -> None:
+    def __init__(self, items: Iterable[WorkItem]) -> None:
         self._items = iter(items)
         self._lock = Lock()
         self.stopped = Event()
@@ -76,16 +76,16 @@ class Queue(Generic[Item]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Item:
+    def __next__(self) -> WorkItem:
         with self._lock:
             if self.stopped.is_set():
                 raise StopIteration
             return next(self._items)
 
 
-def in_threads(
-    work: Iterable[Item],
-    make_worker: Callable[[], Callable[[Item], None]],
+def run_in_threads(
+    work: Iterable[WorkItem],
+    make_worker: Callable[[], Callable[[WorkItem], None]],
     threads: int,
     background: Callable[[Event], None] | None = None,
 ) -> None:
@@ -94,7 +94,7 @@ def in_threads(
     `background` runs in one more thread: it has to return soon after the event that it is given is set. The first
     error, or an interrupt, ends all threads; it is raised once they have ended.
     """
-    queue = Queue(work)
+    queue = WorkQueue(work)
 
     def run_worker() -> None:
         worker = make_worker()
@@ -110,7 +110,7 @@ def in_threads(
             futures.extend(pool.submit(stop_on_error, queue.stopped, run_worker) for _ in range(threads))
             left = set(futures[-threads:])
             while left:
-                ended, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+                ended, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
         finally:

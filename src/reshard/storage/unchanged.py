@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from reshard.errors import Refused, refuse
-from reshard.storage.local import Ways, open_source
+from reshard.storage.local import Ways, open_to_read
 from reshard.types import File
 
 START_AGAIN = "begin again with the files as they are now"
@@ -21,7 +21,7 @@ def open_unchanged(
     Raises Refused if a file has changed since its header was read: before the context begins or by the time it ends.
     """
     with ExitStack() as stack:
-        descriptors = [open_source(stack, folder / file.name, ways) for file in files]
+        descriptors = [open_to_read(stack, folder / file.name, ways) for file in files]
         require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
         try:
             yield descriptors
@@ -43,9 +43,11 @@ def require_unchanged(
     for file, descriptor in zip(files, descriptors, strict=True):
         path = folder / file.name
         require_unwritten(path, file, descriptor, is_source=is_source, again=again)
-        if not is_named(descriptor, path):
+        if not has_its_name(descriptor, path):
             remedy = f"put it back and run the same command again; or {again}"
-            raise changed(path, "removed or replaced", "the file whose header was read", remedy, is_source=is_source)
+            raise refuse_changed(
+                path, "removed or replaced", "the file whose header was read", remedy, is_source=is_source
+            )
 
 
 def require_unwritten(
@@ -55,16 +57,18 @@ def require_unwritten(
     status = os.fstat(descriptor)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
         found, expected = f"{status.st_size:,} bytes, written since its header was read", f"{file.size:,} bytes"
-        raise changed(path, found, f"{expected}, unchanged", f"let nobody write to it; {again}", is_source=is_source)
+        raise refuse_changed(
+            path, found, f"{expected}, unchanged", f"let nobody write to it; {again}", is_source=is_source
+        )
 
 
-def changed(path: Path, found: str, expected: str, remedy: str, *, is_source: bool) -> Refused:
+def refuse_changed(path: Path, found: str, expected: str, remedy: str, *, is_source: bool) -> Refused:
     """The refusal of a file that has changed: `source-changed` where it is converted, `file-changed` where compared."""
     kind = "source-changed" if is_source else "file-changed"
     return refuse(kind, str(path), found, expected, remedy)
 
 
-def is_named(descriptor: int, path: Path) -> bool:
+def has_its_name(descriptor: int, path: Path) -> bool:
     """Whether a path still leads to the open file, and not to another or to none."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())

@@ -11,32 +11,32 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import Others, finish
-from reshard.execution.journal import Records, left_names, lock
-from reshard.formats.manifest import file_names_of, read_manifest
+from reshard.execution.execute import OtherFiles, rename_to_final
+from reshard.execution.journal import Records, list_left_files, lock_journal
+from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.plan import Plan
-from reshard.planning.planner import only_ranks
-from reshard.storage.local import write_whole
+from reshard.planning.planner import keep_ranks
+from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
     describe_origin,
-    finished_ranks,
-    manifest_of,
+    find_finished_ranks,
+    is_same_job,
     read_source_facts,
-    same_job,
+    write_manifest,
 )
-from reshard.target.side_files import names_in, read_side_files
-from reshard.text import size_text
+from reshard.target.side_files import list_names, read_side_files
+from reshard.text import format_size
 
 
-def our_names(target: Path) -> set[str]:
+def list_own_names(target: Path) -> set[str]:
     """Lists the files that an interrupted job may have left in its target, by its journal. Empty without a journal."""
     if not (target / JOURNAL).exists():
         return set()
-    return {JOURNAL, *left_names(target)}
+    return {JOURNAL, *list_left_files(target)}
 
 
-def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`.
     """
@@ -47,10 +47,10 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := [name for name in names_in(target) if name not in ours]:
+    if names := [name for name in list_names(target) if name not in ours]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
-    above = nearest_folder(target)
+    above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
         return
@@ -59,19 +59,19 @@ def target_problems(source: Path, target: Path, needed: int, ours: set[str]) -> 
         yield Problem(
             "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
         )
-    free = shutil.disk_usage(above).free + sum(allocated(target / name) for name in ours)
+    free = shutil.disk_usage(above).free + sum(measure_allocated(target / name) for name in ours)
     if free < needed:
-        found = f"{free:,} bytes free ({size_text(free)})"
-        expected = f"{needed:,} bytes ({size_text(needed)})"
+        found = f"{free:,} bytes free ({format_size(free)})"
+        expected = f"{needed:,} bytes ({format_size(needed)})"
         yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
 
 
-def allocated(path: Path) -> int:
+def measure_allocated(path: Path) -> int:
     """Measures the disk space of a file, in bytes; 0 if it does not exist."""
     return path.stat().st_blocks * 512 if path.exists() else 0
 
 
-def nearest_folder(path: Path) -> Path:
+def find_nearest_folder(path: Path) -> Path:
     """Finds the nearest existing path: the path itself, or one above it."""
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
@@ -102,31 +102,31 @@ def look_at_target(plan: Plan, folder: Path) -> TargetState:
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(folder)
-    known = manifest if same_job(manifest, plan, samples) else {}
+    known = manifest if is_same_job(manifest, plan, samples) else {}
     sides = read_side_files(plan)  # before finished ranks are left out: an index names all files
     origin = describe_origin(plan, headers)
-    if finished := finished_ranks(known, plan, folder):
-        plan = only_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
+    if finished := find_finished_ranks(known, plan, folder):
+        plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifest, known, origin)
-    require_none(state_problems(state))
+    require_none(check_state(state))
     return state
 
 
-def state_problems(state: TargetState) -> Iterator[Problem]:
+def check_state(state: TargetState) -> Iterator[Problem]:
     """Reports files that changed since this conversion wrote them; if there are none, reasons why the remaining files
     cannot be written.
     """
-    found = [*changed_side_files(state.known, state.sides), *damaged_files(state.known, state.plan, state.folder)]
+    found = [*check_side_files(state.known, state.sides), *check_damaged_files(state.known, state.plan, state.folder)]
     yield from found
     if not found and state.plan.files:
-        yield from room_problems(state)
+        yield from check_room(state)
 
 
-def describe_others(state: TargetState) -> Others:
+def describe_others(state: TargetState) -> OtherFiles:
     """Describes the manifest and the side files for `execute_plan`. The manifest gets its final name last."""
 
     def contents(records: Records) -> dict[str, bytes]:
-        manifest = manifest_of(state.plan, state.samples, state.sides, records, state.known, state.origin)
+        manifest = write_manifest(state.plan, state.samples, state.sides, records, state.known, state.origin)
         return {**state.sides, MANIFEST: manifest}
 
     def require_same() -> None:
@@ -134,10 +134,10 @@ def describe_others(state: TargetState) -> Others:
             found = "another run has ended there just now"
             raise refuse("target-changed", str(state.folder), found, "none", "run it again")
 
-    return Others([*state.sides, MANIFEST], contents, require_same)
+    return OtherFiles([*state.sides, MANIFEST], contents, require_same)
 
 
-def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
+def check_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
     """Reports side files whose content would differ from the manifest: a changed tokenizer or config of the source."""
     for entry in known.get("side_files", ()):
         content = sides.get(entry["name"])
@@ -146,7 +146,7 @@ def changed_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> 
             yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
 
 
-def damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
+def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
     """Reports finished files whose size differs from the manifest."""
     sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
     for file in plan.files:
@@ -163,29 +163,29 @@ def mend_target(state: TargetState) -> list[str]:
     """
     target = state.folder
     lost = [name for name in state.sides if not (target / name).exists()]
-    if any(name.endswith(PARTIAL) for name in left_names(target)):
+    if any(name.endswith(PARTIAL) for name in list_left_files(target)):
         if lost:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
     elif lost:
         with ExitStack() as stack:
-            lock(stack, target / JOURNAL)
+            lock_journal(stack, target / JOURNAL)
             for name in lost:
-                write_whole(target / (name + PARTIAL), state.sides[name])
-            finish(target, lost)
+                write_durable(target / (name + PARTIAL), state.sides[name])
+            rename_to_final(target, lost)
     elif (target / JOURNAL).exists():  # left by a job that crashed after its last rename
         with ExitStack() as stack:
-            lock(stack, target / JOURNAL)
+            lock_journal(stack, target / JOURNAL)
             (target / JOURNAL).unlink()
     return lost
 
 
-def room_problems(state: TargetState) -> Iterator[Problem]:
+def check_room(state: TargetState) -> Iterator[Problem]:
     """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
     for other ranks).
     """
-    ours = our_names(state.folder)
+    ours = list_own_names(state.folder)
     if state.known:
-        ours |= {MANIFEST, *state.sides, *file_names_of(state.known)} - {file.name for file in state.plan.files}
+        ours |= {MANIFEST, *state.sides, *list_rank_files(state.known)} - {file.name for file in state.plan.files}
     needed = state.plan.size + sum(map(len, state.sides.values()))
-    yield from target_problems(state.plan.path, state.folder, needed, ours)
+    yield from check_folder(state.plan.path, state.folder, needed, ours)

@@ -13,12 +13,12 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
-from reshard.casts.shapes import computed_shape, matrix
+from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
 from reshard.execution.journal import Records
 from reshard.formats.huggingface import CONFIG, INDEX
-from reshard.formats.manifest import LOST, own_checksum
+from reshard.formats.manifest import LOST, compute_manifest_checksum
 from reshard.planning.plan import Plan, describe_layout
-from reshard.planning.proofs import reason_of
+from reshard.planning.proofs import find_reason
 from reshard.target.side_files import cast_config
 from reshard.types import WHOLE, File, Share
 
@@ -63,7 +63,7 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
     for file in plan.source.files:
         with (plan.source.folder / file.name).open("rb", buffering=0) as opened:
             if keeps_headers(plan):
-                headers[file.name] = packed(opened.read(file.header_size))
+                headers[file.name] = pack_bytes(opened.read(file.header_size))
             samples.append(sample_data(opened, file))
     return samples, headers
 
@@ -83,7 +83,7 @@ def sample_data(opened: FileIO, file: File) -> str:
     return digest.hexdigest()
 
 
-def manifest_of(
+def write_manifest(
     plan: Plan,
     samples: Sequence[str],
     side_files: Mapping[str, bytes],
@@ -96,33 +96,35 @@ def manifest_of(
     """
     manifest = {**describe_plan(plan), "source_samples": list(samples), "origin": origin}
     for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
-        entry["ranges"] = ranges_text(file.header, records[records["file"] == index])
+        entry["ranges"] = write_ranges(file.header, records[records["file"] == index])
     files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}
     manifest["files"] = sorted(files.values(), key=lambda entry: entry["rank"])
     manifest["side_files"] = [
         {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
         for name, content in side_files.items()
     ]
-    return (json.dumps({**manifest, "xxh3_128": own_checksum(manifest)}, indent=1) + "\n").encode()
+    return (json.dumps({**manifest, "xxh3_128": compute_manifest_checksum(manifest)}, indent=1) + "\n").encode()
 
 
-def ranges_text(header: bytes, records: Records) -> str:
+def write_ranges(header: bytes, records: Records) -> str:
     """Writes the byte ranges of a file, from its first byte to its last: `SIZE HASH SIZE HASH ...`.
 
     SIZE is in bytes, HASH is the xxh3-128 of the range in hexadecimal. The first range is the header. One string for
     each file: a model of 671B parameters has 300,000 ranges.
     """
     ranges = [(len(header), xxh3_128_hexdigest(header))]
-    ranges += [(size, digest.hex()) for size, digest in zip(records["size"].tolist(), digests(records), strict=True)]
+    ranges += [
+        (size, digest.hex()) for size, digest in zip(records["size"].tolist(), list_digests(records), strict=True)
+    ]
     return " ".join(f"{size} {digest}" for size, digest in ranges)
 
 
-def digests(records: Records) -> Iterable[bytes]:
+def list_digests(records: Records) -> Iterable[bytes]:
     """Lists the digests of journal records, 16 bytes each."""
     return (digest.tobytes() for digest in records["digest"])
 
 
-def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
+def is_same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
     """Whether a manifest is of the planned conversion, for these or other ranks."""
     wanted = describe_plan(plan)
     return manifest.get("source_samples") == list(samples) and all(
@@ -130,7 +132,7 @@ def same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) ->
     )
 
 
-def finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
+def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
     """Finds the ranks of the plan whose files are finished: listed in the manifest of the same job, with their size."""
     sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
     return {
@@ -146,42 +148,42 @@ def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
     """Describes the original checkpoint for the manifest, as JSON values. For rank files: their own original."""
     before, config = plan.origin, plan.source.config
     lost = before.lost if before.is_of_ranks else ()
-    texts = {} if plan.source.subset else packed_texts(plan)
+    texts = {} if plan.source.subset else pack_texts(plan)
     if before.is_of_ranks and not plan.source.subset:
         headers, texts = ((before.raw or {}).get(key, {}) for key in ("headers", "texts"))
     return {
         "config": cast_config(plan, config) if config is not None else None,
-        "shapes": padded_shapes(plan),
-        "lost": None if lost is None else [asdict(share) for share in (*lost, *lost_by(plan))],
+        "shapes": list_padded_shapes(plan),
+        "lost": None if lost is None else [asdict(share) for share in (*lost, *list_lost(plan))],
         "headers": headers,
         "texts": texts,
     }
 
 
-def lost_by(plan: Plan) -> list[Share]:
+def list_lost(plan: Plan) -> list[Share]:
     """Lists the source tensors that cannot be restored from the target: dropped or cast."""
     return [share for share in plan.coverage if share.use in LOST]
 
 
-def padded_shapes(plan: Plan) -> dict[str, list[int]]:
+def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
     """Lists the original shape of each padded tensor, in elements, by its name in the source."""
     found = {}
     for cast in plan.casts:
-        if computed_shape(cast) == matrix(cast.result.shape):
+        if compute_unpadded_shape(cast) == flatten_to_matrix(cast.result.shape):
             continue
-        shape = [*cast.result.shape[:-2], *computed_shape(cast)][-len(cast.result.shape) :]
+        shape = [*cast.result.shape[:-2], *compute_unpadded_shape(cast)][-len(cast.result.shape) :]
         if tuple(shape) != cast.result.shape:
             found[cast.result.name] = shape
     return found
 
 
-def packed_texts(plan: Plan) -> dict[str, str]:
+def pack_texts(plan: Plan) -> dict[str, str]:
     """Compresses the exact texts of config and index of the source, by file name."""
     paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
-    return {path.name: packed(path.read_bytes()) for path in paths if path.is_file()}
+    return {path.name: pack_bytes(path.read_bytes()) for path in paths if path.is_file()}
 
 
-def packed(content: bytes) -> str:
+def pack_bytes(content: bytes) -> str:
     """Compresses bytes with zlib, as base64 text."""
     return b64encode(zlib.compress(content, 6)).decode()
 
@@ -189,7 +191,7 @@ def packed(content: bytes) -> str:
 NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not as it was"}
 
 
-def lost_lines(plan: Plan) -> Iterator[str]:
+def describe_lost(plan: Plan) -> Iterator[str]:
     """Describes, for people, the tensors that a target in the original layout lacks or has with other values."""
     origin = plan.origin
     if plan.layout.to != WHOLE or not origin.is_of_ranks:
@@ -199,16 +201,16 @@ def lost_lines(plan: Plan) -> Iterator[str]:
         size = f"{share.tensors:,} tensors, {share.size:,} bytes"
         yield f"{NOW[share.use]}: {size}: {share.what}, {share.use} when converted{reason}"
     if origin.lost is None:
-        if dropped := dropped_by_recipe(plan):
+        if dropped := list_dropped(plan):
             yield f"without a manifest nobody knows whether the model had these, dropped when converted: {dropped}"
         for rule in plan.recipe.rules:
             if rule.relation == "dequantize":
                 yield f"not as it was: {rule.left}, dequantized when converted, by the recipe"
 
 
-def dropped_by_recipe(plan: Plan) -> str:
+def list_dropped(plan: Plan) -> str:
     """Lists what the recipe leaves out and the rank files do not have, as text."""
     recipe = plan.recipe
     present = {recipe.placeholders[name].counts for name, count in plan.counts.items() if count}
-    reasons = [reason_of(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
+    reasons = [find_reason(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
     return ", ".join(dict.fromkeys(reason for reason in reasons if reason not in present))

@@ -14,19 +14,19 @@ from xxhash import xxh3_64_intdigest
 
 from reshard.formats.safetensors import BITS
 from reshard.types import Tensor
-from reshard.verification.expected import in_blocks
+from reshard.verification.expected import count_scale_blocks
 
 BAND_SIZE = 2 << 20
 """In bytes. Small enough to stay in the processor's cache between reading and comparing."""
 
-SAMPLE_SIZE = 32 << 10
+SAMPLE_BAND_SIZE = 32 << 10
 """In bytes, of a band of a sample: the bands at both ends are half a percent of an expert's weight in DeepSeek-V3."""
 
 TILE_SIZE = 2 << 20
 """In elements. Large enough that in almost every model a tile has whole rows, which are read at once."""
 
 
-class Part(NamedTuple):
+class TargetPart(NamedTuple):
     """A target tensor, and the box of the source tensor, or of its cast, that it should hold. With padding the box
     reaches beyond the tensor.
     """
@@ -41,13 +41,13 @@ class Part(NamedTuple):
     """In bytes: the offset of the box in the target tensor."""
 
 
-class Whole(NamedTuple):
+class KeptTensor(NamedTuple):
     """A source tensor whose bytes are kept, as a matrix of bytes, and the parts of it that ranks hold."""
 
     tensor: Tensor
     width: int
     """Bytes of a row."""
-    parts: list[Part]
+    parts: list[TargetPart]
     fill: bytes = bytes(1)
     """The bytes that padding repeats."""
 
@@ -57,7 +57,7 @@ class Whole(NamedTuple):
         return self.tensor.size // self.width if self.width else 0
 
 
-class Recast(NamedTuple):
+class CastWeight(NamedTuple):
     """A source weight that is cast, and the parts of the cast that ranks hold."""
 
     conversion: str
@@ -71,14 +71,14 @@ class Recast(NamedTuple):
     new_block: tuple[int, int]
     dtypes: tuple[str, str]
     """Of the new weight and of its new scale; the second is empty if there is none."""
-    parts: tuple[list[Part], list[Part]]
+    parts: tuple[list[TargetPart], list[TargetPart]]
     """Of the new weight, and of its new scale; columns in bytes."""
 
 
 class Tile(NamedTuple):
     """Whole blocks of a weight that is cast."""
 
-    recast: Recast
+    recast: CastWeight
     rows: range
     columns: range
     """In elements."""
@@ -87,7 +87,7 @@ class Tile(NamedTuple):
 class Margin(NamedTuple):
     """Padding: a box of a part that lies beyond its tensor."""
 
-    part: Part
+    part: TargetPart
     rows: range
     columns: range
     """Both in the coordinates of the part."""
@@ -97,16 +97,16 @@ class Margin(NamedTuple):
 class Band(NamedTuple):
     """A box of a source tensor whose bytes lie in one piece: whole rows, or a part of one."""
 
-    whole: Whole
+    whole: KeptTensor
     rows: range
     columns: range
 
 
-def bands_of(whole: Whole, share: Fraction | None) -> Iterator[Band]:
+def split_into_bands(whole: KeptTensor, share: Fraction | None) -> Iterator[Band]:
     """Splits a tensor into bands, in order. With a share, a fraction: small bands, about this share of them, and those
     at both ends of each part.
     """
-    size = BAND_SIZE if share is None else SAMPLE_SIZE
+    size = BAND_SIZE if share is None else SAMPLE_BAND_SIZE
     if not whole.tensor.size:
         return
     height, per_row = whole.height, ceil(whole.width / size)
@@ -114,15 +114,15 @@ def bands_of(whole: Whole, share: Fraction | None) -> Iterator[Band]:
     count = ceil(height / step) * per_row
     numbers: Iterable[int] = range(count)
     if share is not None:
-        ends = {number for part in whole.parts for number in end_bands(part, size, step, per_row)}
-        numbers = sorted(ends.union(spread(whole.tensor.name, count, share)))
+        ends = {number for part in whole.parts for number in find_end_bands(part, size, step, per_row)}
+        numbers = sorted(ends.union(sample_evenly(whole.tensor.name, count, share)))
     for number in numbers:
         row, column = number // per_row * step, number % per_row * size
         rows = range(row, min(row + step, height))
         yield Band(whole, rows, range(column, min(column + size, whole.width)))
 
 
-def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
+def find_end_bands(part: TargetPart, size: int, step: int, per_row: int) -> Iterator[int]:
     """The numbers of the bands at both ends of a part: one at each end, or two if the part begins or ends inside a
     band.
     """
@@ -136,11 +136,11 @@ def end_bands(part: Part, size: int, step: int, per_row: int) -> Iterator[int]:
         yield from (bottom * per_row + column // size for column in (max(right - size + 1, left), right))
 
 
-def tiles_of(recast: Recast, share: Fraction | None) -> Iterator[Tile]:
+def split_into_cast_tiles(recast: CastWeight, share: Fraction | None) -> Iterator[Tile]:
     """Splits a weight into tiles, in order. With a share, a fraction: small tiles, about this share of them, and those
     at both ends of each part. A tile is at least a block.
     """
-    size = TILE_SIZE if share is None else SAMPLE_SIZE
+    size = TILE_SIZE if share is None else SAMPLE_BAND_SIZE
     if 0 in recast.shape:
         return
     rows, columns = recast.shape
@@ -158,30 +158,30 @@ def tiles_of(recast: Recast, share: Fraction | None) -> Iterator[Tile]:
             for row, column in ((part.rows.start, part.columns.start), (part.rows.stop - 1, part.columns.stop - 1))
             if row < rows and column // width < columns
         }
-        numbers = sorted(ends.union(spread(recast.weight.name, count, share)))
+        numbers = sorted(ends.union(sample_evenly(recast.weight.name, count, share)))
     for number in numbers:
         row, column = number // per_row * step[0], number % per_row * step[1]
         yield Tile(recast, range(row, min(row + step[0], rows)), range(column, min(column + step[1], columns)))
 
 
-def whole_margins(whole: Whole, share: Fraction | None) -> Iterator[Margin]:
+def split_kept_padding(whole: KeptTensor, share: Fraction | None) -> Iterator[Margin]:
     for part in whole.parts:
-        yield from margins_of(part, whole.height, whole.width, whole.fill, share)
+        yield from split_padding(part, whole.height, whole.width, whole.fill, share)
 
 
-def recast_margins(recast: Recast, ones: bytes, share: Fraction | None) -> Iterator[Margin]:
+def split_cast_padding(recast: CastWeight, ones: bytes, share: Fraction | None) -> Iterator[Margin]:
     """Splits the padding of a cast weight and of its scale: zeros beyond the weight, ones beyond the scale."""
-    shapes = recast.shape, in_blocks(recast.shape, recast.new_block)
+    shapes = recast.shape, count_scale_blocks(recast.shape, recast.new_block)
     for parts, shape, dtype, fill in zip(recast.parts, shapes, recast.dtypes, (bytes(1), ones), strict=True):
         for part in parts:
-            yield from margins_of(part, shape[0], shape[1] * BITS[dtype] // 8, fill, share)
+            yield from split_padding(part, shape[0], shape[1] * BITS[dtype] // 8, fill, share)
 
 
-def margins_of(part: Part, height: int, width: int, fill: bytes, share: Fraction | None) -> Iterator[Margin]:
+def split_padding(part: TargetPart, height: int, width: int, fill: bytes, share: Fraction | None) -> Iterator[Margin]:
     """Splits what a part holds right of a matrix of bytes, and below it, into margins. With a share: some of them."""
-    size = BAND_SIZE if share is None else SAMPLE_SIZE
+    size = BAND_SIZE if share is None else SAMPLE_BAND_SIZE
     rows, columns = part.rows, part.columns
-    right = meet(rows, range(height)), range(max(columns.start, width), columns.stop)
+    right = intersect_ranges(rows, range(height)), range(max(columns.start, width), columns.stop)
     below = range(max(rows.start, height), rows.stop), columns
     pieces = [
         Margin(part, range(row, min(row + step, box[0].stop)), range(column, min(column + size, box[1].stop)), fill)
@@ -192,12 +192,12 @@ def margins_of(part: Part, height: int, width: int, fill: bytes, share: Fraction
         for column in range(box[1].start, box[1].stop, size)
     ]
     if share is not None and pieces:
-        chosen = {0, len(pieces) - 1, *spread(f"{part.tensor.name} margin", len(pieces), share)}
+        chosen = {0, len(pieces) - 1, *sample_evenly(f"{part.tensor.name} margin", len(pieces), share)}
         pieces = [pieces[number] for number in sorted(chosen)]
     yield from pieces
 
 
-def spread(name: str, count: int, share: Fraction) -> Iterator[int]:
+def sample_evenly(name: str, count: int, share: Fraction) -> Iterator[int]:
     """About `share` of the numbers below `count`: one of each 1 / share numbers, chosen by a hash of `name`.
 
     So the sample is even, follows no pattern, and is the same every time.
@@ -209,10 +209,10 @@ def spread(name: str, count: int, share: Fraction) -> Iterator[int]:
             yield number
 
 
-def meet(one: range, other: range) -> range:
+def intersect_ranges(one: range, other: range) -> range:
     return range(max(one.start, other.start), min(one.stop, other.stop))
 
 
-def shifted(numbers: range, start: range) -> range:
+def shift_range(numbers: range, start: range) -> range:
     """The numbers, counted from the start of another range."""
     return range(numbers.start - start.start, numbers.stop - start.start)

@@ -18,38 +18,38 @@ from reshard.formats.safetensors import BITS
 from reshard.storage.local import (
     PAGE,
     Ways,
-    advise_random,
-    aligned_buffer,
-    is_equal,
-    read_window,
+    advise_random_reads,
+    allocate_aligned,
+    has_equal_bytes,
+    read_range,
 )
-from reshard.storage.page_cache import reading_threads
-from reshard.storage.resources import in_threads
+from reshard.storage.page_cache import choose_reading_threads
+from reshard.storage.resources import run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Advance, File, Tensor
 from reshard.verification.chunks import (
     BAND_SIZE,
     Band,
+    CastWeight,
+    KeptTensor,
     Margin,
-    Part,
-    Recast,
+    TargetPart,
     Tile,
-    Whole,
-    bands_of,
-    meet,
-    recast_margins,
-    shifted,
-    tiles_of,
-    whole_margins,
+    intersect_ranges,
+    shift_range,
+    split_cast_padding,
+    split_into_bands,
+    split_into_cast_tiles,
+    split_kept_padding,
 )
-from reshard.verification.expected import row_size
-from reshard.verification.reference_casts import ONES, Bytes, made_of
+from reshard.verification.expected import compute_row_size
+from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
 
-Item = Band | Tile | Margin
+CompareItem = Band | Tile | Margin
 
 
 @dataclass(slots=True)
-class Difference:
+class ByteDifference:
     """How many bytes of a target tensor are wrong, and the offsets of the first and the last in the tensor."""
 
     count: int
@@ -58,7 +58,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ComparedFiles:
     """The files of source or target, and how to read them."""
 
     folder: Path
@@ -70,34 +70,32 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedFiles:
     """The files of one side, opened."""
 
-    side: Side
+    side: ComparedFiles
     descriptors: Mapping[int, int]
     """In the order of its files."""
 
-    def read(self, number: int, offset: int, size: int, buffer: memoryview) -> Bytes:
+    def read(self, number: int, offset: int, size: int, buffer: memoryview) -> TileBytes:
         """Reads `size` bytes of a file into the buffer. Raises Refused if the file ends before."""
         if number in self.side.joined:
             return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
         name = f"{self.side.folder}/{self.side.files[number].name}"
-        return np.frombuffer(
-            read_window(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8
-        )
+        return np.frombuffer(read_range(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8)
 
-    def read_joined(self, shards: Sequence[Tensor], wanted: range, buffer: memoryview) -> Bytes:
+    def read_joined(self, shards: Sequence[Tensor], wanted: range, buffer: memoryview) -> TileBytes:
         """Reads a byte range of a tensor assembled from shards, into new memory. Raises Refused."""
         result, start = np.empty(len(wanted), np.uint8), 0
         for shard in shards:
-            inner = meet(wanted, range(start, start + shard.size))
+            inner = intersect_ranges(wanted, range(start, start + shard.size))
             if inner:
                 data = self.read(shard.file, shard.offset + inner.start - start, len(inner), buffer)
-                result[shift(inner, wanted)] = data
+                result[make_relative_slice(inner, wanted)] = data
             start += shard.size
         return result
 
-    def read_rows(self, number: int, offset: int, pitch: int, shape: tuple[int, int], buffer: memoryview) -> Bytes:
+    def read_rows(self, number: int, offset: int, pitch: int, shape: tuple[int, int], buffer: memoryview) -> TileBytes:
         """Reads a matrix of `shape` (rows, bytes); rows begin `pitch` bytes apart. Raises Refused."""
         rows, size = shape
         whole = (rows - 1) * pitch + size
@@ -120,15 +118,15 @@ class Comparison:
     """Compared bytes of the target."""
     inexact: int = 0
     """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
-    differences: dict[tuple[int, str], Difference] = field(default_factory=dict)
+    differences: dict[tuple[int, str], ByteDifference] = field(default_factory=dict)
     """By rank (or file number) and name of the target tensor."""
     lock: Lock = field(default_factory=Lock)
 
 
-def compare(
-    things: Iterable[Whole | Recast],
-    source: Side,
-    target: Side,
+def compare_parts(
+    things: Iterable[KeptTensor | CastWeight],
+    source: ComparedFiles,
+    target: ComparedFiles,
     advance: Advance,
     share: Fraction | None = None,
 ) -> Comparison:
@@ -136,23 +134,23 @@ def compare(
 
     Raises Refused if a file cannot be read, or has changed since its header was read.
     """
-    in_order = sorted(things, key=place_of)
+    in_order = sorted(things, key=get_source_position)
     comparison = Comparison()
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[CompareItem]:
         for thing in in_order:
-            yield from items_of(thing, share)
+            yield from split_into_items(thing, share)
             if share is not None:  # bytes that the sample leaves out count as done
-                advance(sum(len(part.rows) * len(part.columns) for part in parts_of(thing)))
+                advance(sum(len(part.rows) * len(part.columns) for part in list_parts(thing)))
 
-    largest = max((largest_read(thing) for thing in in_order if isinstance(thing, Recast)), default=0)
+    largest = max((find_largest_tile(thing) for thing in in_order if isinstance(thing, CastWeight)), default=0)
     with ExitStack() as stack:
-        opened = [open_all(stack, side, is_random=share is not None) for side in (source, target)]
+        opened = [open_compared_files(stack, side, is_random=share is not None) for side in (source, target)]
 
-        def make_worker() -> Callable[[Item], None]:
-            work = Work(opened[0], opened[1], Buffers(max(BAND_SIZE, largest)), comparison)
+        def make_worker() -> Callable[[CompareItem], None]:
+            work = CompareWorker(opened[0], opened[1], CompareBuffers(max(BAND_SIZE, largest)), comparison)
 
-            def do(item: Item) -> None:
+            def do(item: CompareItem) -> None:
                 size = work.compare(item)
                 with comparison.lock:
                     comparison.size += size
@@ -161,63 +159,66 @@ def compare(
 
             return do
 
-        in_threads(items(), make_worker, max(reading_threads(source.ways), reading_threads(target.ways)))
+        run_in_threads(
+            items(), make_worker, max(choose_reading_threads(source.ways), choose_reading_threads(target.ways))
+        )
     return comparison
 
 
-def place_of(thing: Whole | Recast) -> tuple[int, int]:
-    tensor = thing.tensor if isinstance(thing, Whole) else thing.weight
+def get_source_position(thing: KeptTensor | CastWeight) -> tuple[int, int]:
+    tensor = thing.tensor if isinstance(thing, KeptTensor) else thing.weight
     return tensor.file, tensor.offset
 
 
-def parts_of(thing: Whole | Recast) -> Sequence[Part]:
-    return thing.parts if isinstance(thing, Whole) else [*thing.parts[0], *thing.parts[1]]
+def list_parts(thing: KeptTensor | CastWeight) -> Sequence[TargetPart]:
+    return thing.parts if isinstance(thing, KeptTensor) else [*thing.parts[0], *thing.parts[1]]
 
 
-def items_of(thing: Whole | Recast, share: Fraction | None) -> Iterator[Item]:
-    if isinstance(thing, Whole):
-        yield from bands_of(thing, share)
-        yield from whole_margins(thing, share)
+def split_into_items(thing: KeptTensor | CastWeight, share: Fraction | None) -> Iterator[CompareItem]:
+    if isinstance(thing, KeptTensor):
+        yield from split_into_bands(thing, share)
+        yield from split_kept_padding(thing, share)
     else:
-        yield from tiles_of(thing, share)
-        yield from recast_margins(thing, ONES.get(thing.dtypes[1], bytes(1)), share)
+        yield from split_into_cast_tiles(thing, share)
+        yield from split_cast_padding(thing, SCALE_ONE_BYTES.get(thing.dtypes[1], bytes(1)), share)
 
 
-def largest_read(recast: Recast) -> int:
+def find_largest_tile(recast: CastWeight) -> int:
     """The bytes of the largest tile, before or after the cast: more than TILE_SIZE if a single block is."""
     bits = max(16, *(BITS[dtype] for dtype in recast.dtypes if dtype))
     return max(
-        (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(tiles_of(recast, None), 1)), default=0
+        (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(split_into_cast_tiles(recast, None), 1)),
+        default=0,
     )
 
 
-def open_all(stack: ExitStack, side: Side, *, is_random: bool) -> Opened:
+def open_compared_files(stack: ExitStack, side: ComparedFiles, *, is_random: bool) -> OpenedFiles:
     opened = open_unchanged(side.folder, list(side.files.values()), side.ways, is_source=False)
     descriptors = stack.enter_context(opened)
     if is_random:
-        advise_random(descriptors)
-    return Opened(side, dict(zip(side.files, descriptors, strict=True)))
+        advise_random_reads(descriptors)
+    return OpenedFiles(side, dict(zip(side.files, descriptors, strict=True)))
 
 
-class Buffers:
+class CompareBuffers:
     """The buffers of one thread, the same size for all tensors."""
 
     def __init__(self, size: int) -> None:
-        self.source = aligned_buffer(size + 2 * PAGE)
-        self.target = aligned_buffer(size + 2 * PAGE)
+        self.source = allocate_aligned(size + 2 * PAGE)
+        self.target = allocate_aligned(size + 2 * PAGE)
         self.stage = np.empty(BAND_SIZE, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class CompareWorker:
     """Compares items; one for each thread."""
 
-    source: Opened
-    target: Opened
-    buffers: Buffers
+    source: OpenedFiles
+    target: OpenedFiles
+    buffers: CompareBuffers
     comparison: Comparison
 
-    def compare(self, item: Item) -> int:
+    def compare(self, item: CompareItem) -> int:
         """Compares an item with every part that overlaps it; returns the number of target bytes compared."""
         if isinstance(item, Band):
             return self.compare_band(item)
@@ -229,7 +230,7 @@ class Work:
 
     def compare_band(self, band: Band) -> int:
         """Reads a band of the source once and compares every part that overlaps it."""
-        boxes = meeting(band.whole.parts, band.rows, band.columns)
+        boxes = find_overlaps(band.whole.parts, band.rows, band.columns)
         if not boxes:
             return 0
         tensor, shape = band.whole.tensor, (len(band.rows), len(band.columns))
@@ -237,42 +238,50 @@ class Work:
         matrix = self.source.read(tensor.file, offset, shape[0] * shape[1], self.buffers.source).reshape(shape)
         compared = 0
         for part, rows, columns in boxes:
-            wanted = box_of(matrix, shifted(rows, band.rows), shifted(columns, band.columns), self.buffers.stage)
+            wanted = cut_box(
+                matrix, shift_range(rows, band.rows), shift_range(columns, band.columns), self.buffers.stage
+            )
             compared += self.compare_part(part, rows, columns, wanted.reshape(len(rows), -1))
         return compared
 
     def compare_tile(self, tile: Tile) -> int:
         """Reads a tile of the source and its scales once, casts it and compares every part that overlaps it."""
         recast = tile.recast
-        rows, columns = in_units(tile.rows, recast.new_block[0]), in_units(tile.columns, recast.new_block[1])
-        places = (tile.rows, sized(tile.columns, recast.dtypes[0])), (rows, sized(columns, recast.dtypes[1]))
-        boxes = [meeting(parts, *place) for parts, place in zip(recast.parts, places, strict=True)]
+        rows, columns = (
+            find_covered_units(tile.rows, recast.new_block[0]),
+            find_covered_units(tile.columns, recast.new_block[1]),
+        )
+        places = (
+            (tile.rows, convert_columns_to_bytes(tile.columns, recast.dtypes[0])),
+            (rows, convert_columns_to_bytes(columns, recast.dtypes[1])),
+        )
+        boxes = [find_overlaps(parts, *place) for parts, place in zip(recast.parts, places, strict=True)]
         if not any(boxes):
             return 0
         scale = None
         if recast.scale:
-            blocks = in_units(tile.rows, recast.block[0]), in_units(tile.columns, recast.block[1])
+            blocks = find_covered_units(tile.rows, recast.block[0]), find_covered_units(tile.columns, recast.block[1])
             scale = self.source_rows(recast.scale, *blocks, 1).copy()  # the buffer is needed for the weight
         weight = self.source_rows(recast.weight, tile.rows, tile.columns, 2 if recast.weight.dtype == "I8" else 1)
-        made = made_of(recast, weight, scale)
+        made = cast_tile(recast, weight, scale)
         compared = 0
         for found, (top, left), matrix in zip(boxes, places, (made.weight, made.scale), strict=True):
             for part, inner, across in found:
-                wanted = matrix[shift(inner, top), shift(across, left)]
+                wanted = matrix[make_relative_slice(inner, top), make_relative_slice(across, left)]
                 compared += self.compare_part(part, inner, across, np.ascontiguousarray(wanted))
         if boxes[0]:
             with self.comparison.lock:
                 self.comparison.inexact += made.inexact
         return compared
 
-    def source_rows(self, tensor: Tensor, rows: range, columns: range, packed: int) -> Bytes:
+    def source_rows(self, tensor: Tensor, rows: range, columns: range, packed: int) -> TileBytes:
         """Reads a box of a source tensor as rows of bytes; an element of the tensor packs `packed` numbers."""
-        pitch, bits = row_size(tensor.shape, BITS[tensor.dtype]), BITS[tensor.dtype] // packed
+        pitch, bits = compute_row_size(tensor.shape, BITS[tensor.dtype]), BITS[tensor.dtype] // packed
         offset = tensor.offset + rows.start * pitch + columns.start * bits // 8
         shape = len(rows), len(columns) * bits // 8
         return self.source.read_rows(tensor.file, offset, pitch, shape, self.buffers.source)
 
-    def compare_part(self, part: Part, rows: range, columns: range, wanted: Bytes) -> int:
+    def compare_part(self, part: TargetPart, rows: range, columns: range, wanted: TileBytes) -> int:
         """Compares a box of a part with the rows of bytes that it should hold."""
         pitch = len(part.columns)
         place = (rows.start - part.rows.start) * pitch + columns.start - part.columns.start
@@ -283,28 +292,28 @@ class Work:
         return wanted.size
 
 
-def meeting(parts: Iterable[Part], rows: range, columns: range) -> list[tuple[Part, range, range]]:
+def find_overlaps(parts: Iterable[TargetPart], rows: range, columns: range) -> list[tuple[TargetPart, range, range]]:
     """The parts that overlap a box, each with the rows and columns of the overlap."""
-    boxes = [(part, meet(part.rows, rows), meet(part.columns, columns)) for part in parts]
+    boxes = [(part, intersect_ranges(part.rows, rows), intersect_ranges(part.columns, columns)) for part in parts]
     return [(part, inner, across) for part, inner, across in boxes if inner and across]
 
 
-def in_units(numbers: range, unit: int) -> range:
+def find_covered_units(numbers: range, unit: int) -> range:
     """The units (blocks) that a range covers; the range begins with a unit."""
     return range(numbers.start // unit, -(-numbers.stop // unit))
 
 
-def sized(columns: range, dtype: str) -> range:
+def convert_columns_to_bytes(columns: range, dtype: str) -> range:
     """Converts a range of columns from elements to bytes."""
     size = BITS[dtype] // 8 if dtype else 0
     return range(columns.start * size, columns.stop * size)
 
 
-def shift(numbers: range, start: range) -> slice:
+def make_relative_slice(numbers: range, start: range) -> slice:
     return slice(numbers.start - start.start, numbers.stop - start.start)
 
 
-def box_of(source: Bytes, rows: range, columns: range, stage: Bytes) -> Bytes:
+def cut_box(source: TileBytes, rows: range, columns: range, stage: TileBytes) -> TileBytes:
     """A box of a band as contiguous bytes; copied into `stage` if it is not contiguous in the band."""
     box = source[rows.start : rows.stop, columns.start : columns.stop]
     if box.flags.c_contiguous:
@@ -315,9 +324,9 @@ def box_of(source: Bytes, rows: range, columns: range, stage: Bytes) -> Bytes:
     return stage[: box.size]
 
 
-def note_difference(comparison: Comparison, part: Part, place: int, found: Bytes, wanted: Bytes) -> None:
+def note_difference(comparison: Comparison, part: TargetPart, place: int, found: TileBytes, wanted: TileBytes) -> None:
     """Adds the bytes that differ to the comparison; the first row begins at byte `place` of the target tensor."""
-    if is_equal(found, wanted):
+    if has_equal_bytes(found, wanted):
         return
     wrong = (found != wanted).reshape(-1)
     ends = int(wrong.argmax()), len(wrong) - 1 - int(wrong[::-1].argmax())
@@ -325,6 +334,6 @@ def note_difference(comparison: Comparison, part: Part, place: int, found: Bytes
     first, last = (place + row * len(part.columns) + column for row, column in rows)
     count = int(np.count_nonzero(wrong))
     with comparison.lock:
-        known = comparison.differences.setdefault((part.rank, part.tensor.name), Difference(0, first, last))
+        known = comparison.differences.setdefault((part.rank, part.tensor.name), ByteDifference(0, first, last))
         known.count += count
         known.first, known.last = min(known.first, first), max(known.last, last)

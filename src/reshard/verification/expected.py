@@ -6,12 +6,20 @@ from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
-from reshard.recipes.formulas import UnknownKey, parse_shape, shape_of, value_of
-from reshard.recipes.patterns import WEIGHT, Pattern, later_members, patterns_of, scale_letter, slots_of, split_name
+from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
+from reshard.recipes.patterns import (
+    WEIGHT,
+    Pattern,
+    find_later_members,
+    find_scale_placeholder,
+    list_slots,
+    make_patterns,
+    split_name,
+)
 from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
 
 
-class Place(NamedTuple):
+class SourcePlace(NamedTuple):
     """A target tensor traced back by its name: its rule, and the names in the source."""
 
     rule: Rule | None
@@ -25,7 +33,7 @@ class Place(NamedTuple):
     is_scale: bool
 
 
-class Backwards(NamedTuple):
+class InvertedRecipe(NamedTuple):
     """A recipe read from right to left: finds the source names of target tensors."""
 
     patterns: Mapping[str, Sequence[tuple[Pattern, Pattern, Pattern | None]]]
@@ -38,16 +46,16 @@ class Backwards(NamedTuple):
     before: Mapping[str, str]
     is_whole: bool
 
-    def locate(self, name: str) -> Place | None:
+    def locate(self, name: str) -> SourcePlace | None:
         """Finds the place of a target tensor; None if no rule, or more than one, matches its name."""
         key, numbers = split_name(name)
         fitting = [found for found in self.patterns.get(key, ()) if found[0].fits(key, numbers)]
         fitting = [found for found in fitting if found[0].accepts(numbers, self.marked, self.before)]
         if len(fitting) != 1:
-            return Place(None, None, name, "", is_scale=False) if self.is_whole else None
+            return SourcePlace(None, None, name, "", is_scale=False) if self.is_whole else None
         pattern, weight, scale = fitting[0]
         numbered = [numbers]
-        return Place(
+        return SourcePlace(
             self.rules[pattern.rule],
             self.scalings.get(pattern.rule),
             weight.renamed(numbered)[0],
@@ -56,25 +64,25 @@ class Backwards(NamedTuple):
         )
 
 
-def backwards(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> Backwards:
+def invert_recipe(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> InvertedRecipe:
     """Inverts a recipe: for rank files from right to left names; for whole files from left names to themselves."""
     scalings = {
         number: recipe.scales[letter]
         for number, rule in enumerate(recipe.rules)
-        if (letter := scale_letter(rule, recipe))
+        if (letter := find_scale_placeholder(rule, recipe))
     }
     patterns: dict[str, list[tuple[Pattern, Pattern, Pattern | None]]] = {}
     for number, rule in enumerate(recipe.rules):
-        for triple in triples_of(number, rule, recipe, is_whole=is_whole) if rule.relation != "drop" else ():
+        for triple in invert_rule(number, rule, recipe, is_whole=is_whole) if rule.relation != "drop" else ():
             patterns.setdefault(triple[0].key, []).append(triple)
-    members = later_members(map(split_name, source.tensors), recipe)
-    return Backwards(patterns, recipe.rules, scalings, *members, is_whole)
+    members = find_later_members(map(split_name, source.tensors), recipe)
+    return InvertedRecipe(patterns, recipe.rules, scalings, *members, is_whole)
 
 
-def triples_of(
+def invert_rule(
     number: int, rule: Rule, recipe: Recipe, *, is_whole: bool
 ) -> Iterator[tuple[Pattern, Pattern, Pattern | None]]:
-    letter = scale_letter(rule, recipe)
+    letter = find_scale_placeholder(rule, recipe)
     right = rule.left if is_whole else rule.right
     is_kept = f"{{{letter}}}" in right
     # A dequantized weight has no scale on the right, but one on the left.
@@ -84,13 +92,13 @@ def triples_of(
         name: replace(scale, left=scale.left if is_whole else scale.right, right=scale.left)
         for name, scale in recipe.scales.items()
     }
-    found = list(patterns_of(number, turned, replace(recipe, scales=scales)))
+    found = list(make_patterns(number, turned, replace(recipe, scales=scales)))
     scale = found[1] if len(found) > 1 else None
     for pattern in found if is_kept else found[:1]:
         yield pattern, found[0], scale
 
 
-class Holders(NamedTuple):
+class ExpectedRanks(NamedTuple):
     """The ranks that should hold a source tensor, or a part of it."""
 
     ranks: Collection[int]
@@ -98,12 +106,12 @@ class Holders(NamedTuple):
     """The reason why all ranks may leave it out; empty if it is required."""
 
 
-def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders]:
+def find_expected_ranks(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, ExpectedRanks]:
     """Computes by source name which of `ranks` ranks should hold each tensor. Experts are assigned whole, in order."""
     names = {name: split_name(name) for name in source.tensors}
-    marked, before = later_members(names.values(), recipe)
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in patterns_of(number, rule, recipe)]
-    found: dict[str, Holders] = {}
+    marked, before = find_later_members(names.values(), recipe)
+    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
+    found: dict[str, ExpectedRanks] = {}
     assigned: dict[str, tuple[str, int, str]] = {}
     by_key: dict[tuple[str, int], list[Pattern]] = {}
     for name, (key, numbers) in names.items():
@@ -115,24 +123,24 @@ def holders(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, Holders
         pattern = next((pattern for pattern in fitting if pattern.accepts(numbers, marked, before)), None)
         rule = recipe.rules[pattern.rule] if pattern else None
         if pattern is None or rule is None:
-            found[name] = Holders(range(ranks), "")
+            found[name] = ExpectedRanks(range(ranks), "")
         elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
-            found[name] = Holders((), "")
+            found[name] = ExpectedRanks((), "")
         elif letter := rule.split.placeholder:
-            assigned[name] = letter, int(numbers[slots_of(rule, recipe).index(letter)]), rule.optional
+            assigned[name] = letter, int(numbers[list_slots(rule, recipe).index(letter)]), rule.optional
         else:
-            found[name] = Holders(range(ranks), rule.optional)
+            found[name] = ExpectedRanks(range(ranks), rule.optional)
     members: dict[str, set[int]] = {}
     for letter, member, _ in assigned.values():
         members.setdefault(letter, set()).add(member)
     for name, (letter, member, optional) in assigned.items():
-        found[name] = Holders((member * ranks // len(members[letter]),), optional)
+        found[name] = ExpectedRanks((member * ranks // len(members[letter]),), optional)
     return found
 
 
 SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "quantize"
 
-WORDS = {
+CONVERSION_TEXTS = {
     SAME: "as it is in the source",
     DEQUANTIZE: "dequantized to BF16",
     FP4_TO_FP8: "cast from FP4 to FP8",
@@ -140,7 +148,7 @@ WORDS = {
 }
 
 
-class Seen(NamedTuple):
+class TargetTensor(NamedTuple):
     """A tensor in a file of the target."""
 
     number: int
@@ -148,24 +156,24 @@ class Seen(NamedTuple):
     tensor: Tensor
 
 
-class Unit(NamedTuple):
+class WeightUnit(NamedTuple):
     """A tensor and its block scale, if any, as one rank (or the set of whole files) has them."""
 
-    place: Place
+    place: SourcePlace
     rank: int
     """0 with whole files."""
-    weight: Seen | None
-    scale: Seen | None
+    weight: TargetTensor | None
+    scale: TargetTensor | None
 
 
-def scaling_of(scaling: BlockScale | None, weight: Tensor) -> BlockScale | None:
+def choose_block_scaling(scaling: BlockScale | None, weight: Tensor) -> BlockScale | None:
     """The block scaling of one weight: where the rule has packed FP4, a weight that is not I8 has the FP8 blocks."""
     if scaling and scaling.packed and weight.dtype != "I8":
         return replace(scaling, block=scaling.fp8_block, packed=False)
     return scaling
 
 
-def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
+def infer_conversion(unit: WeightUnit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
     """Infers from dtype and shape how a weight was converted: kept, dequantized, FP4 to FP8, quantized.
 
     A dtype that no conversion gives is taken for the default conversion; comparing then reports it.
@@ -177,50 +185,52 @@ def form_of(unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool)
         return DEQUANTIZE
     if scale and found.dtype == "BF16" and weight.dtype in ("F8_E4M3", "I8"):
         return DEQUANTIZE
-    if scale and is_packed(weight, scaling) and found.dtype == "F8_E4M3":
+    if scale and is_packed_fp4(weight, scaling) and found.dtype == "F8_E4M3":
         return FP4_TO_FP8
     if not scale and weight.dtype == "BF16" and found.dtype == "F8_E4M3":
         return QUANTIZE
     return SAME
 
 
-def dtype_kept(weight: Tensor, scaling: BlockScale | None, *, is_whole: bool) -> str:
+def get_kept_dtype(weight: Tensor, scaling: BlockScale | None, *, is_whole: bool) -> str:
     """The dtype in the target of a weight whose bytes are kept: packed F4 is I8 in whole files, F4 in rank files."""
-    return "F4" if is_packed(weight, scaling) and not is_whole else weight.dtype
+    return "F4" if is_packed_fp4(weight, scaling) and not is_whole else weight.dtype
 
 
-def is_packed(weight: Tensor, scaling: BlockScale | None) -> bool:
+def is_packed_fp4(weight: Tensor, scaling: BlockScale | None) -> bool:
     return scaling is not None and scaling.packed and weight.dtype == "I8" and bool(weight.shape)
 
 
-def numbers_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
+def get_shape_in_elements(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
     """The shape of a source weight in elements: an I8 packs two F4 along the last dimension."""
-    return (*weight.shape[:-1], 2 * weight.shape[-1]) if is_packed(weight, scaling) else weight.shape
+    return (*weight.shape[:-1], 2 * weight.shape[-1]) if is_packed_fp4(weight, scaling) else weight.shape
 
 
-def dtypes_of(conversion: str, unit: Unit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> tuple[str, str]:
+def get_expected_dtypes(
+    conversion: str, unit: WeightUnit, weight: Tensor, scale: Tensor | None, *, is_whole: bool
+) -> tuple[str, str]:
     """The dtypes of a weight and of its block scale in the target; the second is empty if there should be no scale."""
     if conversion == SAME:
-        return dtype_kept(weight, unit.place.scaling, is_whole=is_whole), scale.dtype if scale else ""
+        return get_kept_dtype(weight, unit.place.scaling, is_whole=is_whole), scale.dtype if scale else ""
     return {DEQUANTIZE: ("BF16", ""), FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}[conversion]
 
 
 @cache
-def formulas_of(shape: str) -> tuple[str, ...]:
+def parse_dimension_formulas(shape: str) -> tuple[str, ...]:
     return tuple(parse_shape(shape)[1]) if shape else ()
 
 
-def heads_of(rule: Rule | None, config: Mapping[str, Any]) -> int:
+def count_split_heads(rule: Rule | None, config: Mapping[str, Any]) -> int:
     """The number of heads, if the rule splits rows by heads; else 0."""
     key = rule.split.heads_key if rule else ""
     try:
-        heads = value_of(key, config, {}) if key else 0
+        heads = compute_formula(key, config, {}) if key else 0
     except UnknownKey:
         return 0
     return heads if type(heads) is int and heads > 0 else 0
 
 
-class Widening(NamedTuple):
+class PaddedDimensions(NamedTuple):
     """Finds the dimensions that padding may lengthen, by the recipe and the config of the source."""
 
     recipe: Recipe
@@ -234,8 +244,8 @@ class Widening(NamedTuple):
             return ()
         if rule.shape not in self.known:
             without = {key: value for key, value in self.config.items() if key not in self.recipe.padded}
-            lengths = shape_of(rule.shape, self.config, self.recipe.sizes)
-            fixed = shape_of(rule.shape, without, self.recipe.sizes)
+            lengths = compute_shape(rule.shape, self.config, self.recipe.sizes)
+            fixed = compute_shape(rule.shape, without, self.recipe.sizes)
             pairs = enumerate(zip(lengths, fixed, strict=True))
             self.known[rule.shape] = tuple(place for place, (a, b) in pairs if a is not None and b is None)
         return self.known[rule.shape]
@@ -250,22 +260,22 @@ class Widening(NamedTuple):
             return (-(-shape[0] // parts) * parts, *shape[1:])
         full = list(shape)
         for place in self.dimensions(rule) if len(found) == len(shape) else ():
-            length = found[place] * (parts if dimension_of(rule.split) == place else 1)
+            length = found[place] * (parts if find_split_dimension(rule.split) == place else 1)
             full[place] = max(length, full[place])
         return tuple(full)
 
 
-DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
+SPLIT_DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
 
 
-def dimension_of(split: Split) -> int | None:
+def find_split_dimension(split: Split) -> int | None:
     """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
     planner cuts.
     """
-    return 0 if split.heads_key else DIMENSIONS.get(split.text)
+    return 0 if split.heads_key else SPLIT_DIMENSIONS.get(split.text)
 
 
-def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
+def find_part_of_rank(ranks: int, rank: int, heads: int) -> tuple[int, int]:
     """The number of parts of a tensor, and the index of the part that a rank holds. With fewer heads than ranks,
     several ranks hold the same head. `heads` is 0 if the split is not by heads.
     """
@@ -273,7 +283,7 @@ def part_of(ranks: int, rank: int, heads: int) -> tuple[int, int]:
     return parts, rank * parts // ranks
 
 
-class Box(NamedTuple):
+class ExpectedBox(NamedTuple):
     """The part of a tensor that a rank should hold. The tensor is a matrix of bytes whose rows are its first dimension;
     or, if it is `flat`, each byte is a row.
     """
@@ -287,7 +297,9 @@ class Box(NamedTuple):
     """In bytes."""
 
 
-def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool) -> Box:
+def make_expected_box(
+    shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool
+) -> ExpectedBox:
     """The box of the elements `taken` along a dimension; of all elements if it is None. Flat needs a dimension other
     than 1.
     """
@@ -299,18 +311,18 @@ def box(shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, 
         place = range(taken.start * step // 8, taken.stop * step // 8)
         part = (*shape[:dimension], len(taken), *shape[dimension + 1 :])
     if flat:
-        return Box(part, place, range(1))
+        return ExpectedBox(part, place, range(1))
     if dimension == 1:
-        return Box(part, range(shape[0]), place)
-    return Box(part, taken if dimension == 0 else range(shape[0]), range(row_size(shape, bits)))
+        return ExpectedBox(part, range(shape[0]), place)
+    return ExpectedBox(part, taken if dimension == 0 else range(shape[0]), range(compute_row_size(shape, bits)))
 
 
-def row_size(shape: tuple[int, ...], bits: int) -> int:
+def compute_row_size(shape: tuple[int, ...], bits: int) -> int:
     """The bytes of a row (all but the first dimension) of a tensor that is not flat."""
     return prod(shape[1:]) * bits // 8
 
 
-def shares(split: Split, length: int, parts: int, index: int) -> list[range]:
+def split_dimension(split: Split, length: int, parts: int, index: int) -> list[range]:
     """The ranges of part `index` of `parts` of a dimension, in elements: one; with packed rows, one in each half."""
     halves = 2 if split.is_packed and parts > 1 else 1  # a single part has both halves, back to back
     half = length // halves
@@ -318,11 +330,11 @@ def shares(split: Split, length: int, parts: int, index: int) -> list[range]:
     return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
 
 
-def touched(part: range, block: int) -> range:
+def cover_with_blocks(part: range, block: int) -> range:
     """The blocks that a range of a weight touches."""
     return range(part.start // block, -(-part.stop // block))
 
 
-def in_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+def count_scale_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """The number of blocks along each dimension; the last block may be partial."""
     return tuple(-(-length // side) for length, side in zip(shape, block, strict=False))

@@ -8,50 +8,50 @@ from itertools import accumulate
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.types import BlockScale, Checkpoint, Tensor
-from reshard.verification.chunks import Part, Recast, Whole
+from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.expected import (
+    CONVERSION_TEXTS,
     DEQUANTIZE,
     FP4_TO_FP8,
     QUANTIZE,
     SAME,
-    WORDS,
-    Backwards,
-    Box,
-    Seen,
-    Unit,
-    Widening,
-    box,
-    dimension_of,
-    dtypes_of,
-    form_of,
-    formulas_of,
-    heads_of,
-    in_blocks,
-    numbers_shape,
-    part_of,
-    row_size,
-    scaling_of,
-    shares,
-    touched,
+    ExpectedBox,
+    InvertedRecipe,
+    PaddedDimensions,
+    TargetTensor,
+    WeightUnit,
+    choose_block_scaling,
+    compute_row_size,
+    count_scale_blocks,
+    count_split_heads,
+    cover_with_blocks,
+    find_part_of_rank,
+    find_split_dimension,
+    get_expected_dtypes,
+    get_shape_in_elements,
+    infer_conversion,
+    make_expected_box,
+    parse_dimension_formulas,
+    split_dimension,
 )
-from reshard.verification.reference_casts import ONES
-from reshard.verification.target_folder import AGAIN, Folder, Found
+from reshard.verification.reference_casts import SCALE_ONE_BYTES
+from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
 
 
 @dataclass(slots=True)
-class Held:
+class Provenance:
     """Where each tensor of a target comes from in the source. Filled tensor by tensor."""
 
     source: Checkpoint
-    folder: Folder
-    widening: Widening
+    folder: TargetFolder
+    widening: PaddedDimensions
     is_power: bool = False
     """Whether the scales of quantized weights are powers of two."""
-    kept: dict[str, Whole] = field(default_factory=dict)
+    kept: dict[str, KeptTensor] = field(default_factory=dict)
     """Source tensors whose bytes are kept, by their name in the source."""
-    casts: dict[tuple[str, str], Recast] = field(default_factory=dict)
+    casts: dict[tuple[str, str], CastWeight] = field(default_factory=dict)
     """Source weights that are cast, by their name in the source and the conversion."""
-    present: defaultdict[str, dict[int, Seen]] = field(default_factory=lambda: defaultdict(dict))
+    present: defaultdict[str, dict[int, TargetTensor]] = field(default_factory=lambda: defaultdict(dict))
     """By the name in the source and by rank: the target tensor that holds a part of it, or of its cast."""
     used_scales: set[tuple[str, int]] = field(default_factory=set)
     """Names and ranks of block scales that the rank needs no more: it has their weights dequantized."""
@@ -65,45 +65,47 @@ class Held:
     )
     """By the formula of a dimension and its length in the source, then by its padded length: the tensors."""
 
-    def subject(self, seen: Seen) -> str:
+    def subject(self, seen: TargetTensor) -> str:
         """The name of a target tensor in problems."""
         return f"{self.folder.names[seen.number]}: {seen.tensor.name}"
 
 
-def units_of(files: Iterable[Found], known: Backwards, names: Mapping[int, str]) -> tuple[list[Unit], list[Problem]]:
+def pair_weights_with_scales(
+    files: Iterable[TargetHeader], known: InvertedRecipe, names: Mapping[int, str]
+) -> tuple[list[WeightUnit], list[Problem]]:
     """Pairs the weights in all files with their block scales; the problems are unknown and repeated tensors."""
-    units: dict[tuple[str, int], Unit] = {}
+    units: dict[tuple[str, int], WeightUnit] = {}
     problems = []
     for file in files:
         rank = 0 if known.is_whole else file.number
         for tensor in file.tensors:
-            place, seen = known.locate(tensor.name), Seen(file.number, tensor)
+            place, seen = known.locate(tensor.name), TargetTensor(file.number, tensor)
             subject = f"{file.file.name}: {tensor.name}"
             if place is None:
                 expected = "only what comes from the source"
-                problems.append(Problem("extra-tensor", subject, "no rule of the recipe", expected, AGAIN))
+                problems.append(Problem("extra-tensor", subject, "no rule of the recipe", expected, CONVERT_AGAIN_HINT))
                 continue
             key = place.weight, rank
-            unit = units.get(key, Unit(place, rank, None, None))
+            unit = units.get(key, WeightUnit(place, rank, None, None))
             if first := unit.scale if place.is_scale else unit.weight:
                 found = f"in {names[first.number]} too"
-                problems.append(Problem("tensor-twice", subject, found, "one file", AGAIN))
+                problems.append(Problem("tensor-twice", subject, found, "one file", CONVERT_AGAIN_HINT))
                 continue
             units[key] = unit._replace(scale=seen) if place.is_scale else unit._replace(weight=seen)
     return list(units.values()), problems
 
 
-def hold(trace: Held, unit: Unit) -> Iterator[Problem]:
+def trace_unit(trace: Provenance, unit: WeightUnit) -> Iterator[Problem]:
     """Infers how a unit was converted and adds it to `trace`; yields problems of its dtypes and shapes."""
     weight, scale = trace.source.tensors.get(unit.place.weight), trace.source.tensors.get(unit.place.scale)
     if weight is None:
         for seen, name in ((unit.weight, unit.place.weight), (unit.scale, unit.place.scale)):
             if seen:
-                yield extra(trace, seen, f"no {name} in the source")
+                yield make_extra_tensor_problem(trace, seen, f"no {name} in the source")
         return
-    unit = unit._replace(place=unit.place._replace(scaling=scaling_of(unit.place.scaling, weight)))
-    conversion = form_of(unit, weight, scale, is_whole=trace.folder.is_whole)
-    dtypes = dtypes_of(conversion, unit, weight, scale, is_whole=trace.folder.is_whole)
+    unit = unit._replace(place=unit.place._replace(scaling=choose_block_scaling(unit.place.scaling, weight)))
+    conversion = infer_conversion(unit, weight, scale, is_whole=trace.folder.is_whole)
+    dtypes = get_expected_dtypes(conversion, unit, weight, scale, is_whole=trace.folder.is_whole)
     if unit.weight:
         trace.present[weight.name][unit.rank] = unit.weight
     if scale and unit.scale:
@@ -114,79 +116,81 @@ def hold(trace: Held, unit: Unit) -> Iterator[Problem]:
     if unit.weight and unit.place.scaling and is_free and unit.weight.tensor.dtype == dtypes[0]:
         weight_kind = unit.place.scaling, weight.dtype, scale is None
         trace.conversions[weight_kind][conversion].append(trace.subject(unit.weight))
-    yield from scale_problems(trace, unit, scale, conversion)
-    yield from hold_parts(trace, unit, (weight, scale), conversion, dtypes)
+    yield from check_block_scale(trace, unit, scale, conversion)
+    yield from add_unit_parts(trace, unit, (weight, scale), conversion, dtypes)
 
 
-def scale_problems(trace: Held, unit: Unit, scale: Tensor | None, conversion: str) -> Iterator[Problem]:
+def check_block_scale(trace: Provenance, unit: WeightUnit, scale: Tensor | None, conversion: str) -> Iterator[Problem]:
     """A block scale that should not be there, or one that is missing for a quantized weight."""
     if unit.scale and conversion == DEQUANTIZE:
-        yield extra(trace, unit.scale, "a block scale of a weight that is dequantized")
+        yield make_extra_tensor_problem(trace, unit.scale, "a block scale of a weight that is dequantized")
     elif unit.scale and conversion == SAME and scale is None:
-        yield extra(trace, unit.scale, f"no {unit.place.scale} in the source")
+        yield make_extra_tensor_problem(trace, unit.scale, f"no {unit.place.scale} in the source")
     elif unit.weight and conversion == QUANTIZE and unit.scale is None:
-        yield Problem("missing-tensor", trace.subject(unit.weight), "FP8 without a block scale", "both", AGAIN)
+        yield Problem(
+            "missing-tensor", trace.subject(unit.weight), "FP8 without a block scale", "both", CONVERT_AGAIN_HINT
+        )
 
 
-def extra(trace: Held, seen: Seen, found: str) -> Problem:
-    return Problem("extra-tensor", trace.subject(seen), found, "only what comes from the source", AGAIN)
+def make_extra_tensor_problem(trace: Provenance, seen: TargetTensor, found: str) -> Problem:
+    return Problem("extra-tensor", trace.subject(seen), found, "only what comes from the source", CONVERT_AGAIN_HINT)
 
 
-def hold_parts(
-    trace: Held, unit: Unit, origins: tuple[Tensor, Tensor | None], conversion: str, dtypes: tuple[str, str]
+def add_unit_parts(
+    trace: Provenance, unit: WeightUnit, origins: tuple[Tensor, Tensor | None], conversion: str, dtypes: tuple[str, str]
 ) -> Iterator[Problem]:
     """Adds the weight and the scale of a unit as parts of source tensors, or of their casts."""
     weight, scale = origins
     rule, scaling, folder = unit.place.rule, unit.place.scaling, trace.folder
-    dimension = dimension_of(rule.split) if rule and not folder.is_whole else None
-    shape = weight.shape if dtypes[0] == weight.dtype else numbers_shape(weight, scaling)
+    dimension = find_split_dimension(rule.split) if rule and not folder.is_whole else None
+    shape = weight.shape if dtypes[0] == weight.dtype else get_shape_in_elements(weight, scaling)
     seen = unit.weight or unit.scale
     if rule and seen and dimension is not None and len(shape) <= dimension:
         found, expected = f"{list(weight.shape)} in the source", f"{rule.split} to cut"
         yield Problem("wrong-shape", trace.subject(seen), found, expected)
         return
-    parts, index = part_of(folder.ranks, unit.rank, heads_of(rule, trace.widening.config))
+    parts, index = find_part_of_rank(folder.ranks, unit.rank, count_split_heads(rule, trace.widening.config))
     found_shape = unit.weight.tensor.shape if unit.weight else ()
     full = trace.widening.full_shape(rule, shape, found_shape, parts, is_whole=folder.is_whole)
-    note_lengths(trace, unit, shape, full)
+    note_padded_lengths(trace, unit, shape, full)
     flat = conversion == SAME and dimension != 1 and 1 not in trace.widening.dimensions(rule)
-    lists = lists_of(trace, unit, origins, conversion, dtypes, flat=flat)
-    taken = shares(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
+    lists = get_part_lists(trace, unit, origins, conversion, dtypes, flat=flat)
+    taken = split_dimension(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
     if unit.weight:
-        wanted = [box(full, BITS[dtypes[0]], dimension, part, flat=flat) for part in taken]
-        yield from hold_part(trace, unit.weight, dtypes[0], wanted, lists[0])
+        wanted = [make_expected_box(full, BITS[dtypes[0]], dimension, part, flat=flat) for part in taken]
+        yield from add_parts(trace, unit.weight, dtypes[0], wanted, lists[0])
     if unit.scale and dtypes[1] and scaling:
         block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
-        blocks = scale.shape if scale and conversion == SAME and full == shape else in_blocks(full, block)
+        blocks = scale.shape if scale and conversion == SAME and full == shape else count_scale_blocks(full, block)
         cut = dimension if dimension is not None and len(blocks) > dimension else None
-        taken = [touched(part, block[cut]) for part in taken] if cut is not None else [range(0)]
-        wanted = [box(blocks, BITS[dtypes[1]], cut, part, flat=flat) for part in taken]
-        yield from hold_part(trace, unit.scale, dtypes[1], wanted, lists[1])
+        taken = [cover_with_blocks(part, block[cut]) for part in taken] if cut is not None else [range(0)]
+        wanted = [make_expected_box(blocks, BITS[dtypes[1]], cut, part, flat=flat) for part in taken]
+        yield from add_parts(trace, unit.scale, dtypes[1], wanted, lists[1])
 
 
-def note_lengths(trace: Held, unit: Unit, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
+def note_padded_lengths(trace: Provenance, unit: WeightUnit, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
     rule = unit.place.rule
     if rule is None or unit.weight is None or trace.folder.is_whole:
         return
     for place in trace.widening.dimensions(rule):
-        formula = formulas_of(rule.shape)[place]
+        formula = parse_dimension_formulas(rule.shape)[place]
         trace.padded_lengths[formula, shape[place]][full[place]].append(trace.subject(unit.weight))
 
 
-def lists_of(
-    trace: Held,
-    unit: Unit,
+def get_part_lists(
+    trace: Provenance,
+    unit: WeightUnit,
     origins: tuple[Tensor, Tensor | None],
     conversion: str,
     dtypes: tuple[str, str],
     *,
     flat: bool,
-) -> tuple[list[Part], list[Part]]:
+) -> tuple[list[TargetPart], list[TargetPart]]:
     """The lists that collect the parts of a weight and of its block scale."""
     weight, scale = origins
     if conversion == SAME:
         return tuple(  # type: ignore[return-value]
-            trace.kept.setdefault(tensor.name, whole_of(tensor, is_scale=tensor is scale, flat=flat)).parts
+            trace.kept.setdefault(tensor.name, make_kept_tensor(tensor, is_scale=tensor is scale, flat=flat)).parts
             if tensor
             else []
             for tensor in origins
@@ -196,26 +200,28 @@ def lists_of(
     name = f"{conversion}-ue8m0" if conversion == QUANTIZE and trace.is_power else conversion
     recast = trace.casts.get((weight.name, name))
     if recast is None:
-        recast = recast_of(name, origins, unit.place.scaling, dtypes)
+        recast = make_cast_weight(name, origins, unit.place.scaling, dtypes)
         trace.casts[weight.name, name] = recast
     return recast.parts
 
 
-def whole_of(tensor: Tensor, *, is_scale: bool, flat: bool) -> Whole:
-    fill = ONES.get(tensor.dtype, bytes(1)) if is_scale else bytes(1)
-    return Whole(tensor, 1 if flat else row_size(tensor.shape, BITS[tensor.dtype]), [], fill)
+def make_kept_tensor(tensor: Tensor, *, is_scale: bool, flat: bool) -> KeptTensor:
+    fill = SCALE_ONE_BYTES.get(tensor.dtype, bytes(1)) if is_scale else bytes(1)
+    return KeptTensor(tensor, 1 if flat else compute_row_size(tensor.shape, BITS[tensor.dtype]), [], fill)
 
 
-def recast_of(
+def make_cast_weight(
     conversion: str, origins: tuple[Tensor, Tensor | None], scaling: BlockScale, dtypes: tuple[str, str]
-) -> Recast:
+) -> CastWeight:
     weight, scale = origins
-    rows, columns = numbers_shape(weight, scaling)
+    rows, columns = get_shape_in_elements(weight, scaling)
     new = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block if dtypes[1] else (1, 1)
-    return Recast(conversion, weight, scale, (rows, columns), scaling.block, new, dtypes, ([], []))
+    return CastWeight(conversion, weight, scale, (rows, columns), scaling.block, new, dtypes, ([], []))
 
 
-def hold_part(trace: Held, seen: Seen, dtype: str, wanted: Sequence[Box], parts: list[Part]) -> Iterator[Problem]:
+def add_parts(
+    trace: Provenance, seen: TargetTensor, dtype: str, wanted: Sequence[ExpectedBox], parts: list[TargetPart]
+) -> Iterator[Problem]:
     """Adds a target tensor that should hold the boxes `wanted`, one behind the other, if its size is right. Yields a
     problem if its dtype, shape or size is wrong.
     """
@@ -225,22 +231,28 @@ def hold_part(trace: Held, seen: Seen, dtype: str, wanted: Sequence[Box], parts:
         shape = (sum(one.shape[0] for one in wanted), *shape[1:])
     if tensor.dtype != dtype or tensor.shape != shape or tensor.size != sum(sizes):
         found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-        yield Problem("wrong-shape", trace.subject(seen), found, expected, AGAIN)
+        yield Problem("wrong-shape", trace.subject(seen), found, expected, CONVERT_AGAIN_HINT)
     if tensor.size == sum(sizes):
         for one, skip in zip(wanted, accumulate(sizes, initial=0), strict=False):
-            parts.append(Part(seen.number, tensor, one.rows, one.columns, skip))
+            parts.append(TargetPart(seen.number, tensor, one.rows, one.columns, skip))
 
 
-def mixture_problems(trace: Held) -> Iterator[Problem]:
+def check_mixtures(trace: Provenance) -> Iterator[Problem]:
     """Weights that were converted in another way than most of their kind, and dimensions padded to another length."""
     for conversions in trace.conversions.values():
         usual = max(conversions, key=lambda conversion: len(conversions[conversion]))
         for conversion in conversions.keys() - {usual}:
             for subject in conversions[conversion]:
-                yield Problem("mixture", subject, WORDS[conversion], f"{WORDS[usual]}, like most others", AGAIN)
+                yield Problem(
+                    "mixture",
+                    subject,
+                    CONVERSION_TEXTS[conversion],
+                    f"{CONVERSION_TEXTS[usual]}, like most others",
+                    CONVERT_AGAIN_HINT,
+                )
     for (formula, length), found in trace.padded_lengths.items():
         usual_length = max(found, key=lambda padded: len(found[padded]))
         for other in sorted(found.keys() - {usual_length}):
             for subject in found[other]:
                 expected = f"{usual_length}, like most others"
-                yield Problem("mixture", subject, f"{formula} from {length} to {other}", expected, AGAIN)
+                yield Problem("mixture", subject, f"{formula} from {length} to {other}", expected, CONVERT_AGAIN_HINT)

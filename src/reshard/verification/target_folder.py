@@ -14,12 +14,12 @@ from reshard.formats.target_names import require_finished
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE
 
-AGAIN = "remove the file and convert again"
+CONVERT_AGAIN_HINT = "remove the file and convert again"
 
-MISSING = "copy it there, or convert again"
+MISSING_FILE_HINT = "copy it there, or convert again"
 
 
-class Folder(NamedTuple):
+class TargetFolder(NamedTuple):
     """The tensor files that a target folder should have."""
 
     names: Mapping[int, str]
@@ -32,7 +32,7 @@ class Folder(NamedTuple):
     """Names of tensor files that do not belong to the set of rank files."""
 
 
-class Found(NamedTuple):
+class TargetHeader(NamedTuple):
     """A file of the target and the tensors in its header."""
 
     number: int
@@ -41,7 +41,7 @@ class Found(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-def require_folder(target: Path) -> None:
+def require_target_folder(target: Path) -> None:
     """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
@@ -49,17 +49,17 @@ def require_folder(target: Path) -> None:
     require_finished(target)
 
 
-def look_at(target: Path, recipe: Recipe) -> Folder:
+def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     """Lists the tensor files that a folder should have. The number of ranks is the one that most file names say; if no
     file is named like a rank file, all are whole files. Raises Refused if there are no tensor files.
     """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
-    require_folder(target)
+    require_target_folder(target)
     paths = [path for path in sorted(target.iterdir()) if path.is_file()]
     tensor_files = [path.name for path in paths if path.name.endswith(SUFFIX)]
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
     if not fitting and tensor_files:
-        return Folder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=())
+        return TargetFolder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=())
     if not fitting:
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}"
         raise refuse("empty-target", str(target), lacking, "a folder of rank files", "is it the right folder?")
@@ -68,32 +68,32 @@ def look_at(target: Path, recipe: Recipe) -> Folder:
         raise refuse("wrong-ranks", fitting[0][0], f"{ranks} ranks", f"at most {MOST_RANKS}")
     names = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
     known = set(names.values())
-    return Folder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
+    return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
-def read_found(target: Path, names: Mapping[int, str]) -> tuple[list[Found], list[Problem]]:
+def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
     """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
-    files: list[Found] = []
+    files: list[TargetHeader] = []
     problems: list[Problem] = []
     for number, name in names.items():
         if not (target / name).exists():
             found = "a link to nothing" if (target / name).is_symlink() else "no such file"
-            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", MISSING))
+            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", MISSING_FILE_HINT))
             continue
         try:
-            files.append(Found(number, *read_header(target / name, number)))
+            files.append(TargetHeader(number, *read_header(target / name, number)))
         except Refused as refused:
             problems.extend(refused.problems)
     return files, problems
 
 
-DTYPES = ("torch_dtype", "dtype")
+CONFIG_DTYPE_KEYS = ("torch_dtype", "dtype")
 """The config keys for the dtype of the weights: the old one and the new one."""
 
 
-def beside_problems(
+def check_index_and_config(
     target: Path,
-    files: Sequence[Found],
+    files: Sequence[TargetHeader],
     config: Mapping[str, Any] | None,
     conversions: Collection[str],
     recipe: Recipe,
@@ -102,8 +102,8 @@ def beside_problems(
 ) -> Iterator[Problem]:
     """Wrong entries in the index and the config of a target of whole files; `config` is the config of the source."""
     for check in (
-        index_problems(target, files),
-        config_problems(target, config, conversions, recipe, is_power=is_power),
+        check_target_index(target, files),
+        check_target_config(target, config, conversions, recipe, is_power=is_power),
     ):
         try:
             yield from check
@@ -111,12 +111,12 @@ def beside_problems(
             yield from refused.problems
 
 
-def index_problems(target: Path, files: Sequence[Found]) -> Iterator[Problem]:
+def check_target_index(target: Path, files: Sequence[TargetHeader]) -> Iterator[Problem]:
     """Tensors that the index does not have in the right file. A single file needs no index."""
     index = read_object(target / INDEX)
     if index is None:
         if len(files) > 1:
-            yield Problem("missing-file", INDEX, "no such file", f"one, for {len(files)} files", AGAIN)
+            yield Problem("missing-file", INDEX, "no such file", f"one, for {len(files)} files", CONVERT_AGAIN_HINT)
         return
     named = index.get("weight_map")
     named = named if isinstance(named, dict) else {}
@@ -125,15 +125,15 @@ def index_problems(target: Path, files: Sequence[Found]) -> Iterator[Problem]:
         if named.get(name) != file_names.get(name):
             found = f"in {named[name]}" if name in named else "not named"
             expected = f"in {file_names[name]}" if name in file_names else "not named: it is in no file"
-            yield Problem("wrong-index", f"{INDEX}: {name}", found, expected, AGAIN)
+            yield Problem("wrong-index", f"{INDEX}: {name}", found, expected, CONVERT_AGAIN_HINT)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     size = sum(tensor.size for file in files for tensor in file.tensors)
     if total is not None and total != size:
-        yield Problem("wrong-index", f"{INDEX}: total_size", json.dumps(total), f"{size}", AGAIN)
+        yield Problem("wrong-index", f"{INDEX}: total_size", json.dumps(total), f"{size}", CONVERT_AGAIN_HINT)
 
 
-def config_problems(
+def check_target_config(
     target: Path, config: Mapping[str, Any] | None, conversions: Collection[str], recipe: Recipe, *, is_power: bool
 ) -> Iterator[Problem]:
     """Config keys that differ from the source, or that do not match the conversions of the weights."""
@@ -141,56 +141,62 @@ def config_problems(
         return
     found = read_object(target / CONFIG)
     if found is None:
-        yield Problem("missing-file", CONFIG, "no such file", "that of the source", AGAIN)
+        yield Problem("missing-file", CONFIG, "no such file", "that of the source", CONVERT_AGAIN_HINT)
         return
     # Keys about the dtype of weights are checked below, if the weights were converted.
-    changed = {"quantization_config", "expert_dtype", *DTYPES} if set(conversions) & {DEQUANTIZE, QUANTIZE} else set()
+    changed = (
+        {"quantization_config", "expert_dtype", *CONFIG_DTYPE_KEYS}
+        if set(conversions) & {DEQUANTIZE, QUANTIZE}
+        else set()
+    )
     changed |= {"quantization_config", "expert_dtype"} if FP4_TO_FP8 in conversions else set()
     for key in sorted((config.keys() | found.keys()) - changed):
-        if key in DTYPES and found.get(key) == "bfloat16":
+        if key in CONFIG_DTYPE_KEYS and found.get(key) == "bfloat16":
             continue
         if found.get(key) != config.get(key):
-            yield wrong(key, found, text_of(config, key))
+            yield make_config_problem(key, found, format_config_value(config, key))
     if DEQUANTIZE in conversions:
         for key in ("quantization_config", "expert_dtype"):
             if key in found:
-                yield wrong(key, found, "nothing: the weights are BF16")
-        if {found.get(key, "bfloat16") for key in DTYPES} != {"bfloat16"} or not any(key in found for key in DTYPES):
-            yield wrong("torch_dtype", found, '"bfloat16"')
+                yield make_config_problem(key, found, "nothing: the weights are BF16")
+        if {found.get(key, "bfloat16") for key in CONFIG_DTYPE_KEYS} != {"bfloat16"} or not any(
+            key in found for key in CONFIG_DTYPE_KEYS
+        ):
+            yield make_config_problem("torch_dtype", found, '"bfloat16"')
     if FP4_TO_FP8 in conversions:
-        yield from expert_problems(config, found)
+        yield from check_expert_dtype(config, found)
     if QUANTIZE in conversions:
-        yield from quantization_problems(found, recipe, is_power=is_power)
+        yield from check_quantization_config(found, recipe, is_power=is_power)
 
 
-def expert_problems(config: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:
+def check_expert_dtype(config: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:
     """A config that still says that the experts are FP4, or that differs in more than this."""
     if "expert_dtype" in found:
-        yield wrong("expert_dtype", found, "nothing: the experts are FP8")
-    if without_experts(config) != found.get("quantization_config"):
-        yield wrong("quantization_config", found, json.dumps(without_experts(config)))
+        yield make_config_problem("expert_dtype", found, "nothing: the experts are FP8")
+    if drop_expert_dtype(config) != found.get("quantization_config"):
+        yield make_config_problem("quantization_config", found, json.dumps(drop_expert_dtype(config)))
 
 
-def without_experts(config: Mapping[str, Any]) -> Any:
+def drop_expert_dtype(config: Mapping[str, Any]) -> Any:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return quantization
     return {key: value for key, value in quantization.items() if key != "expert_dtype"}
 
 
-def quantization_problems(found: Mapping[str, Any], recipe: Recipe, *, is_power: bool) -> Iterator[Problem]:
+def check_quantization_config(found: Mapping[str, Any], recipe: Recipe, *, is_power: bool) -> Iterator[Problem]:
     said = found.get("quantization_config")
     said = said if isinstance(said, dict) else {}
     block = list(next(iter(recipe.scales.values())).block)
     expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block}
     expected |= {"scale_fmt": "ue8m0"} if is_power else {}
     if any(said.get(key) != value for key, value in expected.items()) or ("scale_fmt" in said) != is_power:
-        yield wrong("quantization_config", found, f"{json.dumps(expected)} at least")
+        yield make_config_problem("quantization_config", found, f"{json.dumps(expected)} at least")
 
 
-def wrong(key: str, found: Mapping[str, Any], expected: str) -> Problem:
-    return Problem("wrong-config", f"{CONFIG}: {key}", text_of(found, key), expected, AGAIN)
+def make_config_problem(key: str, found: Mapping[str, Any], expected: str) -> Problem:
+    return Problem("wrong-config", f"{CONFIG}: {key}", format_config_value(found, key), expected, CONVERT_AGAIN_HINT)
 
 
-def text_of(config: Mapping[str, Any], key: str) -> str:
+def format_config_value(config: Mapping[str, Any], key: str) -> str:
     return json.dumps(config[key]) if key in config else "nothing"

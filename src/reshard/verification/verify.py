@@ -16,23 +16,38 @@ from typing import Any
 
 import numpy as np
 
-from reshard.errors import Problem, describe, refuse
-from reshard.formats.manifest import subset_lines
+from reshard.errors import Problem, describe_problems, refuse
+from reshard.formats.manifest import list_subset_lines
 from reshard.storage.local import CACHED
-from reshard.storage.page_cache import ways_to_read
-from reshard.text import counted, printable
+from reshard.storage.page_cache import choose_ways_to_read
+from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint, File, Recipe
-from reshard.verification.chunks import Part, Recast, Whole
-from reshard.verification.compare import Comparison, Side, compare
-from reshard.verification.expected import QUANTIZE, Backwards, Holders, Unit, Widening, backwards, form_of, holders
-from reshard.verification.provenance import Held, hold, mixture_problems, units_of
-from reshard.verification.reference_casts import powers_of_two
-from reshard.verification.target_folder import AGAIN, Found, beside_problems, look_at, read_found
+from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
+from reshard.verification.compare import ComparedFiles, Comparison, compare_parts
+from reshard.verification.expected import (
+    QUANTIZE,
+    ExpectedRanks,
+    InvertedRecipe,
+    PaddedDimensions,
+    WeightUnit,
+    find_expected_ranks,
+    infer_conversion,
+    invert_recipe,
+)
+from reshard.verification.provenance import Provenance, check_mixtures, pair_weights_with_scales, trace_unit
+from reshard.verification.reference_casts import find_powers_of_two
+from reshard.verification.target_folder import (
+    CONVERT_AGAIN_HINT,
+    TargetHeader,
+    check_index_and_config,
+    list_target_files,
+    read_target_headers,
+)
 
-MOST_ASKED = 64
+MOST_PROBED_SCALES = 64
 """At most so many block scale tensors, and so many bytes of each, decide whether scales are powers of two."""
 
-ASKED_SIZE = 64 << 10
+PROBED_SCALE_SIZE = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,11 +84,11 @@ class Report:
     def verdict(self) -> str:
         """`proven`, `sampled`, or the number of problems."""
         if self.problems:
-            return counted(len(self.problems), "problems")
+            return format_count(len(self.problems), "problems")
         return "sampled" if self.is_sampled else "proven"
 
     def __str__(self) -> str:
-        return "\n".join([self.verdict, *report_lines(self)])
+        return "\n".join([self.verdict, *format_report_lines(self)])
 
     __repr__ = __str__
 
@@ -81,24 +96,24 @@ class Report:
 def describe_report(report: Report, target: Path | str, source: Path | str) -> str:
     """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
     against = f" against {source}" if report.is_proven else ""
-    return "\n".join([printable(f"{target}: {report.verdict}{against}"), *report_lines(report)])
+    return "\n".join([escape(f"{target}: {report.verdict}{against}"), *format_report_lines(report)])
 
 
-def report_lines(report: Report) -> Iterator[str]:
+def format_report_lines(report: Report) -> Iterator[str]:
     """The lines below the verdict: the problems, or how much was compared."""
     sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
     if report.problems:
         yield from [report.note] if report.note else []
-        yield describe(report.problems)
+        yield describe_problems(report.problems)
         yield from [sample] if report.is_sampled else []
     else:
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
         ranks = f"{report.files} of {report.ranks} rank files"
-        files = counted(report.files, "whole files") if report.is_whole else ranks
-        yield f"{files}, {counted(report.tensors, 'tensors')}, {result}"
+        files = format_count(report.files, "whole files") if report.is_whole else ranks
+        yield f"{files}, {format_count(report.tensors, 'tensors')}, {result}"
         if report.inexact:
-            yield f"rounded: {counted(report.inexact, 'values')} that the new dtype does not have, each to the nearest"
-    yield from map(printable, subset_lines(report.subset))
+            yield f"rounded: {format_count(report.inexact, 'values')} that the new dtype does not have, each to the nearest"
+    yield from map(escape, list_subset_lines(report.subset))
 
 
 def verify_target(
@@ -117,7 +132,7 @@ def verify_target(
     Every difference is a problem of the report. Raises Refused if there is nothing to compare, or if a file cannot be
     read or changes meanwhile.
     """
-    folder = look_at(target, recipe)
+    folder = list_target_files(target, recipe)
     if folder.is_whole and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
@@ -125,21 +140,26 @@ def verify_target(
         raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
     is_part = ranks is not None and not folder.is_whole
     names = {number: name for number, name in folder.names.items() if not is_part or number in (ranks or ())}
-    files, problems = read_found(target, names)
+    files, problems = read_target_headers(target, names)
     extra = f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra]
     for file in files:
         advance(file.file.header_size)
-    trace = Held(source, folder, Widening(recipe, source.config or {}, {}))
-    problems.extend(look_through(trace, target, files, recipe))
-    things: list[Whole | Recast] = [*trace.kept.values(), *trace.casts.values()]
-    comparison = compare(things, *sides(target, files, source), advance, sample)
-    problems.extend(difference_problems(trace, comparison))
-    return report_of(trace, files, comparison, problems, is_sampled=sample is not None)
+    trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
+    problems.extend(trace_target(trace, target, files, recipe))
+    things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
+    comparison = compare_parts(things, *make_compared_files(target, files, source), advance, sample)
+    problems.extend(check_differences(trace, comparison))
+    return make_report(trace, files, comparison, problems, is_sampled=sample is not None)
 
 
-def report_of(
-    trace: Held, files: Sequence[Found], comparison: Comparison, problems: Sequence[Problem], *, is_sampled: bool
+def make_report(
+    trace: Provenance,
+    files: Sequence[TargetHeader],
+    comparison: Comparison,
+    problems: Sequence[Problem],
+    *,
+    is_sampled: bool,
 ) -> Report:
     tensors = [tensor for file in files for tensor in file.tensors]
     return Report(
@@ -156,28 +176,32 @@ def report_of(
     )
 
 
-def look_through(trace: Held, target: Path, files: Sequence[Found], recipe: Recipe) -> Iterator[Problem]:
+def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader], recipe: Recipe) -> Iterator[Problem]:
     """Traces each tensor of the files to the source; yields problems of names, dtypes and shapes."""
     folder = trace.folder
-    known = backwards(recipe, trace.source, is_whole=folder.is_whole)
-    wanted = {} if folder.is_whole else holders(trace.source, recipe, folder.ranks)
-    swapped = swapped_files(files, known, wanted)
-    yield from swapped_problems(trace, swapped)
+    known = invert_recipe(recipe, trace.source, is_whole=folder.is_whole)
+    wanted = {} if folder.is_whole else find_expected_ranks(trace.source, recipe, folder.ranks)
+    swapped = find_swapped_files(files, known, wanted)
+    yield from check_swapped_files(trace, swapped)
     files = [file for file in files if file.number not in swapped]
-    units, problems = units_of(files, known, folder.names)
-    trace.is_power = is_power_of_two(target, units, trace)
+    units, problems = pair_weights_with_scales(files, known, folder.names)
+    trace.is_power = has_power_of_two_scales(target, units, trace)
     yield from problems
     for unit in units:
-        yield from hold(trace, unit)
+        yield from trace_unit(trace, unit)
     looked_at = {file.number for file in files}
-    yield from absent_problems(trace, looked_at, wanted)
-    yield from mixture_problems(trace)
+    yield from check_missing_tensors(trace, looked_at, wanted)
+    yield from check_mixtures(trace)
     if folder.is_whole:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
-        yield from beside_problems(target, files, trace.source.config, conversions, recipe, is_power=trace.is_power)
+        yield from check_index_and_config(
+            target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
+        )
 
 
-def swapped_files(files: Sequence[Found], known: Backwards, wanted: Mapping[str, Holders]) -> dict[int, int]:
+def find_swapped_files(
+    files: Sequence[TargetHeader], known: InvertedRecipe, wanted: Mapping[str, ExpectedRanks]
+) -> dict[int, int]:
     """By rank of a file whose names are exactly the tensors (experts) assigned to another rank: this other rank."""
     assigned: dict[int, set[str]] = {}
     for name, (ranks, optional) in wanted.items():
@@ -192,79 +216,87 @@ def swapped_files(files: Sequence[Found], known: Backwards, wanted: Mapping[str,
     return found
 
 
-def swapped_problems(trace: Held, swapped: Mapping[int, int]) -> Iterator[Problem]:
+def check_swapped_files(trace: Provenance, swapped: Mapping[int, int]) -> Iterator[Problem]:
     """A file under the name of another is not compared: nearly every tensor would differ."""
     for number, rank in swapped.items():
         found = f"the header of {trace.folder.names[rank]}"
         yield Problem("swapped-file", trace.folder.names[number], found, "its own", "give the files their names back")
 
 
-def sides(target: Path, files: Sequence[Found], source: Checkpoint) -> tuple[Side, Side]:
+def make_compared_files(
+    target: Path, files: Sequence[TargetHeader], source: Checkpoint
+) -> tuple[ComparedFiles, ComparedFiles]:
     """The files of the source and of the target, and how to read them."""
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
     joined = {
         len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
     }
-    source_side = side_of(source.folder, dict(enumerate(source.files)), size)
-    return replace(source_side, joined=joined), side_of(target, {file.number: file.file for file in files}, size)
+    source_side = make_files_to_compare(source.folder, dict(enumerate(source.files)), size)
+    return replace(source_side, joined=joined), make_files_to_compare(
+        target, {file.number: file.file for file in files}, size
+    )
 
 
-def side_of(folder: Path, files: Mapping[int, File], size: int) -> Side:
+def make_files_to_compare(folder: Path, files: Mapping[int, File], size: int) -> ComparedFiles:
     paths = [folder / file.name for file in files.values()]
-    return Side(folder, files, ways_to_read(paths[0], size) if paths else CACHED)
+    return ComparedFiles(folder, files, choose_ways_to_read(paths[0], size) if paths else CACHED)
 
 
-def is_power_of_two(target: Path, units: Sequence[Unit], trace: Held) -> bool:
+def has_power_of_two_scales(target: Path, units: Sequence[WeightUnit], trace: Provenance) -> bool:
     """Whether most scales of quantized weights are powers of two: then all should be."""
     tensors, folder = trace.source.tensors, trace.folder
     powers, others, asked = 0, 0, 0
     for unit in units:
         weight, scale = tensors.get(unit.place.weight), tensors.get(unit.place.scale)
-        if asked == MOST_ASKED:
+        if asked == MOST_PROBED_SCALES:
             break
-        if not (weight and unit.scale and form_of(unit, weight, scale, is_whole=folder.is_whole) == QUANTIZE):
+        if not (weight and unit.scale and infer_conversion(unit, weight, scale, is_whole=folder.is_whole) == QUANTIZE):
             continue
         seen = unit.scale
         with (target / folder.names[seen.number]).open("rb") as file:
             file.seek(seen.tensor.offset)
-            data = np.frombuffer(file.read(min(seen.tensor.size // 4 * 4, ASKED_SIZE)), np.float32)
+            data = np.frombuffer(file.read(min(seen.tensor.size // 4 * 4, PROBED_SCALE_SIZE)), np.float32)
         asked += 1
         data = data[data != 1]  # such as those of zeros
-        count = int(np.count_nonzero(powers_of_two(data)))
+        count = int(np.count_nonzero(find_powers_of_two(data)))
         powers, others = powers + count, others + len(data) - count
     return powers > others
 
 
-def difference_problems(trace: Held, comparison: Comparison) -> Iterator[Problem]:
+def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Problem]:
     """Target tensors whose bytes differ from their box of the source, or of the cast."""
     for whole in trace.kept.values():
-        for key in keys_of(whole.parts):
-            yield from difference_of(trace, comparison, key, whole)
+        for key in list_target_tensors(whole.parts):
+            yield from explain_difference(trace, comparison, key, whole)
     for (name, conversion), recast in trace.casts.items():
-        for key in keys_of((*recast.parts[0], *recast.parts[1])):
-            yield from difference_of(trace, comparison, key, f"what {conversion} makes of {name}")
+        for key in list_target_tensors((*recast.parts[0], *recast.parts[1])):
+            yield from explain_difference(trace, comparison, key, f"what {conversion} makes of {name}")
 
 
-def keys_of(parts: Iterable[Part]) -> Iterable[tuple[int, str]]:
+def list_target_tensors(parts: Iterable[TargetPart]) -> Iterable[tuple[int, str]]:
     """Rank and name of each target tensor once, though it may have two parts: the keys of differences."""
     return dict.fromkeys((part.rank, part.tensor.name) for part in parts)
 
 
-def difference_of(trace: Held, comparison: Comparison, key: tuple[int, str], origin: Whole | str) -> Iterator[Problem]:
+def explain_difference(
+    trace: Provenance, comparison: Comparison, key: tuple[int, str], origin: KeptTensor | str
+) -> Iterator[Problem]:
     if found := comparison.differences.get(key):
         place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
-        where = "than in the source" if isinstance(origin, Whole) else "than are made of the source"
-        expected = f"those of {origin.tensor.name}" if isinstance(origin, Whole) else origin
+        where = "than in the source" if isinstance(origin, KeptTensor) else "than are made of the source"
+        expected = f"those of {origin.tensor.name}" if isinstance(origin, KeptTensor) else origin
         subject = f"{trace.folder.names[key[0]]}: {key[1]}"
-        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, AGAIN)
+        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, CONVERT_AGAIN_HINT)
 
 
-def absent_problems(trace: Held, looked_at: set[int], wanted: Mapping[str, Holders]) -> Iterator[Problem]:
+def check_missing_tensors(
+    trace: Provenance, looked_at: set[int], wanted: Mapping[str, ExpectedRanks]
+) -> Iterator[Problem]:
     """Source tensors that one of the ranks `looked_at` lacks, or has though it should not."""
     if trace.folder.is_whole:
         for name in trace.source.tensors:
             if not trace.present.get(name) and (name, 0) not in trace.used_scales:
-                yield Problem("missing-tensor", name, "in none of these files", "in one of them", AGAIN)
+                yield Problem("missing-tensor", name, "in none of these files", "in one of them", CONVERT_AGAIN_HINT)
         return
     optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
     # Optional tensors are kept all or none: the majority decides.
@@ -273,11 +305,15 @@ def absent_problems(trace: Held, looked_at: set[int], wanted: Mapping[str, Holde
         present = trace.present.get(name, {})
         if reason and not is_kept:
             for seen in present.values():
-                yield Problem("extra-tensor", trace.subject(seen), f"a part of {name}", f"none: {reason}", AGAIN)
+                yield Problem(
+                    "extra-tensor", trace.subject(seen), f"a part of {name}", f"none: {reason}", CONVERT_AGAIN_HINT
+                )
             continue
         expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in trace.used_scales)
         found = sorted(rank for rank in present if (name, rank) not in trace.used_scales)
         if expected and not found:
-            yield Problem("missing-tensor", name, "in none of these rank files", f"in ranks {expected}", AGAIN)
+            yield Problem(
+                "missing-tensor", name, "in none of these rank files", f"in ranks {expected}", CONVERT_AGAIN_HINT
+            )
         elif expected != found:
-            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", AGAIN)
+            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", CONVERT_AGAIN_HINT)
