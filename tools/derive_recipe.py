@@ -382,10 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"derive_recipe: refused\n{refused}", file=sys.stderr)
         return REFUSED
     except OSError as error:
-        print(
-            f"derive_recipe: refused\n{escape(str(error.filename or ''))}: {error.strerror}",
-            file=sys.stderr,
-        )
+        print(f"derive_recipe: refused\n{escape(str(error.filename or ''))}: {error.strerror}", file=sys.stderr)
         return REFUSED
     return 0
 

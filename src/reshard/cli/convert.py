@@ -1,4 +1,4 @@
-"""The commands `convert`, `plan` and `deepseek`."""
+"""Runs the commands `convert`, `plan` and `deepseek`, and prints plans and results."""
 
 import argparse
 import shlex
@@ -21,13 +21,14 @@ CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
     *("only", "recipe", "ranks", "ignore_extra_files"),
 )
-"""The options that say what to convert."""
+"""Options that choose what to convert, and into which layout."""
 
 WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart")
-"""The options that only say how to work."""
+"""Options that change only how the job runs, not its result."""
 
 
 def run_convert(options: argparse.Namespace) -> int:
+    """Runs `convert`, or prints its plan with `--dry-run`. Returns the exit code. Raises Refused."""
     chosen = collect_options(options)
     if options.dry_run:
         plan = api.plan(options.source, target=options.target, **chosen)
@@ -42,6 +43,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
+    """Runs `deepseek`: a conversion with the options of DeepSeek's script. Returns the exit code. Raises Refused."""
     with show_progress("convert") as progress:
         conversion = api.convert(
             options.hf_ckpt_path,
@@ -55,15 +57,17 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
+    """Runs `plan`: prints what `convert` would write. Returns the exit code. Raises Refused."""
     return print_plan(api.plan(options.source, **collect_options(options)), as_json=options.json)
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that say what to convert, as keyword arguments of `reshard.convert`."""
+    """Collects the options that choose what to convert, as keyword arguments of `reshard.convert`."""
     return {name: getattr(options, name) for name in CHOICES} | {"keep_mtp": options.mtp == "keep"}
 
 
 def print_plan(plan: Plan, *, as_json: bool) -> int:
+    """Prints a plan as tables or JSON. Returns the exit code."""
     if as_json:
         print_json(describe_plan_facts(plan))
     else:
@@ -72,7 +76,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> int:
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The tables of a plan, with the memory that a job takes."""
+    """Describes a plan: its tables, and the memory that each job takes."""
     yield from describe_files(plan)
     memory = format_size(measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
@@ -80,11 +84,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def describe_plan_facts(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON values, with what a target will lack."""
+    """Describes a plan as JSON values, with the tensors that cannot be restored and the reasons for no run config."""
     return {**describe_plan(plan), "not_restored": [*describe_lost(plan)], "no_run_config": [*find_run_obstacles(plan)]}
 
 
 def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int:
+    """Prints the summary of a conversion as text or JSON. Returns the exit code."""
     if options.json:
         status = "converted" if conversion.done else "already-converted"
         done = asdict(conversion.done) if conversion.done else None
@@ -97,7 +102,7 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 
 
 def summarize_conversion(conversion: Conversion, options: argparse.Namespace) -> Iterator[str]:
-    """The summary of a conversion, with the command that verifies it."""
+    """Summarizes a conversion; the last line is the command that verifies it."""
     plan, done = conversion.plan, conversion.done
     yield from describe_conversion(conversion)
     if done:
@@ -114,15 +119,15 @@ def summarize_conversion(conversion: Conversion, options: argparse.Namespace) ->
 
 
 def describe_jobs(jobs: int, asked: int | None) -> str:
-    """`2 jobs`; where memory allowed fewer than were asked for, both numbers."""
+    """Describes the number of jobs: `2 jobs`; if memory allowed fewer than requested, both numbers."""
     if asked is None or jobs >= asked:
         return format_count(jobs, "jobs")
     return f"{jobs} of {format_count(asked, 'jobs')} (--max-memory allows no more)"
 
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
-    """The command that verifies a target, as it is typed into a shell. A target made of rank files is compared with
-    them if they are cut from it.
+    """Makes the shell command that verifies a target. A target restored from rank files is compared with them, unless
+    tensors were chosen or cast: then its checksums are verified.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target)]
@@ -139,4 +144,5 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
 
 
 def explain_no_run_config(plan: Plan) -> Iterator[str]:
+    """Explains why there is no run configuration; no line if there is one."""
     yield from (f"no run_config.json: {reason}" for reason in find_run_obstacles(plan))

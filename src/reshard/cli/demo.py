@@ -1,4 +1,4 @@
-"""The command `demo`."""
+"""Runs the command `demo`: makes a small checkpoint, converts it, verifies it."""
 
 import argparse
 import tempfile
@@ -13,11 +13,14 @@ from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.text import escape
 
 RANKS = 4
+"""Number of ranks of the target."""
 
 FILES = 4
+"""Number of files of the source."""
 
 
 def run_demo(options: argparse.Namespace) -> int:
+    """Runs `demo` in the given folder or a temporary one. Returns the exit code of the verification."""
     if options.folder:
         return run_demo_in(options.folder, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="reshard-demo-") as folder:
@@ -25,7 +28,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_demo_in(folder: Path, *, as_json: bool) -> int:
-    """Works in the subfolders `source` and `ranks` of a folder; returns the exit code of the verification."""
+    """Runs the demo in the subfolders `source` and `ranks` of a folder. Returns the exit code of the verification."""
     source, target = folder / "source", folder / "ranks"
 
     def say(text: str) -> None:

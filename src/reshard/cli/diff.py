@@ -1,4 +1,4 @@
-"""The command `diff`."""
+"""Runs the command `diff` and prints its tables."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,11 @@ from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.text import escape, format_size, format_table
 
 LONGEST_NAME = 100
-"""In characters, in a table."""
+"""Of a tensor in a table, in characters."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
+    """Runs `diff`. Returns the exit code: PROVEN if both sides are equal. Raises Refused."""
     with show_progress("diff") as progress:
         report = api.diff(
             options.a,
@@ -33,7 +34,7 @@ def run_diff(options: argparse.Namespace) -> int:
 
 
 def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
-    """A summary, then what differs, at most so many lines of each kind."""
+    """Describes a report: a summary, then a table of each kind of difference with at most `most` rows."""
     for side, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True):
         yield f"{side}: {path}, {f'rank files by the recipe {recipe}' if recipe else 'by its own names'}"
     yield f"compared {report.compared:,} bytes of each ({format_size(report.compared)})"
@@ -53,7 +54,7 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
 
 
 def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> Iterator[str]:
-    """A table, if there is anything in it, and how many more rows there are."""
+    """Lists rows as a table, and the number of rows left out. `count` is the number of all rows; 0 gives no line."""
     if not count:
         return
     yield ""
@@ -63,6 +64,7 @@ def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int)
 
 
 def format_value_difference(difference: ValueDifference) -> Sequence[str]:
+    """Formats one tensor with other values as a row of the table."""
     apart = difference.apart
     return (
         shorten_name(difference.name),
@@ -78,10 +80,11 @@ def format_value_difference(difference: ValueDifference) -> Sequence[str]:
 
 
 def format_number(value: float | None) -> str:
+    """Formats a number with three digits; `-` for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def shorten_name(name: str) -> str:
-    """A name as a cell of a table: printable here already, for a line break would end its row."""
+    """Shortens a name for a table cell, and escapes it here already: a line break would end the row."""
     text = escape(name)
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(name):,} characters)"

@@ -1,4 +1,4 @@
-"""The commands `inspect` and `recipes`."""
+"""Runs the commands `inspect` and `recipes`."""
 
 import argparse
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from reshard.text import escape, format_list, format_table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
+    """Runs `inspect`. Returns the exit code. Raises Refused."""
     content = inspect_path(options.path, options.recipe)
     if options.json:
         print_json(asdict(content))
@@ -24,6 +25,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_recipes(options: argparse.Namespace) -> int:
+    """Runs `recipes list`, `show` or `check`. Returns the exit code. Raises Refused."""
     require_no_more(options)
     if options.action == "list":
         return list_recipes(as_json=options.json)
@@ -39,7 +41,7 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def require_no_more(options: argparse.Namespace) -> None:
-    """Raises Refused if there are more words than an action takes."""
+    """Raises Refused if an action has more arguments than it takes."""
     words = [str(word) for word in (options.recipe, options.source) if word is not None]
     taken = {"list": 0, "check": 2}.get(options.action, 1)
     if words[taken:]:
@@ -50,6 +52,7 @@ def require_no_more(options: argparse.Namespace) -> None:
 
 
 def list_recipes(*, as_json: bool) -> int:
+    """Prints the packaged recipes, each with the models that it was checked against. Returns the exit code."""
     recipes = list_packaged_recipes()
     if as_json:
         print_json([describe_recipe(recipe) for recipe in recipes])
@@ -62,6 +65,7 @@ def list_recipes(*, as_json: bool) -> int:
 
 
 def show_recipe(name: str, *, as_json: bool) -> int:
+    """Prints a recipe, as its TOML text or as JSON. Returns the exit code. Raises Refused."""
     recipe = load_recipe(name)
     if as_json:
         print_json(describe_recipe(recipe))
@@ -72,8 +76,8 @@ def show_recipe(name: str, *, as_json: bool) -> int:
 
 
 def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
-    """Holds a recipe against a checkpoint: every tensor under one rule and as the config says, none missing. Raises
-    Refused otherwise.
+    """Checks that a recipe fits a checkpoint: each tensor is covered by one rule and agrees with the config, none is
+    missing. Returns the exit code. Raises Refused if it does not fit.
     """
     fit = check_fit(read_checkpoint(source), load_recipe(name))
     if as_json:

@@ -1,6 +1,6 @@
-"""The command: parses, calls one library function, prints, and chooses an exit code.
+"""Parses the command line, runs one command, and returns its exit code.
 
-This module is all that `reshard --help` loads; what runs a command is named here and imported when it runs.
+`reshard --help` loads only this module. The module of a command is named here and imported when the command runs.
 """
 
 import argparse
@@ -24,19 +24,24 @@ Run = Callable[[argparse.Namespace], int]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One sub-command: its words, its options, and the function that runs it as `module:function`."""
+    """One sub-command: its name, its options, and the function that runs it."""
 
     name: str
     about: str
+    """Its line in the help."""
     add_options: Callable[[Parser], None]
+    """Adds its options to a parser."""
     run: str
+    """The function that runs it, as `module:function`."""
 
 
 def add_source(parser: Parser) -> None:
+    """Adds the argument `source`."""
     parser.add_argument("source", type=Path, help="a folder of safetensors files, or one such file")
 
 
 def add_job(parser: Parser) -> None:
+    """Adds the options that choose what to convert: those of `plan` and `convert`."""
     add_source(parser)
     parser.add_argument("--mp", type=int, metavar="N", help="number of ranks (model parallel)")
     parser.add_argument("--to", choices=("ranks", "hf"), default="ranks", help="hf: stay whole, in the source's layout")
@@ -78,6 +83,7 @@ def add_job(parser: Parser) -> None:
 
 
 def add_convert(parser: Parser) -> None:
+    """Adds the options of `convert`."""
     add_job(parser)
     parser.add_argument("target", type=Path, help="the folder to write, empty or not there")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
@@ -98,11 +104,13 @@ def add_convert(parser: Parser) -> None:
 
 
 def add_inspect(parser: Parser) -> None:
+    """Adds the options of `inspect`."""
     parser.add_argument("path", type=Path, help="a folder of safetensors files in either layout, or one such file")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
 
 
 def add_verify(parser: Parser) -> None:
+    """Adds the options of `verify`."""
     parser.add_argument("target", type=Path, help="a folder of rank files")
     parser.add_argument(
         "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
@@ -121,6 +129,7 @@ def add_verify(parser: Parser) -> None:
 
 
 def add_diff(parser: Parser) -> None:
+    """Adds the options of `diff`."""
     parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, rank files, or one safetensors file")
     parser.add_argument("b", type=Path, metavar="B", help="another, in whichever layout")
     parser.add_argument(
@@ -142,11 +151,11 @@ def add_diff(parser: Parser) -> None:
 
 
 ACTIONS = ("list", "show", "check")
-"""What `recipes` does."""
+"""The actions of the command `recipes`."""
 
 
 def parse_action(text: str) -> str:
-    """One of them."""
+    """Parses an action of `recipes`. Raises ArgumentTypeError for other words."""
     if text not in ACTIONS:
         expected = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}; for a recipe: reshard recipes show {text!r}")
@@ -154,16 +163,19 @@ def parse_action(text: str) -> str:
 
 
 def add_recipes(parser: Parser) -> None:
+    """Adds the options of `recipes`."""
     parser.add_argument("action", nargs="?", type=parse_action, metavar=f"{{{','.join(ACTIONS)}}}", default="list")
     parser.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="for show and check")
     parser.add_argument("source", nargs="?", type=Path, help="for check: a checkpoint to hold the recipe against")
 
 
 def add_demo(parser: Parser) -> None:
+    """Adds the options of `demo`."""
     parser.add_argument("folder", nargs="?", type=Path, help="keep the files there; default: a temporary folder")
 
 
 def add_deepseek(parser: Parser) -> None:
+    """Adds the options of `deepseek`, by the names in DeepSeek's script."""
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="the Hugging Face checkpoint")
     parser.add_argument("--save-path", type=Path, required=True, help="the folder to write, empty or not there")
     parser.add_argument("--n-experts", type=int, required=True, help="number of routed experts; checked")
@@ -186,7 +198,7 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused."""
+    """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused, 130 interrupted."""
     as_json, way_on = False, ""
     try:
         options = parse_arguments(arguments)
@@ -211,11 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 OTHER_WORDS = dict.fromkeys(
     ("--tp", "--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
 )
-"""As other programs call our options."""
+"""Option names of other programs -> our option."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options. What no command knows is refused with the usage of the command that was meant."""
+    """Parses the options. An unknown option ends the program with the usage of its command and the nearest option."""
     options, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         parser: Parser = options.parser
@@ -228,12 +240,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def suggest_rerun(options: argparse.Namespace) -> str:
-    """What to say of a command that ends early: only a conversion goes on from there."""
+    """Suggests to run an interrupted conversion again: it resumes. Empty for other commands."""
     is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
     return "; run the same command again to go on from there" if is_conversion else ""
 
 
 def make_parser() -> Parser:
+    """Makes the parser of all commands."""
     about = "Turns a checkpoint into the files that each rank loads."
     parser = Parser(prog="reshard", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"reshard {__version__}")
@@ -252,14 +265,14 @@ def make_parser() -> Parser:
 
 
 def parse_positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parses a whole number from 1 to 9999. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9]\d{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
 
 
 def parse_share(text: str) -> Fraction:
-    """`0.5%` -> 1/200."""
+    """Parses a percentage above 0 and up to 100 into a fraction: `0.5%` -> 1/200. Raises ArgumentTypeError."""
     found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
@@ -275,11 +288,11 @@ UNITS = {
     **{f"{unit}ib": 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
     **{f"{unit}b": 1000 ** (power + 1) for power, unit in enumerate("kmgt")},
 }
-"""In bytes, by their names in small letters. A letter alone is the binary unit."""
+"""Units of size by name in lower case, in bytes. A single letter is the binary unit."""
 
 
 def parse_size(text: str) -> int:
-    """`256MiB` -> 268435456, `1.5kB` -> 1500. Bytes without a unit."""
+    """Parses a size into bytes: `256MiB` -> 268435456, `1.5kB` -> 1500, `12` -> 12. Raises ArgumentTypeError."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt](?:i?b)?)?", text.strip().lower())
     if not found:
         units = "KiB, MiB, GiB, TiB (or K, M, G, T), kB, MB, GB, TB, or none for bytes"
@@ -288,7 +301,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_numbers(text: str) -> list[int]:
-    """`0-3,7` -> [0, 1, 2, 3, 7]."""
+    """Parses numbers and ranges: `0-3,7` -> [0, 1, 2, 3, 7]. Raises ArgumentTypeError."""
     found: set[int] = set()
     for part in text.split(","):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())

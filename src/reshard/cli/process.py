@@ -1,4 +1,4 @@
-"""The program `reshard`: `main` in a process of its own, with its standard streams, its signals and its end."""
+"""Runs `main` as a process: standard streams, signals, exit code, and the end of the process."""
 
 import gc
 import os
@@ -11,20 +11,21 @@ from reshard.cli.main import main
 from reshard.cli.terminal import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, print_aside
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
-"""In the order of their numbers."""
+"""Standard streams and their modes, in the order of their file descriptors."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that interrupt the program."""
 
 
 class OutputFailed(Exception):
-    """Standard output does not take what was printed; its cause says why."""
+    """Raised if standard output cannot be written; the cause is the OSError."""
 
 
 class CheckedOutput(FileIO):
-    """Standard output. Its errors are of their own kind, for as an OSError they could be those of any file or pipe."""
+    """Standard output that raises its own exception: an OSError could come from any other file or pipe."""
 
     def write(self, data: Any, /) -> int:
-        """As any other file, but for its errors."""
+        """Writes bytes and returns their number. Raises the exception of standard output instead of OSError."""
         try:
             return super().write(data)
         except OSError as error:
@@ -32,8 +33,8 @@ class CheckedOutput(FileIO):
 
 
 def entry() -> NoReturn:
-    """Runs the command line of this process, and ends it."""
-    # A plan is a million small values without a circle: looking for circles took a third of its time.
+    """Runs the command line of this process, and ends the process."""
+    # A plan has a million small values without reference cycles: searching for cycles took a third of its time.
     gc.disable()
     prepare_streams()
     try:
@@ -41,25 +42,25 @@ def entry() -> NoReturn:
         code = run_main()
         ignore_signals()
     except KeyboardInterrupt:
-        # It came while `main` was already at something else that went wrong, or behind it.
+        # It came while `main` handled another exception, or after `main` returned.
         print_aside("reshard: interrupted")
         code = INTERRUPTED
-    # All is written and closed: taking the plan apart, value by value, would only keep the caller waiting.
+    # All is written and closed: freeing the plan, value by value, would only keep the caller waiting.
     os._exit(code)
 
 
 def run_main() -> int:
-    """The exit code, once all that was printed is written or cannot be."""
+    """Runs `main` and flushes standard output. Returns the exit code."""
     try:
         try:
             code = main()
-        except SystemExit as ended:  # argparse's, behind a help or wrong options
+        except SystemExit as ended:  # raised by argparse, after a help or wrong options
             code = int(ended.code or 0)
-        if code != INTERRUPTED:  # else a reader who has stopped reading could hold us, and no signal would help
+        if code != INTERRUPTED:  # a flush could block forever if the reader has stopped, and signals are ignored now
             sys.stdout.flush()
     except OutputFailed as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            return CLOSED_PIPE  # whoever read us has seen enough
+            return CLOSED_PIPE  # the reader, such as `head`, has ended
         print_aside(f"reshard: cannot write standard output: {error}")
         return REFUSED
     except Exception:  # noqa: BLE001
@@ -69,39 +70,41 @@ def run_main() -> int:
 
 
 def prepare_streams() -> None:
-    """Gives standard output its own errors, and /dev/null the place of each stream that is closed."""
+    """Replaces standard output by one with its own exception, and each closed stream by /dev/null."""
     stream = sys.stdout
     if isinstance(stream, TextIOWrapper):
         raw = CheckedOutput(stream.fileno(), "w", closefd=False)
         sys.stdout = TextIOWrapper(
             raw if stream.write_through else BufferedWriter(raw),
             stream.encoding,
-            # A name may have letters that a terminal without UTF-8 has not. Standard error does so by itself.
+            # A name may have characters that a terminal without UTF-8 lacks. Standard error escapes them by itself.
             "backslashreplace",
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
     for name, mode in STREAMS.items():
         if getattr(sys, name) is None:
-            # It gets the lowest free number, which is that of the stream. Else the next file would get it, and with
-            # it what others print there.
+            # /dev/null gets the lowest free descriptor, which is the stream's. Otherwise the next opened file would get
+            # it, and text printed by other code would end up in that file.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123, SIM115
 
 
 def heed_signals() -> None:
-    """But for what whoever started us ignores, as a script does Ctrl-C for what it runs in the background."""
+    """Handles the signals that the parent process does not ignore. A shell script ignores Ctrl-C for its background
+    commands.
+    """
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
 
 
 def interrupt(*_: object) -> NoReturn:
-    """A SIGTERM ends the program as Ctrl-C does. Whatever comes behind the first changes nothing any more."""
+    """Raises KeyboardInterrupt, for SIGTERM too. Further signals are ignored."""
     ignore_signals()
     raise KeyboardInterrupt
 
 
 def ignore_signals() -> None:
-    """By a function: where Python finds SIG_IGN for a signal that has come already, it prints a complaint."""
+    """Ignores further signals, with a handler: with SIG_IGN, Python prints a warning for a signal already received."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)

@@ -1,4 +1,4 @@
-"""What commands print: JSON, progress; and the exit codes."""
+"""Prints JSON, messages and progress; defines the exit codes."""
 
 import json
 import sys
@@ -10,41 +10,43 @@ from reshard.text import format_size
 from reshard.types import Progress
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
+"""Exit codes: success, differences found, refused."""
 
 INTERNAL = 70
-"""A fault of ours, by the name EX_SOFTWARE of sysexits.h."""
+"""Exit code of a bug of reshard: EX_SOFTWARE of sysexits.h."""
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
-"""As a shell has them for SIGINT and SIGPIPE."""
+"""Exit codes after SIGINT and SIGPIPE, as shells use them."""
 
 
 def print_json(value: object) -> None:
-    """As one JSON document on standard output."""
+    """Prints one JSON document on standard output."""
     json.dump(value, sys.stdout, indent=1)
     print()
 
 
 def print_aside(text: str) -> None:
-    """On standard error. Whoever listened there may be gone, or the disk of a log full: that ends no job of hours, and
-    changes no exit code.
+    """Prints on standard error. Errors are ignored: a closed terminal or a full disk under a log must neither end a job
+    of hours nor change its exit code.
     """
     with suppress(OSError):
         print(text, file=sys.stderr)
 
 
 PLAIN_STEPS = 10
-"""At most so many plain lines for a whole job."""
+"""Maximum number of plain progress lines for a job."""
 
 PLAIN_SECONDS = 1.0
+"""Minimum time between two plain progress lines, in seconds."""
 
 
 @contextmanager
 def show_progress(title: str) -> Iterator[Progress]:
-    """Gives the function that shows the bytes done on standard error: as a bar on a terminal, else as plain lines."""
+    """Yields a function that shows progress on standard error: a bar on a terminal, else plain lines."""
     if not sys.stderr.isatty():
         yield print_lines(title)
         return
-    # Heavy, and of use on a terminal only.
+    # Slow to import, and needed on a terminal only.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
@@ -78,18 +80,18 @@ def show_progress(title: str) -> Iterator[Progress]:
 
 
 def print_lines(title: str) -> Progress:
-    """A line for each tenth of the bytes, and none within a second of the one before."""
-    started = said_at = time.monotonic()
-    said = 0
+    """Makes a function that prints a line for each tenth of the bytes, at most one in PLAIN_SECONDS."""
+    started = printed_at = time.monotonic()
+    printed = 0
 
     def show(done: int, total: int) -> None:
-        nonlocal started, said, said_at
+        nonlocal started, printed, printed_at
         now = time.monotonic()
         if not done:
-            started = said_at = now
+            started = printed_at = now
         step = done * PLAIN_STEPS // total if total else 0
-        if step > said and now - said_at >= PLAIN_SECONDS:
-            said, said_at, seconds = step, now, now - started
+        if step > printed and now - printed_at >= PLAIN_SECONDS:
+            printed, printed_at, seconds = step, now, now - started
             left = (total - done) * seconds / done
             rate = format_size(int(done / seconds))
             print_aside(f"{title}: {done / total:.0%} of {format_size(total)}, {rate}/s, {left:.0f} s left")

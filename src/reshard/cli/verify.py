@@ -1,4 +1,4 @@
-"""The command `verify`."""
+"""Runs the command `verify` and prints its report."""
 
 import argparse
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from reshard.verification.verify import Report, describe_report
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    """Runs `verify`. Returns the exit code. Raises Refused."""
     with show_progress("verify") as progress:
         report = api.verify(
             options.target,

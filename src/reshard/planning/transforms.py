@@ -162,7 +162,7 @@ def pad_outcome(outcome: Outcome, shape: tuple[int, ...], terms: Terms, casts: l
 def pad_tensors(
     tensors: Sequence[Tensor], shape: tuple[int, ...], terms: Terms, casts: list[Cast], *, is_scale: bool = False
 ) -> Iterator[Tensor]:
-    """Pads tensors to `shape`, in elements. Adds a cast for each tensor; changes the cast of a result."""
+    """Pads tensors to `shape`, in elements. Adds a cast for each tensor; results of casts have their cast changed."""
     for tensor in tensors:
         size = prod(shape) * BITS[tensor.dtype] // 8
         place = tensor.file - terms.files

@@ -1,1 +1,1 @@
-"""The target folder: whether it can be written to, the files beside the tensors, the manifest."""
+"""The target folder: checks that it can be written, makes the side files and the manifest."""

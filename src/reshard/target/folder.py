@@ -1,4 +1,4 @@
-"""The target folder before a job: what of it is finished, and whether the rest can be written."""
+"""Checks the target folder before a job: which files are finished, and whether the others can be written."""
 
 import os
 import shutil
@@ -30,15 +30,15 @@ from reshard.text import format_size
 
 
 def list_own_names(target: Path) -> set[str]:
-    """What an interrupted job may have left in its target, by its journal; without a journal nothing is ours."""
+    """Lists the files that an interrupted job may have left in its target, by its journal. Empty without a journal."""
     if not (target / JOURNAL).exists():
         return set()
     return {JOURNAL, *list_left_files(target)}
 
 
 def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
-    """Why the `needed` bytes cannot be written to the folder `target`, which may or may not be there yet, and may hold
-    files of `ours` but no others.
+    """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
+    hold only files named in `ours`.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -67,43 +67,43 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
 
 
 def measure_allocated(path: Path) -> int:
-    """What a file takes of the disk, in bytes."""
+    """Measures the disk space of a file, in bytes; 0 if it does not exist."""
     return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def find_nearest_folder(path: Path) -> Path:
-    """The path itself, or the nearest thing above it that exists."""
+    """Finds the nearest existing path: the path itself, or one above it."""
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
-    """A target folder as it was looked at, and the part of a plan that is left to be done there."""
+    """A target folder at the start of a job, and the part of the plan that remains to be done."""
 
     folder: Path
     plan: Plan
-    """Of the files that are not there yet."""
+    """The plan of the files that are not finished yet."""
     samples: Sequence[str]
-    """Of the data of each source file: a checksum."""
+    """For each source file: a checksum of samples of its data."""
     sides: Mapping[str, bytes]
-    """The files beside the tensors, by name."""
+    """The contents of the side files, by name."""
     manifest: Mapping[str, Any]
-    """Of the target; empty if there is none."""
+    """The manifest in the folder; empty if there is none."""
     known: Mapping[str, Any]
-    """The same, if it is of this conversion for other ranks; else empty."""
+    """The same manifest, if it is of this conversion (perhaps for other ranks); else empty."""
     origin: Mapping[str, Any]
-    """The part of the manifest that describes the source."""
+    """The part of the new manifest that describes the source."""
 
 
 def look_at_target(plan: Plan, folder: Path) -> TargetState:
-    """Finds what is left to do in the target folder; writes nothing. Raises Refused if anything stands in the way."""
+    """Finds the files of a plan that remain to be written; writes nothing. Raises Refused if they cannot be written."""
     try:
         samples, headers = read_source_facts(plan)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(folder)
     known = manifest if is_same_job(manifest, plan, samples) else {}
-    sides = read_side_files(plan)  # of all files, for an index names all
+    sides = read_side_files(plan)  # before finished ranks are left out: an index names all files
     origin = describe_origin(plan, headers)
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
@@ -113,7 +113,9 @@ def look_at_target(plan: Plan, folder: Path) -> TargetState:
 
 
 def check_state(state: TargetState) -> Iterator[Problem]:
-    """Files that are not as this conversion left them; else, if there is something to write, why it cannot be."""
+    """Reports files that changed since this conversion wrote them; if there are none, reasons why the remaining files
+    cannot be written.
+    """
     found = [*check_side_files(state.known, state.sides), *check_damaged_files(state.known, state.plan, state.folder)]
     yield from found
     if not found and state.plan.files:
@@ -121,7 +123,7 @@ def check_state(state: TargetState) -> Iterator[Problem]:
 
 
 def describe_others(state: TargetState) -> OtherFiles:
-    """The files beside the tensor files, for `execute_plan`: the manifest gets its final name last."""
+    """Describes the manifest and the side files for `execute_plan`. The manifest gets its final name last."""
 
     def contents(records: Records) -> dict[str, bytes]:
         manifest = write_manifest(state.plan, state.samples, state.sides, records, state.known, state.origin)
@@ -136,7 +138,7 @@ def describe_others(state: TargetState) -> OtherFiles:
 
 
 def check_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
-    """What is no longer as it was when the target was made: a tokenizer, or the config that a file was made of."""
+    """Reports side files whose content would differ from the manifest: a changed tokenizer or config of the source."""
     for entry in known.get("side_files", ()):
         content = sides.get(entry["name"])
         if content is not None and xxh3_128_hexdigest(content) != entry["xxh3_128"]:
@@ -145,7 +147,7 @@ def check_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> It
 
 
 def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
-    """Files of the same job that have a final name and not the size that they were given."""
+    """Reports finished files whose size differs from the manifest."""
     sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
     for file in plan.files:
         path = target / file.name
@@ -157,7 +159,7 @@ def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> I
 def mend_target(state: TargetState) -> list[str]:
     """Writes the side files that a finished target lacks, and returns their names.
 
-    Raises Refused if it lacks some while other ranks are half written there: their journal is not ours to end.
+    Raises Refused if side files are missing while other ranks are half written: that job must end first.
     """
     target = state.folder
     lost = [name for name in state.sides if not (target / name).exists()]
@@ -171,7 +173,7 @@ def mend_target(state: TargetState) -> list[str]:
             for name in lost:
                 write_durable(target / (name + PARTIAL), state.sides[name])
             rename_to_final(target, lost)
-    elif (target / JOURNAL).exists():  # of a job that a crash has ended behind its last rename
+    elif (target / JOURNAL).exists():  # left by a job that crashed after its last rename
         with ExitStack() as stack:
             lock_journal(stack, target / JOURNAL)
             (target / JOURNAL).unlink()
@@ -179,8 +181,8 @@ def mend_target(state: TargetState) -> list[str]:
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:
-    """A target that cannot be written to, or holds files that neither this conversion nor the same for other ranks put
-    there.
+    """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
+    for other ranks).
     """
     ours = list_own_names(state.folder)
     if state.known:

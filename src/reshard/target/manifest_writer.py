@@ -1,4 +1,4 @@
-"""The content of `reshard.json`: job, checksums, and what the original checkpoint was."""
+"""Writes the content of the manifest `reshard.json`: the job, checksums, and facts about the original checkpoint."""
 
 import json
 import zlib
@@ -23,21 +23,21 @@ from reshard.target.side_files import cast_config
 from reshard.types import WHOLE, File, Share
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
-"""What makes a conversion another one, besides the samples of its source."""
+"""Manifest keys that are equal in two manifests of the same job; the samples of the source must be equal too."""
 
 SAMPLE_SIZE = 64 << 10
-"""In bytes, of the data of a source file: so much at its beginning, its middle and its end."""
+"""Size of each of three samples of a source file's data (beginning, middle, end), in bytes."""
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """What is known before anything is written, as JSON values."""
+    """Describes a plan as JSON values: the part of a manifest that is known before anything is written."""
     return {
         "reshard": __version__,
         "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
         "ranks": plan.layout.ranks,
         "layout": describe_layout(plan.layout),
         **({"subset": plan.source.subset} if plan.source.subset else {}),
-        "counts": {plan.recipe.placeholders[letter].counts: count for letter, count in plan.counts.items()},
+        "counts": {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items()},
         "source": [
             {"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in plan.source.files
         ],
@@ -54,10 +54,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
-    """Of each source file a checksum of some of its data, in their order; and its packed header, by name.
+    """Reads from each source file a checksum of samples of its data, in the order of the files; and its compressed
+    header, by file name (only if `keeps_headers`).
 
-    Fine-tuned models have the same headers, not the same data. Not in the plan, which knows headers only. Raises
-    OSError.
+    Fine-tuned models have the same headers but other data, and a plan knows headers only. Raises OSError.
     """
     samples, headers = [], {}
     for file in plan.source.files:
@@ -69,12 +69,12 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
 
 
 def keeps_headers(plan: Plan) -> bool:
-    """Whether the source files can come back from the target: not those of a subset, nor rank files."""
+    """Whether the source files can be restored from the target: not for a subset, and not for rank files."""
     return not (plan.source.subset or plan.origin.is_of_ranks)
 
 
 def sample_data(opened: FileIO, file: File) -> str:
-    """The checksum of SAMPLE_SIZE bytes at the beginning, in the middle and at the end of a file's data."""
+    """Computes the xxh3-128 of SAMPLE_SIZE bytes at the beginning, in the middle and at the end of a file's data."""
     begin, end = file.header_size, file.size
     digest = xxh3_128()
     for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE_SIZE)):
@@ -91,8 +91,8 @@ def write_manifest(
     known: Mapping[str, Any],
     origin: Mapping[str, Any],
 ) -> bytes:
-    """The content of the manifest. `known` is that of the same job for other ranks into the same folder, or empty;
-    `origin` is as `describe_origin` gives it.
+    """Writes the content of the manifest, as JSON. `known` is the manifest of the same job for other ranks in the same
+    folder, or empty; `origin` is the result of `describe_origin`.
     """
     manifest = {**describe_plan(plan), "source_samples": list(samples), "origin": origin}
     for index, (file, entry) in enumerate(zip(plan.files, manifest["files"], strict=True)):
@@ -107,9 +107,10 @@ def write_manifest(
 
 
 def write_ranges(header: bytes, records: Records) -> str:
-    """`SIZE HASH SIZE HASH ...`: the ranges of a file from its first byte to its last, each with its xxh3-128.
+    """Writes the byte ranges of a file, from its first byte to its last: `SIZE HASH SIZE HASH ...`.
 
-    One string a file, for a model of 671B parameters has 300,000 ranges. The first is the header.
+    SIZE is in bytes, HASH is the xxh3-128 of the range in hexadecimal. The first range is the header. One string for
+    each file: a model of 671B parameters has 300,000 ranges.
     """
     ranges = [(len(header), xxh3_128_hexdigest(header))]
     ranges += [
@@ -119,11 +120,12 @@ def write_ranges(header: bytes, records: Records) -> str:
 
 
 def list_digests(records: Records) -> Iterable[bytes]:
+    """Lists the digests of journal records, 16 bytes each."""
     return (digest.tobytes() for digest in records["digest"])
 
 
 def is_same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
-    """Whether a manifest is of the conversion that is planned, for whichever of its ranks."""
+    """Whether a manifest is of the planned conversion, for these or other ranks."""
     wanted = describe_plan(plan)
     return manifest.get("source_samples") == list(samples) and all(
         manifest.get(key) == wanted.get(key) for key in JOB_KEYS
@@ -131,7 +133,7 @@ def is_same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str])
 
 
 def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
-    """The ranks of the plan whose files are there already, by the manifest of the same job and by their size."""
+    """Finds the ranks of the plan whose files are finished: listed in the manifest of the same job, with their size."""
     sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
     return {
         file.rank
@@ -143,7 +145,7 @@ def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -
 
 
 def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
-    """What a manifest keeps of the source, as JSON values. Of rank files: what was known of the source of these."""
+    """Describes the original checkpoint for the manifest, as JSON values. For rank files: their own original."""
     before, config = plan.origin, plan.source.config
     lost = before.lost if before.is_of_ranks else ()
     texts = {} if plan.source.subset else pack_texts(plan)
@@ -159,12 +161,12 @@ def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def list_lost(plan: Plan) -> list[Share]:
-    """What of its source a target does not have as it was."""
+    """Lists the source tensors that cannot be restored from the target: dropped or cast."""
     return [share for share in plan.coverage if share.use in LOST]
 
 
 def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
-    """By its name in the source: the shape of each tensor that was padded, as it is without."""
+    """Lists the original shape of each padded tensor, in elements, by its name in the source."""
     found = {}
     for cast in plan.casts:
         if compute_unpadded_shape(cast) == flatten_to_matrix(cast.result.shape):
@@ -176,12 +178,13 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
 
 
 def pack_texts(plan: Plan) -> dict[str, str]:
-    """The config and the index of the source, letter by letter."""
+    """Compresses the exact texts of config and index of the source, by file name."""
     paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
     return {path.name: pack_bytes(path.read_bytes()) for path in paths if path.is_file()}
 
 
 def pack_bytes(content: bytes) -> str:
+    """Compresses bytes with zlib, as base64 text."""
     return b64encode(zlib.compress(content, 6)).decode()
 
 
@@ -189,7 +192,7 @@ NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not a
 
 
 def describe_lost(plan: Plan) -> Iterator[str]:
-    """What a target in the layout of the source does not have as the model had it, for a person."""
+    """Describes, for people, the tensors that a target in the original layout lacks or has with other values."""
     origin = plan.origin
     if plan.layout.to != WHOLE or not origin.is_of_ranks:
         return
@@ -206,8 +209,8 @@ def describe_lost(plan: Plan) -> Iterator[str]:
 
 
 def list_dropped(plan: Plan) -> str:
-    """What the recipe leaves out, and the rank files have not."""
+    """Lists what the recipe leaves out and the rank files do not have, as text."""
     recipe = plan.recipe
-    present = {recipe.placeholders[letter].counts for letter, count in plan.counts.items() if count}
+    present = {recipe.placeholders[name].counts for name, count in plan.counts.items() if count}
     reasons = [find_reason(rule, recipe)[0] for rule in recipe.rules if rule.relation == "drop" or rule.optional]
     return ", ".join(dict.fromkeys(reason for reason in reasons if reason not in present))

@@ -1,4 +1,4 @@
-"""The files beside the tensors: tokenizer, run_config.json, config.json, index."""
+"""Makes or copies the side files of a target: config.json, index, run_config.json, tokenizer."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from reshard.types import RANKS, WHOLE, Recipe
 
 
 def restore_texts(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The JSON files that are made for a target, letter by letter as they once were where these say the same."""
+    """Replaces each made JSON file by its exact original text, where both have the same values."""
     origin, texts = plan.origin, plan.origin.texts or {}
     found = {
         name: texts[name] if has_same_values(name, texts.get(name), content) else content
@@ -42,28 +42,29 @@ def has_same_values(name: str, text: bytes | None, made: bytes) -> bool:
 
 
 def get_weight_map(index: Any) -> Any:
+    """Returns the `weight_map` of a parsed index; None without one."""
     return index.get("weight_map") if isinstance(index, dict) else None
 
 
 def is_restored(plan: Plan) -> bool:
-    """Whether the target is just the checkpoint that the source once was."""
+    """Whether the target is exactly the original checkpoint of the rank files, by the headers of all files."""
     return plan.layout.to == WHOLE and [file.header for file in plan.files] == [
         form.header for form in plan.origin.forms
     ]
 
 
 RUN_CONFIG = "run_config.json"
-"""Not `config.json`, which a tokenizer that is loaded from the folder would read."""
+"""Not `config.json`: a tokenizer that is loaded from the folder would read it."""
 
 EXEMPT = "modules_to_not_convert"
-"""How a config names the modules whose weights are not scaled though most are."""
+"""Config key that lists the modules without block scales."""
 
 DTYPES = ("torch_dtype", "dtype")
-"""How a config names the dtype of its weights, by its age."""
+"""Config keys of the dtype of the weights: older and newer configs."""
 
 
 def make_files(plan: Plan) -> dict[str, bytes]:
-    """What a target needs beside its tensors and what is carried along, by name."""
+    """Makes the files that a target needs besides tensors and copied files; returns name -> content."""
     if plan.layout.to == WHOLE:
         return make_whole_files(plan)
     text = make_run_config(plan)
@@ -71,9 +72,9 @@ def make_files(plan: Plan) -> dict[str, bytes]:
 
 
 def carry_config(plan: Plan) -> dict[str, bytes]:
-    """The config, where rank files have it beside them and casts change it: else it goes along as it is.
+    """Makes the config of rank files, if the recipe carries it and casts change it; an unchanged one is copied.
 
-    What padding raises stays as it was: a loader sees the rows in the files, and must know how many of them count.
+    Values that padding raises stay as they were: a loader must know how many rows in the files are not padding.
     """
     config = plan.source.config
     if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
@@ -83,10 +84,10 @@ def carry_config(plan: Plan) -> dict[str, bytes]:
 
 
 def make_run_config(plan: Plan) -> str:
-    """The configuration that the inference code of the ranks is started with; empty without a config to make it from,
-    and for chosen tensors, which nothing can run.
+    """Makes the configuration that the inference code of the ranks is started with. Empty without a config, for chosen
+    tensors (`--only`), and if the code cannot run the model.
 
-    Keys in the order of the recipe, four spaces, lists in one line, no end of line: as the published ones are.
+    Formatted like the published ones: keys in the order of the recipe, four spaces, lists on one line, no last newline.
     """
     if plan.config is None or not plan.recipe.run or "only" in plan.source.subset or any(find_run_obstacles(plan)):
         return ""
@@ -94,22 +95,22 @@ def make_run_config(plan: Plan) -> str:
     config["target"] = collect_target_facts(plan)
     found = {}
     for key, rule in plan.recipe.run.items():
-        formula, *usual = rule if isinstance(rule, list) else (rule, None)
+        formula, *default = rule if isinstance(rule, list) else (rule, None)
         try:
             value = compute_formula(formula, config, plan.recipe.sizes)
         except UnknownKey:
             value = None
-        # Without a value the key is left out, unless the recipe wants it to be said.
-        if value not in (usual and [None, *usual]):
+        # Without a value the key is left out, unless the recipe asks for null.
+        if value not in (default and [None, *default]):
             found[key] = value
     lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def find_run_obstacles(plan: Plan) -> Iterator[str]:
-    """Why the inference code cannot run what a config describes: what it has in itself, and the config wants otherwise.
+    """Finds the reasons why the inference code cannot run the model: values that the code fixes and the config changes.
 
-    Then there is no run configuration beside the rank files: one would start another model.
+    Then no run configuration is written: with one, the code would run another model.
     """
     needs = plan.recipe.run_needs if plan.recipe.run and plan.layout.to == RANKS else ()
     config = add_old_keys(plan.config or {})
@@ -125,7 +126,7 @@ def find_run_obstacles(plan: Plan) -> Iterator[str]:
 
 
 def find_needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -> Any:
-    """A value that a recipe allows; behind `=` it is that of a formula, None where the config does not tell it."""
+    """Finds a value that a recipe allows. After `=` it is the value of a formula; None if the config lacks its keys."""
     if not (isinstance(allowed, str) and allowed.startswith("=")):
         return allowed
     try:
@@ -135,8 +136,8 @@ def find_needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -
 
 
 def collect_target_facts(plan: Plan) -> dict[str, Any]:
-    """What the rank files hold: by letter how many of each numbered place; `dtype`, that of the weights; `packed`, the
-    name of a packed dtype.
+    """Collects facts of the rank files for formulas: the number of members of each placeholder, by its name; `dtype`,
+    the dtype of the weights; `packed`, the name of a packed dtype or None.
     """
     dtypes = {tensor.dtype for tensor in plan.pieces.tensors}
     weights = "fp8" if "F8_E4M3" in dtypes and plan.layout.cast != "bf16" else "bf16"
@@ -144,8 +145,8 @@ def collect_target_facts(plan: Plan) -> dict[str, Any]:
 
 
 def make_whole_files(plan: Plan) -> dict[str, bytes]:
-    """The config, as the casts have left it, and the index, unless there is one file by the name of all. Chosen tensors
-    have no config.
+    """Makes the config after casts, and the index unless the target is one `model.safetensors`. Chosen tensors
+    (`--only`) get no config.
     """
     found = {}
     if plan.config is not None and "only" not in plan.source.subset:
@@ -156,18 +157,19 @@ def make_whole_files(plan: Plan) -> dict[str, bytes]:
 
 
 def make_json_text(value: Mapping[str, Any]) -> bytes:
+    """Writes an object as JSON text of a file."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def make_index(plan: Plan) -> dict[str, Any]:
-    """Which tensor is in which file, sorted by name; the size is that of the data, in bytes."""
+    """Makes the index: tensor name -> file name, sorted by name; `total_size` is the size of all data, in bytes."""
     names = {plan.pieces.names[piece]: file.name for file in plan.files for piece in file.pieces.tolist()}
     size = sum(file.size - len(file.header) for file in plan.files)
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
 
 
 def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config once its weights are cast: how they are quantised, and their dtype."""
+    """Changes a config to match cast weights: `quantization_config` and dtype."""
     changed = dict(config)
     if plan.layout.expert_dtype:
         changed.pop("expert_dtype", None)
@@ -179,9 +181,9 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
     if plan.layout.cast in CAST_TO_FP8 and plan.casts:
         block = next(cast.block for cast in plan.casts)
-        usual = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        facts = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
-        changed["quantization_config"] = {**usual, **power, "weight_block_size": list(block)}
+        changed["quantization_config"] = {**facts, **power, "weight_block_size": list(block)}
     if isinstance(quantization := changed.get("quantization_config"), dict) and (
         modules := find_unscaled_modules(plan)
     ):
@@ -193,40 +195,42 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_unscaled_modules(plan: Plan) -> list[str]:
-    """The ends of the names of modules whose weights the recipe dequantises: they are not scaled, as all others are."""
+    """Finds the modules, by the end of their names, that have no scales because the recipe dequantizes them."""
     found: dict[str, None] = {}
     for rule in plan.recipe.rules:
         if rule.relation == "dequantize":
-            letter = find_scale_placeholder(rule, plan.recipe)
-            module = rule.left.removesuffix(f".{{{letter}}}").rpartition("}.")[2]
-            scale = f"{module}.{plan.recipe.scales[letter].left}"
-            if plan.layout.to == RANKS or not any(name.endswith(scale) for name in plan.pieces.names):
+            name = find_scale_placeholder(rule, plan.recipe)
+            module = rule.left.removesuffix(f".{{{name}}}").rpartition("}.")[2]
+            scale = f"{module}.{plan.recipe.scales[name].left}"
+            if plan.layout.to == RANKS or not any(piece.endswith(scale) for piece in plan.pieces.names):
                 found[module] = None
     return list(found)
 
 
 LARGEST_SIDE_FILE = 256 << 20
-"""In bytes. Side files are tokenizers and the like; they are read whole."""
+"""In bytes. Side files, such as tokenizers, are read whole."""
 
 
 def read_side_files(plan: Plan) -> dict[str, bytes]:
-    """The contents of the small files that go along, by name. Raises Refused if one cannot be read or is not small.
+    """Reads the side files to copy, and adds the made ones; returns name -> content, sorted by name. Raises Refused if
+    a file cannot be read or is larger than LARGEST_SIDE_FILE.
 
-    Those that are made for the target replace others of their name. Beside whole files goes all that stands beside them
-    in the source; beside chosen tensors nothing does.
+    Made files replace copied ones of the same name. In the original layout all side files of the source are copied; for
+    chosen tensors (`--only`) none.
     """
     if "only" in plan.source.subset:
         return make_files(plan)
     patterns, made = plan.recipe.carry, make_files(plan)
     if plan.layout.to == WHOLE:
         patterns, made = ("*",), restore_texts(plan, made)
-    ours = {RUN_CONFIG} if plan.origin.is_of_ranks else set()  # of the rank files, not of the model
+    ours = {RUN_CONFIG} if plan.origin.is_of_ranks else set()  # belongs to the rank files, not to the model
     found = find_side_files(plan.source.folder, patterns)
     sides = {**{name: read_small(path) for name, path in found.items() if name not in {*made, *ours}}, **made}
     return dict(sorted(sides.items()))
 
 
 def read_small(path: Path) -> bytes:
+    """Reads a side file. Raises Refused if it is too large, cannot be read, or is a Git LFS pointer."""
     try:
         size = path.stat().st_size
         if size > LARGEST_SIDE_FILE:
@@ -242,8 +246,8 @@ def read_small(path: Path) -> bytes:
 
 
 def is_side_file(path: Path) -> bool:
-    """Whether a path is a file that could go along: not a folder, not hidden, as a shell's `*` has it, no part of the
-    checkpoint itself and nothing that we keep books in. A link to nothing was to be a file.
+    """Whether a path is a side file: not a folder, not hidden, not a tensor file or an index, not the manifest or
+    journal. A broken link counts as a file.
     """
     is_ours = path.name in (MANIFEST, JOURNAL) or path.name.endswith(PARTIAL)
     is_checkpoint = path.name.endswith((SUFFIX, SUFFIX + ".index.json"))
@@ -251,11 +255,12 @@ def is_side_file(path: Path) -> bool:
 
 
 def is_broken_link(path: Path) -> bool:
-    """Whether a path is a link to nothing."""
+    """Whether a path is a broken link."""
     return path.is_symlink() and not path.exists()
 
 
 def list_names(folder: Path) -> list[str]:
+    """Lists the names in a folder, sorted; empty if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
@@ -263,7 +268,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def find_side_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files of a folder that fit a pattern and go along, by name. Raises Refused if one is a link to nothing."""
+    """Finds the side files of a folder that match a pattern; name -> path. Raises Refused if one is a broken link."""
     fitting = [name for name in list_names(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)]
     found = {name: folder / name for name in fitting if is_side_file(folder / name)}
     lost = [str(path) for path in found.values() if is_broken_link(path)]
