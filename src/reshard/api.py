@@ -24,7 +24,7 @@ from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
-from reshard.target.folder import describe_others, look_at_target, mend_target
+from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, File, Progress, Subset
 from reshard.verification.checksums import audit_target

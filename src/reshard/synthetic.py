@@ -1,4 +1,4 @@
-"""Makes DeepSeek-V2 and V3 checkpoints of the true Hugging Face layout at any scale: the demo, tests, benchmarks.
+"""Makes DeepSeek-V2 and V3 checkpoints of the true layout at any scale, by the configs in `synthetic_configs`.
 
 It states that layout by itself, from the shapes of the models: it knows no recipe and no plan, so that they can be
 checked against what stands here.
@@ -19,7 +19,7 @@ from reshard.formats.safetensors import BITS, format_entry, format_header, make_
 TensorEntry = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "synthetic_configs"
 
 
 def read_packaged_config(name: str) -> Mapping[str, Any]:

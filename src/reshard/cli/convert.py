@@ -1,4 +1,4 @@
-"""Runs the commands `convert`, `plan` and `deepseek`, and prints plans and results."""
+"""Runs the commands `convert`, `plan` and `deepseek`."""
 
 import argparse
 import shlex

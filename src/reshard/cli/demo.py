@@ -1,4 +1,4 @@
-"""Runs the command `demo`: makes a small checkpoint, converts it, verifies it."""
+"""Runs the command `demo`."""
 
 import argparse
 import tempfile

@@ -1,4 +1,4 @@
-"""Runs the command `diff` and prints its tables."""
+"""Runs the command `diff`."""
 
 import argparse
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Parses the command line, runs one command, and returns its exit code.
+"""The command line: every command with its options; parses, runs the command, tells refusals, gives the exit code.
 
 `reshard --help` loads only this module. The module of a command is named here and imported when the command runs.
 """

@@ -1,4 +1,4 @@
-"""Runs the command `verify` and prints its report."""
+"""Runs the command `verify`."""
 
 import argparse
 from dataclasses import asdict

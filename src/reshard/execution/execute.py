@@ -1,4 +1,4 @@
-"""Executes a plan: writes the files of the target, or resumes an interrupted job. The only writer of tensors.
+"""Executes a plan: skips what the journal says is durable, writes the rest. The only writer of tensors.
 
 Everything is written under temporary names, made durable, and renamed last: a file with its final name is complete. A
 journal records what is durable, so that the same command resumes after a crash, a full disk or Ctrl-C.

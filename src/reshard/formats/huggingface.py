@@ -1,4 +1,4 @@
-"""A folder of safetensors files with its index and config -> Checkpoint. Reads headers, never tensor data."""
+"""A folder of safetensors files with its index -> Checkpoint; names numbered and indexed files that are missing."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Loads one rank's tensors into memory, from a checkpoint of any layout, as `convert` would write them."""
+"""Loads one rank's tensors onto a device, from a checkpoint of any layout, as `convert` would write them."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence

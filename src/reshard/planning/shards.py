@@ -1,4 +1,4 @@
-"""Cuts tensors into the shards of the ranks, and checks that shapes allow the cut. Arithmetic on shapes only.
+"""Cuts tensors into the shards of the ranks, and lists the numbers of ranks that work. Arithmetic on shapes only.
 
 A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` bytes. Of each row, a rank gets a run of
 `run` bytes that begins at byte `rank // repeat * run` of the row:

@@ -1,4 +1,4 @@
-"""The splits of a recipe: parses them, and counts into how many parts ranks cut a tensor."""
+"""Parses the splits of a recipe: the dimension that is cut, and into how many parts."""
 
 import re
 

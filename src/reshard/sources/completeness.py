@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is complete: no gap in the layers and experts, and every tensor that a rule expects."""
+"""Checks that no tensor is missing: no gap in the layers and experts, and every tensor that a rule expects."""
 
 import reprlib
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Makes or copies the side files of a target: config.json, index, run_config.json, tokenizer."""
+"""The files beside the tensors: tokenizer, config.json, index, and run_config.json by the `run` keys of the recipe."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Checks the target folder before a job: which files are finished, and whether the others can be written."""
+"""Looks at the target folder before a job: which ranks are finished, and whether the rest can be written."""
 
 import os
 import shutil
