@@ -280,7 +280,7 @@ def test_a_storm_of_signals_is_one_interrupt(attempt: int, source: Path, target:
     """
     waiting = program(
         "import time, reshard.execution.execute as execute",
-        f"execute.finish = lambda *_: time.sleep({MANY})",
+        f"execute.rename_to_final = lambda *_: time.sleep({MANY})",
     )
     command = [*waiting, "convert", str(source), str(target), "--mp", str(RANKS), "--jobs", "1"]
     pipe = subprocess.PIPE
@@ -304,11 +304,11 @@ def test_a_background_job_of_a_script_does_not_heed_ctrl_c(source: Path, target:
     """Its shell has it ignored."""
     interrupted = program(
         "import os, signal, reshard.execution.execute as execute",
-        "finish = execute.finish",
+        "finish = execute.rename_to_final",
         "def interrupting(*arguments):",
         f"    {KILL.format('SIGINT')}",
         "    finish(*arguments)",
-        "execute.finish = interrupting",
+        "execute.rename_to_final = interrupting",
     )
     words = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *interrupted]
     assert run("convert", source, target, "--mp", RANKS, command=words).returncode == 0

@@ -58,7 +58,7 @@ def begun(source: Path, tmp_path: Path) -> Path:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), tmp_path / "target")
     return tmp_path / "target"
@@ -218,7 +218,7 @@ def test_a_plan_that_does_not_tile_is_not_given_out(index: int, source: Path, mo
         columns["target_offset"][index] += 1
         return files, Copies(**columns)
 
-    monkeypatch.setattr("reshard.planning.plan.lay_out", wrong)
+    monkeypatch.setattr("reshard.planning.planner.lay_out_files", wrong)
     with pytest.raises(WrongPlan):
         plan_conversion(Job(source, RANKS))
 

@@ -127,7 +127,7 @@ def test_a_journal_left_behind_the_last_rename_is_cleared(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "remove", crash)
+        patch.setattr(reshard.execution.execute, "remove_files", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), target)
     assert (target / JOURNAL).exists()
@@ -145,7 +145,7 @@ def test_a_finished_run_leaves_the_unfinished_one_of_other_ranks_alone(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS, ranks=(1,)), target)
     journal = (target / JOURNAL).read_bytes()
@@ -196,9 +196,9 @@ def test_two_runs_at_once_are_one_too_many(source: Path, tmp_path: Path) -> None
     target = tmp_path / "target"
     target.mkdir()
     hold = (
-        "import contextlib, pathlib, sys; from reshard.execution.journal import lock\n"
+        "import contextlib, pathlib, sys; from reshard.execution.journal import lock_journal\n"
         "with contextlib.ExitStack() as stack:\n"
-        "    lock(stack, pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "    lock_journal(stack, pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(target / JOURNAL)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -241,7 +241,7 @@ def interrupted(source: Path, target: Path) -> None:
         def crash(*_: object) -> None:
             raise Crash
 
-        patch.setattr(reshard.execution.execute, "finish", crash)
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), target)
 

@@ -210,7 +210,7 @@ def test_a_tensor_of_several_windows_is_compared_to_its_ends(
     tmp_path: Path, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes are changed on both sides of every border between windows, and at the ends."""
-    monkeypatch.setattr("reshard.inspection.diff.ways_to_read", lambda _path, _size: Ways(way, "cached"))
+    monkeypatch.setattr("reshard.inspection.diff.choose_ways_to_read", lambda _path, _size: Ways(way, "cached"))
     size = (9 << 20) + 8
     one = random.Random(dtype).randbytes(size)
     other = bytearray(one)

@@ -39,7 +39,7 @@ def target(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture(params=["through the cache", "past the cache"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.storage.page_cache.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.page_cache.measure_available_memory", lambda: 0)
 
 
 def rank_file(target: Path, rank: int) -> Path:

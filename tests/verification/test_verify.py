@@ -254,7 +254,7 @@ def invert(path: Path, start: int, end: int) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has memory enough, and on one that has none to spare."""
     if request.param == "past the cache":
-        monkeypatch.setattr("reshard.storage.page_cache.available_memory", lambda: 0)
+        monkeypatch.setattr("reshard.storage.page_cache.measure_available_memory", lambda: 0)
 
 
 @pytest.mark.usefixtures("way")
@@ -298,7 +298,7 @@ def test_all_bytes_that_differ_are_counted_whichever_thread_finds_them(name: str
 VERIFY_AND_TELL_MEMORY = """
 import sys
 from pathlib import Path
-from reshard.formats.huggingface import read_checkpoint
+from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
 from reshard.verification.verify import verify_target
 
