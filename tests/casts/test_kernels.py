@@ -21,7 +21,7 @@ from reshard.casts.kernels import BoxSlices, Recode, RowsColumns, compile_recode
 FP8 = torch.float8_e4m3fn
 BLOCKS = [(128, 128), (32, 32), (1, 32), (3, 5), (1, 200), (200, 1)]
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
-SMALL = {"TILE": 48, "BAND": 96, "SCALES": 6, "PAGES": 4}
+SMALL = {"TILE_ELEMENTS": 48, "BAND_ELEMENTS": 96, "SCALES_AT_ONCE": 6, "MOST_PAGES": 4}
 """With these, small boxes are worked on in many pieces."""
 
 

@@ -363,7 +363,7 @@ def test_a_scale_that_is_no_number_is_refused(source: Source, folder: Path) -> N
 # --- interrupted ---
 
 
-@pytest.mark.parametrize("job", [{"to": "hf", "cast": "bf16", "file_size": 3 << 20}, {"expert_dtype": "fp8"}])
+@pytest.mark.parametrize("job", [{"to": "hf", "cast": "bf16", "max_file_size": 3 << 20}, {"expert_dtype": "fp8"}])
 def test_a_crash_in_the_middle_of_a_cast_is_gone_on_from(
     job: dict[str, Any], source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def diff_checkpoints(
         for pair in pairing.pairs
         if pair.name in found
     ]
-    values.sort(key=rank_difference, reverse=True)
+    values.sort(key=make_difference_key, reverse=True)
     return DiffReport(
         str(a),
         str(b),
@@ -131,7 +131,7 @@ def diff_checkpoints(
     )
 
 
-def rank_difference(difference: ValueDifference) -> tuple[bool, float, float]:
+def make_difference_key(difference: ValueDifference) -> tuple[bool, float, float]:
     """The sort key of a difference: larger is more different."""
     apart = difference.apart
     odd = apart.infinite > 0 or apart.nans != (0, 0)

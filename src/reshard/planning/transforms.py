@@ -10,7 +10,7 @@ from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
-from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_target_block, logical_shape
+from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_logical_shape, find_target_block
 from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
 
 
@@ -73,7 +73,7 @@ def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     if not kind.scales and layout.cast in CAST_TO_FP8 and not dequantizes(kind.rule, layout):
         return quantize_group(kind, scaling, terms, casts)
     if scaling.packed and kind.weights[0].dtype == "I8" and layout.to != WHOLE:
-        shape = logical_shape(kind.weights[0], scaling)
+        shape = find_logical_shape(kind.weights[0], scaling)
         weights = [tensor._replace(dtype="F4", shape=shape) for tensor in kind.weights]
         return Outcome(kind, weights, kind.scales, kind.scale_names, scaling.block)
     return Outcome(kind, kind.weights, kind.scales, kind.scale_names, scaling.block if kind.scales else (1, 1))
@@ -107,7 +107,7 @@ def add_casts(
 def dequantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
     """Dequantizes a weight group to BF16, without scales."""
     inputs = list(zip(kind.weights, kind.scales, strict=True))
-    shape = logical_shape(kind.weights[0], scaling)
+    shape = find_logical_shape(kind.weights[0], scaling)
     weights = add_casts("dequantize", inputs, (scaling.block, (1, 1)), ("BF16", shape), terms, casts)
     return Outcome(kind, weights, [], [], (1, 1))
 
@@ -115,7 +115,7 @@ def dequantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts
 def cast_group_to_fp8(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts packed FP4 weights to FP8, with E8M0 scales of the FP8 block."""
     inputs, blocks = list(zip(kind.weights, kind.scales, strict=True)), (scaling.block, scaling.fp8_block)
-    shape = logical_shape(kind.weights[0], scaling)
+    shape = find_logical_shape(kind.weights[0], scaling)
     weights = add_casts("fp4-to-fp8", inputs, blocks, ("F8_E4M3", shape), terms, casts)
     result = "F8_E8M0", count_blocks(shape, scaling.fp8_block)
     scales = add_casts("fp4-to-fp8-scale", inputs, blocks, result, terms, casts, is_scale=True)

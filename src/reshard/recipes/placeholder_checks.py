@@ -1,4 +1,4 @@
-"""What is wrong with the letters of a recipe: its placeholders and its scales, and the names that they stand in."""
+"""Finds faults in the placeholders and scales of a recipe, and in the names that they stand in."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

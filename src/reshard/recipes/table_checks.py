@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: the table that its TOML file holds -> faults, each with its place and line."""
+"""Finds faults in the TOML table of a recipe, each with its place and line."""
 
 import ast
 import re

@@ -90,7 +90,7 @@ def group_weights_of_rule(
     paired = [found.get(numbers) for numbers in weights.numbers] if found else []
     groups: dict[Any, list[int]] = {}
     alike = [(tensor.dtype, tensor.shape) for tensor in weights.tensors]
-    for place, key in enumerate(zip(alike, map(key_scale, paired), strict=True) if paired else alike):
+    for place, key in enumerate(zip(alike, map(make_scale_key, paired), strict=True) if paired else alike):
         groups.setdefault(key, []).append(place)
     for places in groups.values():
         # With one place itemgetter returns the item itself, not a tuple.
@@ -117,7 +117,7 @@ def find_scaling(weight: Tensor, scaling: BlockScale | None) -> BlockScale | Non
     return scaling
 
 
-def key_scale(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
+def make_scale_key(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
     return (pair[0].dtype, pair[0].shape) if pair else None
 
 
@@ -173,7 +173,7 @@ def check_scaling(kind: WeightGroup, scaling: BlockScale) -> Iterator[Problem]:
                 yield Problem("weight-without-scale", tensor.name, found, "both", LACKS_FILE)
         return
     scale = kind.scales[0]
-    wanted = count_blocks(logical_shape(weight, scaling), scaling.block)
+    wanted = count_blocks(find_logical_shape(weight, scaling), scaling.block)
     if weight.dtype != scaled:
         for tensor in kind.scales:
             found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"
@@ -190,7 +190,7 @@ def check_scaling(kind: WeightGroup, scaling: BlockScale) -> Iterator[Problem]:
             yield Problem("wrong-shape", tensor.name, f"shape {list(weight.shape)}", "a matrix, for its block scale")
 
 
-def logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
+def find_logical_shape(weight: Tensor, scaling: BlockScale | None) -> tuple[int, ...]:
     """Returns the shape of a weight in elements; packed FP4 has two elements in a byte."""
     return unpack_shape(weight, is_packed=scaling is not None and scaling.packed)
 
@@ -207,7 +207,7 @@ def check_against_config(
         if config is None or not kind.rule.shape:
             continue
         shape = compute_shape(kind.rule.shape, config, recipe.sizes)
-        found = logical_shape(weight, kind.scaling)
+        found = find_logical_shape(weight, kind.scaling)
         if len(shape) == len(found) and all(a in (None, b) for a, b in zip(shape, found, strict=True)):
             continue
         wanted = f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
