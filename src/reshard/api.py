@@ -18,7 +18,7 @@ from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
-from reshard.planning.options import check_source_options, require_layout
+from reshard.planning.options import check_source_options, require_layout, require_whole_number
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
@@ -124,18 +124,17 @@ def convert(
     settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
     require_none(check_settings(settings))
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
-    subset = Subset(sort_numbers(layers), sort_numbers(experts), renumber, tuple(only))
+    subset = choose_subset(layers, experts, only, renumber=renumber)
 
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
     require_none(check_source_options(found, replicas, n_experts))
-    planned = make_plan(found, layout, ranks=sort_numbers(ranks), only=subset.only)
-    state = look_at_target(planned, Path(target))  #         the last chance to refuse
+    planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    state = look_at_target(planned, Path(target))  # the last chance to refuse
     if not state.plan.files:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     advance = count_progress(progress, state.plan.size)
-    done = execute_plan(
-        state.plan, state.folder, describe_others(state), advance, settings
-    )  # the only step that writes
+    # The only step that writes tensors.
+    done = execute_plan(state.plan, state.folder, describe_others(state), advance, settings)
     return Conversion(state.folder, state.plan, done, (), monotonic() - started)
 
 
@@ -168,10 +167,10 @@ def plan(
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
-    subset = Subset(sort_numbers(layers), sort_numbers(experts), renumber, tuple(only))
+    subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
     require_none(check_source_options(found, replicas, None))
-    planned = make_plan(found, layout, ranks=sort_numbers(ranks), only=subset.only)
+    planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     return planned if target is None else look_at_target(planned, Path(target)).plan
 
 
@@ -214,7 +213,7 @@ def verify(
         return audit_target(folder, count_progress(progress, count_tensor_bytes(folder)), part)
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
     advance = count_progress(progress, count_tensor_bytes(sides.folder))
-    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sort_numbers(ranks), part)
+    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sort_numbers("--ranks", ranks), part)
     return note_other_source(report, folder, sides.files)
 
 
@@ -248,7 +247,7 @@ def diff(
         Refused: One of the two cannot be read.
 
     """
-    choice = DiffChoice(tuple(only), recipe, dequantize, ignore_extra_files, replicas)
+    choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas)
     return diff_checkpoints(Path(a), Path(b), choice, progress)
 
 
@@ -281,9 +280,23 @@ def count_tensor_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def sort_numbers(numbers: Iterable[int] | None) -> tuple[int, ...] | None:
-    """Each once."""
-    return None if numbers is None else tuple(sorted(set(numbers)))
+def choose_subset(
+    layers: Iterable[int] | None, experts: Iterable[int] | None, only: Iterable[str], *, renumber: bool
+) -> Subset:
+    """The part of a checkpoint that the arguments choose. Raises Refused."""
+    return Subset(sort_numbers("--layers", layers), sort_numbers("--experts", experts), renumber, list_patterns(only))
+
+
+def sort_numbers(option: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """The numbers of an option, each once. Raises Refused for anything but whole numbers."""
+    if numbers is None:
+        return None
+    return tuple(sorted({require_whole_number(option, number) for number in numbers}))
+
+
+def list_patterns(only: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of names; a single one may come as a plain string."""
+    return (only,) if isinstance(only, str) else tuple(only)
 
 
 def read_sample(sample: float | Fraction | None) -> Fraction | None:

@@ -73,12 +73,17 @@ def require_whole_number(option: str, value: Any) -> int:
 
 def check_source_options(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
     """Reports options that do not suit a source: `replicas` without rank files, or a wrong number of experts."""
-    if replicas not in (COMPARE, FIRST):
-        yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
-    elif replicas == FIRST and not source.origin.is_of_ranks:
+    yield from check_replicas(replicas)
+    if replicas == FIRST and not source.origin.is_of_ranks:
         yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     placeholders = source.recipe.placeholders
     found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]
     if n_experts is not None and n_experts not in found:
         expected = f"{found[0] if found else 0}, by the names of the tensors"
         yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")
+
+
+def check_replicas(replicas: str) -> Iterator[Problem]:
+    """Finds a choice of replicas that does not exist."""
+    if replicas not in (COMPARE, FIRST):
+        yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
