@@ -74,7 +74,8 @@ def test_the_functions_work_together(as_path: Callable[[Path], Any], small: Path
     report = reshard.verify(target, source)
     assert report.is_proven
     assert report.compared == report.size > 0
-    assert reshard.verify(target, sample=0.01).is_sampled
+    sampled = reshard.verify(target, sample=0.01)
+    assert (sampled.problems, sampled.is_sampled, sampled.is_proven) == ((), True, False)
     assert reshard.inspect(target).ranks == 2
     assert not reshard.diff(source, target, only=["model.layers.0.*"]).values
     state = reshard.load(source, mp=2, rank=1, framework="numpy")
@@ -90,6 +91,7 @@ def test_values_print_as_text_for_people(small: Path, tmp_path: Path) -> None:
     for value, words in (
         (reshard.plan(small, mp=2), "2 ranks by the recipe deepseek-v3"),
         (conversion, "2 rank files"),
+        (conversion, "dropped: "),
         (report, "all equal"),
         (reshard.inspect(small), "huggingface layout"),
         (reshard.diff(small, small), "the same"),
@@ -113,7 +115,12 @@ def test_values_print_as_text_for_people(small: Path, tmp_path: Path) -> None:
         (lambda source, target: reshard.convert(source, target, mp=2, cache="maybe"), "auto, yes or no"),
         (lambda source, target: reshard.convert(source, target, mp=2, max_memory=1), "max_memory"),
         (lambda source, _: reshard.verify(source, ranks=[0]), "both with source only"),
+        (lambda source, _: reshard.verify(source, source, sample=cast(float, "1%")), "more than 0 and at most 1"),
         (lambda source, _: reshard.plan(source, mp=2, layers=cast(Any, "0-3")), "layers: wrong option"),
+        (lambda source, _: reshard.plan(source, mp=2, layers=cast(Any, 3)), "a list of whole numbers"),
+        (lambda source, target: reshard.convert(source, target, mp=2, jobs=cast(int, "2")), "jobs: wrong option"),
+        (lambda source, target: reshard.convert(source, target, mp=2, max_memory=cast(int, "1GB")), "a whole number"),
+        (lambda source, _: reshard.plan(source, to="hf", max_file_size=cast(int, "5GB")), "max_file_size"),
         (lambda source, _: reshard.plan(source, mp=2, ranks=[cast(int, 1.5)]), "ranks: wrong option"),
         (lambda source, _: reshard.plan(source, mp=2, only="nothing.*"), "no tensor fits 'nothing.*'"),
         (lambda source, _: reshard.verify(source, source, sample=2), "more than 0 and at most 1"),

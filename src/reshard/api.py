@@ -14,17 +14,19 @@ from time import monotonic
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import RunResult, Settings, execute_plan
-from reshard.formats.manifest import read_valid_manifest
+from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import check_source_options, require_layout, require_whole_number
-from reshard.planning.plan import Plan
+from reshard.planning.plan import Plan, describe_casts, describe_dropped
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
+from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
+from reshard.target.side_files import explain_no_run_config
 from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, File, Progress, Subset
 from reshard.verification.checksums import audit_target
@@ -251,8 +253,8 @@ def diff(
     return diff_checkpoints(Path(a), Path(b), choice, progress)
 
 
-def describe_conversion(conversion: Conversion) -> Iterator[str]:
-    """The first lines of a conversion's summary, for a person."""
+def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iterator[str]:
+    """The summary of a conversion, for a person: also everything that the target lacks. `jobs` were asked for."""
     plan, done, target = conversion.plan, conversion.done, conversion.target
     if conversion.mended:
         yield f"{target}: converted already; written again: {', '.join(conversion.mended)}"
@@ -262,8 +264,24 @@ def describe_conversion(conversion: Conversion) -> Iterator[str]:
         size = f"{plan.size:,} bytes ({format_size(plan.size)})"
         kind = "rank files" if plan.layout.to == RANKS else "files"
         yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
-        if done.resumed:
-            yield f"resumed: {done.resumed:,} bytes had been written before"
+        yield from describe_run(done, jobs)
+    yield from list_subset_lines(plan.source.subset)
+    yield from describe_casts(plan)
+    yield from describe_dropped(plan)
+    yield from explain_no_run_config(plan)
+    yield from describe_lost(plan)
+
+
+def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
+    """Describes how a run went: bytes resumed, threads, ways through the page cache, values rounded."""
+    if done.resumed:
+        yield f"resumed: {done.resumed:,} bytes had been written before"
+    used = format_count(done.jobs, "jobs")
+    if jobs is not None and done.jobs < jobs:
+        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory allows no more)"
+    yield f"{used}, read {done.ways.read}, written {done.ways.write}"
+    if done.inexact:
+        yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
 
 
 def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Report:
@@ -291,6 +309,8 @@ def sort_numbers(option: str, numbers: Iterable[int] | None) -> tuple[int, ...] 
     """The numbers of an option, each once. Raises Refused for anything but whole numbers."""
     if numbers is None:
         return None
+    if not isinstance(numbers, Iterable):
+        raise refuse("wrong-option", option, repr(numbers), "a list of whole numbers")
     return tuple(sorted({require_whole_number(option, number) for number in numbers}))
 
 
@@ -303,7 +323,10 @@ def read_sample(sample: float | Fraction | None) -> Fraction | None:
     """The part of the bytes to compare, exactly as it was written. Raises Refused."""
     if sample is None:
         return None
-    part = Fraction(str(sample))
+    try:
+        part = Fraction(str(sample))
+    except ValueError:
+        part = Fraction(0)
     if not 0 < part <= 1:
         raise refuse("wrong-option", "--sample", str(sample), "more than 0 and at most 1")
     return part
@@ -311,7 +334,8 @@ def read_sample(sample: float | Fraction | None) -> Fraction | None:
 
 def check_settings(settings: Settings) -> Iterator[Problem]:
     """Settings that are none."""
-    if settings.jobs is not None and settings.jobs < 1:
-        yield Problem("wrong-option", "--jobs", str(settings.jobs), "1 or more")
+    for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
+        if value is not None and require_whole_number(option, value) < 1:
+            yield Problem("wrong-option", option, str(value), "1 or more")
     if settings.cache not in ("auto", "yes", "no"):
         yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")

@@ -86,7 +86,7 @@ MUTATIONS = (
     ),
     Mutation(
         "planning/shards",
-        "experts are assign_to_ranks like cards, 0, 4, 8 to the first rank",
+        "experts are dealt like cards, 0, 4, 8 to the first rank",
         "for numbers in kind.numbers], np.int64) // members",
         "for numbers in kind.numbers], np.int64) % terms.layout.ranks",
         "test_plan.py::test_experts_go_whole_and_in_order_of_number",
@@ -185,7 +185,7 @@ MUTATIONS = (
     ),
     Mutation(
         "planning/transforms",
-        "what suits_ranks the ranks already is pad_outcome too",
+        "what suits the ranks already is padded too",
         "for more in range(value, MOST * value + 1)",
         "for more in range(value + 1, MOST * value + 1)",
         "test_family_conversions.py::test_padding_where_nothing_straddles_changes_nothing",
@@ -585,7 +585,7 @@ MUTATIONS = (
     ),
     Mutation(
         "verification/reference_casts",
-        "verify takes the high half of a byte of FP4_CODE_VALUES for the even column",
+        "verify takes the high half of a byte of FP4 for the even column",
         "np.stack([packed & 15, packed >> 4], axis=-1)",
         "np.stack([packed >> 4, packed & 15], axis=-1)",
         "test_reference_casts.py::test_the_even_column_of_fp4_is_in_the_low_half",

@@ -10,11 +10,10 @@ from reshard import api
 from reshard.api import Conversion, describe_conversion
 from reshard.cli.terminal import PROVEN, print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
-from reshard.formats.manifest import list_subset_lines
-from reshard.planning.plan import Plan, describe_casts, describe_coverage, describe_dropped, describe_files
+from reshard.planning.plan import Plan, describe_coverage, describe_files
 from reshard.target.manifest_writer import describe_lost, describe_plan
-from reshard.target.side_files import find_run_obstacles
-from reshard.text import escape, format_count, format_size
+from reshard.target.side_files import explain_no_run_config, find_run_obstacles
+from reshard.text import escape, format_size
 from reshard.types import RANKS
 
 CHOICES = (
@@ -97,32 +96,9 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
             {"status": status, "seconds": conversion.seconds, "done": done, **describe_plan_facts(conversion.plan)}
         )
     else:
-        print("\n".join(map(escape, summarize_conversion(conversion, options))))
+        lines = describe_conversion(conversion, getattr(options, "jobs", None))
+        print("\n".join(map(escape, [*lines, f"next: {make_verify_command(conversion, options)}"])))
     return PROVEN
-
-
-def summarize_conversion(conversion: Conversion, options: argparse.Namespace) -> Iterator[str]:
-    """Summarizes a conversion; the last line is the command that verifies it."""
-    plan, done = conversion.plan, conversion.done
-    yield from describe_conversion(conversion)
-    if done:
-        jobs = describe_jobs(done.jobs, getattr(options, "jobs", None))
-        yield f"{jobs}, read {done.ways.read}, written {done.ways.write}"
-        if done.inexact:
-            yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
-    yield from list_subset_lines(plan.source.subset)
-    yield from describe_casts(plan)
-    yield from describe_dropped(plan)
-    yield from explain_no_run_config(plan)
-    yield from describe_lost(plan)
-    yield f"next: {make_verify_command(conversion, options)}"
-
-
-def describe_jobs(jobs: int, asked: int | None) -> str:
-    """Describes the number of jobs: `2 jobs`; if memory allowed fewer than requested, both numbers."""
-    if asked is None or jobs >= asked:
-        return format_count(jobs, "jobs")
-    return f"{jobs} of {format_count(asked, 'jobs')} (--max-memory allows no more)"
 
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
@@ -141,8 +117,3 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     words += ["--ranks", ",".join(map(str, ranks))] if ranks is not None else []
     words += ["--ignore-extra-files"] if getattr(options, "ignore_extra_files", False) else []
     return shlex.join(words)
-
-
-def explain_no_run_config(plan: Plan) -> Iterator[str]:
-    """Explains why there is no run configuration; no line if there is one."""
-    yield from (f"no run_config.json: {reason}" for reason in find_run_obstacles(plan))

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from reshard import api
-from reshard.cli.convert import plan_lines, summarize_conversion
+from reshard.cli.convert import make_verify_command, plan_lines
 from reshard.cli.terminal import show_progress
 from reshard.cli.verify import print_report
 from reshard.inspection.contents import inspect_path
@@ -43,7 +43,7 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     with show_progress("convert") as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)
-    say("\n".join(summarize_conversion(conversion, argparse.Namespace())))
+    say(f"{conversion}\nnext: {make_verify_command(conversion, argparse.Namespace())}")
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     with show_progress("verify") as progress:
         report = api.verify(target, source, progress=progress)

@@ -32,6 +32,7 @@ from reshard.storage.local import (
     read_range,
 )
 from reshard.storage.unchanged import require_unchanged, require_unwritten
+from reshard.text import escape, format_count
 from reshard.types import FIRST, Checkpoint, Tensor
 
 
@@ -106,6 +107,10 @@ class Tensors(Mapping[str, "LazyTensor"]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.tensors)
+
+    def __repr__(self) -> str:
+        size = sum(tensor.size for tensor in self._checkpoint.tensors.values())
+        return escape(f"{self._checkpoint.folder}: {format_count(len(self), 'tensors')}, {size:,} bytes, not read yet")
 
     def __len__(self) -> int:
         return len(self._checkpoint.tensors)
@@ -191,6 +196,9 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Size of the whole tensor, in bytes."""
         return self.tensor.size
+
+    def __repr__(self) -> str:
+        return escape(f"{self.tensor.name}: {self.dtype} {list(self.shape)}, not read yet")
 
     def __len__(self) -> int:
         if not self.shape:

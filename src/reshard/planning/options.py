@@ -61,6 +61,8 @@ def require_layout(
     if to == RANKS and mp is None:
         raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
     ranks = 1 if mp is None else require_whole_number("--mp", mp)
+    if file_size is not None:
+        file_size = require_whole_number("--max-file-size", file_size)
     return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)
 
 

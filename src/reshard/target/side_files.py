@@ -125,6 +125,11 @@ def find_run_obstacles(plan: Plan) -> Iterator[str]:
             yield f"{formula} is {json.dumps(value)}; the inference code has {wanted}"
 
 
+def explain_no_run_config(plan: Plan) -> Iterator[str]:
+    """Explains why there is no run configuration; no line if there is one."""
+    yield from (f"no run_config.json: {reason}" for reason in find_run_obstacles(plan))
+
+
 def find_needed_value(allowed: Any, config: Mapping[str, Any], recipe: Recipe) -> Any:
     """Finds a value that a recipe allows. After `=` it is the value of a formula; None if the config lacks its keys."""
     if not (isinstance(allowed, str) and allowed.startswith("=")):

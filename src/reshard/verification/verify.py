@@ -77,8 +77,8 @@ class Report:
 
     @property
     def is_proven(self) -> bool:
-        """Whether nothing differs in the bytes that were compared: all bytes, unless `is_sampled`."""
-        return not self.problems
+        """Whether every byte was compared and none differs. A sample proves nothing of the bytes between."""
+        return not (self.problems or self.is_sampled)
 
     @property
     def verdict(self) -> str:
@@ -95,7 +95,7 @@ class Report:
 
 def describe_report(report: Report, target: Path | str, source: Path | str) -> str:
     """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
-    against = f" against {source}" if report.is_proven else ""
+    against = f" against {source}" if not report.problems else ""
     return "\n".join([escape(f"{target}: {report.verdict}{against}"), *format_report_lines(report)])
 
 
