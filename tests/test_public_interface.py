@@ -81,6 +81,8 @@ def test_the_functions_work_together(as_path: Callable[[Path], Any], small: Path
     state = reshard.load(source, mp=2, rank=1, framework="numpy")
     with reshard.open(source, framework="numpy") as tensors:
         assert (tensors["model.norm.weight"][:] == state["norm.weight"]).all()
+        assert repr(tensors).startswith(f"{source}: 619 tensors, ")
+        assert repr(tensors["model.norm.weight"]) == "model.norm.weight: BF16 [256], not read yet"
     again = reshard.convert(source, target, mp=2)
     assert (again.done, again.mended) == (None, [])
 
