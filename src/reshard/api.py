@@ -21,14 +21,14 @@ from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import check_source_options, require_layout, require_whole_number
 from reshard.planning.plan import Plan, describe_casts, describe_dropped
 from reshard.planning.planner import make_plan
-from reshard.sources.source import read_source
+from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.side_files import explain_no_run_config
 from reshard.text import escape, format_count, format_size
-from reshard.types import COMPARE, RANKS, File, Progress, Subset
+from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.target_folder import require_target_folder
 from reshard.verification.verify import Report, verify_target
@@ -128,7 +128,7 @@ def convert(
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
 
-    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
+    found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
     planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     state = look_at_target(planned, Path(target))  # the last chance to refuse
@@ -170,7 +170,7 @@ def plan(
     """
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
-    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, subset=subset)
+    found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, None))
     planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     return planned if target is None else look_at_target(planned, Path(target)).plan
@@ -213,9 +213,12 @@ def verify(
         if ranks is not None or recipe:
             raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
         return audit_target(folder, count_progress(progress, count_tensor_bytes(folder)), part)
+    chosen = sort_numbers("--ranks", ranks)
+    if chosen == ():
+        raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
     advance = count_progress(progress, count_tensor_bytes(sides.folder))
-    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, sort_numbers("--ranks", ranks), part)
+    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, chosen, part)
     return note_other_source(report, folder, sides.files)
 
 
@@ -296,6 +299,20 @@ def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Re
 def count_tensor_bytes(folder: Path) -> int:
     """Of all safetensors files in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def read_chosen(
+    source: Location, layout: Layout, subset: Subset, recipe: str | None, replicas: str, *, ignore_extra_files: bool
+) -> Source:
+    """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
+    return read_source(
+        Path(source),
+        recipe,
+        ignore_extra_files=ignore_extra_files,
+        replicas=replicas,
+        subset=subset,
+        keep_optional=layout.keep_optional or layout.to == WHOLE,
+    )
 
 
 def choose_subset(

@@ -12,6 +12,9 @@ from reshard.text import escape_and_clip
 
 MOST_SHOWN_PER_KIND = 10
 
+MORE_IN_JSON, MORE_IN_PYTHON = "--json lists them all", "`problems` holds them all"
+"""The end of a message that leaves problems out: in the command, and in Python."""
+
 MOST_PROBLEMS = 100_000
 """The search for problems stops here: a few megabytes of header can claim a billion tensors that do not exist."""
 
@@ -44,7 +47,7 @@ class Refused(Exception):
     def reworded(self, rename: Callable[[str], str]) -> "Refused":
         """The same refusal with other names for options. Names of files and tensors stay as they are."""
         refused = Refused(reword_problem(problem, rename) for problem in self.problems)
-        refused.args = (refused.args[0].replace("--json lists them all", "`problems` holds them all"),)
+        refused.args = (refused.args[0].replace(MORE_IN_JSON, MORE_IN_PYTHON),)
         return refused
 
 
@@ -72,7 +75,7 @@ def require_none(problems: Iterable[Problem]) -> None:
 
 
 def describe_problems(problems: Iterable[Problem]) -> str:
-    """The text of all problems for a person: at most SHOWN_PER_KIND of each kind in full, the rest as a count."""
+    """The text of all problems for a person: at most MOST_SHOWN_PER_KIND of each kind in full, the rest as a count."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)
@@ -91,7 +94,7 @@ def describe_problem_kind(group: list[Problem]) -> Iterable[str]:
             yield f"  hint:     {escape_and_clip(problem.remedy)}"
     if len(group) > MOST_SHOWN_PER_KIND:
         more = len(group) - MOST_SHOWN_PER_KIND
-        yield f"... and {more:,} more of this kind ({group[0].kind}); --json lists them all"
+        yield f"... and {more:,} more of this kind ({group[0].kind}); {MORE_IN_JSON}"
 
 
 Arguments = ParamSpec("Arguments")

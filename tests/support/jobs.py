@@ -13,7 +13,7 @@ from reshard.planning import planner
 from reshard.planning.plan import Plan
 from reshard.sources.match import match
 from reshard.sources.source import Source
-from reshard.types import COMPARE, EVERYTHING, RANKS, Advance, Checkpoint, Layout, Recipe, Subset
+from reshard.types import COMPARE, EVERYTHING, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
 """Given the bytes of a job, a context that gives the function to be told of the bytes done."""
@@ -82,4 +82,5 @@ def plan_conversion(job: Job) -> Plan:
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     """The plan for a checkpoint that lies nowhere."""
-    return planner.make_plan(Source(checkpoint.folder, checkpoint, recipe, match(checkpoint, recipe), Origin()), layout)
+    matched = match(checkpoint, recipe, keep_optional=layout.keep_optional or layout.to == WHOLE)
+    return planner.make_plan(Source(checkpoint.folder, checkpoint, recipe, matched, Origin()), layout)

@@ -68,9 +68,6 @@ class Settings:
     """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
 
-DEFAULT_SETTINGS = Settings()
-
-
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """Resources that a run used, and its results in numbers."""

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, read once: the names of its safetensors files, its config, its index and its manifest."""
+"""A checkpoint's folder, read once: the names of its safetensors files, its config and its manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +20,10 @@ class Folder:
     names: tuple[str, ...]
     """Of the safetensors files, sorted."""
     config: Mapping[str, Any] | None
-    weight_map: Mapping[str, str] | None
-    """Tensor name -> file name, from the index; None without one."""
     manifest: Mapping[str, Any]
     """As reshard wrote it; empty without one, and if it is damaged."""
     manifest_fault: Refused | None
     """Why the manifest is not as reshard wrote it."""
-
-    @property
-    def is_folder(self) -> bool:
-        """False for a single safetensors file."""
-        return self.path.is_dir()
 
     @property
     def folder(self) -> Path:
@@ -47,7 +40,7 @@ class Folder:
 def read_folder(path: Path) -> Folder:
     """Lists a folder, or takes a single safetensors file, and reads the JSON files beside the weights.
 
-    Raises Refused if nothing lies there, or if config or index are not what they should be. A damaged manifest is only
+    Raises Refused if nothing lies there, or if the config is not JSON. A damaged manifest is only
     noted: not everyone who reads a folder needs it.
     """
     names = tuple(list_safetensors_files(path))
@@ -58,7 +51,7 @@ def read_folder(path: Path) -> Folder:
             manifest = read_manifest(path)
         except Refused as refused:
             fault = refused
-    return Folder(path, names, read_config(find_folder(path)), read_index(path), manifest, fault)
+    return Folder(path, names, read_config(find_folder(path)), manifest, fault)
 
 
 def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
@@ -67,5 +60,6 @@ def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoi
 
 
 def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
-    """The same, of a folder that was read already."""
-    return read_whole(found.path, found.names, found.weight_map, found.config, ignore_extra_files=ignore_extra_files)
+    """The same, of a folder that was read already. The index is read here: nobody else needs its 100,000 names."""
+    weight_map = read_index(found.path)
+    return read_whole(found.path, found.names, weight_map, found.config, ignore_extra_files=ignore_extra_files)

@@ -93,6 +93,9 @@ def list_safetensors_files(source: Path) -> list[str]:
     return names
 
 
+MOST_METADATA = 1 << 20
+"""In bytes: more of a header is not looked through for its metadata."""
+
 METADATA_START = b'{"__metadata__":'
 
 
@@ -225,7 +228,8 @@ def parse_metadata(text: bytes) -> Mapping[str, Any]:
         return {}
     found: Any = {}
     with suppress(ValueError, RecursionError):
-        found, _ = json.JSONDecoder().raw_decode(text.decode()[len(METADATA_START) :])
+        start = text[len(METADATA_START) : MOST_METADATA].decode(errors="replace")
+        found, _ = json.JSONDecoder().raw_decode(start)
     return found if isinstance(found, dict) else {}
 
 

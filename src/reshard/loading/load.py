@@ -79,7 +79,9 @@ def load(
         raise refuse("wrong-option", "jobs", repr(jobs), "1 or more, or None for as many as are of use")
     require_framework(framework, device)
     layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
-    found = read_source(Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    found = read_source(
+        Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, keep_optional=keep_mtp
+    )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)
 

@@ -41,6 +41,10 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
     if layout.cast and layout.expert_dtype:
         expected = "one of them: both say what becomes of FP4 experts"
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
+    if layout.file_size is not None and layout.file_size < 0:
+        yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
+    if ranks is not None and not ranks:
+        yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if layout.to == WHOLE and ranks is not None:
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.to == RANKS and layout.file_size is not None:

@@ -54,7 +54,8 @@ class Plan:
             start = end
 
     def __str__(self) -> str:
-        return "\n".join(map(escape, [*describe_files(self), *describe_coverage(self)]))
+        text = "\n".join(map(escape, [*describe_files(self), *describe_coverage(self)]))
+        return text.replace("(--replicas)", "(replicas)")
 
     __repr__ = __str__
 

@@ -115,7 +115,7 @@ def arrange_tensors(
     if found := restore_forms(pieces, forms if layout.file_size is None else ()):
         return series, *found
     places = {name: place for place, name in enumerate(checkpoint.tensors)}
-    most = layout.file_size or FILE_SIZE
+    most = FILE_SIZE if layout.file_size is None else layout.file_size
     return series, assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
 
 

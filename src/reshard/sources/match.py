@@ -206,7 +206,9 @@ def sort_one_of_each_first(names: Iterable[str]) -> list[str]:
 FITS = "it fits, but the config names another model"
 
 
-def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Recipe, Matched]:
+def choose_recipe(
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], *, keep_optional: bool = False
+) -> tuple[Recipe, Matched]:
     """Chooses the recipe of a checkpoint and matches its tensors: by the config's model type, else its architecture. If
     several recipes are left, or the config has neither, the tensor names decide.
 
@@ -219,7 +221,7 @@ def choose_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Re
         raise refuse_without_recipe(checkpoint, recipes, [])
     candidates = asked or recipes
     if len(candidates) == 1:
-        return candidates[0], match(checkpoint, candidates[0])
+        return candidates[0], match(checkpoint, candidates[0], keep_optional=keep_optional)
     fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
     if len(fitting) == 1:
         return fitting[0]

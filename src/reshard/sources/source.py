@@ -9,9 +9,9 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
+from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers, read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
-from reshard.formats.ranges import CheckedRange, parse_ranges
+from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
@@ -46,6 +46,7 @@ def read_source(
     ignore_extra_files: bool = False,
     replicas: str = COMPARE,
     subset: Subset = EVERYTHING,
+    keep_optional: bool = False,
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
@@ -58,23 +59,22 @@ def read_source(
     if names:
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
-        source = read_huggingface(folder, recipes, recipe, ignore_extra_files=ignore_extra_files)
+        checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        if recipe:
+            known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
+        else:
+            known, matched = choose_recipe(checkpoint, recipes, keep_optional=keep_optional)
+        source = Source(path, checkpoint, known, matched, Origin())
     return narrow_source(source, subset)
 
 
-def read_huggingface(
-    folder: Folder, recipes: Sequence[Recipe], recipe: str | None, *, ignore_extra_files: bool
-) -> Source:
+def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool) -> Checkpoint:
     """Reads a checkpoint in the original layout. Raises Refused."""
     if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
     require_none(check_chosen_tensors(folder))
-    checkpoint = replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
-    if recipe:
-        return Source(folder.path, checkpoint, recipes[0], match(checkpoint, recipes[0]), Origin())
-    chosen, matched = choose_recipe(checkpoint, recipes)
-    return Source(folder.path, checkpoint, chosen, matched, Origin())
+    return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
 
 
 def narrow_source(source: Source, subset: Subset) -> Source:
@@ -154,7 +154,7 @@ def find_recipes(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Seque
 
 def find_origin(folder: Folder, names: RankNames) -> Origin:
     """Finds the facts about the original checkpoint: in the manifest, else in config and index of the folder."""
-    origin, weight_map = read_origin(folder.manifest), folder.weight_map
+    origin, weight_map = read_origin(folder.manifest), read_index(folder.path)
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
     names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
@@ -186,7 +186,7 @@ def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> I
             yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
         elif entry["size"] != file.size:
             yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := find_changed_range(stored.folder / file.name, parse_ranges(entry["ranges"])):
+        elif found := find_changed_range(stored.folder / file.name, entry["ranges"]):
             text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
             remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
             yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
@@ -203,13 +203,12 @@ def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
             )
 
 
-def find_changed_range(path: Path, ranges: Sequence[CheckedRange]) -> CheckedRange | None:
+def find_changed_range(path: Path, ranges: str) -> CheckedRange | None:
     """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
     are equal.
     """
     with path.open("rb", buffering=0) as file:
-        for place in sorted({0, len(ranges) // 2, len(ranges) - 1}):
-            checked = ranges[place]
+        for checked in pick_ranges(ranges):
             file.seek(checked.offset)
             if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
                 return checked

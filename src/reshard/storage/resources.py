@@ -14,7 +14,7 @@ UNLIMITED = 1 << 62
 
 
 def measure_available_memory() -> int:
-    """Memory that this process can get now without swapping, in bytes; PLENTY where the system does not tell."""
+    """Memory that this process can get now without swapping, in bytes; UNLIMITED where the system does not tell."""
     return min(read_system_memory(), *(limit - used for limit, used in read_container_limits()), UNLIMITED)
 
 

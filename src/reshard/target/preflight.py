@@ -99,12 +99,12 @@ def look_at_target(plan: Plan, folder: Path) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. Raises Refused if they cannot be written."""
     try:
         samples, headers = read_source_facts(plan)
+        origin = describe_origin(plan, headers)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(folder)
     known = manifest if is_same_job(manifest, plan, samples) else {}
     sides = read_side_files(plan)  # before finished ranks are left out: an index names all files
-    origin = describe_origin(plan, headers)
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifest, known, origin)

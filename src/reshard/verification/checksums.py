@@ -144,7 +144,7 @@ def read_file_size(path: Path) -> int | None:
 
 
 def split_into_batches(entry: ManifestFile, sample: Fraction | None) -> Iterator[RangeBatch]:
-    """All ranges of a file, or those of a sample, in batches of at most READ_SIZE bytes."""
+    """All ranges of a file, or those of a sample, in batches of at most AUDIT_READ_SIZE bytes."""
     numbers = range(len(entry.ranges))
     chosen = numbers if sample is None else sorted({0, numbers[-1], *sample_evenly(entry.name, len(numbers), sample)})
     batch: list[CheckedRange] = []

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from reshard.errors import Problem, describe_problems, refuse
+from reshard.errors import MORE_IN_JSON, MORE_IN_PYTHON, Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
 from reshard.storage.local import CACHED
 from reshard.storage.page_cache import choose_ways_to_read
@@ -88,7 +88,8 @@ class Report:
         return "sampled" if self.is_sampled else "proven"
 
     def __str__(self) -> str:
-        return "\n".join([self.verdict, *format_report_lines(self)])
+        text = "\n".join([self.verdict, *format_report_lines(self)])
+        return text.replace(MORE_IN_JSON, MORE_IN_PYTHON).replace("the --source", "the source")
 
     __repr__ = __str__
 
