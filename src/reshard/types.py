@@ -316,7 +316,7 @@ class Share:
     what: str
     """The left name of the rule; or the name of a group left out as a whole, such as `MTP layers`."""
     reason: str
-    """Why the tensors are dropped; empty for all other uses."""
+    """The reason why the tensors are dropped; empty for all other uses."""
     tensors: int
     """Number of source tensors."""
     size: int

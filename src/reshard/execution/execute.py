@@ -78,7 +78,7 @@ class RunResult:
     resumed: int
     """In bytes: how much an earlier run had done already."""
     inexact: int
-    """How many values a cast of this run has rounded."""
+    """The number of values that casts of this run have rounded."""
     copy_seconds: float
     sync_seconds: float
 

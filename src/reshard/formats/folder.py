@@ -23,7 +23,7 @@ class Folder:
     manifest: Mapping[str, Any]
     """As reshard wrote it; empty without one, and if it is damaged."""
     manifest_fault: Refused | None
-    """Why the manifest is not as reshard wrote it."""
+    """The refusal of a damaged manifest; None if it is as reshard wrote it, or if there is none."""
 
     @property
     def folder(self) -> Path:

@@ -94,7 +94,7 @@ def is_subset(value: Any) -> bool:
 def count_left_out(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], known: Mapping[str, int]
 ) -> dict[str, int]:
-    """What a subset lacks, and what it lacked before."""
+    """Counts the tensors and bytes that a subset lacks, with those that it lacked before."""
     size = sum(tensor.size for tensor in before.values()) - sum(tensor.size for tensor in after.values())
     tensors = len(before) - len(after)
     return {"tensors": tensors + known.get("tensors", 0), "bytes": size + known.get("bytes", 0)}
@@ -120,7 +120,7 @@ def format_own_subset(subset: Mapping[str, Any]) -> str:
 
 
 def find_asked_subset(source: Mapping[str, Any], target: Mapping[str, Any], name: str) -> Subset:
-    """What was asked of a source, itself perhaps a subset, to get a target; `name` is that of the target's folder.
+    """Finds the choice that made a target of a source, which may be a subset itself. `name` is the target's folder.
 
     Raises Refused if the target holds chosen tensors only, or came from another source.
     """
@@ -188,7 +188,7 @@ class Origin:
     texts: Mapping[str, bytes] | None = None
     """Its config and its index, letter by letter."""
     lost: tuple[Share, ...] | None = None
-    """What of it is not in the rank files as it was; None if nobody knows."""
+    """The tensors that the rank files do not have as they were; None if nobody knows."""
     raw: Mapping[str, Any] | None = None
     """As it stands in the manifest."""
     is_of_ranks: bool = False
@@ -305,7 +305,7 @@ def list_rank_files(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def read_subset(path: Path) -> Mapping[str, Any]:
-    """What of a larger checkpoint a folder holds, by its manifest; empty if it is whole, or has no manifest of ours."""
+    """The part of a larger checkpoint that a folder holds, by its manifest; empty if it is whole or has no manifest."""
     subset: Mapping[str, Any] = read_valid_manifest(path).get("subset", {})
     return subset
 

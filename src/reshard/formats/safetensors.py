@@ -187,7 +187,7 @@ def refuse_number(number: str) -> NoReturn:
 
 
 def find_entry_fault(key: str, entry: Any) -> tuple[str, str, str] | None:
-    """What is wrong with one entry as (kind, found, expected), or None."""
+    """Finds the fault of one entry, as (kind, found, expected); None if there is none."""
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
         return "wrong-entry", shorten_json(entry), "dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -257,7 +257,7 @@ def format_entry(name: str, dtype: str, shape: Iterable[int]) -> str:
 
 
 def format_entry_end(dtype: str, shape: Iterable[int]) -> str:
-    """What follows the name of an entry, up to its two offsets."""
+    """Formats the part of an entry between its name and its two offsets."""
     return f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
 
 

@@ -91,7 +91,7 @@ def require_formula(tree: ast.expr, text: str) -> None:
 
 
 def compute_formula(text: str, config: Mapping[str, Any], sizes: Mapping[str, str]) -> Any:
-    """What a formula comes to; a key alone may stand for anything. `sizes` are names for other formulas.
+    """Evaluates a formula; a key alone may stand for anything. `sizes` are names for other formulas.
 
     Raises UnknownKey.
     """
@@ -289,7 +289,7 @@ def add_rotary_keys(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
-    """What a formula over the config comes to; None if there is no formula, no config or no such key."""
+    """Evaluates a formula over the config; None if there is no formula, no config or no such key."""
     try:
         return compute_formula(formula, config, {}) if formula and config is not None else None
     except UnknownKey:
@@ -297,7 +297,7 @@ def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
 
 
 def count_heads(rule: Rule, config: Mapping[str, Any]) -> int | None:
-    """How many heads a rule's split speaks of; 0 if of none, None if the config does not tell."""
+    """The number of heads that a rule's split counts: 0 if it counts none, None if the config does not tell."""
     key = rule.split.heads_key
     value = read_config_value(key, config) if key else 0
     return value if type(value) is int and (value > 0 or not key) else None

@@ -34,7 +34,7 @@ class Pattern:
         return key == self.key and len(numbers) == len(self.slots)
 
     def checked(self, letters: Container[str]) -> int:
-        """How many of the numbers, from the first on, `accepts` looks at: it checks the placeholders of `letters`."""
+        """The number of leading numbers that `accepts` looks at: it checks the placeholders of `letters`."""
         places = [place for place, slot in enumerate(self.slots, 1) if slot in letters or slot.isdigit()]
         return max(places, default=0)
 
@@ -120,7 +120,7 @@ def make_pattern(number: int, left: str, right: str, *, is_scale: bool) -> Patte
 
 
 def list_slots(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
-    """What fills each numbered place of the rule's left name: the letter of a placeholder, or digits."""
+    """The filling of each numbered place of the rule's left name: the name of a placeholder, or digits."""
     return next(make_patterns(0, rule, recipe)).slots
 
 

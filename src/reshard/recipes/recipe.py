@@ -130,7 +130,7 @@ def make_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeho
 
 
 def find_optional_reason(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
-    """Why what a rule speaks of is left out unless it is asked for; empty if it never is."""
+    """The reason why the tensors of a rule are left out unless they are asked for; empty if they never are."""
     letters = PLACEHOLDER.findall(rule.left) if rule.relation != "drop" else []
     return next(
         (placeholders[name].optional for name in letters if name in placeholders and placeholders[name].optional), ""

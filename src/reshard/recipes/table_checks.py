@@ -41,7 +41,7 @@ ALL_KEYS = (
 RELATIONS = ("same", "dequantize", "drop")
 
 TARGET_KEYS = ("dtype", "packed")
-"""What a run configuration knows of the rank files, besides how many of each placeholder they have."""
+"""Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
 
 CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 
@@ -179,7 +179,7 @@ def remove_placeholders(name: str, scales: Mapping[str, Any]) -> str:
 
 
 def check_target_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """What a run configuration asks of the target, and nobody tells."""
+    """Finds facts that a run configuration asks of the target and that do not exist."""
     told = [*table.get("placeholders", {}), *TARGET_KEYS]
     for where, text in list_sized_formulas(table):
         for node in ast.walk(parse_formula(text, is_run=True)) if where[0] in ("run", "sizes") else ():

@@ -10,7 +10,7 @@ from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways
 from reshard.storage.resources import measure_available_memory
 
 CACHE_PROBES = 64
-"""How many places of a source are probed to tell whether it is in the page cache."""
+"""Number of places of a source that are probed to tell whether it is in the page cache."""
 
 MOST_READING_THREADS = 4
 
@@ -84,5 +84,5 @@ def probe_cache(path: Path, count: int) -> Iterator[bool]:
 
 
 def choose_reading_threads(ways: Ways) -> int:
-    """How many threads read at a time: one a processor; more past the page cache, to keep a disk busy. At most 4."""
+    """The number of threads that read at a time: one a processor; more past the page cache, to keep a disk busy. At most 4."""
     return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))

@@ -50,7 +50,7 @@ CompareItem = Band | Tile | Margin
 
 @dataclass(slots=True)
 class ByteDifference:
-    """How many bytes of a target tensor are wrong, and the offsets of the first and the last in the tensor."""
+    """The number of wrong bytes of a target tensor, and the offsets of the first and the last in the tensor."""
 
     count: int
     first: int
@@ -112,7 +112,7 @@ class OpenedFiles:
 
 @dataclass(slots=True)
 class Comparison:
-    """What all threads have compared so far."""
+    """The results of all threads so far."""
 
     size: int = 0
     """Compared bytes of the target."""
