@@ -84,5 +84,5 @@ def probe_cache(path: Path, count: int) -> Iterator[bool]:
 
 
 def choose_reading_threads(ways: Ways) -> int:
-    """The number of threads that read at a time: one a processor; more past the page cache, to keep a disk busy. At most 4."""
+    """Chooses the number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
     return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))
