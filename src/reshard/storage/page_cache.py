@@ -84,5 +84,5 @@ def probe_cache(path: Path, count: int) -> Iterator[bool]:
 
 
 def choose_reading_threads(ways: Ways) -> int:
-    """Chooses the number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
+    """The number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
     return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))
