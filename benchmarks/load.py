@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from jobs import Job, convert_checkpoint
-
+import reshard
 from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 CONFIG = {
@@ -86,7 +85,7 @@ def main() -> None:
     if not source.exists():
         write_checkpoint(source, CONFIG, 4)
     shutil.rmtree(target, ignore_errors=True)
-    convert_checkpoint(Job(source, RANKS, ranks=[RANK]), target)
+    reshard.convert(source, target, RANKS, ranks=[RANK])
     converted = target / f"model{RANK}-mp{RANKS}.safetensors"
     files = [*source.glob("*.safetensors"), converted]
     os.sync()

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from jobs import Job, convert_checkpoint
 from run import make
+
+import reshard
 
 WAYS = ("reshard", "reshard, then to the GPU", "load_file")
 MEASURED = """
@@ -55,7 +56,7 @@ def main() -> None:
     source = make(options.folder, "v3")
     for ranks in (1, 16):
         target = options.folder / f"ranks-{ranks}"
-        convert_checkpoint(Job(source, ranks, ranks=(0,)), target)
+        reshard.convert(source, target, ranks, ranks=[0])
         paths = [str(source), str(target / f"model0-mp{ranks}.safetensors"), str(ranks)]
         size = measured(*paths, "same")
         turns = [[measured(*paths, way) for way in WAYS] for _ in range(options.turns)]

@@ -57,18 +57,15 @@ def run_once(source: Path) -> dict[str, float]:
 
 
 def measure(source: Path) -> dict[str, float]:
-    from jobs import make_plan  # noqa: PLC0415
-
-    from reshard.formats.folder import read_checkpoint  # noqa: PLC0415
-    from reshard.recipes.recipe import list_packaged_recipes  # noqa: PLC0415
-    from reshard.sources.match import choose_recipe  # noqa: PLC0415
+    from reshard.planning.planner import make_plan  # noqa: PLC0415
+    from reshard.sources.source import read_source  # noqa: PLC0415
     from reshard.types import Layout  # noqa: PLC0415
 
     gc.disable()  # as the command does
     started = time.perf_counter()
-    checkpoint = read_checkpoint(source)
+    found = read_source(source)
     was_read = time.perf_counter()
-    plan = make_plan(checkpoint, choose_recipe(checkpoint, list_packaged_recipes())[0], Layout(RANKS))
+    plan = make_plan(found, Layout(RANKS))
     planned = time.perf_counter()
     return {
         "tensors": len(plan.source.tensors),

@@ -296,7 +296,7 @@ def anonymous(command: Sequence[str]) -> int:
 WITHOUT_CHECKSUMS = """
 import sys, reshard.execution.writer
 reshard.execution.writer.xxh3_128_digest = lambda data: bytes(16)
-from reshard.cli import main
+from reshard.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
