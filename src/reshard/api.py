@@ -12,13 +12,20 @@ from os import PathLike
 from pathlib import Path
 from time import monotonic
 
-from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import RunResult, Settings, execute_plan
+from reshard.errors import refuse, require_none
+from reshard.execution.execute import RunResult, Settings, check_settings, execute_plan
 from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
-from reshard.planning.options import check_source_options, require_layout, require_whole_number
+from reshard.planning.options import (
+    check_source_options,
+    choose_subset,
+    list_patterns,
+    read_sample,
+    require_layout,
+    sort_numbers,
+)
 from reshard.planning.plan import Plan, describe_casts, describe_dropped
 from reshard.planning.planner import make_plan
 from reshard.sources.source import Source, read_source
@@ -313,46 +320,3 @@ def read_chosen(
         subset=subset,
         keep_optional=layout.keep_optional or layout.to == WHOLE,
     )
-
-
-def choose_subset(
-    layers: Iterable[int] | None, experts: Iterable[int] | None, only: Iterable[str], *, renumber: bool
-) -> Subset:
-    """The part of a checkpoint that the arguments choose. Raises Refused."""
-    return Subset(sort_numbers("--layers", layers), sort_numbers("--experts", experts), renumber, list_patterns(only))
-
-
-def sort_numbers(option: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
-    """The numbers of an option, each once. Raises Refused for anything but whole numbers."""
-    if numbers is None:
-        return None
-    if not isinstance(numbers, Iterable):
-        raise refuse("wrong-option", option, repr(numbers), "a list of whole numbers")
-    return tuple(sorted({require_whole_number(option, number) for number in numbers}))
-
-
-def list_patterns(only: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of names; a single one may come as a plain string."""
-    return (only,) if isinstance(only, str) else tuple(only)
-
-
-def read_sample(sample: float | Fraction | None) -> Fraction | None:
-    """The part of the bytes to compare, exactly as it was written. Raises Refused."""
-    if sample is None:
-        return None
-    try:
-        part = Fraction(str(sample))
-    except ValueError:
-        part = Fraction(0)
-    if not 0 < part <= 1:
-        raise refuse("wrong-option", "--sample", str(sample), "more than 0 and at most 1")
-    return part
-
-
-def check_settings(settings: Settings) -> Iterator[Problem]:
-    """Settings that are none."""
-    for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
-        if value is not None and require_whole_number(option, value) < 1:
-            yield Problem("wrong-option", option, str(value), "1 or more")
-    if settings.cache not in ("auto", "yes", "no"):
-        yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")

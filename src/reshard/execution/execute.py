@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
-from reshard.errors import refuse
+from reshard.errors import Problem, refuse
 from reshard.execution.journal import RESTART, Journal, Records, has_records, open_journal, parse_records
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Ledger, move_all
 from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
 from reshard.storage.local import (
     CACHED,
@@ -81,6 +82,15 @@ class RunResult:
     """The number of values that casts of this run have rounded."""
     copy_seconds: float
     sync_seconds: float
+
+
+def check_settings(settings: Settings) -> Iterator[Problem]:
+    """Settings that are none."""
+    for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
+        if value is not None and require_whole_number(option, value) < 1:
+            yield Problem("wrong-option", option, str(value), "1 or more")
+    if settings.cache not in ("auto", "yes", "no"):
+        yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")
 
 
 def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance, settings: Settings) -> RunResult:

@@ -1,13 +1,14 @@
 """Checks the options of a conversion: wrong values, contradictions, and options that would do nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from operator import index
 from typing import Any, SupportsIndex
 
 from reshard.errors import Problem, refuse
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
-from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe
+from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
 
 
 def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
@@ -93,3 +94,37 @@ def check_replicas(replicas: str) -> Iterator[Problem]:
     """Finds a choice of replicas that does not exist."""
     if replicas not in (COMPARE, FIRST):
         yield Problem("wrong-option", "--replicas", repr(replicas), f"{COMPARE} or {FIRST}")
+
+
+def choose_subset(
+    layers: Iterable[int] | None, experts: Iterable[int] | None, only: Iterable[str], *, renumber: bool
+) -> Subset:
+    """The part of a checkpoint that the arguments choose. Raises Refused."""
+    return Subset(sort_numbers("--layers", layers), sort_numbers("--experts", experts), renumber, list_patterns(only))
+
+
+def sort_numbers(option: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """The numbers of an option, each once. Raises Refused for anything but whole numbers."""
+    if numbers is None:
+        return None
+    if not isinstance(numbers, Iterable):
+        raise refuse("wrong-option", option, repr(numbers), "a list of whole numbers")
+    return tuple(sorted({require_whole_number(option, number) for number in numbers}))
+
+
+def list_patterns(only: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of names; a single one may come as a plain string."""
+    return (only,) if isinstance(only, str) else tuple(only)
+
+
+def read_sample(sample: float | Fraction | None) -> Fraction | None:
+    """The part of the bytes to compare, exactly as it was written. Raises Refused."""
+    if sample is None:
+        return None
+    try:
+        part = Fraction(str(sample))
+    except ValueError:
+        part = Fraction(0)
+    if not 0 < part <= 1:
+        raise refuse("wrong-option", "--sample", str(sample), "more than 0 and at most 1")
+    return part
