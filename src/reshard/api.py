@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from reshard.errors import refuse, require_none
-from reshard.execution.execute import RunResult, Settings, check_settings, execute_plan
+from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
 from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
@@ -42,9 +42,6 @@ from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
 """A path."""
-
-MEMORY = 256 << 20
-"""In bytes, of all buffers together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ def convert(
     ignore_extra_files: bool = False,
     n_experts: int | None = None,
     jobs: int | None = None,
-    max_memory: int = MEMORY,
+    max_memory: int = DEFAULT_MEMORY,
     cache: str = "auto",
     allow_inexact: bool = False,
     restart: bool = False,

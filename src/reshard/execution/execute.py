@@ -53,13 +53,17 @@ class OtherFiles:
     """Raises Refused if another run has changed the target after it was read and before it was locked."""
 
 
+DEFAULT_MEMORY = 256 << 20
+"""In bytes, of all buffers together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Resources and policy of a run."""
 
     jobs: int | None = None
     """Number of threads; by default as many as the processors and the disk can use."""
-    max_memory: int = 256 << 20
+    max_memory: int = DEFAULT_MEMORY
     """Of all buffers together, in bytes."""
     cache: str = "auto"
     """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""

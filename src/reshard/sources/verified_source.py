@@ -1,8 +1,9 @@
 """Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.folder import read_folder, read_folder_checkpoint
@@ -38,13 +39,14 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     recipes = list_recipes_to_try(recipe)
     if names := find_rank_names(source, list_safetensors_files(source), recipes):
         return read_restored_sides(target, source, names, recipe, ignore_extra_files=ignore_extra_files)
-    made_with = find_recipe_name(target)
+    manifest = read_valid_manifest(target)
+    made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
     found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
-    before, now = found.checkpoint.subset, read_subset(target)
+    before, now = found.checkpoint.subset, manifest.get("subset", {})
     whole = found.checkpoint
     if now:
         whole = narrow_checkpoint(whole, found.recipe, found.matched, find_asked_subset(before, now, str(target)))
@@ -66,9 +68,9 @@ def read_restored_sides(
     return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files)
 
 
-def find_recipe_name(target: Path) -> str:
-    """Finds the recipe that a target was made with, by its manifest; empty if the manifest does not name one."""
-    made_with = read_valid_manifest(target).get("recipe")
+def find_recipe_name(manifest: Mapping[str, Any]) -> str:
+    """Finds the recipe that a target was made with; empty if its manifest does not name one."""
+    made_with = manifest.get("recipe")
     return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
 
 
