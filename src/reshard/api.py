@@ -26,7 +26,7 @@ from reshard.planning.options import (
     require_layout,
     sort_numbers,
 )
-from reshard.planning.plan import Plan, describe_casts, describe_dropped
+from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
 from reshard.planning.planner import make_plan
 from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
@@ -273,6 +273,7 @@ def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iter
         yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
         yield from describe_run(done, jobs)
     yield from list_subset_lines(plan.source.subset)
+    yield from describe_notes(plan.notes)
     yield from describe_casts(plan)
     yield from describe_dropped(plan)
     yield from explain_no_run_config(plan)

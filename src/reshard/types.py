@@ -84,6 +84,15 @@ class File:
     """Time of the last write, in nanoseconds since 1970."""
 
 
+class Note(NamedTuple):
+    """One fact that a person should know about a job that is not refused: what was left aside, or changed unasked."""
+
+    kind: str
+    """A stable word for machines and tests, such as `left-aside`."""
+    text: str
+    """For a person: one line, in which lists of names are cut short."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The tensors of a folder, known from the headers of its files alone. Source and target are both checkpoints."""
@@ -100,6 +109,8 @@ class Checkpoint:
     """The tensors that are assembled from several shards."""
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""
+    notes: tuple[Note, ...] = ()
+    """What was left aside or changed while it was read."""
 
     @property
     def parts(self) -> int:

@@ -10,7 +10,7 @@ from reshard import api
 from reshard.api import Conversion, describe_conversion
 from reshard.cli.terminal import PROVEN, print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
-from reshard.planning.plan import Plan, describe_coverage, describe_files
+from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.side_files import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_size
@@ -80,11 +80,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     memory = format_size(measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield from describe_coverage(plan)
+    yield from describe_notes(plan.notes)
 
 
 def describe_plan_facts(plan: Plan) -> dict[str, Any]:
     """Describes a plan as JSON values, with the tensors that cannot be restored and the reasons for no run config."""
-    return {**describe_plan(plan), "not_restored": [*describe_lost(plan)], "no_run_config": [*find_run_obstacles(plan)]}
+    return {
+        **describe_plan(plan),
+        "notes": [note._asdict() for note in plan.notes],
+        "not_restored": [*describe_lost(plan)],
+        "no_run_config": [*find_run_obstacles(plan)],
+    }
 
 
 def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
     content = inspect_path(options.path, options.recipe)
     if options.json:
-        print_json(asdict(content))
+        print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)
     return PROVEN

@@ -16,7 +16,7 @@ from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
 from reshard.text import escape, format_count, format_list, format_size, format_table
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Note, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -46,6 +46,8 @@ class Content:
     """The options it was made with, such as `{"--cast": "bf16"}`, by its manifest, if it has one."""
     subset: str = ""
     """The part of a larger checkpoint that it is, by its manifest; empty if it is whole."""
+    notes: tuple[Note, ...] = ()
+    """What was left aside or changed while it was read."""
 
     def __str__(self) -> str:
         return format_content(self)
@@ -83,9 +85,10 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     try:
         chosen, matched = choose_recipe(checkpoint, recipes)
     except Refused as refused:
-        return make_content(path, stored, "", "", 0, {}, str(refused))
+        return replace(make_content(path, stored, "", "", 0, {}, str(refused)), notes=checkpoint.notes)
     content = make_content(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
-    return replace(content, made=read_conversion_options(read_manifest_unchecked(path))) if path.is_dir() else content
+    made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
+    return replace(content, made=made, notes=checkpoint.notes)
 
 
 def summarize_rank_files(path: Path, names: RankNames) -> Content:
@@ -193,5 +196,6 @@ def format_content(content: Content) -> str:
         lines += [f"... and {len(shapes) - MOST_SHOWN_NAMES:,} more; --json lists them all"] * (
             len(shapes) > MOST_SHOWN_NAMES
         )
+    lines += [f"note: {note.text}" for note in content.notes]
     lines += ["", content.remark] if content.remark else []
     return "\n".join(escape(line) for text in lines for line in text.split("\n"))

@@ -1,7 +1,7 @@
 """The plan of a conversion: every target file to the byte, and how each source tensor is used. Also its text."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
 from reshard.text import escape, format_count, format_size, format_table
-from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe, Share, Tensor
+from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Share, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Plan:
     """The tensors to compute."""
     coverage: tuple[Share, ...]
     """The uses of all source tensors."""
+    notes: tuple[Note, ...]
+    """What a person should know before the job: what was left aside, and what a loader may refuse."""
 
     @property
     def size(self) -> int:
@@ -54,7 +56,7 @@ class Plan:
             start = end
 
     def __str__(self) -> str:
-        text = "\n".join(map(escape, [*describe_files(self), *describe_coverage(self)]))
+        text = "\n".join(map(escape, [*describe_files(self), *describe_coverage(self), *describe_notes(self.notes)]))
         return text.replace("(--replicas)", "(replicas)")
 
     __repr__ = __str__
@@ -87,6 +89,11 @@ def describe_coverage(plan: Plan) -> Iterator[str]:
     """Describes the uses of the source tensors as a table for people. Its sizes, in bytes, add up exactly."""
     yield ""
     yield from format_table(("source tensors", "tensors", "bytes", ""), [*list_uses(plan)]).splitlines()
+
+
+def describe_notes(notes: Iterable[Note]) -> Iterator[str]:
+    """Describes notes for a person, one line each."""
+    yield from (f"note: {note.text}" for note in notes)
 
 
 def describe_casts(plan: Plan) -> Iterator[str]:

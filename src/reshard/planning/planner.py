@@ -57,6 +57,7 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
         copies,
         tuple(casts),
         coverage,
+        checkpoint.notes,
     )
     return plan if ranks is None else keep_ranks(plan, ranks)
 
