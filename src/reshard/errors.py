@@ -1,8 +1,8 @@
 """Problem and Refused: every refusal of this package, and its wording for a person."""
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
 from inspect import signature
 from itertools import islice
@@ -11,9 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from reshard.text import escape_and_clip
 
 MOST_SHOWN_PER_KIND = 10
-
-MORE_IN_JSON, MORE_IN_PYTHON = "--json lists them all", "`problems` holds them all"
-"""The end of a message that leaves problems out: in the command, and in Python."""
+"""So many problems of a kind are printed, and the rest is counted: the whole message fits a screen."""
 
 MOST_PROBLEMS = 100_000
 """The search for problems stops here: a few megabytes of header can claim a billion tensors that do not exist."""
@@ -46,9 +44,7 @@ class Refused(Exception):
 
     def reworded(self, rename: Callable[[str], str]) -> "Refused":
         """The same refusal with other names for options. Names of files and tensors stay as they are."""
-        refused = Refused(reword_problem(problem, rename) for problem in self.problems)
-        refused.args = (refused.args[0].replace(MORE_IN_JSON, MORE_IN_PYTHON),)
-        return refused
+        return Refused(reword_problem(problem, rename) for problem in self.problems)
 
 
 def reword_problem(problem: Problem, rename: Callable[[str], str]) -> Problem:
@@ -75,26 +71,46 @@ def require_none(problems: Iterable[Problem]) -> None:
 
 
 def describe_problems(problems: Iterable[Problem]) -> str:
-    """The text of all problems for a person: at most MOST_SHOWN_PER_KIND of each kind in full, the rest as a count."""
-    groups: dict[str, list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault(problem.kind, []).append(problem)
+    """The text of all problems for a person: at most MOST_SHOWN_PER_KIND of each kind, the rest as a count."""
+    groups = group_by_kind(problems)
     lines = [line for group in groups.values() for line in describe_problem_kind(group)]
     if sum(map(len, groups.values())) >= MOST_PROBLEMS:
         lines.append(f"only the first {MOST_PROBLEMS:,} problems were looked for")
     return "\n".join(lines)
 
 
-def describe_problem_kind(group: list[Problem]) -> Iterable[str]:
-    for problem in group[:MOST_SHOWN_PER_KIND]:
+def summarize_problems(problems: Iterable[Problem]) -> dict[str, Any]:
+    """The same as JSON values: `problems`, at most MOST_SHOWN_PER_KIND of each kind, and `more`, where there are more:
+    kind -> how many. A file that lacks half a model has 50,000 problems, and nobody reads 32 MB.
+    """
+    groups = group_by_kind(problems)
+    shown = [asdict(problem) for group in groups.values() for problem in group[:MOST_SHOWN_PER_KIND]]
+    counts = {kind: len(group) - MOST_SHOWN_PER_KIND for kind, group in groups.items()}
+    return {"problems": shown, "more": {kind: count for kind, count in counts.items() if count > 0}}
+
+
+def group_by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
+    """Groups problems by their kind; the kinds in the order of their first problem."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.kind, []).append(problem)
+    return groups
+
+
+def describe_problem_kind(group: Sequence[Problem]) -> Iterator[str]:
+    """Describes problems of one kind. What several of them share, one behind the other, is written once below them."""
+    shown = group[:MOST_SHOWN_PER_KIND]
+    for problem, following in zip(shown, [*shown[1:], None], strict=True):
         yield f"{escape_and_clip(problem.subject)}: {problem.kind.replace('-', ' ')}"
+        if following and replace(following, subject=problem.subject) == problem:
+            continue
         yield f"  found:    {escape_and_clip(problem.found)}"
         yield f"  expected: {escape_and_clip(problem.expected)}"
-        if problem.remedy:
+        if problem.remedy and not (following and following.remedy == problem.remedy):
             yield f"  hint:     {escape_and_clip(problem.remedy)}"
     if len(group) > MOST_SHOWN_PER_KIND:
         more = len(group) - MOST_SHOWN_PER_KIND
-        yield f"... and {more:,} more of this kind ({group[0].kind}); {MORE_IN_JSON}"
+        yield f"... and {more:,} more of this kind ({group[0].kind})"
 
 
 Arguments = ParamSpec("Arguments")

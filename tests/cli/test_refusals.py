@@ -33,6 +33,8 @@ from refusals import (
 )
 
 from reshard.cli.main import main
+from reshard.errors import Refused
+from reshard.sources.source import read_source
 from reshard.synthetic import write_checkpoint
 
 
@@ -168,21 +170,24 @@ def test_every_tensor_without_a_rule_is_named_with_the_nearest_rule(
     trial: Trial, capsys: pytest.CaptureFixture[str]
 ) -> None:
     renamed(r"experts\.(\d+)\.up_proj", r"experts.\1.upper_proj")(trial)
-    assert main([*trial.arguments, "--json"]) == 2
-    problems = json.loads(capsys.readouterr().out)["problems"]
+    with pytest.raises(Refused) as refused:
+        read_source(trial.source)
+    problems = refused.value.problems
     expected = {
         f"model.layers.{layer}.mlp.experts.{expert}.upper_proj.{end}"
         for layer in (1, 2)
         for expert in range(8)
         for end in ("weight", "weight_scale_inv")
     }
-    assert {problem["subject"] for problem in problems} == expected
-    assert all("'model.layers.{s}.mlp.experts.{e}.up_proj.{p}'" in problem["expected"] for problem in problems)
+    assert {problem.subject for problem in problems} == expected
+    assert all("'model.layers.{s}.mlp.experts.{e}.up_proj.{p}'" in problem.expected for problem in problems)
 
-    assert main(trial.arguments) == 2
-    text = capsys.readouterr().err
-    assert text.count("found:") == 10
-    assert "... and 22 more of this kind (no-rule); --json lists them all" in text
+    assert main([*trial.arguments, "--json"]) == 2
+    printed, text = capsys.readouterr()
+    told = json.loads(printed)
+    assert len(told["problems"]) == 10 < len(problems) == 10 + told["more"]["no-rule"]
+    assert text.count(": no rule\n") == 10
+    assert "... and 22 more of this kind (no-rule)" in text
 
 
 @pytest.mark.parametrize(

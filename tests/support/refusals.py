@@ -410,7 +410,7 @@ REFUSALS = [
     ("the config has whole queries", config(q_lora_rank=None), "contradiction", "if q_lora_rank"),
     ("the config has more heads", config(num_attention_heads=16), "wrong-shape", "num_attention_heads"),
     ("the config has another vocabulary", config(vocab_size=129), "wrong-shape", "[129, "),
-    ("the config has wider experts", config(moe_intermediate_size=2048), "wrong-shape", "experts.7.down_proj.weight"),
+    ("the config has wider experts", config(moe_intermediate_size=2048), "wrong-shape", "shared_experts.gate_proj"),
     ("the config is no object", config_not_json, "not-json", "a JSON object"),
     ("the option has fewer experts", n_experts(4), "contradiction", "8, by the names of the tensors"),
     ("the option has more experts", n_experts(256), "contradiction", "--n-experts"),

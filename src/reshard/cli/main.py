@@ -6,7 +6,7 @@
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reshard import __version__
 from reshard.cli.terminal import INTERRUPTED, REFUSED, print_aside, print_json
-from reshard.errors import Refused
+from reshard.errors import Refused, summarize_problems
 from reshard.text import escape
 
 Parser = argparse.ArgumentParser
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options)
     except Refused as refused:
         if as_json:
-            print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
+            print_json({"status": "refused", **summarize_problems(refused.problems)})
         print_aside(f"reshard: refused\n{refused}")
         return REFUSED
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reshard import api
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.verify import Report, describe_report
 
@@ -29,7 +30,13 @@ def print_report(report: Report, target: Path, source: Path, *, as_json: bool) -
     """Prints what was compared; the exit code says whether a difference was found."""
     if as_json:
         proven = "sampled" if report.is_sampled else "proven"
-        print_json({"status": "differs" if report.problems else proven, **asdict(report)})
+        print_json(
+            {
+                "status": "differs" if report.problems else proven,
+                **asdict(report),
+                **summarize_problems(report.problems),
+            }
+        )
     else:
         print(describe_report(report, target, source))
     return PROBLEMS if report.problems else PROVEN

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from reshard.errors import MORE_IN_JSON, MORE_IN_PYTHON, Problem, describe_problems, refuse
+from reshard.errors import Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
 from reshard.storage.local import CACHED
 from reshard.storage.page_cache import choose_ways_to_read
@@ -89,7 +89,7 @@ class Report:
 
     def __str__(self) -> str:
         text = "\n".join([self.verdict, *format_report_lines(self)])
-        return text.replace(MORE_IN_JSON, MORE_IN_PYTHON).replace("the --source", "the source")
+        return text.replace("the --source", "the source")
 
     __repr__ = __str__
 
