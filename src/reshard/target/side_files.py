@@ -66,7 +66,8 @@ def find_beside(plan: Plan) -> FoundFiles:
         if not is_wanted or name in ours or name.startswith(".") or INDEX_ENDING.sub("", name).endswith(SUFFIX):
             continue
         if path.is_dir():
-            found.folders.extend([name] if whole else [])
+            # Beside a single file that was given lie folders of anything.
+            found.folders.extend([name] if whole and plan.path.is_dir() else [])
         elif reason := explain_left_file(name, carried):
             found.left.setdefault(reason, []).append(path)
         elif path.is_file() or is_broken_link(path):
@@ -84,7 +85,7 @@ def explain_left_file(name: str, carried: Sequence[str]) -> str:
         return "in other formats"
     spared = SPARE_ENDING.sub("", name)
     if spared != name and (spared.endswith(SUFFIX) or is_in_other_format(spared)):
-        return "put aside"
+        return "of weights put aside"
     return ""
 
 
