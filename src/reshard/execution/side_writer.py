@@ -71,7 +71,6 @@ def read_side_file(side: SideFile) -> Iterator[memoryview]:
     buffer, left = memoryview(bytearray(min(LARGEST_READ, side.size))), side.size
     try:
         with open_regular_file(side.origin) as file:
-            require_as_seen(side, file)
             # Not to its end: one that is still written to, such as a log, may never end.
             while left and (count := file.readinto(buffer[:left])):  # type: ignore[attr-defined]
                 yield buffer[:count]
