@@ -27,7 +27,7 @@ OTHER_FORMATS = (
 they would be those of another model, and a loader may take them.
 """
 
-UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", PARTIAL, ".tmp")
+PARTIAL_ENDINGS = (".aria2", ".crdownload", ".download", ".incomplete", ".part", PARTIAL, ".tmp")
 """Endings of files that a download or a conversion has not finished."""
 
 INDEX_ENDING = re.compile(r"\.index(\.\w+)?\.json$")
@@ -79,7 +79,7 @@ def explain_left_file(name: str, carried: Sequence[str]) -> str:
     """The reason why a file stays behind; empty if it goes along. A pattern of the recipe that has the ending itself,
     such as `tokenizer.bin`, takes it along; `*token*` does not.
     """
-    if name.lower().endswith(UNFINISHED):
+    if name.lower().endswith(PARTIAL_ENDINGS):
         return "not wholly downloaded"
     if is_in_other_format(name) and not any(fnmatchcase(name, one) and is_in_other_format(one) for one in carried):
         return "in other formats"
