@@ -33,7 +33,8 @@ from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
-from reshard.target.side_files import explain_no_run_config
+from reshard.target.run_config import explain_no_run_config
+from reshard.target.side_files import add_notes
 from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
@@ -134,7 +135,7 @@ def convert(
 
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
-    planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    planned = add_notes(make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
     state = look_at_target(planned, Path(target))  # the last chance to refuse
     if not state.plan.files:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
@@ -176,7 +177,7 @@ def plan(
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, None))
-    planned = make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    planned = add_notes(make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
     return planned if target is None else look_at_target(planned, Path(target)).plan
 
 

@@ -249,7 +249,7 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
         ("pwritev:error=ENOSPC:when=200+", "cannot write", "No space left"),
         ("pwritev:error=EDQUOT:when=200+", "cannot write", "Disk quota exceeded"),
         ("fdatasync:error=EIO:when=6+", "cannot write", "Input/output error"),
-        ("fsync:error=EIO:when=3", "cannot write", "Input/output error"),
+        ("fsync:error=EIO:when=6", "cannot write", "Input/output error"),
         ("rename:error=EIO:when=1", "cannot write", "Input/output error"),
         ("rename:error=EIO:when=3", "cannot write", "Input/output error"),
     ],

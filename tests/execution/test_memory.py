@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jobs import Job, convert_checkpoint
 
-from reshard.synthetic import write_tensors
+from reshard.synthetic import SMALL_V3, write_checkpoint, write_tensors
 
 INTERPRETER = """
 import numpy, msgspec, xxhash
@@ -172,3 +172,18 @@ def test_a_control_group_with_little_memory_is_enough(plenty: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     # Less than three times as much memory as data, by the limit of the group: past the cache, of its own accord.
     assert '"write": "cached"' not in done.stdout
+
+
+def test_a_large_file_beside_the_tensors_stays_below_it(tmp_path: Path) -> None:
+    """Copied, compared with the manifest, verified and written again: at no time is it in memory as a whole."""
+    write_checkpoint(tmp_path / "source", SMALL_V3, 1)
+    with (tmp_path / "source" / "film.mkv").open("wb") as file:
+        file.truncate(4 * CAP)
+    target, limited = tmp_path / "target", private_limit()
+    convert = command(tmp_path / "source", target, "--to", "hf")
+    first, verified = run(convert, limited), run([sys.executable, "-m", "reshard", "verify", str(target)], limited)
+    (target / "film.mkv").unlink()
+    again = run(convert, limited)
+    assert [done.returncode for done in (first, verified, again)] == [0, 0, 0], first.stderr + again.stderr
+    assert "written again: film.mkv" in again.stdout
+    assert (target / "film.mkv").stat().st_size == 4 * CAP

@@ -32,7 +32,7 @@ from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.block_scales import group_weights as units_by_kind
 from reshard.sources.match import match
 from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL_V3, list_tensors, write_checkpoint
-from reshard.target.side_files import make_run_config
+from reshard.target.run_config import make_run_config
 from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Recipe, Tensor
 
 DATA_START = 1000

@@ -42,7 +42,7 @@ def telling(function):
 
 reshard.execution.writer.FLUSH_SECONDS = 0.02
 reshard.execution.writer.Ledger.add = telling(reshard.execution.writer.Ledger.add)
-for name in ("open_journal", "open_targets", "make_durable", "write_durable", "rename_to_final", "remove_files"):
+for name in ("open_journal", "open_targets", "write_side_files", "make_durable", "write_durable", "rename_to_final"):
     setattr(reshard.execution.execute, name, telling(getattr(reshard.execution.execute, name)))
 pathlib.Path.rename = telling(pathlib.Path.rename)
 entry()

@@ -22,7 +22,7 @@ from skeletons import BF16, E8M0, F8, FP4, Parameters
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.recipes.recipe import FAMILIES_FOLDER, parse_recipe
-from reshard.target.side_files import find_run_obstacles, make_run_config
+from reshard.target.run_config import find_run_obstacles, make_run_config
 
 Source = Callable[[str], Path]
 

@@ -12,7 +12,7 @@ from reshard.cli.terminal import PROVEN, print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.target.manifest_writer import describe_lost, describe_plan
-from reshard.target.side_files import explain_no_run_config, find_run_obstacles
+from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_size
 from reshard.types import RANKS
 

@@ -16,9 +16,10 @@ from reshard import __version__
 from reshard.errors import Problem, refuse
 from reshard.execution.journal import RESTART, Journal, Records, has_records, open_journal, parse_records
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
+from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Ledger, move_all
-from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
 from reshard.storage.local import (
@@ -45,10 +46,12 @@ THREADS_PAST_CACHE = 4
 class OtherFiles:
     """Side files and manifest of the target."""
 
-    names: Sequence[str]
-    """The last of them, the manifest, gets its final name last of all files."""
-    contents: Callable[[Records], Mapping[str, bytes]]
-    """Makes the contents of each file, by name, from the checksums of everything that was written."""
+    sides: Mapping[str, SideFile]
+    """By name."""
+    write_manifest: Callable[[Records, Mapping[str, str]], bytes]
+    """Writes the content of the manifest from the checksums of everything that was written: of the tensors, and of each
+    side file by its name.
+    """
     require_same: Callable[[], None]
     """Raises Refused if another run has changed the target after it was read and before it was locked."""
 
@@ -103,17 +106,17 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance,
     `advance` is called with numbers of bytes. Raises Refused if the source changes or the file system fails; the same
     call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
-    names = [*(file.name for file in plan.files), *others.names]
+    other_names = [*others.sides, MANIFEST]
+    names = [*(file.name for file in plan.files), *other_names]  # the manifest gets its final name last
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, identify_job(plan, others.names, settings), restart=settings.restart)
+            journal = open_journal(stack, target, identify_job(plan, other_names, settings), restart=settings.restart)
             try:
                 others.require_same()
-                done, records = write_tensors_of_plan(plan, target, journal, advance, settings)
-                for name, content in others.contents(records).items():
-                    write_durable(target / (name + PARTIAL), content)
+                done, records, checksums = write_partial_files(plan, target, journal, others.sides, advance, settings)
+                write_durable(target / (MANIFEST + PARTIAL), others.write_manifest(records, checksums))
             except Exception:
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
@@ -144,10 +147,17 @@ def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[
     }
 
 
-def write_tensors_of_plan(
-    plan: Plan, target: Path, journal: Journal, advance: Advance, settings: Settings
-) -> tuple[RunResult, Records]:
-    """Writes all groups that are not in the journal, into files with temporary names, and makes them durable."""
+def write_partial_files(
+    plan: Plan,
+    target: Path,
+    journal: Journal,
+    sides: Mapping[str, SideFile],
+    advance: Advance,
+    settings: Settings,
+) -> tuple[RunResult, Records, dict[str, str]]:
+    """Writes side files, and all groups that are not in the journal, into files with temporary names, and makes them
+    durable. Returns also the records of all groups, and the checksums of the side files.
+    """
     ways = choose_ways(plan, target, settings)
     jobs = choose_threads(ways, settings, measure_memory_per_thread(plan))
     found = parse_records(journal.records)
@@ -158,6 +168,7 @@ def write_tensors_of_plan(
         complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
+        checksums = write_side_files(target, sides)  # first: what is wrong with one shows before hours of copying
         ledger = Ledger(journal, targets, ways)
         resumed = int(found["size"].sum())
         advance(resumed + sum(len(file.header) for file in plan.files))
@@ -174,7 +185,8 @@ def write_tensors_of_plan(
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    return RunResult(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied), records
+    result = RunResult(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
+    return result, records, checksums
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:

@@ -19,7 +19,7 @@ from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
-from reshard.target.side_files import cast_config
+from reshard.target.config_files import cast_config
 from reshard.types import WHOLE, File, Share
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
@@ -86,7 +86,8 @@ def sample_data(opened: FileIO, file: File) -> str:
 def write_manifest(
     plan: Plan,
     samples: Sequence[str],
-    side_files: Mapping[str, bytes],
+    side_sizes: Mapping[str, int],
+    side_checksums: Mapping[str, str],
     records: Records,
     known: Mapping[str, Any],
     origin: Mapping[str, Any],
@@ -100,8 +101,7 @@ def write_manifest(
     files = {entry["name"]: entry for entry in [*known.get("files", ()), *manifest["files"]]}
     manifest["files"] = sorted(files.values(), key=lambda entry: entry["rank"])
     manifest["side_files"] = [
-        {"name": name, "size": len(content), "xxh3_128": xxh3_128_hexdigest(content)}
-        for name, content in side_files.items()
+        {"name": name, "size": size, "xxh3_128": side_checksums[name]} for name, size in side_sizes.items()
     ]
     return (json.dumps({**manifest, "xxh3_128": compute_manifest_checksum(manifest)}, indent=1) + "\n").encode()
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128_hexdigest
-
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
 from reshard.execution.journal import Records, list_left_files, lock_journal
+from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
-from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
     describe_origin,
     find_finished_ranks,
@@ -25,7 +23,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import list_names, read_side_files
+from reshard.target.side_files import collect_side_files, list_names
 from reshard.text import format_size
 
 
@@ -59,6 +57,12 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
         yield Problem(
             "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
         )
+    yield from check_space(target, needed, ours)
+
+
+def check_space(target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+    """Checks that `needed` bytes fit on the disk of a target, in which the files named in `ours` are replaced."""
+    above = find_nearest_folder(target)
     free = shutil.disk_usage(above).free + sum(measure_allocated(target / name) for name in ours)
     if free < needed:
         found = f"{free:,} bytes free ({format_size(free)})"
@@ -85,8 +89,8 @@ class TargetState:
     """The plan of the files that are not finished yet."""
     samples: Sequence[str]
     """For each source file: a checksum of samples of its data."""
-    sides: Mapping[str, bytes]
-    """The contents of the side files, by name."""
+    sides: Mapping[str, SideFile]
+    """The side files, by name."""
     manifest: Mapping[str, Any]
     """The manifest in the folder; empty if there is none."""
     known: Mapping[str, Any]
@@ -104,7 +108,7 @@ def look_at_target(plan: Plan, folder: Path) -> TargetState:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(folder)
     known = manifest if is_same_job(manifest, plan, samples) else {}
-    sides = read_side_files(plan)  # before finished ranks are left out: an index names all files
+    sides = collect_side_files(plan)  # before finished ranks are left out: an index names all files
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifest, known, origin)
@@ -120,28 +124,35 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     yield from found
     if not found and state.plan.files:
         yield from check_room(state)
+    elif not found:
+        yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
+
+
+def list_lost_sides(state: TargetState) -> list[str]:
+    """Lists the side files that are not in the target."""
+    return [name for name in state.sides if not (state.folder / name).exists()]
 
 
 def describe_others(state: TargetState) -> OtherFiles:
     """Describes the manifest and the side files for `execute_plan`. The manifest gets its final name last."""
 
-    def contents(records: Records) -> dict[str, bytes]:
-        manifest = write_manifest(state.plan, state.samples, state.sides, records, state.known, state.origin)
-        return {**state.sides, MANIFEST: manifest}
+    def write(records: Records, checksums: Mapping[str, str]) -> bytes:
+        sizes = {name: side.size for name, side in state.sides.items()}
+        return write_manifest(state.plan, state.samples, sizes, checksums, records, state.known, state.origin)
 
     def require_same() -> None:
         if read_manifest(state.folder) != state.manifest:
             found = "another run has ended there just now"
             raise refuse("target-changed", str(state.folder), found, "none", "run it again")
 
-    return OtherFiles([*state.sides, MANIFEST], contents, require_same)
+    return OtherFiles(state.sides, write, require_same)
 
 
-def check_side_files(known: Mapping[str, Any], sides: Mapping[str, bytes]) -> Iterator[Problem]:
+def check_side_files(known: Mapping[str, Any], sides: Mapping[str, SideFile]) -> Iterator[Problem]:
     """Reports side files whose content would differ from the manifest: a changed tokenizer or config of the source."""
     for entry in known.get("side_files", ()):
-        content = sides.get(entry["name"])
-        if content is not None and xxh3_128_hexdigest(content) != entry["xxh3_128"]:
+        side = sides.get(entry["name"])
+        if side and (side.size != entry["size"] or compute_side_checksum(side) != entry["xxh3_128"]):
             found = "other content than when the target was made, in the source or by its config.json"
             yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
 
@@ -162,7 +173,7 @@ def mend_target(state: TargetState) -> list[str]:
     Raises Refused if side files are missing while other ranks are half written: that job must end first.
     """
     target = state.folder
-    lost = [name for name in state.sides if not (target / name).exists()]
+    lost = list_lost_sides(state)
     if any(name.endswith(PARTIAL) for name in list_left_files(target)):
         if lost:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
@@ -170,8 +181,7 @@ def mend_target(state: TargetState) -> list[str]:
     elif lost:
         with ExitStack() as stack:
             lock_journal(stack, target / JOURNAL)
-            for name in lost:
-                write_durable(target / (name + PARTIAL), state.sides[name])
+            write_side_files(target, {name: state.sides[name] for name in lost})
             rename_to_final(target, lost)
     elif (target / JOURNAL).exists():  # left by a job that crashed after its last rename
         with ExitStack() as stack:
@@ -187,5 +197,5 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     ours = list_own_names(state.folder)
     if state.known:
         ours |= {MANIFEST, *state.sides, *list_rank_files(state.known)} - {file.name for file in state.plan.files}
-    needed = state.plan.size + sum(map(len, state.sides.values()))
+    needed = state.plan.size + sum(side.size for side in state.sides.values())
     yield from check_folder(state.plan.path, state.folder, needed, ours)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
+from hashlib import file_digest
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import SUFFIX, read_header
@@ -241,7 +242,13 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
         path = target / Path(entry["name"]).name
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
-        elif path.stat().st_size != entry["size"] or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:
+        elif path.stat().st_size != entry["size"] or compute_file_checksum(path) != entry["xxh3_128"]:
             yield Problem(
                 "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], CONVERT_AGAIN_HINT
             )
+
+
+def compute_file_checksum(path: Path) -> str:
+    """The xxh3-128 of a file of any size, in hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return file_digest(file, xxh3_128).hexdigest()

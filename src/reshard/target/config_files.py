@@ -1,0 +1,129 @@
+"""config.json and the index of a target: as casts change them, or exactly as they were."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from reshard.formats.huggingface import CONFIG, INDEX
+from reshard.planning.file_layout import WHOLE_NAME
+from reshard.planning.plan import Plan
+from reshard.recipes.patterns import find_scale_placeholder
+from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.types import RANKS, WHOLE
+
+EXEMPT = "modules_to_not_convert"
+"""Config key that lists the modules without block scales."""
+
+DTYPES = ("torch_dtype", "dtype")
+"""Config keys of the dtype of the weights: older and newer configs."""
+
+
+def make_whole_files(plan: Plan) -> dict[str, bytes]:
+    """Makes the config after casts, and the index unless the target is one `model.safetensors`. Chosen tensors
+    (`--only`) get no config.
+    """
+    found = {}
+    if plan.config is not None and "only" not in plan.source.subset:
+        found[CONFIG] = cast_config(plan, plan.config)
+    if [file.name for file in plan.files] != [WHOLE_NAME]:
+        found[INDEX] = make_index(plan)
+    return {name: make_json_text(value) for name, value in found.items()}
+
+
+def make_json_text(value: Mapping[str, Any]) -> bytes:
+    """Writes an object as JSON text of a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def make_index(plan: Plan) -> dict[str, Any]:
+    """Makes the index: tensor name -> file name, sorted by name; `total_size` is the size of all data, in bytes."""
+    names = {plan.pieces.names[piece]: file.name for file in plan.files for piece in file.pieces.tolist()}
+    size = sum(file.size - len(file.header) for file in plan.files)
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+
+
+def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes a config to match cast weights: `quantization_config` and dtype."""
+    changed = dict(config)
+    if plan.layout.expert_dtype:
+        changed.pop("expert_dtype", None)
+        if isinstance(quantization := changed.get("quantization_config"), dict):
+            changed["quantization_config"] = {key: quantization[key] for key in quantization if key != "expert_dtype"}
+    if plan.layout.cast == "bf16":
+        for key in ("quantization_config", "expert_dtype"):
+            changed.pop(key, None)
+        changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
+    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
+        block = next(cast.block for cast in plan.casts)
+        facts = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
+        changed["quantization_config"] = {**facts, **power, "weight_block_size": list(block)}
+    if isinstance(quantization := changed.get("quantization_config"), dict) and (
+        modules := find_unscaled_modules(plan)
+    ):
+        exempt = quantization.get(EXEMPT)
+        known = exempt if isinstance(exempt, list) else []
+        new = [module for module in modules if module not in known]
+        changed["quantization_config"] = {**quantization, EXEMPT: [*known, *new]}
+    return changed
+
+
+def find_unscaled_modules(plan: Plan) -> list[str]:
+    """Finds the modules, by the end of their names, that have no scales because the recipe dequantizes them."""
+    found: dict[str, None] = {}
+    for rule in plan.recipe.rules:
+        if rule.relation == "dequantize":
+            name = find_scale_placeholder(rule, plan.recipe)
+            module = rule.left.removesuffix(f".{{{name}}}").rpartition("}.")[2]
+            scale = f"{module}.{plan.recipe.scales[name].left}"
+            if plan.layout.to == RANKS or not any(piece.endswith(scale) for piece in plan.pieces.names):
+                found[module] = None
+    return list(found)
+
+
+def carry_config(plan: Plan) -> dict[str, bytes]:
+    """Makes the config of rank files, if the recipe carries it and casts change it; an unchanged one is copied.
+
+    Values that padding raises stay as they were: a loader must know how many rows in the files are not padding.
+    """
+    config = plan.source.config
+    if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
+        return {}
+    changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
+    return {} if changed == config else {CONFIG: make_json_text(changed)}
+
+
+def restore_texts(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Replaces each made JSON file by its exact original text, where both have the same values."""
+    origin, texts = plan.origin, plan.origin.texts or {}
+    found = {
+        name: texts[name] if has_same_values(name, texts.get(name), content) else content
+        for name, content in made.items()
+    }
+    if INDEX not in texts and origin.forms and is_restored(plan):
+        found.pop(INDEX, None)
+    return found
+
+
+def has_same_values(name: str, text: bytes | None, made: bytes) -> bool:
+    """Whether a config has the same keys and values, or an index the same tensors in the same files."""
+    if text is None or name not in (CONFIG, INDEX):
+        return False
+    try:
+        one, other = json.loads(text), json.loads(made)
+    except (ValueError, RecursionError):
+        return False
+    return bool(one == other if name == CONFIG else get_weight_map(one) == get_weight_map(other))
+
+
+def get_weight_map(index: Any) -> Any:
+    """Returns the `weight_map` of a parsed index; None without one."""
+    return index.get("weight_map") if isinstance(index, dict) else None
+
+
+def is_restored(plan: Plan) -> bool:
+    """Whether the target is exactly the original checkpoint of the rank files, by the headers of all files."""
+    return plan.layout.to == WHOLE and [file.header for file in plan.files] == [
+        form.header for form in plan.origin.forms
+    ]
