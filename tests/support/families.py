@@ -113,7 +113,7 @@ def deepseek_v4(config: Config) -> list[TensorEntry]:
 
 
 def deepseek_v41(config: Config) -> list[TensorEntry]:
-    """V4.1-Flash: blocks of 32, two tables of n-grams, one draft head, and eyes; each of the last two may be missing."""
+    """V4.1-Flash: blocks of 32, two tables of n-grams, and if the config has them one draft head and eyes."""
     eyes = config.get("vision_config") or {"num_hidden_layers": 0}
     text = {**config["text_config"], "quantization_config": config["quantization_config"]}
     text["sees"] = eyes["num_hidden_layers"] > 0

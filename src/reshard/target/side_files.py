@@ -15,6 +15,7 @@ from reshard.planning.plan import Plan
 from reshard.recipes.formulas import UnknownKey, add_old_keys, compute_formula
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.target.tokenizer import choose_tokenizer
 from reshard.types import RANKS, WHOLE, Recipe
 
 
@@ -216,12 +217,12 @@ LARGEST_SIDE_FILE = 256 << 20
 """In bytes. Side files, such as tokenizers, are read whole."""
 
 
-def read_side_files(plan: Plan) -> dict[str, bytes]:
+def read_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) -> dict[str, bytes]:
     """Reads the side files to copy, and adds the made ones; returns name -> content, sorted by name. Raises Refused if
     a file cannot be read or is larger than LARGEST_SIDE_FILE.
 
     Made files replace copied ones of the same name. In the original layout all side files of the source are copied; for
-    chosen tensors (`--only`) none.
+    chosen tensors (`--only`) none. The files of a `tokenizer`, name -> path, replace those of the source.
     """
     if "only" in plan.source.subset:
         return make_files(plan)
@@ -229,7 +230,7 @@ def read_side_files(plan: Plan) -> dict[str, bytes]:
     if plan.layout.to == WHOLE:
         patterns, made = ("*",), restore_texts(plan, made)
     ours = {RUN_CONFIG} if plan.origin.is_of_ranks else set()  # belongs to the rank files, not to the model
-    found = find_side_files(plan.source.folder, patterns)
+    found = choose_tokenizer(find_side_files(plan.source.folder, patterns), tokenizer)
     sides = {**{name: read_small(path) for name, path in found.items() if name not in {*made, *ours}}, **made}
     return dict(sorted(sides.items()))
 
