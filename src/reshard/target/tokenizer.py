@@ -64,7 +64,7 @@ def list_lacking(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def choose_tokenizer(sides: Mapping[str, Path], tokenizer: Mapping[str, Path] | None) -> dict[str, Path]:
-    """Returns the side files of a source with `tokenizer` in the place of their own; name -> path. None keeps theirs."""
+    """Chooses the side files: those of a source, and in the place of its tokenizer another one; name -> path."""
     if tokenizer is None:
         return dict(sides)
     return {name: path for name, path in sides.items() if WORD not in name} | dict(tokenizer)
