@@ -138,6 +138,7 @@ def test_tensors_of_a_part_that_the_config_denies_are_refused(
     assert [problem.subject for problem in refused.value.problems] == subjects
     problem = refused.value.problems[0]
     assert (problem.kind, problem.found[: len(found)], problem.expected[: len(key)]) == ("contradiction", found, key)
+    assert f"give {key.removeprefix('0, as ')} back its value" in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,17 @@ def check_counts(place: Placeholder, numbers: set[int], config: Mapping[str, Any
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({format_numbers(numbers)})"
         expected = f"{reprlib.repr(wanted)}, as {place.size if told is not False else key} of config.json says"
-        remedy = (
-            f"is a file missing? if the model has no {place.counts}, set {key} in config.json to 0"
-            if key
-            else OTHER_MODEL
-        )
-        yield Problem("contradiction", place.counts, found, expected, remedy if not numbers else OTHER_MODEL)
+        yield Problem("contradiction", place.counts, found, expected, suggest_key(place, numbers, told=told))
+
+
+def suggest_key(place: Placeholder, numbers: set[int], *, told: bool | None) -> str:
+    """Suggests what to look at where a number of members differs: the config key of its condition, if that decides."""
+    key = place.only.removeprefix("if ")
+    if key and not numbers:
+        return f"is a file missing? if the model has no {place.counts}, set {key} in config.json to 0"
+    if told is False:
+        return f"is config.json another model's, or was it edited? give {key} back its value"
+    return OTHER_MODEL
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -30,18 +30,19 @@ def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | 
         expected = f"the folder of {format_list(patterns)}"
         raise refuse("wrong-option", "--tokenizer-path", f"{folder} is a file", expected, "the folder that it lies in")
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
-        raise refuse("cannot-read", str(folder), error.strerror or str(error), "the folder of a tokenizer") from None
-    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    lacking = list_lacking(patterns, found)
-    if not found or TOKENIZER in lacking:
+        found, expected = error.strerror or str(error), "the folder of a tokenizer"
+        raise refuse("cannot-read", str(folder), found, expected, "correct --tokenizer-path") from None
+    files = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    lacking = list_lacking(patterns, files)
+    if not files or TOKENIZER in lacking:
         remedy = "download it, or correct --tokenizer-path"
         raise Refused(
             Problem("missing-file", str(folder / name), "not there", "a file of the tokenizer", remedy)
             for name in lacking
         )
-    return {name: folder / name for name in found}
+    return {name: folder / name for name in files}
 
 
 def note_lacking(tokenizer: Mapping[str, Path] | None, recipe: Recipe) -> tuple[Note, ...]:
