@@ -1,17 +1,21 @@
 """The command lines of all of DeepSeek's scripts: V3's, V4's and V4.1's."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import oracle_families
 import pytest
+import torch
 from conversions import require_equal
 from families import write_small
+from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.formats.target_names import JOURNAL
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -100,6 +104,29 @@ def test_the_number_of_experts_is_that_of_the_layers(
     assert run_script(sources(name), tmp_path / "out", "--n-experts", "8", "--model-parallel", "2") == 2
     assert "16, by the names of the tensors" in capsys.readouterr().err
     assert run_script(sources(name), tmp_path / "out", "--n-experts", "16", "--model-parallel", "2") == 0
+
+
+def test_what_refusals_advise_are_options_of_the_command(
+    sources: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts whose scales are too far apart for FP8; and a journal that nobody can read."""
+    source, scale = tmp_path / "source", "layers.3.ffn.experts.5.w2.scale"
+    shutil.copytree(sources("deepseek-v4-flash"), source)
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(source / index[scale])
+    tensors[scale].view(torch.uint8).fill_(110)[0, 0] = 125
+    save_file(tensors, source / index[scale])
+    options = ["--model-parallel", "2", "--expert-dtype"]
+    assert run_script(source, tmp_path / "out", *options, "fp8") == 2
+    assert "--allow-inexact" in capsys.readouterr().err
+    assert run_script(source, tmp_path / "rounded", *options, "fp8", "--allow-inexact") == 0
+    assert "rounded: " in capsys.readouterr().out
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / JOURNAL).write_text("no journal\n")
+    assert run_script(source, tmp_path / "begun", *options, "fp4") == 2
+    assert "--restart" in capsys.readouterr().err
+    assert run_script(source, tmp_path / "begun", *options, "fp4", "--restart") == 0
+    assert main(["verify", str(tmp_path / "begun"), "--source", str(source)]) == 0
 
 
 # --- the tokenizer of another folder ---

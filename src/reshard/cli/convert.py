@@ -52,6 +52,8 @@ def run_deepseek(options: argparse.Namespace) -> int:
             n_experts=options.n_experts,
             tokenizer_path=options.tokenizer_path,
             ignore_extra_files=options.ignore_extra_files,
+            allow_inexact=options.allow_inexact,
+            restart=options.restart,
             progress=progress,
         )
     return print_conversion(conversion, options)

@@ -182,7 +182,8 @@ def add_deepseek(parser: Parser) -> None:
     parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
     parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), help="of V4's experts: fp8 casts FP4 ones")
     parser.add_argument("--tokenizer-path", type=Path, help="the tokenizer's folder; default: the checkpoint")
-    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+    for option in ("--ignore-extra-files", "--allow-inexact", "--restart"):  # what refusals advise
+        parser.add_argument(option, action="store_true", help="as for convert")
 
 
 CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_deepseek"
