@@ -84,6 +84,7 @@ def convert(
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
     n_experts: int | None = None,
+    tokenizer_path: Location | None = None,
     jobs: int | None = None,
     max_memory: int = DEFAULT_MEMORY,
     cache: str = "auto",
@@ -103,7 +104,7 @@ def convert(
         mp: The number of ranks.
         to: `"ranks"`, or `"hf"` for whole files in the layout of Hugging Face.
         cast: Of all block-scaled weights: `"bf16"`, `"fp8"` or `"fp8-ue8m0"`.
-        expert_dtype: `"fp8"` casts FP4 experts to FP8.
+        expert_dtype: `"fp8"` casts FP4 experts to FP8; `"fp4"` is as they are.
         keep_mtp: Keep the MTP layers, which recipes leave out.
         pad: Widen weights with zeros where blocks do not suit the ranks.
         max_file_size: With `to="hf"`: the largest file, in bytes.
@@ -116,6 +117,7 @@ def convert(
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files that the index does not name.
         n_experts: The number of experts that there should be: any other is refused.
+        tokenizer_path: The folder to take the tokenizer from, in the place of the source.
         jobs: Threads; by default as many as processors and disk can use.
         max_memory: In bytes, of all buffers together.
         cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
@@ -136,7 +138,8 @@ def convert(
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
     planned = add_notes(make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
-    state = look_at_target(planned, Path(target))  # the last chance to refuse
+    tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
+    state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
     if not state.plan.files:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     advance = count_progress(progress, state.plan.size)

@@ -164,6 +164,9 @@ class Placeholder:
     """With `after`: names of placeholders, one letter each. Their rules hold for members of this one as well."""
     optional: str = ""
     """Reason why tensors numbered by this placeholder are left out unless asked for; empty if they never are."""
+    only: str = ""
+    """`if KEY`: there are members only if the config key is true. Rules with this placeholder have that condition too,
+    unless they have their own."""
     rows_of: str = ""
     """Name of a tensor whose first dimension is the number of members, in elements."""
 

@@ -444,6 +444,46 @@ def test_what_some_have_is_told_with_the_members() -> None:
     assert problem.expected == "1, as ratios of config.json says"
 
 
+WITH_EYES = PICKY.replace(
+    "rules = [",
+    """placeholders.v = { counts = "eyes", only = "if sight.eyes", size = "sight.eyes" }
+rules = [
+["same", "eyes.{v}.lens", "e.{v}", "rows"],
+["same", "optic.nerve", "nerve", "rows", "", "if sight.eyes"],""",
+)
+EYES = ["eyes.0.lens", "eyes.1.lens", "optic.nerve"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "wanted"),
+    [
+        (EYES, {"sight": {"eyes": 2}}, set()),
+        (EYES, None, set()),
+        (EYES, {}, set()),
+        ([], None, set()),
+        ([], {}, set()),
+        ([], {"sight": {"eyes": 0}}, set()),
+        ([], {"sight": None}, set()),
+        (EYES, {"sight": {"eyes": 3}}, {"eyes"}),
+        (EYES, {"sight": {"eyes": 0}}, {"eyes"}),
+        (EYES, {"sight": None}, {"eyes"}),
+        ([], {"sight": {"eyes": 2}}, {"eyes"}),
+        # What has no number is under the same condition; without the key, whatever is there asks for all of it.
+        (EYES[2:], {"sight": {"eyes": 0}}, {"optic.nerve"}),
+        (EYES[:2], {"sight": {"eyes": 2}}, {"optic.nerve"}),
+        (EYES[:2], {}, {"optic.nerve"}),
+    ],
+)
+def test_a_hole_may_be_there_only_if_the_config_says_so(
+    extra: list[str], config: Mapping[str, Any] | None, wanted: set[str]
+) -> None:
+    recipe, checkpoint = parse_recipe(WITH_EYES, "eyes.toml"), picky([*NORMS, *KINDS, *TABLES, *extra], config)
+    if wanted:
+        assert {problem.subject for problem in problems_of(checkpoint, recipe)} == wanted
+    else:
+        assert match(checkpoint, recipe).counts["v"] == len(extra[:2])
+
+
 LISTED = PICKY.replace('size = "hashed", some_of = "i"', 'some_of = "i", listed = "text.hashed"')
 
 

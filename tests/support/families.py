@@ -113,16 +113,19 @@ def deepseek_v4(config: Config) -> list[TensorEntry]:
 
 
 def deepseek_v41(config: Config) -> list[TensorEntry]:
-    """V4.1-Flash: blocks of 32, two tables of n-grams, one draft head, and eyes."""
+    """V4.1-Flash: blocks of 32, two tables of n-grams, and if the config has them one draft head and eyes."""
+    eyes = config.get("vision_config") or {"num_hidden_layers": 0}
     text = {**config["text_config"], "quantization_config": config["quantization_config"]}
+    text["sees"] = eyes["num_hidden_layers"] > 0
+    drafts = draft_layers(text) if text.get("dspark_block_size") else 0
     dim, layers = text["hidden_size"], text["num_hidden_layers"]
     return [
         make_bf16_entry("embed.weight", text["vocab_size"], dim),
         *chain.from_iterable(layer_v41(text, number) for number in range(layers)),
         make_bf16_entry("norm.weight", dim),
         make_bf16_entry("head.weight", text["vocab_size"], dim),
-        *chain.from_iterable(draft_v41(text, number) for number in range(draft_layers(text))),
-        *vision(config["vision_config"], dim),
+        *chain.from_iterable(draft_v41(text, number) for number in range(drafts)),
+        *(vision(eyes, dim) if text["sees"] else ()),
     ]
 
 
@@ -176,7 +179,7 @@ def layer_v41(text: Config, number: int) -> Iterator[TensorEntry]:
     yield from block(text, prefix)
     yield from shared_compression(text, f"{prefix}.attn", number, ratio)
     yield from experts(text, f"{prefix}.ffn", text["n_routed_experts"])
-    yield from gate_biases(f"{prefix}.ffn.gate", text["n_routed_experts"])
+    yield from gate_biases(text, f"{prefix}.ffn.gate", text["n_routed_experts"])
     if number in text["engram_layer_ids"]:
         yield from engram(text, f"{prefix}.engram", text["engram_layer_ids"].index(number))
 
@@ -187,7 +190,7 @@ def draft_v41(text: Config, number: int) -> Iterator[TensorEntry]:
     yield from draft_entrance(text, number)
     yield from block(text, prefix)
     yield from experts(text, f"{prefix}.ffn", text["dspark_n_routed_experts"])
-    yield from gate_biases(f"{prefix}.ffn.gate", text["dspark_n_routed_experts"])
+    yield from gate_biases(text, f"{prefix}.ffn.gate", text["dspark_n_routed_experts"])
     if last:
         yield from draft_exit(text, prefix, "embed", "head")
 
@@ -285,9 +288,11 @@ def experts(config: Config, prefix: str, count: int) -> Iterator[TensorEntry]:
     yield from native(config, f"{prefix}.shared_experts.w3", width, dim)
 
 
-def gate_biases(prefix: str, count: int) -> Iterator[TensorEntry]:
+def gate_biases(text: Config, prefix: str, count: int) -> Iterator[TensorEntry]:
+    """One for words, and one for what is seen."""
     yield f"{prefix}.bias", "F32", (count,)
-    yield f"{prefix}.bias_vl", "F32", (count,)
+    if text["sees"]:
+        yield f"{prefix}.bias_vl", "F32", (count,)
 
 
 def engram(text: Config, prefix: str, number: int) -> Iterator[TensorEntry]:

@@ -43,7 +43,7 @@ def v4_vision_parameters(args: Args, ranks: int, rank: int) -> Parameters:
 
 
 def v41_parameters(args: Args, ranks: int, rank: int) -> Parameters:
-    """Return the parameters of V4.1-Flash: drafter blocks, engram tables and the vision tower."""
+    """Return the parameters of V4.1-Flash: engram tables, and the drafter blocks and the vision tower if any."""
     dim, vocabulary = args["dim"], args["vocab_size"] // ranks
     result = plain("embed.weight", vocabulary, dim) | plain("head.weight", vocabulary, dim, dtype=F32)
     result |= plain("norm.weight", dim)
@@ -51,6 +51,8 @@ def v41_parameters(args: Args, ranks: int, rank: int) -> Parameters:
         result |= _vision(args)
     for layer in range(args["n_layers"]):
         result |= _v41_block(f"layers.{layer}", layer, args, ranks, rank)
+    if not args["n_mtp_layers"]:
+        return result
     for stage in range(args["n_mtp_layers"]):
         result |= _v41_block(f"mtp.{stage}", args["n_layers"] + stage, args, ranks, rank)
     last = f"mtp.{args['n_mtp_layers'] - 1}"

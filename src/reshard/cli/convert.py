@@ -42,14 +42,18 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
-    """Runs `deepseek`: a conversion with the options of DeepSeek's script. Returns the exit code. Raises Refused."""
+    """Runs `deepseek`: a conversion with the options of DeepSeek's scripts. Returns the exit code. Raises Refused."""
     with show_progress("convert") as progress:
         conversion = api.convert(
             options.hf_ckpt_path,
             options.save_path,
             options.model_parallel,
+            expert_dtype=options.expert_dtype,
             n_experts=options.n_experts,
+            tokenizer_path=options.tokenizer_path,
             ignore_extra_files=options.ignore_extra_files,
+            allow_inexact=options.allow_inexact,
+            restart=options.restart,
             progress=progress,
         )
     return print_conversion(conversion, options)

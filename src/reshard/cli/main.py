@@ -46,7 +46,7 @@ def add_job(parser: Parser) -> None:
     parser.add_argument("--mp", type=int, metavar="N", help="number of ranks (model parallel)")
     parser.add_argument("--to", choices=("ranks", "hf"), default="ranks", help="hf: stay whole, in the source's layout")
     parser.add_argument("--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="of all block-scaled weights")
-    parser.add_argument("--expert-dtype", choices=("fp8",), default="", help="cast FP4 experts to FP8")
+    parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), default="", help="fp8: cast FP4 experts")
     parser.add_argument("--mtp", choices=("drop", "keep"), default="drop", help="keep what a recipe drops: MTP layers")
     parser.add_argument(
         "--pad", action="store_true", help="widen weights with zeros where blocks do not suit the ranks"
@@ -175,12 +175,15 @@ def add_demo(parser: Parser) -> None:
 
 
 def add_deepseek(parser: Parser) -> None:
-    """Adds the options of `deepseek`, by the names in DeepSeek's script."""
+    """Adds the options of `deepseek`, by their names in all of DeepSeek's scripts."""
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="the Hugging Face checkpoint")
     parser.add_argument("--save-path", type=Path, required=True, help="the folder to write, empty or not there")
-    parser.add_argument("--n-experts", type=int, required=True, help="number of routed experts; checked")
+    parser.add_argument("--n-experts", type=int, help="number of routed experts, without draft blocks'; checked")
     parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
-    parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+    parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), help="of V4's experts: fp8 casts FP4 ones")
+    parser.add_argument("--tokenizer-path", type=Path, help="the tokenizer's folder; default: the checkpoint")
+    for option in ("--ignore-extra-files", "--allow-inexact", "--restart"):  # what refusals advise
+        parser.add_argument(option, action="store_true", help="as for convert")
 
 
 CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_deepseek"
@@ -193,7 +196,7 @@ COMMANDS = (
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.cli.diff:run_diff"),
     Command("recipes", "list, show or check recipes", add_recipes, "reshard.cli.inspect:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.cli.demo:run_demo"),
-    Command("deepseek", "convert, by the options of DeepSeek's script", add_deepseek, DEEPSEEK),
+    Command("deepseek", "convert, by the options of DeepSeek's scripts", add_deepseek, DEEPSEEK),
 )
 
 

@@ -10,13 +10,16 @@ from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
 
+AS_STORED = "fp4"
+"""The expert dtype that casts nothing."""
+
 
 def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
     """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
         ("--to", layout.to, (RANKS, WHOLE)),
         ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
-        ("--expert-dtype", layout.expert_dtype, ("", "fp8")),
+        ("--expert-dtype", layout.expert_dtype, ("", AS_STORED, "fp8")),
     ):
         if value not in known:
             yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
@@ -28,7 +31,8 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
         yield Problem("wrong-option", "--cast", layout.cast, expected)
     if layout.expert_dtype and not any(scale.packed for scale in recipe.scales.values()):
-        yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, "a recipe with packed FP4 weights")
+        expected = f"a recipe with packed FP4 weights; {recipe.name} has none"
+        yield Problem("wrong-option", "--expert-dtype", layout.expert_dtype, expected, "leave it out")
     if layout.keep_optional and not any(rule.optional for rule in recipe.rules):
         yield Problem("wrong-option", "--mtp", "keep", f"a recipe that leaves MTP layers out; {recipe.name} does not")
     if layout.pad and not recipe.padded:

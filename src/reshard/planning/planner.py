@@ -10,7 +10,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import count_left_out
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
-from reshard.planning.options import check_options
+from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
@@ -28,6 +28,7 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     Raises Refused if recipe, checkpoint and layout do not fit, with every reason and the numbers of ranks that work.
     """
     require_none(check_options(source.recipe, layout, ranks))
+    layout = replace(layout, expert_dtype="") if layout.expert_dtype == AS_STORED else layout
     kinds = group_kept_weights(source, layout)
     config = source.checkpoint.config
     if layout.pad:

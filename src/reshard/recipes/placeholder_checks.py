@@ -10,11 +10,14 @@ from reshard.text import format_list
 
 PLACEHOLDER_TEXTS = (
     "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
+    "only",
 )  # fmt: skip
 
 PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
 
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
+
+CONDITION = re.compile(r"if [\w.]+")
 
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 
@@ -76,6 +79,10 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
+        elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
+            yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
+        elif "only" in fields and {"within", "some_of", "after"} & set(fields):
+            yield where, repr(fields), "only, of a placeholder that counts from 0 by itself"
         else:
             texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
             yield from ((where, *fault) for text in texts for fault in check_formula(text))

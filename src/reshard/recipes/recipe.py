@@ -118,7 +118,7 @@ def read_block(block: Any) -> tuple[int, int]:
 
 def make_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
     """Every row as a rule; and again for each placeholder that is `like` a placeholder of the row."""
-    rules = list(starmap(make_rule, rows))
+    rules = [add_condition(rule, placeholders) for rule in starmap(make_rule, rows)]
     yield from (replace(rule, optional=find_optional_reason(rule, placeholders)) for rule in rules)
     for placeholder in placeholders.values():
         for rule in rules:
@@ -127,6 +127,13 @@ def make_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeho
                 old, new = f"{{{letters[0]}}}", f"{{{placeholder.name}}}"
                 left, right = rule.left.replace(old, new), rule.right.replace(old, new)
                 yield replace(rule, left=left, right=right, optional=placeholder.optional)
+
+
+def add_condition(rule: Rule, placeholders: Mapping[str, Placeholder]) -> Rule:
+    """A rule with the condition of its placeholders, unless it has its own."""
+    letters = PLACEHOLDER.findall(rule.left)
+    conditions = [placeholders[name].only for name in letters if name in placeholders and placeholders[name].only]
+    return replace(rule, only=conditions[0]) if conditions and not rule.only else rule
 
 
 def find_optional_reason(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:

@@ -15,6 +15,8 @@ from reshard.types import Checkpoint, Placeholder, Recipe, Rule
 MAYBE = "maybe"
 """The condition of a rule whose tensors may be missing."""
 
+NO_CONFIG = "without a config.json, is it another model?"
+
 OTHER_MODEL = "is a file missing, or the config another model's?"
 
 Members = Mapping[str, set[int]]
@@ -77,11 +79,24 @@ def check_overlaps(place: Placeholder, recipe: Recipe, members: Members) -> Iter
 
 def check_counts(place: Placeholder, numbers: set[int], config: Mapping[str, Any] | None) -> Iterator[Problem]:
     """Reports a number of members that differs from the config's."""
-    wanted = read_config_value(place.size, config)
+    key = place.only.removeprefix("if ")
+    told = get_answer(key, config or {}) if key else True
+    # Without the key the tensors decide: there may be no members at all.
+    wanted = 0 if told is False else read_config_value(place.size, config) if told or numbers else None
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({format_numbers(numbers)})"
-        expected = f"{reprlib.repr(wanted)}, as {place.size} of config.json says"
-        yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
+        expected = f"{reprlib.repr(wanted)}, as {place.size if told is not False else key} of config.json says"
+        yield Problem("contradiction", place.counts, found, expected, suggest_key(place, numbers, told=told))
+
+
+def suggest_key(place: Placeholder, numbers: set[int], *, told: bool | None) -> str:
+    """Suggests what to look at where a number of members differs: the config key of its condition, if that decides."""
+    key = place.only.removeprefix("if ")
+    if key and not numbers:
+        return f"is a file missing? if the model has no {place.counts}, set {key} in config.json to 0"
+    if told is False:
+        return f"is config.json another model's, or was it edited? give {key} back its value"
+    return OTHER_MODEL
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
@@ -121,7 +136,10 @@ def check_missing(
         if not wanted and tuples:
             found = f"{len(tuples)} tensors"
             expected = f"none, for the rule is {rule.only!r}"
-            yield Problem("contradiction", rule.left, found, expected, "is config.json another model's?")
+            remedy = (
+                "is config.json another model's? if it is right, drop them in a recipe of your own (docs/recipes.md)"
+            )
+            yield Problem("contradiction", rule.left, found, expected, remedy)
         is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
         if is_demanded and wanted and not may_lack(rule, config or {}):
             yield from check_missing_of_rule(rule, recipe, members, tuples)
@@ -147,7 +165,9 @@ def get_answer(key: str, config: Mapping[str, Any]) -> bool | None:
     """Returns whether the value of a config key is true; None if the config lacks the key."""
     table: Any = config
     for part in key.split("."):
-        # A key whose value is null counts as false: `q_lora_rank` of V2-Lite.
+        # A key whose value is null counts as false (`q_lora_rank` of V2-Lite), and so does all that is within it.
+        if table is None:
+            return False
         if not isinstance(table, Mapping) or part not in table:
             return None
         table = table[part]
@@ -165,5 +185,7 @@ def check_missing_of_rule(
     for numbers in product(*choices):
         if tuple(map(str, numbers)) not in tuples:
             name = fill_pattern(rule.left, dict(zip(slots, numbers, strict=True)))
-            remedy = "is a file missing? without a config.json, is it another model?"
+            key = rule.only.partition("if ")[2]
+            without = f"a model without it has {key} 0 in its config.json" if key else NO_CONFIG
+            remedy = f"is a file missing? {without}"
             yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", remedy)

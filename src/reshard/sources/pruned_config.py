@@ -93,7 +93,8 @@ def prune_config(
         prune_modules(changed, layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
         for key in place.size.split(" or "):
-            if KEY.fullmatch(key) and type(read_config_value(key, config)) is int:
+            is_absent = place.only and not left[place.name]  # the key says nothing then
+            if KEY.fullmatch(key) and not is_absent and type(read_config_value(key, config)) is int:
                 set_key(changed, key, len(left[place.name]))
     return changed
 

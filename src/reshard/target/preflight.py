@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from reshard.target.manifest_writer import (
     write_manifest,
 )
 from reshard.target.side_files import collect_side_files, list_names
+from reshard.target.tokenizer import WORD, find_tokenizer, note_lacking
 from reshard.text import format_size
 
 
@@ -99,8 +100,12 @@ class TargetState:
     """The part of the new manifest that describes the source."""
 
 
-def look_at_target(plan: Plan, folder: Path) -> TargetState:
-    """Finds the files of a plan that remain to be written; writes nothing. Raises Refused if they cannot be written."""
+def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
+    """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
+    or of the source. Raises Refused if they cannot be written.
+    """
+    tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)
@@ -108,7 +113,7 @@ def look_at_target(plan: Plan, folder: Path) -> TargetState:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifest = read_manifest(folder)
     known = manifest if is_same_job(manifest, plan, samples) else {}
-    sides = collect_side_files(plan)  # before finished ranks are left out: an index names all files
+    sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifest, known, origin)
@@ -154,7 +159,11 @@ def check_side_files(known: Mapping[str, Any], sides: Mapping[str, SideFile]) ->
         side = sides.get(entry["name"])
         if side and (side.size != entry["size"] or compute_side_checksum(side) != entry["xxh3_128"]):
             found = "other content than when the target was made, in the source or by its config.json"
-            yield Problem("source-changed", entry["name"], found, "the same", "another target, or the source as it was")
+            remedy = "another target, or the source as it was"
+            if WORD in entry["name"]:
+                found = "another tokenizer than when the target was made"
+                remedy = "another target, or the source and --tokenizer-path as they were"
+            yield Problem("source-changed", entry["name"], found, "the same", remedy)
 
 
 def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:

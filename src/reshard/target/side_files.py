@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from reshard.planning.plan import Plan
 from reshard.storage.local import open_regular_file
 from reshard.target.config_files import carry_config, make_whole_files, restore_texts
 from reshard.target.run_config import RUN_CONFIG, make_run_config
+from reshard.target.tokenizer import choose_tokenizer
 from reshard.text import format_count, format_list, format_size
 from reshard.types import WHOLE, Note
 
@@ -150,12 +151,13 @@ def make_files(plan: Plan) -> dict[str, bytes]:
     return {**config, **({RUN_CONFIG: text.encode()} if text else {})}
 
 
-def collect_side_files(plan: Plan) -> dict[str, SideFile]:
+def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) -> dict[str, SideFile]:
     """Collects the side files: copied ones, and made ones, which replace copied ones of the same name. Sorted by name.
+    The files of a `tokenizer`, name -> path, replace those of the source.
 
     Raises Refused if one that is copied is a broken link or a Git LFS pointer, or cannot be read.
     """
-    made, copied = make_files(plan), find_beside(plan).copied
+    made, copied = make_files(plan), choose_tokenizer(find_beside(plan).copied, tokenizer)
     lost = [str(path) for path in copied.values() if is_broken_link(path)]
     expected, remedy = "a file that goes along", "download it again, or remove the link"
     require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
