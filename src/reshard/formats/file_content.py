@@ -77,13 +77,14 @@ def identify_content(beginning: bytes) -> ForeignContent | None:
     for signature, (name, remedy) in SIGNATURES.items():
         if beginning.startswith(signature) and len(beginning) > LENGTH_SIZE:
             return ForeignContent("other-format", name, remedy)
+    page = beginning.decode(errors="replace").lstrip("\ufeff\t\r\n ")
+    if PAGE.match(page):  # in any encoding
+        title = TITLE.search(page)
+        named = f": {shorten_text(title[1])}" if title and title[1].strip() else ""
+        return ForeignContent("wrong-download", f"a web page{named}", PAGE_AGAIN)
     text = decode_text(beginning)
     if text is None:
         return None
-    if PAGE.match(text):
-        title = TITLE.search(text)
-        named = f": {shorten_text(title[1])}" if title and title[1].strip() else ""
-        return ForeignContent("wrong-download", f"a web page{named}", PAGE_AGAIN)
     return ForeignContent("wrong-download", f"a text: {shorten_text(text)}", TEXT_AGAIN)
 
 

@@ -37,6 +37,11 @@ PICKLE_SAVE = (
     " safe_serialization=True), then convert NEW; or look on the hub for a revision with safetensors"
 )
 
+PICKLE_LOAD = (
+    "torch.load(FILE, weights_only=True) gives the tensors, safetensors.torch.save_file writes them; or look on the hub"
+    " for a revision with safetensors"
+)
+
 ORIGINAL = "download the repository of this model in the format of Hugging Face (-hf), which has safetensors"
 
 DEEPSPEED = (
@@ -103,7 +108,7 @@ FORMATS: Sequence[OtherFormat] = (
     OtherFormat(re.compile(r".*\.(?:mlmodel|tflite|mlpackage/?)"), "a model for phones", TRAINED_FROM),
     OtherFormat(re.compile(r".*\.(?:npz|npy)"), "arrays of numpy", "save them with safetensors.numpy.save_file"),
     OtherFormat(
-        re.compile(f"(?!{STATE}){ENDINGS}"), "weights as pickles, as torch.save writes them", PICKLE_SAVE
+        re.compile(f"(?!{STATE}){ENDINGS}"), "weights as pickles, as torch.save writes them", PICKLE_LOAD
     ),
 )  # fmt: skip
 """Weights that are not read; the first that fits any name says what lies in a folder."""

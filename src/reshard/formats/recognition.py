@@ -1,4 +1,4 @@
-"""Recognises what lies at a path that is no readable checkpoint: another format, a cache, an adapter; gives the way on."""
+"""Recognises what lies at a path that is no checkpoint: another format, a cache, an adapter; and gives the way on."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def refuse_format(subject: Path, folder: Path, form: OtherFormat, fitting: Seque
 def refuse_other_content(folder: Path) -> Refused:
     """Makes the refusal of a folder without safetensors files, by what else lies in it."""
     for explain in (explain_hub_cache, explain_begun_weights, explain_pipeline, explain_adapter_folder, explain_weights,
-                    explain_subfolders, explain_leftovers, explain_begun_blob):  # fmt: skip
+                    explain_subfolders, explain_weights_below, explain_leftovers, explain_begun_blob):  # fmt: skip
         if refused := explain(folder):
             return refused
     return refuse(
@@ -175,8 +175,8 @@ def refuse_adapter(subject: Path, folder: Path) -> Refused:
     word = f" ({kind[:20]})" if isinstance(kind, str) and kind else ""
     model = shorten_json(base) if isinstance(base, str) and base else ""
     merged = f'PeftModel.from_pretrained(MODEL, {json.dumps(str(folder))}).merge_and_unload().save_pretrained("NEW")'
-    named = f", where MODEL is {model} loaded by AutoModelForCausalLM.from_pretrained" if model else ""
-    remedy = f"merge it into its base model with peft, then convert NEW: {merged}{named}"
+    named = f"where MODEL is {model or 'that model'} loaded by AutoModelForCausalLM.from_pretrained"
+    remedy = f"merge it into its base model with peft, then convert NEW: {merged}, {named}"
     found = f"an adapter{word}{f' of {model}' if model else ''}: changes to a model, not a model"
     return refuse("adapter", str(subject), found, "the weights of a whole model", remedy)
 
@@ -191,6 +191,15 @@ def explain_weights(folder: Path) -> Refused | None:
         beside = format_list(str(folder / name) for name in folders)
         form = form._replace(remedy=f"{form.remedy}; or name a sub-folder with safetensors files: {beside}")
     return refuse_format(folder, folder, form, fitting)
+
+
+def explain_weights_below(folder: Path) -> Refused | None:
+    """Explains a folder whose sub-folders have weights in another format only, such as `original`."""
+    for name in list_visible(folder)[:MOST_FOLDERS]:
+        if name.endswith("/") and (known := find_other_format(list_visible(folder / name), FORMATS)):
+            form, fitting = known
+            return refuse_format(folder, folder / name, form, [name + path for path in fitting])
+    return None
 
 
 def explain_leftovers(folder: Path) -> Refused | None:
