@@ -129,6 +129,20 @@ def test_a_file_of_safetensors_may_have_any_name(tmp_path: Path) -> None:
         assert list(read_checkpoint(lay(tmp_path, {name: ONE}) / name).tensors) == ["w"]
 
 
+def test_whole_files_in_a_sub_folder_are_named_beside_slices(tmp_path: Path) -> None:
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    problem = refusal(lay(tmp_path, {name: SLICE, "consolidated/model.safetensors": ONE}))
+    assert problem.remedy.endswith(str(tmp_path / "consolidated"))
+
+
+def test_a_name_on_the_hub_is_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "hf download deepseek-ai/DeepSeek-V3 prints" in refusal(Path("deepseek-ai/DeepSeek-V3")).remedy
+    (tmp_path / "deepseek-ai").mkdir()
+    for path in ("deepseek-ai/DeepSeek-V3", "models", "../models", "/models/x"):
+        assert refusal(Path(path)).remedy == ""
+
+
 @pytest.mark.parametrize("place", ["", "/snapshots", "/blobs", "/refs"])
 def test_the_snapshot_of_the_branch_main_is_named(place: str, tmp_path: Path) -> None:
     lay(tmp_path, {**CACHED, **MAIN})

@@ -27,6 +27,7 @@ from reshard.formats.recognition import (
     require_no_slices,
     require_safetensors_file,
     require_whole_files,
+    suggest_download,
 )
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
 from reshard.storage.local import open_regular_file
@@ -94,7 +95,8 @@ def list_safetensors_files(source: Path) -> list[str]:
             return [source.name]
         names = sorted(path.name for path in source.iterdir() if path.name.endswith(SUFFIX))
     except OSError as error:
-        raise refuse("no-source", str(source), error.strerror or str(error), "a folder or a safetensors file") from None
+        expected, remedy = "a folder or a safetensors file", suggest_download(source)
+        raise refuse("no-source", str(source), error.strerror or str(error), expected, remedy) from None
     require_whole_files(source, names)
     if not names and not (source / INDEX).exists():
         raise refuse_other_content(source)

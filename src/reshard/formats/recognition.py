@@ -70,12 +70,19 @@ def require_safetensors_file(path: Path) -> None:
         raise refuse_format(path, path.parent, *known)
 
 
+def suggest_download(path: Path) -> str:
+    """The hint for a path that is not there, if it may be the name of a repository; else empty."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists():
+        return f"is it a name on the hub? hf download {path} prints the folder to name"
+    return ""
+
+
 def require_whole_files(source: Path, names: Sequence[str]) -> None:
     """Raises Refused if the files of a folder are slices or ranks of a layout that is not read, by their names."""
     shown = [name for name in names if not name.startswith(".")]
     for form in (SHARDED_SAFETENSORS, VLLM_RANKS):
         if shown and source.is_dir() and all(map(form.pattern.fullmatch, shown)):
-            raise refuse_format(source, source, form, shown)
+            raise refuse_format(source, source, name_subfolders(form, source), shown)
 
 
 def require_no_slices(path: Path, header: bytes) -> None:
@@ -186,11 +193,15 @@ def explain_weights(folder: Path) -> Refused | None:
     known = find_other_format(list_visible(folder), FORMATS)
     if not known:
         return None
-    form, fitting = known
-    if folders := list_weight_folders(folder):
-        beside = format_list(str(folder / name) for name in folders)
-        form = form._replace(remedy=f"{form.remedy}; or name a sub-folder with safetensors files: {beside}")
-    return refuse_format(folder, folder, form, fitting)
+    return refuse_format(folder, folder, name_subfolders(known[0], folder), known[1])
+
+
+def name_subfolders(form: OtherFormat, folder: Path) -> OtherFormat:
+    """Adds the sub-folders with safetensors files to the hint, such as `consolidated` beside slices."""
+    if not (names := list_weight_folders(folder)):
+        return form
+    beside = format_list(str(folder / name) for name in names)
+    return form._replace(remedy=f"{form.remedy}; or name a sub-folder with safetensors files: {beside}")
 
 
 def explain_weights_below(folder: Path) -> Refused | None:
