@@ -124,10 +124,10 @@ FILES = [
     (b"\0\0\0\0\0\0\0\x80{}", "header-too-long"),
     (b"\xff\xe0\xf5\5\0\0\0\0{}", "truncated-file"),
     (b"\1\xe1\xf5\5\0\0\0\0{}", "header-too-long"),
-    (b"\x1f\x8b\x08\0\0\0\0\0\0\0", "truncated-file"),
-    (b"PK\3\4\x14\0\0\0\x08\0", "header-too-long"),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\0", "other-format"),
+    (b"PK\3\4\x14\0\0\0\x08\0", "other-format"),
     (b"\x89PNG\r\n\x1a\n", "header-too-long"),
-    (b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0", "header-too-long"),
+    (b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0", "other-format"),
     # Huge numbers.
     (whole_file(b'{"a":{"dtype":"U8","shape":[9223372036854775807],"data_offsets":[0,9223372036854775807]}}', 1),
      "truncated-file"),

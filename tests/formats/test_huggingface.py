@@ -245,7 +245,7 @@ def test_other_files_do_not_matter(folder: Path) -> None:
         pytest.param(
             write(FIRST, b"\xff\0\0\0\0\0\0\0{}"), "truncated-file", FIRST, "255 bytes", id="a header cut off"
         ),
-        pytest.param(write(FIRST, b"<!DOCTYPE html>"), "header-too-long", FIRST, "safetensors?", id="a web page"),
+        pytest.param(write(FIRST, b"<!DOCTYPE html>"), "wrong-download", FIRST, "/resolve/", id="a web page"),
         pytest.param(
             write(FIRST, b"version https://git-lfs.github.com/spec/v1\n"), "lfs-pointer", FIRST, "git lfs pull",
             id="a pointer of git-lfs",

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
+from reshard.formats.downloads import check_unfinished
+from reshard.formats.file_content import LOOKED_AT, require_safetensors_content
 from reshard.formats.json_input import (
     DOWNLOAD_AGAIN,
-    POINTER,
     is_plain,
     is_text,
     read_object,
     refuse_duplicate_keys,
     require_no_pointer,
+)
+from reshard.formats.recognition import (
+    refuse_other_content,
+    require_no_slices,
+    require_safetensors_file,
+    require_whole_files,
+    suggest_download,
 )
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
 from reshard.storage.local import open_regular_file
@@ -83,13 +91,15 @@ def list_safetensors_files(source: Path) -> list[str]:
     try:
         if not source.is_dir():
             source.stat()
+            require_safetensors_file(source)
             return [source.name]
         names = sorted(path.name for path in source.iterdir() if path.name.endswith(SUFFIX))
     except OSError as error:
-        raise refuse("no-source", str(source), error.strerror or str(error), "a folder or a safetensors file") from None
+        expected, remedy = "a folder or a safetensors file", suggest_download(source)
+        raise refuse("no-source", str(source), error.strerror or str(error), expected, remedy) from None
+    require_whole_files(source, names)
     if not names and not (source / INDEX).exists():
-        found = "no file that ends in " + SUFFIX
-        raise refuse("empty-source", str(source), found, "a checkpoint", "is it the right folder?")
+        raise refuse_other_content(source)
     return names
 
 
@@ -170,12 +180,13 @@ def check_numbering(names: Sequence[str]) -> Iterable[Problem]:
                 )
 
 
-def read_headers(folder: Path, names: Iterable[str]) -> FolderHeaders:
+def read_headers(folder: Path, names: Sequence[str]) -> FolderHeaders:
     """The headers of the named files. Raises Refused with the faults of all of them."""
     files: list[File] = []
     tensors: list[Tensor] = []
     metadata: list[Mapping[str, Any]] = []
     problems: list[Problem] = []
+    require_none(check_unfinished(folder, names))
     for name in names:
         try:
             file, entries, said = read_described_header(folder / name, len(files))
@@ -203,12 +214,15 @@ def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], M
         with open_regular_file(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
-            require_no_pointer(path, file.read(len(POINTER)))
+            beginning = file.read(LOOKED_AT)
+            require_no_pointer(path, beginning)
+            require_safetensors_content(path, beginning)
             file.seek(0)
             first = file.read(LENGTH_SIZE)
             text = file.read(read_header_length(first, size, path.name))
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+    require_no_slices(path, text)
     tensors = parse_header(text, index, size, path.name)
     header_hash = hashlib.sha256(first + text).hexdigest()
     file_of = File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from reshard.errors import refuse
+from reshard.formats.downloads import require_finished_download
+from reshard.formats.file_content import LOOKED_AT, require_json_content, require_no_answer
 from reshard.storage.local import open_regular_file
 
 MAX_HEADER_SIZE = 100_000_000
@@ -66,7 +68,9 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
     """The JSON object in a file of at most so many bytes, or None if there is no such file. Raises Refused if it holds
     anything else.
     """
+    text = b""
     try:
+        require_finished_download(path)
         with open_regular_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
@@ -79,7 +83,10 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     except (ValueError, RecursionError) as error:
-        raise refuse("not-json", str(path), f"{type(error).__name__}: {error}", "JSON", DOWNLOAD_AGAIN) from None
+        require_json_content(path, text[:LOOKED_AT])
+        found = f"{type(error).__name__}: {error}" if text else "an empty file"
+        raise refuse("not-json", str(path), found, "JSON", DOWNLOAD_AGAIN) from None
     if not isinstance(value, dict):
         raise refuse("not-json", str(path), f"a JSON {type(value).__name__}", "a JSON object", DOWNLOAD_AGAIN)
+    require_no_answer(path, value)
     return value

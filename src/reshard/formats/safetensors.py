@@ -82,7 +82,13 @@ LEADING_METADATA = re.compile(rb'\{"__metadata__":\{"[^"\\]*":"[^"\\]*"\}(?:,(?=
 def read_header_length(first_bytes: bytes, file_size: int, name: str) -> int:
     """The length of the JSON text, in bytes, from the first eight bytes of the file `name`. Raises Refused."""
     if len(first_bytes) < LENGTH_SIZE:
-        raise refuse("truncated-file", name, f"{file_size} bytes", f"at least {LENGTH_SIZE} bytes", DOWNLOAD_FILE_AGAIN)
+        raise refuse(
+            "truncated-file",
+            name,
+            f"{file_size} bytes in the file",
+            f"at least {LENGTH_SIZE} bytes",
+            DOWNLOAD_FILE_AGAIN,
+        )
     length = int.from_bytes(first_bytes, "little")
     if length > MAX_HEADER_SIZE:
         expected = f"at most {MAX_HEADER_SIZE:,} bytes"
@@ -231,9 +237,8 @@ def check_offsets(tensors: Iterable[Tensor], start: int, file_size: int, name: s
             )
         end = tensor.offset + tensor.size
     if end > file_size:
-        yield Problem(
-            "truncated-file", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", DOWNLOAD_FILE_AGAIN
-        )
+        found = f"{file_size:,} bytes: {end - file_size:,} are missing at its end"
+        yield Problem("truncated-file", name, found, f"{end:,} bytes, as its header says", DOWNLOAD_FILE_AGAIN)
     if end < file_size:
         yield Problem(
             "wrong-size", name, f"{file_size:,} bytes", f"{end:,} bytes, as its header says", DOWNLOAD_FILE_AGAIN

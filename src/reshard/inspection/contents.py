@@ -9,6 +9,7 @@ from reshard.errors import Refused, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import FolderHeaders, list_safetensors_files, read_config, read_file, read_headers
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
+from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
@@ -85,10 +86,20 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     try:
         chosen, matched = choose_recipe(checkpoint, recipes)
     except Refused as refused:
-        return replace(make_content(path, stored, "", "", 0, {}, str(refused)), notes=checkpoint.notes)
+        remark = explain_no_recipe(checkpoint, refused)
+        return replace(make_content(path, stored, "", "", 0, {}, remark), notes=checkpoint.notes)
     content = make_content(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=checkpoint.notes)
+
+
+def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:
+    """Explains why no recipe fits: because it is no model, or what `refused` says."""
+    try:
+        require_model(checkpoint)
+    except Refused as other:
+        return str(other)
+    return str(refused)
 
 
 def summarize_rank_files(path: Path, names: RankNames) -> Content:

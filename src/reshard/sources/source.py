@@ -12,6 +12,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers, read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
+from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
@@ -60,10 +61,14 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        if recipe:
-            known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
-        else:
-            known, matched = choose_recipe(checkpoint, recipes, keep_optional=keep_optional)
+        try:
+            if recipe:
+                known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
+            else:
+                known, matched = choose_recipe(checkpoint, recipes, keep_optional=keep_optional)
+        except Refused:
+            require_model(checkpoint)  # what is no model needs no recipe
+            raise
         source = Source(path, checkpoint, known, matched, Origin())
     return narrow_source(source, subset)
 

@@ -12,6 +12,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
 from reshard.execution.journal import Records, list_left_files, lock_journal
 from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
+from reshard.formats.downloads import check_unfinished
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.plan import Plan
@@ -114,6 +115,7 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     manifest = read_manifest(folder)
     known = manifest if is_same_job(manifest, plan, samples) else {}
     sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
+    require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifest, known, origin)

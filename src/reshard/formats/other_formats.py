@@ -1,0 +1,136 @@
+"""Other formats of weights, by the names of files and folders: what each is, and how to get safetensors from it."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class OtherFormat(NamedTuple):
+    """A format that is not read, and the way from it to one that is."""
+
+    pattern: re.Pattern[str]
+    """Of the name of a file, or of a folder; names are in small letters, folders end in a slash."""
+    name: str
+    """Such as `weights as pickles of PyTorch`."""
+    remedy: str
+    """`{path}` in it stands for the folder."""
+
+
+WHOLE_FIRST = "a slice is not a tensor; this version does not read them"
+
+SHARDED_SAFETENSORS = OtherFormat(
+    re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors"),
+    "slices of a torch distributed checkpoint (DCP)",
+    f"{WHOLE_FIRST}: look for a folder `consolidated` beside them; or make whole tensors, by from_pretrained and"
+    " save_pretrained of transformers 5, or by consolidate_safetensors_files of"
+    " torch.distributed.checkpoint._consolidate_hf_safetensors; neither notices a missing slice, so count the files",
+)
+
+VLLM_RANKS = OtherFormat(
+    re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors"),
+    "rank files of vLLM (sharded_state), with fused weights",
+    "this version does not read them: name the checkpoint that they were made from",
+)
+
+PICKLE_SAVE = (
+    'with transformers: AutoModelForCausalLM.from_pretrained("{path}").save_pretrained("NEW",'
+    " safe_serialization=True), then convert NEW; or look on the hub for a revision with safetensors"
+)
+
+PICKLE_LOAD = (
+    "torch.load(FILE, weights_only=True) gives the tensors, safetensors.torch.save_file writes them; or look on the hub"
+    " for a revision with safetensors"
+)
+
+ORIGINAL = "download the repository of this model in the format of Hugging Face (-hf), which has safetensors"
+
+DEEPSPEED = (
+    "run the zero_to_fp32.py that DeepSpeed puts beside it, with its option safe_serialization: it writes safetensors"
+    " into another folder; convert that"
+)
+
+MEGATRON = "export it to the format of Hugging Face, with Megatron Bridge or the script it was trained with"
+
+NEMO = "export it to the format of Hugging Face, with NeMo"
+
+OTHER_FRAMEWORK = (
+    "take the safetensors of the same model from the hub; or load it with transformers and save_pretrained"
+)
+
+TRAINED_FROM = "name the checkpoint that it was made from: this one is built for one program or machine"
+
+STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)"
+
+ENDINGS = r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)"
+
+FORMATS: Sequence[OtherFormat] = (
+    OtherFormat(
+        re.compile(r".*\.distcp"),
+        "slices of a torch distributed checkpoint (DCP)",
+        f"{WHOLE_FIRST}: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {{path}} NEW.pt makes whole"
+        " tensors; load those into the model and save_pretrained",
+    ),
+    OtherFormat(
+        re.compile(r"pytorch_model_fsdp_\d+/"),
+        "shards of FSDP as accelerate writes them",
+        "accelerate merge-weights {path}/pytorch_model_fsdp_0 NEW writes safetensors; then convert NEW",
+    ),
+    OtherFormat(
+        re.compile(r"pytorch_model(?:-.*|\.fp16|\.bf16)?\.bin"), "weights as pickles of PyTorch (.bin)", PICKLE_SAVE
+    ),
+    OtherFormat(re.compile(r"consolidated.*\.(?:pth|pt)"), "weights as pickles in their makers' own layout", ORIGINAL),
+    OtherFormat(
+        re.compile(r"(?:bf16_)?zero_pp_rank_.*|mp_rank_\d+_model_states\.pt|global_step\d+/|zero_to_fp32\.py"),
+        "a training checkpoint of DeepSpeed",
+        DEEPSPEED,
+    ),
+    OtherFormat(
+        re.compile(r"model_world_size_\d+_rank_\d+\.pt"),
+        "the shards of FSDP as verl writes them",
+        "merge them: python -m verl.model_merger merge, with its backend fsdp; then convert the result",
+    ),
+    OtherFormat(
+        re.compile(r"iter_\d{7}/|latest_checkpointed_iteration\.txt|model_optim_rng\.pt|mp_rank_\d+(?:_\d+)*/"),
+        "a training checkpoint of Megatron",
+        MEGATRON,
+    ),
+    OtherFormat(re.compile(r".*\.nemo|model_weights/"), "a checkpoint of NeMo", NEMO),
+    OtherFormat(
+        re.compile(r".*\.(?:gguf|ggml)(?:\.part\d+.*|-split-.*)?|ggml-.*\.bin"),
+        "GGUF, the format of llama.cpp, mostly quantised",
+        "convert the original checkpoint, which has safetensors: GGUF does not give its values back",
+    ),
+    OtherFormat(re.compile(r".*\.h5|tf_model.*|saved_model\.pb"), "weights of TensorFlow or Keras", OTHER_FRAMEWORK),
+    OtherFormat(re.compile(r".*\.msgpack"), "weights of Flax", OTHER_FRAMEWORK),
+    OtherFormat(re.compile(r".*\.onnx(?:_data|\.data)?"), "a graph of ONNX", TRAINED_FROM),
+    OtherFormat(re.compile(r"rank\d+\.engine|.*\.(?:engine|trt)"), "an engine of TensorRT", TRAINED_FROM),
+    OtherFormat(re.compile(r"openvino_model.*"), "a model of OpenVINO", TRAINED_FROM),
+    OtherFormat(re.compile(r".*\.(?:mlmodel|tflite|mlpackage/?)"), "a model for phones", TRAINED_FROM),
+    OtherFormat(re.compile(r".*\.(?:npz|npy)"), "arrays of numpy", "save them with safetensors.numpy.save_file"),
+    OtherFormat(
+        re.compile(f"(?!{STATE}){ENDINGS}"), "weights as pickles, as torch.save writes them", PICKLE_LOAD
+    ),
+)  # fmt: skip
+"""Weights that are not read; the first that fits any name says what lies in a folder."""
+
+LEFTOVERS: Sequence[OtherFormat] = (
+    OtherFormat(
+        re.compile(STATE + ENDINGS),
+        "the state of a training, without weights",
+        "name the folder of the model itself",
+    ),
+    OtherFormat(
+        re.compile(r".*\.(?:zip|tar|tgz|txz|7z|rar|gz|xz|zst|bz2)(?:\.\d+)?"),
+        "an archive",
+        "unpack it, and name the folder",
+    ),
+)
+"""Files without weights, which tell less than sub-folders do."""
+
+
+def find_other_format(names: Sequence[str], forms: Sequence[OtherFormat]) -> tuple[OtherFormat, list[str]] | None:
+    """Finds the format of files or folders by their names, and the names that show it; None if none is known."""
+    for form in forms:
+        if fitting := [name for name in names if form.pattern.fullmatch(name.lower())]:
+            return form, fitting
+    return None
