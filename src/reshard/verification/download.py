@@ -19,7 +19,7 @@ from reshard.verification.file_hashes import (
     FileRecords,
     HashedFile,
     compute_hashes,
-    examine_file,
+    look_at_file,
 )
 from reshard.verification.hub_records import find_hub_records, list_files
 from reshard.verification.sums import read_sums
@@ -86,12 +86,12 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     expected, faults = list_expected_names(folder, names)
     records = read_sums(folder, sums) if sums is not None else find_hub_records(folder, names, expected)
     strangers, others = find_unrecorded_files(folder, names, records, sums)
-    looked_at = {name: examine_file(folder, record) for name, record in records.records.items()}
+    looked_at = {name: look_at_file(folder, record) for name, record in records.records.items()}
     absent = {name: found for name, found in looked_at.items() if isinstance(found, str)}
     present = [item for item in looked_at.values() if isinstance(item, HashedFile)]
     # A file that is not there may lie there under another name.
     looked_for = strangers if absent else []
-    also = [item for name in looked_for if isinstance(item := examine_file(folder, FileRecord(name, "")), HashedFile)]
+    also = [item for name in looked_for if isinstance(item := look_at_file(folder, FileRecord(name, "")), HashedFile)]
     files = [*present, *also]
     size = sum(item.file.size for item in files)
     hashes = compute_hashes(folder, files, count_progress(progress, size))
@@ -99,7 +99,7 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     problems = [
         *check_hashes(folder, records, present, hashes),
         *check_absent_files(records, absent, renamed),
-        *check_expected_files(records, [name for name in expected if name not in names]),
+        *check_expected_files(records, sorted({*expected} - {*names})),
         *check_strangers(records, [name for name in strangers if name not in renamed.values()]),
         *records.problems,
         # The hash of an index says by itself that it is damaged.

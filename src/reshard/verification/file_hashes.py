@@ -77,7 +77,7 @@ class Digest(Protocol):
         """The hash of all bytes so far."""
 
 
-def examine_file(folder: Path, record: FileRecord) -> HashedFile | str:
+def look_at_file(folder: Path, record: FileRecord) -> HashedFile | str:
     """The file of a record before it is read; text if it cannot be read: why not."""
     path = folder / record.name
     try:

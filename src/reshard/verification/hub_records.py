@@ -83,7 +83,7 @@ def find_hub_records(folder: Path, names: Sequence[str], expected: Iterable[str]
     if not records and not problems:
         raise refuse_without_records(folder)
     commits = Counter(record.commit for record in records.values() if record.commit)
-    origin = describe_origin(folder, blobs if 2 * len(blobs) > len(records) else {}, commits)
+    origin = identify_origin(folder, blobs if 2 * len(blobs) > len(records) else {}, commits)
     known = set(records)
     left = {name: describe_unfinished_blob(blob) for name, blob in blobs.items() if not blob.exists()}
     for part in unfinished:
@@ -143,7 +143,8 @@ def list_files(folder: Path) -> list[str]:
     found = []
     for root, folders, names in os.walk(folder, onerror=raise_unlistable):
         folders[:] = [name for name in folders if name not in OWN_FOLDERS]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in names]
+        inner = Path(root).relative_to(folder).as_posix()
+        found += names if inner == "." else [f"{inner}/{name}" for name in names]
     return sorted(found)
 
 
@@ -225,7 +226,7 @@ def describe_unfinished_blob(blob: Path) -> str:
     return "an unfinished download" if part.exists() else "nothing where it leads to"
 
 
-def describe_origin(folder: Path, blobs: Mapping[str, Path], commits: Counter[str]) -> HubOrigin:
+def identify_origin(folder: Path, blobs: Mapping[str, Path], commits: Counter[str]) -> HubOrigin:
     """The repository of a folder: the hub's cache has its name, a folder that was downloaded into has not."""
     commit = max(commits, key=lambda one: commits[one], default="")
     if not blobs:
