@@ -101,6 +101,8 @@ def test_a_snapshot_of_the_cache_is_proven_by_the_names_of_its_blobs(snapshot: P
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "model").symlink_to(snapshot)
     assert check(tmp_path / "deep" / "er" / "model").is_proven
+    flip((snapshot / FIRST).resolve(), -1)
+    assert "org/some-model" in only_problem(tmp_path / "deep" / "er" / "model").remedy
 
 
 def test_a_blob_may_be_a_link_to_a_blob_of_another_name(snapshot: Path) -> None:

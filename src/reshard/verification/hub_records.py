@@ -88,8 +88,7 @@ def find_hub_records(folder: Path, names: Sequence[str], expected: Iterable[str]
     left = {name: describe_unfinished_blob(blob) for name, blob in blobs.items() if not blob.exists()}
     for part in unfinished:
         name = find_unfinished_name(part, {*known, *expected})
-        is_leftover = any(record.digest == part.digest and (folder / key).exists() for key, record in records.items())
-        if not is_leftover and (name.startswith(RECORD_FOLDERS) or not (folder / name).exists()):
+        if name.startswith(RECORD_FOLDERS) or not (folder / name).exists():
             left[name] = f"an unfinished download, of {part.size:,} bytes so far"
     return FileRecords(
         "the hub", records, partial(describe_hub_fetch, origin), tuple(problems), left, tuple(note_revisions(commits))
