@@ -19,6 +19,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
+    check_download_options,
     check_source_options,
     choose_subset,
     list_patterns,
@@ -38,6 +39,7 @@ from reshard.target.side_files import add_notes
 from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
+from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.target_folder import require_target_folder
 from reshard.verification.verify import Report, verify_target
 
@@ -192,8 +194,10 @@ def verify(
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
     sample: float | Fraction | None = None,
+    download: bool = False,
+    sums: Location | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Report | DownloadReport:
     """Reads a target again and compares every byte: with the source, or without one with the manifest's checksums.
 
         report = reshard.verify("DeepSeek-V3-mp16", "DeepSeek-V3")
@@ -206,6 +210,8 @@ def verify(
         ranks: With a source: compare the files of these ranks only.
         ignore_extra_files: With a source: as for `convert`.
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
+        download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
+        sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
         progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
 
     Returns:
@@ -216,6 +222,17 @@ def verify(
 
     """
     folder, part = Path(target), read_sample(sample)
+    if download or sums is not None:
+        extra = ignore_extra_files or None
+        given = {
+            "--source": source,
+            "--recipe": recipe,
+            "--ranks": ranks,
+            "--sample": sample,
+            "--ignore-extra-files": extra,
+        }
+        require_none(check_download_options(given, sums, is_hub=download))
+        return verify_download(folder, None if sums is None else Path(sums), progress)
     require_target_folder(folder)
     if source is None:
         if ranks is not None or recipe:

@@ -111,7 +111,7 @@ def add_inspect(parser: Parser) -> None:
 
 def add_verify(parser: Parser) -> None:
     """Adds the options of `verify`."""
-    parser.add_argument("target", type=Path, help="a folder of rank files")
+    parser.add_argument("target", type=Path, help="a folder of rank files; with --download or --sums: any checkpoint")
     parser.add_argument(
         "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
     )
@@ -126,6 +126,10 @@ def add_verify(parser: Parser) -> None:
         metavar="1%",
         help="compare about so much, spread evenly, and both ends of each tensor",
     )
+    parser.add_argument(
+        "--download", action="store_true", help="compare the files with the hashes that the hub's downloader left there"
+    )
+    parser.add_argument("--sums", type=Path, metavar="FILE", help="compare the files with a list made by sha256sum")
 
 
 def add_diff(parser: Parser) -> None:

@@ -8,6 +8,7 @@ from reshard import api
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
 from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
+from reshard.verification.download import DownloadReport, describe_download
 from reshard.verification.verify import Report, describe_report
 
 
@@ -21,14 +22,18 @@ def run_verify(options: argparse.Namespace) -> int:
             ranks=options.ranks,
             ignore_extra_files=options.ignore_extra_files,
             sample=options.sample,
+            download=options.download,
+            sums=options.sums,
             progress=progress,
         )
     return print_report(report, options.target, options.source or Path(MANIFEST), as_json=options.json)
 
 
-def print_report(report: Report, target: Path, source: Path, *, as_json: bool) -> int:
+def print_report(report: Report | DownloadReport, target: Path, source: Path, *, as_json: bool) -> int:
     """Prints what was compared; the exit code says whether a difference was found."""
-    if as_json:
+    if isinstance(report, DownloadReport):
+        print_download_report(report, target, as_json=as_json)
+    elif as_json:
         proven = "sampled" if report.is_sampled else "proven"
         print_json(
             {
@@ -40,3 +45,12 @@ def print_report(report: Report, target: Path, source: Path, *, as_json: bool) -
     else:
         print(describe_report(report, target, source))
     return PROBLEMS if report.problems else PROVEN
+
+
+def print_download_report(report: DownloadReport, target: Path, *, as_json: bool) -> None:
+    """Prints the result of checking a download."""
+    if as_json:
+        notes = [note._asdict() for note in report.notes]
+        print_json({"status": "differs" if report.problems else "proven", **asdict(report), "notes": notes})
+    else:
+        print(describe_download(report, target))

@@ -1,6 +1,6 @@
 """Checks the options of a conversion: wrong values, contradictions, and options that would do nothing."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from operator import index
 from typing import Any, SupportsIndex
@@ -132,3 +132,15 @@ def read_sample(sample: float | Fraction | None) -> Fraction | None:
     if not 0 < part <= 1:
         raise refuse("wrong-option", "--sample", str(sample), "more than 0 and at most 1")
     return part
+
+
+def check_download_options(others: Mapping[str, object], sums: object, *, is_hub: bool) -> Iterator[Problem]:
+    """Reports what is given beside `--download` (`is_hub`) or `--sums`; `others` are None where they are not given."""
+    if is_hub and sums is not None:
+        expected = "one of them: each says what the files are compared with"
+        yield Problem("wrong-option", "--sums", "with --download", expected, "leave one of them out")
+    chosen = "--download" if is_hub else "--sums"
+    for name, value in others.items():
+        if value is not None:
+            expected = f"without {chosen}: that compares whole files with their hashes, and nothing else"
+            yield Problem("wrong-option", name, f"with {chosen}", expected, "leave one of them out")

@@ -70,7 +70,8 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
     require_target_folder(target)
     manifest = read_manifest(target)
     if not manifest:
-        found, remedy = f"no {MANIFEST}", "verify it against what it was made from, with --source"
+        remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
+        found = f"no {MANIFEST}"
         raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
     entries = read_manifest_files(manifest, target)
     problems = list(check_file_set(target, entries))
