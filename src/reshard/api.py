@@ -14,6 +14,7 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
+from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
@@ -303,7 +304,7 @@ def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Re
 
 def count_tensor_bytes(folder: Path) -> int:
     """Of all safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    return sum(path.stat().st_size for path in folder.iterdir() if is_safetensors_name(path.name) and path.is_file())
 
 
 def read_chosen(

@@ -7,7 +7,14 @@ from typing import Any
 
 from reshard.errors import Refused, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import FolderHeaders, list_safetensors_files, read_config, read_file, read_headers
+from reshard.formats.huggingface import (
+    INDEX,
+    FolderHeaders,
+    list_safetensors_files,
+    read_config,
+    read_file,
+    read_headers,
+)
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
@@ -80,7 +87,8 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
         return make_content(path, read_headers(path, list_safetensors_files(path)), "", "", 0, {}, remark)
-    checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
+    is_indexed = (path / INDEX).is_file()  # then its note names the files that are extra, which is all that is asked
+    checkpoint = read_checkpoint(path, ignore_extra_files=is_indexed) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         chosen, matched = choose_recipe(checkpoint, recipes)

@@ -8,8 +8,9 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers, read_index
+from reshard.formats.folder import Folder, note_left_files, read_folder, read_folder_checkpoint
+from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
+from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
@@ -18,6 +19,7 @@ from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
 from reshard.sources.subset import narrow_checkpoint
+from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 
@@ -60,6 +62,8 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        if not ignore_extra_files:  # first: a tensor that the index lacks would be reported as missing
+            require_all_named(checkpoint, recipes, keep_optional=keep_optional)
         if recipe:
             known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
         else:
@@ -112,10 +116,12 @@ def read_rank_files(
     )
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
+    reason = f"they are not of the {len(names.wanted)} rank files"
+    notes = tuple(note_left_files(reason, folder.names, names.wanted))
 
     def assemble(known: Recipe) -> Source:
         whole = assemble_checkpoint(stored, known, origin.config, origin.shapes, replicas=replicas)
-        checkpoint = replace(whole, subset=folder.subset)
+        checkpoint = replace(whole, subset=folder.subset, notes=notes)
         return Source(folder.path, checkpoint, known, match(checkpoint, known), origin)
 
     return require_one(folder.path, recipes, assemble)
