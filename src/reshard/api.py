@@ -223,7 +223,9 @@ def verify(
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
     advance = count_progress(progress, count_tensor_bytes(sides.folder))
-    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, chosen, part)
+    report = verify_target(
+        sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
+    )
     return note_other_source(report, folder, sides.files)
 
 

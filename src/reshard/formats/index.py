@@ -64,7 +64,7 @@ def is_complete(names: Sequence[str]) -> bool:
 def refuse_stale_index(wanted: Sequence[str], names: Sequence[str]) -> Exception:
     """The refusal of an index that was left behind by other files."""
     here = format_list(names, 3)
-    found = f"none of its {format_count(len(wanted), 'files')} is here ({format_list(wanted, 2)}); here is {here}"
+    found = f"it names {format_list(wanted, 2)}, and none of them is here; here is {here}"
     remedy = f"the index is of other files: move or rename {INDEX} and keep the weights; without the index, " + (
         f"{SINGLE} is taken" if SINGLE in names else "the files are taken by their own names"
     )
@@ -136,8 +136,9 @@ def note_left_tensors(found: IndexedTensors, weight_map: Mapping[str, str]) -> I
     if found.shadowed:
         copies = [f"{name} in {file} ({weight_map[name]} is taken)" for name, file in found.shadowed.items()]
         count = format_count(len(copies), "tensors")
-        yield Note("shadowed", f"{count} left aside, for the index names another file: {format_list(copies, 3)}")
+        text = f"copies of {count}, for the index names another file: {format_list(copies, 3)}"
+        yield Note("shadowed", f"left aside: {text}")
     if found.unnamed:
         others = [f"{name} in {file}" for name, file in found.unnamed.items()]
         count = format_count(len(others), "tensors")
-        yield Note("not-in-index", f"{count} left aside, for the index does not name them: {format_list(others, 3)}")
+        yield Note("not-in-index", f"left aside: {count} that the index does not name: {format_list(others, 3)}")

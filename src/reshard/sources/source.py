@@ -62,8 +62,8 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        if not ignore_extra_files:  # first: a tensor that the index lacks would be reported as missing
-            require_all_named(checkpoint, recipes, keep_optional=keep_optional)
+        # First: a tensor that only the index lacks would be reported as missing.
+        require_all_named(checkpoint, recipes, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         if recipe:
             known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
         else:

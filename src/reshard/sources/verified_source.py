@@ -28,6 +28,8 @@ class VerifiedSides:
     recipe: Recipe
     files: Sequence[File]
     """The files of the source, as the manifest of the target should name them."""
+    ignores_extra_files: bool = False
+    """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
 
 
 def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> VerifiedSides:
@@ -67,7 +69,7 @@ def read_restored_sides(
         require_none(check_nothing_aside(restored, whole))
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
     match(whole, ranks.recipe)
-    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files)
+    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
