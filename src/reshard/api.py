@@ -114,7 +114,8 @@ def convert(
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         ranks: Write the files of these ranks only.
-        ignore_extra_files: Leave out safetensors files that the index does not name.
+        ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
+            files but one numbered set.
         n_experts: The number of experts that there should be: any other is refused.
         jobs: Threads; by default as many as processors and disk can use.
         max_memory: In bytes, of all buffers together.
