@@ -201,6 +201,7 @@ def test_what_lies_beside_rank_files_is_left_aside_by_the_flag_and_told(tmp_path
     save_file({"x": np.ones(3)}, ranks / "adapter.safetensors")
     made = reshard.convert(ranks, back, to="hf", ignore_extra_files=True)
     assert [(note.kind, "adapter.safetensors" in note.text) for note in made.plan.notes] == [("left-aside", True)]
+    assert [note.kind for note in reshard.inspect(ranks).notes] == ["left-aside"]
     with pytest.raises(Refused, match="extra file"):
         reshard.verify(back, ranks)
     assert reshard.verify(back, ranks, ignore_extra_files=True).is_proven

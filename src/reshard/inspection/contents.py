@@ -21,7 +21,13 @@ from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
-from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
+from reshard.sources.rank_names import (
+    RankNames,
+    find_foreign_recipe,
+    find_rank_names,
+    note_files_beside_ranks,
+    parse_rank_name,
+)
 from reshard.text import escape, format_count, format_list, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -119,7 +125,7 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
     content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
-    return replace(content, made=read_conversion_options(manifest))
+    return replace(content, made=read_conversion_options(manifest), notes=tuple(note_files_beside_ranks(names)))
 
 
 def read_conversion_options(manifest: Mapping[str, Any]) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, note_left_files, read_folder, read_folder_checkpoint
+from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
@@ -17,7 +17,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import assemble_checkpoint
-from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
+from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
 from reshard.sources.subset import narrow_checkpoint
 from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list
@@ -116,8 +116,7 @@ def read_rank_files(
     )
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
-    reason = f"they are not of the {len(names.wanted)} rank files"
-    notes = tuple(note_left_files(reason, folder.names, names.wanted))
+    notes = tuple(note_files_beside_ranks(names))
 
     def assemble(known: Recipe) -> Source:
         whole = assemble_checkpoint(stored, known, origin.config, origin.shapes, replicas=replicas)
