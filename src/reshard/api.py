@@ -14,6 +14,7 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
+from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
@@ -117,7 +118,8 @@ def convert(
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         ranks: Write the files of these ranks only.
-        ignore_extra_files: Leave out safetensors files that the index does not name.
+        ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
+            files but one numbered set.
         n_experts: The number of experts that there should be: any other is refused.
         tokenizer_path: The folder to take the tokenizer from, in the place of the source.
         jobs: Threads; by default as many as processors and disk can use.
@@ -243,7 +245,9 @@ def verify(
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
     advance = count_progress(progress, count_tensor_bytes(sides.folder))
-    report = verify_target(sides.folder, sides.whole, sides.recipe, advance, chosen, part)
+    report = verify_target(
+        sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
+    )
     return note_other_source(report, folder, sides.files)
 
 
@@ -324,7 +328,7 @@ def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Re
 
 def count_tensor_bytes(folder: Path) -> int:
     """Of all safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    return sum(path.stat().st_size for path in folder.iterdir() if is_safetensors_name(path.name) and path.is_file())
 
 
 def read_chosen(

@@ -111,6 +111,10 @@ class Checkpoint:
     """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""
     notes: tuple[Note, ...] = ()
     """What was left aside or changed while it was read."""
+    unnamed: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name -> file name of what stands in the files but not in their index; it is not among `tensors`."""
+    may_be_extra: frozenset[str] = frozenset()
+    """Names of files that `--ignore-extra-files` would leave out; empty if an index or `model.safetensors` decides."""
 
     @property
     def parts(self) -> int:

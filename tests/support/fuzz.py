@@ -39,8 +39,10 @@ FILES = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": n
 INSTRUMENTED = (
     "reshard.execution.journal",
     "reshard.formats.huggingface",
+    "reshard.formats.index",
     "reshard.formats.json_input",
     "reshard.formats.manifest",
+    "reshard.formats.numbering",
     "reshard.formats.safetensors",
     "reshard.recipes.patterns",
     "reshard.recipes.recipe",

@@ -242,6 +242,7 @@ def tensor_in_another_file(trial: Trial) -> None:
 def tensor_in_two_files(trial: Trial) -> None:
     copied = load(trial.source / FIRST)[EMBED]
     save(trial.source / THIRD, {**load(trial.source / THIRD), EMBED: copied})
+    (trial.source / INDEX).unlink()  # which would decide
 
 
 def index_names(file_name: str) -> Damage:

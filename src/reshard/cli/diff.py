@@ -27,7 +27,8 @@ def run_diff(options: argparse.Namespace) -> int:
             progress=progress,
         )
     if options.json:
-        print_json({"status": "same" if report.is_same else "differs", **asdict(report)})
+        notes = [note._asdict() for note in report.notes]
+        print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
     else:
         print("\n".join(map(escape, describe_diff(report, options.show))))
     return PROVEN if report.is_same else PROBLEMS
@@ -40,6 +41,7 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     yield f"compared {report.compared:,} bytes of each ({format_size(report.compared)})"
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
+    yield from (f"note: {note.text}" for note in report.notes)
     yield ""
     rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
     yield from format_table(("", "tensors"), rows).split("\n")

@@ -78,7 +78,7 @@ def add_job(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="write the files of these ranks only")
     parser.add_argument(
-        "--ignore-extra-files", action="store_true", help="leave out safetensors files that the index does not name"
+        "--ignore-extra-files", action="store_true", help="leave out files and tensors that are not of the checkpoint"
     )
 
 

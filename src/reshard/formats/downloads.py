@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from reshard.errors import Problem, require_none
@@ -74,6 +75,13 @@ def find_unfinished(folder: Path, name: str) -> str | None:
     if (folder / MODELSCOPE_RECORDS / name).exists():
         return f"{MODELSCOPE_RECORDS}/{name}"
     return find_begun_blob(folder)
+
+
+def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Says of each missing file which download of it was begun, if one was."""
+    for problem in problems:
+        beside = find_unfinished(folder, problem.subject) if problem.kind == "missing-file" else None
+        yield replace(problem, found=f"only {beside}, an unfinished download", remedy=FINISH) if beside else problem
 
 
 def find_begun_blob(folder: Path) -> str | None:

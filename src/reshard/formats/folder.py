@@ -1,14 +1,26 @@
-"""A checkpoint's folder, read once: the names of its safetensors files, its config and its manifest."""
+"""A folder, read once: its safetensors files, config and manifest; and which of the files are the checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Refused
-from reshard.formats.huggingface import find_folder, list_safetensors_files, read_config, read_index, read_whole
+from reshard.errors import Problem, Refused, refuse, require_none
+from reshard.formats.downloads import name_begun_downloads
+from reshard.formats.huggingface import (
+    INDEX,
+    SINGLE,
+    FolderHeaders,
+    find_folder,
+    list_safetensors_files,
+    read_config,
+    read_headers,
+)
+from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
 from reshard.formats.manifest import read_manifest
-from reshard.types import Checkpoint
+from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
+from reshard.text import format_list
+from reshard.types import Checkpoint, Note, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +67,91 @@ def read_folder(path: Path) -> Folder:
 
 
 def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
-    """The checkpoint in a folder of safetensors files, or in a single such file; see `read_whole`. Raises Refused."""
+    """The checkpoint in a folder of safetensors files, or in a single such file. Raises Refused with every fault."""
     return read_folder_checkpoint(read_folder(path), ignore_extra_files=ignore_extra_files)
 
 
 def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
     """The same, of a folder that was read already. The index is read here: nobody else needs its 100,000 names."""
     weight_map = read_index(found.path)
-    return read_whole(found.path, found.names, weight_map, found.config, ignore_extra_files=ignore_extra_files)
+    if weight_map is None:
+        return read_without_index(found, ignore_extra_files=ignore_extra_files)
+    return read_indexed(found, weight_map, ignore_extra_files=ignore_extra_files)
+
+
+def read_indexed(found: Folder, weight_map: Mapping[str, str], *, ignore_extra_files: bool) -> Checkpoint:
+    """The checkpoint that an index describes. Each file and tensor that it names must be there.
+
+    Other files are refused, unless they are to be ignored. Other tensors in its files are left aside: `unnamed`, and
+    further copies of a tensor. Raises Refused with every fault found.
+    """
+    names = choose_indexed_files(found.path, found.names, weight_map, ignore_extra_files=ignore_extra_files)
+    stored = read_headers(found.folder, names)
+    sorted_out = sort_by_index(stored, weight_map)
+    require_none(check_index(sorted_out, weight_map))
+    notes = [
+        *note_left_files(INDEX + " does not name them", found.names, names),
+        *note_unnamed_numbers(names),
+        *note_left_tensors(sorted_out, weight_map),
+    ]
+    return Checkpoint(
+        stored.folder,
+        stored.files,
+        sorted_out.tensors,
+        found.config,
+        notes=tuple(notes),
+        unnamed=sorted_out.unnamed,
+    )
+
+
+def read_without_index(found: Folder, *, ignore_extra_files: bool) -> Checkpoint:
+    """The checkpoint in a folder without an index: `model.safetensors`, else all files, or with `ignore_extra_files`
+    one numbered set. Raises Refused with every fault found.
+    """
+    names, reason, may_be_extra = found.names, "", frozenset[str]()
+    numbered = choose_numbered_set(names)
+    if SINGLE in names:
+        names, reason = (SINGLE,), f"without an index, {SINGLE} is the checkpoint"
+    elif ignore_extra_files and numbered:
+        names, reason = numbered.names, f"{numbered.pattern} is taken as the checkpoint"
+    elif ignore_extra_files and len(names) > 1:
+        raise refuse_unknown_extra(names)
+    elif numbered:
+        may_be_extra = frozenset(names).difference(numbered.names)
+    require_none(name_begun_downloads(found.folder, check_numbering(names, may_be_extra)))
+    stored = read_headers(found.folder, names)
+    tensors: dict[str, Tensor] = {}
+    problems = list(collect_tensors(stored, tensors, may_be_extra))
+    if not tensors and not problems:
+        problems.append(Problem("empty-source", str(found.path), "files without a tensor", "a checkpoint"))
+    require_none(problems)
+    notes = tuple(note_left_files(reason, found.names, names))
+    return Checkpoint(stored.folder, stored.files, tensors, found.config, notes=notes, may_be_extra=may_be_extra)
+
+
+def note_left_files(reason: str, names: Sequence[str], taken: Sequence[str]) -> Iterator[Note]:
+    """Notes the files that are not read, and the reason."""
+    if left := sorted(set(names).difference(taken)):
+        yield Note("left-aside", f"left aside: {format_list(left)}; {reason}")
+
+
+def refuse_unknown_extra(names: Sequence[str]) -> Refused:
+    """The refusal of `--ignore-extra-files` in a folder where nothing tells which files are extra."""
+    found = f"{len(names)} files, and nothing tells which of them are extra: {format_list(names)}"
+    expected = f"{INDEX}, model.safetensors, or one set of numbered files"
+    remedy = "leave the option out to read all files as one checkpoint; or move those elsewhere that are not part of it"
+    return refuse("wrong-option", "--ignore-extra-files", found, expected, remedy)
+
+
+def collect_tensors(
+    stored: FolderHeaders, tensors: dict[str, Tensor], may_be_extra: frozenset[str]
+) -> Iterator[Problem]:
+    """Fills `tensors` by name; yields those that stand in two files."""
+    for tensor in stored.tensors:
+        first = tensors.setdefault(tensor.name, tensor)
+        if first is not tensor:
+            names = [stored.files[place].name for place in (first.file, tensor.file)]
+            remedy = f"move one of the two out of the folder, or name the right one in {INDEX}"
+            if extra := may_be_extra.intersection(names):
+                remedy = f"--ignore-extra-files leaves out {format_list(sorted(extra))}; or {remedy}"
+            yield Problem("tensor-twice", tensor.name, f"in {names[0]} and in {names[1]}", "one file", remedy)

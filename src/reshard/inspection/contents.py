@@ -7,7 +7,14 @@ from typing import Any
 
 from reshard.errors import Refused, require_none
 from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import FolderHeaders, list_safetensors_files, read_config, read_file, read_headers
+from reshard.formats.huggingface import (
+    INDEX,
+    FolderHeaders,
+    list_safetensors_files,
+    read_config,
+    read_file,
+    read_headers,
+)
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
@@ -15,7 +22,13 @@ from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
-from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
+from reshard.sources.rank_names import (
+    RankNames,
+    find_foreign_recipe,
+    find_rank_names,
+    note_files_beside_ranks,
+    parse_rank_name,
+)
 from reshard.text import escape, format_count, format_list, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -81,7 +94,8 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
         return make_content(path, read_headers(path, list_safetensors_files(path)), "", "", 0, {}, remark)
-    checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
+    is_indexed = (path / INDEX).is_file()  # then its note names the files that are extra, which is all that is asked
+    checkpoint = read_checkpoint(path, ignore_extra_files=is_indexed) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         chosen, matched = choose_recipe(checkpoint, recipes)
@@ -122,7 +136,7 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
     content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
-    return replace(content, made=read_conversion_options(manifest))
+    return replace(content, made=read_conversion_options(manifest), notes=tuple(note_files_beside_ranks(names)))
 
 
 def read_conversion_options(manifest: Mapping[str, Any]) -> Mapping[str, str]:

@@ -35,7 +35,7 @@ from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_re
 from reshard.storage.resources import count_progress, run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.text import escape
-from reshard.types import FIRST, Advance, Cast, Progress, Tensor
+from reshard.types import FIRST, Advance, Cast, Note, Progress, Tensor
 
 DiffBytes = NDArray[np.uint8]
 
@@ -73,6 +73,8 @@ class DiffReport:
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+    """What was left aside of a side, which is named first."""
 
     @property
     def is_same(self) -> bool:
@@ -128,6 +130,11 @@ def diff_checkpoints(
         pairing.kinds,
         pairing.only_a,
         pairing.only_b,
+        tuple(
+            Note(note.kind, f"{name}: {note.text}")
+            for name, side in zip("AB", sides, strict=True)
+            for note in side.checkpoint.notes
+        ),
     )
 
 

@@ -82,7 +82,7 @@ def check_match(
     """Reports the problems of the first check that fails: problems of later checks would only follow from them."""
     families, members = matched.families, matched.members
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
-        lambda: explain_unmatched(recipe, unmatched),
+        lambda: explain_unmatched(checkpoint, recipe, unmatched),
         lambda: check_clashes(families),
         lambda: check_placeholders(checkpoint, recipe, members),
         lambda: check_missing(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
@@ -168,7 +168,9 @@ def check_clashes(families: Sequence[Family]) -> Iterator[Problem]:
                 yield Problem("same-name", f"{tensor.name} -> {name}", found, "a name for each", "mend the recipe")
 
 
-def explain_unmatched(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]) -> Iterator[Problem]:
+def explain_unmatched(
+    checkpoint: Checkpoint, recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]
+) -> Iterator[Problem]:
     """Reports each tensor that no rule or more than one rule covers, with the rules or the nearest one."""
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
@@ -182,7 +184,17 @@ def explain_unmatched(recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        yield Problem("no-rule", name, "no rule knows it", expected, suggest_rule(recipe, "a row or a drop"))
+        found, remedy = find_place(checkpoint, name), suggest_rule(recipe, "a row or a drop")
+        if found in checkpoint.may_be_extra:
+            remedy = f"if {found} is not part of the checkpoint: --ignore-extra-files leaves it out; else {remedy}"
+        found = f"in {found}; no rule knows it" if found else "no rule knows it"
+        yield Problem("no-rule", name, found, expected, remedy)
+
+
+def find_place(checkpoint: Checkpoint, name: str) -> str:
+    """Finds the file of a tensor; empty if it is assembled from several."""
+    place = checkpoint.tensors[name].file
+    return checkpoint.files[place].name if place < len(checkpoint.files) else ""
 
 
 def suggest_rule(recipe: Recipe, row: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import INDEX, list_safetensors_files
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.types import MOST_RANKS, RANKS, Recipe
+from reshard.text import format_list
+from reshard.types import MOST_RANKS, RANKS, Note, Recipe
 
 
 class RankNames(NamedTuple):
@@ -33,6 +34,13 @@ class RankNames(NamedTuple):
         for name in () if ignore_extra_files else self.extra:
             remedy = "move it away, or pass --ignore-extra-files to leave it out"
             yield Problem("extra-file", name, f"a file beside those of {ranks} ranks", "none", remedy)
+
+
+def note_files_beside_ranks(names: RankNames) -> Iterator[Note]:
+    """Notes the safetensors files that are no rank files and are not read."""
+    if names.extra:
+        reason = f"not among the {len(names.wanted)} rank files"
+        yield Note("left-aside", f"left aside: {format_list(names.extra)}; {reason}")
 
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
+from reshard.formats.downloads import name_begun_downloads
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers, read_index
+from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
+from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model
@@ -17,8 +19,9 @@ from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
 from reshard.sources.rank_files import assemble_checkpoint
-from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
+from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
 from reshard.sources.subset import narrow_checkpoint
+from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 
@@ -61,6 +64,8 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        # First: a tensor that only the index lacks would be reported as missing.
+        require_all_named(checkpoint, recipes, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         try:
             if recipe:
                 known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
@@ -108,7 +113,7 @@ def read_rank_files(
     The recipe is the requested one, else the one that the manifest names, else one for the config, else the one that
     fits the tensors.
     """
-    require_none(names.problems(ignore_extra_files=ignore_extra_files))
+    require_none(name_begun_downloads(folder.path, names.problems(ignore_extra_files=ignore_extra_files)))
     stored = read_headers(folder.path, names.wanted)
     if folder.manifest_fault:
         raise folder.manifest_fault
@@ -117,10 +122,11 @@ def read_rank_files(
     )
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
+    notes = tuple(note_files_beside_ranks(names))
 
     def assemble(known: Recipe) -> Source:
         whole = assemble_checkpoint(stored, known, origin.config, origin.shapes, replicas=replicas)
-        checkpoint = replace(whole, subset=folder.subset)
+        checkpoint = replace(whole, subset=folder.subset, notes=notes)
         return Source(folder.path, checkpoint, known, match(checkpoint, known), origin)
 
     return require_one(folder.path, recipes, assemble)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.folder import read_folder, read_folder_checkpoint
+from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
@@ -28,6 +28,8 @@ class VerifiedSides:
     recipe: Recipe
     files: Sequence[File]
     """The files of the source, as the manifest of the target should name them."""
+    ignores_extra_files: bool = False
+    """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
 
 
 def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> VerifiedSides:
@@ -63,9 +65,21 @@ def read_restored_sides(
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
     require_none(check_subsets(source, target))
     whole = replace(read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
-    ranks = read_source(source, recipe)
+    if not ignore_extra_files:
+        require_none(check_nothing_aside(restored, whole))
+    ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
     match(whole, ranks.recipe)
-    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files)
+    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
+
+
+def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
+    """Reports what a restored checkpoint has too much. In a source it may be left aside; here nothing wrote it."""
+    remedy = "move it away, or pass --ignore-extra-files to leave it out"
+    for name in sorted(set(restored.names).difference(file.name for file in whole.files)):
+        yield Problem("extra-file", name, "a file that was not restored", "none", remedy)
+    for note in whole.notes:
+        if note.kind in ("shadowed", "not-in-index"):
+            yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
 
 
 def find_recipe_name(manifest: Mapping[str, Any]) -> str:

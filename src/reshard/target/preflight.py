@@ -38,7 +38,7 @@ def list_own_names(target: Path) -> set[str]:
 
 def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
-    hold only files named in `ours`.
+    hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -47,7 +47,7 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := [name for name in list_names(target) if name not in ours]:
+    if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
     above = find_nearest_folder(target)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import SUFFIX, read_header
+from reshard.formats.huggingface import is_safetensors_name, read_header
 from reshard.formats.manifest import read_manifest
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
@@ -125,8 +125,8 @@ def check_file_set(target: Path, entries: Sequence[ManifestFile]) -> Iterator[Pr
         elif size != entry.size:
             yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", CONVERT_AGAIN_HINT)
     known = {entry.name for entry in entries}
-    for path in sorted(target.glob("*" + SUFFIX)):
-        if path.name not in known:
+    for path in sorted(target.iterdir()):
+        if is_safetensors_name(path.name) and path.name not in known:
             yield Problem("extra-file", path.name, f"a file that {MANIFEST} does not name", "none", "move it away")
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.errors import MORE_IN_JSON, MORE_IN_PYTHON, Problem, Refused, describe_problems, refuse
-from reshard.formats.huggingface import INDEX, SUFFIX, check_numbering, read_header, read_index
+from reshard.errors import Problem, Refused, describe_problems, refuse
+from reshard.formats.huggingface import INDEX, SUFFIX, read_header
+from reshard.formats.index import read_index
+from reshard.formats.numbering import check_numbering
 from reshard.storage.resources import count_progress
 from reshard.text import escape, format_count, format_list
 from reshard.types import Note, Progress
@@ -54,7 +56,7 @@ class DownloadReport:
         return f"proven against {format_count(self.records, 'records')} of {self.keeper}"
 
     def __str__(self) -> str:
-        return "\n".join([self.verdict, *list_download_lines(self)]).replace(MORE_IN_JSON, MORE_IN_PYTHON)
+        return "\n".join([self.verdict, *list_download_lines(self)])
 
     __repr__ = __str__
 

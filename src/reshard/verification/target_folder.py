@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX, read_header
+from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
 from reshard.formats.json_input import read_object
 from reshard.formats.target_names import require_finished
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
@@ -56,7 +56,7 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
     require_target_folder(target)
     paths = [path for path in sorted(target.iterdir()) if path.is_file()]
-    tensor_files = [path.name for path in paths if path.name.endswith(SUFFIX)]
+    tensor_files = [path.name for path in paths if is_safetensors_name(path.name)]
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
     if not fitting and tensor_files:
         return TargetFolder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=())

@@ -125,6 +125,8 @@ def verify_target(
     advance: Advance = lambda _: None,
     ranks: Collection[int] | None = None,
     sample: Fraction | None = None,
+    *,
+    ignore_extra_files: bool = False,
 ) -> Report:
     """Compares every byte of every tensor file in the folder `target`, or of the `ranks` given, with the source.
 
@@ -144,7 +146,7 @@ def verify_target(
     names = {number: name for number, name in folder.names.items() if not is_part or number in (ranks or ())}
     files, problems = read_target_headers(target, names)
     extra = f"a file beside those of {folder.ranks} ranks"
-    problems += [Problem("extra-file", name, extra, "none") for name in folder.extra]
+    problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     for file in files:
         advance(file.file.header_size)
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
