@@ -13,7 +13,9 @@ from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe, parse_recipe
-from reshard.sources.match import Matched, choose_recipe, match, sort_one_of_each_first
+from reshard.sources.match import Matched, match
+from reshard.sources.problem_order import sort_one_of_each_first
+from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL_V3, TensorEntry, list_tensors
 from reshard.types import Checkpoint, Recipe, Tensor
 

@@ -296,6 +296,41 @@ def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
         return None
 
 
+def describe_values(formula: str, config: Mapping[str, Any]) -> str:
+    """The value of each key of a formula: `len(ratios) is 44, layers is 43`; empty for a formula that is one key."""
+    found: dict[str, None] = {}
+    waiting: list[ast.AST] = [] if is_key(formula) else [parse_formula(formula)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name | ast.Attribute) or (isinstance(node, ast.Call) and len(node.args) == 1):
+            text = ast.unparse(node)
+            value = read_config_value(text, config)
+            found |= {f"{text} is {value}": None} if type(value) is int else {}
+            waiting += node.args if isinstance(node, ast.Call) and value is None else []
+        else:
+            waiting += reversed(list(ast.iter_child_nodes(node)))
+    return format_list(found)
+
+
+def is_key(formula: str) -> bool:
+    """Whether a formula is one key."""
+    return isinstance(parse_formula(formula), ast.Name | ast.Attribute)
+
+
+def suggest_count(formula: str, config: Mapping[str, Any], count: int) -> str:
+    """What to change in a config so that a formula gives another count; empty if it is neither one key nor the rest of
+    a list.
+    """
+    match parse_formula(formula):
+        case ast.Name() | ast.Attribute():
+            return f"set {formula} to {count}"
+        case ast.BinOp(left=ast.Call(func=ast.Name(id="len"), args=[listed]), op=ast.Sub(), right=right):
+            before = read_config_value(ast.unparse(right), config)
+            if type(before) is int:
+                return f"shorten {ast.unparse(listed)} to its first {before + count} values"
+    return ""
+
+
 def count_heads(rule: Rule, config: Mapping[str, Any]) -> int | None:
     """The number of heads that a rule's split counts: 0 if it counts none, None if the config does not tell."""
     key = rule.split.heads_key

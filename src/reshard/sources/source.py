@@ -14,9 +14,10 @@ from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.match import Matched, match
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
+from reshard.sources.recipe_choice import choose_recipe, narrow_recipes
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
