@@ -764,7 +764,9 @@ def test_a_checkpoint_that_is_incomplete_is_refused_without_a_config() -> None:
     entries = [entry for entry in list_tensors(PLAIN) if entry[0] != "lm_head.weight"]
     with pytest.raises(Refused) as refused:
         choose_recipe(checkpoint_of(entries), RECIPES)
-    assert "the nearest recipe is deepseek-v3: lm_head.weight: not in the checkpoint" in refused.value.problems[0].found
+    (problem,) = refused.value.problems
+    assert (problem.kind, problem.subject) == ("missing-tensor", "lm_head.weight")
+    assert problem.expected == "the rule 'lm_head.weight' (by the recipe deepseek-v3)"
 
 
 def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:

@@ -90,17 +90,16 @@ def check_counts(place: Placeholder, numbers: set[int], config: Mapping[str, Any
 
 def suggest_remedy(place: Placeholder, numbers: set[int], config: Mapping[str, Any]) -> str:
     """Suggests a remedy for another number of members than the config's. The config is to be changed only if there are
-    more, or none at all: where some are missing, it would hide the loss of a file.
+    more, or no MTP layers at all: where others are missing, it would hide the loss of a file.
     """
     wanted = read_config_value(place.size, config)
     if type(wanted) is int and wanted < len(numbers) and is_key(place.size):
         change = suggest_count(place.size, config, len(numbers))
         return f"is the config another model's? If not: {change}, in config.json (keep a copy)"
-    change = "" if numbers else suggest_count(place.size, config, 0)
+    change = suggest_count(place.size, config, 0) if "MTP" in place.counts and not numbers else ""
     if not change:
         return OTHER_MODEL
-    also = find_draft_keys(config) if "MTP" in place.counts else []
-    changes = " and ".join([change, *(f"set {key} to 0" for key in also if key not in change)])
+    changes = " and ".join([change, *(f"set {key} to 0" for key in find_draft_keys(config) if key not in change)])
     return f"is a file missing? If the model was made without {place.counts}: {changes}, in config.json (keep a copy)"
 
 

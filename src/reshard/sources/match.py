@@ -106,7 +106,7 @@ def check_quantization(checkpoint: Checkpoint, recipe: Recipe, families: Sequenc
     has_scales = any(family.is_scale for family in families)
     rules = [(recipe.rules[family.rule], family.tensors) for family in families]
     scaled = [tensors for rule, tensors in rules if find_scale_placeholder(rule, recipe) and rule.relation == "same"]
-    yield from check_promise(checkpoint, list(chain.from_iterable(scaled)), has_scales=has_scales)
+    yield from check_promise(checkpoint, recipe, list(chain.from_iterable(scaled)), has_scales=has_scales)
     floats = (tensors for rule, tensors in rules if rule.shape.startswith("["))
     matrices = [tensor for tensor in chain.from_iterable(floats) if len(tensor.shape) > 1]
     yield from check_codes(checkpoint, recipe, matrices)

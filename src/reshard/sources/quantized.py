@@ -90,20 +90,20 @@ def read_promise(config: Mapping[str, Any] | None) -> Promise | None:
     for prefix, table in (("", config), ("text_config.", config.get("text_config"))):
         for key in CONFIG_KEYS:
             found = table.get(key) if isinstance(table, Mapping) else None
-            if isinstance(found, Mapping) and changes_weights(found):
+            if isinstance(found, Mapping) and covers_weights(found):
                 method = name_method(found, key)
                 words = describe_method(method, found)
                 return Promise(f"{prefix}{key} of config.json", words, method, found)
     return None
 
 
-def changes_weights(table: Mapping[str, Any]) -> bool:
+def covers_weights(table: Mapping[str, Any]) -> bool:
     """Whether a quantization is of weights. Published configs also have some that are empty, or of the cache only."""
     if any(key in table for key in SWITCHES):
         return any(table.get(key) is True for key in SWITCHES)
     inner = table.get("quantization")
     if isinstance(inner, Mapping):
-        return changes_weights(inner)
+        return covers_weights(inner)
     if not any(isinstance(table.get(key), str) for key in ("quant_method", "quant_algo", "fmt")):
         return type(table.get("bits")) is int and table["bits"] < 16
     if str(table.get("quant_method")).lower() in ("none", "bitsandbytes"):
@@ -139,7 +139,9 @@ def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
     return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
-def check_promise(checkpoint: Checkpoint, scaled: Sequence[Tensor], *, has_scales: bool) -> Iterator[Problem]:
+def check_promise(
+    checkpoint: Checkpoint, recipe: Recipe, scaled: Sequence[Tensor], *, has_scales: bool
+) -> Iterator[Problem]:
     """Reports a config that promises quantized weights where all are plain: a loader would look for their scales.
 
     `scaled` are the weights that the recipe pairs with block scales; if it has none, every matrix counts. A mixture is
@@ -149,7 +151,7 @@ def check_promise(checkpoint: Checkpoint, scaled: Sequence[Tensor], *, has_scale
     if promise is None or has_scales or any(tensor.dtype in CODES for tensor in checkpoint.tensors.values()):
         return
     exempt = list_exempt_modules(promise.table)
-    matrices = scaled or [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
+    matrices = scaled if recipe.scales else [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
     weights = [tensor for tensor in matrices if not any(module in tensor.name for module in exempt)]
     if not weights:
         return
@@ -262,8 +264,10 @@ def find_fused_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | N
     first = names[sort_by_layer(names)[0]]
     others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     found = "fused experts: one tensor for all experts of a layer, as transformers 5 holds them in memory"
-    remedy = "load it with transformers, write it with model.save_pretrained(OTHER_FOLDER, save_original_format=True), "
-    remedy += "and convert that"
+    # Without the second step, transformers keeps what it has loaded fused, whatever the option says.
+    remedy = "write them apart with transformers: model = AutoModelForCausalLM.from_pretrained(FOLDER); "
+    remedy += "model._weight_conversions = None; model.save_pretrained(OTHER_FOLDER, save_original_format=True); "
+    remedy += "convert OTHER_FOLDER"
     return Problem("fused-experts", f"{first}{others}", found, f"a tensor for each expert: {known}", remedy)
 
 

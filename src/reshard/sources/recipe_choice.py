@@ -44,7 +44,7 @@ def choose_recipe(
     """
     config = checkpoint.config or {}
     asked = find_asked_recipes(config, recipes)
-    if not asked and names_model(config):
+    if not asked and has_model_name(config):
         raise refuse_without_recipe(checkpoint, recipes)
     candidates = asked or recipes
     if len(candidates) == 1:
@@ -86,7 +86,7 @@ def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
         return None
 
 
-def names_model(config: Mapping[str, Any]) -> bool:
+def has_model_name(config: Mapping[str, Any]) -> bool:
     """Whether a config names a model, known or not."""
     return any(isinstance(name, str) for name in (config.get("model_type"), *list_architectures(config)))
 
@@ -99,16 +99,22 @@ def refuse_by_nearest(checkpoint: Checkpoint, recipes: Sequence[Recipe], *, is_a
     least = min(measured)
     nearest = recipes[measured.index(least)]
     count = len(checkpoint.tensors)
-    is_known = least.unknown <= count * (1 - NEARLY_ALL) and least.faults < count and measured.count(least) == 1
+    is_known = least.unknown <= count * (1 - NEARLY_ALL) and least.faults < count
     if not is_asked and not is_known:
         unknown = [checkpoint.tensors[name] for name in match_names(checkpoint, nearest)[1]]
         quantized = explain_unknown(checkpoint, None, unknown)
-        is_strange = quantized is not None and quantized.remedy
-        return Refused([quantized]) if is_strange else refuse_without_recipe(checkpoint, recipes)
+        if quantized and quantized.remedy:
+            return Refused([quantized])
+        return refuse_without_recipe(checkpoint, recipes)
+    alike = [recipe.name for recipe, nearness in zip(recipes, measured, strict=True) if nearness == least]
+    by = f"by the recipe {nearest.name}" if len(alike) == 1 else f"by each of the recipes {format_list(alike)}"
+    if is_asked and len(alike) < len(recipes):
+        others = format_list(recipe.name for recipe in recipes if recipe.name not in alike)
+        by += f"; {others} fits worse"
     try:
         match(checkpoint, nearest)
     except Refused as refused:
-        return Refused(add_recipe(refused.problems, nearest, recipes if is_asked else ()))
+        return Refused(add_recipe(refused.problems, by))
     raise AssertionError(f"{nearest.name} fits")
 
 
@@ -126,13 +132,11 @@ def measure_nearness(checkpoint: Checkpoint, recipe: Recipe) -> Nearness:
     return Nearness(len(unmatched), sum(1 for _ in islice(faults, MOST_PROBLEMS)), len(keys))
 
 
-def add_recipe(problems: Sequence[Problem], nearest: Recipe, tried: Sequence[Recipe]) -> Iterator[Problem]:
-    """Adds to each problem the recipe that found it: the user has not chosen it."""
-    others = format_list(recipe.name for recipe in tried if recipe is not nearest)
-    by = f"by the recipe {nearest.name}" + (f", for {others} fits worse" if others else "")
+def add_recipe(problems: Sequence[Problem], by: str) -> Iterator[Problem]:
+    """Adds to each problem the recipe that found it: the user has not chosen it. A quantized format needs no recipe."""
     for problem in problems:
-        is_own = problem.kind == "quantized"
-        yield problem if is_own else replace(problem, expected=f"{problem.expected} ({by})")
+        is_told = problem.kind == "quantized"
+        yield problem if is_told else replace(problem, expected=f"{problem.expected} ({by})")
 
 
 def explain_misfit(checkpoint: Checkpoint, recipe: Recipe, unknown: Sequence[str]) -> str:
