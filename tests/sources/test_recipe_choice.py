@@ -1,4 +1,4 @@
-"""Several recipes for one model type, or no config: the problems of a faulty checkpoint are those of the nearest one."""
+"""Several recipes for one model type, or no config: a faulty checkpoint has the problems of the nearest one."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -298,18 +298,20 @@ def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
 
 def describe_values(formula: str, config: Mapping[str, Any]) -> str:
     """The value of each key of a formula: `len(ratios) is 44, layers is 43`; empty for a formula that is one key."""
-    found: dict[str, None] = {}
-    waiting: list[ast.AST] = [] if is_key(formula) else [parse_formula(formula)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Name | ast.Attribute) or (isinstance(node, ast.Call) and len(node.args) == 1):
-            text = ast.unparse(node)
-            value = read_config_value(text, config)
-            found |= {f"{text} is {value}": None} if type(value) is int else {}
-            waiting += node.args if isinstance(node, ast.Call) and value is None else []
-        else:
-            waiting += reversed(list(ast.iter_child_nodes(node)))
-    return format_list(found)
+    keys = [] if is_key(formula) else [ast.unparse(tree) for tree in list_keys(parse_formula(formula))]
+    values = {key: read_config_value(key, config) for key in keys}
+    return format_list(f"{key} is {value}" for key, value in values.items() if type(value) is int)
+
+
+def list_keys(tree: ast.AST) -> Iterator[ast.AST]:
+    """The keys of a formula, from left to right. The length of a list counts as one of them."""
+    match tree:
+        case ast.Name() | ast.Attribute() | ast.Call(func=ast.Name(id="len")):
+            yield tree
+        case ast.Call(args=inner):
+            yield from (key for part in inner for key in list_keys(part))
+        case _:
+            yield from (key for part in ast.iter_child_nodes(tree) for key in list_keys(part))
 
 
 def is_key(formula: str) -> bool:
