@@ -25,7 +25,7 @@ from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import list_packaged_recipes
-from reshard.sources.match import choose_recipe
+from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
 from reshard.text import escape, format_size, format_table
 from reshard.types import Checkpoint, Layout

@@ -24,7 +24,7 @@ from torch import Tensor
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import list_packaged_recipes
-from reshard.sources.match import choose_recipe
+from reshard.sources.recipe_choice import choose_recipe
 from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
 from reshard.verification.verify import verify_target

@@ -13,7 +13,9 @@ from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe, parse_recipe
-from reshard.sources.match import Matched, choose_recipe, match, sort_one_of_each_first
+from reshard.sources.match import Matched, match
+from reshard.sources.problem_order import sort_one_of_each_first
+from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL_V3, TensorEntry, list_tensors
 from reshard.types import Checkpoint, Recipe, Tensor
 
@@ -802,7 +804,9 @@ def test_a_checkpoint_that_is_incomplete_is_refused_without_a_config() -> None:
     entries = [entry for entry in list_tensors(PLAIN) if entry[0] != "lm_head.weight"]
     with pytest.raises(Refused) as refused:
         choose_recipe(checkpoint_of(entries), RECIPES)
-    assert "the nearest recipe is deepseek-v3: lm_head.weight: not in the checkpoint" in refused.value.problems[0].found
+    (problem,) = refused.value.problems
+    assert (problem.kind, problem.subject) == ("missing-tensor", "lm_head.weight")
+    assert problem.expected == "the rule 'lm_head.weight' (by the recipe deepseek-v3)"
 
 
 def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:

@@ -449,7 +449,7 @@ REFUSALS = [
     ("an unknown recipe", options("--mp", "2", "--recipe", "deepseek-v33"), "unknown-recipe", "mean deepseek-v3"),
     ("a recipe file that is not there", options("--mp", "2", "--recipe", "mine.toml"), "unknown-recipe", "mine.toml"),
     ("a faulty recipe", recipe('"by e"', '"by f"'), "wrong-recipe", "'by f'"),
-    ("another model's recipe", options("--mp", "2", "--recipe", "deepseek-v2"), "no-rule", "weight_scale_inv"),
+    ("another model's recipe", options("--mp", "2", "--recipe", "deepseek-v2"), "quantized", "another --recipe"),
     ("an unknown architecture", all_of(
         config(model_type="phi3", architectures=["Phi3ForCausalLM"]), renamed("input_layernorm", "ln_1"),
      ), "no-recipe", "phi3; the nearest recipe is deepseek-v3"),

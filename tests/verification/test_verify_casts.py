@@ -26,7 +26,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
-from reshard.sources.match import choose_recipe
+from reshard.sources.recipe_choice import choose_recipe
 from reshard.verification.checksums import audit_target
 from reshard.verification.verify import Report, verify_target
 

@@ -20,7 +20,7 @@ from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.match import Matched, match
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import (
     RankNames,
@@ -29,6 +29,7 @@ from reshard.sources.rank_names import (
     note_files_beside_ranks,
     parse_rank_name,
 )
+from reshard.sources.recipe_choice import choose_recipe, narrow_recipes
 from reshard.text import escape, format_count, format_list, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from reshard.errors import require_none
 from reshard.recipes.formulas import find_unknown_keys
-from reshard.sources.block_scales import check_against_config, check_pairing, group_weights
+from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.match import match
 from reshard.types import Checkpoint, Layout, Recipe
 
@@ -30,8 +29,7 @@ def check_fit(checkpoint: Checkpoint, recipe: Recipe) -> RecipeFit:
     """
     matched, layout = match(checkpoint, recipe), Layout(1)
     kinds = group_weights(matched, recipe, layout)
-    problems = check_pairing(matched, kinds, recipe, layout), check_against_config(kinds, recipe, checkpoint.config)
-    require_none(chain(*problems))
+    require_none(check_weights(matched, kinds, recipe, layout, checkpoint.config))
     counts = {recipe.placeholders[letter].counts: count for letter, count in matched.counts.items() if count}
     unknown = find_unknown_keys(recipe, checkpoint.config) if checkpoint.config is not None else {}
     return RecipeFit(len(checkpoint.tensors), counts, unknown)

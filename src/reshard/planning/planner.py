@@ -15,7 +15,7 @@ from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
-from reshard.sources.block_scales import WeightGroup, check_against_config, check_pairing, group_weights
+from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
 from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, OriginalFile
@@ -69,8 +69,7 @@ def group_kept_weights(source: Source, layout: Layout) -> list[WeightGroup]:
     if layout.keep_optional or layout.to == WHOLE:
         require_none(check_optional(checkpoint, recipe, matched))
     kinds = require_kept(matched, source, layout)
-    problems = [*check_pairing(matched, kinds, recipe, layout), *check_against_config(kinds, recipe, checkpoint.config)]
-    require_none(problems)
+    require_none(check_weights(matched, kinds, recipe, layout, checkpoint.config))
     return kinds
 
 

@@ -296,6 +296,43 @@ def read_config_value(formula: str, config: Mapping[str, Any] | None) -> Any:
         return None
 
 
+def describe_values(formula: str, config: Mapping[str, Any]) -> str:
+    """The value of each key of a formula: `len(ratios) is 44, layers is 43`; empty for a formula that is one key."""
+    keys = [] if is_key(formula) else [ast.unparse(tree) for tree in list_keys(parse_formula(formula))]
+    values = {key: read_config_value(key, config) for key in keys}
+    return format_list(f"{key} is {value}" for key, value in values.items() if type(value) is int)
+
+
+def list_keys(tree: ast.AST) -> Iterator[ast.AST]:
+    """The keys of a formula, from left to right. The length of a list counts as one of them."""
+    match tree:
+        case ast.Name() | ast.Attribute() | ast.Call(func=ast.Name(id="len")):
+            yield tree
+        case ast.Call(args=inner):
+            yield from (key for part in inner for key in list_keys(part))
+        case _:
+            yield from (key for part in ast.iter_child_nodes(tree) for key in list_keys(part))
+
+
+def is_key(formula: str) -> bool:
+    """Whether a formula is one key."""
+    return isinstance(parse_formula(formula), ast.Name | ast.Attribute)
+
+
+def suggest_count(formula: str, config: Mapping[str, Any], count: int) -> str:
+    """What to change in a config so that a formula gives another count; empty if it is neither one key nor the rest of
+    a list.
+    """
+    match parse_formula(formula):
+        case ast.Name() | ast.Attribute():
+            return f"set {formula} to {count}"
+        case ast.BinOp(left=ast.Call(func=ast.Name(id="len"), args=[listed]), op=ast.Sub(), right=right):
+            before = read_config_value(ast.unparse(right), config)
+            if type(before) is int:
+                return f"shorten {ast.unparse(listed)} to its first {before + count} values"
+    return ""
+
+
 def count_heads(rule: Rule, config: Mapping[str, Any]) -> int | None:
     """The number of heads that a rule's split counts: 0 if it counts none, None if the config does not tell."""
     key = rule.split.heads_key

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 
 from reshard.casts.shapes import count_blocks, unpack_shape
-from reshard.errors import Problem
+from reshard.errors import MOST_PROBLEMS, Problem
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.match import Family, Matched
+from reshard.sources.problem_order import sort_problems
+from reshard.sources.quantized import list_exempt_modules
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
@@ -18,9 +20,6 @@ FLOATS = ("BF16", "F16", "F32")
 
 SCALES = ("F32", "BF16", "F8_E8M0")
 """Dtypes of block scales; the last is the only one for packed FP4."""
-
-EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
-"""Config keys that list the modules without block scales; each quantizer has its own key."""
 
 CAST_TO_FP8 = ("fp8", "fp8-ue8m0")
 """Values of `--cast` that quantize weights to FP8."""
@@ -119,6 +118,14 @@ def find_scaling(weight: Tensor, scaling: BlockScale | None) -> BlockScale | Non
 
 def make_scale_key(pair: tuple[Tensor, str] | None) -> tuple[str, tuple[int, ...]] | None:
     return (pair[0].dtype, pair[0].shape) if pair else None
+
+
+def check_weights(
+    matched: Matched, kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout, config: Mapping[str, Any] | None
+) -> list[Problem]:
+    """Checks weights, block scales and config against each other. Returns all problems, in the order of the layers."""
+    found = chain(check_pairing(matched, kinds, recipe, layout), check_against_config(kinds, recipe, config))
+    return sort_problems(islice(found, MOST_PROBLEMS))
 
 
 def check_pairing(matched: Matched, kinds: Sequence[WeightGroup], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
@@ -228,12 +235,6 @@ def check_blocks(kinds: Sequence[WeightGroup], config: Mapping[str, Any]) -> Ite
         found = f"weight_block_size of {said}"
         expected = f"{' or '.join(blocks)}, as the scales have it"
         yield Problem("contradiction", "quantization_config of config.json", found, expected, "correct the config")
-
-
-def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
-    """Lists the modules whose weights have no block scales, by the `quantization_config` of a config."""
-    lists = [quantization.get(key) for key in EXEMPT_KEYS]
-    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
 def check_dtypes(kind: WeightGroup, config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem
-from reshard.recipes.formulas import read_config_value
+from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
 from reshard.text import format_numbers
 from reshard.types import Checkpoint, Placeholder, Recipe, Rule
@@ -15,7 +15,8 @@ from reshard.types import Checkpoint, Placeholder, Recipe, Rule
 MAYBE = "maybe"
 """The condition of a rule whose tensors may be missing."""
 
-NO_CONFIG = "without a config.json, is it another model?"
+DRAFTS = "num_nextn_predict_layers"
+"""Config key of the number of MTP layers."""
 
 OTHER_MODEL = "is a file missing, or the config another model's?"
 
@@ -85,8 +86,10 @@ def check_counts(place: Placeholder, numbers: set[int], config: Mapping[str, Any
     wanted = 0 if told is False else read_config_value(place.size, config) if told or numbers else None
     if wanted is not None and wanted != len(numbers):
         found = f"{len(numbers)} by the names of the tensors ({format_numbers(numbers)})"
+        values = describe_values(place.size, config or {}) if told is not False else ""
         expected = f"{reprlib.repr(wanted)}, as {place.size if told is not False else key} of config.json says"
-        yield Problem("contradiction", place.counts, found, expected, suggest_key(place, numbers, told=told))
+        remedy = suggest_key(place, numbers, told=told) if key else suggest_remedy(place, numbers, config or {})
+        yield Problem("contradiction", place.counts, found, expected + (f": {values}" if values else ""), remedy)
 
 
 def suggest_key(place: Placeholder, numbers: set[int], *, told: bool | None) -> str:
@@ -97,6 +100,27 @@ def suggest_key(place: Placeholder, numbers: set[int], *, told: bool | None) -> 
     if told is False:
         return f"is config.json another model's, or was it edited? give {key} back its value"
     return OTHER_MODEL
+
+
+def suggest_remedy(place: Placeholder, numbers: set[int], config: Mapping[str, Any]) -> str:
+    """Suggests a remedy for another number of members than the config's. The config is to be changed only if there are
+    more, or no MTP layers at all: where others are missing, it would hide the loss of a file.
+    """
+    wanted = read_config_value(place.size, config)
+    if type(wanted) is int and wanted < len(numbers) and is_key(place.size):
+        change = suggest_count(place.size, config, len(numbers))
+        return f"is the config another model's? If not: {change}, in config.json (keep a copy)"
+    change = suggest_count(place.size, config, 0) if "MTP" in place.counts and not numbers else ""
+    if not change:
+        return OTHER_MODEL
+    changes = " and ".join([change, *(f"set {key} to 0" for key in find_draft_keys(config) if key not in change)])
+    return f"is a file missing? If the model was made without {place.counts}: {changes}, in config.json (keep a copy)"
+
+
+def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
+    """Finds the keys with the number of MTP layers, which loaders read even where a recipe does not count by them."""
+    tables = (("", config), ("text_config.", config.get("text_config")))
+    return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
@@ -142,7 +166,8 @@ def check_missing(
             yield Problem("contradiction", rule.left, found, expected, remedy)
         is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
         if is_demanded and wanted and not may_lack(rule, config or {}):
-            yield from check_missing_of_rule(rule, recipe, members, tuples)
+            remedy = OTHER_MODEL if config else "is a file missing? without a config.json, is it another model?"
+            yield from check_missing_of_rule(rule, recipe, members, tuples, remedy)
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
@@ -175,7 +200,7 @@ def get_answer(key: str, config: Mapping[str, Any]) -> bool | None:
 
 
 def check_missing_of_rule(
-    rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]]
+    rule: Rule, recipe: Recipe, members: Members, tuples: set[tuple[str, ...]], remedy: str
 ) -> Iterator[Problem]:
     """Reports each combination of numbers that a rule expects and `tuples` lacks."""
     slots = list_slots(rule, recipe)
@@ -186,6 +211,5 @@ def check_missing_of_rule(
         if tuple(map(str, numbers)) not in tuples:
             name = fill_pattern(rule.left, dict(zip(slots, numbers, strict=True)))
             key = rule.only.partition("if ")[2]
-            without = f"a model without it has {key} 0 in its config.json" if key else NO_CONFIG
-            remedy = f"is a file missing? {without}"
-            yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", remedy)
+            hint = f"is a file missing? a model without it has {key} 0 in its config.json" if key else remedy
+            yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", hint)

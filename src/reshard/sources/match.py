@@ -1,20 +1,25 @@
 """Stage 2: Checkpoint + Recipe -> Matched. Finds the rule of each tensor; refuses missing tensors. Opens no file."""
 
-import reprlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
-from operator import itemgetter
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
-from reshard.recipes.patterns import Pattern, find_later_members, make_patterns, split_name, split_names
+from reshard.errors import MOST_PROBLEMS, Problem, require_none
+from reshard.recipes.patterns import (
+    Pattern,
+    find_later_members,
+    find_scale_placeholder,
+    make_patterns,
+    split_name,
+    split_names,
+)
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.sources.completeness import check_missing, check_placeholders, collect_members
-from reshard.text import format_list
+from reshard.sources.problem_order import sort_one_of_each_first, sort_problems
+from reshard.sources.quantized import check_codes, check_promise, explain_unknown
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -82,16 +87,42 @@ def check_match(
     """Reports the problems of the first check that fails: problems of later checks would only follow from them."""
     families, members = matched.families, matched.members
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
-        lambda: explain_unmatched(checkpoint, recipe, unmatched),
+        lambda: check_names(checkpoint, recipe, unmatched),
         lambda: check_clashes(families),
+        lambda: check_quantization(checkpoint, recipe, families),
         lambda: check_placeholders(checkpoint, recipe, members),
         lambda: check_missing(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
     )
     for check in checks:
         found = list(islice(check(), MOST_PROBLEMS))
         if found:
-            yield from found
+            # Unmatched names are sorted already, with one of each pattern first.
+            yield from found if check is checks[0] else sort_problems(found)
             return
+
+
+def check_quantization(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Iterator[Problem]:
+    """Reports a config that promises quantized weights where all are plain, and quantized weights without scales."""
+    has_scales = any(family.is_scale for family in families)
+    rules = [(recipe.rules[family.rule], family.tensors) for family in families]
+    scaled = [tensors for rule, tensors in rules if find_scale_placeholder(rule, recipe) and rule.relation == "same"]
+    yield from check_promise(checkpoint, recipe, list(chain.from_iterable(scaled)), has_scales=has_scales)
+    floats = (tensors for rule, tensors in rules if rule.shape.startswith("["))
+    matrices = [tensor for tensor in chain.from_iterable(floats) if len(tensor.shape) > 1]
+    yield from check_codes(checkpoint, recipe, matrices)
+
+
+def check_names(
+    checkpoint: Checkpoint, recipe: Recipe, unmatched: Mapping[str, Sequence[Pattern]]
+) -> Iterator[Problem]:
+    """Reports the tensors without exactly one rule: all as one problem, if they are of a quantized format or fused
+    experts; else each.
+    """
+    unknown = [checkpoint.tensors[name] for name, patterns in unmatched.items() if not patterns]
+    if problem := explain_unknown(checkpoint, recipe, unknown):
+        yield problem
+    else:
+        yield from explain_unmatched(checkpoint, recipe, unmatched)
 
 
 def find_members(families: Iterable[Family], recipe: Recipe) -> dict[str, set[int]]:
@@ -202,94 +233,3 @@ def suggest_rule(recipe: Recipe, row: str) -> str:
     if Path(recipe.origin).parent != FAMILIES_FOLDER:
         return f"add {row} to {recipe.origin}"
     return f"another --recipe, or {OWN_RECIPE}"
-
-
-def sort_one_of_each_first(names: Iterable[str]) -> list[str]:
-    """Sorts names so that one of each pattern comes first: names that differ only in numbers would fill the message."""
-    turns: Counter[str] = Counter()
-    found = []
-    for name in names:
-        key = split_name(name)[0]
-        found.append((turns[key], name))
-        turns[key] += 1
-    return [name for _, name in sorted(found, key=itemgetter(0))]
-
-
-FITS = "it fits, but the config names another model"
-
-
-def choose_recipe(
-    checkpoint: Checkpoint, recipes: Sequence[Recipe], *, keep_optional: bool = False
-) -> tuple[Recipe, Matched]:
-    """Chooses the recipe of a checkpoint and matches its tensors: by the config's model type, else its architecture. If
-    several recipes are left, or the config has neither, the tensor names decide.
-
-    Raises Refused if no recipe or more than one fits; and if the config names a model that no recipe lists, even if the
-    tensor names fit: another model may use the same names.
-    """
-    config = checkpoint.config or {}
-    asked = find_asked_recipes(config, recipes)
-    if not asked and any(isinstance(name, str) for name in (config.get("model_type"), *list_architectures(config))):
-        raise refuse_without_recipe(checkpoint, recipes, [])
-    candidates = asked or recipes
-    if len(candidates) == 1:
-        return candidates[0], match(checkpoint, candidates[0], keep_optional=keep_optional)
-    fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
-    if len(fitting) == 1:
-        return fitting[0]
-    raise refuse_without_recipe(checkpoint, candidates, [recipe for recipe, _ in fitting])
-
-
-def narrow_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Narrows the recipes to those that list the config's model; returns all if none does."""
-    return find_asked_recipes(config, recipes) or recipes
-
-
-def find_asked_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
-    """Finds the recipes that list the config's model type or, if none does, its architecture."""
-    known = list_architectures(config)
-    by_type = [recipe for recipe in recipes if config.get("model_type") in recipe.model_types]
-    return by_type or [recipe for recipe in recipes if any(found in known for found in recipe.architectures)]
-
-
-def list_architectures(config: Mapping[str, Any]) -> list[Any]:
-    """Lists the `architectures` of a config; empty if they are no list."""
-    found = config.get("architectures")
-    return found if isinstance(found, list) else []
-
-
-def match_or_none(checkpoint: Checkpoint, recipe: Recipe) -> Matched | None:
-    """Matches a checkpoint; returns None if the recipe does not fit."""
-    if match_names(checkpoint, recipe)[1]:  # a quick check: `match` would first search the nearest rule of every name
-        return None
-    try:
-        return match(checkpoint, recipe)
-    except Refused:
-        return None
-
-
-def explain_misfit(checkpoint: Checkpoint, recipes: Sequence[Recipe], name: str, unknown: Sequence[str]) -> str:
-    """Explains in a few words why a recipe does not fit; `#` stands for a number."""
-    if unknown:
-        return f"it does not know {format_list(dict.fromkeys(split_name(name)[0] for name in unknown))}"
-    try:
-        match(checkpoint, next(recipe for recipe in recipes if recipe.name == name))
-    except Refused as refused:
-        return format_list((f"{problem.subject}: {problem.found}" for problem in refused.problems), 3)
-    return FITS
-
-
-def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe], fitting: Sequence[Recipe]) -> Refused:
-    """Makes the refusal if no recipe or several fit. It names the nearest recipe and the tensors that it lacks."""
-    if fitting:
-        names = format_list(recipe.name for recipe in fitting)
-        return refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
-    unknown = {recipe.name: list(match_names(checkpoint, recipe)[1]) for recipe in recipes}
-    nearest = min(unknown, key=lambda name: len(unknown[name]))
-    model = (checkpoint.config or {}).get("model_type", "no model_type in a config.json")
-    model = model if isinstance(model, str) else reprlib.repr(model)
-    misfits = explain_misfit(checkpoint, recipes, nearest, unknown[nearest])
-    found = f"{model}; the nearest recipe is {nearest}: {misfits}"
-    remedy = f"--recipe {nearest}, if it is that model under another name; or {OWN_RECIPE}"
-    remedy = remedy if misfits == FITS else OWN_RECIPE
-    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {format_list(unknown, 99)}", remedy)

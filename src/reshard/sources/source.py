@@ -17,9 +17,10 @@ from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.match import Matched, match
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
+from reshard.sources.recipe_choice import choose_recipe, narrow_recipes
 from reshard.sources.subset import narrow_checkpoint
 from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list

@@ -7,7 +7,8 @@ from itertools import islice
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.formats.huggingface import INDEX
 from reshard.sources.completeness import check_missing
-from reshard.sources.match import Matched, find_members, match_names, narrow_recipes
+from reshard.sources.match import Matched, find_members, match_names
+from reshard.sources.recipe_choice import narrow_recipes
 from reshard.types import Checkpoint, Recipe, Tensor
 
 

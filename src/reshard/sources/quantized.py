@@ -1,0 +1,277 @@
+"""Checkpoints that are quantized in a way no recipe takes, or not quantized although config.json says so.
+
+Told by the names and dtypes of the tensors, and by the `quantization_config` of the config. Opens no file.
+"""
+
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from reshard.errors import Problem
+from reshard.sources.problem_order import sort_by_layer
+from reshard.text import format_count
+from reshard.types import Checkpoint, Recipe, Tensor
+
+EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+"""Config keys that list the modules without block scales; each quantizer has its own key."""
+
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Config keys of a quantization: of most quantizers, of old compressed-tensors, and of MLX."""
+
+SWITCHES = ("load_in_4bit", "load_in_8bit")
+"""Keys of bitsandbytes. If both are false, the weights are plain: it is only how a script once loaded them."""
+
+FP8_BLOCKS, SCALES_OF_ROWS = "FP8 with block scales", "FP8 or INT8 with a scale for each tensor or row"
+
+DESCRIBED = (FP8_BLOCKS, SCALES_OF_ROWS, "MXFP4")
+"""Formats that a recipe can describe."""
+
+FORMATS: Sequence[tuple[str, tuple[str, ...]]] = (
+    ("NVFP4 of ModelOpt", (".weight_scale_2",)),
+    ("NVFP4 of compressed-tensors", (".weight_packed", ".weight_global_scale")),
+    ("packed integers of compressed-tensors", (".weight_packed",)),
+    ("GPTQ", (".qweight", ".g_idx")),
+    ("AWQ or GPTQ", (".qweight",)),
+    ("bitsandbytes with 4 bits", (".absmax", ".quant_map")),
+    ("bitsandbytes with 8 bits", (".SCB",)),
+    ("HQQ", (".W_q",)),
+    ("AQLM", (".codes", ".codebooks")),
+    ("QuIP#", (".Qidxs",)),
+    ("EXL3", (".trellis",)),
+    ("EXL2", (".q_weight", ".q_scale")),
+    ("EETQ", (".weight_scales",)),
+    ("Quanto", (".weight._data", ".weight._scale")),
+    ("torchao", ("._weight_qdata",)),
+    ("MLX", (".scales", ".biases")),
+    ("MXFP4", ("_blocks", "_scales")),
+    (FP8_BLOCKS, ("_scale_inv",)),
+    (SCALES_OF_ROWS, (".weight_scale",)),
+    ("FP8 with a scale for each tensor", (".scale_weight",)),
+)
+"""Quantized formats, each with the ends of names that its tensors have. The first with all its ends counts."""
+
+COMPANIONS: tuple[str, ...] = (
+    *(".qzeros", ".scales", ".input_scale", ".weight_shape", ".weight_zero_point", ".nested_absmax"),
+    *(".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
+)
+"""More ends of names in quantized checkpoints, which alone tell no format."""
+
+ENDS = (*dict.fromkeys(end for _, ends in FORMATS for end in ends), *COMPANIONS)
+
+CODES = {"I32", "U32", "I16", "U16", "I8", "U8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+"""Dtypes of quantized weights, packed or not. I64 is not among them: models have tables of numbers."""
+
+SPELLED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "mxfp4": "MXFP4", "hqq": "HQQ", "modelopt": "ModelOpt"}
+"""`quant_method` -> as people write it. Others are written as they stand."""
+
+SERVED = ("FP8", "MXFP4", "compressed-tensors")
+"""Methods that some recipe takes. With such a recipe, an unknown name is more than the method can explain."""
+
+FUSED = ("gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "w13_weight", "w2_weight")
+"""Last words of the names of fused experts, in transformers and vLLM."""
+
+
+class Promise(NamedTuple):
+    """A quantization that a config tells of."""
+
+    place: str
+    """Its place: `quantization_config of config.json`."""
+    words: str
+    """What it is: `AWQ with 4 bits`."""
+    method: str
+    """What it is, without details: `AWQ`."""
+    table: Mapping[str, Any]
+
+
+def read_promise(config: Mapping[str, Any] | None) -> Promise | None:
+    """Reads the quantization that a config tells of; None if there is none, or if it leaves the weights as they are."""
+    config = config or {}
+    for prefix, table in (("", config), ("text_config.", config.get("text_config"))):
+        for key in CONFIG_KEYS:
+            found = table.get(key) if isinstance(table, Mapping) else None
+            if isinstance(found, Mapping) and covers_weights(found):
+                method = name_method(found, key)
+                words = describe_method(method, found)
+                return Promise(f"{prefix}{key} of config.json", words, method, found)
+    return None
+
+
+def covers_weights(table: Mapping[str, Any]) -> bool:
+    """Whether a quantization is of weights. Published configs also have some that are empty, or of the cache only."""
+    if any(key in table for key in SWITCHES):
+        return any(table.get(key) is True for key in SWITCHES)
+    inner = table.get("quantization")
+    if isinstance(inner, Mapping):
+        return covers_weights(inner)
+    if not any(isinstance(table.get(key), str) for key in ("quant_method", "quant_algo", "fmt")):
+        return type(table.get("bits")) is int and table["bits"] < 16
+    if str(table.get("quant_method")).lower() in ("none", "bitsandbytes"):
+        return False
+    # Without groups, compressed-tensors has only quantized the key-value cache, or pruned; so too ModelOpt without an
+    # algorithm.
+    return all(table.get(key, True) for key in ("config_groups", "quant_algo")) and table.get("bits") != 16
+
+
+def name_method(table: Mapping[str, Any], key: str) -> str:
+    """Names the method of a quantization."""
+    found = table.get("quant_method")
+    if isinstance(found, str) and found:
+        return SPELLED.get(found.lower(), reprlib.repr(found)[1:-1])
+    if any(name in table for name in SWITCHES):
+        return "bitsandbytes"
+    return "MLX" if key == "quantization" else "an unknown method"
+
+
+def describe_method(method: str, table: Mapping[str, Any]) -> str:
+    """Describes a quantization: its method, its format, its bits."""
+    inner = table.get("quantization")
+    merged = {**inner, **table} if isinstance(inner, Mapping) else table
+    details = [merged[key] for key in ("quant_algo", "format") if isinstance(merged.get(key), str)]
+    bits = merged.get("bits", {SWITCHES[0]: 4, SWITCHES[1]: 8}.get(next((k for k in SWITCHES if merged.get(k)), "")))
+    words = " ".join([method, *(f"({reprlib.repr(detail)[1:-1]})" for detail in details)])
+    return f"{words} with {bits} bits" if type(bits) is int else words
+
+
+def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
+    """Lists the modules whose weights have no block scales, by the `quantization_config` of a config."""
+    lists = [quantization.get(key) for key in EXEMPT_KEYS]
+    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
+
+
+def check_promise(
+    checkpoint: Checkpoint, recipe: Recipe, scaled: Sequence[Tensor], *, has_scales: bool
+) -> Iterator[Problem]:
+    """Reports a config that promises quantized weights where all are plain: a loader would look for their scales.
+
+    `scaled` are the weights that the recipe pairs with block scales; if it has none, every matrix counts. A mixture is
+    no matter of the config: its tensors are reported one by one.
+    """
+    promise = read_promise(checkpoint.config)
+    if promise is None or has_scales or any(tensor.dtype in CODES for tensor in checkpoint.tensors.values()):
+        return
+    exempt = list_exempt_modules(promise.table)
+    matrices = scaled if recipe.scales else [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
+    weights = [tensor for tensor in matrices if not any(module in tensor.name for module in exempt)]
+    if not weights:
+        return
+    what = "has a block scale" if scaled else "is quantized"
+    dtype = Counter(tensor.dtype for tensor in weights).most_common(1)[0][0]
+    found = f"{promise.words}, but none of the {len(weights):,} weights {what}; they are {dtype}"
+    key = promise.place.removesuffix(" of config.json")
+    remedy = f"take {key} out of config.json (keep a copy of the file); or is it the config of another checkpoint?"
+    yield Problem("contradiction", promise.place, found, f"no {key}, for weights of {dtype}", remedy)
+
+
+def check_codes(checkpoint: Checkpoint, recipe: Recipe, unscaled: Sequence[Tensor]) -> Iterator[Problem]:
+    """Reports weights that are quantized although every name is known: without scales, as FP8 is sometimes stored.
+
+    `unscaled` are the matrices for which the recipe expects neither a scale nor a dtype. A few of another dtype are
+    reported one by one.
+    """
+    codes = [tensor.name for tensor in unscaled if tensor.dtype in CODES]
+    if takes_codes(recipe) or len(codes) * 2 < len(unscaled) or not codes:
+        return
+    promise = read_promise(checkpoint.config)
+    dtype = f"{checkpoint.tensors[codes[0]].dtype} without scales"
+    found = describe_format(promise, dtype, codes)
+    yield Problem(
+        "quantized", str(checkpoint.folder), found, describe_accepted(recipe), suggest_source(checkpoint.config or {})
+    )
+
+
+def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequence[Tensor]) -> Problem | None:
+    """Explains all unknown tensors by one problem, if they are of a quantized format or fused experts; else None.
+
+    `recipe` is None if no recipe is known for the model; then the remedy is empty if one could take this format.
+    """
+    promise = read_promise(checkpoint.config)
+    own = list_own_ends(recipe) if recipe else ()
+    marked = [tensor.name for tensor in unknown if tensor.name.endswith(ENDS) and not tensor.name.endswith(own)]
+    by_names = find_format(marked)
+    if not by_names and recipe and (fused := find_fused_experts(recipe, unknown)):
+        return fused
+    codes = [tensor.name for tensor in unknown if tensor.dtype in CODES]
+    is_served = promise is not None and promise.method in SERVED and (recipe is None or takes_codes(recipe))
+    if not by_names and not (promise and codes and (recipe is None or not is_served)):
+        return None
+    found = describe_format(promise, by_names, marked or codes)
+    remedy = suggest_source(checkpoint.config or {})
+    if recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
+        remedy = ""
+    elif recipe and by_names == FP8_BLOCKS:
+        remedy += f"; or is it another model than those of {recipe.name}? then another --recipe"
+    return Problem("quantized", str(checkpoint.folder), found, describe_accepted(recipe), remedy)
+
+
+def list_own_ends(recipe: Recipe) -> tuple[str, ...]:
+    """Lists the ends of names that a recipe has itself: there, such a tensor is unknown for another reason."""
+    lefts = [rule.left for rule in recipe.rules]
+    scales = [f".{scale.left}" for scale in recipe.scales.values()]
+    return (*scales, *(end for end in ENDS if any(left.endswith(end) for left in lefts)))
+
+
+def find_format(names: Sequence[str]) -> str:
+    """Finds the quantized format of tensors with such names; empty if they tell none."""
+    present = {end for end in ENDS if any(name.endswith(end) for name in names)}
+    return next((words for words, ends in FORMATS if present.issuperset(ends)), "")
+
+
+def describe_format(promise: Promise | None, by_names: str, names: Sequence[str]) -> str:
+    """Describes a quantized format, and by what it is known."""
+    first = names[sort_by_layer(names)[0]]
+    such = f"{format_count(len(names), 'tensors')} such as {first}"
+    if promise is None:
+        return f"{by_names}, by the names of {such}"
+    also = by_names if promise.method not in by_names else ""
+    return f"{promise.words}, by {promise.place}; {such}" + (f" ({also})" if also else "")
+
+
+def describe_accepted(recipe: Recipe | None) -> str:
+    """Describes the weights that a recipe takes."""
+    if recipe is None:
+        return "weights of BF16, F16 or F32, or as a recipe takes them"
+    parts = ["BF16, F16 or F32"]
+    scales = recipe.scales.values()
+    parts += [f"{'packed FP4' if scale.packed else 'FP8'} with block scales named {scale.left}" for scale in scales]
+    if any(rule.left.endswith("_blocks") for rule in recipe.rules):
+        parts.append("MXFP4 as blocks and scales")
+    if any(rule.shape.startswith("F8_") for rule in recipe.rules):
+        parts.append("FP8 with a weight_scale for each row")
+    return f"weights that the recipe {recipe.name} takes: {', or '.join(dict.fromkeys(parts))}"
+
+
+def takes_codes(recipe: Recipe) -> bool:
+    """Whether a recipe takes quantized weights of some kind."""
+    return bool(recipe.scales) or any(rule.shape.startswith(("F8_", "U8 ")) for rule in recipe.rules)
+
+
+def suggest_source(config: Mapping[str, Any]) -> str:
+    """Suggests what to convert instead of a quantized checkpoint. The config may name what it was made from."""
+    said = config.get("_name_or_path")
+    origin = f" ({said}, by _name_or_path of config.json)" if isinstance(said, str) and said else ""
+    return (
+        f"convert the checkpoint that it was quantized from{origin}; or dequantize it first, with the tool that made it"
+    )
+
+
+def find_fused_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | None:
+    """Finds experts that are one tensor for all, under a recipe with a tensor for each."""
+    known = next((rule.left for rule in recipe.rules if ".experts.{" in rule.left), "")
+    names = [tensor.name for tensor in unknown if len(tensor.shape) == 3 and is_fused(tensor.name)]
+    if not known or not names:
+        return None
+    first = names[sort_by_layer(names)[0]]
+    others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    found = "fused experts: one tensor for all experts of a layer, as transformers 5 holds them in memory"
+    # Without the second step, transformers keeps what it has loaded fused, whatever the option says.
+    remedy = "write them apart with transformers: model = AutoModelForCausalLM.from_pretrained(FOLDER); "
+    remedy += "model._weight_conversions = None; model.save_pretrained(OTHER_FOLDER, save_original_format=True); "
+    remedy += "convert OTHER_FOLDER"
+    return Problem("fused-experts", f"{first}{others}", found, f"a tensor for each expert: {known}", remedy)
+
+
+def is_fused(name: str) -> bool:
+    """Whether a name is that of fused experts: `mlp.experts.gate_up_proj`."""
+    parts = name.removesuffix(".weight").split(".")
+    return parts[-1] in FUSED and parts[-2:-1] == ["experts"]
