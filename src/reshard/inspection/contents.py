@@ -12,7 +12,8 @@ from reshard.formats.manifest import format_subset, is_subset, read_manifest_unc
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.match import Matched, match, narrow_recipes
+from reshard.sources.prefixes import fit_names
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
 from reshard.text import escape, format_count, format_list, format_size, format_table
@@ -83,12 +84,13 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        chosen, matched = choose_recipe(checkpoint, recipes)
+        fitted = fit_names(checkpoint, recipes, is_asked=False)
     except Refused as refused:
         return replace(make_content(path, stored, "", "", 0, {}, str(refused)), notes=checkpoint.notes)
-    content = make_content(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
+    chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)
+    content = make_content(path, stored, chosen.left, chosen.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
-    return replace(content, made=made, notes=checkpoint.notes)
+    return replace(content, made=made, notes=fitted.checkpoint.notes)
 
 
 def summarize_rank_files(path: Path, names: RankNames) -> Content:

@@ -14,7 +14,8 @@ from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.match import Matched, choose_recipe, match, narrow_recipes
+from reshard.sources.match import Matched, match, narrow_recipes
+from reshard.sources.prefixes import fit_names
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
 from reshard.sources.subset import narrow_checkpoint
@@ -31,12 +32,14 @@ class Source:
     path: Path
     """As the caller gave it."""
     checkpoint: Checkpoint
-    """Of rank files: whole tensors, assembled from the shards, under their original names."""
+    """Of rank files: whole tensors, assembled from the shards. The names are those of the recipe."""
     recipe: Recipe
     matched: Matched
     """The rule of every tensor."""
     origin: Origin
-    """The original checkpoint of rank files, as far as it is known; empty for a checkpoint in its original layout."""
+    """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
+    the renaming that led from the names in the files to those of the recipe.
+    """
 
 
 def read_source(
@@ -60,11 +63,9 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        if recipe:
-            known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
-        else:
-            known, matched = choose_recipe(checkpoint, recipes, keep_optional=keep_optional)
-        source = Source(path, checkpoint, known, matched, Origin())
+        found = fit_names(checkpoint, recipes, is_asked=bool(recipe), keep_optional=keep_optional)
+        origin = Origin(renaming=found.renaming)
+        source = Source(path, found.checkpoint, found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
 
