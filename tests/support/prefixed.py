@@ -63,14 +63,15 @@ def write_tensors_as(
     """Writes tensors as they are named, in several files with an index."""
     folder.mkdir(parents=True)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         file = f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
         chosen = names[number * len(names) // files : (number + 1) * len(names) // files]
         save_file({name: tensors[name] for name in chosen}, folder / file, metadata={"format": "pt", "by": "a trainer"})
         weight_map |= dict.fromkeys(chosen, file)
     if files > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
 
@@ -106,6 +107,11 @@ def double_body(name: str) -> str:
     return name.replace("model.", "model.model.", 1)
 
 
+TAKEN_OUT = (
+    "then 6 of 21 names: `_fsdp_wrapped_module.` was taken out; "
+    "then 6 of 21 names: `_checkpoint_wrapped_module.` was taken out"
+)
+
 WAYS: Mapping[str, tuple[Rename, str]] = {
     "compiled": (add_prefix("_orig_mod."), "all 21 names: `_orig_mod.` in front was taken off"),
     "ddp": (add_prefix("module."), "all 21 names: `module.` in front was taken off"),
@@ -126,14 +132,11 @@ WAYS: Mapping[str, tuple[Rename, str]] = {
     "bare": (leave_out_body, "20 of 21 names: `model.` was put in front"),
     "wrapped-layers": (
         wrap_layers,
-        "9 of 21 names: `_orig_mod.` was taken out; then 6 of 21 names: `_fsdp_wrapped_module.` was taken out; "
-        "then 6 of 21 names: `_checkpoint_wrapped_module.` was taken out",
+        f"9 of 21 names: `_orig_mod.` was taken out; {TAKEN_OUT}",
     ),
     "all": (
         lambda name: "module." + wrap_layers(name),
-        "all 21 names: `module.` in front was taken off; then 9 of 21 names: `_orig_mod.` was taken out; "
-        "then 6 of 21 names: `_fsdp_wrapped_module.` was taken out; "
-        "then 6 of 21 names: `_checkpoint_wrapped_module.` was taken out",
+        f"all 21 names: `module.` in front was taken off; then 9 of 21 names: `_orig_mod.` was taken out; {TAKEN_OUT}",
     ),
 }
 """By word: how trainers name the tensors of a Llama, and what the note says of it."""

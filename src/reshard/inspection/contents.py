@@ -12,8 +12,8 @@ from reshard.formats.manifest import format_subset, is_subset, read_manifest_unc
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.fitted_names import fit_names
 from reshard.sources.match import Matched, match, narrow_recipes
-from reshard.sources.prefixes import fit_names
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
 from reshard.text import escape, format_count, format_list, format_size, format_table

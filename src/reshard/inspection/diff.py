@@ -1,6 +1,7 @@
 """Compares two checkpoints of any layouts tensor by tensor, and measures how far the values differ.
 
-Tensors are compared by name: a tensor with another name on the other side is missing there. Configs, metadata and
+Tensors are compared by name: a tensor with another name on the other side is missing there. Where a prefix is all that
+the names of one side differ in, they are changed. Configs, metadata and
 tokenizers are not compared. Memory is the buffers of a few threads, whatever the size of the tensors.
 """
 
@@ -25,6 +26,7 @@ from reshard.inspection.tensor_pairs import (
     KindDifference,
     Pairing,
     TensorPair,
+    align_names,
     get_result,
     pair_up,
     read_diff_side,
@@ -35,7 +37,7 @@ from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_re
 from reshard.storage.resources import count_progress, run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.text import escape
-from reshard.types import FIRST, Advance, Cast, Progress, Tensor
+from reshard.types import FIRST, Advance, Cast, Note, Progress, Tensor
 
 DiffBytes = NDArray[np.uint8]
 
@@ -73,6 +75,8 @@ class DiffReport:
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+    """That the names of a side were changed to be compared."""
 
     @property
     def is_same(self) -> bool:
@@ -105,9 +109,10 @@ def diff_checkpoints(
 
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
-    sides = read_diff_side(a, choice), read_diff_side(b, choice)
-    if choice.replicas == FIRST and not any(side.recipe for side in sides):
+    one, other = read_diff_side(a, choice), read_diff_side(b, choice)
+    if choice.replicas == FIRST and not (one.recipe or other.recipe):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
+    sides, notes = align_names(one, other)
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, count_progress(progress, size))
@@ -128,6 +133,7 @@ def diff_checkpoints(
         pairing.kinds,
         pairing.only_a,
         pairing.only_b,
+        notes,
     )
 
 

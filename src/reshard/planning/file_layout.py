@@ -182,7 +182,7 @@ def restore_forms(
 def list_original_names(
     pieces: Pieces, forms: Sequence[OriginalFile], renamed: Sequence[OriginalFile]
 ) -> Sequence[str]:
-    """Lists the names of the pieces in the original files; `renamed` are the same files with the names of the pieces."""
+    """Lists the names of the pieces in the original files. `renamed` are the same files under the pieces' names."""
     pairs = zip(forms, renamed, strict=True)
     originals = {new: old for form, other in pairs for old, new in zip(form.tensors, other.tensors, strict=True)}
     return [originals[name] for name in pieces.names]

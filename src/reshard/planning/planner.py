@@ -17,8 +17,8 @@ from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.sources.block_scales import WeightGroup, check_against_config, check_pairing, group_weights
+from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
-from reshard.sources.prefixes import RENAMED, explain_renaming
 from reshard.sources.source import Source
 from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 

@@ -14,8 +14,8 @@ from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.fitted_names import fit_names
 from reshard.sources.match import Matched, match, narrow_recipes
-from reshard.sources.prefixes import fit_names
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
 from reshard.sources.subset import narrow_checkpoint
