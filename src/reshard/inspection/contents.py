@@ -12,7 +12,7 @@ from reshard.formats.manifest import format_subset, is_subset, read_manifest_unc
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.fitted_names import fit_names
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match, narrow_recipes
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, parse_rank_name
@@ -84,7 +84,7 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     checkpoint = read_checkpoint(path) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        fitted = fit_names(checkpoint, recipes, is_asked=False)
+        fitted = match_or_rename(checkpoint, recipes, is_asked=False)
     except Refused as refused:
         return replace(make_content(path, stored, "", "", 0, {}, str(refused)), notes=checkpoint.notes)
     chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)

@@ -26,10 +26,10 @@ from reshard.inspection.tensor_pairs import (
     KindDifference,
     Pairing,
     TensorPair,
-    align_names,
     get_result,
     pair_up,
     read_diff_side,
+    rename_to_pair,
 )
 from reshard.inspection.value_distance import ValueDistance, count_elements, measure_distance, merge_distances
 from reshard.storage.local import CACHED, has_equal_bytes
@@ -112,7 +112,7 @@ def diff_checkpoints(
     one, other = read_diff_side(a, choice), read_diff_side(b, choice)
     if choice.replicas == FIRST and not (one.recipe or other.recipe):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
-    sides, notes = align_names(one, other)
+    sides, notes = rename_to_pair(one, other)
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, count_progress(progress, size))

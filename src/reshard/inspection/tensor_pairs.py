@@ -105,7 +105,7 @@ def list_block_scalings(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
     return tuple(dict.fromkeys(scaling for recipe in recipes for scaling in recipe.scales.values()))
 
 
-def align_names(a: DiffSide, b: DiffSide) -> tuple[tuple[DiffSide, DiffSide], tuple[Note, ...]]:
+def rename_to_pair(a: DiffSide, b: DiffSide) -> tuple[tuple[DiffSide, DiffSide], tuple[Note, ...]]:
     """Renames one side if its names are those of the other once a prefix is changed; the note says which."""
     for letter, side, other in (("A", a, b), ("B", b, a)):
         if renaming := find_renaming_to(side.checkpoint.tensors, other.checkpoint.tensors):

@@ -30,7 +30,7 @@ class Fitted:
     renaming: Renaming
 
 
-def fit_names(
+def match_or_rename(
     checkpoint: Checkpoint, recipes: Sequence[Recipe], *, is_asked: bool, keep_optional: bool = False
 ) -> Fitted:
     """Chooses the recipe of a checkpoint and matches its tensors; renames them first if they fit in no other way.

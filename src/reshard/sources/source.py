@@ -14,7 +14,7 @@ from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.fitted_names import fit_names
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match, narrow_recipes
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names
@@ -63,7 +63,7 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        found = fit_names(checkpoint, recipes, is_asked=bool(recipe), keep_optional=keep_optional)
+        found = match_or_rename(checkpoint, recipes, is_asked=bool(recipe), keep_optional=keep_optional)
         origin = Origin(renaming=found.renaming)
         source = Source(path, found.checkpoint, found.recipe, found.matched, origin)
     return narrow_source(source, subset)

@@ -10,7 +10,7 @@ from reshard.formats.folder import read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.fitted_names import fit_names
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
 from reshard.sources.source import Source, read_source
 from reshard.sources.subset import narrow_checkpoint
@@ -67,7 +67,7 @@ def read_restored_sides(
     require_none(check_subsets(source, target))
     whole = replace(read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
     ranks = read_source(source, recipe)
-    fitted = fit_names(whole, [ranks.recipe], is_asked=True)
+    fitted = match_or_rename(whole, [ranks.recipe], is_asked=True)
     return VerifiedSides(source, fitted.checkpoint, ranks.recipe, ranks.checkpoint.files)
 
 
