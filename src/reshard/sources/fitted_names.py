@@ -53,7 +53,7 @@ def match_or_rename(
             raise
         renaming = find_renaming(checkpoint, names, known)
         if not renaming:
-            raise explain_names(checkpoint, names, known, refused, choose) from None
+            raise explain_names(checkpoint, names, known, refused) from None
     renamed = rename_checkpoint(checkpoint, renaming)
     with explain_renaming(renamed):
         return Fitted(renamed, *choose(renamed), renaming)

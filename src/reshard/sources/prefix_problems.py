@@ -1,25 +1,22 @@
 """Explains names that no change of a prefix makes known: which names begin alike, and what that would change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from reshard.errors import Problem, Refused
 from reshard.formats.renaming import Renaming, RenamingStep, format_part, format_renaming, rename_all, rename_tensors
 from reshard.recipes.patterns import split_name
 from reshard.sources.completeness import OTHER_MODEL
-from reshard.sources.match import Matched
+from reshard.sources.match import match
 from reshard.sources.prefixes import KnownNames, Names, list_renamings
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint, Recipe
 
-Choose = Callable[[Checkpoint], tuple[Recipe, Matched]]
-"""Chooses the recipe of a checkpoint and matches its tensors; raises Refused."""
 
-
-def explain_names(
-    checkpoint: Checkpoint, names: Names, known: Sequence[KnownNames], refused: Refused, choose: Choose
-) -> Refused:
-    """Explains names that no renaming makes known: a prefix that only some have, or one beside unknown names."""
+def explain_names(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNames], refused: Refused) -> Refused:
+    """Explains names that no renaming makes known: a prefix that only some have, or one beside unknown names. `refused`
+    is the refusal of the names as they are.
+    """
     found = find_nearest_renaming(names, known)
     if found is None:
         return explain_common_prefix(checkpoint, names, known, refused)
@@ -29,7 +26,7 @@ def explain_names(
     if fitting == names.total or len(tensors) < len(checkpoint.tensors):
         return Refused([problem])
     try:
-        choose(replace(checkpoint, tensors=tensors))
+        match(replace(checkpoint, tensors=tensors), recipe)
     except Refused as rest:
         return Refused([problem, *rest.problems])
     return Refused([problem])
