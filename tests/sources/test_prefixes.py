@@ -126,6 +126,12 @@ def test_a_prefix_that_only_some_names_have_is_one_problem(prefix: str, tmp_path
     assert "two saves" in problem.remedy
 
 
+def test_half_of_the_names_without_model_in_front(tmp_path: Path) -> None:
+    write_model_as(tmp_path / "source", lambda name: leave_out_body(name) if ".layers.0." in name else name)
+    (problem,) = refusal(tmp_path / "source")
+    assert (problem.kind, problem.found) == ("prefix", "9 of 21 names begin without `model.`")
+
+
 def test_two_models_in_one_folder_are_told(tmp_path: Path) -> None:
     tensors = make_tensors()
     both = {**tensors, **{"ema." + name: tensor + 1 for name, tensor in tensors.items()}}

@@ -63,7 +63,7 @@ def make_prefix_problem(
         expected = f"one model; {format_count(twice, 'names')} would be there twice without that prefix"
         remedy = "save the tensors of one model into a folder of their own, and convert that"
     elif fitting == names.total:
-        expected = f"the same for all names; the recipe {recipe.name} knows all of them without that prefix"
+        expected = f"the same for all names; the recipe {recipe.name} knows all of them once that is changed"
         remedy = "are these files of two saves? take those of one, or save the tensors again under one kind of names"
     else:
         change = format_renaming(checkpoint.tensors, renaming)
