@@ -7,6 +7,7 @@ from dataclasses import asdict
 from reshard import api
 from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
 from reshard.inspection.diff import DiffReport, ValueDifference
+from reshard.planning.plan import describe_notes
 from reshard.text import escape, format_size, format_table
 
 LONGEST_NAME = 100
@@ -38,6 +39,7 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     """Describes a report: a summary, then a table of each kind of difference with at most `most` rows."""
     for side, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True):
         yield f"{side}: {path}, {f'rank files by the recipe {recipe}' if recipe else 'by its own names'}"
+    yield from describe_notes(report.notes)
     yield f"compared {report.compared:,} bytes of each ({format_size(report.compared)})"
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"

@@ -15,6 +15,7 @@ from reshard.errors import Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, SUFFIX
 from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_text, read_object
 from reshard.formats.ranges import parse_ranges
+from reshard.formats.renaming import Renaming, StoredRenaming
 from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
 from reshard.text import format_list, format_numbers
@@ -171,6 +172,7 @@ class OriginEntry(msgspec.Struct, frozen=True):
     """By file name: zlib-packed JSON files in base 64."""
     lost: list[LostEntry] | None
     config: dict[str, Any] | None = None
+    renamed: StoredRenaming = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,8 @@ class Origin:
     """As it stands in the manifest."""
     is_of_ranks: bool = False
     """Whether it is of rank files, be there a manifest or not."""
+    renaming: Renaming = ()
+    """The steps from the names in the original files, and in `forms`, to those of the recipe."""
 
 
 def unpack_text(text: str, most: int) -> bytes:
@@ -216,7 +220,8 @@ def read_origin(manifest: Mapping[str, Any]) -> Origin:
         lost = make_shares(entry.lost)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, zlib.error, Refused):
         return unknown
-    return Origin(unknown.recipe, entry.config, entry.shapes, forms, texts, lost, origin, is_of_ranks=True)
+    known = entry.config, entry.shapes, forms, texts, lost, origin
+    return Origin(unknown.recipe, *known, is_of_ranks=True, renaming=tuple(entry.renamed))
 
 
 def make_shares(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:

@@ -20,6 +20,7 @@ from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match
 from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
 from reshard.sources.rank_names import (
@@ -29,7 +30,7 @@ from reshard.sources.rank_names import (
     note_files_beside_ranks,
     parse_rank_name,
 )
-from reshard.sources.recipe_choice import choose_recipe, narrow_recipes
+from reshard.sources.recipe_choice import narrow_recipes
 from reshard.text import escape, format_count, format_list, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -99,13 +100,14 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     checkpoint = read_checkpoint(path, ignore_extra_files=is_indexed) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        chosen, matched = choose_recipe(checkpoint, recipes)
+        fitted = match_or_rename(checkpoint, recipes, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         return replace(make_content(path, stored, "", "", 0, {}, remark), notes=checkpoint.notes)
-    content = make_content(path, stored, chosen.left, chosen.name, 0, name_counts(matched, chosen), "")
+    chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)
+    content = make_content(path, stored, chosen.left, chosen.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
-    return replace(content, made=made, notes=checkpoint.notes)
+    return replace(content, made=made, notes=fitted.checkpoint.notes)
 
 
 def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:

@@ -1,10 +1,11 @@
 """Compares two checkpoints of any layouts tensor by tensor, and measures how far the values differ.
 
-Tensors are compared by name: a tensor with another name on the other side is missing there. Configs, metadata and
+Tensors are compared by name: a tensor with another name on the other side is missing there. Where a prefix is all that
+the names of one side differ in, they are changed. Configs, metadata and
 tokenizers are not compared. Memory is the buffers of a few threads, whatever the size of the tensors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from reshard.inspection.tensor_pairs import (
     get_result,
     pair_up,
     read_diff_side,
+    rename_to_pair,
 )
 from reshard.inspection.value_distance import ValueDistance, count_elements, measure_distance, merge_distances
 from reshard.storage.local import CACHED, has_equal_bytes
@@ -74,7 +76,7 @@ class DiffReport:
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     notes: tuple[Note, ...] = ()
-    """What was left aside of a side, which is named first."""
+    """What was left aside of a side, which is named first; and that names were changed to be compared."""
 
     @property
     def is_same(self) -> bool:
@@ -107,9 +109,10 @@ def diff_checkpoints(
 
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
-    sides = read_diff_side(a, choice), read_diff_side(b, choice)
-    if choice.replicas == FIRST and not any(side.recipe for side in sides):
+    one, other = read_diff_side(a, choice), read_diff_side(b, choice)
+    if choice.replicas == FIRST and not (one.recipe or other.recipe):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
+    sides, notes = rename_to_pair(one, other)
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, count_progress(progress, size))
@@ -130,12 +133,14 @@ def diff_checkpoints(
         pairing.kinds,
         pairing.only_a,
         pairing.only_b,
-        tuple(
-            Note(note.kind, f"{name}: {note.text}")
-            for name, side in zip("AB", sides, strict=True)
-            for note in side.checkpoint.notes
-        ),
+        (*notes, *note_sides(sides)),
     )
+
+
+def note_sides(sides: Iterable[DiffSide]) -> Iterator[Note]:
+    """The notes of both sides, each with the name of its side."""
+    for name, side in zip("AB", sides, strict=True):
+        yield from (Note(note.kind, f"{name}: {note.text}") for note in side.checkpoint.notes)
 
 
 def make_difference_key(difference: ValueDifference) -> tuple[bool, float, float]:

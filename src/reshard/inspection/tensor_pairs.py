@@ -1,12 +1,12 @@
 """Pairs the tensors of two checkpoints by name, so that `diff` can compare them. Reads headers only.
 
 Rank files are read as the whole checkpoint that they make up, under its names. In any other folder, and in a single
-file, tensors keep the names in the files.
+file, tensors keep the names in the files; unless those of one side become the other's once a prefix is changed.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from math import prod
 from pathlib import Path
@@ -16,11 +16,14 @@ from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
+from reshard.formats.renaming import format_renaming, rename_tensors
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.fitted_names import RENAMED
+from reshard.sources.prefixes import find_renaming_to
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
-from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Recipe, Tensor
+from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Note, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,17 @@ def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
 
 def list_block_scalings(recipes: Iterable[Recipe]) -> tuple[BlockScale, ...]:
     return tuple(dict.fromkeys(scaling for recipe in recipes for scaling in recipe.scales.values()))
+
+
+def rename_to_pair(a: DiffSide, b: DiffSide) -> tuple[tuple[DiffSide, DiffSide], tuple[Note, ...]]:
+    """Renames one side if its names are those of the other once a prefix is changed; the note says which."""
+    for letter, side, other in (("A", a, b), ("B", b, a)):
+        if renaming := find_renaming_to(side.checkpoint.tensors, other.checkpoint.tensors):
+            note = Note(RENAMED, f"{letter}: {format_renaming(side.checkpoint.tensors, renaming)}")
+            tensors = rename_tensors(side.checkpoint.tensors, renaming)
+            renamed = side._replace(checkpoint=replace(side.checkpoint, tensors=tensors))
+            return ((renamed, b) if side is a else (a, renamed)), (note,)
+    return (a, b), ()
 
 
 def pair_up(a: DiffSide, b: DiffSide, choice: DiffChoice) -> Pairing:

@@ -7,6 +7,7 @@ from json.encoder import encode_basestring
 
 import numpy as np
 
+from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
@@ -150,16 +151,41 @@ def has_form(pieces: Pieces, chosen: Integers, form: OriginalFile) -> bool:
     return found == {name: (tensor.dtype, tensor.shape) for name, tensor in form.tensors.items()}
 
 
-def restore_forms(pieces: Pieces, forms: Sequence[OriginalFile]) -> tuple[Pieces, list[OriginalFile]] | None:
+def restore_forms(
+    pieces: Pieces, forms: Sequence[OriginalFile], renaming: Renaming = ()
+) -> tuple[Pieces, list[OriginalFile]] | None:
     """Assigns each piece to its original file. Returns the pieces, and the original files that still have tensors; None
     if a piece was in no original file.
+
+    `renaming` led from the names in the original files to those of the pieces. The pieces get the original names back
+    if all files come out as they were, byte for byte; else all keep the names of the recipe.
     """
-    places = {name: number for number, form in enumerate(forms) for name in form.tensors}
+    renamed = [replace(form, tensors=rename_tensors(form.tensors, renaming)) for form in forms] if renaming else forms
+    places = {name: number for number, form in enumerate(renamed) for name in form.tensors}
     if not forms or not set(pieces.names) <= places.keys():
         return None
     numbers = np.array([places[name] for name in pieces.names], np.int64)
     kept, rank = np.unique(numbers, return_inverse=True)
-    return replace(pieces, rank=rank.reshape(-1)), [forms[number] for number in kept.tolist()]
+    assigned = replace(pieces, rank=rank.reshape(-1))
+    if not renaming:
+        return assigned, [forms[number] for number in kept.tolist()]
+    is_unique = len(places) == sum(len(form.tensors) for form in forms)  # anyone can write a manifest
+    if (
+        is_unique
+        and len(kept) == len(forms)
+        and all(has_form(pieces, np.flatnonzero(numbers == number), form) for number, form in enumerate(renamed))
+    ):
+        return replace(assigned, names=list_original_names(pieces, forms, renamed)), list(forms)
+    return assigned, [replace(renamed[number], header=b"", tensors={}) for number in kept.tolist()]
+
+
+def list_original_names(
+    pieces: Pieces, forms: Sequence[OriginalFile], renamed: Sequence[OriginalFile]
+) -> Sequence[str]:
+    """Lists the names of the pieces in the original files. `renamed` are the same files under the pieces' names."""
+    pairs = zip(forms, renamed, strict=True)
+    originals = {new: old for form, other in pairs for old, new in zip(form.tensors, other.tensors, strict=True)}
+    return [originals[name] for name in pieces.names]
 
 
 def write_entries(pieces: Pieces) -> list[str]:

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.manifest import count_left_out
+from reshard.formats.manifest import Origin, count_left_out
+from reshard.formats.renaming import format_renaming
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
 from reshard.planning.options import AS_STORED, check_options
@@ -16,9 +17,10 @@ from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
+from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, OriginalFile
+from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 
 def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
@@ -29,6 +31,13 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     """
     require_none(check_options(source.recipe, layout, ranks))
     layout = replace(layout, expert_dtype="") if layout.expert_dtype == AS_STORED else layout
+    with explain_renaming(source.checkpoint):
+        plan = plan_all_files(source, layout, only)
+    return plan if ranks is None else keep_ranks(plan, ranks)
+
+
+def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
+    """Makes the plan of all files. Raises Refused."""
     kinds = group_kept_weights(source, layout)
     config = source.checkpoint.config
     if layout.pad:
@@ -41,11 +50,11 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
-    series, pieces, forms = arrange_tensors(outcomes, terms, casts, checkpoint, matched, source.origin.forms)
+    series, pieces, forms = arrange_tensors(outcomes, terms, casts, checkpoint, matched, source.origin)
     files, copies = lay_out_files(source.recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
     coverage = prove_coverage(checkpoint, source.recipe, layout, matched, series, casts, copies)
-    plan = Plan(
+    return Plan(
         source.path,
         checkpoint,
         source.recipe,
@@ -58,9 +67,19 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
         copies,
         tuple(casts),
         coverage,
-        checkpoint.notes,
+        (*checkpoint.notes, *note_restored_names(source, forms)),
     )
-    return plan if ranks is None else keep_ranks(plan, ranks)
+
+
+def note_restored_names(source: Source, forms: Sequence[OriginalFile]) -> Iterator[Note]:
+    """Notes that whole files get the original names back, which the recipe does not know."""
+    renaming = source.origin.renaming
+    if renaming and any(form.header for form in forms):
+        names = [name for form in forms for name in form.tensors]
+        text = (
+            f"the names of the original come back, as its files had them ({format_renaming(names, renaming)}, before)"
+        )
+        yield Note(RENAMED, f"{text}; with --max-file-size the names stay as in the recipe")
 
 
 def group_kept_weights(source: Source, layout: Layout) -> list[WeightGroup]:
@@ -102,7 +121,7 @@ def arrange_tensors(
     casts: Sequence[Cast],
     checkpoint: Checkpoint,
     matched: Matched,
-    forms: Sequence[OriginalFile],
+    origin: Origin,
 ) -> tuple[list[Series], Pieces, Sequence[OriginalFile]]:
     """Cuts the tensors for the ranks, or assigns them to files in the original layout. Returns the series, the pieces
     in file order, and the original files to restore; none if they cannot be restored.
@@ -113,7 +132,7 @@ def arrange_tensors(
         return series, order_pieces(series), ()
     series = [one for outcome in outcomes for one in keep_whole(outcome)]
     pieces = order_pieces(series)
-    if found := restore_forms(pieces, forms if layout.file_size is None else ()):
+    if found := restore_forms(pieces, origin.forms if layout.file_size is None else (), origin.renaming):
         return series, *found
     places = {name: place for place, name in enumerate(checkpoint.tensors)}
     most = FILE_SIZE if layout.file_size is None else layout.file_size

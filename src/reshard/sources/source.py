@@ -17,10 +17,11 @@ from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
-from reshard.sources.recipe_choice import choose_recipe, narrow_recipes
+from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.subset import narrow_checkpoint
 from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list
@@ -36,12 +37,14 @@ class Source:
     path: Path
     """As the caller gave it."""
     checkpoint: Checkpoint
-    """Of rank files: whole tensors, assembled from the shards, under their original names."""
+    """Of rank files: whole tensors, assembled from the shards. The names are those of the recipe."""
     recipe: Recipe
     matched: Matched
     """The rule of every tensor."""
     origin: Origin
-    """The original checkpoint of rank files, as far as it is known; empty for a checkpoint in its original layout."""
+    """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
+    the renaming that led from the names in the files to those of the recipe.
+    """
 
 
 def read_source(
@@ -68,14 +71,16 @@ def read_source(
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, recipes, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         try:
-            if recipe:
-                known, matched = recipes[0], match(checkpoint, recipes[0], keep_optional=keep_optional)
-            else:
-                known, matched = choose_recipe(checkpoint, recipes, keep_optional=keep_optional)
+            found = match_or_rename(checkpoint, recipes, is_asked=bool(recipe), keep_optional=keep_optional)
         except Refused:
             require_model(checkpoint)  # what is no model needs no recipe
             raise
-        source = Source(path, checkpoint, known, matched, Origin())
+        if found.renaming:  # under their new names the recipe may know them
+            require_all_named(
+                found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
+            )
+        origin = Origin(renaming=found.renaming)
+        source = Source(path, found.checkpoint, found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Problem, refuse, require_none
+from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import list_safetensors_files
+from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.match import match
+from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
-from reshard.sources.source import read_source
+from reshard.sources.source import Source, read_source
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
@@ -49,9 +49,12 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
-    whole = found.checkpoint
     if now:
-        whole = narrow_checkpoint(whole, found.recipe, found.matched, find_asked_subset(before, now, str(target)))
+        whole = narrow_checkpoint(
+            found.checkpoint, found.recipe, found.matched, find_asked_subset(before, now, str(target))
+        )
+    else:
+        whole = find_named_source(found, target, ignore_extra_files=ignore_extra_files)
     return VerifiedSides(target, whole, found.recipe, whole.files)
 
 
@@ -68,8 +71,8 @@ def read_restored_sides(
     if not ignore_extra_files:
         require_none(check_nothing_aside(restored, whole))
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
-    match(whole, ranks.recipe)
-    return VerifiedSides(source, whole, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
+    fitted = match_or_rename(whole, [ranks.recipe], is_asked=True)
+    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
@@ -80,6 +83,36 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
     for note in whole.notes:
         if note.kind in ("shadowed", "not-in-index"):
             yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
+
+
+def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:
+    """Finds the source under the names that the target should have: those of the recipe; those in the source's own
+    files, if the target has whole files with these names: it was restored from rank files.
+    """
+    if found.origin.renaming and not find_rank_names(target, list_target_names(target), [found.recipe]):
+        own = read_folder_checkpoint(read_folder(found.path), ignore_extra_files=ignore_extra_files)
+        if holds_only(target, own):
+            return own
+    return found.checkpoint
+
+
+def list_target_names(target: Path) -> Sequence[str]:
+    """Lists the tensor files of a target; none if it cannot be read: `verify_target` tells of it."""
+    try:
+        return list_safetensors_files(target)
+    except Refused:
+        return []
+
+
+def holds_only(target: Path, own: Checkpoint) -> bool:
+    """Whether all tensors of a target have names of a checkpoint. A damaged target has none: `verify_target` tells of
+    it.
+    """
+    try:
+        stored = read_headers(target, list_target_names(target))
+    except Refused:
+        return False
+    return all(tensor.name in own.tensors for tensor in stored.tensors)
 
 
 def find_recipe_name(manifest: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
 from reshard.execution.journal import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
+from reshard.formats.renaming import store_renaming
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.target.config_files import cast_config
@@ -149,14 +150,17 @@ def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
     before, config = plan.origin, plan.source.config
     lost = before.lost if before.is_of_ranks else ()
     texts = {} if plan.source.subset else pack_texts(plan)
+    renamed = store_renaming(before.renaming) if headers else []
     if before.is_of_ranks and not plan.source.subset:
-        headers, texts = ((before.raw or {}).get(key, {}) for key in ("headers", "texts"))
+        raw = before.raw or {}
+        headers, texts, renamed = raw.get("headers", {}), raw.get("texts", {}), raw.get("renamed", [])
     return {
         "config": cast_config(plan, config) if config is not None else None,
         "shapes": list_padded_shapes(plan),
         "lost": None if lost is None else [asdict(share) for share in (*lost, *list_lost(plan))],
         "headers": headers,
         "texts": texts,
+        **({"renamed": renamed} if renamed else {}),
     }
 
 

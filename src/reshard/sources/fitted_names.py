@@ -1,0 +1,110 @@
+"""A checkpoint under the names of its recipe: renamed, if all names fit once a prefix is changed.
+
+A change counts only if it leads every name to a rule of the recipe, and no two names to the same one. Nothing is looked
+for in a checkpoint whose names fit as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from reshard.errors import Refused
+from reshard.formats.renaming import Renaming, format_renaming, rename_all, rename_tensors
+from reshard.recipes.patterns import split_name
+from reshard.sources.match import Matched, match, match_names
+from reshard.sources.prefix_problems import explain_names
+from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_kind, list_renamings
+from reshard.sources.recipe_choice import choose_recipe, find_asked_recipes, list_architectures
+from reshard.types import Checkpoint, Note, Recipe
+
+RENAMED = "renamed"
+"""The kind of the note that tells of a renaming."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A checkpoint under the names of its recipe."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    matched: Matched
+    renaming: Renaming
+
+
+def match_or_rename(
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], *, is_asked: bool, keep_optional: bool = False
+) -> Fitted:
+    """Chooses the recipe of a checkpoint and matches its tensors; renames them first if they fit in no other way.
+
+    With `is_asked`, the first recipe was asked for. Raises Refused as `match` and `choose_recipe` do; if a renaming
+    makes all names known, with the problems under the new names.
+    """
+
+    def choose(named: Checkpoint) -> tuple[Recipe, Matched]:
+        if is_asked:
+            return recipes[0], match(named, recipes[0], keep_optional=keep_optional)
+        return choose_recipe(named, recipes, keep_optional=keep_optional)
+
+    try:
+        return Fitted(checkpoint, *choose(checkpoint), ())
+    except Refused as refused:
+        known = [KnownNames(recipe) for recipe in (recipes[:1] if is_asked else list_candidates(checkpoint, recipes))]
+        names = list_names_by_kind(checkpoint.tensors)
+        if not known or not names.is_searched or any(is_known(names.examples, one) for one in known):
+            raise
+        renaming = find_renaming(checkpoint, names, known)
+        if not renaming:
+            raise explain_names(checkpoint, names, known, refused) from None
+    renamed = rename_checkpoint(checkpoint, renaming)
+    with explain_renaming(renamed):
+        return Fitted(renamed, *choose(renamed), renaming)
+
+
+def list_candidates(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Lists the recipes for the config; all if it names no model; none if it names one that no recipe lists."""
+    config = checkpoint.config or {}
+    is_named = any(isinstance(name, str) for name in (config.get("model_type"), *list_architectures(config)))
+    return find_asked_recipes(config, recipes) or (() if is_named else recipes)
+
+
+def find_renaming(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNames]) -> Renaming:
+    """Finds the shortest renaming that leads every name to one rule of a recipe; empty if there is none."""
+    for renaming, examples in list_renamings(names.examples):
+        splits = [split_name(name) for name in examples]
+        for one in known:
+            if all(one.knows(*split) for split in splits) and is_complete(checkpoint, renaming, one.recipe):
+                return renaming
+    return ()
+
+
+def is_complete(checkpoint: Checkpoint, renaming: Renaming, recipe: Recipe) -> bool:
+    """Whether a renaming gives each tensor a name of its own, and leads it to one rule."""
+    tensors = rename_tensors(checkpoint.tensors, renaming)
+    if len(tensors) < len(checkpoint.tensors):
+        return False
+    return not match_names(replace(checkpoint, tensors=tensors), recipe)[1]
+
+
+def rename_checkpoint(checkpoint: Checkpoint, renaming: Renaming) -> Checkpoint:
+    """Renames the tensors of a checkpoint, with a note that tells of it."""
+    note = Note(RENAMED, format_renaming(checkpoint.tensors, renaming))
+    return replace(
+        checkpoint,
+        tensors=rename_tensors(checkpoint.tensors, renaming),
+        unnamed=dict(zip(rename_all(checkpoint.unnamed, renaming), checkpoint.unnamed.values(), strict=True)),
+        notes=(*checkpoint.notes, note),
+    )
+
+
+@contextmanager
+def explain_renaming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Adds to a refusal that the names were changed: its problems have names that no file has."""
+    notes = [note.text for note in checkpoint.notes if note.kind == RENAMED]
+    try:
+        yield
+    except Refused as refused:
+        if not notes:
+            raise
+        first, *others = refused.problems
+        found = f"{first.found} ({'; '.join(notes)})"
+        raise Refused([replace(first, found=found), *others]) from None
