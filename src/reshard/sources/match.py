@@ -205,6 +205,7 @@ def explain_unmatched(
     """Reports each tensor that no rule or more than one rule covers, with the rules or the nearest one."""
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
+    suggestion = suggest_rule(recipe, "a row or a drop")
     for name in sort_one_of_each_first(unmatched):
         patterns = unmatched[name]
         if patterns:
@@ -215,7 +216,7 @@ def explain_unmatched(
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        found, remedy = find_place(checkpoint, name), suggest_rule(recipe, "a row or a drop")
+        found, remedy = find_place(checkpoint, name), suggestion
         if found in checkpoint.may_be_extra:
             remedy = f"if {found} is not part of the checkpoint: --ignore-extra-files leaves it out; else {remedy}"
         found = f"in {found}; no rule knows it" if found else "no rule knows it"
