@@ -39,8 +39,8 @@ class Cast(NamedTuple):
     """A tensor computed from source tensors. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
-    """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also as
-    `quantize-ue8m0` and `quantize-ue8m0-scale`."""
+    """`pad`, `round`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also
+    as `quantize-ue8m0` and `quantize-ue8m0-scale`."""
     weight: Tensor
     """The input weight."""
     scale: Tensor | None
@@ -214,6 +214,8 @@ class Rule:
     `maybe if KEY`: it may be missing where the config key is true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
+    code_dtype: str = ""
+    """Dtype of its parameter in the inference code, unless that is quantized; empty if the recipe does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,8 @@ class Recipe:
     """Formulas over config keys for the sizes that shapes name, in elements."""
     padded: tuple[str, ...]
     """Config keys that padding may raise, with zeros in the weights, so that each rank gets whole blocks."""
+    code_dtypes: Mapping[str, Any]
+    """By dtype: patterns of right names, of parameters that have it in the inference code; or `others`: one for the rest."""
     run: Mapping[str, Any]
     """The run configuration of the right side's code. By key: a formula over the config; a list of a formula and the
     default that is left out; or a list of one formula whose missing value is written as null."""
@@ -301,7 +305,7 @@ class Layout:
     to: str = RANKS
     """RANKS or WHOLE."""
     cast: str = ""
-    """`bf16` dequantizes scaled weights; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
+    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
     expert_dtype: str = ""
     """`fp8` casts packed FP4 experts to FP8; empty keeps them."""
     keep_optional: bool = False

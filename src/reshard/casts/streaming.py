@@ -23,6 +23,7 @@ from reshard.casts.kernels import (
     raise_to_magnitudes,
     round_up_scales,
 )
+from reshard.casts.rounding import FLOAT_DTYPES, round_floats
 from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
@@ -179,6 +180,10 @@ def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs)
     """Computes a box of a cast's result into bytes [rows, bytes]; returns how many values are not exact."""
     if cast.operation == "pad":
         out[:] = read_weight_box(cast, box, inputs)
+        return 0
+    if cast.operation == "round":
+        values = read_weight_box(cast, box, inputs)
+        round_floats(values.view(FLOAT_DTYPES[cast.weight.dtype]), out.view(np.uint16))
         return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)

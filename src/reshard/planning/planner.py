@@ -9,6 +9,7 @@ import numpy as np
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import count_left_out
 from reshard.planning.copies import Copies
+from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
 from reshard.planning.options import check_options
 from reshard.planning.plan import Plan
@@ -57,7 +58,7 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
         copies,
         tuple(casts),
         coverage,
-        checkpoint.notes,
+        (*checkpoint.notes, *note_dtypes(source.recipe, layout, outcomes)),
     )
     return plan if ranks is None else keep_ranks(plan, ranks)
 
@@ -87,7 +88,7 @@ def check_outcomes(
 ) -> Iterator[Problem]:
     """Reports a cast that changes nothing, and every tensor that cannot be cut for the number of ranks."""
     layout = terms.layout
-    if layout.cast and not casts:
+    if layout.cast and all(cast.operation == "pad" for cast in casts):
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     elif layout.to != WHOLE:
         if torn := list(check_padding(outcomes)):
