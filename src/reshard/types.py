@@ -266,8 +266,6 @@ class Recipe:
     """Formulas over config keys for the sizes that shapes name, in elements."""
     padded: tuple[str, ...]
     """Config keys that padding may raise, with zeros in the weights, so that each rank gets whole blocks."""
-    code_dtypes: Mapping[str, Any]
-    """By dtype: patterns of right names, of parameters that have it in the inference code; or `others`: one for the rest."""
     run: Mapping[str, Any]
     """The run configuration of the right side's code. By key: a formula over the config; a list of a formula and the
     default that is left out; or a list of one formula whose missing value is written as null."""

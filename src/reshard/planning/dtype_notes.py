@@ -1,12 +1,10 @@
 """Notes on dtypes: a router bias that lost precision when it was saved, and tensors that some loaders refuse."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from reshard.planning.transforms import Outcome, is_rounded
-from reshard.recipes.code_dtypes import OTHERS
 from reshard.text import format_count
-from reshard.types import RANKS, Layout, Note, Recipe, Rule
+from reshard.types import RANKS, Layout, Note, Recipe, Rule, Tensor
 
 FULL, SHORT = "F32", ("BF16", "F16")
 """The dtype of a published router bias, and those that it is found in after a training run saved it."""
@@ -17,7 +15,8 @@ REFUSING = "safetensors 0.6.0 to 0.6.2 refuse to load that in DeepSeek's generat
 def note_dtypes(recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
     """Notes what a person should know about the dtypes of a target: one note a kind."""
     yield from note_router_biases(recipe, outcomes)
-    if layout.to == RANKS and OTHERS in recipe.code_dtypes:
+    is_known = all(rule.code_dtype for rule in recipe.rules if rule.relation != "drop")
+    if layout.to == RANKS and is_known:
         yield from note_loader_dtypes(layout, outcomes)
 
 
@@ -27,7 +26,8 @@ def note_router_biases(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[
     groups = [outcome.kind for outcome in outcomes if is_router_bias(outcome.kind.rule, modules)]
     found = [tensor for group in groups for tensor in group.weights if tensor.dtype in SHORT]
     if found:
-        biases = f"{format_count(len(found), 'router bias tensors')} of {found[0].dtype}, such as {found[0].name}"
+        first = find_first(found)
+        biases = f"{format_count(len(found), 'router bias tensors')} of {first.dtype}, such as {first.name}"
         why = f"{FULL} in published checkpoints and in the inference code; they were rounded when they were saved"
         yield Note("router-bias-dtype", f"{biases}: {why}, so tokens are routed otherwise")
 
@@ -44,21 +44,25 @@ def is_router_bias(rule: Rule, modules: set[tuple[str, ...]]) -> bool:
     return rule.code_dtype == FULL and find_module(rule.left) in modules
 
 
+def find_first(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of the first layer: layer 9 comes before layer 10."""
+    return min(tensors, key=lambda tensor: (len(tensor.name), tensor.name))
+
+
 def note_loader_dtypes(layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
-    """Notes tensors of rank files whose dtype is not that of their parameter. Those without a parameter do not count."""
-    kinds: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], str] = {}
+    """Notes tensors of rank files of another dtype than their parameters. Scaled and optional ones do not count."""
+    kinds: dict[tuple[str, str], list[Tensor]] = {}
     for outcome in outcomes:
         rule, dtype = outcome.kind.rule, outcome.weights[0].dtype
         if outcome.scales or rule.optional or rule.relation == "drop" or dtype == rule.code_dtype:
             continue
-        kinds[dtype, rule.code_dtype] += len(outcome.weights)
-        examples.setdefault((dtype, rule.code_dtype), outcome.kind.weights[0].name)
+        kinds.setdefault((dtype, rule.code_dtype), []).extend(outcome.kind.weights)
     if kinds:
         listed = [
-            f"{format_count(count, 'tensors')} of {dtype} where it has {wanted}, such as {examples[dtype, wanted]}"
-            for (dtype, wanted), count in kinds.items()
+            f"{format_count(len(found), 'tensors')} of {dtype} where it has {wanted}, such as {find_first(found).name}"
+            for (dtype, wanted), found in kinds.items()
         ]
         is_plain = not layout.cast and not any(outcome.scales for outcome in outcomes)
-        remedy = "; --cast bf16 rounds these" if is_plain and any(map(is_rounded, (one.kind for one in outcomes))) else ""
+        is_remedied = is_plain and any(is_rounded(outcome.kind) for outcome in outcomes)
+        remedy = "; --cast bf16 rounds F32 to BF16" if is_remedied else ""
         yield Note("loader-dtype", f"other dtypes than the inference code's: {'; '.join(listed)}: {REFUSING}{remedy}")

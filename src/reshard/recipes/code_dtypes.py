@@ -13,7 +13,7 @@ from reshard.types import Rule
 KEY = "code_dtypes"
 
 OTHERS = "others"
-"""Key of the dtype of all parameters that no list names; a recipe that has it says that a loader may refuse others."""
+"""Key of the dtype of all parameters that no list names. With it the dtype of every parameter is known."""
 
 
 def set_code_dtypes(rules: Iterable[Rule], dtypes: Mapping[str, Any]) -> Iterator[Rule]:
@@ -38,7 +38,7 @@ def check_code_dtypes(dtypes: Any) -> Iterator[Fault]:
         return
     for dtype, patterns in dtypes.items():
         if dtype == OTHERS:
-            if patterns not in BITS:
+            if not isinstance(patterns, str) or patterns not in BITS:
                 yield (KEY, dtype), repr(patterns), "a dtype: " + ", ".join(BITS)
         elif dtype not in BITS:
             yield (KEY, dtype), repr(dtype), f"{OTHERS}, or a dtype: " + ", ".join(BITS)

@@ -86,7 +86,6 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         scales={letter: make_block_scale(fields) for letter, fields in table.get("scales", {}).items()},
         sizes=table.get("sizes", {}),
         padded=tuple(table.get("padded", ())),
-        code_dtypes=table.get("code_dtypes", {}),
         run=table.get("run", {}),
         run_needs=tuple(map(tuple, table.get("run_needs", ()))),
         describes=table.get("describes", False),

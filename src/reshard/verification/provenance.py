@@ -40,7 +40,6 @@ from reshard.verification.expected import (
 from reshard.verification.reference_casts import SCALE_ONE_BYTES
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
 
-
 PLAIN = ("F32 and F16",)
 """The kind of all tensors that a cast to BF16 rounds: all of them are rounded, or none."""
 
