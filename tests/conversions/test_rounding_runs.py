@@ -1,4 +1,4 @@
-"""`--cast bf16` of F32 and F16 tensors, in rank files and whole files, against torch; what it leaves, and what proves it.
+"""`--cast bf16` of F32 and F16 tensors, in rank files and whole files: against torch, what it leaves, what proves it.
 
 The sources are written with the safetensors package. What is right is told by the same conversion of a source that
 torch has rounded before, or by torch itself.
@@ -19,7 +19,7 @@ from families import write_small
 from jobs import Job, convert_checkpoint, plan_conversion
 from oracle_casts import dequantize
 from safetensors.torch import load_file, save_file
-from small_models import MODELS, write_model
+from small_models import write_model
 from torch import Tensor
 
 import reshard
@@ -56,7 +56,7 @@ def round_by_torch(name: str, tensor: Tensor) -> Tensor:
     return tensor.bfloat16() if tensor.dtype in (torch.float32, torch.float16) and BIAS not in name else tensor
 
 
-def widen(name: str, tensor: Tensor) -> Tensor:
+def widen(_: str, tensor: Tensor) -> Tensor:
     """Values that BF16 has not, of a tensor that has none of a block scale."""
     return tensor.float() * 1.0009765625 if tensor.dtype == torch.bfloat16 else tensor
 
@@ -67,8 +67,8 @@ def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
-def verify(target: Path, source: Path, **options: object) -> Report:
-    report = reshard.verify(target, source, **options)
+def verify(target: Path, source: Path, sample: Fraction | None = None) -> Report:
+    report = reshard.verify(target, source, sample=sample)
     assert isinstance(report, Report)
     return report
 
@@ -76,7 +76,7 @@ def verify(target: Path, source: Path, **options: object) -> Report:
 @pytest.fixture(scope="module", params=["llama-biased", "mistral", "qwen3-moe", "mixtral", "glm4-moe", "gpt-oss"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of F32, as transformers writes it."""
-    folder = tmp_path_factory.mktemp("models") / request.param
+    folder: Path = tmp_path_factory.mktemp("models") / request.param
     write_model(folder, request.param)
     return folder
 

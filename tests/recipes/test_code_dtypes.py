@@ -12,11 +12,10 @@ from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.types import Recipe, Rule
 
 DTYPES = {"BF16": BF16, "F32": F32}
-V3, V32 = (lambda args: skeletons.v3_parameters(args, 1, 0, gate_bias=True)), skeletons.v32_parameters
 MODELS: dict[str, Parameters] = {
     "deepseek-v2": skeletons.v3_parameters({**handmade.V3, "dtype": "bf16"}, 1, 0, gate_bias=False),
-    "deepseek-v3": V3(handmade.V3),
-    "deepseek-v32": V32(handmade.V3, 1, 0, gate_bias=True),
+    "deepseek-v3": skeletons.v3_parameters(handmade.V3, 1, 0, gate_bias=True),
+    "deepseek-v32": skeletons.v32_parameters(handmade.V3, 1, 0, gate_bias=True),
     "deepseek-v4": v4_parameters(handmade.V4, 1, 0),
     "deepseek-v4-dspark": v4_0731_parameters(handmade.V4_0731, 1, 0),
     "deepseek-v41": v41_parameters(handmade.V41, 1, 0),

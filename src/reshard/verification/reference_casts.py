@@ -69,7 +69,7 @@ def cast_tile_chunk(recast: CastWeight, weight: TileBytes, scale: TileBytes | No
 
 
 def round_chunk(recast: CastWeight, weight: TileBytes) -> CastTile:
-    """Rounds each F32 or F16 value to the nearest BF16. A F16 becomes float32 first, which is exact."""
+    """Rounds each F32 or F16 value to the nearest BF16. An F16 becomes float32 first, which is exact."""
     rows = np.ascontiguousarray(weight)
     if recast.weight.dtype == "F16":
         with np.errstate(invalid="ignore"):
