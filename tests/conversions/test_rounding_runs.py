@@ -150,6 +150,48 @@ def test_special_values_follow_one_rule(tmp_path: Path) -> None:
     assert verify(tmp_path / "target", tmp_path / "source").is_proven
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "glm4-moe"])
+def test_what_a_recipe_cannot_dequantize_stays_and_its_config_says_so(name: str, tmp_path: Path) -> None:
+    """MXFP4, and FP8 with a scale for each row: the rest is rounded, the scales are not."""
+    source = tmp_path / "source"
+    write_model(source, name, hidden_size=64, intermediate_size=96)
+    tensors = tensors_of(source)
+    for path in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
+        path.unlink()
+    for key in [key for key in tensors if re.search(r"experts\.(gate_up|down)_proj$|_proj\.weight$", key)]:
+        if name == "glm4-moe":
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale"] = torch.rand(len(tensors[key]), 1)
+        elif "experts" in key:
+            experts, before, after = tensors.pop(key).shape
+            tensors[f"{key}_blocks"] = torch.randint(256, (experts, after, before // 32, 16), dtype=torch.uint8)
+            tensors[f"{key}_scales"] = torch.randint(256, (experts, after, before // 32), dtype=torch.uint8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_bytes()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(Job(source, 1, to="hf", cast="bf16"), tmp_path / "target")
+    stays = rf"{BIAS}$|weight_scale$"
+    wanted = {key: tensor if re.search(stays, key) else round_by_torch(key, tensor) for key, tensor in tensors.items()}
+    found = tensors_of(tmp_path / "target")
+    assert {found[key].dtype for key in found if re.search("_blocks$|experts.*_proj.weight$", key)} <= {
+        torch.uint8,
+        torch.float8_e4m3fn,
+    }
+    require_same({key: bits(found[key]) for key in found}, {key: bits(wanted[key]) for key in wanted})
+    assert json.loads((tmp_path / "target" / "config.json").read_bytes()) == config | {"dtype": "bfloat16"}
+    assert verify(tmp_path / "target", source).is_proven
+    (tmp_path / "target" / "config.json").write_text(
+        json.dumps({**config, "dtype": "bfloat16", "quantization_config": 1})
+    )
+    assert [problem.subject for problem in verify(tmp_path / "target", source).problems] == [
+        "config.json: quantization_config"
+    ]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
 # --- checkpoints of DeepSeek's ---
 
 
