@@ -59,10 +59,11 @@ def note_loader_dtypes(layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[
         kinds.setdefault((dtype, rule.code_dtype), []).extend(outcome.kind.weights)
     if kinds:
         listed = [
-            f"{format_count(len(found), 'tensors')} of {dtype} where it has {wanted}, such as {find_first(found).name}"
+            f"{format_count(len(found), 'tensors')} of {dtype} (the inference code has {wanted}), such as "
+            f"{find_first(found).name}"
             for (dtype, wanted), found in kinds.items()
         ]
         is_plain = not layout.cast and not any(outcome.scales for outcome in outcomes)
         is_remedied = is_plain and any(is_rounded(outcome.kind) for outcome in outcomes)
         remedy = "; --cast bf16 rounds F32 to BF16" if is_remedied else ""
-        yield Note("loader-dtype", f"other dtypes than the inference code's: {'; '.join(listed)}: {REFUSING}{remedy}")
+        yield Note("loader-dtype", f"{'; '.join(listed)}: {REFUSING}{remedy}")
