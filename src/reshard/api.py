@@ -106,7 +106,7 @@ def convert(
         target: The folder to write: empty, not there yet, or begun by the same conversion.
         mp: The number of ranks.
         to: `"ranks"`, or `"hf"` for whole files in the layout of Hugging Face.
-        cast: Of all block-scaled weights: `"bf16"`, `"fp8"` or `"fp8-ue8m0"`.
+        cast: Of all block-scaled weights: `"bf16"` (of F32 and F16 too), `"fp8"` or `"fp8-ue8m0"`.
         expert_dtype: `"fp8"` casts FP4 experts to FP8; `"fp4"` is as they are.
         keep_mtp: Keep the MTP layers, which recipes leave out.
         pad: Widen weights with zeros where blocks do not suit the ranks.
@@ -272,7 +272,7 @@ def diff(
         b: Another one.
         only: Patterns of names, as a shell has them; by default all tensors are compared.
         recipe: Of both sides: a packaged recipe's name or a TOML file; by default each side tells itself.
-        dequantize: Compare block-scaled weights with weights of another dtype, both in BF16.
+        dequantize: Compare weights of different dtypes in BF16: block-scaled ones dequantized, F32 and F16 rounded.
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
         progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.

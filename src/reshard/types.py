@@ -39,8 +39,8 @@ class Cast(NamedTuple):
     """A tensor computed from source tensors. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
-    """`pad`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also as
-    `quantize-ue8m0` and `quantize-ue8m0-scale`."""
+    """`pad`, `round`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also
+    as `quantize-ue8m0` and `quantize-ue8m0-scale`."""
     weight: Tensor
     """The input weight."""
     scale: Tensor | None
@@ -169,8 +169,7 @@ class Placeholder:
     optional: str = ""
     """Reason why tensors numbered by this placeholder are left out unless asked for; empty if they never are."""
     only: str = ""
-    """`if KEY`: there are members only if the config key is true. Rules with this placeholder have that condition too,
-    unless they have their own."""
+    """`if KEY`: there are members only if the config key is true. Its rules have that condition, or one of their own."""
     rows_of: str = ""
     """Name of a tensor whose first dimension is the number of members, in elements."""
 
@@ -221,6 +220,8 @@ class Rule:
     `maybe if KEY`: it may be missing where the config key is true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
+    code_dtype: str = ""
+    """Dtype of its parameter in the inference code, unless that is quantized; empty if the recipe does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,7 @@ class Layout:
     to: str = RANKS
     """RANKS or WHOLE."""
     cast: str = ""
-    """`bf16` dequantizes scaled weights; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
+    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
     expert_dtype: str = ""
     """`fp8` casts packed FP4 experts to FP8; empty keeps them."""
     keep_optional: bool = False
@@ -318,10 +319,6 @@ class Layout:
     file_size: int | None = None
     """For WHOLE: maximum size of a file, in bytes. None: the original files that the manifest of rank files records,
     else FILE_SIZE."""
-
-
-Read = Callable[[Tensor, int, int], memoryview]
-"""Reads bytes of a tensor: `(tensor, offset, size)`, in bytes. The next call overwrites the returned buffer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -522,6 +522,22 @@ def test_fp8_is_the_same_as_its_bf16_once_dequantized(made: Made, bf16: Path, ra
         assert (report.dequantized, report.same) == (scaled, len(load(bf16)))
 
 
+def test_f32_is_rounded_to_be_compared_with_bf16_and_not_with_f16(bf16: Path, tmp_path: Path) -> None:
+    tensors = load(bf16)
+    long = {name: tensor.float() * 1.001953125 for name, tensor in tensors.items() if "norm" in name}
+    for folder, changed in (("a", long), ("b", {name: tensor.bfloat16() for name, tensor in long.items()})):
+        (tmp_path / folder).mkdir()
+        save_file(tensors | changed, tmp_path / folder / "model.safetensors")
+    (tmp_path / "c").mkdir()
+    save_file(tensors | {name: tensor.half() for name, tensor in long.items()}, tmp_path / "c" / "model.safetensors")
+    report = diff_checkpoints(tmp_path / "a", tmp_path / "b", DiffChoice(dequantize=True))
+    assert is_nothing(report)
+    assert report.dequantized == len(long)
+    assert {kind.name for kind in diff_checkpoints(tmp_path / "a", tmp_path / "b").kinds} == long.keys()
+    halves = diff_checkpoints(tmp_path / "a", tmp_path / "c", DiffChoice(dequantize=True))
+    assert {kind.name for kind in halves.kinds} == long.keys()
+
+
 def test_rank_files_cast_to_bf16_are_the_same_as_their_source_once_dequantized(made: Made, tmp_path: Path) -> None:
     source = made("deepseek-v3", 0)
     convert_checkpoint(Job(source, 4, cast="bf16", keep_mtp=True), tmp_path / "target")

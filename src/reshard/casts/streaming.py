@@ -5,7 +5,7 @@ computed box by box, so that each box needs one read of the weight. Right of and
 zeros, or ones in a block scale.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +23,14 @@ from reshard.casts.kernels import (
     raise_to_magnitudes,
     round_up_scales,
 )
+from reshard.casts.rounding import FLOAT_DTYPES, round_floats
 from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
-from reshard.types import Cast, Read, Tensor
+from reshard.types import Cast, Tensor
+
+Read = Callable[[Tensor, int, int], memoryview]
+"""Reads bytes of a tensor: `(tensor, offset, size)`, in bytes. The next call overwrites the returned buffer."""
 
 CastArray = NDArray[Any]
 
@@ -179,6 +183,10 @@ def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs)
     """Computes a box of a cast's result into bytes [rows, bytes]; returns how many values are not exact."""
     if cast.operation == "pad":
         out[:] = read_weight_box(cast, box, inputs)
+        return 0
+    if cast.operation == "round":
+        values = read_weight_box(cast, box, inputs)
+        round_floats(values.view(FLOAT_DTYPES[cast.weight.dtype]), out.view(np.uint16))
         return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)

@@ -45,7 +45,7 @@ def add_job(parser: Parser) -> None:
     add_source(parser)
     parser.add_argument("--mp", type=int, metavar="N", help="number of ranks (model parallel)")
     parser.add_argument("--to", choices=("ranks", "hf"), default="ranks", help="hf: stay whole, in the source's layout")
-    parser.add_argument("--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="of all block-scaled weights")
+    parser.add_argument("--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="of scaled weights, and F32")
     parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), default="", help="fp8: cast FP4 experts")
     parser.add_argument("--mtp", choices=("drop", "keep"), default="drop", help="keep what a recipe drops: MTP layers")
     parser.add_argument(
@@ -143,9 +143,7 @@ def add_diff(parser: Parser) -> None:
         metavar="PATTERN",
         help="tensors of such names, as in '*.3.*'; repeatable",
     )
-    parser.add_argument(
-        "--dequantize", action="store_true", help="compare scaled weights with those of another dtype in BF16"
-    )
+    parser.add_argument("--dequantize", action="store_true", help="compare weights of different dtypes in BF16")
     parser.add_argument("--show", type=parse_positive, default=20, metavar="N", help="lines of each table; default: 20")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="of both sides; default: by the model")
     parser.add_argument(

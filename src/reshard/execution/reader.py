@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.streaming import CastInputs, compute_cast
+from reshard.casts.streaming import CastInputs, Read, compute_cast
 from reshard.errors import refuse
 from reshard.execution.windows import WINDOW_SIZE, Group, Window
 from reshard.sources.rank_files import PartRange, cut_part_ranges
 from reshard.storage.local import PAGE, Ways, allocate_aligned, read_range
-from reshard.types import Cast, Join, Read, Tensor
+from reshard.types import Cast, Join, Tensor
 
 ByteRows = NDArray[np.uint8]
 

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
@@ -35,7 +36,7 @@ class DiffChoice:
     recipe: str | None = None
     """The name or file of a recipe for both sides; by default each side is recognized by itself."""
     dequantize: bool = False
-    """Compare a block-scaled weight with a weight of another dtype by dequantizing both to BF16."""
+    """Compare a tensor with one of another dtype in BF16: block-scaled weights dequantized, F32 and F16 rounded."""
     ignore_extra_files: bool = False
     replicas: str = COMPARE
     """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
@@ -77,7 +78,7 @@ class Pairing:
 
     pairs: tuple[TensorPair, ...]
     dequantized: int
-    """The number of pairs whose weights are dequantized first."""
+    """The number of pairs that are dequantized or rounded first."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -173,20 +174,27 @@ def get_compared_dtype(tensor: Tensor, a: DiffSide, b: DiffSide) -> str:
 
 
 def pair_dequantized(names: Iterable[str], a: DiffSide, b: DiffSide) -> list[TensorPair]:
-    """Pairs of weights of different kinds that both can be read as BF16, with the same shape."""
+    """Pairs of tensors of different kinds that both can be read as BF16, with the same shape. One of them is not only
+    rounded: two long ones could differ and be rounded to the same.
+    """
     found = []
     for name in names:
         one, other = a.checkpoint.tensors.get(name), b.checkpoint.tensors.get(name)
         if one is None or other is None or (one.dtype, one.shape) == (other.dtype, other.shape):
             continue
         left, right = read_as_bf16(one, a), read_as_bf16(other, b)
+        if one.dtype in FLOAT_DTYPES and other.dtype in FLOAT_DTYPES:
+            continue
         if left and right and get_result(left).shape == get_result(right).shape:
             found.append(TensorPair(name, left, right, "BF16"))
     return found
 
 
 def read_as_bf16(tensor: Tensor, side: DiffSide) -> Tensor | Cast | None:
-    """A tensor in BF16: as it is, or dequantized with its block scale; None if neither."""
+    """A tensor in BF16: as it is, rounded, or dequantized with its block scale; None if none of these."""
+    if tensor.dtype in FLOAT_DTYPES:
+        result = tensor._replace(dtype="BF16", size=prod(tensor.shape) * 2)
+        return Cast("round", tensor, None, (1, 1), result)
     return tensor if tensor.dtype == "BF16" else find_dequantize_cast(tensor.name, side)
 
 

@@ -60,7 +60,8 @@ def load(
         device: `cpu`, or any device of torch.
         framework: `torch` or `numpy`. Dtypes that numpy lacks become unsigned integers of the same width.
         recipe: Name or file of the recipe; by default the one that fits the checkpoint.
-        cast: `bf16` dequantizes weights with block scales; `fp8` and `fp8-ue8m0` quantize weights without.
+        cast: `bf16` dequantizes weights with block scales and rounds F32 and F16; `fp8` and `fp8-ue8m0` quantize
+            weights without scales.
         expert_dtype: `fp8` casts packed FP4 experts to FP8; `fp4` is as they are.
         keep_mtp: Keep what the recipe leaves out by default: MTP layers.
         pad: Pad weights with zeros where whole blocks do not divide among the ranks.

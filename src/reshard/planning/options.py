@@ -25,7 +25,7 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
             yield Problem("wrong-option", option, repr(value), "one of " + ", ".join(filter(None, known)))
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
-    if layout.cast and not recipe.scales:
+    if layout.cast in CAST_TO_FP8 and not recipe.scales:
         yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
     if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
         expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"

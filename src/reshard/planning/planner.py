@@ -10,6 +10,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import Origin, count_left_out
 from reshard.formats.renaming import format_renaming
 from reshard.planning.copies import Copies
+from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
@@ -67,7 +68,11 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         copies,
         tuple(casts),
         coverage,
-        (*checkpoint.notes, *note_restored_names(source, forms)),
+        (
+            *checkpoint.notes,
+            *note_restored_names(source, forms),
+            *note_dtypes(source.recipe, layout, outcomes),
+        ),
     )
 
 
@@ -106,7 +111,7 @@ def check_outcomes(
 ) -> Iterator[Problem]:
     """Reports a cast that changes nothing, and every tensor that cannot be cut for the number of ranks."""
     layout = terms.layout
-    if layout.cast and not casts:
+    if layout.cast and all(cast.operation == "pad" for cast in casts):
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     elif layout.to != WHOLE:
         if torn := list(check_padding(outcomes)):

@@ -1,10 +1,11 @@
-"""Decides how each weight group is converted: kept, relabelled as FP4, cast or padded; and makes the casts."""
+"""Decides how each weight group is converted: kept, relabelled as FP4, cast, rounded or padded; makes the casts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
@@ -63,6 +64,8 @@ def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Out
 def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
+    if layout.cast == "bf16" and is_rounded(kind):
+        return round_group(kind, terms, casts)
     if scaling is None or scaling.stays:
         block = scaling.block if scaling and kind.scales else (1, 1)
         return Outcome(kind, kind.weights, kind.scales, kind.scale_names, block)
@@ -102,6 +105,21 @@ def add_casts(
         for (weight, scale), tensor in zip(inputs, results, strict=True)
     )
     return results
+
+
+def is_rounded(kind: WeightGroup) -> bool:
+    """Whether a cast to BF16 rounds a weight group: floats without a scale, but for those of a parameter that the
+    inference code has in another dtype, and for what the recipe drops.
+    """
+    is_free = not (kind.scales or (kind.scaling and kind.scaling.stays)) and kind.rule.relation != "drop"
+    return is_free and kind.weights[0].dtype in FLOAT_DTYPES and kind.rule.code_dtype in ("", "BF16")
+
+
+def round_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Rounds weights without scales to BF16."""
+    inputs: list[tuple[Tensor, Tensor | None]] = [(weight, None) for weight in kind.weights]
+    result = "BF16", kind.weights[0].shape
+    return Outcome(kind, add_casts("round", inputs, ((1, 1), (1, 1)), result, terms, casts), [], [], (1, 1))
 
 
 def dequantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: list[Cast]) -> Outcome:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
+from reshard.recipes.code_dtypes import set_code_dtypes
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.splits import make_rule
 from reshard.recipes.table_checks import check_table, find_lines
@@ -89,7 +90,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         run_needs=tuple(map(tuple, table.get("run_needs", ()))),
         describes=table.get("describes", False),
         checked=table.get("checked", ""),
-        rules=tuple(make_rules(table["rules"], placeholders)),
+        rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
@@ -116,9 +117,12 @@ def read_block(block: Any) -> tuple[int, int]:
     return (block[0], block[1]) if isinstance(block, list) else (block, block)
 
 
-def make_rules(rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder]) -> Iterator[Rule]:
+def make_rules(
+    rows: Iterable[Iterable[str]], placeholders: Mapping[str, Placeholder], dtypes: Mapping[str, Any]
+) -> Iterator[Rule]:
     """Every row as a rule; and again for each placeholder that is `like` a placeholder of the row."""
-    rules = [add_condition(rule, placeholders) for rule in starmap(make_rule, rows)]
+    conditioned = (add_condition(rule, placeholders) for rule in starmap(make_rule, rows))
+    rules = list(set_code_dtypes(conditioned, dtypes))
     yield from (replace(rule, optional=find_optional_reason(rule, placeholders)) for rule in rules)
     for placeholder in placeholders.values():
         for rule in rules:

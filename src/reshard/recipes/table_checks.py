@@ -8,6 +8,8 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
+from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
+from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
 from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
@@ -33,6 +35,7 @@ ALL_KEYS = (
     "placeholders",
     "scales",
     "sizes",
+    CODE_DTYPES,
     "run",
     "run_needs",
     "rules",
@@ -60,10 +63,17 @@ def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
         *check_keys(table),
         *check_placeholder_table(placeholders),
         *check_scales(table.get("scales", {}), letters),
+        *check_code_dtypes(table.get(CODE_DTYPES, {})),
     ]
     faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
     faults = faults or list(check_rules(table))
-    yield from faults or [*check_formula_lengths(table), *check_rows_of(table), *check_target_keys(table)]
+    rights = [row[2] for row in table["rules"] if row[2]] if not faults else []
+    yield from faults or [
+        *check_formula_lengths(table),
+        *check_rows_of(table),
+        *check_target_keys(table),
+        *check_listed_names(table.get(CODE_DTYPES, {}), rights),
+    ]
 
 
 def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:

@@ -13,6 +13,7 @@ from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.match import Family, Matched
 from reshard.sources.problem_order import sort_problems
 from reshard.sources.quantized import list_exempt_modules
+from reshard.text import format_count
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
@@ -156,7 +157,12 @@ def check_quantizing(kinds: Sequence[WeightGroup], layout: Layout) -> Iterator[P
         found = f"{already:,} weights that are FP8 already, with block scales"
         remedy = "no --cast, which leaves them as they are; for scales of another kind, --cast bf16 first"
         yield Problem("wrong-option", f"--cast {layout.cast}", found, "weights of BF16", remedy)
-    for tensor in chain.from_iterable(kind.weights for kind in wanted if not kind.scales):
+    plain = [kind for kind in wanted if not kind.scales]
+    if longer := [tensor for kind in plain for tensor in kind.weights if tensor.dtype in ("F32", "F16")]:
+        found = f"{format_count(len(longer), 'weights')} of {longer[0].dtype}, such as {longer[0].name}"
+        remedy = f"--to hf --cast bf16 first, then --cast {layout.cast} of the result"
+        yield Problem("wrong-dtype", f"--cast {layout.cast}", found, "weights of BF16", remedy)
+    for tensor in chain.from_iterable(kind.weights for kind in plain if kind.weights[0].dtype not in ("F32", "F16")):
         if tensor.dtype != "BF16" or len(tensor.shape) != 2:
             found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"a matrix of BF16, for --cast {layout.cast}"
             yield Problem("wrong-dtype", tensor.name, found, expected, "another --cast, or none")

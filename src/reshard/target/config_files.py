@@ -51,7 +51,7 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(quantization := changed.get("quantization_config"), dict):
             changed["quantization_config"] = {key: quantization[key] for key in quantization if key != "expert_dtype"}
     if plan.layout.cast == "bf16":
-        for key in ("quantization_config", "expert_dtype"):
+        for key in ("quantization_config", "expert_dtype") if plan.recipe.scales else ():  # else nothing is dequantized
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
     if plan.layout.cast in CAST_TO_FP8 and plan.casts:

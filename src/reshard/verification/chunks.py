@@ -61,7 +61,7 @@ class CastWeight(NamedTuple):
     """A source weight that is cast, and the parts of the cast that ranks hold."""
 
     conversion: str
-    """`dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
+    """`round`, `dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
     weight: Tensor
     scale: Tensor | None
     shape: tuple[int, int]

@@ -185,7 +185,7 @@ def split_into_items(thing: KeptTensor | CastWeight, share: Fraction | None) -> 
 
 def find_largest_tile(recast: CastWeight) -> int:
     """The bytes of the largest tile, before or after the cast: more than TILE_SIZE if a single block is."""
-    bits = max(16, *(BITS[dtype] for dtype in recast.dtypes if dtype))
+    bits = max(16, *(BITS[dtype] for dtype in (recast.weight.dtype, *recast.dtypes) if dtype))
     return max(
         (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(split_into_cast_tiles(recast, None), 1)),
         default=0,

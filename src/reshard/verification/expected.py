@@ -138,13 +138,14 @@ def find_expected_ranks(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[
     return found
 
 
-SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE = "same", "dequantize", "fp4-to-fp8", "quantize"
+SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND = "same", "dequantize", "fp4-to-fp8", "quantize", "round"
 
 CONVERSION_TEXTS = {
     SAME: "as it is in the source",
     DEQUANTIZE: "dequantized to BF16",
     FP4_TO_FP8: "cast from FP4 to FP8",
     QUANTIZE: "quantized to FP8",
+    ROUND: "rounded to BF16",
 }
 
 
@@ -173,12 +174,20 @@ def choose_block_scaling(scaling: BlockScale | None, weight: Tensor) -> BlockSca
     return scaling
 
 
+def may_be_rounded(rule: Rule | None, scaling: BlockScale | None, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether a cast to BF16 rounds a source tensor: no scale, and no parameter of another dtype in the code."""
+    is_float = weight.dtype in ("F32", "F16") and scale is None and not (scaling and scaling.stays)
+    return is_float and rule is not None and rule.code_dtype in ("", "BF16")
+
+
 def infer_conversion(unit: WeightUnit, weight: Tensor, scale: Tensor | None, *, is_whole: bool) -> str:
-    """Infers from dtype and shape how a weight was converted: kept, dequantized, FP4 to FP8, quantized.
+    """Infers from dtype and shape how a weight was converted: kept, dequantized, FP4 to FP8, quantized, rounded.
 
     A dtype that no conversion gives is taken for the default conversion; comparing then reports it.
     """
     found, scaling, rule = unit.weight.tensor if unit.weight else weight, unit.place.scaling, unit.place.rule
+    if found.dtype == "BF16" and may_be_rounded(rule, scaling, weight, scale):
+        return ROUND
     if scaling is None or scaling.stays or len(weight.shape) != 2:
         return SAME
     if scale and rule and rule.relation == DEQUANTIZE and not is_whole:
@@ -212,7 +221,7 @@ def get_expected_dtypes(
     """The dtypes of a weight and of its block scale in the target; the second is empty if there should be no scale."""
     if conversion == SAME:
         return get_kept_dtype(weight, unit.place.scaling, is_whole=is_whole), scale.dtype if scale else ""
-    return {DEQUANTIZE: ("BF16", ""), FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}[conversion]
+    return {FP4_TO_FP8: ("F8_E4M3", "F8_E8M0"), QUANTIZE: ("F8_E4M3", "F32")}.get(conversion, ("BF16", ""))
 
 
 @cache
@@ -314,7 +323,8 @@ def make_expected_box(
         return ExpectedBox(part, place, range(1))
     if dimension == 1:
         return ExpectedBox(part, range(shape[0]), place)
-    return ExpectedBox(part, taken if dimension == 0 else range(shape[0]), range(compute_row_size(shape, bits)))
+    rows = taken if dimension == 0 else range(*shape[:1] or (1,))
+    return ExpectedBox(part, rows, range(compute_row_size(shape, bits)))
 
 
 def compute_row_size(shape: tuple[int, ...], bits: int) -> int:

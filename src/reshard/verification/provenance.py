@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
 
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
@@ -14,6 +15,7 @@ from reshard.verification.expected import (
     DEQUANTIZE,
     FP4_TO_FP8,
     QUANTIZE,
+    ROUND,
     SAME,
     ExpectedBox,
     InvertedRecipe,
@@ -31,11 +33,15 @@ from reshard.verification.expected import (
     get_shape_in_elements,
     infer_conversion,
     make_expected_box,
+    may_be_rounded,
     parse_dimension_formulas,
     split_dimension,
 )
 from reshard.verification.reference_casts import SCALE_ONE_BYTES
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
+
+PLAIN = ("F32 and F16",)
+"""The kind of all tensors that a cast to BF16 rounds: all of them are rounded, or none."""
 
 
 @dataclass(slots=True)
@@ -113,8 +119,9 @@ def trace_unit(trace: Provenance, unit: WeightUnit) -> Iterator[Problem]:
     if scale and conversion == DEQUANTIZE:
         trace.used_scales.add((scale.name, unit.rank))
     is_free = trace.folder.is_whole or unit.place.rule is None or unit.place.rule.relation == SAME
-    if unit.weight and unit.place.scaling and is_free and unit.weight.tensor.dtype == dtypes[0]:
-        weight_kind = unit.place.scaling, weight.dtype, scale is None
+    plain = may_be_rounded(unit.place.rule, unit.place.scaling, weight, scale)
+    if unit.weight and (plain or (unit.place.scaling and is_free)) and unit.weight.tensor.dtype == dtypes[0]:
+        weight_kind = PLAIN if plain else (unit.place.scaling, weight.dtype, scale is None)
         trace.conversions[weight_kind][conversion].append(trace.subject(unit.weight))
     yield from check_block_scale(trace, unit, scale, conversion)
     yield from add_unit_parts(trace, unit, (weight, scale), conversion, dtypes)
@@ -195,8 +202,6 @@ def get_part_lists(
             else []
             for tensor in origins
         )
-    if unit.place.scaling is None:
-        raise ValueError(f"{weight.name} is {conversion} without block scales")
     name = f"{conversion}-ue8m0" if conversion == QUANTIZE and trace.is_power else conversion
     recast = trace.casts.get((weight.name, name))
     if recast is None:
@@ -211,9 +216,12 @@ def make_kept_tensor(tensor: Tensor, *, is_scale: bool, flat: bool) -> KeptTenso
 
 
 def make_cast_weight(
-    conversion: str, origins: tuple[Tensor, Tensor | None], scaling: BlockScale, dtypes: tuple[str, str]
+    conversion: str, origins: tuple[Tensor, Tensor | None], scaling: BlockScale | None, dtypes: tuple[str, str]
 ) -> CastWeight:
     weight, scale = origins
+    if scaling is None or conversion == ROUND:
+        shape = weight.shape[0] if weight.shape else 1, prod(weight.shape[1:])
+        return CastWeight(conversion, weight, None, shape, (1, 1), (1, 1), dtypes, ([], []))
     rows, columns = get_shape_in_elements(weight, scaling)
     new = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block if dtypes[1] else (1, 1)
     return CastWeight(conversion, weight, scale, (rows, columns), scaling.block, new, dtypes, ([], []))

@@ -55,6 +55,8 @@ def cast_tile(recast: CastWeight, weight: TileBytes, scale: TileBytes | None) ->
 
 def cast_tile_chunk(recast: CastWeight, weight: TileBytes, scale: TileBytes | None) -> CastTile:
     """Casts some whole blocks of columns of a tile."""
+    if recast.conversion == "round":
+        return round_chunk(recast, weight)
     if recast.conversion == "dequantize":
         return dequantize_chunk(recast, weight, scale)
     if recast.conversion == "fp4-to-fp8":
@@ -64,6 +66,17 @@ def cast_tile_chunk(recast: CastWeight, weight: TileBytes, scale: TileBytes | No
     with np.errstate(all="ignore"):
         quotients = widen_bf16(values) / repeat_blocks(scales, recast.new_block, values.shape)
     return CastTile(round_to_fp8(quotients), scales.view(np.uint8), 0)
+
+
+def round_chunk(recast: CastWeight, weight: TileBytes) -> CastTile:
+    """Rounds each F32 or F16 value to the nearest BF16. An F16 becomes float32 first, which is exact."""
+    rows = np.ascontiguousarray(weight)
+    if recast.weight.dtype == "F16":
+        with np.errstate(invalid="ignore"):
+            values = rows.view(np.float16).astype(np.float32)
+    else:
+        values = rows.view(np.float32)
+    return CastTile(round_to_bf16(values).view(np.uint8), np.empty((0, 0), np.uint8), 0)
 
 
 def dequantize_chunk(recast: CastWeight, weight: TileBytes, scale: TileBytes | None) -> CastTile:

@@ -12,7 +12,7 @@ from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read
 from reshard.formats.json_input import read_object
 from reshard.formats.target_names import require_finished
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
-from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE
+from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
 CONVERT_AGAIN_HINT = "remove the file and convert again"
 
@@ -144,28 +144,24 @@ def check_target_config(
         yield Problem("missing-file", CONFIG, "no such file", "that of the source", CONVERT_AGAIN_HINT)
         return
     # Keys about the dtype of weights are checked below, if the weights were converted.
-    changed = (
-        {"quantization_config", "expert_dtype", *CONFIG_DTYPE_KEYS}
-        if set(conversions) & {DEQUANTIZE, QUANTIZE}
-        else set()
-    )
-    changed |= {"quantization_config", "expert_dtype"} if FP4_TO_FP8 in conversions else set()
+    done, quantization = set(conversions), ("quantization_config", "expert_dtype")
+    is_bf16 = DEQUANTIZE in done or (ROUND in done and bool(recipe.scales))
+    changed = set(CONFIG_DTYPE_KEYS) if done & {DEQUANTIZE, QUANTIZE, ROUND} else set()
+    changed |= set(quantization) if is_bf16 or done & {QUANTIZE, FP4_TO_FP8} else set()
     for key in sorted((config.keys() | found.keys()) - changed):
         if key in CONFIG_DTYPE_KEYS and found.get(key) == "bfloat16":
             continue
         if found.get(key) != config.get(key):
             yield make_config_problem(key, found, format_config_value(config, key))
-    if DEQUANTIZE in conversions:
-        for key in ("quantization_config", "expert_dtype"):
-            if key in found:
-                yield make_config_problem(key, found, "nothing: the weights are BF16")
-        if {found.get(key, "bfloat16") for key in CONFIG_DTYPE_KEYS} != {"bfloat16"} or not any(
-            key in found for key in CONFIG_DTYPE_KEYS
-        ):
-            yield make_config_problem("torch_dtype", found, '"bfloat16"')
-    if FP4_TO_FP8 in conversions:
+    for key in quantization if is_bf16 else ():
+        if key in found:
+            yield make_config_problem(key, found, "nothing: the weights are BF16")
+    said = [found[key] for key in CONFIG_DTYPE_KEYS if key in found]
+    if done & {DEQUANTIZE, ROUND} and (not said or any(value != "bfloat16" for value in said)):
+        yield make_config_problem("torch_dtype", found, '"bfloat16"')
+    if FP4_TO_FP8 in done:
         yield from check_expert_dtype(config, found)
-    if QUANTIZE in conversions:
+    if QUANTIZE in done:
         yield from check_quantization_config(found, recipe, is_power=is_power)
 
 

@@ -1,0 +1,69 @@
+"""Notes on dtypes: a router bias that lost precision when it was saved, and tensors that some loaders refuse."""
+
+from collections.abc import Iterator, Sequence
+
+from reshard.planning.transforms import Outcome, is_rounded
+from reshard.text import format_count
+from reshard.types import RANKS, Layout, Note, Recipe, Rule, Tensor
+
+FULL, SHORT = "F32", ("BF16", "F16")
+"""The dtype of a published router bias, and those that it is found in after a training run saved it."""
+
+REFUSING = "safetensors 0.6.0 to 0.6.2 refuse to load that in DeepSeek's generate.py; older and newer versions cast it"
+
+
+def note_dtypes(recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
+    """Notes what a person should know about the dtypes of a target: one note a kind."""
+    yield from note_router_biases(recipe, outcomes)
+    is_known = all(rule.code_dtype for rule in recipe.rules if rule.relation != "drop")
+    if layout.to == RANKS and is_known:
+        yield from note_loader_dtypes(layout, outcomes)
+
+
+def note_router_biases(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[Note]:
+    """Notes router biases of fewer bits than the published ones: they choose other experts."""
+    modules = {find_module(place.rows_of) for place in recipe.placeholders.values() if place.rows_of}
+    groups = [outcome.kind for outcome in outcomes if is_router_bias(outcome.kind.rule, modules)]
+    found = [tensor for group in groups for tensor in group.weights if tensor.dtype in SHORT]
+    if found:
+        first = find_first(found)
+        biases = f"{format_count(len(found), 'router bias tensors')} of {first.dtype}, such as {first.name}"
+        why = f"{FULL} in published checkpoints and in the inference code; they were rounded when they were saved"
+        yield Note("router-bias-dtype", f"{biases}: {why}, so tokens are routed otherwise")
+
+
+def find_module(name: str) -> tuple[str, ...]:
+    """The last two components of the module that a tensor name belongs to: of `layers.{i}.ffn.gate.bias`, `ffn` and
+    `gate`.
+    """
+    return tuple(name.split(".")[-3:-1])
+
+
+def is_router_bias(rule: Rule, modules: set[tuple[str, ...]]) -> bool:
+    """Whether a rule is about F32 values in a module whose weight has a row for each expert."""
+    return rule.code_dtype == FULL and find_module(rule.left) in modules
+
+
+def find_first(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of the first layer: layer 9 comes before layer 10."""
+    return min(tensors, key=lambda tensor: (len(tensor.name), tensor.name))
+
+
+def note_loader_dtypes(layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
+    """Notes tensors of rank files of another dtype than their parameters. Scaled and optional ones do not count."""
+    kinds: dict[tuple[str, str], list[Tensor]] = {}
+    for outcome in outcomes:
+        rule, dtype = outcome.kind.rule, outcome.weights[0].dtype
+        if outcome.scales or rule.optional or rule.relation == "drop" or dtype == rule.code_dtype:
+            continue
+        kinds.setdefault((dtype, rule.code_dtype), []).extend(outcome.kind.weights)
+    if kinds:
+        listed = [
+            f"{format_count(len(found), 'tensors')} of {dtype} (the inference code has {wanted}), such as "
+            f"{find_first(found).name}"
+            for (dtype, wanted), found in kinds.items()
+        ]
+        is_plain = not layout.cast and not any(outcome.scales for outcome in outcomes)
+        is_remedied = is_plain and any(is_rounded(outcome.kind) for outcome in outcomes)
+        remedy = "; --cast bf16 rounds F32 to BF16" if is_remedied else ""
+        yield Note("loader-dtype", f"{'; '.join(listed)}: {REFUSING}{remedy}")
