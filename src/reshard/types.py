@@ -169,7 +169,7 @@ class Placeholder:
     optional: str = ""
     """Reason why tensors numbered by this placeholder are left out unless asked for; empty if they never are."""
     only: str = ""
-    """`if KEY`: there are members only if the config key is true. Its rules have that condition, or one of their own."""
+    """`if KEY`: there are members only if the config key is true. Rules with it have that condition, or their own."""
     rows_of: str = ""
     """Name of a tensor whose first dimension is the number of members, in elements."""
 

@@ -72,12 +72,12 @@ def find_renaming(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNam
     for renaming, examples in list_renamings(names.examples):
         splits = [split_name(name) for name in examples]
         for one in known:
-            if all(one.knows(*split) for split in splits) and fits_all(checkpoint, renaming, one.recipe):
+            if all(one.knows(*split) for split in splits) and is_fit(checkpoint, renaming, one.recipe):
                 return renaming
     return ()
 
 
-def fits_all(checkpoint: Checkpoint, renaming: Renaming, recipe: Recipe) -> bool:
+def is_fit(checkpoint: Checkpoint, renaming: Renaming, recipe: Recipe) -> bool:
     """Whether a renaming gives each tensor a name of its own, and leads it to one rule."""
     tensors = rename_tensors(checkpoint.tensors, renaming)
     if len(tensors) < len(checkpoint.tensors):
