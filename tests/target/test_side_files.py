@@ -17,7 +17,7 @@ from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.synthetic import write_checkpoint
 
-OTHER_FORMATS = [
+LEFT_ENDINGS = [
     *("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.PT"),
     *("last.ckpt", "model-Q4_K_M.gguf", "model.ggml", "tf_model.h5", "tf_model.h5.index.json", "flax_model.msgpack"),
     *("flax_model.msgpack.index.json", "model.onnx", "model.onnx_data", "rust_model.ot", "model.tflite"),
@@ -47,7 +47,7 @@ def read_texts(plan: Plan) -> list[str]:
     return [note.text for note in plan.notes if note.kind == "left-behind"]
 
 
-@pytest.mark.parametrize("name", OTHER_FORMATS)
+@pytest.mark.parametrize("name", LEFT_ENDINGS)
 def test_other_formats_stay_behind_and_are_said(name: str, source: Path, tmp_path: Path) -> None:
     (source / name).write_bytes(bytes(5))
     done = api.convert(source, tmp_path / "target", to="hf", cast="bf16")
@@ -70,14 +70,14 @@ def test_they_are_said_in_one_line_with_a_count_and_their_size(
     names = [f"pytorch_model-000{number:02}-of-00020.bin" for number in range(1, 21)]
     for name in names:
         (source / name).write_bytes(bytes(1 << 10))
-    (source / "tokenizer.json.part").write_bytes(bytes(7))
+    (source / "vocab.txt.xltd").write_bytes(bytes(7))
     (source / "model.safetensors.bak").write_bytes(bytes(9))
     for name in ("original", "inference", ".git", ".cache"):
         (source / name).mkdir()
     wanted = [
         "left behind: 1 file of weights put aside (model.safetensors.bak), 9 bytes",
         f"left behind: 20 files in other formats ({', '.join(names[:3])} and 17 more), 20.00 KiB",
-        "left behind: 1 file not wholly downloaded (tokenizer.json.part), 7 bytes",
+        "left behind: 1 file not wholly downloaded (vocab.txt.xltd), 7 bytes",
         "left behind: 2 folders (inference, original)",
     ]
     assert main(["plan", str(source), "--to", "hf"]) == 0

@@ -322,7 +322,7 @@ def test_a_damaged_index_is_one_problem(folder: Path) -> None:
     (folder / INDEX).write_text("<html>")
     assert facts(check(folder)) == [("wrong-checksum", INDEX)]
     record_path(folder, INDEX).unlink()
-    assert ("not-json", str(folder / INDEX)) in facts(check(folder))
+    assert ("wrong-download", str(folder / INDEX)) in facts(check(folder))
 
 
 def test_a_command_of_the_hint_is_safe_to_paste(folder: Path) -> None:

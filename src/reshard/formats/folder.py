@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.downloads import name_begun_downloads
 from reshard.formats.huggingface import (
     INDEX,
     SINGLE,
@@ -19,6 +18,7 @@ from reshard.formats.huggingface import (
 from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
 from reshard.formats.manifest import read_manifest
 from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
+from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.text import format_list
 from reshard.types import Checkpoint, Note, Tensor
 

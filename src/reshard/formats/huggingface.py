@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
-from reshard.formats.downloads import check_unfinished
 from reshard.formats.file_content import LOOKED_AT, require_safetensors_content
 from reshard.formats.json_input import read_object, require_no_pointer
 from reshard.formats.recognition import (
@@ -21,6 +20,7 @@ from reshard.formats.recognition import (
     suggest_download,
 )
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
+from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.storage.local import open_regular_file
 from reshard.types import Checkpoint, File, Tensor
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.formats.downloads import name_begun_downloads
 from reshard.formats.huggingface import INDEX, SINGLE, SUFFIX, FolderHeaders
 from reshard.formats.json_input import DOWNLOAD_AGAIN, is_plain, is_text, read_object, refuse_duplicate_keys
 from reshard.formats.numbering import find_gaps, find_numbered_sets
+from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.text import format_count, format_list
 from reshard.types import Note, Tensor
 

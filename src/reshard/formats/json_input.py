@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from reshard.errors import refuse
-from reshard.formats.downloads import require_finished_download
 from reshard.formats.file_content import LOOKED_AT, require_json_content, require_no_answer
+from reshard.formats.unfinished_downloads import require_finished_download
 from reshard.storage.local import open_regular_file
 
 MAX_HEADER_SIZE = 100_000_000

@@ -9,12 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, refuse
-from reshard.formats.downloads import (
-    FINISH,
-    find_unfinished_weights,
-    list_entries,
-    remove_ending,
-)
 from reshard.formats.file_content import may_be_safetensors
 from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
@@ -24,6 +18,12 @@ from reshard.formats.other_formats import (
     VLLM_RANKS,
     OtherFormat,
     find_other_format,
+)
+from reshard.formats.unfinished_downloads import (
+    FINISH,
+    find_unfinished_weights,
+    list_entries,
+    remove_ending,
 )
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list

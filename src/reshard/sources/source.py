@@ -8,7 +8,6 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.downloads import name_begun_downloads
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
@@ -16,14 +15,15 @@ from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST
+from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match
+from reshard.sources.not_in_index import require_all_named
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.subset import narrow_checkpoint
-from reshard.sources.unnamed import require_all_named
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 

@@ -12,9 +12,9 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
 from reshard.execution.journal import Records, list_left_files, lock_journal
 from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
-from reshard.formats.downloads import check_unfinished
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.target.manifest_writer import (

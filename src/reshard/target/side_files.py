@@ -12,6 +12,7 @@ from reshard.execution.side_writer import SideFile
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.json_input import POINTER, require_no_pointer
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.unfinished_downloads import UNFINISHED
 from reshard.planning.plan import Plan
 from reshard.storage.local import open_regular_file
 from reshard.target.config_files import carry_config, make_whole_files, restore_texts
@@ -20,15 +21,16 @@ from reshard.target.tokenizer import choose_tokenizer
 from reshard.text import format_count, format_list, format_size
 from reshard.types import WHOLE, Note
 
-OTHER_FORMATS = (
-    *(".bin", ".ckpt", ".distcp", ".ggml", ".gguf", ".h5", ".hdf5", ".keras", ".llamafile", ".mlmodel", ".msgpack"),
-    *(".nemo", ".npz", ".onnx", ".onnx_data", ".ot", ".pdparams", ".pickle", ".pkl", ".pt", ".pth", ".tflite"),
+LEFT_ENDINGS = (
+    *(".bin", ".ckpt", ".distcp", ".engine", ".ggml", ".gguf", ".h5", ".hdf5", ".keras", ".llamafile", ".mlmodel"),
+    *(".msgpack", ".nemo", ".npz", ".onnx", ".onnx_data", ".ot", ".pdparams", ".pickle", ".pkl", ".pt", ".pth"),
+    *(".tflite", ".trt"),
 )
 """Endings of weights in other formats, and of what training leaves. They stay behind: beside the weights of the target
 they would be those of another model, and a loader may take them.
 """
 
-PARTIAL_ENDINGS = (".aria2", ".crdownload", ".download", ".incomplete", ".part", PARTIAL, ".tmp")
+PARTIAL_ENDINGS = (*UNFINISHED, PARTIAL, ".tmp")
 """Endings of files that a download or a conversion has not finished."""
 
 INDEX_ENDING = re.compile(r"\.index(\.\w+)?\.json$")
@@ -92,7 +94,7 @@ def explain_left_file(name: str, carried: Sequence[str]) -> str:
 
 def is_in_other_format(name: str) -> bool:
     """Whether a file name, or a pattern of names, is of weights in another format or of their index."""
-    return INDEX_ENDING.sub("", name.lower()).endswith(OTHER_FORMATS)
+    return INDEX_ENDING.sub("", name.lower()).endswith(LEFT_ENDINGS)
 
 
 def is_broken_link(path: Path) -> bool:

@@ -18,13 +18,11 @@ from shlex import quote
 from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.formats.unfinished_downloads import HUB_RECORDS
 from reshard.storage.local import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import Note
 from reshard.verification.file_hashes import FileRecord, FileRecords
-
-RECORD_FOLDERS = (".cache/huggingface/download", ".huggingface/download")
-"""The second is that of a version of 2024."""
 
 OWN_FOLDERS = {".cache", ".huggingface", ".git"}
 
@@ -37,7 +35,7 @@ HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-UNFINISHED = re.compile(rf"(.+)\.({HASH.pattern}){re.escape(UNFINISHED_SUFFIX)}", re.DOTALL)
+BEGUN_RECORD = re.compile(rf"(.+)\.({HASH.pattern}){re.escape(UNFINISHED_SUFFIX)}", re.DOTALL)
 
 HASHED_LABEL = re.compile(r"[\w-]{27}=")
 """The SHA-1 of a name, as newer versions of the downloader have it."""
@@ -88,7 +86,7 @@ def find_hub_records(folder: Path, names: Sequence[str], expected: Iterable[str]
     left = {name: describe_unfinished_blob(blob) for name, blob in blobs.items() if not blob.exists()}
     for part in unfinished:
         name = find_unfinished_name(part, {*known, *expected})
-        if name.startswith(RECORD_FOLDERS) or not (folder / name).exists():
+        if name.startswith(HUB_RECORDS) or not (folder / name).exists():
             left[name] = f"an unfinished download, of {part.size:,} bytes so far"
     return FileRecords(
         "the hub", records, partial(describe_hub_fetch, origin), tuple(problems), left, tuple(note_revisions(commits))
@@ -111,7 +109,7 @@ def refuse_without_records(folder: Path) -> Refused:
     place = folder.resolve()
     remedy = "give a list of checksums with --sums FILE; or download again by `hf download` into a folder of its own"
     for above in place.parents:
-        if any((above / records / place.relative_to(above)).is_dir() for records in RECORD_FOLDERS):
+        if any((above / records / place.relative_to(above)).is_dir() for records in HUB_RECORDS):
             remedy = f"its records lie in a folder above it: verify {above}"
             break
     return refuse("no-record", str(folder), "no record of the hub beside the files", "one for each file", remedy)
@@ -122,7 +120,7 @@ def read_local_records(folder: Path) -> tuple[dict[str, FileRecord], list[Proble
     records: dict[str, FileRecord] = {}
     problems: list[Problem] = []
     unfinished: list[UnfinishedFile] = []
-    for root in (folder / place for place in RECORD_FOLDERS):
+    for root in (folder / place for place in HUB_RECORDS):
         for name in list_files(root):
             if name.endswith(RECORD_SUFFIX):
                 record = parse_record(name.removesuffix(RECORD_SUFFIX), read_text(root / name))
@@ -178,7 +176,7 @@ def parse_record(name: str, text: str) -> FileRecord | Problem:
 def parse_unfinished_name(root: Path, name: str) -> UnfinishedFile | None:
     """The unfinished file of such a name below the records; None if it has another name, or has gone."""
     inner, slash, last = name.rpartition("/")
-    if not (found := UNFINISHED.fullmatch(last)):
+    if not (found := BEGUN_RECORD.fullmatch(last)):
         return None
     try:
         return UnfinishedFile(inner + slash, found[1], found[2], (root / name).stat().st_size)
@@ -194,7 +192,7 @@ def find_unfinished_name(part: UnfinishedFile, names: Iterable[str]) -> str:
         if inner + slash == part.folder and part.label in (last, base64.urlsafe_b64encode(hashed).decode()):
             return name
     if HASHED_LABEL.fullmatch(part.label):
-        return f"{RECORD_FOLDERS[0]}/{part.folder}{part.label}.{part.digest}{UNFINISHED_SUFFIX}"
+        return f"{HUB_RECORDS[0]}/{part.folder}{part.label}.{part.digest}{UNFINISHED_SUFFIX}"
     return part.folder + part.label
 
 
@@ -239,7 +237,7 @@ def identify_origin(folder: Path, blobs: Mapping[str, Path], commits: Counter[st
 
 def describe_hub_fetch(origin: HubOrigin, name: str, commit: str) -> str:
     """How to download one file again, as a hint."""
-    if name.startswith(RECORD_FOLDERS):
+    if name.startswith(HUB_RECORDS):
         return "run the same `hf download` again, which finishes it"
     revision = f" --revision {commit or origin.commit}" if commit or origin.commit else ""
     return f"hf download {origin.repository} {quote(name)}{revision} {origin.place} --force-download"

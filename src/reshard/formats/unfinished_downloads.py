@@ -14,8 +14,8 @@ UNFINISHED = (
 )  # fmt: skip
 """The ends of names that download programs use until a file is whole, in small letters."""
 
-HUB_RECORDS = ".cache/huggingface/download"
-"""In a folder that `hf download --local-dir` fills."""
+HUB_RECORDS = (".cache/huggingface/download", ".huggingface/download")
+"""In a folder that `hf download --local-dir` fills: by newer and by older versions."""
 
 MODELSCOPE_RECORDS = "._____temp"
 """In a folder that modelscope fills."""
@@ -69,12 +69,18 @@ def find_unfinished(folder: Path, name: str) -> str | None:
         if remove_ending(beside) == name:
             return beside
     hashed = base64.urlsafe_b64encode(hashlib.sha1(f"{name}.metadata".encode(), usedforsecurity=False).digest())
-    for begun in list_entries(folder / HUB_RECORDS):
-        if begun.endswith(".incomplete") and begun.startswith((f"{name}.", f"{hashed.decode()}.")):
-            return f"{HUB_RECORDS}/{begun}"
+    for records, begun in list_begun_records(folder):
+        if begun.startswith((f"{name}.", f"{hashed.decode()}.")):
+            return f"{records}/{begun}"
     if (folder / MODELSCOPE_RECORDS / name).exists():
         return f"{MODELSCOPE_RECORDS}/{name}"
     return find_begun_blob(folder)
+
+
+def list_begun_records(folder: Path) -> Iterator[tuple[str, str]]:
+    """Lists what the hub's program has begun in a folder: where it keeps it, and its name there."""
+    for records in HUB_RECORDS:
+        yield from ((records, name) for name in list_entries(folder / records) if name.endswith(".incomplete"))
 
 
 def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -98,7 +104,6 @@ def find_unfinished_weights(folder: Path) -> str | None:
     for name in list_entries(folder / MODELSCOPE_RECORDS):
         if name.endswith(".safetensors"):
             return f"{MODELSCOPE_RECORDS}/{name}"
-    for begun in list_entries(folder / HUB_RECORDS):
-        if begun.endswith(".incomplete"):
-            return f"{HUB_RECORDS}/{begun}"
+    for records, begun in list_begun_records(folder):
+        return f"{records}/{begun}"
     return find_begun_blob(folder)
