@@ -62,6 +62,7 @@ def test_a_whole_set_is_a_checkpoint_and_each_missing_file_is_named(
             [f"model-{n:05}-of-000069" for n in range(1, 68)], [f"model-{n:05}-of-000069" for n in (68, 69)],
             id="the last ones",
         ),
+        pytest.param(["m-0-of-3", "m-1-of-3"], ["m-2-of-3"], id="the last one, from 0"),
         pytest.param(["model-1", "model-2", "model-4"], ["model-3"], id="no total"),
         pytest.param(["layer_00", "layer_01", "layer_03"], ["layer_02"], id="no total, from 0"),
         pytest.param(["layer_02", "layer_03"], ["layer_01"], id="no total, the first"),

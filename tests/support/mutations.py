@@ -323,8 +323,8 @@ MUTATIONS = (
     Mutation(
         "execution/execute",
         "the names of the partial files are not durable before the journal speaks of them",
-        "        sync_folder(target)\n        ledger = Ledger(",
-        "        ledger = Ledger(",
+        "        sync_folder(target)\n        checksums = write_side_files(",
+        "        checksums = write_side_files(",
         "test_durability.py::test_the_names_of_the_files_are_durable_before_the_first_batch",
     ),
     Mutation(
@@ -621,9 +621,73 @@ MUTATIONS = (
     Mutation(
         "verification/checksums",
         "small files are compared by their size",
-        ' or xxh3_128_hexdigest(path.read_bytes()) != entry["xxh3_128"]:',
+        ' or compute_file_checksum(path) != entry["xxh3_128"]:',
         ":",
         "test_checksums.py::test_a_sample_looks_at_sizes_and_small_files_in_full",
+    ),
+    # --- what people have on their disks ---
+    Mutation(
+        "formats/numbering",
+        "a set that is counted from 0 may lack its last file",
+        "return first, self.total if first or self.total in present else self.total - 1",
+        "return first, max(present)",
+        "test_numbering.py::test_what_a_set_lacks_is_named_in_its_own_spelling",
+    ),
+    Mutation(
+        "formats/huggingface",
+        "the files of macOS are shards",
+        'return name.endswith(SUFFIX) and not name.startswith(".")',
+        "return name.endswith(SUFFIX)",
+        "test_which_files.py::test_a_name_that_begins_with_a_dot_is_no_shard",
+    ),
+    Mutation(
+        "formats/index",
+        "a tensor is taken from any file that has it",
+        "if get_file(tensor.name) == files[tensor.file]}",
+        "if get_file(tensor.name)}",
+        "test_which_files.py::test_a_tensor_is_taken_from_the_file_that_the_index_names",
+    ),
+    Mutation(
+        "sources/not_in_index",
+        "an output head that the index lacks is lost in silence",
+        "if name in known:",
+        "if name in needed:",
+        "test_not_in_index.py::test_an_output_head_that_only_the_index_lacks_is_not_lost_in_silence",
+    ),
+    Mutation(
+        "sources/fitted_names",
+        "a renaming may give two tensors one name",
+        "if len(tensors) < len(checkpoint.tensors):",
+        "if not tensors:",
+        "test_prefixes.py::test_no_renaming_lets_two_tensors_have_one_name",
+    ),
+    Mutation(
+        "casts/rounding",
+        "F32 is cut off instead of rounded",
+        "raised += 0x7FFF",
+        "raised += 0",
+        "test_rounding.py::test_ties_go_to_the_even_neighbour",
+    ),
+    Mutation(
+        "verification/download",
+        "a hash that differs is no problem",
+        "elif found != record.digest:",
+        "elif not found:",
+        "test_download.py::test_a_flipped_bit_is_seen_wherever_it_is",
+    ),
+    Mutation(
+        "target/side_files",
+        "weights in other formats go along",
+        'return INDEX_ENDING.sub("", name.lower()).endswith(LEFT_ENDINGS)',
+        "return False",
+        "test_side_files.py::test_other_formats_stay_behind_and_are_said",
+    ),
+    Mutation(
+        "formats/unfinished_downloads",
+        "a file is whole though its download is not",
+        "if name and (name in wanted or (beside in wanted and name not in entries)):",
+        "if name and beside in wanted and name not in entries:",
+        "test_recognition.py::test_an_unfinished_download_is_seen_by_the_file_beside",
     ),
 )
 
