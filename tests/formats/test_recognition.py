@@ -21,7 +21,9 @@ from reshard.sources.source import read_source
 from reshard.synthetic import write_checkpoint
 
 ONE = save({"w": np.ones((2, 2), np.float32)})
-SLICE = save({"w": np.ones((2, 2), np.float32)}, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": '{"w": {}}'})
+SLICE = save(
+    {"w": np.ones((2, 2), np.float32)}, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": '{"w": {"saved_offsets": [2, 0]}}'}
+)
 LORA = save({f"base_model.model.x.lora_{part}.weight": np.ones(2, np.float32) for part in "AB"})
 PEFT = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "meta/Base\x1b[2J"}).encode()
 OLD, NEW = "a" * 40, "b" * 40
@@ -127,6 +129,18 @@ def test_a_file_of_safetensors_may_have_any_name(tmp_path: Path) -> None:
     """The blobs of a hub cache are named by their checksums."""
     for name in ("0" * 64, "pytorch_model.bin"):
         assert list(read_checkpoint(lay(tmp_path, {name: ONE}) / name).tensors) == ["w"]
+
+
+def test_whole_tensors_that_torch_saved_are_a_checkpoint(tmp_path: Path) -> None:
+    """torch writes the key of slices beside whole tensors too."""
+    torch = pytest.importorskip("torch")
+    storage = pytest.importorskip("torch.distributed.checkpoint")
+    tensors = {f"w{number}": torch.ones(3, 2, dtype=torch.bfloat16) for number in range(4)}
+    files = {name: 1 + number % 2 for number, name in enumerate(tensors)}
+    writer = storage.HuggingFaceStorageWriter(str(tmp_path), fqn_to_index_mapping=files, save_distributed=False)
+    storage.save(tensors, storage_writer=writer, no_dist=True)
+    assert any(b"DCP_SHARDING_INFO" in path.read_bytes() for path in tmp_path.glob("*.safetensors"))
+    assert read_checkpoint(tmp_path).tensors.keys() == tensors.keys()
 
 
 def test_whole_files_in_a_sub_folder_are_named_beside_slices(tmp_path: Path) -> None:

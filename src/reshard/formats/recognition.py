@@ -53,6 +53,9 @@ SAFETENSORS = "a folder of safetensors files"
 SHARDING_KEY = b'"DCP_SHARDING_INFO"'
 """In the metadata of slices: the place of each in its tensor."""
 
+SAVED_OFFSETS = re.compile(rb'saved_offsets[\\]*"\s*:\s*\[([^\]]*)\]')
+"""The offsets of a slice within its tensor, in JSON that is a string of the header."""
+
 
 def require_safetensors_file(path: Path) -> None:
     """Raises Refused if a single file is no safetensors file by its beginning, and by its name another thing."""
@@ -86,8 +89,13 @@ def require_whole_files(source: Path, names: Sequence[str]) -> None:
 
 
 def require_no_slices(path: Path, header: bytes) -> None:
-    """Raises Refused if the header of a file says that it holds slices of tensors."""
-    if SHARDING_KEY in header and header.startswith(b'{"__metadata__":'):
+    """Raises Refused if the header of a file says that it holds slices of tensors, which do not begin at 0.
+
+    torch writes the offsets of whole tensors too: these are all 0. Where slices begin at 0, those of another rank do not.
+    """
+    if not (SHARDING_KEY in header and header.startswith(b'{"__metadata__":')):
+        return
+    if any(re.search(rb"[1-9]", offsets) for offsets in SAVED_OFFSETS.findall(header)):
         raise refuse_format(path, path.parent, SHARDED_SAFETENSORS, [])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.errors import Problem, require_none
+from reshard.errors import MOST_SHOWN_PER_KIND, Problem, require_none
 
 UNFINISHED = (
     ".aria2", ".incomplete", ".part", ".crdownload", ".download", ".opdownload", ".!ut", ".!qb", ".filepart", ".xltd",
@@ -84,9 +84,10 @@ def list_begun_records(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[Problem]:
-    """Says of each missing file which download of it was begun, if one was."""
-    for problem in problems:
-        beside = find_unfinished(folder, problem.subject) if problem.kind == "missing-file" else None
+    """Says of missing files which downloads of them were begun; of those that are shown, for a look lists folders."""
+    for number, problem in enumerate(problems):
+        is_looked_for = number < MOST_SHOWN_PER_KIND and problem.kind == "missing-file"
+        beside = find_unfinished(folder, problem.subject) if is_looked_for else None
         yield replace(problem, found=f"only {beside}, an unfinished download", remedy=FINISH) if beside else problem
 
 
