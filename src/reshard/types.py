@@ -112,7 +112,7 @@ class Checkpoint:
     notes: tuple[Note, ...] = ()
     """What was left aside or changed while it was read."""
     unnamed: Mapping[str, str] = field(default_factory=dict)
-    """Tensor name -> file name of what stands in the files but not in their index; it is not among `tensors`."""
+    """Tensor name -> file of what the index does not name, or what only files left aside have; not among `tensors`."""
     may_be_extra: frozenset[str] = frozenset()
     """Names of files that `--ignore-extra-files` would leave out; empty if an index or `model.safetensors` decides."""
 

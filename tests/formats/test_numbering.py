@@ -79,11 +79,18 @@ def test_what_a_set_lacks_is_named_in_its_own_spelling(present: list[str], missi
     "names",
     [
         ["qwen2"], ["llama-3"], ["model-4"], ["a", "b7"], ["model-1", "weights-3"], ["model-1", "model-2"], ["0", "1"],
+        ["layer_5", "layer_6"], ["model_fp8", "model_fp16"],
         ["step-1000", "step-2000"], ["a-00001-of-00001", "b-00001-of-00001"], ["part-of-model", "rest-of-model"],
     ],
 )  # fmt: skip
 def test_names_that_count_nothing_or_lack_nothing_are_taken(names: list[str], tmp_path: Path) -> None:
     assert sorted(read_checkpoint(write_files(tmp_path, names)).tensors) == sorted(names)
+
+
+def test_what_lacks_at_the_end_may_lack_at_the_beginning(tmp_path: Path) -> None:
+    write_files(tmp_path, [f"model-0000{number}-of-00004" for number in (1, 2, 3)])
+    with pytest.raises(Refused, match="these are missing: 4; or 0, if they are counted from 0"):
+        read_checkpoint(tmp_path)
 
 
 def test_the_refusal_says_which_numbers_are_missing(tmp_path: Path) -> None:

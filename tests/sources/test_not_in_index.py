@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from refusals import TINY
 from safetensors.numpy import load_file, save_file
 
 import reshard
 from reshard.errors import Problem, Refused
+from reshard.synthetic import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -96,7 +98,7 @@ def test_a_tensor_that_the_model_needs_is_reported_as_lacking_in_the_index(
     assert {(problem.kind, problem.subject) for problem in problems} == {
         ("not-in-index", "model.norm.weight"), ("not-in-index", HEAD),
     }  # fmt: skip
-    assert {problem.remedy for problem in problems} == {"add the name to the index"}
+    assert all(problem.remedy.startswith(f'add "{problem.subject}": "') for problem in problems)
 
 
 def test_a_whole_layer_that_the_index_lacks_is_named_and_may_be_left_out(tmp_path: Path) -> None:
@@ -172,6 +174,34 @@ def test_model_safetensors_is_taken_by_every_reader(tmp_path: Path) -> None:
     assert "consolidated.safetensors" in str(reshard.inspect(source))
     with reshard.open(source, framework="numpy") as tensors:
         assert set(tensors) == set(LLAMA)
+
+
+def test_a_draft_layer_in_a_file_left_aside_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """`model.safetensors` is the checkpoint, but `mtp.safetensors` has what the recipe keeps in whole files."""
+    torch = pytest.importorskip("safetensors.torch")
+    source, whole = tmp_path / "s", tmp_path / "s" / "model.safetensors"
+    write_checkpoint(source, TINY, 1, index=False)
+    next(source.glob("*.safetensors")).rename(whole)
+    tensors = torch.load_file(whole)
+    last = f"model.layers.{TINY['num_hidden_layers']}."
+    drafts = {name: tensors[name] for name in tensors if name.startswith(last)}
+    torch.save_file({name: tensors[name] for name in tensors.keys() - drafts.keys()}, whole)
+    torch.save_file(drafts, source / "mtp.safetensors")
+
+    with pytest.raises(Refused) as caught:
+        reshard.plan(source, to="hf")
+    assert {(problem.kind, problem.subject) for problem in caught.value.problems} == {
+        ("left-aside", name) for name in drafts
+    }
+    assert reshard.plan(source, 2).notes[0].kind == "left-aside"  # ranks have no drafts anyway
+    notes = reshard.plan(source, to="hf", ignore_extra_files=True).notes
+    assert [note.kind for note in notes] == ["left-aside", "no-mtp"]
+
+    whole.rename(source / "main.safetensors")  # as the hint says
+    reshard.convert(source, tmp_path / "o", to="hf")
+    made = torch.load_file(next((tmp_path / "o").glob("*.safetensors")))
+    assert made.keys() == tensors.keys()
+    assert all(made[name].view(-1).tolist() == tensors[name].view(-1).tolist() for name in list(drafts)[::9])
 
 
 def test_hidden_files_are_nobodys_in_targets_and_rank_files(tmp_path: Path) -> None:

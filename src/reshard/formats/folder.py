@@ -1,6 +1,7 @@
 """A folder, read once: its safetensors files, config and manifest; and which of the files are the checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from reshard.formats.huggingface import (
     find_folder,
     list_safetensors_files,
     read_config,
+    read_header,
     read_headers,
 )
 from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
@@ -125,8 +127,27 @@ def read_without_index(found: Folder, *, ignore_extra_files: bool) -> Checkpoint
     if not tensors and not problems:
         problems.append(Problem("empty-source", str(found.path), "files without a tensor", "a checkpoint"))
     require_none(problems)
-    notes = tuple(note_left_files(reason, found.names, names))
-    return Checkpoint(stored.folder, stored.files, tensors, found.config, notes=notes, may_be_extra=may_be_extra)
+    left = [] if ignore_extra_files else sorted(set(found.names).difference(names))
+    return Checkpoint(
+        stored.folder,
+        stored.files,
+        tensors,
+        found.config,
+        notes=tuple(note_left_files(reason, found.names, names)),
+        unnamed=find_left_tensors(found.folder, left, tensors),
+        may_be_extra=may_be_extra,
+    )
+
+
+def find_left_tensors(folder: Path, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Finds the tensors that only files which are left aside have: tensor name -> file name. A file that is no
+    safetensors file has none.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(Refused):
+            found |= {tensor.name: name for tensor in read_header(folder / name, 0)[1] if tensor.name not in tensors}
+    return found
 
 
 def note_left_files(reason: str, names: Sequence[str], taken: Sequence[str]) -> Iterator[Note]:

@@ -80,10 +80,10 @@ def find_numbered_sets(names: Iterable[str]) -> list[NumberedSet]:
 def find_gaps(numbered: NumberedSet) -> list[range]:
     """Finds the numbers that a set lacks, as ranges: a total in a hostile name is never counted through.
 
-    Names without a total are a count only if most numbers are there: `step-1000` and `step-2000` are none.
+    Names without a total are a count only if more numbers are there than lack: `step-1000` and `step-2000` are none.
     """
     first, last = numbered.bounds
-    if numbered.total is None and last > count_most_named(numbered):
+    if numbered.total is None and last - first + 1 >= 2 * len(numbered.numbers):
         return []
     edges = [first - 1, *sorted(number for number in numbered.numbers if first <= number <= last), last + 1]
     return [range(low + 1, high) for low, high in pairwise(edges) if high - low > 1]
@@ -108,12 +108,13 @@ def check_numbering(names: Iterable[str], may_be_extra: frozenset[str] = frozens
     """
     for numbered in find_numbered_sets(names):
         gaps, (first, last) = find_gaps(numbered), numbered.bounds
-        remedy = DOWNLOAD_AGAIN
+        remedy = DOWNLOAD_AGAIN if numbered.total else f"{DOWNLOAD_AGAIN}; or, if the numbers are no count, rename them"
         if may_be_extra.issuperset(numbered.names):
             remedy += f"; or, if {numbered.pattern} is not part of the checkpoint: --ignore-extra-files leaves it out"
         most = None if last <= MOST_NAMED else count_most_named(numbered)
         for number in islice(chain.from_iterable(gaps), most):
             found = f"no such file; of the numbers {first}-{last} these are missing: {format_gaps(gaps)}"
+            found += "; or 0, if they are counted from 0" if gaps == [range(last, last + 1)] and first else ""
             expected = f"{last - first + 1} files by their names"
             yield Problem("missing-file", numbered.name_file(number), found, expected, remedy)
 

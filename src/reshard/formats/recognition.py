@@ -91,7 +91,7 @@ def require_whole_files(source: Path, names: Sequence[str]) -> None:
 def require_no_slices(path: Path, header: bytes) -> None:
     """Raises Refused if the header of a file says that it holds slices of tensors, which do not begin at 0.
 
-    torch writes the offsets of whole tensors too: these are all 0. Where slices begin at 0, those of another rank do not.
+    torch writes the offsets of whole tensors too: all 0. Where slices begin at 0, those of another rank do not.
     """
     if not (SHARDING_KEY in header and header.startswith(b'{"__metadata__":')):
         return

@@ -10,7 +10,7 @@ from reshard.errors import Problem
 from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
 from reshard.text import format_numbers
-from reshard.types import Checkpoint, Placeholder, Recipe, Rule
+from reshard.types import Checkpoint, Note, Placeholder, Recipe, Rule
 
 MAYBE = "maybe"
 """The condition of a rule whose tensors may be missing."""
@@ -121,6 +121,16 @@ def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
     """Finds the keys with the number of MTP layers, which loaders read even where a recipe does not count by them."""
     tables = (("", config), ("text_config.", config.get("text_config")))
     return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
+
+
+def note_no_drafts(recipe: Recipe, members: Members, config: Mapping[str, Any] | None) -> Iterator[Note]:
+    """Notes that the config promises MTP layers and none is here, where the recipe can do without: transformers saves
+    none, but a file may be lost too.
+    """
+    for place in recipe.placeholders.values():
+        promised = find_draft_keys(config or {})
+        if place.optional and not place.size and not members[place.name] and promised:
+            yield Note("no-mtp", f"no {place.counts} here, though config.json has {promised[0]}: is a file missing?")
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -1,11 +1,11 @@
-"""Tensors that stand in files of a checkpoint but not in its index: left aside, or refused if the model has them."""
+"""Tensors that the index does not name, or only a file left aside has: left aside, or refused if the model has them."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
-from reshard.formats.huggingface import INDEX
+from reshard.formats.huggingface import INDEX, SINGLE
 from reshard.sources.completeness import check_missing
 from reshard.sources.match import Matched, find_members, match_names
 from reshard.sources.recipe_choice import narrow_recipes
@@ -56,9 +56,14 @@ def check_unnamed(
     whole: Checkpoint, recipe: Recipe, known: Collection[str], needed: Collection[str]
 ) -> Iterator[Problem]:
     """Reports the known tensors of `unnamed`, in the order of their files."""
+    read = {file.name for file in whole.files}
     for name, file in whole.unnamed.items():
-        if name in known:
-            remedy = "add the name to the index"
+        if name in known and file not in read:
+            found, expected = f"only in {file}, which is left aside", f"in {SINGLE}: the recipe {recipe.name} knows it"
+            remedy = f"rename {SINGLE}, to take all files together; or --ignore-extra-files leaves {file} out"
+            yield Problem("left-aside", name, found, expected, remedy)
+        elif name in known:
+            remedy = f'add "{name}": "{file}" to the weight_map of the index'
             if name not in needed:
                 remedy += "; or --ignore-extra-files leaves the tensor out, as the index says"
             expected = f"in both, for the recipe {recipe.name} knows it"

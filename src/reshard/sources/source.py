@@ -17,6 +17,7 @@ from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.completeness import note_no_drafts
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
@@ -79,8 +80,9 @@ def read_source(
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
-        origin = Origin(renaming=found.renaming)
-        source = Source(path, found.checkpoint, found.recipe, found.matched, origin)
+        notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
+        checkpoint, origin = replace(found.checkpoint, notes=notes), Origin(renaming=found.renaming)
+        source = Source(path, checkpoint, found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
 
