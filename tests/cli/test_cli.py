@@ -778,6 +778,24 @@ def test_the_demo_leaves_nothing_behind_without_a_folder(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "source", ".hidden"])
+def test_the_demo_refuses_a_folder_that_holds_anything(name: str, tmp_path: Path, say: Say) -> None:
+    """A folder of that name too, though it be empty."""
+    if name == "source":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(b"mine")
+    text = say("demo", tmp_path, code=2)
+    assert f"{tmp_path}: not empty\n  found:    a folder that holds files\n" in text
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert list((tmp_path / "source").glob("*")) == []
+
+
+def test_the_demo_runs_in_an_empty_folder(tmp_path: Path, say: Say) -> None:
+    say("demo", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks", "source"]
+
+
 def test_the_demo_refuses_a_folder_that_it_has_used(demo: tuple[Path, str], say: Say) -> None:
     assert "a folder that holds files" in say("demo", demo[0], code=2)
 
@@ -847,26 +865,30 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ("plan a --mp 2 --reciepe=x", "plan: unrecognized arguments: --reciepe=x; did you mean --recipe? See"),
         ("verify a b", "verify: unrecognized arguments: b; see"),
         ("inspect a --zzz", "inspect: unrecognized arguments: --zzz; see"),
-        ("--json inspect a", "inspect: unrecognized arguments: --json; put it behind the command: "
-                             "reshard inspect --json; see"),
+        (
+            "--json inspect a",
+            "inspect: unrecognized arguments: --json; put it behind the command: reshard inspect --json; see",
+        ),
         ("convert a b --mp x", "convert: --mp: 'x' is not a number; see"),
         ("convert a", "convert: the following arguments are required: TARGET; see"),
         ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),
         ("plan a --to gguf", "plan: --to: 'gguf' is not ranks or hf; see"),
-        ("recipes deepseek-v3", "recipes: 'deepseek-v3' is not list, show or check; for a recipe: "
-                                "reshard recipes show 'deepseek-v3'; see"),
+        (
+            "recipes deepseek-v3",
+            "recipes: 'deepseek-v3' is not list, show or check; for a recipe: reshard recipes show 'deepseek-v3'; see",
+        ),
         ("recipes chek a b", "recipes: 'chek' is unknown; did you mean check? See"),
         ("recipes show a b", "recipes show: unrecognized arguments: b; see"),
         ("recipes list a", "recipes list: unrecognized arguments: a; see"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_known_is_refused_in_a_line_with_the_nearest_name(
     words: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words.split())
     assert caught.value.code == 2
-    assert capsys.readouterr() == ("", f"reshard {said} reshard {said.split(':')[0]} --help\n")
+    assert capsys.readouterr() == ("", f"reshard {said} reshard {said.partition(':')[0]} --help\n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the help says around the options: usage, description, examples, exit codes, and the page of the docs."""
+"""The texts of the help around the options: usage, description, examples, exit codes, and the page of the docs."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypedDict
@@ -144,5 +144,6 @@ def describe_help(name: str, program: str) -> HelpWords:
     return {
         "usage": " ".join(filter(None, [program, name, text.usage])),
         "description": text.description,
-        "epilog": f"Examples:\n{examples}\n\nExit code:\n  {codes}\n\nDocumentation: {text.page}, in the repository of reshard",
+        "epilog": f"Examples:\n{examples}\n\nExit code:\n  {codes}\n\n"
+        f"Documentation: {text.page}, in the repository of reshard",
     }

@@ -84,7 +84,8 @@ def add_layout(parser: Parser) -> None:
         "--replicas",
         choices=("compare", "first"),
         default="compare",
-        help="Where several ranks of a source hold the same, compare them all, which is the default, or take the first.",
+        help="Where several ranks of a source hold the same, compare them all, which is the default, or take the "
+        "first.",
     )
 
 

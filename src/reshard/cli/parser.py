@@ -27,9 +27,9 @@ RUNNING, OUTPUT = "How to run", "Output"
 class Parser(argparse.ArgumentParser):
     """A parser of the program, a command or an action: no abbreviations, and no `-h` but the one it is given."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
-        super().__init__(*args, add_help=False, allow_abbrev=False, formatter_class=form, **kwargs)
+        super().__init__(add_help=False, allow_abbrev=False, formatter_class=form, **kwargs)
         self.sections: dict[str, argparse._ArgumentGroup] = {}
         self.set_defaults(parser=self)
 
@@ -67,18 +67,18 @@ class PrintCompletion(argparse.Action):
             import shtab  # noqa: PLC0415
         except ImportError:
             parser.error("--print-completion needs the package shtab: pip install shtab")
-        complete_paths(parser, shtab.FILE)
+        set_path_completion(parser, shtab.FILE)
         print(shtab.complete(parser, shell=shell))
         raise SystemExit(0)
 
 
-def complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
+def set_path_completion(parser: argparse.ArgumentParser, files: Any) -> None:
     """Marks the arguments of a parser and its commands that are paths, as shtab asks for it."""
     for action in parser._actions:  # noqa: SLF001
         if action.type is Path or action.metavar in ("NAME|FILE", "FILE"):
             action.complete = files  # type: ignore[attr-defined]
         for command in action.choices.values() if isinstance(action.choices, dict) else ():
-            complete_paths(command, files)
+            set_path_completion(command, files)
 
 
 def suggest_option(parser: Parser, wanted: str) -> str:

@@ -10,6 +10,7 @@ from reshard.cli.outcome import print_aside
 from reshard.text import format_size
 from reshard.types import Progress
 
+
 def print_json(value: object) -> None:
     """Prints one JSON document on standard output."""
     json.dump(value, sys.stdout, indent=1)

@@ -50,7 +50,8 @@ def parse_size(text: str) -> int:
         units = "KiB, MiB, GiB, TiB (or K, M, G, T), kB, MB, GB, TB, or none for bytes"
         raise ArgumentTypeError(f"{text!r} is not a size like 256MiB or 1.5GB; the units are {units}")
     whole, decimals, unit = found[1], found[2] or "", found[3] or ""
-    return int(whole + decimals) * UNITS[unit] // 10 ** len(decimals)
+    size: int = int(whole + decimals) * UNITS[unit] // 10 ** len(decimals)
+    return size
 
 
 def parse_numbers(text: str) -> list[int]:

@@ -84,7 +84,8 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        raise refuse("no-source", str(folder), found, "the folder of a checkpoint", suggest_download(folder) or "is the path right?")
+        remedy = suggest_download(folder) or "is the path right?"
+        raise refuse("no-source", str(folder), found, "the folder of a checkpoint", remedy)
     names = list_files(folder)
     expected, faults = list_expected_names(folder, names)
     records = read_sums(folder, sums) if sums is not None else find_hub_records(folder, names, expected)
