@@ -110,6 +110,15 @@ def test_the_help_takes_less_than_a_tenth_of_a_second() -> None:
     assert min(times) < 0.1
 
 
+def test_make_help_lists_every_target_and_variable() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^\.PHONY: (help .+)$", text, re.MULTILINE)
+    variables = {"PYTHON", *re.findall(r"\$\((\w+_(?:OPTIONS|TARGETS|SECONDS))\)", text)}
+    done = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    assert re.findall(r"^([a-z]+): (?=\w)", done.stdout, re.MULTILINE) == [*targets.split(), "variables"]
+    assert variables <= {*re.findall(r"[A-Z_]+", done.stdout)}
+
+
 # completion
 
 
