@@ -696,6 +696,11 @@ def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
     assert [recipe["checked"] for recipe in said] == [line.split(": ", 1)[1] for line in lines[1::2]]
 
 
+@pytest.mark.parametrize("words", ["recipes --json list", "recipes list --json", "recipes --json"])
+def test_json_may_stand_before_the_action(words: str, say: Say) -> None:
+    assert len(json.loads(say(*words.split()))) == len(list(FAMILIES_FOLDER.glob("*.toml")))
+
+
 def test_recipes_show_prints_the_file(say: Say) -> None:
     text = say("recipes", "show", "deepseek-v3")
     assert text == (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
