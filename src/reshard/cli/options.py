@@ -59,7 +59,10 @@ def add_layout(parser: Parser) -> None:
         help="The layout: the files of ranks, which is the default, or whole files in the source's own layout.",
     )
     what.add_argument(
-        "--cast", choices=("bf16", "fp8", "fp8-ue8m0"), default="", help="Cast all block-scaled weights to this dtype."
+        "--cast",
+        choices=("bf16", "fp8", "fp8-ue8m0"),
+        default="",
+        help="Cast the scaled weights, and those in F32, to this dtype.",
     )
     what.add_argument(
         "--expert-dtype", choices=("fp4", "fp8"), default="", help="With fp8, cast the FP4 experts of V4 to FP8."
@@ -178,9 +181,7 @@ def add_diff(parser: Parser) -> None:
         metavar="PATTERN",
         help="Compare the tensors of these names only, such as '*.3.*'. It can be repeated.",
     )
-    what.add_argument(
-        "--dequantize", action="store_true", help="Compare scaled weights with those of another dtype, in BF16."
-    )
+    what.add_argument("--dequantize", action="store_true", help="Compare weights of different dtypes in BF16.")
     what.add_argument("--recipe", metavar="NAME|FILE", help="The recipe of both sides. By default the model decides.")
     what.add_argument(
         "--replicas",
