@@ -62,7 +62,7 @@ def add_layout(parser: Parser) -> None:
         "--cast",
         choices=("bf16", "fp8", "fp8-ue8m0"),
         default="",
-        help="Cast the scaled weights, and those in F32, to this dtype.",
+        help="Cast the scaled weights, and F32 and F16, to this dtype.",
     )
     what.add_argument(
         "--expert-dtype", choices=("fp4", "fp8"), default="", help="With fp8, cast the FP4 experts of V4 to FP8."
@@ -80,8 +80,7 @@ def add_layout(parser: Parser) -> None:
         "--max-file-size",
         type=parse_size,
         metavar="SIZE",
-        help="With --to hf, the size of a file at most. By default rank files become the original files again, "
-        "and others have 5GB.",
+        help="With --to hf, the size of a file at most. By default that of the original files, or else 5GB.",
     )
     what.add_argument(
         "--replicas",
