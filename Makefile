@@ -27,6 +27,8 @@ endif
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
+	@echo "variables: PYTHON, PYTEST_OPTIONS, TORTURE_OPTIONS, MUTATIONS_OPTIONS, FUZZ_TARGETS, FUZZ_SECONDS;"
+	@echo "such as make test PYTEST_OPTIONS='-k verify'"
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo

@@ -35,7 +35,7 @@ VERBS = set(
     compute concatenate convert count cover cut decide decode dequantize describe diff drop escape evaluate execute
     expand explain fill find flatten flush format gather get group heed hide identify ignore infer inspect interleave
     interrupt intersect invert join keep lay leave list load lock look make match measure mend merge move multiply
-    name narrow normalize note number open order pack pad pair parse pick plan prepare print probe prove prune
+    name narrow normalize note number open order pack pad paint pair parse pick plan prepare print probe prove prune
     quantize raise read recode refuse remove rename renumber repeat require reserve restore reverse reword round run
     sample set shift shorten show skip sort split start stop store suggest summarize sync tabulate take trace
     transform unpack verify view widen write

@@ -1,6 +1,9 @@
 """Formats numbers, sizes, lists of names and tables for messages; escapes names that come from untrusted files."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 LONGEST_SHOWN = 2_000
 """In characters, of one shown field of a problem: a name in a hostile file may have millions."""
@@ -57,9 +60,15 @@ def format_size(size: int) -> str:
 
 
 def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right."""
+    """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right.
+
+    On a terminal that is too narrow for it, each row becomes a record instead: its first cell, and the others below.
+    """
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
+    terminal = measure_terminal()
+    if 0 < terminal < sum(widths) + 2 * len(widths) - 2:
+        return "\n".join(format_record(heading, line, terminal) for line in lines[1:])
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
@@ -67,3 +76,23 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str:
+    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`, where these are
+    put one below the other if they are wider than the terminal.
+    """
+    cells = [(f"{name}: " if name else "") + cell for name, cell in zip(heading[1:], row[1:], strict=True) if cell]
+    line = f"    {'  '.join(cells)}"
+    below = [line] if len(line) <= width else [f"    {cell}" for cell in cells]
+    return "\n".join([row[0].rstrip(), *below])
+
+
+def measure_terminal() -> int:
+    """The width of the terminal that standard output is, in columns; 0 if it is none, or tells no width."""
+    if not sys.stdout.isatty():
+        return 0
+    columns = os.environ.get("COLUMNS", "")
+    with suppress(OSError, ValueError):  # of a stream without a descriptor
+        return int(columns) if columns.isdecimal() else os.get_terminal_size(sys.stdout.fileno()).columns
+    return 0

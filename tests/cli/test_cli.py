@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 
 import reshard.cli.terminal
 from reshard import __version__
-from reshard.cli.main import main, parse_size
+from reshard.cli.main import main
+from reshard.cli.values import parse_size
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
@@ -695,6 +696,11 @@ def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
     assert [recipe["checked"] for recipe in said] == [line.split(": ", 1)[1] for line in lines[1::2]]
 
 
+@pytest.mark.parametrize("words", ["recipes --json list", "recipes list --json", "recipes --json"])
+def test_json_may_stand_before_the_action(words: str, say: Say) -> None:
+    assert len(json.loads(say(*words.split()))) == len(list(FAMILIES_FOLDER.glob("*.toml")))
+
+
 def test_recipes_show_prints_the_file(say: Say) -> None:
     text = say("recipes", "show", "deepseek-v3")
     assert text == (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")
@@ -744,11 +750,6 @@ def test_recipes_check_lists_the_keys_that_the_config_does_not_have(source: Path
 @pytest.mark.parametrize(
     ("words", "word"),
     [
-        (["show"], "a name or a file"),
-        (["show", "deepseek-v3", "source"], "at most 1 behind it"),
-        (["list", "deepseek-v3"], "nothing behind it"),
-        (["check"], "a name or a file"),
-        (["check", "deepseek-v3"], "no source"),
         (["show", "deepseek-v44"], "did you mean deepseek-v"),
         (["check", "deepseek-v2", "source"], "no rule"),
     ],
@@ -780,6 +781,24 @@ def test_the_demo_leaves_nothing_behind_without_a_folder(tmp_path: Path) -> None
     said = json.loads(done.stdout)
     assert (said["status"], said["files"], said["problems"]) == ("proven", 4, [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "source", ".hidden"])
+def test_the_demo_refuses_a_folder_that_holds_anything(name: str, tmp_path: Path, say: Say) -> None:
+    """A folder of that name too, though it be empty."""
+    if name == "source":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(b"mine")
+    text = say("demo", tmp_path, code=2)
+    assert f"{tmp_path}: not empty\n  found:    a folder that holds files\n" in text
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert list((tmp_path / "source").glob("*")) == []
+
+
+def test_the_demo_runs_in_an_empty_folder(tmp_path: Path, say: Say) -> None:
+    say("demo", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks", "source"]
 
 
 def test_the_demo_refuses_a_folder_that_it_has_used(demo: tuple[Path, str], say: Say) -> None:
@@ -817,14 +836,14 @@ def test_help_names_every_command() -> None:
         assert re.search(rf"^ +{name} ", text, re.MULTILINE)
 
 
-def test_the_version_is_the_package_s() -> None:
-    assert run("--version").stdout == f"reshard {__version__}\n"
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_is_the_package_s(option: str) -> None:
+    assert run(option).stdout == f"reshard {__version__}\n"
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        [],
         ["converts"],
         ["convert", "a", "b", "--mp", "two"],
         ["convert", "a", "b", "--mp", "2", "--jobs", "0"],
@@ -832,35 +851,65 @@ def test_the_version_is_the_package_s() -> None:
         ["convert", "a", "b", "--mp", "2", "--cache", "maybe"],
         ["plan"],
         ["recipes", "remove"],
+        ["recipes", "show"],
+        ["recipes", "check", "deepseek-v3"],
     ],
 )
-def test_options_that_do_not_parse_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: reshard" in capsys.readouterr().err
+    assert re.fullmatch(r"reshard[a-z ]*: .*\b[Ss]ee reshard[a-z ]* --help\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    ("words", "usage", "said"),
+    ("words", "said"),
     [
-        (["convert", "a", "b", "--mp", "2", "--dry"], "convert", "arguments: --dry; did you mean --dry-run?"),
-        (["convert", "a", "b", "--tp", "2"], "convert", "arguments: --tp 2; did you mean --mp?"),
-        (["plan", "a", "--mp", "2", "--reciepe=x"], "plan", "arguments: --reciepe=x; did you mean --recipe?"),
-        (["verify", "a", "b"], "verify", "arguments: b"),
-        (["inspect", "a", "--zzz"], "inspect", "arguments: --zzz"),
-        (["recipes", "deepseek-v3"], "recipes", "for a recipe: reshard recipes show 'deepseek-v3'"),
+        ("convert a b --mp 2 --dry", "convert: unrecognized arguments: --dry; did you mean --dry-run? See"),
+        ("convert a b --tp 2", "convert: unrecognized arguments: --tp 2; did you mean --mp? See"),
+        ("plan a --mp 2 --reciepe=x", "plan: unrecognized arguments: --reciepe=x; did you mean --recipe? See"),
+        ("verify a b", "verify: unrecognized arguments: b; see"),
+        ("inspect a --zzz", "inspect: unrecognized arguments: --zzz; see"),
+        (
+            "--json inspect a",
+            "inspect: unrecognized arguments: --json; put it behind the command: reshard inspect --json; see",
+        ),
+        ("convert a b --mp x", "convert: --mp: 'x' is not a number; see"),
+        ("convert a", "convert: the following arguments are required: TARGET; see"),
+        ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),
+        ("plan a --to gguf", "plan: --to: 'gguf' is not ranks or hf; see"),
+        (
+            "recipes deepseek-v3",
+            "recipes: 'deepseek-v3' is not list, show or check; for a recipe: reshard recipes show 'deepseek-v3'; see",
+        ),
+        ("recipes chek a b", "recipes: 'chek' is unknown; did you mean check? See"),
+        ("recipes show a b", "recipes show: unrecognized arguments: b; see"),
+        ("recipes list a", "recipes list: unrecognized arguments: a; see"),
     ],
 )
-def test_what_is_not_known_is_refused_with_the_usage_of_the_command(
-    words: list[str], usage: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_what_is_not_known_is_refused_in_a_line_with_the_nearest_name(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        main(words.split())
     assert caught.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith(f"usage: reshard {usage} ")
-    assert text.endswith(f"{said}\n")
+    assert capsys.readouterr() == ("", f"reshard {said} reshard {said.partition(':')[0]} --help\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("convrt", "'convrt' is unknown; did you mean convert? See reshard --help"),
+        ("--verison", "unrecognized arguments: --verison; did you mean --version? See reshard --help"),
+        ("--json", "unrecognized arguments: --json; see reshard --help"),
+    ],
+)
+def test_a_command_that_is_not_known_is_refused_with_the_nearest_one(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([word])
+    assert capsys.readouterr() == ("", f"reshard: {said}\n")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 
 from reshard import api
 from reshard.api import Conversion, describe_conversion
-from reshard.cli.terminal import PROVEN, print_json, show_progress
+from reshard.cli.outcome import PROVEN
+from reshard.cli.terminal import print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.target.manifest_writer import describe_lost, describe_plan

@@ -9,7 +9,7 @@ from reshard.cli.convert import make_verify_command, plan_lines
 from reshard.cli.terminal import show_progress
 from reshard.cli.verify import print_report
 from reshard.inspection.contents import inspect_path
-from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.synthetic import SMALL_V3, require_empty, write_checkpoint
 from reshard.text import escape
 
 RANKS = 4
@@ -22,6 +22,7 @@ FILES = 4
 def run_demo(options: argparse.Namespace) -> int:
     """Runs `demo` in the given folder or a temporary one. Returns the exit code of the verification."""
     if options.folder:
+        require_empty(options.folder)
         return run_demo_in(options.folder, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="reshard-demo-") as folder:
         return run_demo_in(Path(folder), as_json=options.json)

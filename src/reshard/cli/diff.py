@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from reshard import api
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.cli.outcome import PROBLEMS, PROVEN
+from reshard.cli.terminal import print_json, show_progress
 from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.planning.plan import describe_notes
 from reshard.text import escape, format_size, format_table

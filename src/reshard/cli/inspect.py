@@ -4,14 +4,14 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from reshard.cli.terminal import PROVEN, print_json
-from reshard.errors import refuse
+from reshard.cli.outcome import PROVEN
+from reshard.cli.terminal import print_json
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
-from reshard.text import escape, format_list, format_table
+from reshard.text import escape, format_table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -26,29 +26,11 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_recipes(options: argparse.Namespace) -> int:
     """Runs `recipes list`, `show` or `check`. Returns the exit code. Raises Refused."""
-    require_no_more(options)
-    if options.action == "list":
-        return list_recipes(as_json=options.json)
-    if not options.recipe:
-        raise refuse(
-            "wrong-option", f"recipes {options.action}", "no recipe", "a name or a file", "see reshard recipes"
-        )
     if options.action == "show":
         return show_recipe(options.recipe, as_json=options.json)
-    if not options.source:
-        raise refuse("wrong-option", "recipes check", "no source", "a checkpoint to hold the recipe against")
-    return check_recipe(options.recipe, options.source, as_json=options.json)
-
-
-def require_no_more(options: argparse.Namespace) -> None:
-    """Raises Refused if an action has more arguments than it takes."""
-    words = [str(word) for word in (options.recipe, options.source) if word is not None]
-    taken = {"list": 0, "check": 2}.get(options.action, 1)
-    if words[taken:]:
-        expected = f"at most {taken} behind it" if taken else "nothing behind it"
-        raise refuse(
-            "wrong-option", f"recipes {options.action}", format_list(words), expected, "leave out what is too much"
-        )
+    if options.action == "check":
+        return check_recipe(options.recipe, options.source, as_json=options.json)
+    return list_recipes(as_json=options.json)
 
 
 def list_recipes(*, as_json: bool) -> int:

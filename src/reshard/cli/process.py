@@ -8,7 +8,7 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, NoReturn
 
 from reshard.cli.main import main
-from reshard.cli.terminal import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, print_aside
+from reshard.cli.outcome import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, print_aside
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 """Standard streams and their modes, in the order of their file descriptors."""

@@ -1,36 +1,20 @@
-"""Prints JSON, messages and progress; defines the exit codes."""
+"""Prints JSON and progress."""
 
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
+from reshard.cli.outcome import print_aside
 from reshard.text import format_size
 from reshard.types import Progress
-
-PROVEN, PROBLEMS, REFUSED = 0, 1, 2
-"""Exit codes: success, differences found, refused."""
-
-INTERNAL = 70
-"""Exit code of a bug of reshard: EX_SOFTWARE of sysexits.h."""
-
-INTERRUPTED, CLOSED_PIPE = 130, 141
-"""Exit codes after SIGINT and SIGPIPE, as shells use them."""
 
 
 def print_json(value: object) -> None:
     """Prints one JSON document on standard output."""
     json.dump(value, sys.stdout, indent=1)
     print()
-
-
-def print_aside(text: str) -> None:
-    """Prints on standard error. Errors are ignored: a closed terminal or a full disk under a log must neither end a job
-    of hours nor change its exit code.
-    """
-    with suppress(OSError):
-        print(text, file=sys.stderr)
 
 
 PLAIN_STEPS = 10

@@ -1,11 +1,14 @@
 """Runs the command `verify`."""
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from reshard import api
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.cli.outcome import PROBLEMS, PROVEN
+from reshard.cli.painting import GREEN, RED, paint
+from reshard.cli.terminal import print_json, show_progress
 from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
@@ -43,7 +46,7 @@ def print_report(report: Report | DownloadReport, target: Path, source: Path, *,
             }
         )
     else:
-        print(describe_report(report, target, source))
+        print_verdict(describe_report(report, target, source), report)
     return PROBLEMS if report.problems else PROVEN
 
 
@@ -53,4 +56,13 @@ def print_download_report(report: DownloadReport, target: Path, *, as_json: bool
         notes = [note._asdict() for note in report.notes]
         print_json({"status": "differs" if report.problems else "proven", **asdict(report), "notes": notes})
     else:
-        print(describe_download(report, target))
+        print_verdict(describe_download(report, target), report)
+
+
+def print_verdict(text: str, report: Report | DownloadReport) -> None:
+    """Prints the text of a report, on a terminal with its first line in colour: red, green, or none for a sample."""
+    if report.problems:
+        text = paint(text, RED, sys.stdout)
+    elif not (isinstance(report, Report) and report.is_sampled):
+        text = paint(text, GREEN, sys.stdout)
+    print(text)

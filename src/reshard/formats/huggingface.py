@@ -134,8 +134,8 @@ def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], M
 
 
 def read_file(path: Path) -> Checkpoint:
-    """A single file as it stands, though it be one of several."""
-    stored = read_headers(path.parent, [path.name])
+    """A single file as it stands, though it be one of several. Raises Refused."""
+    stored = read_headers(path.parent, list_safetensors_files(path))
     tensors = {tensor.name: tensor for tensor in stored.tensors}
     return Checkpoint(stored.folder, stored.files, tensors, read_config(path.parent))
 

@@ -76,7 +76,7 @@ def require_safetensors_file(path: Path) -> None:
 def suggest_download(path: Path) -> str:
     """The hint for a path that is not there, if it may be the name of a repository; else empty."""
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists():
-        return f"is it a name on the hub? hf download {path} prints the folder to name"
+        return f"is it a name on the hub? hf download {path} downloads it and prints the folder to name instead"
     return ""
 
 

@@ -1,0 +1,296 @@
+"""The options of every command, in sections: what it works on, how it runs, what it prints."""
+
+import argparse
+from pathlib import Path
+
+from reshard.cli.help_text import describe_help
+from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser, PrintCompletion
+from reshard.cli.values import parse_number, parse_numbers, parse_positive, parse_share, parse_size
+
+CONVERTED, VERIFIED, COMPARED, INSPECTED = (f"What to {verb}" for verb in ("convert", "verify", "compare", "inspect"))
+"""The first section of a command."""
+
+RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
+
+
+def add_plan(parser: Parser) -> None:
+    """Adds the options of `plan`."""
+    add_source(parser)
+    add_job(parser)
+
+
+def add_source(parser: Parser) -> None:
+    """Adds the argument `source`."""
+    what = parser.section(CONVERTED)
+    what.add_argument("source", type=Path, metavar="SOURCE", help="A folder of safetensors files, or one such file.")
+
+
+def add_job(parser: Parser) -> None:
+    """Adds the options that choose what to convert: those of `plan` and `convert`."""
+    add_layout(parser)
+    what = parser.section(CONVERTED)
+    what.add_argument("--layers", type=parse_numbers, metavar="0-3,7", help="Convert these layers only.")
+    what.add_argument("--experts", type=parse_numbers, metavar="0-15", help="Convert these experts of each layer only.")
+    what.add_argument("--renumber", action="store_true", help="Number the chosen layers and experts from 0 on.")
+    what.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Write the tensors of these names only, such as '*.3.*'. It can be repeated.",
+    )
+    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
+    what.add_argument(
+        "--ignore-extra-files",
+        action="store_true",
+        help="Leave out files and tensors that are not of the checkpoint.",
+    )
+
+
+def add_layout(parser: Parser) -> None:
+    """Adds the options that choose the layout and the dtypes of the target."""
+    what = parser.section(CONVERTED)
+    what.add_argument("--mp", type=parse_number, metavar="N", help="The number of ranks (model parallel).")
+    what.add_argument(
+        "--to",
+        choices=("ranks", "hf"),
+        default="ranks",
+        help="The layout: the files of ranks, which is the default, or whole files in the source's own layout.",
+    )
+    what.add_argument(
+        "--cast",
+        choices=("bf16", "fp8", "fp8-ue8m0"),
+        default="",
+        help="Cast the scaled weights, and F32 and F16, to this dtype.",
+    )
+    what.add_argument(
+        "--expert-dtype", choices=("fp4", "fp8"), default="", help="With fp8, cast the FP4 experts of V4 to FP8."
+    )
+    what.add_argument(
+        "--mtp",
+        choices=("drop", "keep"),
+        default="drop",
+        help="Drop the MTP layers where the recipe says so, which is the default, or keep them.",
+    )
+    what.add_argument(
+        "--pad", action="store_true", help="Widen weights with zeros where their blocks do not suit the ranks."
+    )
+    what.add_argument(
+        "--max-file-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="With --to hf, the size of a file at most. By default that of the original files, or else 5GB.",
+    )
+    what.add_argument(
+        "--replicas",
+        choices=("compare", "first"),
+        default="compare",
+        help="Where several ranks of a source hold the same, compare them all, which is the default, or take the "
+        "first.",
+    )
+
+
+def add_convert(parser: Parser) -> None:
+    """Adds the options of `convert`."""
+    add_source(parser)
+    what, how = parser.section(CONVERTED), parser.section(RUNNING)
+    what.add_argument("target", type=Path, metavar="TARGET", help="The folder to write, empty or not there yet.")
+    add_job(parser)
+    how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
+    how.add_argument(
+        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
+    )
+    how.add_argument(
+        "--max-memory",
+        type=parse_size,
+        default="256MiB",
+        metavar="SIZE",
+        help="The limit of all buffers together; the default is %(default)s.",
+    )
+    how.add_argument(
+        "--cache",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="Go through the page cache or past it. By default, past it if the job is larger than a third of the free "
+        "memory.",
+    )
+    how.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
+    how.add_argument(
+        "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
+    )
+
+
+def add_inspect(parser: Parser) -> None:
+    """Adds the options of `inspect`."""
+    what = parser.section(INSPECTED)
+    what.add_argument(
+        "path", type=Path, metavar="PATH", help="A folder of safetensors files in either layout, or one such file."
+    )
+    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+
+
+def add_verify(parser: Parser) -> None:
+    """Adds the options of `verify`."""
+    what = parser.section(VERIFIED)
+    what.add_argument(
+        "target",
+        type=Path,
+        metavar="TARGET",
+        help="A folder that was converted into; with --download or --sums, the folder of any checkpoint.",
+    )
+    what.add_argument(
+        "--source",
+        type=Path,
+        metavar="SOURCE",
+        help="The checkpoint that it was made from. Without it, the checksums of the manifest are compared.",
+    )
+    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    what.add_argument(
+        "--ranks", type=parse_numbers, metavar="0-3,7", help="With --source, verify the files of these ranks only."
+    )
+    what.add_argument(
+        "--ignore-extra-files",
+        action="store_true",
+        help="With --source, leave out files and tensors that are not of the checkpoint.",
+    )
+    what.add_argument(
+        "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
+    )
+    what.add_argument(
+        "--sums", type=Path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
+    )
+    parser.section(RUNNING).add_argument(
+        "--sample",
+        type=parse_share,
+        metavar="1%",
+        help="Compare about this share only, spread evenly, and both ends of each tensor.",
+    )
+
+
+def add_diff(parser: Parser) -> None:
+    """Adds the options of `diff`."""
+    what = parser.section(COMPARED)
+    what.add_argument("a", type=Path, metavar="A", help="A checkpoint, a folder of rank files, or a safetensors file.")
+    what.add_argument("b", type=Path, metavar="B", help="Another one, in whichever layout.")
+    what.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Compare the tensors of these names only, such as '*.3.*'. It can be repeated.",
+    )
+    what.add_argument("--dequantize", action="store_true", help="Compare weights of different dtypes in BF16.")
+    what.add_argument("--recipe", metavar="NAME|FILE", help="The recipe of both sides. By default the model decides.")
+    what.add_argument(
+        "--replicas",
+        choices=("compare", "first"),
+        default="compare",
+        help="Where several ranks hold the same, compare them all, which is the default, or take the first.",
+    )
+    what.add_argument(
+        "--ignore-extra-files",
+        action="store_true",
+        help="Leave out files and tensors that are not of the checkpoint.",
+    )
+    parser.section(OUTPUT).add_argument(
+        "--show",
+        type=parse_positive,
+        default=20,
+        metavar="N",
+        help="The number of lines of each table; the default is 20.",
+    )
+
+
+def add_recipes(parser: Parser) -> None:
+    """Adds the actions of `recipes`, each a parser of its own. Without one, the recipes are listed."""
+    parser.set_defaults(action="list")
+    actions = parser.add_subparsers(title="Actions", metavar=ACTION, prog=parser.prog)
+    for action, about in (
+        ("list", "List the packaged recipes, with the models they were checked against."),
+        ("show", "Print a recipe."),
+        ("check", "Check that a recipe fits a checkpoint."),
+    ):
+        words = describe_help(f"recipes {action}", parser.prog.removesuffix(" recipes"))
+        own = actions.add_parser(action, help=about, **words)
+        own.set_defaults(action=action)
+        what = own.section("What to show" if action == "show" else "What to check")
+        if action != "list":
+            what.add_argument("recipe", metavar="NAME|FILE", help="The name of a packaged recipe, or a TOML file.")
+        if action == "check":
+            what.add_argument("source", type=Path, metavar="SOURCE", help="The checkpoint to hold the recipe against.")
+        # Not False: it would undo `reshard recipes --json list`.
+        add_output(own, json_default=argparse.SUPPRESS)
+
+
+def add_demo(parser: Parser) -> None:
+    """Adds the options of `demo`."""
+    parser.section("Where to run").add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="Keep the files in this folder, empty or not there yet. By default they are removed again.",
+    )
+
+
+def add_deepseek(parser: Parser) -> None:
+    """Adds the options of `deepseek`, by their names in all of DeepSeek's scripts."""
+    what, how = parser.section(CONVERTED), parser.section(RUNNING)
+    what.add_argument(
+        "--hf-ckpt-path", type=Path, metavar="SOURCE", required=True, help="The Hugging Face checkpoint; required."
+    )
+    what.add_argument(
+        "--save-path", type=Path, metavar="TARGET", required=True, help="The folder to write, empty or not there yet."
+    )
+    what.add_argument(
+        "--model-parallel", type=parse_number, metavar="N", required=True, help="The number of ranks; required."
+    )
+    what.add_argument(
+        "--n-experts",
+        type=parse_number,
+        metavar="N",
+        help="The number of routed experts, without those of draft blocks. It is compared with the config.",
+    )
+    what.add_argument("--expert-dtype", choices=("fp4", "fp8"), help="With fp8, cast the FP4 experts of V4 to FP8.")
+    what.add_argument(
+        "--tokenizer-path",
+        type=Path,
+        metavar="FOLDER",
+        help="The folder of the tokenizer. By default it is the checkpoint.",
+    )
+    # What refusals advise.
+    what.add_argument(
+        "--ignore-extra-files", action="store_true", help="Leave out files and tensors that are not of the checkpoint."
+    )
+    how.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
+    how.add_argument(
+        "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
+    )
+
+
+def add_output(parser: Parser, json_default: object = False) -> None:  # noqa: FBT002
+    """Adds the options that every command has, below all others."""
+    output = parser.section(OUTPUT)
+    output.add_argument(
+        "--json", action="store_true", default=json_default, help="Print one JSON document instead of text."
+    )
+    add_help(output)
+
+
+def add_help(group: argparse._ArgumentGroup) -> None:
+    """Adds the option that prints the help."""
+    group.add_argument("-h", "--help", action="help", help="Print this help.")
+
+
+def add_program(parser: Parser, version: str) -> None:
+    """Adds the options of the program itself."""
+    options = parser.section("Options")
+    options.add_argument("-V", "--version", action="version", version=version, help="Print the version.")
+    options.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh"),
+        help="Print the completion script of a shell (it needs the package shtab).",
+    )
+    add_help(options)

@@ -1,0 +1,25 @@
+"""Runs a command, and says why it was refused."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from reshard.cli.outcome import REFUSED, print_aside
+from reshard.cli.painting import RED, paint
+from reshard.cli.terminal import print_json
+from reshard.errors import Refused, summarize_problems
+from reshard.text import escape
+
+
+def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Runs the function of a command. Returns its exit code, or REFUSED with the problems printed."""
+    try:
+        return run(options)
+    except Refused as refused:
+        if options.json:
+            print_json({"status": "refused", **summarize_problems(refused.problems)})
+        told = str(refused)
+    except OSError as error:
+        told = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
+    print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
+    return REFUSED

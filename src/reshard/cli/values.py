@@ -1,0 +1,65 @@
+"""Parses the values of options: numbers, sizes, shares and ranges. Each function raises argparse's own error."""
+
+import re
+from argparse import ArgumentTypeError
+from typing import Any
+
+
+def parse_number(text: str) -> int:
+    """Parses a whole number. Raises ArgumentTypeError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def parse_positive(text: str) -> int:
+    """Parses a whole number from 1 to 9999. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
+
+
+def parse_share(text: str) -> Any:
+    """Parses a percentage above 0 and up to 100 into a Fraction: `0.5%` -> 1/200. Raises ArgumentTypeError."""
+    # Slow to import, and needed for a sample only.
+    from fractions import Fraction  # noqa: PLC0415
+
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", text.strip())
+    if not found:
+        raise ArgumentTypeError(f"{text!r} is not like 1% or 0.5%")
+    value = Fraction(found[1]) / 100
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"{text!r} is out of range: more than 0%, at most 100%")
+    return value
+
+
+UNITS = {
+    "": 1,
+    **{unit: 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}ib": 1 << 10 * (power + 1) for power, unit in enumerate("kmgt")},
+    **{f"{unit}b": 1000 ** (power + 1) for power, unit in enumerate("kmgt")},
+}
+"""Units of size by name in lower case, in bytes. A single letter is the binary unit."""
+
+
+def parse_size(text: str) -> int:
+    """Parses a size into bytes: `256MiB` -> 268435456, `1.5kB` -> 1500, `12` -> 12. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?\s*([kmgt](?:i?b)?)?", text.strip().lower())
+    if not found:
+        units = "KiB, MiB, GiB, TiB (or K, M, G, T), kB, MB, GB, TB, or none for bytes"
+        raise ArgumentTypeError(f"{text!r} is not a size like 256MiB or 1.5GB; the units are {units}")
+    whole, decimals, unit = found[1], found[2] or "", found[3] or ""
+    size: int = int(whole + decimals) * UNITS[unit] // 10 ** len(decimals)
+    return size
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Parses numbers and ranges: `0-3,7` -> [0, 1, 2, 3, 7]. Raises ArgumentTypeError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise ArgumentTypeError(f"{text!r} is not like 0-3,7")
+        found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    return sorted(found)

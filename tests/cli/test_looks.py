@@ -1,0 +1,167 @@
+"""Looks on a terminal: colours of verdicts, and tables that are too wide for it. Nothing of these in a pipe."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from reshard.cli.main import main
+from reshard.synthetic import SMALL_V3, write_checkpoint
+
+GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("looks") / "source"
+    write_checkpoint(folder, SMALL_V3, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(source: Path) -> Path:
+    target = source.parent / "ranks"
+    assert main(["convert", str(source), str(target), "--mp", "2"]) == 0
+    return target
+
+
+@pytest.fixture
+def damaged(ranks: Path, tmp_path: Path) -> Path:
+    target = shutil.copytree(ranks, tmp_path / "damaged")
+    with (target / "model0-mp2.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    return target
+
+
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    return {**kept, "TERM": "xterm-256color", **changes}
+
+
+def look(*words: object, **changes: str) -> str:
+    """What a command shows on a terminal that is both its standard output and its standard error."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "reshard", *map(str, words)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment(changes)
+    )
+    os.close(theirs)
+    pieces = []
+    while piece := read_piece(ours):
+        pieces.append(piece)
+    os.close(ours)
+    process.wait(timeout=60)
+    return b"".join(pieces).decode().replace("\r\n", "\n")
+
+
+def without_bar(text: str) -> str:
+    """What comes behind the bar of the progress, which has colours of its own and shows the cursor again at its end."""
+    return text.rpartition("\x1b[?25h")[2]
+
+
+def read_piece(descriptor: int) -> bytes:
+    """The next bytes of a terminal; none at its end, which is an error on Linux."""
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:
+        return b""
+
+
+# colours
+
+
+def test_a_proof_is_green_and_problems_and_refusals_are_red(source: Path, ranks: Path, damaged: Path) -> None:
+    assert f"{GREEN}{ranks}: proven against reshard.json{PLAIN}\n2 of 2 rank files" in look("verify", ranks)
+    assert f"{GREEN}{ranks}: proven against {source}{PLAIN}\n" in look("verify", ranks, "--source", source)
+    assert f"{RED}{damaged}: 1 problem{PLAIN}\nmodel0-mp2" in look("verify", damaged)
+    assert look("inspect", source / "none") == (
+        f"{RED}reshard: refused{PLAIN}\n{source / 'none'}: no source\n  found:    No such file or directory\n"
+        "  expected: a folder or a safetensors file\n"
+    )
+
+
+def test_a_sample_proves_nothing_and_has_no_colour(ranks: Path) -> None:
+    text = without_bar(look("verify", ranks, "--sample", "50%"))
+    assert "no difference" in text
+    assert GREEN not in text
+
+
+@pytest.mark.parametrize("changes", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colours_where_they_are_not_wanted(changes: dict[str, str], source: Path, damaged: Path) -> None:
+    for words in (["verify", damaged], ["inspect", source / "none"]):
+        text = look(*words, **changes)
+        assert "1 problem" in text or "refused" in text
+        assert RED not in text
+
+
+def test_an_empty_no_color_switches_nothing_off(source: Path) -> None:
+    assert RED in look("inspect", source / "none", NO_COLOR="")
+
+
+def test_a_pipe_and_json_have_no_escape_sequences(source: Path, ranks: Path, damaged: Path) -> None:
+    for target in (ranks, damaged, source / "none"):
+        command = [sys.executable, "-m", "reshard", "verify", str(target)]
+        done = subprocess.run(
+            command, check=False, capture_output=True, env=environment({"FORCE_COLOR": "1"}), timeout=60
+        )
+        assert b"\x1b" not in done.stdout + done.stderr
+    assert json.loads(without_bar(look("verify", damaged, "--json")))["status"] == "differs"
+
+
+def test_a_name_with_an_escape_sequence_stays_escaped(tmp_path: Path) -> None:
+    text = look("inspect", tmp_path / "ev\x1b[35mil")
+    assert "ev\\x1b[35mil" in text
+    assert "\x1b[35m" not in text
+
+
+# tables
+
+
+def test_a_table_that_is_too_wide_becomes_records(source: Path) -> None:
+    wide = look("plan", source, "--mp", "2", COLUMNS="200")
+    narrow = look("plan", source, "--mp", "2", COLUMNS="60")
+    assert re.search(r"^source tensors +tensors +bytes$", wide, re.MULTILINE)
+    row = re.compile(r"^(dropped|total|used once) +([\d,]+) +([\d,]+)", re.MULTILINE)
+    assert len(row.findall(wide)) == 4, "the total of the files too"
+    for name, tensors, size in row.findall(wide)[1:]:
+        assert f"\n{name}\n    tensors: {tensors}  bytes: {size}" in narrow
+    # The table of files fits.
+    assert re.search(r"^file +tensors +bytes$", narrow, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"), [(["plan", "--mp", "2"], 30), (["plan", "--mp", "2"], 60), (["inspect"], 25)]
+)
+def test_the_records_fit_the_terminal(words: list[str], columns: int, source: Path) -> None:
+    """But for the names, which nothing can shorten."""
+    records = re.findall(r"^    .*$", look(*words, source, COLUMNS=str(columns)), re.MULTILINE)
+    assert len(records) > 3
+    assert [line for line in records if len(line) > columns] == []
+
+
+def test_a_narrow_record_has_a_line_for_each_cell(source: Path) -> None:
+    text = look("plan", source, "--mp", "2", COLUMNS="30")
+    assert re.search(r"^total\n    tensors: [\d,]+\n    bytes: [\d,]+\n    [\d.]+ MiB$", text, re.MULTILINE)
+
+
+def test_a_pipe_keeps_the_whole_table(source: Path) -> None:
+    command = [sys.executable, "-m", "reshard", "plan", str(source), "--mp", "2"]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment({"COLUMNS": "30"}), timeout=60
+    )
+    assert re.search(r"^source tensors +tensors +bytes$", done.stdout, re.MULTILINE)
+
+
+def test_the_width_of_the_terminal_itself_counts(source: Path) -> None:
+    """A new pseudo-terminal says 0 columns: unknown, so nothing is folded."""
+    assert re.search(r"^source tensors +tensors +bytes$", look("plan", source, "--mp", "2"), re.MULTILINE)
