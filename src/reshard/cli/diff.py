@@ -14,6 +14,11 @@ from reshard.text import escape, format_count, format_size, format_table
 MOST_GROUPS = 8
 """At most so many lines of a summary by layer or module: with all of it, a screen."""
 
+VALUES_HEADING = (
+    *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
+    *("NaN in A", "in B", "infinite"),
+)
+
 LONGEST_NAME = 100
 """Of a tensor in a table, in characters."""
 
@@ -106,7 +111,7 @@ def list_groups(title: str, groups: Sequence[GroupDifference], different: int, m
     heading = (title, "tensors", "other values", "unpaired", "rel norm", "cosine", "rmse")
     yield from list_rows(heading, rows, len(differing))
     if same := len(groups) - len(differing):
-        yield f"in {same:,} more all is the same"
+        yield f"{same:,} more without a difference"
 
 
 def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> Iterator[str]:
