@@ -9,7 +9,7 @@ from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
 from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.inspection.diff_groups import GroupDifference
 from reshard.inspection.value_sums import OverallDistance
-from reshard.text import escape, format_count, format_size, format_table
+from reshard.text import escape, format_count, format_size, format_table, shorten_name
 
 MOST_GROUPS = 8
 """At most so many lines of a summary by layer or module: with all of it, a screen."""
@@ -18,9 +18,6 @@ VALUES_HEADING = (
     *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
     *("NaN in A", "in B", "infinite"),
 )
-
-LONGEST_NAME = 100
-"""Of a tensor in a table, in characters."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -155,9 +152,3 @@ def format_share(share: float) -> str:
 def format_number(value: float | None) -> str:
     """Formats a number with three digits; `-` for None."""
     return "-" if value is None else f"{value:.3g}"
-
-
-def shorten_name(name: str) -> str:
-    """Shortens a name for a table cell, and escapes it here already: a line break would end the row."""
-    text = escape(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(name):,} characters)"

@@ -107,6 +107,15 @@ def add_inspect(parser: Parser) -> None:
     """Adds the options of `inspect`."""
     parser.add_argument("path", type=Path, help="a folder of safetensors files in either layout, or one such file")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
+    parser.add_argument(
+        "--tensors",
+        nargs="?",
+        action="append",
+        const="*",
+        default=[],
+        metavar="PATTERN",
+        help="list the tensors, or those of such names, as in '*.mlp.*'; behind the path; repeatable",
+    )
 
 
 def add_verify(parser: Parser) -> None:

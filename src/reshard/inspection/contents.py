@@ -18,6 +18,8 @@ from reshard.formats.huggingface import (
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
+from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_tensors
+from reshard.planning.options import list_patterns
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, match
@@ -63,6 +65,8 @@ class Content:
     """The part of a larger checkpoint that it is, by its manifest; empty if it is whole."""
     notes: tuple[Note, ...] = ()
     """What was left aside or changed while it was read."""
+    listed: tuple[ListedTensor, ...] | None = None
+    """The tensors that were asked for; None if none were."""
 
     def __str__(self) -> str:
         return format_content(self)
@@ -70,15 +74,18 @@ class Content:
     __repr__ = __str__
 
 
-def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
+def inspect_path(path: str | Path, recipe: str | None = None, tensors: Iterable[str] = ()) -> Content:
     """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
 
-        print(reshard.inspect("DeepSeek-V3"))
+        print(reshard.inspect("DeepSeek-V3", tensors="*.mlp.gate_proj.*"))
 
-    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
+    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. The tensors whose
+    names fit one of the shell patterns `tensors` are listed in `Content.listed`. Raises Refused.
     """
-    path = Path(path)
+    path, patterns = Path(path), list_patterns(tensors)
     content = summarize_path(path, recipe)
+    if patterns:
+        content = replace(content, listed=list_tensors(path, patterns, recipe))
     subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 
@@ -213,7 +220,9 @@ def format_content(content: Content) -> str:
         lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", format_table(("dtype", "tensors", "bytes"), rows)]
-    if content.names:
+    if content.listed is not None:
+        lines += ["", format_tensor_list(content.listed)]
+    elif content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
         lines += [
             "",

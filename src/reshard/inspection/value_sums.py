@@ -73,7 +73,8 @@ def join_pieces(pieces: Iterable[PieceSums]) -> ValueSums:
     counts, *columns = zip(*pieces, strict=True)
     is_scaled = any(isinstance(number, Fraction) for column in columns for number in column)
     return ValueSums(
-        sum(counts), *(sum(column, NOTHING) if is_scaled else Fraction(math.fsum(column)) for column in columns)
+        sum(counts),
+        *(sum(map(Fraction, column), NOTHING) if is_scaled else Fraction(math.fsum(column)) for column in columns),
     )
 
 
