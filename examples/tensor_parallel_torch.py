@@ -68,7 +68,8 @@ class Rank:
     def normalize(self, hidden: Tensor, name: str) -> Tensor:
         """A weight that all ranks have whole."""
         scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return hidden * scale * self.weights[f"{name}.weight"]
+        found: Tensor = hidden * scale * self.weights[f"{name}.weight"]
+        return found
 
     # --- the model ---
 

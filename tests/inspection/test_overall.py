@@ -14,7 +14,15 @@ import torch
 from families import write_small
 from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
-from test_diff import FLOATS, INTEGERS, LARGEST, SIZES, data_of, numbers_of, write
+from test_diff import (  # type: ignore[import-not-found]
+    FLOATS,
+    INTEGERS,
+    LARGEST,
+    SIZES,
+    data_of,
+    numbers_of,
+    write,
+)
 from torch import Tensor
 
 from reshard.cli.main import main
@@ -43,7 +51,7 @@ def expected_overall(one: bytes, other: bytes, dtype: str) -> OverallDistance:
     ]
     flat: list[tuple[Fraction, Fraction]] = []
     for x, y in pairs:
-        both = ((x.real, y.real), (x.imag, y.imag)) if isinstance(x, complex) else ((x, y),)
+        both: Any = ((x.real, y.real), (x.imag, y.imag)) if isinstance(x, complex) else ((x, y),)
         flat += [(Fraction(float(a)) if isinstance(a, float) else Fraction(a), Fraction(b)) for a, b in both]
     squares = sum((a * a for a, _ in flat), Fraction(0)), sum((b * b for _, b in flat), Fraction(0))
     product = sum((a * b for a, b in flat), Fraction(0))
@@ -223,7 +231,8 @@ def test_rank_files_are_measured_as_the_whole_tensors(llama: Callable[[], DiffRe
     report = llama()
     assert len(report.values) > 3
     folder = Path(report.a)
-    one, other = ({} for _ in range(2))
+    one: dict[str, Tensor] = {}
+    other: dict[str, Tensor] = {}
     for side, tensors in ((folder, one), (folder.parent / "b", other)):
         for path in side.glob("*.safetensors"):
             tensors.update(load_file(path))

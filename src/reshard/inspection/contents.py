@@ -18,7 +18,7 @@ from reshard.formats.huggingface import (
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
-from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_tensors
+from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
 from reshard.planning.options import list_patterns
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
@@ -85,7 +85,7 @@ def inspect_path(path: str | Path, recipe: str | None = None, tensors: Iterable[
     path, patterns = Path(path), list_patterns(tensors)
     content = summarize_path(path, recipe)
     if patterns:
-        content = replace(content, listed=list_tensors(path, patterns, recipe))
+        content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
     subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 

@@ -31,7 +31,7 @@ from reshard.inspection.tensor_pairs import (
     read_diff_side,
 )
 from reshard.inspection.value_distance import RangeDistance, ValueDistance, count_elements, measure_range, merge_ranges
-from reshard.inspection.value_sums import OverallDistance, ValueSums, measure_overall, rank_overall
+from reshard.inspection.value_sums import OverallDistance, ValueSums, compute_overall_rank, measure_overall
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import count_progress, run_in_threads
@@ -170,7 +170,7 @@ def make_difference_key(difference: ValueDifference) -> tuple[bool, float, float
     """The sort key of a difference: larger is more different."""
     apart = difference.apart
     odd = apart.infinite > 0 or apart.nans != (0, 0)
-    return odd, rank_overall(difference.overall), apart.different / difference.elements
+    return odd, compute_overall_rank(difference.overall), apart.different / difference.elements
 
 
 class PairRange(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from reshard.inspection.value_distance import RangeDistance
-from reshard.inspection.value_sums import OverallDistance, add_sums, measure_overall, rank_overall
+from reshard.inspection.value_sums import OverallDistance, add_sums, compute_overall_rank, measure_overall
 from reshard.recipes.patterns import NUMBER, split_name
 
 
@@ -44,7 +44,7 @@ def group_differences(
     return tuple(
         sorted(
             (summarize_group(name, found, lacking.get(name, 0)) for name, found in groups.items()),
-            key=lambda group: (not group.is_same, rank_overall(group.overall), group.unpaired),
+            key=lambda group: (not group.is_same, compute_overall_rank(group.overall), group.unpaired),
             reverse=True,
         )
     )

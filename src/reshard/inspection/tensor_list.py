@@ -11,6 +11,7 @@ from shlex import quote
 from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import INDEX, list_safetensors_files, read_headers
+from reshard.formats.recognition import split_numbers
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.rank_names import find_rank_names
@@ -32,7 +33,7 @@ class ListedTensor:
     file: str
 
 
-def list_tensors(path: Path, patterns: Sequence[str], recipe: str | None) -> tuple[ListedTensor, ...]:
+def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None) -> tuple[ListedTensor, ...]:
     """The tensors whose names fit one of the shell `patterns`, layer 2 before layer 10; those of rank files are listed
     file by file for each name. Raises Refused for a pattern that fits none.
     """
@@ -71,11 +72,6 @@ def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
         ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, stored.files[found.file].name)
         for found in stored.tensors
     ]
-
-
-def split_numbers(text: str) -> list[tuple[int, str]]:
-    """A sort key by which `layers.2` comes before `layers.10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,18})", text)]
 
 
 def suggest_names(pattern: str, names: Iterable[str]) -> tuple[str, str]:

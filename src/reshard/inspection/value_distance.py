@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from reshard.casts.code_tables import decode_scales, make_fp8_values
 from reshard.formats.safetensors import BITS
-from reshard.inspection.value_sums import LARGEST_FLOAT64, PieceSums, ValueSums, add_sums, join_pieces, sum_values
+from reshard.inspection.value_sums import (
+    LARGEST_FLOAT64,
+    PieceSums,
+    ValueSums,
+    add_sums,
+    compute_value_sums,
+    join_pieces,
+)
 
 ValueBytes = NDArray[np.uint8]
 
@@ -93,7 +100,7 @@ def measure_range(one: ValueBytes, other: ValueBytes, dtype: str, start: int) ->
     chunk = MEASURED_CODES if pairs is not None else MEASURED_ELEMENTS * max(BITS[dtype] // 8, 1)
     for begin in range(0, len(one), chunk):
         x, y = (view_codes(side[begin : begin + chunk], dtype) for side in (one, other))
-        apart = locate_differences(x, y, start + count_elements(begin, dtype), found)
+        apart = find_differing_elements(x, y, start + count_elements(begin, dtype), found)
         if pairs is not None:
             pairs += count_code_pairs(x, y, len(pairs))
         elif BITS[dtype] != 6:
@@ -107,7 +114,7 @@ def measure_range(one: ValueBytes, other: ValueBytes, dtype: str, start: int) ->
     return RangeDistance(found, join_pieces(pieces) if pieces else ValueSums())
 
 
-def locate_differences(x: AnyArray, y: AnyArray, start: int, before: ValueDistance | None) -> ValueDistance | None:
+def find_differing_elements(x: AnyArray, y: AnyArray, start: int, before: ValueDistance | None) -> ValueDistance | None:
     """Counts the elements whose bits differ, and finds the first and the last; None if there is none. Takes over the
     largest relative difference that was found `before`.
     """
@@ -168,7 +175,7 @@ def measure_values(
         one = decode_values(x, dtype)
         other = one if apart is None else decode_values(y, dtype)
         absolute = compute_differences(x, y, one, other, dtype)
-        sums = sum_values(one, other, absolute, times, is_wide=dtype == "F64")
+        sums = compute_value_sums(one, other, absolute, times, is_wide=dtype == "F64")
         if apart is None:
             return None, sums
         largest = float(absolute.max())

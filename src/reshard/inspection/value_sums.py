@@ -39,7 +39,9 @@ class ValueSums(NamedTuple):
     """Of the squares of the differences."""
 
 
-PieceSums = tuple[int, float, float, float, float] | tuple[int, Fraction, Fraction, Fraction, Fraction]
+Sum = float | Fraction
+
+PieceSums = tuple[int, Sum, Sum, Sum, Sum]
 """As ValueSums, of one piece of a tensor."""
 
 
@@ -64,7 +66,13 @@ def add_sums(every: Iterable[ValueSums]) -> ValueSums:
     """Adds the sums of several pieces or tensors, exactly."""
     total = ValueSums()
     for sums in every:
-        total = ValueSums(*(one + other for one, other in zip(total, sums, strict=True)))
+        total = ValueSums(
+            total.finite + sums.finite,
+            total.a + sums.a,
+            total.b + sums.b,
+            total.product + sums.product,
+            total.difference + sums.difference,
+        )
     return total
 
 
@@ -78,13 +86,15 @@ def join_pieces(pieces: Iterable[PieceSums]) -> ValueSums:
     )
 
 
-def sum_values(one: Values, other: Values, absolute: Values, times: Values | None, *, is_wide: bool) -> PieceSums:
+def compute_value_sums(
+    one: Values, other: Values, absolute: Values, times: Values | None, *, is_wide: bool
+) -> PieceSums:
     """Sums over two arrays of values and their absolute differences; `times` is how often each pair occurs.
 
     `is_wide` says that squares may be too large or small for float64: then each sum is scaled. Changes no array.
     """
     counts = None if times is None else times.astype(np.float64)
-    sums = sum_products(one, other, absolute, counts)
+    sums = compute_product_sums(one, other, absolute, counts)
     squares = (sums[0], sums[1], sums[3])
     if all(map(math.isfinite, squares)) and not (is_wide and min(squares) < SMALLEST_SQUARES):
         return (len(one) if times is None else int(times.sum()), *sums)  # nearly always
@@ -93,22 +103,22 @@ def sum_values(one: Values, other: Values, absolute: Values, times: Values | Non
     absolute = np.where(finite, np.minimum(absolute, LARGEST_FLOAT64), 0)
     count = int(np.count_nonzero(finite) if times is None else times[finite].sum())
     if is_wide:
-        pairs = ((one, one), (other, other), (one, other), (absolute, absolute))
-        return (count, *(sum_scaled(x, y) for x, y in pairs))
-    return (count, *sum_products(one, other, absolute, counts))
+        dot = compute_scaled_dot
+        return count, dot(one, one), dot(other, other), dot(one, other), dot(absolute, absolute)
+    return (count, *compute_product_sums(one, other, absolute, counts))
 
 
-def sum_products(
+def compute_product_sums(
     one: Values, other: Values, absolute: Values, counts: Values | None
 ) -> tuple[float, float, float, float]:
     """The four sums of `ValueSums`, in float64."""
     if one.dtype == np.complex128:
         one, other = one.view(np.float64), other.view(np.float64)
-    pairs = ((one, one), (other, other), (one, other), (absolute, absolute))
-    return tuple(sum_flat(x if counts is None else x * counts, y) for x, y in pairs)
+    left, right, apart = (one, other, absolute) if counts is None else (one * counts, other * counts, absolute * counts)
+    return compute_dot(left, one), compute_dot(right, other), compute_dot(left, other), compute_dot(apart, absolute)
 
 
-def sum_flat(x: Values, y: Values) -> float:
+def compute_dot(x: Values, y: Values) -> float:
     """The sum of products, of so few at once that `np.dot` starts no threads of its own beside ours."""
     return sum(
         float(np.dot(x[place : place + MOST_DOTTED], y[place : place + MOST_DOTTED]))
@@ -116,11 +126,11 @@ def sum_flat(x: Values, y: Values) -> float:
     )
 
 
-def sum_scaled(x: Values, y: Values) -> Fraction:
+def compute_scaled_dot(x: Values, y: Values) -> Fraction:
     """The sum of products of values of any size: both sides are scaled by a power of two to at most 1."""
     powers = [int(np.frexp(np.abs(side).max(initial=0))[1]) for side in (x, y)]
     scaled = (np.ldexp(side, -power) for side, power in zip((x, y), powers, strict=True))
-    return Fraction(sum_flat(*scaled)) * Fraction(2) ** sum(powers)
+    return Fraction(compute_dot(*scaled)) * Fraction(2) ** sum(powers)
 
 
 def measure_overall(sums: ValueSums) -> OverallDistance:
@@ -138,7 +148,7 @@ def measure_overall(sums: ValueSums) -> OverallDistance:
     return OverallDistance(sums.finite, take_root(sums.difference / sums.finite), relative, cosine)
 
 
-def rank_overall(overall: OverallDistance) -> float:
+def compute_overall_rank(overall: OverallDistance) -> float:
     """A number by which to sort: larger is more different."""
     if overall.relative_norm is None:
         return math.inf if overall.rmse else 0
