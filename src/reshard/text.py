@@ -8,6 +8,9 @@ from contextlib import suppress
 LONGEST_SHOWN = 2_000
 """In characters, of one shown field of a problem: a name in a hostile file may have millions."""
 
+LONGEST_NAME = 100
+"""Of a tensor in a table, in characters."""
+
 SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -26,6 +29,12 @@ def escape_and_clip(text: str) -> str:
     if len(text) > LONGEST_SHOWN:
         text = f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
     return escape(text)
+
+
+def shorten_name(name: str) -> str:
+    """Shortens a name for a table cell, and escapes it here already: a line break would end the row."""
+    text = escape(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(name):,} characters)"
 
 
 def format_list(names: Iterable[str], most: int = 6) -> str:

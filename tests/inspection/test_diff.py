@@ -743,6 +743,7 @@ def test_the_command_exits_with_1_and_says_what_differs(tmp_path: Path, capsys: 
     sides = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
     assert main(["diff", *sides, "--show", "4"]) == 1
     text = capsys.readouterr().out
+    assert text.startswith("different: 32 of 32 tensors differ; the largest relative norm of a difference is 837 % in ")
     assert "... and 26 more" in text
     assert text.index("layers.29.weight") < text.index("layers.28.weight")
     assert "layers.20.weight" not in text
@@ -764,6 +765,12 @@ def test_the_command_exits_with_1_and_says_what_differs(tmp_path: Path, capsys: 
             "infinite": 1,
             "max_absolute": 29.0,
             "max_relative": 29 / 31,
+        },
+        "overall": {
+            "finite": 3,
+            "rmse": pytest.approx(29 / math.sqrt(3)),
+            "relative_norm": pytest.approx(29 / math.sqrt(12)),
+            "cosine": pytest.approx((4 + 4 + 62) / math.sqrt(12 * (4 + 4 + 31**2))),
         },
     }
 

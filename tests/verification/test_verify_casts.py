@@ -200,6 +200,38 @@ def test_the_command_proves_it(name: str, good: Callable[[str], Made], capsys: p
 
 
 @pytest.mark.parametrize(
+    ("name", "codes", "each", "cast", "words"),
+    [
+        ("v3 whole bf16", "v3 whole", 1, "dequantize", "dequantized to BF16"),
+        ("glm whole ue8m0", "", 2, "quantize-ue8m0", "quantized to FP8, with powers of two as scales"),
+        ("glm fp8", "", 2, "quantize", "quantized to FP8"),
+    ],
+)
+def test_a_report_tells_what_was_cast_from_what_was_kept(
+    name: str, codes: str, each: int, cast: str, words: str, good: Callable[[str], Made]
+) -> None:
+    """As many are cast as there are tensors of FP8 codes in the target, or in one without the cast; with new scales."""
+    dtypes = {case: dtypes_of(good(case).target) for case in (name, codes or name)}
+    count = each * dtypes[codes or name].count(torch.float8_e4m3fn)
+    report = verify(good(name))
+    assert report.casts == {cast: count}
+    lines = str(report).split("\n")
+    assert "all equal" not in str(report)
+    assert f"{len(dtypes[name]) - count:,} tensors equal to the source" in lines
+    assert f"{count:,} tensors as the cast should give: {words}" in lines
+
+
+def dtypes_of(folder: Path) -> list[torch.dtype]:
+    return [tensor.dtype for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
+
+
+def test_without_a_cast_all_is_equal_to_the_source(good: Callable[[str], Made]) -> None:
+    report = verify(good("v3 mtp"))
+    assert report.casts == {}
+    assert str(report).endswith("all equal")
+
+
+@pytest.mark.parametrize(
     ("family", "ranks", "convert"),
     [
         ("deepseek-v4-flash", 2, oracle_families.convert_v4),

@@ -1,18 +1,27 @@
 """Runs the command `diff`."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from reshard import api
 from reshard.cli.outcome import PROBLEMS, PROVEN
+from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.terminal import print_json, show_progress
 from reshard.inspection.diff import DiffReport, ValueDifference
+from reshard.inspection.diff_groups import GroupDifference
+from reshard.inspection.value_sums import OverallDistance
 from reshard.planning.plan import describe_notes
-from reshard.text import escape, format_size, format_table
+from reshard.text import escape, format_count, format_size, format_table, shorten_name
 
-LONGEST_NAME = 100
-"""Of a tensor in a table, in characters."""
+MOST_GROUPS = 8
+"""At most so many lines of a summary by layer or module: with all of it, a screen."""
+
+VALUES_HEADING = (
+    *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
+    *("NaN in A", "in B", "infinite"),
+)
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -32,30 +41,79 @@ def run_diff(options: argparse.Namespace) -> int:
         notes = [note._asdict() for note in report.notes]
         print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
     else:
-        print("\n".join(map(escape, describe_diff(report, options.show))))
+        text = "\n".join(map(escape, describe_diff(report, options.show)))
+        print(paint(text, GREEN if report.is_same else RED, sys.stdout))
     return PROVEN if report.is_same else PROBLEMS
 
 
 def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
-    """Describes a report: a summary, then a table of each kind of difference with at most `most` rows."""
+    """Describes a report: the verdict, a summary, then tables of the differences with at most `most` rows each."""
+    yield describe_verdict(report)
     for side, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True):
         yield f"{side}: {path}, {f'rank files by the recipe {recipe}' if recipe else 'by its own names'}"
     yield from describe_notes(report.notes)
     yield f"compared {report.compared:,} bytes of each ({format_size(report.compared)})"
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
-    yield from (f"note: {note.text}" for note in report.notes)
     yield ""
     rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
     yield from format_table(("", "tensors"), rows).split("\n")
-    heading = ("other values", "dtype", "elements", "differ", "max abs", "max rel", "NaN in A", "in B", "infinite")
+    few = min(most, MOST_GROUPS)
+    yield from list_groups("by layer", report.layers, report.different, few)
+    yield from list_groups("by module, # is a number", report.modules, report.different, few)
+    heading = (
+        "other values",
+        "dtype",
+        "differ",
+        "rel norm",
+        "cosine",
+        "rmse",
+        "max abs",
+        "max rel",
+        "NaN in A",
+        "in B",
+    )
     yield from list_rows(
-        heading, [format_value_difference(difference) for difference in report.values[:most]], len(report.values)
+        (*heading, "infinite"), [format_value_difference(found) for found in report.values[:most]], len(report.values)
     )
     kinds = [(shorten_name(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]
     yield from list_rows(("other dtype or shape", "A", "B"), kinds, len(report.kinds))
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         yield from list_rows((f"only in {side}",), [(shorten_name(name),) for name in names[:most]], len(names))
+
+
+def describe_verdict(report: DiffReport) -> str:
+    """Describes a report in one line."""
+    if report.is_same:
+        return f"same: {format_count(report.same, 'tensors')}, equal bit by bit"
+    total = report.same + report.different
+    verb = "differs" if report.different == 1 else "differ"
+    text = f"different: {report.different:,} of {format_count(total, 'tensors')} {verb}"
+    if worst := report.worst:
+        share = format_share(worst.overall.relative_norm or 0)
+        text += f"; the largest relative norm of a difference is {share} in {shorten_name(worst.name)}"
+    return text
+
+
+def list_groups(title: str, groups: Sequence[GroupDifference], different: int, most: int) -> Iterator[str]:
+    """Lists the groups that differ as a table; nothing where it would be no shorter than a table of tensors."""
+    differing = [group for group in groups if not group.is_same]
+    if len(differing) >= different:
+        return
+    rows = [
+        (
+            shorten_name(group.name) or "in no layer",
+            f"{group.tensors:,}",
+            f"{group.different:,}",
+            f"{group.unpaired:,}",
+            *format_overall(group.overall),
+        )
+        for group in differing[:most]
+    ]
+    heading = (title, "tensors", "other values", "unpaired", "rel norm", "cosine", "rmse")
+    yield from list_rows(heading, rows, len(differing))
+    if same := len(groups) - len(differing):
+        yield f"{same:,} more without a difference"
 
 
 def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> Iterator[str]:
@@ -74,8 +132,8 @@ def format_value_difference(difference: ValueDifference) -> Sequence[str]:
     return (
         shorten_name(difference.name),
         difference.dtype,
-        f"{difference.elements:,}",
-        f"{apart.different:,}",
+        format_share(apart.different / difference.elements),
+        *format_overall(difference.overall),
         format_number(apart.max_absolute),
         format_number(apart.max_relative),
         f"{apart.nans[0]:,}",
@@ -84,12 +142,18 @@ def format_value_difference(difference: ValueDifference) -> Sequence[str]:
     )
 
 
+def format_overall(overall: OverallDistance) -> Sequence[str]:
+    """Formats relative norm, cosine and root mean square error as three cells."""
+    relative = "-" if overall.relative_norm is None else format_share(overall.relative_norm)
+    cosine = "-" if overall.cosine is None else f"{overall.cosine:.6f}"
+    return relative, cosine, format_number(overall.rmse)
+
+
+def format_share(share: float) -> str:
+    """Formats a share as a percentage with two digits or more: `0.31 %`, `150 %`, `3e-06 %`."""
+    return f"{100 * share:.3g} %" if share < 10 else f"{100 * share:.0f} %" if share < 1e4 else f"{share:.3g} times"
+
+
 def format_number(value: float | None) -> str:
     """Formats a number with three digits; `-` for None."""
     return "-" if value is None else f"{value:.3g}"
-
-
-def shorten_name(name: str) -> str:
-    """Shortens a name for a table cell, and escapes it here already: a line break would end the row."""
-    text = escape(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(name):,} characters)"

@@ -16,7 +16,7 @@ from reshard.text import escape, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    content = inspect_path(options.path, options.recipe)
+    content = inspect_path(options.path, options.recipe, options.tensors, ignore_extra_files=options.ignore_extra_files)
     if options.json:
         print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:

@@ -128,6 +128,20 @@ def add_inspect(parser: Parser) -> None:
         "path", type=Path, metavar="PATH", help="A folder of safetensors files in either layout, or one such file."
     )
     what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    what.add_argument(
+        "--ignore-extra-files",
+        action="store_true",
+        help="Leave out files and tensors that are not of the checkpoint.",
+    )
+    what.add_argument(
+        "--tensors",
+        nargs="?",
+        action="append",
+        const="*",
+        default=[],
+        metavar="PATTERN",
+        help="List the tensors, or those of such names, as in '*.mlp.*'. It stands behind the path and can be repeated.",
+    )
 
 
 def add_verify(parser: Parser) -> None:

@@ -18,6 +18,8 @@ from reshard.formats.huggingface import (
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
+from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
+from reshard.planning.options import list_patterns
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.fitted_names import match_or_rename
@@ -64,6 +66,8 @@ class Content:
     """The part of a larger checkpoint that it is, by its manifest; empty if it is whole."""
     notes: tuple[Note, ...] = ()
     """What was left aside or changed while it was read."""
+    listed: tuple[ListedTensor, ...] | None = None
+    """The tensors that were asked for; None if none were."""
 
     def __str__(self) -> str:
         return format_content(self)
@@ -71,20 +75,26 @@ class Content:
     __repr__ = __str__
 
 
-def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
+def inspect_path(
+    path: str | Path, recipe: str | None = None, tensors: Iterable[str] = (), *, ignore_extra_files: bool = False
+) -> Content:
     """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
 
-        print(reshard.inspect("DeepSeek-V3"))
+        print(reshard.inspect("DeepSeek-V3", tensors="*.mlp.gate_proj.*"))
 
-    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
+    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. The tensors whose
+    names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
+    `convert`. Raises Refused.
     """
-    path = Path(path)
-    content = summarize_path(path, recipe)
+    path, patterns = Path(path), list_patterns(tensors)
+    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files)
+    if patterns:
+        content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
     subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 
 
-def summarize_path(path: Path, recipe: str | None) -> Content:
+def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) -> Content:
     require_finished(path)
     recipes = list_recipes_to_try(recipe)
     if path.is_dir() and (names := find_rank_names(path, list_safetensors_files(path), recipes)):
@@ -96,8 +106,9 @@ def summarize_path(path: Path, recipe: str | None) -> Content:
     if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
         return make_content(path, read_headers(path, list_safetensors_files(path)), "", "", 0, {}, remark)
-    is_indexed = (path / INDEX).is_file()  # then its note names the files that are extra, which is all that is asked
-    checkpoint = read_checkpoint(path, ignore_extra_files=is_indexed) if path.is_dir() else read_file(path)
+    # With an index a note names the files that are extra, which is all that is asked.
+    is_free = ignore_extra_files or (path / INDEX).is_file()
+    checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         fitted = match_or_rename(checkpoint, recipes, is_asked=False)
@@ -215,7 +226,9 @@ def format_content(content: Content) -> str:
         lines.append(f"made with {', '.join(words)}, by {MANIFEST}")
     rows = [(dtype, f"{count:,}", f"{size:,}") for dtype, (count, size) in content.dtypes.items()]
     lines += ["", format_table(("dtype", "tensors", "bytes"), rows)]
-    if content.names:
+    if content.listed is not None:
+        lines += ["", format_tensor_list(content.listed)]
+    elif content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
         lines += [
             "",

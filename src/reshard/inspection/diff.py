@@ -5,7 +5,7 @@ the names of one side differ in, they are changed. Configs, metadata and
 tokenizers are not compared. Memory is the buffers of a few threads, whatever the size of the tensors.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
 from reshard.execution.reader import SCALES_SIZE, OpenFiles, WorkerBuffers, make_reader
 from reshard.execution.windows import WINDOW_SIZE
+from reshard.inspection.diff_groups import GroupDifference, group_differences, name_layer, name_module
 from reshard.inspection.tensor_pairs import (
     DiffChoice,
     DiffSide,
@@ -31,7 +32,8 @@ from reshard.inspection.tensor_pairs import (
     read_diff_side,
     rename_to_pair,
 )
-from reshard.inspection.value_distance import ValueDistance, count_elements, measure_distance, merge_distances
+from reshard.inspection.value_distance import RangeDistance, ValueDistance, count_elements, measure_range, merge_ranges
+from reshard.inspection.value_sums import OverallDistance, ValueSums, compute_overall_rank, measure_overall
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import count_progress, run_in_threads
@@ -53,6 +55,9 @@ class ValueDifference:
     """The dtype of the compared elements: F4 for packed I8, BF16 for dequantized weights."""
     elements: int
     apart: ValueDistance
+    """Of the elements that differ."""
+    overall: OverallDistance
+    """Of the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,10 +76,14 @@ class DiffReport:
     dequantized: int
     """The number of tensors that were dequantized to be compared, equal or not."""
     values: tuple[ValueDifference, ...]
-    """The most different first: with NaNs and infinities, then by the largest relative difference."""
+    """The most different first: with NaNs and infinities, then by the relative norm."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    layers: tuple[GroupDifference, ...]
+    """All layers, and what is in none, the most different first."""
+    modules: tuple[GroupDifference, ...]
+    """All tensors by their names without the numbers, the most different first."""
     notes: tuple[Note, ...] = ()
     """What was left aside of a side, which is named first; and that names were changed to be compared."""
 
@@ -82,6 +91,16 @@ class DiffReport:
     def is_same(self) -> bool:
         """Whether there is no difference at all."""
         return not (self.values or self.kinds or self.only_a or self.only_b)
+
+    @property
+    def different(self) -> int:
+        """The number of tensors that are not equal, or on one side only."""
+        return len(self.values) + len(self.kinds) + len(self.only_a) + len(self.only_b)
+
+    @property
+    def worst(self) -> ValueDifference | None:
+        """The first of `values` whose relative norm is known."""
+        return next((found for found in self.values if found.overall.relative_norm is not None), None)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -115,13 +134,9 @@ def diff_checkpoints(
     sides, notes = rename_to_pair(one, other)
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
-    found = compare_pairs(pairing, sides, size, count_progress(progress, size))
-    values = [
-        ValueDifference(pair.name, pair.dtype, count_elements(get_result(pair.a).size, pair.dtype), found[pair.name])
-        for pair in pairing.pairs
-        if pair.name in found
-    ]
-    values.sort(key=make_difference_key, reverse=True)
+    found = compare_pairs(pairing, sides, size, progress)
+    values = list_differences(pairing.pairs, found)
+    unpaired = [*(kind.name for kind in pairing.kinds), *pairing.only_a, *pairing.only_b]
     return DiffReport(
         str(a),
         str(b),
@@ -129,10 +144,12 @@ def diff_checkpoints(
         len(pairing.pairs) - len(values),
         size,
         pairing.dequantized,
-        tuple(values),
+        values,
         pairing.kinds,
         pairing.only_a,
         pairing.only_b,
+        group_differences(name_layer, found, unpaired),
+        group_differences(name_module, found, unpaired),
         (*notes, *note_sides(sides)),
     )
 
@@ -143,11 +160,22 @@ def note_sides(sides: Iterable[DiffSide]) -> Iterator[Note]:
         yield from (Note(note.kind, f"{name}: {note.text}") for note in side.checkpoint.notes)
 
 
+def list_differences(pairs: Iterable[TensorPair], found: Mapping[str, RangeDistance]) -> tuple[ValueDifference, ...]:
+    """Lists the tensors with other values, the most different first."""
+    values = []
+    for pair in pairs:
+        apart, sums = found[pair.name]
+        if apart:
+            elements = count_elements(get_result(pair.a).size, pair.dtype)
+            values.append(ValueDifference(pair.name, pair.dtype, elements, apart, measure_overall(sums)))
+    return tuple(sorted(values, key=make_difference_key, reverse=True))
+
+
 def make_difference_key(difference: ValueDifference) -> tuple[bool, float, float]:
     """The sort key of a difference: larger is more different."""
     apart = difference.apart
     odd = apart.infinite > 0 or apart.nans != (0, 0)
-    return odd, apart.max_relative or 0, apart.different / difference.elements
+    return odd, compute_overall_rank(difference.overall), apart.different / difference.elements
 
 
 class PairRange(NamedTuple):
@@ -156,41 +184,76 @@ class PairRange(NamedTuple):
     pair: TensorPair
     offset: int
     size: int
+    is_equal: bool = False
+    """Whether both sides are known to be equal there: then only side A is read, to measure the values of both."""
 
 
-def compare_pairs(pairing: Pairing, sides: Sequence[DiffSide], size: int, advance: Advance) -> dict[str, ValueDistance]:
-    """Compares all pairs, of `size` bytes on a side; returns the differences by name."""
-    found: dict[str, ValueDistance] = {}
-    lock = Lock()
+class Comparer:
+    """Compares byte ranges of tensors, in several threads, and collects what is found of each tensor."""
+
+    def __init__(self, files: Sequence[OpenFiles], pairs: Sequence[TensorPair]) -> None:
+        self.found = {pair.name: RangeDistance(None, ValueSums()) for pair in pairs}
+        self._files = files
+        self._lock = Lock()
+        self._equal: dict[str, list[int]] = {pair.name: [] for pair in pairs}
+
+    def compare(self, pieces: Iterable[PairRange], advance: Advance) -> None:
+        """Compares byte ranges. Equal ones are not measured, unless their tensor is known to differ elsewhere."""
+        jobs = max(choose_reading_threads(side.ways) for side in self._files)
+        run_in_threads(iter(pieces), lambda: self._make_worker(advance), jobs)
+
+    def list_unmeasured(self, pairs: Iterable[TensorPair]) -> list[PairRange]:
+        """The equal byte ranges of tensors that differ elsewhere: the measures of the whole need their values too."""
+        return [
+            cut_range(pair, offset)._replace(is_equal=True)
+            for pair in pairs
+            if self.found[pair.name].apart
+            for offset in self._equal[pair.name]
+        ]
+
+    def _make_worker(self, advance: Advance) -> Callable[[PairRange], None]:
+        readers = [SideReader(side) for side in self._files]
+
+        def work(piece: PairRange) -> None:
+            name = piece.pair.name
+            found = compare_pair_range(piece, readers, must_measure=self.found[name].apart is not None)
+            with self._lock:
+                if found:
+                    self.found[name] = merge_ranges(self.found[name], found)
+                else:
+                    self._equal[name].append(piece.offset)
+            advance(piece.size)
+
+        return work
+
+
+def compare_pairs(
+    pairing: Pairing, sides: Sequence[DiffSide], size: int, progress: Progress | None
+) -> dict[str, RangeDistance]:
+    """Compares all pairs, of `size` bytes on a side; returns the measures by name."""
     if pairing.dequantized:
         choose_recode()  # here, for it may import numba, and that from one thread only
     with ExitStack() as stack:
-        files = [open_side(stack, side, 2 * size) for side in sides]
-
-        def make_worker() -> Callable[[PairRange], None]:
-            readers = [SideReader(side) for side in files]
-
-            def work(piece: PairRange) -> None:
-                apart = compare_pair_range(piece, readers)
-                if apart:
-                    with lock:
-                        found[piece.pair.name] = merge_distances(found.get(piece.pair.name), apart)
-                advance(piece.size)
-
-            return work
-
-        run_in_threads(
-            split_pairs(pairing.pairs), make_worker, max(choose_reading_threads(side.ways) for side in files)
-        )
-    return found
+        comparer = Comparer([open_side(stack, side, 2 * size) for side in sides], pairing.pairs)
+        comparer.compare(split_pairs(pairing.pairs), count_progress(progress, size))
+        if rest := comparer.list_unmeasured(pairing.pairs):
+            again = sum(piece.size for piece in rest)
+            comparer.compare(
+                rest, count_progress(progress and (lambda done, _: progress(size + done, size + again)), again)
+            )
+    return comparer.found
 
 
 def split_pairs(pairs: Sequence[TensorPair]) -> Iterator[PairRange]:
     """Splits all pairs into byte ranges of WINDOW_SIZE, in the order of the first side on disk."""
     for pair in sorted(pairs, key=lambda pair: get_first_position(pair.a)):
-        size = get_result(pair.a).size
-        for offset in range(0, size, WINDOW_SIZE):
-            yield PairRange(pair, offset, min(WINDOW_SIZE, size - offset))
+        for offset in range(0, get_result(pair.a).size, WINDOW_SIZE):
+            yield cut_range(pair, offset)
+
+
+def cut_range(pair: TensorPair, offset: int) -> PairRange:
+    """The byte range of a window from `offset` on."""
+    return PairRange(pair, offset, min(WINDOW_SIZE, get_result(pair.a).size - offset))
 
 
 def get_first_position(operand: Tensor | Cast) -> tuple[int, int]:
@@ -225,10 +288,11 @@ class SideReader:
         return np.frombuffer(self._result[:size], np.uint8)
 
 
-def compare_pair_range(piece: PairRange, readers: Sequence[SideReader]) -> ValueDistance | None:
-    """Measures how far the two sides of a byte range differ; None if they are equal."""
-    pair, offset, size = piece
-    one, other = readers[0].read(pair.a, offset, size), readers[1].read(pair.b, offset, size)
-    if has_equal_bytes(one, other):
+def compare_pair_range(piece: PairRange, readers: Sequence[SideReader], *, must_measure: bool) -> RangeDistance | None:
+    """Measures how far the two sides of a byte range differ; None if they are equal and need not be measured."""
+    pair, offset, size, is_equal = piece
+    one = readers[0].read(pair.a, offset, size)
+    other = one if is_equal else readers[1].read(pair.b, offset, size)
+    if not must_measure and has_equal_bytes(one, other):
         return None
-    return measure_distance(one, other, pair.dtype, count_elements(offset, pair.dtype))
+    return measure_range(one, other, pair.dtype, count_elements(offset, pair.dtype))

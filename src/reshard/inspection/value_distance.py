@@ -7,13 +7,21 @@ computed as integers.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reshard.casts.code_tables import decode_scales, make_fp8_values
 from reshard.formats.safetensors import BITS
+from reshard.inspection.value_sums import (
+    LARGEST_FLOAT64,
+    PieceSums,
+    ValueSums,
+    add_sums,
+    compute_value_sums,
+    join_pieces,
+)
 
 ValueBytes = NDArray[np.uint8]
 
@@ -21,10 +29,11 @@ AnyArray = NDArray[Any]
 
 Float64s = NDArray[np.float64]
 
-MEASURE_CHUNK = 1 << 16
-"""In bytes: so many are compared at once, so that intermediate arrays stay in the processor's cache."""
+MEASURED_ELEMENTS = 1 << 14
+"""So many are compared at once, so that intermediate arrays of float64 stay in the processor's cache."""
 
-LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
+MEASURED_CODES = 1 << 17
+"""In bytes: so many codes of 4 or 8 bits are counted at once."""
 
 NATIVE_DTYPES: Mapping[str, Any] = {
     "BOOL": np.uint8,
@@ -45,6 +54,9 @@ NATIVE_DTYPES: Mapping[str, Any] = {
 
 FLOATS_OF_8_BITS = {"F8_E5M2": (5, 15), "F8_E4M3FNUZ": (4, 8), "F8_E5M2FNUZ": (5, 16)}
 """The bits of the exponent, and its bias."""
+
+SIGNED_FLOATS = ("BF16", "F16", "F32", "F64")
+"""The dtypes of more than 8 bits whose first bit is the sign of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,45 +84,60 @@ def count_elements(size: int, dtype: str) -> int:
     return size if BITS[dtype] == 6 else size * 8 // BITS[dtype]
 
 
-def measure_distance(one: ValueBytes, other: ValueBytes, dtype: str, start: int) -> ValueDistance | None:
-    """Measures how far two arrays of bytes differ as elements of a dtype; the first element has the index `start`. None
-    if they are equal.
-    """
-    found = None
+class RangeDistance(NamedTuple):
+    """The measures of a byte range of two tensors."""
+
+    apart: ValueDistance | None
+    """None if both are equal."""
+    sums: ValueSums
+
+
+def measure_range(one: ValueBytes, other: ValueBytes, dtype: str, start: int) -> RangeDistance:
+    """Measures how far two arrays of bytes differ as elements of a dtype; the first element has the index `start`."""
+    found, pieces = None, []
     # Dtypes of few bits have few pairs of codes: pairs are counted, and each is measured once.
     pairs = np.zeros((1 << BITS[dtype], 1 << BITS[dtype]), np.int64) if BITS[dtype] in (4, 8) else None
-    for begin in range(0, len(one), MEASURE_CHUNK):
-        x, y = (view_codes(side[begin : begin + MEASURE_CHUNK], dtype) for side in (one, other))
-        wrong = x != y
-        count = int(np.count_nonzero(wrong))
-        if not count:
-            continue
-        first = start + count_elements(begin, dtype)
-        apart = ValueDistance(count, first + int(wrong.argmax()), first + len(wrong) - 1 - int(wrong[::-1].argmax()))
+    chunk = MEASURED_CODES if pairs is not None else MEASURED_ELEMENTS * max(BITS[dtype] // 8, 1)
+    for begin in range(0, len(one), chunk):
+        x, y = (view_codes(side[begin : begin + chunk], dtype) for side in (one, other))
+        apart = find_differing_elements(x, y, start + count_elements(begin, dtype), found)
         if pairs is not None:
             pairs += count_code_pairs(x, y, len(pairs))
         elif BITS[dtype] != 6:
-            few = 2 * count <= len(wrong)
-            apart = add_values(apart, x[wrong] if few else x, y[wrong] if few else y, None, dtype)
+            apart, sums = measure_values(apart, x, y, None, dtype)
+            pieces.append(sums)
         found = merge_distances(found, apart)
-    return found if found is None or pairs is None else add_pair_values(found, pairs, dtype)
+    if pairs is not None:
+        x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
+        found, sums = measure_values(found, x, y, pairs[x, y], dtype)
+        pieces.append(sums)
+    return RangeDistance(found, join_pieces(pieces) if pieces else ValueSums())
+
+
+def find_differing_elements(x: AnyArray, y: AnyArray, start: int, before: ValueDistance | None) -> ValueDistance | None:
+    """Counts the elements whose bits differ, and finds the first and the last; None if there is none. Takes over the
+    largest relative difference that was found `before`.
+    """
+    wrong = x != y
+    count = int(np.count_nonzero(wrong))
+    if not count:
+        return None
+    first, last = int(wrong.argmax()), len(wrong) - 1 - int(wrong[::-1].argmax())
+    return ValueDistance(count, start + first, start + last, max_relative=before.max_relative if before else None)
 
 
 def count_code_pairs(x: AnyArray, y: AnyArray, codes: int) -> AnyArray:
     """Counts [codes, codes] how often each code of one side lies opposite each code of the other."""
-    return np.bincount(x * np.intp(codes) + y, minlength=codes * codes).reshape(codes, codes)
+    both = x.astype(np.uint16)
+    both *= np.uint16(codes)
+    both += y
+    return np.bincount(both, minlength=codes * codes).reshape(codes, codes)
 
 
-def add_pair_values(apart: ValueDistance, pairs: AnyArray, dtype: str) -> ValueDistance:
-    """Adds the measures of the values, from counted pairs of codes."""
-    x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
-    return add_values(apart, x, y, pairs[x, y], dtype)
-
-
-def merge_distances(one: ValueDistance | None, other: ValueDistance) -> ValueDistance:
+def merge_distances(one: ValueDistance | None, other: ValueDistance | None) -> ValueDistance | None:
     """Merges the measures of two byte ranges."""
-    if one is None:
-        return other
+    if one is None or other is None:
+        return one or other
     return ValueDistance(
         one.different + other.different,
         min(one.first, other.first),
@@ -120,6 +147,11 @@ def merge_distances(one: ValueDistance | None, other: ValueDistance) -> ValueDis
         choose_larger(one.max_absolute, other.max_absolute),
         choose_larger(one.max_relative, other.max_relative),
     )
+
+
+def merge_ranges(one: RangeDistance, other: RangeDistance) -> RangeDistance:
+    """Merges all measures of two byte ranges."""
+    return RangeDistance(merge_distances(one.apart, other.apart), add_sums((one.sums, other.sums)))
 
 
 def choose_larger(one: float | None, other: float | None) -> float | None:
@@ -133,29 +165,61 @@ def view_codes(data: ValueBytes, dtype: str) -> AnyArray:
     return data if BITS[dtype] < 16 else data.view(f"u{BITS[dtype] // 8}")
 
 
-def add_values(apart: ValueDistance, x: AnyArray, y: AnyArray, times: AnyArray | None, dtype: str) -> ValueDistance:
-    """Adds the measures of the values of elements with the bits `x` and `y`; `times` is how often each occurs. Equal
-    elements do not count.
+def measure_values(
+    apart: ValueDistance | None, x: AnyArray, y: AnyArray, times: AnyArray | None, dtype: str
+) -> tuple[ValueDistance | None, PieceSums]:
+    """Measures the values of elements with the bits `x` and `y`; `times` is how often each pair occurs. `apart` is what
+    is known of those whose bits differ: None if there are none.
     """
     with np.errstate(all="ignore"):
-        one, other = decode_values(x, dtype), decode_values(y, dtype)
+        one = decode_values(x, dtype)
+        other = one if apart is None else decode_values(y, dtype)
         absolute = compute_differences(x, y, one, other, dtype)
-        if np.isfinite(absolute.max()):  # nearly always; then there are no NaNs and infinities to leave out
-            return replace(
-                apart, max_absolute=float(absolute.max()), max_relative=compute_largest_relative(absolute, one, other)
-            )
-        nans = np.isnan(one), np.isnan(other)
-        finite = np.isfinite(one) & np.isfinite(other)
-        apart = replace(
-            apart,
-            nans=(count_chosen(nans[0] & (x != y), times), count_chosen(nans[1] & (x != y), times)),
-            infinite=count_chosen(~(finite | nans[0] | nans[1]) & (x != y), times),
-        )
-        if not np.any(finite & (x != y)):
-            return apart
-        one, other, absolute = one[finite], other[finite], absolute[finite]
-        largest_of_all = min(float(absolute.max()), LARGEST_FLOAT64)
-        return replace(apart, max_absolute=largest_of_all, max_relative=compute_largest_relative(absolute, one, other))
+        sums = compute_value_sums(one, other, absolute, times, is_wide=dtype == "F64")
+        if apart is None:
+            return None, sums
+        largest = float(absolute.max())
+        if np.isfinite(largest):  # nearly always; then there are no NaNs and infinities to leave out
+            relative = find_largest_relative(apart, (x, y), absolute, one, other, dtype)
+            return replace(apart, max_absolute=largest, max_relative=relative), sums
+        return count_unusual(apart, x != y, absolute, one, other, times), sums
+
+
+def find_largest_relative(
+    apart: ValueDistance,
+    codes: tuple[AnyArray, AnyArray],
+    absolute: Float64s,
+    one: AnyArray,
+    other: AnyArray,
+    dtype: str,
+) -> float:
+    """The largest relative difference of finite values, or the one known before. Above 1 only the signs can bring it:
+    then all other elements are passed over, which is faster.
+    """
+    known = apart.max_relative or 0
+    if known >= 1 and dtype in SIGNED_FLOATS:
+        turned = np.flatnonzero((codes[0] ^ codes[1]) >> (BITS[dtype] - 1))
+        absolute, one, other = absolute[turned], one[turned], other[turned]
+    return max(known, compute_largest_relative(absolute, one, other))
+
+
+def count_unusual(
+    apart: ValueDistance, wrong: AnyArray, absolute: Float64s, one: AnyArray, other: AnyArray, times: AnyArray | None
+) -> ValueDistance:
+    """Adds the numbers of NaNs and infinities among `wrong` elements, and the largest differences of the others."""
+    nans = np.isnan(one), np.isnan(other)
+    finite = np.isfinite(one) & np.isfinite(other)
+    apart = replace(
+        apart,
+        nans=(count_chosen(nans[0] & wrong, times), count_chosen(nans[1] & wrong, times)),
+        infinite=count_chosen(~(finite | nans[0] | nans[1]) & wrong, times),
+    )
+    if not np.any(finite & wrong):
+        return apart
+    one, other, absolute = one[finite], other[finite], absolute[finite]
+    largest = min(float(absolute.max()), LARGEST_FLOAT64)
+    relative = max(apart.max_relative or 0, compute_largest_relative(absolute, one, other))
+    return replace(apart, max_absolute=largest, max_relative=relative)
 
 
 def count_chosen(chosen: AnyArray, times: AnyArray | None) -> int:
@@ -174,8 +238,8 @@ def compute_largest_relative(absolute: Float64s, one: AnyArray, other: AnyArray)
     """The largest difference divided by the larger magnitude; 0 where both values are 0."""
     larger = np.maximum(np.abs(one), np.abs(other))
     relative = absolute / larger
-    beyond = np.isinf(absolute)
-    if beyond.any():
+    if np.isinf(absolute.max(initial=0)):
+        beyond = np.isinf(absolute)
         relative[beyond] = np.abs(one[beyond] / larger[beyond] - other[beyond] / larger[beyond])
     return float(np.fmax.reduce(relative, initial=0))  # passes over 0 / 0
 

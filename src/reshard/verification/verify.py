@@ -25,6 +25,7 @@ from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.compare import ComparedFiles, Comparison, compare_parts
 from reshard.verification.expected import (
+    CONVERSION_TEXTS,
     QUANTIZE,
     ExpectedRanks,
     InvertedRecipe,
@@ -74,6 +75,9 @@ class Report:
     """The part of a larger checkpoint that the target holds, as in the manifest; empty if it is no subset."""
     note: str = ""
     """A possible explanation of the problems."""
+    casts: Mapping[str, int] = field(default_factory=dict)
+    """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
+    makes of the source. All others were compared with the source itself."""
 
     @property
     def is_proven(self) -> bool:
@@ -108,10 +112,16 @@ def format_report_lines(report: Report) -> Iterator[str]:
         yield describe_problems(report.problems)
         yield from [sample] if report.is_sampled else []
     else:
-        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes, all equal"
+        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes"
+        result += "" if report.is_sampled or report.casts else ", all equal"
         ranks = f"{report.files} of {report.ranks} rank files"
         files = format_count(report.files, "whole files") if report.is_whole else ranks
         yield f"{files}, {format_count(report.tensors, 'tensors')}, {result}"
+        if report.casts:
+            equal = report.tensors - sum(report.casts.values())
+            yield f"{format_count(equal, 'tensors')} equal to the source"
+            for cast, count in report.casts.items():
+                yield f"{format_count(count, 'tensors')} as the cast should give: {describe_cast(cast)}"
         if report.inexact:
             values = format_count(report.inexact, "values")
             yield f"rounded: {values} that the new dtype does not have, each to the nearest"
@@ -177,7 +187,23 @@ def make_report(
         inexact=comparison.inexact,
         is_whole=trace.folder.is_whole,
         subset=trace.source.subset,
+        casts=count_cast_tensors(trace),
     )
+
+
+def count_cast_tensors(trace: Provenance) -> dict[str, int]:
+    """By cast: the number of tensors of the target that it makes, those of each rank counted."""
+    counts: dict[str, int] = {}
+    for (_, cast), recast in trace.casts.items():
+        made = sum(1 for parts in recast.parts for _ in list_target_tensors(parts))
+        counts[cast] = counts.get(cast, 0) + made
+    return counts
+
+
+def describe_cast(cast: str) -> str:
+    """Describes a cast of `Report.casts` for a person."""
+    power = ", with powers of two as scales" if cast.endswith("-ue8m0") else ""
+    return CONVERSION_TEXTS[cast.removesuffix("-ue8m0")] + power
 
 
 def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader], recipe: Recipe) -> Iterator[Problem]:
