@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard import api
 from reshard.api import Conversion, describe_conversion
+from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import PROVEN, print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
@@ -60,7 +61,11 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Runs `plan`: prints what `convert` would write. Returns the exit code. Raises Refused."""
+    """Runs `plan`: prints what `convert` would write, or without a number of ranks those that work. Returns the exit
+    code. Raises Refused.
+    """
+    if options.mp is None and options.to == RANKS:
+        return print_choices(options)
     return print_plan(api.plan(options.source, **collect_options(options)), as_json=options.json)
 
 

@@ -82,6 +82,12 @@ def add_job(parser: Parser) -> None:
     )
 
 
+def add_plan(parser: Parser) -> None:
+    """Adds the options of `plan`."""
+    add_job(parser)
+    parser.add_argument("--target", type=Path, metavar="DIR", help="look whether it can be written there, and how fast")
+
+
 def add_convert(parser: Parser) -> None:
     """Adds the options of `convert`."""
     add_job(parser)
@@ -194,7 +200,7 @@ CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_
 
 COMMANDS = (
     Command("convert", "write the file of each rank", add_convert, CONVERT),
-    Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.cli.convert:run_plan"),
+    Command("plan", "show what convert would write, from the headers alone", add_plan, "reshard.cli.convert:run_plan"),
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.cli.inspect:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.cli.verify:run_verify"),
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.cli.diff:run_diff"),

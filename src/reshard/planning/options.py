@@ -66,10 +66,12 @@ def require_layout(
     pad: bool,
     file_size: int | None,
 ) -> Layout:
-    """Makes the layout of a target from options; `file_size` is in bytes. Raises Refused without a number of ranks."""
-    if to == RANKS and mp is None:
-        raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
-    ranks = 1 if mp is None else require_whole_number("--mp", mp)
+    """Makes the layout of a target from options; `file_size` is in bytes. Without a number of ranks that is needed,
+    the layout has 0 of them. Raises Refused for wrong numbers.
+    """
+    ranks = int(to != RANKS) if mp is None else require_whole_number("--mp", mp)
+    if mp is not None and not ranks:
+        raise refuse("wrong-ranks", "--mp", "0 ranks", f"1 to {MOST_RANKS}")
     if file_size is not None:
         file_size = require_whole_number("--max-file-size", file_size)
     return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)
