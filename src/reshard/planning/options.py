@@ -26,7 +26,8 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast and not recipe.scales:
-        yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+        found = f"{layout.cast}, for {recipe.name}, whose weights have no block scales"
+        yield Problem("wrong-option", "--cast", found, "a recipe with block scales", suggest_no_cast(layout))
     if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
         expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
         yield Problem("wrong-option", "--cast", layout.cast, expected)
@@ -54,6 +55,13 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.to == RANKS and layout.file_size is not None:
         yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+
+
+def suggest_no_cast(layout: Layout) -> str:
+    """What can be done instead of a cast where a recipe has no block scales."""
+    if layout.cast not in CAST_TO_FP8:
+        return "leave --cast out: the weights stay as they are"
+    return "leave --cast out, and let the engine quantize when it loads; or a recipe of your own with scales (--recipe)"
 
 
 def require_layout(
