@@ -238,7 +238,8 @@ def test_what_would_cut_a_head_or_mix_the_halves_is_refused(
     split: str, ranks: int, rows: int, heads: int | None, found: tuple[str, str], tmp_path: Path
 ) -> None:
     refused = refusal(tmp_path, split, ranks, rows, heads)
-    assert [(problem.kind, problem.subject, problem.found) for problem in refused.problems] == [("not-divisible", *found)]
+    (problem,) = refused.problems
+    assert (problem.kind, problem.subject, problem.found) == ("not-divisible", *found)
 
 
 @pytest.mark.parametrize("heads", [None, 0])

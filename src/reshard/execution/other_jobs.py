@@ -32,9 +32,8 @@ def list_differences(job: Job, other: Job) -> Iterator[str]:
         found.append("of another source, or of other bytes")
     if job.get("reshard") != other.get("reshard"):
         found.append(f"by reshard {job.get('reshard')}")
-    for key in ("replicas", "allow_inexact"):
-        if job.get(key) != other.get(key):
-            found.append(f"{key.replace('_', ' ')}: {job.get(key)}")
+    policy = [key for key in ("replicas", "allow_inexact") if job.get(key) != other.get(key)]
+    found.extend(f"{key.replace('_', ' ')}: {job.get(key)}" for key in policy)
     yield from found
     files = job.get("files")
     if not found and files != other.get("files") and isinstance(files, list):

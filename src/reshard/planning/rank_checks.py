@@ -30,8 +30,10 @@ class Fault(NamedTuple):
 
     kind: str
     """Of the problem."""
-    length: str
-    """What cannot be cut, such as `576 rows a rank`; empty if `found` says it."""
+    amount: str
+    """What cannot be cut, as in `576 rows`; empty if `found` says it."""
+    unit: str
+    """The second word of it; may be empty."""
     found: str
     expected: str
     remedy: str = ""
@@ -58,12 +60,15 @@ def check_ranks(
             remedy += ", or --pad" if try_ranks(kinds, config, recipe, replace(layout, pad=True), matched) else ""
     named = [*counted, *merge_names(cut, recipe)]
     # Those with the same reason behind each other: then it is printed once.
-    reasons = [fault._replace(length="") for _, fault in named]
-    for reason in dict.fromkeys(reasons):
-        for name, fault in named:
-            if fault._replace(length="") == reason:
-                subject = f"{name} ({fault.length})" if fault.length else name
-                yield Problem(fault.kind, subject, fault.found, fault.expected, fault.remedy or remedy)
+    by_reason: dict[tuple[str, ...], list[Problem]] = {}
+    for name, fault in named:
+        kind, amount, unit, *reason = fault
+        length = f"{amount} {unit}".rstrip() + (" a rank" if kind == "straddles-blocks" else "")
+        subject = f"{name} ({length})" if amount else name
+        problem = Problem(kind, subject, fault.found, fault.expected, fault.remedy or remedy)
+        by_reason.setdefault((kind, *reason), []).append(problem)
+    for problems in by_reason.values():
+        yield from problems
 
 
 def find_count_faults(
@@ -73,7 +78,7 @@ def find_count_faults(
     for name, length in list_counted_lengths(config, recipe, matched):
         if length % layout.ranks:
             expected = f"a multiple of {layout.ranks}"
-            yield name, Fault("not-divisible", f"{length:,}", f"{layout.ranks} ranks", expected)
+            yield name, Fault("not-divisible", f"{length:,}", "", f"{layout.ranks} ranks", expected)
 
 
 def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None:
@@ -83,28 +88,28 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
     if units is None:
         # Another number of ranks would not help.
         remedy = f"a config.json with {split.heads_key}, or the right key in {recipe.origin}"
-        return Fault("not-divisible", "", f"no {split.heads_key} for {ranks}", HEADS_EXPECTED, remedy)
+        return Fault("not-divisible", "", "", f"no {split.heads_key} for {ranks}", HEADS_EXPECTED, remedy)
     parts = count_parts(layout.ranks, units)
     if not parts:
-        return Fault("not-divisible", f"{units} {split.heads_key}", ranks, HEADS_EXPECTED)
+        return Fault("not-divisible", f"{units}", split.heads_key, ranks, HEADS_EXPECTED)
     if dimension is None:
         return None
     if len(weight.shape) <= dimension:
         expected = f"at least {dimension + 1} dimensions, to be cut on {split}"
-        return Fault("wrong-shape", "", f"shape {list(weight.shape)}", expected)
+        return Fault("wrong-shape", "", "", f"shape {list(weight.shape)}", expected)
     length, halves, block = weight.shape[dimension], HALVES if split.is_packed else 1, outcome.block
     limit = find_limit(weight, split, block)
     if parts > 1 and units and length % units:
-        return Fault("not-divisible", f"{length:,} {split}", ranks, f"a multiple of {units}")
+        return Fault("not-divisible", f"{length:,}", str(split), ranks, f"a multiple of {units}")
     if parts > 1 and length % (parts * halves):
-        return Fault("not-divisible", f"{length:,} {split}", ranks, f"a multiple of {parts * halves}")
+        return Fault("not-divisible", f"{length:,}", str(split), ranks, f"a multiple of {parts * halves}")
     if limit and not limit._replace(block=1).allows(parts):
         expected = "rows that the ranks can share in whole bytes"
-        return Fault("not-divisible", f"{weight.dtype} {list(weight.shape)}", ranks, expected)
+        return Fault("not-divisible", f"{weight.dtype} {list(weight.shape)}", "", ranks, expected)
     if limit and not limit.allows(parts):
         inside = " of each half" if halves > 1 else ", or a part that lies inside one"
         expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
-        return Fault("straddles-blocks", f"{length // parts:,} {split} a rank", ranks, expected)
+        return Fault("straddles-blocks", f"{length // parts:,}", str(split), ranks, expected)
     return None
 
 
@@ -112,16 +117,21 @@ def merge_names(faults: Iterable[tuple[WeightGroup, Fault]], recipe: Recipe) -> 
     """Merges groups of weights with one fault and the same layers; yields their common name, such as
     `layers 0-2, mlp.gate_proj.weight, mlp.up_proj.weight`.
     """
-    numbers: dict[tuple[str, str, Fault], set[int]] = {}
+    numbers: dict[tuple[str, Fault], dict[str, set[int]]] = {}
     for kind, fault in faults:
         name, things, members = describe_weights(kind, recipe)
-        numbers.setdefault((name, things, fault), set()).update(members)
-    names: dict[tuple[str, Fault], list[str]] = {}
-    for (name, things, fault), members in numbers.items():
-        where = f"{things.removesuffix('s') if len(members) == 1 else things} {format_numbers(members)}, "
-        names.setdefault((where if things else "", fault), []).append(name)
+        numbers.setdefault((name, fault), {}).setdefault(things, set()).update(members)
+    names: dict[tuple[str, Fault], dict[str, list[str]]] = {}
+    for (name, fault), places in numbers.items():
+        where = " and ".join(
+            f"{things.removesuffix('s') if len(members) == 1 else things} {format_numbers(members)}"
+            for things, members in places.items()
+            if things
+        )
+        names.setdefault((where, fault._replace(unit="")), {}).setdefault(fault.unit, []).append(name)
     for (where, fault), found in names.items():
-        yield where + format_list(found, 4), fault
+        together = format_list((name for some in found.values() for name in some), 4)
+        yield ", ".join(filter(None, (where, together))), fault._replace(unit=" or ".join(found))
 
 
 def describe_weights(kind: WeightGroup, recipe: Recipe) -> tuple[str, str, set[int]]:

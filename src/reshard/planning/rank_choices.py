@@ -101,7 +101,7 @@ def measure_largest_rank(
 def plan_for_ranks(
     source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()
 ) -> Plan:
-    """Makes the plan of a conversion, as `make_plan`. Without a number of ranks, raises Refused with those that work."""
+    """Makes a plan as `make_plan` does. Raises Refused also without a number of ranks, with those that work."""
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"

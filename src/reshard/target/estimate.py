@@ -67,10 +67,10 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
 def measure_read_rate(plan: Plan) -> float:
     """Measures how fast the source is read past the page cache, in bytes a second. Raises Refused."""
     files = [file for file in plan.source.files if file.size > file.header_size] or list(plan.source.files)
-    ways = Ways(probe_way_to_read(plan.source.folder / files[0].name), "cached")
     buffer, done, started = allocate_aligned(BLOCK + 2 * PAGE), 0, monotonic()
     with ExitStack() as stack:
         try:
+            ways = Ways(probe_way_to_read(plan.source.folder / files[0].name), "cached")
             opened = [open_to_read(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
         except OSError as error:
             raise refuse("cannot-read", str(error.filename), str(error.strerror), "to read the source") from None
@@ -114,8 +114,8 @@ def describe_estimate(estimate: Estimate, *, is_cast: bool) -> Iterator[str]:
     yield f"{estimate.folder}: {format_size(estimate.free)} free, {format_size(estimate.needed)} needed"
     if estimate.needed:
         rates = f"reads {format_size(int(estimate.read_rate))}/s, writes {format_size(int(estimate.write_rate))}/s"
-        casts = "; casts take longer" if is_cast else ""
-        yield f"about {format_duration(estimate.seconds)} (rough: {rates}, measured in {estimate.measured:.1f} s{casts})"
+        rates += f", measured in {estimate.measured:.1f} s" + ("; casts take longer" if is_cast else "")
+        yield f"about {format_duration(estimate.seconds)} (rough: {rates})"
 
 
 def format_duration(seconds: float) -> str:
