@@ -95,9 +95,7 @@ def test_a_plan_with_a_target_says_room_and_time(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_for_a_finished_target_says_so(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_for_a_finished_target_says_so(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert_checkpoint(Job(source, 2), tmp_path / "target")
     assert main(["plan", str(source), "--mp", "2", "--target", str(tmp_path / "target")]) == 0
     assert "converted already" in capsys.readouterr().out

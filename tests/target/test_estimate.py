@@ -7,7 +7,7 @@ import pytest
 from reshard import api
 from reshard.errors import Refused
 from reshard.synthetic import SMALL_V3, write_checkpoint
-from reshard.target.estimate import describe_estimate, estimate_job, format_duration, measure_write_rate
+from reshard.target.estimate import describe_estimate, estimate_job, format_rough_time, measure_write_rate
 
 
 @pytest.fixture(scope="module")
@@ -65,4 +65,4 @@ def test_a_source_that_has_gone_is_refused(source: Path, tmp_path: Path) -> None
     [(0.2, "a second"), (41.2, "41 s"), (99, "99 s"), (150, "2 min"), (5990, "100 min"), (12_600, "3.5 h")],
 )
 def test_durations_are_as_rough_as_the_estimate(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
+    assert format_rough_time(seconds) == text

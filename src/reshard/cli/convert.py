@@ -94,7 +94,7 @@ def print_plan(plan: Plan, target: Path | None, *, as_json: bool) -> int:
     return PROVEN
 
 
-def plan_lines(plan: Plan, estimate: Estimate | None) -> Iterator[str]:
+def plan_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
     """Describes a plan: its tables, the memory that each job takes, and the estimate if there is one."""
     yield from describe_files(plan)
     if estimate:

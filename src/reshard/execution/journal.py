@@ -135,7 +135,9 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
         subject, expected = str(path.parent), f"this conversion: {now}"
-        yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, suggest_way(found, wanted))
+        yield Problem(
+            "another-job", subject, f"an unfinished conversion: {before}", expected, suggest_way(found, wanted)
+        )
 
 
 def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

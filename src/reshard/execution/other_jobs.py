@@ -21,7 +21,7 @@ def describe_other_job(job: Job, other: Job) -> str:
 def list_differences(job: Job, other: Job) -> Iterator[str]:
     """Lists the values in which a job differs from another one, in words; the files only if nothing else differs."""
     found = [*list_layout_differences(job.get("layout"), other.get("layout"))]
-    name, others = find_recipe_name(job), find_recipe_name(other)
+    name, others = get_recipe_name(job), get_recipe_name(other)
     if name != others:
         found.append(f"by the recipe {name}")
     elif any(job.get(key) != other.get(key) for key in ("recipe", "recipe_sha256")):
@@ -40,7 +40,7 @@ def list_differences(job: Job, other: Job) -> Iterator[str]:
         yield f"the files {format_list(map(str, files))}"
 
 
-def find_recipe_name(job: Job) -> Any:
+def get_recipe_name(job: Job) -> Any:
     """The name of a job's recipe: a journal has it by itself, a manifest with its hash."""
     recipe = job.get("recipe")
     return recipe.get("name") if isinstance(recipe, dict) else recipe

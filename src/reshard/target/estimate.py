@@ -115,10 +115,10 @@ def describe_estimate(estimate: Estimate, *, is_cast: bool) -> Iterator[str]:
     if estimate.needed:
         rates = f"reads {format_size(int(estimate.read_rate))}/s, writes {format_size(int(estimate.write_rate))}/s"
         rates += f", measured in {estimate.measured:.1f} s" + ("; casts take longer" if is_cast else "")
-        yield f"about {format_duration(estimate.seconds)} (rough: {rates})"
+        yield f"about {format_rough_time(estimate.seconds)} (rough: {rates})"
 
 
-def format_duration(seconds: float) -> str:
+def format_rough_time(seconds: float) -> str:
     """Formats a time with no more precision than a rough estimate has: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 1:
         return "a second"
