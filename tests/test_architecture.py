@@ -39,6 +39,7 @@ VERBS = set(
     quantize raise read recode refuse remove rename renumber repeat require reserve restore reverse reword round run
     sample set shift shorten show skip sort split start stop store suggest summarize sync tabulate take trace
     transform unpack verify view widen write
+    estimate try
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""

@@ -35,7 +35,7 @@ PAGES_THAT_RUN = [
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 KIND = re.compile(
-    r'(?:Problem|refuse)\(\s*"([a-z-]+)"'  # as an argument
+    r'(?:Problem|refuse|Fault)\(\s*"([a-z-]+)"'  # as an argument
     r'|return "([a-z]+(?:-[a-z]+)+)", '  # as the first of a fault
     r'|kind = "([a-z-]+)" if .+ else "([a-z-]+)"'
 )

@@ -106,7 +106,7 @@ def test_values_print_as_text_for_people(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (reshard.convert, 'one, or to="hf"'),
+        (reshard.convert, 'one of 1, 2, 4; or to="hf"'),
         (lambda source, target: reshard.convert(source, target, mp=3), "mp with one of 1, 2, 4"),
         (lambda source, target: reshard.convert(source, target, to="hf", ranks=[0]), "ranks: wrong option"),
         (lambda source, _: reshard.plan(source, mp=cast(int, "4")), "a whole number"),

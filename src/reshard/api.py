@@ -29,7 +29,7 @@ from reshard.planning.options import (
     sort_numbers,
 )
 from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
-from reshard.planning.planner import make_plan
+from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.resources import count_progress
@@ -141,7 +141,7 @@ def convert(
 
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
-    planned = add_notes(make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
+    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
     state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
     if not state.plan.files:
@@ -184,7 +184,7 @@ def plan(
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, None))
-    planned = add_notes(make_plan(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
+    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
     return planned if target is None else look_at_target(planned, Path(target)).plan
 
 

@@ -305,7 +305,7 @@ class Layout:
     """The layout of a target: how tensors are split over ranks, cast and padded."""
 
     ranks: int
-    """Number of ranks; 1 for WHOLE."""
+    """Number of ranks; 1 for WHOLE; 0 if it is not chosen yet."""
     to: str = RANKS
     """RANKS or WHOLE."""
     cast: str = ""

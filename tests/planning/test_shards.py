@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
-from reshard.planning.shards import Limit, list_working_ranks
+from reshard.planning.rank_checks import list_working_ranks
+from reshard.planning.shards import Limit
 from reshard.recipes.recipe import load_recipe
 from reshard.recipes.splits import count_parts
 from reshard.verification.verify import verify_target
@@ -224,20 +225,21 @@ def refusal(
 @pytest.mark.parametrize(
     ("split", "ranks", "rows", "heads", "found"),
     [
-        ("rows of heads", 3, 8, 4, "4 heads for 3 ranks"),
-        ("rows of heads", 2, 8, None, "no heads for 2 ranks"),
-        ("rows of heads", 2, 8, 0, "no heads for 2 ranks"),
+        ("rows of heads", 3, 8, 4, ("x.weight (4 heads)", "3 ranks")),
+        ("rows of heads", 2, 8, None, ("x.weight", "no heads for 2 ranks")),
+        ("rows of heads", 2, 8, 0, ("x.weight", "no heads for 2 ranks")),
         # The config is of another model: a head would be one row and a half.
-        ("rows of heads", 2, 6, 4, "6 rows of heads"),
-        ("packed rows", 2, 5, None, "5 packed rows for 2 ranks"),
-        ("packed rows", 4, 4, None, "4 packed rows for 4 ranks"),
+        ("rows of heads", 2, 6, 4, ("x.weight (6 rows of heads)", "2 ranks")),
+        ("packed rows", 2, 5, None, ("x.weight (5 packed rows)", "2 ranks")),
+        ("packed rows", 4, 4, None, ("x.weight (4 packed rows)", "4 ranks")),
     ],
 )
 def test_what_would_cut_a_head_or_mix_the_halves_is_refused(
-    split: str, ranks: int, rows: int, heads: int | None, found: str, tmp_path: Path
+    split: str, ranks: int, rows: int, heads: int | None, found: tuple[str, str], tmp_path: Path
 ) -> None:
     refused = refusal(tmp_path, split, ranks, rows, heads)
-    assert [(problem.kind, problem.found) for problem in refused.problems] == [("not-divisible", found)]
+    (problem,) = refused.problems
+    assert (problem.kind, problem.subject, problem.found) == ("not-divisible", *found)
 
 
 @pytest.mark.parametrize("heads", [None, 0])

@@ -4,14 +4,18 @@ import argparse
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from reshard import api
 from reshard.api import Conversion, describe_conversion
 from reshard.cli.outcome import PROVEN
+from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import print_json, show_progress
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
+from reshard.planning.reads import measure_reads
+from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_size
@@ -31,11 +35,7 @@ def run_convert(options: argparse.Namespace) -> int:
     """Runs `convert`, or prints its plan with `--dry-run`. Returns the exit code. Raises Refused."""
     chosen = collect_options(options)
     if options.dry_run:
-        plan = api.plan(options.source, target=options.target, **chosen)
-        if not plan.files and not options.json:
-            print(escape(f"{options.target}: converted already; no tensor would be written"))
-            return PROVEN
-        return print_plan(plan, as_json=options.json)
+        return show_plan(options)
     ways = {name: getattr(options, name) for name in WAYS}
     with show_progress("convert") as progress:
         conversion = api.convert(options.source, options.target, **chosen, **ways, progress=progress)
@@ -61,8 +61,21 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Runs `plan`: prints what `convert` would write. Returns the exit code. Raises Refused."""
-    return print_plan(api.plan(options.source, **collect_options(options)), as_json=options.json)
+    """Runs `plan`: prints what `convert` would write, or without a number of ranks those that work. Returns the exit
+    code. Raises Refused.
+    """
+    if options.mp is None and options.to == RANKS:
+        return print_choices(options)
+    return show_plan(options)
+
+
+def show_plan(options: argparse.Namespace) -> int:
+    """Makes a plan and prints it. Returns the exit code. Raises Refused."""
+    plan = api.plan(options.source, target=options.target, **collect_options(options))
+    if not plan.files and not options.json:
+        print(escape(f"{options.target}: converted already; no tensor would be written"))
+        return PROVEN
+    return print_plan(plan, options.target, as_json=options.json)
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,18 +83,23 @@ def collect_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CHOICES} | {"keep_mtp": options.mtp == "keep"}
 
 
-def print_plan(plan: Plan, *, as_json: bool) -> int:
-    """Prints a plan as tables or JSON. Returns the exit code."""
+def print_plan(plan: Plan, target: Path | None, *, as_json: bool) -> int:
+    """Prints a plan, and an estimate of its time with a target, as tables or JSON. Returns the exit code."""
+    estimate = None if target is None else estimate_job(plan, target)
     if as_json:
-        print_json(describe_plan_facts(plan))
+        facts = {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
+        print_json({**describe_plan_facts(plan), **facts})
     else:
-        print("\n".join(map(escape, [*plan_lines(plan), *explain_no_run_config(plan), *describe_lost(plan)])))
+        lines = [*plan_lines(plan, estimate), *explain_no_run_config(plan), *describe_lost(plan)]
+        print("\n".join(map(escape, lines)))
     return PROVEN
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
-    """Describes a plan: its tables, and the memory that each job takes."""
+def plan_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
+    """Describes a plan: its tables, the memory that each job takes, and the estimate if there is one."""
     yield from describe_files(plan)
+    if estimate:
+        yield from describe_estimate(estimate, is_cast=bool(plan.casts))
     memory = format_size(measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield from describe_coverage(plan)
@@ -92,6 +110,7 @@ def describe_plan_facts(plan: Plan) -> dict[str, Any]:
     """Describes a plan as JSON values, with the tensors that cannot be restored and the reasons for no run config."""
     return {
         **describe_plan(plan),
+        "reads": measure_reads(plan.source, plan.casts, plan.copies).size,
         "notes": [note._asdict() for note in plan.notes],
         "not_restored": [*describe_lost(plan)],
         "no_run_config": [*find_run_obstacles(plan)],

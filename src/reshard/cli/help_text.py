@@ -55,9 +55,13 @@ HELP: Mapping[str, HelpText] = {
         "docs/convert.md",
     ),
     "plan": HelpText(
-        "SOURCE --mp N [options]",
-        "Show what convert would write, from the headers alone. Nothing is written.",
-        ("reshard plan DeepSeek-V3 --mp 16", "reshard plan DeepSeek-V3 --to hf --cast bf16 --json"),
+        "SOURCE [--mp N] [options]",
+        "Show what convert would write, from the headers alone; without --mp the numbers of ranks that work.",
+        (
+            "reshard plan DeepSeek-V3",
+            "reshard plan DeepSeek-V3 --mp 16",
+            "reshard plan DeepSeek-V3 --to hf --cast bf16 --json",
+        ),
         LOOKED_CODES,
         "docs/convert.md",
     ),

@@ -17,6 +17,12 @@ def add_plan(parser: Parser) -> None:
     """Adds the options of `plan`."""
     add_source(parser)
     add_job(parser)
+    parser.section(CONVERTED).add_argument(
+        "--target",
+        type=Path,
+        metavar="DIR",
+        help="Look whether the files can be written there, and measure for two seconds how fast.",
+    )
 
 
 def add_source(parser: Parser) -> None:

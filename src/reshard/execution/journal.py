@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
+from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.storage.local import open_descriptor
 
@@ -122,7 +123,7 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
 
 
 def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    """The differences between the job of the journal and the job that is asked for."""
+    """Reports how the job of the journal differs from the job that is asked for, as one problem."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -130,18 +131,20 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
-    for key in {**found, **job}:
-        if found.get(key) != json.loads(json.dumps(job.get(key))):
-            before, now = describe_difference(found.get(key), job.get(key))
-            yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)
+    wanted = json.loads(json.dumps(job))
+    if found != wanted:
+        before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
+        subject, expected = str(path.parent), f"this conversion: {now}"
+        yield Problem(
+            "another-job", subject, f"an unfinished conversion: {before}", expected, suggest_way(found, wanted)
+        )
 
 
-def describe_difference(before: Any, now: Any) -> tuple[str, str]:
-    """Two different values as text; of two lists only the first entries that differ."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        now = json.loads(json.dumps(now))
-        before, now = next((pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]), (before, now))
-    return json.dumps(before)[:200], json.dumps(now)[:200]
+def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The way on from an unfinished conversion of another job. One whose source has changed cannot be finished."""
+    if all(found.get(key) == value for key, value in wanted.items() if key != "source"):
+        return f"another target; {RESTART}"
+    return "another target; or the command that began it, which goes on from there"
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:

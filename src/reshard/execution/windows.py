@@ -19,15 +19,11 @@ from numpy.typing import NDArray
 
 from reshard.casts.shapes import flatten_to_matrix
 from reshard.formats.safetensors import BITS
-from reshard.planning.copies import Copies, Integers
+from reshard.planning.copies import LARGEST_GAP, Copies, Integers
 from reshard.types import Cast, Join
 
 WINDOW_SIZE = 4 << 20
 """In bytes. Small enough to stay in the processor's cache between the read and the write."""
-
-LARGEST_GAP = 128 << 10
-"""In bytes. Gaps up to this size are read and discarded: cheaper than another read. A longer one ends a window."""
-
 
 FILES_TOGETHER = 1000
 """At most so many small source files are grouped at once."""

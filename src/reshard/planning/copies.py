@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
+LARGEST_GAP = 128 << 10
+"""In bytes. Gaps up to this size in a source file are read and discarded: cheaper than another read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Copies:

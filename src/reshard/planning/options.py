@@ -14,6 +14,10 @@ AS_STORED = "fp4"
 """The expert dtype that casts nothing."""
 
 
+NO_CAST = "leave --cast out, and let the engine quantize when it loads; or a recipe of your own with scales (--recipe)"
+"""What can be done instead of a cast to FP8 where a recipe has no block scales."""
+
+
 def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
     """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
@@ -26,7 +30,8 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
     if not 1 <= layout.ranks <= MOST_RANKS:
         yield Problem("wrong-ranks", "--mp", f"{layout.ranks} ranks", f"1 to {MOST_RANKS}")
     if layout.cast in CAST_TO_FP8 and not recipe.scales:
-        yield Problem("wrong-option", "--cast", layout.cast, "a recipe with block scales", f"{recipe.name} has none")
+        found = f"{layout.cast}, for {recipe.name}, whose weights have no block scales"
+        yield Problem("wrong-option", "--cast", found, "a recipe with block scales", NO_CAST)
     if layout.cast in CAST_TO_FP8 and any(scale.packed for scale in recipe.scales.values()):
         expected = f"bf16; the model of {recipe.name} reads FP8 and FP4 side by side, which no cast makes"
         yield Problem("wrong-option", "--cast", layout.cast, expected)
@@ -66,10 +71,12 @@ def require_layout(
     pad: bool,
     file_size: int | None,
 ) -> Layout:
-    """Makes the layout of a target from options; `file_size` is in bytes. Raises Refused without a number of ranks."""
-    if to == RANKS and mp is None:
-        raise refuse("wrong-option", "--mp", "no number of ranks", "one, or --to hf", "--mp N")
-    ranks = 1 if mp is None else require_whole_number("--mp", mp)
+    """Makes the layout of a target from options; `file_size` is in bytes. Without a number of ranks that is needed,
+    the layout has 0 of them. Raises Refused for wrong numbers.
+    """
+    ranks = int(to != RANKS) if mp is None else require_whole_number("--mp", mp)
+    if mp is not None and not ranks:
+        raise refuse("wrong-ranks", "--mp", "0 ranks", f"1 to {MOST_RANKS}")
     if file_size is not None:
         file_size = require_whole_number("--max-file-size", file_size)
     return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)

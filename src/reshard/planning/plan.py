@@ -9,6 +9,7 @@ from typing import Any
 from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
+from reshard.planning.reads import measure_reads
 from reshard.text import escape, format_count, format_size, format_table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Share, Tensor
 
@@ -79,10 +80,11 @@ def describe_files(plan: Plan) -> Iterator[str]:
     total = ("total", f"{pieces:,}", f"{plan.size:,}", format_size(plan.size))
     yield from format_table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     yield from describe_casts(plan)
-    kept = sum(share.size for share in plan.coverage if share.use != "dropped")
-    if again := sum(copy.size for join in plan.source.joins for part in join.parts for copy in part[1:]):
-        yield f"reads at most {again:,} bytes more, to compare what several ranks hold (--replicas)"
-    yield f"reads at most {kept:,} bytes, once; writes and needs {plan.size:,} bytes of disk ({format_size(plan.size)})"
+    reads = measure_reads(plan.source, plan.casts, plan.copies)
+    if reads.replicas:
+        yield f"reads {reads.replicas:,} bytes of it to compare what several ranks hold (--replicas)"
+    yield f"reads about {reads.size:,} bytes ({format_size(reads.size)}) of the source"
+    yield f"writes and needs {plan.size:,} bytes of disk ({format_size(plan.size)})"
 
 
 def describe_coverage(plan: Plan) -> Iterator[str]:

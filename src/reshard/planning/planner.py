@@ -15,7 +15,8 @@ from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files,
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
-from reshard.planning.shards import Series, check_ranks, cut_for_ranks, keep_whole
+from reshard.planning.rank_checks import check_ranks
+from reshard.planning.shards import Series, cut_for_ranks, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
 from reshard.sources.fitted_names import RENAMED, explain_renaming

@@ -1,4 +1,4 @@
-"""Cuts tensors into the shards of the ranks, and lists the numbers of ranks that work. Arithmetic on shapes only.
+"""Cuts tensors into the shards of the ranks. Arithmetic on shapes only.
 
 A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` bytes. Of each row, a rank gets a run of
 `run` bytes that begins at byte `rank // repeat * run` of the row:
@@ -10,24 +10,20 @@ A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` byt
                             run      pitch          repeat 4
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
-from reshard.planning.transforms import Outcome, Terms, grows_in_halves, is_paddable
-from reshard.recipes.formulas import read_config_value
+from reshard.planning.transforms import Outcome, Terms
 from reshard.recipes.patterns import list_slots
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
-from reshard.sources.match import Matched
-from reshard.text import format_list
-from reshard.types import MOST_RANKS, Layout, Recipe, Rule, Split, Tensor
+from reshard.types import Split, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,104 +130,6 @@ def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: i
     if part % block == 0:
         return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
     return cut_along(tensor, dimension, tensor.shape[dimension], block // part * (ranks // parts))
-
-
-def check_cut(tensor: Tensor, split: Split, parts: int, block: tuple[int, int], units: int = 0) -> Iterator[Problem]:
-    """Checks that a tensor can be cut into `parts` parts. `block` is the block of its scale, in elements; (1, 1)
-    without a scale.
-    """
-    dimension = split.dimension
-    if dimension is None:
-        return
-    if len(tensor.shape) <= dimension:
-        found = f"shape {list(tensor.shape)}"
-        yield Problem("wrong-shape", tensor.name, found, f"at least {dimension + 1} dimensions, to be cut on {split}")
-        return
-    length, halves = tensor.shape[dimension], HALVES if split.is_packed else 1
-    limit = find_limit(tensor, split, block)
-    if parts > 1 and units and length % units:
-        yield Problem("not-divisible", tensor.name, f"{length:,} {split}", f"a multiple of {units}")
-    elif parts > 1 and length % (parts * halves):
-        found = f"{length:,} {split} for {parts} ranks"
-        yield Problem("not-divisible", tensor.name, found, f"a multiple of {parts * halves}")
-    elif limit and not limit._replace(block=1).allows(parts):
-        found = f"{tensor.dtype} {list(tensor.shape)}"
-        yield Problem("not-divisible", tensor.name, found, f"rows that {parts} ranks can share in whole bytes")
-    elif limit and not limit.allows(parts):
-        found = f"{length // parts:,} {split} a rank"
-        inside = " of each half" if halves > 1 else ", or a part that lies inside one"
-        expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
-        yield Problem("straddles-blocks", tensor.name, found, expected)
-
-
-def list_working_ranks(limits: Iterable[Limit]) -> str:
-    """Lists the numbers of ranks that every limit allows, as text: `1, 2, 4, 8, 16`. 1 is always among them."""
-    distinct = set(limits)
-    most = min([MOST_RANKS, *(limit.length for limit in distinct if limit.length and not limit.units)])
-    return format_list((str(n) for n in range(1, most + 1) if all(limit.allows(n) for limit in distinct)), 30)
-
-
-HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they divide"
-
-
-def check_ranks(
-    config: Mapping[str, Any], recipe: Recipe, layout: Layout, matched: Matched, outcomes: Sequence[Outcome]
-) -> Iterator[Problem]:
-    """Reports every tensor and count that the number of ranks does not suit, with the numbers of ranks that work."""
-    limits = set()
-    problems = []
-    helps = not layout.pad and not any(grows_in_halves(outcome.kind, recipe, layout, config) for outcome in outcomes)
-    for subject, length in list_counted_lengths(config, recipe, matched):
-        limits.add(Limit(length))
-        if length % layout.ranks:
-            found = f"{length} for {layout.ranks} ranks"
-            problems.append(Problem("not-divisible", subject, found, f"a multiple of {layout.ranks}"))
-            helps = False
-    for outcome in outcomes:
-        weight, split = outcome.weights[0], outcome.kind.rule.split
-        units = outcome.heads
-        if units is None:
-            problems.append(explain_unknown_units(outcome.kind.rule, recipe, layout))
-            continue
-        limit = find_limit(weight, split, outcome.block, units)
-        grows = split.is_padded or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
-        # A length that was padded for this number of ranks says nothing about other numbers.
-        if limit and not grows:
-            limits.add(limit)
-        parts = count_parts(layout.ranks, units)
-        if not parts:
-            found = f"{units} {split.heads_key} for {layout.ranks} ranks"
-            problems.append(Problem("not-divisible", outcome.kind.rule.left, found, HEADS_EXPECTED))
-        elif next(check_cut(weight, split, parts, outcome.block, units), None):
-            helps = helps and is_paddable(outcome.kind, recipe, layout, config)
-            for tensor in outcome.weights:
-                problems.extend(check_cut(tensor, split, parts, outcome.block, units))
-    # A tensor with too few dimensions cannot be cut for any number of ranks.
-    works = all(problem.kind != "wrong-shape" for problem in problems)
-    remedy = f"--mp with one of {list_working_ranks(limits)}" if works and problems else ""
-    if remedy and helps:
-        remedy += ", or --pad"
-    yield from (problem if problem.remedy else replace(problem, remedy=remedy) for problem in problems)
-
-
-def explain_unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
-    """Explains that the config lacks the number of heads. Another number of ranks would not help."""
-    key = rule.split.heads_key
-    remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
-    return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
-
-
-def list_counted_lengths(config: Mapping[str, Any], recipe: Recipe, matched: Matched) -> Iterator[tuple[str, int]]:
-    """Lists the counts, besides dimensions, that the ranks must divide: members assigned to ranks, such as experts, and
-    config values, such as heads. Yields the name and the count.
-    """
-    for name in sorted({rule.split.placeholder for rule in recipe.rules} - {""}):
-        if matched.counts[name]:
-            yield recipe.placeholders[name].counts, matched.counts[name]
-    for key in recipe.ranks_divide:
-        value = read_config_value(key, config)
-        if type(value) is int and value > 0:
-            yield key, value
 
 
 MOST_FILES = 1 << 32

@@ -1,6 +1,7 @@
 """Looks at the target folder before a job: which ranks are finished, and whether the rest can be written."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
 from reshard.execution.journal import Records, list_left_files, lock_journal
+from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
@@ -19,6 +21,7 @@ from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.target.manifest_writer import (
     describe_origin,
+    describe_plan,
     find_finished_ranks,
     is_same_job,
     read_source_facts,
@@ -27,6 +30,7 @@ from reshard.target.manifest_writer import (
 from reshard.target.side_files import collect_side_files, list_names
 from reshard.target.tokenizer import WORD, find_tokenizer, note_lacking
 from reshard.text import format_size
+from reshard.types import RANKS
 
 
 def list_own_names(target: Path) -> set[str]:
@@ -49,7 +53,7 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
         return
     if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target, or empty it")
+        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target")
     above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
@@ -209,4 +213,20 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     if state.known:
         ours |= {MANIFEST, *state.sides, *list_rank_files(state.known)} - {file.name for file in state.plan.files}
     needed = state.plan.size + sum(side.size for side in state.sides.values())
-    yield from check_folder(state.plan.path, state.folder, needed, ours)
+    for problem in check_folder(state.plan.path, state.folder, needed, ours):
+        is_of_another = problem.kind == "target-not-empty" and state.manifest
+        yield explain_other_conversion(state, problem.subject) if is_of_another else problem
+
+
+def explain_other_conversion(state: TargetState, subject: str) -> Problem:
+    """Explains that the target has a finished conversion of another job, and how its files may serve."""
+    manifest, plan = state.manifest, state.plan
+    wanted = {**describe_plan(plan), "source_samples": list(state.samples)}
+    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest)
+    remedy = "another target"
+    layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
+    is_whole = len(manifest.get("files", ())) == manifest.get("ranks")
+    if is_whole and is_same_job({**manifest, "layout": layout}, plan, state.samples) and plan.layout.to == RANKS:
+        command = shlex.join(["reshard", "convert", str(state.folder), "NEW", "--mp", str(plan.layout.ranks)])
+        remedy += f"; or {command} makes the ranks from these files, without the source"
+    return Problem("target-not-empty", subject, f"a finished conversion: {before}", f"this one: {now}", remedy)

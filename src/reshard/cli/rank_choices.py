@@ -1,0 +1,119 @@
+"""Prints the numbers of ranks that work, for `plan` without one."""
+
+import argparse
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from reshard import __version__, api
+from reshard.cli.outcome import PROVEN
+from reshard.cli.terminal import print_json
+from reshard.errors import refuse, require_none
+from reshard.formats.manifest import list_subset_lines
+from reshard.planning.options import check_source_options, choose_subset, require_layout
+from reshard.planning.plan import describe_notes
+from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
+from reshard.sources.source import Source
+from reshard.text import escape, format_count, format_size, format_table
+
+GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
+"""Memory of GPUs as it is sold, in GB, with the names of some."""
+
+MOST_WEIGHTS = 90
+"""Percent of a GPU's memory that the weights may take: some of it must be left for activations and the KV cache."""
+
+
+def print_choices(options: argparse.Namespace) -> int:
+    """Prints the numbers of ranks that work as a table or JSON. Returns the exit code. Raises Refused."""
+    for name in ("ranks", "target"):
+        if getattr(options, name) is not None:
+            raise refuse("wrong-option", f"--{name}", "without --mp", "a number of ranks, or without it", "--mp N")
+    layout = require_layout(
+        None,
+        options.to,
+        options.cast,
+        options.expert_dtype,
+        keep_mtp=options.mtp == "keep",
+        pad=options.pad,
+        file_size=options.max_file_size,
+    )
+    subset = choose_subset(options.layers, options.experts, options.only, renumber=options.renumber)
+    ignores = options.ignore_extra_files
+    source = api.read_chosen(
+        options.source, layout, subset, options.recipe, options.replicas, ignore_extra_files=ignores
+    )
+    require_none(check_source_options(source, options.replicas, None))
+    choices = list_rank_choices(source, layout, subset.only)
+    if options.json:
+        print_json(describe_choice_facts(source, choices))
+    else:
+        lines = [*describe_choices(source, choices), f"next: {make_next_command(options, choices)}"]
+        print("\n".join(map(escape, lines)))
+    return PROVEN
+
+
+def describe_choices(source: Source, choices: Sequence[RankChoice]) -> Iterator[str]:
+    """Describes the numbers of ranks that work as a table for people."""
+    tensors = format_count(len(source.checkpoint.tensors), "tensors")
+    yield f"{source.path}: {tensors}, by the recipe {source.recipe.name}"
+    yield from list_subset_lines(source.checkpoint.subset)
+    yield f"Of the numbers of ranks from 1 to {MOST_TRIED} these work:"
+    yield ""
+    rows = []
+    for choice in choices:
+        gpu = find_smallest_gpu(choice.size)
+        size = f"{choice.size:,}", format_size(choice.size)
+        word = "--pad" if choice.needs_pad else ""
+        rows.append((f"{choice.ranks}", f"{choice.tensors:,}", *size, f"{gpu} GB" if gpu else "-", word))
+    heading = ("ranks", "tensors", "bytes of the largest rank", "", "GPU from", "")
+    yield from format_table(heading, rows).splitlines()
+    yield ""
+    yield ", ".join(f"{memory} GB: {names}" for memory, names in GPUS)
+    yield f"The weights take at most {MOST_WEIGHTS} % of it: activations and KV cache need the rest."
+    yield from describe_notes(source.checkpoint.notes)
+
+
+def describe_choice_facts(source: Source, choices: Sequence[RankChoice]) -> dict[str, Any]:
+    """Describes the numbers of ranks that work as JSON values."""
+    return {
+        "reshard": __version__,
+        "recipe": {"name": source.recipe.name, "sha256": source.recipe.text_hash},
+        "tried": [1, MOST_TRIED],
+        "choices": [
+            {
+                "ranks": choice.ranks,
+                "pad": choice.needs_pad,
+                "tensors": choice.tensors,
+                "bytes": choice.size,
+                "gpu_gb": find_smallest_gpu(choice.size),
+            }
+            for choice in choices
+        ],
+        "notes": [note._asdict() for note in source.checkpoint.notes],
+    }
+
+
+def find_smallest_gpu(size: int) -> int | None:
+    """Finds the smallest memory, in GB, that holds tensors of `size` bytes and leaves some room; None if none does."""
+    return next((memory for memory, _ in GPUS if size * 100 <= memory * 10**9 * MOST_WEIGHTS), None)
+
+
+def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]) -> str:
+    """Makes the shell command that converts for the fewest ranks, but more than one, that fit the smallest GPU."""
+    several = [choice for choice in choices if choice.ranks > 1] or choices
+    fitting = [choice for choice in several if find_smallest_gpu(choice.size) == GPUS[0][0]]
+    choice = fitting[0] if fitting else several[-1]
+    words = ["reshard", "convert", str(options.source), "TARGET", "--mp", str(choice.ranks)]
+    for name in ("cast", "expert_dtype", "recipe"):
+        if value := getattr(options, name):
+            words += [f"--{name.replace('_', '-')}", value]
+    for name, usual in (("mtp", "drop"), ("replicas", "compare")):
+        words += [f"--{name}", getattr(options, name)] if getattr(options, name) != usual else []
+    for name in ("layers", "experts"):
+        if (numbers := getattr(options, name)) is not None:
+            words += [f"--{name}", ",".join(map(str, numbers))]
+    words += [word for pattern in options.only for word in ("--only", pattern)]
+    words += ["--renumber"] if options.renumber else []
+    words += ["--pad"] if options.pad or choice.needs_pad else []
+    words += ["--ignore-extra-files"] if options.ignore_extra_files else []
+    return shlex.join(words)
