@@ -11,6 +11,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.side_writer import SideFile
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.json_input import POINTER, require_no_pointer
+from reshard.formats.part_manifests import is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.plan import Plan
 from reshard.storage.local import open_regular_file
@@ -64,7 +65,9 @@ def find_beside(plan: Plan) -> FoundFiles:
     for name in [] if "only" in plan.source.subset else list_names(plan.source.folder):
         path = plan.source.folder / name
         is_wanted = whole or any(fnmatchcase(name, pattern) for pattern in carried)
-        if not is_wanted or name in ours or name.startswith(".") or INDEX_ENDING.sub("", name).endswith(SUFFIX):
+        if not is_wanted or name in ours or is_part_name(name) or name.startswith("."):
+            continue
+        if INDEX_ENDING.sub("", name).endswith(SUFFIX):
             continue
         if path.is_dir():
             # Beside a single file that was given lie folders of anything.

@@ -14,7 +14,9 @@ from reshard.formats.target_names import require_finished
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE
 
-CONVERT_AGAIN_HINT = "remove the file and convert again"
+CONVERT_AGAIN_HINT = "move the file out of the folder and convert again"
+
+COPY_AGAIN_HINT = "copy the file here again, or move it out of the folder and convert again"
 
 MISSING_FILE_HINT = "copy it there, or convert again"
 
@@ -69,6 +71,33 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     names = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
     known = set(names.values())
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
+
+
+def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
+    """The bytes of the tensor files that a verification reads: all that there are, or those of some ranks. Raises
+    Refused as `list_target_files`.
+    """
+    names = choose_files(list_target_files(target, recipe), ranks).values()
+    return sum((target / name).stat().st_size for name in names if (target / name).is_file())
+
+
+def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping[int, str]:
+    """Chooses the files of some ranks by their number, or all. Raises Refused for ranks that there are not, and for any
+    where the files are whole.
+    """
+    if ranks is None:
+        return folder.names
+    if folder.is_whole:
+        raise refuse_ranks_of_whole_files()
+    if unknown := sorted(set(ranks) - set(range(folder.ranks))):
+        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
+    return {number: name for number, name in folder.names.items() if number in ranks}
+
+
+def refuse_ranks_of_whole_files() -> Refused:
+    """Makes the refusal of `--ranks` for a target that has none."""
+    found, remedy = "a target of whole files, as --to hf writes them", "leave it out: all files are verified"
+    return refuse("wrong-option", "--ranks", found, "a target of rank files", remedy)
 
 
 def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
