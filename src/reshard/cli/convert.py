@@ -32,7 +32,8 @@ def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = api.plan(options.source, target=options.target, **chosen)
         if not plan.files and not options.json:
-            print(escape(f"{options.target}: converted already; no tensor would be written"))
+            lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
+            print("\n".join(map(escape, lines)))
             return PROVEN
         return print_plan(plan, as_json=options.json)
     ways = {name: getattr(options, name) for name in WAYS}

@@ -56,6 +56,8 @@ class OtherFiles:
     """Raises Refused if another run has changed the target after it was read and before it was locked."""
     part: str = ""
     """The name under which the manifest is written once more, where it does not name all ranks."""
+    kept: frozenset[str] = frozenset()
+    """Names of finished files, which no restart removes."""
     superseded: tuple[str, ...] = ()
     """Names of manifests that are of no use once this one has its final name: it names all that they name."""
 
@@ -117,7 +119,8 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance,
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, identify_job(plan, other_names, settings), restart=settings.restart)
+            job = identify_job(plan, other_names, settings)
+            journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, advance, settings)

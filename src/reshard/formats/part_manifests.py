@@ -135,7 +135,7 @@ def note_not_joined(folder: Path) -> Iterator[Note]:
 def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Describes the command that joins the parts of a target, and writes the rank files that lack."""
     command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
-    return f"{command}: the command that made them, without --ranks, joins them"
+    return f"to join them, run the command that made them without --ranks: {command}"
 
 
 def format_conversion_options(manifest: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ def list_own_names(target: Path) -> set[str]:
     """Lists the files that an interrupted job may have left in its target, by its journal. Empty without a journal."""
     if not (target / JOURNAL).exists():
         return set()
-    return {JOURNAL, *list_left_files(target)}
+    parts = {name for name in list_names(target) if name.endswith(PARTIAL) and is_part_name(name)}
+    return {JOURNAL, *list_left_files(target), *parts}
 
 
 def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
@@ -134,8 +135,12 @@ class TargetState:
 
     @property
     def superseded(self) -> tuple[str, ...]:
-        """Manifests of parts, under the names that we gave them, that the manifest after the run replaces."""
-        return tuple(name for name in self.same if is_part_name(name) and name != self.part)
+        """Manifests of parts, under the names that we gave them, that the manifest after the run replaces; and those that
+        an interrupted run has not finished.
+        """
+        begun = [name for name in list_names(self.folder) if name.endswith(PARTIAL)]
+        names = [name for name in (*self.same, *begun) if is_part_name(name)]
+        return tuple(name for name in names if name.removesuffix(PARTIAL) != self.part)
 
 
 def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
@@ -164,9 +169,13 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
 
 
 def note_joined(state: TargetState) -> Note:
-    """Notes which parts are joined, by their manifests."""
-    parts = (f"ranks {format_numbers(e['rank'] for e in one['files'])} of {name}" for name, one in state.same.items())
-    return Note("joined", f"parts joined into {MANIFEST}: {format_list(parts)}")
+    """Notes which parts are joined, by the manifests that name them."""
+    parts, known = [], state.named
+    for name, one in state.same.items():
+        if added := [entry["rank"] for entry in one["files"] if entry["name"] not in known]:
+            parts.append(f"ranks {format_numbers(added)} of {name}")
+        known |= list_rank_files(one)
+    return Note("joined", f"parts that were made apart are joined into {MANIFEST}: {format_list(parts)}")
 
 
 def check_state(state: TargetState) -> Iterator[Problem]:
@@ -193,7 +202,10 @@ def describe_others(state: TargetState) -> OtherFiles:
         sizes = {name: side.size for name, side in state.sides.items()}
         return write_manifest(state.plan, state.samples, sizes, checksums, records, state.known, state.origin)
 
-    return OtherFiles(state.sides, write, partial(require_same, state), state.part, state.superseded)
+    kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
+    kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
+    check = partial(require_same, state)
+    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded)
 
 
 def require_same(state: TargetState) -> None:
@@ -301,30 +313,30 @@ def check_room(state: TargetState) -> Iterator[Problem]:
         yield Problem("target-not-empty", str(state.folder / MANIFEST), describe_other(state), expected, remedy)
         return
     if state.known or not state.manifests.named:
-        unknown = list_unknown_ranks(state, ours)
+        unknown = find_unknown_ranks(state, ours)
         if unknown:
             yield make_unknown_problem(state, unknown)
         if unknown or state.known:
             parts = {name for name in list_names(state.folder) if is_part_name(name)}
-            ours |= {MANIFEST, *state.sides, *unknown, *parts, *state.same}
+            ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
         ours |= list_rank_files(state.known) - planned
     needed = state.plan.size + sum(side.size for side in state.sides.values())
     yield from check_folder(state.plan.path, state.folder, needed, ours)
 
 
-def list_unknown_ranks(state: TargetState, ours: set[str]) -> list[str]:
-    """Lists the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
-    layout, names = state.plan.layout, [file.name for file in state.plan.files]
-    if layout.to == RANKS:
-        names = [state.plan.recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
+def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
+    """Finds the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
+    layout = state.plan.layout
+    ranks = range(layout.ranks if layout.to == RANKS else 0)
+    names = {rank: state.plan.recipe.files.format(rank=rank, ranks=layout.ranks) for rank in ranks}
     known = ours | list_rank_files(state.known)
-    return [name for name in names if name not in known and (state.folder / name).exists()]
+    return {rank: name for rank, name in names.items() if name not in known and (state.folder / name).exists()}
 
 
-def make_unknown_problem(state: TargetState, names: Sequence[str]) -> Problem:
-    """Makes the problem of rank files that no manifest vouches for: nobody knows what made them."""
-    found = f"{format_count(len(names), 'files')} that no manifest here names: {format_list(names)}"
+def make_unknown_problem(state: TargetState, names: Mapping[int, str]) -> Problem:
+    """Makes the problem of rank files, by rank, that no manifest vouches for: nobody knows what made them."""
+    found = f"{format_count(len(names), 'files')} that no manifest here names: {format_list(names.values())}"
     others = [f"{name} is {describe_other(state, name)}" for name in state.manifests.named if name not in state.same]
-    remedy = f"copy {MANIFEST} of the folder that they were made in here, as reshard.ranks-OTHERS.json"
+    remedy = f"copy {MANIFEST} of the folder that they were made in here as {name_part_manifest(names)}"
     remedy += "; or move them out of the folder: the same command then writes them"
     return Problem("no-manifest", str(state.folder), "; ".join([found, *others]), "the manifest of their part", remedy)

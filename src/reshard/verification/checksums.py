@@ -18,7 +18,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import is_safetensors_name, read_header
-from reshard.formats.part_manifests import check_joined, is_of_whole_files, read_joined_manifest
+from reshard.formats.part_manifests import check_joined, is_of_whole_files, name_part_manifest, read_joined_manifest
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.local import (
@@ -183,7 +183,7 @@ def make_missing_ranks_problem(
         found = f"{len(missing)} of {manifest['ranks']} rank files are not here: ranks {ranks}"
     here = ",".join(format_runs(entry.rank for entry in entries if entry not in missing))
     command = f"reshard verify {shlex.quote(str(target))} --ranks {here}"
-    remedy = f"{MISSING_FILE_HINT}; to verify the ranks that are here alone: {command}" if here else MISSING_FILE_HINT
+    remedy = f"for the ranks that are here: {command}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
     size = sum(entry.size for entry in missing)
     return Problem("missing-file", format_list(entry.name for entry in missing), found, f"{size:,} bytes", remedy)
 
@@ -192,8 +192,8 @@ def check_extra_files(target: Path, entries: Sequence[ManifestFile], manifest: M
     """Tensor files that no manifest here names. Beside a part they may be other ranks, without their manifest."""
     remedy = "move it away"
     if not is_of_whole_files(manifest) and len(entries) < manifest["ranks"]:
-        remedy = f"move it away; or if it is of the same conversion, copy {MANIFEST} of the folder that it was made in "
-        remedy += "here, as reshard.ranks-OTHERS.json"
+        name = name_part_manifest({*range(manifest["ranks"])} - {entry.rank for entry in entries})
+        remedy += f"; or, if it is a rank of the same conversion, copy {MANIFEST} of its folder here as {name}"
     known = {entry.name for entry in entries}
     for path in sorted(target.iterdir()):
         if is_safetensors_name(path.name) and path.name not in known:

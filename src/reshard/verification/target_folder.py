@@ -11,6 +11,7 @@ from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
 from reshard.formats.json_input import read_object
 from reshard.formats.target_names import require_finished
+from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE
 
@@ -104,10 +105,12 @@ def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[Ta
     """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
     files: list[TargetHeader] = []
     problems: list[Problem] = []
+    here = ",".join(format_runs(number for number, name in names.items() if (target / name).exists()))
+    remedy = f"for the ranks that are here: --ranks {here}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
     for number, name in names.items():
-        if not (target / name).exists():
+        if not (target / name).exists():  # never of whole files: those are what lies there
             found = "a link to nothing" if (target / name).is_symlink() else "no such file"
-            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", MISSING_FILE_HINT))
+            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", remedy))
             continue
         try:
             files.append(TargetHeader(number, *read_header(target / name, number)))
