@@ -216,7 +216,7 @@ def test_rank_files_without_a_manifest_are_refused_and_both_hints_work(
     report = reshard.verify(target)
     assert {problem.kind for problem in report.problems} == {"extra-file"}
     assert all("here as reshard.ranks-0-1.json" in problem.remedy for problem in report.problems)
-    with pytest.raises(Refused, match="a file that reshard.json does not name"):
+    with pytest.raises(Refused, match="does not name"):
         reshard.convert(target, tmp_path / "hf", to="hf")
 
     other = shutil.copytree(target, tmp_path / "other")
@@ -332,11 +332,11 @@ def crashes(run: Callable[[], object]) -> Iterator[int]:
     raise AssertionError("no run gets through")
 
 
-@pytest.mark.parametrize("lacking", [False, True])
+@pytest.mark.parametrize("last", ["2-3", "2"])
 def test_a_crash_while_joining_leaves_what_the_same_command_finishes(
-    lacking: bool, source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+    last: str, source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    made = bring_together(tmp_path / "made", parts["0-1"], parts["2" if lacking else "2-3"])
+    made = bring_together(tmp_path / "made", parts["0-1"], parts[last])
     wanted, target, moments = contents(whole), tmp_path / "target", 0
 
     def run() -> None:
@@ -392,9 +392,8 @@ def test_an_interrupted_part_goes_on_in_the_folder_of_all(
     assert contents(target) == contents(whole)
 
 
-@pytest.mark.parametrize("restart", [False, True])
 def test_a_restart_keeps_what_was_brought_here_finished(
-    restart: bool, source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     """An unfinished part lies here, and the same part from elsewhere, finished."""
 
@@ -409,11 +408,9 @@ def test_a_restart_keeps_what_was_brought_here_finished(
     (target / "model2-mp4.safetensors.partial").unlink()
     bring_together(target, parts["0-1"], parts["2-3"])
     before = stamps(target)
-    if not restart:
-        with pytest.raises(Refused, match="--restart throws the partial files away"):
-            convert_checkpoint(Job(source, RANKS), target)
-        assert stamps(target) == before
-        return
+    with pytest.raises(Refused, match="--restart throws the partial files away"):
+        convert_checkpoint(Job(source, RANKS), target)
+    assert stamps(target) == before
     convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
     assert stamps(target) == before
     assert contents(target) == contents(whole)

@@ -90,7 +90,7 @@ def audit_target(
     manifest = read_audited_manifest(target)
     known = read_manifest_files(manifest, target)
     entries = known if ranks is None else choose_entries(known, ranks, manifest)
-    problems = list(check_file_set(target, entries, manifest))
+    problems = list(check_file_set(target, entries, known, manifest))
     if ranks is None:
         problems += [*check_extra_files(target, known, manifest), *check_joined(target)]
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
@@ -155,8 +155,12 @@ def parse_manifest_file(entry: Mapping[str, Any]) -> ManifestFile:
     return ManifestFile(Path(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges)
 
 
-def check_file_set(target: Path, entries: Sequence[ManifestFile], manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Files that are missing or have another size. Missing rank files are one problem, for they may be elsewhere."""
+def check_file_set(
+    target: Path, entries: Sequence[ManifestFile], known: Sequence[ManifestFile], manifest: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Those of `entries` that are missing or have another size; they may have the names of others that are `known`.
+    Missing rank files are one problem: perhaps they lie on another machine.
+    """
     missing = [entry for entry in entries if read_file_size(target / entry.name) is None]
     if missing and is_of_whole_files(manifest):
         for entry in missing:
@@ -167,8 +171,8 @@ def check_file_set(target: Path, entries: Sequence[ManifestFile], manifest: Mapp
         size = read_file_size(target / entry.name)
         if size in (None, entry.size):
             continue
-        if size == find_size_by_header(target / entry.name, entries):
-            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, entries))
+        if size == find_size_by_header(target / entry.name, known):
+            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, known))
         else:
             yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", COPY_AGAIN_HINT)
 
