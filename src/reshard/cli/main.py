@@ -117,7 +117,7 @@ def add_verify(parser: Parser) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
     parser.add_argument(
-        "--ranks", type=parse_numbers, metavar="0-3,7", help="with --source: the files of these ranks only"
+        "--ranks", type=parse_numbers, metavar="0-3,7", help="the files of these ranks only"
     )
     parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
     parser.add_argument(
