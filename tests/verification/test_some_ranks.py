@@ -104,14 +104,18 @@ def test_what_is_wrong_with_the_chosen_files_is_named(node: Path) -> None:
     assert facts(reshard.verify(node, ranks=[1, 3]))[0] == ("missing-file", rank_file(node, 1).name)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_files_that_changed_places_are_named(number: int, node: Path) -> None:
-    """One of the two is not chosen: its header is known all the same."""
-    names = [rank_file(node, 2), rank_file(node, 3)]
-    names[0].rename(node / "aside")
-    names[1].rename(names[0])
-    (node / "aside").rename(names[1])
-    assert facts(reshard.verify(node, ranks=[2 + number])) == [("swapped-file", names[number].name)]
+@pytest.mark.parametrize("pair", [(0, 1), (2, 3), (3, 2)])
+def test_files_that_changed_places_are_named(pair: tuple[int, int], whole: Path, tmp_path: Path) -> None:
+    """One of the two is not chosen: its header is known all the same. Only the first two are of one size."""
+    target = shutil.copytree(whole, tmp_path / "target")
+    one, other = (rank_file(target, rank) for rank in pair)
+    assert (one.stat().st_size == other.stat().st_size) == (pair == (0, 1))
+    one.rename(target / "aside")
+    other.rename(one)
+    (target / "aside").rename(other)
+    report = reshard.verify(target, ranks=[pair[0]])
+    assert facts(report) == [("swapped-file", one.name)]
+    assert report.problems[0].found == f"the header of {other.name}"
 
 
 def test_a_sample_of_some_ranks(node: Path) -> None:

@@ -116,9 +116,7 @@ def add_verify(parser: Parser) -> None:
         "--source", type=Path, help="what it was made from; without it the manifest's checksums are compared"
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a packaged recipe or a TOML file; default: by the model")
-    parser.add_argument(
-        "--ranks", type=parse_numbers, metavar="0-3,7", help="the files of these ranks only"
-    )
+    parser.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="the files of these ranks only")
     parser.add_argument("--ignore-extra-files", action="store_true", help="with --source: as for convert")
     parser.add_argument(
         "--sample",

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_hexdigest
 
 from reshard.errors import Problem, Refused
 from reshard.formats.manifest import list_rank_files, read_conversion_options, read_manifest
-from reshard.formats.target_names import MANIFEST, PARTIAL
+from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.text import format_count, format_list, format_runs
 from reshard.types import WHOLE, Note
 
@@ -65,7 +65,7 @@ def is_part_name(name: str) -> bool:
 def read_manifests(folder: Path) -> Manifests:
     """Reads all manifests of a folder. Raises Refused if `reshard.json` is damaged."""
     main, parts, damaged = read_manifest(folder), {}, []
-    for name in sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ():
+    for name in list_names(folder):
         if name == MANIFEST or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
             continue
         try:

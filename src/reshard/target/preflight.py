@@ -19,7 +19,7 @@ from reshard.formats.part_manifests import (
     join_manifests,
     read_manifests,
 )
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.storage.local import write_durable
@@ -30,7 +30,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, list_names
+from reshard.target.side_files import collect_side_files
 from reshard.target.state import (
     TargetState,
     check_manifests,

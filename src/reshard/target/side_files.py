@@ -12,7 +12,7 @@ from reshard.execution.side_writer import SideFile
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.json_input import POINTER, require_no_pointer
 from reshard.formats.part_manifests import is_part_name
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.storage.local import open_regular_file
 from reshard.target.config_files import carry_config, make_whole_files, restore_texts
@@ -101,14 +101,6 @@ def is_in_other_format(name: str) -> bool:
 def is_broken_link(path: Path) -> bool:
     """Whether a path is a broken link."""
     return path.is_symlink() and not path.exists()
-
-
-def list_names(folder: Path) -> list[str]:
-    """Lists the names in a folder, sorted; empty if it cannot be read."""
-    try:
-        return sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return []
 
 
 def add_notes(plan: Plan) -> Plan:

@@ -15,11 +15,10 @@ from reshard.formats.part_manifests import (
     name_part_manifest,
     read_manifests,
 )
-from reshard.formats.target_names import MANIFEST, PARTIAL
+from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.sources.source import find_changed_range
 from reshard.target.manifest_writer import find_different_keys
-from reshard.target.side_files import list_names
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import RANKS, Note

@@ -32,7 +32,7 @@ from reshard.storage.local import (
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import run_in_threads
 from reshard.text import format_list, format_numbers, format_runs
-from reshard.types import Advance
+from reshard.types import MOST_RANKS, Advance
 from reshard.verification.chunks import sample_evenly
 from reshard.verification.target_folder import (
     COPY_AGAIN_HINT,
@@ -195,7 +195,7 @@ def make_missing_ranks_problem(
 def check_extra_files(target: Path, entries: Sequence[ManifestFile], manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """Tensor files that no manifest here names. Beside a part they may be other ranks, without their manifest."""
     remedy = "move it away"
-    if not is_of_whole_files(manifest) and len(entries) < manifest["ranks"]:
+    if not is_of_whole_files(manifest) and len(entries) < manifest["ranks"] <= MOST_RANKS:
         name = name_part_manifest({*range(manifest["ranks"])} - {entry.rank for entry in entries})
         remedy += f"; or, if it is a rank of the same conversion, copy {MANIFEST} of its folder here as {name}"
     known = {entry.name for entry in entries}
