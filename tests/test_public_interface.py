@@ -116,7 +116,7 @@ def test_values_print_as_text_for_people(small: Path, tmp_path: Path) -> None:
         (lambda source, target: reshard.convert(source, target, mp=2, jobs=0), "jobs: wrong option"),
         (lambda source, target: reshard.convert(source, target, mp=2, cache="maybe"), "auto, yes or no"),
         (lambda source, target: reshard.convert(source, target, mp=2, max_memory=1), "max_memory"),
-        (lambda source, _: reshard.verify(source, ranks=[0]), "both with source only"),
+        (lambda source, _: reshard.verify(source, recipe="llama"), "with source only"),
         (lambda source, _: reshard.verify(source, source, sample=cast(float, "1%")), "more than 0 and at most 1"),
         (lambda source, _: reshard.plan(source, mp=2, layers=cast(Any, "0-3")), "layers: wrong option"),
         (lambda source, target: reshard.convert(source, target, mp=2, ranks=[]), "ranks: wrong option"),

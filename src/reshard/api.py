@@ -8,13 +8,13 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
-from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_subset_lines, read_valid_manifest
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.diff import DiffReport, diff_checkpoints
@@ -41,7 +41,7 @@ from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
-from reshard.verification.target_folder import require_target_folder
+from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
@@ -144,7 +144,7 @@ def convert(
     planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
     state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
-    if not state.plan.files:
+    if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     advance = count_progress(progress, state.plan.size)
     # The only step that writes tensors.
@@ -209,7 +209,7 @@ def verify(
         target: A folder of rank files, or of whole files that were made by `convert`.
         source: The checkpoint or the rank files that the target was made from.
         recipe: With a source: a packaged recipe's name or a TOML file; by default the checkpoint itself tells.
-        ranks: With a source: compare the files of these ranks only.
+        ranks: Compare the files of these ranks only: the others need not lie there.
         ignore_extra_files: With a source: as for `convert`.
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
         download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
@@ -236,15 +236,15 @@ def verify(
         require_none(check_download_options(given, sums, is_hub=download))
         return verify_download(folder, None if sums is None else Path(sums), progress)
     require_target_folder(folder)
-    if source is None:
-        if ranks is not None or recipe:
-            raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
-        return audit_target(folder, count_progress(progress, count_tensor_bytes(folder)), part)
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
+    if source is None:
+        if recipe:
+            raise refuse("wrong-option", "--recipe", "no --source", "with --source only: a manifest needs none")
+        return audit_target(folder, partial(count_progress, progress), part, chosen)
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
-    advance = count_progress(progress, count_tensor_bytes(sides.folder))
+    advance = count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen))
     report = verify_target(
         sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
     )
@@ -292,6 +292,8 @@ def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iter
         yield f"{target}: converted already; written again: {', '.join(conversion.mended)}"
     elif done is None:
         yield f"{target}: converted already; nothing was written"
+    elif not plan.files:
+        yield f"{target}: the parts that were made apart are joined; no rank file was written"
     else:
         size = f"{plan.size:,} bytes ({format_size(plan.size)})"
         kind = "rank files" if plan.layout.to == RANKS else "files"
@@ -324,11 +326,6 @@ def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Re
     if known is None or known == given:
         return report
     return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
-
-
-def count_tensor_bytes(folder: Path) -> int:
-    """Of all safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if is_safetensors_name(path.name) and path.is_file())
 
 
 def read_chosen(

@@ -46,13 +46,18 @@ def format_list(names: Iterable[str], most: int = 6) -> str:
 
 def format_numbers(numbers: Iterable[int]) -> str:
     """Formats a set of numbers as ranges: `0-3, 7, 9-10`; `none` for an empty set."""
+    return format_list(format_runs(numbers), 12) or "none"
+
+
+def format_runs(numbers: Iterable[int]) -> list[str]:
+    """Formats each run of numbers that follow each other: `0-3`, or `7`. An option takes them joined by commas."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return format_list((str(first) if first == last else f"{first}-{last}" for first, last in runs), 12) or "none"
+    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
 
 
 def format_count(count: int, things: str) -> str:

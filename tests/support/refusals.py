@@ -323,6 +323,11 @@ def n_experts(count: int) -> Damage:
 
 def target_not_empty(trial: Trial) -> None:
     trial.target.mkdir()
+    (trial.target / "notes.txt").write_bytes(b"kept")
+
+
+def target_with_rank_file(trial: Trial) -> None:
+    trial.target.mkdir()
     (trial.target / "model0-mp2.safetensors").write_bytes(b"kept")
 
 
@@ -437,7 +442,8 @@ REFUSALS = [
     ("a scale of the wrong shape", reshaped(OUTPUT + "_scale_inv", lambda shape: shape[::-1]), "wrong-scale",
      "for a weight of [128, 512]"),
     # The target.
-    ("a target with files", target_not_empty, "target-not-empty", "model0-mp2.safetensors"),
+    ("a target with files", target_not_empty, "target-not-empty", "notes.txt"),
+    ("a target with a rank file", target_with_rank_file, "no-manifest", "model0-mp2.safetensors"),
     ("a target that is a file", target_is_a_file, "target-not-folder", "a file"),
     ("a target inside the source", target_inside_source, "target-inside-source", "ranks"),
     ("a target that is the source", target_is_the_source, "target-inside-source", "source"),

@@ -146,7 +146,7 @@ def add_inspect(parser: Parser) -> None:
         const="*",
         default=[],
         metavar="PATTERN",
-        help="List the tensors, or those of such names, as in '*.mlp.*'. It stands behind the path and can be repeated.",
+        help="List the tensors, or those of such names, as in *.mlp.*; stands behind the path, and can be repeated.",
     )
 
 

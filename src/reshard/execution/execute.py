@@ -54,6 +54,12 @@ class OtherFiles:
     """
     require_same: Callable[[], None]
     """Raises Refused if another run has changed the target after it was read and before it was locked."""
+    part: str = ""
+    """The name under which the manifest is written once more, where it does not name all ranks."""
+    kept: frozenset[str] = frozenset()
+    """Names of finished files, which no restart removes."""
+    superseded: tuple[str, ...] = ()
+    """Names of manifests that are of no use once this one has its final name: it names all that they name."""
 
 
 DEFAULT_MEMORY = 256 << 20
@@ -107,21 +113,25 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance,
     call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
     other_names = [*others.sides, MANIFEST]
-    names = [*(file.name for file in plan.files), *other_names]  # the manifest gets its final name last
+    manifests = [name for name in (MANIFEST, others.part) if name]
+    names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            journal = open_journal(stack, target, identify_job(plan, other_names, settings), restart=settings.restart)
+            job = identify_job(plan, other_names, settings)
+            journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, advance, settings)
-                write_durable(target / (MANIFEST + PARTIAL), others.write_manifest(records, checksums))
+                manifest = others.write_manifest(records, checksums)
+                for name in manifests:
+                    write_durable(target / (name + PARTIAL), manifest)
             except Exception:
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
-            rename_to_final(target, names)
+            rename_to_final(target, names, others.superseded)
     except OSError as error:
         subject, found = str(error.filename or target), error.strerror or str(error)
         remedy = "mend it and run the same command again"
@@ -264,16 +274,18 @@ def find_incomplete_file(plan: Plan, records: Records) -> str | None:
     return None
 
 
-def rename_to_final(target: Path, names: Sequence[str]) -> None:
-    """Gives every file its final name, then removes the journal. A crash in between leaves everything to resume."""
+def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str] = ()) -> None:
+    """Gives every file its final name, then removes the journal, and manifests that are superseded. A crash in between
+    leaves everything to resume.
+    """
     for name in names:
         partial = target / (name + PARTIAL)
-        if name == names[-1]:  # the manifest: its presence says that the others have their final names
+        if name == MANIFEST:  # its presence says that the others have their final names
             sync_folder(target)
         if partial.exists():
             partial.rename(target / name)
     sync_folder(target)
     with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
-    remove_files(target, [JOURNAL])
+    remove_files(target, [*superseded, JOURNAL])
     sync_folder(target)

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,19 +58,24 @@ class Journal:
     """The records that were in it when it was opened."""
 
 
-def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, restart: bool = False) -> Journal:
-    """Opens the journal of a folder, locked until the stack closes; a new one if there is none, or to `restart`.
+def open_journal(
+    stack: ExitStack, folder: Path, job: Mapping[str, Any], kept: Collection[str] = (), *, restart: bool = False
+) -> Journal:
+    """Opens the journal of a folder, locked until the stack closes; a new one if there is none, or to `restart`, or if
+    its job has left nothing but finished files. These are `kept`, also by a restart: a manifest names them.
 
     Raises Refused if another process has locked it, if it belongs to another job, or if it is damaged.
     """
     path = folder / JOURNAL
     descriptor = lock_journal(stack, path)
     content = path.read_bytes()
+    left = list_left_files(folder)
+    is_over = bool(left) and left.issubset(kept)
     if restart:
         # Only now that it is locked: no other process is writing these files.
-        for name in list_left_files(folder):
+        for name in left.difference(kept):
             (folder / name).unlink(missing_ok=True)
-    if restart or b"\n" not in content:
+    if restart or is_over or b"\n" not in content:
         # Without a complete first line nothing can be durable yet.
         line = (json.dumps(job) + "\n").encode()
         os.ftruncate(descriptor, 0)

@@ -18,8 +18,8 @@ from reshard.formats.huggingface import (
     read_headers,
 )
 from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
-from reshard.formats.manifest import read_manifest
 from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
+from reshard.formats.part_manifests import read_joined_manifest
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.text import format_list
 from reshard.types import Checkpoint, Note, Tensor
@@ -35,7 +35,7 @@ class Folder:
     """Of the safetensors files, sorted."""
     config: Mapping[str, Any] | None
     manifest: Mapping[str, Any]
-    """As reshard wrote it; empty without one, and if it is damaged."""
+    """As reshard wrote it, joined with those of other parts; empty without one, and if it is damaged."""
     manifest_fault: Refused | None
     """The refusal of a damaged manifest; None if it is as reshard wrote it, or if there is none."""
 
@@ -62,7 +62,7 @@ def read_folder(path: Path) -> Folder:
     fault = None
     if path.is_dir():
         try:
-            manifest = read_manifest(path)
+            manifest = read_joined_manifest(path)
         except Refused as refused:
             fault = refused
     return Folder(path, names, read_config(find_folder(path)), manifest, fault)

@@ -270,15 +270,15 @@ def compute_manifest_checksum(manifest: Mapping[str, Any]) -> str:
         return ""  # ours is two levels deep
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not as we wrote it."""
-    manifest = read_object(folder / MANIFEST, LARGEST_MANIFEST)
+    manifest = read_object(folder / name, LARGEST_MANIFEST)
     if manifest is None:
         return {}
     found = manifest.pop("xxh3_128", None)
     if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
         remedy = "verify with --source, or convert into another folder"
-        raise refuse("wrong-manifest", str(folder / MANIFEST), "damaged or changed", "what reshard has written", remedy)
+        raise refuse("wrong-manifest", str(folder / name), "damaged or changed", "what reshard has written", remedy)
     return manifest
 
 
@@ -321,3 +321,13 @@ def read_valid_manifest(path: Path) -> Mapping[str, Any]:
         return read_manifest(path) if path.is_dir() else {}
     except Refused:
         return {}
+
+
+def read_conversion_options(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """The options of the conversion and their values, by the manifest; a flag has the value `keep` or none."""
+    layout = manifest.get("layout")
+    layout = layout if isinstance(layout, dict) else {}
+    flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
+    texts = {"--cast": "cast", "--expert-dtype": "expert_dtype"}
+    values = {option: layout[key] for option, key in texts.items() if isinstance(layout.get(key), str) and layout[key]}
+    return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}

@@ -24,3 +24,11 @@ def require_finished(folder: Path) -> None:
             "run the same convert again: it goes on from there",
         )
         raise refuse("unfinished-target", str(folder), "an unfinished conversion", expected, remedy)
+
+
+def list_names(folder: Path) -> list[str]:
+    """Lists the names in a folder, sorted; empty if it cannot be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []

@@ -15,7 +15,8 @@ from reshard.formats.huggingface import (
     read_file,
     read_headers,
 )
-from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
+from reshard.formats.manifest import format_subset, is_subset, read_conversion_options, read_manifest_unchecked
+from reshard.formats.part_manifests import note_not_joined
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
@@ -150,17 +151,8 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
     content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
-    return replace(content, made=read_conversion_options(manifest), notes=tuple(note_files_beside_ranks(names)))
-
-
-def read_conversion_options(manifest: Mapping[str, Any]) -> Mapping[str, str]:
-    """The options of the conversion and their values, by the manifest; a flag has the value `keep` or none."""
-    layout = manifest.get("layout")
-    layout = layout if isinstance(layout, dict) else {}
-    flags = {"--mtp": ("keep_optional", "keep"), "--pad": ("pad", "")}
-    texts = {"--cast": "cast", "--expert-dtype": "expert_dtype"}
-    values = {option: layout[key] for option, key in texts.items() if isinstance(layout.get(key), str) and layout[key]}
-    return values | {option: value for option, (key, value) in flags.items() if layout.get(key) is True}
+    notes = (*note_files_beside_ranks(names), *note_not_joined(path))
+    return replace(content, made=read_conversion_options(manifest), notes=notes)
 
 
 def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:

@@ -28,7 +28,7 @@ from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 
-AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
+AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
 
 
 @dataclass(frozen=True, slots=True)

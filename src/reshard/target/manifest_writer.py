@@ -17,14 +17,12 @@ from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
 from reshard.execution.journal import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
+from reshard.formats.part_manifests import JOB_KEYS
 from reshard.formats.renaming import store_renaming
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.target.config_files import cast_config
 from reshard.types import WHOLE, File, Share
-
-JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset")
-"""Manifest keys that are equal in two manifests of the same job; the samples of the source must be equal too."""
 
 SAMPLE_SIZE = 64 << 10
 """Size of each of three samples of a source file's data (beginning, middle, end), in bytes."""
@@ -127,10 +125,13 @@ def list_digests(records: Records) -> Iterable[bytes]:
 
 def is_same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
     """Whether a manifest is of the planned conversion, for these or other ranks."""
-    wanted = describe_plan(plan)
-    return manifest.get("source_samples") == list(samples) and all(
-        manifest.get(key) == wanted.get(key) for key in JOB_KEYS
-    )
+    return not find_different_keys(manifest, plan, samples)
+
+
+def find_different_keys(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> list[str]:
+    """Finds the keys in which a manifest differs from that of the planned conversion, for these or other ranks."""
+    wanted = {**describe_plan(plan), "source_samples": list(samples)}
+    return [key for key in JOB_KEYS if manifest.get(key) != wanted.get(key)]
 
 
 def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:

@@ -3,9 +3,10 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
 from reshard.execution.journal import Records, list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
-from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
-from reshard.formats.manifest import list_rank_files, read_manifest
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.execution.side_writer import write_side_files
+from reshard.formats.manifest import list_rank_files
+from reshard.formats.part_manifests import is_part_name, join_manifests, read_manifests
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
+from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
     describe_origin,
     describe_plan,
@@ -27,8 +30,19 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, list_names
-from reshard.target.tokenizer import WORD, find_tokenizer, note_lacking
+from reshard.target.side_files import collect_side_files
+from reshard.target.state import (
+    TargetState,
+    check_manifests,
+    check_side_files,
+    check_written_files,
+    find_unknown_ranks,
+    list_lost_sides,
+    make_unknown_problem,
+    note_joined,
+    require_same,
+)
+from reshard.target.tokenizer import find_tokenizer, note_lacking
 from reshard.text import format_size
 from reshard.types import RANKS
 
@@ -37,7 +51,8 @@ def list_own_names(target: Path) -> set[str]:
     """Lists the files that an interrupted job may have left in its target, by its journal. Empty without a journal."""
     if not (target / JOURNAL).exists():
         return set()
-    return {JOURNAL, *list_left_files(target)}
+    parts = {name for name in list_names(target) if name.endswith(PARTIAL) and is_part_name(name)}
+    return {JOURNAL, *list_left_files(target), *parts}
 
 
 def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
@@ -86,25 +101,6 @@ def find_nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-@dataclass(frozen=True, slots=True)
-class TargetState:
-    """A target folder at the start of a job, and the part of the plan that remains to be done."""
-
-    folder: Path
-    plan: Plan
-    """The plan of the files that are not finished yet."""
-    samples: Sequence[str]
-    """For each source file: a checksum of samples of its data."""
-    sides: Mapping[str, SideFile]
-    """The side files, by name."""
-    manifest: Mapping[str, Any]
-    """The manifest in the folder; empty if there is none."""
-    known: Mapping[str, Any]
-    """The same manifest, if it is of this conversion (perhaps for other ranks); else empty."""
-    origin: Mapping[str, Any]
-    """The part of the new manifest that describes the source."""
-
-
 def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
     or of the source. Raises Refused if they cannot be written.
@@ -116,14 +112,17 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
         origin = describe_origin(plan, headers)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
-    manifest = read_manifest(folder)
-    known = manifest if is_same_job(manifest, plan, samples) else {}
+    manifests = read_manifests(folder)
+    same = {name: one for name, one in manifests.named.items() if is_same_job(one, plan, samples)}
+    known = join_manifests(same.values())
     sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    state = TargetState(folder, plan, samples, sides, manifest, known, origin)
+    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin)
     require_none(check_state(state))
+    if state.must_be_joined:
+        state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state
 
 
@@ -131,17 +130,12 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     """Reports files that changed since this conversion wrote them; if there are none, reasons why the remaining files
     cannot be written.
     """
-    found = [*check_side_files(state.known, state.sides), *check_damaged_files(state.known, state.plan, state.folder)]
+    found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
     yield from found
     if not found and state.plan.files:
         yield from check_room(state)
     elif not found:
         yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
-
-
-def list_lost_sides(state: TargetState) -> list[str]:
-    """Lists the side files that are not in the target."""
-    return [name for name in state.sides if not (state.folder / name).exists()]
 
 
 def describe_others(state: TargetState) -> OtherFiles:
@@ -151,76 +145,59 @@ def describe_others(state: TargetState) -> OtherFiles:
         sizes = {name: side.size for name, side in state.sides.items()}
         return write_manifest(state.plan, state.samples, sizes, checksums, records, state.known, state.origin)
 
-    def require_same() -> None:
-        if read_manifest(state.folder) != state.manifest:
-            found = "another run has ended there just now"
-            raise refuse("target-changed", str(state.folder), found, "none", "run it again")
-
-    return OtherFiles(state.sides, write, require_same)
-
-
-def check_side_files(known: Mapping[str, Any], sides: Mapping[str, SideFile]) -> Iterator[Problem]:
-    """Reports side files whose content would differ from the manifest: a changed tokenizer or config of the source."""
-    for entry in known.get("side_files", ()):
-        side = sides.get(entry["name"])
-        if side and (side.size != entry["size"] or compute_side_checksum(side) != entry["xxh3_128"]):
-            found = "other content than when the target was made, in the source or by its config.json"
-            remedy = "another target, or the source as it was"
-            if WORD in entry["name"]:
-                found = "another tokenizer than when the target was made"
-                remedy = "another target, or the source and --tokenizer-path as they were"
-            yield Problem("source-changed", entry["name"], found, "the same", remedy)
-
-
-def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> Iterator[Problem]:
-    """Reports finished files whose size differs from the manifest."""
-    sizes = {entry["name"]: entry["size"] for entry in known.get("files", ())}
-    for file in plan.files:
-        path = target / file.name
-        if file.name in sizes and path.exists():
-            found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
-            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+    kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
+    kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
+    check = partial(require_same, state)
+    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded)
 
 
 def mend_target(state: TargetState) -> list[str]:
-    """Writes the side files that a finished target lacks, and returns their names.
+    """Writes the side files and the manifest of its part that a finished target lacks, and returns their names; removes
+    what a job that crashed after its last rename has left.
 
     Raises Refused if side files are missing while other ranks are half written: that job must end first.
     """
-    target = state.folder
-    lost = list_lost_sides(state)
+    target, sides = state.folder, list_lost_sides(state)
+    part = [state.part] if state.part and not (target / state.part).exists() else []
     if any(name.endswith(PARTIAL) for name in list_left_files(target)):
-        if lost:
+        if sides:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
-    elif lost:
+        return []
+    if sides or part or state.superseded or (target / JOURNAL).exists():
         with ExitStack() as stack:
             lock_journal(stack, target / JOURNAL)
-            write_side_files(target, {name: state.sides[name] for name in lost})
-            rename_to_final(target, lost)
-    elif (target / JOURNAL).exists():  # left by a job that crashed after its last rename
-        with ExitStack() as stack:
-            lock_journal(stack, target / JOURNAL)
-            (target / JOURNAL).unlink()
-    return lost
+            require_same(state)
+            write_side_files(target, {name: state.sides[name] for name in sides})
+            for name in part:
+                write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
+            rename_to_final(target, [*sides, *part], state.superseded)
+    return [*sides, *part]
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:
     """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
     for other ranks).
     """
-    ours = list_own_names(state.folder)
-    if state.known:
-        ours |= {MANIFEST, *state.sides, *list_rank_files(state.known)} - {file.name for file in state.plan.files}
+    ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
+    if state.manifests.main and not state.known:
+        yield explain_other_conversion(state, state.manifests.main)
+        return
+    if state.known or not state.manifests.named:
+        unknown = find_unknown_ranks(state, ours)
+        if unknown:
+            yield make_unknown_problem(state, unknown)
+        if unknown or state.known:
+            parts = {name for name in list_names(state.folder) if is_part_name(name)}
+            ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
+        ours |= list_rank_files(state.known) - planned
     needed = state.plan.size + sum(side.size for side in state.sides.values())
-    for problem in check_folder(state.plan.path, state.folder, needed, ours):
-        is_of_another = problem.kind == "target-not-empty" and state.manifest
-        yield explain_other_conversion(state, problem.subject) if is_of_another else problem
+    yield from check_folder(state.plan.path, state.folder, needed, ours)
 
 
-def explain_other_conversion(state: TargetState, subject: str) -> Problem:
-    """Explains that the target has a finished conversion of another job, and how its files may serve."""
-    manifest, plan = state.manifest, state.plan
+def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:
+    """Explains that the target has a finished conversion of another job, by its manifest, and how it may serve."""
+    plan = state.plan
     wanted = {**describe_plan(plan), "source_samples": list(state.samples)}
     before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest)
     remedy = "another target"
@@ -229,4 +206,6 @@ def explain_other_conversion(state: TargetState, subject: str) -> Problem:
     if is_whole and is_same_job({**manifest, "layout": layout}, plan, state.samples) and plan.layout.to == RANKS:
         command = shlex.join(["reshard", "convert", str(state.folder), "NEW", "--mp", str(plan.layout.ranks)])
         remedy += f"; or {command} makes the ranks from these files, without the source"
-    return Problem("target-not-empty", subject, f"a finished conversion: {before}", f"this one: {now}", remedy)
+    return Problem(
+        "target-not-empty", str(state.folder), f"a finished conversion: {before}", f"this one: {now}", remedy
+    )

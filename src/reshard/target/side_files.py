@@ -11,7 +11,8 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.side_writer import SideFile
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.json_input import POINTER, require_no_pointer
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.part_manifests import is_part_name
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import UNFINISHED
 from reshard.planning.plan import Plan
 from reshard.storage.local import open_regular_file
@@ -66,7 +67,9 @@ def find_beside(plan: Plan) -> FoundFiles:
     for name in [] if "only" in plan.source.subset else list_names(plan.source.folder):
         path = plan.source.folder / name
         is_wanted = whole or any(fnmatchcase(name, pattern) for pattern in carried)
-        if not is_wanted or name in ours or name.startswith(".") or INDEX_ENDING.sub("", name).endswith(SUFFIX):
+        if not is_wanted or name in ours or is_part_name(name) or name.startswith("."):
+            continue
+        if INDEX_ENDING.sub("", name).endswith(SUFFIX):
             continue
         if path.is_dir():
             # Beside a single file that was given lie folders of anything.
@@ -100,14 +103,6 @@ def is_in_other_format(name: str) -> bool:
 def is_broken_link(path: Path) -> bool:
     """Whether a path is a broken link."""
     return path.is_symlink() and not path.exists()
-
-
-def list_names(folder: Path) -> list[str]:
-    """Lists the names in a folder, sorted; empty if it cannot be read."""
-    try:
-        return sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return []
 
 
 def add_notes(plan: Plan) -> Plan:

@@ -4,7 +4,8 @@ The checksums were taken of the bytes that were written, file by file. That the 
 only if both were written from the same source; `verify --source` compares them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
@@ -17,7 +18,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import is_safetensors_name, read_header
-from reshard.formats.manifest import read_manifest
+from reshard.formats.part_manifests import check_joined, is_of_whole_files, name_part_manifest, read_joined_manifest
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.local import (
@@ -30,10 +31,15 @@ from reshard.storage.local import (
 )
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import run_in_threads
-from reshard.text import format_list
-from reshard.types import WHOLE, Advance
+from reshard.text import format_list, format_numbers, format_runs
+from reshard.types import MOST_RANKS, Advance
 from reshard.verification.chunks import sample_evenly
-from reshard.verification.target_folder import CONVERT_AGAIN_HINT, MISSING_FILE_HINT, require_target_folder
+from reshard.verification.target_folder import (
+    COPY_AGAIN_HINT,
+    MISSING_FILE_HINT,
+    refuse_ranks_of_whole_files,
+    require_target_folder,
+)
 from reshard.verification.verify import Report
 
 AUDIT_READ_SIZE = 2 << 20
@@ -44,6 +50,8 @@ class ManifestFile(NamedTuple):
     """A file of the target, as the manifest describes it."""
 
     name: str
+    rank: int
+    """Of whole files a running number."""
     size: int
     """In bytes."""
     tensors: int
@@ -58,34 +66,43 @@ class RangeBatch(NamedTuple):
     ranges: tuple[CheckedRange, ...]
 
 
-def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fraction | None = None) -> Report:
-    """Compares every byte of every file that the manifest in the folder `target` names with its checksum.
+def ignore_size(_: int) -> None:
+    """Is told how many bytes are done, and does nothing."""
+
+
+def audit_target(
+    target: Path,
+    start: Callable[[int], Advance] = lambda _: ignore_size,
+    sample: Fraction | None = None,
+    ranks: Collection[int] | None = None,
+) -> Report:
+    """Compares every byte of every file that the manifest in the folder `target` names with its checksum; or of the
+    files of these `ranks` only, and then the others need not be there. `start` is told how many bytes these files have,
+    and gives the function that is told of the bytes done.
 
     With a `sample`, a fraction such as 1/100, only about that share of the ranges of each file is compared, and always
     the first range, which is the header, and the last. Sizes and side files are still checked in full.
 
     Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
-    readable manifest, or a file cannot be read.
+    readable manifest, if it does not name a rank, or if a file cannot be read.
     """
     require_target_folder(target)
-    manifest = read_manifest(target)
-    if not manifest:
-        remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
-        found = f"no {MANIFEST}"
-        raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
-    entries = read_manifest_files(manifest, target)
-    problems = list(check_file_set(target, entries))
+    manifest = read_audited_manifest(target)
+    known = read_manifest_files(manifest, target)
+    entries = known if ranks is None else choose_entries(known, ranks, manifest)
+    problems = list(check_file_set(target, entries, known, manifest))
+    if ranks is None:
+        problems += [*check_extra_files(target, known, manifest), *check_joined(target)]
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
     batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
     tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
     compared = sum(checked.size for batch in batches for checked in batch.ranges)
+    advance = start(size)
     advance(size - compared)  # bytes that a sample leaves out count as done
     wrong = find_changed_ranges(target, full, batches, advance, is_sampled=sample is not None)
     for entry in full:
-        problems.extend(check_changed_ranges(target, entry, entries, wrong[entry.name]))
+        problems.extend(check_changed_ranges(target, entry, known, wrong[entry.name]))
     problems.extend(check_manifest_side_files(target, manifest))
-    layout = manifest.get("layout")
-    is_whole = isinstance(layout, dict) and layout.get("to") == WHOLE
     return Report(
         int(manifest["ranks"]),
         len(full),
@@ -94,9 +111,33 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
         compared,
         sample is not None,
         tuple(problems),
-        is_whole=is_whole,
+        is_whole=is_of_whole_files(manifest),
         subset=manifest.get("subset", {}),
     )
+
+
+def read_audited_manifest(target: Path) -> Mapping[str, Any]:
+    """The manifest of a target, joined with those of other parts of the same conversion. Raises Refused if there is
+    none.
+    """
+    if manifest := read_joined_manifest(target):
+        return manifest
+    remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
+    raise refuse("no-manifest", str(target), f"no {MANIFEST}", "a folder that reshard has written", remedy)
+
+
+def choose_entries(
+    known: Sequence[ManifestFile], ranks: Collection[int], manifest: Mapping[str, Any]
+) -> list[ManifestFile]:
+    """Chooses the files of some ranks. Raises Refused for ranks that no manifest here names, and for whole files."""
+    if is_of_whole_files(manifest):
+        raise refuse_ranks_of_whole_files()
+    if unknown := set(ranks) - {entry.rank for entry in known}:
+        expected = f"of ranks {format_numbers(entry.rank for entry in known)}, which {MANIFEST} names"
+        raise refuse(
+            "unknown-rank", "--ranks", f"rank {min(unknown)}", expected, "name some of these, or give --source"
+        )
+    return [entry for entry in known if entry.rank in ranks]
 
 
 def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[ManifestFile]:
@@ -104,30 +145,63 @@ def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[Manif
     entries = [parse_manifest_file(entry) for entry in manifest["files"]]
     if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
         raise refuse(
-            "wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", CONVERT_AGAIN_HINT
+            "wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", COPY_AGAIN_HINT
         )
     return entries
 
 
 def parse_manifest_file(entry: Mapping[str, Any]) -> ManifestFile:
     ranges = parse_ranges(entry["ranges"])
-    return ManifestFile(Path(entry["name"]).name, int(entry["size"]), int(entry["tensors"]), ranges)
+    return ManifestFile(Path(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges)
 
 
-def check_file_set(target: Path, entries: Sequence[ManifestFile]) -> Iterator[Problem]:
-    """Files that are missing, have another size, or are not in the manifest."""
+def check_file_set(
+    target: Path, entries: Sequence[ManifestFile], known: Sequence[ManifestFile], manifest: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Those of `entries` that are missing or have another size; they may have the names of others that are `known`.
+    Missing rank files are one problem: perhaps they lie on another machine.
+    """
+    missing = [entry for entry in entries if read_file_size(target / entry.name) is None]
+    if missing and is_of_whole_files(manifest):
+        for entry in missing:
+            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", MISSING_FILE_HINT)
+    elif missing:
+        yield make_missing_ranks_problem(target, missing, entries, manifest)
     for entry in entries:
         size = read_file_size(target / entry.name)
-        if size is None:
-            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", MISSING_FILE_HINT)
-        elif size != entry.size and size == find_size_by_header(target / entry.name, entries):
-            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, entries))
-        elif size != entry.size:
-            yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", CONVERT_AGAIN_HINT)
+        if size in (None, entry.size):
+            continue
+        if size == find_size_by_header(target / entry.name, known):
+            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, known))
+        else:
+            yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", COPY_AGAIN_HINT)
+
+
+def make_missing_ranks_problem(
+    target: Path, missing: Sequence[ManifestFile], entries: Sequence[ManifestFile], manifest: Mapping[str, Any]
+) -> Problem:
+    """Makes the problem of missing rank files; the hint is the command that verifies those that are here."""
+    found = "no such file"
+    if len(missing) > 1:
+        ranks = format_numbers(entry.rank for entry in missing)
+        found = f"{len(missing)} of {manifest['ranks']} rank files are not here: ranks {ranks}"
+    here = ",".join(format_runs(entry.rank for entry in entries if entry not in missing))
+    command = f"reshard verify {shlex.quote(str(target))} --ranks {here}"
+    remedy = f"for the ranks that are here: {command}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
+    size = sum(entry.size for entry in missing)
+    return Problem("missing-file", format_list(entry.name for entry in missing), found, f"{size:,} bytes", remedy)
+
+
+def check_extra_files(target: Path, entries: Sequence[ManifestFile], manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    """Tensor files that no manifest here names. Beside a part they may be other ranks, without their manifest."""
+    remedy = "move it away"
+    if not is_of_whole_files(manifest) and len(entries) < manifest["ranks"] <= MOST_RANKS:
+        name = name_part_manifest({*range(manifest["ranks"])} - {entry.rank for entry in entries})
+        remedy += f"; or, if it is a rank of the same conversion, copy {MANIFEST} of its folder here as {name}"
     known = {entry.name for entry in entries}
     for path in sorted(target.iterdir()):
         if is_safetensors_name(path.name) and path.name not in known:
-            yield Problem("extra-file", path.name, f"a file that {MANIFEST} does not name", "none", "move it away")
+            yield Problem("extra-file", path.name, f"a file that {MANIFEST} does not name", "none", remedy)
 
 
 def find_size_by_header(path: Path, entries: Sequence[ManifestFile]) -> int:
@@ -213,7 +287,7 @@ def check_changed_ranges(
     for begin, end in merged:
         subject = f"{entry.name}: bytes {begin:,} to {end:,}: {list_names_in_range(target / entry.name, begin, end)}"
         yield Problem(
-            "wrong-checksum", subject, "other bytes than were written", "those of the manifest", CONVERT_AGAIN_HINT
+            "wrong-checksum", subject, "other bytes than were written", "those of the manifest", COPY_AGAIN_HINT
         )
 
 
@@ -245,7 +319,7 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
         elif path.stat().st_size != entry["size"] or compute_file_checksum(path) != entry["xxh3_128"]:
             yield Problem(
-                "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], CONVERT_AGAIN_HINT
+                "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], COPY_AGAIN_HINT
             )
 
 

@@ -11,10 +11,13 @@ from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
 from reshard.formats.json_input import read_object
 from reshard.formats.target_names import require_finished
+from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
-CONVERT_AGAIN_HINT = "remove the file and convert again"
+CONVERT_AGAIN_HINT = "move the file out of the folder and convert again"
+
+COPY_AGAIN_HINT = "copy the file here again, or move it out of the folder and convert again"
 
 MISSING_FILE_HINT = "copy it there, or convert again"
 
@@ -71,14 +74,43 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
+def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
+    """The bytes of the tensor files that a verification reads: all that there are, or those of some ranks. Raises
+    Refused as `list_target_files`.
+    """
+    names = choose_files(list_target_files(target, recipe), ranks).values()
+    return sum((target / name).stat().st_size for name in names if (target / name).is_file())
+
+
+def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping[int, str]:
+    """Chooses the files of some ranks by their number, or all. Raises Refused for ranks that there are not, and for any
+    where the files are whole.
+    """
+    if ranks is None:
+        return folder.names
+    if folder.is_whole:
+        raise refuse_ranks_of_whole_files()
+    if unknown := sorted(set(ranks) - set(range(folder.ranks))):
+        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
+    return {number: name for number, name in folder.names.items() if number in ranks}
+
+
+def refuse_ranks_of_whole_files() -> Refused:
+    """Makes the refusal of `--ranks` for a target that has none."""
+    found, remedy = "a target of whole files, as --to hf writes them", "leave it out: all files are verified"
+    return refuse("wrong-option", "--ranks", found, "a target of rank files", remedy)
+
+
 def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
     """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
     files: list[TargetHeader] = []
     problems: list[Problem] = []
+    here = ",".join(format_runs(number for number, name in names.items() if (target / name).exists()))
+    remedy = f"for the ranks that are here: --ranks {here}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
     for number, name in names.items():
-        if not (target / name).exists():
+        if not (target / name).exists():  # never of whole files: those are what lies there
             found = "a link to nothing" if (target / name).is_symlink() else "no such file"
-            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", MISSING_FILE_HINT))
+            problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", remedy))
             continue
         try:
             files.append(TargetHeader(number, *read_header(target / name, number)))

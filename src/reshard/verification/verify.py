@@ -41,6 +41,7 @@ from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
     check_index_and_config,
+    choose_files,
     list_target_files,
     read_target_headers,
 )
@@ -150,11 +151,7 @@ def verify_target(
     if folder.is_whole and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
-    if unknown := sorted(set(ranks or ()) - set(range(folder.ranks))):
-        raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
-    is_part = ranks is not None and not folder.is_whole
-    names = {number: name for number, name in folder.names.items() if not is_part or number in (ranks or ())}
-    files, problems = read_target_headers(target, names)
+    files, problems = read_target_headers(target, choose_files(folder, ranks))
     extra = f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     for file in files:

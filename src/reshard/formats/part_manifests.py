@@ -1,0 +1,150 @@
+"""The manifests of a folder: `reshard.json`, and those of parts that were made apart; joins them into one.
+
+A run for some ranks (`--ranks`) writes its manifest twice: as `reshard.json`, and under a name of its own such as
+`reshard.ranks-4-7.json`. So both manifests survive when the folders of two such runs are copied into one.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest
+
+from reshard.errors import Problem, Refused
+from reshard.formats.manifest import list_rank_files, read_conversion_options, read_manifest
+from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.text import format_count, format_list, format_runs
+from reshard.types import WHOLE, Note
+
+JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset", "source_samples")
+"""Manifest keys that are equal in two manifests of the same conversion, perhaps for other ranks."""
+
+PART_NAME = re.compile(r"reshard\.ranks-[0-9a-f+-]+\.json")
+
+MANIFEST_COPY = re.compile(r"reshard.*\.json.*", re.DOTALL)
+"""Names that a manifest may have been given by hand, or by a copy that keeps what it replaces: `reshard.json~`."""
+
+LONGEST_RANKS = 100
+"""In characters: a file name has at most 255."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The manifests that lie in a folder."""
+
+    main: Mapping[str, Any]
+    """`reshard.json`; empty if there is none."""
+    parts: Mapping[str, Mapping[str, Any]]
+    """All others, by file name: each is as reshard has written it, perhaps for another conversion."""
+    damaged: tuple[str, ...]
+    """Names of part manifests that are not as reshard has written them."""
+
+    @property
+    def named(self) -> Mapping[str, Mapping[str, Any]]:
+        """All of them by file name, `reshard.json` first."""
+        return {**({MANIFEST: self.main} if self.main else {}), **self.parts}
+
+
+def name_part_manifest(ranks: Iterable[int]) -> str:
+    """Names the manifest of some ranks: `reshard.ranks-0-3+7.json`. Of very many ranges the name has a checksum."""
+    numbers = sorted(ranks)
+    text = "+".join(format_runs(numbers))
+    if len(text) > LONGEST_RANKS:
+        text = f"{numbers[0]}-{numbers[-1]}-{xxh3_64_hexdigest(text.encode())}"
+    return f"reshard.ranks-{text}.json"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file has the name of a part's manifest, also while it is written."""
+    return PART_NAME.fullmatch(name.removesuffix(PARTIAL)) is not None
+
+
+def read_manifests(folder: Path) -> Manifests:
+    """Reads all manifests of a folder. Raises Refused if `reshard.json` is damaged."""
+    main, parts, damaged = read_manifest(folder), {}, []
+    for name in list_names(folder):
+        if name == MANIFEST or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
+            continue
+        try:
+            parts[name] = read_manifest(folder, name)
+        except Refused:
+            damaged += [name] if is_part_name(name) else []
+    return Manifests(main, parts, tuple(damaged))
+
+
+def is_same_conversion(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two manifests are of the same conversion, perhaps for other ranks."""
+    return all(one.get(key) == other.get(key) for key in JOB_KEYS)
+
+
+def join_manifests(manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins manifests of the same conversion: the files of all, in the order of their ranks. Empty if there are none.
+
+    Side files that differ stand there twice, so that whoever compares them finds the difference.
+    """
+    known = list(manifests)
+    if not known:
+        return {}
+    files: dict[str, Any] = {}
+    for entry in (entry for manifest in known for entry in manifest["files"]):
+        files.setdefault(entry["name"], entry)
+    sides = [entry for manifest in known for entry in manifest["side_files"]]
+    unique = [entry for place, entry in enumerate(sides) if entry not in sides[:place]]
+    return {**known[0], "files": sorted(files.values(), key=lambda entry: entry["rank"]), "side_files": unique}
+
+
+def choose_of_one_conversion(manifests: Manifests) -> dict[str, Mapping[str, Any]]:
+    """Chooses the manifests of one conversion, by file name: that of `reshard.json`, else that of the first part."""
+    named = manifests.named
+    return {name: one for name, one in named.items() if is_same_conversion(one, next(iter(named.values())))}
+
+
+def read_joined_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, joined with those of the other parts of the same conversion; empty if there is none.
+    Raises Refused if `reshard.json` is damaged.
+    """
+    return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
+
+
+def check_joined(folder: Path) -> Iterator[Problem]:
+    """Reports parts of one conversion that were brought together but not joined: `reshard.json` does not name all."""
+    chosen = choose_of_one_conversion(read_manifests(folder))
+    named = list_rank_files(chosen.get(MANIFEST, {}))
+    others = {name: list_rank_files(one) - named for name, one in chosen.items()}
+    if not any(others.values()):
+        return
+    joined = join_manifests(chosen.values())
+    counts = [f"{name} names {format_count(len(files), 'others')}" for name, files in others.items() if files]
+    found = f"names {len(named)} of {joined['ranks']} rank files; {format_list(counts)}"
+    remedy = describe_join_command(folder, joined)
+    yield Problem("not-joined", MANIFEST, found, "one manifest of all", remedy)
+
+
+def note_not_joined(folder: Path) -> Iterator[Note]:
+    """Notes what `check_joined` reports. A damaged `reshard.json` says nothing."""
+    try:
+        for problem in check_joined(folder):
+            yield Note("not-joined", f"{problem.subject} {problem.found}; {problem.remedy}")
+    except Refused:
+        return
+
+
+def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Describes the command that joins the parts of a target, and writes the rank files that lack."""
+    command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
+    return f"to join them, run the command that made them without --ranks: {command}"
+
+
+def format_conversion_options(manifest: Mapping[str, Any]) -> str:
+    """Formats the options that choose the layout of a target: `--mp 8 --cast bf16`."""
+    layout = "--to hf" if is_of_whole_files(manifest) else f"--mp {manifest['ranks']}"
+    return " ".join([layout, *(word for pair in read_conversion_options(manifest).items() for word in pair if word)])
+
+
+def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of whole files (`--to hf`), not of rank files."""
+    layout = manifest.get("layout")
+    return isinstance(layout, dict) and layout.get("to") == WHOLE

@@ -1,0 +1,175 @@
+"""The state of a target folder before a job: manifests, finished files, parts made apart; and checks of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Problem, refuse
+from reshard.execution.side_writer import SideFile, compute_side_checksum
+from reshard.formats.manifest import list_rank_files
+from reshard.formats.part_manifests import (
+    Manifests,
+    format_conversion_options,
+    is_part_name,
+    name_part_manifest,
+    read_manifests,
+)
+from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.planning.plan import Plan
+from reshard.sources.source import find_changed_range
+from reshard.target.manifest_writer import find_different_keys
+from reshard.target.tokenizer import WORD
+from reshard.text import format_count, format_list, format_numbers
+from reshard.types import RANKS, Note
+
+
+@dataclass(frozen=True, slots=True)
+class TargetState:
+    """A target folder at the start of a job, and the part of the plan that remains to be done."""
+
+    folder: Path
+    plan: Plan
+    """The plan of the files that are not finished yet."""
+    samples: Sequence[str]
+    """For each source file: a checksum of samples of its data."""
+    sides: Mapping[str, SideFile]
+    """The side files, by name."""
+    manifests: Manifests
+    """All manifests in the folder."""
+    same: Mapping[str, Mapping[str, Any]]
+    """Those of this conversion (perhaps for other ranks), by file name."""
+    known: Mapping[str, Any]
+    """The same joined into one; empty if there is none."""
+    origin: Mapping[str, Any]
+    """The part of the new manifest that describes the source."""
+
+    @property
+    def named(self) -> set[str]:
+        """The rank files that the manifest of the whole folder names already."""
+        return list_rank_files(self.same.get(MANIFEST, {}))
+
+    @property
+    def must_be_joined(self) -> bool:
+        """Whether parts that were made apart lie here: `reshard.json` does not name all files that are known."""
+        return not list_rank_files(self.known) <= self.named
+
+    @property
+    def part(self) -> str:
+        """The other name of the manifest after the run, if that does not name all ranks; else empty."""
+        ranks = {file.rank for file in self.plan.files} | {entry["rank"] for entry in self.known.get("files", ())}
+        is_part = self.plan.layout.to == RANKS and len(ranks) < self.plan.layout.ranks
+        return name_part_manifest(ranks) if is_part else ""
+
+    @property
+    def superseded(self) -> tuple[str, ...]:
+        """Manifests of parts, under the names that we gave them, that the manifest after the run replaces; and those
+        that an interrupted run has not finished.
+        """
+        begun = [name for name in list_names(self.folder) if name.endswith(PARTIAL)]
+        names = [name for name in (*self.same, *begun) if is_part_name(name)]
+        return tuple(name for name in names if name.removesuffix(PARTIAL) != self.part)
+
+
+def list_lost_sides(state: TargetState) -> list[str]:
+    """Lists the side files that are not in the target."""
+    return [name for name in state.sides if not (state.folder / name).exists()]
+
+
+def require_same(state: TargetState) -> None:
+    """Raises Refused if the manifests in the target are not those that were looked at."""
+    if read_manifests(state.folder) != state.manifests:
+        found = "another run has ended there just now"
+        raise refuse("target-changed", str(state.folder), found, "none", "run it again")
+
+
+def note_joined(state: TargetState) -> Note:
+    """Notes which parts are joined, by the manifests that name them."""
+    parts, known = [], state.named
+    for name, one in state.same.items():
+        if added := [entry["rank"] for entry in one["files"] if entry["name"] not in known]:
+            parts.append(f"ranks {format_numbers(added)} of {name}")
+        known |= list_rank_files(one)
+    return Note("joined", f"parts that were made apart are joined into {MANIFEST}: {format_list(parts)}")
+
+
+def check_side_files(known: Mapping[str, Any], sides: Mapping[str, SideFile]) -> Iterator[Problem]:
+    """Reports side files whose content would differ from the manifest: a changed tokenizer or config of the source."""
+    for entry in known.get("side_files", ()):
+        side = sides.get(entry["name"])
+        if side and (side.size != entry["size"] or compute_side_checksum(side) != entry["xxh3_128"]):
+            found = "other content than when the target was made, in the source or by its config.json"
+            remedy = "another target, or the source as it was"
+            if WORD in entry["name"]:
+                found = "another tokenizer than when the target was made"
+                remedy = "another target, or the source and --tokenizer-path as they were"
+            yield Problem("source-changed", entry["name"], found, "the same", remedy)
+
+
+def check_written_files(state: TargetState) -> Iterator[Problem]:
+    """Reports finished files whose size differs from the manifest. Of files that were made apart, and that are now to
+    be named by `reshard.json`, three byte ranges are compared too: the header, one in the middle and the last.
+    """
+    planned = {file.name for file in state.plan.files}
+    remedy = "copy it here again, or move it out of the folder, and run the same command again"
+    for entry in state.known.get("files", ()):
+        path, is_adopted = state.folder / entry["name"], entry["name"] not in state.named
+        if not path.exists() or not (is_adopted or entry["name"] in planned):
+            continue
+        if (size := path.stat().st_size) != entry["size"]:
+            found, expected = f"{size:,} bytes", f"{entry['size']:,} bytes, as they were written"
+            yield Problem("wrong-size", str(path), found, expected, remedy)
+        elif is_adopted and (changed := find_changed_range(path, entry["ranges"])):
+            subject = f"{path}: bytes {changed.offset:,} to {changed.stop:,}"
+            expected = "those of the manifest of its part"
+            yield Problem("wrong-checksum", subject, "other bytes than were written", expected, remedy)
+
+
+def check_manifests(state: TargetState) -> Iterator[Problem]:
+    """Reports a `reshard.json` of another conversion where the manifests of parts are of this one, and manifests of
+    parts that are damaged.
+    """
+    remedy = "move it out of the folder, and run the same command again"
+    if state.known and state.manifests.main and MANIFEST not in state.same:
+        expected = f"that of {format_list(state.same)}"
+        yield Problem("another-job", str(state.folder / MANIFEST), describe_other(state), expected, remedy)
+    for name in state.manifests.damaged:
+        expected = "what reshard has written"
+        hint = f"copy it here again from the folder of its part; or {remedy}"
+        yield Problem("wrong-manifest", str(state.folder / name), "damaged or changed", expected, hint)
+
+
+def describe_other(state: TargetState, name: str = MANIFEST) -> str:
+    """Describes in what the conversion of a manifest differs from this one."""
+    manifest = state.manifests.named[name]
+    keys = find_different_keys(manifest, state.plan, state.samples)
+    words = {**OTHER_JOB, "layout": f"made with {format_conversion_options(manifest)}"}
+    return f"of another conversion: {format_list(words[key] for key in keys)}"
+
+
+OTHER_JOB = {
+    "reshard": "another version of reshard",
+    "recipe": "another recipe",
+    "source": "another source",
+    "subset": "other layers, experts or tensors",
+    "source_samples": "other data in the source",
+}
+"""What differs between two conversions, by the keys whose values differ in their manifests."""
+
+
+def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
+    """Finds the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
+    layout = state.plan.layout
+    ranks = range(layout.ranks if layout.to == RANKS else 0)
+    names = {rank: state.plan.recipe.files.format(rank=rank, ranks=layout.ranks) for rank in ranks}
+    known = ours | list_rank_files(state.known)
+    return {rank: name for rank, name in names.items() if name not in known and (state.folder / name).exists()}
+
+
+def make_unknown_problem(state: TargetState, names: Mapping[int, str]) -> Problem:
+    """Makes the problem of rank files, by rank, that no manifest vouches for: nobody knows what made them."""
+    found = f"{format_count(len(names), 'files')} that no manifest here names: {format_list(names.values())}"
+    others = [f"{name} is {describe_other(state, name)}" for name in state.manifests.named if name not in state.same]
+    remedy = f"copy {MANIFEST} of the folder that they were made in here as {name_part_manifest(names)}"
+    remedy += "; or move them out of the folder: the same command then writes them"
+    return Problem("no-manifest", str(state.folder), "; ".join([found, *others]), "the manifest of their part", remedy)
