@@ -73,7 +73,8 @@ def show_plan(options: argparse.Namespace) -> int:
     """Makes a plan and prints it. Returns the exit code. Raises Refused."""
     plan = api.plan(options.source, target=options.target, **collect_options(options))
     if not plan.files and not options.json:
-        print(escape(f"{options.target}: converted already; no tensor would be written"))
+        lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
+        print("\n".join(map(escape, lines)))
         return PROVEN
     return print_plan(plan, options.target, as_json=options.json)
 

@@ -37,7 +37,7 @@ def list_differences(job: Job, other: Job) -> Iterator[str]:
     yield from found
     files = job.get("files")
     if not found and files != other.get("files") and isinstance(files, list):
-        yield f"the files {format_list(map(str, files))}"
+        yield f"the files {format_list(map(str, files))}" if files else "nothing left to write"
 
 
 def get_recipe_name(job: Job) -> Any:
