@@ -5,7 +5,7 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 `reshard.inspect`, `load` and `open` stand in packages of their own: `inspection` and `loading`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from os import PathLike
@@ -32,7 +32,7 @@ from reshard.planning.plan import Plan, describe_casts, describe_dropped, descri
 from reshard.planning.planner import make_plan
 from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
-from reshard.storage.resources import count_progress
+from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
@@ -41,7 +41,7 @@ from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
-from reshard.verification.target_folder import require_target_folder
+from reshard.verification.target_folder import list_names_of_ranks, list_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
@@ -127,7 +127,8 @@ def convert(
         cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
         allow_inexact: Round values that the new dtype does not have.
         restart: Throw away what an interrupted run has left in the target.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time. The first call
+            says what an earlier run had done; the bytes done reach the whole when all is on the disk, not before.
 
     Raises:
         Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
@@ -146,9 +147,9 @@ def convert(
     state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
     if not state.plan.files:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
-    advance = count_progress(progress, state.plan.size)
+    counter = WorkCounter(progress, state.plan.size, writes=True)
     # The only step that writes tensors.
-    done = execute_plan(state.plan, state.folder, describe_others(state), advance, settings)
+    done = execute_plan(state.plan, state.folder, describe_others(state), counter, settings)
     return Conversion(state.folder, state.plan, done, (), monotonic() - started)
 
 
@@ -214,7 +215,8 @@ def verify(
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
         download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
         sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: Called with the bytes compared and the bytes of the whole job, by one thread at a time. They are equal
+            in the last call only.
 
     Returns:
         A report, whose `problems` name file, tensor and byte range of each difference.
@@ -239,15 +241,17 @@ def verify(
     if source is None:
         if ranks is not None or recipe:
             raise refuse("wrong-option", "--ranks and --recipe", "no --source", "both with --source only")
-        return audit_target(folder, count_progress(progress, count_tensor_bytes(folder)), part)
+        with count_progress(progress, count_tensor_bytes(folder)) as advance:
+            return audit_target(folder, advance, part)
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
-    advance = count_progress(progress, count_tensor_bytes(sides.folder))
-    report = verify_target(
-        sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
-    )
+    names = None if chosen is None else list_names_of_ranks(list_target_files(sides.folder, sides.recipe), chosen)
+    with count_progress(progress, count_tensor_bytes(sides.folder, names)) as advance:
+        report = verify_target(
+            sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
+        )
     return note_other_source(report, folder, sides.files)
 
 
@@ -275,7 +279,7 @@ def diff(
         dequantize: Compare block-scaled weights with weights of another dtype, both in BF16.
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: As for `verify`, with the bytes of one side.
 
     Raises:
         Refused: One of the two cannot be read.
@@ -326,9 +330,10 @@ def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Re
     return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
 
 
-def count_tensor_bytes(folder: Path) -> int:
-    """Of all safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if is_safetensors_name(path.name) and path.is_file())
+def count_tensor_bytes(folder: Path, names: Collection[str] | None = None) -> int:
+    """Of all safetensors files in a folder, or of those with these names."""
+    paths = [path for path in folder.iterdir() if is_safetensors_name(path.name) and path.is_file()]
+    return sum(path.stat().st_size for path in paths if names is None or path.name in names)
 
 
 def read_chosen(

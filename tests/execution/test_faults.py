@@ -75,7 +75,7 @@ def spoiling(fault: Callable[[], None], target: Path, share: float) -> Callable[
         def advance(size: int) -> None:
             nonlocal done, spoiled
             done += size
-            if done >= total * share and not spoiled:
+            if 2 * done + 1 >= total * share and not spoiled:  # what is written and not durable counts half
                 spoiled = True
                 until(lambda: durable_bytes(target / JOURNAL) > 0)
                 fault()

@@ -4,17 +4,21 @@ It lies in the target folder: a line of JSON with the identity of the job, then 
 is appended only after the bytes that it records are on the disk, and has its own checksum. A batch that a crash tore
 off at the end, or whose length points behind the end, is ignored with all that follows; other damage is refused.
 
-The file is also the lock on the target. The kernel releases it with the process, so that it is never stale.
+The file is also the lock on the target. The kernel releases it with the process, so that it is never stale. The first
+line also says who has it: it may be stale, and is asked only when the lock is held.
 """
 
 import fcntl
 import json
 import os
+import re
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -38,6 +42,11 @@ CHECKSUM_SIZE = 8
 
 LONGEST_JOB_LINE = 64 << 20
 """In bytes."""
+
+HOLDER, HOLDER_WIDTH = "held_by", 128
+"""Key, and characters of its value, padded with spaces: it is written again in its place by whoever resumes the job."""
+
+HOLDER_TEXT = re.compile(r"process (\d{1,10}) on ([\w.-]{1,64}) since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", re.ASCII)
 
 RESTART = "--restart throws the partial files away and begins again"
 
@@ -71,13 +80,14 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
             (folder / name).unlink(missing_ok=True)
     if restart or b"\n" not in content:
         # Without a complete first line nothing can be durable yet.
-        line = (json.dumps(job) + "\n").encode()
+        line = (json.dumps({HOLDER: describe_holder(), **job}) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append_durably(descriptor, line)
         return Journal(descriptor, path, len(line), b"")
     start = content.index(b"\n") + 1
     require_none(check_same_job(content[:start], job, path))
     records, end = read_batches(content, start, path)
+    renew_holder(descriptor, content)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
     return Journal(descriptor, path, start, records)
@@ -114,11 +124,44 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            found, remedy = "another process is writing to it", "wait for it to end, or choose another target"
+            found = f"{find_holder(path) or 'another process'} is writing to it"
+            remedy = "wait for it to end, or choose another target"
             raise refuse("target-in-use", str(path.parent), found, "a target of our own", remedy) from None
         # The one before us may have removed the file between our open and our lock.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
+
+
+def describe_holder() -> str:
+    """Describes this process, in HOLDER_WIDTH characters: its number, its host, the time."""
+    host = re.sub(r"[^\w.-]", "-", gethostname(), flags=re.ASCII)[:64] or "-"
+    return f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}".ljust(HOLDER_WIDTH)
+
+
+def renew_holder(descriptor: int, content: bytes) -> None:
+    """Writes into the first line that this process has the lock now; not into a line of before there was such a field.
+
+    Whatever a crash leaves of it is still a line of JSON of the same length.
+    """
+    field = json.dumps({HOLDER: describe_holder()}).encode().removesuffix(b"}")
+    if content.startswith(field[: field.index(b":")]) and content[len(field) : len(field) + 1] in (b",", b"}"):
+        os.pwrite(descriptor, field, 0)
+        os.fdatasync(descriptor)
+
+
+def find_holder(path: Path) -> str:
+    """The process that has locked a journal, as it says in its first line; empty if that is not known.
+
+    A process of this host that is there no more has not the lock: another one took it just now.
+    """
+    try:
+        with path.open("rb") as file:
+            field = json.loads(file.readline(LONGEST_JOB_LINE)).get(HOLDER, "")
+        found = HOLDER_TEXT.fullmatch(field.rstrip())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    is_gone = found and found[2] == gethostname() and not Path("/proc", found[1]).exists()
+    return found[0] if found and not is_gone else ""
 
 
 def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
@@ -130,7 +173,7 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
-    for key in {**found, **job}:
+    for key in {**found, **job}.keys() - {HOLDER}:
         if found.get(key) != json.loads(json.dumps(job.get(key))):
             before, now = describe_difference(found.get(key), job.get(key))
             yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)

@@ -30,9 +30,10 @@ from reshard.inspection.tensor_pairs import (
     read_diff_side,
 )
 from reshard.inspection.value_distance import ValueDistance, count_elements, measure_distance, merge_distances
+from reshard.storage.counting import count_progress
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
-from reshard.storage.resources import count_progress, run_in_threads
+from reshard.storage.resources import run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.text import escape
 from reshard.types import FIRST, Advance, Cast, Note, Progress, Tensor
@@ -112,7 +113,8 @@ def diff_checkpoints(
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
-    found = compare_pairs(pairing, sides, size, count_progress(progress, size))
+    with count_progress(progress, size) as advance:
+        found = compare_pairs(pairing, sides, size, advance)
     values = [
         ValueDifference(pair.name, pair.dtype, count_elements(get_result(pair.a).size, pair.dtype), found[pair.name])
         for pair in pairing.pairs

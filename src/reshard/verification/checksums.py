@@ -20,6 +20,7 @@ from reshard.formats.huggingface import is_safetensors_name, read_header
 from reshard.formats.manifest import read_manifest
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
+from reshard.storage.counting import spread_evenly
 from reshard.storage.local import (
     PAGE,
     Ways,
@@ -79,7 +80,7 @@ def audit_target(target: Path, advance: Advance = lambda _: None, sample: Fracti
     batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
     tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
     compared = sum(checked.size for batch in batches for checked in batch.ranges)
-    advance(size - compared)  # bytes that a sample leaves out count as done
+    advance = spread_evenly(advance, compared, size)  # bytes that a sample leaves out count as done
     wrong = find_changed_ranges(target, full, batches, advance, is_sampled=sample is not None)
     for entry in full:
         problems.extend(check_changed_ranges(target, entry, entries, wrong[entry.name]))

@@ -71,6 +71,11 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
+def list_names_of_ranks(folder: TargetFolder, ranks: Collection[int]) -> list[str]:
+    """Lists the names of the files of some ranks; whole files are of no rank, and all are listed."""
+    return [name for number, name in folder.names.items() if folder.is_whole or number in ranks]
+
+
 def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
     """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
     files: list[TargetHeader] = []
