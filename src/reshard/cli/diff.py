@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from reshard import api
-from reshard.cli.terminal import PROBLEMS, PROVEN, print_json, show_progress
+from reshard.cli.progress import show_progress
+from reshard.cli.terminal import PROBLEMS, PROVEN, print_json
 from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.text import escape, format_size, format_table
 
@@ -15,7 +16,7 @@ LONGEST_NAME = 100
 
 def run_diff(options: argparse.Namespace) -> int:
     """Runs `diff`. Returns the exit code: PROVEN if both sides are equal. Raises Refused."""
-    with show_progress("diff") as progress:
+    with show_progress("diff", options) as progress:
         report = api.diff(
             options.a,
             options.b,
@@ -29,7 +30,7 @@ def run_diff(options: argparse.Namespace) -> int:
     if options.json:
         notes = [note._asdict() for note in report.notes]
         print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
-    else:
+    elif not (options.quiet and report.is_same):
         print("\n".join(map(escape, describe_diff(report, options.show))))
     return PROVEN if report.is_same else PROBLEMS
 

@@ -9,6 +9,7 @@ from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
+from reshard.inspection.unfinished import Unfinished
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.text import escape, format_list, format_table
@@ -17,7 +18,12 @@ from reshard.text import escape, format_list, format_table
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
     content = inspect_path(options.path, options.recipe)
-    if options.json:
+    if isinstance(content, Unfinished):
+        if options.json:
+            print_json({"status": "unfinished", **asdict(content)})
+        else:
+            print(content)
+    elif options.json:
         print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)

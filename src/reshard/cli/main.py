@@ -5,6 +5,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -82,6 +83,16 @@ def add_job(parser: Parser) -> None:
     )
 
 
+def add_progress(parser: Parser) -> None:
+    """Adds the options on what a command says while it works."""
+    parser.add_argument(
+        "--progress",
+        choices=("auto", "bar", "log", "json", "none"),
+        help="on standard error; auto, the default: a bar on a terminal, else a line every 30 seconds",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary, only what is wrong")
+
+
 def add_convert(parser: Parser) -> None:
     """Adds the options of `convert`."""
     add_job(parser)
@@ -101,6 +112,7 @@ def add_convert(parser: Parser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an interrupted run has left, and begin again"
     )
+    add_progress(parser)
 
 
 def add_inspect(parser: Parser) -> None:
@@ -130,6 +142,7 @@ def add_verify(parser: Parser) -> None:
         "--download", action="store_true", help="compare the files with the hashes that the hub's downloader left there"
     )
     parser.add_argument("--sums", type=Path, metavar="FILE", help="compare the files with a list made by sha256sum")
+    add_progress(parser)
 
 
 def add_diff(parser: Parser) -> None:
@@ -152,6 +165,7 @@ def add_diff(parser: Parser) -> None:
         "--replicas", choices=("compare", "first"), default="compare", help="of what several ranks hold: as for convert"
     )
     parser.add_argument("--ignore-extra-files", action="store_true", help="as for convert")
+    add_progress(parser)
 
 
 ACTIONS = ("list", "show", "check")
@@ -188,28 +202,29 @@ def add_deepseek(parser: Parser) -> None:
     parser.add_argument("--tokenizer-path", type=Path, help="the tokenizer's folder; default: the checkpoint")
     for option in ("--ignore-extra-files", "--allow-inexact", "--restart"):  # what refusals advise
         parser.add_argument(option, action="store_true", help="as for convert")
+    add_progress(parser)
 
-
-CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_deepseek"
 
 COMMANDS = (
-    Command("convert", "write the file of each rank", add_convert, CONVERT),
+    Command("convert", "write the file of each rank", add_convert, "reshard.cli.convert:run_convert"),
     Command("plan", "show what convert would write, from the headers alone", add_job, "reshard.cli.convert:run_plan"),
     Command("inspect", "show what a checkpoint holds", add_inspect, "reshard.cli.inspect:run_inspect"),
     Command("verify", "compare every byte of the rank files", add_verify, "reshard.cli.verify:run_verify"),
     Command("diff", "compare two checkpoints, tensor by tensor", add_diff, "reshard.cli.diff:run_diff"),
     Command("recipes", "list, show or check recipes", add_recipes, "reshard.cli.inspect:run_recipes"),
     Command("demo", "make a small checkpoint, convert it, verify it", add_demo, "reshard.cli.demo:run_demo"),
-    Command("deepseek", "convert, by the options of DeepSeek's scripts", add_deepseek, DEEPSEEK),
+    Command(
+        "deepseek", "convert, by the options of DeepSeek's scripts", add_deepseek, "reshard.cli.convert:run_deepseek"
+    ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused, 130 interrupted."""
-    as_json, way_on = False, ""
+    as_json = False
     try:
         options = parse_arguments(arguments)
-        as_json, way_on = options.json, suggest_rerun(options)
+        as_json = options.json
         module, function = options.run.split(":")
         run: Run = getattr(import_module(module), function)
         return run(options)
@@ -222,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
         print_aside(f"reshard: refused\n{what}")
         return REFUSED
-    except KeyboardInterrupt:
-        print_aside(f"reshard: interrupted{way_on}")
+    except KeyboardInterrupt as interrupt:
+        print_aside("; ".join(["reshard: interrupted", *map(str, interrupt.args)]))
         return INTERRUPTED
 
 
@@ -243,13 +258,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nearest = [OTHER_WORDS[wanted]] if OTHER_WORDS.get(wanted) in names else get_close_matches(wanted, names, 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}{hint}")
+    options.words = [*(sys.argv[1:] if arguments is None else arguments)]
     return options
-
-
-def suggest_rerun(options: argparse.Namespace) -> str:
-    """Suggests to run an interrupted conversion again: it resumes. Empty for other commands."""
-    is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
-    return "; run the same command again to go on from there" if is_conversion else ""
 
 
 def make_parser() -> Parser:

@@ -27,7 +27,7 @@ from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.target_names import JOURNAL, PARTIAL
-from reshard.storage.local import open_descriptor
+from reshard.storage.local import open_descriptor, open_regular_file
 
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
@@ -117,6 +117,16 @@ def has_records(journal: Journal) -> bool:
     return os.fstat(journal.descriptor).st_size > journal.start
 
 
+def has_durable_bytes(folder: Path) -> bool:
+    """Whether a run that was interrupted has left bytes in a folder that the next one need not write again."""
+    try:
+        with open_regular_file(folder / JOURNAL) as file:
+            line = file.readline(LONGEST_JOB_LINE)
+            return line.endswith(b"\n") and os.fstat(file.fileno()).st_size > len(line)
+    except OSError:
+        return False
+
+
 def lock_journal(stack: ExitStack, path: Path) -> int:
     """Opens and locks the journal; returns its descriptor. Raises Refused if another process has locked it."""
     while True:
@@ -149,19 +159,36 @@ def renew_holder(descriptor: int, content: bytes) -> None:
         os.fdatasync(descriptor)
 
 
-def find_holder(path: Path) -> str:
+def find_holder(path: Path, inode: int | None = None) -> str:
     """The process that has locked a journal, as it says in its first line; empty if that is not known.
 
-    A process of this host that is there no more has not the lock: another one took it just now.
+    A process of this host that is there no more has not the lock: another one took it just now. With an `inode`, that of
+    the journal, nobody has found the lock taken: then the process is named only if this host's kernel says so too.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             field = json.loads(file.readline(LONGEST_JOB_LINE)).get(HOLDER, "")
         found = HOLDER_TEXT.fullmatch(field.rstrip())
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     is_gone = found and found[2] == gethostname() and not Path("/proc", found[1]).exists()
-    return found[0] if found and not is_gone else ""
+    if not found or is_gone or (inode is not None and not has_lock(int(found[1]), inode)):
+        return ""
+    return found[0]
+
+
+def has_lock(process: int, inode: int) -> bool:
+    """Whether a process has locked a file, by the kernel's list. Taking the lock to see would refuse it to others."""
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return False
+    locks = [line.split() for line in lines]
+    return any(
+        lock[1] == "FLOCK" and lock[4] == str(process) and lock[5].endswith(f":{inode}")
+        for lock in locks
+        if len(lock) > 5
+    )
 
 
 def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
@@ -173,7 +200,7 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
-    for key in {**found, **job}.keys() - {HOLDER}:
+    for key in [key for key in {**found, **job} if key != HOLDER]:
         if found.get(key) != json.loads(json.dumps(job.get(key))):
             before, now = describe_difference(found.get(key), job.get(key))
             yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)
