@@ -9,7 +9,7 @@ from reshard.errors import refuse
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
-from reshard.inspection.unfinished import Unfinished
+from reshard.inspection.unfinished import read_unfinished
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.text import escape, format_list, format_table
@@ -17,13 +17,14 @@ from reshard.text import escape, format_list, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    content = inspect_path(options.path, options.recipe)
-    if isinstance(content, Unfinished):
+    if unfinished := read_unfinished(options.path):
         if options.json:
-            print_json({"status": "unfinished", **asdict(content)})
+            print_json({"status": "unfinished", **asdict(unfinished)})
         else:
-            print(content)
-    elif options.json:
+            print(unfinished)
+        return PROVEN
+    content = inspect_path(options.path, options.recipe)
+    if options.json:
         print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)

@@ -162,8 +162,8 @@ def renew_holder(descriptor: int, content: bytes) -> None:
 def find_holder(path: Path, inode: int | None = None) -> str:
     """The process that has locked a journal, as it says in its first line; empty if that is not known.
 
-    A process of this host that is there no more has not the lock: another one took it just now. With an `inode`, that of
-    the journal, nobody has found the lock taken: then the process is named only if this host's kernel says so too.
+    A process of this host that is there no more has not the lock: another one took it just now. With an `inode`, that
+    of the journal, nobody has found it locked: then the process is named only if this host's kernel names it too.
     """
     try:
         with open_regular_file(path) as file:
@@ -183,12 +183,10 @@ def has_lock(process: int, inode: int) -> bool:
         lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return False
+    kind, number, place = 1, 4, 5  # as in `1: FLOCK ADVISORY WRITE 4711 08:01:131073 0 EOF`
     locks = [line.split() for line in lines]
-    return any(
-        lock[1] == "FLOCK" and lock[4] == str(process) and lock[5].endswith(f":{inode}")
-        for lock in locks
-        if len(lock) > 5
-    )
+    mine = [lock for lock in locks if len(lock) > place and (lock[kind], lock[number]) == ("FLOCK", str(process))]
+    return any(lock[place].endswith(f":{inode}") for lock in mine)
 
 
 def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:

@@ -18,7 +18,6 @@ from reshard.formats.huggingface import (
 from reshard.formats.manifest import format_subset, is_subset, read_manifest_unchecked
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
-from reshard.inspection.unfinished import Unfinished, read_unfinished
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.match import Matched, match
@@ -71,17 +70,14 @@ class Content:
     __repr__ = __str__
 
 
-def inspect_path(path: str | Path, recipe: str | None = None) -> Content | Unfinished:
+def inspect_path(path: str | Path, recipe: str | None = None) -> Content:
     """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
 
         print(reshard.inspect("DeepSeek-V3"))
 
-    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Of the target of a
-    conversion that has not ended: how much is done. Raises Refused.
+    `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. Raises Refused.
     """
     path = Path(path)
-    if unfinished := read_unfinished(path):
-        return unfinished
     content = summarize_path(path, recipe)
     subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content

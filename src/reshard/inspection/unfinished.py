@@ -77,7 +77,7 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     if found.holder:
         yield f"at work: {found.holder}"
     else:
-        yield "to go on: run the same convert command again. Without what the journal does not know, it was:"
+        yield "to go on: run the same convert command again. As far as the journal knows it, which has no paths:"
         yield f"  {found.command}"
 
 
@@ -158,9 +158,8 @@ def list_subset_options(subset: Mapping[str, Any]) -> Iterator[str]:
     for key in ("layers", "experts"):
         if key in subset:
             yield from (f"--{key}", format_ranges(subset[key]["kept"]))
-    if any(
-        key in subset and subset[key]["kept"][-1:] != [len(subset[key]["kept"]) - 1] for key in ("layers", "experts")
-    ):
+    kept = [subset[key]["kept"] for key in ("layers", "experts") if key in subset]
+    if any(numbers != [*range(len(numbers))] for numbers in kept):
         yield "--renumber"
     for pattern in subset.get("only", ()):
         yield from ("--only", str(pattern))
