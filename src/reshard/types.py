@@ -14,31 +14,6 @@ Progress = Callable[[int, int], None]
 The first call says what was done before this run. The bytes done never fall, and reach the whole at the end only.
 """
 
-
-class WorkState(NamedTuple):
-    """How far a job is, in bytes."""
-
-    done: int
-    """A byte that is written counts half when it is copied, and half when it is on the disk."""
-    total: int
-    resumed: int = 0
-    """Of `done`: what an earlier run had done."""
-    unsynced: int | None = None
-    """When all is copied: how much is not on the disk yet; None before."""
-
-
-class ProgressView:
-    """A Progress that is told more than two numbers."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Receives what every Progress does."""
-        self.show(WorkState(done, total))
-
-    def show(self, state: WorkState) -> None:
-        """Receives how far the job is."""
-        raise NotImplementedError
-
-
 MOST_RANKS = 4096
 """Largest number of ranks accepted. No model is cut for more: a larger number is a typing error."""
 

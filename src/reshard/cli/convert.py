@@ -40,14 +40,14 @@ def run_convert(options: argparse.Namespace) -> int:
             return PROVEN
         return print_plan(plan, as_json=options.json)
     ways = {name: getattr(options, name) for name in WAYS}
-    with show_progress("convert", options) as progress, say_way_on(options.target):
+    with show_progress("convert", options) as progress, explain_interrupt(options.target):
         conversion = api.convert(options.source, options.target, **chosen, **ways, progress=progress)
     return print_conversion(conversion, options)
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
     """Runs `deepseek`: a conversion with the options of DeepSeek's scripts. Returns the exit code. Raises Refused."""
-    with show_progress("convert", options) as progress, say_way_on(options.save_path):
+    with show_progress("convert", options) as progress, explain_interrupt(options.save_path):
         conversion = api.convert(
             options.hf_ckpt_path,
             options.save_path,
@@ -64,7 +64,7 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def say_way_on(target: Path) -> Iterator[None]:
+def explain_interrupt(target: Path) -> Iterator[None]:
     """Adds to an interrupt, where something was written, that the same command goes on from there."""
     try:
         yield

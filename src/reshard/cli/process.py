@@ -8,7 +8,7 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, NoReturn
 
 from reshard.cli.main import main
-from reshard.cli.terminal import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, print_aside, request_status
+from reshard.cli.terminal import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, ask_for_status, print_aside
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 """Standard streams and their modes, in the order of their file descriptors."""
@@ -95,12 +95,12 @@ def heed_signals() -> None:
     """
     for number in (*SIGNALS, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, tell_status if number == signal.SIGUSR1 else interrupt)
+            signal.signal(number, show_status if number == signal.SIGUSR1 else interrupt)
 
 
-def tell_status(*_: object) -> None:
+def show_status(*_: object) -> None:
     """Has a line printed that says how far the job is."""
-    request_status()
+    ask_for_status()
 
 
 def interrupt(*_: object) -> NoReturn:

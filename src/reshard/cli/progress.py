@@ -19,8 +19,8 @@ from reshard.cli.progress_lines import (
     format_resumed,
 )
 from reshard.cli.terminal import STATUS_REQUESTS, print_aside
+from reshard.storage.counting import ProgressView, WorkState
 from reshard.text import escape
-from reshard.types import ProgressView, WorkState
 
 INTERVALS = {"bar": 0.2, "log": 30.0, "json": 1.0, "none": None}
 """In seconds, between two reports; None: only when somebody asks."""

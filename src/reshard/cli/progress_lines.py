@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from reshard.storage.counting import WorkState
 from reshard.text import format_size
-from reshard.types import WorkState
 
 WINDOW_SECONDS = 60.0
 """The rate is that of so many seconds: it follows a disk that slows down, and evens out how a disk takes its bytes."""
@@ -32,11 +32,11 @@ class RateMeter:
         self._state = state
         if not self._samples or now - self._samples[-1][0] >= SAMPLE_SECONDS:
             self._samples.append((now, get_measured_bytes(state)))
-        while len(self._samples) > 1 and self._samples[1][0] <= now - WINDOW_SECONDS:
-            self._samples.popleft()
 
     def compute_rate(self, now: float) -> float | None:
         """Computes the rate in bytes a second; None if too little time has gone by to know it."""
+        while len(self._samples) > 1 and self._samples[1][0] <= now - WINDOW_SECONDS:
+            self._samples.popleft()
         if not self._samples or now - self._samples[0][0] < SHORTEST_WINDOW:
             return None
         began, before = self._samples[0]

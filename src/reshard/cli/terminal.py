@@ -33,7 +33,7 @@ STATUS_REQUESTS: list[Callable[[], None]] = []
 """What is to be called when somebody asks how far the job is; it must be safe in a signal handler."""
 
 
-def request_status() -> None:
+def ask_for_status() -> None:
     """Asks the job that runs, if there is one, to print how far it is."""
     for ask in tuple(STATUS_REQUESTS):
         ask()

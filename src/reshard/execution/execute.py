@@ -14,8 +14,9 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import Problem, refuse
-from reshard.execution.journal import RESTART, Journal, Records, has_records, open_journal, parse_records
+from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
+from reshard.execution.records import Records, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Ledger, move_all

@@ -21,8 +21,6 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
@@ -31,8 +29,6 @@ from reshard.storage.local import open_descriptor, open_regular_file
 
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
-
-RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
 
 BATCH_COUNT = struct.Struct("<I")
 """Number of records in a batch."""
@@ -49,9 +45,6 @@ HOLDER, HOLDER_WIDTH = "held_by", 128
 HOLDER_TEXT = re.compile(r"process (\d{1,10}) on ([\w.-]{1,64}) since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", re.ASCII)
 
 RESTART = "--restart throws the partial files away and begins again"
-
-Records = NDArray[np.void]
-"""Of RECORD_TYPE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +80,7 @@ def open_journal(stack: ExitStack, folder: Path, job: Mapping[str, Any], *, rest
     start = content.index(b"\n") + 1
     require_none(check_same_job(content[:start], job, path))
     records, end = read_batches(content, start, path)
-    renew_holder(descriptor, content)
+    rewrite_holder(descriptor, content)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
     return Journal(descriptor, path, start, records)
@@ -144,11 +137,15 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
 
 def describe_holder() -> str:
     """Describes this process, in HOLDER_WIDTH characters: its number, its host, the time."""
-    host = re.sub(r"[^\w.-]", "-", gethostname(), flags=re.ASCII)[:64] or "-"
-    return f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}".ljust(HOLDER_WIDTH)
+    return f"process {os.getpid()} on {name_host()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".ljust(HOLDER_WIDTH)
 
 
-def renew_holder(descriptor: int, content: bytes) -> None:
+def name_host() -> str:
+    """The name of this host, in characters that need no escape."""
+    return re.sub(r"[^\w.-]", "-", gethostname(), flags=re.ASCII)[:64] or "-"
+
+
+def rewrite_holder(descriptor: int, content: bytes) -> None:
     """Writes into the first line that this process has the lock now; not into a line of before there was such a field.
 
     Whatever a crash leaves of it is still a line of JSON of the same length.
@@ -156,7 +153,7 @@ def renew_holder(descriptor: int, content: bytes) -> None:
     field = json.dumps({HOLDER: describe_holder()}).encode().removesuffix(b"}")
     if content.startswith(field[: field.index(b":")]) and content[len(field) : len(field) + 1] in (b",", b"}"):
         os.pwrite(descriptor, field, 0)
-        os.fdatasync(descriptor)
+        os.fsync(descriptor)
 
 
 def find_holder(path: Path, inode: int | None = None) -> str:
@@ -171,7 +168,7 @@ def find_holder(path: Path, inode: int | None = None) -> str:
         found = HOLDER_TEXT.fullmatch(field.rstrip())
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
-    is_gone = found and found[2] == gethostname() and not Path("/proc", found[1]).exists()
+    is_gone = found and found[2] == name_host() and not Path("/proc", found[1]).exists()
     if not found or is_gone or (inode is not None and not has_lock(int(found[1]), inode)):
         return ""
     return found[0]
@@ -198,8 +195,8 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
-    for key in [key for key in {**found, **job} if key != HOLDER]:
-        if found.get(key) != json.loads(json.dumps(job.get(key))):
+    for key in {**found, **job}:
+        if key != HOLDER and found.get(key) != json.loads(json.dumps(job.get(key))):
             before, now = describe_difference(found.get(key), job.get(key))
             yield Problem("another-job", f"{path}: {key}", f"begun with {before}", f"now {now}", RESTART)
 
@@ -247,9 +244,3 @@ def append_records(journal: Journal, records: bytes) -> None:
     """Appends a batch of records. The bytes that they record must be durable already."""
     batch = BATCH_COUNT.pack(len(records) // RECORD.size) + records
     append_durably(journal.descriptor, batch + xxh3_64_digest(batch))
-
-
-def parse_records(data: bytes) -> Records:
-    """Parses records and sorts them by file and offset."""
-    records = np.frombuffer(data, RECORD_TYPE)
-    return records[np.lexsort((records["offset"], records["file"]))]

@@ -9,8 +9,9 @@ import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
 
 from reshard.casts.kernels import choose_recode
-from reshard.execution.journal import RECORD, Journal, Records, append_records, parse_records
+from reshard.execution.journal import RECORD, Journal, append_records
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
+from reshard.execution.records import RECORD_TYPE, Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
@@ -55,20 +56,22 @@ class Ledger:
             batch, self._pending = bytes(self._pending), bytearray()
         if not batch:
             return
-        records = parse_records(batch)
-        for file in np.unique(records["file"]).tolist():
-            self._sync(self._targets[file], records[records["file"] == file])
+        self._wait_for_disk(parse_records(batch))
+        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+            os.fdatasync(self._targets[file])
+            drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
         self._durable += batch
 
-    def _sync(self, target: int, records: Records) -> None:
-        """Makes the groups of a file durable; counts them step by step, for one file may take the disk a minute."""
-        start_writeback(target, 0, 0)
-        for start, end, size in find_sync_steps(records):
-            wait_for_range(target, start, end - start)
-            self._counter.settle(size)
-        os.fdatasync(target)
-        drop_from_cache(target, self._ways)
+    def _wait_for_disk(self, records: Records) -> None:
+        """Waits until groups are written to the disk, and counts them step by step: a sync may take a minute a file."""
+        files = np.unique(records["file"]).tolist()
+        for file in files:
+            start_writeback(self._targets[file], 0, 0)
+        for file in files:
+            for start, end, size in find_sync_steps(records[records["file"] == file]):
+                wait_for_range(self._targets[file], start, end - start)
+                self._counter.settle(size)
 
     @property
     def records(self) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from reshard.errors import refuse
-from reshard.execution.journal import Records, find_holder, parse_records, read_batches
+from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.formats.manifest import is_subset
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
@@ -100,14 +100,17 @@ def read_unfinished(path: Path) -> Unfinished | None:
         entry = msgspec.json.decode(content[:start], type=JournalEntry)
     except ValueError:  # msgspec's own errors are ValueErrors
         return None
-    records = parse_records(read_batches(content, start, journal)[0])
+    recorded = [0] * len(entry.files)
+    for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
+        if number < len(recorded):
+            recorded[number] += size
     return Unfinished(
         str(path),
         entry.recipe,
         sum(entry.sizes),
-        int(records["size"].sum()),
+        sum(recorded),
         len(entry.files),
-        count_whole_files(path, entry, records),
+        count_whole_files(path, entry, recorded),
         len(entry.source),
         sum(size for _, size, _, _ in entry.source),
         format_list([name for name, _, _, _ in entry.source], 2),
@@ -116,15 +119,14 @@ def read_unfinished(path: Path) -> Unfinished | None:
     )
 
 
-def count_whole_files(path: Path, entry: JournalEntry, records: Records) -> int:
+def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) -> int:
     """Counts the files whose bytes behind the header are all recorded."""
     count = 0
-    for number, (name, size) in enumerate(zip(entry.files, entry.sizes, strict=False)):
-        recorded = int(records["size"][records["file"] == number].sum())
+    for name, size, done in zip(entry.files, entry.sizes, recorded, strict=False):
         for there in (path / (name + PARTIAL), path / name):
             try:
                 with open_regular_file(there) as file:
-                    count += int.from_bytes(file.read(8), "little") + 8 + recorded == size
+                    count += int.from_bytes(file.read(8), "little") + 8 + done == size
                 break
             except (OSError, ValueError):
                 continue

@@ -3,8 +3,33 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 
-from reshard.types import Advance, Progress, ProgressView, WorkState
+from reshard.types import Advance, Progress
+
+
+class WorkState(NamedTuple):
+    """How far a job is, in bytes."""
+
+    done: int
+    """A byte that is written counts half when it is copied, and half when it is on the disk."""
+    total: int
+    resumed: int = 0
+    """Of `done`: what an earlier run had done."""
+    unsynced: int | None = None
+    """When all is copied: how much is not on the disk yet; None before."""
+
+
+class ProgressView:
+    """A Progress that is told more than two numbers."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Receives what every Progress does."""
+        self.show(WorkState(done, total))
+
+    def show(self, state: WorkState) -> None:
+        """Receives how far the job is."""
+        raise NotImplementedError
 
 
 class WorkCounter:
@@ -22,12 +47,15 @@ class WorkCounter:
         self._lock = Lock()
         self._telling = Lock()
         self._resumed = self._moved = self._durable = 0
+        self._has_begun = False
 
     def begin(self, resumed: int = 0) -> None:
-        """Says that the work begins, and how many bytes of it an earlier run has made durable."""
+        """Says that the work begins, and how many bytes of it an earlier run has made durable. Without this call it
+        begins with the first bytes.
+        """
         self._resumed = self._moved = self._durable = resumed
         with self._telling:
-            self._tell(resumed)
+            self._tell_beginning()
 
     def advance(self, size: int) -> None:
         """Counts bytes that were copied or compared."""
@@ -51,9 +79,16 @@ class WorkCounter:
     def finish(self) -> None:
         """Says that the whole job is done."""
         with self._telling:
+            self._tell_beginning()
             self._tell(self._total)
 
+    def _tell_beginning(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._tell(self._resumed)
+
     def _tell_all(self) -> None:
+        self._tell_beginning()
         with self._lock:
             done = (self._moved + (self._durable if self._writes else self._moved)) // 2
         self._tell(max(0, min(done, self._total - 1)))
@@ -69,9 +104,10 @@ class WorkCounter:
 
 @contextmanager
 def count_progress(progress: Progress | None, total: int) -> Iterator[Advance]:
-    """Yields a function that counts the bytes of a job that only reads. The whole is reached when the block ends."""
+    """Yields a function that counts the bytes of a job that only reads. The whole is reached when the block ends;
+    nothing is told of a job that is refused before its first byte.
+    """
     counter = WorkCounter(progress, total)
-    counter.begin()
     yield counter.advance
     counter.finish()
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
-from reshard.execution.journal import Records, list_left_files, lock_journal
+from reshard.execution.journal import list_left_files, lock_journal
+from reshard.execution.records import Records
 from reshard.execution.side_writer import SideFile, compute_side_checksum, write_side_files
 from reshard.formats.downloads import check_unfinished
 from reshard.formats.manifest import list_rank_files, read_manifest
