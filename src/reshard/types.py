@@ -9,10 +9,7 @@ Advance = Callable[[int], None]
 """Receives the number of bytes done since the last call. Several threads may call it at the same time."""
 
 Progress = Callable[[int, int], None]
-"""Receives the bytes done so far and the bytes of the whole job. One thread calls it at a time.
-
-The first call says what was done before this run. The bytes done never fall, and reach the whole at the end only.
-"""
+"""Receives the bytes done so far and the bytes of the whole job. One thread calls it at a time."""
 
 MOST_RANKS = 4096
 """Largest number of ranks accepted. No model is cut for more: a larger number is a typing error."""

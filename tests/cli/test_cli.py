@@ -394,21 +394,19 @@ def test_inspect_tells_how_a_target_was_made(source: Path, ranks: Path, tmp_path
 # verify
 
 
-@pytest.mark.parametrize("words", [["verify"], ["verify", "--source", "source"], ["inspect"]])
+@pytest.mark.parametrize("words", [["verify"], ["verify", "--source", "source"]])
 def test_an_unfinished_conversion_is_called_so(
     words: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
 ) -> None:
     monkeypatch.chdir(source.parent)
 
-    @contextmanager
-    def interrupting(_total: int) -> Iterator[Callable[[int], None]]:
-        def advance(_size: int) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-        yield advance
-
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(Job(source, 2), tmp_path / "out", progress=interrupting)
+    with monkeypatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(Job(source, 2), tmp_path / "out")
     text = say(words[0], tmp_path / "out", *words[1:], code=2)
     assert "found:    an unfinished conversion" in text
     assert "run the same convert again" in text
