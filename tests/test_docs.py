@@ -142,7 +142,7 @@ def run(command: list[str], folder: Path) -> tuple[int, str]:
 
 def without_chance(output: str) -> str:
     """Without what differs from run to run: seconds, rates, the lines of progress, the folder for temporary files."""
-    lines = [line for line in output.splitlines() if not re.match(r"\w+: +\d+% of ", line)]
+    lines = [line for line in output.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
     return re.sub(r"in \d+\.\d s\b.*", "in ... s", "\n".join(lines)).replace(tempfile.gettempdir(), "/tmp")  # noqa: S108
 
 

@@ -8,7 +8,6 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import monotonic
@@ -32,7 +31,7 @@ from reshard.planning.plan import Plan, describe_casts, describe_dropped, descri
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
-from reshard.storage.resources import count_progress
+from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
@@ -127,7 +126,8 @@ def convert(
         cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
         allow_inexact: Round values that the new dtype does not have.
         restart: Throw away what an interrupted run has left in the target.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time. The first call
+            says what an earlier run had done; the bytes done reach the whole when all is on the disk, not before.
 
     Raises:
         Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
@@ -146,9 +146,9 @@ def convert(
     state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
-    advance = count_progress(progress, state.plan.size)
+    counter = WorkCounter(progress, state.plan.size, writes=True)
     # The only step that writes tensors.
-    done = execute_plan(state.plan, state.folder, describe_others(state), advance, settings)
+    done = execute_plan(state.plan, state.folder, describe_others(state), counter, settings)
     return Conversion(state.folder, state.plan, done, (), monotonic() - started)
 
 
@@ -214,7 +214,8 @@ def verify(
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
         download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
         sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: Called with the bytes compared and the bytes of the whole job, by one thread at a time. They are equal
+            in the last call only.
 
     Returns:
         A report, whose `problems` name file, tensor and byte range of each difference.
@@ -242,12 +243,12 @@ def verify(
     if source is None:
         if recipe:
             raise refuse("wrong-option", "--recipe", "no --source", "with --source only: a manifest needs none")
-        return audit_target(folder, partial(count_progress, progress), part, chosen)
+        return audit_target(folder, progress, part, chosen)
     sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
-    advance = count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen))
-    report = verify_target(
-        sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
-    )
+    with count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen)) as advance:
+        report = verify_target(
+            sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
+        )
     return note_other_source(report, folder, sides.files)
 
 
@@ -275,7 +276,7 @@ def diff(
         dequantize: Compare weights of different dtypes in BF16: block-scaled ones dequantized, F32 and F16 rounded.
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
-        progress: Called with the bytes done and the bytes of the whole job, by one thread at a time.
+        progress: As for `verify`, with the bytes of one side.
 
     Raises:
         Refused: One of the two cannot be read.

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_digest
 import reshard.execution.execute
 from reshard.errors import Refused
 from reshard.execution.execute import find_incomplete_file
-from reshard.execution.journal import parse_records
+from reshard.execution.records import parse_records
 from reshard.formats.target_names import JOURNAL
 from reshard.planning.copies import Copies, WrongPlan
 from reshard.planning.file_layout import lay_out_files

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from reshard import api
 from reshard.api import Conversion, describe_conversion
 from reshard.cli.outcome import PROVEN
+from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
-from reshard.cli.terminal import print_json, show_progress
+from reshard.cli.terminal import print_json
 from reshard.execution.execute import measure_memory_per_thread
+from reshard.execution.journal import has_durable_bytes
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
@@ -37,14 +40,14 @@ def run_convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         return show_plan(options)
     ways = {name: getattr(options, name) for name in WAYS}
-    with show_progress("convert") as progress:
+    with show_progress("convert", options) as progress, explain_interrupt(options.target):
         conversion = api.convert(options.source, options.target, **chosen, **ways, progress=progress)
     return print_conversion(conversion, options)
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
     """Runs `deepseek`: a conversion with the options of DeepSeek's scripts. Returns the exit code. Raises Refused."""
-    with show_progress("convert") as progress:
+    with show_progress("convert", options) as progress, explain_interrupt(options.save_path):
         conversion = api.convert(
             options.hf_ckpt_path,
             options.save_path,
@@ -58,6 +61,18 @@ def run_deepseek(options: argparse.Namespace) -> int:
             progress=progress,
         )
     return print_conversion(conversion, options)
+
+
+@contextmanager
+def explain_interrupt(target: Path) -> Iterator[None]:
+    """Adds to an interrupt, where something was written, that the same command goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        way_on = "run the same command again to go on from there"
+        if not has_durable_bytes(target):
+            way_on = "nothing was written; run the same command again"
+        raise KeyboardInterrupt(way_on) from None
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -126,7 +141,7 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
         print_json(
             {"status": status, "seconds": conversion.seconds, "done": done, **describe_plan_facts(conversion.plan)}
         )
-    else:
+    elif not options.quiet:
         lines = describe_conversion(conversion, getattr(options, "jobs", None))
         print("\n".join(map(escape, [*lines, f"next: {make_verify_command(conversion, options)}"])))
     return PROVEN

@@ -1,12 +1,13 @@
 """Runs the command `demo`."""
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 from reshard import api
 from reshard.cli.convert import make_verify_command, plan_lines
-from reshard.cli.terminal import show_progress
+from reshard.cli.progress import show_progress
 from reshard.cli.verify import print_report
 from reshard.inspection.contents import inspect_path
 from reshard.synthetic import SMALL_V3, require_empty, write_checkpoint
@@ -31,6 +32,7 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_demo_in(folder: Path, *, as_json: bool) -> int:
     """Runs the demo in the subfolders `source` and `ranks` of a folder. Returns the exit code of the verification."""
     source, target = folder / "source", folder / "ranks"
+    shown = argparse.Namespace(quiet=not sys.stderr.isatty())
 
     def say(text: str) -> None:
         if not as_json:
@@ -42,10 +44,10 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     say(f"\n2. Plan, from the headers alone\n\n$ reshard plan {source} --mp {RANKS}")
     say("\n".join(plan_lines(api.plan(source, RANKS))))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
-    with show_progress("convert") as progress:
+    with show_progress("convert", shown) as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)
     say(f"{conversion}\nnext: {make_verify_command(conversion, argparse.Namespace())}")
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
-    with show_progress("verify") as progress:
+    with show_progress("verify", shown) as progress:
         report = api.verify(target, source, progress=progress)
     return print_report(report, target, source, as_json=as_json)

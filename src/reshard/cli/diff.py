@@ -8,7 +8,8 @@ from dataclasses import asdict
 from reshard import api
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
-from reshard.cli.terminal import print_json, show_progress
+from reshard.cli.progress import show_progress
+from reshard.cli.terminal import print_json
 from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.inspection.diff_groups import GroupDifference
 from reshard.inspection.value_sums import OverallDistance
@@ -26,7 +27,7 @@ VALUES_HEADING = (
 
 def run_diff(options: argparse.Namespace) -> int:
     """Runs `diff`. Returns the exit code: PROVEN if both sides are equal. Raises Refused."""
-    with show_progress("diff") as progress:
+    with show_progress("diff", options) as progress:
         report = api.diff(
             options.a,
             options.b,
@@ -40,7 +41,7 @@ def run_diff(options: argparse.Namespace) -> int:
     if options.json:
         notes = [note._asdict() for note in report.notes]
         print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
-    else:
+    elif not (options.quiet and report.is_same):
         text = "\n".join(map(escape, describe_diff(report, options.show)))
         print(paint(text, GREEN if report.is_same else RED, sys.stdout))
     return PROVEN if report.is_same else PROBLEMS

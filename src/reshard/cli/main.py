@@ -4,7 +4,7 @@
 when the command runs.
 """
 
-import argparse
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -42,29 +42,28 @@ class Command(NamedTuple):
 RUN_COMMAND = "reshard.cli.run:run_command"
 """Calls the function of a command, and tells why it is refused."""
 
-CONVERT, DEEPSEEK = "reshard.cli.convert:run_convert", "reshard.cli.convert:run_deepseek"
-
 COMMANDS = (
-    Command("convert", "Write the file of each rank, or whole files.", add_convert, CONVERT),
+    Command("convert", "Write the file of each rank, or whole files.", add_convert, "reshard.cli.convert:run_convert"),
     Command("plan", "Show what convert would write, from the headers alone.", add_plan, "reshard.cli.convert:run_plan"),
     Command("inspect", "Show what a checkpoint holds.", add_inspect, "reshard.cli.inspect:run_inspect"),
     Command("verify", "Compare every byte of a target.", add_verify, "reshard.cli.verify:run_verify"),
     Command("diff", "Compare two checkpoints, tensor by tensor.", add_diff, "reshard.cli.diff:run_diff"),
     Command("recipes", "List, show or check recipes.", add_recipes, "reshard.cli.inspect:run_recipes"),
     Command("demo", "Make a small checkpoint, convert it, verify it.", add_demo, "reshard.cli.demo:run_demo"),
-    Command("deepseek", "Convert, by the options of DeepSeek's scripts.", add_deepseek, DEEPSEEK),
+    Command(
+        "deepseek", "Convert, by the options of DeepSeek's scripts.", add_deepseek, "reshard.cli.convert:run_deepseek"
+    ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code: 0 proven, 1 problems found, 2 refused, 130 interrupted."""
-    way_on = ""
     try:
         options = parse_words(make_parser(), arguments)
-        way_on = suggest_rerun(options)
+        options.words = [*(sys.argv[1:] if arguments is None else arguments)]
         code: int = load_function(RUN_COMMAND)(load_function(options.run), options)
-    except KeyboardInterrupt:
-        print_aside(f"reshard: interrupted{way_on}")
+    except KeyboardInterrupt as interrupt:
+        print_aside("; ".join(["reshard: interrupted", *map(str, interrupt.args)]))
         return INTERRUPTED
     return code
 
@@ -73,12 +72,6 @@ def load_function(place: str) -> Any:
     """Imports a function by its place, `module:function`."""
     module, function = place.split(":")
     return getattr(import_module(module), function)
-
-
-def suggest_rerun(options: argparse.Namespace) -> str:
-    """Suggests to run an interrupted conversion again: it resumes. Empty for other commands."""
-    is_conversion = options.run in (CONVERT, DEEPSEEK) and not getattr(options, "dry_run", False)
-    return "; run the same command again to go on from there" if is_conversion else ""
 
 
 def make_parser() -> Parser:

@@ -125,6 +125,7 @@ def add_convert(parser: Parser) -> None:
     how.add_argument(
         "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
     )
+    add_progress(parser)
 
 
 def add_inspect(parser: Parser) -> None:
@@ -186,6 +187,7 @@ def add_verify(parser: Parser) -> None:
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
     )
+    add_progress(parser)
 
 
 def add_diff(parser: Parser) -> None:
@@ -220,6 +222,7 @@ def add_diff(parser: Parser) -> None:
         metavar="N",
         help="The number of lines of each table; the default is 20.",
     )
+    add_progress(parser)
 
 
 def add_recipes(parser: Parser) -> None:
@@ -287,6 +290,18 @@ def add_deepseek(parser: Parser) -> None:
     how.add_argument(
         "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
     )
+    add_progress(parser)
+
+
+def add_progress(parser: Parser) -> None:
+    """Adds the options on what a command says while it works."""
+    output = parser.section(OUTPUT)
+    output.add_argument(
+        "--progress",
+        choices=("auto", "bar", "log", "json", "none"),
+        help="How progress is shown on standard error. By default a bar on a terminal, else a line every 30 seconds.",
+    )
+    output.add_argument("--quiet", action="store_true", help="Print no progress and no summary, only what is wrong.")
 
 
 def add_output(parser: Parser, json_default: object = False) -> None:  # noqa: FBT002

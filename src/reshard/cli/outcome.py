@@ -1,6 +1,7 @@
-"""Exit codes, and messages on standard error. It imports nothing slow: the help needs it too."""
+"""Exit codes, messages on standard error, requests for a status line. Imports nothing slow: the help needs it too."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 PROVEN, PROBLEMS, REFUSED = 0, 1, 2
@@ -18,4 +19,14 @@ def print_aside(text: str) -> None:
     of hours nor change its exit code.
     """
     with suppress(OSError):
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+
+STATUS_REQUESTS: list[Callable[[], None]] = []
+"""What is to be called when somebody asks how far the job is; it must be safe in a signal handler."""
+
+
+def ask_for_status() -> None:
+    """Asks the job that runs, if there is one, to print how far it is."""
+    for ask in tuple(STATUS_REQUESTS):
+        ask()

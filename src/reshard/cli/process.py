@@ -8,13 +8,13 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, NoReturn
 
 from reshard.cli.main import main
-from reshard.cli.outcome import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, print_aside
+from reshard.cli.outcome import CLOSED_PIPE, INTERNAL, INTERRUPTED, REFUSED, ask_for_status, print_aside
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 """Standard streams and their modes, in the order of their file descriptors."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that interrupt the program."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that interrupt the program. SIGHUP comes when the terminal or the connection to it goes away."""
 
 
 class OutputFailed(Exception):
@@ -91,15 +91,20 @@ def prepare_streams() -> None:
 
 def heed_signals() -> None:
     """Handles the signals that the parent process does not ignore. A shell script ignores Ctrl-C for its background
-    commands.
+    commands, and nohup ignores SIGHUP.
     """
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+            signal.signal(number, show_status if number == signal.SIGUSR1 else interrupt)
+
+
+def show_status(*_: object) -> None:
+    """Has a line printed that says how far the job is."""
+    ask_for_status()
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Raises KeyboardInterrupt, for SIGTERM too. Further signals are ignored."""
+    """Raises KeyboardInterrupt, for SIGTERM and SIGHUP too. Further signals are ignored."""
     ignore_signals()
     raise KeyboardInterrupt
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from reshard import api
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
-from reshard.cli.terminal import print_json, show_progress
+from reshard.cli.progress import show_progress
+from reshard.cli.terminal import print_json
 from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
@@ -17,7 +18,7 @@ from reshard.verification.verify import Report, describe_report
 
 def run_verify(options: argparse.Namespace) -> int:
     """Runs `verify`. Returns the exit code. Raises Refused."""
-    with show_progress("verify") as progress:
+    with show_progress("verify", options) as progress:
         report = api.verify(
             options.target,
             options.source,
@@ -29,6 +30,8 @@ def run_verify(options: argparse.Namespace) -> int:
             sums=options.sums,
             progress=progress,
         )
+    if options.quiet and not options.json and not report.problems:
+        return PROVEN
     return print_report(report, options.target, options.source or Path(MANIFEST), as_json=options.json)
 
 

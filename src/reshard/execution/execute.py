@@ -14,14 +14,16 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import Problem, refuse
-from reshard.execution.journal import RESTART, Journal, Records, has_records, open_journal, parse_records
+from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
+from reshard.execution.records import Records, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Ledger, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import (
     CACHED,
     Ways,
@@ -36,7 +38,7 @@ from reshard.storage.local import (
 from reshard.storage.page_cache import choose_ways_past_cache, is_cached, probe_way_to_read
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
-from reshard.types import Advance, Cast, Join
+from reshard.types import Cast, Join
 
 THREADS_PAST_CACHE = 4
 """Threads that keep a disk busy, however few the processors."""
@@ -106,11 +108,11 @@ def check_settings(settings: Settings) -> Iterator[Problem]:
         yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")
 
 
-def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance, settings: Settings) -> RunResult:
+def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCounter, settings: Settings) -> RunResult:
     """Writes the files of a plan into the folder `target`, which is made if need be; resumes if it was interrupted.
 
-    `advance` is called with numbers of bytes. Raises Refused if the source changes or the file system fails; the same
-    call then resumes the job. If nothing was durable yet, the files written so far are removed.
+    The whole is counted when every file has its final name. Raises Refused if the source changes or the file system
+    fails; the same call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
     other_names = [*others.sides, MANIFEST]
     manifests = [name for name in (MANIFEST, others.part) if name]
@@ -123,15 +125,16 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, advance: Advance,
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
-                done, records, checksums = write_partial_files(plan, target, journal, others.sides, advance, settings)
+                done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
                 for name in manifests:
                     write_durable(target / (name + PARTIAL), manifest)
-            except Exception:
+            except (Exception, KeyboardInterrupt):
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
             rename_to_final(target, names, others.superseded)
+        counter.finish()
     except OSError as error:
         subject, found = str(error.filename or target), error.strerror or str(error)
         remedy = "mend it and run the same command again"
@@ -162,7 +165,7 @@ def write_partial_files(
     target: Path,
     journal: Journal,
     sides: Mapping[str, SideFile],
-    advance: Advance,
+    counter: WorkCounter,
     settings: Settings,
 ) -> tuple[RunResult, Records, dict[str, str]]:
     """Writes side files, and all groups that are not in the journal, into files with temporary names, and makes them
@@ -179,17 +182,18 @@ def write_partial_files(
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
         checksums = write_side_files(target, sides)  # first: what is wrong with one shows before hours of copying
-        ledger = Ledger(journal, targets, ways)
+        ledger = Ledger(journal, targets, ways, counter)
         resumed = int(found["size"].sum())
-        advance(resumed + sum(len(file.header) for file in plan.files))
+        counter.begin(resumed)
+        counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
         names = [file.name for file in plan.source.files]
         files = OpenFiles(sources, names, targets, ways, made, settings.allow_inexact)
-        move_all(work, files, ledger, jobs, advance)
+        move_all(work, files, ledger, jobs, counter.advance)
         copied = time.monotonic()
+        ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
-        ledger.flush()
         records = parse_records(ledger.records)
         if lacking := find_incomplete_file(plan, records):
             raise refuse(

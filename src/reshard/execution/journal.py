@@ -4,32 +4,32 @@ It lies in the target folder: a line of JSON with the identity of the job, then 
 is appended only after the bytes that it records are on the disk, and has its own checksum. A batch that a crash tore
 off at the end, or whose length points behind the end, is ignored with all that follows; other damage is refused.
 
-The file is also the lock on the target. The kernel releases it with the process, so that it is never stale.
+The file is also the lock on the target. The kernel releases it with the process, so that it is never stale. The first
+line also says who has it: it may be stale, and is asked only when the lock is held.
 """
 
 import fcntl
 import json
 import os
+import re
 import struct
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.target_names import JOURNAL, PARTIAL
-from reshard.storage.local import open_descriptor
+from reshard.storage.local import open_descriptor, open_regular_file
 
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
-
-RECORD_TYPE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("size", "<u4"), ("digest", "V16")])
 
 BATCH_COUNT = struct.Struct("<I")
 """Number of records in a batch."""
@@ -40,10 +40,12 @@ CHECKSUM_SIZE = 8
 LONGEST_JOB_LINE = 64 << 20
 """In bytes."""
 
-RESTART = "--restart throws the partial files away and begins again"
+HOLDER, HOLDER_WIDTH = "held_by", 128
+"""Key, and characters of its value, padded with spaces: it is written again in its place by whoever resumes the job."""
 
-Records = NDArray[np.void]
-"""Of RECORD_TYPE."""
+HOLDER_TEXT = re.compile(r"process (\d{1,10}) on ([\w.-]{1,64}) since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", re.ASCII)
+
+RESTART = "--restart throws the partial files away and begins again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,14 @@ def open_journal(
             (folder / name).unlink(missing_ok=True)
     if restart or is_over or b"\n" not in content:
         # Without a complete first line nothing can be durable yet.
-        line = (json.dumps(job) + "\n").encode()
+        line = (json.dumps({HOLDER: describe_holder(), **job}) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append_durably(descriptor, line)
         return Journal(descriptor, path, len(line), b"")
     start = content.index(b"\n") + 1
     require_none(check_same_job(content[:start], job, path))
     records, end = read_batches(content, start, path)
+    rewrite_holder(descriptor, content)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
     return Journal(descriptor, path, start, records)
@@ -113,6 +116,16 @@ def has_records(journal: Journal) -> bool:
     return os.fstat(journal.descriptor).st_size > journal.start
 
 
+def has_durable_bytes(folder: Path) -> bool:
+    """Whether a run that was interrupted has left bytes in a folder that the next one need not write again."""
+    try:
+        with open_regular_file(folder / JOURNAL) as file:
+            line = file.readline(LONGEST_JOB_LINE)
+            return line.endswith(b"\n") and os.fstat(file.fileno()).st_size > len(line)
+    except OSError:
+        return False
+
+
 def lock_journal(stack: ExitStack, path: Path) -> int:
     """Opens and locks the journal; returns its descriptor. Raises Refused if another process has locked it."""
     while True:
@@ -120,11 +133,66 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            found, remedy = "another process is writing to it", "wait for it to end, or choose another target"
+            found = f"{find_holder(path) or 'another process'} is writing to it"
+            remedy = (
+                "wait for it to end; or give each --ranks a folder of its own, copy the folders into one, and run the "
+                "command there once more without --ranks"
+            )
             raise refuse("target-in-use", str(path.parent), found, "a target of our own", remedy) from None
         # The one before us may have removed the file between our open and our lock.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
+
+
+def describe_holder() -> str:
+    """Describes this process, in HOLDER_WIDTH characters: its number, its host, the time."""
+    return f"process {os.getpid()} on {name_host()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".ljust(HOLDER_WIDTH)
+
+
+def name_host() -> str:
+    """The name of this host, in characters that need no escape."""
+    return re.sub(r"[^\w.-]", "-", gethostname(), flags=re.ASCII)[:64] or "-"
+
+
+def rewrite_holder(descriptor: int, content: bytes) -> None:
+    """Writes into the first line that this process has the lock now; not into a line of before there was such a field.
+
+    Whatever a crash leaves of it is still a line of JSON of the same length.
+    """
+    field = json.dumps({HOLDER: describe_holder()}).encode().removesuffix(b"}")
+    if content.startswith(field[: field.index(b":")]) and content[len(field) : len(field) + 1] in (b",", b"}"):
+        os.pwrite(descriptor, field, 0)
+        os.fsync(descriptor)
+
+
+def find_holder(path: Path, inode: int | None = None) -> str:
+    """The process that has locked a journal, as it says in its first line; empty if that is not known.
+
+    A process of this host that is there no more has not the lock: another one took it just now. With an `inode`, that
+    of the journal, nobody has found it locked: then the process is named only if this host's kernel names it too.
+    """
+    try:
+        with open_regular_file(path) as file:
+            field = json.loads(file.readline(LONGEST_JOB_LINE)).get(HOLDER, "")
+        found = HOLDER_TEXT.fullmatch(field.rstrip())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    is_gone = found and found[2] == name_host() and not Path("/proc", found[1]).exists()
+    if not found or is_gone or (inode is not None and not has_lock(int(found[1]), inode)):
+        return ""
+    return found[0]
+
+
+def has_lock(process: int, inode: int) -> bool:
+    """Whether a process has locked a file, by the kernel's list. Taking the lock to see would refuse it to others."""
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return False
+    kind, number, place = 1, 4, 5  # as in `1: FLOCK ADVISORY WRITE 4711 08:01:131073 0 EOF`
+    locks = [line.split() for line in lines]
+    mine = [lock for lock in locks if len(lock) > place and (lock[kind], lock[number]) == ("FLOCK", str(process))]
+    return any(lock[place].endswith(f":{inode}") for lock in mine)
 
 
 def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
@@ -136,6 +204,7 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
+    found.pop(HOLDER, None)
     wanted = json.loads(json.dumps(job))
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
@@ -187,9 +256,3 @@ def append_records(journal: Journal, records: bytes) -> None:
     """Appends a batch of records. The bytes that they record must be durable already."""
     batch = BATCH_COUNT.pack(len(records) // RECORD.size) + records
     append_durably(journal.descriptor, batch + xxh3_64_digest(batch))
-
-
-def parse_records(data: bytes) -> Records:
-    """Parses records and sorts them by file and offset."""
-    records = np.frombuffer(data, RECORD_TYPE)
-    return records[np.lexsort((records["offset"], records["file"]))]

@@ -1,7 +1,7 @@
 """Writes windows to the target files, with several threads and a ledger of the checksums of everything written."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from threading import Event, Lock
 
@@ -9,10 +9,12 @@ import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
 
 from reshard.casts.kernels import choose_recode
-from reshard.execution.journal import RECORD, RECORD_TYPE, Journal, append_records
+from reshard.execution.journal import RECORD, Journal, append_records
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
+from reshard.execution.records import RECORD_TYPE, Records, parse_records
 from reshard.execution.windows import Window
-from reshard.storage.local import Ways, drop_from_cache, read_range, write_range
+from reshard.storage.counting import WorkCounter
+from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
 from reshard.storage.resources import run_in_threads
 from reshard.types import Advance, Cast
 
@@ -25,12 +27,16 @@ SHORTEST_RUN = STEP_SIZE // 4
 FLUSH_SECONDS = 5.0
 """At most the work of so many seconds is lost when a job is killed."""
 
+SYNC_STEP = 64 << 20
+"""In bytes: after so many that have come to the disk, they are counted."""
+
 
 class Ledger:
     """Records of the written groups, with checksums: first in memory; after a flush durable, in the journal."""
 
-    def __init__(self, journal: Journal, targets: Sequence[int], ways: Ways) -> None:
+    def __init__(self, journal: Journal, targets: Sequence[int], ways: Ways, counter: WorkCounter) -> None:
         self._journal = journal
+        self._counter = counter
         self._targets = targets
         self._ways = ways
         self._lock = Lock()
@@ -50,16 +56,34 @@ class Ledger:
             batch, self._pending = bytes(self._pending), bytearray()
         if not batch:
             return
+        self._wait_for_disk(parse_records(batch))
         for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
             os.fdatasync(self._targets[file])
             drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
         self._durable += batch
 
+    def _wait_for_disk(self, records: Records) -> None:
+        """Waits until groups are written to the disk, and counts them step by step: a sync may take a minute a file."""
+        files = np.unique(records["file"]).tolist()
+        for file in files:
+            start_writeback(self._targets[file], 0, 0)
+        for file in files:
+            for start, end, size in find_sync_steps(records[records["file"] == file]):
+                wait_for_range(self._targets[file], start, end - start)
+                self._counter.settle(size)
+
     @property
     def records(self) -> bytes:
         """Records of everything that is durable, those of earlier runs included."""
         return bytes(self._durable)
+
+
+def find_sync_steps(records: Records) -> Iterator[tuple[int, int, int]]:
+    """Steps of about SYNC_STEP bytes through the groups of a file: start, end, and the bytes of groups in between."""
+    step = np.cumsum(records["size"], dtype=np.int64) // SYNC_STEP
+    for group in np.split(records, np.flatnonzero(np.diff(step)) + 1):
+        yield int(group["offset"][0]), int(group["offset"][-1]) + int(group["size"][-1]), int(group["size"].sum())
 
 
 def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: int, advance: Advance) -> None:

@@ -21,7 +21,7 @@ def require_finished(folder: Path) -> None:
     if (folder / JOURNAL).is_file() and not (folder / MANIFEST).exists():
         expected, remedy = (
             f"a finished one, which has a {MANIFEST}",
-            "run the same convert again: it goes on from there",
+            "run the same convert again: it goes on from there; `reshard inspect` says how far it is",
         )
         raise refuse("unfinished-target", str(folder), "an unfinished conversion", expected, remedy)
 

@@ -34,9 +34,10 @@ from reshard.inspection.tensor_pairs import (
 )
 from reshard.inspection.value_distance import RangeDistance, ValueDistance, count_elements, measure_range, merge_ranges
 from reshard.inspection.value_sums import OverallDistance, ValueSums, compute_overall_rank, measure_overall
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
-from reshard.storage.resources import count_progress, run_in_threads
+from reshard.storage.resources import run_in_threads
 from reshard.storage.unchanged import open_unchanged
 from reshard.text import escape
 from reshard.types import FIRST, Advance, Cast, Note, Progress, Tensor
@@ -233,14 +234,14 @@ def compare_pairs(
     """Compares all pairs, of `size` bytes on a side; returns the measures by name."""
     if pairing.dequantized:
         choose_recode()  # here, for it may import numba, and that from one thread only
+    counter = WorkCounter(progress, size)
     with ExitStack() as stack:
         comparer = Comparer([open_side(stack, side, 2 * size) for side in sides], pairing.pairs)
-        comparer.compare(split_pairs(pairing.pairs), count_progress(progress, size))
+        comparer.compare(split_pairs(pairing.pairs), counter.advance)
         if rest := comparer.list_unmeasured(pairing.pairs):
-            again = sum(piece.size for piece in rest)
-            comparer.compare(
-                rest, count_progress(progress and (lambda done, _: progress(size + done, size + again)), again)
-            )
+            counter.extend(sum(piece.size for piece in rest))
+            comparer.compare(rest, counter.advance)
+    counter.finish()
     return comparer.found
 
 

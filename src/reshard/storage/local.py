@@ -20,6 +20,9 @@ RWF_DONTCACHE = 0x80
 
 SYNC_FILE_RANGE_WRITE = 2
 
+SYNC_FILE_RANGE_WAIT = 1 | SYNC_FILE_RANGE_WRITE | 4
+"""Writes a range and waits for it: before, write, after."""
+
 PAGE = 4096
 
 SMALLEST_UNCACHED = 1 << 20
@@ -112,6 +115,18 @@ def start_writeback(descriptor: int, offset: int, size: int) -> None:
     """Asks the kernel to begin to write a byte range to the disk, and does not wait for it."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
     load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
+
+
+def wait_for_range(descriptor: int, offset: int, size: int) -> None:
+    """Waits until a byte range has been written to the disk. It is durable only after a sync, which is then short.
+
+    Raises OSError for a write that failed: the kernel reports it to one call only, so that a sync would no more see it.
+    """
+    arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WAIT))
+    if load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments):
+        code = ctypes.get_errno()
+        if code not in (*UNSUPPORTED, errno.EINTR, errno.ESPIPE):
+            raise OSError(code, os.strerror(code))
 
 
 def reserve_blocks(descriptor: int, size: int) -> None:

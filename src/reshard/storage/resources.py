@@ -7,8 +7,6 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Generic, Self, TypeVar
 
-from reshard.types import Advance, Progress
-
 UNLIMITED = 1 << 62
 """In bytes: stands for free memory where the system does not tell."""
 
@@ -141,19 +139,3 @@ def stop_and_wait(stopped: Event, futures: Sequence[Future[None]]) -> None:
             interrupted = error
     if interrupted:
         raise interrupted
-
-
-def count_progress(progress: Progress | None, total: int) -> Advance:
-    """Adds up the bytes done by all threads, and tells them one thread at a time."""
-    if progress is None:
-        return lambda _: None
-    lock, done = Lock(), 0
-    progress(0, total)
-
-    def advance(size: int) -> None:
-        nonlocal done
-        with lock:
-            done += size
-            progress(done, total)
-
-    return advance

@@ -14,7 +14,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
 from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
-from reshard.execution.journal import Records
+from reshard.execution.records import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
 from reshard.formats.part_manifests import JOB_KEYS

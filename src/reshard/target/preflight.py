@@ -12,8 +12,9 @@ from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, rename_to_final
-from reshard.execution.journal import Records, list_left_files, lock_journal
+from reshard.execution.journal import list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
+from reshard.execution.records import Records
 from reshard.execution.side_writer import write_side_files
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_part_name, join_manifests, read_manifests

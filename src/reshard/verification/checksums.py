@@ -21,6 +21,7 @@ from reshard.formats.huggingface import is_safetensors_name, read_header
 from reshard.formats.part_manifests import check_joined, is_of_whole_files, name_part_manifest, read_joined_manifest
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
+from reshard.storage.counting import count_progress, spread_evenly
 from reshard.storage.local import (
     PAGE,
     Ways,
@@ -32,7 +33,7 @@ from reshard.storage.local import (
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import run_in_threads
 from reshard.text import format_list, format_numbers, format_runs
-from reshard.types import MOST_RANKS, Advance
+from reshard.types import MOST_RANKS, Advance, Progress
 from reshard.verification.chunks import sample_evenly
 from reshard.verification.target_folder import (
     COPY_AGAIN_HINT,
@@ -66,19 +67,14 @@ class RangeBatch(NamedTuple):
     ranges: tuple[CheckedRange, ...]
 
 
-def ignore_size(_: int) -> None:
-    """Is told how many bytes are done, and does nothing."""
-
-
 def audit_target(
     target: Path,
-    start: Callable[[int], Advance] = lambda _: ignore_size,
+    progress: Progress | None = None,
     sample: Fraction | None = None,
     ranks: Collection[int] | None = None,
 ) -> Report:
     """Compares every byte of every file that the manifest in the folder `target` names with its checksum; or of the
-    files of these `ranks` only, and then the others need not be there. `start` is told how many bytes these files have,
-    and gives the function that is told of the bytes done.
+    files of these `ranks` only, and then the others need not be there. `progress` counts the bytes of these files.
 
     With a `sample`, a fraction such as 1/100, only about that share of the ranges of each file is compared, and always
     the first range, which is the header, and the last. Sizes and side files are still checked in full.
@@ -97,9 +93,9 @@ def audit_target(
     batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
     tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
     compared = sum(checked.size for batch in batches for checked in batch.ranges)
-    advance = start(size)
-    advance(size - compared)  # bytes that a sample leaves out count as done
-    wrong = find_changed_ranges(target, full, batches, advance, is_sampled=sample is not None)
+    with count_progress(progress, size) as advance:
+        told = spread_evenly(advance, compared, size)  # bytes that a sample leaves out count as done
+        wrong = find_changed_ranges(target, full, batches, told, is_sampled=sample is not None)
     for entry in full:
         problems.extend(check_changed_ranges(target, entry, known, wrong[entry.name]))
     problems.extend(check_manifest_side_files(target, manifest))

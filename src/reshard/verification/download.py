@@ -12,7 +12,7 @@ from reshard.formats.huggingface import INDEX, SUFFIX, read_header
 from reshard.formats.index import read_index
 from reshard.formats.numbering import check_numbering
 from reshard.formats.recognition import suggest_download
-from reshard.storage.resources import count_progress
+from reshard.storage.counting import count_progress
 from reshard.text import escape, format_count, format_list
 from reshard.types import Note, Progress
 from reshard.verification.file_hashes import (
@@ -98,7 +98,8 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     also = [item for name in looked_for if isinstance(item := look_at_file(folder, FileRecord(name, "")), HashedFile)]
     files = [*present, *also]
     size = sum(item.file.size for item in files)
-    hashes = compute_hashes(folder, files, count_progress(progress, size))
+    with count_progress(progress, size) as advance:
+        hashes = compute_hashes(folder, files, advance)
     renamed = find_renamed_files(records, absent, {item.file.name: hashes[item.file.name] for item in also})
     problems = [
         *check_hashes(folder, records, present, hashes),

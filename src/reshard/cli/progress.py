@@ -1,0 +1,201 @@
+"""Shows the progress of a command on standard error: a bar, lines of a log, JSON, or a line when SIGUSR1 asks."""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+
+from reshard import __version__
+from reshard.cli.outcome import STATUS_REQUESTS, print_aside
+from reshard.cli.progress_lines import (
+    ProgressEvent,
+    RateMeter,
+    format_json,
+    format_progress,
+    format_resumed,
+)
+from reshard.storage.counting import ProgressView, WorkState
+from reshard.text import escape
+
+INTERVALS = {"bar": 0.2, "log": 30.0, "json": 1.0, "none": None}
+"""In seconds, between two reports; None: only when somebody asks."""
+
+DUMB = ("dumb", "unknown")
+"""Terminals that cannot move the cursor, as TERM names them."""
+
+Report = Callable[[ProgressEvent], None]
+"""Prints an event. It is called by one thread at a time."""
+
+END_SECONDS = 5.0
+"""At the end a thread that hangs on a pipe nobody reads is left alone after so many seconds."""
+
+
+class JobWatch(ProgressView):
+    """Keeps how far a job is, and reports it from a thread of its own: also while nothing moves."""
+
+    def __init__(
+        self, title: str, report: Report, interval: float | None, *, is_sample: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._title = title
+        self._report = report
+        self._interval = interval
+        self._is_sample = is_sample
+        self._clock = clock
+        self._lock = Lock()
+        self._reporting = Lock()
+        self._meter = RateMeter()
+        self._state: WorkState | None = None
+        self._began = clock()
+        # Of this queue only `put` is allowed in a signal handler: it takes no lock that the handler's thread may hold.
+        self._requests: SimpleQueue[str] = SimpleQueue()
+        self._thread = Thread(target=self._report_on_request, daemon=True)
+
+    def show(self, state: WorkState) -> None:
+        """Receives how far the job is."""
+        now = self._clock()
+        with self._lock:
+            is_first, self._state = self._state is None, state
+            self._began = now if is_first else self._began
+            self._meter.add(state, now)
+        if is_first:
+            self._tell("start")
+
+    def start(self) -> None:
+        """Starts the thread that reports."""
+        self._thread.start()
+
+    def ask(self) -> None:
+        """Has the thread report at once. Safe in a signal handler."""
+        self._requests.put("asked")
+
+    def end(self, *, is_done: bool) -> None:
+        """Ends the thread; reports the end of a job that had begun."""
+        self._requests.put("end")
+        self._thread.join(END_SECONDS)
+        if self._state:
+            self._tell("done" if is_done else "stopped")
+
+    def _tell(self, event: str) -> None:
+        with self._lock:
+            now = self._clock()
+            rate = self._meter.compute_rate(now)
+            made = ProgressEvent(event, self._title, self._state, rate, now - self._began, self._is_sample)
+        with self._reporting:
+            self._report(made)
+
+    def _report_on_request(self) -> None:
+        while True:
+            try:
+                request = self._requests.get(timeout=self._interval)
+            except Empty:
+                request = "progress"
+            if request == "end":
+                return
+            self._tell(request)
+
+
+def make_log_report(title: str, words: Sequence[str]) -> Report:
+    """Makes the lines of a log: first what runs, then how far it is, each with the time of day."""
+    is_first = True
+
+    def report(event: ProgressEvent) -> None:
+        nonlocal is_first
+        lines = [f"reshard {__version__}: {escape(shlex.join(words))}"] if is_first else []
+        is_first = False
+        if event.event == "start" and event.state:
+            lines += [f"{title}: {format_resumed(event.state)}"] if event.state.resumed else []
+        elif event.event != "stopped":
+            lines.append(f"{title}: {format_progress(event)}")
+        for line in lines:
+            print_aside(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    return report
+
+
+def make_json_report(_title: str, words: Sequence[str]) -> Report:
+    """Makes a line of JSON of each event."""
+
+    def report(event: ProgressEvent) -> None:
+        more = {"reshard": __version__, "command": [*words]} if event.event == "start" else {}
+        print_aside(format_json(event, more))
+
+    return report
+
+
+def make_silent_report(title: str, _words: Sequence[str]) -> Report:
+    """Makes a line only when somebody asks for it."""
+
+    def report(event: ProgressEvent) -> None:
+        if event.event == "asked":
+            print_aside(f"{title}: {format_progress(event)}")
+
+    return report
+
+
+def make_bar_report(title: str, _words: Sequence[str]) -> Report:
+    """Makes a bar."""
+    # Slow to import, and needed on a terminal only.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}", markup=False))
+    # It is drawn anew by our thread, and needs none of its own.
+    bar = Bar(*columns, console=Console(stderr=True, force_terminal=True), auto_refresh=False)
+    task = bar.add_task(title, total=None, status="")
+
+    def report(event: ProgressEvent) -> None:
+        state = event.state
+        if event.event == "asked":
+            print_aside(f"{title}: {format_progress(event)}")
+        if state is None:
+            return
+        if event.event == "start":
+            if state.resumed:
+                print_aside(f"{title}: {format_resumed(state)}")
+            bar.start()
+        if event.event != "stopped":
+            bar.update(task, total=state.total, completed=state.done, status=format_progress(event), refresh=True)
+        if event.event in ("done", "stopped"):
+            bar.stop()
+
+    return report
+
+
+REPORTS: Mapping[str, Callable[[str, Sequence[str]], Report]] = {
+    "bar": make_bar_report,
+    "log": make_log_report,
+    "json": make_json_report,
+    "none": make_silent_report,
+}
+
+
+@contextmanager
+def show_progress(title: str, options: argparse.Namespace) -> Iterator[ProgressView]:
+    """Yields a progress function that shows how far a command is, in the way that its options choose."""
+    mode = choose_mode(options)
+    report = REPORTS[mode](title, getattr(options, "words", [title]))
+    watch = JobWatch(title, report, INTERVALS[mode], is_sample=bool(getattr(options, "sample", None)))
+    STATUS_REQUESTS.append(watch.ask)
+    watch.start()
+    is_done = False
+    try:
+        yield watch
+        is_done = True
+    finally:
+        STATUS_REQUESTS.remove(watch.ask)
+        watch.end(is_done=is_done)
+
+
+def choose_mode(options: argparse.Namespace) -> str:
+    """Chooses how progress is shown: a bar on a terminal, else lines of a log; with --quiet none, unless asked for."""
+    asked = getattr(options, "progress", None) or ("none" if getattr(options, "quiet", False) else "auto")
+    if asked != "auto":
+        return str(asked)
+    return "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in DUMB else "log"

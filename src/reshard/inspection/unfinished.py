@@ -1,0 +1,185 @@
+"""An unfinished conversion, by its journal: how much of it is done, and the command that goes on."""
+
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from reshard.errors import refuse
+from reshard.execution.journal import RECORD, find_holder, read_batches
+from reshard.formats.manifest import is_subset
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.rank_names import parse_rank_name
+from reshard.storage.local import open_regular_file
+from reshard.text import escape, format_count, format_list, format_size
+from reshard.types import WHOLE, Recipe
+
+LARGEST_JOURNAL = 1 << 30
+"""In bytes. A model of 671B parameters has one of some megabytes."""
+
+
+class JournalEntry(msgspec.Struct):
+    """What is read of the first line of a journal."""
+
+    recipe: str
+    recipe_sha256: str
+    layout: dict[str, Any]
+    sizes: list[int]
+    files: list[str]
+    source: list[tuple[str, int, str, int]]
+    allow_inexact: bool = False
+    subset: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Unfinished:
+    """An unfinished conversion, by its journal."""
+
+    path: str
+    recipe: str
+    size: int
+    """Of all tensor files, in bytes."""
+    durable: int
+    """So many of these bytes are on the disk; the same command does not write them again."""
+    files: int
+    whole_files: int
+    """So many of the files have all their bytes on the disk."""
+    source_files: int
+    source_size: int
+    """In bytes."""
+    source_names: str
+    """The names of some source files: the journal has no path."""
+    command: str
+    """The command that goes on, with SOURCE for the path of the source, as far as the journal knows its options."""
+    holder: str
+    """The process that is at work there, if that is known."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(escape, describe_unfinished(self)))
+
+    __repr__ = __str__
+
+
+def describe_unfinished(found: Unfinished) -> Iterator[str]:
+    """Describes an unfinished conversion for a person."""
+    tenths = found.durable * 1000 // found.size if found.size else 0
+    size = f"{format_size(found.durable)} of {format_size(found.size)} ({tenths // 10}.{tenths % 10}%)"
+    yield f"{found.path}: an unfinished conversion by the recipe {found.recipe}"
+    yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
+    files = format_count(found.source_files, "files")
+    yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
+    if found.holder:
+        yield f"at work: {found.holder}"
+    else:
+        yield "to go on: run the same convert command again. As far as the journal knows it, which has no paths:"
+        yield f"  {found.command}"
+
+
+def read_unfinished(path: Path) -> Unfinished | None:
+    """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
+
+    Raises Refused if the journal is damaged.
+    """
+    journal = path / JOURNAL
+    if (path / MANIFEST).exists() or not journal.is_file():
+        return None
+    try:
+        with open_regular_file(journal) as file:
+            content = file.read(LARGEST_JOURNAL) if os.fstat(file.fileno()).st_size <= LARGEST_JOURNAL else b""
+            inode = os.fstat(file.fileno()).st_ino
+    except OSError as error:
+        raise refuse("cannot-read", str(journal), error.strerror or str(error), "to read it") from None
+    start = content.find(b"\n") + 1
+    try:
+        entry = msgspec.json.decode(content[:start], type=JournalEntry)
+    except ValueError:  # msgspec's own errors are ValueErrors
+        return None
+    recorded = [0] * len(entry.files)
+    for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
+        if number < len(recorded):
+            recorded[number] += size
+    return Unfinished(
+        str(path),
+        entry.recipe,
+        sum(entry.sizes),
+        sum(recorded),
+        len(entry.files),
+        count_whole_files(path, entry, recorded),
+        len(entry.source),
+        sum(size for _, size, _, _ in entry.source),
+        format_list([name for name, _, _, _ in entry.source], 2),
+        shlex.join(make_words(entry, path)),
+        find_holder(journal, inode),
+    )
+
+
+def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) -> int:
+    """Counts the files whose bytes behind the header are all recorded."""
+    count = 0
+    for name, size, done in zip(entry.files, entry.sizes, recorded, strict=False):
+        for there in (path / (name + PARTIAL), path / name):
+            try:
+                with open_regular_file(there) as file:
+                    count += int.from_bytes(file.read(8), "little") + 8 + done == size
+                break
+            except (OSError, ValueError):
+                continue
+    return count
+
+
+def make_words(entry: JournalEntry, path: Path) -> list[str]:
+    """The words of the command that began a conversion, as far as its journal knows them."""
+    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_options(entry.layout)]
+    packaged = [recipe for recipe in list_packaged_recipes() if recipe.name == entry.recipe]
+    words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
+    words += ["--ranks", ranks] if (ranks := find_chosen_ranks(entry.files, packaged)) else []
+    words += list_subset_options(entry.subset) if is_subset(entry.subset) else []
+    return words + ["--allow-inexact"] * entry.allow_inexact
+
+
+def list_layout_options(layout: Mapping[str, Any]) -> Iterator[str]:
+    """Lists the options that choose a layout, by its entry in a journal."""
+    yield from ("--to", "hf") if layout.get("to") == WHOLE else ("--mp", str(layout.get("ranks", "N")))
+    for key, option in (("cast", "--cast"), ("expert_dtype", "--expert-dtype"), ("file_size", "--max-file-size")):
+        if layout.get(key):
+            yield from (option, str(layout[key]))
+    if layout.get("keep_optional"):
+        yield from ("--mtp", "keep")
+    if layout.get("pad"):
+        yield "--pad"
+
+
+def list_subset_options(subset: Mapping[str, Any]) -> Iterator[str]:
+    """Lists the options that choose a part of a checkpoint, by its entry in a journal."""
+    for key in ("layers", "experts"):
+        if key in subset:
+            yield from (f"--{key}", format_ranges(subset[key]["kept"]))
+    kept = [subset[key]["kept"] for key in ("layers", "experts") if key in subset]
+    if any(numbers != [*range(len(numbers))] for numbers in kept):
+        yield "--renumber"
+    for pattern in subset.get("only", ()):
+        yield from ("--only", str(pattern))
+
+
+def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
+    """The ranks of the files, if not all ranks have one; empty if all have, or if no recipe knows their names."""
+    for recipe in recipes:
+        found = [parse_rank_name(name, recipe) for name in files]
+        numbers = {numbers[0] for numbers in found if numbers}
+        ranks = {numbers[1] for numbers in found if numbers}
+        if len(ranks) == 1 and numbers != set(range(ranks.pop())):
+            return format_ranges(sorted(numbers))
+    return ""
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Formats ascending numbers as an option takes them: `0-3,7`."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

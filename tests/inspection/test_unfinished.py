@@ -1,0 +1,91 @@
+"""How far an unfinished conversion is, and the command that goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jobs import Job, convert_checkpoint
+from torture import durable_bytes
+
+import reshard.execution.execute
+from reshard.cli.main import main
+from reshard.formats.target_names import JOURNAL
+from reshard.inspection.unfinished import format_ranges
+from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.types import Subset
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unfinished") / "source"
+    write_checkpoint(folder, SMALL_V3, 4)
+    return folder
+
+
+def interrupt(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a conversion when it has copied everything, and not renamed it."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(job, target)
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ({"pad": True, "ranks": [0, 1, 3]}, "--mp 4 --pad --ranks 0-1,3"),
+        ({"cast": "bf16", "keep_mtp": True}, "--mp 4 --cast bf16 --mtp keep"),
+        ({"subset": Subset(layers=(0, 1, 3), renumber=True)}, "--mp 4 --layers 0-1,3 --renumber"),
+    ],
+)
+def test_the_command_is_the_one_that_began_it(
+    more: dict[str, object],
+    options: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "target"
+    interrupt(Job(source, 4, **more), target, monkeypatch)  # type: ignore[arg-type]
+    capsys.readouterr()
+    assert main(["inspect", str(target), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["command"] == f"reshard convert SOURCE {target} {options}"
+    assert said["durable"] == durable_bytes(target / JOURNAL)
+    assert said["size"] == sum(path.stat().st_size for path in target.glob("*.safetensors.partial"))
+    assert said["files"] == said["whole_files"] == len([*target.glob("*.safetensors.partial")])
+    # And it goes on.
+    assert main(said["command"].replace("SOURCE", str(source)).split()[1:]) == 0
+    assert f"resumed: {said['durable']:,} bytes" in capsys.readouterr().out
+
+
+def test_a_file_with_a_gap_is_not_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The journal loses its only batch: nothing is durable."""
+    target = tmp_path / "target"
+    interrupt(Job(source, 4), target, monkeypatch)
+    journal = target / JOURNAL
+    journal.write_bytes(journal.read_bytes().partition(b"\n")[0] + b"\n")
+    capsys.readouterr()
+    assert main(["inspect", str(target)]) == 0
+    assert "on the disk: 0 bytes of 38.53 MiB (0.0%), 0 of 4 files whole\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [b"", b"{}\n", b"[1]\n", b'{"files": 1}\n', b"\xff\n"])
+def test_a_journal_that_says_nothing_is_refused_as_before(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / JOURNAL).write_bytes(line)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "an unfinished conversion" in capsys.readouterr().err
+
+
+def test_numbers_are_written_as_an_option_takes_them() -> None:
+    assert format_ranges([0, 1, 2, 4, 7, 8]) == "0-2,4,7-8"
+    assert format_ranges([]) == ""
