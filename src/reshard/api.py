@@ -276,7 +276,7 @@ def diff(
         dequantize: Compare weights of different dtypes in BF16: block-scaled ones dequantized, F32 and F16 rounded.
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
-        progress: As for `verify`, with the bytes of one side.
+        progress: As for `verify`, with the bytes of one side. The whole grows once, if equal parts are read again.
 
     Raises:
         Refused: One of the two cannot be read.

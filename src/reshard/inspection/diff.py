@@ -136,7 +136,7 @@ def diff_checkpoints(
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, progress)
-    values = list_differences(pairing.pairs, found)
+    values = list_value_differences(pairing.pairs, found)
     unpaired = [*(kind.name for kind in pairing.kinds), *pairing.only_a, *pairing.only_b]
     return DiffReport(
         str(a),
@@ -161,7 +161,9 @@ def note_sides(sides: Iterable[DiffSide]) -> Iterator[Note]:
         yield from (Note(note.kind, f"{name}: {note.text}") for note in side.checkpoint.notes)
 
 
-def list_differences(pairs: Iterable[TensorPair], found: Mapping[str, RangeDistance]) -> tuple[ValueDifference, ...]:
+def list_value_differences(
+    pairs: Iterable[TensorPair], found: Mapping[str, RangeDistance]
+) -> tuple[ValueDifference, ...]:
     """Lists the tensors with other values, the most different first."""
     values = []
     for pair in pairs:
