@@ -705,6 +705,8 @@ def test_the_config_says_which_queries_there_are(
     assert sorted(problem.subject for problem in problems if problem.kind == "missing-tensor") == sorted(missing)
     found = {problem.subject.split(".")[4] for problem in problems if problem.kind == "contradiction"}
     assert found == contradicting
+    wanted = "q_lora_rank 0 in" if rank else "q_lora_rank in its config.json, with a value other than 0"
+    assert all(wanted in problem.remedy for problem in problems if problem.kind == "missing-tensor")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_embedding_models_have_no_model_in_front_and_no_head(tmp_path: Path) -> 
     write_model_as(untied, leave_out_body, QWEN3, files=1, without="lm_head.weight")
     (problem,) = refusal(untied)
     assert (problem.kind, problem.subject) == ("missing-tensor", "lm_head.weight")
+    assert "a model without it has tie_word_embeddings true in its config.json: set it so" in problem.remedy
     assert "all 24 names: `model.` was put in front" in problem.found
 
 
