@@ -56,10 +56,11 @@ def test_a_published_checkpoint_gets_no_note(name: str, source: Source) -> None:
     assert notes(Job(source(name), 1, to="hf")) == {}
 
 
-def test_the_head_of_v32_is_noted(source: Source) -> None:
-    """BF16 as published, F32 in the code; the norms are F32 in both."""
+def test_what_v32_has_wider_in_the_code_is_noted(source: Source) -> None:
+    """Head and `weights_proj` are BF16 as published, F32 in the code; the norms are F32 in both."""
     text = notes(Job(source("deepseek-v3.2"), 1))["loader-dtype"]
-    assert text.startswith("1 tensor of BF16 (the inference code has F32), such as lm_head.weight: safetensors")
+    count = 1 + FAMILIES["deepseek-v3.2"].small["num_hidden_layers"]
+    assert text.startswith(f"{count} tensors of BF16 (the inference code has F32), such as lm_head.weight: safetensors")
     assert "safetensors 0.6.0 to 0.6.2 refuse" in text
     assert "has BF16" not in text
     assert notes(Job(source("deepseek-v3.2"), 1, to="hf")) == {}
