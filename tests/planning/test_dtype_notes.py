@@ -86,7 +86,8 @@ def test_a_rounded_router_bias_is_noted_in_every_layout(
         text = notes(job)["router-bias-dtype"]
         assert subject in text
         assert " of BF16, such as " in text
-        assert "tokens are routed otherwise" in text
+        assert text.endswith("tokens are routed otherwise; take them from the original checkpoint")
+        assert "loader-dtype" not in notes(job)
     count = sum(rounded_bias(name, torch.zeros(1)).dtype == torch.bfloat16 for name in tensors_of(folder))
     whole = notes(Job(folder, 1, to="hf"))["router-bias-dtype"]
     assert whole.startswith(f"{count:,} router bias tensor")
@@ -127,6 +128,22 @@ def test_f32_throughout_is_told_of_the_cast(source: Source, tmp_path: Path) -> N
     assert notes(Job(tmp_path / "plain", 1, cast="bf16")) == {}
 
 
+@pytest.mark.parametrize(("layout", "is_noted"), [({}, True), ({"cast": "bf16"}, False)])
+def test_block_scales_of_bf16_are_noted(
+    layout: dict[str, str],
+    is_noted: bool,  # noqa: FBT001
+    edited: Callable[..., Path],
+) -> None:
+    folder = edited("deepseek-v3", lambda name, tensor: tensor.bfloat16() if "_scale_inv" in name else tensor)
+    last = FAMILIES["deepseek-v3"].small["num_hidden_layers"]  # the MTP layer, which is dropped
+    count = sum("_scale_inv" in name and f"layers.{last}." not in name for name in tensors_of(folder))
+    text = notes(Job(folder, 1, **layout)).get("loader-dtype", "")  # type: ignore[arg-type]
+    found = f"{count} tensors of BF16 (the inference code has F32), such as model.layers."
+    assert text.startswith(found) is is_noted
+    assert "weight_scale_inv: safetensors" in text or not is_noted
+    assert notes(Job(folder, 1, to="hf")) == {}
+
+
 def test_optional_layers_have_no_parameters(edited: Callable[..., Path]) -> None:
     last = FAMILIES["deepseek-v3"].small["num_hidden_layers"]
     folder = edited(
@@ -145,8 +162,8 @@ def test_the_commands_print_them(
     for command in (["plan", str(folder)], ["convert", str(folder), str(tmp_path / "target")]):
         assert main([*command, "--mp", "1"]) == 0
         printed = capsys.readouterr().out
-        assert printed.count("note: ") == 2
+        assert printed.count("note: ") == 1
         assert f"such as model.layers.9.{V3_BIAS}" in printed
     assert main(["plan", str(folder), "--mp", "1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["notes"]
-    assert [note["kind"] for note in said] == ["router-bias-dtype", "loader-dtype"]
+    assert [note["kind"] for note in said] == ["router-bias-dtype"]
