@@ -89,8 +89,12 @@ def check_source_options(source: Source, replicas: str, n_experts: int | None) -
         yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     placeholders = source.recipe.placeholders
     found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]
-    if n_experts is not None and n_experts not in found:
-        expected = f"{found[0] if found else 0}, by the names of the tensors"
+    if n_experts is not None and not found:
+        expected = "none: by the names of the tensors the model has no experts"
+        remedy = "leave it out; is this a DeepSeek model?"
+        yield Problem("contradiction", "--n-experts", str(n_experts), expected, remedy)
+    elif n_experts is not None and n_experts not in found:
+        expected = f"{found[0]}, by the names of the tensors"
         yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")
 
 

@@ -24,7 +24,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, list_names
+from reshard.target.side_files import collect_side_files, find_beside, list_names
 from reshard.target.tokenizer import WORD, find_tokenizer, note_lacking
 from reshard.text import format_size
 
@@ -106,7 +106,7 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     or of the source. Raises Refused if they cannot be written.
     """
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
-    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe)))
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)
