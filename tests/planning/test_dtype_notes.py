@@ -152,6 +152,14 @@ def test_optional_layers_have_no_parameters(edited: Callable[..., Path]) -> None
     assert notes(Job(folder, 1, keep_mtp=True)) == {}
 
 
+def test_whole_files_and_ranks_together_are_told_how_to_choose(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(source("deepseek-v3")), str(tmp_path / "target"), "--to", "hf", "--mp", "2"]
+    assert main(command) == 2
+    assert "hint:     for rank files leave out --to hf; for whole files leave out --mp" in capsys.readouterr().err
+
+
 # --- where they are printed ---
 
 

@@ -140,7 +140,7 @@ def test_a_format_is_known_by_the_names_alone(make: Make, words: str) -> None:
         ("quantization_config", {"quant_method": "gptq", "bits": 8}, "GPTQ with 8 bits"),
         ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt (NVFP4)"),
         ("quantization_config", {"load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes with 4 bits"),
-        ("compression_config", COMPRESSED | {"format": "x"}, "compressed-tensors (x)"),
+        ("compression_config", {**COMPRESSED, "format": "x"}, "compressed-tensors (x)"),
         ("quantization", {"bits": 4, "group_size": 64}, "MLX with 4 bits"),
     ],
 )
@@ -270,6 +270,11 @@ def test_a_quantization_of_no_weight_asks_no_scales_of_plain_weights(told: Mappi
     config = {**PLAIN_V3, "quantization_config": told}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     assert plan(tmp_path / "source", mp=2).notes == ()
+
+
+def test_a_model_without_experts_and_config_is_none_of_experts() -> None:
+    tensors = {name: Tensor(name, dtype, shape, 0, 0, prod(shape) * BITS[dtype] // 8) for name, dtype, shape in llama()}
+    assert choose_recipe(Checkpoint(Path("here"), (), tensors, None), list_packaged_recipes())[0].name == "llama"
 
 
 def test_a_mixture_is_no_stale_config() -> None:

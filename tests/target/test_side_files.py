@@ -151,7 +151,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
         ("tokenizer.json", PAGE, "wrong-download", "a web page: Sign in"),
         ("tokenizer.json", b"\xef\xbb\xbf" + PAGE, "wrong-download", "a web page: Sign in"),
         ("tokenizer_config.json", b"Entry not found", "wrong-download", "a text: Entry not found"),
-        ("tokenizer.json", b'{"error": "Repository not found"}', "wrong-download", "an error of the server: Repository"),
+        (
+            "tokenizer.json",
+            b'{"error": "Repository not found"}',
+            "wrong-download",
+            "an error of the server: Repository",
+        ),
         ("tokenizer.json", POINTER, "lfs-pointer", "a git-lfs pointer"),
         ("tokenizer.json", bytes(5000), "unfinished-download", "zeros only"),
         ("tokenizer.model", PAGE, "wrong-download", "a web page: Sign in"),
@@ -164,7 +169,7 @@ def test_another_thing_under_the_name_of_a_side_file_is_refused(
     (source / name).write_bytes(content)
     for layout in ({"mp": 1}, {"to": "hf"}):
         with pytest.raises(Refused) as refused:
-            api.convert(source, tmp_path / "target", **layout)  # type: ignore[arg-type]
+            api.convert(source, tmp_path / "target", **layout)
         (problem,) = refused.value.problems
         assert (problem.kind, problem.subject) == (kind, str(source / name))
         assert problem.found.startswith(found)

@@ -53,8 +53,8 @@ def find_first(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def note_loader_dtypes(layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
-    """Notes tensors of rank files of another dtype than their parameters. Optional and scaled ones do not count, but for block
-    scales that no inference code has: BF16 and F16.
+    """Notes tensors of rank files of another dtype than their parameters. Optional and scaled ones do not count,
+    but for block scales that no inference code has: BF16 and F16.
     """
     kinds: dict[tuple[str, str], list[Tensor]] = {}
     for outcome in outcomes:

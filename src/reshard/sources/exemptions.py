@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import translate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
 """Config keys that list the modules without block scales; each quantizer has its own key."""
@@ -45,14 +45,14 @@ class Exemptions(NamedTuple):
 def read_exemptions(table: Mapping[str, Any]) -> Exemptions:
     """Reads the exempt modules of a quantization."""
     inner = table.get("quantization")
-    entries = [*list_entries(table), *(list_entries(inner) if isinstance(inner, Mapping) else ())]
+    entries = [*list_exempt_entries(table), *(list_exempt_entries(inner) if isinstance(inner, Mapping) else ())]
     globs = [make_glob(entry) if isinstance(entry, str) else None for entry in entries]
     words = tuple(glob for glob in globs if glob and not set(glob) & set("*?"))
     patterns = tuple(re.compile(translate(glob)) for glob in globs if glob and set(glob) & set("*?"))
     return Exemptions(words, patterns, None not in globs and not has_own_choice(table))
 
 
-def list_entries(table: Mapping[str, Any]) -> Iterator[Any]:
+def list_exempt_entries(table: Mapping[str, Any]) -> Iterator[Any]:
     """Lists the names and patterns, and in their place anything else that stands there."""
     for key in (*EXEMPT_KEYS, *OTHER_EXEMPT_KEYS):
         value = table.get(key)
@@ -87,6 +87,6 @@ def has_own_choice(table: Mapping[str, Any]) -> bool:
     )
 
 
-def is_table(value: Any) -> bool:
+def is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether a value of JSON is an object."""
     return isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""What the `quantization_config` of a config promises, and whether the weights are as it says. Opens no file."""
+"""The promise of a config: its `quantization_config`, and whether the weights are as it says. Opens no file."""
 
 import reprlib
 from collections import Counter

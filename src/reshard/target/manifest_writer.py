@@ -205,7 +205,7 @@ def describe_lost(plan: Plan) -> Iterator[str]:
     for share in origin.lost or ():
         groups.setdefault((share.use, share.reason), []).append(share)
     for group in groups.values():
-        yield describe_shares(group, are_all=are_all_tensors(plan, group))
+        yield describe_shares(group, are_all=covers_all_tensors(plan, group))
     if origin.lost is None:
         if dropped := list_dropped(plan):
             yield f"without a manifest nobody knows whether the model had these, dropped when converted: {dropped}"
@@ -225,7 +225,7 @@ def describe_shares(group: Sequence[Share], *, are_all: bool) -> str:
     return f"{NOW[use]}: {tensors}, {size}: {rows}, {use} when converted{reason}"
 
 
-def are_all_tensors(plan: Plan, group: Sequence[Share]) -> bool:
+def covers_all_tensors(plan: Plan, group: Sequence[Share]) -> bool:
     """Whether every tensor of a plan is of these shares of the original."""
     counts = Counter[str]()
     for share in plan.coverage:

@@ -175,7 +175,7 @@ def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> I
         path = target / file.name
         if file.name in sizes and path.exists():
             found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
-            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+            yield Problem("wrong-size", str(path), found, expected, "move the file away and run the same command again")
 
 
 def mend_target(state: TargetState) -> list[str]:

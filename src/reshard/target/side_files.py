@@ -162,7 +162,7 @@ def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) 
     """
     made, copied = make_files(plan), choose_tokenizer(find_beside(plan).copied, tokenizer)
     lost = [str(path) for path in copied.values() if is_broken_link(path)]
-    expected, remedy = "a file that goes along", "download it again, or remove the link"
+    expected, remedy = "a file that goes along", "download it again, or move the link away"
     require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
     sides = {name: look_at_side_file(path) for name, path in copied.items() if name not in made}
     sides |= {name: SideFile(content, len(content)) for name, content in made.items()}

@@ -48,9 +48,7 @@ def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | 
     return {name: folder / name for name in files}
 
 
-def note_lacking(
-    tokenizer: Mapping[str, Path] | None, recipe: Recipe, sides: Mapping[str, Path]
-) -> tuple[Note, ...]:
+def note_lacking(tokenizer: Mapping[str, Path] | None, recipe: Recipe, sides: Mapping[str, Path]) -> tuple[Note, ...]:
     """Notes the files that the folder of a tokenizer lacks: they are not taken from the source, which has `sides`."""
     if not tokenizer:
         return ()
