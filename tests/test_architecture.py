@@ -42,7 +42,7 @@ VERBS = set(
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""
-PREDICATES = {"is", "has", "can", "may", "holds", "takes", "covers", "keeps", "grows", "suits", "quantizes"}
+PREDICATES = {"is", "has", "lacks", "can", "may", "holds", "takes", "covers", "keeps", "grows", "suits", "quantizes"}
 PREDICATES |= {"dequantizes"}
 OTHER_FUNCTIONS = {"main", "entry"}
 

@@ -430,7 +430,7 @@ def test_the_way_out_of_a_damaged_file_is_one(
     monkeypatch.chdir(source.parent)
     out = shutil.copytree(ranks, tmp_path / "out")
     flip_bit(out / "model3-mp8.safetensors", offset_of(out / "model3-mp8.safetensors", "norm.weight"))
-    assert "hint:     remove the file and convert again\n" in say("verify", out, *options, code=1)
+    assert "hint:     move the file away and convert again\n" in say("verify", out, *options, code=1)
     (out / "model3-mp8.safetensors").unlink()
     assert "hint:     copy it there, or convert again\n" in say("verify", out, *options, code=1)
     say("convert", source, out, "--mp", "8")

@@ -13,6 +13,7 @@ A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` byt
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms, grows_in_halves, is_paddable
 from reshard.recipes.formulas import read_config_value
 from reshard.recipes.patterns import list_slots
+from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
@@ -217,7 +219,9 @@ def check_ranks(
 def explain_unknown_units(rule: Rule, recipe: Recipe, layout: Layout) -> Problem:
     """Explains that the config lacks the number of heads. Another number of ranks would not help."""
     key = rule.split.heads_key
-    remedy = f"a config.json with {key}, or the right key in {recipe.origin}"
+    remedy = f"copy the model's config.json beside the files, one with {key}"
+    if Path(recipe.origin).parent != FAMILIES_FOLDER:
+        remedy += f"; or give the right key in {recipe.origin}"
     return Problem("not-divisible", rule.left, f"no {key} for {layout.ranks} ranks", HEADS_EXPECTED, remedy)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from reshard.errors import Refused
 from reshard.formats.renaming import Renaming, format_renaming, rename_all, rename_tensors
 from reshard.recipes.patterns import split_name
-from reshard.sources.match import Matched, match, match_names
+from reshard.sources.match import Matched, match, match_names, note_quantization
 from reshard.sources.prefix_problems import explain_names
 from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_kind, list_renamings
 from reshard.sources.recipe_choice import choose_recipe, find_asked_recipes, list_architectures
@@ -46,7 +46,7 @@ def match_or_rename(
         return choose_recipe(named, recipes, keep_optional=keep_optional)
 
     try:
-        return Fitted(checkpoint, *choose(checkpoint), ())
+        return note_and_fit(checkpoint, *choose(checkpoint), ())
     except Refused as refused:
         known = [KnownNames(recipe) for recipe in (recipes[:1] if is_asked else list_candidates(checkpoint, recipes))]
         names = list_names_by_kind(checkpoint.tensors)
@@ -57,7 +57,12 @@ def match_or_rename(
             raise explain_names(checkpoint, names, known, refused) from None
     renamed = rename_checkpoint(checkpoint, renaming)
     with explain_renaming(renamed):
-        return Fitted(renamed, *choose(renamed), renaming)
+        return note_and_fit(renamed, *choose(renamed), renaming)
+
+
+def note_and_fit(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, renaming: Renaming) -> Fitted:
+    """What fits, with a note on what its config says of quantization, if there is reason."""
+    return Fitted(note_quantization(checkpoint, recipe, matched), recipe, matched, renaming)
 
 
 def list_candidates(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Sequence[Recipe]:

@@ -28,7 +28,7 @@ from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
 
-AGAIN = "convert it again; or remove reshard.json, to take the rank files as they are"
+AGAIN = "convert it again; or move reshard.json away, to take the rank files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,10 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
         fitting = format_list(source.recipe.name for source in found)
-        raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", "choose one with --recipe")
+        remedy = "choose one with --recipe"
+        if found[0].origin.config is None:
+            remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
+        raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", remedy)
     return found[0]
 
 

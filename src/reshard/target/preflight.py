@@ -24,7 +24,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, list_names
+from reshard.target.side_files import collect_side_files, find_beside, list_names
 from reshard.target.tokenizer import WORD, find_tokenizer, note_lacking
 from reshard.text import format_size
 
@@ -106,7 +106,7 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     or of the source. Raises Refused if they cannot be written.
     """
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
-    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe)))
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)
@@ -175,7 +175,7 @@ def check_damaged_files(known: Mapping[str, Any], plan: Plan, target: Path) -> I
         path = target / file.name
         if file.name in sizes and path.exists():
             found, expected = f"{path.stat().st_size:,} bytes", f"{sizes[file.name]:,} bytes, as they were written"
-            yield Problem("wrong-size", str(path), found, expected, "remove the file and run the same command again")
+            yield Problem("wrong-size", str(path), found, expected, "move the file away and run the same command again")
 
 
 def mend_target(state: TargetState) -> list[str]:

@@ -14,7 +14,7 @@ from reshard.formats.target_names import require_finished
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
-CONVERT_AGAIN_HINT = "remove the file and convert again"
+CONVERT_AGAIN_HINT = "move the file away and convert again"
 
 MISSING_FILE_HINT = "copy it there, or convert again"
 
