@@ -354,6 +354,7 @@ def test_nothing_vouches_for_a_safetensors_file_without_a_record(folder: Path, n
     shutil.copy(folder / FIRST, folder / name)
     problem = only_problem(folder)
     assert (problem.kind, problem.subject) == ("no-record", name)
+    assert "--force-download; or move it away" in problem.remedy
 
 
 @pytest.mark.parametrize("text", ["", "\n", f"{COMMIT}\n", f"{COMMIT}\nd41d8cd98f00b204e9800998ecf8427e-38\n1.5\n"])
@@ -371,6 +372,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_job(folder: Path) -> None:
     flip(folder / THIRD, -1)
     report = check(folder)
     assert sorted(facts(report)) == [("cannot-read", FIRST), ("cannot-read", SECOND), ("wrong-checksum", THIRD)]
+    assert all("--force-download" in problem.remedy for problem in report.problems)
 
 
 def test_a_damaged_index_is_one_problem(folder: Path) -> None:
@@ -429,6 +431,8 @@ def test_a_checkpoint_may_have_the_cache_of_the_hub_in_it(folder: Path, snapshot
     for name in SHARDS:
         (folder / name).unlink()
     assert facts(check(folder)) == [("missing-file", name) for name in SHARDS]
+    (snapshot / "models--org--other").mkdir()
+    assert check(snapshot).is_proven
 
 
 @pytest.mark.parametrize("name", ["nowhere", CONFIG])
