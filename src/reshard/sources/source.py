@@ -43,7 +43,7 @@ class Source:
     """The rule of every tensor."""
     origin: Origin
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
-    the renaming that led from the names in the files to those of the recipe.
+    the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
 
 
@@ -79,7 +79,8 @@ def read_source(
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
-        origin = Origin(renaming=found.renaming)
+        is_changed = found.checkpoint.config is not checkpoint.config
+        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
         source = Source(path, found.checkpoint, found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
