@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import write_small
-from prefixed import add_prefix, name_text_model
+from prefixed import LLAMA, add_prefix, name_text_model, write_model_as
 from safetensors.torch import load_file, save_file
 
 import reshard
@@ -84,7 +84,7 @@ def test_a_config_with_the_names_of_the_recipe_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "name", "modules"),
     [
-        (WRAPPED, "model.layers.1._orig_mod.gate.weight", {"model.layers.1._orig_mod": "model.layers.1", "gate": "gate"}),
+        (WRAPPED, "layers.1._orig_mod.gate.weight", {"layers.1._orig_mod": "layers.1", "gate": "gate"}),
         (BARE, "layers.1.mlp.gate.weight", {"layers.1.mlp.gate": "model.layers.1.mlp.gate", "gate": "gate"}),
         (DDP, "module.model.norm.weight", {"module": "module", "module.model.norm.weight": "model.norm.weight"}),
         (DDP, "module.model.norm.weight", {"module.model.n": "module.model.n", "model.norm": "model.norm"}),
@@ -101,3 +101,15 @@ def test_a_config_without_such_modules_comes_back_itself() -> None:
     config = {"quantization_config": {"ignore": ["lm_head"]}, "text_config": {"quantization_config": 3}}
     assert rename_exempt_modules(config, ["module.lm_head.weight"], (DDP,)) is config
     assert rename_exempt_modules(None, ["module.lm_head.weight"], (DDP,)) is None
+
+
+def test_the_config_beside_rank_files_has_the_names_of_the_recipe(tmp_path: Path) -> None:
+    source, ranks, back = (tmp_path / name for name in ("source", "ranks", "back"))
+    unused = {"load_in_8bit": False, "load_in_4bit": False, "modules_to_not_convert": ["module.lm_head"]}
+    write_model_as(source, add_prefix("module."), {**LLAMA, "quantization_config": unused})
+    reshard.convert(source, ranks, mp=2)
+    assert exempt(ranks, "modules_to_not_convert") == ["lm_head"]
+    assert json.loads((ranks / "config.json").read_text())["hidden_size"] == LLAMA["hidden_size"]
+    reshard.convert(ranks, back, to="hf")
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    require_proven(back, source)

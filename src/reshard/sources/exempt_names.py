@@ -23,41 +23,41 @@ def rename_exempt_modules(
     A module stays if no tensor has its name in front: many configs have the names of the recipe already.
     """
     dotted = sorted(name + "." for name in names)
-    return change_exempt_modules(config, lambda modules: rename_modules(modules, dotted, renaming))
+    return replace_exempt_modules(config, lambda modules: rename_modules(modules, dotted, renaming))
 
 
-def change_exempt_modules(config: Mapping[str, Any] | None, change: Change) -> Mapping[str, Any] | None:
-    """Changes each list of exempt modules in a config, at the top and in `text_config`, by a function. The config
+def replace_exempt_modules(config: Mapping[str, Any] | None, change: Change) -> Mapping[str, Any] | None:
+    """Replaces each list of exempt modules in a config, at the top and in `text_config`, by a function. The config
     itself comes back if all stay.
     """
     if config is None:
         return None
     tables = {key: config[key] for key in CONFIG_KEYS if isinstance(config.get(key), dict)}
-    changed = {key: change_table(table, change) for key, table in tables.items()}
+    changed = {key: replace_in_table(table, change) for key, table in tables.items()}
     if isinstance(text := config.get("text_config"), dict):
-        inner = {key: change_table(text[key], change) for key in CONFIG_KEYS if isinstance(text.get(key), dict)}
+        inner = {key: replace_in_table(text[key], change) for key in CONFIG_KEYS if isinstance(text.get(key), dict)}
         tables["text_config"], changed["text_config"] = text, {**text, **inner}
     return config if changed == tables else {**config, **changed}
 
 
-def change_table(table: Mapping[str, Any], change: Change) -> dict[str, Any]:
-    """Changes the lists of exempt modules in one table of a quantization; other entries than texts stay."""
+def replace_in_table(table: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """Replaces the lists of exempt modules in one table of a quantization; other entries than texts stay."""
     lists = {key: table[key] for key in EXEMPT_KEYS if isinstance(table.get(key), list)}
     return {**table, **{key: change(modules) for key, modules in lists.items()}}
 
 
 def rename_modules(modules: Sequence[Any], names: Sequence[str], renaming: Renaming) -> list[Any]:
-    """Renames those modules that tensors begin with; `names` as for `begins_names`. What follows a `.*` stays."""
+    """Renames those modules that tensors begin with; `names` as for `has_tensors_of`. What follows a `.*` stays."""
     found = list(modules)
     for place, module in enumerate(modules):
         if isinstance(module, str):
             before, star, rest = module.partition(".*")  # `model.language_model.visual.*` is a pattern
-            if begins_names(before, names):
+            if has_tensors_of(before, names):
                 found[place] = rename_module(before, renaming) + star + rest
     return found
 
 
-def begins_names(module: str, names: Sequence[str]) -> bool:
+def has_tensors_of(module: str, names: Sequence[str]) -> bool:
     """Whether a tensor is of that module, or is what it names; `names` are sorted, each with a dot behind."""
     place = bisect_left(names, module + ".")
     return place < len(names) and names[place].startswith(module + ".")

@@ -55,7 +55,7 @@ def find_nearest_renaming(names: Names, known: Sequence[KnownNames]) -> tuple[Re
     for renaming, examples in list_renamings(names.examples, of_some=True):
         splits = split_names(examples)  # once for all recipes: it is what takes the time
         for one in known:
-            if (fitting := count_known(splits, names, one)) > most and suits_changed(examples, splits, names, one):
+            if (fitting := count_known(splits, names, one)) > most and has_most_known(examples, splits, names, one):
                 best, most = (renaming, one.recipe, fitting), fitting
         if most == names.total:
             break
@@ -68,7 +68,7 @@ def count_known(splits: Sequence[SplitName], names: Names, known: KnownNames) ->
     return sum(number for split, number in pairs if known.knows(*split))
 
 
-def suits_changed(examples: Sequence[str], splits: Sequence[SplitName], names: Names, known: KnownNames) -> bool:
+def has_most_known(examples: Sequence[str], splits: Sequence[SplitName], names: Names, known: KnownNames) -> bool:
     """Whether most names that a renaming changes become known. A prefix that makes a few names fit by chance tells
     nothing.
     """
@@ -87,7 +87,7 @@ def make_prefix_problem(
     if twice := len(checkpoint.tensors) - len(made):
         expected = f"one model; {format_count(twice, 'names')} would be there twice without that prefix"
         remedy = "save the tensors of one model into a folder of their own, and convert that"
-    elif fitting == names.total and lacks_only_head(checkpoint, step):
+    elif fitting == names.total and is_only_head_without(checkpoint, step):
         change = format_renaming(checkpoint.tensors, renaming)
         expected = f"names as the recipe {recipe.name} has them; it would know all of them so: {change}"
         remedy = "if it is that model: give the tensors these names, with load_file and save_file of safetensors.torch"
@@ -105,21 +105,21 @@ def describe_prefix(checkpoint: Checkpoint, step: RenamingStep) -> str:
     """Describes what a step would change, and in which files: `291 of 300 names begin with ...`."""
     changed = [name for name in checkpoint.tensors if step.rename(name) != name]
     part = format_part(len(changed), len(checkpoint.tensors))
-    place = describe_files(checkpoint, changed)
-    if lacks_only_head(checkpoint, step):
+    place = describe_places(checkpoint, changed)
+    if is_only_head_without(checkpoint, step):
         part, place = f"{format_part(len(changed), len(changed))} but those of {HEAD[:-1]}", ""
     if step.inside:
         return f"{part} have `{step.old}` within{place}"
     return f"{part} begin {f'with `{step.old}`' if step.old else f'without `{step.new}`'}{place}"
 
 
-def lacks_only_head(checkpoint: Checkpoint, step: RenamingStep) -> bool:
+def is_only_head_without(checkpoint: Checkpoint, step: RenamingStep) -> bool:
     """Whether a prefix is in front of all names but those of the head: it stands beside the rest in every model."""
     others = [name for name in checkpoint.tensors if not name.startswith(step.old)]
     return bool(step.old and others) and not step.inside and all(name.startswith(HEAD) for name in others)
 
 
-def describe_files(checkpoint: Checkpoint, changed: Sequence[str]) -> str:
+def describe_places(checkpoint: Checkpoint, changed: Sequence[str]) -> str:
     """Describes in which files the changed names are, or else the others; empty if they are in many, or in all."""
     everywhere = {tensor.file for tensor in checkpoint.tensors.values()}
     chosen = set(changed)

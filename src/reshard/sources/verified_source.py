@@ -11,7 +11,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.exempt_names import change_exempt_modules
+from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
 from reshard.sources.source import Source, read_source
@@ -48,7 +48,7 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
     found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
-    found = expect_config(found, ignore_extra_files=ignore_extra_files)
+    found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
@@ -99,7 +99,7 @@ def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) 
     return found.checkpoint
 
 
-def expect_config(found: Source, *, ignore_extra_files: bool) -> Source:
+def compute_expected_config(found: Source, *, ignore_extra_files: bool) -> Source:
     """Computes the config of a renamed source a second time, from its file: where each tensor lies tells its old and
     its new name, and so those of the modules.
     """
@@ -114,13 +114,13 @@ def expect_config(found: Source, *, ignore_extra_files: bool) -> Source:
         before, star, rest = str(module).partition(".*")
         place = bisect_left(dotted, before + ".")
         is_one = isinstance(module, str) and place < len(dotted) and dotted[place].startswith(before + ".")
-        return expect_module(before, *pairs[place]) + star + rest if is_one else module
+        return infer_module(before, *pairs[place]) + star + rest if is_one else module
 
-    config = change_exempt_modules(own.config, lambda modules: [expect(module) for module in modules])
+    config = replace_exempt_modules(own.config, lambda modules: [expect(module) for module in modules])
     return replace(found, checkpoint=replace(found.checkpoint, config=config))
 
 
-def expect_module(module: str, old: str, new: str) -> str:
+def infer_module(module: str, old: str, new: str) -> str:
     """Finds the new name of a module by the old and the new name of a tensor of it: what the tensor's name has behind
     the module is taken off its new name, from the end.
     """
