@@ -36,8 +36,8 @@ VERBS = set(
     expand explain fill find flatten flush format gather get group heed hide identify ignore infer inspect interleave
     interrupt intersect invert join keep lay leave list load lock look make match measure mend merge move multiply
     name narrow normalize note number open order pack pad pair parse pick plan prepare print probe prove prune
-    quantize raise read recode refuse remove rename renumber repeat require reserve restore reverse reword round run
-    sample set shift shorten show skip sort split start stop store suggest summarize sync tabulate take trace
+    quantize raise read recode refuse remove rename replace renumber repeat require reserve restore reverse reword round
+    run sample set shift shorten show skip sort split start stop store suggest summarize sync tabulate take trace
     transform unpack verify view widen write
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )

@@ -367,3 +367,36 @@ def test_no_safetensors_file_is_taken_for_another_thing() -> None:
             header = signature.ljust(8, b"\0") + b'{"a":'
             assert identify_content(header) is None
             assert identify_content(header.replace(b"{", b"\1")) is not None
+
+
+def make_own_layout(layers: int = 2) -> bytes:
+    """A model under the names that Mistral gives it."""
+    names = [
+        "tok_embeddings",
+        "norm",
+        "output",
+        *(f"layers.{n}.attention.{part}" for n in range(layers) for part in ("wq", "wk")),
+    ]
+    return save({f"{name}.weight": np.ones((2, 2), np.float32) for name in names})
+
+
+@pytest.mark.parametrize("config", [None, b'{"model_type": "llama"}', b'{"model_type": "new"}'])
+def test_the_makers_own_layout_as_safetensors_is_one_problem(config: bytes | None, tmp_path: Path) -> None:
+    files = {"consolidated.safetensors": make_own_layout(), "params.json": b"{}"}
+    problem = refusal(lay(tmp_path, files | ({"config.json": config} if config else {})))
+    assert (problem.kind, problem.subject) == ("other-format", str(tmp_path / "consolidated.safetensors"))
+    assert "own layout" in problem.found
+    assert "layers.0.attention.wq.weight" in problem.found
+    assert "Hugging Face" in problem.remedy
+    assert refusal(tmp_path, "llama").kind == "other-format"
+
+
+def test_the_makers_own_layout_beside_the_files_of_hugging_face(source: Path) -> None:
+    (source / INDEX).unlink(missing_ok=True)
+    for number, path in enumerate(sorted(source.glob("*.safetensors")), 1):
+        path.rename(source / f"model-{number:05}-of-00003.safetensors")
+    lay(source, {"consolidated.safetensors": make_own_layout()})
+    problem = refusal(source)
+    assert (problem.kind, problem.subject) == ("other-format", str(source / "consolidated.safetensors"))
+    assert "--ignore-extra-files" in problem.remedy
+    assert read_source(source, ignore_extra_files=True).matched.families

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from reshard.errors import Refused
 from reshard.formats.renaming import Renaming, format_renaming, rename_all, rename_tensors
-from reshard.recipes.patterns import split_name
+from reshard.recipes.patterns import split_names
+from reshard.sources.exempt_names import rename_exempt_modules
 from reshard.sources.match import Matched, match, match_names, note_quantization
 from reshard.sources.prefix_problems import explain_names
 from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_kind, list_renamings
@@ -75,7 +76,7 @@ def list_candidates(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Sequen
 def find_renaming(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNames]) -> Renaming:
     """Finds the shortest renaming that leads every name to one rule of a recipe; empty if there is none."""
     for renaming, examples in list_renamings(names.examples):
-        splits = [split_name(name) for name in examples]
+        splits = split_names(examples)  # once for all recipes: it is what takes the time
         for one in known:
             if all(one.knows(*split) for split in splits) and is_fit(checkpoint, renaming, one.recipe):
                 return renaming
@@ -91,11 +92,12 @@ def is_fit(checkpoint: Checkpoint, renaming: Renaming, recipe: Recipe) -> bool:
 
 
 def rename_checkpoint(checkpoint: Checkpoint, renaming: Renaming) -> Checkpoint:
-    """Renames the tensors of a checkpoint, with a note that tells of it."""
+    """Renames the tensors of a checkpoint, and the modules that its config names, with a note that tells of it."""
     note = Note(RENAMED, format_renaming(checkpoint.tensors, renaming))
     return replace(
         checkpoint,
         tensors=rename_tensors(checkpoint.tensors, renaming),
+        config=rename_exempt_modules(checkpoint.config, checkpoint.tensors, renaming),
         unnamed=dict(zip(rename_all(checkpoint.unnamed, renaming), checkpoint.unnamed.values(), strict=True)),
         notes=(*checkpoint.notes, note),
     )

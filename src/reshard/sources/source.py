@@ -44,7 +44,7 @@ class Source:
     """The rule of every tensor."""
     origin: Origin
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
-    the renaming that led from the names in the files to those of the recipe.
+    the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
 
 
@@ -80,9 +80,10 @@ def read_source(
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
+        is_changed = found.checkpoint.config is not checkpoint.config
+        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
         notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
-        checkpoint, origin = replace(found.checkpoint, notes=notes), Origin(renaming=found.renaming)
-        source = Source(path, checkpoint, found.recipe, found.matched, origin)
+        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
 
