@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from reshard.formats.renaming import Renaming, rename_all
-from reshard.sources.quantized import CONFIG_KEYS, EXEMPT_KEYS
+from reshard.sources.exemptions import EXEMPT_KEYS
+from reshard.sources.quantization_config import CONFIG_KEYS
 
 Change = Callable[[Sequence[Any]], list[Any]]
 """Of a list of exempt modules."""
