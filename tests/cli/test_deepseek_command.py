@@ -11,6 +11,7 @@ import torch
 from conversions import require_equal
 from families import write_small
 from safetensors.torch import load_file, save_file
+from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
@@ -207,15 +208,56 @@ def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4.1-flash"])
 def test_a_tokenizer_without_its_config_is_taken_as_the_script_does_and_said(
-    sources: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, sources: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is not completed from the source, whose tokenizer is another one."""
     other = write_tokenizer(tmp_path / "other", "of the other", TOKENIZER[:1])
     options = ["--model-parallel", "2", "--tokenizer-path", str(other)]
-    assert run_script(sources("deepseek-v4.1-flash"), tmp_path / "out", *options) == 0
+    assert run_script(sources(name), tmp_path / "out", *options) == 0
     assert read_tokenizer(tmp_path / "out") == {"tokenizer.json": "of the other"}
-    assert "note: without tokenizer_config.json" in capsys.readouterr().out
+    assert f"note: without tokenizer_config.json: not in {other}\n" in capsys.readouterr().out
+
+
+def test_a_pattern_for_tokenizers_wants_the_files_of_the_source(
+    sources: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tokenizer(tmp_path / "source", "of the source", (*TOKENIZER, "special_tokens_map.json"))
+    for path in sources("deepseek-v3").iterdir():
+        if path.name not in TOKENIZER:
+            (source / path.name).symlink_to(path)
+    other = write_tokenizer(tmp_path / "other", "of the other")
+    options = ["--model-parallel", "2", "--tokenizer-path", str(other)]
+    assert run_script(source, tmp_path / "out", *options) == 0
+    assert "note: without special_tokens_map.json: not in " in capsys.readouterr().out
+    write_tokenizer(other, "of the other", ("special_tokens_map.json",))
+    assert run_script(source, tmp_path / "whole", *options) == 0
+    assert "note: without" not in capsys.readouterr().out
+
+
+def test_hints_name_options_of_this_command(
+    sources: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(sources("deepseek-v3"), tmp_path / "out", "--model-parallel", "3") == 2
+    text = capsys.readouterr().err
+    assert "--model-parallel with one of 1, 2" in text
+    assert "--mp" not in text
+    assert run_script(sources("deepseek-v3"), tmp_path / "out", "--model-parallel", "5000") == 2
+    assert "\n--model-parallel: wrong ranks\n" in capsys.readouterr().err
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "other"}')
+    save_file({"weight": torch.zeros(4)}, tmp_path / "unknown" / "model.safetensors")
+    assert run_script(tmp_path / "unknown", tmp_path / "out", "--model-parallel", "2") == 2
+    assert "pass it with --recipe FILE (of reshard convert)" in capsys.readouterr().err
+
+
+def test_a_model_without_experts_has_no_number_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "llama", "llama")
+    assert run_script(tmp_path / "llama", tmp_path / "out", "--model-parallel", "2", "--n-experts", "8") == 2
+    text = capsys.readouterr().err
+    assert "has no experts" in text
+    assert "hint:     leave it out; is this a DeepSeek model?" in text
 
 
 @pytest.mark.parametrize(("path", "kind"), [("nowhere", "cannot-read"), ("file", "wrong-option")])

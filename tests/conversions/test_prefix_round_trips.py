@@ -106,7 +106,9 @@ def test_what_comes_back_is_told(ranks: Path) -> None:
     (note,) = reshard.plan(ranks, to="hf").notes
     assert note.kind == "renamed"
     assert "all 21 names: `module.` in front was taken off" in note.text
-    assert not reshard.plan(ranks, to="hf", max_file_size=10_000).notes
+    (note,) = reshard.plan(ranks, to="hf", max_file_size=10_000).notes
+    assert note.kind == "renamed"
+    assert "do not come back (`module.` in front was taken off" in note.text
     assert not reshard.plan(ranks, mp=1).notes
 
 
@@ -129,6 +131,7 @@ def test_dropped_tensors_leave_clean_names_in_all_files(tmp_path: Path) -> None:
     write_tensors_as(source, {"module." + name: tensor for name, tensor in together.items()})
     write_tensors_as(clean, together)
     reshard.convert(source, ranks, mp=2)
+    assert "do not come back" in reshard.plan(ranks, to="hf").notes[0].text
     reshard.convert(ranks, back, to="hf")
     require_tensors(tensors_of(back), tensors)
     assert json.loads((back / INDEX).read_text())["weight_map"].keys() == tensors.keys()

@@ -263,11 +263,28 @@ def test_what_was_rounded_is_not_restored_and_that_is_said(tmp_path: Path) -> No
     write_model(tmp_path / "source", "llama")
     convert_checkpoint(Job(tmp_path / "source", 2, cast="bf16"), tmp_path / "ranks")
     done = reshard.convert(tmp_path / "ranks", tmp_path / "back", to="hf")
-    assert re.search(
-        r"not as it was: 3 tensors, [\d,]+ bytes: model.layers.\{i\}.mlp.up_proj.weight, cast when", str(done)
-    )
+    lines = [line for line in str(done).splitlines() if "not as it was" in line]
+    (line,) = lines
+    assert re.fullmatch(r"not as it was: all 30 tensors, [\d,]+ bytes, cast when converted", line)
     found = tensors_of(tmp_path / "back")
     require_same(found, {name: tensor.bfloat16() for name, tensor in tensors_of(tmp_path / "source").items()})
+
+
+def test_a_part_that_was_rounded_is_said_in_one_line_by_rows(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "llama")
+    edit(tmp_path / "source", lambda name, tensor: tensor.bfloat16() if "layernorm" in name else tensor)
+    convert_checkpoint(Job(tmp_path / "source", 2, cast="bf16"), tmp_path / "ranks")
+    done = reshard.convert(tmp_path / "ranks", tmp_path / "back", to="hf")
+    (line,) = [line for line in str(done).splitlines() if "not as it was" in line]
+    assert re.search(r"not as it was: 24 tensors, [\d,]+ bytes: \S+, \S+, \S+ and 7 more, cast when converted$", line)
+
+
+def test_one_row_that_was_rounded_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "llama")
+    edit(tmp_path / "source", lambda name, tensor: tensor.bfloat16() if name != "model.norm.weight" else tensor)
+    convert_checkpoint(Job(tmp_path / "source", 2, cast="bf16"), tmp_path / "ranks")
+    done = reshard.convert(tmp_path / "ranks", tmp_path / "back", to="hf")
+    assert "not as it was: 1 tensor, 192 bytes: model.norm.weight, cast when converted" in str(done)
 
 
 def test_load_gives_what_convert_writes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from time import monotonic
 
 import numpy as np
 import pytest
+from huggingface_hub._local_folder import get_local_download_paths
 from refusals import TINY
 from safetensors.numpy import save
 
@@ -89,7 +90,7 @@ def refusal(path: Path, recipe: str | None = None) -> Problem:
          "empty-source", "sub-folders", "@/checkpoint-9, @/checkpoint-10"),
         ({"org/model/x.safetensors": ONE}, "empty-source", "sub-folders", "@/org/model"),
         ({"model.safetensors.part": b""}, "unfinished-download", "only model.safetensors.part", "finish"),
-        ({".cache/huggingface/download/x.y.incomplete": b""}, "unfinished-download", "x.y.incomplete", "finish"),
+        ({".cache/huggingface/download/x.y.incomplete": b""}, "unfinished-download", "in .cache/hugg", "finish"),
         ({"config.json": b"{}"}, "empty-source", "no file that ends in .safetensors", "right folder?"),
         ({"shard-00001-model-00001-of-00001.safetensors": SLICE, "shard-00002-model-00001-of-00001.safetensors": SLICE},
          "other-format", "(DCP)", "a slice is not a tensor"),
@@ -259,11 +260,53 @@ def test_the_beginning_of_a_missing_file_is_found(tmp_path: Path) -> None:
     assert find_unfinished(tmp_path, name) is None
     # The name that huggingface_hub 2.4 gives it: the SHA-1 of `NAME.metadata`.
     hashed = ".cache/huggingface/download/aoe4E07IMh7reFyUkVoVk040mQk=.abc.incomplete"
-    for place in (f"._____temp/{name}", hashed, f".cache/huggingface/download/{name}.abc.incomplete", f"{name}.Part"):
-        folder = lay(tmp_path / str(len(place)), {place: b""})
-        assert find_unfinished(folder, name) == place
+    newer = hashed.replace("abc", "abc.0123abcd")
+    older = f".cache/huggingface/download/{name}.abc.incomplete"
+    for number, place in enumerate((f"._____temp/{name}", hashed, newer, older, f"{name}.Part")):
+        for inner in ("", "deep/er/"):
+            records, slash, last = place.rpartition("/")
+            folder = lay(tmp_path / f"{number}{inner[:1]}", {f"{records}{slash}{inner}{last}": b""})
+            shown = records or inner + last  # no name of a hundred characters
+            assert find_unfinished(folder, inner + name) == f"an unfinished download: {shown} has its beginning"
+            assert find_unfinished(folder, f"{inner}x{name}") is None
+            assert find_unfinished(folder, f"other/{name}") is None
+
+
+def test_the_beginning_of_another_file_is_not_taken_for_it(tmp_path: Path) -> None:
+    records = ".cache/huggingface/download"
+    lay(tmp_path, {f"{records}/{INDEX}.abc.incomplete": b"", f"{records}/None": b"", f"{records}/x.lock": b""})
+    assert find_unfinished(tmp_path, "model.safetensors") is None
+    assert find_unfinished(tmp_path, "None") is None
+    assert find_unfinished(tmp_path, "x" * 5000) is None
+
+
+def test_the_beginning_of_a_missing_file_is_found_in_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model-00001-of-00002.safetensors"
     snapshot = lay(tmp_path, {"m/blobs/abc.incomplete": b"", f"m/snapshots/{OLD}/x": b""}) / "m/snapshots" / OLD
-    assert find_unfinished(snapshot, name) == "../../blobs/abc.incomplete"
+    assert find_unfinished(snapshot, name) == "../../blobs has 1 unfinished download"
+    lay(tmp_path, {"m/blobs/def.0123abcd.incomplete": b"", "m/blobs/def.01234567.incomplete": b""})
+    monkeypatch.chdir(snapshot)
+    assert find_unfinished(Path(), name) == "../../blobs has 2 unfinished downloads"
+    lay(tmp_path, {"m/blobs/def": b""})  # another try has finished it
+    assert find_unfinished(Path(), name) == "../../blobs has 1 unfinished download"
+    (snapshot / name).symlink_to("../../blobs/abc")
+    assert find_unfinished(snapshot, name) == "an unfinished download: ../../blobs has its beginning"
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to("../../blobs/123")
+    assert find_unfinished(snapshot, name) is None
+
+
+@pytest.mark.parametrize("digits", ["", ".0123abcd"])
+def test_a_plan_says_that_a_missing_shard_was_begun(digits: str, source: Path) -> None:
+    name = "model-00002-of-00003.safetensors"
+    (source / name).unlink()
+    paths = get_local_download_paths(source, name)
+    begun = paths.incomplete_path("a" * 64)
+    begun.with_name(begun.name.replace(".incomplete", f"{digits}.incomplete")).touch()
+    problem = refusal(source)
+    assert (problem.kind, problem.subject) == ("missing-file", name)
+    assert problem.found == "no such file, but an unfinished download: .cache/huggingface/download has its beginning"
+    assert "until it ends" in problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -325,3 +368,36 @@ def test_no_safetensors_file_is_taken_for_another_thing() -> None:
             header = signature.ljust(8, b"\0") + b'{"a":'
             assert identify_content(header) is None
             assert identify_content(header.replace(b"{", b"\1")) is not None
+
+
+def make_own_layout(layers: int = 2) -> bytes:
+    """A model under the names that Mistral gives it."""
+    names = [
+        "tok_embeddings",
+        "norm",
+        "output",
+        *(f"layers.{n}.attention.{part}" for n in range(layers) for part in ("wq", "wk")),
+    ]
+    return save({f"{name}.weight": np.ones((2, 2), np.float32) for name in names})
+
+
+@pytest.mark.parametrize("config", [None, b'{"model_type": "llama"}', b'{"model_type": "new"}'])
+def test_the_makers_own_layout_as_safetensors_is_one_problem(config: bytes | None, tmp_path: Path) -> None:
+    files = {"consolidated.safetensors": make_own_layout(), "params.json": b"{}"}
+    problem = refusal(lay(tmp_path, files | ({"config.json": config} if config else {})))
+    assert (problem.kind, problem.subject) == ("other-format", str(tmp_path / "consolidated.safetensors"))
+    assert "own layout" in problem.found
+    assert "layers.0.attention.wq.weight" in problem.found
+    assert "Hugging Face" in problem.remedy
+    assert refusal(tmp_path, "llama").kind == "other-format"
+
+
+def test_the_makers_own_layout_beside_the_files_of_hugging_face(source: Path) -> None:
+    (source / INDEX).unlink(missing_ok=True)
+    for number, path in enumerate(sorted(source.glob("*.safetensors")), 1):
+        path.rename(source / f"model-{number:05}-of-00003.safetensors")
+    lay(source, {"consolidated.safetensors": make_own_layout()})
+    problem = refusal(source)
+    assert (problem.kind, problem.subject) == ("other-format", str(source / "consolidated.safetensors"))
+    assert "--ignore-extra-files" in problem.remedy
+    assert read_source(source, ignore_extra_files=True).matched.families

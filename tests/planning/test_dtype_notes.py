@@ -56,10 +56,11 @@ def test_a_published_checkpoint_gets_no_note(name: str, source: Source) -> None:
     assert notes(Job(source(name), 1, to="hf")) == {}
 
 
-def test_the_head_of_v32_is_noted(source: Source) -> None:
-    """BF16 as published, F32 in the code; the norms are F32 in both."""
+def test_what_v32_has_wider_in_the_code_is_noted(source: Source) -> None:
+    """Head and `weights_proj` are BF16 as published, F32 in the code; the norms are F32 in both."""
     text = notes(Job(source("deepseek-v3.2"), 1))["loader-dtype"]
-    assert text.startswith("1 tensor of BF16 (the inference code has F32), such as lm_head.weight: safetensors")
+    count = 1 + FAMILIES["deepseek-v3.2"].small["num_hidden_layers"]
+    assert text.startswith(f"{count} tensors of BF16 (the inference code has F32), such as lm_head.weight: safetensors")
     assert "safetensors 0.6.0 to 0.6.2 refuse" in text
     assert "has BF16" not in text
     assert notes(Job(source("deepseek-v3.2"), 1, to="hf")) == {}
@@ -85,7 +86,8 @@ def test_a_rounded_router_bias_is_noted_in_every_layout(
         text = notes(job)["router-bias-dtype"]
         assert subject in text
         assert " of BF16, such as " in text
-        assert "tokens are routed otherwise" in text
+        assert text.endswith("tokens are routed otherwise; take them from the original checkpoint")
+        assert "loader-dtype" not in notes(job)
     count = sum(rounded_bias(name, torch.zeros(1)).dtype == torch.bfloat16 for name in tensors_of(folder))
     whole = notes(Job(folder, 1, to="hf"))["router-bias-dtype"]
     assert whole.startswith(f"{count:,} router bias tensor")
@@ -126,12 +128,36 @@ def test_f32_throughout_is_told_of_the_cast(source: Source, tmp_path: Path) -> N
     assert notes(Job(tmp_path / "plain", 1, cast="bf16")) == {}
 
 
+@pytest.mark.parametrize(("layout", "is_noted"), [({}, True), ({"cast": "bf16"}, False)])
+def test_block_scales_of_bf16_are_noted(
+    layout: dict[str, str],
+    is_noted: bool,  # noqa: FBT001
+    edited: Callable[..., Path],
+) -> None:
+    folder = edited("deepseek-v3", lambda name, tensor: tensor.bfloat16() if "_scale_inv" in name else tensor)
+    last = FAMILIES["deepseek-v3"].small["num_hidden_layers"]  # the MTP layer, which is dropped
+    count = sum("_scale_inv" in name and f"layers.{last}." not in name for name in tensors_of(folder))
+    text = notes(Job(folder, 1, **layout)).get("loader-dtype", "")  # type: ignore[arg-type]
+    found = f"{count} tensors of BF16 (the inference code has F32), such as model.layers."
+    assert text.startswith(found) is is_noted
+    assert "weight_scale_inv: safetensors" in text or not is_noted
+    assert notes(Job(folder, 1, to="hf")) == {}
+
+
 def test_optional_layers_have_no_parameters(edited: Callable[..., Path]) -> None:
     last = FAMILIES["deepseek-v3"].small["num_hidden_layers"]
     folder = edited(
         "deepseek-v3", lambda name, tensor: tensor.float() if f".{last}." in name and "norm" in name else tensor
     )
     assert notes(Job(folder, 1, keep_mtp=True)) == {}
+
+
+def test_whole_files_and_ranks_together_are_told_how_to_choose(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(source("deepseek-v3")), str(tmp_path / "target"), "--to", "hf", "--mp", "2"]
+    assert main(command) == 2
+    assert "hint:     for rank files leave out --to hf; for whole files leave out --mp" in capsys.readouterr().err
 
 
 # --- where they are printed ---
@@ -144,8 +170,8 @@ def test_the_commands_print_them(
     for command in (["plan", str(folder)], ["convert", str(folder), str(tmp_path / "target")]):
         assert main([*command, "--mp", "1"]) == 0
         printed = capsys.readouterr().out
-        assert printed.count("note: ") == 2
+        assert printed.count("note: ") == 1
         assert f"such as model.layers.9.{V3_BIAS}" in printed
     assert main(["plan", str(folder), "--mp", "1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["notes"]
-    assert [note["kind"] for note in said] == ["router-bias-dtype", "loader-dtype"]
+    assert [note["kind"] for note in said] == ["router-bias-dtype"]

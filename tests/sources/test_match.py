@@ -705,6 +705,8 @@ def test_the_config_says_which_queries_there_are(
     assert sorted(problem.subject for problem in problems if problem.kind == "missing-tensor") == sorted(missing)
     found = {problem.subject.split(".")[4] for problem in problems if problem.kind == "contradiction"}
     assert found == contradicting
+    wanted = "q_lora_rank 0 in" if rank else "q_lora_rank in its config.json, with a value other than 0"
+    assert all(wanted in problem.remedy for problem in problems if problem.kind == "missing-tensor")
 
 
 @pytest.mark.parametrize(
@@ -816,6 +818,7 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
         choose_recipe(checkpoint_of(list_tensors(config)), RECIPES)
     (problem,) = refused.value.problems
     assert problem.found == "deepseek-v2, deepseek-v3 all fit"
+    assert problem.remedy.startswith("copy the model's config.json beside the files")
     assert "--recipe" in problem.remedy
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ import reshard
 from reshard.cli.main import main
 from reshard.errors import Problem, Refused
 from reshard.recipes.recipe import list_packaged_recipes
-from reshard.sources.prefixes import KnownNames, is_known
+from reshard.sources.prefixes import WRAPPERS, KnownNames, is_known, list_renamings
 from reshard.sources.source import read_source
 
 
@@ -95,6 +96,7 @@ def test_embedding_models_have_no_model_in_front_and_no_head(tmp_path: Path) -> 
     write_model_as(untied, leave_out_body, QWEN3, files=1, without="lm_head.weight")
     (problem,) = refusal(untied)
     assert (problem.kind, problem.subject) == ("missing-tensor", "lm_head.weight")
+    assert "a model without it has tie_word_embeddings true in its config.json: set it so" in problem.remedy
     assert "all 24 names: `model.` was put in front" in problem.found
 
 
@@ -122,14 +124,48 @@ def test_a_prefix_that_only_some_names_have_is_one_problem(prefix: str, tmp_path
     (problem,) = refusal(tmp_path / "source")
     assert problem.kind == "prefix"
     assert problem.subject == str(tmp_path / "source")
-    assert problem.found == f"9 of 21 names begin with `{prefix}`"
+    assert problem.found == f"9 of 21 names begin with `{prefix}`, all in model-00001-of-00002.safetensors"
     assert "two saves" in problem.remedy
+
+
+def test_only_the_head_lacks_a_prefix_as_in_every_model(tmp_path: Path) -> None:
+    write_model_as(tmp_path / "source", lambda name: name.replace("model.", "modle."))
+    (problem,) = refusal(tmp_path / "source")
+    assert (problem.kind, problem.found) == ("prefix", "all 20 names but those of lm_head begin with `modle.`")
+    assert "two saves" not in problem.remedy
+    assert "`modle.` in front was taken off; then 20 of 21 names: `model.` was put in front" in problem.expected
+
+
+def test_the_others_are_named_if_they_are_in_few_files(tmp_path: Path) -> None:
+    write_model_as(tmp_path / "source", lambda name: name if "norm" in name else "student." + name, files=21)
+    (problem,) = refusal(tmp_path / "source")
+    assert problem.found == "16 of 21 names begin with `student.`"
+    write_model_as(tmp_path / "other", lambda name: name if "embed" in name else "student." + name, files=21)
+    (problem,) = refusal(tmp_path / "other")
+    others = "the others all in model-00001-of-00021.safetensors"
+    assert problem.found == f"20 of 21 names begin with `student.`, {others}"
+
+
+def test_a_prefix_that_fits_a_few_names_by_chance_tells_nothing(tmp_path: Path) -> None:
+    tensors = {name.replace("layers.", "blocks.").removeprefix("model."): one for name, one in make_tensors().items()}
+    write_tensors_as(tmp_path / "source", tensors)
+    assert {problem.kind for problem in refusal(tmp_path / "source")} == {"no-rule"}
+
+
+def test_the_search_is_bounded_with_many_kinds_of_names() -> None:
+    words = (*WRAPPERS, "model.", "language_model.", "text_model.")
+    random = Random(12)
+    letters = ["".join(random.choices("abcdefgh", k=20)) for _ in range(990)]
+    names = ["".join(random.choices(words, k=12)) + last for last in letters]
+    tried = sum(len(made) for _, made in list_renamings(names, of_some=True))
+    assert 0 < tried <= 40_000
 
 
 def test_half_of_the_names_without_model_in_front(tmp_path: Path) -> None:
     write_model_as(tmp_path / "source", lambda name: leave_out_body(name) if ".layers.0." in name else name)
     (problem,) = refusal(tmp_path / "source")
-    assert (problem.kind, problem.found) == ("prefix", "9 of 21 names begin without `model.`")
+    assert problem.kind == "prefix"
+    assert problem.found == "9 of 21 names begin without `model.`, all in model-00001-of-00002.safetensors"
 
 
 def test_two_models_in_one_folder_are_told(tmp_path: Path) -> None:
@@ -137,7 +173,10 @@ def test_two_models_in_one_folder_are_told(tmp_path: Path) -> None:
     both = {**tensors, **{"ema." + name: tensor + 1 for name, tensor in tensors.items()}}
     write_tensors_as(tmp_path / "source", both)
     (problem,) = refusal(tmp_path / "source")
-    assert (problem.kind, problem.found) == ("prefix", "21 of 42 names begin with `ema.`")
+    assert (problem.kind, problem.found) == (
+        "prefix",
+        "21 of 42 names begin with `ema.`, all in model-00002-of-00002.safetensors",
+    )
     assert "21 names would be there twice" in problem.expected
 
 
@@ -179,12 +218,10 @@ def test_a_model_that_no_recipe_lists_stays_refused(tmp_path: Path) -> None:
     assert [problem.kind for problem in refusal(tmp_path / "source")] == ["no-recipe"]
 
 
-def test_without_a_config_several_recipes_may_fit(tmp_path: Path) -> None:
+def test_without_a_config_the_recipe_that_needs_no_experts_fits(tmp_path: Path) -> None:
     tensors = {"module." + name: tensor for name, tensor in make_tensors().items()}
     write_tensors_as(tmp_path / "source", tensors, None)
-    (problem,) = refusal(tmp_path / "source")
-    assert problem.kind == "no-recipe"
-    assert "all fit (all 21 names: `module.` in front was taken off)" in problem.found
+    assert read_source(tmp_path / "source").recipe.name == "llama"
 
 
 def test_hostile_names_end_soon(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint is, if its weights are quantized in a way that no recipe takes, or plain against its config."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -10,13 +11,14 @@ import transformers
 from safetensors.numpy import load_file
 from small_models import write_model
 
-from reshard import plan
+from reshard import inspect, plan
 from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
 from reshard.recipes.recipe import list_packaged_recipes
-from reshard.sources.quantized import read_promise
+from reshard.sources.exemptions import read_exemptions
+from reshard.sources.quantization_config import read_promise
 from reshard.sources.recipe_choice import choose_recipe
-from reshard.synthetic import SMALL_V3, TensorEntry, list_tensors
+from reshard.synthetic import SMALL_V3, TensorEntry, list_tensors, write_checkpoint
 from reshard.types import Checkpoint, Tensor
 
 LLAMA: Mapping[str, Any] = {
@@ -35,6 +37,11 @@ PARTS: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_p
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LINEAR = [f"model.layers.{layer}.{part}" for layer in range(12) for part in PARTS]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+COMPRESSED: Mapping[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8}, "targets": ["Linear"]}},
+}
+QUARK = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
 Make = Callable[[str], Iterable[TensorEntry]]
 
 
@@ -133,7 +140,7 @@ def test_a_format_is_known_by_the_names_alone(make: Make, words: str) -> None:
         ("quantization_config", {"quant_method": "gptq", "bits": 8}, "GPTQ with 8 bits"),
         ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt (NVFP4)"),
         ("quantization_config", {"load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes with 4 bits"),
-        ("compression_config", {"quant_method": "compressed-tensors", "format": "x"}, "compressed-tensors (x)"),
+        ("compression_config", {**COMPRESSED, "format": "x"}, "compressed-tensors (x)"),
         ("quantization", {"bits": 4, "group_size": 64}, "MLX with 4 bits"),
     ],
 )
@@ -196,10 +203,78 @@ def test_a_quantization_that_no_weight_has_is_one_problem(told: Mapping[str, Any
         {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}},
         {"quant_method": "gptq", "bits": 16},
         {**FP8, "modules_to_not_convert": ["model", "lm_head"]},
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": None, "targets": ["Linear"]}}},
+        {**COMPRESSED, "ignore": ["re:.*"]},
+        {**COMPRESSED, "ignore": ["re:.*layers.*", r"re:^model\.embed.*$", "lm_head"]},
+        {**COMPRESSED, "ignore": ["re:.*proj$", "re:.*embed_tokens", "re:lm_head"]},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["model.*", "lm_head"]},
+        {"quant_method": "quark", "global_quant_config": {"weight": None, "input_tensors": {"dtype": "fp8"}}},
+        {"quant_method": ["x"], "bits": float("inf")},
     ],
 )
 def test_a_quantization_of_no_weight_is_accepted(told: Mapping[str, Any] | None) -> None:
     assert problems(llama(), {**LLAMA, "quantization_config": told}) == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {**COMPRESSED, "ignore": ["re:(.*a|b)+", "lm_head"]},
+        {**COMPRESSED, "ignore": ["re:.*(proj|head|tokens)$"]},
+        {**COMPRESSED, "ignore": ["Linear"]},
+        {**COMPRESSED, "config_groups": {"group_0": {"weights": {"num_bits": 8}, "targets": ["re:.*experts.*"]}}},
+        {**FP8, "ignored_layers": 7},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*": {}}},
+        {"quant_method": "new", "bits": 4},
+        {"quant_method": ["x"], "bits": 4},
+    ],
+)
+def test_a_quantization_that_may_be_of_no_weight_is_noted(told: Mapping[str, Any], tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "llama", quantization_config=None)
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": told}))
+    for notes in (plan(tmp_path / "source", mp=2).notes, inspect(tmp_path / "source").notes):
+        (note,) = notes
+        assert note.kind == "quantization-config"
+        assert "but no weight is quantized (" in note.text
+        assert " weights of F32)" in note.text
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        COMPRESSED,
+        QUARK,
+        {**COMPRESSED, "ignore": ["re:.*self_attn.*", "lm_head"]},
+        {**COMPRESSED, "ignore": ["re:layers.*"]},  # a regular expression holds from the beginning of the name
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*lm_head*"]},
+    ],
+)
+def test_a_stale_quantization_with_some_exempt_modules_is_refused(told: Mapping[str, Any]) -> None:
+    (problem,) = problems(llama(), {**LLAMA, "quantization_config": told})
+    assert (problem.kind, problem.subject) == ("contradiction", "quantization_config of config.json")
+
+
+def test_patterns_of_strangers_are_not_run() -> None:
+    exemptions = read_exemptions({"ignore": ["re:(a*)*b", "re:" + ".*a" * 500, "*a" * 500]})
+    assert not exemptions.are_clear
+    assert not exemptions.cover("a" * 499 + "c.weight")
+
+
+@pytest.mark.parametrize(
+    "told", [{"quant_method": "compressed-tensors", "sparsity_config": {}}, {**FP8, "ignored_layers": ["re:.*"]}]
+)
+def test_a_quantization_of_no_weight_asks_no_scales_of_plain_weights(told: Mapping[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", PLAIN_V3, 1)
+    config = {**PLAIN_V3, "quantization_config": told}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    assert plan(tmp_path / "source", mp=2).notes == ()
+
+
+def test_a_model_without_experts_and_config_is_none_of_experts() -> None:
+    tensors = {name: Tensor(name, dtype, shape, 0, 0, prod(shape) * BITS[dtype] // 8) for name, dtype, shape in llama()}
+    assert choose_recipe(Checkpoint(Path("here"), (), tensors, None), list_packaged_recipes())[0].name == "llama"
 
 
 def test_a_mixture_is_no_stale_config() -> None:

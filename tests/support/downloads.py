@@ -52,9 +52,13 @@ def record_path(folder: Path, name: str) -> Path:
     return path
 
 
-def begin_download(folder: Path, name: str, content: bytes, size: int) -> Path:
-    """As an interrupted download leaves a file: its first bytes, under a name of the downloader's."""
+def begin_download(folder: Path, name: str, content: bytes, size: int, digits: str = "") -> Path:
+    """As an interrupted download leaves a file: its first bytes, under a name of the downloader's; newer versions put
+    eight digits into it, so that no two processes write to the same file.
+    """
     path: Path = get_local_download_paths(folder, name).incomplete_path(hashlib.sha256(content).hexdigest())
+    if digits:
+        path = path.with_name(f"{path.stem}.{digits}.incomplete")
     path.write_bytes(content[:size])
     return path
 

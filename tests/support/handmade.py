@@ -100,12 +100,12 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def write_v3(folder: Path, parameters: Parameters, **config: object) -> None:
-    """Write the parameters of the V3 line under the names of Hugging Face; norms and head are BF16 as in V3."""
+    """Write the parameters of the V3 line under the names of Hugging Face; what V3 and V3.2 have in BF16 is BF16."""
     names = {**oracle.NAMES, **oracle_families.INDEXER}
     old_names = {new: old for old, (new, _) in names.items()}
     tensors = {}
     for new, (shape, dtype) in parameters.items():
-        is_wide = dtype == F32 and new.endswith(("norm.weight", "head.weight"))
+        is_wide = dtype == F32 and new.endswith(("norm.weight", "head.weight", "weights_proj.weight"))
         tensors[old_name(new, old_names)] = random_tensor(shape, BF16 if is_wide else dtype)
     write(folder, tensors, num_hidden_layers=V3["n_layers"], **config)
 

@@ -93,7 +93,10 @@ def v3_parameters(args: Args, ranks: int, rank: int, *, gate_bias: bool | None =
 
 
 def v32_parameters(args: Args, ranks: int, rank: int, *, gate_bias: bool | None = None) -> Parameters:
-    """Return the parameters of V3.2: norms and head in F32, and an indexer in every layer."""
+    """Return the parameters of V3.2: norms and head in F32, and an indexer in every layer.
+
+    As in the model.py whose indexer does not interleave its rotary embedding; before, `weights_proj` was BF16.
+    """
     return _v3(args, ranks, rank, F32, F32, gate_bias=gate_bias, with_indexer=True)
 
 
@@ -148,7 +151,7 @@ def _v32_indexer(name: str, args: Args) -> Parameters:
     result = _v3_linear(f"{name}.wq_b", heads * width, args["q_lora_rank"], args)
     result |= _v3_linear(f"{name}.wk", width, args["dim"], args)
     result |= plain(f"{name}.k_norm.weight", width, dtype=F32) | plain(f"{name}.k_norm.bias", width, dtype=F32)
-    return result | plain(f"{name}.weights_proj.weight", heads, args["dim"])
+    return result | plain(f"{name}.weights_proj.weight", heads, args["dim"], dtype=F32)
 
 
 def _v3_mlp(name: str, args: Args, width: int) -> Parameters:

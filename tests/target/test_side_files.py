@@ -58,9 +58,9 @@ def test_other_formats_stay_behind_and_are_said(name: str, source: Path, tmp_pat
 
 def test_names_that_only_look_like_them_go_along(source: Path, tmp_path: Path) -> None:
     for name in ALIKE:
-        (source / name).write_text(name, encoding="utf-8")
+        (source / name).write_text(f'"{name}"', encoding="utf-8")
     done = api.convert(source, tmp_path / "target", to="hf")
-    assert [name for name in ALIKE if (tmp_path / "target" / name).read_text(encoding="utf-8") != name] == []
+    assert [name for name in ALIKE if (tmp_path / "target" / name).read_text(encoding="utf-8") != f'"{name}"'] == []
     assert done.plan.notes == ()
 
 
@@ -139,6 +139,62 @@ def test_files_of_any_size_are_copied_checked_and_written_again(size: int, sourc
     if size:
         (target / "tokens.dat").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert [problem.subject for problem in api.verify(target).problems] == ["tokens.dat"]
+
+
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "found"),
+    [
+        ("tokenizer.json", PAGE, "wrong-download", "a web page: Sign in"),
+        ("tokenizer.json", b"\xef\xbb\xbf" + PAGE, "wrong-download", "a web page: Sign in"),
+        ("tokenizer_config.json", b"Entry not found", "wrong-download", "a text: Entry not found"),
+        (
+            "tokenizer.json",
+            b'{"error": "Repository not found"}',
+            "wrong-download",
+            "an error of the server: Repository",
+        ),
+        ("tokenizer.json", POINTER, "lfs-pointer", "a git-lfs pointer"),
+        ("tokenizer.json", bytes(5000), "unfinished-download", "zeros only"),
+        ("tokenizer.model", PAGE, "wrong-download", "a web page: Sign in"),
+        ("tokenizer.model", POINTER, "lfs-pointer", "a git-lfs pointer"),
+    ],
+)
+def test_another_thing_under_the_name_of_a_side_file_is_refused(
+    name: str, content: bytes, kind: str, found: str, source: Path, tmp_path: Path
+) -> None:
+    (source / name).write_bytes(content)
+    for layout in ({"mp": 1}, {"to": "hf"}):
+        with pytest.raises(Refused) as refused:
+            api.convert(source, tmp_path / "target", **layout)
+        (problem,) = refused.value.problems
+        assert (problem.kind, problem.subject) == (kind, str(source / name))
+        assert problem.found.startswith(found)
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"),
+        ("tokens.html", PAGE),
+        ("tokenizer.tiktoken", b"IQ== 0\nIg== 1\n"),
+        ("token.json", b'"a text"'),
+        ("token.json", b"7"),
+        ("token.json", b"// said above\n{}"),
+        ("token.json", b'[{"error": 1}]'),
+        ("token.json", b'{"message": "m", "added_tokens": []}'),
+        ("token.json", b'\xef\xbb\xbf {"a": "' + b"long" * 2000 + b'"}'),
+        ("token.json", b""),
+    ],
+)
+def test_what_may_be_what_its_name_says_goes_along(name: str, content: bytes, source: Path, tmp_path: Path) -> None:
+    (source / name).write_bytes(content)
+    api.convert(source, tmp_path / "target", 1)
+    assert (tmp_path / "target" / name).read_bytes() == content
 
 
 def append(path: Path) -> None:

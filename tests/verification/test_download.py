@@ -1,7 +1,5 @@
 """A download against the hub's own records: every damage is seen and named, with the command that mends it."""
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -250,7 +248,40 @@ def test_a_link_to_nothing_is_missing(snapshot: Path) -> None:
     blob.rename(blob.with_name(blob.name + ".incomplete"))
     problem = only_problem(snapshot)
     assert (problem.kind, problem.subject) == ("missing-file", THIRD)
-    assert problem.found == "a link to nothing, but an unfinished download"
+    assert problem.found == "a link to nothing, but an unfinished download: ../../blobs has its beginning"
+    assert problem.remedy.startswith("hf download org/some-model ")
+    assert "--force-download" not in problem.remedy
+    blob.with_name(blob.name + ".incomplete").rename(blob.with_name(blob.name + ".0123abcd.incomplete"))
+    assert only_problem(snapshot).found == problem.found
+    blob.with_name(blob.name + ".0123abcd.incomplete").rename(blob.with_name("aside"))
+    assert only_problem(snapshot).found == "a link to nothing"
+
+
+def test_a_missing_file_of_a_snapshot_was_perhaps_begun(snapshot: Path) -> None:
+    """As the downloader leaves it: the link is made when the blob is whole."""
+    blob = (snapshot / THIRD).resolve()
+    blob.rename(blob.with_name(blob.name + ".0123abcd.incomplete"))
+    (snapshot / THIRD).unlink()
+    problem = only_problem(snapshot)
+    assert (problem.kind, problem.subject) == ("missing-file", THIRD)
+    assert problem.found == "no such file, but ../../blobs has 1 unfinished download"
+
+
+def test_an_unfinished_blob_is_a_problem_though_no_name_is_missing(snapshot: Path) -> None:
+    blob = (snapshot / DEEP).resolve()
+    blob.rename(blob.with_name(blob.name + ".incomplete"))
+    (snapshot / DEEP).unlink()
+    problem = only_problem(snapshot)
+    assert (problem.subject, problem.found) == (
+        "../../blobs",
+        "1 unfinished download, of files whose names are not known",
+    )
+    assert "until it ends" in problem.remedy
+    (snapshot.parent / OTHER_COMMIT).mkdir()
+    report = check(snapshot)
+    assert report.is_proven
+    (note,) = report.notes
+    assert "../../blobs has 1 unfinished download, of this revision or of another" in note.text
 
 
 def test_a_file_that_only_the_index_names_is_missing(folder: Path) -> None:
@@ -269,29 +300,53 @@ def test_without_an_index_the_numbers_tell_what_is_missing(folder: Path) -> None
     assert facts(check(folder)) == [("missing-file", SECOND)]
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-def test_an_unfinished_download_is_called_so(folder: Path, *, is_old: bool) -> None:
+@pytest.mark.parametrize("form", ["old", "hashed", "with digits"])
+def test_an_unfinished_download_is_called_so(folder: Path, form: str) -> None:
     content = (folder / SECOND).read_bytes()
-    part = begin_download(folder, SECOND, content, 1_234)
-    if is_old:  # before the names were hashed
+    part = begin_download(folder, SECOND, content, 1_234, "0123abcd" if form == "with digits" else "")
+    if form == "old":  # before the names were hashed
         part.rename(part.with_name(f"{SECOND}.{hub_hash(folder / SECOND)}.incomplete"))
     assert check(folder).is_proven  # left from a download that another has finished
     (folder / SECOND).unlink()
     problem = only_problem(folder)
-    assert problem.found == "no such file, but an unfinished download, of 1,234 bytes so far"
+    found = "no such file, but an unfinished download: .cache/huggingface/download has its beginning"
+    assert problem.found == found
+    assert "--force-download" not in problem.remedy
     record_path(folder, SECOND).unlink()
     problem = only_problem(folder)
-    assert (problem.kind, problem.subject) == ("missing-file", SECOND)
-    assert problem.found == "an unfinished download, of 1,234 bytes so far"
+    assert (problem.kind, problem.subject, problem.found) == ("missing-file", SECOND, found)
+    assert problem.remedy == f"hf download ORG/NAME {SECOND} --revision {COMMIT} --local-dir {folder}"
 
 
-def test_an_unfinished_download_of_an_unknown_file_is_seen(folder: Path) -> None:
-    begin_download(folder, "vision/other.bin", b"12345678", 5)
+@pytest.mark.parametrize("digits", ["", "0123abcd"])
+def test_an_unfinished_download_of_an_unknown_file_is_seen(folder: Path, digits: str) -> None:
+    part = begin_download(folder, "vision/other.bin", b"12345678", 5, digits)
     problem = only_problem(folder)
-    hashed = base64.urlsafe_b64encode(hashlib.sha1(b"other.bin.metadata", usedforsecurity=False).digest()).decode()
-    assert f"vision/{hashed}." in problem.subject
-    assert problem.found == "an unfinished download, of 5 bytes so far"
-    assert "run the same `hf download` again" in problem.remedy
+    assert problem.subject == f".cache/huggingface/download/vision/{part.name[:8]}..."
+    assert problem.found == "an unfinished download, of a file whose name is not known"
+    assert problem.remedy == "run the same `hf download` again until it ends"
+
+
+def test_an_unfinished_index_is_called_by_its_name(folder: Path) -> None:
+    content = (folder / INDEX).read_bytes()
+    (folder / INDEX).unlink()
+    record_path(folder, INDEX).unlink()
+    begin_download(folder, INDEX, content, 5, "0123abcd")
+    assert facts(check(folder)) == [("missing-file", INDEX)]
+    assert "unfinished download" in only_problem(folder).found
+
+
+def test_a_download_with_no_finished_file_is_refused_as_unfinished(tmp_path: Path) -> None:
+    begin_download(tmp_path, FIRST, b"12345678", 5, "0123abcd")
+    problem = refusal(tmp_path)
+    assert (problem.kind, problem.subject) == ("unfinished-download", str(tmp_path))
+    assert "until it ends" in problem.remedy
+
+
+def test_a_file_beside_tells_an_unfinished_download(folder: Path) -> None:
+    (folder / SECOND).rename(folder / f"{SECOND}.part")
+    problem = only_problem(folder)
+    assert problem.found == f"no such file, but an unfinished download: {SECOND}.part has its beginning"
 
 
 @pytest.mark.parametrize("name", ["extra.safetensors", "original/tokenizer/extra.safetensors"])
@@ -299,6 +354,7 @@ def test_nothing_vouches_for_a_safetensors_file_without_a_record(folder: Path, n
     shutil.copy(folder / FIRST, folder / name)
     problem = only_problem(folder)
     assert (problem.kind, problem.subject) == ("no-record", name)
+    assert "--force-download; or move it away" in problem.remedy
 
 
 @pytest.mark.parametrize("text", ["", "\n", f"{COMMIT}\n", f"{COMMIT}\nd41d8cd98f00b204e9800998ecf8427e-38\n1.5\n"])
@@ -316,6 +372,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_job(folder: Path) -> None:
     flip(folder / THIRD, -1)
     report = check(folder)
     assert sorted(facts(report)) == [("cannot-read", FIRST), ("cannot-read", SECOND), ("wrong-checksum", THIRD)]
+    assert all("--force-download" in problem.remedy for problem in report.problems)
 
 
 def test_a_damaged_index_is_one_problem(folder: Path) -> None:
@@ -362,9 +419,20 @@ def test_a_subfolder_of_a_download_leads_to_the_download(folder: Path) -> None:
 
 def test_a_repository_of_the_cache_leads_to_its_snapshot(snapshot: Path) -> None:
     (snapshot.parent / OTHER_COMMIT).mkdir()
-    problem = refusal(snapshot.parents[1])
-    assert problem.kind == "empty-source"
-    assert problem.remedy == f"one of its snapshots: {snapshot}"
+    for folder in (snapshot.parents[1], snapshot.parent, snapshot.parents[1] / "blobs", snapshot.parents[2]):
+        problem = refusal(folder)
+        assert (problem.kind, problem.subject) == ("hub-cache", str(folder))
+        assert problem.remedy == f"name the snapshot: {snapshot}"
+
+
+def test_a_checkpoint_may_have_the_cache_of_the_hub_in_it(folder: Path, snapshot: Path) -> None:
+    shutil.copytree(snapshot.parents[1], folder / "models--org--some-model", symlinks=True)
+    assert check(folder).is_proven
+    for name in SHARDS:
+        (folder / name).unlink()
+    assert facts(check(folder)) == [("missing-file", name) for name in SHARDS]
+    (snapshot / "models--org--other").mkdir()
+    assert check(snapshot).is_proven
 
 
 @pytest.mark.parametrize("name", ["nowhere", CONFIG])

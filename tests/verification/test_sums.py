@@ -94,6 +94,7 @@ def test_a_name_that_leaves_the_folder_is_refused(folder: Path, name: str) -> No
     (problem,) = refusals(folder, make_lines(folder) + "0" * 64 + "  " + name)
     assert (problem.kind, problem.found) == ("unsafe-file-name", name)
     assert problem.subject.endswith("SHA256SUMS: line 4")
+    assert problem.remedy.startswith("cd into the folder of the checkpoint where its files are known to be good")
 
 
 @pytest.mark.parametrize("line", ["what is this", "0" * 63 + "  x", "f" * 64 + "x", "g" * 64 + "  x", "SHA256 x = 1"])
@@ -112,15 +113,23 @@ def test_hashes_of_other_programs_are_refused_by_name(
     folder: Path, command: str, algorithm: str, words: list[str]
 ) -> None:
     text = subprocess.run([command, *words, *SHARDS], cwd=folder, check=True, capture_output=True, text=True).stdout
-    (problem,) = refusals(folder, text)
-    assert problem.kind == "wrong-sums"
+    problem, *others = refusals(folder, text)
+    assert (problem.kind, len(others)) == ("wrong-sums", len(SHARDS) - 1)
     assert problem.found.replace("-", "").startswith(algorithm.replace("-", ""))
     assert "sha256sum *.safetensors" in problem.remedy
 
 
-def test_another_file_than_a_list_is_one_problem(folder: Path) -> None:
-    (problem,) = refusals(folder, (folder / CONFIG).read_text() * 50)
-    assert (problem.kind, problem.subject[-6:]) == ("wrong-sums", "line 1")
+def test_of_another_file_than_a_list_ten_lines_are_named(folder: Path) -> None:
+    problems = refusals(folder, (folder / CONFIG).read_text() * 50)
+    assert [problem.subject.rpartition(": ")[2] for problem in problems] == [f"line {n}" for n in range(1, 11)]
+    assert {problem.kind for problem in problems} == {"wrong-sums"}
+
+
+def test_every_bad_line_of_a_list_is_named(folder: Path) -> None:
+    """Also if they come first, or none is good."""
+    for text, numbers in (("bad\nbad\n" + make_lines(folder), [1, 2]), ("bad\n" * 3, [1, 2, 3])):
+        problems = refusals(folder, text)
+        assert [problem.subject.rpartition("line ")[2] for problem in problems] == list(map(str, numbers))
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n"])
@@ -144,8 +153,65 @@ def test_two_hashes_of_one_file_are_refused(folder: Path) -> None:
 def test_a_list_of_files_elsewhere_is_refused(folder: Path) -> None:
     (problem,) = refusals(folder, "0" * 64 + "  other.safetensors")
     assert problem.found == "other.safetensors: none of them is there"
-    (problem,) = refusals(folder, make_lines(folder, "{0}  model/{1}"))
-    assert f"verify {folder.parent} with this list" in problem.remedy
+    assert problem.remedy == "is it the right list?"
+
+
+@pytest.mark.parametrize("leading", ["model/", "demo/source/", "demo/source/original/"])
+def test_the_folder_in_front_of_all_names_is_taken_off(
+    folder: Path, leading: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list was made above the folder that the files were copied from."""
+    elsewhere = folder.parent / leading.strip("/")
+    if elsewhere != folder:
+        shutil.copytree(folder, elsewhere)
+    text = make_lines(folder, f"{{0}}  {leading}{{1}}")
+    report = check(folder, text)
+    assert (report.problems, report.records, report.files) == ((), len(SHARDS), len(SHARDS))
+    assert f"without `{leading}`" in report.notes[0].text
+    flip(folder / SHARDS[1], -1)
+    (problem,) = check(folder, text).problems  # of the folder itself, not of the files that the list was made of
+    assert (problem.kind, problem.subject) == ("wrong-checksum", SHARDS[1])
+    assert main(["verify", str(folder), "--sums", str(folder.parent / "SHA256SUMS")]) == 1
+    assert f"note: the names of SHA256SUMS are taken without `{leading}`" in capsys.readouterr().out
+    shutil.copy(folder / SHARDS[0], folder / "more.safetensors")
+    assert ("no-record", "more.safetensors") in [(one.kind, one.subject) for one in check(folder, text).problems]
+
+
+def test_only_the_folders_above_the_checkpoint_are_taken_off(folder: Path) -> None:
+    (folder / "original" / "x").write_text("x")
+    report = check(folder, hashlib.sha256(b"x").hexdigest() + "  demo/original/x")
+    assert "without `demo/`" in report.notes[0].text
+    assert [(problem.kind, problem.subject) for problem in report.problems] == [("no-record", name) for name in SHARDS]
+
+
+def test_a_folder_of_the_checkpoint_is_never_taken_off(folder: Path) -> None:
+    """`original/x` is another file than `x`."""
+    (problem,) = refusals(folder, make_lines(folder, "{0}  original/{1}"))
+    assert problem.found.startswith(f"original/{SHARDS[0]}")
+
+
+def test_a_list_of_several_folders_leads_above_if_it_names_this_one(folder: Path) -> None:
+    other = shutil.copytree(folder, folder.parent / "other")
+    text = make_lines(folder, "{0}  model/{1}") + make_lines(other, "{0}  other/{1}")
+    (problem,) = refusals(folder, text)
+    assert f"verify {folder.parent} with it" in problem.remedy
+    assert check(folder.parent / "model", make_lines(folder)).is_proven
+    # It names files there, but none of this folder: they would be proven in its place.
+    text = make_lines(other, "{0}  other/{1}") + make_lines(other, "{0}  third/{1}")
+    (problem,) = refusals(folder, text)
+    assert problem.remedy == "is it the right list?"
+
+
+def test_in_a_sub_folder_of_which_nothing_is_listed_safetensors_files_are_noted(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    shutil.copy(folder / SHARDS[0], folder / "mine" / "x.safetensors")
+    report = check(folder, make_lines(folder))
+    assert report.is_proven
+    assert "mine/x.safetensors" in report.notes[0].text
+    text = make_lines(folder) + hashlib.sha256(b"y").hexdigest() + "  mine/y\n"
+    (folder / "mine" / "y").write_text("y")
+    (problem,) = check(folder, text).problems
+    assert (problem.kind, problem.subject) == ("no-record", "mine/x.safetensors")
 
 
 def test_what_the_list_does_not_name(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Runs the commands `convert`, `plan` and `deepseek`."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import print_json
+from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
@@ -29,6 +32,9 @@ CHOICES = (
     *("only", "recipe", "ranks", "ignore_extra_files"),
 )
 """Options that choose what to convert, and into which layout."""
+
+OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
+"""An option in a message, with its value."""
 
 WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart")
 """Options that change only how the job runs, not its result."""
@@ -46,9 +52,29 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_deepseek(options: argparse.Namespace) -> int:
-    """Runs `deepseek`: a conversion with the options of DeepSeek's scripts. Returns the exit code. Raises Refused."""
+    """Runs `deepseek`: a conversion with the options of DeepSeek's scripts. Returns the exit code. Raises Refused, with
+    hints for this command.
+    """
+    try:
+        conversion = convert_for_deepseek(options)
+    except Refused as refused:
+        raise refused.reworded(partial(OPTION.sub, name_option_of_deepseek)) from None
+    return print_conversion(conversion, options)
+
+
+def name_option_of_deepseek(option: re.Match[str]) -> str:
+    """The option of `deepseek` that does the same as one of `convert`; if there is none, says whose it is."""
+    name = option[1].replace("-", "_")
+    if name == "mp":
+        return "--model-parallel"
+    is_other = name in {*CHOICES, *WAYS, "mtp"} - {"expert_dtype", "ignore_extra_files", "allow_inexact", "restart"}
+    return f"{option[0]} (of reshard convert)" if is_other else option[0]
+
+
+def convert_for_deepseek(options: argparse.Namespace) -> Conversion:
+    """Converts with the options of DeepSeek's scripts. Raises Refused."""
     with show_progress("convert", options) as progress, explain_interrupt(options.save_path):
-        conversion = api.convert(
+        return api.convert(
             options.hf_ckpt_path,
             options.save_path,
             options.model_parallel,
@@ -60,7 +86,6 @@ def run_deepseek(options: argparse.Namespace) -> int:
             restart=options.restart,
             progress=progress,
         )
-    return print_conversion(conversion, options)
 
 
 @contextmanager

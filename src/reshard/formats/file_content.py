@@ -1,6 +1,7 @@
 """Names the content of a file by its first bytes: a web page, an error of a server, a pickle, zeros that never came."""
 
 import codecs
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,35 @@ def require_json_content(path: Path, beginning: bytes) -> None:
     content = identify_content(beginning)
     if content and not beginning.lstrip().startswith((b"{", b"[")):
         raise refuse(content.kind, str(path), content.name, "JSON", content.remedy)
+
+
+COMMENT = (b"//", b"/*", b"#")
+"""So begin notes that some people write into JSON, above all else."""
+
+TOKENIZER_ENDINGS = (".model", ".tiktoken")
+
+
+def require_side_content(path: Path, beginning: bytes) -> None:
+    """Raises Refused if the first LOOKED_AT bytes of a file that goes along with a checkpoint show that it is another
+    thing: of JSON, whatever is none; of a tokenizer, a web page.
+    """
+    name, start = path.name.lower(), beginning.removeprefix(codecs.BOM_UTF8).lstrip()
+    if name.endswith(".json"):
+        value = parse_short(beginning)
+        if isinstance(value, dict):
+            require_no_answer(path, value)
+        if value is None and not start.startswith(COMMENT):
+            require_json_content(path, start)
+    elif name.endswith(TOKENIZER_ENDINGS) and PAGE.match(start.decode(errors="replace")):
+        require_json_content(path, start)
+
+
+def parse_short(beginning: bytes) -> Any:
+    """The value of a JSON file that is no longer than this; None if it is longer, or no JSON."""
+    try:
+        return json.loads(beginning)
+    except (ValueError, RecursionError):
+        return None
 
 
 ANSWER = {"error", "errors", "message", "detail", "details"}

@@ -182,7 +182,9 @@ class Origin:
     recipe: str = ""
     """The name of the recipe."""
     config: Mapping[str, Any] | None = None
-    """The model's `config.json`, as the casts have left it."""
+    """The model's `config.json`, as the casts have left it. Of a renamed checkpoint in its original layout: as it is in
+    the file, if the renaming changed it; else None.
+    """
     shapes: Mapping[str, list[int]] | None = None
     """By name: the shape of what was padded, as it was."""
     forms: tuple[OriginalFile, ...] = ()

@@ -44,6 +44,13 @@ PICKLE_LOAD = (
 
 ORIGINAL = "download the repository of this model in the format of Hugging Face (-hf), which has safetensors"
 
+OWN_LAYOUT = OtherFormat(
+    re.compile(r"consolidated.*\.safetensors"),
+    "the makers' own layout (of Mistral, or of Meta), by tensor names such as",
+    f"{ORIGINAL}: model-*.safetensors and config.json",
+)
+"""Known by the tensors, not by the name of the file."""
+
 DEEPSPEED = (
     "run the zero_to_fp32.py that DeepSpeed puts beside it, with its option safe_serialization: it writes safetensors"
     " into another folder; convert that"

@@ -14,6 +14,7 @@ from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
     FORMATS,
     LEFTOVERS,
+    OWN_LAYOUT,
     SHARDED_SAFETENSORS,
     VLLM_RANKS,
     OtherFormat,
@@ -42,6 +43,9 @@ ADAPTER_TENSOR = re.compile(
     re.DOTALL,
 )
 """Names of the tensors of adapters, as peft and the trainers of diffusion models write them."""
+
+OWN_TENSOR = re.compile(r"(?:.*\.)?(?:tok_embeddings|layers\.\d+\.attention\.wq)\.weight", re.DOTALL)
+"""Names that only Meta and Mistral use: with transformers they are `embed_tokens` and `self_attn.q_proj`."""
 
 PIPELINE = "model_index.json"
 
@@ -275,5 +279,20 @@ def require_model(checkpoint: Checkpoint) -> None:
         raise refuse_adapter(subject, folder)
     if all(map(VLLM_RANKS.pattern.fullmatch, names)):
         raise refuse_format(subject, folder, VLLM_RANKS, names)
-    if refused := explain_pipeline(folder):
+    if refused := explain_pipeline(folder) or explain_own_layout(checkpoint):
         raise refused
+
+
+def explain_own_layout(checkpoint: Checkpoint) -> Refused | None:
+    """Explains tensors under the names that Meta and Mistral give them, alone or beside those of Hugging Face."""
+    shown = [name for name in checkpoint.tensors if OWN_TENSOR.fullmatch(name)]
+    if len({name.endswith("tok_embeddings.weight") for name in shown}) < 2:  # one of each kind
+        return None
+    numbers = sorted({checkpoint.tensors[name].file for name in shown})
+    files = [file.name for file in checkpoint.files]
+    named = [files[number] for number in numbers if number < len(files)]
+    is_extra = bool(named) and len(named) < len(files) and checkpoint.may_be_extra.issuperset(named)
+    remedy = "--ignore-extra-files leaves it out: the other files are read alone" if is_extra else OWN_LAYOUT.remedy
+    subject = checkpoint.folder / named[0] if len(named) == 1 else checkpoint.folder
+    found = f"{OWN_LAYOUT.name} {format_list(shown, 2)}"
+    return refuse("other-format", str(subject), found, "tensors under the names of Hugging Face", remedy)

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from reshard.planning.transforms import Outcome, is_rounded
+from reshard.sources.block_scales import WeightGroup
 from reshard.text import format_count
-from reshard.types import RANKS, Layout, Note, Recipe, Rule, Tensor
+from reshard.types import RANKS, Layout, Note, Recipe, Tensor
 
 FULL, SHORT = "F32", ("BF16", "F16")
 """The dtype of a published router bias, and those that it is found in after a training run saved it."""
@@ -14,22 +15,23 @@ REFUSING = "safetensors 0.6.0 to 0.6.2 refuse to load that in DeepSeek's generat
 
 def note_dtypes(recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
     """Notes what a person should know about the dtypes of a target: one note a kind."""
-    yield from note_router_biases(recipe, outcomes)
+    modules = {find_module(place.rows_of) for place in recipe.placeholders.values() if place.rows_of}
+    rounded = [outcome for outcome in outcomes if is_rounded_router_bias(outcome.kind, modules)]
+    yield from note_router_biases(rounded)
     is_known = all(rule.code_dtype for rule in recipe.rules if rule.relation != "drop")
     if layout.to == RANKS and is_known:
-        yield from note_loader_dtypes(layout, outcomes)
+        yield from note_loader_dtypes(layout, [outcome for outcome in outcomes if outcome not in rounded])
 
 
-def note_router_biases(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[Note]:
+def note_router_biases(rounded: Sequence[Outcome]) -> Iterator[Note]:
     """Notes router biases of fewer bits than the published ones: they choose other experts."""
-    modules = {find_module(place.rows_of) for place in recipe.placeholders.values() if place.rows_of}
-    groups = [outcome.kind for outcome in outcomes if is_router_bias(outcome.kind.rule, modules)]
-    found = [tensor for group in groups for tensor in group.weights if tensor.dtype in SHORT]
+    found = [tensor for outcome in rounded for tensor in outcome.kind.weights]
     if found:
         first = find_first(found)
         biases = f"{format_count(len(found), 'router bias tensors')} of {first.dtype}, such as {first.name}"
         why = f"{FULL} in published checkpoints and in the inference code; they were rounded when they were saved"
-        yield Note("router-bias-dtype", f"{biases}: {why}, so tokens are routed otherwise")
+        remedy = "take them from the original checkpoint"
+        yield Note("router-bias-dtype", f"{biases}: {why}, so tokens are routed otherwise; {remedy}")
 
 
 def find_module(name: str) -> tuple[str, ...]:
@@ -39,9 +41,10 @@ def find_module(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")[-3:-1])
 
 
-def is_router_bias(rule: Rule, modules: set[tuple[str, ...]]) -> bool:
-    """Whether a rule is about F32 values in a module whose weight has a row for each expert."""
-    return rule.code_dtype == FULL and find_module(rule.left) in modules
+def is_rounded_router_bias(kind: WeightGroup, modules: set[tuple[str, ...]]) -> bool:
+    """Whether tensors are short, should be F32, and are of a module whose weight has a row for each expert."""
+    rule = kind.rule
+    return kind.weights[0].dtype in SHORT and rule.code_dtype == FULL and find_module(rule.left) in modules
 
 
 def find_first(tensors: Sequence[Tensor]) -> Tensor:
@@ -50,10 +53,14 @@ def find_first(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def note_loader_dtypes(layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
-    """Notes tensors of rank files of another dtype than their parameters. Scaled and optional ones do not count."""
+    """Notes tensors of rank files of another dtype than their parameters. Optional and scaled ones do not count,
+    but for block scales that no inference code has: BF16 and F16.
+    """
     kinds: dict[tuple[str, str], list[Tensor]] = {}
     for outcome in outcomes:
         rule, dtype = outcome.kind.rule, outcome.weights[0].dtype
+        if outcome.scales and outcome.scales[0].dtype in SHORT and not rule.optional:
+            kinds.setdefault((outcome.scales[0].dtype, FULL), []).extend(outcome.kind.scales)
         if outcome.scales or rule.optional or rule.relation == "drop" or dtype == rule.code_dtype:
             continue
         kinds.setdefault((dtype, rule.code_dtype), []).extend(outcome.kind.weights)

@@ -10,6 +10,8 @@ from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
 
+WHOLE_HINT = "for rank files leave out --to hf; for whole files leave out --mp and --pad"
+
 AS_STORED = "fp4"
 """The expert dtype that casts nothing."""
 
@@ -45,7 +47,7 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
             "wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not"
         )
     if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
-        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut")
+        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut", WHOLE_HINT)
     if layout.to == WHOLE and layout.keep_optional:
         yield Problem("wrong-option", "--mtp", "keep, with --to hf", "neither word: whole files keep everything")
     if layout.cast and layout.expert_dtype:
@@ -96,8 +98,12 @@ def check_source_options(source: Source, replicas: str, n_experts: int | None) -
         yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     placeholders = source.recipe.placeholders
     found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]
-    if n_experts is not None and n_experts not in found:
-        expected = f"{found[0] if found else 0}, by the names of the tensors"
+    if n_experts is not None and not found:
+        expected = "none: by the names of the tensors the model has no experts"
+        remedy = "leave it out; is this a DeepSeek model?"
+        yield Problem("contradiction", "--n-experts", str(n_experts), expected, remedy)
+    elif n_experts is not None and n_experts not in found:
+        expected = f"{found[0]}, by the names of the tensors"
         yield Problem("contradiction", "--n-experts", str(n_experts), expected, "correct the option")
 
 

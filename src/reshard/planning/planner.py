@@ -8,7 +8,7 @@ import numpy as np
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import Origin, count_left_out
-from reshard.formats.renaming import format_renaming
+from reshard.formats.renaming import format_renaming, format_step
 from reshard.planning.copies import Copies
 from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
@@ -71,21 +71,29 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         coverage,
         (
             *checkpoint.notes,
-            *note_restored_names(source, forms),
+            *note_restored_names(source, layout, forms),
             *note_dtypes(source.recipe, layout, outcomes),
         ),
     )
 
 
-def note_restored_names(source: Source, forms: Sequence[OriginalFile]) -> Iterator[Note]:
-    """Notes that whole files get the original names back, which the recipe does not know."""
+def note_restored_names(source: Source, layout: Layout, forms: Sequence[OriginalFile]) -> Iterator[Note]:
+    """Notes that whole files of rank files get the original names back, which the recipe does not know; or that they
+    do not.
+    """
     renaming = source.origin.renaming
-    if renaming and any(form.header for form in forms):
+    if not renaming or not source.origin.is_of_ranks or layout.to != WHOLE:
+        return
+    if any(form.header for form in forms):
         names = [name for form in forms for name in form.tensors]
         text = (
             f"the names of the original come back, as its files had them ({format_renaming(names, renaming)}, before)"
         )
         yield Note(RENAMED, f"{text}; with --max-file-size the names stay as in the recipe")
+    else:
+        steps = "; then ".join(map(format_step, renaming))
+        text = f"the names stay as in the recipe; those of the original do not come back ({steps}, before)"
+        yield Note(RENAMED, f"{text}: they do only with all original files, byte for byte")
 
 
 def group_kept_weights(source: Source, layout: Layout) -> list[WeightGroup]:

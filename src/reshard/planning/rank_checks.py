@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused
@@ -16,6 +17,7 @@ from reshard.planning.transforms import (
 )
 from reshard.recipes.formulas import read_config_value
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, find_scale_placeholder, list_slots
+from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
@@ -87,7 +89,9 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
     dimension, ranks = split.dimension, f"{layout.ranks} ranks"
     if units is None:
         # Another number of ranks would not help.
-        remedy = f"a config.json with {split.heads_key}, or the right key in {recipe.origin}"
+        remedy = f"copy the model's config.json beside the files, one with {split.heads_key}"
+        if Path(recipe.origin).parent != FAMILIES_FOLDER:
+            remedy += f"; or give the right key in {recipe.origin}"
         return Fault("not-divisible", "", "", f"no {split.heads_key} for {ranks}", HEADS_EXPECTED, remedy)
     parts = count_parts(layout.ranks, units)
     if not parts:

@@ -10,9 +10,10 @@ from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import MOST_PROBLEMS, Problem
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.patterns import find_scale_placeholder
+from reshard.sources.exemptions import read_exemptions
 from reshard.sources.match import Family, Matched
 from reshard.sources.problem_order import sort_problems
-from reshard.sources.quantized import list_exempt_modules
+from reshard.sources.quantization_config import read_promise
 from reshard.text import format_count
 from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
 
@@ -248,15 +249,14 @@ def check_dtypes(kind: WeightGroup, config: Mapping[str, Any]) -> Iterator[Probl
     dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
     expected = (dtype,) if dtype else FLOATS
     found = kind.weights[0].dtype
-    quantization = config.get("quantization_config")
     if kind.rule.shape and found not in expected:
         remedy = "a loader would cast it silently: is the checkpoint sound?"
         for tensor in kind.weights:
             yield Problem("wrong-dtype", tensor.name, found, " or ".join(expected), remedy)
-    elif kind.scaling and isinstance(quantization, dict) and kind.rule.relation != "dequantize":
-        exempt = list_exempt_modules(quantization)
-        for tensor in kind.weights:
-            if not any(module in tensor.name for module in exempt):
-                said = "a scaled weight, as quantization_config of config.json says"
+    elif kind.scaling and kind.rule.relation != "dequantize" and (promise := read_promise(config)):
+        exemptions = read_exemptions(promise.table)
+        for tensor in kind.weights if exemptions.are_clear else ():
+            if not exemptions.cover(tensor.name):
+                said = f"a scaled weight, as {promise.place} says"
                 remedy = "a loader would take it for scaled: is the checkpoint a mixture?"
                 yield Problem("weight-without-scale", tensor.name, f"{found} without a block scale", said, remedy)

@@ -15,6 +15,9 @@ from reshard.types import Checkpoint, Note, Placeholder, Recipe, Rule
 MAYBE = "maybe"
 """The condition of a rule whose tensors may be missing."""
 
+TIED = "tie_word_embeddings"
+"""Config key that is true if the output head is the embedding."""
+
 DRAFTS = "num_nextn_predict_layers"
 """Config key of the number of MTP layers."""
 
@@ -220,6 +223,21 @@ def check_missing_of_rule(
     for numbers in product(*choices):
         if tuple(map(str, numbers)) not in tuples:
             name = fill_pattern(rule.left, dict(zip(slots, numbers, strict=True)))
-            key = rule.only.partition("if ")[2]
-            hint = f"is a file missing? a model without it has {key} 0 in its config.json" if key else remedy
+            hint = suggest_condition(rule) or remedy
             yield Problem("missing-tensor", name, "not in the checkpoint", f"the rule {rule.left!r}", hint)
+
+
+def suggest_condition(rule: Rule) -> str:
+    """Suggests the value of a config key with which a model does not have the tensors of a rule; empty without one."""
+    condition, _, key = rule.only.rpartition(" ")
+    if not condition:
+        return ""
+    without = f"is a file missing? a model without it has {key}"
+    if condition == "if":
+        return f"{without} 0 in its config.json"
+    if condition == "unless":
+        return f"{without} in its config.json, with a value other than 0 or null"
+    why = "only if that is so"
+    if key == TIED:
+        why = "only if the head is the embedding, or if nothing needs a head: is it an embedding model?"
+    return f"{without} true in its config.json: set it so (keep a copy of the file) {why}"

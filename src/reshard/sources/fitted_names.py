@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from reshard.errors import Refused
 from reshard.formats.renaming import Renaming, format_renaming, rename_all, rename_tensors
-from reshard.recipes.patterns import split_name
-from reshard.sources.match import Matched, match, match_names
+from reshard.recipes.patterns import split_names
+from reshard.sources.exempt_names import rename_exempt_modules
+from reshard.sources.match import Matched, match, match_names, note_quantization
 from reshard.sources.prefix_problems import explain_names
 from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_kind, list_renamings
 from reshard.sources.recipe_choice import choose_recipe, find_asked_recipes, list_architectures
@@ -46,7 +47,7 @@ def match_or_rename(
         return choose_recipe(named, recipes, keep_optional=keep_optional)
 
     try:
-        return Fitted(checkpoint, *choose(checkpoint), ())
+        return note_and_fit(checkpoint, *choose(checkpoint), ())
     except Refused as refused:
         known = [KnownNames(recipe) for recipe in (recipes[:1] if is_asked else list_candidates(checkpoint, recipes))]
         names = list_names_by_kind(checkpoint.tensors)
@@ -57,7 +58,12 @@ def match_or_rename(
             raise explain_names(checkpoint, names, known, refused) from None
     renamed = rename_checkpoint(checkpoint, renaming)
     with explain_renaming(renamed):
-        return Fitted(renamed, *choose(renamed), renaming)
+        return note_and_fit(renamed, *choose(renamed), renaming)
+
+
+def note_and_fit(checkpoint: Checkpoint, recipe: Recipe, matched: Matched, renaming: Renaming) -> Fitted:
+    """What fits, with a note on what its config says of quantization, if there is reason."""
+    return Fitted(note_quantization(checkpoint, recipe, matched), recipe, matched, renaming)
 
 
 def list_candidates(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Sequence[Recipe]:
@@ -70,7 +76,7 @@ def list_candidates(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Sequen
 def find_renaming(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNames]) -> Renaming:
     """Finds the shortest renaming that leads every name to one rule of a recipe; empty if there is none."""
     for renaming, examples in list_renamings(names.examples):
-        splits = [split_name(name) for name in examples]
+        splits = split_names(examples)  # once for all recipes: it is what takes the time
         for one in known:
             if all(one.knows(*split) for split in splits) and is_fit(checkpoint, renaming, one.recipe):
                 return renaming
@@ -86,11 +92,12 @@ def is_fit(checkpoint: Checkpoint, renaming: Renaming, recipe: Recipe) -> bool:
 
 
 def rename_checkpoint(checkpoint: Checkpoint, renaming: Renaming) -> Checkpoint:
-    """Renames the tensors of a checkpoint, with a note that tells of it."""
+    """Renames the tensors of a checkpoint, and the modules that its config names, with a note that tells of it."""
     note = Note(RENAMED, format_renaming(checkpoint.tensors, renaming))
     return replace(
         checkpoint,
         tensors=rename_tensors(checkpoint.tensors, renaming),
+        config=rename_exempt_modules(checkpoint.config, checkpoint.tensors, renaming),
         unnamed=dict(zip(rename_all(checkpoint.unnamed, renaming), checkpoint.unnamed.values(), strict=True)),
         notes=(*checkpoint.notes, note),
     )

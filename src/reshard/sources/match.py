@@ -1,7 +1,7 @@
 """Stage 2: Checkpoint + Recipe -> Matched. Finds the rule of each tensor; refuses missing tensors. Opens no file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,8 @@ from reshard.recipes.patterns import (
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.sources.completeness import check_missing, check_placeholders, collect_members
 from reshard.sources.problem_order import sort_one_of_each_first, sort_problems
-from reshard.sources.quantized import check_codes, check_promise, explain_unknown
+from reshard.sources.quantization_config import Stale, check_promise, find_stale, note_promise
+from reshard.sources.quantized import check_codes, explain_unknown
 from reshard.types import Checkpoint, Recipe, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
@@ -103,13 +104,25 @@ def check_match(
 
 def check_quantization(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Iterator[Problem]:
     """Reports a config that promises quantized weights where all are plain, and quantized weights without scales."""
-    has_scales = any(family.is_scale for family in families)
+    yield from check_promise(find_stale_config(checkpoint, recipe, families))
     rules = [(recipe.rules[family.rule], family.tensors) for family in families]
-    scaled = [tensors for rule, tensors in rules if find_scale_placeholder(rule, recipe) and rule.relation == "same"]
-    yield from check_promise(checkpoint, recipe, list(chain.from_iterable(scaled)), has_scales=has_scales)
     floats = (tensors for rule, tensors in rules if rule.shape.startswith("["))
     matrices = [tensor for tensor in chain.from_iterable(floats) if len(tensor.shape) > 1]
     yield from check_codes(checkpoint, recipe, matrices)
+
+
+def find_stale_config(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Stale | None:
+    """Finds a config that promises quantized weights where all are plain."""
+    has_scales = any(family.is_scale for family in families)
+    rules = [(recipe.rules[family.rule], family.tensors) for family in families]
+    scaled = [tensors for rule, tensors in rules if find_scale_placeholder(rule, recipe) and rule.relation == "same"]
+    return find_stale(checkpoint, recipe, list(chain.from_iterable(scaled)), has_scales=has_scales)
+
+
+def note_quantization(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Checkpoint:
+    """The checkpoint, with a note if its config may promise quantized weights where all are plain."""
+    found = [*note_promise(find_stale_config(checkpoint, recipe, matched.families))]
+    return replace(checkpoint, notes=(*checkpoint.notes, *found)) if found else checkpoint
 
 
 def check_names(

@@ -31,6 +31,9 @@ BODY = "model."
 MOST_TRIED = 300
 """Renamings tried; a chain of four prefixes needs about fifty."""
 
+MOST_RENAMED = 30_000
+"""Names that all tries together may make: with many kinds of names there are fewer tries."""
+
 MOST_KINDS, LONGEST_KINDS = 1_000, 200_000
 """A model has 100 kinds of names, numbers apart, of 5,000 characters. In files with more kinds, or with more characters
 in them, no renaming is looked for: they are no model, but could keep us busy.
@@ -86,7 +89,7 @@ def list_names_by_kind(tensors: Collection[str]) -> Names:
 
 def is_known(names: Sequence[str], known: KnownNames) -> bool:
     """Whether a recipe may have a rule for every name."""
-    return all(known.knows(*split_name(name)) for name in names)
+    return all(known.knows(key, numbers) for key, numbers in split_names(names))
 
 
 def list_renamings(names: Sequence[str], *, of_some: bool = False) -> Iterator[tuple[Renaming, tuple[str, ...]]]:
@@ -96,7 +99,7 @@ def list_renamings(names: Sequence[str], *, of_some: bool = False) -> Iterator[t
     """
     waiting: list[tuple[int, int, int, Renaming]] = [(0, 0, 0, ())]
     seen: set[tuple[str, ...]] = set()
-    for number in range(1, MOST_TRIED):
+    for number in range(1, min(MOST_TRIED, MOST_RENAMED // len(names) + 2)):
         if not waiting:
             return
         cost, _, _, renaming = heappop(waiting)

@@ -8,7 +8,7 @@ from typing import Any
 
 from reshard.errors import Problem
 from reshard.recipes.formulas import read_config_value
-from reshard.sources.quantized import EXEMPT_KEYS
+from reshard.sources.exemptions import EXEMPT_KEYS
 from reshard.text import format_numbers
 from reshard.types import Placeholder, Recipe
 

@@ -1,26 +1,16 @@
-"""Checkpoints that are quantized in a way no recipe takes, or not quantized although config.json says so.
+"""Checkpoints that are quantized in a way no recipe takes.
 
 Told by the names and dtypes of the tensors, and by the `quantization_config` of the config. Opens no file.
 """
 
-import reprlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from reshard.errors import Problem
 from reshard.sources.problem_order import sort_by_layer
+from reshard.sources.quantization_config import CODES, Promise, read_promise
 from reshard.text import format_count
 from reshard.types import Checkpoint, Recipe, Tensor
-
-EXEMPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
-"""Config keys that list the modules without block scales; each quantizer has its own key."""
-
-CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-"""Config keys of a quantization: of most quantizers, of old compressed-tensors, and of MLX."""
-
-SWITCHES = ("load_in_4bit", "load_in_8bit")
-"""Keys of bitsandbytes. If both are false, the weights are plain: it is only how a script once loaded them."""
 
 FP8_BLOCKS, SCALES_OF_ROWS = "FP8 with block scales", "FP8 or INT8 with a scale for each tensor or row"
 
@@ -59,108 +49,11 @@ COMPANIONS: tuple[str, ...] = (
 
 ENDS = (*dict.fromkeys(end for _, ends in FORMATS for end in ends), *COMPANIONS)
 
-CODES = {"I32", "U32", "I16", "U16", "I8", "U8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
-"""Dtypes of quantized weights, packed or not. I64 is not among them: models have tables of numbers."""
-
-SPELLED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "mxfp4": "MXFP4", "hqq": "HQQ", "modelopt": "ModelOpt"}
-"""`quant_method` -> as people write it. Others are written as they stand."""
-
 SERVED = ("FP8", "MXFP4", "compressed-tensors")
 """Methods that some recipe takes. With such a recipe, an unknown name is more than the method can explain."""
 
 FUSED = ("gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "w13_weight", "w2_weight")
 """Last words of the names of fused experts, in transformers and vLLM."""
-
-
-class Promise(NamedTuple):
-    """A quantization that a config tells of."""
-
-    place: str
-    """Its place: `quantization_config of config.json`."""
-    words: str
-    """What it is: `AWQ with 4 bits`."""
-    method: str
-    """What it is, without details: `AWQ`."""
-    table: Mapping[str, Any]
-
-
-def read_promise(config: Mapping[str, Any] | None) -> Promise | None:
-    """Reads the quantization that a config tells of; None if there is none, or if it leaves the weights as they are."""
-    config = config or {}
-    for prefix, table in (("", config), ("text_config.", config.get("text_config"))):
-        for key in CONFIG_KEYS:
-            found = table.get(key) if isinstance(table, Mapping) else None
-            if isinstance(found, Mapping) and covers_weights(found):
-                method = name_method(found, key)
-                words = describe_method(method, found)
-                return Promise(f"{prefix}{key} of config.json", words, method, found)
-    return None
-
-
-def covers_weights(table: Mapping[str, Any]) -> bool:
-    """Whether a quantization is of weights. Published configs also have some that are empty, or of the cache only."""
-    if any(key in table for key in SWITCHES):
-        return any(table.get(key) is True for key in SWITCHES)
-    inner = table.get("quantization")
-    if isinstance(inner, Mapping):
-        return covers_weights(inner)
-    if not any(isinstance(table.get(key), str) for key in ("quant_method", "quant_algo", "fmt")):
-        return type(table.get("bits")) is int and table["bits"] < 16
-    if str(table.get("quant_method")).lower() in ("none", "bitsandbytes"):
-        return False
-    # Without groups, compressed-tensors has only quantized the key-value cache, or pruned; so too ModelOpt without an
-    # algorithm.
-    return all(table.get(key, True) for key in ("config_groups", "quant_algo")) and table.get("bits") != 16
-
-
-def name_method(table: Mapping[str, Any], key: str) -> str:
-    """Names the method of a quantization."""
-    found = table.get("quant_method")
-    if isinstance(found, str) and found:
-        return SPELLED.get(found.lower(), reprlib.repr(found)[1:-1])
-    if any(name in table for name in SWITCHES):
-        return "bitsandbytes"
-    return "MLX" if key == "quantization" else "an unknown method"
-
-
-def describe_method(method: str, table: Mapping[str, Any]) -> str:
-    """Describes a quantization: its method, its format, its bits."""
-    inner = table.get("quantization")
-    merged = {**inner, **table} if isinstance(inner, Mapping) else table
-    details = [merged[key] for key in ("quant_algo", "format") if isinstance(merged.get(key), str)]
-    bits = merged.get("bits", {SWITCHES[0]: 4, SWITCHES[1]: 8}.get(next((k for k in SWITCHES if merged.get(k)), "")))
-    words = " ".join([method, *(f"({reprlib.repr(detail)[1:-1]})" for detail in details)])
-    return f"{words} with {bits} bits" if type(bits) is int else words
-
-
-def list_exempt_modules(quantization: Mapping[str, Any]) -> list[str]:
-    """Lists the modules whose weights have no block scales, by the `quantization_config` of a config."""
-    lists = [quantization.get(key) for key in EXEMPT_KEYS]
-    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
-
-
-def check_promise(
-    checkpoint: Checkpoint, recipe: Recipe, scaled: Sequence[Tensor], *, has_scales: bool
-) -> Iterator[Problem]:
-    """Reports a config that promises quantized weights where all are plain: a loader would look for their scales.
-
-    `scaled` are the weights that the recipe pairs with block scales; if it has none, every matrix counts. A mixture is
-    no matter of the config: its tensors are reported one by one.
-    """
-    promise = read_promise(checkpoint.config)
-    if promise is None or has_scales or any(tensor.dtype in CODES for tensor in checkpoint.tensors.values()):
-        return
-    exempt = list_exempt_modules(promise.table)
-    matrices = scaled if recipe.scales else [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
-    weights = [tensor for tensor in matrices if not any(module in tensor.name for module in exempt)]
-    if not weights:
-        return
-    what = "has a block scale" if scaled else "is quantized"
-    dtype = Counter(tensor.dtype for tensor in weights).most_common(1)[0][0]
-    found = f"{promise.words}, but none of the {len(weights):,} weights {what}; they are {dtype}"
-    key = promise.place.removesuffix(" of config.json")
-    remedy = f"take {key} out of config.json (keep a copy of the file); or is it the config of another checkpoint?"
-    yield Problem("contradiction", promise.place, found, f"no {key}, for weights of {dtype}", remedy)
 
 
 def check_codes(checkpoint: Checkpoint, recipe: Recipe, unscaled: Sequence[Tensor]) -> Iterator[Problem]:

@@ -50,12 +50,23 @@ def choose_recipe(
     if len(candidates) == 1:
         return candidates[0], match(checkpoint, candidates[0], keep_optional=keep_optional)
     fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
+    # A model without experts fits a recipe of dense and expert layers, too, but is hardly that model.
+    fitting = [pair for pair in fitting if not lacks_experts(*pair)] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = format_list(recipe.name for recipe, _ in fitting)
-        raise refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", "choose one with --recipe")
+        remedy = "choose one with --recipe"
+        if checkpoint.config is None:
+            remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
+        raise refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", remedy)
     raise refuse_by_nearest(checkpoint, candidates, is_asked=bool(asked))
+
+
+def lacks_experts(recipe: Recipe, matched: Matched) -> bool:
+    """Whether a recipe has experts, and a checkpoint has none."""
+    counts = [matched.counts[name] for name, place in recipe.placeholders.items() if place.counts == "experts"]
+    return bool(counts) and not any(counts)
 
 
 def narrow_recipes(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> Sequence[Recipe]:

@@ -44,7 +44,7 @@ class Source:
     """The rule of every tensor."""
     origin: Origin
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
-    the renaming that led from the names in the files to those of the recipe.
+    the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
 
 
@@ -80,9 +80,10 @@ def read_source(
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
+        is_changed = found.checkpoint.config is not checkpoint.config
+        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
         notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
-        checkpoint, origin = replace(found.checkpoint, notes=notes), Origin(renaming=found.renaming)
-        source = Source(path, checkpoint, found.recipe, found.matched, origin)
+        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
     return narrow_source(source, subset)
 
 
@@ -155,7 +156,10 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
         fitting = format_list(source.recipe.name for source in found)
-        raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", "choose one with --recipe")
+        remedy = "choose one with --recipe"
+        if found[0].origin.config is None:
+            remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
+        raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", remedy)
     return found[0]
 
 

@@ -1,5 +1,6 @@
 """Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
 from reshard.sources.source import Source, read_source
@@ -46,6 +48,7 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
     found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
+    found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
@@ -94,6 +97,39 @@ def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) 
         if holds_only(target, own):
             return own
     return found.checkpoint
+
+
+def compute_expected_config(found: Source, *, ignore_extra_files: bool) -> Source:
+    """Computes the config of a renamed source a second time, from its file: where each tensor lies tells its old and
+    its new name, and so those of the modules.
+    """
+    if not found.origin.renaming:
+        return found
+    own = read_folder_checkpoint(read_folder(found.path), ignore_extra_files=ignore_extra_files)
+    places = {(tensor.file, tensor.offset, tensor.size): name for name, tensor in found.checkpoint.tensors.items()}
+    pairs = [(name, places.get((one.file, one.offset, one.size), name)) for name, one in sorted(own.tensors.items())]
+    dotted = [old + "." for old, _ in pairs]
+
+    def expect(module: Any) -> Any:
+        before, star, rest = str(module).partition(".*")
+        place = bisect_left(dotted, before + ".")
+        is_one = isinstance(module, str) and place < len(dotted) and dotted[place].startswith(before + ".")
+        return infer_module(before, *pairs[place]) + star + rest if is_one else module
+
+    config = replace_exempt_modules(own.config, lambda modules: [expect(module) for module in modules])
+    return replace(found, checkpoint=replace(found.checkpoint, config=config))
+
+
+def infer_module(module: str, old: str, new: str) -> str:
+    """Finds the new name of a module by the old and the new name of a tensor of it: what the tensor's name has behind
+    the module is taken off its new name, from the end.
+    """
+    before, after = old.split("."), new.split(".")
+    while len(before) > module.count(".") + 1:
+        last = before.pop()
+        if after and after[-1] == last:
+            after.pop()
+    return ".".join(after) or module
 
 
 def list_target_names(target: Path) -> Sequence[str]:

@@ -10,6 +10,7 @@ from reshard.planning.file_layout import WHOLE_NAME
 from reshard.planning.plan import Plan
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.sources.exempt_names import rename_exempt_modules
 from reshard.types import RANKS, WHOLE
 
 EXEMPT = "modules_to_not_convert"
@@ -83,7 +84,8 @@ def find_unscaled_modules(plan: Plan) -> list[str]:
 
 
 def carry_config(plan: Plan) -> dict[str, bytes]:
-    """Makes the config of rank files, if the recipe carries it and casts change it; an unchanged one is copied.
+    """Makes the config of rank files, if the recipe carries it and casts or a renaming change it; an unchanged one is
+    copied.
 
     Values that padding raises stay as they were: a loader must know how many rows in the files are not padding.
     """
@@ -91,14 +93,15 @@ def carry_config(plan: Plan) -> dict[str, bytes]:
     if config is None or not any(fnmatchcase(CONFIG, pattern) for pattern in plan.recipe.carry):
         return {}
     changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
-    return {} if changed == config else {CONFIG: make_json_text(changed)}
+    is_renamed = plan.origin.config is not None and not plan.origin.is_of_ranks
+    return {CONFIG: make_json_text(changed)} if changed != config or is_renamed else {}
 
 
 def restore_texts(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:
     """Replaces each made JSON file by its exact original text, where both have the same values."""
     origin, texts = plan.origin, plan.origin.texts or {}
     found = {
-        name: texts[name] if has_same_values(name, texts.get(name), content) else content
+        name: texts[name] if has_same_values(plan, name, texts.get(name), content) else content
         for name, content in made.items()
     }
     if INDEX not in texts and origin.forms and is_restored(plan):
@@ -106,15 +109,22 @@ def restore_texts(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:
     return found
 
 
-def has_same_values(name: str, text: bytes | None, made: bytes) -> bool:
-    """Whether a config has the same keys and values, or an index the same tensors in the same files."""
+def has_same_values(plan: Plan, name: str, text: bytes | None, made: bytes) -> bool:
+    """Whether a config has the same keys and values, or an index the same tensors in the same files. In a checkpoint
+    that gets its original names back, a config with the original names of exempt modules counts as the same.
+    """
     if text is None or name not in (CONFIG, INDEX):
         return False
     try:
         one, other = json.loads(text), json.loads(made)
     except (ValueError, RecursionError):
         return False
-    return bool(one == other if name == CONFIG else get_weight_map(one) == get_weight_map(other))
+    if name == INDEX:
+        return bool(get_weight_map(one) == get_weight_map(other))
+    if plan.origin.renaming and isinstance(one, dict) and is_restored(plan):
+        names = [tensor for form in plan.origin.forms for tensor in form.tensors]
+        one = rename_exempt_modules(one, names, plan.origin.renaming)
+    return bool(one == other)
 
 
 def get_weight_map(index: Any) -> Any:

@@ -22,6 +22,7 @@ from reshard.formats.renaming import store_renaming
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.target.config_files import cast_config
+from reshard.text import format_count, format_list
 from reshard.types import WHOLE, File, Share
 
 SAMPLE_SIZE = 64 << 10
@@ -201,16 +202,37 @@ def describe_lost(plan: Plan) -> Iterator[str]:
     origin = plan.origin
     if plan.layout.to != WHOLE or not origin.is_of_ranks:
         return
+    groups: dict[tuple[str, str], list[Share]] = {}
     for share in origin.lost or ():
-        reason = f": {share.reason}" if share.reason else ""
-        size = f"{share.tensors:,} tensors, {share.size:,} bytes"
-        yield f"{NOW[share.use]}: {size}: {share.what}, {share.use} when converted{reason}"
+        groups.setdefault((share.use, share.reason), []).append(share)
+    for group in groups.values():
+        yield describe_shares(group, are_all=covers_all_tensors(plan, group))
     if origin.lost is None:
         if dropped := list_dropped(plan):
             yield f"without a manifest nobody knows whether the model had these, dropped when converted: {dropped}"
         for rule in plan.recipe.rules:
             if rule.relation == "dequantize":
                 yield f"not as it was: {rule.left}, dequantized when converted, by the recipe"
+
+
+def describe_shares(group: Sequence[Share], *, are_all: bool) -> str:
+    """Describes, in a line, what became of tensors of several rows for one reason."""
+    use, reason = group[0].use, f": {group[0].reason}" if group[0].reason else ""
+    tensors = format_count(sum(share.tensors for share in group), "tensors")
+    size = f"{sum(share.size for share in group):,} bytes"
+    if are_all:
+        return f"{NOW[use]}: all {tensors}, {size}, {use} when converted{reason}"
+    rows = format_list((share.what for share in group), 3)
+    return f"{NOW[use]}: {tensors}, {size}: {rows}, {use} when converted{reason}"
+
+
+def covers_all_tensors(plan: Plan, group: Sequence[Share]) -> bool:
+    """Whether every tensor of a plan is of these shares of the original."""
+    counts = Counter[str]()
+    for share in plan.coverage:
+        counts[share.what] += share.tensors
+    counts.subtract({share.what: share.tensors for share in group})
+    return len(group) > 1 and max(counts.values()) <= 0
 
 
 def list_dropped(plan: Plan) -> str:

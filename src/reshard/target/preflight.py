@@ -31,7 +31,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files
+from reshard.target.side_files import collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
     check_manifests,
@@ -107,7 +107,7 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     or of the source. Raises Refused if they cannot be written.
     """
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
-    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe)))
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.side_writer import SideFile
+from reshard.formats.file_content import LOOKED_AT, require_side_content
 from reshard.formats.huggingface import SUFFIX
-from reshard.formats.json_input import POINTER, require_no_pointer
+from reshard.formats.json_input import require_no_pointer
 from reshard.formats.part_manifests import is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import UNFINISHED
@@ -152,11 +153,11 @@ def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) 
     """Collects the side files: copied ones, and made ones, which replace copied ones of the same name. Sorted by name.
     The files of a `tokenizer`, name -> path, replace those of the source.
 
-    Raises Refused if one that is copied is a broken link or a Git LFS pointer, or cannot be read.
+    Raises Refused if one that is copied is a broken link or another thing than its name says, or cannot be read.
     """
     made, copied = make_files(plan), choose_tokenizer(find_beside(plan).copied, tokenizer)
     lost = [str(path) for path in copied.values() if is_broken_link(path)]
-    expected, remedy = "a file that goes along", "download it again, or remove the link"
+    expected, remedy = "a file that goes along", "download it again, or move the link away"
     require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
     sides = {name: look_at_side_file(path) for name, path in copied.items() if name not in made}
     sides |= {name: SideFile(content, len(content)) for name, content in made.items()}
@@ -164,11 +165,14 @@ def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) 
 
 
 def look_at_side_file(path: Path) -> SideFile:
-    """Looks at a file that is going to be copied. Raises Refused if it cannot be read, or is a Git LFS pointer."""
+    """Looks at a file that is going to be copied. Raises Refused if it cannot be read, or is a Git LFS pointer, a web
+    page or another thing that its name does not say.
+    """
     try:
         with open_regular_file(path) as file:
-            status, beginning = os.fstat(file.fileno()), file.read(len(POINTER))
+            status, beginning = os.fstat(file.fileno()), file.read(LOOKED_AT)
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     require_no_pointer(path, beginning)
+    require_side_content(path, beginning)
     return SideFile(path, status.st_size, status.st_mtime_ns)

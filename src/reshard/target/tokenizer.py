@@ -14,6 +14,9 @@ WORD = "token"
 TOKENIZER = "tokenizer.json"
 """The tokenizer itself, where a recipe names it."""
 
+CONFIG_OF_TOKENIZER = "tokenizer_config.json"
+"""What most loaders of a tokenizer look for, too."""
+
 
 def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | None:
     """Finds the tokenizer files in a folder, those that the recipe carries; name -> path. None without a folder.
@@ -45,13 +48,17 @@ def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | 
     return {name: folder / name for name in files}
 
 
-def note_lacking(tokenizer: Mapping[str, Path] | None, recipe: Recipe) -> tuple[Note, ...]:
-    """Notes the files that the folder of a tokenizer lacks: they are not taken from the source."""
+def note_lacking(tokenizer: Mapping[str, Path] | None, recipe: Recipe, sides: Mapping[str, Path]) -> tuple[Note, ...]:
+    """Notes the files that the folder of a tokenizer lacks: they are not taken from the source, which has `sides`."""
     if not tokenizer:
         return ()
-    lacking = list_lacking(list_tokenizer_patterns(recipe), list(tokenizer))
+    patterns = list_tokenizer_patterns(recipe)
+    # `*token*` names no file: then those of the source tell what a tokenizer has.
+    known = [name for name in (CONFIG_OF_TOKENIZER, *sides) if any(fnmatchcase(name, one) for one in patterns)]
+    wanted = [*(one for one in patterns if "*" not in one), *known]
+    lacking = format_list(name for name in dict.fromkeys(wanted) if name not in tokenizer)
     folder = next(iter(tokenizer.values())).parent
-    return tuple(Note("no-tokenizer-file", f"without {name}: it is not in {folder}") for name in lacking)
+    return (Note("no-tokenizer-file", f"without {lacking}: not in {folder}"),) if lacking else ()
 
 
 def list_tokenizer_patterns(recipe: Recipe) -> list[str]:

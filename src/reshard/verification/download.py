@@ -12,6 +12,7 @@ from reshard.formats.huggingface import INDEX, SUFFIX, read_header
 from reshard.formats.index import read_index
 from reshard.formats.numbering import check_numbering
 from reshard.formats.recognition import suggest_download
+from reshard.formats.unfinished_downloads import find_unfinished
 from reshard.storage.counting import count_progress
 from reshard.text import escape, format_count, format_list
 from reshard.types import Note, Progress
@@ -103,8 +104,8 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     renamed = find_renamed_files(records, absent, {item.file.name: hashes[item.file.name] for item in also})
     problems = [
         *check_hashes(folder, records, present, hashes),
-        *check_absent_files(records, absent, renamed),
-        *check_expected_files(records, sorted({*expected} - {*names})),
+        *check_absent_files(folder, records, absent, renamed),
+        *check_expected_files(folder, records, sorted({*expected} - {*names})),
         *check_strangers(records, [name for name in strangers if name not in renamed.values()]),
         *records.problems,
         # The hash of an index says by itself that it is damaged.
@@ -183,7 +184,7 @@ def explain_other_hash(
     `is_copy`: the other file has its own content too.
     """
     record = records.records[item.file.name]
-    fetch = records.describe_fetch(record.name, record.commit)
+    fetch = records.describe_fetch(record.name, record.commit) + records.overwriting
     actual, expected = describe_hash(found), f"{describe_hash(record.digest)}, by {records.keeper}"
     if owner:
         remedy = fetch if is_copy else f"give the files their names back; or download this one again: {fetch}"
@@ -199,32 +200,43 @@ def explain_other_hash(
 
 
 def check_absent_files(
-    records: FileRecords, absent: Mapping[str, str], renamed: Mapping[str, str]
+    folder: Path, records: FileRecords, absent: Mapping[str, str], renamed: Mapping[str, str]
 ) -> Iterator[Problem]:
     """Recorded files that are not there, or are no files. By name: what is there, and where the content lies."""
     for name, found in absent.items():
         record = records.records[name]
-        kind, remedy = "missing-file" if found in GONE else "cannot-read", records.describe_fetch(name, record.commit)
+        expected = f"{describe_hash(record.digest)}, by {records.keeper}"
+        fetch = records.describe_fetch(name, record.commit)
+        if found not in GONE:
+            yield Problem("cannot-read", name, found, expected, fetch + records.overwriting)
+            continue
+        other = find_unfinished(folder, name)
         if name in renamed:
-            found, remedy = f"{found}, but {renamed[name]} has its content", f"rename {renamed[name]} to {name}"  # noqa: PLW2901
-        found = ", but ".join(filter(None, (found, records.unfinished.get(name))))  # noqa: PLW2901
-        yield Problem(kind, name, found, f"{describe_hash(record.digest)}, by {records.keeper}", remedy)
+            other, fetch = f"{renamed[name]} has its content", f"rename {renamed[name]} to {name}"
+        yield Problem("missing-file", name, f"{found}, but {other}" if other else found, expected, fetch)
 
 
-def check_expected_files(records: FileRecords, lacking: Iterable[str]) -> Iterator[Problem]:
+def check_expected_files(folder: Path, records: FileRecords, lacking: Iterable[str]) -> Iterator[Problem]:
     """Files that neither are there nor have a record, but that the index names, or that a download has begun."""
-    for name in dict.fromkeys((*lacking, *records.unfinished)):
+    found = {name: describe_unrecorded(folder, name) for name in lacking}
+    for name, text in {**records.unfinished, **found}.items():
         if name not in records.records:
-            found = records.unfinished.get(name, "no such file, and no record of one")
-            expected = "one of the files of the checkpoint" if name in lacking else "a finished download"
-            yield Problem("missing-file", name, found, expected, records.describe_fetch(name, ""))
+            expected = "one of the files of the checkpoint" if name in found else "a finished download"
+            yield Problem("missing-file", name, text, expected, records.describe_fetch(name, ""))
+
+
+def describe_unrecorded(folder: Path, name: str) -> str:
+    """What is there of a file that is missing, and has no record."""
+    begun = find_unfinished(folder, name)
+    return f"no such file, but {begun}" if begun else "no such file, and no record of one"
 
 
 def check_strangers(records: FileRecords, names: Iterable[str]) -> Iterator[Problem]:
     """Safetensors files without a record: nothing vouches for them."""
     for name in names:
         found = f"a safetensors file without a record of {records.keeper}"
-        remedy = f"{records.describe_fetch(name, '')}; or move it away, if it is not of this checkpoint"
+        fetch = records.describe_fetch(name, "") + records.overwriting
+        remedy = f"{fetch}; or move it away, if it is not of this checkpoint"
         yield Problem("no-record", name, found, "the hash that it should have", remedy)
 
 

@@ -48,11 +48,15 @@ class FileRecords:
     records: Mapping[str, FileRecord]
     """By the name of the file."""
     describe_fetch: Callable[[str, str], str]
-    """For the name of a file and a revision: how to get the file again, as a hint."""
+    """For the name of a file and a revision: how to get a file that is not there, as a hint."""
+    overwriting: str = ""
+    """What is to be added to that hint for a file that is there."""
     problems: tuple[Problem, ...] = ()
     """Of records that cannot be used."""
     unfinished: Mapping[str, str] = field(default_factory=dict)
-    """By the name of a file that is not there: what lies there of its download."""
+    """Downloads that were begun, of files that have no record: by the name of the file, or else by the place; what
+    lies there.
+    """
     notes: tuple[Note, ...] = ()
 
 

@@ -5,8 +5,6 @@ hash, the time. In the hub's cache, each file is a link to `blobs/HASH`. The has
 SHA-1 of git of a small one.
 """
 
-import base64
-import hashlib
 import os
 import re
 from collections import Counter
@@ -15,10 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.unfinished_downloads import HUB_RECORDS
+from reshard.formats.huggingface import CONFIG, INDEX, SINGLE, SUFFIX
+from reshard.formats.recognition import explain_hub_cache
+from reshard.formats.unfinished_downloads import (
+    BLOBS,
+    FINISH,
+    HUB_RECORDS,
+    find_unfinished,
+    find_unfinished_weights,
+    list_begun_blobs,
+    list_entries,
+    list_labels,
+    parse_begun_label,
+)
 from reshard.storage.local import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import Note
@@ -26,7 +35,7 @@ from reshard.verification.file_hashes import FileRecord, FileRecords
 
 OWN_FOLDERS = {".cache", ".huggingface", ".git"}
 
-RECORD_SUFFIX, UNFINISHED_SUFFIX = ".metadata", ".incomplete"
+RECORD_SUFFIX = ".metadata"
 
 MOST_RECORD_SIZE = 4096
 """In bytes."""
@@ -35,10 +44,11 @@ HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-BEGUN_RECORD = re.compile(rf"(.+)\.({HASH.pattern}){re.escape(UNFINISHED_SUFFIX)}", re.DOTALL)
-
 HASHED_LABEL = re.compile(r"[\w-]{27}=")
 """The SHA-1 of a name, as newer versions of the downloader have it."""
+
+USUAL_NAMES = (INDEX, SINGLE, CONFIG)
+"""Files that may have been begun before anything else tells their names."""
 
 REPOSITORY = re.compile(r"models--([\w.-]+)")
 
@@ -58,54 +68,50 @@ class HubOrigin:
     place: str
 
 
-class UnfinishedFile(NamedTuple):
-    """A file that a download has begun and not finished."""
-
-    folder: str
-    """Within the checkpoint, with a `/` at its end; empty for the checkpoint itself."""
-    label: str
-    """The name of the file, or a hash of it."""
-    digest: str
-    size: int
-    """Of what is there, in bytes."""
-
-
 def find_hub_records(folder: Path, names: Sequence[str], expected: Iterable[str]) -> FileRecords:
     """The records of the hub for the files of a folder, whose names are given; `expected` are names that should be
     there. Raises Refused if there is no record at all.
     """
-    require_no_cache_root(folder)
-    records, problems, unfinished = read_local_records(folder)
+    require_no_cache_root(folder, names)
+    records, problems, begun = read_local_records(folder)
     blobs = {name: blob for name in names if name not in records if (blob := find_blob(folder / name))}
     records.update((name, FileRecord(name, blob.name, find_snapshot(folder))) for name, blob in blobs.items())
     if not records and not problems:
-        raise refuse_without_records(folder)
+        raise refuse_without_records(folder, names)
     commits = Counter(record.commit for record in records.values() if record.commit)
     origin = identify_origin(folder, blobs if 2 * len(blobs) > len(records) else {}, commits)
-    known = set(records)
-    left = {name: describe_unfinished_blob(blob) for name, blob in blobs.items() if not blob.exists()}
-    for part in unfinished:
-        name = find_unfinished_name(part, {*known, *expected})
-        if name.startswith(HUB_RECORDS) or not (folder / name).exists():
-            left[name] = f"an unfinished download, of {part.size:,} bytes so far"
+    unfinished = dict(name_begun_files(folder, begun, {*names, *records, *expected, *USUAL_NAMES}))
+    notes = list(note_revisions(commits))
+    if {*names}.issuperset(expected) and all(os.path.exists(blob) for blob in blobs.values()):  # noqa: PTH110 - no error
+        add_begun_blobs(folder, unfinished, notes)
     return FileRecords(
-        "the hub", records, partial(describe_hub_fetch, origin), tuple(problems), left, tuple(note_revisions(commits))
+        "the hub",
+        records,
+        partial(describe_hub_fetch, origin),
+        overwriting=" --force-download",
+        problems=tuple(problems),
+        unfinished=unfinished,
+        notes=tuple(notes),
     )
 
 
-def require_no_cache_root(folder: Path) -> None:
-    """Raises Refused for the folder of a repository in the hub's cache: its files are in a snapshot of it."""
-    if not ((folder / "blobs").is_dir() and (folder / "snapshots").is_dir()):
+def require_no_cache_root(folder: Path, names: Iterable[str]) -> None:
+    """Raises Refused for the hub's cache, or a repository in it: its files are in snapshots. A checkpoint may have a
+    folder of such a name too.
+    """
+    is_checkpoint = any(name.endswith(SUFFIX) and "/" not in name for name in names)
+    if is_checkpoint or any((folder / records).is_dir() for records in HUB_RECORDS):
         return
-    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-    main = read_text(folder / "refs" / "main")
-    chosen = [path for path in snapshots if path.name == main] or snapshots
-    remedy = f"one of its snapshots: {format_list(map(str, chosen))}" if chosen else "download it again"
-    raise refuse("empty-source", str(folder), "a repository of the hub's cache", "the folder of a snapshot", remedy)
+    if refused := explain_hub_cache(folder):
+        raise refused
 
 
-def refuse_without_records(folder: Path) -> Refused:
+def refuse_without_records(folder: Path, names: Iterable[str]) -> Refused:
     """The refusal of a folder without a record of the hub; names the folder above that has records of it."""
+    begun = find_unfinished_weights(folder)
+    if begun and not any(name.endswith(SUFFIX) for name in names):
+        remedy = FINISH.replace("convert", "verify it")
+        return refuse("unfinished-download", str(folder), f"no weights yet: {begun}", "the whole files", remedy)
     place = folder.resolve()
     remedy = "give a list of checksums with --sums FILE; or download again by `hf download` into a folder of its own"
     for above in place.parents:
@@ -115,22 +121,51 @@ def refuse_without_records(folder: Path) -> Refused:
     return refuse("no-record", str(folder), "no record of the hub beside the files", "one for each file", remedy)
 
 
-def read_local_records(folder: Path) -> tuple[dict[str, FileRecord], list[Problem], list[UnfinishedFile]]:
-    """The records in a folder that was downloaded into; the problems are of records that cannot be used."""
+def read_local_records(folder: Path) -> tuple[dict[str, FileRecord], list[Problem], dict[str, str]]:
+    """The records in a folder that was downloaded into; the problems are of records that cannot be used. And label ->
+    place of the downloads that were begun.
+    """
     records: dict[str, FileRecord] = {}
     problems: list[Problem] = []
-    unfinished: list[UnfinishedFile] = []
-    for root in (folder / place for place in HUB_RECORDS):
-        for name in list_files(root):
+    begun: dict[str, str] = {}
+    for place in HUB_RECORDS:
+        for name in list_files(folder / place):
             if name.endswith(RECORD_SUFFIX):
-                record = parse_record(name.removesuffix(RECORD_SUFFIX), read_text(root / name))
+                record = parse_record(name.removesuffix(RECORD_SUFFIX), read_text(folder / place / name))
                 if isinstance(record, FileRecord):
                     records.setdefault(record.name, record)
                 else:
                     problems.append(record)
-            elif part := parse_unfinished_name(root, name):
-                unfinished.append(part)
-    return records, [problem for problem in problems if problem.subject not in records], unfinished
+            elif label := parse_begun_label(name):
+                begun[label] = place
+    return records, [problem for problem in problems if problem.subject not in records], begun
+
+
+def name_begun_files(folder: Path, begun: Mapping[str, str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The name of each file that was begun and is not there, and what lies there; `names` are those that it can have.
+
+    If none of them fits, it is the place instead.
+    """
+    by_label = {label: name for name in names for label in list_labels(name)}
+    for label, place in begun.items():
+        inner, slash, last = label.rpartition("/")
+        if label not in by_label and HASHED_LABEL.fullmatch(last):
+            yield f"{place}/{inner}{slash}{last[:8]}...", "an unfinished download, of a file whose name is not known"
+        elif found := find_missing_file(folder, by_label.get(label, label)):
+            yield found
+
+
+def add_begun_blobs(folder: Path, unfinished: dict[str, str], notes: list[Note]) -> None:
+    """Adds the unfinished downloads in the cache of a snapshot in which nothing is known to be missing: no name tells
+    whose they are. Beside other snapshots they are only noted.
+    """
+    if not (blobs := list_begun_blobs(folder)):
+        return
+    count = format_count(len(blobs), "unfinished downloads")
+    if len(list_entries(folder.resolve().parent)) == 1:
+        unfinished[BLOBS] = f"{count}, of files whose names are not known"
+    else:
+        notes.append(Note("unfinished-download", f"{BLOBS} has {count}, of this revision or of another"))
 
 
 def list_files(folder: Path) -> list[str]:
@@ -173,27 +208,10 @@ def parse_record(name: str, text: str) -> FileRecord | Problem:
     return FileRecord(name, digest, lines[0] if COMMIT.fullmatch(lines[0]) else "")
 
 
-def parse_unfinished_name(root: Path, name: str) -> UnfinishedFile | None:
-    """The unfinished file of such a name below the records; None if it has another name, or has gone."""
-    inner, slash, last = name.rpartition("/")
-    if not (found := BEGUN_RECORD.fullmatch(last)):
-        return None
-    try:
-        return UnfinishedFile(inner + slash, found[1], found[2], (root / name).stat().st_size)
-    except OSError:
-        return None
-
-
-def find_unfinished_name(part: UnfinishedFile, names: Iterable[str]) -> str:
-    """The name of the file that an unfinished one is to become; its own name, if that cannot be told."""
-    for name in names:
-        inner, slash, last = name.rpartition("/")
-        hashed = hashlib.sha1((last + RECORD_SUFFIX).encode(errors="replace"), usedforsecurity=False).digest()
-        if inner + slash == part.folder and part.label in (last, base64.urlsafe_b64encode(hashed).decode()):
-            return name
-    if HASHED_LABEL.fullmatch(part.label):
-        return f"{HUB_RECORDS[0]}/{part.folder}{part.label}.{part.digest}{UNFINISHED_SUFFIX}"
-    return part.folder + part.label
+def find_missing_file(folder: Path, name: str) -> tuple[str, str] | None:
+    """The name of a file that is not there, and what lies there of its download; None if the file is there."""
+    begun = None if os.path.lexists(folder / name) else find_unfinished(folder, name)
+    return (name, f"no such file, but {begun}") if begun else None
 
 
 def find_blob(path: Path) -> Path | None:
@@ -217,12 +235,6 @@ def find_snapshot(folder: Path) -> str:
     return real.name if real.parent.name == "snapshots" and COMMIT.fullmatch(real.name) else ""
 
 
-def describe_unfinished_blob(blob: Path) -> str:
-    """What lies in the cache in the place of a file that is not there."""
-    part = blob.with_name(blob.name + UNFINISHED_SUFFIX)
-    return "an unfinished download" if part.exists() else "nothing where it leads to"
-
-
 def identify_origin(folder: Path, blobs: Mapping[str, Path], commits: Counter[str]) -> HubOrigin:
     """The repository of a folder: the hub's cache has its name, a folder that was downloaded into has not."""
     commit = max(commits, key=lambda one: commits[one], default="")
@@ -236,11 +248,13 @@ def identify_origin(folder: Path, blobs: Mapping[str, Path], commits: Counter[st
 
 
 def describe_hub_fetch(origin: HubOrigin, name: str, commit: str) -> str:
-    """How to download one file again, as a hint."""
+    """How to download one file that is not there, as a hint."""
     if name.startswith(HUB_RECORDS):
-        return "run the same `hf download` again, which finishes it"
+        return "run the same `hf download` again until it ends"
+    if name == BLOBS:
+        return "run the same `hf download` again until it ends; what is left there then is of another revision"
     revision = f" --revision {commit or origin.commit}" if commit or origin.commit else ""
-    return f"hf download {origin.repository} {quote(name)}{revision} {origin.place} --force-download"
+    return f"hf download {origin.repository} {quote(name)}{revision} {origin.place}"
 
 
 def note_revisions(commits: Counter[str]) -> Iterator[Note]:

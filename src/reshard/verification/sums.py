@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.errors import Problem, refuse, require_none
+from reshard.errors import MOST_PROBLEMS, MOST_SHOWN_PER_KIND, Problem, refuse, require_none
 from reshard.formats.json_input import MAX_HEADER_SIZE
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
+from reshard.types import Note
 from reshard.verification.file_hashes import SHA256_DIGITS, FileRecord, FileRecords
 
 PLAIN_LINE = re.compile(r"(\\)?([0-9a-fA-F]{16,})(?: [ *]|[ \t]+)(.+)", re.DOTALL)
@@ -26,6 +27,11 @@ ALGORITHMS = {32: "MD5", 40: "SHA-1", 56: "SHA-224", 96: "SHA-384", 128: "SHA-51
 LINE_FORM = "HEX  NAME, with the 64 hexadecimal digits of a SHA-256; or SHA256 (NAME) = HEX"
 
 MAKE_LIST_HINT = "make the list where the files are known to be good: sha256sum *.safetensors > SHA256SUMS"
+
+INSIDE_HINT = (
+    "cd into the folder of the checkpoint where its files are known to be good, and make the list again there: "
+    "sha256sum *.safetensors > SHA256SUMS"
+)
 
 ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
@@ -51,15 +57,28 @@ def read_sums(folder: Path, path: Path) -> FileRecords:
             problems.append(parsed)
         elif name is None:
             expected = f"a name within {folder}: names in the list are relative to it"
-            problems.append(
-                Problem("unsafe-file-name", subject, parsed.name, expected, "correct or leave out the line")
-            )
+            problems.append(Problem("unsafe-file-name", subject, parsed.name, expected, INSIDE_HINT))
         elif records.setdefault(name, FileRecord(name, parsed.digest)).digest != parsed.digest:
             problems.append(Problem("wrong-sums", subject, f"another hash of {name} than before", "one hash a file"))
-    # Another file than a list, or a list of other hashes: the first line says it.
-    require_none(problems if records else problems[:1])
-    require_some_of_folder(folder, path, records)
-    return FileRecords(path.name, records, lambda _name, _commit: "download or copy the file again")
+        # Another file than a list, or a list of other hashes: its first lines say it.
+        if len(problems) >= (MOST_PROBLEMS if records else MOST_SHOWN_PER_KIND):
+            break
+    require_none(problems)
+    leading = find_leading_folder(folder, records)
+    if not leading:
+        require_some_of_folder(folder, path, records)
+        return FileRecords(path.name, records, describe_fetch_again)
+    shorter = {name.removeprefix(leading): record for name, record in records.items()}
+    records = {name: record._replace(name=name) for name, record in shorter.items()}
+    note = Note(
+        "sums-names", f"the names of {path.name} are taken without `{leading}`, which all of them have in front"
+    )
+    return FileRecords(path.name, records, describe_fetch_again, notes=(note,))
+
+
+def describe_fetch_again(_name: str, _commit: str) -> str:
+    """How to get a file again, as a hint: a list does not tell where from."""
+    return "download or copy the file again"
 
 
 def list_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -103,14 +122,41 @@ def find_name_in_folder(folder: Path, name: str) -> str | None:
     return None if inside in {".", ".."} or inside.startswith("../") or "\0" in name else inside
 
 
-def require_some_of_folder(folder: Path, path: Path, records: dict[str, FileRecord]) -> None:
+def find_leading_folder(folder: Path, names: Collection[str]) -> str:
+    """The folders, with a `/` behind them, that all names have in front if a list was made above the folder; else
+    empty.
+
+    None of the names must be there as it stands: `original/x` is not `x`.
+    """
+    # The names between the first and the last one begin with all that these two share.
+    ends = [name.rpartition("/")[0] for name in (min(names), max(names))] if names else [""]
+    common = os.path.commonpath(ends).split("/")
+    if common == [""] or os.path.lexists(folder / common[0]):
+        return ""
+    leading = ("/".join(common[:depth]) + "/" for depth in range(1, len(common) + 1))
+    return next((one for one in leading if any(os.path.lexists(folder / name[len(one) :]) for name in names)), "")
+
+
+def require_some_of_folder(folder: Path, path: Path, records: Collection[str]) -> None:
     """Raises Refused if a list names nothing at all, or not one file of the folder."""
     if not records:
         raise refuse("wrong-sums", str(path), "no line with a checksum", LINE_FORM, MAKE_LIST_HINT)
-    if any((folder / name).exists() or (folder / name).is_symlink() for name in records):
+    if any(os.path.lexists(folder / name) for name in records):
         return
     found = format_list(records, 3) + ": none of them is there"
-    above = Path(os.path.abspath(folder)).parent  # noqa: PTH100
-    fits = any((above / name).exists() for name in records)
-    remedy = f"the names fit the folder above: verify {above} with this list" if fits else "is it the right list?"
+    above = find_listed_folder(folder, records)
+    remedy = f"the list names this folder from above: verify {above} with it" if above else "is it the right list?"
     raise refuse("wrong-sums", str(path), found, f"names of files, relative to {folder}", remedy)
+
+
+def find_listed_folder(folder: Path, names: Collection[str]) -> Path | None:
+    """The nearest folder above from which a list names files of this one; None if there is none.
+
+    A file of the same list elsewhere is not enough: it would be verified in the place of this folder.
+    """
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolving links would change the names
+    for above in place.parents:
+        prefix = place.relative_to(above).as_posix() + "/"
+        if any(name.startswith(prefix) and os.path.lexists(above / name) for name in names):
+            return above
+    return None
