@@ -133,7 +133,8 @@ def test_the_rows_of_the_page_name_the_fields_inside(section: str, printed: Mapp
                 seen |= {name} if inside else set()
     wanted = {
         REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes", "estimate"},
-        CHOICES: {"choices"}, CONVERT: {"recipe", "source", "coverage", "files", "done"}, VERIFY: {"problems"}, DOWNLOAD: {"problems"},
+        CHOICES: {"choices"},
+        CONVERT: {"recipe", "source", "coverage", "files", "done"}, VERIFY: {"problems"}, DOWNLOAD: {"problems"},
         DIFF: {"values", "kinds", "layers", "modules"}, INSPECT: set(), RECIPES: {"rules"}, CHECK: set(),
     }  # fmt: skip
     assert wanted[section] <= seen, "else the comparison says nothing"

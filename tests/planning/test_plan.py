@@ -346,6 +346,7 @@ def test_elements_smaller_than_a_byte_are_cut_between_bytes(
         assert problem.remedy == f"--mp with one of {text_of(working)}"
 
 
+DENSE_WEIGHTS = "mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight"
 NARROW_HEADS = {"num_attention_heads": 2, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
 
 
@@ -370,8 +371,7 @@ NARROW_HEADS = {"num_attention_heads": 2, "qk_nope_head_dim": 64, "qk_rope_head_
             {},
             8,
             {
-                "dense layer 0, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight "
-                "(192 rows or columns a rank)",
+                f"dense layer 0, {DENSE_WEIGHTS} (192 rows or columns a rank)",
                 "layers 0-4, self_attn.q_b_proj.weight (192 rows a rank)",
             },
             "1, 2, 4",
@@ -847,8 +847,7 @@ def test_deepseek_v3_cannot_be_cut_for_32_ranks(deepseek_v3: Checkpoint) -> None
         make_plan(deepseek_v3, load_recipe("deepseek-v3"), Layout(32))
     assert kinds_of(refused.value) == {"straddles-blocks"}
     (problem,) = refused.value.problems
-    names = "mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight"
-    assert problem.subject == f"dense layers 0-2, {names} (576 rows or columns a rank)"
+    assert problem.subject == f"dense layers 0-2, {DENSE_WEIGHTS} (576 rows or columns a rank)"
     assert problem.remedy == "--mp with one of 1, 2, 4, 8, 16, or --pad"
 
 
