@@ -72,7 +72,7 @@ def find_unfinished(folder: Path, name: str) -> str | None:
     for records, begun in list_begun_records(folder):
         if begun.startswith((f"{name}.", f"{hashed.decode()}.")):
             return f"{records}/{begun}"
-    if (folder / MODELSCOPE_RECORDS / name).exists():
+    if name in list_entries(folder / MODELSCOPE_RECORDS):  # to ask for the path would fail for too long a name
         return f"{MODELSCOPE_RECORDS}/{name}"
     return find_begun_blob(folder)
 
