@@ -27,6 +27,7 @@ BY_DATA |= {"holes", "scales", "sizes", "run"}
 REFUSAL, PLAN, CONVERT = "A refusal, of any command", "`plan`, `convert --dry-run`", "`convert`, `deepseek`"
 VERIFY, DOWNLOAD = "`verify`, `demo`", "`verify --download`, `verify --sums`"
 DIFF, INSPECT = "`diff`", "`inspect`"
+CHOICES = "`plan` without `--mp`"
 RECIPES, CHECK = "`recipes`, `recipes list`, `recipes show`", "`recipes check`"
 UNFINISHED = "`inspect` of an unfinished conversion"
 
@@ -35,6 +36,7 @@ RUNS: Mapping[str, list[str]] = {
               "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
     PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16"],
+    CHOICES: ["plan source"],
     CONVERT: ["convert source ranks --mp 2", "convert source ranks --mp 2", "convert source few --mp 2 --layers 0-1",
               "deepseek --hf-ckpt-path source --save-path script --model-parallel 2"],
     VERIFY: ["verify ranks", "verify ranks --source source", "verify ranks --sample 1%", "verify ranks --source other",
@@ -57,7 +59,8 @@ def read_page() -> Page:
         for row in re.findall(r"^\| (`.+) \|$", rest, re.MULTILINE):
             names, _, meaning = row.partition(" | ")
             fields |= dict.fromkeys(re.findall(r"`(\w+)`", names), meaning)
-    return {**page, CONVERT: {**page[PLAN], **page[CONVERT]}}
+    planned = {name: row for name, row in page[PLAN].items() if name != "estimate"}
+    return {**page, CONVERT: {**planned, **page[CONVERT]}}
 
 
 def fields_within(value: Any) -> Iterator[str]:
@@ -124,7 +127,7 @@ def test_the_page_has_the_fields_that_are_printed_and_no_other(section: str, pri
     documents = [one for said in printed[section] for one in (said if isinstance(said, list) else [said])]
     assert {name for document in documents for name in document} == page.keys()
     for document in documents:
-        assert page.keys() - document.keys() <= {"subset"}, "only where it is not all"
+        assert page.keys() - document.keys() <= {"subset", "estimate"}, "only where it is not all, and with a target"
 
 
 @pytest.mark.parametrize("section", RUNS)
@@ -140,8 +143,9 @@ def test_the_rows_of_the_page_name_the_fields_inside(section: str, printed: Mapp
                 assert inside <= {*re.findall(r"`(\w+)`", row)}, name
                 seen |= {name} if inside else set()
     wanted = {
-        REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes"},
+        REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes", "estimate"},
+        CHOICES: {"choices"},
         CONVERT: {"recipe", "source", "coverage", "files", "done"}, VERIFY: {"problems"}, DOWNLOAD: {"problems"},
-        DIFF: {"values", "kinds"}, INSPECT: set(), RECIPES: {"rules"}, CHECK: set(),
+        DIFF: {"values", "kinds", "layers", "modules"}, INSPECT: set(), RECIPES: {"rules"}, CHECK: set(),
     }  # fmt: skip
     assert wanted.get(section, set()) <= seen, "else the comparison says nothing"

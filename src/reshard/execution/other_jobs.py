@@ -15,10 +15,10 @@ Job = Mapping[str, Any]
 
 def describe_other_job(job: Job, other: Job) -> str:
     """Describes a job by what it has otherwise than another one: `4 ranks, cast bf16`."""
-    return ", ".join(list_differences(job, other)) or "other values"
+    return ", ".join(list_job_differences(job, other)) or "other values"
 
 
-def list_differences(job: Job, other: Job) -> Iterator[str]:
+def list_job_differences(job: Job, other: Job) -> Iterator[str]:
     """Lists the values in which a job differs from another one, in words; the files only if nothing else differs."""
     found = [*list_layout_differences(job.get("layout"), other.get("layout"))]
     name, others = get_recipe_name(job), get_recipe_name(other)
