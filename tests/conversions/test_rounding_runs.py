@@ -32,7 +32,7 @@ BIAS = "e_score_correction_bias"
 V4_STAYS = r"norm\.weight$|hc_|attn_sink$|compressor\.|gate\.bias$|^head\."
 V41_STAYS = r"vision.*norm|hc_|attn_sink$|compressor\.w|gate\.bias|^head\.|markov_head\.head|confidence_head"
 STAYS = {
-    "deepseek-v3.2": rf"norm\.(weight|bias)$|^lm_head|{BIAS}",
+    "deepseek-v3.2": rf"norm\.(weight|bias)$|^lm_head|indexer\.weights_proj|{BIAS}",
     "deepseek-v4-flash": V4_STAYS,
     "deepseek-v4-flash-0731": rf"{V4_STAYS}|markov_w2|confidence_head",
     "deepseek-v4.1-flash": V41_STAYS,
