@@ -168,7 +168,7 @@ def add_verify(parser: Parser) -> None:
     )
     what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
     what.add_argument(
-        "--ranks", type=parse_numbers, metavar="0-3,7", help="With --source, verify the files of these ranks only."
+        "--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only."
     )
     what.add_argument(
         "--ignore-extra-files",
