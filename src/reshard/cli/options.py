@@ -167,9 +167,7 @@ def add_verify(parser: Parser) -> None:
         help="The checkpoint that it was made from. Without it, the checksums of the manifest are compared.",
     )
     what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
-    what.add_argument(
-        "--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only."
-    )
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only.")
     what.add_argument(
         "--ignore-extra-files",
         action="store_true",
