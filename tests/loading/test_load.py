@@ -301,7 +301,7 @@ def test_what_there_is_not_is_refused(options: dict[str, Any], problem: tuple[st
 
 
 def test_expert_dtypes_that_there_are_not_are_refused(source: Source) -> None:
-    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp4") == ("wrong-option", "expert_dtype")
+    assert refusal(source("deepseek-v4-flash"), expert_dtype="fp6") == ("wrong-option", "expert_dtype")
 
 
 def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:

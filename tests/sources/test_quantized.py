@@ -224,7 +224,6 @@ def test_a_quantization_of_no_weight_is_accepted(told: Mapping[str, Any] | None)
         {**COMPRESSED, "ignore": ["re:.*(proj|head|tokens)$"]},
         {**COMPRESSED, "ignore": ["Linear"]},
         {**COMPRESSED, "config_groups": {"group_0": {"weights": {"num_bits": 8}, "targets": ["re:.*experts.*"]}}},
-        {**FP8, "ignored_layers": 7},
         {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*": {}}},
         {"quant_method": "new", "bits": 4},
         {"quant_method": ["x"], "bits": 4},

@@ -12,10 +12,13 @@ from xxhash import xxh3_128_hexdigest
 from reshard import api
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.execution.execute import Settings, execute_plan
 from reshard.execution.side_writer import LARGEST_READ, SideFile, read_side_file
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
+from reshard.storage.counting import WorkCounter
 from reshard.synthetic import write_checkpoint
+from reshard.target.preflight import describe_others, look_at_target
 
 LEFT_ENDINGS = [
     *("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.PT"),
@@ -213,17 +216,10 @@ def replace_by_a_folder(path: Path) -> None:
 def test_one_that_changes_before_it_is_copied_is_refused(
     change: Callable[[Path], None], kind: str, source: Path, tmp_path: Path
 ) -> None:
-    """Progress is told first when all has been looked at, and nothing written."""
-    changed = False
-
-    def progress(_done: int, _total: int) -> None:
-        nonlocal changed
-        if not changed:
-            change(source / "tokenizer.json")
-        changed = True
-
+    state = look_at_target(api.plan(source, 2), tmp_path / "target")
+    change(source / "tokenizer.json")
     with pytest.raises(Refused) as error:
-        api.convert(source, tmp_path / "target", 2, progress=progress)
+        execute_plan(state.plan, state.folder, describe_others(state), WorkCounter(None, 0, writes=True), Settings())
     assert [(problem.kind, problem.subject) for problem in error.value.problems] == [
         (kind, str(source / "tokenizer.json"))
     ]

@@ -94,7 +94,7 @@ def test_other_models_that_have_a_plan_can_be_cut_and_led_back(word: str, tmp_pa
     assert part < 0.75 * whole  # most of it is cut, not held by both
     with pytest.raises(Refused) as refused:
         convert_checkpoint(Job(tmp_path / "source", 16, recipe), tmp_path / "too-many")
-    assert "num_attention_heads" in {problem.subject for problem in refused.value.problems}
+    assert any(problem.subject.startswith("num_attention_heads (") for problem in refused.value.problems)
 
 
 def test_a_plan_for_experts_alone_cuts_experts_alone(tmp_path: Path) -> None:

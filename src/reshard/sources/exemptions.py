@@ -46,20 +46,17 @@ def read_exemptions(table: Mapping[str, Any]) -> Exemptions:
     """Reads the exempt modules of a quantization."""
     inner = table.get("quantization")
     entries = [*list_exempt_entries(table), *(list_exempt_entries(inner) if isinstance(inner, Mapping) else ())]
-    globs = [make_glob(entry) if isinstance(entry, str) else None for entry in entries]
+    globs = [make_glob(entry) for entry in entries]
     words = tuple(glob for glob in globs if glob and not set(glob) & set("*?"))
     patterns = tuple(re.compile(translate(glob)) for glob in globs if glob and set(glob) & set("*?"))
     return Exemptions(words, patterns, None not in globs and not has_own_choice(table))
 
 
-def list_exempt_entries(table: Mapping[str, Any]) -> Iterator[Any]:
-    """Lists the names and patterns, and in their place anything else that stands there."""
+def list_exempt_entries(table: Mapping[str, Any]) -> Iterator[str]:
+    """Lists the names and patterns. Anything else in the place of a list, or of a name in it, exempts nothing."""
     for key in (*EXEMPT_KEYS, *OTHER_EXEMPT_KEYS):
         value = table.get(key)
-        if isinstance(value, list):
-            yield from value
-        elif value is not None:
-            yield value
+        yield from (entry for entry in value if isinstance(entry, str)) if isinstance(value, list) else ()
 
 
 def make_glob(entry: str) -> str | None:
