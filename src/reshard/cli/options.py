@@ -47,11 +47,7 @@ def add_job(parser: Parser) -> None:
     )
     what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
-    what.add_argument(
-        "--ignore-extra-files",
-        action="store_true",
-        help="Leave out files and tensors that are not of the checkpoint.",
-    )
+    add_ignore_extra_files(what)
 
 
 def add_layout(parser: Parser) -> None:
@@ -121,10 +117,7 @@ def add_convert(parser: Parser) -> None:
         help="Go through the page cache or past it. By default, past it if the job is larger than a third of the free "
         "memory.",
     )
-    how.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
-    how.add_argument(
-        "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
-    )
+    add_policies(how)
     add_progress(parser)
 
 
@@ -135,11 +128,7 @@ def add_inspect(parser: Parser) -> None:
         "path", type=Path, metavar="PATH", help="A folder of safetensors files in either layout, or one such file."
     )
     what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
-    what.add_argument(
-        "--ignore-extra-files",
-        action="store_true",
-        help="Leave out files and tensors that are not of the checkpoint.",
-    )
+    add_ignore_extra_files(what)
     what.add_argument(
         "--tensors",
         nargs="?",
@@ -208,11 +197,7 @@ def add_diff(parser: Parser) -> None:
         default="compare",
         help="Where several ranks hold the same, compare them all, which is the default, or take the first.",
     )
-    what.add_argument(
-        "--ignore-extra-files",
-        action="store_true",
-        help="Leave out files and tensors that are not of the checkpoint.",
-    )
+    add_ignore_extra_files(what)
     parser.section(OUTPUT).add_argument(
         "--show",
         type=parse_positive,
@@ -281,14 +266,24 @@ def add_deepseek(parser: Parser) -> None:
         help="The folder of the tokenizer. By default it is the checkpoint.",
     )
     # What refusals advise.
-    what.add_argument(
+    add_ignore_extra_files(what)
+    add_policies(how)
+    add_progress(parser)
+
+
+def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
+    """Adds the option of every command that reads a checkpoint."""
+    group.add_argument(
         "--ignore-extra-files", action="store_true", help="Leave out files and tensors that are not of the checkpoint."
     )
-    how.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
-    how.add_argument(
+
+
+def add_policies(group: argparse._ArgumentGroup) -> None:
+    """Adds what a refusal may advise to a command that writes."""
+    group.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
+    group.add_argument(
         "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
     )
-    add_progress(parser)
 
 
 def add_progress(parser: Parser) -> None:

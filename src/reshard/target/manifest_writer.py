@@ -17,7 +17,6 @@ from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
 from reshard.execution.records import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
-from reshard.formats.part_manifests import JOB_KEYS
 from reshard.formats.renaming import store_renaming
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
@@ -124,15 +123,9 @@ def list_digests(records: Records) -> Iterable[bytes]:
     return (digest.tobytes() for digest in records["digest"])
 
 
-def is_same_job(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> bool:
-    """Whether a manifest is of the planned conversion, for these or other ranks."""
-    return not find_different_keys(manifest, plan, samples)
-
-
-def find_different_keys(manifest: Mapping[str, Any], plan: Plan, samples: Sequence[str]) -> list[str]:
-    """Finds the keys in which a manifest differs from that of the planned conversion, for these or other ranks."""
-    wanted = {**describe_plan(plan), "source_samples": list(samples)}
-    return [key for key in JOB_KEYS if manifest.get(key) != wanted.get(key)]
+def describe_conversion_job(plan: Plan, samples: Sequence[str]) -> dict[str, Any]:
+    """Describes a planned conversion as its manifest will, so that the two can be compared."""
+    return {**describe_plan(plan), "source_samples": list(samples)}
 
 
 def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:

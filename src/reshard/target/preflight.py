@@ -17,17 +17,16 @@ from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
 from reshard.execution.side_writer import write_side_files
 from reshard.formats.manifest import list_rank_files
-from reshard.formats.part_manifests import is_part_name, join_manifests, read_manifests
+from reshard.formats.part_manifests import is_part_name, is_same_conversion, join_manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
+    describe_conversion_job,
     describe_origin,
-    describe_plan,
     find_finished_ranks,
-    is_same_job,
     read_source_facts,
     write_manifest,
 )
@@ -114,7 +113,8 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
     manifests = read_manifests(folder)
-    same = {name: one for name, one in manifests.named.items() if is_same_job(one, plan, samples)}
+    wanted = describe_conversion_job(plan, samples)
+    same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
     known = join_manifests(same.values())
     sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
@@ -199,12 +199,12 @@ def check_room(state: TargetState) -> Iterator[Problem]:
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:
     """Explains that the target has a finished conversion of another job, by its manifest, and how it may serve."""
     plan = state.plan
-    wanted = {**describe_plan(plan), "source_samples": list(state.samples)}
+    wanted = describe_conversion_job(plan, state.samples)
     before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest)
     remedy = "another target"
     layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
     is_whole = len(manifest.get("files", ())) == manifest.get("ranks")
-    if is_whole and is_same_job({**manifest, "layout": layout}, plan, state.samples) and plan.layout.to == RANKS:
+    if is_whole and is_same_conversion({**manifest, "layout": layout}, wanted) and plan.layout.to == RANKS:
         command = shlex.join(["reshard", "convert", str(state.folder), "NEW", "--mp", str(plan.layout.ranks)])
         remedy += f"; or {command} makes the ranks from these files, without the source"
     return Problem(

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, refuse
+from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import (
     Manifests,
-    format_conversion_options,
     is_part_name,
     name_part_manifest,
     read_manifests,
@@ -18,7 +18,7 @@ from reshard.formats.part_manifests import (
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.sources.source import find_changed_range
-from reshard.target.manifest_writer import find_different_keys
+from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import RANKS, Note
@@ -141,20 +141,8 @@ def check_manifests(state: TargetState) -> Iterator[Problem]:
 
 def describe_other(state: TargetState, name: str = MANIFEST) -> str:
     """Describes in what the conversion of a manifest differs from this one."""
-    manifest = state.manifests.named[name]
-    keys = find_different_keys(manifest, state.plan, state.samples)
-    words = {**OTHER_JOB, "layout": f"made with {format_conversion_options(manifest)}"}
-    return f"of another conversion: {format_list(words[key] for key in keys)}"
-
-
-OTHER_JOB = {
-    "reshard": "another version of reshard",
-    "recipe": "another recipe",
-    "source": "another source",
-    "subset": "other layers, experts or tensors",
-    "source_samples": "other data in the source",
-}
-"""What differs between two conversions, by the keys whose values differ in their manifests."""
+    wanted = describe_conversion_job(state.plan, state.samples)
+    return f"of another conversion: {describe_other_job(state.manifests.named[name], wanted)}"
 
 
 def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
