@@ -60,11 +60,9 @@ def require_no_pointer(path: Path, beginning: bytes) -> None:
         raise refuse("lfs-pointer", str(path), "a git-lfs pointer", expected, remedy)
 
 
-Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
-"""Makes an object of its keys and values."""
-
-
-def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) -> dict[str, Any] | None:
+def read_object(
+    path: Path, most: int = MAX_HEADER_SIZE, parse: Callable[[bytes], Any] = json.loads
+) -> dict[str, Any] | None:
     """The JSON object in a file of at most so many bytes, or None if there is no such file. Raises Refused if it holds
     anything else.
     """
@@ -77,7 +75,7 @@ def read_object(path: Path, most: int = MAX_HEADER_SIZE, pairs: Pairs = dict) ->
                 raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", DOWNLOAD_AGAIN)
             text = file.read(size)
         require_no_pointer(path, text)
-        value = json.loads(text, object_pairs_hook=None if pairs is dict else pairs)
+        value = parse(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

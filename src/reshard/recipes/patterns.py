@@ -3,6 +3,8 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 from reshard.types import Recipe, Rule
 
@@ -67,25 +69,48 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
+class NameGroup(NamedTuple):
+    """Names that differ only in their numbers."""
+
+    places: list[int]
+    """Their indices."""
+    numbers: list[tuple[str, ...]]
+    """The numbers of each."""
+
+
+def group_names(names: Iterable[str]) -> dict[str, NameGroup]:
+    """Groups names by what is left of them without their numbers, as `split_name` splits them.
+
+    What stands before the last two components is split once for all names that have it: a model has 100,000 names.
+    """
+    groups: dict[str, NameGroup] = {}
+    beginnings: dict[str, tuple[dict[str, NameGroup], tuple[str, ...]]] = {}
+    groups_by_end: dict[str, dict[str, NameGroup]] = {}
+    for place, name in enumerate(names):
+        head = name.rsplit(".", 2)[0]
+        tail = name[len(head) :]
+        try:
+            ends, filling = beginnings[head]
+            places, numbers = ends[tail]
+        except KeyError:
+            if "#" in tail or NUMBER.search(tail):
+                key, filling = split_name(name)
+                places, numbers = groups.setdefault(key, NameGroup([], []))
+            else:
+                key, filling = split_name(head)
+                ends = groups_by_end.setdefault(key, {})
+                places, numbers = ends[tail] = groups.setdefault(key + tail, NameGroup([], []))
+                beginnings[head] = ends, filling
+        places.append(place)
+        numbers.append(filling)
+    return groups
+
+
 def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Each name as `split_name` gives it. Names with the same beginning are split once: a model has many of each."""
-    heads: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
-    tails: dict[str, dict[str, str]] = {}
-    found = []
-    for name in names:
-        place = name.rfind(".", 0, max(name.rfind("."), 0))
-        head, tail = name[: max(place, 0)], name[max(place, 0) :]
-        keys, numbers = heads.get(head) or ({}, ())
-        key = keys.get(tail)
-        if key is None:
-            key, numbers = split_name(name)
-            # Where the end holds a number, the beginning does not tell all of them.
-            if place > 0 and "#" not in name and not NUMBER.search(tail):
-                known = split_name(head)
-                keys = tails.setdefault(known[0], {})
-                keys[tail], heads[head] = key, (keys, known[1])
-        found.append((key, numbers))
-    return found
+    """Splits each name as `split_name` does, many of them faster."""
+    groups = group_names(names).items()
+    splits = [(place, key, numbers) for key, group in groups for place, numbers in zip(*group, strict=True)]
+    return [split[1:] for split in sorted(splits, key=itemgetter(0))]
 
 
 def make_patterns(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:

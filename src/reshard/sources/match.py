@@ -12,9 +12,9 @@ from reshard.recipes.patterns import (
     Pattern,
     find_later_members,
     find_scale_placeholder,
+    group_names,
     make_patterns,
     split_name,
-    split_names,
 )
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.sources.completeness import check_missing, check_placeholders, collect_members
@@ -152,18 +152,13 @@ def check_optional(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
     """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
-    names = split_names(checkpoint.tensors)
+    groups, all_tensors = group_names(checkpoint.tensors), list(checkpoint.tensors.values())
+    names = ((key, numbers) for key, group in groups.items() for numbers in group.numbers)
     marked, before = find_later_members(names, recipe)
-    groups: dict[str, tuple[list[Tensor], list[tuple[str, ...]]]] = {}
-    for (key, numbers), tensor in zip(names, checkpoint.tensors.values(), strict=True):
-        group = groups.get(key)
-        if group is None:
-            group = groups[key] = [], []
-        group[0].append(tensor)
-        group[1].append(numbers)
     families: dict[Pattern, Family] = {}
     unmatched: dict[str, list[Pattern]] = {}
-    for key, (tensors, members) in groups.items():
+    for key, (places, members) in groups.items():
+        tensors = [all_tensors[place] for place in places]
         fitting = [pattern for pattern in patterns if pattern.fits(key, members[0])]
         for found, chosen in decide_patterns(fitting, members, marked, before):
             if len(found) != 1:
