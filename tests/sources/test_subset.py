@@ -25,7 +25,7 @@ from reshard.execution.execute import Settings, identify_job
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.recipes.recipe import FAMILIES_FOLDER, load_recipe
 from reshard.sources.pruned_config import prune_config
-from reshard.storage.local import CACHED, PAGE, allocate_aligned
+from reshard.storage.local import CACHED, PAGE, ReadableFile, allocate_aligned
 from reshard.synthetic import DEEPSEEK_V2_LITE, list_tensors, write_tensors
 from reshard.types import File, Subset, Tensor
 from reshard.verification.compare import ComparedFiles, OpenedFiles
@@ -413,7 +413,7 @@ def test_any_stretch_of_rows_that_lie_apart_is_read(tmp_path: Path) -> None:
     side = ComparedFiles(tmp_path, {0: File("file", 100, 0, "", 0)}, CACHED, {7: stretches})
     buffer = allocate_aligned(3 * PAGE)
     with (tmp_path / "file").open("rb") as file:
-        opened = OpenedFiles(side, {0: file.fileno()})
+        opened = OpenedFiles(side, {0: ReadableFile("file", "cached", file.fileno())})
         for start in range(len(wanted)):
             for end in range(start + 1, len(wanted) + 1):
                 assert opened.read(7, start, end - start, buffer).tobytes() == wanted[start:end]

@@ -35,7 +35,7 @@ from reshard.storage.local import (
     write_durable,
     write_range,
 )
-from reshard.storage.page_cache import choose_ways_past_cache, is_cached, probe_way_to_read
+from reshard.storage.page_cache import is_mostly_cached, probe_way_to_read, probe_way_to_write
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
@@ -77,7 +77,8 @@ class Settings:
     max_memory: int = DEFAULT_MEMORY
     """Of all buffers together, in bytes."""
     cache: str = "auto"
-    """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
+    """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory.
+    What is in the cache already is read from there in all cases but `yes`, where all is."""
     restart: bool = False
     """Discard what an interrupted job has left, and begin again."""
     allow_inexact: bool = False
@@ -172,7 +173,8 @@ def write_partial_files(
     durable. Returns also the records of all groups, and the checksums of the side files.
     """
     ways = choose_ways(plan, target, settings)
-    jobs = choose_threads(ways, settings, measure_memory_per_thread(plan))
+    paths = [plan.source.folder / file.name for file in plan.source.files]
+    jobs = choose_threads(ways, paths, settings, measure_memory_per_thread(plan))
     found = parse_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
@@ -188,8 +190,7 @@ def write_partial_files(
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
-        names = [file.name for file in plan.source.files]
-        files = OpenFiles(sources, names, targets, ways, made, settings.allow_inexact)
+        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact)
         move_all(work, files, ledger, jobs, counter.advance)
         copied = time.monotonic()
         ledger.flush()  # first, for it counts what comes to the disk
@@ -206,16 +207,16 @@ def write_partial_files(
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     """Chooses to read and write through the page cache or past it, by settings and size of the job.
 
-    A source that is not in the cache yet is read past it even if the job fits: making room for bytes that are read only
-    once would slow down reading.
+    What is not in the cache yet is read past it even if the job fits: making room for bytes that are read only once
+    would slow down reading.
     """
-    moved = plan.size + int(plan.copies.sizes.sum())
-    paths = [plan.source.folder / file.name for file in plan.source.files]
-    if settings.cache == "no" or (settings.cache == "auto" and moved > measure_available_memory() // 3):
-        return choose_ways_past_cache(paths[0], target)
-    if settings.cache == "yes" or is_cached(paths):
+    if settings.cache == "yes":
         return CACHED
-    return Ways(probe_way_to_read(paths[0]), CACHED.write)
+    read = probe_way_to_read(plan.source.folder / plan.source.files[0].name)
+    moved = plan.size + int(plan.copies.sizes.sum())
+    if settings.cache == "no" or moved > measure_available_memory() // 3:
+        return Ways(read, probe_way_to_write(target))
+    return Ways(read, CACHED.write)
 
 
 def measure_memory_per_thread(plan: Plan) -> int:
@@ -223,9 +224,10 @@ def measure_memory_per_thread(plan: Plan) -> int:
     return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_threads(ways: Ways, settings: Settings, memory: int) -> int:
+def choose_threads(ways: Ways, paths: Sequence[Path], settings: Settings, memory: int) -> int:
     """The number of threads: as asked for, else as many as processors or as keep a disk busy; limited by memory."""
-    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else THREADS_PAST_CACHE
+    is_cached = CACHED.write == ways.write and (CACHED.read == ways.read or is_mostly_cached(paths))
+    usual = min(4, len(os.sched_getaffinity(0))) if is_cached else THREADS_PAST_CACHE
     return min(settings.max_memory // memory, settings.jobs or usual)
 
 

@@ -11,7 +11,7 @@ from reshard.casts.streaming import CastInputs, Read, compute_cast
 from reshard.errors import refuse
 from reshard.execution.windows import WINDOW_SIZE, Group, Window
 from reshard.sources.rank_files import PartRange, cut_part_ranges
-from reshard.storage.local import PAGE, Ways, allocate_aligned, read_range
+from reshard.storage.local import PAGE, ReadableFile, Ways, allocate_aligned, read_range
 from reshard.types import Cast, Join, Tensor
 
 ByteRows = NDArray[np.uint8]
@@ -101,9 +101,7 @@ cast, one for scales, and the memory of the kernels."""
 class OpenFiles:
     """The open files of a job, and its joins and casts."""
 
-    sources: Sequence[int]
-    """Descriptors."""
-    source_names: Sequence[str]
+    sources: Sequence[ReadableFile]
     targets: Sequence[int]
     """Descriptors; empty where tensors are loaded into memory."""
     ways: Ways
@@ -127,8 +125,7 @@ def read_or_compute_window(window: Window, files: OpenFiles, buffers: WorkerBuff
     """Reads or computes the bytes of a window into one of the buffers; also returns how many values are not exact."""
     if window.source_file >= len(files.sources):
         return compute_window(window, files, buffers)
-    source, name = files.sources[window.source_file], files.source_names[window.source_file]
-    return read_range(source, window.offset, window.size, buffers.window, files.ways, name), 0
+    return read_range(files.sources[window.source_file], window.offset, window.size, buffers.window), 0
 
 
 def compute_window(window: Window, files: OpenFiles, buffers: WorkerBuffers) -> tuple[memoryview, int]:
@@ -157,8 +154,7 @@ def make_reader(files: OpenFiles, buffer: memoryview, joined: memoryview | None 
     def read(tensor: Tensor, offset: int, size: int) -> memoryview:
         place = tensor.file - len(files.sources)
         if place < 0 or joined is None:
-            source, name = files.sources[tensor.file], files.source_names[tensor.file]
-            return read_range(source, tensor.offset + offset, size, buffer, files.ways, name)
+            return read_range(files.sources[tensor.file], tensor.offset + offset, size, buffer)
         join = files.made[place]
         if not isinstance(join, Join):
             raise TypeError(f"{tensor.name} is cast twice")
@@ -166,8 +162,7 @@ def make_reader(files: OpenFiles, buffer: memoryview, joined: memoryview | None 
         return joined[:size]
 
     def read_part(tensor: Tensor, offset: int, size: int) -> memoryview:
-        source, name = files.sources[tensor.file], files.source_names[tensor.file]
-        return read_range(source, tensor.offset + offset, size, buffer, files.ways, name)
+        return read_range(files.sources[tensor.file], tensor.offset + offset, size, buffer)
 
     return read
 

@@ -118,21 +118,24 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
     """Whether a window can be copied in steps: it is not computed, its runs are long, and it is read through the page
     cache. Past the page cache a window is read at once, which keeps the disk busy.
     """
-    is_read = files.ways.read == "cached" and window.source_file < len(files.sources)
+    if window.source_file >= len(files.sources):
+        return False
     pieces = (piece for group in window.groups for piece in group.pieces)
-    return is_read and all(piece.rows == 1 and piece.run >= SHORTEST_RUN for piece in pieces)
+    if any(piece.rows > 1 or piece.run < SHORTEST_RUN for piece in pieces):
+        return False
+    return files.sources[window.source_file].is_read_from_cache(window.offset, window.size)
 
 
 def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
-    source, name = files.sources[window.source_file], files.source_names[window.source_file]
+    source = files.sources[window.source_file]
     records = bytearray()
     for group in window.groups:
         checksum, end = xxh3_128(), group.target_offset
         for start, _, run, _ in group.pieces:
             for step in range(0, run, STEP_SIZE):
                 offset, size = window.offset + start + step, min(STEP_SIZE, run - step)
-                data = read_range(source, offset, size, buffer, files.ways, name)
+                data = read_range(source, offset, size, buffer)
                 checksum.update(data)
                 write_range(files.targets[group.target_file], data, end, files.ways)
                 end += size

@@ -269,8 +269,8 @@ def open_side(stack: ExitStack, side: DiffSide, size: int) -> OpenFiles:
     folder, files = side.checkpoint.folder, side.checkpoint.files
     paths = [folder / file.name for file in files]
     ways = choose_ways_to_read(paths[0], size) if paths else CACHED
-    descriptors = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
-    return OpenFiles(descriptors, [str(path) for path in paths], (), ways, side.checkpoint.joins, allow_inexact=True)
+    readable = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
+    return OpenFiles(readable, (), ways, side.checkpoint.joins, allow_inexact=True)
 
 
 class SideReader:

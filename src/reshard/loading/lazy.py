@@ -163,7 +163,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
     def _read_part(self, part: Tensor, offset: int, size: int, buffer: memoryview) -> memoryview:
         """Reads bytes of a tensor or shard of one file, into a part of the buffer."""
         path, source = self._paths[part.file], self._sources[part.file]
-        found = read_range(source, part.offset + offset, size, buffer, CACHED, path.name)
+        found = read_range(source, part.offset + offset, size, buffer)
         require_unwritten(path, self._checkpoint.files[part.file], source)
         return found
 

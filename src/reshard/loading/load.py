@@ -155,14 +155,14 @@ def refuse_memory(size: int, found: str) -> Exception:
 
 def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexact: bool) -> None:
     """Reads or computes all windows of a plan for one rank, into memory."""
-    folder, names = plan.source.folder, [file.name for file in plan.source.files]
-    ways = choose_ways_to_read(folder / names[0], memory.size)
+    folder = plan.source.folder
+    ways = choose_ways_to_read(folder / plan.source.files[0].name, memory.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
     if plan.casts:
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_random_reads(sources)  # or the kernel reads on into what other ranks need
-        files = OpenFiles(sources, names, (), ways, made, allow_inexact)
+        files = OpenFiles(sources, (), ways, made, allow_inexact)
         work = require_total_size(
             make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size
         )

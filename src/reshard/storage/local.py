@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from reshard.errors import refuse
+from reshard.storage.c_library import load_c_library
+from reshard.storage.residency import is_range_cached
 
 RWF_DONTCACHE = 0x80
 """From linux/fs.h; Python has no name for it before 3.15."""
@@ -37,7 +38,7 @@ class Ways:
 
     read: str
     """`cached`: through the page cache; `direct` (O_DIRECT) or `uncached` (RWF_DONTCACHE): past it; `dropped`: through
-    it, and dropped from it right afterwards."""
+    it, and dropped from it right afterwards. What is in the page cache already is read from there, in all ways."""
     write: str
     """The same, without `direct`."""
 
@@ -57,40 +58,64 @@ def allocate_aligned(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def advise_random_reads(descriptors: Iterable[int]) -> None:
+@dataclass(frozen=True, slots=True)
+class ReadableFile:
+    """A file open for reading, and how to read it."""
+
+    name: str
+    """In messages."""
+    way: str
+    """As in `Ways`."""
+    descriptor: int
+    direct: int | None = None
+    """A descriptor with O_DIRECT, for the way `direct`."""
+
+    def is_read_from_cache(self, offset: int, size: int) -> bool:
+        """Whether `size` bytes at a byte offset are read through the page cache: all if the way says so, else those
+        that are in it.
+        """
+        return self.way == CACHED.read or is_range_cached(self.descriptor, offset, size)
+
+
+def open_to_read(stack: ExitStack, path: Path, ways: Ways, name: str = "") -> ReadableFile:
+    """Opens a file for reading; the stack closes it. `name` is its name in messages, if not that of the path."""
+    descriptor = open_descriptor(stack, path, os.O_RDONLY)
+    direct = open_descriptor(stack, path, os.O_RDONLY | os.O_DIRECT) if ways.read == "direct" else None
+    return ReadableFile(name or path.name, ways.read, descriptor, direct)
+
+
+def advise_random_reads(files: Iterable[ReadableFile]) -> None:
     """Tells the kernel that files are read at scattered offsets, so that it does not read ahead."""
-    for descriptor in descriptors:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    for file in files:
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
-def open_to_read(stack: ExitStack, path: Path, ways: Ways) -> int:
-    """Opens a file for reading and returns its descriptor, which is closed with the stack."""
-    return open_descriptor(stack, path, os.O_RDONLY | (os.O_DIRECT if ways.read == "direct" else 0))
-
-
-def read_range(descriptor: int, offset: int, size: int, buffer: memoryview, ways: Ways, name: str) -> memoryview:
+def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -> memoryview:
     """Reads `size` bytes at a byte offset of a file and returns them as a part of `buffer`, which must be two pages
-    larger. `name` is the file's name in messages. Raises Refused if the file ends before, or cannot be read.
+    larger. Raises Refused if the file ends before, or cannot be read.
     """
+    is_cached = file.is_read_from_cache(offset, size)
     # O_DIRECT reads whole pages only: it also reads the rest of the first page and of the last.
-    first = offset - offset % PAGE if ways.read == "direct" else offset
+    is_direct = file.direct is not None and not is_cached
+    descriptor = file.direct if file.direct is not None and is_direct else file.descriptor
+    first = offset - offset % PAGE if is_direct else offset
     skip = offset - first
-    length = -(-(skip + size) // PAGE) * PAGE if ways.read == "direct" else size
-    flags = RWF_DONTCACHE if ways.read == "uncached" else 0
+    length = -(-(skip + size) // PAGE) * PAGE if is_direct else size
+    flags = RWF_DONTCACHE if file.way == "uncached" else 0
     done = 0
     while done < skip + size:
         try:
             count = os.preadv(descriptor, [buffer[done:length]], first + done, flags)
         except OSError as error:
             found = f"{error.strerror} at byte {first + done:,}"
-            raise refuse("cannot-read", name, found, "to read it", "is its disk sound?") from None
+            raise refuse("cannot-read", file.name, found, "to read it", "is its disk sound?") from None
         # O_DIRECT goes on at a page boundary only: a page that was read in part is read again.
-        again = count % PAGE if ways.read == "direct" and done + count < skip + size else 0
+        again = count % PAGE if is_direct and done + count < skip + size else 0
         if count == again:
             found = f"it ends at byte {first + done + count:,}"
-            raise refuse("source-changed", name, found, f"byte {offset + size:,}, as when it was planned")
+            raise refuse("source-changed", file.name, found, f"byte {offset + size:,}, as when it was planned")
         done += count - again
-    if ways.read == "dropped":
+    if file.way == "dropped" and not is_cached:
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
     return buffer[skip : skip + size]
 
@@ -103,12 +128,6 @@ def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> N
         done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
     if ways.write == "dropped":
         start_writeback(descriptor, offset, len(data))
-
-
-@cache
-def load_c_library() -> ctypes.CDLL:
-    """The C library, for what Python has no functions for."""
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def start_writeback(descriptor: int, offset: int, size: int) -> None:

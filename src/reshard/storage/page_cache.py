@@ -7,17 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways, allocate_aligned, open_descriptor
+from reshard.storage.residency import is_range_cached
 from reshard.storage.resources import measure_available_memory
 
 CACHE_PROBES = 64
 """Number of places of a source that are probed to tell whether it is in the page cache."""
 
 MOST_READING_THREADS = 4
-
-
-def choose_ways_past_cache(source: Path, target: Path) -> Ways:
-    """The best ways past the page cache to read the file `source` and to write into the folder `target`, by trial."""
-    return Ways(probe_way_to_read(source), probe_way_to_write(target))
 
 
 def probe_way_to_read(path: Path) -> str:
@@ -56,31 +52,19 @@ def choose_ways_to_read(path: Path, size: int) -> Ways:
     return CACHED if size <= measure_available_memory() // 3 else Ways(probe_way_to_read(path), CACHED.write)
 
 
-def is_cached(paths: Sequence[Path]) -> bool:
-    """Whether most of the files' bytes are in the page cache, by probing a few places of each file."""
+def is_mostly_cached(paths: Sequence[Path]) -> bool:
+    """Whether most bytes of files are in the page cache, by a look at a few places of each file."""
     looks = [found for path in paths for found in probe_cache(path, -(-CACHE_PROBES // len(paths)))]
     return sum(looks) * 2 > len(looks)
 
 
 def probe_cache(path: Path, count: int) -> Iterator[bool]:
-    """For each of `count` places spread over a file: whether it is in the page cache; True where the system cannot
-    tell.
-    """
-    buffer = bytearray(1)
+    """For each of `count` places spread over a file: whether it is in the page cache."""
     with ExitStack() as stack:
         descriptor = open_descriptor(stack, path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         for place in range(count):
-            try:
-                os.preadv(descriptor, [buffer], size * (2 * place + 1) // (2 * count), os.RWF_NOWAIT)
-            except BlockingIOError:
-                yield False
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-                yield True
-            else:
-                yield True
+            yield is_range_cached(descriptor, size * (2 * place + 1) // (2 * count), min(1, size))
 
 
 def choose_reading_threads(ways: Ways) -> int:

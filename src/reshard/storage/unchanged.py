@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from reshard.errors import Refused, refuse
-from reshard.storage.local import Ways, open_to_read
+from reshard.storage.local import ReadableFile, Ways, open_to_read
 from reshard.types import File
 
 START_AGAIN = "begin again with the files as they are now"
@@ -15,35 +15,41 @@ START_AGAIN = "begin again with the files as they are now"
 @contextmanager
 def open_unchanged(
     folder: Path, files: Sequence[File], ways: Ways, *, is_source: bool = True, again: str = START_AGAIN
-) -> Iterator[list[int]]:
-    """A context that opens files for reading and gives their descriptors, in the order of `files`.
+) -> Iterator[list[ReadableFile]]:
+    """A context that opens files for reading and gives them, in the order of `files`.
 
     Raises Refused if a file has changed since its header was read: before the context begins or by the time it ends.
     """
     with ExitStack() as stack:
-        descriptors = [open_to_read(stack, folder / file.name, ways) for file in files]
-        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+        paths = [folder / file.name for file in files]
+        opened = [open_to_read(stack, path, ways, path.name if is_source else str(path)) for path in paths]
+        require_unchanged(folder, files, opened, is_source=is_source, again=again)
         try:
-            yield descriptors
+            yield opened
         except Refused:
             # In a comparison, "written to" explains more than "ends too early". Of a source, the byte is told.
             if not is_source:
-                require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+                require_unchanged(folder, files, opened, is_source=is_source, again=again)
             raise
-        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)
+        require_unchanged(folder, files, opened, is_source=is_source, again=again)
 
 
 def require_unchanged(
-    folder: Path, files: Sequence[File], descriptors: Sequence[int], *, is_source: bool = True, again: str = START_AGAIN
+    folder: Path,
+    files: Sequence[File],
+    opened: Sequence[ReadableFile],
+    *,
+    is_source: bool = True,
+    again: str = START_AGAIN,
 ) -> None:
     """Raises Refused if an open file was written to, removed or replaced since its header was read.
 
     `again` tells how to begin again, for the hint of the refusal.
     """
-    for file, descriptor in zip(files, descriptors, strict=True):
+    for file, readable in zip(files, opened, strict=True):
         path = folder / file.name
-        require_unwritten(path, file, descriptor, is_source=is_source, again=again)
-        if not has_its_name(descriptor, path):
+        require_unwritten(path, file, readable, is_source=is_source, again=again)
+        if not has_its_name(readable.descriptor, path):
             remedy = f"put it back and run the same command again; or {again}"
             raise refuse_changed(
                 path, "removed or replaced", "the file whose header was read", remedy, is_source=is_source
@@ -51,10 +57,10 @@ def require_unchanged(
 
 
 def require_unwritten(
-    path: Path, file: File, descriptor: int, *, is_source: bool = True, again: str = START_AGAIN
+    path: Path, file: File, readable: ReadableFile, *, is_source: bool = True, again: str = START_AGAIN
 ) -> None:
     """Raises Refused if an open file was written to since its header was read, whatever its name is by now."""
-    status = os.fstat(descriptor)
+    status = os.fstat(readable.descriptor)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
         found, expected = f"{status.st_size:,} bytes, written since its header was read", f"{file.size:,} bytes"
         raise refuse_changed(

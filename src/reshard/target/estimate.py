@@ -65,7 +65,7 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
 
 
 def measure_read_rate(plan: Plan) -> float:
-    """Measures how fast the source is read past the page cache, in bytes a second. Raises Refused."""
+    """Measures how fast the source is read, in bytes a second: from the page cache what is in it. Raises Refused."""
     files = [file for file in plan.source.files if file.size > file.header_size] or list(plan.source.files)
     buffer, done, started = allocate_aligned(BLOCK + 2 * PAGE), 0, monotonic()
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def measure_read_rate(plan: Plan) -> float:
         except OSError as error:
             raise refuse("cannot-read", str(error.filename), str(error.strerror), "to read the source") from None
         for place, offset, size in list_blocks([file.size for file in files[:SPREAD]]):
-            read_range(opened[place], offset, size, buffer, ways, files[place].name)
+            read_range(opened[place], offset, size, buffer)
             done += size
             if monotonic() - started > SECONDS:
                 break

@@ -24,7 +24,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.storage.counting import count_progress, spread_evenly
 from reshard.storage.local import (
     PAGE,
-    Ways,
+    ReadableFile,
     advise_random_reads,
     allocate_aligned,
     open_to_read,
@@ -244,7 +244,7 @@ def find_changed_ranges(
             advise_random_reads(files.values())
 
         def work(buffer: memoryview, batch: RangeBatch) -> None:
-            found = check_batch(batch, files[batch.entry.name], buffer, ways)
+            found = check_batch(batch, files[batch.entry.name], buffer)
             with lock:
                 wrong[batch.entry.name].extend(found)
             advance(batch.ranges[-1].stop - batch.ranges[0].offset)
@@ -256,10 +256,10 @@ def find_changed_ranges(
     return {name: sorted(ranges) for name, ranges in wrong.items()}
 
 
-def check_batch(batch: RangeBatch, descriptor: int, buffer: memoryview, ways: Ways) -> list[CheckedRange]:
+def check_batch(batch: RangeBatch, file: ReadableFile, buffer: memoryview) -> list[CheckedRange]:
     """The ranges of a batch whose bytes have another checksum."""
     start = batch.ranges[0].offset
-    data = read_range(descriptor, start, batch.ranges[-1].stop - start, buffer, ways, batch.entry.name)
+    data = read_range(file, start, batch.ranges[-1].stop - start, buffer)
     return [
         checked
         for checked in batch.ranges

@@ -17,6 +17,7 @@ import numpy as np
 from reshard.formats.safetensors import BITS
 from reshard.storage.local import (
     PAGE,
+    ReadableFile,
     Ways,
     advise_random_reads,
     allocate_aligned,
@@ -74,15 +75,14 @@ class OpenedFiles:
     """The files of one side, opened."""
 
     side: ComparedFiles
-    descriptors: Mapping[int, int]
+    readable: Mapping[int, ReadableFile]
     """In the order of its files."""
 
     def read(self, number: int, offset: int, size: int, buffer: memoryview) -> TileBytes:
         """Reads `size` bytes of a file into the buffer. Raises Refused if the file ends before."""
         if number in self.side.joined:
             return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
-        name = f"{self.side.folder}/{self.side.files[number].name}"
-        return np.frombuffer(read_range(self.descriptors[number], offset, size, buffer, self.side.ways, name), np.uint8)
+        return np.frombuffer(read_range(self.readable[number], offset, size, buffer), np.uint8)
 
     def read_joined(self, shards: Sequence[Tensor], wanted: range, buffer: memoryview) -> TileBytes:
         """Reads a byte range of a tensor assembled from shards, into new memory. Raises Refused."""
@@ -194,10 +194,10 @@ def find_largest_tile(recast: CastWeight) -> int:
 
 def open_compared_files(stack: ExitStack, side: ComparedFiles, *, is_random: bool) -> OpenedFiles:
     opened = open_unchanged(side.folder, list(side.files.values()), side.ways, is_source=False)
-    descriptors = stack.enter_context(opened)
+    readable = stack.enter_context(opened)
     if is_random:
-        advise_random_reads(descriptors)
-    return OpenedFiles(side, dict(zip(side.files, descriptors, strict=True)))
+        advise_random_reads(readable)
+    return OpenedFiles(side, dict(zip(side.files, readable, strict=True)))
 
 
 class CompareBuffers:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple, Protocol
@@ -152,16 +152,16 @@ def compute_hash(
     digest = start_digest(item)
     done = 0
     try:
-        with open_unchanged(folder, [file], ways, is_source=False) as (descriptor,):
+        with open_unchanged(folder, [file], ways, is_source=False) as (readable,):
             while done < file.size and not stopped.is_set():
                 size = min(HASH_READ_SIZE, file.size - done)
-                digest.update(read_range(descriptor, done, size, buffer, ways, file.name))
+                digest.update(read_range(readable, done, size, buffer))
                 done += size
                 advance(size)
     except OSError as error:
         fault = Problem("cannot-read", file.name, error.strerror or str(error), "a readable file")
     except Refused as refused:
-        (fault,) = refused.problems
+        fault = replace(refused.problems[0], subject=file.name)
         if fault.kind != "cannot-read":
             raise
     else:
