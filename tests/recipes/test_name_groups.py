@@ -1,6 +1,6 @@
 """Names are grouped by what is left of them without their numbers, whatever their form."""
 
-from reshard.recipes.patterns import group_names, split_name, split_names
+from reshard.recipes.patterns import group_names_by_key, split_name, split_names
 
 NAMES = [
     "norm.weight",
@@ -32,7 +32,7 @@ def test_every_name_is_split_as_if_it_stood_alone() -> None:
 
 
 def test_groups_hold_the_place_and_the_numbers_of_each_name_in_their_order() -> None:
-    groups = group_names(NAMES)
+    groups = group_names_by_key(NAMES)
     expected: dict[str, tuple[list[int], list[tuple[str, ...]]]] = {}
     for place, name in enumerate(NAMES):
         key, numbers = split_name(name)

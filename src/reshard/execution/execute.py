@@ -92,6 +92,7 @@ class RunResult:
     jobs: int
     """Number of threads."""
     ways: Ways
+    """Those of most of the bytes."""
     resumed: int
     """In bytes: how much an earlier run had done already."""
     inexact: int
@@ -174,7 +175,8 @@ def write_partial_files(
     """
     ways = choose_ways(plan, target, settings)
     paths = [plan.source.folder / file.name for file in plan.source.files]
-    jobs = choose_threads(ways, paths, settings, measure_memory_per_thread(plan))
+    mostly = Ways(CACHED.read, ways.write) if is_mostly_cached(paths) else ways
+    jobs = choose_threads(mostly, settings, measure_memory_per_thread(plan))
     found = parse_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
@@ -200,7 +202,7 @@ def write_partial_files(
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    result = RunResult(jobs, ways, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
+    result = RunResult(jobs, mostly, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
     return result, records, checksums
 
 
@@ -224,10 +226,9 @@ def measure_memory_per_thread(plan: Plan) -> int:
     return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_threads(ways: Ways, paths: Sequence[Path], settings: Settings, memory: int) -> int:
+def choose_threads(ways: Ways, settings: Settings, memory: int) -> int:
     """The number of threads: as asked for, else as many as processors or as keep a disk busy; limited by memory."""
-    is_cached = CACHED.write == ways.write and (CACHED.read == ways.read or is_mostly_cached(paths))
-    usual = min(4, len(os.sched_getaffinity(0))) if is_cached else THREADS_PAST_CACHE
+    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else THREADS_PAST_CACHE
     return min(settings.max_memory // memory, settings.jobs or usual)
 
 

@@ -78,7 +78,7 @@ class NameGroup(NamedTuple):
     """The numbers of each."""
 
 
-def group_names(names: Iterable[str]) -> dict[str, NameGroup]:
+def group_names_by_key(names: Iterable[str]) -> dict[str, NameGroup]:
     """Groups names by what is left of them without their numbers, as `split_name` splits them.
 
     What stands before the last two components is split once for all names that have it: a model has 100,000 names.
@@ -108,7 +108,7 @@ def group_names(names: Iterable[str]) -> dict[str, NameGroup]:
 
 def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Splits each name as `split_name` does, many of them faster."""
-    groups = group_names(names).items()
+    groups = group_names_by_key(names).items()
     splits = [(place, key, numbers) for key, group in groups for place, numbers in zip(*group, strict=True)]
     return [split[1:] for split in sorted(splits, key=itemgetter(0))]
 

@@ -12,7 +12,7 @@ from reshard.recipes.patterns import (
     Pattern,
     find_later_members,
     find_scale_placeholder,
-    group_names,
+    group_names_by_key,
     make_patterns,
     split_name,
 )
@@ -152,7 +152,7 @@ def check_optional(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
     """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
     patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
-    groups, all_tensors = group_names(checkpoint.tensors), list(checkpoint.tensors.values())
+    groups, all_tensors = group_names_by_key(checkpoint.tensors), list(checkpoint.tensors.values())
     names = ((key, numbers) for key, group in groups.items() for numbers in group.numbers)
     marked, before = find_later_members(names, recipe)
     families: dict[Pattern, Family] = {}
