@@ -1,13 +1,13 @@
 """All measurements in one table: `python benchmarks/run.py FOLDER [--reference CONVERT_PY] [--only WORD]`.
 
-Makes its checkpoints below FOLDER (about 40 GB free are needed), runs each pair of commands in turn (A B A B ...), and
-prints for each case the ratio of the times: median, and least to most. A ratio above 1 means that reshard is faster.
-Ours is timed as a whole process. `cp -r` leaves its data in the page cache, reshard waits for the disk: the first ratio
-leaves our last wait out, the second (durable) adds a `sync` to cp.
+Makes its checkpoints below FOLDER (about 40 GB free are needed). Every time is that of a whole process as a person
+waits for it. The commands of a case run in turn, forwards and backwards (A B C, C B A, ...). Each column is their time
+divided by ours, as median (least to most): above 1, reshard is faster. `cp -r` alone leaves its bytes in memory. The
+loop is `limits.py copy`. The last column is the rate of our whole command as a share of what the disk itself wrote past
+the page cache in the same round.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -32,14 +32,6 @@ TINY = {"num_hidden_layers": 130, "first_k_dense_replace": 0, "vocab_size": 256,
 
 
 @dataclass(frozen=True)
-class Run:
-    """One process: its whole time, and of that the last wait for the disk, in seconds."""
-
-    seconds: float
-    sync_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Case:
     """A checkpoint, how it is converted, and what it is compared with. For 0 ranks it stays whole and is cast."""
 
@@ -47,23 +39,30 @@ class Case:
     source: str
     ranks: int
     options: tuple[str, ...] = ()
-    cold: bool = False
-    pairs: int = 3
+    state: str = "warm"
+    """Of the source in the page cache: `warm`, `cold` or `half`."""
+    pairs: int = 5
 
 
 CASES = (
-    Case("V3-shaped, warm, 2 jobs", "v3", 16, ("--jobs", "2", "--cache", "yes")),
-    Case("V3-shaped, warm, 1 job", "v3", 16, ("--jobs", "1", "--cache", "yes")),
-    Case("V3-shaped, warm, 4 jobs", "v3", 16, ("--jobs", "4", "--cache", "yes")),
-    Case("V3-shaped, warm, mp 1", "v3", 1, ("--jobs", "2", "--cache", "yes")),
-    Case("V3-shaped, warm, mp 4", "v3", 4, ("--jobs", "2", "--cache", "yes")),
-    Case("V3-shaped, cold", "v3", 16, cold=True),
-    Case("V3-shaped, larger than a third of memory", "large", 16, cold=True),
-    Case("BF16 dense, half of it columns", "dense", 16, ("--jobs", "2", "--cache", "yes")),
-    Case("100,000 tiny tensors", "tiny", 16, ("--jobs", "2", "--cache", "yes")),
-    Case("FP8 to BF16, whole files, 2 jobs", "v3", 0, ("--jobs", "2", "--cache", "yes")),
+    Case("warm, mp 4", "v3", 4),
+    Case("warm, mp 16", "v3", 16),
+    Case("warm, mp 1", "v3", 1),
+    Case("cold, mp 4", "v3", 4, state="cold"),
+    Case("cold, mp 16", "v3", 16, state="cold"),
+    Case("half in the cache, mp 16", "v3", 16, state="half"),
+    Case("more than a third of memory, source warm, mp 16", "large", 16, pairs=3),
+    Case("more than a third of memory, cold, mp 16", "large", 16, state="cold", pairs=3),
+    Case("BF16 dense, half of it columns, mp 16", "dense", 16, pairs=3),
+    Case("100,000 tiny tensors, mp 16", "tiny", 16),
+    Case("FP8 to BF16, whole files", "v3", 0, ("--cast", "bf16")),
+    Case("whole files again, of 1 GB each", "v3", 0, ("--max-file-size", "1GB")),
 )
 
+
+LIMITS = Path(__file__).with_name("limits.py")
+
+LIMITS_SHOWN = ("cp + sync", "cp", "loop")
 
 SAFETENSORS = ("0.7.0", "0.8.0")
 """The releases that the script is run with."""
@@ -78,6 +77,12 @@ def main() -> None:
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     print(machine())
+    compile_dir(Path(reshard.__file__).parent, quiet=1)  # as it is once it is installed
+    print(
+        " | ".join(
+            (f"{'case':48}", "output", "ours", *(f"{name} / ours" for name in LIMITS_SHOWN), "share of the disk")
+        )
+    )
     for case in CASES:
         if options.only in case.name:
             print(compare_with_cp(folder, case), flush=True)
@@ -119,24 +124,18 @@ def make(folder: Path, name: str) -> Path:
     return path
 
 
-def ours(source: Path, target: Path, ranks: int, *options: str) -> Run:
-    what = ("--mp", str(ranks)) if ranks else ("--to", "hf", "--cast", "bf16")
-    command = [sys.executable, "-m", "reshard", "convert", str(source), str(target), *what]
-    compile_dir(Path(reshard.__file__).parent, quiet=1)  # as it is once it is installed
+def ours(source: Path, target: Path, ranks: int, *options: str) -> list[str]:
+    """The command of a conversion."""
+    what = ("--mp", str(ranks)) if ranks else ("--to", "hf")
+    return [sys.executable, "-m", "reshard", "convert", str(source), str(target), *what, *options, "--quiet"]
+
+
+def timed(*commands: Sequence[str]) -> float:
+    """The seconds that several commands take, one after the other."""
     started = time.perf_counter()
-    done = subprocess.run([*command, *options, "--json"], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    return Run(seconds, json.loads(done.stdout)["done"]["sync_seconds"])
-
-
-def timed(*commands: Sequence[str]) -> Run:
-    """Several commands one after the other; the time of the second and later counts as the wait for the disk."""
-    times = []
     for command in commands:
-        started = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    return Run(sum(times), sum(times[1:]))
+    return time.perf_counter() - started
 
 
 def fresh(path: Path) -> Path:
@@ -146,37 +145,49 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def warm(path: Path, *, cold: bool) -> None:
-    """Reads every file once, so that all runs find it in the page cache; or puts it out of there."""
+def prepare(path: Path, state: str) -> None:
+    """Reads every file, so that all runs find it in the page cache; or puts it out of there, or every second MiB."""
     for file in sorted(path.iterdir()):
         with file.open("rb", buffering=0) as opened:
-            if cold:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
+            if state == "warm":
                 while opened.read(16 << 20):
                     pass
+            else:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if state == "half":
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for offset in range(0, file.stat().st_size, 64 << 20):
+                    os.pread(opened.fileno(), 32 << 20, offset)
 
 
 def compare_with_cp(folder: Path, case: Case) -> str:
     """Of the same output bytes: what reshard writes is what `cp -r` copies."""
-    source, model = make(folder, case.source), fresh(folder / "model")
-    ours(source, model, case.ranks)
+    source, model, copied = make(folder, case.source), fresh(folder / "model"), folder / "copied"
+    timed(ours(source, model, case.ranks, *case.options))
     size = sum(file.stat().st_size for file in model.iterdir())
-    pairs = []
-    for _ in range(case.pairs):
-        warm(model, cold=case.cold)
-        copied = timed(["cp", "-r", str(model), str(fresh(folder / "copied"))], ["sync"])
-        fresh(folder / "copied")
-        warm(source, cold=case.cold)
-        converted = ours(source, fresh(folder / "converted"), case.ranks, *case.options)
-        fresh(folder / "converted")
-        pairs.append((copied, converted))
+    copy = ["cp", "-r", str(model), str(copied)]
+    loop = [sys.executable, str(LIMITS), "copy", str(model), str(copied)]
+    commands: dict[str, tuple[Path, list[list[str]]]] = {
+        "cp + sync": (model, [copy, ["sync"]]),
+        "ours": (source, [ours(source, copied, case.ranks, *case.options)]),
+        "cp": (model, [copy]),
+        "loop": (model, [loop]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    shares = []
+    for turn in range(case.pairs):
+        for name in list(commands)[:: 1 if turn % 2 else -1]:
+            read, run = commands[name]
+            fresh(copied)
+            prepare(read, case.state)
+            times[name].append(timed(*run))
+        fresh(copied)
+        disk = float(subprocess.check_output([sys.executable, str(LIMITS), "write", str(folder), str(1 << 30)]))
+        shares.append(size / times["ours"][-1] / disk)
     fresh(model)
-    plain = [(a.seconds - a.sync_seconds) / (b.seconds - b.sync_seconds) for a, b in pairs]
-    durable = [a.seconds / b.seconds for a, b in pairs]
-    best = min(b.seconds - b.sync_seconds for _, b in pairs)
-    rates = f"{size / 1e9:6.2f} GB  {size / best / 1e9:5.2f} GB/s at best"
-    return f"{case.name:42} {rates}  cp/ours {spread(plain)}  durable {spread(durable)}"
+    found = [spread([a / b for a, b in zip(times[name], times["ours"], strict=True)]) for name in LIMITS_SHOWN]
+    mine = f"{statistics.median(times['ours']):6.2f} s"
+    return " | ".join((f"{case.name:48}", f"{size / 1e9:6.2f} GB", mine, *found, spread(shares)))
 
 
 def compare_with_script(folder: Path, script: Path, version: str) -> str:
@@ -188,25 +199,26 @@ def compare_with_script(folder: Path, script: Path, version: str) -> str:
     source = make(folder, "v3")
     arguments = ["--hf-ckpt-path", str(source), "--n-experts", "16", "--model-parallel", "16", "--save-path"]
     program = ["env", f"PYTHONPATH={package}", sys.executable, str(script)]
-    pairs = []
-    for _ in range(3):
-        warm(source, cold=False)
-        theirs = timed([*program, *arguments, str(fresh(folder / "theirs"))], ["sync"])
-        fresh(folder / "theirs")
-        warm(source, cold=False)
-        converted = ours(source, fresh(folder / "converted"), 16, "--cache", "yes")
-        fresh(folder / "converted")
-        pairs.append((theirs, converted))
-    plain = [(a.seconds - a.sync_seconds) / (b.seconds - b.sync_seconds) for a, b in pairs]
-    durable = [a.seconds / b.seconds for a, b in pairs]
-    name = f"script/ours, safetensors {version}"
-    return f"{name:42} {spread(plain)}  durable {spread(durable)}"
+    ratios = []
+    for turn in range(5):
+        runs = {
+            "theirs": [[*program, *arguments, str(folder / "theirs")], ["sync"]],
+            "ours": [ours(source, folder / "converted", 16)],
+        }
+        times = {}
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            prepare(source, "warm")
+            times[name] = timed(*runs[name])
+            fresh(folder / "theirs")
+            fresh(folder / "converted")
+        ratios.append(times["theirs"] / times["ours"])
+    return f"{f'script + sync, safetensors {version}':48} | {spread(ratios)}"
 
 
 def verification(folder: Path) -> Iterator[str]:
     """Verifying against plain reading of the same files by `cat`, in turn, all of them in the page cache."""
     source, target = make(folder, "1 GB"), fresh(folder / "converted")
-    ours(source, target, 16)
+    timed(ours(source, target, 16))
     verify = [sys.executable, "-m", "reshard", "verify", str(target)]
     for name, folders, options in (
         ("verify --source", (source, target), ("--source", str(source))),
@@ -218,10 +230,10 @@ def verification(folder: Path) -> Iterator[str]:
         pairs = []
         for _ in range(5):
             for path in folders:
-                warm(path, cold=False)
+                prepare(path, "warm")
             pairs.append((timed(["sh", "-c", 'cat "$@" > /dev/null', "cat", *files]), timed([*verify, *options])))
-        best = min(b.seconds for _, b in pairs)
-        ratios = spread([a.seconds / b.seconds for a, b in pairs])
+        best = min(b for _, b in pairs)
+        ratios = spread([a / b for a, b in pairs])
         memory_used = anonymous([*verify, *options]) / 2**20
         rates = f"{size / 1e9:6.2f} GB  {size / best / 1e9:5.2f} GB/s at best"
         yield f"{name:42} {rates}  cat/ours {ratios}  memory {memory_used:.1f} MiB"
@@ -308,7 +320,7 @@ def checksums(folder: Path) -> str:
     for _ in range(4):
         times = []
         for start in (["-m", "reshard"], ["-c", WITHOUT_CHECKSUMS]):
-            warm(source, cold=False)
+            prepare(source, "warm")
             arguments = ["convert", str(source), str(fresh(folder / "converted")), "--mp", "16", "--cache", "yes"]
             before, started = os.times(), time.perf_counter()
             subprocess.run([sys.executable, *start, *arguments], check=True, capture_output=True)
