@@ -215,7 +215,7 @@ def test_a_second_signal_while_the_first_is_told_changes_nothing(source: Path, t
         "    return write(text)",
         "futures.ThreadPoolExecutor.submit, sys.stderr.write = submitting, writing",
     )
-    done = run("convert", source, target, "--mp", RANKS, command=noisy)
+    done = run("convert", source, target, "--mp", RANKS, "--progress", "none", command=noisy)
     assert done.stderr == "reshard: interrupted; nothing was written; run the same command again\n"
     assert done.returncode == 130
 
@@ -233,6 +233,24 @@ def test_a_signal_while_a_refusal_is_told_is_an_interrupt(number: str) -> None:
     done = run(*NOWHERE, command=noisy)
     assert done.stderr == "reshard: interrupted\n"
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_an_import_makes_an_error_of_is_an_interrupt(number: str) -> None:
+    """As numpy does: interrupted while it is imported, it says that its installation is broken."""
+    broken = program(
+        "import os, signal, sys",
+        "class Finder:",
+        "    def find_spec(self, name, *_):",
+        "        if name != 'numpy': return",
+        "        try:",
+        f"            {KILL.format(number)}",
+        "        except KeyboardInterrupt:",
+        "            raise ImportError('the C-extensions failed') from None",
+        "sys.meta_path.insert(0, Finder())",
+    )
+    done = run("demo", command=broken)
+    assert (done.returncode, done.stderr) == (130, "reshard: interrupted\n")
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])

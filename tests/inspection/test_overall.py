@@ -99,6 +99,8 @@ def test_the_whole_is_measured_as_fractions_have_it(tmp_path: Path, dtype: str, 
         ([math.inf], [1.0], (0, None, None, None)),
         ([1e-200, 0.0], [1e-200, 1e-200], (2, 1e-200 / math.sqrt(2), 1.0, math.sqrt(0.5))),
         ([1e300, 1e300], [1e300, -1e300], (2, 1e300 * math.sqrt(2), math.sqrt(2), 0.0)),
+        ([LARGEST, 1.0], [-LARGEST, 1.0], (2, LARGEST, 2.0, -1.0)),
+        ([1e308] * 8, [-1e308] + [1e308] * 7, (8, 1e308 / math.sqrt(2), math.sqrt(0.5), 0.75)),
     ],
 )
 def test_small_tensors_by_hand(tmp_path: Path, a: list[float], b: list[float], wanted: tuple[Any, ...]) -> None:
@@ -187,6 +189,19 @@ def test_layers_and_modules_are_summed_up_the_worst_first(tmp_path: Path) -> Non
     assert modules["model.layers.#.mlp.up_proj.weight"] == (12, 9, 0)
     assert modules["model.layers.#.self_attn.q_proj.weight"] == (12, 0, 0)
     assert modules["gone"] == (1, 0, 1)
+
+
+def test_the_verdict_names_the_largest_norm_though_others_stand_first(tmp_path: Path) -> None:
+    """A NaN is listed first, whatever the rest of its tensor is."""
+    one = {name: torch.ones(100) for name in ("with_nan", "half")}
+    other = {name: tensor.clone() for name, tensor in one.items()}
+    other["with_nan"][:2] = torch.tensor([math.nan, 1.01])
+    other["half"] *= 1.5
+    save_file(one, tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    report = diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [found.name for found in report.values] == ["with_nan", "half"]
+    assert report.worst == report.values[1]
 
 
 def test_the_summary_fits_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,26 +57,13 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
     yield ""
-    rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
-    yield from format_table(("", "tensors"), rows).split("\n")
+    counts = [(kind, f"{count:,}") for kind, count in report.counts.items()]
+    yield from format_table(("", "tensors"), counts).split("\n")
     few = min(most, MOST_GROUPS)
     yield from list_groups("by layer", report.layers, report.different, few)
     yield from list_groups("by module, # is a number", report.modules, report.different, few)
-    heading = (
-        "other values",
-        "dtype",
-        "differ",
-        "rel norm",
-        "cosine",
-        "rmse",
-        "max abs",
-        "max rel",
-        "NaN in A",
-        "in B",
-    )
-    yield from list_rows(
-        (*heading, "infinite"), [format_value_difference(found) for found in report.values[:most]], len(report.values)
-    )
+    rows = [format_value_difference(found) for found in report.values[:most]]
+    yield from list_rows(VALUES_HEADING, rows, len(report.values))
     kinds = [(shorten_name(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]
     yield from list_rows(("other dtype or shape", "A", "B"), kinds, len(report.kinds))
     for side, names in (("A", report.only_a), ("B", report.only_b)):

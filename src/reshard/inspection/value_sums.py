@@ -99,12 +99,14 @@ def compute_value_sums(
     if all(map(math.isfinite, squares)) and not (is_wide and min(squares) < SMALLEST_SQUARES):
         return (len(one) if times is None else int(times.sum()), *sums)  # nearly always
     finite = np.isfinite(one) & np.isfinite(other)
-    one, other = np.where(finite, one, 0), np.where(finite, other, 0)
-    absolute = np.where(finite, np.minimum(absolute, LARGEST_FLOAT64), 0)
+    one, other, absolute = (np.where(finite, values, 0) for values in (one, other, absolute))
     count = int(np.count_nonzero(finite) if times is None else times[finite].sum())
     if is_wide:
         dot = compute_scaled_dot
-        return count, dot(one, one), dot(other, other), dot(one, other), dot(absolute, absolute)
+        # The difference of two finite values may be no float64, but half of it is.
+        part = 1 if np.isfinite(absolute).all() else 2
+        absolute = np.abs(one / part - other / part)
+        return count, dot(one, one), dot(other, other), dot(one, other), dot(absolute, absolute) * part**2
     return (count, *compute_product_sums(one, other, absolute, counts))
 
 
