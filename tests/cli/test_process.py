@@ -180,6 +180,15 @@ def test_a_file_that_cannot_be_written_is_not_taken_for_the_output(tmp_path: Pat
     assert done.returncode == 2
 
 
+def test_an_error_of_the_system_is_a_refusal_in_json_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("demo", tmp_path / "file" / "demo", "--json")
+    assert done.returncode == 2
+    value = json.loads(done.stdout)
+    assert (value["status"], value["problems"][0]["kind"]) == ("refused", "system-error")
+    assert value["problems"][0]["found"] == os.strerror(errno.ENOTDIR)
+
+
 @pytest.mark.parametrize("words", [["inspect", "SOURCE"], ["plan", "SOURCE", "--mp", "4", "--json"], ["--help"]])
 def test_a_reader_that_goes_away_ends_the_command_in_silence(words: list[str], source: Path) -> None:
     words = [str(source) if word == "SOURCE" else word for word in words]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.painting import RED, paint
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused, summarize_problems
+from reshard.errors import Problem, Refused, summarize_problems
 from reshard.text import escape
 
 
@@ -16,10 +16,12 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
     try:
         return run(options)
     except Refused as refused:
-        if options.json:
-            print_json({"status": "refused", **summarize_problems(refused.problems)})
-        told = str(refused)
+        problems, told = refused.problems, str(refused)
     except OSError as error:
-        told = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
+        file, said = str(error.filename or ""), str(error.strerror or error)
+        problems = (Problem("system-error", file, said, "no error of the system"),)
+        told = f"{escape(file)}: {said}"
+    if options.json:
+        print_json({"status": "refused", **summarize_problems(problems)})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED
