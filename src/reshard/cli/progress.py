@@ -158,19 +158,24 @@ def make_bar_report(title: str, _words: Sequence[str]) -> Report:
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}", markup=False))
-    # It is drawn anew by our thread, and needs none of its own.
-    bar = Bar(*columns, console=Console(stderr=True, force_terminal=True), auto_refresh=False)
+    # It is drawn anew by our thread, and needs none of its own. It leaves standard output alone: if the terminal were
+    # closed, it would not give it back.
+    console = Console(stderr=True, force_terminal=True)
+    bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     task = bar.add_task(title, total=None, status="")
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def report(event: ProgressEvent) -> None:
         state = event.state
         if event.event == "asked":
-            print_aside(f"{title}: {format_progress(event)}")
+            say(f"{title}: {format_progress(event)}")
         if state is None or not state.total:
             return  # all was done before
         if event.event == "start":
             if state.resumed:
-                print_aside(f"{title}: {format_resumed(state)}")
+                say(f"{title}: {format_resumed(state)}")
             bar.start()
         if event.event != "stopped":
             bar.update(task, total=state.total, completed=state.done, status=format_progress(event), refresh=True)
