@@ -885,6 +885,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ),
         ("convert a b --mp x", "convert: --mp: 'x' is not a number; see"),
         ("convert a", "convert: the following arguments are required: TARGET; see"),
+        ("inspect --tensors a", "inspect: the following arguments are required: PATH (before --tensors); see"),
         ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),
         ("plan a --to gguf", "plan: --to: 'gguf' is not ranks or hf; see"),
         (
