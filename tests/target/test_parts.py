@@ -295,6 +295,81 @@ def test_side_files_that_differ_are_seen(source: Path, parts: dict[str, Path], t
     assert ("source-changed", "tokenizer.json") in facts(refused)
 
 
+@pytest.mark.parametrize("ranks", [None, [0]])
+def test_a_changed_file_is_seen_whichever_manifest_names_it(
+    ranks: list[int] | None, source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """`reshard.json` is that of the part which was copied last: its files were copied as well."""
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    for rank in (1, 3):
+        with rank_file(target, rank).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+    before = contents(target)
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    named = [(problem.kind, problem.subject.split(":")[0]) for problem in refused.value.problems]
+    assert sorted(named) == [("wrong-checksum", str(rank_file(target, rank))) for rank in (1, 3)]
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize(("others", "ranks"), [(["2-3"], None), ([], None), ([], [2])])
+def test_a_side_file_that_someone_has_changed_is_not_replaced(
+    others: list[str], ranks: list[int] | None, source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], *(parts[text] for text in others))
+    mine = target / "tokenizer_config.json"
+    mine.write_text('{"chat_template": "mine"}')
+    before = contents(target)
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    assert facts(refused) == [("wrong-checksum", mine.name)]
+    assert contents(target) == before
+    mine.rename(tmp_path / "mine")  # as the hint says
+    convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    assert mine.read_bytes() == (source / mine.name).read_bytes()
+
+
+def test_files_of_others_are_not_replaced_by_joining(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    theirs = [target / name for name in ("tokenizer.json.partial", "reshard.json.partial", "model0-mp2.safetensors")]
+    for path in theirs:
+        path.write_text("theirs")
+    before = contents(target)
+    with pytest.raises(Refused, match="move them out of the folder, or another target") as refused:
+        convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("target-not-empty", "target")]
+    assert contents(target) == before
+    for path in theirs:
+        path.rename(tmp_path / path.name)
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
+
+
+@pytest.mark.parametrize("others", [["2-3"], []])
+def test_a_tokenizer_of_before_is_asked_for_again(others: list[str], source: Path, tmp_path: Path) -> None:
+    """Else `reshard.json` would no more name the tokenizer that lies there, and nobody would verify it."""
+    bare, tokenizer = shutil.copytree(source, tmp_path / "source"), tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in bare.glob("tokenizer*"):
+        path.rename(tokenizer / path.name)
+    for text in ("0-1", *others):
+        ranks = [int(word) for word in text.split("-")]
+        reshard.convert(bare, tmp_path / text, RANKS, ranks=ranks, tokenizer_path=tokenizer)
+    target = bring_together(tmp_path / "target", tmp_path / "0-1", *(tmp_path / text for text in others))
+    before = contents(target)
+    with pytest.raises(Refused, match="tokenizer_path as they were") as refused:
+        reshard.convert(bare, target, RANKS)
+    assert facts(refused)[0] == ("source-changed", "tokenizer.json")
+    assert contents(target) == before
+    reshard.convert(bare, target, RANKS, tokenizer_path=tokenizer)
+    assert reshard.verify(target).is_proven
+
+
 # --- killed ---
 
 

@@ -34,6 +34,7 @@ from reshard.target.side_files import collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
     check_manifests,
+    check_replaced_sides,
     check_side_files,
     check_written_files,
     find_unknown_ranks,
@@ -55,9 +56,12 @@ def list_own_names(target: Path) -> set[str]:
     return {JOURNAL, *list_left_files(target), *parts}
 
 
-def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+def check_folder(
+    source: Path, target: Path, needed: int, ours: set[str], remedy: str = "another target"
+) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
+    `remedy` is for other files in it.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -68,7 +72,7 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
         return
     if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target")
+        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
     above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
@@ -131,9 +135,12 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     """Reports files that changed since this conversion wrote them; if there are none, reasons why the remaining files
     cannot be written.
     """
+    has_work = bool(state.plan.files) or state.must_be_joined
     found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
+    if not found and has_work:
+        found += check_replaced_sides(state)
     yield from found
-    if not found and state.plan.files:
+    if not found and has_work:
         yield from check_room(state)
     elif not found:
         yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
@@ -193,7 +200,8 @@ def check_room(state: TargetState) -> Iterator[Problem]:
             ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
         ours |= list_rank_files(state.known) - planned
     needed = state.plan.size + sum(side.size for side in state.sides.values())
-    yield from check_folder(state.plan.path, state.folder, needed, ours)
+    remedy = "move them out of the folder, or another target" if state.known else "another target"
+    yield from check_folder(state.plan.path, state.folder, needed, ours, remedy)
 
 
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:
