@@ -3,6 +3,7 @@
 The oracle is one run for all ranks: whatever was done to the parts, in the end every file has its SHA-256.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
+from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
@@ -368,6 +370,43 @@ def test_a_tokenizer_of_before_is_asked_for_again(others: list[str], source: Pat
     assert contents(target) == before
     reshard.convert(bare, target, RANKS, tokenizer_path=tokenizer)
     assert reshard.verify(target).is_proven
+
+
+def test_manifests_that_contradict_each_other_prove_nothing(
+    source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same rank with other bytes: the source had changed in between, where no sample is taken."""
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["1"])
+    assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined"]
+    rewrite_manifest(target / "reshard.ranks-0-1.json", lambda text: text.replace(last_checksum(text), "0" * 32))
+    before = contents(target)
+    for ranks, kinds in ((None, ["contradiction", "not-joined"]), ([1], ["contradiction"]), ([0], [])):
+        assert [problem.kind for problem in reshard.verify(target, ranks=ranks).problems] == kinds
+    with pytest.raises(Refused, match=r"other bytes by reshard.ranks-0-1.json than by reshard.json") as refused:
+        convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("contradiction", rank_file(target, 1).name)]
+    assert contents(target) == before
+
+
+def last_checksum(manifest: str) -> str:
+    """Of the last range of the last rank file."""
+    last: str = json.loads(manifest)["files"][-1]["ranges"].split(" ")[-1]
+    return last
+
+
+def rewrite_manifest(path: Path, change: Callable[[str], str]) -> None:
+    """Changes the text of a manifest and gives it the checksum that is right then, as anyone can."""
+    manifest = json.loads(change(path.read_text()))
+    del manifest["xxh3_128"]
+    path.write_text(json.dumps({**manifest, "xxh3_128": compute_manifest_checksum(manifest)}))
+
+
+def test_a_link_to_nothing_is_no_manifest(parts: dict[str, Path], tmp_path: Path) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"])
+    (target / "reshard.a.json").symlink_to("nowhere")
+    assert reshard.verify(target).is_proven
+    (target / MANIFEST).unlink()
+    assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined"]
 
 
 # --- killed ---

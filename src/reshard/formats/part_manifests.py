@@ -69,7 +69,8 @@ def read_manifests(folder: Path) -> Manifests:
         if name == MANIFEST or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
             continue
         try:
-            parts[name] = read_manifest(folder, name)
+            if found := read_manifest(folder, name):  # empty: a link to nothing
+                parts[name] = found
         except Refused:
             damaged += [name] if is_part_name(name) else []
     return Manifests(main, parts, tuple(damaged))
@@ -96,6 +97,23 @@ def join_manifests(manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**known[0], "files": sorted(files.values(), key=lambda entry: entry["rank"]), "side_files": unique}
 
 
+def check_agreement(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Reports rank files of which two manifests of one conversion, by file name, tell other bytes: one of them was made
+    from a source that had changed where no sample is taken, or is wrong.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for name, manifest in manifests.items():
+        for entry in manifest["files"]:
+            other, known = first.setdefault(entry["name"], (name, entry))
+            if known != entry:
+                remedy = (
+                    "verify each part in the folder that it was made in, with --source; then move the wrong part's "
+                    "manifest and rank files out of this folder"
+                )
+                found = f"other bytes by {name} than by {other}"
+                yield Problem("contradiction", str(folder / entry["name"]), found, "the same", remedy)
+
+
 def choose_of_one_conversion(manifests: Manifests) -> dict[str, Mapping[str, Any]]:
     """Chooses the manifests of one conversion, by file name: that of `reshard.json`, else that of the first part."""
     named = manifests.named
@@ -109,9 +127,10 @@ def read_joined_manifest(folder: Path) -> dict[str, Any]:
     return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
 
 
-def check_joined(folder: Path) -> Iterator[Problem]:
-    """Reports parts of one conversion that were brought together but not joined: `reshard.json` does not name all."""
-    chosen = choose_of_one_conversion(read_manifests(folder))
+def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Reports parts of one conversion, by the names of their manifests, that were brought together but not joined:
+    `reshard.json` does not name all.
+    """
     named = list_rank_files(chosen.get(MANIFEST, {}))
     others = {name: list_rank_files(one) - named for name, one in chosen.items()}
     if not any(others.values()):
@@ -124,12 +143,13 @@ def check_joined(folder: Path) -> Iterator[Problem]:
 
 
 def note_not_joined(folder: Path) -> Iterator[Note]:
-    """Notes what `check_joined` reports. A damaged `reshard.json` says nothing."""
+    """Notes parts that are not joined, or contradict each other. A damaged `reshard.json` says nothing."""
     try:
-        for problem in check_joined(folder):
-            yield Note("not-joined", f"{problem.subject} {problem.found}; {problem.remedy}")
+        chosen = choose_of_one_conversion(read_manifests(folder))
     except Refused:
         return
+    for problem in (*check_agreement(folder, chosen), *check_joined(folder, chosen)):
+        yield Note(problem.kind, f"{problem.subject} {problem.found}; {problem.remedy}")
 
 
 def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:

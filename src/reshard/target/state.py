@@ -11,6 +11,7 @@ from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import (
     Manifests,
+    check_agreement,
     is_part_name,
     name_part_manifest,
     read_manifests,
@@ -155,8 +156,8 @@ def check_written_files(state: TargetState) -> Iterator[Problem]:
 
 
 def check_manifests(state: TargetState) -> Iterator[Problem]:
-    """Reports a `reshard.json` of another conversion where the manifests of parts are of this one, and manifests of
-    parts that are damaged.
+    """Reports a `reshard.json` of another conversion where the manifests of parts are of this one, manifests of parts
+    that are damaged, and those that contradict each other.
     """
     if state.known and state.manifests.main and MANIFEST not in state.same:
         expected = f"that of {format_list(state.same)}"
@@ -165,6 +166,7 @@ def check_manifests(state: TargetState) -> Iterator[Problem]:
         expected = "what reshard has written"
         hint = f"copy it here again from the folder of its part; or {MOVE_AND_REPEAT}"
         yield Problem("wrong-manifest", str(state.folder / name), "damaged or changed", expected, hint)
+    yield from check_agreement(state.folder, state.same)
 
 
 def describe_other(state: TargetState, name: str = MANIFEST) -> str:
