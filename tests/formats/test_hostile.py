@@ -514,7 +514,8 @@ SIDE = {"name": "t", "size": 1, "xxh3_128": "0" * 32}
 
 
 CHANGES: list[dict[str, object]] = [
-    {"name": 1}, {"name": "../a"}, {"name": "a" * 256}, {"name": ""}, {"name": "a\0"}, {"name": "\ud800"}, {"rank": "0"}, {"rank": None},
+    {"name": 1}, {"name": "../a"}, {"name": "a" * 256},
+    {"name": ""}, {"name": "a\0"}, {"name": "\ud800"}, {"rank": "0"}, {"rank": None},
     {"rank": True}, {"size": -1}, {"size": 1.5}, {"size": 2**64}, {"tensors": []}, {"ranges": []}, {"ranges": ""},
     {"ranges": "x y"}, {"ranges": "88"}, {"ranges": f"87 {'0' * 32}"}, {"ranges": f"-1 {'0' * 32} 89 {'0' * 32}"},
     {"ranges": f"{2**40} {'0' * 32}", "size": 2**40}, {"ranges": f"{10**9 - 1} {'0' * 32}", "size": 10**9 - 1},

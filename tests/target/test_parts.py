@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from downloads import flip
 from jobs import Job, convert_checkpoint
 from torture import contents
 
@@ -146,11 +147,7 @@ def test_every_byte_of_parts_that_are_not_joined_is_verified(parts: dict[str, Pa
     assert [problem.kind for problem in report.problems] == ["not-joined"]
     assert report.files == RANKS
     assert reshard.verify(target, ranks=[1, 2]).is_proven
-    with rank_file(target, 3).open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
+    flip(rank_file(target, 3), -1)
     assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined", "wrong-checksum"]
 
 
@@ -304,11 +301,7 @@ def test_a_changed_file_is_seen_whichever_manifest_names_it(
     """`reshard.json` is that of the part which was copied last: its files were copied as well."""
     target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
     for rank in (1, 3):
-        with rank_file(target, rank).open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            last = file.read(1)[0]
-            file.seek(-1, os.SEEK_END)
-            file.write(bytes([last ^ 1]))
+        flip(rank_file(target, rank), -1)
     before = contents(target)
     with pytest.raises(Refused) as refused:
         convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
@@ -522,9 +515,33 @@ def test_a_restart_keeps_what_was_brought_here_finished(
     (target / "model2-mp4.safetensors.partial").unlink()
     bring_together(target, parts["0-1"], parts["2-3"])
     before = stamps(target)
-    with pytest.raises(Refused, match="an unfinished conversion"):
+    keeps = "begins again, and keeps model2-mp4.safetensors, model3-mp4.safetensors, which came here finished"
+    with pytest.raises(Refused, match=f"--restart throws the partial files away and {keeps}"):
         convert_checkpoint(Job(source, RANKS), target)
     assert stamps(target) == before
     convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
     assert stamps(target) == before
+    assert contents(target) == contents(whole)
+
+
+def test_a_finished_part_that_is_copied_over_an_unfinished_run_has_a_way_on(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The command that began the run would now write other files: it does not go on from there."""
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    target = tmp_path / "target"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
+        with pytest.raises(Crash):
+            convert_checkpoint(Job(source, RANKS), target)
+    bring_together(target, parts["2-3"])
+    before = stamps(target)
+    with pytest.raises(Refused, match="--restart throws the partial files away and begins again, and keeps model2"):
+        convert_checkpoint(Job(source, RANKS), target)
+    assert stamps(target) == before
+    convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
+    assert stamps(target).items() >= before.items()
     assert contents(target) == contents(whole)

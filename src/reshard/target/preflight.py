@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import OtherFiles, rename_to_final
+from reshard.execution.execute import OtherFiles, refuse_unwritable, rename_to_final
 from reshard.execution.journal import list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
@@ -163,24 +163,36 @@ def mend_target(state: TargetState) -> list[str]:
     """Writes the side files and the manifest of its part that a finished target lacks, and returns their names; removes
     what a job that crashed after its last rename has left.
 
-    Raises Refused if side files are missing while other ranks are half written: that job must end first.
+    Raises Refused if they cannot be written, or if side files are missing while other ranks are half written: that job
+    must end first.
     """
     target, sides = state.folder, list_lost_sides(state)
     part = [state.part] if state.part and not (target / state.part).exists() else []
-    if any(name.endswith(PARTIAL) for name in list_left_files(target)):
+    if has_partial_files(target):
         if sides:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
         return []
-    if sides or part or state.superseded or (target / JOURNAL).exists():
+    if not (sides or part or state.superseded or (target / JOURNAL).exists()):
+        return []
+    try:
         with ExitStack() as stack:
             lock_journal(stack, target / JOURNAL)
             require_same(state)
+            if has_partial_files(target):
+                raise refuse("target-changed", str(target), "another run has begun there", "none", "run it again")
             write_side_files(target, {name: state.sides[name] for name in sides})
             for name in part:
                 write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
             rename_to_final(target, [*sides, *part], state.superseded)
+    except OSError as error:
+        raise refuse_unwritable(target, error) from None
     return [*sides, *part]
+
+
+def has_partial_files(target: Path) -> bool:
+    """Whether an unfinished job, by its journal, has left files with temporary names."""
+    return any(name.endswith(PARTIAL) for name in list_left_files(target))
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:
