@@ -10,7 +10,6 @@ from torture import durable_bytes
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.formats.target_names import JOURNAL
-from reshard.inspection.unfinished import format_ranges
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Subset
 
@@ -84,8 +83,3 @@ def test_a_journal_that_says_nothing_is_refused_as_before(
     (tmp_path / JOURNAL).write_bytes(line)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "an unfinished conversion" in capsys.readouterr().err
-
-
-def test_numbers_are_written_as_an_option_takes_them() -> None:
-    assert format_ranges([0, 1, 2, 4, 7, 8]) == "0-2,4,7-8"
-    assert format_ranges([]) == ""

@@ -5,9 +5,11 @@ The oracle is one run for all ranks: whatever was done to the parts, in the end 
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.types import Subset
 
 RANKS = 4
 CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
@@ -192,6 +195,43 @@ def test_manifests_of_parts_do_not_go_along_from_a_source(parts: dict[str, Path]
     target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
     reshard.convert(target, tmp_path / "whole", to="hf")
     assert [path.name for path in (tmp_path / "whole").glob("reshard*")] == [MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (Job(Path(), RANKS, cast="bf16", pad=True), "--mp 4 --cast bf16 --pad"),
+        (
+            Job(Path(), RANKS, subset=Subset(layers=(0,), experts=(0, 2, 3, 7), renumber=True)),
+            "--mp 4 --layers 0 --experts 0,2-3,7 --renumber",
+        ),
+        (
+            Job(Path(), RANKS, subset=Subset(only=("*.self_attn.*", "model.norm.weight"))),
+            "--mp 4 --only '*.self_attn.*' --only model.norm.weight",
+        ),
+    ],
+)
+def test_the_command_that_joins_works(
+    chosen: Job, words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, ranks in (("low", [0, 1]), ("high", [2, 3])):
+        convert_checkpoint(replace(chosen, source=source, ranks=ranks), tmp_path / name)
+    target = bring_together(tmp_path / "target", tmp_path / "low", tmp_path / "high")
+    assert main(["verify", str(target)]) == 1
+    command = capsys.readouterr().out.split("without --ranks: ")[1].splitlines()[0]
+    assert command == f"reshard convert SOURCE {target} {words}"
+    assert main([str(source) if word == "SOURCE" else word for word in shlex.split(command)][1:]) == 0
+    assert reshard.verify(target).is_proven
+
+
+def test_no_word_of_a_manifest_is_run_by_the_command(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    for path in target.glob("reshard*.json"):
+        rewrite_manifest(path, lambda text: text.replace('"layout": {', '"layout": {"cast": "bf16; rm -r $HOME",'))
+    assert main(["verify", str(target)]) == 1
+    assert "--cast 'bf16; rm -r $HOME'\n" in capsys.readouterr().out
 
 
 # --- what nothing vouches for ---

@@ -14,7 +14,8 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from reshard.errors import Problem, Refused
-from reshard.formats.manifest import list_rank_files, read_conversion_options, read_manifest
+from reshard.formats.command_words import list_layout_words, list_subset_words
+from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.text import format_count, format_list, format_runs
 from reshard.types import WHOLE, Note
@@ -153,15 +154,12 @@ def note_not_joined(folder: Path) -> Iterator[Note]:
 
 
 def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """Describes the command that joins the parts of a target, and writes the rank files that lack."""
-    command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
+    """Describes the command that joins the parts of a target, and writes the rank files that lack, as far as their
+    manifest knows it.
+    """
+    words = *list_layout_words(manifest.get("layout")), *list_subset_words(manifest.get("subset", {}))
+    command = shlex.join(["reshard", "convert", "SOURCE", str(folder), *words])
     return f"to join them, run the command that made them without --ranks: {command}"
-
-
-def format_conversion_options(manifest: Mapping[str, Any]) -> str:
-    """Formats the options that choose the layout of a target: `--mp 8 --cast bf16`."""
-    layout = "--to hf" if is_of_whole_files(manifest) else f"--mp {manifest['ranks']}"
-    return " ".join([layout, *(word for pair in read_conversion_options(manifest).items() for word in pair if word)])
 
 
 def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:
