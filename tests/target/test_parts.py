@@ -202,8 +202,8 @@ def test_manifests_of_parts_do_not_go_along_from_a_source(parts: dict[str, Path]
     [
         (Job(Path(), RANKS, cast="bf16", pad=True), "--mp 4 --cast bf16 --pad"),
         (
-            Job(Path(), RANKS, subset=Subset(layers=(0,), experts=(0, 2, 3, 7), renumber=True)),
-            "--mp 4 --layers 0 --experts 0,2-3,7 --renumber",
+            Job(Path(), RANKS, subset=Subset(layers=(1,), renumber=True)),
+            "--mp 4 --layers 1 --renumber",
         ),
         (
             Job(Path(), RANKS, subset=Subset(only=("*.self_attn.*", "model.norm.weight"))),
