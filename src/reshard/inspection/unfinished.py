@@ -9,15 +9,15 @@ from typing import Any
 
 import msgspec
 
-from reshard.errors import refuse
-from reshard.execution.journal import RECORD, find_holder, read_batches
+from reshard.errors import Refused, refuse
+from reshard.execution.journal import RECORD, find_holder, list_left_files, read_batches
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
 from reshard.text import escape, format_count, format_list, format_runs, format_size
-from reshard.types import Recipe
+from reshard.types import Note, Recipe
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""
@@ -81,12 +81,32 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
 
 
 def read_unfinished(path: Path) -> Unfinished | None:
-    """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
+    """Reads how far the unfinished conversion in a folder is; None if there is none, if its journal has not begun, or
+    if other ranks are finished: then there is more to say of the folder. Raises Refused if the journal is damaged.
+    """
+    return None if (path / MANIFEST).exists() else read_journal(path)
 
-    Raises Refused if the journal is damaged.
+
+def note_unfinished(path: Path) -> Iterator[Note]:
+    """Notes the unfinished conversion in a folder where other ranks are finished. A damaged journal says nothing."""
+    try:
+        found = read_journal(path)
+    except Refused:
+        return
+    # Without such files, a crash has left nothing but the journal behind.
+    if found and any(name.endswith(PARTIAL) for name in list_left_files(path)):
+        size = f"{format_size(found.durable)} of {format_size(found.size)}"
+        way = f"{found.holder} is at work" if found.holder else f"to go on: {found.command}"
+        files = format_count(found.files, "other files")
+        yield Note("unfinished", f"{files} of an unfinished conversion, {size} on the disk; {way}")
+
+
+def read_journal(path: Path) -> Unfinished | None:
+    """Reads how far a conversion is by the journal in its target; None without one, or if it has not begun. Raises
+    Refused if it is damaged.
     """
     journal = path / JOURNAL
-    if (path / MANIFEST).exists() or not journal.is_file():
+    if not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
