@@ -23,8 +23,10 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
+from reshard.formats.part_manifests import Manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.target import preflight
 from reshard.types import Subset
 
 RANKS = 4
@@ -440,6 +442,45 @@ def test_a_link_to_nothing_is_no_manifest(parts: dict[str, Path], tmp_path: Path
     assert reshard.verify(target).is_proven
     (target / MANIFEST).unlink()
     assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined"]
+
+
+# --- while another run writes here ---
+
+
+def test_a_run_that_begins_while_we_look_is_no_stranger(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is met by its lock. This one has ended at once."""
+    target, look = tmp_path / "target", preflight.list_own_names
+
+    def look_and_begin(folder: Path) -> set[str]:
+        found = look(folder)
+        folder.mkdir()
+        (folder / JOURNAL).touch()
+        return found
+
+    monkeypatch.setattr(preflight, "list_own_names", look_and_begin)
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
+
+
+def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target, read = bring_together(tmp_path / "target", parts["0-1"]), preflight.read_manifests
+
+    def read_and_end(folder: Path) -> Manifests:
+        found = read(folder)
+        bring_together(folder, parts["2-3"])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "read_manifests", read_and_end)
+        with pytest.raises(Refused, match="run it again") as refused:
+            convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("target-changed", "target")]
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
 
 
 # --- killed ---

@@ -272,7 +272,7 @@ def compute_manifest_checksum(manifest: Mapping[str, Any]) -> str:
     try:
         return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
     except RecursionError:
-        return ""  # ours is two levels deep; an empty one is never accepted
+        return ""  # ours is two levels deep
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     manifest = read_object(folder / name, LARGEST_MANIFEST)
     if manifest is None:
         return {}
-    found = manifest.pop("xxh3_128", None)
-    if not found or found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
+    found = manifest.pop("xxh3_128", None) or None  # an empty one is none
+    if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
         remedy = "verify with --source, or convert into another folder"
         raise refuse("wrong-manifest", str(folder / name), "damaged or changed", "what reshard has written", remedy)
     return manifest

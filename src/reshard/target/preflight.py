@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -57,11 +57,13 @@ def list_own_names(target: Path) -> set[str]:
 
 
 def check_folder(
-    source: Path, target: Path, needed: int, ours: set[str], remedy: str = "another target"
+    source: Path, target: Path, needed: int, ours: set[str], present: Sequence[str], remedy: str = "another target"
 ) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
-    `remedy` is for other files in it.
+
+    `present` has the names that were there before `ours` was found out: a run that has begun since then is met by its
+    lock, and what it writes is not called a stranger's. `remedy` is for other files in the folder.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -70,7 +72,8 @@ def check_folder(
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
+    still = {*present}.intersection(list_names(target)) - ours
+    if names := sorted(name for name in still if not name.startswith(".")):
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
     above = find_nearest_folder(target)
@@ -125,7 +128,9 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifests, same, known, origin)
-    require_none(check_state(state))
+    if problems := [*check_state(state)]:
+        require_same(state)  # what another run has brought in the meantime is nobody's fault
+        require_none(problems)
     if state.must_be_joined:
         state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state
@@ -199,6 +204,7 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
     for other ranks).
     """
+    present = list_names(state.folder)
     ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
     if state.manifests.main and not state.known:
         yield explain_other_conversion(state, state.manifests.main)
@@ -213,7 +219,7 @@ def check_room(state: TargetState) -> Iterator[Problem]:
         ours |= list_rank_files(state.known) - planned
     needed = state.plan.size + sum(side.size for side in state.sides.values())
     remedy = "move them out of the folder, or another target" if state.known else "another target"
-    yield from check_folder(state.plan.path, state.folder, needed, ours, remedy)
+    yield from check_folder(state.plan.path, state.folder, needed, ours, present, remedy)
 
 
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:
