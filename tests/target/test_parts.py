@@ -23,7 +23,7 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
-from reshard.formats.part_manifests import Manifests
+from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target import preflight
@@ -467,7 +467,7 @@ def test_a_run_that_begins_while_we_look_is_no_stranger(
 def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
     source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    target, read = bring_together(tmp_path / "target", parts["0-1"]), preflight.read_manifests
+    target, read = bring_together(tmp_path / "target", parts["0-1"]), read_manifests
 
     def read_and_end(folder: Path) -> Manifests:
         found = read(folder)
