@@ -514,7 +514,8 @@ SIDE = {"name": "t", "size": 1, "xxh3_128": "0" * 32}
 
 
 CHANGES: list[dict[str, object]] = [
-    {"name": 1}, {"name": "../a"}, {"name": ""}, {"name": "a\0"}, {"name": "\ud800"}, {"rank": "0"}, {"rank": None},
+    {"name": 1}, {"name": "../a"}, {"name": "a" * 256},
+    {"name": ""}, {"name": "a\0"}, {"name": "\ud800"}, {"rank": "0"}, {"rank": None},
     {"rank": True}, {"size": -1}, {"size": 1.5}, {"size": 2**64}, {"tensors": []}, {"ranges": []}, {"ranges": ""},
     {"ranges": "x y"}, {"ranges": "88"}, {"ranges": f"87 {'0' * 32}"}, {"ranges": f"-1 {'0' * 32} 89 {'0' * 32}"},
     {"ranges": f"{2**40} {'0' * 32}", "size": 2**40}, {"ranges": f"{10**9 - 1} {'0' * 32}", "size": 10**9 - 1},
@@ -550,6 +551,11 @@ def test_the_manifests_above_are_wrong_in_one_thing_only(tmp_path: Path) -> None
 def test_a_manifest_nested_as_deep_as_can_be_read_is_refused(tmp_path: Path) -> None:
     for depth in range(900, 1010):
         (tmp_path / MANIFEST).write_bytes(b'{"files":' + b"[" * depth + b"]" * depth + b"}")
+        with pytest.raises(Refused):
+            read_manifest(tmp_path)
+        # Too deep to be written again, it has no checksum that could be compared: an empty one is none.
+        begin = b'{"ranks":1,"files":[],"side_files":[],"xxh3_128":"","other":'
+        (tmp_path / MANIFEST).write_bytes(begin + b"[" * depth + b"]" * depth + b"}")
         with pytest.raises(Refused):
             read_manifest(tmp_path)
 

@@ -1,6 +1,7 @@
 """How far an unfinished conversion is, and the command that goes on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from torture import durable_bytes
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.formats.target_names import JOURNAL
-from reshard.inspection.unfinished import format_ranges
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Subset
 
@@ -86,6 +86,22 @@ def test_a_journal_that_says_nothing_is_refused_as_before(
     assert "an unfinished conversion" in capsys.readouterr().err
 
 
-def test_numbers_are_written_as_an_option_takes_them() -> None:
-    assert format_ranges([0, 1, 2, 4, 7, 8]) == "0-2,4,7-8"
-    assert format_ranges([]) == ""
+def test_unfinished_ranks_beside_finished_ones_are_noted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    convert_checkpoint(Job(source, 4, ranks=[0]), target)
+    interrupt(Job(source, 4, ranks=[1, 3]), target, monkeypatch)
+    capsys.readouterr()
+    assert main(["inspect", str(target), "--json"]) == 0
+    notes = {note["kind"]: note["text"] for note in json.loads(capsys.readouterr().out)["notes"]}
+    journal = (target / JOURNAL).read_bytes()
+    told, _, command = notes["unfinished"].partition("; to go on: ")
+    assert re.fullmatch(r"2 other files of an unfinished conversion, \S+ MiB of \S+ MiB on the disk", told)
+    assert command == f"reshard convert SOURCE {target} --mp 4 --ranks 1,3"
+    assert main(command.replace("SOURCE", str(source)).split()[1:]) == 0
+    assert "resumed: " in capsys.readouterr().out
+    # What is left by a crash behind the last rename is finished.
+    (target / JOURNAL).write_bytes(journal)
+    assert main(["inspect", str(target), "--json"]) == 0
+    assert "unfinished" not in {note["kind"] for note in json.loads(capsys.readouterr().out)["notes"]}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
-from reshard.errors import Problem, refuse
+from reshard.errors import Problem, Refused, refuse
 from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.records import Records, parse_records
@@ -136,10 +136,14 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             rename_to_final(target, names, others.superseded)
         counter.finish()
     except OSError as error:
-        subject, found = str(error.filename or target), error.strerror or str(error)
-        remedy = "mend it and run the same command again"
-        raise refuse("cannot-write", subject, found, "to write the target", remedy) from None
+        raise refuse_unwritable(target, error) from None
     return done
+
+
+def refuse_unwritable(target: Path, error: OSError) -> Refused:
+    """Makes the refusal of a target that the system does not let us write."""
+    subject, found = str(error.filename or target), error.strerror or str(error)
+    return refuse("cannot-write", subject, found, "to write the target", "mend it and run the same command again")
 
 
 def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:

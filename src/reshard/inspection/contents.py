@@ -20,6 +20,7 @@ from reshard.formats.part_manifests import note_not_joined
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
+from reshard.inspection.unfinished import note_unfinished
 from reshard.planning.options import list_patterns
 from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
@@ -151,7 +152,7 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     by = " or ".join(counts)
     first = next(iter(counts.values()), {})
     content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
-    notes = (*note_files_beside_ranks(names), *note_not_joined(path))
+    notes = (*note_files_beside_ranks(names), *note_not_joined(path), *note_unfinished(path))
     return replace(content, made=read_conversion_options(manifest), notes=notes)
 
 

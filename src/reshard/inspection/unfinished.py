@@ -2,23 +2,22 @@
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from reshard.errors import refuse
-from reshard.execution.journal import RECORD, find_holder, read_batches
-from reshard.formats.manifest import is_subset
+from reshard.errors import Refused, refuse
+from reshard.execution.journal import RECORD, find_holder, list_left_files, read_batches
+from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
-from reshard.text import escape, format_count, format_list, format_size
-from reshard.types import WHOLE, Recipe
+from reshard.text import escape, format_count, format_list, format_runs, format_size
+from reshard.types import Note, Recipe
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""
@@ -82,12 +81,32 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
 
 
 def read_unfinished(path: Path) -> Unfinished | None:
-    """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
+    """Reads how far the unfinished conversion in a folder is; None if there is none, if its journal has not begun, or
+    if other ranks are finished: then there is more to say of the folder. Raises Refused if the journal is damaged.
+    """
+    return None if (path / MANIFEST).exists() else read_journal(path)
 
-    Raises Refused if the journal is damaged.
+
+def note_unfinished(path: Path) -> Iterator[Note]:
+    """Notes the unfinished conversion in a folder where other ranks are finished. A damaged journal says nothing."""
+    try:
+        found = read_journal(path)
+    except Refused:
+        return
+    # Without such files, a crash has left nothing but the journal behind.
+    if found and any(name.endswith(PARTIAL) for name in list_left_files(path)):
+        size = f"{format_size(found.durable)} of {format_size(found.size)}"
+        way = f"{found.holder} is at work" if found.holder else f"to go on: {found.command}"
+        files = format_count(found.files, "other files")
+        yield Note("unfinished", f"{files} of an unfinished conversion, {size} on the disk; {way}")
+
+
+def read_journal(path: Path) -> Unfinished | None:
+    """Reads how far a conversion is by the journal in its target; None without one, or if it has not begun. Raises
+    Refused if it is damaged.
     """
     journal = path / JOURNAL
-    if (path / MANIFEST).exists() or not journal.is_file():
+    if not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
@@ -135,36 +154,12 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
 
 def make_words(entry: JournalEntry, path: Path) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
-    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_options(entry.layout)]
+    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
     packaged = [recipe for recipe in list_packaged_recipes() if recipe.name == entry.recipe]
     words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
     words += ["--ranks", ranks] if (ranks := find_chosen_ranks(entry.files, packaged)) else []
-    words += list_subset_options(entry.subset) if is_subset(entry.subset) else []
+    words += list_subset_words(entry.subset)
     return words + ["--allow-inexact"] * entry.allow_inexact
-
-
-def list_layout_options(layout: Mapping[str, Any]) -> Iterator[str]:
-    """Lists the options that choose a layout, by its entry in a journal."""
-    yield from ("--to", "hf") if layout.get("to") == WHOLE else ("--mp", str(layout.get("ranks", "N")))
-    for key, option in (("cast", "--cast"), ("expert_dtype", "--expert-dtype"), ("file_size", "--max-file-size")):
-        if layout.get(key):
-            yield from (option, str(layout[key]))
-    if layout.get("keep_optional"):
-        yield from ("--mtp", "keep")
-    if layout.get("pad"):
-        yield "--pad"
-
-
-def list_subset_options(subset: Mapping[str, Any]) -> Iterator[str]:
-    """Lists the options that choose a part of a checkpoint, by its entry in a journal."""
-    for key in ("layers", "experts"):
-        if key in subset:
-            yield from (f"--{key}", format_ranges(subset[key]["kept"]))
-    kept = [subset[key]["kept"] for key in ("layers", "experts") if key in subset]
-    if any(numbers != [*range(len(numbers))] for numbers in kept):
-        yield "--renumber"
-    for pattern in subset.get("only", ()):
-        yield from ("--only", str(pattern))
 
 
 def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
@@ -174,12 +169,5 @@ def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
         numbers = {numbers[0] for numbers in found if numbers}
         ranks = {numbers[1] for numbers in found if numbers}
         if len(ranks) == 1 and numbers != set(range(ranks.pop())):
-            return format_ranges(sorted(numbers))
+            return ",".join(format_runs(numbers))
     return ""
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Formats ascending numbers as an option takes them: `0-3,7`."""
-    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -18,7 +18,15 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import is_safetensors_name, read_header
-from reshard.formats.part_manifests import check_joined, is_of_whole_files, name_part_manifest, read_joined_manifest
+from reshard.formats.part_manifests import (
+    check_agreement,
+    check_joined,
+    choose_of_one_conversion,
+    is_of_whole_files,
+    join_manifests,
+    name_part_manifest,
+    read_manifests,
+)
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.counting import count_progress, spread_evenly
@@ -83,12 +91,15 @@ def audit_target(
     readable manifest, if it does not name a rank, or if a file cannot be read.
     """
     require_target_folder(target)
-    manifest = read_audited_manifest(target)
+    manifests = read_audited_manifests(target)
+    manifest = join_manifests(manifests.values())
     known = read_manifest_files(manifest, target)
     entries = known if ranks is None else choose_entries(known, ranks, manifest)
     problems = list(check_file_set(target, entries, known, manifest))
+    names = {entry.name for entry in entries}
+    problems += [problem for problem in check_agreement(target, manifests) if Path(problem.subject).name in names]
     if ranks is None:
-        problems += [*check_extra_files(target, known, manifest), *check_joined(target)]
+        problems += [*check_extra_files(target, known, manifest), *check_joined(target, manifests)]
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
     batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
     tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
@@ -112,12 +123,12 @@ def audit_target(
     )
 
 
-def read_audited_manifest(target: Path) -> Mapping[str, Any]:
-    """The manifest of a target, joined with those of other parts of the same conversion. Raises Refused if there is
-    none.
+def read_audited_manifests(target: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The manifest of a target and those of other parts of the same conversion, by file name. Raises Refused if there
+    is none.
     """
-    if manifest := read_joined_manifest(target):
-        return manifest
+    if manifests := choose_of_one_conversion(read_manifests(target)):
+        return manifests
     remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
     raise refuse("no-manifest", str(target), f"no {MANIFEST}", "a folder that reshard has written", remedy)
 
