@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
 from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.painting import RED, paint
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused, summarize_problems
+from reshard.errors import Refused
 from reshard.text import escape
 
 
@@ -17,7 +18,7 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
         return run(options)
     except Refused as refused:
         if options.json:
-            print_json({"status": "refused", **summarize_problems(refused.problems)})
+            print_json({"status": "refused", "problems": [asdict(problem) for problem in refused.problems]})
         told = str(refused)
     except OSError as error:
         told = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
