@@ -255,8 +255,11 @@ def count_rows(lines: Iterable[str]) -> int:
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
-OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
-"""An option in a message, with its value if that stands behind it."""
+OPTION = re.compile(
+    r"\b(?:reshard (?:convert|plan|verify|inspect|diff|repair|recipes)|(?:hf|modelscope) download) [^;]*"
+    r"|(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?"
+)
+"""A command in a message, which stays as it is; or an option, with its value if that stands behind it."""
 
 FLAGS = ("allow_inexact", "download", "ignore_extra_files", "pad", "renumber", "restart")
 """The options without a value."""
@@ -281,6 +284,8 @@ def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
 
     An argument for one thing has the singular of the option's name: `rank` of `reshard.load`.
     """
+    if option[1] is None:
+        return option[0]
     name, value = option[1].replace("-", "_"), option[2]
     if name == "mtp":
         return "keep_mtp=True" if value else "keep_mtp"
