@@ -166,6 +166,22 @@ def test_weights_that_are_fp8_already_are_one_problem(
     assert problem["remedy"].endswith("--cast bf16 first")
 
 
+@pytest.mark.parametrize("recipe_name", ["deepseek-v2", "llama"])
+def test_recipes_check_hints_at_no_option_that_it_does_not_have(
+    trial: Trial, recipe_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(trial.source)
+    assert main(["convert", source, str(trial.target), "--mp", "2", "--recipe", recipe_name]) == 2
+    assert "then another --recipe\n" in capsys.readouterr().err
+    assert main(["recipes", "check", recipe_name, source]) == 2
+    assert "then another RECIPE\n" in capsys.readouterr().err
+    renamed(r"^model\.norm", "model.norms")(trial)
+    assert main(["recipes", "check", "deepseek-v3", source]) == 2
+    text = capsys.readouterr().err
+    assert "another RECIPE, or write a recipe of your own (docs/recipes.md) and pass it as RECIPE\n" in text
+    assert "--" not in text
+
+
 def test_every_tensor_without_a_rule_is_named_with_the_nearest_rule(
     trial: Trial, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import struct
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -209,16 +210,16 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
         subject, expected = str(path.parent), f"this conversion: {now}"
-        yield Problem(
-            "another-job", subject, f"an unfinished conversion: {before}", expected, suggest_way(found, wanted)
-        )
+        remedy = suggest_way(found, wanted, path.parent)
+        yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, remedy)
 
 
-def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], target: Path) -> str:
     """The way on from an unfinished conversion of another job. One whose source has changed cannot be finished."""
     if all(found.get(key) == value for key, value in wanted.items() if key != "source"):
         return f"another target; {RESTART}"
-    return "another target; or the command that began it, which goes on from there"
+    command = shlex.join(["reshard", "inspect", str(target)])
+    return f"another target; or go on with that one, by the command that {command} prints"
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
