@@ -64,7 +64,8 @@ def test_weights_without_their_scales_come_layer_by_layer(deep: Checkpoint) -> N
         f"model.layers.{layer}.self_attn.{part}.weight" for layer in range(12) for part in ("q_b_proj", "o_proj")
     ]
     found = find_problems(deep, [f"{weight}_scale_inv" for weight in weights])
-    assert [problem.subject for problem in found if problem.kind == "weight-without-scale"] == weights
+    assert {problem.kind for problem in found} == {"weight-without-scale"}
+    assert [problem.subject for problem in found] == weights
 
 
 def test_layers_of_the_middle_are_one_gap(deep: Checkpoint) -> None:
