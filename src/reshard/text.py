@@ -24,10 +24,10 @@ def escape(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def escape_and_clip(text: str) -> str:
-    """Cuts the text after LONGEST_SHOWN characters and escapes it."""
-    if len(text) > LONGEST_SHOWN:
-        text = f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+def escape_and_clip(text: str, most: int = LONGEST_SHOWN) -> str:
+    """Cuts the text after `most` characters and escapes it."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text):,} characters)"
     return escape(text)
 
 

@@ -20,7 +20,7 @@ from reshard.synthetic import SMALL_V3, write_checkpoint
 Page = Mapping[str, Mapping[str, str]]
 """Section -> field -> its row of the table."""
 
-BY_DATA = {"counts", "casts", "dtypes", "made", "more", "names", "not_in_config", "layout", "subset"}
+BY_DATA = {"counts", "casts", "dtypes", "made", "names", "not_in_config", "layout", "subset"}
 BY_DATA |= {"holes", "scales", "sizes", "run"}
 """Fields whose keys are those of the model, of the recipe or of the options."""
 

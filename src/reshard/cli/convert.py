@@ -63,7 +63,11 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def name_option_of_deepseek(option: re.Match[str]) -> str:
-    """The option of `deepseek` that does the same as one of `convert`; if there is none, says whose it is."""
+    """The option of `deepseek` that does the same as one of `convert`; if there is none, says whose it is. A command
+    stays as it is.
+    """
+    if option[1] is None:
+        return option[0]
     name = option[1].replace("-", "_")
     if name == "mp":
         return "--model-parallel"

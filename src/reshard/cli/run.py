@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
 from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.painting import RED, paint
 from reshard.cli.terminal import print_json
-from reshard.errors import Problem, Refused, summarize_problems
+from reshard.errors import Problem, Refused
 from reshard.text import escape
 
 
@@ -22,6 +23,6 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
         problems = (Problem("system-error", file, said, "no error of the system"),)
         told = f"{escape(file)}: {said}"
     if options.json:
-        print_json({"status": "refused", **summarize_problems(problems)})
+        print_json({"status": "refused", "problems": [asdict(problem) for problem in problems]})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED

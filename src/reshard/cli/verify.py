@@ -10,7 +10,6 @@ from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
-from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
 from reshard.verification.verify import Report, describe_report
@@ -41,13 +40,7 @@ def print_report(report: Report | DownloadReport, target: Path, source: Path, *,
         print_download_report(report, target, as_json=as_json)
     elif as_json:
         proven = "sampled" if report.is_sampled else "proven"
-        print_json(
-            {
-                "status": "differs" if report.problems else proven,
-                **asdict(report),
-                **summarize_problems(report.problems),
-            }
-        )
+        print_json({"status": "differs" if report.problems else proven, **asdict(report)})
     else:
         print_verdict(describe_report(report, target, source), report)
     return PROBLEMS if report.problems else PROVEN

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import struct
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -218,11 +219,11 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path, finished: Co
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
         subject, expected = str(path.parent), f"this conversion: {now}"
-        remedy = suggest_way(found, wanted, finished)
+        remedy = suggest_way(found, wanted, finished, path.parent)
         yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, remedy)
 
 
-def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: Collection[str]) -> str:
+def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: Collection[str], target: Path) -> str:
     """The way on from an unfinished conversion of another job. Neither one whose source has changed can be finished,
     nor one of whose files some were made elsewhere and copied here.
     """
@@ -232,7 +233,8 @@ def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: C
         return f"another target; {RESTART}, and keeps {format_list(brought)}, which came here finished"
     if other <= {"source"}:
         return f"another target; {RESTART}"
-    return "another target; or the command that began it, which goes on from there"
+    command = shlex.join(["reshard", "inspect", str(target)])
+    return f"another target; or go on with that one, by the command that {command} prints"
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:

@@ -21,8 +21,8 @@ from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
 from reshard.inspection.unfinished import note_unfinished
+from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
-from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match

@@ -4,10 +4,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from reshard.numbered_names import NUMBER, split_name
 from reshard.types import Recipe, Rule
-
-NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
-"""A numbered component of a name. Only the canonical spelling: `layers.01` is not layer 1, and no rule knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,6 @@ class Pattern:
         if self.is_plain:
             return [self.right % filling for filling in numbers]
         return [self.right % tuple([filling[place] for place in self.order]) for filling in numbers]
-
-
-def split_name(name: str) -> tuple[str, tuple[str, ...]]:
-    r"""`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`)). A `#` of the name itself becomes `\#`."""
-    pieces = NUMBER.split(name.replace("#", r"\#") if "#" in name else name)
-    return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
 def split_names(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:

@@ -44,7 +44,7 @@ from reshard.target.state import (
     require_same,
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
-from reshard.text import format_size
+from reshard.text import format_count, format_list, format_size
 from reshard.types import RANKS
 
 
@@ -74,7 +74,7 @@ def check_folder(
         return
     still = {*present}.intersection(list_names(target)) - ours
     if names := sorted(name for name in still if not name.startswith(".")):
-        found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        found = f"{format_count(len(names), 'files')}: {format_list(names, 4)}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
     above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
