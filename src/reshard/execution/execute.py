@@ -181,10 +181,11 @@ def write_partial_files(
         complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
         sync_folder(target)
-        checksums = write_side_files(target, sides)  # first: what is wrong with one shows before hours of copying
-        ledger = Ledger(journal, targets, ways, counter)
         resumed = int(found["size"].sum())
         counter.begin(resumed)
+        # First, for what is wrong with one shows before hours of copying.
+        checksums = write_side_files(target, sides, counter)
+        ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
