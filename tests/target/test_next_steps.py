@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inference_code import GENERATE
 from small_models import write_model
 
 import reshard
@@ -19,23 +20,6 @@ from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.engines import count_ranks_per_node
 from reshard.target.next_steps import make_rank_patterns
-
-GENERATE = """
-import argparse, json, os
-from safetensors import safe_open
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--ckpt-path", required=True)
-parser.add_argument("--config", required=True)
-parser.add_argument("--interactive", action="store_true")
-options = parser.parse_args()
-rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-dim = json.load(open(options.config))["dim"]
-with safe_open(f"{options.ckpt_path}/model{rank}-mp{ranks}.safetensors", "pt") as file:
-    assert file.get_slice("norm.weight").get_shape() == [dim]
-open(f"ran-{rank}", "w").close()
-"""
-"""Opens what DeepSeek's own opens, in the folder where it lies."""
 
 
 def steps_of(text: str) -> dict[str, str]:
