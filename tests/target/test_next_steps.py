@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import write_small
 from inference_code import GENERATE
 from small_models import write_model
 
 import reshard
-from families import write_small
 from reshard.cli.main import main
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL_V3, write_checkpoint

@@ -184,8 +184,8 @@ def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> l
 
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
-    """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared with them, unless
-    tensors were chosen or cast: then its checksums are verified.
+    """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared
+    with them, unless tensors were chosen or cast: then its checksums are verified.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]

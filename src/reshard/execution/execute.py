@@ -180,11 +180,10 @@ def write_partial_files(
     with opened as sources, ExitStack() as stack:
         complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
-        sync_folder(target)
         resumed = int(found["size"].sum())
         counter.begin(resumed)
-        # First, for what is wrong with one shows before hours of copying.
-        checksums = write_side_files(target, sides, counter)
+        sync_folder(target)
+        checksums = write_side_files(target, sides, counter)  # first: a fault of one shows before hours of copying
         ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]

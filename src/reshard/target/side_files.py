@@ -165,7 +165,7 @@ def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) 
 
 
 def measure_lacking_sides(plan: Plan, target: Path) -> int:
-    """Measures the side files of a plan that are not in its target, in bytes. Raises Refused as `collect_side_files`."""
+    """Measures the side files of a plan that its target lacks, in bytes. Raises Refused as `collect_side_files`."""
     return sum(side.size for name, side in collect_side_files(plan).items() if not (target / name).exists())
 
 
