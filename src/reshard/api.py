@@ -146,7 +146,7 @@ def convert(
     state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
-    counter = WorkCounter(progress, state.plan.size, writes=True)
+    counter = WorkCounter(progress, state.size, writes=True)
     # The only step that writes tensors.
     done = execute_plan(state.plan, state.folder, describe_others(state), counter, settings)
     return Conversion(state.folder, state.plan, done, (), monotonic() - started)

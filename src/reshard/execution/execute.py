@@ -184,11 +184,11 @@ def write_partial_files(
     with opened as sources, ExitStack() as stack:
         complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
-        sync_folder(target)
-        checksums = write_side_files(target, sides)  # first: what is wrong with one shows before hours of copying
-        ledger = Ledger(journal, targets, ways, counter)
         resumed = int(found["size"].sum())
         counter.begin(resumed)
+        sync_folder(target)
+        checksums = write_side_files(target, sides, counter)  # first: a fault of one shows before hours of copying
+        ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)

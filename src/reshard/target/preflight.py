@@ -22,6 +22,7 @@ from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
     describe_conversion_job,
@@ -186,7 +187,7 @@ def mend_target(state: TargetState) -> list[str]:
             require_same(state)
             if has_partial_files(target):
                 raise refuse("target-changed", str(target), "another run has begun there", "none", "run it again")
-            write_side_files(target, {name: state.sides[name] for name in sides})
+            write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0))
             for name in part:
                 write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
             rename_to_final(target, [*sides, *part], state.superseded)
@@ -217,9 +218,8 @@ def check_room(state: TargetState) -> Iterator[Problem]:
             parts = {name for name in list_names(state.folder) if is_part_name(name)}
             ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
         ours |= list_rank_files(state.known) - planned
-    needed = state.plan.size + sum(side.size for side in state.sides.values())
     remedy = "move them out of the folder, or another target" if state.known else "another target"
-    yield from check_folder(state.plan.path, state.folder, needed, ours, present, remedy)
+    yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)
 
 
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:

@@ -164,6 +164,11 @@ def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) 
     return dict(sorted(sides.items()))
 
 
+def measure_lacking_sides(plan: Plan, target: Path) -> int:
+    """Measures the side files of a plan that its target lacks, in bytes. Raises Refused as `collect_side_files`."""
+    return sum(side.size for name, side in collect_side_files(plan).items() if not (target / name).exists())
+
+
 def look_at_side_file(path: Path) -> SideFile:
     """Looks at a file that is going to be copied. Raises Refused if it cannot be read, or is a Git LFS pointer, a web
     page or another thing that its name does not say.

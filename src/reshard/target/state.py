@@ -48,6 +48,11 @@ class TargetState:
     """The part of the new manifest that describes the source."""
 
     @property
+    def size(self) -> int:
+        """Of all files to be written but the manifest, in bytes."""
+        return self.plan.size + sum(side.size for side in self.sides.values())
+
+    @property
     def named(self) -> set[str]:
         """The rank files that the manifest of the whole folder names already."""
         return list_rank_files(self.same.get(MANIFEST, {}))
