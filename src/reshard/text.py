@@ -93,12 +93,16 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str:
-    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`, where these are
-    put one below the other if they are wider than the terminal.
+    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`, in as many lines
+    as it takes.
     """
     cells = [(f"{name}: " if name else "") + cell for name, cell in zip(heading[1:], row[1:], strict=True) if cell]
-    line = f"    {'  '.join(cells)}"
-    below = [line] if len(line) <= width else [f"    {cell}" for cell in cells]
+    below: list[str] = []
+    for cell in cells:
+        if below and len(below[-1]) + 2 + len(cell) <= width:
+            below[-1] += f"  {cell}"
+        else:
+            below.append(f"    {cell}")
     return "\n".join([row[0].rstrip(), *below])
 
 

@@ -18,6 +18,7 @@ from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.storage.counting import WorkCounter
 from reshard.synthetic import write_checkpoint
+from reshard.target import side_files
 from reshard.target.preflight import describe_others, look_at_target
 
 LEFT_ENDINGS = [
@@ -249,3 +250,23 @@ def test_there_must_be_room_for_large_ones_and_they_are_said(source: Path, tmp_p
         api.convert(source, tmp_path / "target", to="hf")
     assert error.value.problems[0].kind == "no-space"
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("does_convert", [True, False])
+def test_a_source_is_looked_at_once(
+    does_convert: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system each list of a large folder takes its time, and two may differ."""
+    looked: list[Path] = []
+    plain = side_files.list_names
+
+    def list_and_count(folder: Path) -> list[str]:
+        looked.append(folder)
+        return plain(folder)
+
+    monkeypatch.setattr(side_files, "list_names", list_and_count)
+    if does_convert:
+        api.convert(source, tmp_path / "target", 2)
+    else:
+        api.plan(source, 2, target=tmp_path / "target")
+    assert looked == [source]

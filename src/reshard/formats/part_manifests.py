@@ -109,8 +109,10 @@ def read_joined_manifest(folder: Path) -> dict[str, Any]:
     return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
 
 
-def check_joined(folder: Path) -> Iterator[Problem]:
-    """Reports parts of one conversion that were brought together but not joined: `reshard.json` does not name all."""
+def check_joined(folder: Path, source: str = "SOURCE") -> Iterator[Problem]:
+    """Reports parts of one conversion that were brought together but not joined: `reshard.json` does not name all.
+    `source` stands in the command that joins them.
+    """
     chosen = choose_of_one_conversion(read_manifests(folder))
     named = list_rank_files(chosen.get(MANIFEST, {}))
     others = {name: list_rank_files(one) - named for name, one in chosen.items()}
@@ -119,22 +121,23 @@ def check_joined(folder: Path) -> Iterator[Problem]:
     joined = join_manifests(chosen.values())
     counts = [f"{name} names {format_count(len(files), 'others')}" for name, files in others.items() if files]
     found = f"names {len(named)} of {joined['ranks']} rank files; {format_list(counts)}"
-    remedy = describe_join_command(folder, joined)
+    remedy = describe_join_command(folder, joined, source)
     yield Problem("not-joined", MANIFEST, found, "one manifest of all", remedy)
 
 
-def note_not_joined(folder: Path) -> Iterator[Note]:
+def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
     """Notes what `check_joined` reports. A damaged `reshard.json` says nothing."""
     try:
-        for problem in check_joined(folder):
-            yield Note("not-joined", f"{problem.subject} {problem.found}; {problem.remedy}")
+        for problem in check_joined(folder, source):
+            text = f"the parts are not joined yet: {problem.subject} {problem.found}; {problem.remedy}"
+            yield Note("not-joined", text)
     except Refused:
         return
 
 
-def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
+def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str) -> str:
     """Describes the command that joins the parts of a target, and writes the rank files that lack."""
-    command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
+    command = f"reshard convert {shlex.quote(source)} {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
     return f"to join them, run the command that made them without --ranks: {command}"
 
 

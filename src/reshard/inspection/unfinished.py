@@ -12,8 +12,8 @@ import msgspec
 
 from reshard.errors import refuse
 from reshard.execution.journal import RECORD, find_holder, read_batches
-from reshard.formats.manifest import is_subset
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.manifest import is_subset, list_rank_files, read_valid_manifest
+from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
@@ -43,6 +43,8 @@ class Unfinished:
 
     path: str
     recipe: str
+    ranks: str
+    """The ranks that it is for, such as `4-7`; empty if it is for all, or for whole files."""
     size: int
     """Of all tensor files, in bytes."""
     durable: int
@@ -70,7 +72,8 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     """Describes an unfinished conversion for a person."""
     tenths = found.durable * 1000 // found.size if found.size else 0
     size = f"{format_size(found.durable)} of {format_size(found.size)} ({tenths // 10}.{tenths % 10}%)"
-    yield f"{found.path}: an unfinished conversion by the recipe {found.recipe}"
+    ranks = f" of ranks {found.ranks}" if found.ranks else ""
+    yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
     yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
     files = format_count(found.source_files, "files")
     yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
@@ -84,10 +87,11 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
 def read_unfinished(path: Path) -> Unfinished | None:
     """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
 
-    Raises Refused if the journal is damaged.
+    A journal whose files `reshard.json` names all is left over: that run has crashed after its last step. Raises
+    Refused if the journal is damaged.
     """
     journal = path / JOURNAL
-    if (path / MANIFEST).exists() or not journal.is_file():
+    if not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
@@ -100,13 +104,18 @@ def read_unfinished(path: Path) -> Unfinished | None:
         entry = msgspec.json.decode(content[:start], type=JournalEntry)
     except ValueError:  # msgspec's own errors are ValueErrors
         return None
+    if set(entry.files) <= list_rank_files(read_valid_manifest(path)):
+        return None
     recorded = [0] * len(entry.files)
     for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
         if number < len(recorded):
             recorded[number] += size
+    packaged = list_packaged_recipes()
+    ranks = find_chosen_ranks(entry.files, [recipe for recipe in packaged if recipe.name == entry.recipe])
     return Unfinished(
         str(path),
         entry.recipe,
+        ranks,
         sum(entry.sizes),
         sum(recorded),
         len(entry.files),
@@ -114,7 +123,7 @@ def read_unfinished(path: Path) -> Unfinished | None:
         len(entry.source),
         sum(size for _, size, _, _ in entry.source),
         format_list([name for name, _, _, _ in entry.source], 2),
-        shlex.join(make_words(entry, path)),
+        shlex.join(make_words(entry, path, ranks, packaged)),
         find_holder(journal, inode),
     )
 
@@ -133,12 +142,11 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
     return count
 
 
-def make_words(entry: JournalEntry, path: Path) -> list[str]:
+def make_words(entry: JournalEntry, path: Path, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
     words = ["reshard", "convert", "SOURCE", str(path), *list_layout_options(entry.layout)]
-    packaged = [recipe for recipe in list_packaged_recipes() if recipe.name == entry.recipe]
     words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
-    words += ["--ranks", ranks] if (ranks := find_chosen_ranks(entry.files, packaged)) else []
+    words += ["--ranks", ranks] if ranks else []
     words += list_subset_options(entry.subset) if is_subset(entry.subset) else []
     return words + ["--allow-inexact"] * entry.allow_inexact
 

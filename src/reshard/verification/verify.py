@@ -75,7 +75,7 @@ class Report:
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The part of a larger checkpoint that the target holds, as in the manifest; empty if it is no subset."""
     note: str = ""
-    """A possible explanation of the problems."""
+    """A possible explanation of the problems; without any, that parts are not joined yet."""
     casts: Mapping[str, int] = field(default_factory=dict)
     """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
     makes of the source. All others were compared with the source itself."""
@@ -126,6 +126,7 @@ def format_report_lines(report: Report) -> Iterator[str]:
         if report.inexact:
             values = format_count(report.inexact, "values")
             yield f"rounded: {values} that the new dtype does not have, each to the nearest"
+        yield from [escape(f"note: {report.note}")] if report.note else []
     yield from map(escape, list_subset_lines(report.subset))
 
 
