@@ -77,12 +77,14 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right.
 
     On a terminal that is too narrow for it, each row becomes a record instead: its first cell, and the others below.
+    The heading of the first cells stands above all.
     """
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     terminal = measure_terminal()
     if 0 < terminal < sum(widths) + 2 * len(widths) - 2:
-        return "\n".join(format_record(heading, line, terminal) for line in lines[1:])
+        above = [f"{heading[0]}:"] if heading[0] else []
+        return "\n".join([*above, *(format_record(heading, line, terminal) for line in lines[1:])])
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)

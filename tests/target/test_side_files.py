@@ -14,11 +14,11 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings, execute_plan
 from reshard.execution.side_writer import LARGEST_READ, SideFile, read_side_file
+from reshard.formats.target_names import list_names
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.storage.counting import WorkCounter
 from reshard.synthetic import write_checkpoint
-from reshard.target import side_files
 from reshard.target.preflight import describe_others, look_at_target
 
 LEFT_ENDINGS = [
@@ -252,21 +252,15 @@ def test_there_must_be_room_for_large_ones_and_they_are_said(source: Path, tmp_p
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.parametrize("does_convert", [True, False])
-def test_a_source_is_looked_at_once(
-    does_convert: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["convert", "plan"])
+def test_a_source_is_looked_at_once(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a network file system each list of a large folder takes its time, and two may differ."""
     looked: list[Path] = []
-    plain = side_files.list_names
 
     def list_and_count(folder: Path) -> list[str]:
         looked.append(folder)
-        return plain(folder)
+        return list_names(folder)
 
-    monkeypatch.setattr(side_files, "list_names", list_and_count)
-    if does_convert:
-        api.convert(source, tmp_path / "target", 2)
-    else:
-        api.plan(source, 2, target=tmp_path / "target")
+    monkeypatch.setattr("reshard.target.side_files.list_names", list_and_count)
+    getattr(api, name)(source, mp=2, target=tmp_path / "target")
     assert looked == [source]

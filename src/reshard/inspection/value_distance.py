@@ -159,7 +159,7 @@ class RangeMeter:
         """Measures the values of elements with the bits `x` and `y`; `times` is how often each pair occurs. `is_apart`
         says whether there are different ones.
         """
-        space = [part[: len(x)] for part in self._space] or [None, None, None]
+        space: list[Float64s | None] = [part[: len(x)] for part in self._space] or [None] * 3
         one = self._decode(x, space[0])
         other = self._decode(y, space[1]) if is_apart else one
         absolute = compute_differences(x, y, one, other, self._dtype, space[2])
@@ -203,7 +203,7 @@ class RangeMeter:
             turned = np.flatnonzero((x ^ y) >= 1 << (BITS[self._dtype] - 1))
             absolute, one, other = absolute[turned], one[turned], other[turned]
             space = [None, None]
-        return max(known, find_largest(divide_by_larger(absolute, one, other, space)))
+        return max(known, find_largest(compute_relative(absolute, one, other, space)))
 
     def _count_unusual(
         self, wrong: AnyArray, absolute: Float64s, one: AnyArray, other: AnyArray, times: AnyArray | None
@@ -218,7 +218,7 @@ class RangeMeter:
             return
         one, other, absolute = one[finite], other[finite], absolute[finite]
         self._largest = max(self._largest or 0, min(float(absolute.max()), LARGEST_FLOAT64))
-        relative = divide_by_larger(absolute, one, other, [None, None])
+        relative = compute_relative(absolute, one, other, [None, None])
         beyond = np.isinf(absolute)
         if beyond.any():
             one, other = one[beyond], other[beyond]
@@ -273,8 +273,8 @@ def count_chosen(chosen: AnyArray, times: AnyArray | None) -> int:
 def compute_differences(
     x: AnyArray, y: AnyArray, one: AnyArray, other: AnyArray, dtype: str, space: Float64s | None
 ) -> Float64s:
-    """The absolute differences of values with the bits `x` and `y`, perhaps in the array `space`. Infinite where float64
-    overflows.
+    """The absolute differences of values with the bits `x` and `y`, perhaps in the array `space`. Infinite where they
+    overflow float64.
     """
     if dtype in ("I64", "U64"):
         is_more = x.view(NATIVE_DTYPES[dtype]) > y.view(NATIVE_DTYPES[dtype])
@@ -285,9 +285,7 @@ def compute_differences(
     return np.abs(apart, out=apart)
 
 
-def divide_by_larger(
-    absolute: Float64s, one: AnyArray, other: AnyArray, space: Sequence[Float64s | None]
-) -> Float64s:
+def compute_relative(absolute: Float64s, one: AnyArray, other: AnyArray, space: Sequence[Float64s | None]) -> Float64s:
     """Each difference divided by the larger magnitude, perhaps in an array of `space`; NaN where both values are 0."""
     larger = np.maximum(np.abs(one, out=space[0]), np.abs(other, out=space[1]), out=space[0])
     return np.divide(absolute, larger, out=space[1])
