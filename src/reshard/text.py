@@ -77,7 +77,7 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right.
 
     On a terminal that is too narrow for it, each row becomes a record instead: its first cell, and the others below.
-    The heading of the first cells stands above all.
+    The heading of the first column stands above all.
     """
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
@@ -95,8 +95,8 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str:
-    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`, in as many lines
-    as it takes.
+    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`. Cells that are
+    together wider than `width` fill several lines.
     """
     cells = [(f"{name}: " if name else "") + cell for name, cell in zip(heading[1:], row[1:], strict=True) if cell]
     below: list[str] = []
