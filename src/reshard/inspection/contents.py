@@ -99,7 +99,7 @@ def inspect_path(
     `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
     path, patterns = Path(path), list_patterns(tensors)
-    unfinished, notes = find_unfinished(path)
+    unfinished, notes = find_unfinished_run(path)
     if unfinished and not patterns and not (path / MANIFEST).exists():
         return replace(
             make_content(path, FolderHeaders(path, (), ()), "", unfinished.recipe, 0, {}, ""), unfinished=unfinished
@@ -112,7 +112,7 @@ def inspect_path(
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 
 
-def find_unfinished(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]]:
+def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]]:
     """Finds an unfinished conversion. Beside finished files a damaged journal is worth a note, without any Refused is
     raised.
     """
