@@ -314,13 +314,8 @@ def explain_difference(
         where = "than in the source" if isinstance(origin, KeptTensor) else "than are made of the source"
         expected = f"those of {origin.tensor.name}" if isinstance(origin, KeptTensor) else origin
         subject = f"{trace.folder.names[key[0]]}: {key[1]}"
-        yield Problem(
-            "differs",
-            subject,
-            f"{format_count(found.count, 'other bytes')} {where}, {place}",
-            expected,
-            CONVERT_AGAIN_HINT,
-        )
+        said = f"{format_count(found.count, 'other bytes')} {where}, {place}"
+        yield Problem("differs", subject, said, expected, CONVERT_AGAIN_HINT)
 
 
 def check_missing_tensors(
