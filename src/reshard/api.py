@@ -6,7 +6,7 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -14,8 +14,7 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
-from reshard.formats.manifest import list_subset_lines, read_valid_manifest
-from reshard.formats.target_names import MANIFEST
+from reshard.formats.manifest import list_subset_lines
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
@@ -35,11 +34,12 @@ from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
-from reshard.target.side_files import add_notes
+from reshard.target.side_files import add_notes, find_beside
 from reshard.text import escape, format_count, format_size
-from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
+from reshard.types import COMPARE, RANKS, WHOLE, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
+from reshard.verification.report_notes import add_target_note
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
@@ -141,9 +141,10 @@ def convert(
 
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
-    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    beside = find_beside(planned)
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
-    state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
+    state = look_at_target(add_notes(planned, beside), Path(target), tokenizer, beside)  # the last chance to refuse
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True)
@@ -184,8 +185,10 @@ def plan(
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, None))
-    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
-    return planned if target is None else look_at_target(planned, Path(target)).plan
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    beside = find_beside(planned)
+    planned = add_notes(planned, beside)
+    return planned if target is None else look_at_target(planned, Path(target), beside=beside).plan
 
 
 def verify(
@@ -249,7 +252,7 @@ def verify(
         report = verify_target(
             sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
         )
-    return note_other_source(report, folder, sides.files)
+    return add_target_note(report, folder, Path(source), sides.files)
 
 
 def diff(
@@ -318,15 +321,6 @@ def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
     yield f"{used}, read {done.ways.read}, written {done.ways.write}"
     if done.inexact:
         yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
-
-
-def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Report:
-    """Notes, where there are problems, that by its manifest a target was made from other files than these."""
-    known = read_valid_manifest(target).get("source") if report.problems else None
-    given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
-    if known is None or known == given:
-        return report
-    return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
 
 
 def read_chosen(

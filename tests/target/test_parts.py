@@ -134,7 +134,11 @@ def test_the_command_says_what_it_joins(
     assert "found:    names 2 of 4 rank files; reshard.ranks-2-3.json names 2 others\n" in told
     assert f"reshard convert SOURCE '{target}' --mp 4\n" in told
     assert main(["inspect", str(target)]) == 0
-    assert "note: reshard.json names 2 of 4 rank files" in capsys.readouterr().out
+    assert "note: the parts are not joined yet: reshard.json names 2 of 4 rank files" in capsys.readouterr().out
+    assert main(["verify", str(target), "--source", str(source)]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[2].startswith("note: the parts are not joined yet: reshard.json names 2 of 4 rank files; ")
+    assert told.endswith(f"without --ranks: reshard convert {source} '{target}' --mp 4\n")
     assert contents(target) == before
     assert main(["convert", str(source), str(target), "--mp", "4"]) == 0
     told = capsys.readouterr().out

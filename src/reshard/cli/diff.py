@@ -21,8 +21,11 @@ MOST_GROUPS = 8
 
 VALUES_HEADING = (
     *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
-    *("NaN in A", "in B", "infinite"),
+    *("NaN in A", "NaN in B", "infinite"),
 )
+
+RARE_COLUMNS = VALUES_HEADING[-3:]
+"""Columns that are left out where all that is shown of them is 0. The rows with other numbers come first."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -108,8 +111,9 @@ def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int)
     """Lists rows as a table, and the number of rows left out. `count` is the number of all rows; 0 gives no line."""
     if not count:
         return
+    shown = [n for n, name in enumerate(heading) if name not in RARE_COLUMNS or any(row[n] != "0" for row in rows)]
     yield ""
-    yield from format_table(heading, rows).split("\n")
+    yield from format_table([heading[n] for n in shown], [[row[n] for n in shown] for row in rows]).split("\n")
     if count > len(rows):
         yield f"... and {count - len(rows):,} more; --json lists them all"
 

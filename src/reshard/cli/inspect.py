@@ -11,7 +11,6 @@ from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
-from reshard.inspection.unfinished import read_unfinished
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.text import escape, format_table
@@ -19,15 +18,10 @@ from reshard.text import escape, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    if unfinished := read_unfinished(options.path):
-        if options.json:
-            print_json({"status": "unfinished", **asdict(unfinished)})
-        else:
-            print(unfinished)
-        return PROVEN
     content = inspect_path(options.path, options.recipe, options.tensors, ignore_extra_files=options.ignore_extra_files)
     if options.json:
-        print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
+        status = "unfinished" if content.unfinished else "finished"
+        print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)
     return PROVEN

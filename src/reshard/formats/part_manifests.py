@@ -128,9 +128,9 @@ def read_joined_manifest(folder: Path) -> dict[str, Any]:
     return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
 
 
-def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]], source: str = "SOURCE") -> Iterator[Problem]:
     """Reports parts of one conversion, by the names of their manifests, that were brought together but not joined:
-    `reshard.json` does not name all.
+    `reshard.json` does not name all. `source` stands in the command that joins them.
     """
     named = list_rank_files(chosen.get(MANIFEST, {}))
     others = {name: list_rank_files(one) - named for name, one in chosen.items()}
@@ -139,26 +139,28 @@ def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]]) -> Itera
     joined = join_manifests(chosen.values())
     counts = [f"{name} names {format_count(len(files), 'others')}" for name, files in others.items() if files]
     found = f"names {len(named)} of {joined['ranks']} rank files; {format_list(counts)}"
-    remedy = describe_join_command(folder, joined)
+    remedy = describe_join_command(folder, joined, source)
     yield Problem("not-joined", MANIFEST, found, "one manifest of all", remedy)
 
 
-def note_not_joined(folder: Path) -> Iterator[Note]:
+def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
     """Notes parts that are not joined, or contradict each other. A damaged `reshard.json` says nothing."""
     try:
         chosen = choose_of_one_conversion(read_manifests(folder))
     except Refused:
         return
-    for problem in (*check_agreement(folder, chosen), *check_joined(folder, chosen)):
-        yield Note(problem.kind, f"{problem.subject} {problem.found}; {problem.remedy}")
+    for problem in (*check_agreement(folder, chosen), *check_joined(folder, chosen, source)):
+        yield Note(
+            problem.kind, f"the parts are not one target yet: {problem.subject} {problem.found}; {problem.remedy}"
+        )
 
 
-def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
+def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str) -> str:
     """Describes the command that joins the parts of a target, and writes the rank files that lack, as far as their
     manifest knows it.
     """
     words = *list_layout_words(manifest.get("layout")), *list_subset_words(manifest.get("subset", {}))
-    command = shlex.join(["reshard", "convert", "SOURCE", str(folder), *words])
+    command = shlex.join(["reshard", "convert", source, str(folder), *words])
     return f"to join them, run the command that made them without --ranks: {command}"
 
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import msgspec
 
-from reshard.errors import Refused, refuse
-from reshard.execution.journal import RECORD, find_holder, list_left_files, read_batches
+from reshard.errors import refuse
+from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.formats.command_words import list_layout_words, list_subset_words
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.manifest import list_rank_files, read_valid_manifest
+from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
 from reshard.text import escape, format_count, format_list, format_runs, format_size
-from reshard.types import Note, Recipe
+from reshard.types import Recipe
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""
@@ -42,6 +43,8 @@ class Unfinished:
 
     path: str
     recipe: str
+    ranks: str
+    """The ranks that it is for, such as `4-7`; empty if it is for all, or for whole files."""
     size: int
     """Of all tensor files, in bytes."""
     durable: int
@@ -69,7 +72,8 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     """Describes an unfinished conversion for a person."""
     tenths = found.durable * 1000 // found.size if found.size else 0
     size = f"{format_size(found.durable)} of {format_size(found.size)} ({tenths // 10}.{tenths % 10}%)"
-    yield f"{found.path}: an unfinished conversion by the recipe {found.recipe}"
+    ranks = f" of ranks {found.ranks}" if found.ranks else ""
+    yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
     yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
     files = format_count(found.source_files, "files")
     yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
@@ -81,29 +85,10 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
 
 
 def read_unfinished(path: Path) -> Unfinished | None:
-    """Reads how far the unfinished conversion in a folder is; None if there is none, if its journal has not begun, or
-    if other ranks are finished: then there is more to say of the folder. Raises Refused if the journal is damaged.
-    """
-    return None if (path / MANIFEST).exists() else read_journal(path)
+    """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
 
-
-def note_unfinished(path: Path) -> Iterator[Note]:
-    """Notes the unfinished conversion in a folder where other ranks are finished. A damaged journal says nothing."""
-    try:
-        found = read_journal(path)
-    except Refused:
-        return
-    # Without such files, a crash has left nothing but the journal behind.
-    if found and any(name.endswith(PARTIAL) for name in list_left_files(path)):
-        size = f"{format_size(found.durable)} of {format_size(found.size)}"
-        way = f"{found.holder} is at work" if found.holder else f"to go on: {found.command}"
-        files = format_count(found.files, "other files")
-        yield Note("unfinished", f"{files} of an unfinished conversion, {size} on the disk; {way}")
-
-
-def read_journal(path: Path) -> Unfinished | None:
-    """Reads how far a conversion is by the journal in its target; None without one, or if it has not begun. Raises
-    Refused if it is damaged.
+    A journal whose files `reshard.json` names all is left over: that run has crashed after its last step. Raises
+    Refused if the journal is damaged.
     """
     journal = path / JOURNAL
     if not journal.is_file():
@@ -119,13 +104,18 @@ def read_journal(path: Path) -> Unfinished | None:
         entry = msgspec.json.decode(content[:start], type=JournalEntry)
     except ValueError:  # msgspec's own errors are ValueErrors
         return None
+    if set(entry.files) <= list_rank_files(read_valid_manifest(path)):
+        return None
     recorded = [0] * len(entry.files)
     for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
         if number < len(recorded):
             recorded[number] += size
+    packaged = list_packaged_recipes()
+    ranks = find_chosen_ranks(entry.files, [recipe for recipe in packaged if recipe.name == entry.recipe])
     return Unfinished(
         str(path),
         entry.recipe,
+        ranks,
         sum(entry.sizes),
         sum(recorded),
         len(entry.files),
@@ -133,7 +123,7 @@ def read_journal(path: Path) -> Unfinished | None:
         len(entry.source),
         sum(size for _, size, _, _ in entry.source),
         format_list([name for name, _, _, _ in entry.source], 2),
-        shlex.join(make_words(entry, path)),
+        shlex.join(make_words(entry, path, ranks, packaged)),
         find_holder(journal, inode),
     )
 
@@ -152,12 +142,11 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
     return count
 
 
-def make_words(entry: JournalEntry, path: Path) -> list[str]:
+def make_words(entry: JournalEntry, path: Path, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
     words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
-    packaged = [recipe for recipe in list_packaged_recipes() if recipe.name == entry.recipe]
     words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
-    words += ["--ranks", ranks] if (ranks := find_chosen_ranks(entry.files, packaged)) else []
+    words += ["--ranks", ranks] if ranks else []
     words += list_subset_words(entry.subset)
     return words + ["--allow-inexact"] * entry.allow_inexact
 

@@ -31,7 +31,7 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, find_beside
+from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
     check_manifests,
@@ -109,12 +109,16 @@ def find_nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
+def look_at_target(
+    plan: Plan, folder: Path, tokenizer_path: Path | None = None, beside: FoundFiles | None = None
+) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
-    or of the source. Raises Refused if they cannot be written.
+    or of the source. The source is looked at again if what lies `beside` its tensors is not given. Raises Refused if
+    they cannot be written.
     """
+    beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
-    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, beside.copied)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)
@@ -124,7 +128,7 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     wanted = describe_conversion_job(plan, samples)
     same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
     known = join_manifests(same.values())
-    sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
+    sides = collect_side_files(plan, tokenizer, beside)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
