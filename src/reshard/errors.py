@@ -119,7 +119,7 @@ Returned = TypeVar("Returned")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value if that stands behind it."""
 
-FLAGS = ("allow_inexact", "download", "ignore_extra_files", "pad", "renumber", "restart")
+FLAGS = ("allow_inexact", "download", "dry_run", "ignore_extra_files", "pad", "renumber", "restart", "yes")
 """The options without a value."""
 
 

@@ -7,7 +7,9 @@ from reshard.cli.help_text import describe_help
 from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser, PrintCompletion
 from reshard.cli.values import parse_number, parse_numbers, parse_positive, parse_share, parse_size
 
-CONVERTED, VERIFIED, COMPARED, INSPECTED = (f"What to {verb}" for verb in ("convert", "verify", "compare", "inspect"))
+CONVERTED, VERIFIED, REPAIRED, COMPARED, INSPECTED = (
+    f"What to {verb}" for verb in ("convert", "verify", "repair", "compare", "inspect")
+)
 """The first section of a command."""
 
 RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
@@ -173,6 +175,30 @@ def add_verify(parser: Parser) -> None:
         type=parse_share,
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
+    )
+    add_progress(parser)
+
+
+def add_repair(parser: Parser) -> None:
+    """Adds the options of `repair`."""
+    what, how = parser.section(REPAIRED), parser.section(RUNNING)
+    what.add_argument(
+        "target", type=Path, metavar="TARGET", help="A folder that was converted into, with its reshard.json."
+    )
+    what.add_argument(
+        "--source",
+        type=Path,
+        metavar="SOURCE",
+        help="The checkpoint that it was made from. It is needed only if a file is damaged.",
+    )
+    what.add_argument("--recipe", metavar="NAME|FILE", help="A recipe. By default the one that the manifest names.")
+    what.add_argument(
+        "--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks, and those beside them."
+    )
+    add_ignore_extra_files(what)
+    how.add_argument("--dry-run", action="store_true", help="Show what is damaged and write nothing.")
+    how.add_argument(
+        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
     )
     add_progress(parser)
 

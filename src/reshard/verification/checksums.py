@@ -109,13 +109,22 @@ def audit_files(
     known = read_manifest_files(manifest, target)
     entries = known if ranks is None else choose_entries(known, ranks, manifest)
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
-    batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
-    size = sum(entry.size for entry in full)
+    wrong, compared = compare_files(target, full, progress, sample)
+    return Audit(target, manifest, known, entries, full, wrong, compared, is_sampled=sample is not None)
+
+
+def compare_files(
+    folder: Path, entries: Sequence[ManifestFile], progress: Progress | None = None, sample: Fraction | None = None
+) -> tuple[dict[str, list[CheckedRange]], int]:
+    """Compares files that have their size with their checksums. Returns, by file name, the ranges that differ; and the
+    number of bytes that were compared, which a `sample` makes fewer.
+    """
+    batches = [batch for entry in entries for batch in split_into_batches(entry, sample)]
+    size = sum(entry.size for entry in entries)
     compared = sum(checked.size for batch in batches for checked in batch.ranges)
     with count_progress(progress, size) as advance:
         told = spread_evenly(advance, compared, size)  # bytes that a sample leaves out count as done
-        wrong = find_changed_ranges(target, full, batches, told, is_sampled=sample is not None)
-    return Audit(target, manifest, known, entries, full, wrong, compared, sample is not None)
+        return find_changed_ranges(folder, entries, batches, told, is_sampled=sample is not None), compared
 
 
 def report_audit(audit: Audit) -> Report:
