@@ -102,9 +102,7 @@ def add_convert(parser: Parser) -> None:
     what.add_argument("target", type=Path, metavar="TARGET", help="The folder to write, empty or not there yet.")
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
-    how.add_argument(
-        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
-    )
+    add_jobs(how)
     how.add_argument(
         "--max-memory",
         type=parse_size,
@@ -182,24 +180,13 @@ def add_verify(parser: Parser) -> None:
 def add_repair(parser: Parser) -> None:
     """Adds the options of `repair`."""
     what, how = parser.section(REPAIRED), parser.section(RUNNING)
-    what.add_argument(
-        "target", type=Path, metavar="TARGET", help="A folder that was converted into, with its reshard.json."
-    )
-    what.add_argument(
-        "--source",
-        type=Path,
-        metavar="SOURCE",
-        help="The checkpoint that it was made from. It is needed only if a file is damaged.",
-    )
+    what.add_argument("target", type=Path, metavar="TARGET", help="A folder with its reshard.json.")
+    what.add_argument("--source", type=Path, metavar="SOURCE", help="What it was made from; for damaged files only.")
     what.add_argument("--recipe", metavar="NAME|FILE", help="A recipe. By default the one that the manifest names.")
-    what.add_argument(
-        "--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks, and those beside them."
-    )
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks only.")
     add_ignore_extra_files(what)
     how.add_argument("--dry-run", action="store_true", help="Show what is damaged and write nothing.")
-    how.add_argument(
-        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
-    )
+    add_jobs(how)
     add_progress(parser)
 
 
@@ -304,11 +291,21 @@ def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_jobs(group: argparse._ArgumentGroup) -> None:
+    """Adds the number of threads to a command that writes."""
+    group.add_argument(
+        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
+    )
+
+
 def add_policies(group: argparse._ArgumentGroup) -> None:
     """Adds what a refusal may advise to a command that writes."""
     group.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
     group.add_argument(
         "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
+    )
+    group.add_argument(
+        "--yes", action="store_true", help="With --restart, remove the files of a finished target too, without asking."
     )
 
 

@@ -16,6 +16,9 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
     try:
         return run(options)
     except Refused as refused:
+        if ask_to_remove(refused, options):
+            options.yes = True
+            return run_command(run, options)
         if options.json:
             print_json({"status": "refused", **summarize_problems(refused.problems)})
         told = str(refused)
@@ -23,3 +26,12 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
         told = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED
+
+
+def ask_to_remove(refused: Refused, options: argparse.Namespace) -> bool:
+    """Asks on a terminal whether a restart may remove finished files. Elsewhere nobody is asked."""
+    is_question = [problem.kind for problem in refused.problems] == ["finished-target"]
+    if not is_question or options.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print_aside(f"{refused}\nRemove these files and write the target anew? [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,13 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
+from reshard.target.restart import (
+    check_removed_files,
+    choose_files_to_remove,
+    leave_out_files,
+    list_files_beside,
+    refuse_to_remove,
+)
 from reshard.target.side_files import collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -55,9 +62,12 @@ def list_own_names(target: Path) -> set[str]:
     return {JOURNAL, *list_left_files(target), *parts}
 
 
-def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+def check_folder(
+    source: Path, target: Path, needed: int, ours: set[str], beside: Collection[str] = ()
+) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
-    hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
+    hold only files named in `ours`, which make room, and `beside`, which stay; and hidden ones: no file of ours has
+    such a name, and macOS and git write them.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -66,7 +76,7 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
+    if names := [name for name in list_names(target) if name not in {*ours, *beside} and not name.startswith(".")]:
         found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target")
     above = find_nearest_folder(target)
@@ -101,9 +111,12 @@ def find_nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
+def look_at_target(
+    plan: Plan, folder: Path, tokenizer_path: Path | None = None, *, restart: bool = False, yes: bool = False
+) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
-    or of the source. Raises Refused if they cannot be written.
+    or of the source. With `restart` and `yes`, finished files are to be written too. Raises Refused if they cannot be
+    written.
     """
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
     plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
@@ -115,13 +128,17 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     manifests = read_manifests(folder)
     wanted = describe_conversion_job(plan, samples)
     same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
-    known = join_manifests(same.values())
+    removed = choose_files_to_remove(folder, plan, manifests, same, yes=yes) if restart else ()
+    known = leave_out_files(join_manifests(same.values()), removed)
+    same = same if known else {}
     sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin)
+    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin, removed)
     require_none(check_state(state))
+    if removed and not yes:
+        raise refuse_to_remove(folder, removed)  # last: who agrees must not be refused then for another reason
     if state.must_be_joined:
         state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state
@@ -132,6 +149,7 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     cannot be written.
     """
     found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
+    found += check_removed_files(state)
     yield from found
     if not found and state.plan.files:
         yield from check_room(state)
@@ -149,7 +167,7 @@ def describe_others(state: TargetState) -> OtherFiles:
     kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
     check = partial(require_same, state)
-    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded)
+    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed)
 
 
 def mend_target(state: TargetState) -> list[str]:
@@ -181,7 +199,8 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     for other ranks).
     """
     ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
-    if state.manifests.main and not state.known:
+    ours |= set(state.removed)
+    if state.manifests.main and not (state.known or state.removed):
         yield explain_other_conversion(state, state.manifests.main)
         return
     if state.known or not state.manifests.named:
@@ -193,7 +212,7 @@ def check_room(state: TargetState) -> Iterator[Problem]:
             ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
         ours |= list_rank_files(state.known) - planned
     needed = state.plan.size + sum(side.size for side in state.sides.values())
-    yield from check_folder(state.plan.path, state.folder, needed, ours)
+    yield from check_folder(state.plan.path, state.folder, needed, ours, list_files_beside(state))
 
 
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:

@@ -116,14 +116,14 @@ def read_layout(target: Path, manifest: Mapping[str, Any]) -> Layout:
 def find_made_subset(source: Mapping[str, Any], target: Mapping[str, Any]) -> Subset:
     """Finds the choice that made a target of a source, which may be a subset itself; either is empty for all."""
     only = tuple(target.get("only", ()))
-    if strip_subset(source) == strip_subset(target):
+    if take_choices(source) == take_choices(target):
         return Subset(only=only)
     layers, experts = (tuple(target[key]["kept"]) if key in target else None for key in COUNTS)
     return Subset(layers, experts, renumber=layers is not None or experts is not None, only=only)
 
 
-def strip_subset(subset: Mapping[str, Any]) -> dict[str, Any]:
-    """Strips a subset of the names that were chosen, and of what is counted."""
+def take_choices(subset: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes the layers and experts out of a subset, without chosen names and counts."""
     return {key: value for key, value in subset.items() if key not in ("only", "left_out")}
 
 

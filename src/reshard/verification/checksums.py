@@ -72,7 +72,7 @@ def audit_target(
     Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
     readable manifest, if it does not name a rank, or if a file cannot be read.
     """
-    return report_audit(audit_files(target, progress, sample, ranks))
+    return make_audit_report(audit_files(target, progress, sample, ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def compare_files(
         return find_changed_ranges(folder, entries, batches, told, is_sampled=sample is not None), compared
 
 
-def report_audit(audit: Audit) -> Report:
+def make_audit_report(audit: Audit) -> Report:
     """Makes the report of an audit. It looks at sizes and side files again."""
     return Report(
         int(audit.manifest["ranks"]),
