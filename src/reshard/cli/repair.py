@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from reshard.cli.mending import describe_mending, make_repair_command
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
@@ -22,10 +23,11 @@ def run_repair(options: argparse.Namespace) -> int:
     )
     settings = Settings(options.jobs, allow_inexact=True)
     report = repair_target(options.target, choice, settings, partial(show_progress, options=options))
+    commands = [make_repair_command(options)] if report.damaged and options.dry_run else []
     if options.json:
-        print_json(describe_repair_facts(report))
+        print_json({**describe_repair_facts(report), "next": commands})
     elif report.problems or not options.quiet:
-        text = "\n".join(describe_repair(report))
+        text = "\n".join([*describe_repair(report), *describe_mending(commands)])
         print(paint(text, RED if report.problems else GREEN, sys.stdout))
     return PROBLEMS if report.problems else PROVEN
 

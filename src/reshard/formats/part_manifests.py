@@ -134,8 +134,13 @@ def note_not_joined(folder: Path) -> Iterator[Note]:
 
 def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Describes the command that joins the parts of a target, and writes the rank files that lack."""
-    command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
+    command = format_join_command(folder, manifest)
     return f"to join them, run the command that made them without --ranks: {command}"
+
+
+def format_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Formats the same command, with SOURCE for the source."""
+    return f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
 
 
 def format_conversion_options(manifest: Mapping[str, Any]) -> str:

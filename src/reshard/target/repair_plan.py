@@ -10,6 +10,7 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.side_writer import SideFile, compute_side_checksum
+from reshard.formats.huggingface import read_header
 from reshard.formats.manifest import COUNTS, read_subset
 from reshard.formats.target_names import MANIFEST
 from reshard.planning.plan import Plan
@@ -17,7 +18,7 @@ from reshard.planning.planner import keep_ranks, make_plan
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import find_recipe_name, refuse_recipe
-from reshard.target.manifest_writer import describe_plan, read_source_facts
+from reshard.target.manifest_writer import describe_plan, read_source_facts, sample_data
 from reshard.target.side_files import collect_side_files
 from reshard.text import format_count, format_list
 from reshard.types import FIRST, WHOLE, Layout, Subset
@@ -152,6 +153,25 @@ def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, sou
         changed = [file.name for file, old, new in pairs if old != new]
         found = f"other bytes, under the same headers, in {format_list(changed)}"
         yield make_source_problem(target, source, found)
+
+
+def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the files of a source have the names, headers and sampled bytes that a manifest tells of. A quick look:
+    a plan is not made.
+    """
+    folder = source if source.is_dir() else source.parent
+    try:
+        files = [read_header(folder / entry["name"], 0)[0] for entry in manifest["source"]]
+        for file, entry, sample in zip(files, manifest["source"], manifest["source_samples"], strict=True):
+            with (folder / file.name).open("rb", buffering=0) as opened:
+                if (file.size, file.header_hash, sample_data(opened, file)) != (
+                    *(entry["size"], entry["header_sha256"]),
+                    sample,
+                ):
+                    return False
+    except (Refused, OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def make_source_problem(target: Path, source: Path, found: str) -> Problem:
