@@ -32,8 +32,8 @@ RECIPES, CHECK = "`recipes`, `recipes list`, `recipes show`", "`recipes check`"
 UNFINISHED = "`inspect` of an unfinished conversion"
 
 RUNS: Mapping[str, list[str]] = {
-    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "repair nowhere", "inspect nowhere", "diff nowhere source", "demo source",
-              "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
+    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "repair nowhere", "inspect nowhere", "diff nowhere source",
+              "demo source", "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
     PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16"],
     CHOICES: ["plan source"],

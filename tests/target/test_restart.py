@@ -1,4 +1,4 @@
-"""`convert --restart` on a finished target: it says what it would remove; `--yes` remakes it. Nothing else is removed."""
+"""`convert --restart` on a finished target says what it would remove; `--yes` remakes it. Nothing else is removed."""
 
 import os
 import pty

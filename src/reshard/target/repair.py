@@ -175,7 +175,7 @@ def refuse_without_source(target: Path, damage: Damage) -> Refused:
     """Makes the refusal of a repair that needs a source and has none."""
     found = f"none, and {describe_names(damage.names)} to be written again"
     expected = f"what {target} was made from: its {MANIFEST} records no path"
-    return refuse("no-source", "--source", found, expected, "the same command with --source SOURCE")
+    return refuse("needs-source", "--source", found, expected, "the same command with --source SOURCE")
 
 
 def describe_names(names: Sequence[str]) -> str:
