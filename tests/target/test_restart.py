@@ -104,7 +104,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_removed(
     before = stamps(target)
     for arguments in ({"mp": 7}, {"mp": RANKS, "cast": "fp8"}):
         with pytest.raises(Refused):
-            reshard.convert(source, target, restart=True, yes=True, **arguments)  # type: ignore[arg-type]
+            reshard.convert(source, target, restart=True, yes=True, **arguments)
     (target / "mine.safetensors").write_bytes(b"mine")
     with pytest.raises(Refused, match=r"mine\.safetensors"):
         reshard.convert(source, target, mp=RANKS, restart=True, yes=True)

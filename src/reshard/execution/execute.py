@@ -151,12 +151,11 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
 
 def remove_finished_files(target: Path, names: Sequence[str]) -> None:
     """Removes finished files, in their order: whatever a crash leaves of them is named by a manifest that is left."""
-    for name in names:
-        if name == MANIFEST:
+    others = [name for name in names if name != MANIFEST]
+    for group in (others, names[len(others) :]):
+        if group:
+            remove_files(target, group)
             sync_folder(target)
-        remove_files(target, [name])
-    if names:
-        sync_folder(target)
 
 
 def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
