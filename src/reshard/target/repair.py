@@ -210,7 +210,8 @@ def lock_target(audit: Audit) -> Iterator[None]:
                 with suppress(OSError):
                     (audit.target / STAGING).rmdir()  # empty, if nothing was durable yet
         except OSError as error:
-            subject, found = str(error.filename or audit.target), error.strerror or str(error)
+            subject = str(error.filename2 or error.filename or audit.target)
+            found = error.strerror or str(error)
             remedy = "mend it and run the same command again"
             raise refuse("cannot-write", subject, found, "to write the target", remedy) from None
 
