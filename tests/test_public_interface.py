@@ -13,7 +13,7 @@ import pytest
 import reshard
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
-FUNCTIONS = ("convert", "diff", "inspect", "load", "open", "plan", "verify")
+FUNCTIONS = ("convert", "diff", "inspect", "load", "open", "plan", "repair", "verify")
 NAMES = sorted(["Problem", "Refused", *FUNCTIONS])
 
 

@@ -2,7 +2,7 @@
 
 `convert` is read, plan, look at the target, execute: each one call whose result goes on to the next. The command calls
 these functions, and so does `import reshard`, where refusals name keyword arguments in the place of options.
-`reshard.inspect`, `load` and `open` stand in packages of their own: `inspection` and `loading`.
+`reshard.inspect`, `load`, `open` and `repair` stand in modules of their own: in `inspection`, `loading` and `target`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +92,7 @@ def convert(
     cache: str = "auto",
     allow_inexact: bool = False,
     restart: bool = False,
+    yes: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Writes the files of every rank, the files beside them and a manifest into the folder `target`.
@@ -125,7 +126,9 @@ def convert(
         max_memory: In bytes, of all buffers together.
         cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
         allow_inexact: Round values that the new dtype does not have.
-        restart: Throw away what an interrupted run has left in the target.
+        restart: Throw away what an interrupted run has left in the target, and begin again. A finished target is
+            refused, with the files that would be removed.
+        yes: With `restart`: remove these files too, and make the target anew.
         progress: Called with the bytes done and the bytes of the whole job, by one thread at a time. The first call
             says what an earlier run had done; the bytes done reach the whole when all is on the disk, not before.
 
@@ -134,7 +137,7 @@ def convert(
 
     """
     started = monotonic()
-    settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
+    settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none(check_settings(settings))
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
@@ -144,7 +147,8 @@ def convert(
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     beside = find_beside(planned)
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
-    state = look_at_target(add_notes(planned, beside), Path(target), tokenizer, beside)  # the last chance to refuse
+    # The last chance to refuse.
+    state = look_at_target(add_notes(planned, beside), Path(target), tokenizer, beside, restart=restart, yes=yes)
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True)

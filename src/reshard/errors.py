@@ -261,7 +261,7 @@ OPTION = re.compile(
 )
 """A command in a message, which stays as it is; or an option, with its value if that stands behind it."""
 
-FLAGS = ("allow_inexact", "download", "ignore_extra_files", "pad", "renumber", "restart")
+FLAGS = ("allow_inexact", "download", "dry_run", "ignore_extra_files", "pad", "renumber", "restart", "yes")
 """The options without a value."""
 
 

@@ -26,14 +26,14 @@ BY_DATA |= {"holes", "scales", "sizes", "run"}
 
 REFUSAL, PLAN, CONVERT = "A refusal, of any command", "`plan`, `convert --dry-run`", "`convert`, `deepseek`"
 VERIFY, DOWNLOAD = "`verify`, `demo`", "`verify --download`, `verify --sums`"
-DIFF, INSPECT = "`diff`", "`inspect`"
+DIFF, INSPECT, REPAIR = "`diff`", "`inspect`", "`repair`"
 CHOICES = "`plan` without `--mp`"
 RECIPES, CHECK = "`recipes`, `recipes list`, `recipes show`", "`recipes check`"
 UNFINISHED = "`inspect` of an unfinished conversion"
 
 RUNS: Mapping[str, list[str]] = {
-    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "inspect nowhere", "diff nowhere source", "demo source",
-              "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
+    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "repair nowhere", "inspect nowhere", "diff nowhere source",
+              "demo source", "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
     PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16"],
     CHOICES: ["plan source"],
@@ -42,6 +42,7 @@ RUNS: Mapping[str, list[str]] = {
     VERIFY: ["verify ranks", "verify ranks --source source", "verify ranks --sample 1%", "verify ranks --source other",
              "demo"],
     DOWNLOAD: ["verify source --sums sums", "verify other --sums sums"],
+    REPAIR: ["repair ranks", "repair damaged --dry-run", "repair damaged --source source"],
     DIFF: ["diff ranks source", "diff source other", "diff source thin"],
     INSPECT: ["inspect source", "inspect ranks", "inspect few", "inspect thin"],
     UNFINISHED: ["inspect unfinished"],
@@ -89,6 +90,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]
         patch.setattr(reshard.execution.execute, "rename_to_final", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(Job(folder / "source", 2), folder / "unfinished")
+    convert_checkpoint(Job(folder / "source", 2), folder / "damaged")
+    (folder / "damaged" / "model1-mp2.safetensors").unlink()
     (folder / "source" / "original").mkdir()  # a note tells that it stays behind
     (folder / "sums").write_text("\n".join(sums))
     found: dict[str, list[Any]] = {}

@@ -37,7 +37,7 @@ CHOICES = (
 OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value."""
 
-WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart")
+WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 """Options that change only how the job runs, not its result."""
 
 
@@ -72,7 +72,13 @@ def name_option_of_deepseek(option: re.Match[str]) -> str:
     name = option[1].replace("-", "_")
     if name == "mp":
         return "--model-parallel"
-    is_other = name in {*CHOICES, *WAYS, "mtp"} - {"expert_dtype", "ignore_extra_files", "allow_inexact", "restart"}
+    is_other = name in {*CHOICES, *WAYS, "mtp"} - {
+        "expert_dtype",
+        "ignore_extra_files",
+        "allow_inexact",
+        "restart",
+        "yes",
+    }
     return f"{option[0]} (of reshard convert)" if is_other else option[0]
 
 
@@ -89,6 +95,7 @@ def convert_for_deepseek(options: argparse.Namespace) -> Conversion:
             ignore_extra_files=options.ignore_extra_files,
             allow_inexact=options.allow_inexact,
             restart=options.restart,
+            yes=options.yes,
             progress=progress,
         )
 

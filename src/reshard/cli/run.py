@@ -17,6 +17,9 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
     try:
         return run(options)
     except Refused as refused:
+        if ask_to_remove(refused, options):
+            options.yes = True
+            return run_command(run, options)
         problems, told = refused.problems, str(refused)
     except OSError as error:
         file, said = str(error.filename or ""), str(error.strerror or error)
@@ -26,3 +29,12 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
         print_json({"status": "refused", "problems": [asdict(problem) for problem in problems]})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED
+
+
+def ask_to_remove(refused: Refused, options: argparse.Namespace) -> bool:
+    """Asks on a terminal whether a restart may remove finished files. Elsewhere nobody is asked."""
+    is_question = [problem.kind for problem in refused.problems] == ["finished-target"]
+    if not is_question or options.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print_aside(f"{refused}\nRemove these files and write the target anew? [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -62,6 +62,8 @@ class OtherFiles:
     """Names of finished files, which no restart removes."""
     superseded: tuple[str, ...] = ()
     """Names of manifests that are of no use once this one has its final name: it names all that they name."""
+    removed: tuple[str, ...] = ()
+    """Names of finished files that are removed before anything is written, in this order: the manifests last."""
 
 
 DEFAULT_MEMORY = 256 << 20
@@ -80,6 +82,8 @@ class Settings:
     """`yes`: through the page cache; `no`: past it; `auto`: past it if the job is larger than a third of the memory."""
     restart: bool = False
     """Discard what an interrupted job has left, and begin again."""
+    yes: bool = False
+    """With `restart`: discard finished files too."""
     allow_inexact: bool = False
     """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
@@ -104,6 +108,8 @@ def check_settings(settings: Settings) -> Iterator[Problem]:
     for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
         if value is not None and require_whole_number(option, value) < 1:
             yield Problem("wrong-option", option, str(value), "1 or more")
+    if settings.yes and not settings.restart:
+        yield Problem("wrong-option", "--yes", "given", "with --restart, whose question it answers", "leave it out")
     if settings.cache not in ("auto", "yes", "no"):
         yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")
 
@@ -125,6 +131,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
+                remove_finished_files(target, others.removed)
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
                 for name in manifests:
@@ -144,6 +151,15 @@ def refuse_unwritable(target: Path, error: OSError) -> Refused:
     """Makes the refusal of a target that the system does not let us write."""
     subject, found = str(error.filename or target), error.strerror or str(error)
     return refuse("cannot-write", subject, found, "to write the target", "mend it and run the same command again")
+
+
+def remove_finished_files(target: Path, names: Sequence[str]) -> None:
+    """Removes finished files, in their order: whatever a crash leaves of them is named by a manifest that is left."""
+    others = [name for name in names if name != MANIFEST]
+    for group in (others, names[len(others) :]):
+        if group:
+            remove_files(target, group)
+            sync_folder(target)
 
 
 def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:

@@ -159,9 +159,14 @@ def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str
     """Describes the command that joins the parts of a target, and writes the rank files that lack, as far as their
     manifest knows it.
     """
-    words = *list_layout_words(manifest.get("layout")), *list_subset_words(manifest.get("subset", {}))
-    command = shlex.join(["reshard", "convert", source, str(folder), *words])
+    command = format_join_command(folder, manifest, source)
     return f"to join them, run the command that made them without --ranks: {command}"
+
+
+def format_join_command(folder: Path, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
+    """Formats the same command."""
+    words = *list_layout_words(manifest.get("layout")), *list_subset_words(manifest.get("subset", {}))
+    return shlex.join(["reshard", "convert", source, str(folder), *words])
 
 
 def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:

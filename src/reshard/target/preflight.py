@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,13 @@ from reshard.target.manifest_writer import (
     find_finished_ranks,
     read_source_facts,
     write_manifest,
+)
+from reshard.target.restart import (
+    check_removed_files,
+    choose_files_to_remove,
+    leave_out_files,
+    list_files_beside,
+    refuse_to_remove,
 )
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
@@ -58,7 +65,7 @@ def list_own_names(target: Path) -> set[str]:
 
 
 def check_folder(
-    source: Path, target: Path, needed: int, ours: set[str], present: Sequence[str], remedy: str = "another target"
+    source: Path, target: Path, needed: int, ours: set[str], present: Collection[str], remedy: str = "another target"
 ) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
@@ -110,11 +117,17 @@ def find_nearest_folder(path: Path) -> Path:
 
 
 def look_at_target(
-    plan: Plan, folder: Path, tokenizer_path: Path | None = None, beside: FoundFiles | None = None
+    plan: Plan,
+    folder: Path,
+    tokenizer_path: Path | None = None,
+    beside: FoundFiles | None = None,
+    *,
+    restart: bool = False,
+    yes: bool = False,
 ) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
-    or of the source. The source is looked at again if what lies `beside` its tensors is not given. Raises Refused if
-    they cannot be written.
+    or of the source. The source is looked at again if what lies `beside` its tensors is not given. With `restart` and
+    `yes`, finished files are to be written too. Raises Refused if they cannot be written.
     """
     beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
@@ -127,15 +140,19 @@ def look_at_target(
     manifests = read_manifests(folder)
     wanted = describe_conversion_job(plan, samples)
     same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
-    known = join_manifests(same.values())
+    removed = choose_files_to_remove(folder, plan, manifests, same, yes=yes) if restart else ()
+    known = leave_out_files(join_manifests(same.values()), removed)
+    same = same if known else {}
     sides = collect_side_files(plan, tokenizer, beside)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin)
+    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin, removed)
     if problems := [*check_state(state)]:
         require_same(state)  # what another run has brought in the meantime is nobody's fault
         require_none(problems)
+    if removed and not yes:
+        raise refuse_to_remove(folder, removed)  # last: who agrees must not be refused then for another reason
     if state.must_be_joined:
         state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state
@@ -149,6 +166,7 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
     if not found and has_work:
         found += check_replaced_sides(state)
+    found += check_removed_files(state)
     yield from found
     if not found and has_work:
         yield from check_room(state)
@@ -166,7 +184,7 @@ def describe_others(state: TargetState) -> OtherFiles:
     kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
     check = partial(require_same, state)
-    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded)
+    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed)
 
 
 def mend_target(state: TargetState) -> list[str]:
@@ -209,9 +227,10 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
     for other ranks).
     """
-    present = list_names(state.folder)
+    present = {*list_names(state.folder)} - list_files_beside(state)
     ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
-    if state.manifests.main and not state.known:
+    ours |= set(state.removed)
+    if state.manifests.main and not (state.known or state.removed):
         yield explain_other_conversion(state, state.manifests.main)
         return
     if state.known or not state.manifests.named:

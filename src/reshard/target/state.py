@@ -46,6 +46,8 @@ class TargetState:
     """The same joined into one; empty if there is none."""
     origin: Mapping[str, Any]
     """The part of the new manifest that describes the source."""
+    removed: tuple[str, ...] = ()
+    """Finished files that are removed before anything is written, in this order; `known` does not name them."""
 
     @property
     def size(self) -> int:
