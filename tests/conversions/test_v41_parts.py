@@ -8,7 +8,7 @@ from typing import Any
 import oracle_families
 import pytest
 from conversions import require_equal
-from families import FAMILIES, FEW_V41
+from families import FAMILIES, FEW_V41, SMALL_V41
 from jobs import Job, convert_checkpoint, plan_conversion
 from skeletons import differences
 from skeletons_v4 import v41_parameters
@@ -57,8 +57,8 @@ DRAFTLESS: Mapping[str, Change] = {
 }
 
 
-def make(folder: Path, blind: str, draftless: str) -> Config:
-    config = DRAFTLESS[draftless](BLIND[blind](FEW_V41))
+def make(folder: Path, blind: str, draftless: str, whole: Config = FEW_V41) -> Config:
+    config = DRAFTLESS[draftless](BLIND[blind](whole))
     write_tensors(folder, FAMILIES["deepseek-v4.1-flash"].tensors(config), config, 3)
     return config
 
@@ -102,11 +102,11 @@ def test_it_is_restored_and_cut_again(blind: str, draftless: str, tmp_path: Path
 
 @pytest.mark.parametrize(("blind", "draftless"), [("no layers", "0, ratios stay"), ("null", "no key")])
 def test_some_layers_of_it_are_taken_out(blind: str, draftless: str, tmp_path: Path) -> None:
-    make(tmp_path / "source", blind, draftless)
-    reshard.convert(tmp_path / "source", tmp_path / "part", to="hf", experts=range(4))
+    make(tmp_path / "source", blind, draftless, SMALL_V41)
+    reshard.convert(tmp_path / "source", tmp_path / "part", to="hf", experts=range(8))
     config = json.loads((tmp_path / "part" / "config.json").read_text())["text_config"]
-    assert config["n_routed_experts"] == 4
-    assert config.get("dspark_n_routed_experts") == (4 if draftless != "no key" else None)
+    assert config["n_routed_experts"] == 8
+    assert config.get("dspark_n_routed_experts") == (8 if draftless != "no key" else None)
     reshard.convert(tmp_path / "part", tmp_path / "ranks", mp=2)
     assert reshard.verify(tmp_path / "ranks", tmp_path / "part").is_proven
 

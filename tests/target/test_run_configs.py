@@ -14,7 +14,7 @@ import checkpoints
 import pytest
 import skeletons
 from conversions import LEGAL, ORACLES
-from families import FAMILIES, write_full, write_small
+from families import FAMILIES, write_full
 from jobs import Job, convert_checkpoint, plan_conversion
 from model_skeletons import MODELS, TAKEN_FOR_GRANTED
 from skeletons import BF16, E8M0, F8, FP4, Parameters
@@ -362,19 +362,6 @@ def test_of_several_rotary_embeddings_the_main_one_is_meant(source: Source, tmp_
 def test_the_dtype_is_that_of_the_files(source: Source, tmp_path: Path) -> None:
     """Not what a config says of it, or does not say."""
     assert run_config_of(source("deepseek-v3"), {"quantization_config": None}, tmp_path)["dtype"] == "fp8"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The small checkpoint of a family, written once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name, files=2)
-        return root / name
-
-    return of
 
 
 @pytest.fixture
