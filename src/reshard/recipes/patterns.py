@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from reshard.numbered_names import NUMBER, split_name
 from reshard.types import Recipe, Rule
@@ -95,6 +96,7 @@ def make_patterns(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
     yield make_pattern(number, rule.left.replace(placeholder, scale.left), right, is_scale=True)
 
 
+@lru_cache(4096)  # every job makes those of each rule many times over
 def make_pattern(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
     takes_rest = left.endswith(f"{{{REST}}}")
     text = left.removesuffix(f"{{{REST}}}").removesuffix(".")
