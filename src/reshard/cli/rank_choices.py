@@ -68,7 +68,7 @@ def describe_choices(source: Source, choices: Sequence[RankChoice]) -> Iterator[
     heading = ("ranks", "tensors", "largest rank", "", "GPU from", "")
     yield from format_table(heading, rows).splitlines()
     yield ""
-    yield f"GPU from: the weights take at most {MOST_WEIGHTS} % of its memory; activations and KV cache need the rest"
+    yield f"GPU from: the weights fill at most {MOST_WEIGHTS} %; activations and KV cache need the rest"
     yield "; ".join(f"{memory} GB: {names}" for memory, names in GPUS)
     yield from describe_notes(source.checkpoint.notes)
 
