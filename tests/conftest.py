@@ -1,13 +1,27 @@
+import gc
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from families import write_small
+from jobs import Job, convert_checkpoint
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reference", help="path to DeepSeek's own convert.py, to compare the outputs with")
+
+
+# Before anything imports torch: with one worker a core, threads of torch that wait for work take the cores of others.
+# The commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Lets the garbage collector pass over torch, transformers and thousands of tests: they stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure() -> None:
@@ -29,5 +43,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if not (root / name).exists():
             write_small(root / name, name)
         return root / name
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def converted(source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """The rank files of a family's small checkpoint, written once. Nothing may be changed in them."""
+    root = tmp_path_factory.mktemp("converted")
+
+    def of(name: str, ranks: int) -> Path:
+        target = root / f"{name}-{ranks}"
+        if not target.exists():
+            convert_checkpoint(Job(source(name), ranks), target)
+        return target
 
     return of

@@ -6,6 +6,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +22,12 @@ MOST_LINES = 40
 """Of a function, without its docstring."""
 MOST_LINES_OF_A_MODULE = 350
 ORDER = (
-    "text types < errors < storage < formats < recipes casts < sources verification < planning < execution"
-    " < target loading inspection synthetic < api < cli < __main__"
+    "text types < numbered_names < errors < storage < formats < recipes casts < sources verification < planning"
+    " < execution < target loading inspection synthetic < api < cli < __main__"
 )
 """A package imports only from itself and from those on the left of the `<` before it: data goes down only."""
 PLACE = {package: place for place, packages in enumerate(ORDER.split(" < ")) for package in packages.split()}
-BELOW_THE_WALL = {"text", "types", "errors", "storage", "formats", "recipes", "verification"}
+BELOW_THE_WALL = {"text", "types", "numbered_names", "errors", "storage", "formats", "recipes", "verification"}
 """The packages that `verification` may reach."""
 SAYS_NOTHING = {"util", "utils", "common", "core", "base", "helper", "helpers", "manager", "misc"}
 VERBS = set(
@@ -36,9 +37,9 @@ VERBS = set(
     expand explain fill find flatten flush format gather get group heed hide identify ignore infer inspect interleave
     interrupt intersect invert join keep lay leave list load lock look make match measure mend merge move multiply
     name narrow normalize note number open order pack pad paint pair parse pick plan prepare print probe prove prune
-    quantize raise read recode refuse remove rename renumber replace repeat require reserve restore reverse reword
-    rewrite round run sample set shift shorten show skip sort split spread start stop store suggest summarize sync
-    tabulate take trace transform unpack verify view wait widen write estimate try
+    quantize raise read recode refuse remove rename renumber repair replace repeat require reserve restore reverse
+    reword rewrite round run sample set shift shorten show skip sort split spread start stop store suggest summarize
+    sync tabulate take trace transform unpack verify view wait widen write combine estimate try
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""
@@ -52,11 +53,15 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__")
 
 
-TREES: Mapping[str, ast.Module] = {
-    module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.rglob("*.py"))
-}
-MODULES = [name for name in TREES if name != "__init__"]
+PATHS = {module_name(path): path for path in sorted(FOLDER.rglob("*.py"))}
+MODULES = [name for name in PATHS if name != "__init__"]
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@cache
+def parse_modules() -> Mapping[str, ast.Module]:
+    """Not while tests are collected, which every worker does."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 
 
 def own_imports(tree: ast.AST) -> Iterator[str]:
@@ -76,12 +81,14 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
 
 def find_module(dotted: str) -> str:
     """The module of `planning.plan.Plan` is `planning.plan`."""
-    while dotted and dotted not in TREES:
+    while dotted and dotted not in PATHS:
         dotted = dotted.rpartition(".")[0]
     return dotted or "__init__"
 
 
-IMPORTS: Mapping[str, set[str]] = {name: set(own_imports(tree)) for name, tree in TREES.items()}
+@cache
+def list_imports() -> Mapping[str, set[str]]:
+    return {name: set(own_imports(tree)) for name, tree in parse_modules().items()}
 
 
 def reach(start: set[str]) -> set[str]:
@@ -90,7 +97,7 @@ def reach(start: set[str]) -> set[str]:
     while known - found:
         module = min(known - found)
         found.add(module)
-        known |= IMPORTS[module]
+        known |= list_imports()[module]
     return found
 
 
@@ -101,19 +108,19 @@ def reach(start: set[str]) -> set[str]:
 def test_a_module_imports_only_from_packages_before_its_own(module: str) -> None:
     package = module.split(".", maxsplit=1)[0]
     assert package in PLACE, "a new package needs a place in the order"
-    for imported in IMPORTS[module] - {"__init__"}:  # which holds the version, and imports nothing of ours
+    for imported in list_imports()[module] - {"__init__"}:  # which holds the version, and imports nothing of ours
         other = imported.split(".")[0]
         assert other == package or PLACE[other] < PLACE[package], f"{module} imports {imported}"
 
 
 def test_the_order_has_the_packages_that_there_are() -> None:
     assert {module.split(".")[0] for module in MODULES} == PLACE.keys()
-    assert IMPORTS["__init__"] == set()
+    assert list_imports()["__init__"] == set()
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Within a package too."""
-    TopologicalSorter(IMPORTS).prepare()
+    TopologicalSorter(list_imports()).prepare()
 
 
 def test_verification_is_behind_its_wall() -> None:
@@ -125,7 +132,7 @@ def test_verification_is_behind_its_wall() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_function_imports_a_module_of_ours(module: str) -> None:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(parse_modules()[module]):
         if isinstance(node, FUNCTION):
             assert list(own_imports(node)) == [], f"line {node.lineno}"
 
@@ -133,9 +140,9 @@ def test_no_function_imports_a_module_of_ours(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_imported_for_the_type_checker_only(module: str) -> None:
     """Such blocks hide circles."""
-    names = {node.name for node in ast.walk(TREES[module]) if isinstance(node, ast.alias)}
-    names |= {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
-    names |= {node.attr for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute)}
+    names = {node.name for node in ast.walk(parse_modules()[module]) if isinstance(node, ast.alias)}
+    names |= {node.id for node in ast.walk(parse_modules()[module]) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(parse_modules()[module]) if isinstance(node, ast.Attribute)}
     assert "TYPE_CHECKING" not in names
 
 
@@ -145,7 +152,7 @@ def test_nothing_is_imported_for_the_type_checker_only(module: str) -> None:
 def test_only_the_command_and_the_package_import_by_text() -> None:
     by_text = {
         module
-        for module, tree in TREES.items()
+        for module, tree in parse_modules().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Name | ast.Attribute)
         and "import_module" in (getattr(node, "id", ""), getattr(node, "attr", ""))
@@ -163,8 +170,8 @@ def test_the_command_names_functions_that_there_are() -> None:
 
 def test_the_package_names_what_there_is() -> None:
     for name, (module, own_name) in vars(reshard)["PLACES"].items():
-        assert own_name in names_of(TREES[module.removeprefix("reshard.")])
-        assert name not in TREES, "a module of that name would take its place once it is imported"
+        assert own_name in names_of(parse_modules()[module.removeprefix("reshard.")])
+        assert name not in PATHS, "a module of that name would take its place once it is imported"
 
 
 # --- names and lengths ---
@@ -182,14 +189,14 @@ def test_no_module_has_a_name_that_says_nothing(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_of_functions_begin_with_a_verb(module: str) -> None:
-    functions = [node.name for node in TREES[module].body if isinstance(node, ast.FunctionDef)]
+    functions = [node.name for node in parse_modules()[module].body if isinstance(node, ast.FunctionDef)]
     first_words = {name: name.lstrip("_").partition("_")[0] for name in functions if name not in OTHER_FUNCTIONS}
     assert {name for name, word in first_words.items() if word not in VERBS | PREDICATES} == set()
 
 
 def test_no_two_public_functions_or_types_share_a_name() -> None:
     places = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in parse_modules().items():
         for name in names_of(tree):
             if not name.startswith("_"):
                 places[name].append(module)
@@ -198,7 +205,7 @@ def test_no_two_public_functions_or_types_share_a_name() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module: str) -> None:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(parse_modules()[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert length(node, module) <= MOST_LINES, node.name
 
@@ -218,13 +225,13 @@ def test_modules_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_is_in_it(module: str) -> None:
-    assert re.match(r"(?!What )\S.*", ast.get_docstring(TREES[module]) or "")
+    assert re.match(r"(?!What )\S.*", ast.get_docstring(parse_modules()[module]) or "")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_asserted(module: str) -> None:
     """Python leaves assertions out when asked to: what must hold is raised."""
-    assert [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Assert)] == []
+    assert [node.lineno for node in ast.walk(parse_modules()[module]) if isinstance(node, ast.Assert)] == []
 
 
 # --- what is packed ---

@@ -1,7 +1,7 @@
 """The pages say what is so: marked blocks run, links lead somewhere, lists of files and of problems are whole.
 
 A block is marked behind its language: `console run` and `python run` are run in the order of the page, in one folder;
-`toml write=NAME` is written there; `text tree` is a list of files.
+a block with `write=NAME` is written there; `text tree` is a list of files.
 """
 
 import os
@@ -31,6 +31,7 @@ PAGES_THAT_RUN = [
     "docs/library.md",
     "docs/tutorial-recipe.md",
     "docs/subsets.md",
+    "docs/two-nodes.md",
 ]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -96,7 +97,7 @@ def test_marked_blocks_give_what_the_page_shows(name: str, folder: Path) -> None
     found = blocks(ROOT / name)
     assert any(mark == "run" for _, mark, _ in found)
     for language, mark, text in found:
-        if language == "toml":
+        if mark.startswith("write="):
             (folder / mark.removeprefix("write=")).write_text(text, encoding="utf-8")
         elif language == "python":
             code, output = run([sys.executable, "-c", text], folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-__all__ = ["Problem", "Refused", "convert", "diff", "inspect", "load", "open", "plan", "verify"]
+__all__ = ["Problem", "Refused", "convert", "diff", "inspect", "load", "open", "plan", "repair", "verify"]
 
 PLACES = {
     "Problem": ("reshard.errors", "Problem"),
@@ -24,6 +24,7 @@ PLACES = {
     "load": ("reshard.loading.load", "load"),
     "open": ("reshard.loading.lazy", "open_tensors"),
     "plan": ("reshard.api", "plan"),
+    "repair": ("reshard.target.repair", "repair"),
     "verify": ("reshard.api", "verify"),
 }
 """By public name: the module and the name in it."""

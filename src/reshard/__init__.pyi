@@ -11,12 +11,13 @@ from reshard.errors import Refused as Refused
 from reshard.inspection.contents import inspect_path
 from reshard.loading.lazy import open_tensors
 from reshard.loading.load import load as load
+from reshard.target.repair import repair as repair
 from reshard.types import Progress
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
 
 __version__: str
-__all__ = ["Problem", "Refused", "convert", "diff", "inspect", "load", "open", "plan", "verify"]
+__all__ = ["Problem", "Refused", "convert", "diff", "inspect", "load", "open", "plan", "repair", "verify"]
 
 inspect = inspect_path
 open = open_tensors  # noqa: A001

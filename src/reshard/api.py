@@ -2,11 +2,11 @@
 
 `convert` is read, plan, look at the target, execute: each one call whose result goes on to the next. The command calls
 these functions, and so does `import reshard`, where refusals name keyword arguments in the place of options.
-`reshard.inspect`, `load` and `open` stand in packages of their own: `inspection` and `loading`.
+`reshard.inspect`, `load`, `open` and `repair` stand in modules of their own: in `inspection`, `loading` and `target`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -14,8 +14,7 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
-from reshard.formats.manifest import list_subset_lines, read_valid_manifest
-from reshard.formats.target_names import MANIFEST
+from reshard.formats.manifest import list_subset_lines
 from reshard.inspection.diff import DiffReport, diff_checkpoints
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
@@ -35,11 +34,12 @@ from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
-from reshard.target.side_files import add_notes
+from reshard.target.side_files import add_notes, find_beside
 from reshard.text import escape, format_count, format_size
-from reshard.types import COMPARE, RANKS, WHOLE, File, Layout, Progress, Subset
+from reshard.types import COMPARE, RANKS, WHOLE, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
+from reshard.verification.report_notes import add_target_note
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
@@ -92,6 +92,7 @@ def convert(
     cache: str = "auto",
     allow_inexact: bool = False,
     restart: bool = False,
+    yes: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Writes the files of every rank, the files beside them and a manifest into the folder `target`.
@@ -125,7 +126,9 @@ def convert(
         max_memory: In bytes, of all buffers together.
         cache: `"yes"`: through the page cache; `"no"`: past it; `"auto"`: by the size of the job.
         allow_inexact: Round values that the new dtype does not have.
-        restart: Throw away what an interrupted run has left in the target.
+        restart: Throw away what an interrupted run has left in the target, and begin again. A finished target is
+            refused, with the files that would be removed.
+        yes: With `restart`: remove these files too, and make the target anew.
         progress: Called with the bytes done and the bytes of the whole job, by one thread at a time. The first call
             says what an earlier run had done; the bytes done reach the whole when all is on the disk, not before.
 
@@ -134,19 +137,21 @@ def convert(
 
     """
     started = monotonic()
-    settings = Settings(jobs, max_memory, cache, restart, allow_inexact)
+    settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none(check_settings(settings))
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
 
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, n_experts))
-    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    beside = find_beside(planned)
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
-    state = look_at_target(planned, Path(target), tokenizer)  # the last chance to refuse
+    # The last chance to refuse.
+    state = look_at_target(add_notes(planned, beside), Path(target), tokenizer, beside, restart=restart, yes=yes)
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
-    counter = WorkCounter(progress, state.plan.size, writes=True)
+    counter = WorkCounter(progress, state.size, writes=True)
     # The only step that writes tensors.
     done = execute_plan(state.plan, state.folder, describe_others(state), counter, settings)
     return Conversion(state.folder, state.plan, done, (), monotonic() - started)
@@ -184,8 +189,10 @@ def plan(
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
     require_none(check_source_options(found, replicas, None))
-    planned = add_notes(plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only))
-    return planned if target is None else look_at_target(planned, Path(target)).plan
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    beside = find_beside(planned)
+    planned = add_notes(planned, beside)
+    return planned if target is None else look_at_target(planned, Path(target), beside=beside).plan
 
 
 def verify(
@@ -249,7 +256,7 @@ def verify(
         report = verify_target(
             sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
         )
-    return note_other_source(report, folder, sides.files)
+    return add_target_note(report, folder, Path(source), sides.files)
 
 
 def diff(
@@ -318,15 +325,6 @@ def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
     yield f"{used}, read {done.ways.read}, written {done.ways.write}"
     if done.inexact:
         yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
-
-
-def note_other_source(report: Report, target: Path, files: Sequence[File]) -> Report:
-    """Notes, where there are problems, that by its manifest a target was made from other files than these."""
-    known = read_valid_manifest(target).get("source") if report.problems else None
-    given = [{"name": file.name, "size": file.size, "header_sha256": file.header_hash} for file in files]
-    if known is None or known == given:
-        return report
-    return replace(report, note=f"{MANIFEST} says that this was made from another checkpoint than the --source")
 
 
 def read_chosen(

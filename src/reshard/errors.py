@@ -1,17 +1,31 @@
 """Problem and Refused: every refusal of this package, and its wording for a person."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from inspect import signature
-from itertools import islice
-from typing import Any, ParamSpec, TypeVar
+from itertools import islice, product
+from math import ceil
+from typing import ParamSpec, TypeVar
 
-from reshard.text import escape_and_clip
+from reshard.numbered_names import cover_numbers, fill_ranges, split_name
+from reshard.text import LONGEST_SHOWN, escape_and_clip
 
-MOST_SHOWN_PER_KIND = 10
-"""So many problems of a kind are printed, and the rest is counted: the whole message fits a screen."""
+MOST_ROWS, COLUMNS = 14, 100
+"""A message fits a screen: so many rows of so many columns, below the line that says `refused`."""
+
+LONGEST_DETAIL = 180
+"""In characters, of a detail where there is not room for everything."""
+
+MOST_NUMBERS = 6
+"""In a name that is merged with others: hostile names have thousands."""
+
+LONE_NUMBER = re.compile(r"(?<![A-Za-z\d])\d[\d,]*")
+"""A number that is no part of a word such as F16."""
+
+MOST_EXPLAINED = 10
+"""Of so many problems of a kind the cause is looked for where that takes time."""
 
 MOST_PROBLEMS = 100_000
 """The search for problems stops here: a few megabytes of header can claim a billion tensors that do not exist."""
@@ -34,17 +48,19 @@ class Problem:
 class Refused(Exception):
     """The job is refused. `problems` has every problem that was found, not only the first, up to MOST_PROBLEMS."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], everything: str = "--json") -> None:
         self.problems = tuple(islice(problems, MOST_PROBLEMS))
-        super().__init__(describe_problems(self.problems))
+        super().__init__(self.problems, everything)
 
-    def __reduce__(self) -> tuple[type["Refused"], tuple[tuple[Problem, ...]], dict[str, Any]]:
-        """Pickles the problems and the message: by itself, an exception keeps only the message."""
-        return Refused, (self.problems,), {"args": self.args}
+    def __str__(self) -> str:
+        return describe_problems(*self.args)
 
-    def reworded(self, rename: Callable[[str], str]) -> "Refused":
+    def __repr__(self) -> str:
+        return f"Refused({self.problems[:1]!r}, and {len(self.problems) - 1:,} more)"
+
+    def reworded(self, rename: Callable[[str], str], everything: str = "--json") -> "Refused":
         """The same refusal with other names for options. Names of files and tensors stay as they are."""
-        return Refused(reword_problem(problem, rename) for problem in self.problems)
+        return Refused((reword_problem(problem, rename) for problem in self.problems), everything)
 
 
 def reword_problem(problem: Problem, rename: Callable[[str], str]) -> Problem:
@@ -70,56 +86,182 @@ def require_none(problems: Iterable[Problem]) -> None:
         raise Refused(found)
 
 
-def describe_problems(problems: Iterable[Problem]) -> str:
-    """The text of all problems for a person: at most MOST_SHOWN_PER_KIND of each kind, the rest as a count."""
-    groups = group_by_kind(problems)
-    lines = [line for group in groups.values() for line in describe_problem_kind(group)]
-    if sum(map(len, groups.values())) >= MOST_PROBLEMS:
+def describe_problems(problems: Sequence[Problem], everything: str = "--json") -> str:
+    """The text of problems for a person: what to do before the details, and all of it on one screen.
+
+    If there is too much, details are shortened, and each kind shows about as many groups as the others. `everything`
+    says where to find what is left out.
+    """
+    kinds = group_problems(problems)
+    names = sum(len(group.subjects) for groups in kinds.values() for group in groups)
+    lines = describe_kinds(kinds, describe_details, LONGEST_SHOWN) if names < MOST_ROWS else []
+    if not lines or count_rows(lines) > MOST_ROWS:
+        lines = describe_some(kinds, everything)
+    if len(problems) >= MOST_PROBLEMS:
         lines.append(f"only the first {MOST_PROBLEMS:,} problems were looked for")
     return "\n".join(lines)
 
 
-def summarize_problems(problems: Iterable[Problem]) -> dict[str, Any]:
-    """The same as JSON values: `problems`, at most MOST_SHOWN_PER_KIND of each kind, and `more`, where there are more:
-    kind -> how many. A file that lacks half a model has 50,000 problems, and nobody reads 32 MB.
+@dataclass(frozen=True, slots=True)
+class ProblemGroup:
+    """Problems of one kind that differ in nothing but the thing at fault."""
+
+    shared: Problem
+    """The first of them."""
+    subjects: list[tuple[str, int]]
+    """The things at fault, with ranges in the place of numbers, and the number of problems that each stands for."""
+
+
+ProblemKinds = Mapping[str, Sequence[ProblemGroup]]
+"""The groups of each kind."""
+
+
+def group_problems(problems: Iterable[Problem]) -> ProblemKinds:
+    """Groups problems by kind. Kinds, hints of a kind and groups of a hint are in the order of their first problem."""
+    kinds: dict[str, dict[str, dict[tuple[str, str], ProblemGroup]]] = {}
+    for subject, count, shared in merge_subjects(problems):
+        groups = kinds.setdefault(shared.kind, {}).setdefault(shared.remedy, {})
+        group = groups.setdefault((shared.found, shared.expected), ProblemGroup(shared, []))
+        group.subjects.append((subject, count))
+    return {kind: [group for groups in hints.values() for group in groups.values()] for kind, hints in kinds.items()}
+
+
+def merge_subjects(problems: Iterable[Problem]) -> Iterator[tuple[str, int, Problem]]:
+    """Merges problems whose subjects differ only in numbered components, and whose details differ only in numbers.
+
+    Yields the subject with ranges, the number of problems, and the first of them: where their details differ, these say
+    that they are those of the first.
     """
-    groups = group_by_kind(problems)
-    shown = [asdict(problem) for group in groups.values() for problem in group[:MOST_SHOWN_PER_KIND]]
-    counts = {kind: len(group) - MOST_SHOWN_PER_KIND for kind, group in groups.items()}
-    return {"problems": shown, "more": {kind: count for kind, count in counts.items() if count > 0}}
-
-
-def group_by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
-    """Groups problems by their kind; the kinds in the order of their first problem."""
-    groups: dict[str, list[Problem]] = {}
+    mask = cache(partial(LONE_NUMBER.sub, "#"))
+    merged: dict[tuple[str, ...], dict[tuple[int, ...], Problem]] = {}
     for problem in problems:
-        groups.setdefault(problem.kind, []).append(problem)
-    return groups
-
-
-def describe_problem_kind(group: Sequence[Problem]) -> Iterator[str]:
-    """Describes problems of one kind. What several of them share, one behind the other, is written once below them."""
-    shown = group[:MOST_SHOWN_PER_KIND]
-    for problem, following in zip(shown, [*shown[1:], None], strict=True):
-        yield f"{escape_and_clip(problem.subject)}: {problem.kind.replace('-', ' ')}"
-        if following and replace(following, subject=problem.subject) == problem:
+        pattern, numbers = split_name(problem.subject)
+        details = (problem.found, problem.expected)
+        if 0 < len(numbers) <= MOST_NUMBERS:
+            details = (mask(problem.found), mask(problem.expected))
+        else:
+            pattern, numbers = problem.subject, ()
+        key = (problem.kind, problem.remedy, pattern, *details)
+        merged.setdefault(key, {}).setdefault(tuple(map(int, numbers)), problem)
+    for members in merged.values():
+        if () in members:
+            yield members[()].subject, 1, members[()]
             continue
-        yield f"  found:    {escape_and_clip(problem.found)}"
-        yield f"  expected: {escape_and_clip(problem.expected)}"
-        if problem.remedy and not (following and following.remedy == problem.remedy):
-            yield f"  hint:     {escape_and_clip(problem.remedy)}"
-    if len(group) > MOST_SHOWN_PER_KIND:
-        more = len(group) - MOST_SHOWN_PER_KIND
-        yield f"... and {more:,} more of this kind ({group[0].kind})"
+        for block in cover_numbers(members):
+            found = [members[numbers] for numbers in product(*block)]
+            yield fill_ranges(found[0].subject, block), len(found), combine_details(found)
+
+
+def combine_details(problems: Sequence[Problem]) -> Problem:
+    """The first of some problems; where their details differ, they are called those of the first."""
+    first = problems[0]
+    found = first.found if all(one.found == first.found for one in problems) else f"the first: {first.found}"
+    same = all(one.expected == first.expected for one in problems)
+    return replace(first, found=found, expected=first.expected if same else f"the first: {first.expected}")
+
+
+Describe = Callable[[ProblemGroup], Iterator[str]]
+"""Describes the details of a group, in lines."""
+
+
+def describe_kinds(kinds: ProblemKinds, describe: Describe, longest: int = LONGEST_DETAIL) -> list[str]:
+    """Describes groups: the fault, the hint where it is another than before, and the details."""
+    lines = []
+    for kind, groups in kinds.items():
+        hint = ""
+        for group in groups:
+            subject, count = group.subjects[0]
+            lines.append(f"{escape_and_clip(subject, longest)}: {kind.replace('-', ' ')}{describe_count(count)}")
+            if group.shared.remedy != hint:
+                hint = group.shared.remedy
+                lines.append(f"  hint:     {escape_and_clip(hint)}")
+            lines += describe(group)
+    return lines
+
+
+def describe_details(group: ProblemGroup) -> Iterator[str]:
+    """Describes what was found and expected, and the other things with the same fault, one a line."""
+    yield f"  found:    {escape_and_clip(group.shared.found)}"
+    yield f"  expected: {escape_and_clip(group.shared.expected)}"
+    for place, (subject, count) in enumerate(group.subjects[1:]):
+        yield f"  {'' if place else 'also:':9} {escape_and_clip(subject)}{describe_count(count)}"
+
+
+def describe_briefly(group: ProblemGroup) -> Iterator[str]:
+    """Describes the same in few lines: found and expected together if they are short, long texts cut."""
+    found, expected = (escape_and_clip(text, LONGEST_DETAIL) for text in (group.shared.found, group.shared.expected))
+    together = f"  found:    {found}; expected: {expected}"
+    yield from [together] if len(together) <= COLUMNS else [f"  found:    {found}", f"  expected: {expected}"]
+    yield from describe_alike(group)
+
+
+def describe_alike(group: ProblemGroup) -> Iterator[str]:
+    """Describes the other things with the same fault on one line: those that have room, and how many more there are."""
+    others = group.subjects[1:]
+    names: list[str] = []
+    for subject, count in others[:MOST_ROWS]:
+        name = f"{escape_and_clip(subject, LONGEST_DETAIL)}{describe_count(count)}"
+        if names and len(", ".join([*names, name])) > LONGEST_DETAIL:
+            break
+        names.append(name)
+    if others:
+        more = len(others) - len(names)
+        yield f"  also:     {', '.join(names)}{f' and {more:,} more' if more else ''}"
+
+
+def describe_count(count: int) -> str:
+    """Describes the number of problems that one name with ranges stands for; nothing for one."""
+    return f" ({count:,} times)" if count > 1 else ""
+
+
+def describe_some(kinds: ProblemKinds, everything: str) -> list[str]:
+    """Describes as many groups as fit a screen, and counts the others. Where not even one of each kind fits, faults and
+    hints stand without details.
+    """
+    for describe in (describe_briefly, describe_alike):
+        shown = choose_groups(kinds, describe)
+        lines = describe_kinds(shown, describe)
+        if len(shown) == len(kinds):
+            break
+    rest = {kind: count_problems(groups) - count_problems(shown.get(kind, ())) for kind, groups in kinds.items()}
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in rest.items() if count)
+    lines.append(f"... {f'and more: {counts}; ' if counts else ''}all of them: {everything}")
+    return lines
+
+
+def choose_groups(kinds: ProblemKinds, describe: Describe) -> ProblemKinds:
+    """Chooses the groups that fit a screen with a line below them: in turns one of each kind."""
+    shown: dict[str, list[ProblemGroup]] = {}
+    for turn in range(MOST_ROWS):
+        for kind, groups in kinds.items():
+            if len(groups) <= turn or len(shown.get(kind, ())) < turn:
+                continue
+            more = {**shown, kind: [*shown.get(kind, ()), groups[turn]]}
+            if not shown or count_rows(describe_kinds(more, describe)) < MOST_ROWS:
+                shown = more
+    return shown
+
+
+def count_problems(groups: Iterable[ProblemGroup]) -> int:
+    """The number of problems in some groups."""
+    return sum(count for group in groups for _, count in group.subjects)
+
+
+def count_rows(lines: Iterable[str]) -> int:
+    """The number of rows that lines take on a terminal."""
+    return sum(ceil(max(len(line), 1) / COLUMNS) for line in lines)
 
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
-OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
-"""An option in a message, with its value if that stands behind it."""
+OPTION = re.compile(
+    r"\b(?:reshard (?:convert|plan|verify|inspect|diff|repair|recipes)|(?:hf|modelscope) download) [^;]*"
+    r"|(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?"
+)
+"""A command in a message, which stays as it is; or an option, with its value if that stands behind it."""
 
-FLAGS = ("allow_inexact", "download", "ignore_extra_files", "pad", "renumber", "restart")
+FLAGS = ("allow_inexact", "download", "dry_run", "ignore_extra_files", "pad", "renumber", "restart", "yes")
 """The options without a value."""
 
 
@@ -132,7 +274,7 @@ def refuse_in_python(function: Callable[Arguments, Returned]) -> Callable[Argume
         try:
             return function(*args, **kwargs)
         except Refused as refused:
-            raise refused.reworded(rename) from None
+            raise refused.reworded(rename, "its `problems`") from None
 
     return refusing
 
@@ -142,6 +284,8 @@ def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
 
     An argument for one thing has the singular of the option's name: `rank` of `reshard.load`.
     """
+    if option[1] is None:
+        return option[0]
     name, value = option[1].replace("-", "_"), option[2]
     if name == "mtp":
         return "keep_mtp=True" if value else "keep_mtp"

@@ -24,10 +24,10 @@ def escape(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def escape_and_clip(text: str) -> str:
-    """Cuts the text after LONGEST_SHOWN characters and escapes it."""
-    if len(text) > LONGEST_SHOWN:
-        text = f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+def escape_and_clip(text: str, most: int = LONGEST_SHOWN) -> str:
+    """Cuts the text after `most` characters and escapes it."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text):,} characters)"
     return escape(text)
 
 
@@ -77,12 +77,14 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats rows under a heading. A column is as wide as its widest cell; the first is left-aligned, others right.
 
     On a terminal that is too narrow for it, each row becomes a record instead: its first cell, and the others below.
+    The heading of the first column stands above all.
     """
     lines = [tuple(heading), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     terminal = measure_terminal()
     if 0 < terminal < sum(widths) + 2 * len(widths) - 2:
-        return "\n".join(format_record(heading, line, terminal) for line in lines[1:])
+        above = [f"{heading[0]}:"] if heading[0] else []
+        return "\n".join([*above, *(format_record(heading, line, terminal) for line in lines[1:])])
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
@@ -93,12 +95,16 @@ def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str:
-    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`, where these are
-    put one below the other if they are wider than the terminal.
+    """Formats a row as a record: `model0.safetensors`, and below it `    tensors: 163  bytes: 286,376`. Cells that are
+    together wider than `width` fill several lines.
     """
     cells = [(f"{name}: " if name else "") + cell for name, cell in zip(heading[1:], row[1:], strict=True) if cell]
-    line = f"    {'  '.join(cells)}"
-    below = [line] if len(line) <= width else [f"    {cell}" for cell in cells]
+    below: list[str] = []
+    for cell in cells:
+        if below and len(below[-1]) + 2 + len(cell) <= width:
+            below[-1] += f"  {cell}"
+        else:
+            below.append(f"    {cell}")
     return "\n".join([row[0].rstrip(), *below])
 
 

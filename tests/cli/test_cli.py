@@ -379,7 +379,9 @@ def test_inspect_shows_a_single_file(source: Path, ranks: Path, tmp_path: Path, 
     said = json.loads(say("inspect", path, "--json"))
     with safe_open(path, framework="numpy") as file:
         assert (said["files"], said["tensors"], said["layout"]) == (1, len(file.keys()), "")
-    assert said["remark"].startswith("layers: gap\n  found:    layers 1-2\n")
+    assert said["remark"].startswith(
+        "layers: gap\n  hint:     is a file missing from the checkpoint?\n  found:    layers 1-2\n"
+    )
     said = json.loads(say("inspect", ranks / "model3-mp8.safetensors", "--json"))
     assert (said["files"], said["ranks"], said["layout"]) == (1, 8, "deepseek-inference")
 
@@ -496,8 +498,8 @@ def test_a_git_lfs_pointer_is_called_so(name: str, source: Path, tmp_path: Path,
     )
     text = say("convert", tmp_path / "clone", tmp_path / "target", "--mp", "8", code=2)
     assert not (tmp_path / "target").exists()
-    assert f"{name}: lfs pointer\n  found:    a git-lfs pointer\n" in text
-    assert "hint:     git lfs pull" in text
+    assert f"{name}: lfs pointer\n  hint:     git lfs pull, in the folder that was cloned\n" in text
+    assert "\n  found:    a git-lfs pointer\n" in text
 
 
 def test_verify_proves_a_good_target(source: Path, ranks: Path, say: Say) -> None:
@@ -800,7 +802,7 @@ def test_the_demo_refuses_a_folder_that_holds_anything(name: str, tmp_path: Path
     else:
         (tmp_path / name).write_bytes(b"mine")
     text = say("demo", tmp_path, code=2)
-    assert f"{tmp_path}: not empty\n  found:    a folder that holds files\n" in text
+    assert f"{tmp_path}: not empty\n  hint:     name another folder\n  found:    a folder that holds files\n" in text
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert list((tmp_path / "source").glob("*")) == []
 
@@ -885,6 +887,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ),
         ("convert a b --mp x", "convert: --mp: 'x' is not a number; see"),
         ("convert a", "convert: the following arguments are required: TARGET; see"),
+        ("inspect --tensors a", "inspect: the following arguments are required: PATH (before --tensors); see"),
         ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),
         ("plan a --to gguf", "plan: --to: 'gguf' is not ranks or hf; see"),
         (

@@ -47,9 +47,9 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_commands_are_all_there() -> None:
     assert [parser.prog for parser in parsers(make_parser())] == [
         "reshard",
-        *(f"reshard {command.name}" for command in COMMANDS[:6]),
+        *(f"reshard {command.name}" for command in COMMANDS[:7]),
         *(f"reshard recipes {action}" for action in ("list", "show", "check")),
-        *(f"reshard {command.name}" for command in COMMANDS[6:]),
+        *(f"reshard {command.name}" for command in COMMANDS[7:]),
     ]
 
 

@@ -11,7 +11,8 @@ from reshard.cli.main import main
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
 NAME = "deepseek-ai/DeepSeek-V3"
-HINT = f"hint:     is it a name on the hub? hf download {NAME} downloads it and prints the folder to name instead\n"
+DOWNLOAD = f"download it: hf download {NAME} --local-dir DeepSeek-V3; then give DeepSeek-V3\n"
+HINT = f"hint:     if it is a name on the hub, {DOWNLOAD}"
 SNAPSHOT = "models--deepseek-ai--DeepSeek-V3/snapshots/0123abcd"
 
 
@@ -69,3 +70,54 @@ def test_a_function_names_the_download_and_the_snapshot(call: Callable[[str], ob
         call(SNAPSHOT.partition("/")[0])
     assert f": {SNAPSHOT}\n" in f"{caught.value}\n"
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "command"),
+    [
+        (f"hf://{NAME}", f"hf download {NAME} --local-dir DeepSeek-V3"),
+        (f"hf://models/{NAME}@v1.0/config.json", f"hf download {NAME} --revision v1.0 --local-dir DeepSeek-V3"),
+        (f"https://huggingface.co/{NAME}", f"hf download {NAME} --local-dir DeepSeek-V3"),
+        (f"https://huggingface.co/{NAME}/", f"hf download {NAME} --local-dir DeepSeek-V3"),
+        (f"huggingface.co/{NAME}", f"hf download {NAME} --local-dir DeepSeek-V3"),
+        (f"https://hf-mirror.com/{NAME}/tree/main?a=b", f"hf download {NAME} --local-dir DeepSeek-V3"),
+        (
+            f"https://huggingface.co/{NAME}/blob/1d044fd/config.json",
+            f"hf download {NAME} --revision 1d044fd --local-dir DeepSeek-V3",
+        ),
+        (
+            f"https://www.modelscope.cn/models/{NAME}/files",
+            f"modelscope download --model {NAME} --local_dir DeepSeek-V3",
+        ),
+        ("s3://bucket/models/DeepSeek-V3/", "aws s3 sync s3://bucket/models/DeepSeek-V3 DeepSeek-V3"),
+        ("gs://bucket/models/DeepSeek-V3", "gcloud storage cp -r gs://bucket/models/DeepSeek-V3 ."),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_an_address_names_the_command_that_downloads_it(
+    address: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["convert", address, "out", "--mp", "2"], ["verify", address, "--download"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"reshard: refused\n{address.rstrip('/')}: no source\n")
+        assert f"\n  hint:     download it: {command}; then give DeepSeek-V3\n" in said
+    with pytest.raises(Refused) as caught:
+        reshard.plan(address, 2)
+    assert f"\n  hint:     download it: {command}; then give DeepSeek-V3\n" in str(caught.value)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://example.com/a/b", "https://huggingface.co/datasets/a/b", "https://huggingface.co/a", "az://a/b"],
+)
+def test_another_address_is_to_be_downloaded_too(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", address]) == 2
+    assert "\n  hint:     download its files into a folder, and give that folder\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["DeepSeek-V3", "/models/DeepSeek-V3", "a/b/c", "./a"])
+def test_a_path_is_no_name_on_the_hub(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", path]) == 2
+    assert "download" not in capsys.readouterr().err

@@ -20,20 +20,19 @@ from reshard.synthetic import SMALL_V3, write_checkpoint
 Page = Mapping[str, Mapping[str, str]]
 """Section -> field -> its row of the table."""
 
-BY_DATA = {"counts", "casts", "dtypes", "made", "more", "names", "not_in_config", "layout", "subset"}
+BY_DATA = {"counts", "casts", "dtypes", "made", "names", "not_in_config", "layout", "subset"}
 BY_DATA |= {"holes", "scales", "sizes", "run"}
 """Fields whose keys are those of the model, of the recipe or of the options."""
 
 REFUSAL, PLAN, CONVERT = "A refusal, of any command", "`plan`, `convert --dry-run`", "`convert`, `deepseek`"
 VERIFY, DOWNLOAD = "`verify`, `demo`", "`verify --download`, `verify --sums`"
-DIFF, INSPECT = "`diff`", "`inspect`"
+DIFF, INSPECT, REPAIR = "`diff`", "`inspect`", "`repair`"
 CHOICES = "`plan` without `--mp`"
 RECIPES, CHECK = "`recipes`, `recipes list`, `recipes show`", "`recipes check`"
-UNFINISHED = "`inspect` of an unfinished conversion"
 
 RUNS: Mapping[str, list[str]] = {
-    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "inspect nowhere", "diff nowhere source", "demo source",
-              "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
+    REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "repair nowhere", "inspect nowhere", "diff nowhere source",
+              "demo source", "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
     PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16"],
     CHOICES: ["plan source"],
@@ -42,9 +41,9 @@ RUNS: Mapping[str, list[str]] = {
     VERIFY: ["verify ranks", "verify ranks --source source", "verify ranks --sample 1%", "verify ranks --source other",
              "demo"],
     DOWNLOAD: ["verify source --sums sums", "verify other --sums sums"],
+    REPAIR: ["repair ranks", "repair damaged --dry-run", "repair damaged --source source"],
     DIFF: ["diff ranks source", "diff source other", "diff source thin"],
-    INSPECT: ["inspect source", "inspect ranks", "inspect few", "inspect thin"],
-    UNFINISHED: ["inspect unfinished"],
+    INSPECT: ["inspect source", "inspect ranks", "inspect few", "inspect thin", "inspect unfinished"],
     RECIPES: ["recipes", "recipes list", "recipes show deepseek-v3"],
     CHECK: ["recipes check deepseek-v3 source"],
 }  # fmt: skip
@@ -89,6 +88,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]
         patch.setattr(reshard.execution.execute, "rename_to_final", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(Job(folder / "source", 2), folder / "unfinished")
+    convert_checkpoint(Job(folder / "source", 2), folder / "damaged")
+    (folder / "damaged" / "model1-mp2.safetensors").unlink()
     (folder / "source" / "original").mkdir()  # a note tells that it stays behind
     (folder / "sums").write_text("\n".join(sums))
     found: dict[str, list[Any]] = {}
@@ -147,6 +148,6 @@ def test_the_rows_of_the_page_name_the_fields_inside(section: str, printed: Mapp
         REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes", "estimate"},
         CHOICES: {"choices"},
         CONVERT: {"recipe", "source", "coverage", "files", "done"}, VERIFY: {"problems"}, DOWNLOAD: {"problems"},
-        DIFF: {"values", "kinds", "layers", "modules"}, INSPECT: set(), RECIPES: {"rules"}, CHECK: set(),
+        DIFF: {"values", "kinds", "layers", "modules"}, INSPECT: {"unfinished"}, RECIPES: {"rules"}, CHECK: set(),
     }  # fmt: skip
     assert wanted.get(section, set()) <= seen, "else the comparison says nothing"

@@ -154,6 +154,15 @@ def test_a_narrow_record_has_a_line_for_each_cell(source: Path) -> None:
     assert re.search(r"^total\n    tensors: [\d,]+\n    bytes: [\d,]+\n    [\d.]+ MiB$", text, re.MULTILINE)
 
 
+def test_a_record_fills_its_lines_and_the_table_keeps_its_title(source: Path) -> None:
+    """Not a line for each cell as soon as one line is too short for all: of a screen that holds four tensors then."""
+    lines = look("inspect", source, "--tensors", "*mlp.experts.0.up_proj.*", COLUMNS="60").splitlines()
+    place = lines.index("name:")
+    assert lines[place + 1].endswith("mlp.experts.0.up_proj.weight")
+    assert lines[place + 2].startswith("    dtype: F8_E4M3  shape: [")
+    assert lines[place + 3].startswith("    file: model-0000")
+
+
 def test_a_pipe_keeps_the_whole_table(source: Path) -> None:
     command = [sys.executable, "-m", "reshard", "plan", str(source), "--mp", "2"]
     done = subprocess.run(

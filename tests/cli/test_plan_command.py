@@ -148,6 +148,7 @@ def test_an_unfinished_target_for_other_ranks_is_one_problem_that_destroys_nothi
     assert (problem.kind, problem.subject) == ("another-job", str(tmp_path / "target"))
     assert (problem.found, problem.expected) == ("an unfinished conversion: 4 ranks", "this conversion: 2 ranks")
     assert "restart" not in problem.remedy
+    assert problem.remedy.endswith(f"by the command that reshard inspect {tmp_path / 'target'} prints")
     with pytest.raises(Refused) as refused:
         convert_checkpoint(Job(source, 4, ranks=(1,)), tmp_path / "target")
     (problem,) = refused.value.problems

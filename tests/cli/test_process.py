@@ -180,6 +180,15 @@ def test_a_file_that_cannot_be_written_is_not_taken_for_the_output(tmp_path: Pat
     assert done.returncode == 2
 
 
+def test_an_error_of_the_system_is_a_refusal_in_json_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("demo", tmp_path / "file" / "demo", "--json")
+    assert done.returncode == 2
+    value = json.loads(done.stdout)
+    assert (value["status"], value["problems"][0]["kind"]) == ("refused", "system-error")
+    assert value["problems"][0]["found"] == os.strerror(errno.ENOTDIR)
+
+
 @pytest.mark.parametrize("words", [["inspect", "SOURCE"], ["plan", "SOURCE", "--mp", "4", "--json"], ["--help"]])
 def test_a_reader_that_goes_away_ends_the_command_in_silence(words: list[str], source: Path) -> None:
     words = [str(source) if word == "SOURCE" else word for word in words]
@@ -215,7 +224,7 @@ def test_a_second_signal_while_the_first_is_told_changes_nothing(source: Path, t
         "    return write(text)",
         "futures.ThreadPoolExecutor.submit, sys.stderr.write = submitting, writing",
     )
-    done = run("convert", source, target, "--mp", RANKS, command=noisy)
+    done = run("convert", source, target, "--mp", RANKS, "--progress", "none", command=noisy)
     assert done.stderr == "reshard: interrupted; nothing was written; run the same command again\n"
     assert done.returncode == 130
 
@@ -233,6 +242,24 @@ def test_a_signal_while_a_refusal_is_told_is_an_interrupt(number: str) -> None:
     done = run(*NOWHERE, command=noisy)
     assert done.stderr == "reshard: interrupted\n"
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_an_import_makes_an_error_of_is_an_interrupt(number: str) -> None:
+    """As numpy does: interrupted while it is imported, it says that its installation is broken."""
+    broken = program(
+        "import os, signal, sys",
+        "class Finder:",
+        "    def find_spec(self, name, *_):",
+        "        if name != 'numpy': return",
+        "        try:",
+        f"            {KILL.format(number)}",
+        "        except KeyboardInterrupt:",
+        "            raise ImportError('the C-extensions failed') from None",
+        "sys.meta_path.insert(0, Finder())",
+    )
+    done = run("demo", command=broken)
+    assert (done.returncode, done.stderr) == (130, "reshard: interrupted\n")
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])

@@ -1,13 +1,15 @@
 """Progress as the command shows it: log, JSON, silence, status on a signal; what follows an interrupt."""
 
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def test_a_job_that_ends_by_an_error_is_not_done() -> None:
     watch.start()
     watch.show(WorkState(0, 4))
     watch.ask()
-    until(lambda: told[-1].event == "asked")
+    until(lambda: told and told[-1].event == "asked")
     watch.end(is_done=False)
     assert [event.event for event in told] == ["start", "asked", "stopped"]
 
@@ -101,11 +103,24 @@ def test_progress_in_json_is_a_line_an_event(source: Path, target: Path, capsys:
     words = ["convert", str(source), str(target), "--mp", str(RANKS), "--progress", "json"]
     assert main(words) == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in target.iterdir() if path.name != "reshard.json")
     assert (events[0]["event"], events[0]["bytes"], events[0]["total"]) == ("start", 0, total)
     assert (events[0]["reshard"], events[0]["command"]) == (reshard.__version__, words)
     assert (events[-1]["event"], events[-1]["bytes"]) == ("done", total)
     assert {event["event"] for event in events[1:-1]} <= {"progress"}
+
+
+def test_a_job_that_was_done_before_is_reported_as_done(
+    source: Path, ranks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script that waits for the line `done` must not wait for ever."""
+    words = ["convert", str(source), str(ranks), "--mp", str(RANKS)]
+    assert main([*words, "--progress", "json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["event"] for event in events if event["phase"] != "plan"] == ["start", "done"]
+    assert (events[-1]["bytes"], events[-1]["total"]) == (0, 0)
+    assert main(words) == 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith("convert: done, 0 bytes in 0:00:00")
 
 
 @pytest.mark.parametrize("how", [["--progress", "none"], ["--quiet"]])
@@ -128,6 +143,43 @@ def test_quiet_commands_say_what_is_wrong_and_nothing_else(
     assert "no such folder" in capsys.readouterr().err
     assert main(["verify", str(ranks), "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "proven"
+
+
+# --- nobody who reads ---
+
+
+def start_command(words: list[str], stderr: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "reshard", *words]
+    return subprocess.Popen(command, stderr=stderr, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+def test_a_terminal_that_is_closed_does_not_end_a_job_of_another_session(seen: int, source: Path, target: Path) -> None:
+    """As behind `setsid` or `disown`: no SIGHUP comes, and each write to the terminal fails."""
+    reader, terminal = pty.openpty()
+    process = start_command(["convert", str(source), str(target), "--mp", str(RANKS), "--progress", "bar"], terminal)
+    os.close(terminal)
+    assert len(os.read(reader, seen)) == seen  # of the bar
+    os.close(reader)
+    assert process.communicate(timeout=MANY)[0].startswith(str(target))
+    assert process.returncode == 0
+
+
+def test_a_job_does_not_wait_for_a_reader_that_sleeps(source: Path, target: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    process = start_command(["convert", str(source), str(target), "--mp", str(RANKS), "--progress", "json"], writer)
+    try:
+        assert process.communicate(timeout=MANY)[0].startswith(str(target))
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        os.close(reader)
+        os.close(writer)
 
 
 # --- signals ---

@@ -8,7 +8,7 @@ from typing import Any
 import oracle_families
 import pytest
 from conversions import require_equal
-from families import FAMILIES, SMALL_V41
+from families import FAMILIES, FEW_V41, SMALL_V41
 from jobs import Job, convert_checkpoint, plan_conversion
 from skeletons import differences
 from skeletons_v4 import v41_parameters
@@ -20,7 +20,7 @@ from reshard.synthetic import write_tensors
 Config = Mapping[str, Any]
 Change = Callable[[Config], Config]
 
-RATIOS = SMALL_V41["text_config"]["compress_ratios"]
+RATIOS = FEW_V41["text_config"]["compress_ratios"]
 DRAFT_RATIOS = 3
 
 
@@ -57,8 +57,8 @@ DRAFTLESS: Mapping[str, Change] = {
 }
 
 
-def make(folder: Path, blind: str, draftless: str) -> Config:
-    config = DRAFTLESS[draftless](BLIND[blind](SMALL_V41))
+def make(folder: Path, blind: str, draftless: str, whole: Config = FEW_V41) -> Config:
+    config = DRAFTLESS[draftless](BLIND[blind](whole))
     write_tensors(folder, FAMILIES["deepseek-v4.1-flash"].tensors(config), config, 3)
     return config
 
@@ -102,7 +102,7 @@ def test_it_is_restored_and_cut_again(blind: str, draftless: str, tmp_path: Path
 
 @pytest.mark.parametrize(("blind", "draftless"), [("no layers", "0, ratios stay"), ("null", "no key")])
 def test_some_layers_of_it_are_taken_out(blind: str, draftless: str, tmp_path: Path) -> None:
-    make(tmp_path / "source", blind, draftless)
+    make(tmp_path / "source", blind, draftless, SMALL_V41)
     reshard.convert(tmp_path / "source", tmp_path / "part", to="hf", experts=range(8))
     config = json.loads((tmp_path / "part" / "config.json").read_text())["text_config"]
     assert config["n_routed_experts"] == 8
@@ -132,7 +132,7 @@ def write_with_config(folder: Path, tensors_of: Config, config: Config) -> None:
 def test_tensors_of_a_part_that_the_config_denies_are_refused(
     change: Change, subjects: list[str], found: str, key: str, tmp_path: Path
 ) -> None:
-    write_with_config(tmp_path / "source", SMALL_V41, change(SMALL_V41))
+    write_with_config(tmp_path / "source", FEW_V41, change(FEW_V41))
     with pytest.raises(Refused) as refused:
         plan_conversion(Job(tmp_path / "source", 2))
     assert [problem.subject for problem in refused.value.problems] == subjects
@@ -157,18 +157,18 @@ def test_a_part_that_the_config_promises_and_that_is_not_there_is_refused(
     change: Change, subject: str, found: str, hint: str, tmp_path: Path
 ) -> None:
     """The hint leads on: with that key changed the same tensors are converted."""
-    write_with_config(tmp_path / "source", change(SMALL_V41), SMALL_V41)
+    write_with_config(tmp_path / "source", change(FEW_V41), FEW_V41)
     with pytest.raises(Refused) as refused:
         plan_conversion(Job(tmp_path / "source", 2))
     problem = refused.value.problems[0]
     assert (problem.subject, problem.found[: len(found)]) == (subject, found)
     assert hint in problem.remedy
-    (tmp_path / "source" / "config.json").write_text(json.dumps(change(SMALL_V41)))
+    (tmp_path / "source" / "config.json").write_text(json.dumps(change(FEW_V41)))
     assert plan_conversion(Job(tmp_path / "source", 2)).files
 
 
 def test_a_draft_that_the_ratios_leave_out_and_the_block_size_does_not_is_refused_with_the_key(tmp_path: Path) -> None:
-    config = DRAFTLESS["0, ratios too"](SMALL_V41)
+    config = DRAFTLESS["0, ratios too"](FEW_V41)
     write_with_config(tmp_path / "source", config, text(config, dspark_block_size=5))
     with pytest.raises(Refused) as refused:
         plan_conversion(Job(tmp_path / "source", 2))
@@ -178,9 +178,9 @@ def test_a_draft_that_the_ratios_leave_out_and_the_block_size_does_not_is_refuse
 
 
 def test_a_missing_tensor_of_the_draft_is_named_and_so_is_the_key(tmp_path: Path) -> None:
-    tensors = FAMILIES["deepseek-v4.1-flash"].tensors(SMALL_V41)
+    tensors = FAMILIES["deepseek-v4.1-flash"].tensors(FEW_V41)
     rest = [entry for entry in tensors if not entry[0].startswith("mtp.0.main_")]
-    write_tensors(tmp_path / "source", rest, SMALL_V41, 2)
+    write_tensors(tmp_path / "source", rest, FEW_V41, 2)
     with pytest.raises(Refused) as refused:
         plan_conversion(Job(tmp_path / "source", 2))
     assert {problem.kind for problem in refused.value.problems} == {"missing-tensor"}
@@ -193,9 +193,9 @@ def test_a_missing_tensor_of_the_draft_is_named_and_so_is_the_key(tmp_path: Path
 
 def test_biases_for_images_without_a_vision_tower_are_refused(tmp_path: Path) -> None:
     """The code has none then, and loads strictly."""
-    tensors = FAMILIES["deepseek-v4.1-flash"].tensors(SMALL_V41)
+    tensors = FAMILIES["deepseek-v4.1-flash"].tensors(FEW_V41)
     blind = [entry for entry in tensors if not entry[0].startswith(("vision.", "aligner.", "image_"))]
-    write_tensors(tmp_path / "source", blind, BLIND["no layers"](SMALL_V41), 2)
+    write_tensors(tmp_path / "source", blind, BLIND["no layers"](FEW_V41), 2)
     with pytest.raises(Refused) as refused:
         plan_conversion(Job(tmp_path / "source", 2))
     problem = refused.value.problems[0]

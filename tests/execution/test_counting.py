@@ -1,6 +1,7 @@
 """What a progress function is told: never too much, never less than before, the whole at the end only."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from socket import gethostname
@@ -57,6 +58,11 @@ def size_of(folder: Path, pattern: str = "*.safetensors") -> int:
     return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
+def size_written(folder: Path) -> int:
+    """Of all files of a target but the manifest."""
+    return size_of(folder, "*") - (folder / MANIFEST).stat().st_size
+
+
 def test_a_conversion_reaches_the_whole_when_all_has_its_final_name(source: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     named = []
@@ -66,7 +72,7 @@ def test_a_conversion_reaches_the_whole_when_all_has_its_final_name(source: Path
         named.append((tmp_path / "target" / MANIFEST).exists())
 
     reshard.convert(source, tmp_path / "target", RANKS, progress=progress)
-    require_honest(calls, size_of(tmp_path / "target"))
+    require_honest(calls, size_written(tmp_path / "target"))
     assert named == [False] * (len(calls) - 1) + [True]
 
 
@@ -75,10 +81,11 @@ def test_what_is_copied_and_not_on_the_disk_counts_half(source: Path, tmp_path: 
     reshard.convert(source, tmp_path / "target", RANKS, progress=listener)
     copying = [state for state in listener.states if state.unsynced is None]
     waiting = [state for state in listener.states if state.unsynced is not None]
-    total = size_of(tmp_path / "target")
+    total = size_written(tmp_path / "target")
+    beside = total - size_of(tmp_path / "target")  # on the disk before the first tensor
     # A job that takes less than the five seconds between two syncs: all of it is waited for at the end.
     assert copying[-2].done < total / 2
-    assert [waiting[0].done, waiting[0].unsynced] == [total // 2, total]
+    assert [waiting[0].done, waiting[0].unsynced] == [(total + beside) // 2, total - beside]
     assert all(state.done == (2 * total - state.unsynced) // 2 for state in waiting if state.unsynced is not None)
     assert listener.states[-1] == WorkState(total, total)
 
@@ -99,7 +106,20 @@ def test_the_first_call_of_a_resumed_job_says_what_was_there(
     assert durable
     calls: list[tuple[int, int]] = []
     reshard.convert(source, target, RANKS, progress=lambda *call: calls.append(call))
-    require_honest(calls, size_of(target), durable)
+    require_honest(calls, size_written(target), durable)
+
+
+def test_large_files_beside_the_tensors_are_counted_while_they_are_copied(source: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "source"
+    shutil.copytree(source, whole)
+    size = 5 << 20
+    (whole / "tokenizer.json").write_bytes(b"{" + b" " * (size - 2) + b"}")
+    calls: list[tuple[int, int]] = []
+    reshard.convert(whole, tmp_path / "target", RANKS, progress=lambda *call: calls.append(call))
+    require_honest(calls, size_written(tmp_path / "target"))
+    # In steps of 1 MiB, before the tensors and after the other file: each byte counts half until it is on the disk.
+    beside = (tmp_path / "target" / "run_config.json").stat().st_size
+    assert {beside + (number << 19) for number in range(1, 6)} <= {done for done, _ in calls}
 
 
 def test_an_interrupt_before_anything_is_durable_leaves_nothing(source: Path, tmp_path: Path) -> None:

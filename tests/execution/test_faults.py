@@ -4,6 +4,8 @@ Disks are full, files are shortened and removed. Where a single system call must
 strace makes the kernel do so.
 """
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -354,3 +356,37 @@ def test_a_log_on_a_full_disk_ends_no_conversion(origin: Path, target: Path, wan
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=log)
     assert b"4 rank files" in done.stdout
     assert contents(target) == wanted
+
+
+# --- a file system without locks ---
+
+
+@pytest.mark.parametrize("lost", [None, "tokenizer.json"])
+def test_a_target_that_cannot_be_locked_is_refused(
+    lost: str | None, origin: Path, wanted: dict[str, str], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as NFS without its lock service. It may be a finished target that only lacks a side file."""
+    if lost:
+        convert_checkpoint(Job(origin, RANKS), target)
+        (target / lost).unlink()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", fail)
+        with pytest.raises(Refused, match=r"without locks \(No locks available\)") as refused:
+            convert_checkpoint(Job(origin, RANKS), target)
+    assert [(problem.kind, problem.subject) for problem in refused.value.problems] == [("cannot-write", str(target))]
+    convert_checkpoint(Job(origin, RANKS), target)
+    assert contents(target) == wanted
+
+
+def test_a_finished_target_that_cannot_be_mended_is_refused(origin: Path, target: Path) -> None:
+    convert_checkpoint(Job(origin, RANKS), target)
+    (target / "tokenizer.json").unlink()
+    (target / JOURNAL).symlink_to("elsewhere")
+    with pytest.raises(Refused, match="cannot write") as refused:
+        convert_checkpoint(Job(origin, RANKS), target)
+    assert [problem.kind for problem in refused.value.problems] == ["cannot-write"]
+    assert not (target / "elsewhere").exists()

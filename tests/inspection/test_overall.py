@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from reshard.cli.main import main
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.value_distance import MEASURED_ELEMENTS, measure_range
 from reshard.inspection.value_sums import OverallDistance
 
 
@@ -99,6 +101,8 @@ def test_the_whole_is_measured_as_fractions_have_it(tmp_path: Path, dtype: str, 
         ([math.inf], [1.0], (0, None, None, None)),
         ([1e-200, 0.0], [1e-200, 1e-200], (2, 1e-200 / math.sqrt(2), 1.0, math.sqrt(0.5))),
         ([1e300, 1e300], [1e300, -1e300], (2, 1e300 * math.sqrt(2), math.sqrt(2), 0.0)),
+        ([LARGEST, 1.0], [-LARGEST, 1.0], (2, LARGEST, 2.0, -1.0)),
+        ([1e308] * 8, [-1e308] + [1e308] * 7, (8, 1e308 / math.sqrt(2), math.sqrt(0.5), 0.75)),
     ],
 )
 def test_small_tensors_by_hand(tmp_path: Path, a: list[float], b: list[float], wanted: tuple[Any, ...]) -> None:
@@ -189,6 +193,19 @@ def test_layers_and_modules_are_summed_up_the_worst_first(tmp_path: Path) -> Non
     assert modules["gone"] == (1, 0, 1)
 
 
+def test_the_verdict_names_the_largest_norm_though_others_stand_first(tmp_path: Path) -> None:
+    """A NaN is listed first, whatever the rest of its tensor is."""
+    one = {name: torch.ones(100) for name in ("with_nan", "half")}
+    other = {name: tensor.clone() for name, tensor in one.items()}
+    other["with_nan"][:2] = torch.tensor([math.nan, 1.01])
+    other["half"] *= 1.5
+    save_file(one, tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    report = diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [found.name for found in report.values] == ["with_nan", "half"]
+    assert report.worst == report.values[1]
+
+
 def test_the_summary_fits_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = make_pair(tmp_path)
     assert main(["diff", str(a), str(b), "--show", "8"]) == 1
@@ -257,3 +274,54 @@ def test_random_bits_of_a_long_tensor_of_halves(tmp_path: Path) -> None:
     x, y = one[finite].astype(np.float64), other[finite].astype(np.float64)
     assert found.overall.finite == len(x) < len(one)
     assert found.overall.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9)
+
+
+@pytest.mark.parametrize(("odd", "shown"), [(1.0, ""), (math.nan, "  NaN in B"), (math.inf, "  infinite")])
+def test_columns_of_nans_stand_there_if_there_are_any(
+    odd: float, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They took the table over the width of a terminal of 120 columns, with zeros in nearly every model."""
+    save_file({"x": torch.tensor([1.0, 2.0])}, tmp_path / "a.safetensors")
+    save_file({"x": torch.tensor([1.5, odd])}, tmp_path / "b.safetensors")
+    assert main(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 1
+    text = capsys.readouterr().out
+    assert text.splitlines()[-2].endswith(f"  max abs  max rel{shown}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("elements", [1, MEASURED_ELEMENTS - 1, MEASURED_ELEMENTS, 3 * MEASURED_ELEMENTS + 5])
+@pytest.mark.parametrize("scale", [1.01, -1.0])
+def test_pieces_of_every_length_have_the_sums_of_float64(dtype: torch.dtype, elements: int, scale: float) -> None:
+    """Against `math.fsum` of exact squares: 1e-15 a piece. The arrays of one piece hold nothing of the one before."""
+    generator = torch.Generator().manual_seed(elements)
+    one = torch.randn(elements, generator=generator).to(dtype)
+    other = (one.double() * scale + 0.01 * torch.randn(elements, generator=generator)).to(dtype)
+    other[elements // 2 :: 7] = one[elements // 2 :: 7]
+    other[-1] = scale * one[-1]  # of -1: the largest relative difference there is, in the last piece
+    name = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}[str(dtype)[6:]]
+    apart, sums = measure_range(one.view(torch.uint8).numpy(), other.view(torch.uint8).numpy(), name, 100)
+    x, y = one.double().numpy(), other.double().numpy()
+    for found, products in zip(sums[1:], (x * x, y * y, x * y, (x - y) ** 2), strict=True):
+        assert float(found) == pytest.approx(math.fsum(products), rel=1e-14, abs=1e-14 * math.fsum(x * x))
+    wrong = np.flatnonzero(x != y)
+    assert (apart is None) == (not len(wrong))
+    if apart:
+        assert (apart.different, apart.first, apart.last) == (len(wrong), 100 + wrong[0], 100 + wrong[-1])
+        assert apart.max_absolute == np.abs(x - y).max()
+        larger = np.maximum(np.abs(x), np.abs(y))[wrong]
+        assert apart.max_relative == (np.abs(x - y)[wrong] / larger).max()
+    # And it changes neither side.
+    assert one.double().numpy().tobytes() == x.tobytes()
+    assert other.double().numpy().tobytes() == y.tobytes()
+
+
+def test_a_window_is_measured_in_little_memory_of_its_own() -> None:
+    """Of a window of 4 MiB, whatever its dtype: a few arrays of MEASURED_ELEMENTS numbers."""
+    one = np.arange(WINDOW_SIZE // 2, dtype=np.uint16).view(np.uint8)
+    other = one[::-1].copy()
+    for dtype in ("BF16", "F16", "F32", "F64", "I64", "C64"):
+        tracemalloc.start()
+        measure_range(one, other, dtype, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20 * 8 * MEASURED_ELEMENTS, dtype

@@ -1,16 +1,17 @@
 """How far an unfinished conversion is, and the command that goes on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from jobs import Job, convert_checkpoint
 from torture import durable_bytes
 
+import reshard
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.formats.target_names import JOURNAL
-from reshard.inspection.unfinished import format_ranges
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Subset
 
@@ -54,7 +55,9 @@ def test_the_command_is_the_one_that_began_it(
     interrupt(Job(source, 4, **more), target, monkeypatch)  # type: ignore[arg-type]
     capsys.readouterr()
     assert main(["inspect", str(target), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    said = document["unfinished"]
+    assert (document["status"], document["path"], document["files"]) == ("unfinished", str(target), 0)
     assert said["command"] == f"reshard convert SOURCE {target} {options}"
     assert said["durable"] == durable_bytes(target / JOURNAL)
     assert said["size"] == sum(path.stat().st_size for path in target.glob("*.safetensors.partial"))
@@ -62,6 +65,70 @@ def test_the_command_is_the_one_that_began_it(
     # And it goes on.
     assert main(said["command"].replace("SOURCE", str(source)).split()[1:]) == 0
     assert f"resumed: {said['durable']:,} bytes" in capsys.readouterr().out
+
+
+def test_the_library_has_the_same_facts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(Job(source, 4, pad=True), tmp_path / "target", monkeypatch)
+    content = reshard.inspect(tmp_path / "target")
+    assert content.unfinished is not None
+    assert (content.tensors, content.recipe) == (0, "deepseek-v3")
+    assert content.unfinished.durable == durable_bytes(tmp_path / "target" / JOURNAL)
+    assert content.unfinished.command == f"reshard convert SOURCE {tmp_path / 'target'} --mp 4 --pad"
+    assert str(content) == str(content.unfinished)
+    with pytest.raises(reshard.Refused, match="an unfinished conversion"):
+        reshard.inspect(tmp_path / "target", tensors="*")  # there is none to list
+
+
+def test_a_finished_part_and_the_unfinished_rest_are_both_shown(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    convert_checkpoint(Job(source, 4, ranks=[0, 1]), target)
+    interrupt(Job(source, 4, ranks=[2, 3]), target, monkeypatch)
+    content = reshard.inspect(target)
+    assert (content.files, content.recipe, content.remark) == (2, "deepseek-v3", "")
+    assert content.size < sum(path.stat().st_size for path in target.glob("*.safetensors")) < content.size * 1.01
+    assert content.unfinished is not None
+    assert (content.unfinished.ranks, content.unfinished.files) == ("2-3", 2)
+    capsys.readouterr()
+    assert main(["inspect", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{target}: deepseek-inference layout, recipe deepseek-v3, cut for 4 ranks\n2 files, ")
+    assert "\nnote: a part of a target: ranks 0-1 of 4, by reshard.json\n" in said
+    assert f"\n{target}: an unfinished conversion of ranks 2-3 by the recipe deepseek-v3\non the disk: " in said
+    assert said.endswith(f"\n  {content.unfinished.command}\n")
+    # The command goes on, and then nothing is unfinished.
+    assert main(content.unfinished.command.replace("SOURCE", str(source)).split()[1:]) == 0
+    content = reshard.inspect(target)
+    assert (content.files, content.unfinished, content.notes) == (4, None, ())
+
+
+def test_a_journal_that_is_left_over_is_nothing_unfinished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a crash leaves it that comes after the last file has its name, and before the journal is removed."""
+    target = tmp_path / "target"
+    interrupt(Job(source, 4), target, monkeypatch)
+    journal = (target / JOURNAL).read_bytes()
+    convert_checkpoint(Job(source, 4), target)
+    (target / JOURNAL).write_bytes(journal)
+    assert reshard.inspect(target).unfinished is None
+
+
+def test_a_damaged_journal_does_not_hide_a_finished_part(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    convert_checkpoint(Job(source, 4, ranks=[0, 1]), target)
+    interrupt(Job(source, 4, ranks=[2, 3]), target, monkeypatch)
+    line, end, batch = (target / JOURNAL).read_bytes().partition(b"\n")
+    (target / JOURNAL).write_bytes(line + end + bytes(len(batch)) + batch)
+    content = reshard.inspect(target)
+    assert (content.files, content.unfinished) == (2, None)
+    assert "damaged-journal" in [note.kind for note in content.notes]
+    (target / "reshard.json").rename(tmp_path / "aside")
+    with pytest.raises(reshard.Refused, match="damaged"):
+        reshard.inspect(target)
 
 
 def test_a_file_with_a_gap_is_not_whole(
@@ -86,6 +153,22 @@ def test_a_journal_that_says_nothing_is_refused_as_before(
     assert "an unfinished conversion" in capsys.readouterr().err
 
 
-def test_numbers_are_written_as_an_option_takes_them() -> None:
-    assert format_ranges([0, 1, 2, 4, 7, 8]) == "0-2,4,7-8"
-    assert format_ranges([]) == ""
+def test_unfinished_ranks_beside_finished_ones_are_noted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    convert_checkpoint(Job(source, 4, ranks=[0]), target)
+    interrupt(Job(source, 4, ranks=[1, 3]), target, monkeypatch)
+    capsys.readouterr()
+    assert main(["inspect", str(target), "--json"]) == 0
+    notes = {note["kind"]: note["text"] for note in json.loads(capsys.readouterr().out)["notes"]}
+    journal = (target / JOURNAL).read_bytes()
+    told, _, command = notes["unfinished"].partition("; to go on: ")
+    assert re.fullmatch(r"2 other files of an unfinished conversion, \S+ MiB of \S+ MiB on the disk", told)
+    assert command == f"reshard convert SOURCE {target} --mp 4 --ranks 1,3"
+    assert main(command.replace("SOURCE", str(source)).split()[1:]) == 0
+    assert "resumed: " in capsys.readouterr().out
+    # What is left by a crash behind the last rename is finished.
+    (target / JOURNAL).write_bytes(journal)
+    assert main(["inspect", str(target), "--json"]) == 0
+    assert "unfinished" not in {note["kind"] for note in json.loads(capsys.readouterr().out)["notes"]}

@@ -57,13 +57,14 @@ def test_what_is_loaded_is_what_the_oracle_writes_for_that_rank(name: str, sourc
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_from_the_rank_files_of_another_mp_it_is_the_same(name: str, source: Source, tmp_path: Path) -> None:
+def test_from_the_rank_files_of_another_mp_it_is_the_same(
+    name: str, source: Source, converted: Callable[[str, int], Path], tmp_path: Path
+) -> None:
     """From those of the largest number of ranks, whose parts are put together, and from those of one, which is cut."""
     ORACLES[name](source(name), tmp_path / "wanted", 2)
     for ranks in (1, LEGAL[name][-1]):
-        convert_checkpoint(Job(source(name), ranks), tmp_path / str(ranks))
         for replicas in {"first", "compare" if ranks > 1 else "first"}:
-            found = reshard.load(tmp_path / str(ranks), mp=2, rank=1, replicas=replicas)
+            found = reshard.load(converted(name, ranks), mp=2, rank=1, replicas=replicas)
             require_same(found, load_file(rank_file(tmp_path / "wanted", 1, 2)))
 
 

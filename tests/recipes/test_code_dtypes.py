@@ -7,7 +7,8 @@ from skeletons import BF16, F32, Parameters
 from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
 from reshard.errors import Refused
-from reshard.recipes.patterns import make_patterns, split_name
+from reshard.numbered_names import split_name
+from reshard.recipes.patterns import make_patterns
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.types import Recipe, Rule
 

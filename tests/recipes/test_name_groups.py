@@ -1,6 +1,7 @@
 """Names are grouped by what is left of them without their numbers, whatever their form."""
 
-from reshard.recipes.patterns import group_names_by_key, split_name, split_names
+from reshard.numbered_names import split_name
+from reshard.recipes.patterns import group_names_by_key, split_names
 
 NAMES = [
     "norm.weight",

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
-from reshard.recipes.patterns import split_name
+from reshard.numbered_names import split_name
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe, parse_recipe
 from reshard.sources.match import Matched, match
-from reshard.sources.problem_order import sort_one_of_each_first
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL_V3, TensorEntry, list_tensors
 from reshard.types import Checkpoint, Recipe, Tensor
@@ -820,13 +819,6 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
     assert problem.found == "deepseek-v2, deepseek-v3 all fit"
     assert problem.remedy.startswith("copy the model's config.json beside the files")
     assert "--recipe" in problem.remedy
-
-
-def test_of_many_unknown_names_one_of_each_kind_comes_first() -> None:
-    names = [f"layers.{layer}.{kind}.weight" for kind in ("up", "down") for layer in range(3)]
-    assert sort_one_of_each_first(names) == [
-        f"layers.{layer}.{kind}.weight" for layer in range(3) for kind in ("up", "down")
-    ]
 
 
 def test_the_way_out_of_an_unknown_name_is_a_row_in_ones_own_recipe() -> None:

@@ -379,7 +379,7 @@ def test_verify_of_a_subset_sees_a_flipped_bit(
     data[-100] ^= 1
     (target / "model1-mp2.safetensors").write_bytes(data)
     assert main(arguments) == 1
-    assert "1 other bytes than in the source" in capsys.readouterr().out
+    assert "1 other byte than in the source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("row", [0, 3, 7])

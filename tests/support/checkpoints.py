@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_once import make_once
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
@@ -24,6 +25,7 @@ TOKENIZER_FILES = {
 }
 
 
+@make_once
 def write_deepseek_v2(folder: Path, *, q_lora: bool) -> None:
     """Write a BF16 DeepSeek-V2, or with q_lora false one with a whole `q_proj` like V2-Lite."""
     config = DeepseekV2Config(
@@ -48,6 +50,7 @@ def write_deepseek_v2(folder: Path, *, q_lora: bool) -> None:
     _save_twice(DeepseekV2ForCausalLM(config), folder, shard_size="700KB")
 
 
+@make_once
 def write_deepseek_v3(folder: Path) -> None:
     """Write a BF16 DeepSeek-V3 whose cut dimensions suit blocks of 128 at 1 to 16 ranks.
 

@@ -695,6 +695,11 @@ SMALL_V41: Config = {
         "num_hidden_layers": 11,
     },
 }
+FEW_V41: Config = {
+    **SMALL_V41,
+    "text_config": {**SMALL_V41["text_config"], "n_routed_experts": 8, "dspark_n_routed_experts": 4},
+}
+"""For 1, 2 and 4 ranks: two thirds of the tensors, where the number of experts is not what is tested."""
 
 DEEPSEEK_V32 = partial(deepseek_v32, norms="F32")
 DEEPSEEK_V32_EXP = partial(deepseek_v32, norms="BF16")

@@ -45,8 +45,8 @@ MUTATIONS = (
     Mutation(
         "sources/match",
         "only the first of the unknown tensors is reported",
-        "for name in sort_one_of_each_first(unmatched):",
-        "for name in sort_one_of_each_first(unmatched)[:1]:",
+        "for name in map(names.__getitem__, sort_by_layer(names)):",
+        "for name in map(names.__getitem__, sort_by_layer(names)[:1]):",
         "test_match.py::test_every_unknown_name_is_told",
     ),
     Mutation(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from made_once import make_once
 
 HEAVY: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -43,7 +44,8 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 from_config: Any = transformers.AutoModelForCausalLM.from_config
 
 
-def write_model(folder: Path, name: str, **changes: Any) -> None:
+@make_once
+def write_model(folder: Path, /, name: str, **changes: Any) -> None:
     """A random model of float32, as transformers writes it, in several files; biases and norms are random too."""
     word, own = MODELS[name]
     config = getattr(transformers, word)(**{**HEAVY, **own, **changes})

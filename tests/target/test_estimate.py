@@ -6,6 +6,7 @@ import pytest
 
 from reshard import api
 from reshard.errors import Refused
+from reshard.formats.target_names import MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.estimate import describe_estimate, estimate_job, format_rough_time, measure_write_rate
 
@@ -22,13 +23,15 @@ def test_the_rates_are_measured_and_no_file_is_left(source: Path, tmp_path: Path
     plan = api.plan(source, 4)
     estimate = estimate_job(plan, tmp_path / "not" / "there")
     assert estimate.folder == tmp_path
-    assert estimate.needed == plan.size
+    api.convert(source, tmp_path / "made", 4)
+    written = [path.stat().st_size for path in (tmp_path / "made").iterdir() if path.name != MANIFEST]
+    assert estimate.needed == sum(written) > plan.size
     assert estimate.read_rate > 0
     assert estimate.write_rate > 0
     assert estimate.measured < 20
     # Source and target are on one disk.
     assert estimate.seconds > plan.size / estimate.write_rate
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "made"]
     first, second = describe_estimate(estimate, is_cast=False)
     assert first.startswith(f"{tmp_path}: ")
     assert "rough: reads" in second

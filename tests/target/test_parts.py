@@ -3,13 +3,17 @@
 The oracle is one run for all ranks: whatever was done to the parts, in the end every file has its SHA-256.
 """
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from downloads import flip
 from jobs import Job, convert_checkpoint
 from torture import contents
 
@@ -18,8 +22,12 @@ import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
+from reshard.formats.manifest import compute_manifest_checksum
+from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.target import preflight
+from reshard.types import Subset
 
 RANKS = 4
 CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
@@ -126,7 +134,11 @@ def test_the_command_says_what_it_joins(
     assert "found:    names 2 of 4 rank files; reshard.ranks-2-3.json names 2 others\n" in told
     assert f"reshard convert SOURCE '{target}' --mp 4\n" in told
     assert main(["inspect", str(target)]) == 0
-    assert "note: reshard.json names 2 of 4 rank files" in capsys.readouterr().out
+    assert "note: the parts are not joined yet: reshard.json names 2 of 4 rank files" in capsys.readouterr().out
+    assert main(["verify", str(target), "--source", str(source)]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[2].startswith("note: the parts are not joined yet: reshard.json names 2 of 4 rank files; ")
+    assert told.endswith(f"without --ranks: reshard convert {source} '{target}' --mp 4\n")
     assert contents(target) == before
     assert main(["convert", str(source), str(target), "--mp", "4"]) == 0
     told = capsys.readouterr().out
@@ -144,11 +156,7 @@ def test_every_byte_of_parts_that_are_not_joined_is_verified(parts: dict[str, Pa
     assert [problem.kind for problem in report.problems] == ["not-joined"]
     assert report.files == RANKS
     assert reshard.verify(target, ranks=[1, 2]).is_proven
-    with rank_file(target, 3).open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
+    flip(rank_file(target, 3), -1)
     assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined", "wrong-checksum"]
 
 
@@ -193,6 +201,43 @@ def test_manifests_of_parts_do_not_go_along_from_a_source(parts: dict[str, Path]
     target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
     reshard.convert(target, tmp_path / "whole", to="hf")
     assert [path.name for path in (tmp_path / "whole").glob("reshard*")] == [MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (Job(Path(), RANKS, cast="bf16", pad=True), "--mp 4 --cast bf16 --pad"),
+        (
+            Job(Path(), RANKS, subset=Subset(layers=(1,), renumber=True)),
+            "--mp 4 --layers 1 --renumber",
+        ),
+        (
+            Job(Path(), RANKS, subset=Subset(only=("*.self_attn.*", "model.norm.weight"))),
+            "--mp 4 --only '*.self_attn.*' --only model.norm.weight",
+        ),
+    ],
+)
+def test_the_command_that_joins_works(
+    chosen: Job, words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, ranks in (("low", [0, 1]), ("high", [2, 3])):
+        convert_checkpoint(replace(chosen, source=source, ranks=ranks), tmp_path / name)
+    target = bring_together(tmp_path / "target", tmp_path / "low", tmp_path / "high")
+    assert main(["verify", str(target)]) == 1
+    command = capsys.readouterr().out.split("without --ranks: ")[1].splitlines()[0]
+    assert command == f"reshard convert SOURCE {target} {words}"
+    assert main([str(source) if word == "SOURCE" else word for word in shlex.split(command)][1:]) == 0
+    assert reshard.verify(target).is_proven
+
+
+def test_no_word_of_a_manifest_is_run_by_the_command(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    for path in target.glob("reshard*.json"):
+        rewrite_manifest(path, lambda text: text.replace('"layout": {', '"layout": {"cast": "bf16; rm -r $HOME",'))
+    assert main(["verify", str(target)]) == 1
+    assert "--cast 'bf16; rm -r $HOME'\n" in capsys.readouterr().out
 
 
 # --- what nothing vouches for ---
@@ -293,6 +338,153 @@ def test_side_files_that_differ_are_seen(source: Path, parts: dict[str, Path], t
     with pytest.raises(Refused) as refused:
         convert_checkpoint(Job(source, RANKS), target)
     assert ("source-changed", "tokenizer.json") in facts(refused)
+
+
+@pytest.mark.parametrize("ranks", [None, [0]])
+def test_a_changed_file_is_seen_whichever_manifest_names_it(
+    ranks: list[int] | None, source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """`reshard.json` is that of the part which was copied last: its files were copied as well."""
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    for rank in (1, 3):
+        flip(rank_file(target, rank), -1)
+    before = contents(target)
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    named = [(problem.kind, problem.subject.split(":")[0]) for problem in refused.value.problems]
+    assert sorted(named) == [("wrong-checksum", str(rank_file(target, rank))) for rank in (1, 3)]
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize(("others", "ranks"), [(["2-3"], None), ([], None), ([], [2])])
+def test_a_side_file_that_someone_has_changed_is_not_replaced(
+    others: list[str], ranks: list[int] | None, source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], *(parts[text] for text in others))
+    mine = target / "tokenizer_config.json"
+    mine.write_text('{"chat_template": "mine"}')
+    before = contents(target)
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    assert facts(refused) == [("wrong-checksum", mine.name)]
+    assert contents(target) == before
+    mine.rename(tmp_path / "mine")  # as the hint says
+    convert_checkpoint(Job(source, RANKS, ranks=ranks), target)
+    assert mine.read_bytes() == (source / mine.name).read_bytes()
+
+
+def test_files_of_others_are_not_replaced_by_joining(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["2-3"])
+    theirs = [target / name for name in ("tokenizer.json.partial", "reshard.json.partial", "model0-mp2.safetensors")]
+    for path in theirs:
+        path.write_text("theirs")
+    before = contents(target)
+    with pytest.raises(Refused, match="move them out of the folder, or another target") as refused:
+        convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("target-not-empty", "target")]
+    assert contents(target) == before
+    for path in theirs:
+        path.rename(tmp_path / path.name)
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
+
+
+@pytest.mark.parametrize("others", [["2-3"], []])
+def test_a_tokenizer_of_before_is_asked_for_again(others: list[str], source: Path, tmp_path: Path) -> None:
+    """Else `reshard.json` would no more name the tokenizer that lies there, and nobody would verify it."""
+    bare, tokenizer = shutil.copytree(source, tmp_path / "source"), tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in bare.glob("tokenizer*"):
+        path.rename(tokenizer / path.name)
+    for text in ("0-1", *others):
+        ranks = [int(word) for word in text.split("-")]
+        reshard.convert(bare, tmp_path / text, RANKS, ranks=ranks, tokenizer_path=tokenizer)
+    target = bring_together(tmp_path / "target", tmp_path / "0-1", *(tmp_path / text for text in others))
+    before = contents(target)
+    with pytest.raises(Refused, match="tokenizer_path as they were") as refused:
+        reshard.convert(bare, target, RANKS)
+    assert facts(refused)[0] == ("source-changed", "tokenizer.json")
+    assert contents(target) == before
+    reshard.convert(bare, target, RANKS, tokenizer_path=tokenizer)
+    assert reshard.verify(target).is_proven
+
+
+def test_manifests_that_contradict_each_other_prove_nothing(
+    source: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same rank with other bytes: the source had changed in between, where no sample is taken."""
+    target = bring_together(tmp_path / "target", parts["0-1"], parts["1"])
+    assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined"]
+    rewrite_manifest(target / "reshard.ranks-0-1.json", lambda text: text.replace(last_checksum(text), "0" * 32))
+    before = contents(target)
+    for ranks, kinds in ((None, ["contradiction", "not-joined"]), ([1], ["contradiction"]), ([0], [])):
+        assert [problem.kind for problem in reshard.verify(target, ranks=ranks).problems] == kinds
+    with pytest.raises(Refused, match=r"other bytes by reshard.ranks-0-1.json than by reshard.json") as refused:
+        convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("contradiction", rank_file(target, 1).name)]
+    assert contents(target) == before
+
+
+def last_checksum(manifest: str) -> str:
+    """Of the last range of the last rank file."""
+    last: str = json.loads(manifest)["files"][-1]["ranges"].split(" ")[-1]
+    return last
+
+
+def rewrite_manifest(path: Path, change: Callable[[str], str]) -> None:
+    """Changes the text of a manifest and gives it the checksum that is right then, as anyone can."""
+    manifest = json.loads(change(path.read_text()))
+    del manifest["xxh3_128"]
+    path.write_text(json.dumps({**manifest, "xxh3_128": compute_manifest_checksum(manifest)}))
+
+
+def test_a_link_to_nothing_is_no_manifest(parts: dict[str, Path], tmp_path: Path) -> None:
+    target = bring_together(tmp_path / "target", parts["0-1"])
+    (target / "reshard.a.json").symlink_to("nowhere")
+    assert reshard.verify(target).is_proven
+    (target / MANIFEST).unlink()
+    assert [problem.kind for problem in reshard.verify(target).problems] == ["not-joined"]
+
+
+# --- while another run writes here ---
+
+
+def test_a_run_that_begins_while_we_look_is_no_stranger(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is met by its lock. This one has ended at once."""
+    target, look = tmp_path / "target", preflight.list_own_names
+
+    def look_and_begin(folder: Path) -> set[str]:
+        found = look(folder)
+        folder.mkdir()
+        (folder / JOURNAL).touch()
+        return found
+
+    monkeypatch.setattr(preflight, "list_own_names", look_and_begin)
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
+
+
+def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    target, read = bring_together(tmp_path / "target", parts["0-1"]), read_manifests
+
+    def read_and_end(folder: Path) -> Manifests:
+        found = read(folder)
+        bring_together(folder, parts["2-3"])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "read_manifests", read_and_end)
+        with pytest.raises(Refused, match="run it again") as refused:
+            convert_checkpoint(Job(source, RANKS), target)
+    assert facts(refused) == [("target-changed", "target")]
+    convert_checkpoint(Job(source, RANKS), target)
+    assert contents(target) == contents(whole)
 
 
 # --- killed ---
@@ -408,9 +600,33 @@ def test_a_restart_keeps_what_was_brought_here_finished(
     (target / "model2-mp4.safetensors.partial").unlink()
     bring_together(target, parts["0-1"], parts["2-3"])
     before = stamps(target)
-    with pytest.raises(Refused, match="an unfinished conversion"):
+    keeps = "begins again, and keeps model2-mp4.safetensors, model3-mp4.safetensors, which came here finished"
+    with pytest.raises(Refused, match=f"--restart throws the partial files away and {keeps}"):
         convert_checkpoint(Job(source, RANKS), target)
     assert stamps(target) == before
     convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
     assert stamps(target) == before
+    assert contents(target) == contents(whole)
+
+
+def test_a_finished_part_that_is_copied_over_an_unfinished_run_has_a_way_on(
+    source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The command that began the run would now write other files: it does not go on from there."""
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    target = tmp_path / "target"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
+        with pytest.raises(Crash):
+            convert_checkpoint(Job(source, RANKS), target)
+    bring_together(target, parts["2-3"])
+    before = stamps(target)
+    with pytest.raises(Refused, match="--restart throws the partial files away and begins again, and keeps model2"):
+        convert_checkpoint(Job(source, RANKS), target)
+    assert stamps(target) == before
+    convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
+    assert stamps(target).items() >= before.items()
     assert contents(target) == contents(whole)

@@ -14,7 +14,7 @@ import checkpoints
 import pytest
 import skeletons
 from conversions import LEGAL, ORACLES
-from families import FAMILIES, write_full, write_small
+from families import FAMILIES, write_full
 from jobs import Job, convert_checkpoint, plan_conversion
 from model_skeletons import MODELS, TAKEN_FOR_GRANTED
 from skeletons import BF16, E8M0, F8, FP4, Parameters
@@ -364,19 +364,6 @@ def test_the_dtype_is_that_of_the_files(source: Source, tmp_path: Path) -> None:
     assert run_config_of(source("deepseek-v3"), {"quantization_config": None}, tmp_path)["dtype"] == "fp8"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The small checkpoint of a family, written once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def of(name: str) -> Path:
-        if not (root / name).exists():
-            write_small(root / name, name, files=2)
-        return root / name
-
-    return of
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
@@ -487,15 +474,19 @@ def test_padding_is_a_wider_model(source: Source) -> None:
 
 
 def require_loads(job: Job, name: str, target: Path) -> None:
-    """Every rank file loads strictly into the model of the run configuration beside it."""
     convert_checkpoint(job, target, Settings(jobs=1))
+    require_loaded(target, job.mp, name)
+
+
+def require_loaded(target: Path, ranks: int, name: str) -> None:
+    """Every rank file loads strictly into the model of the run configuration beside it."""
     line, skeleton = MODELS[name]
     args = {**TAKEN_FOR_GRANTED[line], **json.loads((target / "run_config.json").read_bytes())}
-    for rank in range(job.mp):
-        parameters = skeleton(args, job.mp, rank)
+    for rank in range(ranks):
+        parameters = skeleton(args, ranks, rank)
         if line != "v3" and args["dtype"] == "bf16":
             parameters = in_bf16(parameters)
-        path = target / f"model{rank}-mp{job.mp}.safetensors"
+        path = target / f"model{rank}-mp{ranks}.safetensors"
         assert skeletons.differences(parameters, path) == []
         skeletons.load(parameters, path, strict=True)
 
@@ -515,9 +506,9 @@ def in_bf16(parameters: Parameters) -> Parameters:
 
 @pytest.mark.parametrize(("name", "ranks"), [(name, ranks) for name in ORACLES for ranks in (1, LEGAL[name][-1])])
 def test_every_rank_file_loads_strictly_into_the_model_of_its_run_configuration(
-    name: str, ranks: int, source: Source, folder: Path
+    name: str, ranks: int, converted: Callable[[str, int], Path]
 ) -> None:
-    require_loads(Job(source(name), ranks), name, folder / "target")
+    require_loaded(converted(name, ranks), ranks, name)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"deepseek-v3-for-32", "glm-5.1", "deepseek-v3.2-exp"}))

@@ -14,6 +14,7 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings, execute_plan
 from reshard.execution.side_writer import LARGEST_READ, SideFile, read_side_file
+from reshard.formats.target_names import list_names
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.storage.counting import WorkCounter
@@ -249,3 +250,17 @@ def test_there_must_be_room_for_large_ones_and_they_are_said(source: Path, tmp_p
         api.convert(source, tmp_path / "target", to="hf")
     assert error.value.problems[0].kind == "no-space"
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["convert", "plan"])
+def test_a_source_is_looked_at_once(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network file system each list of a large folder takes its time, and two may differ."""
+    looked: list[Path] = []
+
+    def list_and_count(folder: Path) -> list[str]:
+        looked.append(folder)
+        return list_names(folder)
+
+    monkeypatch.setattr("reshard.target.side_files.list_names", list_and_count)
+    getattr(api, name)(source, mp=2, target=tmp_path / "target")
+    assert looked == [source]

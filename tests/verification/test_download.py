@@ -522,4 +522,4 @@ def test_the_function_gives_a_report_that_prints(folder: Path) -> None:
 def test_other_options_are_refused(more: list[str], good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(good), "--download", *more]) == 2
     error = capsys.readouterr().err
-    assert f"{more[0]}: wrong option\n  found:    with --download" in error
+    assert f"{more[0]}: wrong option\n  hint:     leave one of them out\n  found:    with --download" in error

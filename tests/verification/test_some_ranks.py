@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from downloads import flip
 from jobs import Job, convert_checkpoint
 
 import reshard
@@ -54,14 +55,6 @@ def facts(report: object) -> list[tuple[str, str]]:
     return [(problem.kind, problem.subject) for problem in report.problems]
 
 
-def flip_last_bit(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-
-
 def test_the_hint_for_a_folder_of_some_ranks_is_the_command_that_proves_them(
     node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +74,7 @@ def test_the_hint_for_a_folder_of_some_ranks_is_the_command_that_proves_them(
 @pytest.mark.parametrize("ranks", [[2, 3], [3], [2]])
 def test_only_the_chosen_files_are_read_and_counted(ranks: list[int], node: Path) -> None:
     for rank in {2, 3}.difference(ranks):
-        flip_last_bit(rank_file(node, rank))
+        flip(rank_file(node, rank), -1)
     told: list[tuple[int, int]] = []
     report = reshard.verify(node, ranks=ranks, progress=lambda done, total: told.append((done, total)))
     assert isinstance(report, Report)
@@ -95,7 +88,7 @@ def test_only_the_chosen_files_are_read_and_counted(ranks: list[int], node: Path
 def test_what_is_wrong_with_the_chosen_files_is_named(node: Path) -> None:
     (node / "tokenizer.json").write_text("{}")
     os.truncate(rank_file(node, 2), 1000)
-    flip_last_bit(rank_file(node, 3))
+    flip(rank_file(node, 3), -1)
     found = facts(reshard.verify(node, ranks=[2, 3]))
     assert [kind for kind, _ in found] == ["wrong-size", "wrong-checksum", "wrong-checksum"]
     assert found[0][1] == rank_file(node, 2).name
@@ -144,7 +137,7 @@ def test_some_ranks_against_the_source(ranks: list[int], node: Path, source: Pat
     assert (report.files, report.ranks) == (len(ranks), RANKS)
     size = sum(rank_file(node, rank).stat().st_size for rank in ranks)
     assert told[-1] == (size, size)
-    flip_last_bit(rank_file(node, 3))
+    flip(rank_file(node, 3), -1)
     assert [kind for kind, _ in facts(reshard.verify(node, source, ranks=ranks))] == ["differs"]
     problems = reshard.verify(node, source).problems
     assert {problem.remedy for problem in problems if problem.kind == "missing-file"} == {

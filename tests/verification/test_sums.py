@@ -247,4 +247,6 @@ def test_the_command_and_the_function(folder: Path, capsys: pytest.CaptureFixtur
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem["subject"] == SHARDS[1]
     assert main(["verify", str(folder), "--sums", str(sums), "--ranks", "0"]) == 2
-    assert "--ranks: wrong option\n  found:    with --sums" in capsys.readouterr().err
+    assert (
+        "--ranks: wrong option\n  hint:     leave one of them out\n  found:    with --sums" in capsys.readouterr().err
+    )

@@ -269,7 +269,7 @@ def test_a_flipped_bit_is_seen_in_every_band_of_a_large_tensor(name: str, large:
         invert(path, place, place + 1)
         assert (problem.kind, problem.subject) == ("differs", f"model1-mp2.safetensors: {name}")
         assert problem.found == (
-            f"1 other bytes than in the source, first in byte {place - start:,} of the tensor, "
+            f"1 other byte than in the source, first in byte {place - start:,} of the tensor, "
             f"last in byte {place - start:,}"
         )
 

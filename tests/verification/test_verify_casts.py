@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import oracle
 import oracle_families
 import pytest
 import torch
-from families import write_small
+from families import FAMILIES, FEW_V41, write_small
 from jobs import Job, convert_checkpoint
 from oracle_casts import dequantize, fp4_to_fp8, unpack_fp4
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,8 @@ from reshard.execution.execute import Settings
 from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.sources.recipe_choice import choose_recipe
+from reshard.synthetic import write_tensors
+from reshard.types import Checkpoint, Recipe
 from reshard.verification.checksums import audit_target
 from reshard.verification.verify import Report, verify_target
 
@@ -51,13 +54,13 @@ CASES = {
     "glm fp8": Case("glm-5.1", 1, {"cast": "fp8"}),
     "glm padded fp8": Case("glm-5.1", 2, {"cast": "fp8", "pad": True}),
     "glm whole ue8m0": Case("glm-5.1", 1, {"to": "hf", "cast": "fp8-ue8m0", "max_file_size": 2_000_000}),
-    "v4": Case("deepseek-v4-flash", 4, {}),
-    "v4 fp8": Case("deepseek-v4-flash", 2, {"expert_dtype": "fp8"}),
-    "v4 bf16": Case("deepseek-v4-flash", 2, {"cast": "bf16"}),
-    "v4 whole fp8": Case("deepseek-v4-flash", 1, {"to": "hf", "expert_dtype": "fp8", "max_file_size": 5_000_000}),
-    "v4.1": Case("deepseek-v4.1-flash", 4, {}),
-    "v4.1 fp8": Case("deepseek-v4.1-flash", 2, {"expert_dtype": "fp8"}),
-    "v4.1 whole fp8": Case("deepseek-v4.1-flash", 1, {"to": "hf", "expert_dtype": "fp8"}),
+    "v4": Case("deepseek-v4-pro", 4, {}),
+    "v4 fp8": Case("deepseek-v4-pro", 2, {"expert_dtype": "fp8"}),
+    "v4 bf16": Case("deepseek-v4-pro", 2, {"cast": "bf16"}),
+    "v4 whole fp8": Case("deepseek-v4-pro", 1, {"to": "hf", "expert_dtype": "fp8", "max_file_size": 5_000_000}),
+    "v4.1": Case("deepseek-v4.1-few", 4, {}),
+    "v4.1 fp8": Case("deepseek-v4.1-few", 2, {"expert_dtype": "fp8"}),
+    "v4.1 whole fp8": Case("deepseek-v4.1-few", 1, {"to": "hf", "expert_dtype": "fp8"}),
 }
 SETTINGS = Settings(jobs=1)
 
@@ -75,7 +78,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("families")
 
     def source(family: str) -> Path:
-        if not (folder / family).exists():
+        if family == "deepseek-v4.1-few" and not (folder / family).exists():
+            write_tensors(folder / family, FAMILIES["deepseek-v4.1-flash"].tensors(FEW_V41), FEW_V41, 4)
+        elif not (folder / family).exists():
             write_small(folder / family, family)
         return folder / family
 
@@ -109,8 +114,15 @@ def copied(good: Callable[[str], Made], tmp_path: Path) -> Callable[[str], Made]
 
 
 def verify(made: Made, sample: Fraction | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
-    source = read_checkpoint(made.source)
-    return verify_target(made.target, source, choose_recipe(source, list_packaged_recipes())[0], advance, sample=sample)
+    files = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(made.source.iterdir()))
+    return verify_target(made.target, *read(made.source, files), advance, sample=sample)
+
+
+@cache
+def read(folder: Path, _files: tuple[tuple[Path, int, int], ...]) -> tuple[Checkpoint, Recipe]:
+    """A source and its recipe, read once while its files stay as they are."""
+    source = read_checkpoint(folder)
+    return source, choose_recipe(source, list_packaged_recipes())[0]
 
 
 def facts(made: Made) -> set[tuple[str, str]]:
@@ -326,18 +338,28 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_byte_of_no_other_than_this_value_is_seen(damage: Damage, copied: Callable[[str], Made]) -> None:
-    made = copied(damage.case)
-    place = find(made, damage.tensor, damage.file)
-    edit(place, damage.offset, damage.change)
-    report = verify(made)
-    assert [(problem.kind, problem.subject) for problem in report.problems] == [
-        ("differs", place.subject + damage.tensor)
-    ]
-    at = damage.offset % (place.end - place.begin)
-    assert f"1 other bytes than {'in' if 'than in' in report.problems[0].found else 'are'}" in report.problems[0].found
-    assert f"first in byte {at:,} of" in report.problems[0].found
+@pytest.mark.parametrize("case", sorted({damage.case for damage in DAMAGES.values()}))
+def test_a_byte_of_no_other_than_this_value_is_seen(case: str, copied: Callable[[str], Made]) -> None:
+    """All damages of a conversion at once: each is told by itself, and nothing else is."""
+    made = copied(case)
+    damages = [damage for damage in DAMAGES.values() if damage.case == case]
+    places = {damage: find(made, damage.tensor, damage.file) for damage in damages}
+    for damage in damages:
+        edit(places[damage], damage.offset, damage.change)
+    found = {(problem.kind, problem.subject): problem.found for problem in verify(made).problems}
+    assert sorted(found) == sorted(("differs", places[damage].subject + damage.tensor) for damage in damages)
+    for damage in damages:
+        place = places[damage]
+        words = found["differs", place.subject + damage.tensor]
+        assert f"1 other bytes than {'in' if 'than in' in words else 'are'}" in words
+        assert f"first in byte {damage.offset % (place.end - place.begin):,} of" in words
+
+
+@pytest.mark.parametrize("damage", ["a dequantised value", "a byte of a whole file", "rows of padding"])
+def test_the_command_sees_a_byte(damage: str, copied: Callable[[str], Made]) -> None:
+    case, tensor, offset, change, file = DAMAGES[damage]
+    made = copied(case)
+    edit(find(made, tensor, file), offset, change)
     assert main(["verify", str(made.target), "--source", str(made.source)]) == 1
 
 

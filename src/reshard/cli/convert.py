@@ -23,6 +23,7 @@ from reshard.planning.plan import Plan, describe_coverage, describe_files, descr
 from reshard.planning.reads import measure_reads
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
+from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_size
 from reshard.types import RANKS
@@ -36,7 +37,7 @@ CHOICES = (
 OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value."""
 
-WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart")
+WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 """Options that change only how the job runs, not its result."""
 
 
@@ -63,11 +64,21 @@ def run_deepseek(options: argparse.Namespace) -> int:
 
 
 def name_option_of_deepseek(option: re.Match[str]) -> str:
-    """The option of `deepseek` that does the same as one of `convert`; if there is none, says whose it is."""
+    """The option of `deepseek` that does the same as one of `convert`; if there is none, says whose it is. A command
+    stays as it is.
+    """
+    if option[1] is None:
+        return option[0]
     name = option[1].replace("-", "_")
     if name == "mp":
         return "--model-parallel"
-    is_other = name in {*CHOICES, *WAYS, "mtp"} - {"expert_dtype", "ignore_extra_files", "allow_inexact", "restart"}
+    is_other = name in {*CHOICES, *WAYS, "mtp"} - {
+        "expert_dtype",
+        "ignore_extra_files",
+        "allow_inexact",
+        "restart",
+        "yes",
+    }
     return f"{option[0]} (of reshard convert)" if is_other else option[0]
 
 
@@ -84,6 +95,7 @@ def convert_for_deepseek(options: argparse.Namespace) -> Conversion:
             ignore_extra_files=options.ignore_extra_files,
             allow_inexact=options.allow_inexact,
             restart=options.restart,
+            yes=options.yes,
             progress=progress,
         )
 
@@ -160,31 +172,41 @@ def describe_plan_facts(plan: Plan) -> dict[str, Any]:
 
 def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int:
     """Prints the summary of a conversion as text or JSON. Returns the exit code."""
+    steps = collect_next_steps(conversion, options)
     if options.json:
-        status = "converted" if conversion.done else "already-converted"
         done = asdict(conversion.done) if conversion.done else None
-        print_json(
-            {"status": status, "seconds": conversion.seconds, "done": done, **describe_plan_facts(conversion.plan)}
-        )
+        facts = {
+            "status": "converted" if conversion.done else "already-converted",
+            "seconds": conversion.seconds,
+            "done": done,
+            "next": [step._asdict() for step in steps],
+        }
+        print_json({**facts, **describe_plan_facts(conversion.plan)})
     elif not options.quiet:
         lines = describe_conversion(conversion, getattr(options, "jobs", None))
-        print("\n".join(map(escape, [*lines, f"next: {make_verify_command(conversion, options)}"])))
+        print("\n".join(map(escape, [*lines, *(f"{step.text}: {step.command}" for step in steps)])))
     return PROVEN
 
 
+def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
+    """Collects what is to be done with a target, with full paths: it is verified first."""
+    verify = NextStep("verify", "next", make_verify_command(conversion, options))
+    return [verify, *list_next_steps(conversion.plan, conversion.target)]
+
+
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
-    """Makes the shell command that verifies a target. A target restored from rank files is compared with them, unless
-    tensors were chosen or cast: then its checksums are verified.
+    """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared
+    with them, unless tensors were chosen or cast: then its checksums are verified.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
-    words = ["reshard", "verify", str(conversion.target)]
+    words = ["reshard", "verify", str(conversion.target.absolute())]
     is_of_ranks = plan.origin.is_of_ranks
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
     recipe, ranks = getattr(options, "recipe", None), getattr(options, "ranks", None)
-    words += ["--source", str(plan.path)]
-    words += ["--recipe", recipe] if recipe else []
+    words += ["--source", str(plan.path.absolute())]
+    words += ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
     words += ["--ranks", ",".join(map(str, ranks))] if ranks is not None else []
     words += ["--ignore-extra-files"] if getattr(options, "ignore_extra_files", False) else []
     return shlex.join(words)

@@ -21,8 +21,11 @@ MOST_GROUPS = 8
 
 VALUES_HEADING = (
     *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
-    *("NaN in A", "in B", "infinite"),
+    *("NaN in A", "NaN in B", "infinite"),
 )
+
+RARE_COLUMNS = VALUES_HEADING[-3:]
+"""Columns that are left out where all that is shown of them is 0. The rows with other numbers come first."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -57,26 +60,13 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     if report.dequantized:
         yield f"dequantized {report.dequantized:,} tensors"
     yield ""
-    rows = [(kind, f"{count:,}") for kind, count in report.counts.items()]
-    yield from format_table(("", "tensors"), rows).split("\n")
+    counts = [(kind, f"{count:,}") for kind, count in report.counts.items()]
+    yield from format_table(("", "tensors"), counts).split("\n")
     few = min(most, MOST_GROUPS)
     yield from list_groups("by layer", report.layers, report.different, few)
     yield from list_groups("by module, # is a number", report.modules, report.different, few)
-    heading = (
-        "other values",
-        "dtype",
-        "differ",
-        "rel norm",
-        "cosine",
-        "rmse",
-        "max abs",
-        "max rel",
-        "NaN in A",
-        "in B",
-    )
-    yield from list_rows(
-        (*heading, "infinite"), [format_value_difference(found) for found in report.values[:most]], len(report.values)
-    )
+    rows = [format_value_difference(found) for found in report.values[:most]]
+    yield from list_rows(VALUES_HEADING, rows, len(report.values))
     kinds = [(shorten_name(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]
     yield from list_rows(("other dtype or shape", "A", "B"), kinds, len(report.kinds))
     for side, names in (("A", report.only_a), ("B", report.only_b)):
@@ -121,8 +111,9 @@ def list_rows(heading: Sequence[str], rows: Sequence[Sequence[str]], count: int)
     """Lists rows as a table, and the number of rows left out. `count` is the number of all rows; 0 gives no line."""
     if not count:
         return
+    shown = [n for n, name in enumerate(heading) if name not in RARE_COLUMNS or any(row[n] != "0" for row in rows)]
     yield ""
-    yield from format_table(heading, rows).split("\n")
+    yield from format_table([heading[n] for n in shown], [[row[n] for n in shown] for row in rows]).split("\n")
     if count > len(rows):
         yield f"... and {count - len(rows):,} more; --json lists them all"
 

@@ -83,6 +83,18 @@ HELP: Mapping[str, HelpText] = {
         CHECKED_CODES,
         "docs/verify.md",
     ),
+    "repair": HelpText(
+        "TARGET [--source SOURCE] [options]",
+        "Compare a target with the checksums of its manifest, and write its damaged and missing\n"
+        "files again. A new file takes its place when it has these checksums, not before.",
+        (
+            "reshard repair DeepSeek-V3-mp16 --source DeepSeek-V3",
+            "reshard repair DeepSeek-V3-mp16 --dry-run",
+            "reshard repair DeepSeek-V3-mp16 --source DeepSeek-V3 --ranks 4-7",
+        ),
+        "0 if all is as it was written, 1 if something still differs, 2 if it is refused,\n130 if it is interrupted.",
+        "docs/repair.md",
+    ),
     "diff": HelpText(
         "A B [options]",
         "Compare two checkpoints of any layout, tensor by tensor.",

@@ -1,15 +1,16 @@
 """Runs the commands `inspect` and `recipes`."""
 
 import argparse
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
+from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
-from reshard.inspection.unfinished import read_unfinished
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.text import escape, format_table
@@ -17,15 +18,10 @@ from reshard.text import escape, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    if unfinished := read_unfinished(options.path):
-        if options.json:
-            print_json({"status": "unfinished", **asdict(unfinished)})
-        else:
-            print(unfinished)
-        return PROVEN
     content = inspect_path(options.path, options.recipe, options.tensors, ignore_extra_files=options.ignore_extra_files)
     if options.json:
-        print_json({**asdict(content), "notes": [note._asdict() for note in content.notes]})
+        status = "unfinished" if content.unfinished else "finished"
+        print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)
     return PROVEN
@@ -64,11 +60,20 @@ def show_recipe(name: str, *, as_json: bool) -> int:
     return PROVEN
 
 
+def name_recipe_argument(text: str) -> str:
+    """A text with the words for the recipe that `recipes check` has: it takes it as an argument, and no option."""
+    text = re.sub(r"with --recipe(?: FILE)?", "as RECIPE", text)
+    return text.replace("--recipe", "RECIPE").replace("--ignore-extra-files", "--ignore-extra-files of convert")
+
+
 def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     """Checks that a recipe fits a checkpoint: each tensor is covered by one rule and agrees with the config, none is
     missing. Returns the exit code. Raises Refused if it does not fit.
     """
-    fit = check_fit(read_checkpoint(source), load_recipe(name))
+    try:
+        fit = check_fit(read_checkpoint(source), load_recipe(name))
+    except Refused as refused:
+        raise refused.reworded(name_recipe_argument) from None
     if as_json:
         unknown = fit.unknown_keys
         print_json({"status": "fits", "tensors": fit.tensors, "counts": fit.counts, "not_in_config": unknown})

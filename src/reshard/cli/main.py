@@ -21,6 +21,7 @@ from reshard.cli.options import (
     add_plan,
     add_program,
     add_recipes,
+    add_repair,
     add_verify,
 )
 from reshard.cli.outcome import INTERRUPTED, print_aside
@@ -47,6 +48,7 @@ COMMANDS = (
     Command("plan", "Show what convert would write, from the headers alone.", add_plan, "reshard.cli.convert:run_plan"),
     Command("inspect", "Show what a checkpoint holds.", add_inspect, "reshard.cli.inspect:run_inspect"),
     Command("verify", "Compare every byte of a target.", add_verify, "reshard.cli.verify:run_verify"),
+    Command("repair", "Write the damaged files of a target again.", add_repair, "reshard.cli.repair:run_repair"),
     Command("diff", "Compare two checkpoints, tensor by tensor.", add_diff, "reshard.cli.diff:run_diff"),
     Command("recipes", "List, show or check recipes.", add_recipes, "reshard.cli.inspect:run_recipes"),
     Command("demo", "Make a small checkpoint, convert it, verify it.", add_demo, "reshard.cli.demo:run_demo"),

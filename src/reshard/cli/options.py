@@ -7,7 +7,9 @@ from reshard.cli.help_text import describe_help
 from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser, PrintCompletion
 from reshard.cli.values import parse_number, parse_numbers, parse_positive, parse_share, parse_size
 
-CONVERTED, VERIFIED, COMPARED, INSPECTED = (f"What to {verb}" for verb in ("convert", "verify", "compare", "inspect"))
+CONVERTED, VERIFIED, REPAIRED, COMPARED, INSPECTED = (
+    f"What to {verb}" for verb in ("convert", "verify", "repair", "compare", "inspect")
+)
 """The first section of a command."""
 
 RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
@@ -100,9 +102,7 @@ def add_convert(parser: Parser) -> None:
     what.add_argument("target", type=Path, metavar="TARGET", help="The folder to write, empty or not there yet.")
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
-    how.add_argument(
-        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
-    )
+    add_jobs(how)
     how.add_argument(
         "--max-memory",
         type=parse_size,
@@ -174,6 +174,19 @@ def add_verify(parser: Parser) -> None:
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
     )
+    add_progress(parser)
+
+
+def add_repair(parser: Parser) -> None:
+    """Adds the options of `repair`."""
+    what, how = parser.section(REPAIRED), parser.section(RUNNING)
+    what.add_argument("target", type=Path, metavar="TARGET", help="A folder with its reshard.json.")
+    what.add_argument("--source", type=Path, metavar="SOURCE", help="What it was made from; for damaged files only.")
+    what.add_argument("--recipe", metavar="NAME|FILE", help="A recipe. By default the one that the manifest names.")
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks only.")
+    add_ignore_extra_files(what)
+    how.add_argument("--dry-run", action="store_true", help="Show what is damaged and write nothing.")
+    add_jobs(how)
     add_progress(parser)
 
 
@@ -278,11 +291,21 @@ def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_jobs(group: argparse._ArgumentGroup) -> None:
+    """Adds the number of threads to a command that writes."""
+    group.add_argument(
+        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
+    )
+
+
 def add_policies(group: argparse._ArgumentGroup) -> None:
     """Adds what a refusal may advise to a command that writes."""
     group.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
     group.add_argument(
         "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
+    )
+    group.add_argument(
+        "--yes", action="store_true", help="With --restart, remove the files of a finished target too, without asking."
     )
 
 

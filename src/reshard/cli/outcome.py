@@ -19,7 +19,8 @@ def print_aside(text: str) -> None:
     of hours nor change its exit code.
     """
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        # In one piece: what another thread prints must not come between a line and its end.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 STATUS_REQUESTS: list[Callable[[], None]] = []

@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program, with one line that says what is wrong and where the help is."""
         text = message.removeprefix("argument ").removeprefix(f"{COMMAND}: ").removeprefix(f"{ACTION}: ")
+        if text.endswith(": PATH"):  # of `inspect`, whose option takes it for its pattern
+            text += " (before --tensors)"
         see = f"{' See' if text.endswith('?') else '; see'} {self.prog} --help"
         print_aside(escape(f"{self.prog}: {text}{see}"))
         raise SystemExit(REFUSED)

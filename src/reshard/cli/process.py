@@ -17,6 +17,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that interrupt the program. SIGHUP comes when the terminal or the connection to it goes away."""
 
 
+INTERRUPTS: list[int] = []
+"""The signal that has interrupted the program, once it has come."""
+
+
 class OutputFailed(Exception):
     """Raised if standard output cannot be written; the cause is the OSError."""
 
@@ -64,6 +68,8 @@ def run_main() -> int:
         print_aside(f"reshard: cannot write standard output: {error}")
         return REFUSED
     except Exception:  # noqa: BLE001
+        if INTERRUPTS:  # a C extension that is being imported makes an ImportError of an interrupt
+            raise KeyboardInterrupt from None
         sys.excepthook(*sys.exc_info())
         return INTERNAL
     return code
@@ -103,9 +109,10 @@ def show_status(*_: object) -> None:
     ask_for_status()
 
 
-def interrupt(*_: object) -> NoReturn:
+def interrupt(number: int, _: object) -> NoReturn:
     """Raises KeyboardInterrupt, for SIGTERM and SIGHUP too. Further signals are ignored."""
     ignore_signals()
+    INTERRUPTS.append(number)
     raise KeyboardInterrupt
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
@@ -29,14 +29,16 @@ DUMB = ("dumb", "unknown")
 """Terminals that cannot move the cursor, as TERM names them."""
 
 Report = Callable[[ProgressEvent], None]
-"""Prints an event. It is called by one thread at a time."""
+"""Prints an event. It is called by one thread only."""
 
 END_SECONDS = 5.0
 """At the end a thread that hangs on a pipe nobody reads is left alone after so many seconds."""
 
 
 class JobWatch(ProgressView):
-    """Keeps how far a job is, and reports it from a thread of its own: also while nothing moves."""
+    """Keeps how far a job is, and reports it from a thread of its own: also while nothing moves. The job waits for no
+    report, and none can fail it: a terminal may be closed, and the reader of a pipe may sleep.
+    """
 
     def __init__(
         self, title: str, report: Report, interval: float | None, *, is_sample: bool = False,
@@ -48,23 +50,24 @@ class JobWatch(ProgressView):
         self._is_sample = is_sample
         self._clock = clock
         self._lock = Lock()
-        self._reporting = Lock()
         self._meter = RateMeter()
+        self._first: WorkState | None = None
         self._state: WorkState | None = None
         self._began = clock()
         # Of this queue only `put` is allowed in a signal handler: it takes no lock that the handler's thread may hold.
         self._requests: SimpleQueue[str] = SimpleQueue()
-        self._thread = Thread(target=self._report_on_request, daemon=True)
+        self._thread = Thread(target=self._report_all, daemon=True)
 
     def show(self, state: WorkState) -> None:
         """Receives how far the job is."""
         now = self._clock()
         with self._lock:
-            is_first, self._state = self._state is None, state
-            self._began = now if is_first else self._began
+            is_first, self._state = self._first is None, state
+            if is_first:
+                self._first, self._began = state, now
             self._meter.add(state, now)
         if is_first:
-            self._tell("start")
+            self._requests.put("start")
 
     def start(self) -> None:
         """Starts the thread that reports."""
@@ -75,29 +78,38 @@ class JobWatch(ProgressView):
         self._requests.put("asked")
 
     def end(self, *, is_done: bool) -> None:
-        """Ends the thread; reports the end of a job that had begun."""
-        self._requests.put("end")
+        """Reports the end of a job that had begun, or was done before it began; ends the thread."""
+        if is_done and self._state is None:
+            self.show(WorkState(0, 0))
+        self._requests.put("done" if is_done else "stopped")
         self._thread.join(END_SECONDS)
-        if self._state:
-            self._tell("done" if is_done else "stopped")
 
-    def _tell(self, event: str) -> None:
-        with self._lock:
-            now = self._clock()
-            rate = self._meter.compute_rate(now)
-            made = ProgressEvent(event, self._title, self._state, rate, now - self._began, self._is_sample)
-        with self._reporting:
-            self._report(made)
+    def _report_all(self) -> None:
+        has_begun = False
+        for request in self._take_requests():
+            with self._lock:
+                now = self._clock()
+                first, state, rate = self._first, self._state, self._meter.compute_rate(now)
+                seconds = now - self._began
+            # A report by the clock may come before the request to report the start.
+            if first and not has_begun:
+                has_begun = True
+                self._report_safely(ProgressEvent("start", self._title, first, None, 0.0, self._is_sample))
+            if request != "start" and (has_begun or request != "stopped"):
+                self._report_safely(ProgressEvent(request, self._title, state, rate, seconds, self._is_sample))
 
-    def _report_on_request(self) -> None:
-        while True:
+    def _report_safely(self, event: ProgressEvent) -> None:
+        with suppress(OSError):
+            self._report(event)
+
+    def _take_requests(self) -> Iterator[str]:
+        request = ""
+        while request not in ("done", "stopped"):
             try:
                 request = self._requests.get(timeout=self._interval)
             except Empty:
                 request = "progress"
-            if request == "end":
-                return
-            self._tell(request)
+            yield request
 
 
 def make_log_report(title: str, words: Sequence[str]) -> Report:
@@ -146,19 +158,24 @@ def make_bar_report(title: str, _words: Sequence[str]) -> Report:
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}", markup=False))
-    # It is drawn anew by our thread, and needs none of its own.
-    bar = Bar(*columns, console=Console(stderr=True, force_terminal=True), auto_refresh=False)
+    # It is drawn anew by our thread, and needs none of its own. It leaves standard output alone: if the terminal were
+    # closed, it would not give it back.
+    console = Console(stderr=True, force_terminal=True)
+    bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     task = bar.add_task(title, total=None, status="")
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def report(event: ProgressEvent) -> None:
         state = event.state
         if event.event == "asked":
-            print_aside(f"{title}: {format_progress(event)}")
-        if state is None:
-            return
+            say(f"{title}: {format_progress(event)}")
+        if state is None or not state.total:
+            return  # all was done before
         if event.event == "start":
             if state.resumed:
-                print_aside(f"{title}: {format_resumed(state)}")
+                say(f"{title}: {format_resumed(state)}")
             bar.start()
         if event.event != "stopped":
             bar.update(task, total=state.total, completed=state.done, status=format_progress(event), refresh=True)

@@ -65,11 +65,11 @@ def describe_choices(source: Source, choices: Sequence[RankChoice]) -> Iterator[
         size = f"{choice.size:,}", format_size(choice.size)
         word = "--pad" if choice.needs_pad else ""
         rows.append((f"{choice.ranks}", f"{choice.tensors:,}", *size, f"{gpu} GB" if gpu else "-", word))
-    heading = ("ranks", "tensors", "bytes of the largest rank", "", "GPU from", "")
+    heading = ("ranks", "tensors", "largest rank", "", "GPU from", "")
     yield from format_table(heading, rows).splitlines()
     yield ""
-    yield ", ".join(f"{memory} GB: {names}" for memory, names in GPUS)
-    yield f"The weights take at most {MOST_WEIGHTS} % of it: activations and KV cache need the rest."
+    yield f"GPU from: the weights fill at most {MOST_WEIGHTS} %; activations and KV cache need the rest"
+    yield "; ".join(f"{memory} GB: {names}" for memory, names in GPUS)
     yield from describe_notes(source.checkpoint.notes)
 
 

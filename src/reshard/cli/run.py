@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
 from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.painting import RED, paint
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused, summarize_problems
+from reshard.errors import Problem, Refused
 from reshard.text import escape
 
 
@@ -16,10 +17,24 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
     try:
         return run(options)
     except Refused as refused:
-        if options.json:
-            print_json({"status": "refused", **summarize_problems(refused.problems)})
-        told = str(refused)
+        if ask_to_remove(refused, options):
+            options.yes = True
+            return run_command(run, options)
+        problems, told = refused.problems, str(refused)
     except OSError as error:
-        told = f"{escape(str(error.filename or ''))}: {error.strerror or error}"
+        file, said = str(error.filename or ""), str(error.strerror or error)
+        problems = (Problem("system-error", file, said, "no error of the system"),)
+        told = f"{escape(file)}: {said}"
+    if options.json:
+        print_json({"status": "refused", "problems": [asdict(problem) for problem in problems]})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED
+
+
+def ask_to_remove(refused: Refused, options: argparse.Namespace) -> bool:
+    """Asks on a terminal whether a restart may remove finished files. Elsewhere nobody is asked."""
+    is_question = [problem.kind for problem in refused.problems] == ["finished-target"]
+    if not is_question or options.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print_aside(f"{refused}\nRemove these files and write the target anew? [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -2,15 +2,16 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from reshard import api
+from reshard.cli.mending import describe_mending, list_mending_commands
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
-from reshard.errors import summarize_problems
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
 from reshard.verification.verify import Report, describe_report
@@ -32,24 +33,23 @@ def run_verify(options: argparse.Namespace) -> int:
         )
     if options.quiet and not options.json and not report.problems:
         return PROVEN
-    return print_report(report, options.target, options.source or Path(MANIFEST), as_json=options.json)
+    commands = [*list_mending_commands(report, options)]
+    return print_report(report, options.target, options.source or Path(MANIFEST), commands, as_json=options.json)
 
 
-def print_report(report: Report | DownloadReport, target: Path, source: Path, *, as_json: bool) -> int:
-    """Prints what was compared; the exit code says whether a difference was found."""
+def print_report(
+    report: Report | DownloadReport, target: Path, source: Path, commands: Sequence[str] = (), *, as_json: bool
+) -> int:
+    """Prints what was compared, and commands that mend what was found; the exit code says whether there was a
+    difference.
+    """
     if isinstance(report, DownloadReport):
         print_download_report(report, target, as_json=as_json)
     elif as_json:
         proven = "sampled" if report.is_sampled else "proven"
-        print_json(
-            {
-                "status": "differs" if report.problems else proven,
-                **asdict(report),
-                **summarize_problems(report.problems),
-            }
-        )
+        print_json({"status": "differs" if report.problems else proven, **asdict(report), "next": [*commands]})
     else:
-        print_verdict(describe_report(report, target, source), report)
+        print_verdict("\n".join([describe_report(report, target, source), *describe_mending(commands)]), report)
     return PROBLEMS if report.problems else PROVEN
 
 

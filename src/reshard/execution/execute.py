@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
-from reshard.errors import Problem, refuse
+from reshard.errors import Problem, Refused, refuse
 from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.records import Records, parse_records
@@ -62,6 +62,8 @@ class OtherFiles:
     """Names of finished files, which no restart removes."""
     superseded: tuple[str, ...] = ()
     """Names of manifests that are of no use once this one has its final name: it names all that they name."""
+    removed: tuple[str, ...] = ()
+    """Names of finished files that are removed before anything is written, in this order: the manifests last."""
 
 
 DEFAULT_MEMORY = 256 << 20
@@ -81,6 +83,8 @@ class Settings:
     What is in the cache already is read from there in all cases but `yes`, where all is."""
     restart: bool = False
     """Discard what an interrupted job has left, and begin again."""
+    yes: bool = False
+    """With `restart`: discard finished files too."""
     allow_inexact: bool = False
     """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
@@ -106,6 +110,8 @@ def check_settings(settings: Settings) -> Iterator[Problem]:
     for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
         if value is not None and require_whole_number(option, value) < 1:
             yield Problem("wrong-option", option, str(value), "1 or more")
+    if settings.yes and not settings.restart:
+        yield Problem("wrong-option", "--yes", "given", "with --restart, whose question it answers", "leave it out")
     if settings.cache not in ("auto", "yes", "no"):
         yield Problem("wrong-option", "--cache", repr(settings.cache), "auto, yes or no")
 
@@ -127,6 +133,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
+                remove_finished_files(target, others.removed)
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
                 for name in manifests:
@@ -138,10 +145,23 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             rename_to_final(target, names, others.superseded)
         counter.finish()
     except OSError as error:
-        subject, found = str(error.filename or target), error.strerror or str(error)
-        remedy = "mend it and run the same command again"
-        raise refuse("cannot-write", subject, found, "to write the target", remedy) from None
+        raise refuse_unwritable(target, error) from None
     return done
+
+
+def refuse_unwritable(target: Path, error: OSError) -> Refused:
+    """Makes the refusal of a target that the system does not let us write."""
+    subject, found = str(error.filename or target), error.strerror or str(error)
+    return refuse("cannot-write", subject, found, "to write the target", "mend it and run the same command again")
+
+
+def remove_finished_files(target: Path, names: Sequence[str]) -> None:
+    """Removes finished files, in their order: whatever a crash leaves of them is named by a manifest that is left."""
+    others = [name for name in names if name != MANIFEST]
+    for group in (others, names[len(others) :]):
+        if group:
+            remove_files(target, group)
+            sync_folder(target)
 
 
 def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -184,11 +204,11 @@ def write_partial_files(
     with opened as sources, ExitStack() as stack:
         complete = find_incomplete_file(plan, found) is None
         targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
-        sync_folder(target)
-        checksums = write_side_files(target, sides)  # first: what is wrong with one shows before hours of copying
-        ledger = Ledger(journal, targets, ways, counter)
         resumed = int(found["size"].sum())
         counter.begin(resumed)
+        sync_folder(target)
+        checksums = write_side_files(target, sides, counter)  # first: a fault of one shows before hours of copying
+        ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)

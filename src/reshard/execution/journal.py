@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import struct
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.storage.local import open_descriptor, open_regular_file
+from reshard.text import format_list
 
 RECORD = struct.Struct("<QII16s")
 """Offset in the target file, index of the target file, size, xxh3-128 of the bytes."""
@@ -84,7 +86,8 @@ def open_journal(
         append_durably(descriptor, line)
         return Journal(descriptor, path, len(line), b"")
     start = content.index(b"\n") + 1
-    require_none(check_same_job(content[:start], job, path))
+    finished = [name for name in sorted(kept) if (folder / name).exists()]
+    require_none(check_same_job(content[:start], job, path, finished))
     records, end = read_batches(content, start, path)
     rewrite_holder(descriptor, content)
     os.ftruncate(descriptor, end)
@@ -139,6 +142,11 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
                 "command there once more without --ranks"
             )
             raise refuse("target-in-use", str(path.parent), found, "a target of our own", remedy) from None
+        except OSError as error:
+            found = f"a file system without locks ({error.strerror})"
+            expected = "a lock: two runs at one time would spoil the target"
+            remedy = "a target on another disk, or have it mounted with locks"
+            raise refuse("cannot-write", str(path.parent), found, expected, remedy) from None
         # The one before us may have removed the file between our open and our lock.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
@@ -195,8 +203,10 @@ def has_lock(process: int, inode: int) -> bool:
     return any(lock[place].endswith(f":{inode}") for lock in mine)
 
 
-def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    """Reports how the job of the journal differs from the job that is asked for, as one problem."""
+def check_same_job(line: bytes, job: Mapping[str, Any], path: Path, finished: Collection[str]) -> Iterator[Problem]:
+    """Reports how the job of the journal differs from the job that is asked for, as one problem. `finished` has
+    the files that another job has finished.
+    """
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -209,16 +219,22 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path) -> Iterator[
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
         subject, expected = str(path.parent), f"this conversion: {now}"
-        yield Problem(
-            "another-job", subject, f"an unfinished conversion: {before}", expected, suggest_way(found, wanted)
-        )
+        remedy = suggest_way(found, wanted, finished, path.parent)
+        yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, remedy)
 
 
-def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The way on from an unfinished conversion of another job. One whose source has changed cannot be finished."""
-    if all(found.get(key) == value for key, value in wanted.items() if key != "source"):
+def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: Collection[str], target: Path) -> str:
+    """The way on from an unfinished conversion of another job. Neither one whose source has changed can be finished,
+    nor one of whose files some were made elsewhere and copied here.
+    """
+    other, files = {key for key, value in wanted.items() if found.get(key) != value}, found.get("files")
+    brought = [name for name in finished if isinstance(files, list) and name in files]
+    if brought and other <= {"source", "files", "sizes"}:
+        return f"another target; {RESTART}, and keeps {format_list(brought)}, which came here finished"
+    if other <= {"source"}:
         return f"another target; {RESTART}"
-    return "another target; or the command that began it, which goes on from there"
+    command = shlex.join(["reshard", "inspect", str(target)])
+    return f"another target; or go on with that one, by the command that {command} prints"
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:

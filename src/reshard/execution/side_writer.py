@@ -11,6 +11,7 @@ from xxhash import xxh3_128
 
 from reshard.errors import refuse
 from reshard.formats.target_names import PARTIAL
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, open_descriptor, open_regular_file, reserve_blocks, write_range
 
 LARGEST_READ = 1 << 20
@@ -29,15 +30,16 @@ class SideFile:
     """When one that is copied was last written to, in nanoseconds."""
 
 
-def write_side_files(target: Path, sides: Mapping[str, SideFile]) -> dict[str, str]:
+def write_side_files(target: Path, sides: Mapping[str, SideFile], counter: WorkCounter) -> dict[str, str]:
     """Writes side files under their temporary names and waits until they are on the disk; returns name -> xxh3-128.
+    Their bytes are counted.
 
     Raises Refused if one cannot be read or has changed since it was looked at, and OSError if one cannot be written.
     """
-    return {name: write_side_file(target / (name + PARTIAL), side) for name, side in sides.items()}
+    return {name: write_side_file(target / (name + PARTIAL), side, counter) for name, side in sides.items()}
 
 
-def write_side_file(path: Path, side: SideFile) -> str:
+def write_side_file(path: Path, side: SideFile, counter: WorkCounter) -> str:
     """Writes a side file; returns its xxh3-128, in hexadecimal. Raises Refused and OSError as `write_side_files`."""
     checksum, end = xxh3_128(), 0
     with ExitStack() as stack:
@@ -48,7 +50,9 @@ def write_side_file(path: Path, side: SideFile) -> str:
             checksum.update(data)
             write_range(descriptor, data, end, CACHED)
             end += len(data)
+            counter.advance(len(data))
         os.fsync(descriptor)
+    counter.settle(end)
     return checksum.hexdigest()
 
 

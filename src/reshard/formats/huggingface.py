@@ -17,8 +17,8 @@ from reshard.formats.recognition import (
     require_no_slices,
     require_safetensors_file,
     require_whole_files,
-    suggest_download,
 )
+from reshard.formats.remote_names import restore_address, suggest_download
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.storage.local import open_regular_file
@@ -66,7 +66,7 @@ def list_safetensors_files(source: Path) -> list[str]:
         names = sorted(path.name for path in source.iterdir() if is_safetensors_name(path.name))
     except OSError as error:
         expected, remedy = "a folder or a safetensors file", suggest_download(source)
-        raise refuse("no-source", str(source), error.strerror or str(error), expected, remedy) from None
+        raise refuse("no-source", restore_address(source), error.strerror or str(error), expected, remedy) from None
     require_whole_files(source, names)
     if not names and not (source / INDEX).exists():
         raise refuse_other_content(source)

@@ -23,6 +23,9 @@ from reshard.types import OriginalFile, Share, Subset, Tensor
 
 COUNTS = ("layers", "experts")
 
+LONGEST_NAME = 255
+"""In bytes, of a file: to ask the kernel for a longer one is an error."""
+
 SUBSET_SOURCE = "source"
 """The key of what the source was a subset of itself."""
 
@@ -277,7 +280,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     manifest = read_object(folder / name, LARGEST_MANIFEST)
     if manifest is None:
         return {}
-    found = manifest.pop("xxh3_128", None)
+    found = manifest.pop("xxh3_128", None) or None  # an empty one is none
     if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
         remedy = "verify with --source, or convert into another folder"
         raise refuse("wrong-manifest", str(folder / name), "damaged or changed", "what reshard has written", remedy)
@@ -293,7 +296,7 @@ def is_well_formed(manifest: Mapping[str, Any]) -> bool:
     names = [*(file.name for file in entries.files), *(file.name for file in entries.side_files)]
     return (
         is_subset(manifest.get("subset", {}))
-        and all(is_text(name) and is_plain(name) for name in names)
+        and all(is_text(name) and is_plain(name) and len(name.encode()) <= LONGEST_NAME for name in names)
         and all(covers_file(entry.ranges, entry.size) for entry in entries.files)
     )
 

@@ -14,7 +14,8 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from reshard.errors import Problem, Refused
-from reshard.formats.manifest import list_rank_files, read_conversion_options, read_manifest
+from reshard.formats.command_words import list_layout_words, list_subset_words
+from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.text import format_count, format_list, format_runs
 from reshard.types import WHOLE, Note
@@ -69,7 +70,8 @@ def read_manifests(folder: Path) -> Manifests:
         if name == MANIFEST or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
             continue
         try:
-            parts[name] = read_manifest(folder, name)
+            if found := read_manifest(folder, name):  # empty: a link to nothing
+                parts[name] = found
         except Refused:
             damaged += [name] if is_part_name(name) else []
     return Manifests(main, parts, tuple(damaged))
@@ -96,6 +98,23 @@ def join_manifests(manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**known[0], "files": sorted(files.values(), key=lambda entry: entry["rank"]), "side_files": unique}
 
 
+def check_agreement(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Reports rank files of which two manifests of one conversion, by file name, tell other bytes: one of them was made
+    from a source that had changed where no sample is taken, or is wrong.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for name, manifest in manifests.items():
+        for entry in manifest["files"]:
+            other, known = first.setdefault(entry["name"], (name, entry))
+            if known != entry:
+                remedy = (
+                    "verify each part in the folder that it was made in, with --source; then move the wrong part's "
+                    "manifest and rank files out of this folder"
+                )
+                found = f"other bytes by {name} than by {other}"
+                yield Problem("contradiction", str(folder / entry["name"]), found, "the same", remedy)
+
+
 def choose_of_one_conversion(manifests: Manifests) -> dict[str, Mapping[str, Any]]:
     """Chooses the manifests of one conversion, by file name: that of `reshard.json`, else that of the first part."""
     named = manifests.named
@@ -109,9 +128,10 @@ def read_joined_manifest(folder: Path) -> dict[str, Any]:
     return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
 
 
-def check_joined(folder: Path) -> Iterator[Problem]:
-    """Reports parts of one conversion that were brought together but not joined: `reshard.json` does not name all."""
-    chosen = choose_of_one_conversion(read_manifests(folder))
+def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]], source: str = "SOURCE") -> Iterator[Problem]:
+    """Reports parts of one conversion, by the names of their manifests, that were brought together but not joined:
+    `reshard.json` does not name all. `source` stands in the command that joins them.
+    """
     named = list_rank_files(chosen.get(MANIFEST, {}))
     others = {name: list_rank_files(one) - named for name, one in chosen.items()}
     if not any(others.values()):
@@ -119,29 +139,34 @@ def check_joined(folder: Path) -> Iterator[Problem]:
     joined = join_manifests(chosen.values())
     counts = [f"{name} names {format_count(len(files), 'others')}" for name, files in others.items() if files]
     found = f"names {len(named)} of {joined['ranks']} rank files; {format_list(counts)}"
-    remedy = describe_join_command(folder, joined)
+    remedy = describe_join_command(folder, joined, source)
     yield Problem("not-joined", MANIFEST, found, "one manifest of all", remedy)
 
 
-def note_not_joined(folder: Path) -> Iterator[Note]:
-    """Notes what `check_joined` reports. A damaged `reshard.json` says nothing."""
+def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
+    """Notes parts that are not joined, or contradict each other. A damaged `reshard.json` says nothing."""
     try:
-        for problem in check_joined(folder):
-            yield Note("not-joined", f"{problem.subject} {problem.found}; {problem.remedy}")
+        chosen = choose_of_one_conversion(read_manifests(folder))
     except Refused:
         return
+    for problem in (*check_agreement(folder, chosen), *check_joined(folder, chosen, source)):
+        yield Note(
+            problem.kind, f"the parts are not one target yet: {problem.subject} {problem.found}; {problem.remedy}"
+        )
 
 
-def describe_join_command(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """Describes the command that joins the parts of a target, and writes the rank files that lack."""
-    command = f"reshard convert SOURCE {shlex.quote(str(folder))} {format_conversion_options(manifest)}"
+def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str) -> str:
+    """Describes the command that joins the parts of a target, and writes the rank files that lack, as far as their
+    manifest knows it.
+    """
+    command = format_join_command(folder, manifest, source)
     return f"to join them, run the command that made them without --ranks: {command}"
 
 
-def format_conversion_options(manifest: Mapping[str, Any]) -> str:
-    """Formats the options that choose the layout of a target: `--mp 8 --cast bf16`."""
-    layout = "--to hf" if is_of_whole_files(manifest) else f"--mp {manifest['ranks']}"
-    return " ".join([layout, *(word for pair in read_conversion_options(manifest).items() for word in pair if word)])
+def format_join_command(folder: Path, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
+    """Formats the same command."""
+    words = *list_layout_words(manifest.get("layout")), *list_subset_words(manifest.get("subset", {}))
+    return shlex.join(["reshard", "convert", source, str(folder), *words])
 
 
 def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:

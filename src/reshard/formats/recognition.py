@@ -77,13 +77,6 @@ def require_safetensors_file(path: Path) -> None:
         raise refuse_format(path, path.parent, *known)
 
 
-def suggest_download(path: Path) -> str:
-    """The hint for a path that is not there, if it may be the name of a repository; else empty."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists():
-        return f"is it a name on the hub? hf download {path} downloads it and prints the folder to name instead"
-    return ""
-
-
 def require_whole_files(source: Path, names: Sequence[str]) -> None:
     """Raises Refused if the files of a folder are slices or ranks of a layout that is not read, by their names."""
     shown = [name for name in names if not name.startswith(".")]

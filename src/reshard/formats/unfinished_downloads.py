@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.errors import MOST_SHOWN_PER_KIND, Problem, require_none
+from reshard.errors import MOST_EXPLAINED, Problem, require_none
 from reshard.text import format_count
 
 UNFINISHED = (
@@ -126,9 +126,9 @@ def list_begun_blobs(folder: Path) -> list[str]:
 
 
 def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[Problem]:
-    """Says of missing files where their downloads were begun; of those that are shown, for each look lists folders."""
+    """Says of missing files where their downloads were begun; of the first, for each look lists folders."""
     for number, problem in enumerate(problems):
-        is_looked_for = number < MOST_SHOWN_PER_KIND and problem.kind == "missing-file"
+        is_looked_for = number < MOST_EXPLAINED and problem.kind == "missing-file"
         begun = find_unfinished(folder, problem.subject) if is_looked_for else None
         yield replace(problem, found=f"no such file, but {begun}", remedy=FINISH) if begun else problem
 

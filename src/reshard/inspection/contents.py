@@ -1,6 +1,6 @@
 """Summarizes a checkpoint of either layout from its headers: layout, recipe, counts, dtypes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,20 @@ from reshard.formats.huggingface import (
     read_file,
     read_headers,
 )
-from reshard.formats.manifest import format_subset, is_subset, read_conversion_options, read_manifest_unchecked
-from reshard.formats.part_manifests import note_not_joined
+from reshard.formats.manifest import (
+    format_subset,
+    is_subset,
+    list_rank_files,
+    read_conversion_options,
+    read_manifest_unchecked,
+)
+from reshard.formats.part_manifests import note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
+from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
+from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
-from reshard.recipes.patterns import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.match import Matched, match
@@ -34,7 +41,7 @@ from reshard.sources.rank_names import (
     parse_rank_name,
 )
 from reshard.sources.recipe_choice import narrow_recipes
-from reshard.text import escape, format_count, format_list, format_size, format_table
+from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
 
@@ -69,6 +76,10 @@ class Content:
     """What was left aside or changed while it was read."""
     listed: tuple[ListedTensor, ...] | None = None
     """The tensors that were asked for; None if none were."""
+    unfinished: Unfinished | None = None
+    """The conversion into this folder that has not ended, if there is one. All other fields are about finished files:
+    where there are none, only `path` and `recipe` say something.
+    """
 
     def __str__(self) -> str:
         return format_content(self)
@@ -85,14 +96,32 @@ def inspect_path(
 
     `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. The tensors whose
     names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
-    `convert`. Raises Refused.
+    `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
     path, patterns = Path(path), list_patterns(tensors)
+    unfinished, notes = find_unfinished_run(path)
+    if unfinished and not patterns and not (path / MANIFEST).exists():
+        return replace(
+            make_content(path, FolderHeaders(path, (), ()), "", unfinished.recipe, 0, {}, ""), unfinished=unfinished
+        )
     content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files)
+    content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
     if patterns:
         content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
     subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
+
+
+def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]]:
+    """Finds an unfinished conversion. Beside finished files a damaged journal is worth a note, without any Refused is
+    raised.
+    """
+    try:
+        return read_unfinished(path), ()
+    except Refused as refused:
+        if not (path / MANIFEST).exists():
+            raise
+        return None, tuple(Note(one.kind, f"{one.subject}: {one.found}") for one in refused.problems)
 
 
 def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) -> Content:
@@ -139,6 +168,9 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     found = manifest.get("recipe")
     wanted = found.get("name") if isinstance(found, dict) else ""
     known = [recipe for recipe in names.recipes if recipe.name == wanted] or narrow_recipes(config or {}, names.recipes)
+    if names.missing and (part := note_part(path, present)):
+        content = make_content(path, stored, known[0].right, known[0].name, len(names.wanted), {}, "")
+        return replace(content, made=read_conversion_options(manifest), notes=(part, *note_not_joined(path)))
     counts: dict[str, dict[str, int]] = {}
     remarks: list[str] = []
     for recipe in known:
@@ -153,6 +185,18 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
     notes = (*note_files_beside_ranks(names), *note_not_joined(path))
     return replace(content, made=read_conversion_options(manifest), notes=notes)
+
+
+def note_part(path: Path, present: Sequence[str]) -> Note | None:
+    """Notes that a folder holds some ranks only, as its manifests have it; None if they name other files."""
+    try:
+        manifest = read_joined_manifest(path)
+    except Refused:
+        return None
+    if list_rank_files(manifest) != set(present):
+        return None
+    ranks = format_numbers(entry["rank"] for entry in manifest["files"])
+    return Note("part", f"a part of a target: ranks {ranks} of {manifest['ranks']}, by {MANIFEST}")
 
 
 def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
@@ -201,6 +245,8 @@ MOST_SHOWN_NAMES = 200
 
 def format_content(content: Content) -> str:
     """The text of a content for a person."""
+    if content.unfinished and not content.files:
+        return str(content.unfinished)
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
     ranks = f", cut for {format_count(content.ranks, 'ranks')}" if content.ranks else ""
@@ -231,4 +277,5 @@ def format_content(content: Content) -> str:
         )
     lines += [f"note: {note.text}" for note in content.notes]
     lines += ["", content.remark] if content.remark else []
+    lines += ["", *describe_unfinished(content.unfinished)] if content.unfinished else []
     return "\n".join(escape(line) for text in lines for line in text.split("\n"))

@@ -100,8 +100,9 @@ class DiffReport:
 
     @property
     def worst(self) -> ValueDifference | None:
-        """The first of `values` whose relative norm is known."""
-        return next((found for found in self.values if found.overall.relative_norm is not None), None)
+        """The one of `values` with the largest relative norm; those with NaNs and infinities may stand before it."""
+        known = [found for found in self.values if found.overall.relative_norm is not None]
+        return max(known, key=lambda found: found.overall.relative_norm or 0, default=None)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from reshard.inspection.value_distance import RangeDistance
 from reshard.inspection.value_sums import OverallDistance, add_sums, compute_overall_rank, measure_overall
-from reshard.recipes.patterns import NUMBER, split_name
+from reshard.numbered_names import NUMBER, split_name
 
 
 @dataclass(frozen=True, slots=True)

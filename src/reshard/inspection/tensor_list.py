@@ -12,7 +12,7 @@ from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import INDEX, list_safetensors_files, read_headers
 from reshard.formats.recognition import split_numbers
-from reshard.recipes.patterns import split_name
+from reshard.numbered_names import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.rank_names import find_rank_names
 from reshard.text import escape, format_count, format_list, format_size, format_table, shorten_name

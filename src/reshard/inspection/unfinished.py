@@ -2,9 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import msgspec
 
 from reshard.errors import refuse
 from reshard.execution.journal import RECORD, find_holder, read_batches
-from reshard.formats.manifest import is_subset
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.command_words import list_layout_words, list_subset_words
+from reshard.formats.manifest import list_rank_files, read_valid_manifest
+from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
-from reshard.text import escape, format_count, format_list, format_size
-from reshard.types import WHOLE, Recipe
+from reshard.text import escape, format_count, format_list, format_runs, format_size
+from reshard.types import Recipe
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""
@@ -43,6 +43,8 @@ class Unfinished:
 
     path: str
     recipe: str
+    ranks: str
+    """The ranks that it is for, such as `4-7`; empty if it is for all, or for whole files."""
     size: int
     """Of all tensor files, in bytes."""
     durable: int
@@ -70,7 +72,8 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     """Describes an unfinished conversion for a person."""
     tenths = found.durable * 1000 // found.size if found.size else 0
     size = f"{format_size(found.durable)} of {format_size(found.size)} ({tenths // 10}.{tenths % 10}%)"
-    yield f"{found.path}: an unfinished conversion by the recipe {found.recipe}"
+    ranks = f" of ranks {found.ranks}" if found.ranks else ""
+    yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
     yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
     files = format_count(found.source_files, "files")
     yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
@@ -84,10 +87,11 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
 def read_unfinished(path: Path) -> Unfinished | None:
     """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
 
-    Raises Refused if the journal is damaged.
+    A journal whose files `reshard.json` names all is left over: that run has crashed after its last step. Raises
+    Refused if the journal is damaged.
     """
     journal = path / JOURNAL
-    if (path / MANIFEST).exists() or not journal.is_file():
+    if not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
@@ -100,13 +104,18 @@ def read_unfinished(path: Path) -> Unfinished | None:
         entry = msgspec.json.decode(content[:start], type=JournalEntry)
     except ValueError:  # msgspec's own errors are ValueErrors
         return None
+    if set(entry.files) <= list_rank_files(read_valid_manifest(path)):
+        return None
     recorded = [0] * len(entry.files)
     for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
         if number < len(recorded):
             recorded[number] += size
+    packaged = list_packaged_recipes()
+    ranks = find_chosen_ranks(entry.files, [recipe for recipe in packaged if recipe.name == entry.recipe])
     return Unfinished(
         str(path),
         entry.recipe,
+        ranks,
         sum(entry.sizes),
         sum(recorded),
         len(entry.files),
@@ -114,7 +123,7 @@ def read_unfinished(path: Path) -> Unfinished | None:
         len(entry.source),
         sum(size for _, size, _, _ in entry.source),
         format_list([name for name, _, _, _ in entry.source], 2),
-        shlex.join(make_words(entry, path)),
+        shlex.join(make_words(entry, path, ranks, packaged)),
         find_holder(journal, inode),
     )
 
@@ -133,38 +142,13 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
     return count
 
 
-def make_words(entry: JournalEntry, path: Path) -> list[str]:
+def make_words(entry: JournalEntry, path: Path, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
-    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_options(entry.layout)]
-    packaged = [recipe for recipe in list_packaged_recipes() if recipe.name == entry.recipe]
+    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
     words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
-    words += ["--ranks", ranks] if (ranks := find_chosen_ranks(entry.files, packaged)) else []
-    words += list_subset_options(entry.subset) if is_subset(entry.subset) else []
+    words += ["--ranks", ranks] if ranks else []
+    words += list_subset_words(entry.subset)
     return words + ["--allow-inexact"] * entry.allow_inexact
-
-
-def list_layout_options(layout: Mapping[str, Any]) -> Iterator[str]:
-    """Lists the options that choose a layout, by its entry in a journal."""
-    yield from ("--to", "hf") if layout.get("to") == WHOLE else ("--mp", str(layout.get("ranks", "N")))
-    for key, option in (("cast", "--cast"), ("expert_dtype", "--expert-dtype"), ("file_size", "--max-file-size")):
-        if layout.get(key):
-            yield from (option, str(layout[key]))
-    if layout.get("keep_optional"):
-        yield from ("--mtp", "keep")
-    if layout.get("pad"):
-        yield "--pad"
-
-
-def list_subset_options(subset: Mapping[str, Any]) -> Iterator[str]:
-    """Lists the options that choose a part of a checkpoint, by its entry in a journal."""
-    for key in ("layers", "experts"):
-        if key in subset:
-            yield from (f"--{key}", format_ranges(subset[key]["kept"]))
-    kept = [subset[key]["kept"] for key in ("layers", "experts") if key in subset]
-    if any(numbers != [*range(len(numbers))] for numbers in kept):
-        yield "--renumber"
-    for pattern in subset.get("only", ()):
-        yield from ("--only", str(pattern))
 
 
 def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
@@ -174,12 +158,5 @@ def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
         numbers = {numbers[0] for numbers in found if numbers}
         ranks = {numbers[1] for numbers in found if numbers}
         if len(ranks) == 1 and numbers != set(range(ranks.pop())):
-            return format_ranges(sorted(numbers))
+            return ",".join(format_runs(numbers))
     return ""
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Formats ascending numbers as an option takes them: `0-3,7`."""
-    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

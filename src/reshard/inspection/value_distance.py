@@ -4,8 +4,8 @@ Values are compared as float64, which is exact for every dtype except large 64-b
 computed as integers.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,8 +29,13 @@ AnyArray = NDArray[Any]
 
 Float64s = NDArray[np.float64]
 
-MEASURED_ELEMENTS = 1 << 14
-"""So many are compared at once, so that intermediate arrays of float64 stay in the processor's cache."""
+MEASURED_ELEMENTS = 1 << 15
+"""So many are compared at once: few enough for intermediate arrays of float64 to stay in the processor's cache, and so
+many that numpy's calls themselves cost little.
+"""
+
+LARGEST_RELATIVE = 2
+"""No relative difference is larger: that of a number and its negative."""
 
 MEASURED_CODES = 1 << 17
 """In bytes: so many codes of 4 or 8 bits are counted at once."""
@@ -94,36 +99,132 @@ class RangeDistance(NamedTuple):
 
 def measure_range(one: ValueBytes, other: ValueBytes, dtype: str, start: int) -> RangeDistance:
     """Measures how far two arrays of bytes differ as elements of a dtype; the first element has the index `start`."""
-    found, pieces = None, []
+    meter = RangeMeter(dtype)
     # Dtypes of few bits have few pairs of codes: pairs are counted, and each is measured once.
     pairs = np.zeros((1 << BITS[dtype], 1 << BITS[dtype]), np.int64) if BITS[dtype] in (4, 8) else None
     chunk = MEASURED_CODES if pairs is not None else MEASURED_ELEMENTS * max(BITS[dtype] // 8, 1)
-    for begin in range(0, len(one), chunk):
-        x, y = (view_codes(side[begin : begin + chunk], dtype) for side in (one, other))
-        apart = find_differing_elements(x, y, start + count_elements(begin, dtype), found)
+    with np.errstate(all="ignore"):
+        for begin in range(0, len(one), chunk):
+            x, y = (view_codes(side[begin : begin + chunk], dtype) for side in (one, other))
+            is_apart = meter.count_differing(x, y, start + count_elements(begin, dtype))
+            if pairs is not None:
+                pairs += count_code_pairs(x, y, len(pairs))
+            elif BITS[dtype] != 6:
+                meter.measure_values(x, y, None, is_apart=is_apart)
         if pairs is not None:
-            pairs += count_code_pairs(x, y, len(pairs))
-        elif BITS[dtype] != 6:
-            apart, sums = measure_values(apart, x, y, None, dtype)
-            pieces.append(sums)
-        found = merge_distances(found, apart)
-    if pairs is not None:
-        x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
-        found, sums = measure_values(found, x, y, pairs[x, y], dtype)
-        pieces.append(sums)
-    return RangeDistance(found, join_pieces(pieces) if pieces else ValueSums())
+            x, y = (codes.astype(np.uint8) for codes in np.nonzero(pairs))
+            meter.measure_values(x, y, pairs[x, y], is_apart=meter.different > 0)
+    return meter.get_result()
 
 
-def find_differing_elements(x: AnyArray, y: AnyArray, start: int, before: ValueDistance | None) -> ValueDistance | None:
-    """Counts the elements whose bits differ, and finds the first and the last; None if there is none. Takes over the
-    largest relative difference that was found `before`.
+class RangeMeter:
+    """Adds up the measures of short pieces of a byte range. Its arrays are used again for each piece: new ones would
+    have to be brought into the processor's cache each time, which takes longer than to compute with them.
     """
-    wrong = x != y
-    count = int(np.count_nonzero(wrong))
-    if not count:
-        return None
-    first, last = int(wrong.argmax()), len(wrong) - 1 - int(wrong[::-1].argmax())
-    return ValueDistance(count, start + first, start + last, max_relative=before.max_relative if before else None)
+
+    def __init__(self, dtype: str) -> None:
+        self.different = 0
+        self._dtype = dtype
+        self._first = 0
+        self._last: tuple[AnyArray, int] | None = None
+        self._nans = (0, 0)
+        self._infinite = 0
+        self._largest: float | None = None
+        self._relative: float | None = None
+        self._pieces: list[PieceSums] = []
+        self._space = tuple(np.empty(MEASURED_ELEMENTS) for _ in range(3)) if BITS[dtype] >= 16 else ()
+        self._narrow = np.empty(MEASURED_ELEMENTS if dtype == "BF16" else 0, np.float32)
+
+    def get_result(self) -> RangeDistance:
+        """The measures of all pieces so far."""
+        sums = join_pieces(self._pieces) if self._pieces else ValueSums()
+        if self._last is None:
+            return RangeDistance(None, sums)
+        wrong, start = self._last
+        ends = self._first, start + len(wrong) - 1 - int(wrong[::-1].argmax())
+        unusual = self._nans, self._infinite
+        return RangeDistance(ValueDistance(self.different, *ends, *unusual, self._largest, self._relative), sums)
+
+    def count_differing(self, x: AnyArray, y: AnyArray, start: int) -> bool:
+        """Counts the elements whose bits differ, and finds the first. Returns whether there is one."""
+        wrong = x != y
+        count = int(np.count_nonzero(wrong))
+        if count:
+            self._first = self._first if self.different else start + int(wrong.argmax())
+            self._last = wrong, start  # where the last one is, is found once, at the end
+            self.different += count
+        return count > 0
+
+    def measure_values(self, x: AnyArray, y: AnyArray, times: AnyArray | None, *, is_apart: bool) -> None:
+        """Measures the values of elements with the bits `x` and `y`; `times` is how often each pair occurs. `is_apart`
+        says whether there are different ones.
+        """
+        space: list[Float64s | None] = [part[: len(x)] for part in self._space] or [None] * 3
+        one = self._decode(x, space[0])
+        other = self._decode(y, space[1]) if is_apart else one
+        absolute = compute_differences(x, y, one, other, self._dtype, space[2])
+        self._pieces.append(compute_value_sums(one, other, absolute, times, is_wide=self._dtype == "F64"))
+        if not is_apart:
+            return
+        largest = float(absolute.max())
+        if not np.isfinite(largest):
+            self._count_unusual(x != y, absolute, one, other, times)
+            return
+        # Nearly always. The decoded values are overwritten.
+        self._largest = max(self._largest or 0, largest)
+        if (self._relative or 0) < LARGEST_RELATIVE:
+            self._relative = self._find_largest_relative(x, y, absolute, one, other, space)
+
+    def _decode(self, codes: AnyArray, space: Float64s | None) -> AnyArray:
+        """The values of elements in float64, perhaps in the array `space`; in complex128 for C64."""
+        if self._dtype == "BF16" and space is not None:
+            narrow = self._narrow[: len(codes)]
+            bits = narrow.view(np.uint32)
+            np.copyto(bits, codes)
+            np.left_shift(bits, 16, out=bits)
+            np.copyto(space, narrow)
+            return space
+        return decode_values(codes, self._dtype, space)
+
+    def _find_largest_relative(
+        self,
+        x: AnyArray,
+        y: AnyArray,
+        absolute: Float64s,
+        one: AnyArray,
+        other: AnyArray,
+        space: Sequence[Float64s | None],
+    ) -> float:
+        """The largest relative difference of finite values, or the one known before. Above 1 only the signs can bring
+        it: then all other elements are passed over, which is faster.
+        """
+        known = self._relative or 0
+        if known >= 1 and self._dtype in SIGNED_FLOATS:
+            turned = np.flatnonzero((x ^ y) >= 1 << (BITS[self._dtype] - 1))
+            absolute, one, other = absolute[turned], one[turned], other[turned]
+            space = [None, None]
+        return max(known, find_largest(compute_relative(absolute, one, other, space)))
+
+    def _count_unusual(
+        self, wrong: AnyArray, absolute: Float64s, one: AnyArray, other: AnyArray, times: AnyArray | None
+    ) -> None:
+        """Counts NaNs and infinities among `wrong` elements; adds the largest differences of the others."""
+        nans = np.isnan(one), np.isnan(other)
+        finite = np.isfinite(one) & np.isfinite(other)
+        counts = [count_chosen(nan & wrong, times) for nan in nans]
+        self._nans = self._nans[0] + counts[0], self._nans[1] + counts[1]
+        self._infinite += count_chosen(~(finite | nans[0] | nans[1]) & wrong, times)
+        if not np.any(finite & wrong):
+            return
+        one, other, absolute = one[finite], other[finite], absolute[finite]
+        self._largest = max(self._largest or 0, min(float(absolute.max()), LARGEST_FLOAT64))
+        relative = compute_relative(absolute, one, other, [None, None])
+        beyond = np.isinf(absolute)
+        if beyond.any():
+            one, other = one[beyond], other[beyond]
+            larger = np.maximum(np.abs(one), np.abs(other))
+            relative[beyond] = np.abs(one / larger - other / larger)
+        self._relative = max(self._relative or 0, find_largest(relative))
 
 
 def count_code_pairs(x: AnyArray, y: AnyArray, codes: int) -> AnyArray:
@@ -165,90 +266,48 @@ def view_codes(data: ValueBytes, dtype: str) -> AnyArray:
     return data if BITS[dtype] < 16 else data.view(f"u{BITS[dtype] // 8}")
 
 
-def measure_values(
-    apart: ValueDistance | None, x: AnyArray, y: AnyArray, times: AnyArray | None, dtype: str
-) -> tuple[ValueDistance | None, PieceSums]:
-    """Measures the values of elements with the bits `x` and `y`; `times` is how often each pair occurs. `apart` is what
-    is known of those whose bits differ: None if there are none.
-    """
-    with np.errstate(all="ignore"):
-        one = decode_values(x, dtype)
-        other = one if apart is None else decode_values(y, dtype)
-        absolute = compute_differences(x, y, one, other, dtype)
-        sums = compute_value_sums(one, other, absolute, times, is_wide=dtype == "F64")
-        if apart is None:
-            return None, sums
-        largest = float(absolute.max())
-        if np.isfinite(largest):  # nearly always; then there are no NaNs and infinities to leave out
-            relative = find_largest_relative(apart, (x, y), absolute, one, other, dtype)
-            return replace(apart, max_absolute=largest, max_relative=relative), sums
-        return count_unusual(apart, x != y, absolute, one, other, times), sums
-
-
-def find_largest_relative(
-    apart: ValueDistance,
-    codes: tuple[AnyArray, AnyArray],
-    absolute: Float64s,
-    one: AnyArray,
-    other: AnyArray,
-    dtype: str,
-) -> float:
-    """The largest relative difference of finite values, or the one known before. Above 1 only the signs can bring it:
-    then all other elements are passed over, which is faster.
-    """
-    known = apart.max_relative or 0
-    if known >= 1 and dtype in SIGNED_FLOATS:
-        turned = np.flatnonzero((codes[0] ^ codes[1]) >> (BITS[dtype] - 1))
-        absolute, one, other = absolute[turned], one[turned], other[turned]
-    return max(known, compute_largest_relative(absolute, one, other))
-
-
-def count_unusual(
-    apart: ValueDistance, wrong: AnyArray, absolute: Float64s, one: AnyArray, other: AnyArray, times: AnyArray | None
-) -> ValueDistance:
-    """Adds the numbers of NaNs and infinities among `wrong` elements, and the largest differences of the others."""
-    nans = np.isnan(one), np.isnan(other)
-    finite = np.isfinite(one) & np.isfinite(other)
-    apart = replace(
-        apart,
-        nans=(count_chosen(nans[0] & wrong, times), count_chosen(nans[1] & wrong, times)),
-        infinite=count_chosen(~(finite | nans[0] | nans[1]) & wrong, times),
-    )
-    if not np.any(finite & wrong):
-        return apart
-    one, other, absolute = one[finite], other[finite], absolute[finite]
-    largest = min(float(absolute.max()), LARGEST_FLOAT64)
-    relative = max(apart.max_relative or 0, compute_largest_relative(absolute, one, other))
-    return replace(apart, max_absolute=largest, max_relative=relative)
-
-
 def count_chosen(chosen: AnyArray, times: AnyArray | None) -> int:
     return int(np.count_nonzero(chosen) if times is None else times[chosen].sum())
 
 
-def compute_differences(x: AnyArray, y: AnyArray, one: AnyArray, other: AnyArray, dtype: str) -> Float64s:
-    """The absolute differences of values with the bits `x` and `y`. Infinite where float64 overflows."""
+def compute_differences(
+    x: AnyArray, y: AnyArray, one: AnyArray, other: AnyArray, dtype: str, space: Float64s | None
+) -> Float64s:
+    """The absolute differences of values with the bits `x` and `y`, perhaps in the array `space`. Infinite where they
+    overflow float64.
+    """
     if dtype in ("I64", "U64"):
         is_more = x.view(NATIVE_DTYPES[dtype]) > y.view(NATIVE_DTYPES[dtype])
         return np.where(is_more, x - y, y - x).astype(np.float64)  # modulo 2^64: never overflows
-    return np.asarray(np.abs(one - other), np.float64)
+    if dtype == "C64":
+        return np.asarray(np.abs(one - other), np.float64)
+    apart = np.subtract(one, other, out=space)
+    return np.abs(apart, out=apart)
 
 
-def compute_largest_relative(absolute: Float64s, one: AnyArray, other: AnyArray) -> float:
-    """The largest difference divided by the larger magnitude; 0 where both values are 0."""
-    larger = np.maximum(np.abs(one), np.abs(other))
-    relative = absolute / larger
-    if np.isinf(absolute.max(initial=0)):
-        beyond = np.isinf(absolute)
-        relative[beyond] = np.abs(one[beyond] / larger[beyond] - other[beyond] / larger[beyond])
-    return float(np.fmax.reduce(relative, initial=0))  # passes over 0 / 0
+def compute_relative(absolute: Float64s, one: AnyArray, other: AnyArray, space: Sequence[Float64s | None]) -> Float64s:
+    """Each difference divided by the larger magnitude, perhaps in an array of `space`; NaN where both values are 0."""
+    larger = np.maximum(np.abs(one, out=space[0]), np.abs(other, out=space[1]), out=space[0])
+    return np.divide(absolute, larger, out=space[1])
 
 
-def decode_values(codes: AnyArray, dtype: str) -> AnyArray:
-    """The values of elements in float64; in complex128 for C64."""
+def find_largest(relative: Float64s) -> float:
+    """The largest number; 0 if there is none, and NaNs are passed over."""
+    return float(np.fmax.reduce(relative, initial=0))
+
+
+def decode_values(codes: AnyArray, dtype: str, space: Float64s | None = None) -> AnyArray:
+    """The values of elements in float64, perhaps in the array `space`; in complex128 for C64."""
+    if dtype == "F64":
+        return codes.view(np.float64)
+    if dtype == "C64":
+        return codes.view(np.complex64).astype(np.complex128)
     if dtype in NATIVE_DTYPES:
-        numbers: AnyArray = codes.view(NATIVE_DTYPES[dtype]).astype(np.complex128 if dtype == "C64" else np.float64)
-        return numbers
+        numbers: AnyArray = codes.view(NATIVE_DTYPES[dtype])
+        if space is None:
+            return numbers.astype(np.float64)
+        np.copyto(space, numbers)
+        return space
     if dtype == "BF16":
         return decode_scales(codes, dtype).astype(np.float64)
     return np.take(tabulate_values(dtype), codes)

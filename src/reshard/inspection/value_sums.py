@@ -99,12 +99,14 @@ def compute_value_sums(
     if all(map(math.isfinite, squares)) and not (is_wide and min(squares) < SMALLEST_SQUARES):
         return (len(one) if times is None else int(times.sum()), *sums)  # nearly always
     finite = np.isfinite(one) & np.isfinite(other)
-    one, other = np.where(finite, one, 0), np.where(finite, other, 0)
-    absolute = np.where(finite, np.minimum(absolute, LARGEST_FLOAT64), 0)
+    one, other, absolute = (np.where(finite, values, 0) for values in (one, other, absolute))
     count = int(np.count_nonzero(finite) if times is None else times[finite].sum())
     if is_wide:
         dot = compute_scaled_dot
-        return count, dot(one, one), dot(other, other), dot(one, other), dot(absolute, absolute)
+        # The difference of two finite values may be no float64, but half of it is.
+        part = 1 if np.isfinite(absolute).all() else 2
+        absolute = np.abs(one / part - other / part)
+        return count, dot(one, one), dot(other, other), dot(one, other), dot(absolute, absolute) * part**2
     return (count, *compute_product_sums(one, other, absolute, counts))
 
 
@@ -113,17 +115,16 @@ def compute_product_sums(
 ) -> tuple[float, float, float, float]:
     """The four sums of `ValueSums`, in float64."""
     if one.dtype == np.complex128:
-        one, other = one.view(np.float64), other.view(np.float64)
+        one, other = one.view(np.float64), (one if other is one else other).view(np.float64)
     left, right, apart = (one, other, absolute) if counts is None else (one * counts, other * counts, absolute * counts)
     return compute_dot(left, one), compute_dot(right, other), compute_dot(left, other), compute_dot(apart, absolute)
 
 
 def compute_dot(x: Values, y: Values) -> float:
-    """The sum of products, of so few at once that `np.dot` starts no threads of its own beside ours."""
-    return sum(
-        float(np.dot(x[place : place + MOST_DOTTED], y[place : place + MOST_DOTTED]))
-        for place in range(0, len(x), MOST_DOTTED)
-    )
+    """The sum of products, of so few at once that BLAS starts no threads of its own beside ours."""
+    whole = len(x) // MOST_DOTTED * MOST_DOTTED
+    rows = np.matmul(x[:whole].reshape(-1, 1, MOST_DOTTED), y[:whole].reshape(-1, MOST_DOTTED, 1))
+    return float(rows.sum()) + float(np.dot(x[whole:], y[whole:]))
 
 
 def compute_scaled_dot(x: Values, y: Values) -> Fraction:

@@ -10,7 +10,7 @@ from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
 from reshard.planning.reads import measure_reads
-from reshard.text import escape, format_count, format_size, format_table
+from reshard.text import escape, format_count, format_numbers, format_size, format_table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Share, Tensor
 
 
@@ -65,11 +65,11 @@ class Plan:
 
 def describe_files(plan: Plan) -> Iterator[str]:
     """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
-    target = (
-        format_count(plan.layout.ranks, "ranks")
-        if plan.layout.to == RANKS
-        else format_count(len(plan.files), "whole files")
-    )
+    target = format_count(len(plan.files), "whole files")
+    if plan.layout.to == RANKS:
+        chosen = {file.rank for file in plan.files}
+        some = f" (of these {format_numbers(chosen)})" if chosen else " (all are finished)"
+        target = format_count(plan.layout.ranks, "ranks") + some * (len(chosen) < plan.layout.ranks)
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
     yield from list_subset_lines(plan.source.subset)
     counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}

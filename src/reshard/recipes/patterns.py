@@ -3,13 +3,12 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
+from reshard.numbered_names import NUMBER, split_name
 from reshard.types import Recipe, Rule
-
-NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
-"""A numbered component of a name. Only the canonical spelling: `layers.01` is not layer 1, and no rule knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +60,6 @@ class Pattern:
         if self.is_plain:
             return [self.right % filling for filling in numbers]
         return [self.right % tuple([filling[place] for place in self.order]) for filling in numbers]
-
-
-def split_name(name: str) -> tuple[str, tuple[str, ...]]:
-    r"""`layers.3.experts.10.w` -> (`layers.#.experts.#.w`, (`3`, `10`)). A `#` of the name itself becomes `\#`."""
-    pieces = NUMBER.split(name.replace("#", r"\#") if "#" in name else name)
-    return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
 class NameGroup(NamedTuple):
@@ -128,6 +121,7 @@ def make_patterns(number: int, rule: Rule, recipe: Recipe) -> Iterator[Pattern]:
     yield make_pattern(number, rule.left.replace(placeholder, scale.left), right, is_scale=True)
 
 
+@lru_cache(4096)  # every job makes those of each rule many times over
 def make_pattern(number: int, left: str, right: str, *, is_scale: bool) -> Pattern:
     takes_rest = left.endswith(f"{{{REST}}}")
     text = left.removesuffix(f"{{{REST}}}").removesuffix(".")

@@ -249,6 +249,8 @@ def check_dtypes(kind: WeightGroup, config: Mapping[str, Any]) -> Iterator[Probl
     dtype = parse_shape(kind.rule.shape)[0] if kind.rule.shape else ""
     expected = (dtype,) if dtype else FLOATS
     found = kind.weights[0].dtype
+    if kind.scaling and (found.startswith("F8_") or (kind.scaling.packed and found == "I8")):
+        return  # `check_scaling` reports the missing scale
     if kind.rule.shape and found not in expected:
         remedy = "a loader would cast it silently: is the checkpoint sound?"
         for tensor in kind.weights:

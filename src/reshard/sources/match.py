@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
+from reshard.numbered_names import split_name
 from reshard.recipes.patterns import (
     Pattern,
     find_later_members,
     find_scale_placeholder,
     group_names_by_key,
     make_patterns,
-    split_name,
 )
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.sources.completeness import check_missing, check_placeholders, collect_members
-from reshard.sources.problem_order import sort_one_of_each_first, sort_problems
+from reshard.sources.problem_order import sort_by_layer, sort_problems
 from reshard.sources.quantization_config import Stale, check_promise, find_stale, note_promise
 from reshard.sources.quantized import check_codes, explain_unknown
 from reshard.types import Checkpoint, Recipe, Tensor
@@ -214,7 +214,8 @@ def explain_unmatched(
     lefts = [rule.left for rule in recipe.rules]
     nearest: dict[str, str] = {}
     suggestion = suggest_rule(recipe, "a row or a drop")
-    for name in sort_one_of_each_first(unmatched):
+    names = list(unmatched)
+    for name in map(names.__getitem__, sort_by_layer(names)):
         patterns = unmatched[name]
         if patterns:
             found = " and ".join(repr(recipe.rules[pattern.rule].left) for pattern in patterns)

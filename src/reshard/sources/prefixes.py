@@ -10,7 +10,8 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from reshard.formats.renaming import HEAD, Renaming, RenamingStep, is_storable, rename_all
-from reshard.recipes.patterns import make_patterns, split_name, split_names
+from reshard.numbered_names import split_name
+from reshard.recipes.patterns import make_patterns, split_names
 from reshard.types import Recipe
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")

@@ -1,10 +1,9 @@
 """The order in which problems are shown: by layer and expert number, 2 before 10, whatever the order of the files."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from reshard.errors import Problem
-from reshard.recipes.patterns import split_name
+from reshard.numbered_names import split_name
 
 
 def sort_by_layer(names: Sequence[str]) -> list[int]:
@@ -19,20 +18,6 @@ def sort_by_layer(names: Sequence[str]) -> list[int]:
         beginning = beginnings.setdefault(key.partition("#")[0], len(beginnings))
         keys.append((beginning, [int(number) for number in numbers], place))
     return [place for _, _, place in sorted(keys)]
-
-
-def sort_one_of_each_first(names: Iterable[str]) -> list[str]:
-    """Sorts names by layer, but so that one of each pattern comes first: names that differ only in numbers would fill
-    the message.
-    """
-    known = list(names)
-    turns: Counter[str] = Counter()
-    found: list[tuple[int, int, str]] = []
-    for place in sort_by_layer(known):
-        key = split_name(known[place])[0]
-        found.append((turns[key], len(found), known[place]))
-        turns[key] += 1
-    return [name for _, _, name in sorted(found)]
 
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:

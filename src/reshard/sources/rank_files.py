@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import FolderHeaders
+from reshard.numbered_names import split_name
 from reshard.recipes.formulas import count_heads
 from reshard.recipes.patterns import (
     WEIGHT,
@@ -14,7 +15,6 @@ from reshard.recipes.patterns import (
     find_later_members,
     find_scale_placeholder,
     make_patterns,
-    split_name,
     split_names,
 )
 from reshard.recipes.splits import COLUMNS, HALVES, ROWS, count_parts

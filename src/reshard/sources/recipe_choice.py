@@ -7,8 +7,8 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
+from reshard.numbered_names import split_name
 from reshard.recipes.formulas import find_unknown_keys
-from reshard.recipes.patterns import split_name
 from reshard.sources.completeness import check_missing, check_placeholders
 from reshard.sources.match import OWN_RECIPE, Matched, find_members, match, match_names
 from reshard.sources.quantized import explain_unknown

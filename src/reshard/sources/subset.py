@@ -11,8 +11,9 @@ from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import count_left_out
+from reshard.numbered_names import NUMBER
 from reshard.recipes.formulas import parse_shape
-from reshard.recipes.patterns import NUMBER, list_slots
+from reshard.recipes.patterns import list_slots
 from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import check_experts, name_table, prune_config
 from reshard.sources.rank_files import cut_part_ranges

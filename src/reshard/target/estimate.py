@@ -15,6 +15,7 @@ from reshard.planning.reads import measure_reads
 from reshard.storage.local import PAGE, Ways, allocate_aligned, open_to_read, read_range
 from reshard.storage.page_cache import probe_way_to_read
 from reshard.target.preflight import find_nearest_folder
+from reshard.target.side_files import measure_lacking_sides
 from reshard.text import format_size
 
 SECONDS = 1.0
@@ -33,7 +34,7 @@ class Estimate:
     free: int
     """Of its file system, in bytes."""
     needed: int
-    """By the tensor files, in bytes."""
+    """By all files that are to be written but the manifest, in bytes."""
     read_rate: float
     """In bytes a second; 0 if nothing is left to be read."""
     write_rate: float
@@ -50,14 +51,17 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
     Raises Refused if the source cannot be read, or if no file can be made in the target.
     """
     folder = find_nearest_folder(target)
-    free, needed = shutil.disk_usage(folder).free, plan.size
-    if not needed:
+    free = shutil.disk_usage(folder).free
+    if not plan.size:
         return Estimate(folder, free, 0, 0, 0, 0, 0)
+    beside = measure_lacking_sides(plan, target)
+    needed = plan.size + beside
     started = monotonic()
     read_rate = measure_read_rate(plan)
     write_rate = measure_write_rate(folder, min(needed, free // 4))
     measured = monotonic() - started
-    times = measure_reads(plan.source, plan.casts, plan.copies).size / read_rate, needed / write_rate
+    reads = measure_reads(plan.source, plan.casts, plan.copies).size + beside
+    times = reads / read_rate, needed / write_rate
     # A disk that is read and written at the same time does one after the other.
     is_same_disk = plan.source.folder.stat().st_dev == folder.stat().st_dev
     seconds = sum(times) if is_same_disk else max(times)

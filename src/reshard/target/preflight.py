@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
-from reshard.execution.execute import OtherFiles, rename_to_final
+from reshard.execution.execute import OtherFiles, refuse_unwritable, rename_to_final
 from reshard.execution.journal import list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
@@ -22,6 +22,7 @@ from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.manifest_writer import (
     describe_conversion_job,
@@ -30,10 +31,18 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.side_files import collect_side_files, find_beside
+from reshard.target.restart import (
+    check_removed_files,
+    choose_files_to_remove,
+    leave_out_files,
+    list_files_beside,
+    refuse_to_remove,
+)
+from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
     check_manifests,
+    check_replaced_sides,
     check_side_files,
     check_written_files,
     find_unknown_ranks,
@@ -43,7 +52,7 @@ from reshard.target.state import (
     require_same,
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
-from reshard.text import format_size
+from reshard.text import format_count, format_list, format_size
 from reshard.types import RANKS
 
 
@@ -55,9 +64,14 @@ def list_own_names(target: Path) -> set[str]:
     return {JOURNAL, *list_left_files(target), *parts}
 
 
-def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+def check_folder(
+    source: Path, target: Path, needed: int, ours: set[str], present: Collection[str], remedy: str = "another target"
+) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
+
+    `present` has the names that were there before `ours` was found out: a run that has begun since then is met by its
+    lock, and what it writes is not called a stranger's. `remedy` is for other files in the folder.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -66,9 +80,10 @@ def check_folder(source: Path, target: Path, needed: int, ours: set[str]) -> Ite
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    if names := [name for name in list_names(target) if name not in ours and not name.startswith(".")]:
-        found = f"{len(names)} files: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", "another target")
+    still = {*present}.intersection(list_names(target)) - ours
+    if names := sorted(name for name in still if not name.startswith(".")):
+        found = f"{format_count(len(names), 'files')}: {format_list(names, 4)}"
+        yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
     above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
@@ -101,12 +116,22 @@ def find_nearest_folder(path: Path) -> Path:
     return next(above for above in (path.absolute(), *path.absolute().parents) if above.exists())
 
 
-def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None) -> TargetState:
+def look_at_target(
+    plan: Plan,
+    folder: Path,
+    tokenizer_path: Path | None = None,
+    beside: FoundFiles | None = None,
+    *,
+    restart: bool = False,
+    yes: bool = False,
+) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
-    or of the source. Raises Refused if they cannot be written.
+    or of the source. The source is looked at again if what lies `beside` its tensors is not given. With `restart` and
+    `yes`, finished files are to be written too. Raises Refused if they cannot be written.
     """
+    beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
-    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, find_beside(plan).copied)))
+    plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, beside.copied)))
     try:
         samples, headers = read_source_facts(plan)
         origin = describe_origin(plan, headers)
@@ -115,13 +140,19 @@ def look_at_target(plan: Plan, folder: Path, tokenizer_path: Path | None = None)
     manifests = read_manifests(folder)
     wanted = describe_conversion_job(plan, samples)
     same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
-    known = join_manifests(same.values())
-    sides = collect_side_files(plan, tokenizer)  # before finished ranks are left out: an index names all files
+    removed = choose_files_to_remove(folder, plan, manifests, same, yes=yes) if restart else ()
+    known = leave_out_files(join_manifests(same.values()), removed)
+    same = same if known else {}
+    sides = collect_side_files(plan, tokenizer, beside)  # before finished ranks are left out: an index names all files
     require_none(check_unfinished(plan.source.folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin)
-    require_none(check_state(state))
+    state = TargetState(folder, plan, samples, sides, manifests, same, known, origin, removed)
+    if problems := [*check_state(state)]:
+        require_same(state)  # what another run has brought in the meantime is nobody's fault
+        require_none(problems)
+    if removed and not yes:
+        raise refuse_to_remove(folder, removed)  # last: who agrees must not be refused then for another reason
     if state.must_be_joined:
         state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state
@@ -131,9 +162,13 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     """Reports files that changed since this conversion wrote them; if there are none, reasons why the remaining files
     cannot be written.
     """
+    has_work = bool(state.plan.files) or state.must_be_joined
     found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
+    if not found and has_work:
+        found += check_replaced_sides(state)
+    found += check_removed_files(state)
     yield from found
-    if not found and state.plan.files:
+    if not found and has_work:
         yield from check_room(state)
     elif not found:
         yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
@@ -149,39 +184,53 @@ def describe_others(state: TargetState) -> OtherFiles:
     kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
     check = partial(require_same, state)
-    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded)
+    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed)
 
 
 def mend_target(state: TargetState) -> list[str]:
     """Writes the side files and the manifest of its part that a finished target lacks, and returns their names; removes
     what a job that crashed after its last rename has left.
 
-    Raises Refused if side files are missing while other ranks are half written: that job must end first.
+    Raises Refused if they cannot be written, or if side files are missing while other ranks are half written: that job
+    must end first.
     """
     target, sides = state.folder, list_lost_sides(state)
     part = [state.part] if state.part and not (target / state.part).exists() else []
-    if any(name.endswith(PARTIAL) for name in list_left_files(target)):
+    if has_partial_files(target):
         if sides:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
         return []
-    if sides or part or state.superseded or (target / JOURNAL).exists():
+    if not (sides or part or state.superseded or (target / JOURNAL).exists()):
+        return []
+    try:
         with ExitStack() as stack:
             lock_journal(stack, target / JOURNAL)
             require_same(state)
-            write_side_files(target, {name: state.sides[name] for name in sides})
+            if has_partial_files(target):
+                raise refuse("target-changed", str(target), "another run has begun there", "none", "run it again")
+            write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0))
             for name in part:
                 write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
             rename_to_final(target, [*sides, *part], state.superseded)
+    except OSError as error:
+        raise refuse_unwritable(target, error) from None
     return [*sides, *part]
+
+
+def has_partial_files(target: Path) -> bool:
+    """Whether an unfinished job, by its journal, has left files with temporary names."""
+    return any(name.endswith(PARTIAL) for name in list_left_files(target))
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:
     """Checks that the remaining files can be written, and that the folder holds only files of this conversion (perhaps
     for other ranks).
     """
+    present = {*list_names(state.folder)} - list_files_beside(state)
     ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
-    if state.manifests.main and not state.known:
+    ours |= set(state.removed)
+    if state.manifests.main and not (state.known or state.removed):
         yield explain_other_conversion(state, state.manifests.main)
         return
     if state.known or not state.manifests.named:
@@ -192,8 +241,8 @@ def check_room(state: TargetState) -> Iterator[Problem]:
             parts = {name for name in list_names(state.folder) if is_part_name(name)}
             ours |= {MANIFEST, *state.sides, *unknown.values(), *parts, *state.same}
         ours |= list_rank_files(state.known) - planned
-    needed = state.plan.size + sum(side.size for side in state.sides.values())
-    yield from check_folder(state.plan.path, state.folder, needed, ours)
+    remedy = "move them out of the folder, or another target" if state.known else "another target"
+    yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)
 
 
 def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:

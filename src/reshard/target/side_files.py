@@ -106,9 +106,9 @@ def is_broken_link(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def add_notes(plan: Plan) -> Plan:
+def add_notes(plan: Plan, beside: FoundFiles) -> Plan:
     """Adds to a plan the notes on files beside the tensors: those left behind, and large ones that go along."""
-    return replace(plan, notes=(*plan.notes, *make_notes(find_beside(plan))))
+    return replace(plan, notes=(*plan.notes, *make_notes(beside)))
 
 
 def make_notes(found: FoundFiles) -> Iterator[Note]:
@@ -149,19 +149,27 @@ def make_files(plan: Plan) -> dict[str, bytes]:
     return {**config, **({RUN_CONFIG: text.encode()} if text else {})}
 
 
-def collect_side_files(plan: Plan, tokenizer: Mapping[str, Path] | None = None) -> dict[str, SideFile]:
+def collect_side_files(
+    plan: Plan, tokenizer: Mapping[str, Path] | None = None, beside: FoundFiles | None = None
+) -> dict[str, SideFile]:
     """Collects the side files: copied ones, and made ones, which replace copied ones of the same name. Sorted by name.
-    The files of a `tokenizer`, name -> path, replace those of the source.
+    The files of a `tokenizer`, name -> path, replace those of the source. The source is looked at again if what lies
+    `beside` its tensors is not given.
 
     Raises Refused if one that is copied is a broken link or another thing than its name says, or cannot be read.
     """
-    made, copied = make_files(plan), choose_tokenizer(find_beside(plan).copied, tokenizer)
+    made, copied = make_files(plan), choose_tokenizer((beside or find_beside(plan)).copied, tokenizer)
     lost = [str(path) for path in copied.values() if is_broken_link(path)]
     expected, remedy = "a file that goes along", "download it again, or move the link away"
     require_none(Problem("missing-file", path, "a link to nothing", expected, remedy) for path in lost)
     sides = {name: look_at_side_file(path) for name, path in copied.items() if name not in made}
     sides |= {name: SideFile(content, len(content)) for name, content in made.items()}
     return dict(sorted(sides.items()))
+
+
+def measure_lacking_sides(plan: Plan, target: Path) -> int:
+    """Measures the side files of a plan that its target lacks, in bytes. Raises Refused as `collect_side_files`."""
+    return sum(side.size for name, side in collect_side_files(plan).items() if not (target / name).exists())
 
 
 def look_at_side_file(path: Path) -> SideFile:

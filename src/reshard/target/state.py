@@ -11,6 +11,7 @@ from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import (
     Manifests,
+    check_agreement,
     is_part_name,
     name_part_manifest,
     read_manifests,
@@ -22,6 +23,8 @@ from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import RANKS, Note
+
+MOVE_AND_REPEAT = "move it out of the folder, and run the same command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,13 @@ class TargetState:
     """The same joined into one; empty if there is none."""
     origin: Mapping[str, Any]
     """The part of the new manifest that describes the source."""
+    removed: tuple[str, ...] = ()
+    """Finished files that are removed before anything is written, in this order; `known` does not name them."""
+
+    @property
+    def size(self) -> int:
+        """Of all files to be written but the manifest, in bytes."""
+        return self.plan.size + sum(side.size for side in self.sides.values())
 
     @property
     def named(self) -> set[str]:
@@ -106,37 +116,64 @@ def check_side_files(known: Mapping[str, Any], sides: Mapping[str, SideFile]) ->
             yield Problem("source-changed", entry["name"], found, "the same", remedy)
 
 
+def check_replaced_sides(state: TargetState) -> Iterator[Problem]:
+    """Reports side files in the target that a run would replace by others, so that a person's changes are lost; and
+    those that the target was made with, and that this run would no more vouch for.
+    """
+    if not state.known:
+        return
+    for name, side in state.sides.items():
+        path = state.folder / name
+        if path.exists() and not has_content(path, side):
+            expected = "as this conversion writes it"
+            yield Problem("wrong-checksum", str(path), "changed since it was written", expected, MOVE_AND_REPEAT)
+    for name in dict.fromkeys(entry["name"] for entry in state.known["side_files"]):
+        if name not in state.sides:
+            found, expected = "nothing in the source that it comes from", "as when the target was made"
+            remedy = "another target, or the source and --tokenizer-path as they were"
+            yield Problem("source-changed", name, found, expected, remedy)
+
+
+def has_content(path: Path, side: SideFile) -> bool:
+    """Whether a file has the content of a side file. Raises Refused if one of them cannot be read."""
+    status = path.stat()
+    if not path.is_file() or status.st_size != side.size:
+        return False
+    return compute_side_checksum(SideFile(path, status.st_size, status.st_mtime_ns)) == compute_side_checksum(side)
+
+
 def check_written_files(state: TargetState) -> Iterator[Problem]:
-    """Reports finished files whose size differs from the manifest. Of files that were made apart, and that are now to
-    be named by `reshard.json`, three byte ranges are compared too: the header, one in the middle and the last.
+    """Reports finished files whose size differs from the manifest. Before parts are joined, three byte ranges of every
+    file are compared too: the header, one in the middle and the last. All of them were copied here, also those that
+    `reshard.json` names: it is that of the part which was copied last.
     """
     planned = {file.name for file in state.plan.files}
     remedy = "copy it here again, or move it out of the folder, and run the same command again"
     for entry in state.known.get("files", ()):
-        path, is_adopted = state.folder / entry["name"], entry["name"] not in state.named
-        if not path.exists() or not (is_adopted or entry["name"] in planned):
+        path = state.folder / entry["name"]
+        if not path.exists() or not (state.must_be_joined or entry["name"] in planned):
             continue
         if (size := path.stat().st_size) != entry["size"]:
             found, expected = f"{size:,} bytes", f"{entry['size']:,} bytes, as they were written"
             yield Problem("wrong-size", str(path), found, expected, remedy)
-        elif is_adopted and (changed := find_changed_range(path, entry["ranges"])):
+        elif state.must_be_joined and (changed := find_changed_range(path, entry["ranges"])):
             subject = f"{path}: bytes {changed.offset:,} to {changed.stop:,}"
             expected = "those of the manifest of its part"
             yield Problem("wrong-checksum", subject, "other bytes than were written", expected, remedy)
 
 
 def check_manifests(state: TargetState) -> Iterator[Problem]:
-    """Reports a `reshard.json` of another conversion where the manifests of parts are of this one, and manifests of
-    parts that are damaged.
+    """Reports a `reshard.json` of another conversion where the manifests of parts are of this one, manifests of parts
+    that are damaged, and those that contradict each other.
     """
-    remedy = "move it out of the folder, and run the same command again"
     if state.known and state.manifests.main and MANIFEST not in state.same:
         expected = f"that of {format_list(state.same)}"
-        yield Problem("another-job", str(state.folder / MANIFEST), describe_other(state), expected, remedy)
+        yield Problem("another-job", str(state.folder / MANIFEST), describe_other(state), expected, MOVE_AND_REPEAT)
     for name in state.manifests.damaged:
         expected = "what reshard has written"
-        hint = f"copy it here again from the folder of its part; or {remedy}"
+        hint = f"copy it here again from the folder of its part; or {MOVE_AND_REPEAT}"
         yield Problem("wrong-manifest", str(state.folder / name), "damaged or changed", expected, hint)
+    yield from check_agreement(state.folder, state.same)
 
 
 def describe_other(state: TargetState, name: str = MANIFEST) -> str:

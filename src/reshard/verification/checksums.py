@@ -7,19 +7,25 @@ only if both were written from the same source; `verify --source` compares them.
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from xxhash import xxh3_128, xxh3_128_hexdigest
+from xxhash import xxh3_128_hexdigest
 
-from reshard.errors import Problem, Refused, refuse
+from reshard.errors import Problem, Refused
 from reshard.formats.huggingface import is_safetensors_name, read_header
-from reshard.formats.part_manifests import check_joined, is_of_whole_files, name_part_manifest, read_joined_manifest
-from reshard.formats.ranges import CheckedRange, parse_ranges
+from reshard.formats.part_manifests import (
+    check_agreement,
+    check_joined,
+    is_of_whole_files,
+    join_manifests,
+    name_part_manifest,
+)
+from reshard.formats.ranges import CheckedRange
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.counting import count_progress, spread_evenly
 from reshard.storage.local import (
@@ -35,29 +41,19 @@ from reshard.storage.resources import run_in_threads
 from reshard.text import format_list, format_numbers, format_runs
 from reshard.types import MOST_RANKS, Advance, Progress
 from reshard.verification.chunks import sample_evenly
-from reshard.verification.target_folder import (
-    COPY_AGAIN_HINT,
-    MISSING_FILE_HINT,
-    refuse_ranks_of_whole_files,
-    require_target_folder,
+from reshard.verification.manifest_files import (
+    ManifestFile,
+    choose_entries,
+    compute_file_checksum,
+    read_audited_manifests,
+    read_file_size,
+    read_manifest_files,
 )
+from reshard.verification.target_folder import COPY_AGAIN_HINT, MISSING_FILE_HINT, require_target_folder
 from reshard.verification.verify import Report
 
 AUDIT_READ_SIZE = 2 << 20
 """In bytes: adjacent ranges are read together up to this size; a larger range is read by itself."""
-
-
-class ManifestFile(NamedTuple):
-    """A file of the target, as the manifest describes it."""
-
-    name: str
-    rank: int
-    """Of whole files a running number."""
-    size: int
-    """In bytes."""
-    tensors: int
-    """How many."""
-    ranges: tuple[CheckedRange, ...]
 
 
 class RangeBatch(NamedTuple):
@@ -82,73 +78,99 @@ def audit_target(
     Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
     readable manifest, if it does not name a rank, or if a file cannot be read.
     """
+    return make_audit_report(audit_files(target, progress, sample, ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was found of a target that was compared with its manifest."""
+
+    target: Path
+    manifests: Mapping[str, Mapping[str, Any]]
+    """Those of all parts of the same conversion, by file name."""
+    manifest: Mapping[str, Any]
+    """All of them joined."""
+    known: Sequence[ManifestFile]
+    """All files that it names."""
+    entries: Sequence[ManifestFile]
+    """Those that were to be compared."""
+    full: Sequence[ManifestFile]
+    """Of these, the ones that are there with their size: they were read."""
+    wrong: Mapping[str, Sequence[CheckedRange]]
+    """By file name: the ranges with another checksum."""
+    compared: int
+    """In bytes."""
+    is_sampled: bool
+
+
+def audit_files(
+    target: Path,
+    progress: Progress | None = None,
+    sample: Fraction | None = None,
+    ranks: Collection[int] | None = None,
+) -> Audit:
+    """Compares files with their manifest as `audit_target` does, for whoever needs more than a report. Raises Refused
+    as it does.
+    """
     require_target_folder(target)
-    manifest = read_audited_manifest(target)
+    manifests = read_audited_manifests(target)
+    manifest = join_manifests(manifests.values())
     known = read_manifest_files(manifest, target)
     entries = known if ranks is None else choose_entries(known, ranks, manifest)
-    problems = list(check_file_set(target, entries, known, manifest))
-    if ranks is None:
-        problems += [*check_extra_files(target, known, manifest), *check_joined(target)]
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
-    batches = [batch for entry in full for batch in split_into_batches(entry, sample)]
-    tensors, size = sum(entry.tensors for entry in full), sum(entry.size for entry in full)
+    wrong, compared = compare_files(target, full, progress, sample)
+    return Audit(target, manifests, manifest, known, entries, full, wrong, compared, is_sampled=sample is not None)
+
+
+def compare_files(
+    folder: Path, entries: Sequence[ManifestFile], progress: Progress | None = None, sample: Fraction | None = None
+) -> tuple[dict[str, list[CheckedRange]], int]:
+    """Compares files that have their size with their checksums. Returns, by file name, the ranges that differ; and the
+    number of bytes that were compared, which a `sample` makes fewer.
+    """
+    batches = [batch for entry in entries for batch in split_into_batches(entry, sample)]
+    size = sum(entry.size for entry in entries)
     compared = sum(checked.size for batch in batches for checked in batch.ranges)
     with count_progress(progress, size) as advance:
         told = spread_evenly(advance, compared, size)  # bytes that a sample leaves out count as done
-        wrong = find_changed_ranges(target, full, batches, told, is_sampled=sample is not None)
-    for entry in full:
-        problems.extend(check_changed_ranges(target, entry, known, wrong[entry.name]))
-    problems.extend(check_manifest_side_files(target, manifest))
+        return find_changed_ranges(folder, entries, batches, told, is_sampled=sample is not None), compared
+
+
+def make_audit_report(audit: Audit) -> Report:
+    """Makes the report of an audit. It looks at sizes and side files again."""
     return Report(
-        int(manifest["ranks"]),
-        len(full),
-        tensors,
-        size,
-        compared,
-        sample is not None,
-        tuple(problems),
-        is_whole=is_of_whole_files(manifest),
-        subset=manifest.get("subset", {}),
+        int(audit.manifest["ranks"]),
+        len(audit.full),
+        sum(entry.tensors for entry in audit.full),
+        sum(entry.size for entry in audit.full),
+        audit.compared,
+        audit.is_sampled,
+        tuple(list_audit_problems(audit)),
+        is_whole=is_of_whole_files(audit.manifest),
+        subset=audit.manifest.get("subset", {}),
     )
 
 
-def read_audited_manifest(target: Path) -> Mapping[str, Any]:
-    """The manifest of a target, joined with those of other parts of the same conversion. Raises Refused if there is
-    none.
-    """
-    if manifest := read_joined_manifest(target):
-        return manifest
-    remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
-    raise refuse("no-manifest", str(target), f"no {MANIFEST}", "a folder that reshard has written", remedy)
+def list_audit_problems(audit: Audit) -> Iterator[Problem]:
+    """Lists every difference that an audit has found."""
+    target, known, manifest = audit.target, audit.known, audit.manifest
+    yield from check_file_set(target, audit.entries, known, manifest)
+    names = {entry.name for entry in audit.entries}
+    for problem in check_agreement(target, audit.manifests):
+        if Path(problem.subject).name in names:
+            yield problem
+    if audit.entries is known:
+        yield from check_extra_files(target, known, manifest)
+        yield from check_joined(target, audit.manifests)
+    for entry in audit.full:
+        yield from check_changed_ranges(target, entry, known, audit.wrong[entry.name])
+    yield from check_manifest_side_files(target, manifest)
 
 
-def choose_entries(
-    known: Sequence[ManifestFile], ranks: Collection[int], manifest: Mapping[str, Any]
-) -> list[ManifestFile]:
-    """Chooses the files of some ranks. Raises Refused for ranks that no manifest here names, and for whole files."""
-    if is_of_whole_files(manifest):
-        raise refuse_ranks_of_whole_files()
-    if unknown := set(ranks) - {entry.rank for entry in known}:
-        expected = f"of ranks {format_numbers(entry.rank for entry in known)}, which {MANIFEST} names"
-        raise refuse(
-            "unknown-rank", "--ranks", f"rank {min(unknown)}", expected, "name some of these, or give --source"
-        )
-    return [entry for entry in known if entry.rank in ranks]
-
-
-def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[ManifestFile]:
-    """The files that a manifest names. Raises Refused if the manifest is not as reshard writes it."""
-    entries = [parse_manifest_file(entry) for entry in manifest["files"]]
-    if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
-        raise refuse(
-            "wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", COPY_AGAIN_HINT
-        )
-    return entries
-
-
-def parse_manifest_file(entry: Mapping[str, Any]) -> ManifestFile:
-    ranges = parse_ranges(entry["ranges"])
-    return ManifestFile(Path(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges)
+def find_damaged_files(audit: Audit) -> list[ManifestFile]:
+    """Finds the files that an audit has found missing, of another size, or with other bytes."""
+    full = {entry.name for entry in audit.full}
+    return [entry for entry in audit.entries if entry.name not in full or audit.wrong[entry.name]]
 
 
 def check_file_set(
@@ -208,11 +230,6 @@ def find_size_by_header(path: Path, entries: Sequence[ManifestFile]) -> int:
 
 def make_swapped_file_problem(name: str, other: str) -> Problem:
     return Problem("swapped-file", name, f"the header of {other}", "its own", "give the files their names back")
-
-
-def read_file_size(path: Path) -> int | None:
-    """The size of a file in bytes; None if there is no such file."""
-    return path.stat().st_size if path.is_file() else None
 
 
 def split_into_batches(entry: ManifestFile, sample: Fraction | None) -> Iterator[RangeBatch]:
@@ -309,17 +326,19 @@ def list_names_in_range(path: Path, begin: int, end: int) -> str:
 
 def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """Side files, such as `config.json`, that are missing or changed."""
-    for entry in manifest.get("side_files", ()):
+    for entry in find_damaged_side_files(target, manifest):
         path = target / Path(entry["name"]).name
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
-        elif path.stat().st_size != entry["size"] or compute_file_checksum(path) != entry["xxh3_128"]:
+        else:
             yield Problem(
                 "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], COPY_AGAIN_HINT
             )
 
 
-def compute_file_checksum(path: Path) -> str:
-    """The xxh3-128 of a file of any size, in hexadecimal."""
-    with path.open("rb", buffering=0) as file:
-        return file_digest(file, xxh3_128).hexdigest()
+def find_damaged_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Finds the side files that are missing or changed, as entries of the manifest."""
+    for entry in manifest.get("side_files", ()):
+        path = target / Path(entry["name"]).name
+        if read_file_size(path) != entry["size"] or compute_file_checksum(path) != entry["xxh3_128"]:
+            yield entry

@@ -6,6 +6,7 @@ from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
+from reshard.numbered_names import split_name
 from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
 from reshard.recipes.patterns import (
     WEIGHT,
@@ -14,7 +15,6 @@ from reshard.recipes.patterns import (
     find_scale_placeholder,
     list_slots,
     make_patterns,
-    split_name,
 )
 from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.errors import MOST_PROBLEMS, MOST_SHOWN_PER_KIND, Problem, refuse, require_none
+from reshard.errors import MOST_EXPLAINED, MOST_PROBLEMS, Problem, refuse, require_none
 from reshard.formats.json_input import MAX_HEADER_SIZE
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
@@ -61,7 +61,7 @@ def read_sums(folder: Path, path: Path) -> FileRecords:
         elif records.setdefault(name, FileRecord(name, parsed.digest)).digest != parsed.digest:
             problems.append(Problem("wrong-sums", subject, f"another hash of {name} than before", "one hash a file"))
         # Another file than a list, or a list of other hashes: its first lines say it.
-        if len(problems) >= (MOST_PROBLEMS if records else MOST_SHOWN_PER_KIND):
+        if len(problems) >= (MOST_PROBLEMS if records else MOST_EXPLAINED):
             break
     require_none(problems)
     leading = find_leading_folder(folder, records)

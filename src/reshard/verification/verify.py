@@ -75,7 +75,7 @@ class Report:
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The part of a larger checkpoint that the target holds, as in the manifest; empty if it is no subset."""
     note: str = ""
-    """A possible explanation of the problems."""
+    """A possible explanation of the problems; without any, that parts are not joined yet."""
     casts: Mapping[str, int] = field(default_factory=dict)
     """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
     makes of the source. All others were compared with the source itself."""
@@ -126,6 +126,7 @@ def format_report_lines(report: Report) -> Iterator[str]:
         if report.inexact:
             values = format_count(report.inexact, "values")
             yield f"rounded: {values} that the new dtype does not have, each to the nearest"
+        yield from [escape(f"note: {report.note}")] if report.note else []
     yield from map(escape, list_subset_lines(report.subset))
 
 
@@ -313,7 +314,8 @@ def explain_difference(
         where = "than in the source" if isinstance(origin, KeptTensor) else "than are made of the source"
         expected = f"those of {origin.tensor.name}" if isinstance(origin, KeptTensor) else origin
         subject = f"{trace.folder.names[key[0]]}: {key[1]}"
-        yield Problem("differs", subject, f"{found.count:,} other bytes {where}, {place}", expected, CONVERT_AGAIN_HINT)
+        said = f"{format_count(found.count, 'other bytes')} {where}, {place}"
+        yield Problem("differs", subject, said, expected, CONVERT_AGAIN_HINT)
 
 
 def check_missing_tensors(

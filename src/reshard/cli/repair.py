@@ -1,0 +1,37 @@
+"""Runs the command `repair`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from reshard.cli.mending import describe_mending, make_repair_command
+from reshard.cli.outcome import PROBLEMS, PROVEN
+from reshard.cli.painting import GREEN, RED, paint
+from reshard.cli.progress import show_progress
+from reshard.cli.terminal import print_json
+from reshard.execution.execute import Settings
+from reshard.target.repair import RepairOptions, RepairReport, describe_repair, repair_target
+
+
+def run_repair(options: argparse.Namespace) -> int:
+    """Runs `repair`. Returns the exit code. Raises Refused."""
+    choice = RepairOptions(
+        options.source, options.recipe, options.ranks, options.ignore_extra_files, dry_run=options.dry_run
+    )
+    settings = Settings(options.jobs, allow_inexact=True)
+    report = repair_target(options.target, choice, settings, partial(show_progress, options=options))
+    commands = [make_repair_command(options)] if report.damaged and options.dry_run else []
+    if options.json:
+        print_json({**describe_repair_facts(report), "next": commands})
+    elif report.problems or not options.quiet:
+        text = "\n".join([*describe_repair(report), *describe_mending(commands)])
+        print(paint(text, RED if report.problems else GREEN, sys.stdout))
+    return PROBLEMS if report.problems else PROVEN
+
+
+def describe_repair_facts(report: RepairReport) -> dict[str, Any]:
+    """Describes the result of a repair as JSON values."""
+    status = "differs" if report.problems else "repaired" if report.repaired else "proven"
+    return {"status": status, **asdict(report), "target": str(report.target)}

@@ -1,0 +1,75 @@
+"""The next steps with a finished target: ranks are copied to another node and verified there, the engine is started."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from glob import escape as escape_pattern
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from reshard.formats.huggingface import SUFFIX
+from reshard.formats.target_names import list_names
+from reshard.planning.plan import Plan
+from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
+from reshard.text import format_numbers
+from reshard.types import RANKS, Recipe
+
+
+class NextStep(NamedTuple):
+    """One thing to do next."""
+
+    does: str
+    """A stable word for machines: `verify`, `copy`, `verify-copy` or `start`."""
+    text: str
+    """What it is, for a person."""
+    command: str
+    """For a shell, with full paths. NODE, $RANK and $ADDR in it are to be filled in."""
+
+
+def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
+    """Lists what is to be done with a target after it was verified. With chosen tensors (`--only`) nothing: they are no
+    model.
+    """
+    if "only" in plan.source.subset:
+        return
+    folder, names = target.absolute(), list_names(target)
+    if plan.layout.to != RANKS:
+        start = make_whole_start(plan, folder, names)
+    else:
+        ranks = plan.layout.ranks
+        there = [rank for rank in range(ranks) if plan.recipe.files.format(rank=rank, ranks=ranks) in names]
+        own = count_ranks_per_node(ranks)
+        nodes = (set(range(first, first + own)) for first in range(0, ranks, own))
+        start = make_rank_start(plan, folder, names) if any(node <= set(there) for node in nodes) else None
+        if len(there) == ranks > 1:
+            yield from list_copy_steps(plan.recipe, ranks, folder)
+    if start:
+        yield NextStep("start", start.text, start.command)
+
+
+def list_copy_steps(recipe: Recipe, ranks: int, folder: Path) -> Iterator[NextStep]:
+    """Lists how the ranks of a second node are copied to it, and verified there."""
+    own = count_ranks_per_node(ranks)
+    chosen = range(own, 2 * own) if own < ranks else range((ranks + 1) // 2, ranks)
+    text = format_numbers(chosen)
+    # Older versions of rsync let the shell of the other node take a path apart, unless -s is given.
+    options = "-a" if shlex.quote(str(folder)) == str(folder) else "-as"
+    includes = [f"--include=/{pattern}" for pattern in make_rank_patterns(recipe, ranks, chosen)]
+    words = ["rsync", options, *includes, f"--exclude=*{SUFFIX}", f"{folder}/", f"NODE:{folder}/"]
+    many = "ranks" if len(chosen) > 1 else "rank"
+    yield NextStep("copy", f"copy {many} {text} to another node", shlex.join(words))
+    yield NextStep("verify-copy", "verify there", shlex.join(["reshard", "verify", str(folder), "--ranks", text]))
+
+
+def make_rank_patterns(recipe: Recipe, ranks: int, chosen: Sequence[int]) -> list[str]:
+    """Makes the fewest patterns, as a shell and rsync have them, that only the files of the chosen ranks match. The
+    ranks are consecutive.
+    """
+    patterns = []
+    for tens, group in groupby(chosen, lambda rank: rank // 10):
+        digits = [rank % 10 for rank in group]
+        last = f"[{digits[0]}-{digits[-1]}]" if len(digits) > 1 else str(digits[0])
+        # {rank} is filled in after the rest is escaped, for it is the one part that is a pattern.
+        name = escape_pattern(recipe.files.format(rank="\0", ranks=ranks))
+        patterns.append(name.replace("\0", f"{tens or ''}{last}"))
+    return patterns

@@ -1,0 +1,78 @@
+"""The tensor files of a target as its manifest describes them, with their ranges."""
+
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xxhash import xxh3_128
+
+from reshard.errors import refuse
+from reshard.formats.part_manifests import choose_of_one_conversion, is_of_whole_files, read_manifests
+from reshard.formats.ranges import CheckedRange, parse_ranges
+from reshard.formats.target_names import MANIFEST
+from reshard.text import format_numbers
+from reshard.verification.target_folder import COPY_AGAIN_HINT, refuse_ranks_of_whole_files
+
+
+class ManifestFile(NamedTuple):
+    """A file of the target, as the manifest describes it."""
+
+    name: str
+    rank: int
+    """Of whole files a running number."""
+    size: int
+    """In bytes."""
+    tensors: int
+    """How many."""
+    ranges: tuple[CheckedRange, ...]
+
+
+def read_audited_manifests(target: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The manifest of a target and those of other parts of the same conversion, by file name. Raises Refused if there
+    is none.
+    """
+    if manifests := choose_of_one_conversion(read_manifests(target)):
+        return manifests
+    remedy = "verify it against what it was made from, with --source; or if it is a download, with --download"
+    raise refuse("no-manifest", str(target), f"no {MANIFEST}", "a folder that reshard has written", remedy)
+
+
+def choose_entries(
+    known: Sequence[ManifestFile], ranks: Collection[int], manifest: Mapping[str, Any]
+) -> list[ManifestFile]:
+    """Chooses the files of some ranks. Raises Refused for ranks that no manifest here names, and for whole files."""
+    if is_of_whole_files(manifest):
+        raise refuse_ranks_of_whole_files()
+    if unknown := set(ranks) - {entry.rank for entry in known}:
+        expected = f"of ranks {format_numbers(entry.rank for entry in known)}, which {MANIFEST} names"
+        raise refuse(
+            "unknown-rank", "--ranks", f"rank {min(unknown)}", expected, "name some of these, or give --source"
+        )
+    return [entry for entry in known if entry.rank in ranks]
+
+
+def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[ManifestFile]:
+    """The files that a manifest names. Raises Refused if the manifest is not as reshard writes it."""
+    entries = [parse_manifest_file(entry) for entry in manifest["files"]]
+    if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
+        raise refuse(
+            "wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", COPY_AGAIN_HINT
+        )
+    return entries
+
+
+def parse_manifest_file(entry: Mapping[str, Any]) -> ManifestFile:
+    ranges = parse_ranges(entry["ranges"])
+    return ManifestFile(Path(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges)
+
+
+def read_file_size(path: Path) -> int | None:
+    """The size of a file in bytes; None if there is no such file."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def compute_file_checksum(path: Path) -> str:
+    """The xxh3-128 of a file of any size, in hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return file_digest(file, xxh3_128).hexdigest()
