@@ -39,7 +39,7 @@ from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, WHOLE, Layout, Progress, Subset
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
-from reshard.verification.report_notes import add_target_note
+from reshard.verification.report_notes import add_side_files, add_target_note
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
@@ -256,7 +256,7 @@ def verify(
         report = verify_target(
             sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
         )
-    return add_target_note(report, folder, Path(source), sides.files)
+    return add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
 
 
 def diff(

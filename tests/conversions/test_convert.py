@@ -253,8 +253,8 @@ def test_progress_tells_of_every_byte(sources: dict[str, Path], tmp_path: Path) 
         yield told.append
 
     convert_checkpoint(Job(sources["fp8"], 4), tmp_path, progress=progress)
-    assert -told[0] == plan_conversion(Job(sources["fp8"], 4)).size
-    assert -told[0] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    written = [path.stat().st_size for path in tmp_path.iterdir() if path.name != "reshard.json"]
+    assert -told[0] == sum(written) > plan_conversion(Job(sources["fp8"], 4)).size
     assert sum(told) == 0
     assert min(told[1:]) >= 0
 

@@ -1,7 +1,6 @@
 """How far an unfinished conversion is, and the command that goes on."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -151,24 +150,3 @@ def test_a_journal_that_says_nothing_is_refused_as_before(
     (tmp_path / JOURNAL).write_bytes(line)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "an unfinished conversion" in capsys.readouterr().err
-
-
-def test_unfinished_ranks_beside_finished_ones_are_noted(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = tmp_path / "target"
-    convert_checkpoint(Job(source, 4, ranks=[0]), target)
-    interrupt(Job(source, 4, ranks=[1, 3]), target, monkeypatch)
-    capsys.readouterr()
-    assert main(["inspect", str(target), "--json"]) == 0
-    notes = {note["kind"]: note["text"] for note in json.loads(capsys.readouterr().out)["notes"]}
-    journal = (target / JOURNAL).read_bytes()
-    told, _, command = notes["unfinished"].partition("; to go on: ")
-    assert re.fullmatch(r"2 other files of an unfinished conversion, \S+ MiB of \S+ MiB on the disk", told)
-    assert command == f"reshard convert SOURCE {target} --mp 4 --ranks 1,3"
-    assert main(command.replace("SOURCE", str(source)).split()[1:]) == 0
-    assert "resumed: " in capsys.readouterr().out
-    # What is left by a crash behind the last rename is finished.
-    (target / JOURNAL).write_bytes(journal)
-    assert main(["inspect", str(target), "--json"]) == 0
-    assert "unfinished" not in {note["kind"] for note in json.loads(capsys.readouterr().out)["notes"]}

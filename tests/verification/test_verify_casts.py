@@ -351,7 +351,7 @@ def test_a_byte_of_no_other_than_this_value_is_seen(case: str, copied: Callable[
     for damage in damages:
         place = places[damage]
         words = found["differs", place.subject + damage.tensor]
-        assert f"1 other bytes than {'in' if 'than in' in words else 'are'}" in words
+        assert f"1 other byte than {'in' if 'than in' in words else 'are'}" in words
         assert f"first in byte {damage.offset % (place.end - place.begin):,} of" in words
 
 

@@ -150,9 +150,7 @@ def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
     except Refused:
         return
     for problem in (*check_agreement(folder, chosen), *check_joined(folder, chosen, source)):
-        yield Note(
-            problem.kind, f"the parts are not one target yet: {problem.subject} {problem.found}; {problem.remedy}"
-        )
+        yield Note(problem.kind, f"the parts are not joined yet: {problem.subject} {problem.found}; {problem.remedy}")
 
 
 def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str) -> str:

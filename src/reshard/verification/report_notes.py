@@ -1,4 +1,4 @@
-"""Notes on a target, by its manifests, for the report of its verification against a source."""
+"""What the manifests of a target add to the report of its verification against a source."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,16 @@ from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import note_not_joined
 from reshard.formats.target_names import MANIFEST
 from reshard.types import File
+from reshard.verification.checksums import check_manifest_side_files
 from reshard.verification.verify import Report
+
+
+def add_side_files(report: Report, target: Path) -> Report:
+    """Adds to a report the side files, such as a tokenizer, that the manifest names and that are missing or changed."""
+    told = [problem.subject for problem in report.problems]
+    found = check_manifest_side_files(target, read_valid_manifest(target))
+    added = [problem for problem in found if not any(name.startswith(problem.subject) for name in told)]
+    return replace(report, problems=(*report.problems, *added))
 
 
 def add_target_note(report: Report, target: Path, source: Path, files: Sequence[File]) -> Report:
