@@ -216,6 +216,23 @@ def test_what_somebody_made_of_a_side_file_is_kept_each_time(source: Path, targe
     assert reshard.verify(target, source).is_proven
 
 
+def test_of_two_tokenizers_of_parts_none_is_replaced(source: Path, tmp_path: Path) -> None:
+    tokenizer, target = tmp_path / "tokenizer", tmp_path / "target"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, tokenizer)
+    with (tokenizer / "tokenizer.json").open("a", encoding="utf-8") as file:
+        file.write(" ")
+    reshard.convert(source, tmp_path / "part", RANKS, ranks=[0, 1])
+    reshard.convert(source, target, RANKS, ranks=[2, 3], tokenizer_path=tokenizer)
+    subprocess.run(["cp", "-rn", f"{tmp_path / 'part'}/.", target], check=True)
+    before = stamps(target)
+    report = reshard.repair(target, source)
+    assert (report.damaged, report.repaired, report.is_proven) == ((), (), False)
+    assert ("wrong-checksum", "tokenizer.json") in {(problem.kind, problem.subject) for problem in report.problems}
+    assert stamps(target) == before
+
+
 def test_what_a_repair_left_that_was_killed_at_its_end_is_removed(target: Path) -> None:
     (target / STAGING).mkdir()
     (target / STAGING / MANIFEST).write_text("{}", encoding="utf-8")

@@ -6,6 +6,7 @@ by renaming. So the manifest decides what is right, and no file of the target is
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -177,8 +178,13 @@ def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress
 
 
 def find_damage(audit: Audit) -> Damage:
-    """Finds what an audit has found damaged, and the side files that are."""
-    sides = {entry["name"]: entry for entry in find_damaged_side_files(audit.target, audit.manifest)}
+    """Finds what an audit has found damaged, and the side files that are. One that is as any of several parts says is
+    not: of two tokenizers nobody knows the right one.
+    """
+    named = Counter(entry["name"] for entry in audit.manifest["side_files"])
+    damaged = [*find_damaged_side_files(audit.target, audit.manifest)]
+    named.subtract(entry["name"] for entry in damaged)
+    sides = {entry["name"]: entry for entry in damaged if not named[entry["name"]]}
     return Damage(find_damaged_files(audit), [*sides.values()])
 
 
