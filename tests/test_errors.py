@@ -100,6 +100,18 @@ def test_names_that_differ_in_numbers_are_one_line_with_ranges() -> None:
     )
 
 
+@pytest.mark.parametrize("subject", ["layers.0.w", "embed"])
+def test_several_problems_of_one_thing_are_all_counted(subject: str) -> None:
+    """Two ranks differ from the first in the same tensor: their numbers alone tell them apart."""
+    problems = [
+        Problem("replicas-differ", subject, f"other bytes in rank {rank}", "those of rank 0") for rank in (1, 2)
+    ]
+    text = describe_problems(problems)
+    assert "other bytes in rank 1" in text
+    assert "(2 times)" in text or "other bytes in rank 2" in text
+    assert describe_problems([problems[0]] * 3).startswith(f"{subject}: replicas differ (3 times)\n")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"kind": "gap"}, {"remedy": "another"}, {"found": "F16, not F32"}, {"expected": "a rule for F16"}],

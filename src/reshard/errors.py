@@ -130,10 +130,10 @@ def merge_subjects(problems: Iterable[Problem]) -> Iterator[tuple[str, int, Prob
     """Merges problems whose subjects differ only in numbered components, and whose details differ only in numbers.
 
     Yields the subject with ranges, the number of problems, and the first of them: where their details differ, these say
-    that they are those of the first.
+    that they are those of the first. Several problems of one thing are all counted.
     """
     mask = cache(partial(LONE_NUMBER.sub, "#"))
-    merged: dict[tuple[str, ...], dict[tuple[int, ...], Problem]] = {}
+    merged: dict[tuple[str, ...], dict[tuple[int, ...], list[Problem]]] = {}
     for problem in problems:
         pattern, numbers = split_name(problem.subject)
         details = (problem.found, problem.expected)
@@ -142,14 +142,12 @@ def merge_subjects(problems: Iterable[Problem]) -> Iterator[tuple[str, int, Prob
         else:
             pattern, numbers = problem.subject, ()
         key = (problem.kind, problem.remedy, pattern, *details)
-        merged.setdefault(key, {}).setdefault(tuple(map(int, numbers)), problem)
+        merged.setdefault(key, {}).setdefault(tuple(map(int, numbers)), []).append(problem)
     for members in merged.values():
-        if () in members:
-            yield members[()].subject, 1, members[()]
-            continue
-        for block in cover_numbers(members):
-            found = [members[numbers] for numbers in product(*block)]
-            yield fill_ranges(found[0].subject, block), len(found), combine_details(found)
+        for block in cover_numbers(members) if () not in members else [()]:
+            found = [problem for numbers in product(*block) for problem in members[numbers]]
+            subject = fill_ranges(found[0].subject, block) if block else found[0].subject
+            yield subject, len(found), combine_details(found)
 
 
 def combine_details(problems: Sequence[Problem]) -> Problem:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import Job, convert_checkpoint
@@ -16,6 +17,8 @@ from torture import contents
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.execution.execute import execute_plan
+from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Subset
@@ -94,10 +97,12 @@ def test_every_damage_is_mended_and_nothing_else_is_touched(source: Path, good: 
     assert set(report.damaged) == set(report.repaired) == damaged
     assert report.size == sum((good / name).stat().st_size for name in damaged)
     assert report.is_proven
-    assert contents(target) == contents(good)
     after = stamps(target)
     assert {name for name in before if after[name] != before[name]} == damaged
-    assert not (target / STAGING).exists()
+    assert report.kept == (".run_config.json.before-repair",)
+    assert (target / report.kept[0]).read_text(encoding="utf-8") == "{}"
+    (target / report.kept[0]).unlink()
+    assert contents(target) == contents(good)
     assert reshard.verify(target, source).is_proven
 
 
@@ -122,6 +127,9 @@ def test_the_options_that_it_was_made_with_are_used(name: str, source: Path, tmp
     report = reshard.repair(tmp_path / "target", source)
     assert report.is_proven, report
     assert len(report.repaired) == len({files[0], files[-1]}) + len(sides)
+    assert len(report.kept) == len(sides)
+    for kept in report.kept:
+        (tmp_path / "target" / kept).unlink()
     assert contents(tmp_path / "target") == wanted
 
 
@@ -130,7 +138,9 @@ def test_what_was_restored_from_rank_files_is_repaired_from_them(good: Path, sou
     wanted = contents(tmp_path / "whole")
     flip(tmp_path / "whole" / "config.json", 5)
     flip(min((tmp_path / "whole").glob("*.safetensors")))
-    assert len(reshard.repair(tmp_path / "whole", good).repaired) == 2
+    report = reshard.repair(tmp_path / "whole", good)
+    assert len(report.repaired) == 2
+    (tmp_path / "whole" / report.kept[0]).unlink()
     assert contents(tmp_path / "whole") == wanted
     assert {name: wanted[name] for name in contents(source)} == contents(source)
 
@@ -197,7 +207,105 @@ def test_files_of_other_people_are_left_alone_and_told(source: Path, target: Pat
     assert (target / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_what_somebody_made_of_a_side_file_is_kept_each_time(source: Path, target: Path) -> None:
+    for number, name in enumerate((".run_config.json.before-repair", ".run_config.json.before-repair-2")):
+        (target / "run_config.json").write_text(f"mine {number}", encoding="utf-8")
+        assert name in str(reshard.repair(target, source))
+    for number, name in enumerate((".run_config.json.before-repair", ".run_config.json.before-repair-2")):
+        assert (target / name).read_text(encoding="utf-8") == f"mine {number}"
+    assert reshard.verify(target, source).is_proven
+
+
+def test_of_two_tokenizers_of_parts_none_is_replaced(source: Path, tmp_path: Path) -> None:
+    tokenizer, target = tmp_path / "tokenizer", tmp_path / "target"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, tokenizer)
+    with (tokenizer / "tokenizer.json").open("a", encoding="utf-8") as file:
+        file.write(" ")
+    reshard.convert(source, tmp_path / "part", RANKS, ranks=[0, 1])
+    reshard.convert(source, target, RANKS, ranks=[2, 3], tokenizer_path=tokenizer)
+    subprocess.run(["cp", "-rn", f"{tmp_path / 'part'}/.", target], check=True)
+    before = stamps(target)
+    report = reshard.repair(target, source)
+    assert (report.damaged, report.repaired, report.is_proven) == ((), (), False)
+    assert ("wrong-checksum", "tokenizer.json") in {(problem.kind, problem.subject) for problem in report.problems}
+    assert stamps(target) == before
+
+
+def test_what_a_repair_left_that_was_killed_at_its_end_is_removed(target: Path) -> None:
+    (target / STAGING).mkdir()
+    (target / STAGING / MANIFEST).write_text("{}", encoding="utf-8")
+    assert reshard.repair(target).is_proven
+    assert not (target / STAGING).exists()
+    assert not (target / JOURNAL).exists()
+
+
+def test_a_file_that_nobody_else_may_read_stays_so(source: Path, target: Path) -> None:
+    flip(rank_file(target, 1))
+    rank_file(target, 1).chmod(0o600)
+    assert reshard.repair(target, source).is_proven
+    assert rank_file(target, 1).stat().st_mode & 0o777 == 0o600
+
+
+def test_files_of_a_repair_that_ended_while_it_read_back_make_room(
+    source: Path, good: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are counted as room for the new ones; so they must be gone before these are written."""
+    (target / STAGING).mkdir()
+    for rank in (1, 2):
+        shutil.copy(rank_file(good, rank), target / STAGING)
+    flip(rank_file(target, 1))
+    seen = []
+
+    def look(plan: Any, staging: Path, *rest: Any) -> Any:
+        seen.append([*staging.iterdir()])
+        return execute_plan(plan, staging, *rest)
+
+    monkeypatch.setattr("reshard.target.repair.execute_plan", look)
+    assert reshard.repair(target, source).is_proven
+    assert seen == [[]]
+    assert contents(target) == contents(good)
+
+
+def test_names_in_a_hostile_manifest_reach_no_terminal(target: Path) -> None:
+    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["xxh3_128"]
+    manifest["side_files"].append({"name": "\x1b[31mred\n", "size": 3, "xxh3_128": "0" * 32})
+    manifest["xxh3_128"] = compute_manifest_checksum(manifest)
+    (target / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    report = reshard.repair(target, dry_run=True)
+    assert report.damaged == ("\x1b[31mred\n",)
+    assert all(line.isprintable() for line in str(report).split("\n"))
+    assert "\nred" not in str(report)
+
+
 # --- what is refused ---
+
+
+def test_what_lies_in_the_way_is_refused_before_anything_is_written(source: Path, target: Path) -> None:
+    """A folder with the name of a file; a file, or files of other people, where new ones are written."""
+    flip(rank_file(target, 0))
+    damaged = contents(target)
+    rank_file(target, 1).rename(target / "away")
+    rank_file(target, 1).mkdir()
+    with pytest.raises(Refused, match="move it out of the folder") as refused:
+        reshard.repair(target, source)
+    assert [problem.subject for problem in refused.value.problems] == [str(rank_file(target, 1))]
+    assert not (target / STAGING).exists()
+    rank_file(target, 1).rmdir()
+    (target / "away").rename(rank_file(target, 1))
+    (target / STAGING).touch()
+    with pytest.raises(Refused, match="move it out of the folder"):
+        reshard.repair(target, source)
+    (target / STAGING).unlink()
+    (target / STAGING).mkdir()
+    (target / STAGING / "notes.txt").touch()
+    with pytest.raises(Refused, match="move them elsewhere"):
+        reshard.repair(target, source)
+    (target / STAGING / "notes.txt").unlink()
+    (target / STAGING).rmdir()
+    assert contents(target) == damaged
 
 
 def test_another_source_is_refused_before_anything_is_written(source: Path, target: Path, tmp_path: Path) -> None:
@@ -376,6 +484,7 @@ def test_the_command_that_verify_prints_makes_it_succeed(
     assert paste(told, capsys)[0] == 0
     assert main(verify) == 0
     assert main(["verify", str(target)]) == 0
+    (target / ".run_config.json.before-repair").unlink()
     assert contents(target) == contents(good)
 
 

@@ -15,6 +15,7 @@ import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.target.preflight import measure_allocated
 
 RANKS = 4
 CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
@@ -116,6 +117,36 @@ def test_what_cannot_be_written_is_refused_before_anything_is_removed(
     with pytest.raises(Refused, match="another target"):
         reshard.convert(linked, target, mp=RANKS, restart=True, yes=True)
     assert stamps(target) == before
+
+
+def test_what_a_person_has_changed_is_named_apart(source: Path, target: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, target, mp=RANKS, restart=True)
+    assert "of these, changed" not in str(refused.value)
+    (target / "tokenizer.json").write_text("mine", encoding="utf-8")
+    with pytest.raises(Refused, match=r"changed since they were written: tokenizer\.json"):
+        reshard.convert(source, target, mp=RANKS, restart=True)
+
+
+def test_files_of_a_third_conversion_stay(source: Path, good: Path, target: Path, tmp_path: Path) -> None:
+    """Its manifest was put aside by hand: `reshard.json` is of another one."""
+    convert_checkpoint(Job(source, 2), tmp_path / "two")
+    for path in (tmp_path / "two").glob("model*"):
+        shutil.copy(path, target)
+    shutil.copy(tmp_path / "two" / "reshard.json", target / "reshard.json.bak")
+    before = stamps(target)
+    with pytest.raises(Refused, match=r"model0-mp2\.safetensors"):
+        reshard.convert(source, target, mp=2, cast="bf16", restart=True, yes=True)
+    assert stamps(target) == before
+    assert {*contents(good).items()} <= {*contents(target).items()}
+
+
+def test_a_link_to_another_disk_makes_no_room_on_this_one(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(rank_file(good, 0))
+    shutil.copy(rank_file(good, 0), tmp_path / "file")
+    assert measure_allocated(tmp_path / "link") < 1000 < measure_allocated(tmp_path / "file")
+    os.link(tmp_path / "file", tmp_path / "second name")
+    assert measure_allocated(tmp_path / "file") == 0
 
 
 def test_yes_alone_is_refused(source: Path, tmp_path: Path) -> None:

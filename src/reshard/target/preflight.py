@@ -107,8 +107,14 @@ def check_space(target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
 
 
 def measure_allocated(path: Path) -> int:
-    """Measures the disk space of a file, in bytes; 0 if it does not exist."""
-    return path.stat().st_blocks * 512 if path.exists() else 0
+    """Measures the disk space that is free once a file is removed, in bytes: none of what a link points to, and of what
+    has other names.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
 def find_nearest_folder(path: Path) -> Path:
@@ -152,7 +158,7 @@ def look_at_target(
         require_same(state)  # what another run has brought in the meantime is nobody's fault
         require_none(problems)
     if removed and not yes:
-        raise refuse_to_remove(folder, removed)  # last: who agrees must not be refused then for another reason
+        raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
     if state.must_be_joined:
         state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
     return state

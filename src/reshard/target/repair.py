@@ -5,11 +5,15 @@ interruption. Each is read back and compared with the checksums of the manifest;
 by renaming. So the manifest decides what is right, and no file of the target is removed before its successor is whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from os import PathLike
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from reshard.errors import Problem, Refused, describe_problems, refuse, require_none
@@ -22,6 +26,7 @@ from reshard.storage.counting import WorkCounter
 from reshard.storage.local import remove_files, sync_folder
 from reshard.target.preflight import check_folder
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
+from reshard.target.state import MOVE_AND_REPEAT
 from reshard.text import escape, format_count, format_list, format_size
 from reshard.types import Progress
 from reshard.verification.checksums import (
@@ -58,6 +63,8 @@ class RepairReport:
     """Bytes of the target that were compared with the manifest, before the repair."""
     problems: tuple[Problem, ...]
     """What is still wrong with the target; with `dry_run`, what was found."""
+    kept: tuple[str, ...] = ()
+    """New names of the files beside the tensors that were replaced: a person may have changed them."""
 
     @property
     def is_proven(self) -> bool:
@@ -134,23 +141,28 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
         audit = audit_repaired(target, options.ranks, progress)
     damage = find_damage(audit)
     if not damage.names or options.dry_run:
+        if not options.dry_run and options.ranks is None and is_folder(target / STAGING):
+            with lock_target(audit):  # what a repair has left that was killed after its last step
+                remove_files(target / STAGING, list_staged_names(audit.manifest))
         return RepairReport(target, damage.names, (), 0, audit.compared, tuple(list_audit_problems(audit)))
     if options.source is None:
         raise refuse_without_source(target, damage)
     work = plan_repair(
         target, audit.manifest, damage, options.source, options.recipe, ignore_extra=options.ignore_extra_files
     )
-    require_none(check_staging(audit, work))
+    require_none([*check_places(target, damage.names), *check_staging(audit, work)])
     with lock_target(audit):
+        if not (target / STAGING / JOURNAL).exists():  # what a repair has left that ended while it read back
+            remove_files(target / STAGING, list_staged_names(audit.manifest))
         write_staged_files(target / STAGING, work, settings, watch)
         with watch("verify") as progress:
             proven, problems = prove_staged_files(audit, damage, work, progress)
-        replace_files(audit, proven)
+        kept = replace_files(audit, proven, work.sides)
         size = sum((target / name).stat().st_size for name in proven)
     left = {name: ranges for name, ranges in audit.wrong.items() if name not in proven}
     after = replace(audit, full=[entry for entry in audit.full if entry.name in left], wrong=left)
     problems = [*problems, *work.problems, *list_audit_problems(after)]
-    return RepairReport(target, damage.names, tuple(proven), size, audit.compared, tuple(problems))
+    return RepairReport(target, damage.names, tuple(proven), size, audit.compared, tuple(problems), kept)
 
 
 def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress | None) -> Audit:
@@ -166,8 +178,13 @@ def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress
 
 
 def find_damage(audit: Audit) -> Damage:
-    """Finds what an audit has found damaged, and the side files that are."""
-    sides = {entry["name"]: entry for entry in find_damaged_side_files(audit.target, audit.manifest)}
+    """Finds what an audit has found damaged, and the side files that are. One that is as any of several parts says is
+    not: of two tokenizers nobody knows the right one.
+    """
+    named = Counter(entry["name"] for entry in audit.manifest["side_files"])
+    damaged = [*find_damaged_side_files(audit.target, audit.manifest)]
+    named.subtract(entry["name"] for entry in damaged)
+    sides = {entry["name"]: entry for entry in damaged if not named[entry["name"]]}
     return Damage(find_damaged_files(audit), [*sides.values()])
 
 
@@ -183,14 +200,28 @@ def describe_names(names: Sequence[str]) -> str:
     return f"{format_count(len(names), 'files')} ({format_list(names)})"
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder itself, not a link to one: files of ours lie nowhere else."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def check_places(target: Path, names: Iterable[str]) -> Iterator[Problem]:
+    """Reports folders, pipes and the like where a file has to be written: no file can be renamed there."""
+    for path in (target / name for name in names):
+        if path.exists() and not path.is_file():
+            found = "a folder" if path.is_dir() else "no file"
+            yield Problem("cannot-write", str(path), found, "a file, or no such name", MOVE_AND_REPEAT)
+
+
 def check_staging(audit: Audit, work: RepairPlan) -> Iterator[Problem]:
     """Checks that the new files can be written beside the damaged ones, which stay until the new ones are proven."""
     staging = audit.target / STAGING
-    if staging.is_symlink():
-        yield Problem("target-not-folder", str(staging), "a link", "a folder, or no such name", "move it elsewhere")
+    if os.path.lexists(staging) and not is_folder(staging):
+        found = "a link" if staging.is_symlink() else "a file"
+        yield Problem("target-not-folder", str(staging), found, "a folder, or no such name", MOVE_AND_REPEAT)
     else:
-        ours = list_staged_names(audit.manifest)
-        yield from check_folder(work.plan.path, staging, work.size, ours, list_names(staging))
+        ours, remedy = list_staged_names(audit.manifest), "move them elsewhere, and run the same command again"
+        yield from check_folder(work.plan.path, staging, work.size, ours, list_names(staging), remedy)
 
 
 @contextmanager
@@ -255,15 +286,32 @@ def prove_staged_files(
     return proven, problems
 
 
-def replace_files(audit: Audit, names: Sequence[str]) -> None:
-    """Puts proven files into their places, and removes what else is ours in the folder that they were written in."""
+def replace_files(audit: Audit, names: Sequence[str], sides: Collection[str]) -> tuple[str, ...]:
+    """Puts proven files into their places, and removes what else is ours in the folder that they were written in.
+
+    Side files that are replaced are kept under other names, which are returned.
+    """
     target, staging = audit.target, audit.target / STAGING
+    kept = {name: name_kept_file(target, name) for name in names if name in sides and (target / name).exists()}
     for name in names:
+        if name in kept:
+            (target / name).rename(target / kept[name])
+        elif (target / name).exists():
+            (staging / name).chmod(S_IMODE((target / name).stat().st_mode))
         (staging / name).rename(target / name)
     sync_folder(target)
     remove_files(staging, list_staged_names(audit.manifest))
     with suppress(OSError):
         staging.rmdir()
+    return tuple(kept.values())
+
+
+def name_kept_file(folder: Path, name: str) -> str:
+    """Names a file that is replaced: `.config.json.before-repair`. Hidden, so that nobody takes it for one of the
+    model's.
+    """
+    numbered = (f".{name}.before-repair{f'-{number}' if number > 1 else ''}" for number in count(1))
+    return next(kept for kept in numbered if not os.path.lexists(folder / kept))
 
 
 def list_staged_names(manifest: Mapping[str, Any]) -> set[str]:
@@ -279,9 +327,11 @@ def describe_repair(report: RepairReport) -> Iterator[str]:
         size = f"{report.size:,} bytes ({format_size(report.size)})"
         yield f"{target}: {format_count(len(report.repaired), 'files')} repaired, {size}"
         yield from (f"  {escape(name)}" for name in report.repaired)
+        if report.kept:
+            yield f"what they replaced beside the tensors is kept as {escape(format_list(report.kept))}"
         yield "each was read back and has the checksums of the manifest"
     elif report.damaged:
-        yield f"{target}: {describe_names(report.damaged)} damaged or missing; nothing was written"
+        yield f"{target}: {escape(describe_names(report.damaged))} damaged or missing; nothing was written"
     else:
         yield f"{target}: nothing to repair; {report.compared:,} bytes are as they were written"
     if report.problems:

@@ -7,12 +7,13 @@ from typing import Any
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
-from reshard.formats.part_manifests import Manifests, is_part_name, join_manifests
+from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name, join_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.target.manifest_writer import find_finished_ranks
 from reshard.target.state import TargetState
 from reshard.text import format_count, format_list, format_size
+from reshard.verification.checksums import find_damaged_side_files
 
 MOST_NAMED = 20
 """So many files are named; the number and the size of all is told too."""
@@ -40,7 +41,7 @@ def list_files_to_remove(
     still name what is left.
     """
     planned = {file.name for file in plan.files}
-    chosen = same or manifests.named
+    chosen = same or choose_of_one_conversion(manifests)
     if not manifests.main or (same and MANIFEST not in same):
         return  # parts of other conversions, or of several: what is whose is for a person to say
     files = {name for one in chosen.values() for name in list_rank_files(one)}
@@ -80,10 +81,17 @@ def leave_out_files(manifest: Mapping[str, Any], names: Sequence[str]) -> Mappin
     return {**manifest, "files": files} if files else {}
 
 
-def refuse_to_remove(folder: Path, names: Sequence[str]) -> Refused:
-    """Makes the refusal of a restart that would remove finished files, with their names and their size."""
+def refuse_to_remove(state: TargetState) -> Refused:
+    """Makes the refusal of a restart that would remove finished files, with their names and their size; and with those
+    that a person may have changed.
+    """
+    folder, names = state.folder, state.removed
+    changed = [entry["name"] for entry in find_damaged_side_files(folder, state.manifests.main)]
+    changed = [name for name in changed if name in names]
     size = sum((folder / name).stat().st_size for name in names)
     count = f"{format_count(len(names), 'files')}, {size:,} bytes ({format_size(size)})"
     found = f"finished; --restart would remove {count}: {format_list(names, MOST_NAMED)}"
+    if changed:
+        found += f"; of these, changed since they were written: {format_list(changed)}"
     remedy = "add --yes to remove them and write the target anew; if a file is damaged, reshard repair writes only that"
     return refuse("finished-target", str(folder), found, "--yes, or a target that is not finished", remedy)
