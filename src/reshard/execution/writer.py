@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from threading import Event, Lock
+from threading import Condition, Event
+from time import monotonic
 
 import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
@@ -11,7 +13,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 from reshard.casts.kernels import choose_recode
 from reshard.execution.journal import RECORD, Journal, append_records
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
-from reshard.execution.records import RECORD_TYPE, Records, parse_records
+from reshard.execution.records import Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
@@ -27,6 +29,15 @@ SHORTEST_RUN = STEP_SIZE // 4
 FLUSH_SECONDS = 5.0
 """At most the work of so many seconds is lost when a job is killed."""
 
+FLUSH_SIZE = 2 << 30
+"""In bytes. Written bytes are synced earlier if there are so many: a large memory could hold 100 GB that wait."""
+
+MOST_UNSYNCED = 2 * FLUSH_SIZE
+"""In bytes. If so many are written and not synced, the workers wait for the disk."""
+
+LOOK_SECONDS = 0.05
+"""How often it is looked whether there is something to sync."""
+
 SYNC_STEP = 64 << 20
 """In bytes: after so many that have come to the disk, they are counted."""
 
@@ -39,29 +50,52 @@ class Ledger:
         self._counter = counter
         self._targets = targets
         self._ways = ways
-        self._lock = Lock()
+        self._room = Condition()
+        self._is_bounded = False
         self._pending = bytearray()
         self._durable = bytearray(journal.records)
+        self.unsynced = 0
+        """In bytes: written, and not known to be durable."""
         self.inexact = 0
 
-    def add(self, records: bytes, inexact: int = 0) -> None:
-        """Adds the records of groups that have been written, and the number of values in them that a cast rounded."""
-        with self._lock:
+    def add(self, records: bytes, size: int, inexact: int = 0) -> None:
+        """Adds the records of groups that have been written, their size in bytes, and the number of values in them that
+        a cast rounded. Waits for the disk if it is too far behind.
+        """
+        with self._room:
+            while self._is_bounded and self.unsynced >= MOST_UNSYNCED:
+                self._room.wait()
             self._pending += records
+            self.unsynced += size
             self.inexact += inexact
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """A context in which somebody flushes, so that others may wait for it."""
+        self._is_bounded = True
+        try:
+            yield
+        finally:
+            with self._room:
+                self._is_bounded = False
+                self._room.notify_all()
 
     def flush(self) -> None:
         """Makes the groups added so far durable, and only then writes their records to the journal."""
-        with self._lock:
+        with self._room:
             batch, self._pending = bytes(self._pending), bytearray()
         if not batch:
             return
-        self._wait_for_disk(parse_records(batch))
-        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+        records = parse_records(batch)
+        self._wait_for_disk(records)
+        for file in np.unique(records["file"]).tolist():
             os.fdatasync(self._targets[file])
             drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
         self._durable += batch
+        with self._room:
+            self.unsynced -= int(records["size"].sum())
+            self._room.notify_all()
 
     def _wait_for_disk(self, records: Records) -> None:
         """Waits until groups are written to the disk, and counts them step by step: a sync may take a minute a file."""
@@ -100,9 +134,13 @@ def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: int
 
 
 def flush_regularly(ledger: Ledger, stopped: Event) -> None:
-    """Flushes the ledger every few seconds until the work ends."""
-    while not stopped.wait(FLUSH_SECONDS):
-        ledger.flush()
+    """Flushes the ledger every few seconds, or when much is written, until the work ends."""
+    flushed = monotonic()
+    with ledger.bound():
+        while not stopped.wait(min(LOOK_SECONDS, FLUSH_SECONDS)):
+            if ledger.unsynced >= FLUSH_SIZE or monotonic() - flushed >= FLUSH_SECONDS:
+                ledger.flush()
+                flushed = monotonic()
 
 
 def move_window(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> int:
@@ -140,7 +178,7 @@ def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memo
                 write_range(files.targets[group.target_file], data, end, files.ways)
                 end += size
         records += RECORD.pack(group.target_offset, group.target_file, group.size, checksum.digest())
-    ledger.add(bytes(records))
+    ledger.add(bytes(records), sum(group.size for group in window.groups))
 
 
 def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> None:
@@ -153,4 +191,4 @@ def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: Worker
         digest = xxh3_128_digest(bytes_of_group)
         write_range(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
-    ledger.add(bytes(records), inexact)
+    ledger.add(bytes(records), sum(group.size for group in window.groups), inexact)

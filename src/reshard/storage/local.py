@@ -29,6 +29,9 @@ PAGE = 4096
 SMALLEST_UNCACHED = 1 << 20
 """In bytes. A smaller write past the cache would read the pages at its ends back from the disk."""
 
+SMALLEST_WRITEBACK = 64 << 10
+"""In bytes. The disk gets a smaller write together with others, when the file is synced."""
+
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -126,7 +129,8 @@ def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> N
     done = 0
     while done < len(data):
         done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
-    if ways.write == "dropped":
+    if ways.write != "uncached" and len(data) >= SMALLEST_WRITEBACK:
+        # Now, and not when the kernel has gathered a tenth of the memory: the disk would idle until then.
         start_writeback(descriptor, offset, len(data))
 
 
