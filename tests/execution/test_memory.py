@@ -15,9 +15,9 @@ from reshard.synthetic import SMALL_V3, write_checkpoint, write_tensors
 
 INTERPRETER = """
 import numpy, msgspec, xxhash
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData:")))
 """
-"""In KiB. Not `ru_maxrss`: that counts what the process that starts this one has, too."""
+"""In KiB: private memory as RLIMIT_DATA counts it, whether it was touched or not."""
 CAP = 48 << 20
 LARGEST = ("engram.embed.weight", "F8_E4M3", (384_006_168, 256))
 """As in DeepSeek-V4.1: 98.3 GB."""
@@ -66,8 +66,9 @@ def private_limit() -> Callable[[], None]:
 
     Stacks count in full, though little of each is used: eight MiB for each of six threads.
     """
-    base = int(subprocess.run([sys.executable, "-c", INTERPRETER], check=True, capture_output=True).stdout) << 10
-    limit = base + CAP + 6 * (8 << 20) + (16 << 20)
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    asked = subprocess.run([sys.executable, "-c", INTERPRETER], check=True, capture_output=True, env=one_thread)
+    limit = (int(asked.stdout) << 10) + CAP + 6 * (8 << 20) + (4 << 20)
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
