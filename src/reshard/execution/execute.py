@@ -19,7 +19,7 @@ from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenF
 from reshard.execution.records import Records, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
-from reshard.execution.writer import Ledger, move_all
+from reshard.execution.writer import Jobs, Ledger, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
@@ -94,7 +94,7 @@ class RunResult:
     """Resources that a run used, and its results in numbers."""
 
     jobs: int
-    """Number of threads."""
+    """Number of threads in the end."""
     ways: Ways
     """Those of most of the bytes."""
     resumed: int
@@ -213,7 +213,7 @@ def write_partial_files(
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
         files = OpenFiles(sources, targets, ways, made, settings.allow_inexact)
-        move_all(work, files, ledger, jobs, counter.advance)
+        threads = move_all(work, files, ledger, jobs, counter.advance)
         copied = time.monotonic()
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
@@ -222,7 +222,7 @@ def write_partial_files(
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    result = RunResult(jobs, mostly, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
+    result = RunResult(threads, mostly, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
     return result, records, checksums
 
 
@@ -246,10 +246,14 @@ def measure_memory_per_thread(plan: Plan) -> int:
     return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_threads(ways: Ways, settings: Settings, memory: int) -> int:
-    """The number of threads: as asked for, else as many as processors or as keep a disk busy; limited by memory."""
-    usual = min(4, len(os.sched_getaffinity(0))) if ways == CACHED else THREADS_PAST_CACHE
-    return min(settings.max_memory // memory, settings.jobs or usual)
+def choose_threads(ways: Ways, settings: Settings, memory: int) -> Jobs:
+    """The numbers of threads: as asked for; else first as many as processors, at most four, or as keep a disk busy, and
+    more on more processors. Limited by memory.
+    """
+    processors, limit = len(os.sched_getaffinity(0)), settings.max_memory // memory
+    first = settings.jobs or (min(4, processors) if ways == CACHED else THREADS_PAST_CACHE)
+    most = settings.jobs or max(first, processors)
+    return Jobs(min(first, limit), min(most, limit))
 
 
 def require_buffer_memory(settings: Settings, memory: int) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Condition, Event
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
@@ -17,7 +18,7 @@ from reshard.execution.records import Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
-from reshard.storage.resources import run_in_threads
+from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
 STEP_SIZE = 1 << 20
@@ -42,6 +43,15 @@ SYNC_STEP = 64 << 20
 """In bytes: after so many that have come to the disk, they are counted."""
 
 
+class Jobs(NamedTuple):
+    """Numbers of threads."""
+
+    first: int
+    """At the beginning."""
+    most: int
+    """As long as more of them write more."""
+
+
 class Ledger:
     """Records of the written groups, with checksums: first in memory; after a flush durable, in the journal."""
 
@@ -54,6 +64,8 @@ class Ledger:
         self._is_bounded = False
         self._pending = bytearray()
         self._durable = bytearray(journal.records)
+        self.added = 0
+        """In bytes: written in this run."""
         self.unsynced = 0
         """In bytes: written, and not known to be durable."""
         self.inexact = 0
@@ -66,6 +78,7 @@ class Ledger:
             while self._is_bounded and self.unsynced >= MOST_UNSYNCED:
                 self._room.wait()
             self._pending += records
+            self.added += size
             self.unsynced += size
             self.inexact += inexact
 
@@ -120,8 +133,10 @@ def find_sync_steps(records: Records) -> Iterator[tuple[int, int, int]]:
         yield int(group["offset"][0]), int(group["offset"][-1]) + int(group["size"][-1]), int(group["size"].sum())
 
 
-def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: int, advance: Advance) -> None:
-    """Moves every window, with `jobs` threads, and flushes the ledger every few seconds. Raises their first error."""
+def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Jobs, advance: Advance) -> int:
+    """Moves every window, with several threads, and flushes the ledger every few seconds. Raises their first error.
+    Returns the number of threads in the end.
+    """
     if any(isinstance(made, Cast) for made in files.made):
         choose_recode()  # here, for it may import numba, and that from one thread only
 
@@ -130,7 +145,8 @@ def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: int
         return lambda window: advance(move_window(window, files, ledger, buffers))
 
     # The ledger has a thread of its own, so that no worker waits for the disk.
-    run_in_threads(work, make_worker, jobs, partial(flush_regularly, ledger))
+    growth = Growth(jobs.most, lambda: ledger.added)
+    return run_in_threads(work, make_worker, jobs.first, partial(flush_regularly, ledger), growth)
 
 
 def flush_regularly(ledger: Ledger, stopped: Event) -> None:

@@ -5,6 +5,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
+from time import monotonic
 from typing import Generic, Self, TypeVar
 
 UNLIMITED = 1 << 62
@@ -81,13 +82,48 @@ class WorkQueue(Generic[WorkItem]):
             return next(self._items)
 
 
+GROW_SECONDS = 1.0
+"""So long the work of a number of threads is measured, before it is compared with that of fewer."""
+
+WORTH = 1.1
+"""More threads must do so many times the work of half of them, or no more are added."""
+
+
+class Growth:
+    """Adds threads to a pool as long as that makes it faster."""
+
+    def __init__(self, most: int, measure: Callable[[], int]) -> None:
+        """`most` threads are allowed; `measure` tells the work done so far, in any unit."""
+        self._measure = measure
+        self._best = 0.0
+        self._started = monotonic()
+        self._done = measure()
+        self.most = most
+
+    def count_new(self, threads: int) -> int:
+        """The number of threads to add now, where so many work: as many again, or none."""
+        seconds = monotonic() - self._started
+        if threads >= self.most or seconds < GROW_SECONDS:
+            return 0
+        done = self._measure()
+        rate = (done - self._done) / seconds
+        self._started, self._done = monotonic(), done
+        if rate < self._best * WORTH:
+            self.most = threads
+            return 0
+        self._best = rate
+        return min(threads, self.most - threads)
+
+
 def run_in_threads(
     work: Iterable[WorkItem],
     make_worker: Callable[[], Callable[[WorkItem], None]],
     threads: int,
     background: Callable[[Event], None] | None = None,
-) -> None:
+    growth: Growth | None = None,
+) -> int:
     """Hands each item to a free worker, in the order of the items. Each thread makes one worker, with its own buffers.
+    Returns the number of threads in the end: `growth` may have added some.
 
     `background` runs in one more thread: it has to return soon after the event that it is given is set. The first
     error, or an interrupt, ends all threads; it is raised once they have ended.
@@ -100,20 +136,26 @@ def run_in_threads(
             worker(item)
 
     futures: list[Future[None]] = []
-    with ThreadPoolExecutor(threads + 1) as pool:
+    with ThreadPoolExecutor(max(threads, growth.most if growth else 0) + 1) as pool:
         # From the first thread on: the pool waits for all of them, and `background` ends only when it is told to.
         try:
             if background:
                 futures.append(pool.submit(stop_on_error, queue.stopped, partial(background, queue.stopped)))
-            futures.extend(pool.submit(stop_on_error, queue.stopped, run_worker) for _ in range(threads))
-            left = set(futures[-threads:])
-            while left:
-                ended, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
+            new, threads = threads, 0
+            left: set[Future[None]] = set()
+            while new or left:
+                added = [pool.submit(stop_on_error, queue.stopped, run_worker) for _ in range(new)]
+                futures.extend(added)
+                threads += new
+                ended, left = wait(left.union(added), WAKE_SECONDS, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
+                # A worker has ended: nothing is left for others to begin.
+                new = growth.count_new(threads) if growth and not ended else 0
         finally:
             stop_and_wait(queue.stopped, futures)
         futures[0].result()
+    return threads
 
 
 def stop_on_error(stopped: Event, run: Callable[[], None]) -> None:
