@@ -98,6 +98,7 @@ def test_a_long_list_is_whole_in_a_pipe_and_a_hostile_name_is_harmless(
         ("w", "--tensors '*w*' fits 130 names"),
         ("blok.3.w", "--tensors block.3.w fits 1 name"),
         ("bloc?.900.w", "such as block.0.w"),
+        ("nothing.*", "inspect --tensors lists all names"),
     ],
 )
 def test_a_pattern_that_fits_nothing_is_refused_with_what_does(
@@ -107,5 +108,5 @@ def test_a_pattern_that_fits_nothing_is_refused_with_what_does(
     said = capsys.readouterr().err
     assert f"--tensors {pattern}: wrong option" in said
     assert words in said
-    with pytest.raises(Refused, match=r"tensors [wb]"):
+    with pytest.raises(Refused, match=r"tensors [wbn]"):
         reshard.inspect(folder / "odd.safetensors", tensors=["block.*", pattern])

@@ -47,10 +47,10 @@ def suggest_names(option: str, pattern: str, every: Sequence[str]) -> tuple[str,
 
 def correct_beginning(pattern: str, names: Iterable[str]) -> str:
     """The pattern with its components before the first wildcard as the nearest name has them: `model.layers.*` for
-    `model.layer.*`.
+    `model.layer.*`. As it is, if none is near.
     """
     components = pattern.split(".")
     fixed = [*takewhile(lambda component: not set(component) & set(WILD), components)]
     beginnings = dict.fromkeys(".".join(name.split(".")[: len(fixed)]) for name in names)
     near = get_close_matches(".".join(fixed), beginnings, 1)
-    return ".".join([*near, *components[len(fixed) :]])
+    return ".".join([*near, *components[len(fixed) :]]) if near else pattern
