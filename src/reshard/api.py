@@ -15,7 +15,8 @@ from time import monotonic
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
 from reshard.formats.manifest import list_subset_lines
-from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.diff import diff_checkpoints
+from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
     check_download_options,

@@ -108,9 +108,14 @@ def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str
     return "\n".join([row[0].rstrip(), *below])
 
 
+def is_terminal() -> bool:
+    """Whether standard output is a terminal: a pipe or a file gets whole tables and whole lists."""
+    return sys.stdout.isatty()
+
+
 def measure_terminal() -> int:
     """The width of the terminal that standard output is, in columns; 0 if it is none, or tells no width."""
-    if not sys.stdout.isatty():
+    if not is_terminal():
         return 0
     columns = os.environ.get("COLUMNS", "")
     with suppress(OSError, ValueError):  # of a stream without a descriptor

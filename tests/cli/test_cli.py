@@ -386,6 +386,18 @@ def test_inspect_shows_a_single_file(source: Path, ranks: Path, tmp_path: Path, 
     assert (said["files"], said["ranks"], said["layout"]) == (1, 8, "deepseek-inference")
 
 
+def test_inspect_says_in_one_line_which_tensor_no_recipe_knows(source: Path, tmp_path: Path, say: Say) -> None:
+    folder = shutil.copytree(source, tmp_path / "source")
+    save_file({"model.value_head.weight": np.ones(3, np.float32)}, folder / "model-00004-of-00004.safetensors")
+    for path in sorted(folder.glob("model-0000[1-3]-*")):
+        path.rename(folder / path.name.replace("of-00003", "of-00004"))
+    (folder / "model.safetensors.index.json").unlink()
+    head = say("inspect", folder).split("\n\n")[0].split("\n")
+    assert head[2].startswith("no recipe fits: model.value_head.weight: ")
+    assert "no rule knows it; expected: a rule of deepseek-v3" in head[2]
+    assert json.loads(say("inspect", source, "--json"))["reason"] == ""
+
+
 def test_inspect_shows_one_of_several_files_where_it_lies(source: Path, say: Say) -> None:
     assert "\n1 file, " in say("inspect", source / "model-00002-of-00003.safetensors")
 

@@ -455,7 +455,13 @@ REFUSALS: Mapping[str, tuple[str, Subset, set[str], str]] = {
         "deepseek-v3",
         Subset(only=("*.norm", "x")),
         {"nothing-kept"},
-        "no tensor fits 'x'",
+        r"--only x: nothing kept\n  hint:     --only '\*x\*' fits",
+    ),
+    "a pattern with a slip": (
+        "deepseek-v3",
+        Subset(only=("model.layer.1.*",)),
+        {"nothing-kept"},
+        r"--only 'model\.layers\.1\.\*' fits",
     ),
     "only what is dropped": ("deepseek-v3", Subset(only=("*.eh_proj.weight",)), {"nothing-kept"}, "dropped"),
 }

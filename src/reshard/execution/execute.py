@@ -7,7 +7,7 @@ journal records what is durable, so that the same command resumes after a crash,
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
+        with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, other_names, settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
@@ -145,6 +144,20 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     except OSError as error:
         raise refuse_unwritable(target, error) from None
     return done
+
+
+@contextmanager
+def make_folder(target: Path) -> Iterator[None]:
+    """Makes a folder if need be, and removes it again if the job in it fails and leaves nothing there."""
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # not empty: the next run goes on with what is there
+                target.rmdir()
+        raise
 
 
 def refuse_unwritable(target: Path, error: OSError) -> Refused:

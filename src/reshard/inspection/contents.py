@@ -76,6 +76,8 @@ class Content:
     """What was left aside or changed while it was read."""
     listed: tuple[ListedTensor, ...] | None = None
     """The tensors that were asked for; None if none were."""
+    reason: str = ""
+    """The remark in one line, if it is that no recipe fits."""
     unfinished: Unfinished | None = None
     """The conversion into this folder that has not ended, if there is one. All other fields are about finished files:
     where there are none, only `path` and `recipe` say something.
@@ -144,11 +146,24 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
         fitted = match_or_rename(checkpoint, recipes, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
-        return replace(make_content(path, stored, "", "", 0, {}, remark), notes=checkpoint.notes)
+        content = make_content(path, stored, "", "", 0, {}, remark)
+        return replace(
+            content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
+        )
     chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)
     content = make_content(path, stored, chosen.left, chosen.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes)
+
+
+def shorten_refusal(refused: Refused) -> str:
+    """Says in one line why no recipe fits: the first problem, and how many there are beside it."""
+    first, *others = refused.problems
+    said = first.found  # of no recipe, it names the nearest one and what that does not know
+    if first.kind != "no-recipe":
+        said = f"{first.subject}: {first.found}; expected: {first.expected}"
+    more = f" (and {format_count(len(others), 'more problems')})" if others else ""
+    return f"no recipe fits: {said}{more}"
 
 
 def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:
@@ -255,6 +270,7 @@ def format_content(content: Content) -> str:
         f"{content.path}: {known}{by}{ranks}",
         f"{files}, {format_count(content.tensors, 'tensors')}, {content.size:,} bytes ({format_size(content.size)})",
     ]
+    lines += [content.reason] if content.reason else []
     if content.counts:
         lines.append(", ".join(format_count(count, name) for name, count in content.counts.items()))
     if content.subset:
