@@ -9,6 +9,7 @@ from reshard import api
 from reshard.cli.convert import make_verify_command, plan_lines
 from reshard.cli.progress import show_progress
 from reshard.cli.verify import print_report
+from reshard.formats.remote_names import require_target
 from reshard.inspection.contents import inspect_path
 from reshard.synthetic import SMALL_V3, require_empty, write_checkpoint
 from reshard.text import escape
@@ -23,7 +24,7 @@ FILES = 4
 def run_demo(options: argparse.Namespace) -> int:
     """Runs `demo` in the given folder or a temporary one. Returns the exit code of the verification."""
     if options.folder:
-        require_empty(options.folder)
+        require_empty(require_target(options.folder, is_written=True))
         return run_demo_in(options.folder, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="reshard-demo-") as folder:
         return run_demo_in(Path(folder), as_json=options.json)

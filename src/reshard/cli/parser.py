@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
 from reshard.cli.outcome import REFUSED, print_aside
+from reshard.cli.values import parse_path, parse_source
 from reshard.text import escape
 
 OTHER_WORDS = dict.fromkeys(
@@ -77,7 +77,7 @@ class PrintCompletion(argparse.Action):
 def set_path_completion(parser: argparse.ArgumentParser, files: Any) -> None:
     """Marks the arguments of a parser and its commands that are paths, as shtab asks for it."""
     for action in parser._actions:  # noqa: SLF001
-        if action.type is Path or action.metavar in ("NAME|FILE", "FILE"):
+        if action.type in (parse_path, parse_source) or action.metavar in ("NAME|FILE", "FILE"):
             action.complete = files  # type: ignore[attr-defined]
         for command in action.choices.values() if isinstance(action.choices, dict) else ():
             set_path_completion(command, files)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
 from reshard.formats.json_input import read_object
+from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
 from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
@@ -48,7 +49,13 @@ def require_target_folder(target: Path) -> None:
     """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
-        raise refuse("empty-target", str(target), found, "a folder that was converted into", "is the path right?")
+        raise refuse(
+            "empty-target",
+            str(target),
+            found,
+            "a folder that was converted into",
+            suggest_near(target) or "is the path right?",
+        )
     require_finished(target)
 
 
