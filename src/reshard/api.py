@@ -33,6 +33,7 @@ from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
+from reshard.target.mending_hints import reword_hints
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
 from reshard.target.side_files import add_notes, find_beside
@@ -260,7 +261,8 @@ def verify(
         report = verify_target(
             sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
         )
-    return add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
+    report = add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
+    return reword_hints(report, folder, Path(source))
 
 
 def diff(

@@ -16,11 +16,15 @@ from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
-CONVERT_AGAIN_HINT = "move the file out of the folder and convert again"
+CONVERT_AGAIN_HINT = "convert again, into another folder"
 
-COPY_AGAIN_HINT = "copy the file here again, or move it out of the folder and convert again"
+REPAIR_HINT = "reshard repair writes it again"
+
+COPY_AGAIN_HINT = f"{REPAIR_HINT}; or copy the file here again"
 
 MISSING_FILE_HINT = "copy it there, or convert again"
+
+LOST_FILE_HINT = f"copy it there, or {REPAIR_HINT}"
 
 
 class TargetFolder(NamedTuple):
