@@ -179,7 +179,7 @@ def add_verify(parser: Parser) -> None:
     what.add_argument(
         "--ignore-extra-files",
         action="store_true",
-        help="With --source, leave out files and tensors that are not of the checkpoint.",
+        help="With --source, leave out what its index does not name; without an index, files beside one numbered set.",
     )
     what.add_argument(
         "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."

@@ -25,9 +25,6 @@ MOST_WEIGHTS = 90
 
 def print_choices(options: argparse.Namespace) -> int:
     """Prints the numbers of ranks that work as a table or JSON. Returns the exit code. Raises Refused."""
-    for name in ("ranks", "target"):
-        if getattr(options, name) is not None:
-            raise refuse("wrong-option", f"--{name}", "without --mp", "a number of ranks, or without it", "--mp N")
     layout = require_layout(
         None,
         options.to,
@@ -43,6 +40,10 @@ def print_choices(options: argparse.Namespace) -> int:
         options.source, layout, subset, options.recipe, options.replicas, ignore_extra_files=ignores
     )
     require_none(check_source_options(source, options.replicas, None))
+    for name in ("ranks", "target"):
+        if getattr(options, name) is not None:
+            remedy = f"add --mp N{' or --to hf' if name == 'target' else ''}; without --{name}, plan shows which N work"
+            raise refuse("wrong-option", f"--{name}", "no number of ranks", "--mp N with it", remedy)
     choices = list_rank_choices(source, layout, subset.only)
     if options.json:
         print_json(describe_choice_facts(source, choices))

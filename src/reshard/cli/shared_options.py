@@ -16,7 +16,9 @@ def add_recipe_option(group: argparse._ArgumentGroup, about: str = RECIPE_HELP) 
 def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
     """Adds the option of every command that reads a checkpoint."""
     group.add_argument(
-        "--ignore-extra-files", action="store_true", help="Leave out files and tensors that are not of the checkpoint."
+        "--ignore-extra-files",
+        action="store_true",
+        help="Leave out what the index does not name; without an index, files beside one numbered set.",
     )
 
 
