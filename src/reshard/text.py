@@ -116,3 +116,8 @@ def measure_terminal() -> int:
     with suppress(OSError, ValueError):  # of a stream without a descriptor
         return int(columns) if columns.isdecimal() else os.get_terminal_size(sys.stdout.fileno()).columns
     return 0
+
+
+def format_step(title: str, command: str) -> tuple[str, str]:
+    """Two lines: what a command is for, and the command alone, so that its line can be pasted into a shell."""
+    return f"{title}:", f"  {command}"

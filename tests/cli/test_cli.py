@@ -131,7 +131,7 @@ def test_convert_says_what_it_wrote_what_it_dropped_and_what_comes_next(source: 
     size = sum(map(len, rank_files(tmp_path / "out").values()))
     assert f"{tmp_path / 'out'}: 2 rank files, {size:,} bytes (2.18 MiB) in " in text
     assert f"dropped: {DROPPED} tensors, 909,224 bytes: MTP layers" in text
-    assert f"next: reshard verify {tmp_path / 'out'} --source {source}" in text
+    assert f"next:\n  reshard verify {tmp_path / 'out'} --source {source}" in text
 
 
 def test_convert_writes_the_rank_files_the_side_files_and_a_manifest(ranks: Path) -> None:
@@ -222,8 +222,8 @@ def test_the_paths_and_the_ranks_of_the_script_are_required(missing: str, capsys
 
 def next_of(text: str) -> list[str] | None:
     """The arguments of the command that a conversion names as the next one, as a shell takes them apart."""
-    lines = [line.removeprefix("next: reshard ") for line in text.splitlines() if line.startswith("next: ")]
-    return shlex.split(lines[0]) if lines else None
+    _, found, line = text.partition("\nnext:\n  reshard ")
+    return shlex.split(line.splitlines()[0]) if found else None
 
 
 @pytest.mark.parametrize(
@@ -886,14 +886,22 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ("convert a b c", "convert: unrecognized arguments: c; see"),
         (
             "convert a --mp 2 --target x",
-            "unrecognized arguments: --target x; TARGET stands without an option: reshard convert SOURCE TARGET",
+            (
+                "convert: unrecognized arguments: --target x; TARGET stands without an option: "
+                "reshard convert SOURCE TARGET --mp N [options]; see"
+            ),
         ),
-        ("convert --tp 2 a x --out x", "unrecognized arguments: --tp 2 --out x; did you mean --mp?; TARGET stands"),
-        ("convert a b --mp 2 --output x", "--output x; TARGET stands without an option"),
-        ("convert a b --mp 2 --dtype bf16", "--dtype bf16; did you mean --cast? See"),
-        ("convert a b --mp 2 --restrt", "--restrt; did you mean --restart? See"),
-        ("convert a b --mp 2 --start", "--start; see"),
-        ("convert a b --mp 2 --cast fp16", "--cast: 'fp16' is not bf16, fp8 or fp8-ue8m0; see"),
+        (
+            "convert --tp 2 a x --out x",
+            (
+                "convert: unrecognized arguments: --tp 2 --out x; did you mean --mp?; TARGET stands without an option: "
+                "reshard convert SOURCE TARGET --mp N [options]; see"
+            ),
+        ),
+        ("convert a b --mp 2 --dtype bf16", "convert: unrecognized arguments: --dtype bf16; did you mean --cast? See"),
+        ("convert a b --mp 2 --restrt", "convert: unrecognized arguments: --restrt; did you mean --restart? See"),
+        ("convert a b --mp 2 --start", "convert: unrecognized arguments: --start; see"),
+        ("convert a b --mp 2 --cast fp16", "convert: --cast: 'fp16' is not bf16, fp8 or fp8-ue8m0; see"),
         ("inspect a --zzz", "inspect: unrecognized arguments: --zzz; see"),
         (
             "--json inspect a",
@@ -925,12 +933,11 @@ def test_what_is_not_known_is_refused_in_a_line_with_the_nearest_name(
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("DIFF a b", "'DIFF' is unknown; did you mean diff? See"),
-        ("help", "'help' is no command; type reshard --help, or reshard COMMAND --help; see"),
-        ("help convert", "'help' is no command; type reshard --help, or reshard COMMAND --help; see"),
-        ("version", "'version' is no command; type reshard --version; see"),
-        ("list", "'list' is no command; type reshard recipes list; see"),
-        ("-v", "unrecognized arguments: -v; did you mean -V? See"),
+        ("DIFF", "'DIFF' is unknown; did you mean diff? See reshard --help"),
+        ("help", "'help' is no command; type reshard --help, or reshard COMMAND --help; see reshard --help"),
+        ("version", "'version' is no command; type reshard --version; see reshard --help"),
+        ("list", "'list' is no command; type reshard recipes list; see reshard --help"),
+        ("-v", "unrecognized arguments: -v; did you mean -V? See reshard --help"),
         ("convrt", "'convrt' is unknown; did you mean convert? See reshard --help"),
         ("--verison", "unrecognized arguments: --verison; did you mean --version? See reshard --help"),
         ("--json", "unrecognized arguments: --json; see reshard --help"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from reshard.errors import Refused
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.target.mending_hints import is_repairable
-from reshard.text import escape, format_runs
+from reshard.text import escape, format_runs, format_step
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
 
@@ -51,8 +51,9 @@ def make_command(name: str, options: argparse.Namespace, ranks: str | None, plac
 
 
 def describe_mending(commands: Sequence[str]) -> Iterator[str]:
-    """Describes commands for a person, one a line."""
+    """Describes commands for a person, each below its title."""
     for command in commands:
         here = command.startswith("reshard verify ")
-        source = "" if here or " SOURCE" not in command else "  # SOURCE: what the target was made from"
-        yield f"{'or, for the ranks that are here' if here else 'next'}: {escape(command)}{source}"
+        source = "" if here or " SOURCE" not in command else " (SOURCE: what the target was made from)"
+        title = "or, for the ranks that are here" if here else f"next{source}"
+        yield from format_step(title, escape(command))

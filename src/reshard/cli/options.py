@@ -37,7 +37,7 @@ def add_plan(parser: Parser) -> None:
         "--target",
         type=parse_path,
         metavar="DIR",
-        help="Look whether the files can be written there, and measure for two seconds how fast.",
+        help="With --mp or --to hf, look whether the files can be written there, and measure for two seconds how fast.",
     )
 
 
@@ -179,7 +179,8 @@ def add_verify(parser: Parser) -> None:
     what.add_argument(
         "--ignore-extra-files",
         action="store_true",
-        help="With --source, leave out what its index does not name; without an index, files beside one numbered set.",
+        help="With --source, leave out files and tensors that its index does not name; without an index, all "
+        "files but one numbered set.",
     )
     what.add_argument(
         "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."

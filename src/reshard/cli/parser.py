@@ -137,7 +137,8 @@ def explain_unknown(parser: Parser, words: Sequence[str], unknown: Sequence[str]
     shown, hints = [], []
     for option in dict.fromkeys(wanted):
         behind = words[words.index(option) + 1 :][:1] if option in words else []
-        shown += [option, *(word for word in behind if not word.startswith("-"))]
+        takes_value = option in OTHER_WORDS or option in PLACES
+        shown += [option, *(word for word in behind if not word.startswith("-") and (takes_value or word in unknown))]
         hints.append(suggest_option(parser, option.partition("=")[0]))
     return "; ".join([" ".join(shown), *filter(None, dict.fromkeys(hints))])
 

@@ -5,6 +5,10 @@ import argparse
 from reshard.cli.parser import OUTPUT, Parser, PrintCompletion
 from reshard.cli.values import parse_positive, parse_word
 
+IGNORE_HELP = (
+    "Leave out files and tensors that the index does not name; without an index, all files but one numbered set."
+)
+
 RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
 
 
@@ -18,7 +22,7 @@ def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ignore-extra-files",
         action="store_true",
-        help="Leave out what the index does not name; without an index, files beside one numbered set.",
+        help=IGNORE_HELP,
     )
 
 

@@ -246,7 +246,7 @@ def suggest_drop(recipe: Recipe, name: str) -> str:
         return ""
     row = f'["drop", "{module}{".{*}" if dot else ""}", "", "not used"],'
     copy = f"reshard recipes show {recipe.name} > my.toml"
-    return f"to leave it out, {copy}; add to the rows of my.toml {row} and pass it with --recipe FILE"
+    return f"to leave it out: {copy}; add to the rows of my.toml {row} and pass it with --recipe FILE"
 
 
 def suggest_rule(recipe: Recipe, row: str) -> str:
