@@ -118,6 +118,6 @@ def measure_terminal() -> int:
     return 0
 
 
-def format_step(title: str, command: str) -> tuple[str, str]:
+def format_command_lines(title: str, command: str) -> tuple[str, str]:
     """Two lines: what a command is for, and the command alone, so that its line can be pasted into a shell."""
     return f"{title}:", f"  {command}"

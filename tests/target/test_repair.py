@@ -397,7 +397,7 @@ def test_of_ranks_that_lie_elsewhere_verify_prints_how_to_verify_the_others(
         rank_file(target, rank).unlink()
     assert main(["verify", str(target)]) == 1
     told = capsys.readouterr().out
-    assert f"or, for the ranks that are here: reshard verify '{target}' --ranks 2-3\n" in told
+    assert f"or, for the ranks that are here:\n  reshard verify '{target}' --ranks 2-3\n" in told
     assert paste(told, capsys) == [2, 0]  # SOURCE is no path; the other one proves what is here
 
 

@@ -12,7 +12,7 @@ from reshard.cli.verify import print_report
 from reshard.formats.remote_names import require_target
 from reshard.inspection.contents import inspect_path
 from reshard.synthetic import SMALL_V3, require_empty, write_checkpoint
-from reshard.text import escape, format_step
+from reshard.text import escape, format_command_lines
 
 RANKS = 4
 """Number of ranks of the target."""
@@ -47,7 +47,7 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     with show_progress("convert", shown) as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)
-    steps = format_step("next", make_verify_command(conversion, argparse.Namespace()))
+    steps = format_command_lines("next", make_verify_command(conversion, argparse.Namespace()))
     say("\n".join([str(conversion), *steps]))
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     with show_progress("verify", shown) as progress:

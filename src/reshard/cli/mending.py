@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from reshard.errors import Refused
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.target.mending_hints import is_repairable
-from reshard.text import escape, format_runs, format_step
+from reshard.text import escape, format_command_lines, format_runs
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
 
@@ -56,4 +56,4 @@ def describe_mending(commands: Sequence[str]) -> Iterator[str]:
         here = command.startswith("reshard verify ")
         source = "" if here or " SOURCE" not in command else " (SOURCE: what the target was made from)"
         title = "or, for the ranks that are here" if here else f"next{source}"
-        yield from format_step(title, escape(command))
+        yield from format_command_lines(title, escape(command))

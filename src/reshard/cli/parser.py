@@ -126,7 +126,7 @@ def suggest_option(parser: Parser, wanted: str) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def explain_unknown(parser: Parser, words: Sequence[str], unknown: Sequence[str]) -> str:
+def explain_unknown_words(parser: Parser, words: Sequence[str], unknown: Sequence[str]) -> str:
     """Explains words that a parser does not know: options with the value that stood behind each, else all of them."""
     wanted = [word for word in unknown if word.startswith("-")]
     if not wanted:
@@ -149,7 +149,7 @@ def parse_words(parser: Parser, words: Sequence[str] | None) -> argparse.Namespa
     own: Parser = options.parser
     if unknown:
         given = sys.argv[1:] if words is None else words
-        own.error(f"unrecognized arguments: {explain_unknown(own, given, unknown)}")
+        own.error(f"unrecognized arguments: {explain_unknown_words(own, given, unknown)}")
     if not hasattr(options, "run"):
         parser.print_help()
         # Not 0, which means proven: a script whose command is an empty variable must not pass.

@@ -14,7 +14,7 @@ from reshard.planning.options import check_source_options, choose_subset, requir
 from reshard.planning.plan import describe_notes
 from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
 from reshard.sources.source import Source
-from reshard.text import escape, format_count, format_size, format_step, format_table
+from reshard.text import escape, format_command_lines, format_count, format_size, format_table
 
 GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
 """Memory of GPUs as it is sold, in GB, with the names of some."""
@@ -48,7 +48,7 @@ def print_choices(options: argparse.Namespace) -> int:
     if options.json:
         print_json(describe_choice_facts(source, choices))
     else:
-        lines = [*describe_choices(source, choices), *format_step("next", make_next_command(options, choices))]
+        lines = [*describe_choices(source, choices), *format_command_lines("next", make_next_command(options, choices))]
         print("\n".join(map(escape, lines)))
     return PROVEN
 
