@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
-from reshard.formats.remote_names import require_path
+from reshard.text import make_path
 
 
 def parse_word(text: str) -> str:
@@ -22,7 +22,7 @@ def parse_path(text: str) -> Path:
 
 def parse_source(text: str) -> Path:
     """Parses a path of something to read. Raises ArgumentTypeError."""
-    return require_path(parse_word(text))
+    return make_path(parse_word(text))
 
 
 def parse_number(text: str) -> int:

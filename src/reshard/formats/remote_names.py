@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import refuse
+from reshard.text import make_path
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
@@ -47,14 +48,10 @@ def restore_address(path: Path) -> str:
 
 
 def require_path(given: str | os.PathLike[str]) -> Path:
-    """Returns a path as it was given; one that begins with `./` and is not there as an absolute one, for it is no name
-    on a hub. Raises Refused for an empty string, which would be the folder that we are in.
-    """
+    """Returns a path as it was given. Raises Refused for an empty string, which would be the folder that we are in."""
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
-    path = Path(given)
-    is_local = os.fspath(given).startswith("./")
-    return path.absolute() if is_local and not path.parent.exists() else path
+    return make_path(os.fspath(given))
 
 
 def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
