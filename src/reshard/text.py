@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 LONGEST_SHOWN = 2_000
 """In characters, of one shown field of a problem: a name in a hostile file may have millions."""
@@ -121,3 +122,16 @@ def measure_terminal() -> int:
     with suppress(OSError, ValueError):  # of a stream without a descriptor
         return int(columns) if columns.isdecimal() else os.get_terminal_size(sys.stdout.fileno()).columns
     return 0
+
+
+def format_command_lines(title: str, command: str) -> tuple[str, str]:
+    """Two lines: what a command is for, and the command alone, so that its line can be pasted into a shell."""
+    return f"{title}:", f"  {command}"
+
+
+def make_path(text: str) -> Path:
+    """Makes a path of a text. One that begins with `./` and whose folder is not there becomes absolute, for without the
+    dot it would look like a name on a hub.
+    """
+    path = Path(text)
+    return path.absolute() if text.startswith("./") and not path.parent.exists() else path

@@ -25,8 +25,10 @@ from reshard.target.next_steps import make_rank_patterns
 def steps_of(text: str) -> dict[str, str]:
     """What each step is -> its command, from the end of a summary."""
     lines = text.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("next: "))
-    return {what: command for what, _, command in (line.partition(": ") for line in lines[first:])}
+    first = next(number for number, line in enumerate(lines) if line == "next:")
+    titles, commands = lines[first::2], lines[first + 1 :: 2]
+    assert all(command.startswith("  ") for command in commands)
+    return {title.removesuffix(":"): command.strip() for title, command in zip(titles, commands, strict=True)}
 
 
 def convert(capsys: pytest.CaptureFixture[str], source: Path, target: Path, *options: str) -> dict[str, str]:

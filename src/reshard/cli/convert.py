@@ -25,7 +25,7 @@ from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
-from reshard.text import escape, format_size
+from reshard.text import escape, format_command_lines, format_size
 from reshard.types import RANKS
 
 CHOICES = (
@@ -184,7 +184,8 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
         print_json({**facts, **describe_plan_facts(conversion.plan)})
     elif not options.quiet:
         lines = describe_conversion(conversion, getattr(options, "jobs", None))
-        print("\n".join(map(escape, [*lines, *(f"{step.text}: {step.command}" for step in steps)])))
+        below = (line for step in steps for line in format_command_lines(step.text, step.command))
+        print("\n".join(map(escape, [*lines, *below])))
     return PROVEN
 
 

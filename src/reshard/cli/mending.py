@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from reshard.errors import Refused
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
-from reshard.target.repair_plan import has_sampled_bytes
-from reshard.text import escape, format_runs
+from reshard.target.mending_hints import is_repairable
+from reshard.text import escape, format_command_lines, format_runs
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
-
-NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined"}
-"""Kinds of problems that no file written again would mend."""
 
 
 def list_mending_commands(report: Report | DownloadReport, options: argparse.Namespace) -> Iterator[str]:
@@ -26,7 +23,7 @@ def list_mending_commands(report: Report | DownloadReport, options: argparse.Nam
         manifest = read_joined_manifest(options.target)
     except Refused:
         return
-    if manifest and kinds - NOT_DAMAGE and (options.source is None or has_sampled_bytes(options.source, manifest)):
+    if is_repairable(report, options.target, options.source):
         yield make_repair_command(options)
     if "missing-file" in kinds and manifest and not is_of_whole_files(manifest):
         entries = [entry for entry in manifest["files"] if options.ranks is None or entry["rank"] in options.ranks]
@@ -54,8 +51,9 @@ def make_command(name: str, options: argparse.Namespace, ranks: str | None, plac
 
 
 def describe_mending(commands: Sequence[str]) -> Iterator[str]:
-    """Describes commands for a person, one a line."""
+    """Describes commands for a person, each below its title."""
     for command in commands:
         here = command.startswith("reshard verify ")
-        source = "" if here or " SOURCE" not in command else "  # SOURCE: what the target was made from"
-        yield f"{'or, for the ranks that are here' if here else 'next'}: {escape(command)}{source}"
+        source = "" if here or " SOURCE" not in command else " (SOURCE: what the target was made from)"
+        title = "or, for the ranks that are here" if here else f"next{source}"
+        yield from format_command_lines(title, escape(command))

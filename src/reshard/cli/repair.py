@@ -12,6 +12,7 @@ from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
 from reshard.execution.execute import Settings
+from reshard.formats.remote_names import require_target
 from reshard.target.repair import RepairOptions, RepairReport, describe_repair, repair_target
 
 
@@ -21,7 +22,8 @@ def run_repair(options: argparse.Namespace) -> int:
         options.source, options.recipe, options.ranks, options.ignore_extra_files, dry_run=options.dry_run
     )
     settings = Settings(options.jobs, allow_inexact=True)
-    report = repair_target(options.target, choice, settings, partial(show_progress, options=options))
+    target = require_target(options.target, is_written=False)
+    report = repair_target(target, choice, settings, partial(show_progress, options=options))
     commands = [make_repair_command(options)] if report.damaged and options.dry_run else []
     if options.json:
         print_json({**describe_repair_facts(report), "next": commands})

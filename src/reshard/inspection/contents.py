@@ -24,6 +24,7 @@ from reshard.formats.manifest import (
 )
 from reshard.formats.part_manifests import note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model
+from reshard.formats.remote_names import require_path
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
@@ -100,7 +101,7 @@ def inspect_path(
     names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
     `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
-    path, patterns = Path(path), list_patterns(tensors)
+    path, patterns = require_path(path), list_patterns(tensors)
     unfinished, notes = find_unfinished_run(path)
     if unfinished and not patterns and not (path / MANIFEST).exists():
         return replace(

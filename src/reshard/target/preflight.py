@@ -255,7 +255,7 @@ def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) ->
     """Explains that the target has a finished conversion of another job, by its manifest, and how it may serve."""
     plan = state.plan
     wanted = describe_conversion_job(plan, state.samples)
-    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest)
+    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest, "of this source")
     remedy = "another target"
     layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
     is_whole = len(manifest.get("files", ())) == manifest.get("ranks")

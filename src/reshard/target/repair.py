@@ -20,6 +20,7 @@ from reshard.errors import Problem, Refused, describe_problems, refuse, require_
 from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan
 from reshard.execution.journal import lock_journal
 from reshard.formats.part_manifests import read_joined_manifest
+from reshard.formats.remote_names import require_path, require_target
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.options import sort_numbers
 from reshard.storage.counting import WorkCounter
@@ -120,8 +121,9 @@ def repair(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
-    options = RepairOptions(None if source is None else Path(source), recipe, chosen, ignore_extra_files, dry_run)
-    return repair_target(Path(target), options, settings, lambda _: nullcontext(progress))
+    origin = None if source is None else require_path(source)
+    options = RepairOptions(origin, recipe, chosen, ignore_extra_files, dry_run)
+    return repair_target(require_target(target, is_written=False), options, settings, lambda _: nullcontext(progress))
 
 
 @dataclass(frozen=True, slots=True)

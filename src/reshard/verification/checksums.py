@@ -49,7 +49,7 @@ from reshard.verification.manifest_files import (
     read_file_size,
     read_manifest_files,
 )
-from reshard.verification.target_folder import COPY_AGAIN_HINT, MISSING_FILE_HINT, require_target_folder
+from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder
 from reshard.verification.verify import Report
 
 AUDIT_READ_SIZE = 2 << 20
@@ -182,7 +182,7 @@ def check_file_set(
     missing = [entry for entry in entries if read_file_size(target / entry.name) is None]
     if missing and is_of_whole_files(manifest):
         for entry in missing:
-            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", MISSING_FILE_HINT)
+            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", LOST_FILE_HINT)
     elif missing:
         yield make_missing_ranks_problem(target, missing, entries, manifest)
     for entry in entries:
@@ -205,7 +205,7 @@ def make_missing_ranks_problem(
         found = f"{len(missing)} of {manifest['ranks']} rank files are not here: ranks {ranks}"
     here = ",".join(format_runs(entry.rank for entry in entries if entry not in missing))
     command = f"reshard verify {shlex.quote(str(target))} --ranks {here}"
-    remedy = f"for the ranks that are here: {command}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
+    remedy = f"for the ranks that are here: {command}; else {LOST_FILE_HINT}" if here else LOST_FILE_HINT
     size = sum(entry.size for entry in missing)
     return Problem("missing-file", format_list(entry.name for entry in missing), found, f"{size:,} bytes", remedy)
 
@@ -329,7 +329,7 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
     for entry in find_damaged_side_files(target, manifest):
         path = target / Path(entry["name"]).name
         if not path.is_file():
-            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
+            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", LOST_FILE_HINT)
         else:
             yield Problem(
                 "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], COPY_AGAIN_HINT
