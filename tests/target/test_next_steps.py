@@ -16,10 +16,12 @@ from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
+from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.engines import count_ranks_per_node
 from reshard.target.next_steps import make_rank_patterns
+from reshard.target.staging import STAGING
 
 
 def steps_of(text: str) -> dict[str, str]:
@@ -46,9 +48,11 @@ def copy_by(command: str, node: Path, target: Path) -> None:
         subprocess.run([*words, source, f"{node}/"], check=True)
         return
     includes = [word.removeprefix("--include=/") for word in words if word.startswith("--include=")]
-    (exclude,) = [word.removeprefix("--exclude=") for word in words if word.startswith("--exclude=")]
+    excludes = [word.removeprefix("--exclude=") for word in words if word.startswith("--exclude=")]
     for path in target.iterdir():
-        if any(fnmatchcase(path.name, one) for one in includes) or not fnmatchcase(path.name, exclude):
+        if any(fnmatchcase(path.name, one) for one in includes) or not any(
+            fnmatchcase(path.name, one) for one in excludes
+        ):
             shutil.copy(path, node)
 
 
@@ -61,6 +65,9 @@ def test_the_copy_has_its_ranks_and_is_proven_where_it_lies(
     target = tmp_path / name
     steps = convert(capsys, tmp_path / "source", target, "--mp", str(ranks))
     (copy,) = [command for what, command in steps.items() if what.startswith("copy rank")]
+    (target / STAGING).mkdir()  # of a job that has not ended, no node needs anything
+    for left in (f"{STAGING}/model1-mp{ranks}.safetensors.partial", "tokenizer.json.partial", JOURNAL):
+        (target / left).write_text("begun", encoding="utf-8")
     copy_by(copy, tmp_path / "node", target)
     beside = {path.name for path in target.iterdir() if path.suffix == ".json"}
     assert {"run_config.json", "reshard.json", "tokenizer.json"} <= beside

@@ -409,3 +409,37 @@ def test_a_good_target_and_a_wrong_source_get_no_command(
     assert "next: " not in capsys.readouterr().out
     assert main(["verify", str(target), "--source", str(tmp_path / "other")]) == 1
     assert "reshard repair" not in capsys.readouterr().out
+
+
+def leave_begun_repair(target: Path) -> Path:
+    """What a killed repair leaves: its journal, a file that is not whole. Returns the folder."""
+    (target / STAGING).mkdir()
+    for name in (JOURNAL, f"{rank_file(target, 1).name}.partial"):
+        (target / STAGING / name).write_bytes(b"x" * 5000)
+    return target / STAGING
+
+
+def test_a_begun_repair_is_told_and_what_it_has_left_is_removed_when_nothing_is_damaged(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staging = leave_begun_repair(target)
+    for words in (["inspect", str(target)], ["convert", str(source), str(target), "--mp", "4"]):
+        assert main(words) == 0
+        assert "note: a repair began here and has not ended (.reshard-repair, " in capsys.readouterr().out
+    assert main(["repair", str(target), "--dry-run"]) == 0
+    assert "note: a repair began here" in capsys.readouterr().out
+    assert [note.kind for note in reshard.repair(target, ranks=[2]).notes] == ["begun-repair"]
+    (staging / "notes.txt").write_text("mine", encoding="utf-8")
+    assert len(list(staging.iterdir())) == 3
+    assert reshard.repair(target).notes  # of the other file
+    assert [path.name for path in staging.iterdir()] == ["notes.txt"]
+    (staging / "notes.txt").unlink()
+    assert not reshard.repair(target).notes
+    assert not (target / JOURNAL).exists()
+
+
+def test_a_restart_removes_a_begun_repair(source: Path, good: Path, target: Path) -> None:
+    staging = leave_begun_repair(target)
+    reshard.convert(source, target, mp=RANKS, restart=True, yes=True)
+    staging.rmdir()  # it is empty
+    assert contents(target) == contents(good)

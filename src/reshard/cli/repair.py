@@ -34,4 +34,5 @@ def run_repair(options: argparse.Namespace) -> int:
 def describe_repair_facts(report: RepairReport) -> dict[str, Any]:
     """Describes the result of a repair as JSON values."""
     status = "differs" if report.problems else "repaired" if report.repaired else "proven"
-    return {"status": status, **asdict(report), "target": str(report.target)}
+    notes = [note._asdict() for note in report.notes]
+    return {"status": status, **asdict(report), "target": str(report.target), "notes": notes}

@@ -41,6 +41,7 @@ from reshard.sources.rank_names import (
     parse_rank_name,
 )
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.target.staging import note_begun_repair
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -117,7 +118,7 @@ def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]
     raised.
     """
     try:
-        return read_unfinished(path), ()
+        return read_unfinished(path), tuple(note_begun_repair(path))
     except Refused as refused:
         if not (path / MANIFEST).exists():
             raise

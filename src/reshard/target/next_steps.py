@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.formats.huggingface import SUFFIX
-from reshard.formats.target_names import list_names
+from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
+from reshard.target.staging import STAGING
 from reshard.text import format_numbers
 from reshard.types import RANKS, Recipe
 
@@ -55,7 +56,8 @@ def list_copy_steps(recipe: Recipe, ranks: int, folder: Path) -> Iterator[NextSt
     # Older versions of rsync let the shell of the other node take a path apart, unless -s is given.
     options = "-a" if shlex.quote(str(folder)) == str(folder) else "-as"
     includes = [f"--include=/{pattern}" for pattern in make_rank_patterns(recipe, ranks, chosen)]
-    words = ["rsync", options, *includes, f"--exclude=*{SUFFIX}", f"{folder}/", f"NODE:{folder}/"]
+    excludes = [f"--exclude={name}" for name in (f"*{SUFFIX}", f"*{PARTIAL}", JOURNAL, STAGING)]
+    words = ["rsync", options, *includes, *excludes, f"{folder}/", f"NODE:{folder}/"]
     many = "ranks" if len(chosen) > 1 else "rank"
     yield NextStep("copy", f"copy {many} {text} to another node", shlex.join(words))
     yield NextStep("verify-copy", "verify there", shlex.join(["reshard", "verify", str(folder), "--ranks", text]))

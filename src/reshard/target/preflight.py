@@ -39,6 +39,7 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
+from reshard.target.staging import note_begun_repair
 from reshard.target.state import (
     TargetState,
     check_manifests,
@@ -153,9 +154,9 @@ def look_at_target(
         require_none(problems)
     if removed and not yes:
         raise refuse_to_remove(folder, removed)  # last: who agrees must not be refused then for another reason
-    if state.must_be_joined:
-        state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
-    return state
+    notes = [note_joined(state)] if state.must_be_joined else []
+    notes += [] if removed else note_begun_repair(folder)
+    return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))
 
 
 def check_state(state: TargetState) -> Iterator[Problem]:

@@ -19,11 +19,13 @@ from reshard.formats.part_manifests import read_joined_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.options import sort_numbers
 from reshard.storage.counting import WorkCounter
-from reshard.storage.local import remove_files, sync_folder
+from reshard.planning.plan import describe_notes
+from reshard.storage.local import sync_folder
 from reshard.target.preflight import check_folder
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
+from reshard.target.staging import STAGING, clear_staging, find_staged_files, list_staged_names, note_begun_repair
 from reshard.text import escape, format_count, format_list, format_size
-from reshard.types import Progress
+from reshard.types import Note, Progress
 from reshard.verification.checksums import (
     Audit,
     audit_files,
@@ -33,11 +35,6 @@ from reshard.verification.checksums import (
     list_audit_problems,
 )
 from reshard.verification.manifest_files import compute_file_checksum
-
-STAGING = ".reshard-repair"
-"""The folder inside a target in which new files are written. It is hidden, so that nobody takes them for the target's;
-inside, so that a file is renamed from there within one file system.
-"""
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
 """Begins to watch a step of the work, by its title: `verify` or `repair`."""
@@ -58,6 +55,8 @@ class RepairReport:
     """Bytes of the target that were compared with the manifest, before the repair."""
     problems: tuple[Problem, ...]
     """What is still wrong with the target; with `dry_run`, what was found."""
+    notes: tuple[Note, ...] = ()
+    """What a repair that began earlier has left."""
 
     @property
     def is_proven(self) -> bool:
@@ -134,7 +133,10 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
         audit = audit_repaired(target, options.ranks, progress)
     damage = find_damage(audit)
     if not damage.names or options.dry_run:
-        return RepairReport(target, damage.names, (), 0, audit.compared, tuple(list_audit_problems(audit)))
+        if not options.dry_run:
+            remove_left_repair(audit)
+        problems, notes = tuple(list_audit_problems(audit)), tuple(note_begun_repair(target))
+        return RepairReport(target, damage.names, (), 0, audit.compared, problems, notes)
     if options.source is None:
         raise refuse_without_source(target, damage)
     work = plan_repair(
@@ -163,6 +165,17 @@ def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress
     found = f"no {MANIFEST}: nothing tells what its files should be"
     remedy = f"copy the {MANIFEST} of this target here from where it was copied from; {CONVERT_ANEW}"
     raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
+
+
+def remove_left_repair(audit: Audit) -> None:
+    """Removes what an interrupted repair has left of files that are sound now. If it has begun others too, which were
+    not compared, all of it stays: that repair can go on. So it does where it cannot be removed; a note tells.
+    """
+    names = {name.removesuffix(PARTIAL) for name in find_staged_files(audit.target, audit.manifest)}
+    others = {entry.name for entry in audit.known} - {entry.name for entry in audit.entries}
+    if names and names.isdisjoint(others):
+        with suppress(Refused), lock_target(audit):
+            clear_staging(audit.target, audit.manifest)
 
 
 def find_damage(audit: Audit) -> Damage:
@@ -261,15 +274,7 @@ def replace_files(audit: Audit, names: Sequence[str]) -> None:
     for name in names:
         (staging / name).rename(target / name)
     sync_folder(target)
-    remove_files(staging, list_staged_names(audit.manifest))
-    with suppress(OSError):
-        staging.rmdir()
-
-
-def list_staged_names(manifest: Mapping[str, Any]) -> set[str]:
-    """Lists the names that a repair of a target may give to files in the folder that it writes in."""
-    names = {MANIFEST, *(entry["name"] for key in ("files", "side_files") for entry in manifest[key])}
-    return {JOURNAL, *names, *(name + PARTIAL for name in names)}
+    clear_staging(target, audit.manifest)
 
 
 def describe_repair(report: RepairReport) -> Iterator[str]:
@@ -284,5 +289,6 @@ def describe_repair(report: RepairReport) -> Iterator[str]:
         yield f"{target}: {describe_names(report.damaged)} damaged or missing; nothing was written"
     else:
         yield f"{target}: nothing to repair; {report.compared:,} bytes are as they were written"
+    yield from map(escape, describe_notes(report.notes))
     if report.problems:
         yield describe_problems(report.problems)

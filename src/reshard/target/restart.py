@@ -11,6 +11,7 @@ from reshard.formats.part_manifests import Manifests, is_part_name, join_manifes
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.target.manifest_writer import find_finished_ranks
+from reshard.target.staging import STAGING, find_staged_files
 from reshard.target.state import TargetState
 from reshard.text import format_count, format_list, format_size
 
@@ -49,7 +50,9 @@ def list_files_to_remove(
         return
     sides = {entry["name"] for one in chosen.values() for entry in one["side_files"]}
     own = [name for name in reversed([*chosen]) if name == MANIFEST or is_part_name(name)]
-    yield from (name for name in [*sorted(files), *sorted(sides - files), *own] if (folder / name).is_file())
+    staged = [f"{STAGING}/{name}" for one in chosen.values() for name in find_staged_files(folder, one)]
+    names = [*sorted({*staged}), *sorted(files), *sorted(sides - files), *own]
+    yield from (name for name in names if (folder / name).is_file())
 
 
 def list_files_beside(state: TargetState) -> set[str]:
