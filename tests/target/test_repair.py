@@ -282,7 +282,7 @@ def test_without_a_sound_manifest_nothing_is_repaired(is_there: bool, source: Pa
 
 KILLED = """
 import os, pathlib, sys
-import reshard.execution.execute, reshard.storage.local, reshard.target.repair
+import reshard.execution.execute, reshard.storage.local, reshard.target.repair, reshard.target.staging
 from reshard.cli.process import entry
 
 left = {left}
@@ -298,8 +298,8 @@ def dying(function):
 pathlib.Path.rename = dying(pathlib.Path.rename)
 for name in ("open_journal", "open_targets", "make_durable"):
     setattr(reshard.execution.execute, name, dying(getattr(reshard.execution.execute, name)))
-for name in ("prove_staged_files", "remove_files"):
-    setattr(reshard.target.repair, name, dying(getattr(reshard.target.repair, name)))
+reshard.target.repair.prove_staged_files = dying(reshard.target.repair.prove_staged_files)
+reshard.target.staging.remove_files = dying(reshard.target.staging.remove_files)
 entry()
 """
 """The command, which dies at one of its steps like a process that is killed."""
