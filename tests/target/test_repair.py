@@ -181,7 +181,7 @@ def test_a_dry_run_names_the_damage_and_the_command_and_writes_nothing(
     assert main(["repair", str(target), "--source", str(source), "--dry-run"]) == 1
     told = capsys.readouterr().out
     assert all(name in told for name in damaged)
-    assert f"next: reshard repair '{target}' --source {source}\n" in told
+    assert f"next: reshard repair '{target}' --source {source}  # writes 5 files, " in told
     assert (stamps(target), target.stat().st_mtime_ns) == (before, folder)
     report = reshard.repair(target, dry_run=True)
     assert (set(report.damaged), report.repaired, report.is_proven) == (damaged, (), False)
@@ -359,7 +359,7 @@ def test_an_interrupted_conversion_of_other_ranks_is_left_to_go_on(
 
 def paste(told: str, capsys: pytest.CaptureFixture[str]) -> list[int]:
     """Runs the commands that were printed, as a shell would take them; returns their exit codes."""
-    lines = [line for line in told.splitlines() if line.startswith(("next: ", "or, "))]
+    lines = [line for line in told.splitlines() if line.startswith(("next: ", "next, ", "or, "))]
     codes = [main(shlex.split(line.partition(": ")[2], comments=True)[1:]) for line in lines]
     capsys.readouterr()
     return codes
@@ -372,8 +372,8 @@ def test_the_command_that_verify_prints_makes_it_succeed(
     verify = ["verify", str(target), "--source", str(source)]
     assert main(verify) == 1
     told = capsys.readouterr().out
-    assert f"next: reshard repair '{target}' --source {source}\n" in told
-    assert paste(told, capsys)[0] == 0
+    assert f"or, for all ranks: reshard repair '{target}' --source {source}  # writes 5 files, " in told
+    assert paste(told, capsys)[-1] == 0
     assert main(verify) == 0
     assert main(["verify", str(target)]) == 0
     assert contents(target) == contents(good)
@@ -390,15 +390,33 @@ def test_without_a_source_the_command_has_a_place_for_it(
     assert main(["verify", str(target)]) == 0
 
 
-def test_of_ranks_that_lie_elsewhere_verify_prints_how_to_verify_the_others(
-    target: Path, capsys: pytest.CaptureFixture[str]
+def test_of_ranks_that_lie_elsewhere_the_ranks_that_are_here_are_verified_or_repaired_first(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in (0, 1):
         rank_file(target, rank).unlink()
-    assert main(["verify", str(target)]) == 1
-    told = capsys.readouterr().out
-    assert f"or, for the ranks that are here: reshard verify '{target}' --ranks 2-3\n" in told
-    assert paste(told, capsys) == [2, 0]  # SOURCE is no path; the other one proves what is here
+    words = f"'{target}'", f"'{target}' --source {source}"
+    for given in ([], ["--source", str(source)]):
+        assert main(["verify", str(target), *given]) == 1
+        told = capsys.readouterr().out
+        here, everything = told.splitlines()[-2:]
+        assert here == f"next, for the ranks that are here: reshard verify {words[given != []]} --ranks 2-3"
+        assert everything.startswith(f"or, for all ranks: reshard repair '{target}' --source ")
+        assert "# writes 2 files, " in everything
+        assert main(shlex.split(here.partition(": ")[2])[1:]) == 0
+    flip(rank_file(target, 3))
+    for given in ([], ["--source", str(source)]):
+        capsys.readouterr()
+        assert main(["verify", str(target), *given]) == 1
+        told = capsys.readouterr().out
+        here, everything = told.splitlines()[-2:]
+        assert here.startswith(f"next, for the ranks that are here: reshard repair '{target}' --source ")
+        assert " --ranks 2-3  # writes 1 file, " in here
+        assert "# writes 3 files, " in everything
+        assert "verify" not in told.partition("model3")[2].partition("\n")[2]
+    assert main(shlex.split(here.partition(": ")[2], comments=True)[1:]) == 0
+    assert not rank_file(target, 0).exists()
+    assert main(["verify", str(target), "--ranks", "2-3"]) == 0
 
 
 def test_a_good_target_and_a_wrong_source_get_no_command(

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from reshard.cli.mending import describe_mending, make_repair_command
+from reshard.cli.mending import describe_mending, make_repair_step
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
 from reshard.execution.execute import Settings
+from reshard.formats.part_manifests import read_joined_manifest
 from reshard.target.repair import RepairOptions, RepairReport, describe_repair, repair_target
 
 
@@ -22,11 +23,13 @@ def run_repair(options: argparse.Namespace) -> int:
     )
     settings = Settings(options.jobs, allow_inexact=True)
     report = repair_target(options.target, choice, settings, partial(show_progress, options=options))
-    commands = [make_repair_command(options)] if report.damaged and options.dry_run else []
+    steps = []
+    if report.damaged and options.dry_run:
+        steps = [make_repair_step(options, read_joined_manifest(options.target), report.damaged)]
     if options.json:
-        print_json({**describe_repair_facts(report), "next": commands})
+        print_json({**describe_repair_facts(report), "next": [step.command for step in steps]})
     elif report.problems or not options.quiet:
-        text = "\n".join([*describe_repair(report), *describe_mending(commands)])
+        text = "\n".join([*describe_repair(report), *describe_mending(steps)])
         print(paint(text, RED if report.problems else GREEN, sys.stdout))
     return PROBLEMS if report.problems else PROVEN
 
