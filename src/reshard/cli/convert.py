@@ -19,13 +19,14 @@ from reshard.cli.terminal import print_json
 from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
+from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
-from reshard.text import escape, format_size
+from reshard.text import escape, format_runs, format_size
 from reshard.types import RANKS
 
 CHOICES = (
@@ -191,7 +192,24 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
     """Collects what is to be done with a target, with full paths: it is verified first."""
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
-    return [verify, *list_next_steps(conversion.plan, conversion.target)]
+    return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
+
+
+def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
+    """Makes the command that makes one target of all ranks, where only some are; nothing where all are."""
+    manifest, target = read_joined_manifest(conversion.target), conversion.target.absolute()
+    if is_of_whole_files(manifest) or len(manifest["files"]) == manifest["ranks"]:
+        return
+    command = format_join_command(target, manifest, str(conversion.plan.path.absolute()))
+    text = "when the other parts are copied into this folder"
+    yield NextStep("join", text, " ".join([command, *map(shlex.quote, list_reading_words(options))]))
+
+
+def list_reading_words(options: argparse.Namespace) -> list[str]:
+    """The words that a command needs to read the same source, with full paths."""
+    recipe = getattr(options, "recipe", None)
+    words = ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
+    return words + ["--ignore-extra-files"] * bool(getattr(options, "ignore_extra_files", False))
 
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
@@ -204,9 +222,7 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
-    recipe, ranks = getattr(options, "recipe", None), getattr(options, "ranks", None)
+    ranks = getattr(options, "ranks", None)
     words += ["--source", str(plan.path.absolute())]
-    words += ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
-    words += ["--ranks", ",".join(map(str, ranks))] if ranks is not None else []
-    words += ["--ignore-extra-files"] if getattr(options, "ignore_extra_files", False) else []
-    return shlex.join(words)
+    words += ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
+    return shlex.join([*words, *list_reading_words(options)])
