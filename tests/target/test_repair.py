@@ -395,6 +395,10 @@ def test_of_ranks_that_lie_elsewhere_the_ranks_that_are_here_are_verified_or_rep
 ) -> None:
     for rank in (0, 1):
         rank_file(target, rank).unlink()
+    assert main(["inspect", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert "\nnote: a part of a target: ranks 2-3 of 4, by reshard.json\n" in said
+    assert "missing" not in said
     words = f"'{target}'", f"'{target}' --source {source}"
     for given in ([], ["--source", str(source)]):
         assert main(["verify", str(target), *given]) == 1
@@ -415,6 +419,7 @@ def test_of_ranks_that_lie_elsewhere_the_ranks_that_are_here_are_verified_or_rep
         assert "# writes 3 files, " in everything
         assert "verify" not in told.partition("model3")[2].partition("\n")[2]
     assert main(shlex.split(here.partition(": ")[2], comments=True)[1:]) == 0
+    assert capsys.readouterr().err.count("reshard ") == 1  # of three steps, the first names the command
     assert not rank_file(target, 0).exists()
     assert main(["verify", str(target), "--ranks", "2-3"]) == 0
 

@@ -196,7 +196,9 @@ def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> l
 
 
 def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
-    """Makes the command that makes one target of all ranks, where only some are; nothing where all are."""
+    """Makes the command that makes one target of all ranks, where only some were chosen; nothing where all are."""
+    if getattr(options, "ranks", None) is None:
+        return
     manifest, target = read_joined_manifest(conversion.target), conversion.target.absolute()
     if is_of_whole_files(manifest) or len(manifest["files"]) == manifest["ranks"]:
         return

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from dataclasses import asdict
-from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 from reshard.cli.mending import describe_mending, make_repair_step
@@ -22,7 +22,10 @@ def run_repair(options: argparse.Namespace) -> int:
         options.source, options.recipe, options.ranks, options.ignore_extra_files, dry_run=options.dry_run
     )
     settings = Settings(options.jobs, allow_inexact=True)
-    report = repair_target(options.target, choice, settings, partial(show_progress, options=options))
+    are_first = chain([True], repeat(False))
+    report = repair_target(
+        options.target, choice, settings, lambda title: show_progress(title, options, is_first=next(are_first))
+    )
     steps = []
     if report.damaged and options.dry_run:
         steps = [make_repair_step(options, read_joined_manifest(options.target), report.damaged)]

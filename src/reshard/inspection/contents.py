@@ -189,14 +189,14 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
 
 
 def note_part(path: Path, present: Sequence[str]) -> Note | None:
-    """Notes that a folder holds some ranks only, as its manifests have it; None if they name other files."""
+    """Notes that a folder holds some ranks only, which its manifests name; None if they do not name all of these."""
     try:
         manifest = read_joined_manifest(path)
     except Refused:
         return None
-    if list_rank_files(manifest) != set(present):
+    if not list_rank_files(manifest) >= {*present}:
         return None
-    ranks = format_numbers(entry["rank"] for entry in manifest["files"])
+    ranks = format_numbers(entry["rank"] for entry in manifest["files"] if entry["name"] in present)
     return Note("part", f"a part of a target: ranks {ranks} of {manifest['ranks']}, by {MANIFEST}")
 
 

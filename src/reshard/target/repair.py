@@ -21,7 +21,7 @@ from reshard.planning.options import sort_numbers
 from reshard.storage.counting import WorkCounter
 from reshard.planning.plan import describe_notes
 from reshard.storage.local import sync_folder
-from reshard.target.preflight import check_folder
+from reshard.target.preflight import check_folder, check_space
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
 from reshard.target.staging import STAGING, clear_staging, find_staged_files, list_staged_names, note_begun_repair
 from reshard.text import escape, format_count, format_list, format_size
@@ -35,6 +35,8 @@ from reshard.verification.checksums import (
     list_audit_problems,
 )
 from reshard.verification.manifest_files import compute_file_checksum
+
+REPAIR_ROOM = "make room on this disk, or repair fewer --ranks at a time: the new files lie beside the damaged ones first"
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
 """Begins to watch a step of the work, by its title: `verify` or `repair`."""
@@ -135,8 +137,10 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
     if not damage.names or options.dry_run:
         if not options.dry_run:
             remove_left_repair(audit)
-        problems, notes = tuple(list_audit_problems(audit)), tuple(note_begun_repair(target))
-        return RepairReport(target, damage.names, (), 0, audit.compared, problems, notes)
+        problems = [*list_audit_problems(audit), *check_repair_space(audit, damage)]
+        return RepairReport(
+            target, damage.names, (), 0, audit.compared, tuple(problems), tuple(note_begun_repair(target))
+        )
     if options.source is None:
         raise refuse_without_source(target, damage)
     work = plan_repair(
@@ -203,7 +207,18 @@ def check_staging(audit: Audit, work: RepairPlan) -> Iterator[Problem]:
         yield Problem("target-not-folder", str(staging), "a link", "a folder, or no such name", "move it elsewhere")
     else:
         ours = list_staged_names(audit.manifest)
-        yield from check_folder(work.plan.path, staging, work.size, ours, list_names(staging))
+        present, remedy = list_names(staging), "move them elsewhere"
+        for problem in check_folder(work.plan.path, staging, work.size, ours, present, remedy, REPAIR_ROOM):
+            is_denied = problem.kind == "no-permission"
+            yield replace(problem, remedy=f"make it writable, {CONVERT_ANEW}") if is_denied else problem
+
+
+def check_repair_space(audit: Audit, damage: Damage) -> Iterator[Problem]:
+    """Checks that damaged files can be written beside those that are there, before anything of a source is known."""
+    size = sum(entry.size for entry in damage.files) + sum(entry["size"] for entry in damage.sides)
+    if size:
+        ours = find_staged_files(audit.target, audit.manifest)
+        yield from check_space(audit.target / STAGING, size, {*ours}, REPAIR_ROOM)
 
 
 @contextmanager
