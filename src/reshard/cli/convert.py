@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
+from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
-from reshard.text import escape, format_runs, format_size
-from reshard.types import RANKS
+from reshard.text import escape, format_count, format_numbers, format_runs, format_size
+from reshard.types import RANKS, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
@@ -129,7 +130,21 @@ def show_plan(options: argparse.Namespace) -> int:
         lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
         print("\n".join(map(escape, lines)))
         return PROVEN
+    plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, options)))
     return print_plan(plan, options.target, as_json=options.json)
+
+
+def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note]:
+    """Notes what a conversion would not write again: finished ranks, and the bytes of an unfinished run."""
+    if options.target is None:
+        return
+    chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
+    if plan.layout.to == RANKS and (finished := {*chosen} - {file.rank for file in plan.files}):
+        yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
+    if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
+        size = f"{format_size(found.durable)} of {format_size(found.size)}"
+        whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
+        yield Note("unfinished", f"an unfinished run there has {size} on the disk, {whole}; the same options go on with it")
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
