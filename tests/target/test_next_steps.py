@@ -16,12 +16,12 @@ from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
+from reshard.execution.staging import STAGING
 from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.engines import count_ranks_per_node
 from reshard.target.next_steps import make_rank_patterns
-from reshard.target.staging import STAGING
 
 
 def steps_of(text: str) -> dict[str, str]:

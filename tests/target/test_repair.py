@@ -282,7 +282,7 @@ def test_without_a_sound_manifest_nothing_is_repaired(is_there: bool, source: Pa
 
 KILLED = """
 import os, pathlib, sys
-import reshard.execution.execute, reshard.storage.local, reshard.target.repair, reshard.target.staging
+import reshard.execution.execute, reshard.storage.local, reshard.target.repair, reshard.execution.staging
 from reshard.cli.process import entry
 
 left = {left}
@@ -299,7 +299,7 @@ pathlib.Path.rename = dying(pathlib.Path.rename)
 for name in ("open_journal", "open_targets", "make_durable"):
     setattr(reshard.execution.execute, name, dying(getattr(reshard.execution.execute, name)))
 reshard.target.repair.prove_staged_files = dying(reshard.target.repair.prove_staged_files)
-reshard.target.staging.remove_files = dying(reshard.target.staging.remove_files)
+reshard.execution.staging.remove_files = dying(reshard.execution.staging.remove_files)
 entry()
 """
 """The command, which dies at one of its steps like a process that is killed."""

@@ -144,7 +144,9 @@ def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note
     if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"
         whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
-        yield Note("unfinished", f"an unfinished run there has {size} on the disk, {whole}; the same options go on with it")
+        yield Note(
+            "unfinished", f"an unfinished run there has {size} on the disk, {whole}; the same options go on with it"
+        )
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -42,12 +42,12 @@ def list_mending_steps(report: Report | DownloadReport, options: argparse.Namesp
         return
     if manifest:
         can_repair = options.source is None or has_sampled_bytes(options.source, manifest)
-        yield from list_rank_steps(report.problems, manifest, options, can_repair=can_repair)
+        yield from list_repair_steps(report.problems, manifest, options, can_repair=can_repair)
         if "not-joined" in kinds:
             yield MendingStep("next", format_join_command(options.target, manifest))
 
 
-def list_rank_steps(
+def list_repair_steps(
     problems: Sequence[Problem], manifest: Mapping[str, Any], options: argparse.Namespace, *, can_repair: bool
 ) -> Iterator[MendingStep]:
     """Lists how damaged and missing files are written again, and how the ranks that are here are verified."""

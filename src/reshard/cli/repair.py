@@ -3,7 +3,7 @@
 import argparse
 import sys
 from dataclasses import asdict
-from itertools import chain, repeat
+from itertools import count
 from typing import Any
 
 from reshard.cli.mending import describe_mending, make_repair_step
@@ -22,9 +22,9 @@ def run_repair(options: argparse.Namespace) -> int:
         options.source, options.recipe, options.ranks, options.ignore_extra_files, dry_run=options.dry_run
     )
     settings = Settings(options.jobs, allow_inexact=True)
-    are_first = chain([True], repeat(False))
+    steps_seen = count()
     report = repair_target(
-        options.target, choice, settings, lambda title: show_progress(title, options, is_first=next(are_first))
+        options.target, choice, settings, lambda title: show_progress(title, options, is_first=not next(steps_seen))
     )
     steps = []
     if report.damaged and options.dry_run:

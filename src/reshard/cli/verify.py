@@ -47,7 +47,13 @@ def print_report(
         print_download_report(report, target, as_json=as_json)
     elif as_json:
         proven = "sampled" if report.is_sampled else "proven"
-        print_json({"status": "differs" if report.problems else proven, **asdict(report), "next": [step.command for step in steps]})
+        print_json(
+            {
+                "status": "differs" if report.problems else proven,
+                **asdict(report),
+                "next": [step.command for step in steps],
+            }
+        )
     else:
         print_verdict("\n".join([describe_report(report, target, source), *describe_mending(steps)]), report)
     return PROBLEMS if report.problems else PROVEN

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, require_none
+from reshard.execution.staging import note_begun_repair
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import (
     INDEX,
@@ -41,7 +42,6 @@ from reshard.sources.rank_names import (
     parse_rank_name,
 )
 from reshard.sources.recipe_choice import narrow_recipes
-from reshard.target.staging import note_begun_repair
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 

@@ -1,17 +1,17 @@
 """The next steps with a finished target: ranks are copied to another node and verified there, the engine is started."""
 
 import shlex
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence
 from glob import escape as escape_pattern
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.execution.staging import STAGING
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
-from reshard.target.staging import STAGING
 from reshard.text import format_numbers
 from reshard.types import RANKS, Recipe
 
@@ -60,9 +60,9 @@ def list_rank_steps(plan: Plan, folder: Path, names: Sequence[str]) -> Iterator[
         yield NextStep("start", *start)
 
 
-def has_node(there: Set[int], own: int, ranks: int) -> bool:
+def has_node(there: Collection[int], own: int, ranks: int) -> bool:
     """Whether all ranks of a node are there, if each node has `own` ranks."""
-    return any(there >= {*range(first, first + own)} for first in range(0, ranks, own))
+    return any({*range(first, first + own)} <= {*there} for first in range(0, ranks, own))
 
 
 def list_copy_steps(recipe: Recipe, ranks: int, folder: Path, verb: str) -> Iterator[NextStep]:

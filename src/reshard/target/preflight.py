@@ -16,6 +16,7 @@ from reshard.execution.journal import list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
 from reshard.execution.side_writer import write_side_files
+from reshard.execution.staging import note_begun_repair
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_part_name, is_same_conversion, join_manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
@@ -39,7 +40,6 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
-from reshard.target.staging import note_begun_repair
 from reshard.target.state import (
     TargetState,
     check_manifests,
@@ -55,7 +55,6 @@ from reshard.target.state import (
 from reshard.target.tokenizer import find_tokenizer, note_lacking
 from reshard.text import format_count, format_list, format_size
 from reshard.types import RANKS
-
 
 MORE_ROOM = "make room, another target, or fewer --ranks at a time"
 
@@ -76,7 +75,7 @@ def check_folder(
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
 
     `present` has the names that were there before `ours` was found out: a run that has begun since then is met by its
-    lock, and what it writes is not called a stranger's. `remedy` is for other files in the folder, `room` for a full disk.
+    lock, and what it writes is not called a stranger's. `remedy` is for other files there, `room` for a full disk.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -93,7 +92,9 @@ def check_folder(
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         is_read_only = bool(os.statvfs(above).f_flag & os.ST_RDONLY)
         found = "on a read-only file system" if is_read_only else "not a folder that we may write to"
-        hint = "have it mounted for writing, or another target" if is_read_only else "write permission, or another target"
+        hint = (
+            "have it mounted for writing, or another target" if is_read_only else "write permission, or another target"
+        )
         yield Problem("no-permission", str(above), found, "a folder that we may write to", hint)
         return
     longest = os.pathconf(above, "PC_NAME_MAX")

@@ -5,25 +5,30 @@ interruption. Each is read back and compared with the checksums of the manifest;
 by renaming. So the manifest decides what is right, and no file of the target is removed before its successor is whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from reshard.errors import Problem, Refused, describe_problems, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan
 from reshard.execution.journal import lock_journal
+from reshard.execution.staging import (
+    STAGING,
+    find_staged_files,
+    list_staged_names,
+    note_begun_repair,
+    remove_staged_files,
+)
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.options import sort_numbers
-from reshard.storage.counting import WorkCounter
 from reshard.planning.plan import describe_notes
+from reshard.storage.counting import WorkCounter
 from reshard.storage.local import sync_folder
 from reshard.target.preflight import check_folder, check_space
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
-from reshard.target.staging import STAGING, clear_staging, find_staged_files, list_staged_names, note_begun_repair
 from reshard.text import escape, format_count, format_list, format_size
 from reshard.types import Note, Progress
 from reshard.verification.checksums import (
@@ -36,7 +41,9 @@ from reshard.verification.checksums import (
 )
 from reshard.verification.manifest_files import compute_file_checksum
 
-REPAIR_ROOM = "make room on this disk, or repair fewer --ranks at a time: the new files lie beside the damaged ones first"
+REPAIR_ROOM = (
+    "make room on this disk, or repair fewer --ranks at a time: the new files lie beside the damaged ones first"
+)
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
 """Begins to watch a step of the work, by its title: `verify` or `repair`."""
@@ -179,7 +186,7 @@ def remove_left_repair(audit: Audit) -> None:
     others = {entry.name for entry in audit.known} - {entry.name for entry in audit.entries}
     if names and names.isdisjoint(others):
         with suppress(Refused), lock_target(audit):
-            clear_staging(audit.target, audit.manifest)
+            remove_staged_files(audit.target, audit.manifest)
 
 
 def find_damage(audit: Audit) -> Damage:
@@ -289,7 +296,7 @@ def replace_files(audit: Audit, names: Sequence[str]) -> None:
     for name in names:
         (staging / name).rename(target / name)
     sync_folder(target)
-    clear_staging(target, audit.manifest)
+    remove_staged_files(target, audit.manifest)
 
 
 def describe_repair(report: RepairReport) -> Iterator[str]:

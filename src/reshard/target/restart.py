@@ -6,12 +6,12 @@ from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.execution.journal import list_left_files
+from reshard.execution.staging import STAGING, find_staged_files
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import Manifests, is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
-from reshard.target.staging import STAGING, find_staged_files
 from reshard.target.state import TargetState
 from reshard.text import format_count, format_list, format_size
 

@@ -322,7 +322,8 @@ def list_names_in_range(path: Path, begin: int, end: int) -> str:
     except Refused:
         return "header"
     names = [tensor.name for tensor in tensors if tensor.offset < end and tensor.offset + tensor.size > begin]
-    return format_list(["header", *names] if begin < file.header_size else names)
+    # A short list: behind it stands what is wrong.
+    return format_list(["header", *names] if begin < file.header_size else names, 1)
 
 
 def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
@@ -332,9 +333,8 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
         else:
-            yield Problem(
-                "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], COPY_AGAIN_HINT
-            )
+            expected = "those of the manifest"
+            yield Problem("wrong-checksum", path.name, "other bytes than were written", expected, COPY_AGAIN_HINT)
 
 
 def find_damaged_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

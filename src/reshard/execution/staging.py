@@ -28,7 +28,7 @@ def find_staged_files(target: Path, manifest: Mapping[str, Any]) -> list[str]:
     return [] if staging.is_symlink() else sorted(list_staged_names(manifest).intersection(list_names(staging)))
 
 
-def clear_staging(target: Path, manifest: Mapping[str, Any]) -> None:
+def remove_staged_files(target: Path, manifest: Mapping[str, Any]) -> None:
     """Removes what a repair has left; files of other people stay. Raises OSError if it cannot."""
     remove_files(target / STAGING, find_staged_files(target, manifest))
     with suppress(OSError):
