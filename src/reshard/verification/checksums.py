@@ -322,8 +322,7 @@ def list_names_in_range(path: Path, begin: int, end: int) -> str:
     except Refused:
         return "header"
     names = [tensor.name for tensor in tensors if tensor.offset < end and tensor.offset + tensor.size > begin]
-    # A short list: behind it stands what is wrong.
-    return format_list(["header", *names] if begin < file.header_size else names, 1)
+    return format_list(["header", *names] if begin < file.header_size else names)
 
 
 def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
