@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
+    was_there = target.exists()
     try:
         with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, other_names, settings)
@@ -138,6 +140,9 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             except (Exception, KeyboardInterrupt):
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
+                    if not was_there:
+                        with suppress(OSError):
+                            target.rmdir()
                 raise
             rename_to_final(target, names, others.superseded)
         counter.finish()
@@ -266,7 +271,7 @@ def require_buffer_memory(settings: Settings, memory: int) -> None:
     """Raises Refused if the memory that is allowed is not enough for the buffers of one thread."""
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
-        raise refuse("too-little-memory", "--max-memory", found, expected)
+        raise refuse("too-little-memory", "--max-memory", found, expected, f"--max-memory {ceil(memory / 2**20)}MiB")
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:

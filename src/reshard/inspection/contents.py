@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, require_none
+from reshard.execution.staging import note_begun_repair
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import (
     INDEX,
@@ -120,7 +121,7 @@ def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]
     raised.
     """
     try:
-        return read_unfinished(path), ()
+        return read_unfinished(path), tuple(note_begun_repair(path))
     except Refused as refused:
         if not (path / MANIFEST).exists():
             raise
@@ -204,14 +205,14 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
 
 
 def note_part(path: Path, present: Sequence[str]) -> Note | None:
-    """Notes that a folder holds some ranks only, as its manifests have it; None if they name other files."""
+    """Notes that a folder holds some ranks only, which its manifests name; None if they do not name all of these."""
     try:
         manifest = read_joined_manifest(path)
     except Refused:
         return None
-    if list_rank_files(manifest) != set(present):
+    if not list_rank_files(manifest) >= {*present}:
         return None
-    ranks = format_numbers(entry["rank"] for entry in manifest["files"])
+    ranks = format_numbers(entry["rank"] for entry in manifest["files"] if entry["name"] in present)
     return Note("part", f"a part of a target: ranks {ranks} of {manifest['ranks']}, by {MANIFEST}")
 
 
