@@ -45,7 +45,7 @@ def test_no_more_problems_are_held_than_anyone_reads() -> None:
         "  hint:     copy it there",
         "  found:    no such file; expected: 1,024 bytes",
         "  also:     " + ", ".join(f"{number}.safetensors" for number in range(1, 12)) + " and 99,988 more",
-        "... all of them: --json",
+        "... in full: --json",
         f"only the first {MOST_PROBLEMS:,} problems were looked for",
     ]
 

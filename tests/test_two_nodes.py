@@ -1,4 +1,4 @@
-"""The Slurm script of docs/two-nodes.md: run as it stands on the page, with its paths changed, on two processes."""
+"""The Slurm scripts of docs/two-nodes.md: run as they stand on the page, with their paths changed, on two processes."""
 
 import os
 import re
@@ -30,8 +30,8 @@ def read_script(name: str) -> str:
 
 
 @pytest.fixture
-def sbatch(tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
-    """Runs the script, with one GPU a node and every folder of the page in one of this machine."""
+def sbatch(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a script, with one GPU a node and every folder of the page in one of this machine."""
     shared = tmp_path / "shared"
     commands = {
         "srun": f"{shlex.quote(sys.executable)} {tmp_path / 'srun.py'}",
@@ -49,39 +49,44 @@ def sbatch(tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
     (shared / "DeepSeek-V3" / "inference").mkdir()
     code = GENERATE.replace('"--interactive", action="store_true"', '"--input-file", required=True')
     (shared / "DeepSeek-V3" / "inference" / "generate.py").write_text(code)
-    script = read_script("serve.sbatch").replace("GPUS=8", "GPUS=1")
-    for name, text in (("serve.sbatch", script), ("node.sh", read_script("node.sh"))):
-        moved = text.replace("/shared/", f"{shared}/").replace("/local/", f"{tmp_path}/local/")
-        (shared / name).write_text(moved)
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "16"}
+    for name in ("prepare.sbatch", "serve.sbatch", "node.sh"):
+        (shared / name).write_text(read_script(name).replace("/shared/", f"{shared}/"))
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "16", "GPUS": "1"}
 
-    def run() -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(shared / "serve.sbatch")]
-        env = {**os.environ, **slurm}
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(shared / name)]
+        env = {**os.environ, **slurm, "PATH": f"{shared / 'venv' / 'bin'}:{os.environ['PATH']}"}
         return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=300, check=False)
 
     return run
 
 
 def test_each_node_makes_proves_and_serves_its_own_ranks(
-    sbatch: Callable[[], subprocess.CompletedProcess[str]], tmp_path: Path
+    sbatch: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = sbatch()
+    early = sbatch("serve.sbatch")
+    assert early.returncode == 1
+    assert "ranks-1-1: prepare it first" in early.stderr
+    done = sbatch("prepare.sbatch")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": proven against ") == 2
-    folder = tmp_path / "local" / "DeepSeek-V3-mp16"
+    assert sbatch("prepare.sbatch").returncode == 0  # again, as after a requeue
+    folder = tmp_path / "shared" / "DeepSeek-V3-mp16"
     for rank in (0, 1):
         files = sorted(path.name for path in (folder / f"ranks-{rank}-{rank}").glob("*.safetensors"))
         assert files == [f"model{rank}-mp2.safetensors"]
+    done = sbatch("serve.sbatch")
+    assert done.returncode == 0, done.stderr
     ran = sorted(path.name for path in (tmp_path / "shared" / "DeepSeek-V3" / "inference").glob("ran-*"))
     assert ran == ["ran-0", "ran-1"]
 
 
 def test_nothing_is_started_where_a_checkpoint_is_refused(
-    sbatch: Callable[[], subprocess.CompletedProcess[str]], tmp_path: Path
+    sbatch: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     min((tmp_path / "shared" / "DeepSeek-V3").glob("*.safetensors")).unlink()
-    done = sbatch()
+    done = sbatch("prepare.sbatch")
     assert done.returncode == 2
     assert "missing file" in done.stderr
+    assert sbatch("serve.sbatch").returncode == 1
     assert not [*(tmp_path / "shared" / "DeepSeek-V3" / "inference").glob("ran-*")]

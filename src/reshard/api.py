@@ -15,7 +15,9 @@ from time import monotonic
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
 from reshard.formats.manifest import list_subset_lines
-from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.formats.remote_names import require_path, require_target
+from reshard.inspection.diff import diff_checkpoints
+from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
     check_download_options,
@@ -32,6 +34,7 @@ from reshard.sources.source import Source, read_source
 from reshard.sources.verified_source import read_sides
 from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
+from reshard.target.mending_hints import reword_hints
 from reshard.target.preflight import describe_others, look_at_target, mend_target
 from reshard.target.run_config import explain_no_run_config
 from reshard.target.side_files import add_notes, find_beside
@@ -137,6 +140,7 @@ def convert(
 
     """
     started = monotonic()
+    folder = require_target(target, is_written=True)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none(check_settings(settings))
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
@@ -148,7 +152,7 @@ def convert(
     beside = find_beside(planned)
     tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
     # The last chance to refuse.
-    state = look_at_target(add_notes(planned, beside), Path(target), tokenizer, beside, restart=restart, yes=yes)
+    state = look_at_target(add_notes(planned, beside), folder, tokenizer, beside, restart=restart, yes=yes)
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True)
@@ -185,6 +189,7 @@ def plan(
     The arguments are those of `convert`. With a `target`, the plan has the files that are still to be written there,
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
+    folder = None if target is None else require_target(target, is_written=True)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
@@ -192,7 +197,7 @@ def plan(
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     beside = find_beside(planned)
     planned = add_notes(planned, beside)
-    return planned if target is None else look_at_target(planned, Path(target), beside=beside).plan
+    return planned if folder is None else look_at_target(planned, folder, beside=beside).plan
 
 
 def verify(
@@ -231,7 +236,7 @@ def verify(
         Refused: There is nothing that could be compared.
 
     """
-    folder, part = Path(target), read_sample(sample)
+    part = read_sample(sample)
     if download or sums is not None:
         extra = ignore_extra_files or None
         given = {
@@ -242,7 +247,8 @@ def verify(
             "--ignore-extra-files": extra,
         }
         require_none(check_download_options(given, sums, is_hub=download))
-        return verify_download(folder, None if sums is None else Path(sums), progress)
+        return verify_download(require_path(target), None if sums is None else Path(sums), progress)
+    folder = require_target(target, is_written=False)
     require_target_folder(folder)
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
@@ -251,12 +257,13 @@ def verify(
         if recipe:
             raise refuse("wrong-option", "--recipe", "no --source", "with --source only: a manifest needs none")
         return audit_target(folder, progress, part, chosen)
-    sides = read_sides(folder, Path(source), recipe, ignore_extra_files=ignore_extra_files)
+    sides = read_sides(folder, require_path(source), recipe, ignore_extra_files=ignore_extra_files)
     with count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen)) as advance:
         report = verify_target(
             sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
         )
-    return add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
+    report = add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
+    return reword_hints(report, folder, Path(source))
 
 
 def diff(
@@ -290,7 +297,7 @@ def diff(
 
     """
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas)
-    return diff_checkpoints(Path(a), Path(b), choice, progress)
+    return diff_checkpoints(require_path(a), require_path(b), choice, progress)
 
 
 def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iterator[str]:
@@ -332,7 +339,7 @@ def read_chosen(
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     return read_source(
-        Path(source),
+        require_path(source),
         recipe,
         ignore_extra_files=ignore_extra_files,
         replicas=replicas,

@@ -223,7 +223,8 @@ def describe_some(kinds: ProblemKinds, everything: str) -> list[str]:
             break
     rest = {kind: count_problems(groups) - count_problems(shown.get(kind, ())) for kind, groups in kinds.items()}
     counts = ", ".join(f"{count:,} {kind}" for kind, count in rest.items() if count)
-    lines.append(f"... {f'and more: {counts}; ' if counts else ''}all of them: {everything}")
+    # Where every problem is there, only details were shortened.
+    lines.append(f"... and more: {counts}; all of them: {everything}" if counts else f"... in full: {everything}")
     return lines
 
 

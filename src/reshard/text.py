@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 LONGEST_SHOWN = 2_000
 """In characters, of one shown field of a problem: a name in a hostile file may have millions."""
@@ -108,11 +109,29 @@ def format_record(heading: Sequence[str], row: Sequence[str], width: int) -> str
     return "\n".join([row[0].rstrip(), *below])
 
 
+def is_terminal() -> bool:
+    """Whether standard output is a terminal: a pipe or a file gets whole tables and whole lists."""
+    return sys.stdout.isatty()
+
+
 def measure_terminal() -> int:
     """The width of the terminal that standard output is, in columns; 0 if it is none, or tells no width."""
-    if not sys.stdout.isatty():
+    if not is_terminal():
         return 0
     columns = os.environ.get("COLUMNS", "")
     with suppress(OSError, ValueError):  # of a stream without a descriptor
         return int(columns) if columns.isdecimal() else os.get_terminal_size(sys.stdout.fileno()).columns
     return 0
+
+
+def format_command_lines(title: str, command: str) -> tuple[str, str]:
+    """Two lines: what a command is for, and the command alone, so that its line can be pasted into a shell."""
+    return f"{title}:", f"  {command}"
+
+
+def make_path(text: str) -> Path:
+    """Makes a path of a text. One that begins with `./` and whose folder is not there becomes absolute, for without the
+    dot it would look like a name on a hub.
+    """
+    path = Path(text)
+    return path.absolute() if text.startswith("./") and not path.parent.exists() else path

@@ -131,7 +131,7 @@ def test_convert_says_what_it_wrote_what_it_dropped_and_what_comes_next(source: 
     size = sum(map(len, rank_files(tmp_path / "out").values()))
     assert f"{tmp_path / 'out'}: 2 rank files, {size:,} bytes (2.18 MiB) in " in text
     assert f"dropped: {DROPPED} tensors, 909,224 bytes: MTP layers" in text
-    assert f"next: reshard verify {tmp_path / 'out'} --source {source}" in text
+    assert f"next:\n  reshard verify {tmp_path / 'out'} --source {source}" in text
 
 
 def test_convert_writes_the_rank_files_the_side_files_and_a_manifest(ranks: Path) -> None:
@@ -222,8 +222,8 @@ def test_the_paths_and_the_ranks_of_the_script_are_required(missing: str, capsys
 
 def next_of(text: str) -> list[str] | None:
     """The arguments of the command that a conversion names as the next one, as a shell takes them apart."""
-    lines = [line.removeprefix("next: reshard ") for line in text.splitlines() if line.startswith("next: ")]
-    return shlex.split(lines[0]) if lines else None
+    _, found, line = text.partition("\nnext:\n  reshard ")
+    return shlex.split(line.splitlines()[0]) if found else None
 
 
 @pytest.mark.parametrize(
@@ -386,6 +386,18 @@ def test_inspect_shows_a_single_file(source: Path, ranks: Path, tmp_path: Path, 
     assert (said["files"], said["ranks"], said["layout"]) == (1, 8, "deepseek-inference")
 
 
+def test_inspect_says_in_one_line_which_tensor_no_recipe_knows(source: Path, tmp_path: Path, say: Say) -> None:
+    folder = shutil.copytree(source, tmp_path / "source")
+    save_file({"model.value_head.weight": np.ones(3, np.float32)}, folder / "model-00004-of-00004.safetensors")
+    for path in sorted(folder.glob("model-0000[1-3]-*")):
+        path.rename(folder / path.name.replace("of-00003", "of-00004"))
+    (folder / "model.safetensors.index.json").unlink()
+    head = say("inspect", folder).split("\n\n")[0].split("\n")
+    assert head[2].startswith("no recipe fits: model.value_head.weight: ")
+    assert "no rule knows it; expected: a rule of deepseek-v3" in head[2]
+    assert json.loads(say("inspect", source, "--json"))["reason"] == ""
+
+
 def test_inspect_shows_one_of_several_files_where_it_lies(source: Path, say: Say) -> None:
     assert "\n1 file, " in say("inspect", source / "model-00002-of-00003.safetensors")
 
@@ -441,10 +453,10 @@ def test_the_way_out_of_a_damaged_file_is_one(
     out = shutil.copytree(ranks, tmp_path / "out")
     flip_bit(out / "model3-mp8.safetensors", offset_of(out / "model3-mp8.safetensors", "norm.weight"))
     told = say("verify", out, *options, code=1)
-    assert re.search(r"hint: .*move (it|the file) out of the folder and convert again\n", told)
+    assert "reshard repair writes it again" in told
     (out / "model3-mp8.safetensors").rename(tmp_path / "aside")
     told = say("verify", out, *options, code=1)
-    assert "--ranks 0-2,4-7; else copy it there, or convert again\n" in told
+    assert "--ranks 0-2,4-7; else copy it there, or reshard repair writes it again\n" in told
     say("convert", source, out, "--mp", "8")
     assert rank_files(out) == rank_files(ranks)
 
@@ -879,7 +891,29 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ("convert a b --mp 2 --dry", "convert: unrecognized arguments: --dry; did you mean --dry-run? See"),
         ("convert a b --tp 2", "convert: unrecognized arguments: --tp 2; did you mean --mp? See"),
         ("plan a --mp 2 --reciepe=x", "plan: unrecognized arguments: --reciepe=x; did you mean --recipe? See"),
-        ("verify a b", "verify: unrecognized arguments: b; see"),
+        ("verify a b", "verify: unrecognized arguments: b; did you mean --source b? See"),
+        ("repair a b", "repair: unrecognized arguments: b; did you mean --source b? See"),
+        ("plan a b", "plan: unrecognized arguments: b; did you mean --target b? See"),
+        ("convert a b 4", "convert: unrecognized arguments: 4; did you mean --mp 4? See"),
+        ("convert a b c", "convert: unrecognized arguments: c; see"),
+        (
+            "convert a --mp 2 --target x",
+            (
+                "convert: unrecognized arguments: --target x; TARGET stands without an option: "
+                "reshard convert SOURCE TARGET --mp N [options]; see"
+            ),
+        ),
+        (
+            "convert --tp 2 a x --out x",
+            (
+                "convert: unrecognized arguments: --tp 2 --out x; did you mean --mp?; TARGET stands without an option: "
+                "reshard convert SOURCE TARGET --mp N [options]; see"
+            ),
+        ),
+        ("convert a b --mp 2 --dtype bf16", "convert: unrecognized arguments: --dtype bf16; did you mean --cast? See"),
+        ("convert a b --mp 2 --restrt", "convert: unrecognized arguments: --restrt; did you mean --restart? See"),
+        ("convert a b --mp 2 --start", "convert: unrecognized arguments: --start; see"),
+        ("convert a b --mp 2 --cast fp16", "convert: --cast: 'fp16' is not bf16, fp8 or fp8-ue8m0; see"),
         ("inspect a --zzz", "inspect: unrecognized arguments: --zzz; see"),
         (
             "--json inspect a",
@@ -911,6 +945,11 @@ def test_what_is_not_known_is_refused_in_a_line_with_the_nearest_name(
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("DIFF", "'DIFF' is unknown; did you mean diff? See reshard --help"),
+        ("help", "'help' is no command; type reshard --help, or reshard COMMAND --help; see reshard --help"),
+        ("version", "'version' is no command; type reshard --version; see reshard --help"),
+        ("list", "'list' is no command; type reshard recipes list; see reshard --help"),
+        ("-v", "unrecognized arguments: -v; did you mean -V? See reshard --help"),
         ("convrt", "'convrt' is unknown; did you mean convert? See reshard --help"),
         ("--verison", "unrecognized arguments: --verison; did you mean --version? See reshard --help"),
         ("--json", "unrecognized arguments: --json; see reshard --help"),

@@ -77,6 +77,12 @@ def read_piece(descriptor: int) -> bytes:
         return b""
 
 
+def test_a_long_list_of_tensors_is_cut_on_a_terminal(source: Path) -> None:
+    shown = look("inspect", source, "--tensors", COLUMNS="200")
+    count = int(re.search(r"(\d+) tensors listed", shown)[1])  # type: ignore[index]
+    assert f"... and {count - 100} more; --json has all, and a pattern narrows the list" in shown
+
+
 # colours
 
 

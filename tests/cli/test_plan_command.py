@@ -31,9 +31,10 @@ def test_the_numbers_of_ranks_fit_a_terminal_and_end_with_a_command_that_works(
     monkeypatch.chdir(source.parent)
     assert main(["plan", "source", "--cast", "bf16", "--only", "*norm*", "--only", "*mlp*"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "next:"
     assert max(map(len, lines[:-1])) <= 80
     assert sum("80 GB" in line for line in lines) > len(CHOICES)
-    words = shlex.split(lines[-1].removeprefix("next: "))
+    words = shlex.split(lines[-1])
     assert words[:5] == ["reshard", "convert", "source", "TARGET", "--mp"]
     assert words[-6:] == ["--cast", "bf16", "--only", "*norm*", "--only", "*mlp*"]
     assert main([str(tmp_path / "target") if word == "TARGET" else word for word in words[1:]]) == 0
@@ -154,3 +155,37 @@ def test_an_unfinished_target_for_other_ranks_is_one_problem_that_destroys_nothi
     (problem,) = refused.value.problems
     assert problem.expected == "this conversion: the files model1-mp4.safetensors"
     convert_checkpoint(Job(source, 4), tmp_path / "target")
+
+
+def test_a_target_of_another_source_is_told_apart_from_this_one(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(Job(source, 2, cast="bf16"), tmp_path / "target")
+    write_checkpoint(tmp_path / "other", SMALL_V3, 2, seed=1)
+    with pytest.raises(Refused) as refused:
+        convert_checkpoint(Job(tmp_path / "other", 4), tmp_path / "target")
+    (problem,) = refused.value.problems
+    assert problem.found == "a finished conversion: 2 ranks, cast bf16, of another source, or of other bytes"
+    assert problem.expected == "this one: 4 ranks, no cast, of this source"
+
+
+@pytest.mark.parametrize(("option", "hint"), [("--target", "add --mp N or --to hf;"), ("--ranks", "add --mp N;")])
+def test_an_option_that_needs_ranks_says_so(
+    option: str, hint: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(source), option, "1"]) == 2
+    told = capsys.readouterr().err
+    assert f"hint:     {hint} without {option}, plan shows which N work\n" in told
+    assert main(["plan", str(tmp_path / "no checkpoint"), option, "1"]) == 2
+    assert "no checkpoint: no source\n" in capsys.readouterr().err
+
+
+def test_numbers_as_a_string_are_refused_whole(source: Path) -> None:
+    with pytest.raises(Refused, match="layers: wrong option") as refused:
+        reshard.plan(source, 2, layers="0-2")  # type: ignore[arg-type]
+    (problem,) = refused.value.problems
+    assert problem.found == "'0-2'"
+    assert "range(0, 3)" in problem.remedy
+
+
+def test_plan_without_ranks_in_python_names_those_that_work(source: Path) -> None:
+    with pytest.raises(Refused, match="mp=N; the command reshard plan SOURCE shows"):
+        reshard.plan(source)

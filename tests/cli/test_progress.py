@@ -245,7 +245,7 @@ def test_each_signal_to_end_ends_alike(number: signal.Signals, source: Path, tar
         assert end_by(number, process) == "reshard: interrupted; run the same command again to go on from there\n"
     with held(source, target.with_name("other"), "--progress", "none", step="move_all") as process:
         assert end_by(number, process) == "reshard: interrupted; nothing was written; run the same command again\n"
-    assert [*target.with_name("other").iterdir()] == []
+    assert not target.with_name("other").exists()
 
 
 def test_under_nohup_a_conversion_outlives_its_terminal(source: Path, target: Path) -> None:

@@ -382,7 +382,7 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--mp", "4"]))
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list((tmp_path / "ours").iterdir()) == []
+    assert not (tmp_path / "ours").exists()
     require_the_oracles_after_all(sources["fp8"], tmp_path)
 
 
@@ -440,7 +440,7 @@ def test_an_interrupt_leaves_no_final_name(sources: dict[str, Path], tmp_path: P
 
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(Job(sources["fp8"], 4), tmp_path / "ours", progress=interrupted)
-    assert final_names(tmp_path / "ours") == []
+    assert not (tmp_path / "ours").exists()  # nothing was durable yet
     require_the_oracles_after_all(sources["fp8"], tmp_path)
 
 

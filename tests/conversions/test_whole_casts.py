@@ -296,7 +296,11 @@ def test_an_infinity_has_no_place_in_fp8(source: Source, folder: Path) -> None:
     with pytest.raises(Refused) as error:
         cast(folder / "source", folder / "target", "fp8")
     assert [(problem.kind, problem.subject) for problem in error.value.problems] == [("not-finite", name)]
-    assert not list((folder / "target").glob("*.safetensors"))
+    assert not (folder / "target").exists()
+    (folder / "empty").mkdir()
+    with pytest.raises(Refused):
+        cast(folder / "source", folder / "empty", "fp8")
+    assert not list((folder / "empty").iterdir())
 
 
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4.1-flash"])

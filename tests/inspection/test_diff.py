@@ -22,7 +22,8 @@ from torch import Tensor
 
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.diff import diff_checkpoints
+from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.storage.local import Ways
 from reshard.synthetic import write_tensors
@@ -469,10 +470,102 @@ def test_the_most_different_come_first(tmp_path: Path) -> None:
     assert [found.name for found in report.values] == ["nan", "sign", "many", "few", "tiny"]
 
 
+def lines_of(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    """What `diff` prints."""
+    main(["diff", *map(str, words)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_nan_is_in_the_verdict_the_text_and_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tensor has no difference that is a number, and stands before those that have one."""
+    names = [f"layers.{number}.{kind}" for number in range(4) for kind in ("a", "b")]
+    base = {name: torch.full((5,), 2.0) for name in names}
+    b = {name: tensor.clone() for name, tensor in base.items()}
+    b["layers.1.a"][3] = torch.nan
+    save_file(base, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    sides = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    verdict = "different: 1 of 8 tensors differs; 1 NaN only in B, in layers.1.a"
+    assert lines_of(capsys, *sides)[0] == verdict
+    assert verdict in str(diff_checkpoints(*sides))
+    for name in ("layers.2.a", "layers.2.b"):
+        b[name][:] = 3.0
+    b["layers.1.b"][0] = torch.inf
+    save_file(b, sides[1])
+    report = diff_checkpoints(*sides)
+    assert [(group.name, group.nans, group.infinite) for group in report.layers[:2]] == [
+        ("layers.1", (0, 1), 1),
+        ("layers.2", (0, 0), 0),
+    ]
+    assert [(group.nans, group.infinite) for group in report.modules] == [((0, 1), 0), ((0, 0), 1)]
+    lines = lines_of(capsys, *sides)
+    assert "; 1 NaN only in B, 1 infinite on a side, in layers.1." in lines[0]
+    assert "; the largest relative norm of a difference is 50 % in layers.2." in lines[0]
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("by layer")) :]
+    assert (table[0].split()[-4:], table[1].split()[-2:]) == (["NaN", "in", "B", "infinite"], ["1", "1"])
+    base["layers.1.a"][:2] = torch.tensor([torch.nan, 0])
+    save_file(base, sides[0])
+    assert "; 1 NaN in A and 1 in B, 1 infinite on a side, in " in lines_of(capsys, *sides)[0]
+
+
+def test_what_the_index_does_not_name_is_in_the_verdict(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = made("deepseek-v3", 0)
+    b = shutil.copytree(source, tmp_path / "b")
+    file = next(path for path in b.glob("*.safetensors") if "lm_head.weight" in load_file(path))
+    save_file(load_file(file) | {"value_head.weight": torch.ones(3)}, file)
+    count = f"{len(load(source)):,}"
+    verdict = f"same: {count} tensors, equal bit by bit; B holds 1 more that its index does not name"
+    assert lines_of(capsys, source, b)[0] == verdict
+    report = diff_checkpoints(source, b)
+    assert report.is_same
+    assert verdict in str(report)
+    assert [(left.side, left.names) for left in report.left_aside] == [("B", ("value_head.weight",))]
+    assert diff_checkpoints(source, b, DiffChoice(only=["lm_head.*"])).left_aside == ()
+    (tmp_path / "one").mkdir()
+    save_file(load(source), tmp_path / "one" / "model.safetensors")
+    save_file({"value_head.weight": torch.ones(3)}, tmp_path / "one" / "value.safetensors")
+    assert lines_of(capsys, tmp_path / "one", source)[0].endswith("; A holds 1 more in files that were left aside")
+
+
+def test_a_prefix_of_some_names_is_noted_and_not_changed(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(4)]
+    save_file({name: torch.ones(3) for name in names}, tmp_path / "a.safetensors")
+    save_file(
+        {f"{'module.' * (n < 3)}{name}": torch.ones(3) for n, name in enumerate(names)}, tmp_path / "b.safetensors"
+    )
+    for letter, sides in (("B", ("a", "b")), ("A", ("b", "a"))):
+        report = diff_checkpoints(tmp_path / f"{sides[0]}.safetensors", tmp_path / f"{sides[1]}.safetensors")
+        assert (report.same, len(report.only_a), len(report.only_b)) == (1, 3, 3)
+        (note,) = report.notes
+        assert note.kind == "prefix"
+        assert note.text.startswith(f"{letter}: the names are compared as they are")
+        assert "3 of 4 names: `module.` in front was taken off) 3 more would be" in note.text
+    save_file({name + "er": torch.ones(3) for name in names}, tmp_path / "b.safetensors")
+    assert diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors").notes == ()
+
+
+def test_a_pattern_with_a_slip_is_refused_with_the_nearest(made: Made) -> None:
+    with pytest.raises(Refused, match=r"--only 'model\.layers\.\*' fits \d+ names"):
+        diff_checkpoints(made("deepseek-v3", 0), made("deepseek-v3", 0), DiffChoice(only=["model.layer.*"]))
+
+
+def test_quiet_prints_the_verdict_alone_and_only_of_differences(
+    made: Made, bf16: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = made("deepseek-v3", 0)
+    assert lines_of(capsys, source, source, "--quiet") == []
+    (line,) = lines_of(capsys, source, bf16, "--quiet")
+    assert line.startswith("different: ")
+
+
 # --- block scales ---
 
 
-def test_scaled_weights_are_compared_as_they_are_stored(made: Made, tmp_path: Path) -> None:
+def test_scaled_weights_are_compared_as_they_are_stored(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The code and the scale, each by itself: half the code by twice the scale is another code and another scale."""
     source = made("deepseek-v3", 0)
     tensors = load(source)
@@ -491,6 +584,11 @@ def test_scaled_weights_are_compared_as_they_are_stored(made: Made, tmp_path: Pa
         f"{name}_scale_inv": Expected(scales, 0, scales - 1, (0, 0), 0, 1.0, 0.5),
     }
     require_apart(report, wanted)
+    assert {found.name: found.is_coded for found in report.values} == {name: True, f"{name}_scale_inv": False}
+    lines = lines_of(capsys, tmp_path / "a", tmp_path / "b")
+    assert [line.split()[1] for line in lines if line.startswith(f"{name} ")] == ["F8_E4M3*"]
+    assert [line.split()[1] for line in lines if line.startswith(f"{name}_")] == ["F32"]
+    assert sum(line.startswith("* codes of block-scaled weights") for line in lines) == 1
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +609,11 @@ def test_fp8_and_its_bf16_are_of_other_kinds(made: Made, bf16: Path) -> None:
     assert {kind.name for kind in report.kinds} == scaled
     assert set(report.only_a) == {f"{name}_scale_inv" for name in scaled}
     assert (report.values, report.only_b, report.dequantized) == ((), (), 0)
+    (note,) = report.notes
+    assert note.text.startswith(f"{len(scaled):,} tensors have block scales on a side")
+    assert "--dequantize compares their numbers" in note.text
+    assert diff_checkpoints(source, bf16, DiffChoice(dequantize=True)).notes == ()
+    assert diff_checkpoints(source, source).notes == ()
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 4])
@@ -532,7 +635,7 @@ def test_f32_is_rounded_to_be_compared_with_bf16_and_not_with_f16(bf16: Path, tm
     save_file(tensors | {name: tensor.half() for name, tensor in long.items()}, tmp_path / "c" / "model.safetensors")
     report = diff_checkpoints(tmp_path / "a", tmp_path / "b", DiffChoice(dequantize=True))
     assert is_nothing(report)
-    assert report.dequantized == len(long)
+    assert (report.dequantized, report.rounded) == (0, len(long))
     assert {kind.name for kind in diff_checkpoints(tmp_path / "a", tmp_path / "b").kinds} == long.keys()
     halves = diff_checkpoints(tmp_path / "a", tmp_path / "c", DiffChoice(dequantize=True))
     assert {kind.name for kind in halves.kinds} == long.keys()
@@ -743,7 +846,10 @@ def test_the_command_exits_with_1_and_says_what_differs(tmp_path: Path, capsys: 
     sides = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
     assert main(["diff", *sides, "--show", "4"]) == 1
     text = capsys.readouterr().out
-    assert text.startswith("different: 32 of 32 tensors differ; the largest relative norm of a difference is 837 % in ")
+    assert text.startswith(
+        "different: 32 of 32 tensors differ; 30 NaNs only in B, 30 infinite on a side, in layers.29.weight and 29 more "
+        "tensors; the largest relative norm of a difference is 837 % in "
+    )
     assert "... and 26 more" in text
     assert text.index("layers.29.weight") < text.index("layers.28.weight")
     assert "layers.20.weight" not in text
@@ -772,6 +878,7 @@ def test_the_command_exits_with_1_and_says_what_differs(tmp_path: Path, capsys: 
             "relative_norm": pytest.approx(29 / math.sqrt(12)),
             "cosine": pytest.approx((4 + 4 + 62) / math.sqrt(12 * (4 + 4 + 31**2))),
         },
+        "is_coded": False,
     }
 
 

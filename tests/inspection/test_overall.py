@@ -28,7 +28,8 @@ from torch import Tensor
 
 from reshard.cli.main import main
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.inspection.diff import DiffReport, diff_checkpoints
+from reshard.inspection.diff import diff_checkpoints
+from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.value_distance import MEASURED_ELEMENTS, measure_range
 from reshard.inspection.value_sums import OverallDistance
 

@@ -1,6 +1,7 @@
 """How far an unfinished conversion is, and the command that goes on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,10 @@ def test_a_finished_part_and_the_unfinished_rest_are_both_shown(
     assert content.unfinished is not None
     assert (content.unfinished.ranks, content.unfinished.files) == ("2-3", 2)
     capsys.readouterr()
+    assert main(["convert", str(source), str(target), "--mp", "4", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "\nnote: finished there, not written again: ranks 0-1\n" in said
+    assert re.search(r"\nnote: an unfinished run there has \S+ MiB of \S+ MiB on the disk, \d of 2 files whole; ", said)
     assert main(["inspect", str(target)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{target}: deepseek-inference layout, recipe deepseek-v3, cut for 4 ranks\n2 files, ")

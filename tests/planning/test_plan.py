@@ -393,6 +393,7 @@ def test_what_the_ranks_do_not_suit_is_named(
     [
         ([("x.weight", "F8_E4M3", (4, 4))], "weight-without-scale", "x.weight"),
         ([("x.weight", "BF16", (4, 4)), ("x.weight_scale_inv", "F32", (1, 1))], "scale-without-weight", "_scale_inv"),
+        ([("x.weight", "U8", (4, 4)), ("x.weight_scale_inv", "F32", (1, 1))], "wrong-dtype", "x.weight"),
         ([("x.weight_scale_inv", "F32", (1, 1))], "missing-tensor", "x.weight"),
         ([("x.weight", "F8_E4M3", (200, 4)), ("x.weight_scale_inv", "F32", (1, 1))], "wrong-scale", "_scale_inv"),
         ([("x.weight", "F8_E4M3", (4, 4)), ("x.weight_scale_inv", "F32", (1, 2))], "wrong-scale", "_scale_inv"),
@@ -1382,6 +1383,7 @@ def test_packed_weights_are_elements_of_four_bits(layout: Layout, split: str, wa
         ([("x.weight", "F8_E4M3", (4, 128)), ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "wrong-scale"),
         ([("x.weight", "F8_E4M3", (4, 128))], "weight-without-scale"),
         ([("x.weight", "BF16", (4, 256)), FP4[1]], "scale-without-weight"),
+        ([("x.weight", "U8", (4, 256)), FP4[1]], "wrong-dtype"),
         ([FP4[0], ("x.weight_scale_inv", "F8_E8M0", (4, 4))], "wrong-scale"),
         ([FP4[0], ("x.weight_scale_inv", "U8", (4, 8))], "wrong-scale"),
         ([FP4[0], ("x.weight_scale_inv", "I64", (4, 8))], "wrong-scale"),

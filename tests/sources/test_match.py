@@ -826,4 +826,4 @@ def test_the_way_out_of_an_unknown_name_is_a_row_in_ones_own_recipe() -> None:
     own = recipe_of('["same", "a.weight", "b.weight", "rows"]')
     assert [problem.remedy for problem in problems_of(checkpoint, own)] == ["add a row or a drop to own.toml"]
     (remedy,) = (problem.remedy for problem in problems_of(checkpoint))
-    assert remedy.startswith("another --recipe, or write a recipe of your own")
+    assert remedy.startswith("to leave it out: reshard recipes show deepseek-v3 > my.toml; ")

@@ -1,6 +1,7 @@
 """Checkpoints of a real family whose folder holds more than the index says: what is taken, refused, noted, verified."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from refusals import TINY
 from safetensors.numpy import load_file, save_file
 
 import reshard
+from reshard.cli.main import main
 from reshard.errors import Problem, Refused
 from reshard.synthetic import write_checkpoint
 
@@ -253,3 +255,24 @@ def test_a_restored_checkpoint_with_something_too_much_is_not_proven(tmp_path: P
     add(back, "model.safetensors", {STALE: np.ones(3)})
     with pytest.raises(Refused, match=f"extra tensor\n.*\n.*{STALE}"):
         reshard.verify(back, ranks)
+
+
+def test_the_hint_for_a_module_that_no_rule_knows_leaves_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("source").mkdir()
+    Path("source/config.json").write_text(json.dumps(CONFIG))
+    more = {name: np.zeros(2, np.float32) for name in ("value_head.weight", "value_head.bias")}
+    save_file({**make_llama(), **more}, "source/model.safetensors")
+    with pytest.raises(Refused) as refused:
+        reshard.plan("source", 2)
+    (hint,) = {problem.remedy for problem in refused.value.problems}
+    found = re.fullmatch(
+        r"to leave it out: reshard (recipes show \S+) > my.toml; add .* my.toml (\[.*\],) and .*", hint
+    )
+    assert found
+    assert main(found[1].split()) == 0
+    text = capsys.readouterr().out
+    Path("my.toml").write_text(text.replace('\n["same"', f'\n{found[2]}\n["same"', 1))
+    assert "value_head.{*} (not used)" in str(reshard.plan("source", 2, recipe="my.toml"))

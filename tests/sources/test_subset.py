@@ -455,7 +455,13 @@ REFUSALS: Mapping[str, tuple[str, Subset, set[str], str]] = {
         "deepseek-v3",
         Subset(only=("*.norm", "x")),
         {"nothing-kept"},
-        "no tensor fits 'x'",
+        r"--only x: nothing kept\n  hint:     --only '\*x\*' fits",
+    ),
+    "a pattern with a slip": (
+        "deepseek-v3",
+        Subset(only=("model.layer.1.*",)),
+        {"nothing-kept"},
+        r"--only 'model\.layers\.1\.\*' fits",
     ),
     "only what is dropped": ("deepseek-v3", Subset(only=("*.eh_proj.weight",)), {"nothing-kept"}, "dropped"),
 }
@@ -586,7 +592,7 @@ def test_a_target_of_chosen_tensors_cannot_be_taken_for_a_model(
     assert main(["convert", path, target, "--mp", "4", *patterns]) == 0
     found = capsys.readouterr().out
     assert "a subset: only model.layers.9.mlp.experts.3.*.weight, model.norm.weight, *.10.self_attn.o_proj.*; " in found
-    assert found.endswith(f"next: reshard verify {target}\n")
+    assert found.endswith(f"next:\n  reshard verify {target}\n")
     assert sorted(path.suffix for path in (tmp_path / "target").iterdir()) == [".json", *[".safetensors"] * 4]
     assert manifest(tmp_path / "target")["subset"]["only"] == list(ONLY.only)
     assert main(["verify", target]) == 0

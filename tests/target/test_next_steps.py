@@ -16,6 +16,8 @@ from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
+from reshard.execution.staging import STAGING
+from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.engines import count_ranks_per_node
@@ -25,8 +27,10 @@ from reshard.target.next_steps import make_rank_patterns
 def steps_of(text: str) -> dict[str, str]:
     """What each step is -> its command, from the end of a summary."""
     lines = text.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("next: "))
-    return {what: command for what, _, command in (line.partition(": ") for line in lines[first:])}
+    first = next(number for number, line in enumerate(lines) if line == "next:")
+    titles, commands = lines[first::2], lines[first + 1 :: 2]
+    assert all(command.startswith("  ") for command in commands)
+    return {title.removesuffix(":"): command.strip() for title, command in zip(titles, commands, strict=True)}
 
 
 def convert(capsys: pytest.CaptureFixture[str], source: Path, target: Path, *options: str) -> dict[str, str]:
@@ -46,9 +50,11 @@ def copy_by(command: str, node: Path, target: Path) -> None:
         subprocess.run([*words, source, f"{node}/"], check=True)
         return
     includes = [word.removeprefix("--include=/") for word in words if word.startswith("--include=")]
-    (exclude,) = [word.removeprefix("--exclude=") for word in words if word.startswith("--exclude=")]
+    excludes = [word.removeprefix("--exclude=") for word in words if word.startswith("--exclude=")]
     for path in target.iterdir():
-        if any(fnmatchcase(path.name, one) for one in includes) or not fnmatchcase(path.name, exclude):
+        if any(fnmatchcase(path.name, one) for one in includes) or not any(
+            fnmatchcase(path.name, one) for one in excludes
+        ):
             shutil.copy(path, node)
 
 
@@ -60,7 +66,10 @@ def test_the_copy_has_its_ranks_and_is_proven_where_it_lies(
     write_checkpoint(tmp_path / "source", SMALL_V3, 2)
     target = tmp_path / name
     steps = convert(capsys, tmp_path / "source", target, "--mp", str(ranks))
-    (copy,) = [command for what, command in steps.items() if what.startswith("copy rank")]
+    (copy,) = [command for what, command in steps.items() if "copy rank" in what]
+    (target / STAGING).mkdir()  # of a job that has not ended, no node needs anything
+    for left in (f"{STAGING}/model1-mp{ranks}.safetensors.partial", "tokenizer.json.partial", JOURNAL):
+        (target / left).write_text("begun", encoding="utf-8")
     copy_by(copy, tmp_path / "node", target)
     beside = {path.name for path in target.iterdir() if path.suffix == ".json"}
     assert {"run_config.json", "reshard.json", "tokenizer.json"} <= beside
@@ -123,8 +132,33 @@ def test_some_ranks_are_started_where_a_node_has_all_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path / "source", SMALL_V3, 2)
-    steps = convert(capsys, tmp_path / "source", tmp_path / "half", "--mp", "4", "--ranks", "0-1")
-    assert [*steps] == ["next"]
+    source, half = tmp_path / "source", tmp_path / "half"
+    steps = convert(capsys, source, half, "--mp", "4", "--ranks", "0-1")
+    where = "start on 2 nodes ($RANK from 0 on, $ADDR of the first), in the folder inference of DeepSeek-V3"
+    join = "when the other parts are copied into this folder"
+    assert [*steps] == ["next", join, where]
+    assert " --nnodes 2 --nproc-per-node 2 " in steps[where]
+    assert steps["next"] == f"reshard verify {half} --source {source} --ranks 0-1"
+    assert main(shlex.split(steps["next"])[1:]) == 0
+    # Ranks 1 and 2 are not all of a node.
+    assert [*convert(capsys, source, tmp_path / "middle", "--mp", "4", "--ranks", "1-2")] == ["next", join]
+    convert(capsys, source, tmp_path / "rest", "--mp", "4", "--ranks", "2-3")
+    shutil.copytree(tmp_path / "rest", half, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert main(shlex.split(steps[join])[1:]) == 0
+    told = steps_of(capsys.readouterr().out)
+    assert "start on one node, in the folder inference of DeepSeek-V3" in told
+    assert main(["verify", str(half)]) == 0
+
+
+def test_both_ways_to_start_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "source", SMALL_V3, 2)
+    steps = convert(capsys, tmp_path / "source", tmp_path / "target", "--mp", "4")
+    one, *other = [*steps][1:]
+    assert one.startswith("start on one node")
+    assert "--nproc-per-node 4 " in steps[one]
+    assert other[:2] == ["or copy ranks 2-3 to another node", "verify there"]
+    assert "--nnodes 2 --nproc-per-node 2 " in steps[other[2]]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +210,7 @@ def test_json_has_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "target"), "--mp", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["next"]
     assert {step["text"]: step["command"] for step in told} == steps
-    assert [step["does"] for step in told] == ["verify", "copy", "verify-copy", "start"]
+    assert [step["does"] for step in told] == ["verify", "start", "copy", "verify-copy", "start"]
 
 
 def test_relative_paths_are_told_in_full(

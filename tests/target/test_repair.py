@@ -191,7 +191,7 @@ def test_a_dry_run_names_the_damage_and_the_command_and_writes_nothing(
     assert main(["repair", str(target), "--source", str(source), "--dry-run"]) == 1
     told = capsys.readouterr().out
     assert all(name in told for name in damaged)
-    assert f"next: reshard repair '{target}' --source {source}\n" in told
+    assert f"next:\n  reshard repair '{target}' --source {source}  # writes 5 files, " in told
     assert (stamps(target), target.stat().st_mtime_ns) == (before, folder)
     report = reshard.repair(target, dry_run=True)
     assert (set(report.damaged), report.repaired, report.is_proven) == (damaged, (), False)
@@ -390,7 +390,7 @@ def test_without_a_sound_manifest_nothing_is_repaired(is_there: bool, source: Pa
 
 KILLED = """
 import os, pathlib, sys
-import reshard.execution.execute, reshard.storage.local, reshard.target.repair
+import reshard.execution.execute, reshard.storage.local, reshard.target.repair, reshard.execution.staging
 from reshard.cli.process import entry
 
 left = {left}
@@ -406,8 +406,8 @@ def dying(function):
 pathlib.Path.rename = dying(pathlib.Path.rename)
 for name in ("open_journal", "open_targets", "make_durable"):
     setattr(reshard.execution.execute, name, dying(getattr(reshard.execution.execute, name)))
-for name in ("prove_staged_files", "remove_files"):
-    setattr(reshard.target.repair, name, dying(getattr(reshard.target.repair, name)))
+reshard.target.repair.prove_staged_files = dying(reshard.target.repair.prove_staged_files)
+reshard.execution.staging.remove_files = dying(reshard.execution.staging.remove_files)
 entry()
 """
 """The command, which dies at one of its steps like a process that is killed."""
@@ -467,8 +467,8 @@ def test_an_interrupted_conversion_of_other_ranks_is_left_to_go_on(
 
 def paste(told: str, capsys: pytest.CaptureFixture[str]) -> list[int]:
     """Runs the commands that were printed, as a shell would take them; returns their exit codes."""
-    lines = [line for line in told.splitlines() if line.startswith(("next: ", "or, "))]
-    codes = [main(shlex.split(line.partition(": ")[2], comments=True)[1:]) for line in lines]
+    lines = [line for line in told.splitlines() if line.startswith("  reshard ")]
+    codes = [main(shlex.split(line, comments=True)[1:]) for line in lines]
     capsys.readouterr()
     return codes
 
@@ -480,8 +480,8 @@ def test_the_command_that_verify_prints_makes_it_succeed(
     verify = ["verify", str(target), "--source", str(source)]
     assert main(verify) == 1
     told = capsys.readouterr().out
-    assert f"next: reshard repair '{target}' --source {source}\n" in told
-    assert paste(told, capsys)[0] == 0
+    assert f"or, for all ranks:\n  reshard repair '{target}' --source {source}  # writes 5 files, " in told
+    assert paste(told, capsys)[-1] == 0
     assert main(verify) == 0
     assert main(["verify", str(target)]) == 0
     (target / ".run_config.json.before-repair").unlink()
@@ -499,15 +499,41 @@ def test_without_a_source_the_command_has_a_place_for_it(
     assert main(["verify", str(target)]) == 0
 
 
-def test_of_ranks_that_lie_elsewhere_verify_prints_how_to_verify_the_others(
-    target: Path, capsys: pytest.CaptureFixture[str]
+def test_of_ranks_that_lie_elsewhere_the_ranks_that_are_here_are_verified_or_repaired_first(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in (0, 1):
         rank_file(target, rank).unlink()
-    assert main(["verify", str(target)]) == 1
-    told = capsys.readouterr().out
-    assert f"or, for the ranks that are here: reshard verify '{target}' --ranks 2-3\n" in told
-    assert paste(told, capsys) == [2, 0]  # SOURCE is no path; the other one proves what is here
+    assert main(["inspect", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert "\nnote: a part of a target: ranks 2-3 of 4, by reshard.json\n" in said
+    assert "missing" not in said
+    words = f"'{target}'", f"'{target}' --source {source}"
+    for given in ([], ["--source", str(source)]):
+        assert main(["verify", str(target), *given]) == 1
+        told = capsys.readouterr().out
+        for_these, here, for_all, everything = told.splitlines()[-4:]
+        assert for_these == "next, for the ranks that are here:"
+        assert here == f"  reshard verify {words[given != []]} --ranks 2-3"
+        assert for_all.startswith("or, for all ranks")
+        assert everything.startswith(f"  reshard repair '{target}' --source ")
+        assert "# writes 2 files, " in everything
+        assert main(shlex.split(here)[1:]) == 0
+    flip(rank_file(target, 3))
+    for given in ([], ["--source", str(source)]):
+        capsys.readouterr()
+        assert main(["verify", str(target), *given]) == 1
+        told = capsys.readouterr().out
+        for_these, here, _, everything = told.splitlines()[-4:]
+        assert for_these.startswith("next, for the ranks that are here")
+        assert here.startswith(f"  reshard repair '{target}' --source ")
+        assert " --ranks 2-3  # writes 1 file, " in here
+        assert "# writes 3 files, " in everything
+        assert "verify" not in told.partition("model3")[2].partition("\n")[2]
+    assert main(shlex.split(here, comments=True)[1:]) == 0
+    assert capsys.readouterr().err.count("reshard ") == 1  # of three steps, the first names the command
+    assert not rank_file(target, 0).exists()
+    assert main(["verify", str(target), "--ranks", "2-3"]) == 0
 
 
 def test_a_good_target_and_a_wrong_source_get_no_command(
@@ -515,6 +541,40 @@ def test_a_good_target_and_a_wrong_source_get_no_command(
 ) -> None:
     write_checkpoint(tmp_path / "other", CONFIG, 2, seed=1)
     assert main(["verify", str(target)]) == 0
-    assert "next: " not in capsys.readouterr().out
+    assert "next" not in capsys.readouterr().out
     assert main(["verify", str(target), "--source", str(tmp_path / "other")]) == 1
     assert "reshard repair" not in capsys.readouterr().out
+
+
+def leave_begun_repair(target: Path) -> Path:
+    """What a killed repair leaves: its journal, a file that is not whole. Returns the folder."""
+    (target / STAGING).mkdir()
+    for name in (JOURNAL, f"{rank_file(target, 1).name}.partial"):
+        (target / STAGING / name).write_bytes(b"x" * 5000)
+    return target / STAGING
+
+
+def test_a_begun_repair_is_told_and_what_it_has_left_is_removed_when_nothing_is_damaged(
+    source: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staging = leave_begun_repair(target)
+    for words in (["inspect", str(target)], ["convert", str(source), str(target), "--mp", "4"]):
+        assert main(words) == 0
+        assert "note: a repair began here and has not ended (.reshard-repair, " in capsys.readouterr().out
+    assert main(["repair", str(target), "--dry-run"]) == 0
+    assert "note: a repair began here" in capsys.readouterr().out
+    assert [note.kind for note in reshard.repair(target, ranks=[2]).notes] == ["begun-repair"]
+    (staging / "notes.txt").write_text("mine", encoding="utf-8")
+    assert len(list(staging.iterdir())) == 3
+    assert reshard.repair(target).notes  # of the other file
+    assert [path.name for path in staging.iterdir()] == ["notes.txt"]
+    (staging / "notes.txt").unlink()
+    assert not reshard.repair(target).notes
+    assert not (target / JOURNAL).exists()
+
+
+def test_a_restart_removes_a_begun_repair(source: Path, good: Path, target: Path) -> None:
+    staging = leave_begun_repair(target)
+    reshard.convert(source, target, mp=RANKS, restart=True, yes=True)
+    staging.rmdir()  # it is empty
+    assert contents(target) == contents(good)

@@ -141,7 +141,7 @@ def test_some_ranks_against_the_source(ranks: list[int], node: Path, source: Pat
     assert [kind for kind, _ in facts(reshard.verify(node, source, ranks=ranks))] == ["differs"]
     problems = reshard.verify(node, source).problems
     assert {problem.remedy for problem in problems if problem.kind == "missing-file"} == {
-        "for the ranks that are here: --ranks 2-3; else copy it there, or convert again"
+        "for the ranks that are here: --ranks 2-3; else copy it there, or reshard repair writes it again"
     }
 
 

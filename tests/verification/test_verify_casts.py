@@ -233,6 +233,12 @@ def test_a_report_tells_what_was_cast_from_what_was_kept(
     assert f"{count:,} tensors as the cast should give: {words}" in lines
 
 
+@pytest.mark.parametrize(("ranks", "end"), [(1, "BF16"), (4, "BF16, counted in each rank file")])
+def test_tensors_of_several_rank_files_are_said_to_be_counted_in_each(ranks: int, end: str) -> None:
+    report = Report(ranks, ranks, 6, 10, 10, is_sampled=False, problems=(), casts={"dequantize": 4})
+    assert f"4 tensors as the cast should give: dequantized to {end}" in str(report).split("\n")
+
+
 def dtypes_of(folder: Path) -> list[torch.dtype]:
     return [tensor.dtype for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
 

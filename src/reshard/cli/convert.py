@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from reshard.cli.terminal import print_json
 from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
+from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
+from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
-from reshard.text import escape, format_size
-from reshard.types import RANKS
+from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
+from reshard.types import RANKS, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
@@ -128,7 +130,23 @@ def show_plan(options: argparse.Namespace) -> int:
         lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
         print("\n".join(map(escape, lines)))
         return PROVEN
+    plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, options)))
     return print_plan(plan, options.target, as_json=options.json)
+
+
+def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note]:
+    """Notes what a conversion would not write again: finished ranks, and the bytes of an unfinished run."""
+    if options.target is None:
+        return
+    chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
+    if plan.layout.to == RANKS and (finished := {*chosen} - {file.rank for file in plan.files}):
+        yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
+    if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
+        size = f"{format_size(found.durable)} of {format_size(found.size)}"
+        whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
+        yield Note(
+            "unfinished", f"an unfinished run there has {size} on the disk, {whole}; the same options go on with it"
+        )
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -184,14 +202,34 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
         print_json({**facts, **describe_plan_facts(conversion.plan)})
     elif not options.quiet:
         lines = describe_conversion(conversion, getattr(options, "jobs", None))
-        print("\n".join(map(escape, [*lines, *(f"{step.text}: {step.command}" for step in steps)])))
+        below = (line for step in steps for line in format_command_lines(step.text, step.command))
+        print("\n".join(map(escape, [*lines, *below])))
     return PROVEN
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
     """Collects what is to be done with a target, with full paths: it is verified first."""
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
-    return [verify, *list_next_steps(conversion.plan, conversion.target)]
+    return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
+
+
+def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
+    """Makes the command that makes one target of all ranks, where only some were chosen; nothing where all are."""
+    if getattr(options, "ranks", None) is None:
+        return
+    manifest, target = read_joined_manifest(conversion.target), conversion.target.absolute()
+    if is_of_whole_files(manifest) or len(manifest["files"]) == manifest["ranks"]:
+        return
+    command = format_join_command(target, manifest, str(conversion.plan.path.absolute()))
+    text = "when the other parts are copied into this folder"
+    yield NextStep("join", text, " ".join([command, *map(shlex.quote, list_reading_words(options))]))
+
+
+def list_reading_words(options: argparse.Namespace) -> list[str]:
+    """The words that a command needs to read the same source, with full paths."""
+    recipe = getattr(options, "recipe", None)
+    words = ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
+    return words + ["--ignore-extra-files"] * bool(getattr(options, "ignore_extra_files", False))
 
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
@@ -204,9 +242,7 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
-    recipe, ranks = getattr(options, "recipe", None), getattr(options, "ranks", None)
+    ranks = getattr(options, "ranks", None)
     words += ["--source", str(plan.path.absolute())]
-    words += ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
-    words += ["--ranks", ",".join(map(str, ranks))] if ranks is not None else []
-    words += ["--ignore-extra-files"] if getattr(options, "ignore_extra_files", False) else []
-    return shlex.join(words)
+    words += ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
+    return shlex.join([*words, *list_reading_words(options)])

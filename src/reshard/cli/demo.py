@@ -9,9 +9,10 @@ from reshard import api
 from reshard.cli.convert import make_verify_command, plan_lines
 from reshard.cli.progress import show_progress
 from reshard.cli.verify import print_report
+from reshard.formats.remote_names import require_target
 from reshard.inspection.contents import inspect_path
 from reshard.synthetic import SMALL_V3, require_empty, write_checkpoint
-from reshard.text import escape
+from reshard.text import escape, format_command_lines
 
 RANKS = 4
 """Number of ranks of the target."""
@@ -23,7 +24,7 @@ FILES = 4
 def run_demo(options: argparse.Namespace) -> int:
     """Runs `demo` in the given folder or a temporary one. Returns the exit code of the verification."""
     if options.folder:
-        require_empty(options.folder)
+        require_empty(require_target(options.folder, is_written=True))
         return run_demo_in(options.folder, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="reshard-demo-") as folder:
         return run_demo_in(Path(folder), as_json=options.json)
@@ -46,7 +47,8 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     with show_progress("convert", shown) as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)
-    say(f"{conversion}\nnext: {make_verify_command(conversion, argparse.Namespace())}")
+    steps = format_command_lines("next", make_verify_command(conversion, argparse.Namespace()))
+    say("\n".join([str(conversion), *steps]))
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     with show_progress("verify", shown) as progress:
         report = api.verify(target, source, progress=progress)

@@ -10,22 +10,22 @@ from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
-from reshard.inspection.diff import DiffReport, ValueDifference
 from reshard.inspection.diff_groups import GroupDifference
-from reshard.inspection.value_sums import OverallDistance
+from reshard.inspection.diff_report import DiffReport, ValueDifference, describe_verdict, format_share
+from reshard.inspection.value_sums import OverallDistance, Unusual
 from reshard.planning.plan import describe_notes
 from reshard.text import escape, format_count, format_size, format_table, shorten_name
 
 MOST_GROUPS = 8
 """At most so many lines of a summary by layer or module: with all of it, a screen."""
 
-VALUES_HEADING = (
-    *("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel"),
-    *("NaN in A", "NaN in B", "infinite"),
-)
-
-RARE_COLUMNS = VALUES_HEADING[-3:]
+RARE_COLUMNS = ("NaN in A", "NaN in B", "infinite")
 """Columns that are left out where all that is shown of them is 0. The rows with other numbers come first."""
+
+VALUES_HEADING = ("other values", "dtype", "differ", "rel norm", "cosine", "rmse", "max abs", "max rel", *RARE_COLUMNS)
+
+CODED = "*"
+"""Behind a dtype whose elements are no numbers without their block scales."""
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -45,7 +45,8 @@ def run_diff(options: argparse.Namespace) -> int:
         notes = [note._asdict() for note in report.notes]
         print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
     elif not (options.quiet and report.is_same):
-        text = "\n".join(map(escape, describe_diff(report, options.show)))
+        lines = [describe_verdict(report)] if options.quiet else describe_diff(report, options.show)
+        text = "\n".join(map(escape, lines))
         print(paint(text, GREEN if report.is_same else RED, sys.stdout))
     return PROVEN if report.is_same else PROBLEMS
 
@@ -58,7 +59,9 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     yield from describe_notes(report.notes)
     yield f"compared {report.compared:,} bytes of each ({format_size(report.compared)})"
     if report.dequantized:
-        yield f"dequantized {report.dequantized:,} tensors"
+        yield f"dequantized {format_count(report.dequantized, 'tensors')}"
+    if report.rounded:
+        yield f"rounded {format_count(report.rounded, 'tensors')} to BF16"
     yield ""
     counts = [(kind, f"{count:,}") for kind, count in report.counts.items()]
     yield from format_table(("", "tensors"), counts).split("\n")
@@ -67,23 +70,12 @@ def describe_diff(report: DiffReport, most: int) -> Iterator[str]:
     yield from list_groups("by module, # is a number", report.modules, report.different, few)
     rows = [format_value_difference(found) for found in report.values[:most]]
     yield from list_rows(VALUES_HEADING, rows, len(report.values))
+    if any(found.is_coded for found in report.values[:most]):
+        yield f"{CODED} codes of block-scaled weights, as they are stored: not their numbers. In the tables above, too"
     kinds = [(shorten_name(kind.name), kind.a, kind.b) for kind in report.kinds[:most]]
     yield from list_rows(("other dtype or shape", "A", "B"), kinds, len(report.kinds))
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         yield from list_rows((f"only in {side}",), [(shorten_name(name),) for name in names[:most]], len(names))
-
-
-def describe_verdict(report: DiffReport) -> str:
-    """Describes a report in one line."""
-    if report.is_same:
-        return f"same: {format_count(report.same, 'tensors')}, equal bit by bit"
-    total = report.same + report.different
-    verb = "differs" if report.different == 1 else "differ"
-    text = f"different: {report.different:,} of {format_count(total, 'tensors')} {verb}"
-    if worst := report.worst:
-        share = format_share(worst.overall.relative_norm or 0)
-        text += f"; the largest relative norm of a difference is {share} in {shorten_name(worst.name)}"
-    return text
 
 
 def list_groups(title: str, groups: Sequence[GroupDifference], different: int, most: int) -> Iterator[str]:
@@ -98,10 +90,11 @@ def list_groups(title: str, groups: Sequence[GroupDifference], different: int, m
             f"{group.different:,}",
             f"{group.unpaired:,}",
             *format_overall(group.overall),
+            *format_unusual(group.unusual),
         )
         for group in differing[:most]
     ]
-    heading = (title, "tensors", "other values", "unpaired", "rel norm", "cosine", "rmse")
+    heading = (title, "tensors", "other values", "unpaired", "rel norm", "cosine", "rmse", *RARE_COLUMNS)
     yield from list_rows(heading, rows, len(differing))
     if same := len(groups) - len(differing):
         yield f"{same:,} more without a difference"
@@ -123,15 +116,18 @@ def format_value_difference(difference: ValueDifference) -> Sequence[str]:
     apart = difference.apart
     return (
         shorten_name(difference.name),
-        difference.dtype,
+        difference.dtype + (CODED if difference.is_coded else ""),
         format_share(apart.different / difference.elements),
         *format_overall(difference.overall),
         format_number(apart.max_absolute),
         format_number(apart.max_relative),
-        f"{apart.nans[0]:,}",
-        f"{apart.nans[1]:,}",
-        f"{apart.infinite:,}",
+        *format_unusual(apart.unusual),
     )
+
+
+def format_unusual(unusual: Unusual) -> Sequence[str]:
+    """Formats the numbers of NaNs and infinities as the cells of RARE_COLUMNS."""
+    return tuple(f"{count:,}" for count in (*unusual.nans, unusual.infinite))
 
 
 def format_overall(overall: OverallDistance) -> Sequence[str]:
@@ -139,11 +135,6 @@ def format_overall(overall: OverallDistance) -> Sequence[str]:
     relative = "-" if overall.relative_norm is None else format_share(overall.relative_norm)
     cosine = "-" if overall.cosine is None else f"{overall.cosine:.6f}"
     return relative, cosine, format_number(overall.rmse)
-
-
-def format_share(share: float) -> str:
-    """Formats a share as a percentage with two digits or more: `0.31 %`, `150 %`, `3e-06 %`."""
-    return f"{100 * share:.3g} %" if share < 10 else f"{100 * share:.0f} %" if share < 1e4 else f"{share:.3g} times"
 
 
 def format_number(value: float | None) -> str:

@@ -17,15 +17,14 @@ from reshard.cli.options import (
     add_demo,
     add_diff,
     add_inspect,
-    add_output,
     add_plan,
-    add_program,
     add_recipes,
     add_repair,
     add_verify,
 )
 from reshard.cli.outcome import INTERRUPTED, print_aside
 from reshard.cli.parser import COMMAND, Parser, parse_words
+from reshard.cli.shared_options import add_output, add_program
 
 
 class Command(NamedTuple):

@@ -2,22 +2,33 @@
 
 import argparse
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from reshard.errors import Refused
+from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
-from reshard.target.repair_plan import has_sampled_bytes
-from reshard.text import escape, format_runs
+from reshard.target.mending_hints import NOT_DAMAGE, is_repairable
+from reshard.text import escape, format_command_lines, format_count, format_runs, format_size
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
 
-NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined"}
-"""Kinds of problems that no file written again would mend."""
+FOR_THESE = "next, for the ranks that are here"
 
 
-def list_mending_commands(report: Report | DownloadReport, options: argparse.Namespace) -> Iterator[str]:
-    """Lists the commands that mend what a report has found. They need the manifest; and the source, which stands there
+class MendingStep(NamedTuple):
+    """A command that mends a target, or proves the part of it that is here."""
+
+    label: str
+    command: str
+    comment: str = ""
+    """For a person, behind the command: what it writes."""
+
+
+def list_mending_steps(report: Report | DownloadReport, options: argparse.Namespace) -> Iterator[MendingStep]:
+    """Lists what to do about that which a report has found. It needs the manifest; and the source, which stands there
     as SOURCE if it was not named.
+
+    Where only some ranks lie, the others are rightly elsewhere: first stands what concerns the ranks that are here.
     """
     kinds = {problem.kind for problem in report.problems}
     if isinstance(report, DownloadReport) or report.note or not kinds:
@@ -26,21 +37,48 @@ def list_mending_commands(report: Report | DownloadReport, options: argparse.Nam
         manifest = read_joined_manifest(options.target)
     except Refused:
         return
-    if manifest and kinds - NOT_DAMAGE and (options.source is None or has_sampled_bytes(options.source, manifest)):
-        yield make_repair_command(options)
-    if "missing-file" in kinds and manifest and not is_of_whole_files(manifest):
-        entries = [entry for entry in manifest["files"] if options.ranks is None or entry["rank"] in options.ranks]
-        here = [entry["rank"] for entry in entries if (options.target / entry["name"]).is_file()]
-        if 0 < len(here) < len(entries):
-            yield make_command("verify", options, ",".join(format_runs(here)))
-    if "not-joined" in kinds:
-        yield format_join_command(options.target, manifest)
+    if manifest:
+        can_repair = is_repairable(report, options.target, options.source)
+        yield from list_repair_steps(report.problems, manifest, options, can_repair=can_repair)
+        if "not-joined" in kinds:
+            yield MendingStep("next", format_join_command(options.target, manifest))
 
 
-def make_repair_command(options: argparse.Namespace) -> str:
-    """Makes the command that repairs a target, with the options of the command that has found it damaged."""
-    ranks = None if options.ranks is None else ",".join(format_runs(options.ranks))
-    return make_command("repair", options, ranks, "SOURCE")
+def list_repair_steps(
+    problems: Sequence[Problem], manifest: Mapping[str, Any], options: argparse.Namespace, *, can_repair: bool
+) -> Iterator[MendingStep]:
+    """Lists how damaged and missing files are written again, and how the ranks that are here are verified."""
+    chosen = [entry for entry in manifest["files"] if options.ranks is None or entry.get("rank") in options.ranks]
+    here = [entry for entry in chosen if (options.target / entry["name"]).is_file()]
+    named = {problem.subject.partition(":")[0] for problem in problems if problem.kind not in NOT_DAMAGE}
+    damaged = [entry["name"] for entry in here if entry["name"] in named]
+    damaged += [entry["name"] for entry in manifest["side_files"] if entry["name"] in named]
+    label = "next"
+    if 0 < len(here) < len(chosen) and not is_of_whole_files(manifest):
+        ranks = ",".join(format_runs(entry["rank"] for entry in here))
+        label = "or, for all ranks"
+        if not damaged:
+            yield MendingStep(FOR_THESE, make_command("verify", options, ranks))
+        elif can_repair:
+            yield make_repair_step(options, manifest, damaged, FOR_THESE, ranks)
+    if can_repair and any(problem.kind not in NOT_DAMAGE for problem in problems):
+        damaged += [entry["name"] for entry in chosen if entry not in here]
+        yield make_repair_step(options, manifest, damaged, label)
+
+
+def make_repair_step(
+    options: argparse.Namespace, manifest: Mapping[str, Any], names: Sequence[str], label: str = "next", ranks: str = ""
+) -> MendingStep:
+    """Makes the command that repairs a target, with the options of the command that has found it damaged, and says how
+    much it writes. `names` are those of the damaged and missing files.
+    """
+    if options.ranks is not None and not ranks:
+        ranks = ",".join(format_runs(options.ranks))
+    entries = {entry["name"]: entry["size"] for key in ("files", "side_files") for entry in manifest[key]}
+    size = format_size(sum(entries.get(name, 0) for name in names))
+    comment = f"writes {format_count(len(names), 'files')}, {size}" if names else ""
+    title = label if options.source else f"{label} (SOURCE: what the target was made from)"
+    return MendingStep(title, make_command("repair", options, ranks, "SOURCE"), comment)
 
 
 def make_command(name: str, options: argparse.Namespace, ranks: str | None, placeholder: str = "") -> str:
@@ -53,9 +91,8 @@ def make_command(name: str, options: argparse.Namespace, ranks: str | None, plac
     return shlex.join(words)
 
 
-def describe_mending(commands: Sequence[str]) -> Iterator[str]:
-    """Describes commands for a person, one a line."""
-    for command in commands:
-        here = command.startswith("reshard verify ")
-        source = "" if here or " SOURCE" not in command else "  # SOURCE: what the target was made from"
-        yield f"{'or, for the ranks that are here' if here else 'next'}: {escape(command)}{source}"
+def describe_mending(steps: Sequence[MendingStep]) -> Iterator[str]:
+    """Describes commands for a person, each below its title. What stands behind # is a comment for a shell too."""
+    for step in steps:
+        comment = f"  # {step.comment}" if step.comment else ""
+        yield from format_command_lines(step.label, escape(step.command) + comment)

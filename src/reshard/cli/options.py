@@ -1,18 +1,32 @@
 """The options of every command, in sections: what it works on, how it runs, what it prints."""
 
 import argparse
-from pathlib import Path
 
 from reshard.cli.help_text import describe_help
-from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser, PrintCompletion
-from reshard.cli.values import parse_number, parse_numbers, parse_positive, parse_share, parse_size
+from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser
+from reshard.cli.shared_options import (
+    add_ignore_extra_files,
+    add_jobs,
+    add_output,
+    add_policies,
+    add_progress,
+    add_recipe_option,
+)
+from reshard.cli.values import (
+    parse_number,
+    parse_numbers,
+    parse_path,
+    parse_positive,
+    parse_share,
+    parse_size,
+    parse_source,
+    parse_word,
+)
 
 CONVERTED, VERIFIED, REPAIRED, COMPARED, INSPECTED = (
     f"What to {verb}" for verb in ("convert", "verify", "repair", "compare", "inspect")
 )
 """The first section of a command."""
-
-RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
 
 
 def add_plan(parser: Parser) -> None:
@@ -21,16 +35,18 @@ def add_plan(parser: Parser) -> None:
     add_job(parser)
     parser.section(CONVERTED).add_argument(
         "--target",
-        type=Path,
+        type=parse_path,
         metavar="DIR",
-        help="Look whether the files can be written there, and measure for two seconds how fast.",
+        help="With --mp or --to hf, look whether the files can be written there, and measure for two seconds how fast.",
     )
 
 
 def add_source(parser: Parser) -> None:
     """Adds the argument `source`."""
     what = parser.section(CONVERTED)
-    what.add_argument("source", type=Path, metavar="SOURCE", help="A folder of safetensors files, or one such file.")
+    what.add_argument(
+        "source", type=parse_source, metavar="SOURCE", help="A folder of safetensors files, or one such file."
+    )
 
 
 def add_job(parser: Parser) -> None:
@@ -47,7 +63,7 @@ def add_job(parser: Parser) -> None:
         metavar="PATTERN",
         help="Write the tensors of these names only, such as '*.3.*'. It can be repeated.",
     )
-    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    add_recipe_option(what)
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
     add_ignore_extra_files(what)
 
@@ -99,7 +115,7 @@ def add_convert(parser: Parser) -> None:
     """Adds the options of `convert`."""
     add_source(parser)
     what, how = parser.section(CONVERTED), parser.section(RUNNING)
-    what.add_argument("target", type=Path, metavar="TARGET", help="The folder to write, empty or not there yet.")
+    what.add_argument("target", type=parse_path, metavar="TARGET", help="The folder to write, empty or not there yet.")
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
     add_jobs(how)
@@ -125,9 +141,12 @@ def add_inspect(parser: Parser) -> None:
     """Adds the options of `inspect`."""
     what = parser.section(INSPECTED)
     what.add_argument(
-        "path", type=Path, metavar="PATH", help="A folder of safetensors files in either layout, or one such file."
+        "path",
+        type=parse_source,
+        metavar="PATH",
+        help="A folder of safetensors files in either layout, or one such file.",
     )
-    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    add_recipe_option(what)
     add_ignore_extra_files(what)
     what.add_argument(
         "--tensors",
@@ -145,28 +164,29 @@ def add_verify(parser: Parser) -> None:
     what = parser.section(VERIFIED)
     what.add_argument(
         "target",
-        type=Path,
+        type=parse_path,
         metavar="TARGET",
         help="A folder that was converted into; with --download or --sums, the folder of any checkpoint.",
     )
     what.add_argument(
         "--source",
-        type=Path,
+        type=parse_source,
         metavar="SOURCE",
         help="The checkpoint that it was made from. Without it, the checksums of the manifest are compared.",
     )
-    what.add_argument("--recipe", metavar="NAME|FILE", help=RECIPE_HELP)
+    add_recipe_option(what)
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only.")
     what.add_argument(
         "--ignore-extra-files",
         action="store_true",
-        help="With --source, leave out files and tensors that are not of the checkpoint.",
+        help="With --source, leave out files and tensors that its index does not name; without an index, all "
+        "files but one numbered set.",
     )
     what.add_argument(
         "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
     )
     what.add_argument(
-        "--sums", type=Path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
+        "--sums", type=parse_path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
     )
     parser.section(RUNNING).add_argument(
         "--sample",
@@ -180,9 +200,11 @@ def add_verify(parser: Parser) -> None:
 def add_repair(parser: Parser) -> None:
     """Adds the options of `repair`."""
     what, how = parser.section(REPAIRED), parser.section(RUNNING)
-    what.add_argument("target", type=Path, metavar="TARGET", help="A folder with its reshard.json.")
-    what.add_argument("--source", type=Path, metavar="SOURCE", help="What it was made from; for damaged files only.")
-    what.add_argument("--recipe", metavar="NAME|FILE", help="A recipe. By default the one that the manifest names.")
+    what.add_argument("target", type=parse_path, metavar="TARGET", help="A folder with its reshard.json.")
+    what.add_argument(
+        "--source", type=parse_source, metavar="SOURCE", help="What it was made from; for damaged files only."
+    )
+    add_recipe_option(what, "A recipe. By default the one that the manifest names.")
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks only.")
     add_ignore_extra_files(what)
     how.add_argument("--dry-run", action="store_true", help="Show what is damaged and write nothing.")
@@ -193,8 +215,10 @@ def add_repair(parser: Parser) -> None:
 def add_diff(parser: Parser) -> None:
     """Adds the options of `diff`."""
     what = parser.section(COMPARED)
-    what.add_argument("a", type=Path, metavar="A", help="A checkpoint, a folder of rank files, or a safetensors file.")
-    what.add_argument("b", type=Path, metavar="B", help="Another one, in whichever layout.")
+    what.add_argument(
+        "a", type=parse_source, metavar="A", help="A checkpoint, a folder of rank files, or a safetensors file."
+    )
+    what.add_argument("b", type=parse_source, metavar="B", help="Another one, in whichever layout.")
     what.add_argument(
         "--only",
         action="append",
@@ -203,7 +227,7 @@ def add_diff(parser: Parser) -> None:
         help="Compare the tensors of these names only, such as '*.3.*'. It can be repeated.",
     )
     what.add_argument("--dequantize", action="store_true", help="Compare weights of different dtypes in BF16.")
-    what.add_argument("--recipe", metavar="NAME|FILE", help="The recipe of both sides. By default the model decides.")
+    add_recipe_option(what, "The recipe of both sides. By default the model decides.")
     what.add_argument(
         "--replicas",
         choices=("compare", "first"),
@@ -235,9 +259,13 @@ def add_recipes(parser: Parser) -> None:
         own.set_defaults(action=action)
         what = own.section("What to show" if action == "show" else "What to check")
         if action != "list":
-            what.add_argument("recipe", metavar="NAME|FILE", help="The name of a packaged recipe, or a TOML file.")
+            what.add_argument(
+                "recipe", type=parse_word, metavar="NAME|FILE", help="The name of a packaged recipe, or a TOML file."
+            )
         if action == "check":
-            what.add_argument("source", type=Path, metavar="SOURCE", help="The checkpoint to hold the recipe against.")
+            what.add_argument(
+                "source", type=parse_source, metavar="SOURCE", help="The checkpoint to hold the recipe against."
+            )
         # Not False: it would undo `reshard recipes --json list`.
         add_output(own, json_default=argparse.SUPPRESS)
 
@@ -247,7 +275,7 @@ def add_demo(parser: Parser) -> None:
     parser.section("Where to run").add_argument(
         "folder",
         nargs="?",
-        type=Path,
+        type=parse_path,
         metavar="FOLDER",
         help="Keep the files in this folder, empty or not there yet. By default they are removed again.",
     )
@@ -257,10 +285,18 @@ def add_deepseek(parser: Parser) -> None:
     """Adds the options of `deepseek`, by their names in all of DeepSeek's scripts."""
     what, how = parser.section(CONVERTED), parser.section(RUNNING)
     what.add_argument(
-        "--hf-ckpt-path", type=Path, metavar="SOURCE", required=True, help="The Hugging Face checkpoint; required."
+        "--hf-ckpt-path",
+        type=parse_source,
+        metavar="SOURCE",
+        required=True,
+        help="The Hugging Face checkpoint; required.",
     )
     what.add_argument(
-        "--save-path", type=Path, metavar="TARGET", required=True, help="The folder to write, empty or not there yet."
+        "--save-path",
+        type=parse_path,
+        metavar="TARGET",
+        required=True,
+        help="The folder to write, empty or not there yet.",
     )
     what.add_argument(
         "--model-parallel", type=parse_number, metavar="N", required=True, help="The number of ranks; required."
@@ -274,7 +310,7 @@ def add_deepseek(parser: Parser) -> None:
     what.add_argument("--expert-dtype", choices=("fp4", "fp8"), help="With fp8, cast the FP4 experts of V4 to FP8.")
     what.add_argument(
         "--tokenizer-path",
-        type=Path,
+        type=parse_path,
         metavar="FOLDER",
         help="The folder of the tokenizer. By default it is the checkpoint.",
     )
@@ -282,66 +318,3 @@ def add_deepseek(parser: Parser) -> None:
     add_ignore_extra_files(what)
     add_policies(how)
     add_progress(parser)
-
-
-def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
-    """Adds the option of every command that reads a checkpoint."""
-    group.add_argument(
-        "--ignore-extra-files", action="store_true", help="Leave out files and tensors that are not of the checkpoint."
-    )
-
-
-def add_jobs(group: argparse._ArgumentGroup) -> None:
-    """Adds the number of threads to a command that writes."""
-    group.add_argument(
-        "--jobs", type=parse_positive, metavar="N", help="The number of threads. By default the processors decide."
-    )
-
-
-def add_policies(group: argparse._ArgumentGroup) -> None:
-    """Adds what a refusal may advise to a command that writes."""
-    group.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
-    group.add_argument(
-        "--restart", action="store_true", help="Throw away what an interrupted run has left, and begin again."
-    )
-    group.add_argument(
-        "--yes", action="store_true", help="With --restart, remove the files of a finished target too, without asking."
-    )
-
-
-def add_progress(parser: Parser) -> None:
-    """Adds the options on what a command says while it works."""
-    output = parser.section(OUTPUT)
-    output.add_argument(
-        "--progress",
-        choices=("auto", "bar", "log", "json", "none"),
-        help="How progress is shown on standard error. By default a bar on a terminal, else a line every 30 seconds.",
-    )
-    output.add_argument("--quiet", action="store_true", help="Print no progress and no summary, only what is wrong.")
-
-
-def add_output(parser: Parser, json_default: object = False) -> None:  # noqa: FBT002
-    """Adds the options that every command has, below all others."""
-    output = parser.section(OUTPUT)
-    output.add_argument(
-        "--json", action="store_true", default=json_default, help="Print one JSON document instead of text."
-    )
-    add_help(output)
-
-
-def add_help(group: argparse._ArgumentGroup) -> None:
-    """Adds the option that prints the help."""
-    group.add_argument("-h", "--help", action="help", help="Print this help.")
-
-
-def add_program(parser: Parser, version: str) -> None:
-    """Adds the options of the program itself."""
-    options = parser.section("Options")
-    options.add_argument("-V", "--version", action="version", version=version, help="Print the version.")
-    options.add_argument(
-        "--print-completion",
-        action=PrintCompletion,
-        choices=("bash", "zsh"),
-        help="Print the completion script of a shell (it needs the package shtab).",
-    )
-    add_help(options)

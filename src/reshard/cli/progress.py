@@ -113,8 +113,8 @@ class JobWatch(ProgressView):
 
 
 def make_log_report(title: str, words: Sequence[str]) -> Report:
-    """Makes the lines of a log: first what runs, then how far it is, each with the time of day."""
-    is_first = True
+    """Makes the lines of a log: what runs, if there are `words`, and how far it is, each with the time of day."""
+    is_first = bool(words)
 
     def report(event: ProgressEvent) -> None:
         nonlocal is_first
@@ -194,10 +194,13 @@ REPORTS: Mapping[str, Callable[[str, Sequence[str]], Report]] = {
 
 
 @contextmanager
-def show_progress(title: str, options: argparse.Namespace) -> Iterator[ProgressView]:
-    """Yields a progress function that shows how far a command is, in the way that its options choose."""
+def show_progress(title: str, options: argparse.Namespace, *, is_first: bool = True) -> Iterator[ProgressView]:
+    """Yields a progress function that shows how far a command is, in the way that its options choose. Only the log of
+    its first step names the command.
+    """
     mode = choose_mode(options)
-    report = REPORTS[mode](title, getattr(options, "words", [title]))
+    words = getattr(options, "words", [title]) if is_first or mode != "log" else []
+    report = REPORTS[mode](title, words)
     watch = JobWatch(title, report, INTERVALS[mode], is_sample=bool(getattr(options, "sample", None)))
     STATUS_REQUESTS.append(watch.ask)
     watch.start()

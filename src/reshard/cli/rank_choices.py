@@ -14,7 +14,7 @@ from reshard.planning.options import check_source_options, choose_subset, requir
 from reshard.planning.plan import describe_notes
 from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
 from reshard.sources.source import Source
-from reshard.text import escape, format_count, format_size, format_table
+from reshard.text import escape, format_command_lines, format_count, format_size, format_table
 
 GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
 """Memory of GPUs as it is sold, in GB, with the names of some."""
@@ -25,9 +25,6 @@ MOST_WEIGHTS = 90
 
 def print_choices(options: argparse.Namespace) -> int:
     """Prints the numbers of ranks that work as a table or JSON. Returns the exit code. Raises Refused."""
-    for name in ("ranks", "target"):
-        if getattr(options, name) is not None:
-            raise refuse("wrong-option", f"--{name}", "without --mp", "a number of ranks, or without it", "--mp N")
     layout = require_layout(
         None,
         options.to,
@@ -43,11 +40,15 @@ def print_choices(options: argparse.Namespace) -> int:
         options.source, layout, subset, options.recipe, options.replicas, ignore_extra_files=ignores
     )
     require_none(check_source_options(source, options.replicas, None))
+    for name in ("ranks", "target"):
+        if getattr(options, name) is not None:
+            remedy = f"add --mp N{' or --to hf' if name == 'target' else ''}; without --{name}, plan shows which N work"
+            raise refuse("wrong-option", f"--{name}", "no number of ranks", "--mp N with it", remedy)
     choices = list_rank_choices(source, layout, subset.only)
     if options.json:
         print_json(describe_choice_facts(source, choices))
     else:
-        lines = [*describe_choices(source, choices), f"next: {make_next_command(options, choices)}"]
+        lines = [*describe_choices(source, choices), *format_command_lines("next", make_next_command(options, choices))]
         print("\n".join(map(escape, lines)))
     return PROVEN
 

@@ -1,8 +1,28 @@
-"""Parses the values of options: numbers, sizes, shares and ranges. Each function raises argparse's own error."""
+"""Parses the values of options: paths, numbers, sizes, shares and ranges. Each function raises argparse's own error."""
 
 import re
 from argparse import ArgumentTypeError
+from pathlib import Path
 from typing import Any
+
+from reshard.text import make_path
+
+
+def parse_word(text: str) -> str:
+    """Returns a word that is not empty. Raises ArgumentTypeError."""
+    if not text:
+        raise ArgumentTypeError("an empty string; is a variable not set?")
+    return text
+
+
+def parse_path(text: str) -> Path:
+    """Parses a path; an empty string would be the folder that we are in. Raises ArgumentTypeError."""
+    return Path(parse_word(text))
+
+
+def parse_source(text: str) -> Path:
+    """Parses a path of something to read. Raises ArgumentTypeError."""
+    return make_path(parse_word(text))
 
 
 def parse_number(text: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reshard import api
-from reshard.cli.mending import describe_mending, list_mending_commands
+from reshard.cli.mending import MendingStep, describe_mending, list_mending_steps
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
@@ -33,12 +33,12 @@ def run_verify(options: argparse.Namespace) -> int:
         )
     if options.quiet and not options.json and not report.problems:
         return PROVEN
-    commands = [*list_mending_commands(report, options)]
-    return print_report(report, options.target, options.source or Path(MANIFEST), commands, as_json=options.json)
+    steps = [*list_mending_steps(report, options)]
+    return print_report(report, options.target, options.source or Path(MANIFEST), steps, as_json=options.json)
 
 
 def print_report(
-    report: Report | DownloadReport, target: Path, source: Path, commands: Sequence[str] = (), *, as_json: bool
+    report: Report | DownloadReport, target: Path, source: Path, steps: Sequence[MendingStep] = (), *, as_json: bool
 ) -> int:
     """Prints what was compared, and commands that mend what was found; the exit code says whether there was a
     difference.
@@ -47,9 +47,15 @@ def print_report(
         print_download_report(report, target, as_json=as_json)
     elif as_json:
         proven = "sampled" if report.is_sampled else "proven"
-        print_json({"status": "differs" if report.problems else proven, **asdict(report), "next": [*commands]})
+        print_json(
+            {
+                "status": "differs" if report.problems else proven,
+                **asdict(report),
+                "next": [step.command for step in steps],
+            }
+        )
     else:
-        print_verdict("\n".join([describe_report(report, target, source), *describe_mending(commands)]), report)
+        print_verdict("\n".join([describe_report(report, target, source), *describe_mending(steps)]), report)
     return PROBLEMS if report.problems else PROVEN
 
 

@@ -7,8 +7,9 @@ journal records what is durable, so that the same command resumes after a crash,
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,9 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
+    was_there = target.exists()
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
+        with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, other_names, settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
@@ -141,12 +142,29 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             except (Exception, KeyboardInterrupt):
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
+                    if not was_there:
+                        with suppress(OSError):
+                            target.rmdir()
                 raise
             rename_to_final(target, names, others.superseded)
         counter.finish()
     except OSError as error:
         raise refuse_unwritable(target, error) from None
     return done
+
+
+@contextmanager
+def make_folder(target: Path) -> Iterator[None]:
+    """Makes a folder if need be, and removes it again if the job in it fails and leaves nothing there."""
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # not empty: the next run goes on with what is there
+                target.rmdir()
+        raise
 
 
 def refuse_unwritable(target: Path, error: OSError) -> Refused:
@@ -260,7 +278,7 @@ def require_buffer_memory(settings: Settings, memory: int) -> None:
     """Raises Refused if the memory that is allowed is not enough for the buffers of one thread."""
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
-        raise refuse("too-little-memory", "--max-memory", found, expected)
+        raise refuse("too-little-memory", "--max-memory", found, expected, f"--max-memory {ceil(memory / 2**20)}MiB")
 
 
 def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:

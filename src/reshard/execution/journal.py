@@ -217,7 +217,7 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path, finished: Co
     found.pop(HOLDER, None)
     wanted = json.loads(json.dumps(job))
     if found != wanted:
-        before, now = describe_other_job(found, wanted), describe_other_job(wanted, found)
+        before, now = describe_other_job(found, wanted), describe_other_job(wanted, found, "of this source")
         subject, expected = str(path.parent), f"this conversion: {now}"
         remedy = suggest_way(found, wanted, finished, path.parent)
         yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, remedy)

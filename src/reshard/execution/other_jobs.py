@@ -13,12 +13,17 @@ Job = Mapping[str, Any]
 """A job as a manifest or a journal describes it."""
 
 
-def describe_other_job(job: Job, other: Job) -> str:
-    """Describes a job by what it has otherwise than another one: `4 ranks, cast bf16`."""
-    return ", ".join(list_job_differences(job, other)) or "other values"
+OTHER_SOURCE = "of another source, or of other bytes"
 
 
-def list_job_differences(job: Job, other: Job) -> Iterator[str]:
+def describe_other_job(job: Job, other: Job, source: str = OTHER_SOURCE) -> str:
+    """Describes a job by what it has otherwise than another one: `4 ranks, cast bf16`. `source` says of it whose bytes
+    it has, if they are others.
+    """
+    return ", ".join(list_job_differences(job, other, source)) or "other values"
+
+
+def list_job_differences(job: Job, other: Job, source: str) -> Iterator[str]:
     """Lists the values in which a job differs from another one, in words; the files only if nothing else differs."""
     found = [*list_layout_differences(job.get("layout"), other.get("layout"))]
     name, others = get_recipe_name(job), get_recipe_name(other)
@@ -29,7 +34,7 @@ def list_job_differences(job: Job, other: Job) -> Iterator[str]:
     if job.get("subset") != other.get("subset"):
         found.append("a part of a model" if job.get("subset") else "the whole model")
     if any(job.get(key) != other.get(key) for key in ("source", "source_samples")):
-        found.append("of another source, or of other bytes")
+        found.append(source)
     if job.get("reshard") != other.get("reshard"):
         found.append(f"by reshard {job.get('reshard')}")
     policy = [key for key in ("replicas", "allow_inexact") if job.get(key) != other.get(key)]

@@ -18,7 +18,7 @@ from reshard.formats.recognition import (
     require_safetensors_file,
     require_whole_files,
 )
-from reshard.formats.remote_names import restore_address, suggest_download
+from reshard.formats.remote_names import restore_address, suggest_path
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.storage.local import open_regular_file
@@ -65,7 +65,7 @@ def list_safetensors_files(source: Path) -> list[str]:
             return [source.name]
         names = sorted(path.name for path in source.iterdir() if is_safetensors_name(path.name))
     except OSError as error:
-        expected, remedy = "a folder or a safetensors file", suggest_download(source)
+        expected, remedy = "a folder or a safetensors file", suggest_path(source)
         raise refuse("no-source", restore_address(source), error.strerror or str(error), expected, remedy) from None
     require_whole_files(source, names)
     if not names and not (source / INDEX).exists():

@@ -166,7 +166,8 @@ def note_left_tensors(found: IndexedTensors, weight_map: Mapping[str, str]) -> I
     if found.shadowed:
         copies = [f"{name} in {file} ({weight_map[name]} is taken)" for name, file in found.shadowed.items()]
         count = format_count(len(copies), "tensors")
-        text = f"copies of {count}, for the index names another file: {format_list(copies, 3)}"
+        unread = "they were not compared, and may differ"
+        text = f"copies of {count}, for the index names another file ({unread}): {format_list(copies, 3)}"
         yield Note("shadowed", f"left aside: {text}")
     if found.unnamed:
         others = [f"{name} in {file}" for name, file in found.unnamed.items()]

@@ -282,7 +282,10 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
         return {}
     found = manifest.pop("xxh3_128", None) or None  # an empty one is none
     if found != compute_manifest_checksum(manifest) or not is_well_formed(manifest):
-        remedy = "verify with --source, or convert into another folder"
+        remedy = (
+            "copy it again from another node or folder that has it; verify with --source tells whether the tensors are "
+            "right; or convert into another folder"
+        )
         raise refuse("wrong-manifest", str(folder / name), "damaged or changed", "what reshard has written", remedy)
     return manifest
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, refuse
-from reshard.formats.file_content import may_be_safetensors
+from reshard.formats.file_content import decode_text, may_be_safetensors
 from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
     FORMATS,
@@ -75,6 +75,8 @@ def require_safetensors_file(path: Path) -> None:
         raise refuse("other-format", str(path), "a JSON file", SAFETENSORS, f"name its folder: {path.parent}")
     if known := find_other_format([path.name], [*FORMATS, *LEFTOVERS]):
         raise refuse_format(path, path.parent, *known)
+    if decode_text(beginning) and not beginning.startswith((b"<", b"version ")):  # a web page, or a pointer of Git LFS
+        raise refuse("other-format", str(path), "a text, no safetensors file", SAFETENSORS, "is the path right?")
 
 
 def require_whole_files(source: Path, names: Sequence[str]) -> None:

@@ -1,11 +1,19 @@
-"""Names of checkpoints on a hub or in a bucket, where a path is expected, and the commands that download them."""
+"""Addresses and names of hubs and buckets where a path is expected, with the commands that download from there and
+upload; and paths that are empty or not there.
+"""
 
+import os
 import re
 import shlex
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+(.*)", re.DOTALL)
+from reshard.errors import refuse
+from reshard.text import make_path
+
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -34,14 +42,92 @@ class Download(NamedTuple):
 def restore_address(path: Path) -> str:
     """A path as it was given: `s3://bucket/model` where a path has one slash."""
     found = ADDRESS.fullmatch(str(path))
-    return f"{found[1]}://{found[2]}" if found else str(path)
+    if not found:
+        return str(path)
+    return f"{found[1]}://{'/' if found[1].lower() == FILE else ''}{found[2]}"
+
+
+def require_path(given: str | os.PathLike[str]) -> Path:
+    """Returns a path as it was given. Raises Refused for an empty string, which would be the folder that we are in."""
+    if not os.fspath(given):
+        raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    return make_path(os.fspath(given))
+
+
+def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
+    """Returns the path of a target folder. Raises Refused for an empty string, and for an address: a folder of such a
+    name would be made here. `is_written` chooses between the hints: to upload, or to download.
+    """
+    if not os.fspath(given):
+        raise refuse("target-not-folder", EMPTY, "no path", "a folder", "is a variable not set?")
+    path = Path(given)
+    if ADDRESS.fullmatch(str(path)):
+        remedy = suggest_upload(path) if is_written else suggest_download(path)
+        raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
+    return path
+
+
+EMPTY = "''"
+"""The subject of a refusal of a path without a letter."""
+
+FILE = "file"
+"""The scheme of addresses of this machine."""
+
+
+def suggest_upload(path: Path) -> str:
+    """The hint for an address that is to be written."""
+    address = restore_address(path)
+    scheme, rest = address.split("://", 1)
+    host, _, name = rest.partition("/")
+    if scheme.lower() == FILE:
+        return suggest_download(path)
+    command = "your store's own program"
+    repository = REPOSITORY.fullmatch(rest if scheme.lower() == "hf" else name)
+    if scheme.lower() == "s3":
+        command = shlex.join(["aws", "s3", "sync", "FOLDER", address])
+    elif scheme.lower() == "gs":
+        command = shlex.join(["gcloud", "storage", "rsync", "-r", "FOLDER", address])
+    elif repository and (scheme.lower() == "hf" or host in HUBS):
+        command = shlex.join(["hf", "upload", repository[1], "FOLDER"])
+    return f"convert into a FOLDER, then upload it: {command}"
+
+
+def suggest_path(path: Path) -> str:
+    """The hint for a path that is not there: one like it, what downloads it, or else how to make a small checkpoint."""
+    return (
+        suggest_near(path)
+        or suggest_download(path)
+        or "is the path right? to try reshard out: reshard demo NEW makes NEW/source"
+    )
+
+
+def suggest_near(path: Path) -> str:
+    """The hint for a path that is not there, with one like it; empty if there is none."""
+    near = find_near_path(path)
+    return f"did you mean {shlex.quote(str(near))}?" if near else ""
+
+
+def find_near_path(path: Path) -> Path | None:
+    """Finds a folder or safetensors file whose path differs from a missing one in one name, and there little."""
+    there = next((above for above in path.parents if above.is_dir()), None)
+    if there is None:
+        return None
+    wanted, *rest = path.relative_to(there).parts
+    with suppress(OSError):
+        for name in get_close_matches(wanted, [path.name for path in there.iterdir()], 3):
+            near = there.joinpath(name, *rest)
+            if near.is_dir() or (near.is_file() and near.suffix == ".safetensors"):
+                return near
+    return None
 
 
 def suggest_download(path: Path) -> str:
     """The hint for a path that is not there, if it may be an address or the name of a repository; else empty."""
     host, _, rest = str(path).partition("/")
     if address := ADDRESS.fullmatch(str(path)):
-        scheme, rest = address.groups()
+        scheme, rest = address[1].lower(), address[2]
+        if scheme == FILE:
+            return f"give the path /{rest}"
         if scheme in ("s3", "gs"):
             return str(find_bucket_download(scheme, rest) or OTHERWISE)
         if scheme != "hf":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, require_none
+from reshard.execution.staging import note_begun_repair
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import (
     INDEX,
@@ -24,6 +25,7 @@ from reshard.formats.manifest import (
 )
 from reshard.formats.part_manifests import note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model
+from reshard.formats.remote_names import require_path
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
@@ -76,6 +78,8 @@ class Content:
     """What was left aside or changed while it was read."""
     listed: tuple[ListedTensor, ...] | None = None
     """The tensors that were asked for; None if none were."""
+    reason: str = ""
+    """The remark in one line, if it is that no recipe fits."""
     unfinished: Unfinished | None = None
     """The conversion into this folder that has not ended, if there is one. All other fields are about finished files:
     where there are none, only `path` and `recipe` say something.
@@ -98,7 +102,7 @@ def inspect_path(
     names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
     `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
-    path, patterns = Path(path), list_patterns(tensors)
+    path, patterns = require_path(path), list_patterns(tensors)
     unfinished, notes = find_unfinished_run(path)
     if unfinished and not patterns and not (path / MANIFEST).exists():
         return replace(
@@ -117,7 +121,7 @@ def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]
     raised.
     """
     try:
-        return read_unfinished(path), ()
+        return read_unfinished(path), tuple(note_begun_repair(path))
     except Refused as refused:
         if not (path / MANIFEST).exists():
             raise
@@ -144,11 +148,24 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
         fitted = match_or_rename(checkpoint, recipes, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
-        return replace(make_content(path, stored, "", "", 0, {}, remark), notes=checkpoint.notes)
+        content = make_content(path, stored, "", "", 0, {}, remark)
+        return replace(
+            content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
+        )
     chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)
     content = make_content(path, stored, chosen.left, chosen.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes)
+
+
+def shorten_refusal(refused: Refused) -> str:
+    """Says in one line why no recipe fits: the first problem, and how many there are beside it."""
+    first, *others = refused.problems
+    said = first.found  # of no recipe, it names the nearest one and what that does not know
+    if first.kind != "no-recipe":
+        said = f"{first.subject}: {first.found}; expected: {first.expected}"
+    more = f" (and {format_count(len(others), 'more problems')})" if others else ""
+    return f"no recipe fits: {said}{more}"
 
 
 def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:
@@ -188,14 +205,14 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
 
 
 def note_part(path: Path, present: Sequence[str]) -> Note | None:
-    """Notes that a folder holds some ranks only, as its manifests have it; None if they name other files."""
+    """Notes that a folder holds some ranks only, which its manifests name; None if they do not name all of these."""
     try:
         manifest = read_joined_manifest(path)
     except Refused:
         return None
-    if list_rank_files(manifest) != set(present):
+    if not list_rank_files(manifest) >= {*present}:
         return None
-    ranks = format_numbers(entry["rank"] for entry in manifest["files"])
+    ranks = format_numbers(entry["rank"] for entry in manifest["files"] if entry["name"] in present)
     return Note("part", f"a part of a target: ranks {ranks} of {manifest['ranks']}, by {MANIFEST}")
 
 
@@ -255,6 +272,7 @@ def format_content(content: Content) -> str:
         f"{content.path}: {known}{by}{ranks}",
         f"{files}, {format_count(content.tensors, 'tensors')}, {content.size:,} bytes ({format_size(content.size)})",
     ]
+    lines += [content.reason] if content.reason else []
     if content.counts:
         lines.append(", ".join(format_count(count, name) for name, count in content.counts.items()))
     if content.subset:

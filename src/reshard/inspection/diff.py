@@ -7,7 +7,6 @@ tokenizers are not compared. Memory is the buffers of a few threads, whatever th
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -20,107 +19,33 @@ from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
 from reshard.execution.reader import SCALES_SIZE, OpenFiles, WorkerBuffers, make_reader
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.inspection.diff_groups import GroupDifference, group_differences, name_layer, name_module
+from reshard.inspection.diff_groups import group_differences, name_layer, name_module
+from reshard.inspection.diff_report import DiffReport, ValueDifference
 from reshard.inspection.tensor_pairs import (
+    BLOCK_SCALES,
     DiffChoice,
     DiffSide,
-    KindDifference,
     Pairing,
     TensorPair,
+    find_left_aside,
     get_result,
     pair_up,
     read_diff_side,
     rename_to_pair,
 )
-from reshard.inspection.value_distance import RangeDistance, ValueDistance, count_elements, measure_range, merge_ranges
-from reshard.inspection.value_sums import OverallDistance, ValueSums, compute_overall_rank, measure_overall
+from reshard.inspection.value_distance import RangeDistance, count_elements, measure_range, merge_ranges
+from reshard.inspection.value_sums import ValueSums, compute_overall_rank, measure_overall
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import run_in_threads
 from reshard.storage.unchanged import open_unchanged
-from reshard.text import escape
+from reshard.text import format_count
 from reshard.types import FIRST, Advance, Cast, Note, Progress, Tensor
 
 DiffBytes = NDArray[np.uint8]
 
 COMPARE_ALL = DiffChoice()
-
-
-@dataclass(frozen=True, slots=True)
-class ValueDifference:
-    """A tensor whose elements differ."""
-
-    name: str
-    dtype: str
-    """The dtype of the compared elements: F4 for packed I8, BF16 for dequantized weights."""
-    elements: int
-    apart: ValueDistance
-    """Of the elements that differ."""
-    overall: OverallDistance
-    """Of the whole tensor."""
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class DiffReport:
-    """The result of comparing two checkpoints: how many tensors are equal, and every difference."""
-
-    a: str
-    b: str
-    """The paths."""
-    recipes: tuple[str, str]
-    """The recipe that the rank files of each side were read with; empty for other layouts."""
-    same: int
-    """The number of tensors that are equal, bit by bit."""
-    compared: int
-    """The bytes that were compared, of one side."""
-    dequantized: int
-    """The number of tensors that were dequantized to be compared, equal or not."""
-    values: tuple[ValueDifference, ...]
-    """The most different first: with NaNs and infinities, then by the relative norm."""
-    kinds: tuple[KindDifference, ...]
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    layers: tuple[GroupDifference, ...]
-    """All layers, and what is in none, the most different first."""
-    modules: tuple[GroupDifference, ...]
-    """All tensors by their names without the numbers, the most different first."""
-    notes: tuple[Note, ...] = ()
-    """What was left aside of a side, which is named first; and that names were changed to be compared."""
-
-    @property
-    def is_same(self) -> bool:
-        """Whether there is no difference at all."""
-        return not (self.values or self.kinds or self.only_a or self.only_b)
-
-    @property
-    def different(self) -> int:
-        """The number of tensors that are not equal, or on one side only."""
-        return len(self.values) + len(self.kinds) + len(self.only_a) + len(self.only_b)
-
-    @property
-    def worst(self) -> ValueDifference | None:
-        """The one of `values` with the largest relative norm; those with NaNs and infinities may stand before it."""
-        known = [found for found in self.values if found.overall.relative_norm is not None]
-        return max(known, key=lambda found: found.overall.relative_norm or 0, default=None)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of tensors that are equal, and of each kind of difference."""
-        return {
-            "the same": self.same,
-            "other values": len(self.values),
-            "other dtype or shape": len(self.kinds),
-            "only in A": len(self.only_a),
-            "only in B": len(self.only_b),
-        }
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items() if count)
-        verdict = "same" if self.is_same else "differs"
-        return escape(f"{self.a} and {self.b}: {verdict}: {counts or 'no tensors'}")
-
-    __repr__ = __str__
 
 
 def diff_checkpoints(
@@ -146,14 +71,24 @@ def diff_checkpoints(
         len(pairing.pairs) - len(values),
         size,
         pairing.dequantized,
+        pairing.rounded,
         values,
         pairing.kinds,
         pairing.only_a,
         pairing.only_b,
         group_differences(name_layer, found, unpaired),
         group_differences(name_module, found, unpaired),
-        (*notes, *note_sides(sides)),
+        find_left_aside(sides, choice.only),
+        (*notes, *note_scaled(pairing.scaled), *note_sides(sides)),
     )
+
+
+def note_scaled(count: int) -> Iterator[Note]:
+    """Notes that weights are reported as of other dtypes whose numbers could be compared."""
+    if count:
+        verb, other = ("has", "its") if count == 1 else ("have", "their")
+        found = f"{format_count(count, 'tensors')} {verb} block scales on a side, and another dtype on the other"
+        yield Note(BLOCK_SCALES, f"{found}: --dequantize compares {other} numbers")
 
 
 def note_sides(sides: Iterable[DiffSide]) -> Iterator[Note]:
@@ -171,15 +106,14 @@ def list_value_differences(
         apart, sums = found[pair.name]
         if apart:
             elements = count_elements(get_result(pair.a).size, pair.dtype)
-            values.append(ValueDifference(pair.name, pair.dtype, elements, apart, measure_overall(sums)))
+            values.append(ValueDifference(pair.name, pair.dtype, elements, apart, measure_overall(sums), pair.is_coded))
     return tuple(sorted(values, key=make_difference_key, reverse=True))
 
 
 def make_difference_key(difference: ValueDifference) -> tuple[bool, float, float]:
     """The sort key of a difference: larger is more different."""
     apart = difference.apart
-    odd = apart.infinite > 0 or apart.nans != (0, 0)
-    return odd, compute_overall_rank(difference.overall), apart.different / difference.elements
+    return apart.unusual.is_any, compute_overall_rank(difference.overall), apart.different / difference.elements
 
 
 class PairRange(NamedTuple):
@@ -235,7 +169,7 @@ def compare_pairs(
     pairing: Pairing, sides: Sequence[DiffSide], size: int, progress: Progress | None
 ) -> dict[str, RangeDistance]:
     """Compares all pairs, of `size` bytes on a side; returns the measures by name."""
-    if pairing.dequantized:
+    if pairing.dequantized or pairing.rounded:
         choose_recode()  # here, for it may import numba, and that from one thread only
     counter = WorkCounter(progress, size)
     with ExitStack() as stack:

@@ -4,7 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from reshard.inspection.value_distance import RangeDistance
-from reshard.inspection.value_sums import OverallDistance, add_sums, compute_overall_rank, measure_overall
+from reshard.inspection.value_sums import (
+    OverallDistance,
+    Unusual,
+    add_sums,
+    add_unusual,
+    compute_overall_rank,
+    measure_overall,
+)
 from reshard.numbered_names import NUMBER, split_name
 
 
@@ -20,6 +27,10 @@ class GroupDifference:
     """Of those: with other values."""
     unpaired: int
     """Of those: of another dtype or shape, or on one side only."""
+    nans: tuple[int, int]
+    """The number of NaNs on each side, among the elements that differ."""
+    infinite: int
+    """The number of elements that are infinite on a side, and NaN on neither, among these."""
     overall: OverallDistance
     """Of all tensors with other values together; tensors that are equal do not count."""
 
@@ -27,6 +38,11 @@ class GroupDifference:
     def is_same(self) -> bool:
         """Whether there is no difference in this group."""
         return not (self.different or self.unpaired)
+
+    @property
+    def unusual(self) -> Unusual:
+        """The NaNs and infinities."""
+        return Unusual(self.nans, self.infinite)
 
 
 def group_differences(
@@ -44,7 +60,12 @@ def group_differences(
     return tuple(
         sorted(
             (summarize_group(name, found, lacking.get(name, 0)) for name, found in groups.items()),
-            key=lambda group: (not group.is_same, compute_overall_rank(group.overall), group.unpaired),
+            key=lambda group: (
+                not group.is_same,
+                group.unusual.is_any,
+                compute_overall_rank(group.overall),
+                group.unpaired,
+            ),
             reverse=True,
         )
     )
@@ -52,9 +73,10 @@ def group_differences(
 
 def summarize_group(name: str, found: Iterable[RangeDistance], unpaired: int) -> GroupDifference:
     every = list(found)
-    differing = [measures.sums for measures in every if measures.apart]
-    overall = measure_overall(add_sums(differing))
-    return GroupDifference(name, len(every) + unpaired, len(differing), unpaired, overall)
+    apart = [measures.apart for measures in every if measures.apart]
+    nans, infinite = add_unusual(distance.unusual for distance in apart)
+    overall = measure_overall(add_sums(measures.sums for measures in every if measures.apart))
+    return GroupDifference(name, len(every) + unpaired, len(apart), unpaired, nans, infinite, overall)
 
 
 def name_layer(name: str) -> str:

@@ -1,24 +1,19 @@
 """Lists the tensors of a path, from the headers alone and without a recipe: names, dtypes, shapes, bytes, files."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import translate
 from pathlib import Path
-from shlex import quote
 
-from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import INDEX, list_safetensors_files, read_headers
+from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.recognition import split_numbers
-from reshard.numbered_names import split_name
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.rank_names import find_rank_names
-from reshard.text import escape, format_count, format_list, format_size, format_table, shorten_name
+from reshard.text import escape, format_count, format_size, format_table, is_terminal, shorten_name
 
 MOST_LISTED = 100
-"""At most so many tensors are printed."""
+"""At most so many tensors are printed on a terminal; a pipe or file gets all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +33,9 @@ def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None)
     file by file for each name. Raises Refused for a pattern that fits none.
     """
     every = read_tensor_list(path, recipe)
-    fitting = [re.compile(translate(pattern)).match for pattern in patterns]
     names = dict.fromkeys(tensor.name for tensor in every)
-    require_none(
-        Problem("wrong-option", f"--tensors {pattern}", "no tensor of such a name", *suggest_names(pattern, names))
-        for pattern, fits in zip(patterns, fitting, strict=True)
-        if not any(map(fits, names))
-    )
-    chosen = {name for name in names if any(fits(name) for fits in fitting)}
+    require_fitting("wrong-option", "--tensors", patterns, names, "no tensor of such a name")
+    chosen = set(match_any(names, patterns))
     return tuple(
         sorted(
             (tensor for tensor in every if tensor.name in chosen),
@@ -74,26 +64,13 @@ def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
     ]
 
 
-def suggest_names(pattern: str, names: Iterable[str]) -> tuple[str, str]:
-    """What was expected in the place of a pattern that fits no name, and what to do."""
-    every = list(names)
-    wider = f"*{pattern.strip('*')}*"
-    if count := sum(map(bool, map(re.compile(translate(wider)).match, every))):
-        return "a pattern of whole names", f"--tensors {quote(wider)} fits {format_count(count, 'names')}"
-    firsts: dict[str, str] = {}  # one of each kind of name: they are few
-    for name in every:
-        firsts.setdefault(split_name(name)[0], name)
-    wanted = split_name(pattern)[0]
-    near = [firsts[kind] for kind in get_close_matches(wanted, firsts, 3, 0.4)] or list(firsts.values())[:3]
-    return f"a pattern that fits some, such as {format_list(near)}", "--tensors '*' lists all"
-
-
 def format_tensor_list(tensors: Sequence[ListedTensor]) -> str:
-    """The tensors as a table for a person; of a long list, the first."""
+    """The tensors as a table for a person; on a terminal only the first of a long list."""
     size = sum(tensor.size for tensor in tensors)
+    most = MOST_LISTED if is_terminal() else len(tensors)
     rows = [
         (shorten_name(tensor.name), tensor.dtype, str(list(tensor.shape)), f"{tensor.size:,}", escape(tensor.file))
-        for tensor in tensors[:MOST_LISTED]
+        for tensor in tensors[:most]
     ]
     lines = [
         f"{format_count(len(tensors), 'tensors')} listed, {size:,} bytes ({format_size(size)})",

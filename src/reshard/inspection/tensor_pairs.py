@@ -4,27 +4,28 @@ Rank files are read as the whole checkpoint that they make up, under its names. 
 file, tensors keep the names in the files; unless those of one side become the other's once a prefix is changed.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import translate
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks, unpack_shape
-from reshard.errors import Problem, require_none
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
+from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.fitted_names import RENAMED
-from reshard.sources.prefixes import find_renaming_to
+from reshard.sources.prefixes import find_partial_renaming_to, find_renaming_to
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Note, Recipe, Tensor
+
+PARTIAL_PREFIX, BLOCK_SCALES = "prefix", "block-scales"
+"""Kinds of notes: of a prefix that only some names have; of scaled weights compared with weights of another dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class TensorPair(NamedTuple):
     a: Tensor | Cast
     b: Tensor | Cast
     dtype: str
-    """The dtype of the elements that are compared."""
+    """The dtype of the elements that are compared: F4 for packed I8, which has two elements in a byte."""
+    is_coded: bool = False
+    """Whether the elements are compared as codes, without the block scale that a side has for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,27 @@ class KindDifference:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftAside:
+    """Tensors that stand in the files of a side, but not in its checkpoint: they are not compared."""
+
+    side: str
+    """`A` or `B`."""
+    names: tuple[str, ...]
+    reason: str
+    """Such as `that its index does not name`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Pairing:
     """The names of both sides: paired, of different kinds, or on one side only."""
 
     pairs: tuple[TensorPair, ...]
     dequantized: int
-    """The number of pairs that are dequantized or rounded first."""
+    """The number of pairs of which a side is dequantized first."""
+    rounded: int
+    """The number of pairs of which a side is rounded first, and none dequantized."""
+    scaled: int
+    """The number of `kinds` that could be compared, once dequantized."""
     kinds: tuple[KindDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -114,13 +132,24 @@ def rename_to_pair(a: DiffSide, b: DiffSide) -> tuple[tuple[DiffSide, DiffSide],
             tensors = rename_tensors(side.checkpoint.tensors, renaming)
             renamed = side._replace(checkpoint=replace(side.checkpoint, tensors=tensors))
             return ((renamed, b) if side is a else (a, renamed)), (note,)
-    return (a, b), ()
+    return (a, b), tuple(note_partial_prefix("B", b, a)) or tuple(note_partial_prefix("A", a, b))
+
+
+def note_partial_prefix(letter: str, side: DiffSide, other: DiffSide) -> Iterator[Note]:
+    """Notes that more names would be those of the other side without a prefix that only some have."""
+    names, wanted = side.checkpoint.tensors, other.checkpoint.tensors
+    renaming, more = find_partial_renaming_to(names, wanted) if names.keys() != wanted.keys() else ((), 0)
+    if renaming:
+        change = f"with a prefix changed ({format_renaming(names, renaming)})"
+        text = f"the names are compared as they are; {change} {more:,} more would be names of the other side"
+        yield Note(PARTIAL_PREFIX, f"{letter}: {text}")
 
 
 def pair_up(a: DiffSide, b: DiffSide, choice: DiffChoice) -> Pairing:
     """Pairs the tensors of two sides. Raises Refused for a pattern that matches no name."""
     names = choose_names([*a.checkpoint.tensors, *b.checkpoint.tensors], choice.only)
-    made = pair_dequantized(names, a, b) if choice.dequantize else []
+    readable = pair_dequantized(names, a, b)
+    made = readable if choice.dequantize else []
     known = {pair.name for pair in made}
     left, right = (
         {name: tensors[name] for name in names if name in tensors and name not in used}
@@ -135,11 +164,14 @@ def pair_up(a: DiffSide, b: DiffSide, choice: DiffChoice) -> Pairing:
         if other is None:
             continue
         if (one.dtype, one.shape) == (other.dtype, other.shape):
-            pairs.append(TensorPair(name, one, other, get_compared_dtype(one, a, b)))
+            is_coded = bool(find_dequantize_cast(name, a) or find_dequantize_cast(name, b))
+            pairs.append(TensorPair(name, one, other, "F4" if is_coded and one.dtype == "I8" else one.dtype, is_coded))
         else:
             kinds.append(KindDifference(name, format_kind(one), format_kind(other)))
+    dequantized = sum(map(is_dequantized, readable))
+    counts = (dequantized, len(made) - dequantized, 0) if choice.dequantize else (0, 0, dequantized)
     return Pairing(
-        tuple(pairs), len(made), tuple(kinds), list_lacking_names(left, right), list_lacking_names(right, left)
+        tuple(pairs), *counts, tuple(kinds), list_lacking_names(left, right), list_lacking_names(right, left)
     )
 
 
@@ -149,28 +181,27 @@ def list_lacking_names(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) 
 
 
 def choose_names(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match a pattern, each once, in their order."""
+    """The names that match a pattern, each once, in their order. Raises Refused for a pattern that matches none."""
     every = list(dict.fromkeys(names))
-    if not patterns:
-        return every
-    fitting = [{name for name in every if fits(name)} for fits in (re.compile(translate(p)).match for p in patterns)]
-    require_none(
-        Problem("wrong-option", f"--only {pattern}", "no tensor of either side", "a pattern that fits some")
-        for pattern, found in zip(patterns, fitting, strict=True)
-        if not found
-    )
-    wanted = set[str]().union(*fitting)
-    return [name for name in every if name in wanted]
+    require_fitting("wrong-option", "--only", patterns, every, "no tensor of either side")
+    return match_any(every, patterns) if patterns else every
+
+
+def find_left_aside(sides: Sequence[DiffSide], patterns: Sequence[str]) -> tuple[LeftAside, ...]:
+    """Finds the tensors in the files of both sides that were left aside, of those that match a pattern."""
+    found = []
+    for letter, side in zip("AB", sides, strict=True):
+        others = side.checkpoint.unnamed
+        if names := match_any(others, patterns or ["*"]):
+            read = {file.name for file in side.checkpoint.files}
+            is_indexed = all(others[name] in read for name in names)
+            reason = "that its index does not name" if is_indexed else "in files that were left aside"
+            found.append(LeftAside(letter, tuple(names), reason))
+    return tuple(found)
 
 
 def format_kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def get_compared_dtype(tensor: Tensor, a: DiffSide, b: DiffSide) -> str:
-    """The dtype of the elements of a tensor of both sides: F4 for packed I8, which has two elements in a byte."""
-    is_packed = tensor.dtype == "I8" and (find_dequantize_cast(tensor.name, a) or find_dequantize_cast(tensor.name, b))
-    return "F4" if is_packed else tensor.dtype
 
 
 def pair_dequantized(names: Iterable[str], a: DiffSide, b: DiffSide) -> list[TensorPair]:
@@ -188,6 +219,11 @@ def pair_dequantized(names: Iterable[str], a: DiffSide, b: DiffSide) -> list[Ten
         if left and right and get_result(left).shape == get_result(right).shape:
             found.append(TensorPair(name, left, right, "BF16"))
     return found
+
+
+def is_dequantized(pair: TensorPair) -> bool:
+    """Whether a side of a pair is dequantized; else it is only rounded."""
+    return any(isinstance(side, Cast) and side.operation == "dequantize" for side in (pair.a, pair.b))
 
 
 def read_as_bf16(tensor: Tensor, side: DiffSide) -> Tensor | Cast | None:

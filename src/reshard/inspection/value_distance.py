@@ -17,6 +17,7 @@ from reshard.formats.safetensors import BITS
 from reshard.inspection.value_sums import (
     LARGEST_FLOAT64,
     PieceSums,
+    Unusual,
     ValueSums,
     add_sums,
     compute_value_sums,
@@ -82,6 +83,11 @@ class ValueDistance:
     there is none, or if the values of the dtype are not known."""
     max_relative: float | None = None
     """The largest difference divided by the larger magnitude of the two elements: from 0 to 2."""
+
+    @property
+    def unusual(self) -> Unusual:
+        """The NaNs and infinities."""
+        return Unusual(self.nans, self.infinite)
 
 
 def count_elements(size: int, dtype: str) -> int:

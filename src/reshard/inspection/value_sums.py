@@ -1,4 +1,4 @@
-"""Measures of two whole tensors: root mean square error, relative norm and cosine. Opens no file.
+"""Measures of two whole tensors: root mean square error, relative norm, cosine, unusual values. Opens no file.
 
 They come from sums of products, which are taken in float64 over short pieces and added exactly over the pieces. So
 they are the same whatever the order in which threads finish.
@@ -60,6 +60,27 @@ class OverallDistance:
     """sqrt(sum((a - b)^2)) / sqrt(sum(a^2)); None where A is all zeros and B is not."""
     cosine: float | None
     """sum(a * b) / (sqrt(sum(a^2)) * sqrt(sum(b^2))); None where a side is all zeros."""
+
+
+class Unusual(NamedTuple):
+    """The number of elements without a finite value, among those that differ."""
+
+    nans: tuple[int, int] = (0, 0)
+    """Of each side."""
+    infinite: int = 0
+    """Infinite on a side, and NaN on neither."""
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there is one at all."""
+        return self != Unusual()
+
+
+def add_unusual(every: Iterable[Unusual]) -> Unusual:
+    """Adds the numbers of several tensors."""
+    found = list(every)
+    a, b = (sum(one.nans[side] for one in found) for side in (0, 1))
+    return Unusual((a, b), sum(one.infinite for one in found))
 
 
 def add_sums(every: Iterable[ValueSums]) -> ValueSums:

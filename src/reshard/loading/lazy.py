@@ -21,6 +21,7 @@ from reshard.execution.reader import read_join
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
+from reshard.formats.remote_names import require_path
 from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
@@ -66,7 +67,7 @@ def open_tensors(
 
     """
     require_framework(framework)
-    path = Path(path)
+    path = require_path(path)
     if path.is_file():
         return Tensors(read_file(path), framework)
     if holds_rank_files(path, recipe):

@@ -12,6 +12,7 @@ from reshard.casts.kernels import choose_recode
 from reshard.errors import refuse, require_none
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
+from reshard.formats.remote_names import require_path
 from reshard.loading.arrays import check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.planning.copies import WrongPlan
 from reshard.planning.options import require_layout, require_whole_number
@@ -81,7 +82,7 @@ def load(
     require_framework(framework, device)
     layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
     found = read_source(
-        Path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, keep_optional=keep_mtp
+        require_path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, keep_optional=keep_mtp
     )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)

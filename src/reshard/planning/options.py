@@ -124,6 +124,8 @@ def sort_numbers(option: str, numbers: Iterable[int] | None) -> tuple[int, ...] 
     """The numbers of an option, each once. Raises Refused for anything but whole numbers."""
     if numbers is None:
         return None
+    if isinstance(numbers, str):
+        raise refuse("wrong-option", option, repr(numbers), "a list of whole numbers", "range(0, 3), or [0, 1, 2]")
     if not isinstance(numbers, Iterable):
         raise refuse("wrong-option", option, repr(numbers), "a list of whole numbers")
     return tuple(sorted({require_whole_number(option, number) for number in numbers}))

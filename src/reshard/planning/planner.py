@@ -8,6 +8,7 @@ import numpy as np
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import Origin, count_left_out
+from reshard.formats.name_patterns import require_fitting
 from reshard.formats.renaming import format_renaming, format_step
 from reshard.planning.copies import Copies
 from reshard.planning.dtype_notes import note_dtypes
@@ -178,12 +179,9 @@ def keep_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
             if fitting := [pattern for pattern in patterns if fnmatchcase(tensor.name, pattern)]:
                 units.add((family.rule, numbers))
                 used.update(fitting)
-    expected, remedy = "names of the source, such as 'model.layers.0.*'", "the index of the source has them"
-    require_none(
-        Problem("nothing-kept", "--only", f"no tensor fits {pattern!r}", expected, remedy)
-        for pattern in patterns
-        if pattern not in used
-    )
+    if lacking := [pattern for pattern in patterns if pattern not in used]:
+        names = [tensor.name for family in matched.families for tensor in family.tensors]
+        require_fitting("nothing-kept", "--only", lacking, names, "no tensor of such a name")
     families = [keep_units(family, units) for family in matched.families]
     kept = {tensor.name for family in families for tensor in family.tensors}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}

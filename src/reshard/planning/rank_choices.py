@@ -105,7 +105,7 @@ def plan_for_ranks(
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"
-        remedy = "--mp N; reshard plan SOURCE shows how large each makes the ranks"
+        remedy = "--mp N; the command reshard plan SOURCE shows how large each makes the ranks"
         raise refuse("wrong-option", "--mp", "no number of ranks", f"one of {numbers}; or --to hf", remedy)
     return make_plan(source, layout, ranks=ranks, only=only)
 

@@ -188,6 +188,12 @@ def check_scaling(kind: WeightGroup, scaling: BlockScale) -> Iterator[Problem]:
         return
     scale = kind.scales[0]
     wanted = count_blocks(find_logical_shape(weight, scaling), scaling.block)
+    if weight.dtype not in (scaled, *FLOATS):
+        for tensor in kind.weights:
+            expected = f"{scaled}, for it has a block scale"
+            remedy = f"if its bytes are {scaled} under another name: save it again with that dtype"
+            yield Problem("wrong-dtype", tensor.name, tensor.dtype, expected, remedy)
+        return
     if weight.dtype != scaled:
         for tensor in kind.scales:
             found, remedy = f"a block scale for a weight of {weight.dtype}", "is the checkpoint a mixture?"

@@ -1,5 +1,6 @@
 """Stage 2: Checkpoint + Recipe -> Matched. Finds the rule of each tensor; refuses missing tensors. Opens no file."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -225,7 +226,7 @@ def explain_unmatched(
         if key not in nearest and len(nearest) < NEAREST_FOR:
             nearest[key] = next(iter(get_close_matches(name[:LONGEST_COMPARED], lefts, 1, 0.0)), "none")
         expected = f"a rule of {recipe.name}; the nearest is {nearest.get(key, lefts[0])!r}"
-        found, remedy = find_place(checkpoint, name), suggestion
+        found, remedy = find_place(checkpoint, name), suggest_drop(recipe, name) or suggestion
         if found in checkpoint.may_be_extra:
             remedy = f"if {found} is not part of the checkpoint: --ignore-extra-files leaves it out; else {remedy}"
         found = f"in {found}; no rule knows it" if found else "no rule knows it"
@@ -236,6 +237,17 @@ def find_place(checkpoint: Checkpoint, name: str) -> str:
     """Finds the file of a tensor; empty if it is assembled from several."""
     place = checkpoint.tensors[name].file
     return checkpoint.files[place].name if place < len(checkpoint.files) else ""
+
+
+def suggest_drop(recipe: Recipe, name: str) -> str:
+    """Suggests how to leave out a tensor of a module that no rule of a packaged recipe names; else empty."""
+    module, dot, _ = name.partition(".")
+    is_known = any(rule.left.partition(".")[0] == module for rule in recipe.rules)
+    if is_known or not re.fullmatch(r"[A-Za-z]\w*", module) or Path(recipe.origin).parent != FAMILIES_FOLDER:
+        return ""
+    row = f'["drop", "{module}{".{*}" if dot else ""}", "", "not used"],'
+    copy = f"reshard recipes show {recipe.name} > my.toml"
+    return f"to leave it out: {copy}; add to the rows of my.toml {row} and pass it with --recipe FILE"
 
 
 def suggest_rule(recipe: Recipe, row: str) -> str:

@@ -175,6 +175,30 @@ def find_renaming_to(tensors: Collection[str], wanted: Collection[str]) -> Renam
     return ()
 
 
+def find_partial_renaming_to(tensors: Collection[str], wanted: Collection[str]) -> tuple[Renaming, int]:
+    """Finds the renaming of some names after which the most names are wanted ones, and how many more these are. It is
+    for a person to judge. Empty and 0 if there is none that makes most of the names that it changes wanted ones.
+    """
+    names, others = list_names_by_kind(tensors), set(wanted)
+    if not names.examples or not names.is_searched:
+        return (), 0
+    kinds = {split_name(name)[0] for name in others}
+    best: Renaming = ()
+    most = count_wanted(names.examples, names, kinds)
+    for renaming, examples in list_renamings(names.examples, of_some=True):
+        changed = [new for old, new in zip(names.examples, examples, strict=True) if old != new]
+        is_likely = 2 * sum(split_name(name)[0] in kinds for name in changed) > len(changed)
+        if is_likely and (fitting := count_wanted(examples, names, kinds)) > most:
+            best, most = renaming, fitting
+    more = len(others.intersection(rename_all(tensors, best))) - len(others.intersection(tensors))
+    return (best, more) if more > 0 else ((), 0)
+
+
+def count_wanted(examples: Sequence[str], names: Names, kinds: Collection[str]) -> int:
+    """Counts the names whose kind is wanted; `examples` are those of `names`, renamed."""
+    return sum(count for name, count in zip(examples, names.counts, strict=True) if split_name(name)[0] in kinds)
+
+
 def is_within(a: set[str], b: set[str]) -> bool:
     """Whether one of two sets holds the other."""
     return a <= b or b <= a

@@ -69,25 +69,24 @@ def count_ranks_per_node(ranks: int) -> int:
     return next(number for number in range(min(ranks, RANKS_PER_NODE), 0, -1) if ranks % number == 0)
 
 
-def make_rank_start(plan: Plan, folder: Path, names: Sequence[str]) -> Start | None:
-    """Makes the command that starts the engine for the rank files in a folder; None if none is known. `names` are the
-    names of the files in the folder.
+def make_rank_start(plan: Plan, folder: Path, names: Sequence[str], own: int) -> Start | None:
+    """Makes the command that starts the engine for the rank files in a folder, with `own` ranks on each node; None if
+    none is known. `names` are the names of the files in the folder.
     """
     generator = GENERATORS.get(plan.recipe.name)
     model_type, layout = (plan.config or {}).get("model_type"), plan.layout
     if generator and generator.model_type == model_type and RUN_CONFIG in names:
         # A strict loader refuses tensors that it does not know, such as those of MTP layers.
         can_read = layout.cast in generator.casts and not layout.keep_optional
-        return make_generator_start(plan, folder, generator) if can_read else None
-    if plan.recipe.name in EXAMPLE_RECIPES and "config.json" in names:
+        return make_generator_start(plan, folder, generator, own) if can_read else None
+    if plan.recipe.name in EXAMPLE_RECIPES and own == layout.ranks and "config.json" in names:
         return make_example_start(layout.ranks, folder, names)
     return None
 
 
-def make_generator_start(plan: Plan, folder: Path, generator: Generator) -> Start:
+def make_generator_start(plan: Plan, folder: Path, generator: Generator, own: int) -> Start:
     """Makes the command that starts DeepSeek's `generate.py`."""
     ranks = plan.layout.ranks
-    own = count_ranks_per_node(ranks)
     nodes = ranks // own
     spread = f"--nnodes {nodes} --nproc-per-node {own} --node-rank $RANK --master-addr $ADDR"
     processes = f"--nproc-per-node {ranks}" if nodes == 1 else spread

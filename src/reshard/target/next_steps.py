@@ -1,14 +1,15 @@
 """The next steps with a finished target: ranks are copied to another node and verified there, the engine is started."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from glob import escape as escape_pattern
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from reshard.execution.staging import STAGING
 from reshard.formats.huggingface import SUFFIX
-from reshard.formats.target_names import list_names
+from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
 from reshard.text import format_numbers
@@ -19,7 +20,7 @@ class NextStep(NamedTuple):
     """One thing to do next."""
 
     does: str
-    """A stable word for machines: `verify`, `copy`, `verify-copy` or `start`."""
+    """A stable word for machines: `verify`, `join`, `copy`, `verify-copy` or `start`."""
     text: str
     """What it is, for a person."""
     command: str
@@ -33,21 +34,38 @@ def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
     if "only" in plan.source.subset:
         return
     folder, names = target.absolute(), list_names(target)
-    if plan.layout.to != RANKS:
-        start = make_whole_start(plan, folder, names)
-    else:
-        ranks = plan.layout.ranks
-        there = [rank for rank in range(ranks) if plan.recipe.files.format(rank=rank, ranks=ranks) in names]
-        own = count_ranks_per_node(ranks)
-        nodes = (set(range(first, first + own)) for first in range(0, ranks, own))
-        start = make_rank_start(plan, folder, names) if any(node <= set(there) for node in nodes) else None
-        if len(there) == ranks > 1:
-            yield from list_copy_steps(plan.recipe, ranks, folder)
+    if plan.layout.to == RANKS:
+        yield from list_rank_steps(plan, folder, names)
+    elif start := make_whole_start(plan, folder, names):
+        yield NextStep("start", *start)
+
+
+def list_rank_steps(plan: Plan, folder: Path, names: Sequence[str]) -> Iterator[NextStep]:
+    """Lists the starts of rank files: on one node, or after some ranks were copied, on several. A start is listed where
+    all ranks of one of its nodes lie.
+    """
+    ranks = plan.layout.ranks
+    there = {rank for rank in range(ranks) if plan.recipe.files.format(rank=rank, ranks=ranks) in names}
+    own = count_ranks_per_node(ranks)
+    is_small = own == ranks
+    start = make_rank_start(plan, folder, names, own) if has_node(there, own, ranks) else None
+    if start and is_small:
+        yield NextStep("start", *start)
+    if len(there) == ranks > 1:
+        yield from list_copy_steps(plan.recipe, ranks, folder, "or copy" if start and is_small else "copy")
+    if is_small:
+        is_halved = ranks % 2 == 0 and has_node(there, ranks // 2, ranks)
+        start = make_rank_start(plan, folder, names, ranks // 2) if is_halved else None
     if start:
-        yield NextStep("start", start.text, start.command)
+        yield NextStep("start", *start)
 
 
-def list_copy_steps(recipe: Recipe, ranks: int, folder: Path) -> Iterator[NextStep]:
+def has_node(there: Collection[int], own: int, ranks: int) -> bool:
+    """Whether all ranks of a node are there, if each node has `own` ranks."""
+    return any({*range(first, first + own)} <= {*there} for first in range(0, ranks, own))
+
+
+def list_copy_steps(recipe: Recipe, ranks: int, folder: Path, verb: str) -> Iterator[NextStep]:
     """Lists how the ranks of a second node are copied to it, and verified there."""
     own = count_ranks_per_node(ranks)
     chosen = range(own, 2 * own) if own < ranks else range((ranks + 1) // 2, ranks)
@@ -55,9 +73,10 @@ def list_copy_steps(recipe: Recipe, ranks: int, folder: Path) -> Iterator[NextSt
     # Older versions of rsync let the shell of the other node take a path apart, unless -s is given.
     options = "-a" if shlex.quote(str(folder)) == str(folder) else "-as"
     includes = [f"--include=/{pattern}" for pattern in make_rank_patterns(recipe, ranks, chosen)]
-    words = ["rsync", options, *includes, f"--exclude=*{SUFFIX}", f"{folder}/", f"NODE:{folder}/"]
+    excludes = [f"--exclude={name}" for name in (f"*{SUFFIX}", f"*{PARTIAL}", JOURNAL, STAGING)]
+    words = ["rsync", options, *includes, *excludes, f"{folder}/", f"NODE:{folder}/"]
     many = "ranks" if len(chosen) > 1 else "rank"
-    yield NextStep("copy", f"copy {many} {text} to another node", shlex.join(words))
+    yield NextStep("copy", f"{verb} {many} {text} to another node", shlex.join(words))
     yield NextStep("verify-copy", "verify there", shlex.join(["reshard", "verify", str(folder), "--ranks", text]))
 
 

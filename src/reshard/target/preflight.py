@@ -16,6 +16,7 @@ from reshard.execution.journal import list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
 from reshard.execution.side_writer import write_side_files
+from reshard.execution.staging import note_begun_repair
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_part_name, is_same_conversion, join_manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
@@ -55,6 +56,8 @@ from reshard.target.tokenizer import find_tokenizer, note_lacking
 from reshard.text import format_count, format_list, format_size
 from reshard.types import RANKS
 
+MORE_ROOM = "make room, another target, or fewer --ranks at a time"
+
 
 def list_own_names(target: Path) -> set[str]:
     """Lists the files that an interrupted job may have left in its target, by its journal. Empty without a journal."""
@@ -65,13 +68,14 @@ def list_own_names(target: Path) -> set[str]:
 
 
 def check_folder(
-    source: Path, target: Path, needed: int, ours: set[str], present: Collection[str], remedy: str = "another target"
-) -> Iterator[Problem]:
+    source: Path, target: Path, needed: int, ours: set[str], present: Collection[str], remedy: str = "another target",
+    room: str = MORE_ROOM,
+) -> Iterator[Problem]:  # fmt: skip
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
 
     `present` has the names that were there before `ours` was found out: a run that has begun since then is met by its
-    lock, and what it writes is not called a stranger's. `remedy` is for other files in the folder.
+    lock, and what it writes is not called a stranger's. `remedy` is for other files there, `room` for a full disk.
     """
     resolved, origin = target.resolve(), source.resolve()
     if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
@@ -86,24 +90,29 @@ def check_folder(
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
     above = find_nearest_folder(target)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        yield Problem("no-permission", str(above), "not a folder that we may write to", "write permission", "")
+        is_read_only = bool(os.statvfs(above).f_flag & os.ST_RDONLY)
+        found = "on a read-only file system" if is_read_only else "not a folder that we may write to"
+        hint = (
+            "have it mounted for writing, or another target" if is_read_only else "write permission, or another target"
+        )
+        yield Problem("no-permission", str(above), found, "a folder that we may write to", hint)
         return
     longest = os.pathconf(above, "PC_NAME_MAX")
     if long := [part for part in target.parts if len(os.fsencode(part)) > longest]:
         yield Problem(
             "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
         )
-    yield from check_space(target, needed, ours)
+    yield from check_space(target, needed, ours, room)
 
 
-def check_space(target: Path, needed: int, ours: set[str]) -> Iterator[Problem]:
+def check_space(target: Path, needed: int, ours: set[str], room: str = MORE_ROOM) -> Iterator[Problem]:
     """Checks that `needed` bytes fit on the disk of a target, in which the files named in `ours` are replaced."""
     above = find_nearest_folder(target)
     free = shutil.disk_usage(above).free + sum(measure_allocated(target / name) for name in ours)
     if free < needed:
         found = f"{free:,} bytes free ({format_size(free)})"
         expected = f"{needed:,} bytes ({format_size(needed)})"
-        yield Problem("no-space", str(above), found, expected, "make room, another target, or fewer --ranks at a time")
+        yield Problem("no-space", str(above), found, expected, room)
 
 
 def measure_allocated(path: Path) -> int:
@@ -159,9 +168,9 @@ def look_at_target(
         require_none(problems)
     if removed and not yes:
         raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
-    if state.must_be_joined:
-        state = replace(state, plan=replace(state.plan, notes=(*state.plan.notes, note_joined(state))))
-    return state
+    notes = [note_joined(state)] if state.must_be_joined else []
+    notes += [] if removed else note_begun_repair(folder)
+    return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))
 
 
 def check_state(state: TargetState) -> Iterator[Problem]:
@@ -255,7 +264,7 @@ def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) ->
     """Explains that the target has a finished conversion of another job, by its manifest, and how it may serve."""
     plan = state.plan
     wanted = describe_conversion_job(plan, state.samples)
-    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest)
+    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest, "of this source")
     remedy = "another target"
     layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
     is_whole = len(manifest.get("files", ())) == manifest.get("ranks")

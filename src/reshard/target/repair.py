@@ -7,28 +7,34 @@ by renaming. So the manifest decides what is right, and no file of the target is
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
 from pathlib import Path
 from stat import S_IMODE
-from typing import Any
 
 from reshard.errors import Problem, Refused, describe_problems, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan
 from reshard.execution.journal import lock_journal
+from reshard.execution.staging import (
+    STAGING,
+    find_staged_files,
+    note_begun_repair,
+    remove_staged_files,
+)
 from reshard.formats.part_manifests import read_joined_manifest
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
+from reshard.formats.remote_names import require_path, require_target
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.options import sort_numbers
+from reshard.planning.plan import describe_notes
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import remove_files, sync_folder
-from reshard.target.preflight import check_folder
+from reshard.target.repair_checks import check_places, check_repair_space, check_staging, is_folder
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
-from reshard.target.state import MOVE_AND_REPEAT
 from reshard.text import escape, format_count, format_list, format_size
-from reshard.types import Progress
+from reshard.types import Note, Progress
 from reshard.verification.checksums import (
     Audit,
     audit_files,
@@ -38,11 +44,6 @@ from reshard.verification.checksums import (
     list_audit_problems,
 )
 from reshard.verification.manifest_files import compute_file_checksum
-
-STAGING = ".reshard-repair"
-"""The folder inside a target in which new files are written. It is hidden, so that nobody takes them for the target's;
-inside, so that a file is renamed from there within one file system.
-"""
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
 """Begins to watch a step of the work, by its title: `verify` or `repair`."""
@@ -65,6 +66,8 @@ class RepairReport:
     """What is still wrong with the target; with `dry_run`, what was found."""
     kept: tuple[str, ...] = ()
     """New names of the files beside the tensors that were replaced: a person may have changed them."""
+    notes: tuple[Note, ...] = ()
+    """What a repair that began earlier has left."""
 
     @property
     def is_proven(self) -> bool:
@@ -120,8 +123,9 @@ def repair(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
-    options = RepairOptions(None if source is None else Path(source), recipe, chosen, ignore_extra_files, dry_run)
-    return repair_target(Path(target), options, settings, lambda _: nullcontext(progress))
+    origin = None if source is None else require_path(source)
+    options = RepairOptions(origin, recipe, chosen, ignore_extra_files, dry_run)
+    return repair_target(require_target(target, is_written=False), options, settings, lambda _: nullcontext(progress))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +145,11 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
         audit = audit_repaired(target, options.ranks, progress)
     damage = find_damage(audit)
     if not damage.names or options.dry_run:
-        if not options.dry_run and options.ranks is None and is_folder(target / STAGING):
-            with lock_target(audit):  # what a repair has left that was killed after its last step
-                remove_files(target / STAGING, list_staged_names(audit.manifest))
-        return RepairReport(target, damage.names, (), 0, audit.compared, tuple(list_audit_problems(audit)))
+        if not options.dry_run:
+            remove_left_repair(audit)
+        problems = [*list_audit_problems(audit), *check_repair_space(audit, damage)]
+        notes = tuple(note_begun_repair(target))
+        return RepairReport(target, damage.names, (), 0, audit.compared, tuple(problems), notes=notes)
     if options.source is None:
         raise refuse_without_source(target, damage)
     work = plan_repair(
@@ -153,7 +158,7 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
     require_none([*check_places(target, damage.names), *check_staging(audit, work)])
     with lock_target(audit):
         if not (target / STAGING / JOURNAL).exists():  # what a repair has left that ended while it read back
-            remove_files(target / STAGING, list_staged_names(audit.manifest))
+            remove_files(target / STAGING, find_staged_files(target, audit.manifest))
         write_staged_files(target / STAGING, work, settings, watch)
         with watch("verify") as progress:
             proven, problems = prove_staged_files(audit, damage, work, progress)
@@ -177,6 +182,17 @@ def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress
     raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
 
 
+def remove_left_repair(audit: Audit) -> None:
+    """Removes what an interrupted repair has left of files that are sound now. If it has begun others too, which were
+    not compared, all of it stays: that repair can go on. So it does where it cannot be removed; a note tells.
+    """
+    names = {name.removesuffix(PARTIAL) for name in find_staged_files(audit.target, audit.manifest)}
+    others = {entry.name for entry in audit.known} - {entry.name for entry in audit.entries}
+    if is_folder(audit.target / STAGING) and names.isdisjoint(others):
+        with suppress(Refused), lock_target(audit):
+            remove_staged_files(audit.target, audit.manifest)
+
+
 def find_damage(audit: Audit) -> Damage:
     """Finds what an audit has found damaged, and the side files that are. One that is as any of several parts says is
     not: of two tokenizers nobody knows the right one.
@@ -198,30 +214,6 @@ def refuse_without_source(target: Path, damage: Damage) -> Refused:
 def describe_names(names: Sequence[str]) -> str:
     """Counts and names files: `2 files (config.json, model0-mp2.safetensors)`."""
     return f"{format_count(len(names), 'files')} ({format_list(names)})"
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a path is a folder itself, not a link to one: files of ours lie nowhere else."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def check_places(target: Path, names: Iterable[str]) -> Iterator[Problem]:
-    """Reports folders, pipes and the like where a file has to be written: no file can be renamed there."""
-    for path in (target / name for name in names):
-        if path.exists() and not path.is_file():
-            found = "a folder" if path.is_dir() else "no file"
-            yield Problem("cannot-write", str(path), found, "a file, or no such name", MOVE_AND_REPEAT)
-
-
-def check_staging(audit: Audit, work: RepairPlan) -> Iterator[Problem]:
-    """Checks that the new files can be written beside the damaged ones, which stay until the new ones are proven."""
-    staging = audit.target / STAGING
-    if os.path.lexists(staging) and not is_folder(staging):
-        found = "a link" if staging.is_symlink() else "a file"
-        yield Problem("target-not-folder", str(staging), found, "a folder, or no such name", MOVE_AND_REPEAT)
-    else:
-        ours, remedy = list_staged_names(audit.manifest), "move them elsewhere, and run the same command again"
-        yield from check_folder(work.plan.path, staging, work.size, ours, list_names(staging), remedy)
 
 
 @contextmanager
@@ -300,9 +292,7 @@ def replace_files(audit: Audit, names: Sequence[str], sides: Collection[str]) ->
             (staging / name).chmod(S_IMODE((target / name).stat().st_mode))
         (staging / name).rename(target / name)
     sync_folder(target)
-    remove_files(staging, list_staged_names(audit.manifest))
-    with suppress(OSError):
-        staging.rmdir()
+    remove_staged_files(target, audit.manifest)
     return tuple(kept.values())
 
 
@@ -312,12 +302,6 @@ def name_kept_file(folder: Path, name: str) -> str:
     """
     numbered = (f".{name}.before-repair{f'-{number}' if number > 1 else ''}" for number in count(1))
     return next(kept for kept in numbered if not os.path.lexists(folder / kept))
-
-
-def list_staged_names(manifest: Mapping[str, Any]) -> set[str]:
-    """Lists the names that a repair of a target may give to files in the folder that it writes in."""
-    names = {MANIFEST, *(entry["name"] for key in ("files", "side_files") for entry in manifest[key])}
-    return {JOURNAL, *names, *(name + PARTIAL for name in names)}
 
 
 def describe_repair(report: RepairReport) -> Iterator[str]:
@@ -334,5 +318,6 @@ def describe_repair(report: RepairReport) -> Iterator[str]:
         yield f"{target}: {escape(describe_names(report.damaged))} damaged or missing; nothing was written"
     else:
         yield f"{target}: nothing to repair; {report.compared:,} bytes are as they were written"
+    yield from map(escape, describe_notes(report.notes))
     if report.problems:
         yield describe_problems(report.problems)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.execution.journal import list_left_files
+from reshard.execution.staging import STAGING, find_staged_files
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
-from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name, join_manifests
+from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
-from reshard.target.manifest_writer import find_finished_ranks
 from reshard.target.state import TargetState
 from reshard.text import format_count, format_list, format_size
 from reshard.verification.checksums import find_damaged_side_files
@@ -22,13 +23,11 @@ MOST_NAMED = 20
 def choose_files_to_remove(
     folder: Path, plan: Plan, manifests: Manifests, same: Mapping[str, Mapping[str, Any]], *, yes: bool
 ) -> tuple[str, ...]:
-    """Chooses the finished files that a restart removes. Without `yes` it removes none; but if there is nothing else to
-    be done, those are chosen that it would remove, so that somebody can be asked.
+    """Chooses the finished files that a restart removes. Without `yes` those are chosen that it would remove, so that
+    somebody can be asked; but where a run has not ended, only what that run has begun is thrown away, and none removed.
     """
-    known = join_manifests(same.values())
-    is_finished = len(find_finished_ranks(known, plan, folder)) == len(plan.files)
-    is_joined = list_rank_files(known) <= list_rank_files(same.get(MANIFEST, {}))
-    if yes or not known or (is_finished and is_joined):
+    is_unfinished = any(name.endswith(PARTIAL) for name in list_left_files(folder))
+    if yes or not same or not is_unfinished:
         return tuple(list_files_to_remove(folder, plan, manifests, same))
     return ()
 
@@ -50,7 +49,9 @@ def list_files_to_remove(
         return
     sides = {entry["name"] for one in chosen.values() for entry in one["side_files"]}
     own = [name for name in reversed([*chosen]) if name == MANIFEST or is_part_name(name)]
-    yield from (name for name in [*sorted(files), *sorted(sides - files), *own] if (folder / name).is_file())
+    staged = [f"{STAGING}/{name}" for one in chosen.values() for name in find_staged_files(folder, one)]
+    names = [*sorted({*staged}), *sorted(files), *sorted(sides - files), *own]
+    yield from (name for name in names if (folder / name).is_file())
 
 
 def list_files_beside(state: TargetState) -> set[str]:

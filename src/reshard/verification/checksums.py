@@ -49,7 +49,7 @@ from reshard.verification.manifest_files import (
     read_file_size,
     read_manifest_files,
 )
-from reshard.verification.target_folder import COPY_AGAIN_HINT, MISSING_FILE_HINT, require_target_folder
+from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder
 from reshard.verification.verify import Report
 
 AUDIT_READ_SIZE = 2 << 20
@@ -154,7 +154,7 @@ def make_audit_report(audit: Audit) -> Report:
 def list_audit_problems(audit: Audit) -> Iterator[Problem]:
     """Lists every difference that an audit has found."""
     target, known, manifest = audit.target, audit.known, audit.manifest
-    yield from check_file_set(target, audit.entries, known, manifest)
+    yield from check_file_set(audit)
     names = {entry.name for entry in audit.entries}
     for problem in check_agreement(target, audit.manifests):
         if Path(problem.subject).name in names:
@@ -173,39 +173,40 @@ def find_damaged_files(audit: Audit) -> list[ManifestFile]:
     return [entry for entry in audit.entries if entry.name not in full or audit.wrong[entry.name]]
 
 
-def check_file_set(
-    target: Path, entries: Sequence[ManifestFile], known: Sequence[ManifestFile], manifest: Mapping[str, Any]
-) -> Iterator[Problem]:
-    """Those of `entries` that are missing or have another size; they may have the names of others that are `known`.
-    Missing rank files are one problem: perhaps they lie on another machine.
+def check_file_set(audit: Audit) -> Iterator[Problem]:
+    """Files that are missing or have another size; they may have the names of others that are known. Missing rank files
+    are one problem: perhaps they lie on another machine.
     """
-    missing = [entry for entry in entries if read_file_size(target / entry.name) is None]
-    if missing and is_of_whole_files(manifest):
+    target = audit.target
+    missing = [entry for entry in audit.entries if read_file_size(target / entry.name) is None]
+    if missing and is_of_whole_files(audit.manifest):
         for entry in missing:
-            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", MISSING_FILE_HINT)
+            yield Problem("missing-file", entry.name, "no such file", f"{entry.size:,} bytes", LOST_FILE_HINT)
     elif missing:
-        yield make_missing_ranks_problem(target, missing, entries, manifest)
-    for entry in entries:
+        yield make_missing_ranks_problem(audit, missing)
+    for entry in audit.entries:
         size = read_file_size(target / entry.name)
         if size in (None, entry.size):
             continue
-        if size == find_size_by_header(target / entry.name, known):
-            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, known))
+        if size == find_size_by_header(target / entry.name, audit.known):
+            yield make_swapped_file_problem(entry.name, find_file_by_header(target / entry.name, audit.known))
         else:
             yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", COPY_AGAIN_HINT)
 
 
-def make_missing_ranks_problem(
-    target: Path, missing: Sequence[ManifestFile], entries: Sequence[ManifestFile], manifest: Mapping[str, Any]
-) -> Problem:
-    """Makes the problem of missing rank files; the hint is the command that verifies those that are here."""
+def make_missing_ranks_problem(audit: Audit, missing: Sequence[ManifestFile]) -> Problem:
+    """Makes the problem of missing rank files; the hint is the command that verifies those that are here, if these are
+    sound.
+    """
     found = "no such file"
     if len(missing) > 1:
         ranks = format_numbers(entry.rank for entry in missing)
-        found = f"{len(missing)} of {manifest['ranks']} rank files are not here: ranks {ranks}"
-    here = ",".join(format_runs(entry.rank for entry in entries if entry not in missing))
-    command = f"reshard verify {shlex.quote(str(target))} --ranks {here}"
-    remedy = f"for the ranks that are here: {command}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
+        found = f"{len(missing)} of {audit.manifest['ranks']} rank files are not here: ranks {ranks}"
+    remedy = LOST_FILE_HINT
+    if audit.full and len(find_damaged_files(audit)) == len(missing):
+        here = ",".join(format_runs(entry.rank for entry in audit.full))
+        command = f"reshard verify {shlex.quote(str(audit.target))} --ranks {here}"
+        remedy = f"for the ranks that are here: {command}; else {remedy}"
     size = sum(entry.size for entry in missing)
     return Problem("missing-file", format_list(entry.name for entry in missing), found, f"{size:,} bytes", remedy)
 
@@ -329,11 +330,10 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
     for entry in find_damaged_side_files(target, manifest):
         path = target / Path(entry["name"]).name
         if not path.is_file():
-            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", MISSING_FILE_HINT)
+            yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", LOST_FILE_HINT)
         else:
-            yield Problem(
-                "wrong-checksum", path.name, "other bytes than were written", entry["xxh3_128"], COPY_AGAIN_HINT
-            )
+            expected = "those of the manifest"
+            yield Problem("wrong-checksum", path.name, "other bytes than were written", expected, COPY_AGAIN_HINT)
 
 
 def find_damaged_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from reshard.errors import Problem, Refused, describe_problems, refuse
 from reshard.formats.huggingface import INDEX, SUFFIX, read_header
 from reshard.formats.index import read_index
 from reshard.formats.numbering import check_numbering
-from reshard.formats.remote_names import restore_address, suggest_download
+from reshard.formats.remote_names import restore_address, suggest_path
 from reshard.formats.unfinished_downloads import find_unfinished
 from reshard.storage.counting import count_progress
 from reshard.text import escape, format_count, format_list
@@ -85,7 +85,7 @@ def verify_download(folder: Path, sums: Path | None, progress: Progress | None) 
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        remedy = suggest_download(folder) or "is the path right?"
+        remedy = suggest_path(folder)
         raise refuse("no-source", restore_address(folder), found, "the folder of a checkpoint", remedy)
     names = list_files(folder)
     expected, faults = list_expected_names(folder, names)

@@ -12,7 +12,7 @@ from reshard.formats.part_manifests import choose_of_one_conversion, is_of_whole
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
 from reshard.text import format_numbers
-from reshard.verification.target_folder import COPY_AGAIN_HINT, refuse_ranks_of_whole_files
+from reshard.verification.target_folder import refuse_ranks_of_whole_files
 
 
 class ManifestFile(NamedTuple):
@@ -56,9 +56,8 @@ def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[Manif
     """The files that a manifest names. Raises Refused if the manifest is not as reshard writes it."""
     entries = [parse_manifest_file(entry) for entry in manifest["files"]]
     if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
-        raise refuse(
-            "wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", COPY_AGAIN_HINT
-        )
+        remedy = "copy it here again"
+        raise refuse("wrong-manifest", str(target / MANIFEST), "not what reshard writes", "files with ranges", remedy)
     return entries
 
 

@@ -1,4 +1,4 @@
-"""What the manifests of a target add to the report of its verification against a source."""
+"""Notes and problems that the manifests of a target add to the report of its verification against a source."""
 
 from collections.abc import Sequence
 from dataclasses import replace

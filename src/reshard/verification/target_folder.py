@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
 from reshard.formats.json_input import read_object
+from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
 from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
-CONVERT_AGAIN_HINT = "move the file out of the folder and convert again"
+CONVERT_AGAIN_HINT = "convert again, into another folder"
 
-COPY_AGAIN_HINT = "copy the file here again, or move it out of the folder and convert again"
+REPAIR_HINT = "reshard repair writes it again"
+
+COPY_AGAIN_HINT = f"{REPAIR_HINT}; or copy the file here again"
 
 MISSING_FILE_HINT = "copy it there, or convert again"
+
+LOST_FILE_HINT = f"copy it there, or {REPAIR_HINT}"
 
 
 class TargetFolder(NamedTuple):
@@ -48,7 +53,13 @@ def require_target_folder(target: Path) -> None:
     """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
-        raise refuse("empty-target", str(target), found, "a folder that was converted into", "is the path right?")
+        raise refuse(
+            "empty-target",
+            str(target),
+            found,
+            "a folder that was converted into",
+            suggest_near(target) or "is the path right?",
+        )
     require_finished(target)
 
 
