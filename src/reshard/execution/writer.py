@@ -169,10 +169,10 @@ def move_window(window: Window, files: OpenFiles, ledger: Ledger, buffers: Worke
 
 
 def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
-    """Whether a window can be copied in steps: it is not computed, its runs are long, and it is read through the page
-    cache. Past the page cache a window is read at once, which keeps the disk busy.
+    """Whether a window can be copied in steps: it is not computed, its runs are long, no byte goes to two files, and it
+    is read through the page cache. Past the page cache a window is read at once, which keeps the disk busy.
     """
-    if window.source_file >= len(files.sources):
+    if window.source_file >= len(files.sources) or sum(group.size for group in window.groups) > window.size:
         return False
     pieces = (piece for group in window.groups for piece in group.pieces)
     if any(piece.rows > 1 or piece.run < SHORTEST_RUN for piece in pieces):
