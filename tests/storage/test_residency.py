@@ -17,7 +17,7 @@ import pytest
 import reshard
 import reshard.storage.residency
 from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, read_range
-from reshard.storage.page_cache import is_residency_known
+from reshard.storage.page_cache import is_mostly_cached, is_residency_known
 from reshard.storage.residency import is_range_cached
 
 SIZE = (4 << 20) + 1234
@@ -94,8 +94,12 @@ def test_without_the_system_call_places_are_tried_and_looks_do_not_add_up(
         for _ in range(10):
             assert not is_range_cached(descriptor, 0, SIZE)
             sleep(0.02)  # the disk may be bringing the page
+        for _ in range(5):
+            assert not is_mostly_cached([path])
+            sleep(0.02)
         os.pread(descriptor, SIZE, 0)
         assert is_range_cached(descriptor, 0, SIZE)
+        assert is_mostly_cached([path])
 
 
 def require_supported(path: Path, way: str) -> None:
