@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import reshard
+import reshard.storage.page_cache
 import reshard.storage.residency
 from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, read_range
 from reshard.storage.page_cache import is_mostly_cached, is_residency_known
@@ -91,15 +92,22 @@ def test_without_the_system_call_places_are_tried_and_looks_do_not_add_up(
     """A look may bring the page that it tries into the cache: were it the same page again, a few looks would do."""
     monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
     with opened(path) as descriptor:
-        for _ in range(10):
+        for _ in range(6):
             assert not is_range_cached(descriptor, 0, SIZE)
             sleep(0.02)  # the disk may be bringing the page
-        for _ in range(5):
-            assert not is_mostly_cached([path])
-            sleep(0.02)
         os.pread(descriptor, SIZE, 0)
         assert is_range_cached(descriptor, 0, SIZE)
         assert is_mostly_cached([path])
+
+
+def test_a_second_look_at_a_file_does_not_find_what_the_first_has_brought(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
+    monkeypatch.setattr(reshard.storage.page_cache, "CACHE_PROBES", 4)
+    for _ in range(3):
+        assert not is_mostly_cached([path])
+        sleep(0.1)
 
 
 def require_supported(path: Path, way: str) -> None:
