@@ -146,7 +146,7 @@ def fresh(path: Path) -> Path:
 
 
 def prepare(path: Path, state: str) -> None:
-    """Reads every file, so that all runs find it in the page cache; or puts it out of there, or every second MiB."""
+    """Reads every file, so that all runs find it in the page cache; or drops it: all, or every second 32 MiB."""
     for file in sorted(path.iterdir()):
         with file.open("rb", buffering=0) as opened:
             if state == "warm":

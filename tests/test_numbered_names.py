@@ -16,6 +16,10 @@ def test_a_range_is_short(numbers: tuple[int, ...], text: str) -> None:
     assert format_range(numbers) == text
 
 
+def test_a_line_break_behind_a_number_belongs_to_the_name() -> None:
+    assert split_name("a.3\n") == ("a.3\n", ())
+
+
 def test_ranges_fill_the_numbered_components_only() -> None:
     assert split_name("h2.3.experts.10.w1") == ("h2.#.experts.#.w1", ("3", "10"))
     assert fill_ranges("h2.3.experts.10.w1", [(0, 1, 2), (4, 6)]) == "h2.0-2.experts.{4,6}.w1"

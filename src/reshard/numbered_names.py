@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from reshard.text import format_runs
 
-NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|$)")
+NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 """A numbered component of a name. Only the canonical spelling: `layers.01` is not layer 1, and no rule knows it."""
 
 MOST_RUNS = 4

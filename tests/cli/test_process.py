@@ -173,6 +173,23 @@ def test_a_conversion_whose_output_finds_the_disk_full_is_whole(source: Path, ra
     assert contents(target) == contents(ranks)
 
 
+def test_as_many_files_are_opened_as_the_hard_limit_allows(tmp_path: Path) -> None:
+    """A shell allows 1,024, which a source of 500 files needs, each opened twice. Here it allows too few."""
+    write_checkpoint(tmp_path / "source", SMALL_V3, 40)
+    command = ["sh", "-c", 'ulimit -Sn 60; exec "$@"', "sh", *MODULE]
+    done = run("convert", tmp_path / "source", tmp_path / "target", "--mp", RANKS, "--cache", "no", command=command)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_hard_limit_on_open_files_is_told_with_what_to_do(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", SMALL_V3, 40)
+    command = ["sh", "-c", 'ulimit -n 60; exec "$@"', "sh", *MODULE]
+    done = run("convert", tmp_path / "source", tmp_path / "target", "--mp", RANKS, "--cache", "no", command=command)
+    assert done.returncode == 2
+    assert os.strerror(errno.EMFILE) in done.stderr
+    assert "ulimit -n" in done.stderr
+
+
 def test_a_file_that_cannot_be_written_is_not_taken_for_the_output(tmp_path: Path) -> None:
     done = run("demo", tmp_path / "demo", command=["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", *MODULE])
     assert done.stderr.startswith("reshard: refused\n")

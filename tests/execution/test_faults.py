@@ -267,6 +267,25 @@ def test_a_call_that_fails_ends_the_run_and_the_next_goes_on(
     require_gone_on(origin, target, wanted)
 
 
+def test_a_write_back_that_cannot_be_begun_ends_the_run(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    """A file system may tell its error there, and nowhere else."""
+    fault = "sync_file_range:error=EIO:when=1"
+    code, errors = ended(traced(origin, target, fault, "--jobs", "1", "--cache", "yes"))
+    assert code == 2, errors
+    assert ": cannot write\n" in errors
+    assert main(["convert", str(origin), str(target), "--mp", str(RANKS)]) == 0
+    assert contents(target) == wanted
+
+
+def test_calls_that_the_system_lacks_are_done_without(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    log, fault = target.with_name("calls"), "sync_file_range:error=ENOSYS"
+    program = "import reshard.storage.residency; reshard.storage.residency.CACHESTAT = 9999\n" + PROGRAM
+    code, errors = ended(traced(origin, target, fault, "--jobs", "1", program=program, log=log))
+    assert code == 0, errors
+    assert "(INJECTED)" in log.read_text(encoding="utf-8")
+    assert contents(target) == wanted
+
+
 @pytest.mark.parametrize(
     ("name", "when"),
     [

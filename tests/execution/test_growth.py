@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from threading import Barrier, Event
+from time import sleep
 
 import pytest
 
@@ -72,3 +73,10 @@ def test_an_error_of_an_added_thread_ends_all(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(ZeroDivisionError):
         run_in_threads(range(10**9), make_worker, 1, growth=Growth(2, lambda: 0))
+
+
+def test_none_is_added_once_one_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last item takes long, and nothing is left for another thread."""
+    monkeypatch.setattr(reshard.storage.resources, "GROW_SECONDS", 0.0)
+    monkeypatch.setattr(reshard.storage.resources, "WAKE_SECONDS", 0.05)
+    assert run_in_threads([0.0, 0.5], lambda: sleep, 2, growth=Growth(8, lambda: 0)) == 2

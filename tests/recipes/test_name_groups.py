@@ -19,6 +19,7 @@ NAMES = [
     "layers.1.2.w",
     "layers.1.w.2",
     "layers.1.w.2.a.b",
+    "layers.1\n.w.a",
     "",
     ".",
     "..3",

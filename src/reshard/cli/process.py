@@ -1,9 +1,11 @@
-"""Runs `main` as a process: standard streams, signals, exit code, and the end of the process."""
+"""Runs `main` as a process: standard streams, limits, signals, exit code, and the end of the process."""
 
 import gc
 import os
+import resource
 import signal
 import sys
+from contextlib import suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, NoReturn
 
@@ -41,6 +43,7 @@ def entry() -> NoReturn:
     # A plan has a million small values without reference cycles: searching for cycles took a third of its time.
     gc.disable()
     prepare_streams()
+    raise_file_limit()
     try:
         heed_signals()
         code = run_main()
@@ -93,6 +96,13 @@ def prepare_streams() -> None:
             # /dev/null gets the lowest free descriptor, which is the stream's. Otherwise the next opened file would get
             # it, and text printed by other code would end up in that file.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123, SIM115
+
+
+def raise_file_limit() -> None:
+    """Allows as many open files as the system lets us have: a source may have 500, and each may be opened twice."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def heed_signals() -> None:

@@ -4,6 +4,7 @@ Everything is written under temporary names, made durable, and renamed last: a f
 journal records what is durable, so that the same command resumes after a crash, a full disk or Ctrl-C.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from reshard.storage.local import (
     write_durable,
     write_range,
 )
-from reshard.storage.page_cache import is_mostly_cached, probe_way_to_read, probe_way_to_write
+from reshard.storage.page_cache import is_mostly_cached, is_residency_known, probe_way_to_read, probe_way_to_write
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
@@ -170,7 +171,8 @@ def make_folder(target: Path) -> Iterator[None]:
 def refuse_unwritable(target: Path, error: OSError) -> Refused:
     """Makes the refusal of a target that the system does not let us write."""
     subject, found = str(error.filename or target), error.strerror or str(error)
-    return refuse("cannot-write", subject, found, "to write the target", "mend it and run the same command again")
+    remedy = "allow more of them, as `ulimit -n 4096` does" if error.errno == errno.EMFILE else "mend it"
+    return refuse("cannot-write", subject, found, "to write the target", f"{remedy}, and run the same command again")
 
 
 def remove_finished_files(target: Path, names: Sequence[str]) -> None:
@@ -248,15 +250,16 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     """Chooses to read and write through the page cache or past it, by settings and size of the job.
 
     What is not in the cache yet is read past it even if the job fits: making room for bytes that are read only once
-    would slow down reading.
+    would slow down reading. Not where the system cannot tell what is in it: all of the source may be.
     """
     if settings.cache == "yes":
         return CACHED
-    read = probe_way_to_read(plan.source.folder / plan.source.files[0].name)
+    first = plan.source.folder / plan.source.files[0].name
+    read = probe_way_to_read(first)
     moved = plan.size + int(plan.copies.sizes.sum())
     if settings.cache == "no" or moved > measure_available_memory() // 3:
         return Ways(read, probe_way_to_write(target))
-    return Ways(read, CACHED.write)
+    return Ways(read, CACHED.write) if is_residency_known(first) else CACHED
 
 
 def measure_memory_per_thread(plan: Plan) -> int:

@@ -70,10 +70,11 @@ class Ledger:
         """In bytes: written, and not known to be durable."""
         self.inexact = 0
 
-    def add(self, records: bytes, size: int, inexact: int = 0) -> None:
-        """Adds the records of groups that have been written, their size in bytes, and the number of values in them that
-        a cast rounded. Waits for the disk if it is too far behind.
+    def add(self, records: bytes, inexact: int = 0) -> None:
+        """Adds the records of groups that have been written, and the number of values in them that a cast rounded.
+        Waits for the disk if it is too far behind.
         """
+        size = add_sizes(parse_records(records))
         with self._room:
             while self._is_bounded and self.unsynced >= MOST_UNSYNCED:
                 self._room.wait()
@@ -107,7 +108,7 @@ class Ledger:
         append_records(self._journal, batch)
         self._durable += batch
         with self._room:
-            self.unsynced -= int(records["size"].sum())
+            self.unsynced -= add_sizes(records)
             self._room.notify_all()
 
     def _wait_for_disk(self, records: Records) -> None:
@@ -126,11 +127,16 @@ class Ledger:
         return bytes(self._durable)
 
 
+def add_sizes(records: Records) -> int:
+    """The size of groups together, in bytes."""
+    return int(records["size"].sum(dtype=np.int64))
+
+
 def find_sync_steps(records: Records) -> Iterator[tuple[int, int, int]]:
     """Steps of about SYNC_STEP bytes through the groups of a file: start, end, and the bytes of groups in between."""
     step = np.cumsum(records["size"], dtype=np.int64) // SYNC_STEP
     for group in np.split(records, np.flatnonzero(np.diff(step)) + 1):
-        yield int(group["offset"][0]), int(group["offset"][-1]) + int(group["size"][-1]), int(group["size"].sum())
+        yield int(group["offset"][0]), int(group["offset"][-1]) + int(group["size"][-1]), add_sizes(group)
 
 
 def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Jobs, advance: Advance) -> int:
@@ -194,7 +200,7 @@ def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memo
                 write_range(files.targets[group.target_file], data, end, files.ways)
                 end += size
         records += RECORD.pack(group.target_offset, group.target_file, group.size, checksum.digest())
-    ledger.add(bytes(records), sum(group.size for group in window.groups))
+    ledger.add(bytes(records))
 
 
 def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> None:
@@ -207,4 +213,4 @@ def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: Worker
         digest = xxh3_128_digest(bytes_of_group)
         write_range(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
-    ledger.add(bytes(records), sum(group.size for group in window.groups), inexact)
+    ledger.add(bytes(records), inexact)

@@ -130,22 +130,32 @@ def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> N
     while done < len(data):
         done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
     if ways.write != "uncached" and len(data) >= SMALLEST_WRITEBACK:
-        # Now, and not when the kernel has gathered a tenth of the memory: the disk would idle until then.
-        start_writeback(descriptor, offset, len(data))
+        # Now, and not when the kernel has gathered a tenth of the memory: the disk would idle until then. The last page
+        # is left out where it is not full: the next write goes on in it, and could have to wait for the disk.
+        begin, end = offset - offset % PAGE, (offset + len(data)) // PAGE * PAGE
+        start_writeback(descriptor, begin, end - begin)
 
 
 def start_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Asks the kernel to begin to write a byte range to the disk, and does not wait for it."""
-    arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
-    load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
+    """Asks the kernel to begin to write a byte range to the disk, and waits only where the disk's queue is full. Raises
+    OSError.
+    """
+    sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE)
 
 
 def wait_for_range(descriptor: int, offset: int, size: int) -> None:
     """Waits until a byte range has been written to the disk. It is durable only after a sync, which is then short.
+    Raises OSError.
+    """
+    sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WAIT)
+
+
+def sync_range(descriptor: int, offset: int, size: int, what: int) -> None:
+    """Calls `sync_file_range`; where that is unsupported, a sync has to do all.
 
     Raises OSError for a write that failed: the kernel reports it to one call only, so that a sync would no more see it.
     """
-    arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(SYNC_FILE_RANGE_WAIT))
+    arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(what))
     if load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments):
         code = ctypes.get_errno()
         if code not in (*UNSUPPORTED, errno.EINTR, errno.ESPIPE):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from random import randrange
 
 from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways, allocate_aligned, open_descriptor
 from reshard.storage.residency import is_range_cached
@@ -59,12 +60,22 @@ def is_mostly_cached(paths: Sequence[Path]) -> bool:
 
 
 def probe_cache(path: Path, count: int) -> Iterator[bool]:
-    """For each of `count` places spread over a file: whether it is in the page cache."""
+    """For each of `count` places spread over a file: whether it is in the page cache. Not the same places each time: a
+    look may bring a page into the cache.
+    """
     with ExitStack() as stack:
         descriptor = open_descriptor(stack, path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         for place in range(count):
-            yield is_range_cached(descriptor, size * (2 * place + 1) // (2 * count), min(1, size))
+            chosen = (place * size + randrange(max(1, size))) // count  # noqa: S311
+            yield is_range_cached(descriptor, chosen, min(1, size))
+
+
+def is_residency_known(path: Path) -> bool:
+    """Whether the system tells what of a file is in the page cache. Of overlayfs, it says that nothing ever is."""
+    with ExitStack() as stack:
+        descriptor = open_descriptor(stack, path, os.O_RDONLY)
+        return is_range_cached(descriptor, 0, len(os.pread(descriptor, 1, 0)))
 
 
 def choose_reading_threads(ways: Ways) -> int:

@@ -150,8 +150,8 @@ def run_in_threads(
                 ended, left = wait(left.union(added), WAKE_SECONDS, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
-                # A worker has ended: nothing is left for others to begin.
-                new = growth.count_new(threads) if growth and not ended else 0
+                # Once a worker has ended, nothing is left for others to begin.
+                new = growth.count_new(threads) if growth and len(left) == threads else 0
         finally:
             stop_and_wait(queue.stopped, futures)
         futures[0].result()

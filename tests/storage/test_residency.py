@@ -1,0 +1,184 @@
+"""What is in the page cache is read from there, and nothing is added to it by a way past it. The oracle is mincore."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+
+import reshard
+import reshard.storage.page_cache
+import reshard.storage.residency
+from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, read_range
+from reshard.storage.page_cache import is_mostly_cached, is_residency_known
+from reshard.storage.residency import is_range_cached
+
+SIZE = (4 << 20) + 1234
+NO_SYSTEM_CALL = 9999
+
+
+def find_cached_pages(path: Path) -> list[int]:
+    """The numbers of the pages that are in the page cache."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        found = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
+        address = (ctypes.c_char * len(memory)).from_buffer(memory)
+        assert library.mincore(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(memory)), found) == 0
+        del address
+    return [number for number, state in enumerate(found) if state & 1]
+
+
+def drop(path: Path, offset: int = 0, size: int = 0) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that is not in the page cache."""
+    path = tmp_path / "file"
+    path.write_bytes(np.random.default_rng(1).bytes(SIZE))
+    drop(path)
+    if find_cached_pages(path):
+        pytest.skip("this file system keeps files in memory")
+    return path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def test_a_range_counts_as_cached_if_all_of_its_pages_are(path: Path) -> None:
+    first, last = 100 * mmap.PAGESIZE, 200 * mmap.PAGESIZE
+    with opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        assert len(os.pread(descriptor, last - first, first)) == last - first
+        cached = find_cached_pages(path)
+        assert (cached[0], cached[-1]) == (100, 199)
+        assert is_range_cached(descriptor, first, last - first)
+        assert is_range_cached(descriptor, first + 5, 1)
+        assert is_range_cached(descriptor, last - 1, 1)
+        assert not is_range_cached(descriptor, first - 1, last - first)
+        assert not is_range_cached(descriptor, first, last - first + 1)
+        assert not is_range_cached(descriptor, last, 1)
+
+
+def test_the_end_of_a_file_and_no_bytes_at_all_are_told(path: Path) -> None:
+    with opened(path) as descriptor:
+        assert not is_range_cached(descriptor, SIZE - 1, 1)
+        assert is_range_cached(descriptor, SIZE, 0)
+        os.pread(descriptor, SIZE, 0)
+        assert is_range_cached(descriptor, 0, SIZE)
+        assert is_range_cached(descriptor, SIZE - 1, 1)
+
+
+def test_without_the_system_call_places_are_tried_and_looks_do_not_add_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look may bring the page that it tries into the cache: were it the same page again, a few looks would do."""
+    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
+    with opened(path) as descriptor:
+        for _ in range(6):
+            assert not is_range_cached(descriptor, 0, SIZE)
+            sleep(0.02)  # the disk may be bringing the page
+        os.pread(descriptor, SIZE, 0)
+        assert is_range_cached(descriptor, 0, SIZE)
+        assert is_mostly_cached([path])
+
+
+def test_a_second_look_at_a_file_does_not_find_what_the_first_has_brought(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
+    monkeypatch.setattr(reshard.storage.page_cache, "CACHE_PROBES", 4)
+    for _ in range(3):
+        assert not is_mostly_cached([path])
+        sleep(0.1)
+
+
+def require_supported(path: Path, way: str) -> None:
+    flags = {"direct": (os.O_DIRECT, 0), "uncached": (0, RWF_DONTCACHE), "dropped": (0, 0)}[way]
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flags[0])
+        os.preadv(descriptor, [allocate_aligned(PAGE)], 0, flags[1])
+        os.close(descriptor)
+    except OSError:
+        pytest.skip(f"{way} is not supported here")
+    drop(path)
+
+
+RANGES = [(0, SIZE), (1, 10), (PAGE - 1, 2), (PAGE, PAGE), (12345, 1 << 20), (SIZE - 1, 1), (SIZE - 5000, 5000)]
+
+
+@pytest.mark.parametrize("way", ["direct", "uncached", "dropped"])
+def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: str, path: Path) -> None:
+    require_supported(path, way)
+    wanted, buffer = path.read_bytes(), allocate_aligned(SIZE + 2 * PAGE)
+    drop(path)
+    with ExitStack() as stack:
+        file = open_to_read(stack, path, Ways(way, "cached"))
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        for offset, size in RANGES:
+            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size]
+            # The kernel drops whole pages only.
+            assert len(find_cached_pages(path)) <= 2 * RANGES.index((offset, size)) + 2
+        assert path.read_bytes() == wanted
+        whole = find_cached_pages(path)
+        assert len(whole) == -(-SIZE // mmap.PAGESIZE)
+        for offset, size in RANGES:
+            assert file.is_read_from_cache(offset, size)
+            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size]
+        assert find_cached_pages(path) == whole
+        drop(path, 1 << 20, 1 << 20)
+        for offset, size in RANGES:
+            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size], "in the cache in part"
+
+
+def test_of_a_usual_file_system_it_is_known_what_is_in_the_cache(path: Path) -> None:
+    assert is_residency_known(path)
+
+
+OVERLAY = """
+mount -t overlay overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" "$1/merged" || exit 77
+exec "$2" -c "$3" "$1/merged/file"
+"""
+ASKED = """
+import sys
+from pathlib import Path
+from reshard.storage.page_cache import is_residency_known
+from reshard.storage.residency import is_range_cached
+with open(sys.argv[1], "rb") as file:
+    whole = file.read()
+    told = is_range_cached(file.fileno(), 0, len(whole))
+print(told == is_residency_known(Path(sys.argv[1])))
+"""
+
+
+def test_of_an_overlay_it_is_said_whether_that_is_known(path: Path) -> None:
+    """Whatever this kernel can do: where it calls nothing cached that was just read, it does not know."""
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare here")
+    folder = path.parent
+    for name in ("lower", "upper", "work", "merged"):
+        (folder / name).mkdir()
+    path.rename(folder / "lower" / "file")
+    command = ["unshare", "-Urm", "sh", "-c", OVERLAY, "sh", str(folder), sys.executable, ASKED]
+    environment = {**os.environ, "PYTHONPATH": str(Path(reshard.__file__).parents[1])}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("no overlay can be mounted here")
+    assert done.stdout == "True\n", done.stderr
