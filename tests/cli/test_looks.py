@@ -91,8 +91,9 @@ def test_a_proof_is_green_and_problems_and_refusals_are_red(source: Path, ranks:
     assert f"{GREEN}{ranks}: proven against {source}{PLAIN}\n" in look("verify", ranks, "--source", source)
     assert f"{RED}{damaged}: 1 problem{PLAIN}\nmodel0-mp2" in look("verify", damaged)
     assert look("inspect", source / "none") == (
-        f"{RED}reshard: refused{PLAIN}\n{source / 'none'}: no source\n  found:    No such file or directory\n"
-        "  expected: a folder or a safetensors file\n"
+        f"{RED}reshard: refused{PLAIN}\n{source / 'none'}: no source\n"
+        "  hint:     is the path right? to try reshard out: reshard demo NEW makes NEW/source\n"
+        "  found:    No such file or directory\n  expected: a folder or a safetensors file\n"
     )
 
 

@@ -254,5 +254,5 @@ def test_diff_keeps_names_that_fit_on_neither_side(source: Path, tmp_path: Path)
     tensors = {name: tensor for name, tensor in make_tensors().items() if "norm" not in name}
     write_tensors_as(tmp_path / "other", {**tensors, "extra": torch.zeros(1)})
     report = reshard.diff(source, tmp_path / "other")
-    assert not report.notes
+    assert [note.kind for note in report.notes] == ["prefix"]
     assert (len(report.only_a), len(report.only_b)) == (21, len(tensors) + 1)

@@ -720,7 +720,7 @@ def test_inspect_tells_recipe_and_counts_of_rank_files(
 def test_inspect_says_what_is_wrong_with_rank_files(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (four / "model1-mp4.safetensors").unlink()
     assert main(["inspect", str(four)]) == 0
-    assert "model1-mp4.safetensors: missing file" in capsys.readouterr().out
+    assert "\nnote: a part of a target: ranks 0, 2-3 of 4, by reshard.json\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["2", "hf"])

@@ -129,7 +129,7 @@ def test_an_interrupt_before_anything_is_durable_leaves_nothing(source: Path, tm
 
     with pytest.raises(KeyboardInterrupt):
         reshard.convert(source, tmp_path / "target", RANKS, progress=interrupt)
-    assert [*(tmp_path / "target").iterdir()] == []
+    assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize("more", [{}, {"ranks": [1, 2]}, {"sample": 0.1}, {"ranks": [3], "sample": 0.1}])

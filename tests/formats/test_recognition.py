@@ -156,7 +156,7 @@ def test_a_name_on_the_hub_is_to_be_downloaded(tmp_path: Path, monkeypatch: pyte
     assert "hf download deepseek-ai/DeepSeek-V3 --local-dir DeepSeek-V3" in said
     (tmp_path / "deepseek-ai").mkdir()
     for path in ("deepseek-ai/DeepSeek-V3", "models", "../models", "/models/x"):
-        assert refusal(Path(path)).remedy == ""
+        assert "hf download" not in refusal(Path(path)).remedy
 
 
 @pytest.mark.parametrize("place", ["", "/snapshots", "/blobs", "/refs"])

@@ -689,6 +689,49 @@ MUTATIONS = (
         "if name and beside in wanted and name not in entries:",
         "test_recognition.py::test_an_unfinished_download_is_seen_by_the_file_beside",
     ),
+    # --- daily use ---
+    Mutation(
+        "target/repair",
+        "a file that was written anew is taken as proven",
+        "proven = [name for name, ranges in wrong.items() if not ranges]",
+        "proven = [*wrong]",
+        "test_repair.py::test_a_source_that_has_changed_since_mends_only_what_it_still_can",
+    ),
+    Mutation(
+        "target/repair",
+        "a side file that somebody has changed is overwritten",
+        "if name in sides and (target / name).exists()}",
+        "if name in sides and not name}",
+        "test_repair.py::test_what_somebody_made_of_a_side_file_is_kept_each_time",
+    ),
+    Mutation(
+        "target/preflight",
+        "a restart removes finished files unasked",
+        "if removed and not yes:",
+        "if removed and yes is None:",
+        "test_restart.py::test_what_would_be_removed_is_said_and_nothing_is_done",
+    ),
+    Mutation(
+        "target/preflight",
+        "joining parts replaces a side file that somebody has changed",
+        "found += check_replaced_sides(state)",
+        "found += []",
+        "test_parts.py::test_a_side_file_that_someone_has_changed_is_not_replaced",
+    ),
+    Mutation(
+        "target/state",
+        "parts whose manifests tell other bytes of one rank are joined",
+        "yield from check_agreement(state.folder, state.same)",
+        "yield from ()",
+        "test_parts.py::test_manifests_that_contradict_each_other_prove_nothing",
+    ),
+    Mutation(
+        "verification/report_notes",
+        "verify with a source passes over a tokenizer that is gone",
+        "problems=(*report.problems, *added)",
+        "problems=report.problems",
+        "test_source_and_side_files.py::test_a_side_file_that_is_missing_or_changed_is_told_once",
+    ),
 )
 
 
