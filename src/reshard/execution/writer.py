@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from threading import Condition, Event
 from time import monotonic
 from typing import NamedTuple
@@ -178,10 +179,10 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
     """Whether a window can be copied in steps: it is not computed, its runs are long, no byte goes to two files, and it
     is read through the page cache. Past the page cache a window is read at once, which keeps the disk busy.
     """
-    if window.source_file >= len(files.sources) or sum(group.size for group in window.groups) > window.size:
+    pieces = sorted(piece for group in window.groups for piece in group.pieces)
+    if window.source_file >= len(files.sources) or any(piece.rows > 1 or piece.run < SHORTEST_RUN for piece in pieces):
         return False
-    pieces = (piece for group in window.groups for piece in group.pieces)
-    if any(piece.rows > 1 or piece.run < SHORTEST_RUN for piece in pieces):
+    if any(one.start + one.run > other.start for one, other in pairwise(pieces)):
         return False
     return files.sources[window.source_file].is_read_from_cache(window.offset, window.size)
 
