@@ -159,6 +159,10 @@ def test_threads_and_cache_change_nothing(way: tuple[int, str], source: Source, 
 
 
 def test_past_the_cache_the_source_is_read_directly(ranks_of: Make, folder: Path) -> None:
+    for path in ranks_of("deepseek-v3", 8).iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # the kernel keeps what is not on the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     done = convert_checkpoint(whole(ranks_of("deepseek-v3", 8)), folder / "back", Settings(cache="no")).done
     assert done is not None
     assert done.ways.read in ("direct", "uncached", "dropped")

@@ -216,14 +216,14 @@ MUTATIONS = (
         "execution/writer",
         "the journal speaks of a batch before its bytes are durable",
         """\
-        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+        for file in np.unique(records["file"]).tolist():
             os.fdatasync(self._targets[file])
             drop_from_cache(self._targets[file], self._ways)
         append_records(self._journal, batch)
 """,
         """\
         append_records(self._journal, batch)
-        for file in sorted({*np.frombuffer(batch, RECORD_TYPE)["file"].tolist()}):
+        for file in np.unique(records["file"]).tolist():
             os.fdatasync(self._targets[file])
             drop_from_cache(self._targets[file], self._ways)
 """,
@@ -330,7 +330,7 @@ MUTATIONS = (
     Mutation(
         "storage/unchanged",
         "a source that changes meanwhile is not seen",
-        "            raise\n        require_unchanged(folder, files, descriptors, is_source=is_source, again=again)\n",
+        "            raise\n        require_unchanged(folder, files, opened, is_source=is_source, again=again)\n",
         "            raise\n",
         "test_resume.py::test_a_source_that_changes_is_seen",
     ),
