@@ -1,4 +1,4 @@
-"""Formats numbers, sizes, lists of names and tables for messages; escapes names that come from untrusted files."""
+"""Formats numbers, sizes, lists of names and tables for messages; escapes untrusted names; makes a path of a text."""
 
 import os
 import sys
@@ -72,6 +72,12 @@ def format_size(size: int) -> str:
     while value >= 1024 and unit < len(SIZE_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return format_count(size, "bytes") if unit == 0 else f"{value:.2f} {SIZE_UNITS[unit]}"
+
+
+def format_percent(part: int, whole: int) -> str:
+    """Formats a share, rounded down: `100.0%` is the whole and nothing less."""
+    tenths = part * 1000 // whole if whole else 1000
+    return f"{tenths // 10}.{tenths % 10}%"
 
 
 def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

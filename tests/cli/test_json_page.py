@@ -12,8 +12,8 @@ import pytest
 from jobs import Job, convert_checkpoint
 from repository import ROOT
 from safetensors.numpy import save_file
+from targets import leave_unfinished
 
-import reshard.execution.execute
 from reshard.cli.main import COMMANDS, main
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
@@ -84,10 +84,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]
     save_file({"model.norm.weight": np.zeros(3, np.float16)}, folder / "thin" / "model.safetensors")
     files = sorted((folder / "source").iterdir())
     sums = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "rename_to_final", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(Job(folder / "source", 2), folder / "unfinished")
+    leave_unfinished(Job(folder / "source", 2), folder / "unfinished")
     convert_checkpoint(Job(folder / "source", 2), folder / "damaged")
     (folder / "damaged" / "model1-mp2.safetensors").unlink()
     (folder / "source" / "original").mkdir()  # a note tells that it stays behind
@@ -98,10 +95,6 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]
         for section, commands in RUNS.items():
             found[section] = [print_json(command, 2 if section == REFUSAL else None) for command in commands]
     return found
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def print_json(command: str, code: int | None) -> Any:

@@ -9,11 +9,11 @@ from reshard.cli.progress_lines import (
     RateMeter,
     format_duration,
     format_json,
-    format_percent,
     format_progress,
     format_resumed,
 )
 from reshard.storage.counting import WorkState
+from reshard.text import format_percent
 
 GIB = 1 << 30
 
@@ -78,9 +78,9 @@ def test_of_a_sample_no_rate_is_told() -> None:
 
 
 def test_no_share_but_the_whole_is_a_hundred_percent() -> None:
-    assert format_percent(WorkState(10**15 - 1, 10**15)) == "99.9%"
-    assert format_percent(WorkState(7, 7)) == "100.0%"
-    assert format_percent(WorkState(0, 0)) == "100.0%"
+    assert format_percent(10**15 - 1, 10**15) == "99.9%"
+    assert format_percent(7, 7) == "100.0%"
+    assert format_percent(0, 0) == "100.0%"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Job, convert_checkpoint
+from targets import leave_unfinished
 from torture import durable_bytes
 
 import reshard
@@ -23,18 +24,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def interrupt(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends a conversion when it has copied everything, and not renamed it."""
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
-        with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(job, target)
-
-
 @pytest.mark.parametrize(
     ("more", "options"),
     [
@@ -48,11 +37,10 @@ def test_the_command_is_the_one_that_began_it(
     options: str,
     source: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "target"
-    interrupt(Job(source, 4, **more), target, monkeypatch)  # type: ignore[arg-type]
+    leave_unfinished(Job(source, 4, **more), target)  # type: ignore[arg-type]
     capsys.readouterr()
     assert main(["inspect", str(target), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -67,8 +55,8 @@ def test_the_command_is_the_one_that_began_it(
     assert f"resumed: {said['durable']:,} bytes" in capsys.readouterr().out
 
 
-def test_the_library_has_the_same_facts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(Job(source, 4, pad=True), tmp_path / "target", monkeypatch)
+def test_the_library_has_the_same_facts(source: Path, tmp_path: Path) -> None:
+    leave_unfinished(Job(source, 4, pad=True), tmp_path / "target")
     content = reshard.inspect(tmp_path / "target")
     assert content.unfinished is not None
     assert (content.tensors, content.recipe) == (0, "deepseek-v3")
@@ -80,11 +68,11 @@ def test_the_library_has_the_same_facts(source: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_finished_part_and_the_unfinished_rest_are_both_shown(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "target"
     convert_checkpoint(Job(source, 4, ranks=[0, 1]), target)
-    interrupt(Job(source, 4, ranks=[2, 3]), target, monkeypatch)
+    leave_unfinished(Job(source, 4, ranks=[2, 3]), target)
     content = reshard.inspect(target)
     assert (content.files, content.recipe, content.remark) == (2, "deepseek-v3", "")
     assert content.size < sum(path.stat().st_size for path in target.glob("*.safetensors")) < content.size * 1.01
@@ -107,24 +95,20 @@ def test_a_finished_part_and_the_unfinished_rest_are_both_shown(
     assert (content.files, content.unfinished, content.notes) == (4, None, ())
 
 
-def test_a_journal_that_is_left_over_is_nothing_unfinished(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_journal_that_is_left_over_is_nothing_unfinished(source: Path, tmp_path: Path) -> None:
     """As a crash leaves it that comes after the last file has its name, and before the journal is removed."""
     target = tmp_path / "target"
-    interrupt(Job(source, 4), target, monkeypatch)
+    leave_unfinished(Job(source, 4), target)
     journal = (target / JOURNAL).read_bytes()
     convert_checkpoint(Job(source, 4), target)
     (target / JOURNAL).write_bytes(journal)
     assert reshard.inspect(target).unfinished is None
 
 
-def test_a_damaged_journal_does_not_hide_a_finished_part(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_journal_does_not_hide_a_finished_part(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     convert_checkpoint(Job(source, 4, ranks=[0, 1]), target)
-    interrupt(Job(source, 4, ranks=[2, 3]), target, monkeypatch)
+    leave_unfinished(Job(source, 4, ranks=[2, 3]), target)
     line, end, batch = (target / JOURNAL).read_bytes().partition(b"\n")
     (target / JOURNAL).write_bytes(line + end + bytes(len(batch)) + batch)
     content = reshard.inspect(target)
@@ -135,12 +119,10 @@ def test_a_damaged_journal_does_not_hide_a_finished_part(
         reshard.inspect(target)
 
 
-def test_a_file_with_a_gap_is_not_whole(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_with_a_gap_is_not_whole(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The journal loses its only batch: nothing is durable."""
     target = tmp_path / "target"
-    interrupt(Job(source, 4), target, monkeypatch)
+    leave_unfinished(Job(source, 4), target)
     journal = target / JOURNAL
     journal.write_bytes(journal.read_bytes().partition(b"\n")[0] + b"\n")
     capsys.readouterr()

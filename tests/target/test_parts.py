@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from downloads import flip
 from jobs import Job, convert_checkpoint
+from targets import CONFIG, RANKS, Crash, leave_unfinished, make_source_and_target, rank_file, stamps
 from torture import contents
 
 import reshard
@@ -25,28 +26,18 @@ from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST
-from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.synthetic import write_checkpoint
 from reshard.target import preflight
 from reshard.types import Subset
-
-RANKS = 4
-CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
-
-
-class Crash(BaseException):
-    """The end of the program, without a word."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts") / "source"
-    write_checkpoint(folder, CONFIG, 2)
-    return folder
+    return make_source_and_target(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")
 def whole(source: Path) -> Path:
-    convert_checkpoint(Job(source, RANKS), source.with_name("whole"))
     return source.with_name("whole")
 
 
@@ -68,17 +59,13 @@ def bring_together(target: Path, *folders: Path) -> Path:
     return target
 
 
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"model{rank}-mp{RANKS}.safetensors"
+def stamp_ranks(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of each rank file: another pair, if it is written again."""
+    return {name: stamp for name, stamp in stamps(folder).items() if name.endswith(".safetensors")}
 
 
 def facts(refused: pytest.ExceptionInfo[Refused]) -> list[tuple[str, str]]:
     return [(problem.kind, Path(problem.subject).name) for problem in refused.value.problems]
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each rank file: another pair, if it is written again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
 
 
 # --- what a run for some ranks leaves ---
@@ -113,10 +100,10 @@ def test_parts_become_the_target_of_one_run(
     order: tuple[str, ...], source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     target = bring_together(tmp_path / "target", *(parts[text] for text in order))
-    before = stamps(target)
+    before = stamp_ranks(target)
     result = convert_checkpoint(Job(source, RANKS), target)
     assert contents(target) == contents(whole)
-    assert {name: stamp for name, stamp in stamps(target).items() if name in before} == before
+    assert {name: stamp for name, stamp in stamp_ranks(target).items() if name in before} == before
     assert len(result.plan.files) == RANKS - len(before)
     assert convert_checkpoint(Job(source, RANKS), target).done is None
 
@@ -569,13 +556,7 @@ def test_a_crash_of_a_run_for_some_ranks_leaves_what_the_same_command_finishes(
 def test_an_interrupted_part_goes_on_in_the_folder_of_all(
     source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    def crash(*_: object) -> None:
-        raise Crash
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
-        with pytest.raises(Crash):
-            convert_checkpoint(Job(source, RANKS, ranks=[2, 3]), tmp_path / "part")
+    leave_unfinished(Job(source, RANKS, ranks=[2, 3]), tmp_path / "part")
     assert (tmp_path / "part" / JOURNAL).exists()
     target = bring_together(tmp_path / "target", parts["0-1"], tmp_path / "part")
     result = convert_checkpoint(Job(source, RANKS), target)
@@ -588,24 +569,17 @@ def test_a_restart_keeps_what_was_brought_here_finished(
     source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     """An unfinished part lies here, and the same part from elsewhere, finished."""
-
-    def crash(*_: object) -> None:
-        raise Crash
-
     target = tmp_path / "target"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
-        with pytest.raises(Crash):
-            convert_checkpoint(Job(source, RANKS, ranks=[2, 3]), target)
+    leave_unfinished(Job(source, RANKS, ranks=[2, 3]), target)
     (target / "model2-mp4.safetensors.partial").unlink()
     bring_together(target, parts["0-1"], parts["2-3"])
-    before = stamps(target)
+    before = stamp_ranks(target)
     keeps = "begins again, and keeps model2-mp4.safetensors, model3-mp4.safetensors, which came here finished"
     with pytest.raises(Refused, match=f"--restart throws the partial files away and {keeps}"):
         convert_checkpoint(Job(source, RANKS), target)
-    assert stamps(target) == before
+    assert stamp_ranks(target) == before
     convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
-    assert stamps(target) == before
+    assert stamp_ranks(target) == before
     assert contents(target) == contents(whole)
 
 
@@ -613,20 +587,13 @@ def test_a_finished_part_that_is_copied_over_an_unfinished_run_has_a_way_on(
     source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     """The command that began the run would now write other files: it does not go on from there."""
-
-    def crash(*_: object) -> None:
-        raise Crash
-
     target = tmp_path / "target"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "rename_to_final", crash)
-        with pytest.raises(Crash):
-            convert_checkpoint(Job(source, RANKS), target)
+    leave_unfinished(Job(source, RANKS), target)
     bring_together(target, parts["2-3"])
-    before = stamps(target)
+    before = stamp_ranks(target)
     with pytest.raises(Refused, match="--restart throws the partial files away and begins again, and keeps model2"):
         convert_checkpoint(Job(source, RANKS), target)
-    assert stamps(target) == before
+    assert stamp_ranks(target) == before
     convert_checkpoint(Job(source, RANKS), target, Settings(restart=True))
-    assert stamps(target).items() >= before.items()
+    assert stamp_ranks(target).items() >= before.items()
     assert contents(target) == contents(whole)

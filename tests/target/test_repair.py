@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from downloads import flip
 from jobs import Job, convert_checkpoint
+from targets import CONFIG, RANKS, leave_unfinished, make_source_and_target, rank_file, stamps
 from torture import contents
 
 import reshard
@@ -20,11 +22,9 @@ from reshard.errors import Refused
 from reshard.execution.execute import execute_plan
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.target_names import JOURNAL, MANIFEST
-from reshard.synthetic import SMALL_V3, write_checkpoint
+from reshard.synthetic import write_checkpoint
 from reshard.types import Subset
 
-RANKS = 4
-CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
 STAGING = ".reshard-repair"
 JOBS = {
     "ranks": {"mp": RANKS},
@@ -41,15 +41,12 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repair") / "source"
-    write_checkpoint(folder, CONFIG, 2)
-    return folder
+    return make_source_and_target(tmp_path_factory.mktemp("repair"))
 
 
 @pytest.fixture(scope="module")
 def good(source: Path) -> Path:
-    convert_checkpoint(Job(source, RANKS), source.with_name("good"))
-    return source.with_name("good")
+    return source.with_name("whole")
 
 
 @pytest.fixture
@@ -58,28 +55,13 @@ def target(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "my target")
 
 
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"model{rank}-mp{RANKS}.safetensors"
-
-
-def flip(path: Path, place: int = -100) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each file: another pair, if it is written again or replaced."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
-
-
 def kinds(refused: pytest.ExceptionInfo[Refused]) -> set[str]:
     return {problem.kind for problem in refused.value.problems}
 
 
 def damage_all(target: Path) -> set[str]:
     """One flipped byte, one missing file, one that is cut short, and two side files. Returns their names."""
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     rank_file(target, 1).unlink()
     with rank_file(target, 2).open("r+b") as file:
         file.truncate(1000)
@@ -120,7 +102,7 @@ def test_the_options_that_it_was_made_with_are_used(name: str, source: Path, tmp
     wanted = contents(tmp_path / "target")
     files = sorted((tmp_path / "target").glob("*.safetensors"))
     sides = [path for path in (tmp_path / "target").glob("*.json") if not path.name.startswith("reshard")]
-    flip(files[0])
+    flip(files[0], -100)
     files[-1].unlink()
     for path in sides:
         flip(path, 0)
@@ -137,7 +119,7 @@ def test_what_was_restored_from_rank_files_is_repaired_from_them(good: Path, sou
     convert_checkpoint(Job(good, 1, to="hf"), tmp_path / "whole")
     wanted = contents(tmp_path / "whole")
     flip(tmp_path / "whole" / "config.json", 5)
-    flip(min((tmp_path / "whole").glob("*.safetensors")))
+    flip(min((tmp_path / "whole").glob("*.safetensors")), -100)
     report = reshard.repair(tmp_path / "whole", good)
     assert len(report.repaired) == 2
     (tmp_path / "whole" / report.kept[0]).unlink()
@@ -152,7 +134,7 @@ def test_parts_that_were_brought_together_are_repaired_before_they_are_joined(
     for ranks in ([0, 1], [2, 3]):
         convert_checkpoint(Job(source, RANKS, ranks=ranks), tmp_path / f"part{ranks[0]}")
         subprocess.run(["cp", "-r", f"{tmp_path / f'part{ranks[0]}'}/.", target], check=True)
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     rank_file(target, 3).unlink()
     report = reshard.repair(target, source)
     assert set(report.repaired) == {rank_file(target, 0).name, rank_file(target, 3).name}
@@ -164,7 +146,7 @@ def test_parts_that_were_brought_together_are_repaired_before_they_are_joined(
 def test_the_ranks_of_one_node_are_repaired_where_they_lie(source: Path, good: Path, target: Path) -> None:
     for rank in (0, 1):
         rank_file(target, rank).unlink()
-    flip(rank_file(target, 3))
+    flip(rank_file(target, 3), -100)
     assert reshard.repair(target, source, ranks=[2, 3]).repaired == (rank_file(target, 3).name,)
     assert not rank_file(target, 0).exists()
     assert rank_file(target, 3).read_bytes() == rank_file(good, 3).read_bytes()
@@ -200,7 +182,7 @@ def test_a_dry_run_names_the_damage_and_the_command_and_writes_nothing(
 def test_files_of_other_people_are_left_alone_and_told(source: Path, target: Path) -> None:
     (target / "notes.txt").write_text("mine", encoding="utf-8")
     (target / "other.safetensors").write_text("mine", encoding="utf-8")
-    flip(rank_file(target, 1))
+    flip(rank_file(target, 1), -100)
     report = reshard.repair(target, source)
     assert report.repaired == (rank_file(target, 1).name,)
     assert [(problem.kind, problem.subject) for problem in report.problems] == [("extra-file", "other.safetensors")]
@@ -242,7 +224,7 @@ def test_what_a_repair_left_that_was_killed_at_its_end_is_removed(target: Path) 
 
 
 def test_a_file_that_nobody_else_may_read_stays_so(source: Path, target: Path) -> None:
-    flip(rank_file(target, 1))
+    flip(rank_file(target, 1), -100)
     rank_file(target, 1).chmod(0o600)
     assert reshard.repair(target, source).is_proven
     assert rank_file(target, 1).stat().st_mode & 0o777 == 0o600
@@ -255,7 +237,7 @@ def test_files_of_a_repair_that_ended_while_it_read_back_make_room(
     (target / STAGING).mkdir()
     for rank in (1, 2):
         shutil.copy(rank_file(good, rank), target / STAGING)
-    flip(rank_file(target, 1))
+    flip(rank_file(target, 1), -100)
     seen = []
 
     def look(plan: Any, staging: Path, *rest: Any) -> Any:
@@ -285,7 +267,7 @@ def test_names_in_a_hostile_manifest_reach_no_terminal(target: Path) -> None:
 
 def test_what_lies_in_the_way_is_refused_before_anything_is_written(source: Path, target: Path) -> None:
     """A folder with the name of a file; a file, or files of other people, where new ones are written."""
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     damaged = contents(target)
     rank_file(target, 1).rename(target / "away")
     rank_file(target, 1).mkdir()
@@ -312,7 +294,7 @@ def test_another_source_is_refused_before_anything_is_written(source: Path, targ
     write_checkpoint(tmp_path / "bytes", CONFIG, 2, seed=1)
     write_checkpoint(tmp_path / "files", CONFIG, 3)
     write_checkpoint(tmp_path / "layers", {**CONFIG, "num_hidden_layers": 3}, 2)
-    flip(rank_file(target, 1))
+    flip(rank_file(target, 1), -100)
     before = stamps(target)
     for name in ("bytes", "files", "layers"):
         with pytest.raises(Refused) as refused:
@@ -353,7 +335,7 @@ def test_a_side_file_that_the_source_has_otherwise_remains_a_problem(
     changed = shutil.copytree(source, tmp_path / "changed")
     (changed / "tokenizer.json").write_text("{}", encoding="utf-8")
     (target / "tokenizer.json").unlink()
-    flip(rank_file(target, 2))
+    flip(rank_file(target, 2), -100)
     report = reshard.repair(target, changed)
     assert report.repaired == (rank_file(target, 2).name,)
     assert {problem.kind for problem in report.problems} == {"source-changed", "missing-file"}
@@ -362,7 +344,7 @@ def test_a_side_file_that_the_source_has_otherwise_remains_a_problem(
 
 
 def test_without_a_source_the_command_that_has_one_is_named(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     assert main(["repair", str(target)]) == 2
     told = capsys.readouterr().err
     assert rank_file(target, 0).name in told
@@ -374,10 +356,10 @@ def test_without_a_source_the_command_that_has_one_is_named(target: Path, capsys
 @pytest.mark.parametrize("is_there", [False, True], ids=["missing", "damaged"])
 def test_without_a_sound_manifest_nothing_is_repaired(is_there: bool, source: Path, target: Path) -> None:  # noqa: FBT001
     if is_there:
-        flip(target / MANIFEST)
+        flip(target / MANIFEST, -100)
     else:
         (target / MANIFEST).unlink()
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     before = stamps(target)
     with pytest.raises(Refused) as refused:
         reshard.repair(target, source)
@@ -420,7 +402,7 @@ def test_a_second_repair_ends_what_a_killed_one_began(source: Path, good: Path, 
         target = shutil.copytree(good, tmp_path / str(left))
         damaged = {rank_file(target, rank).name for rank in (0, 2)}
         for name in damaged:
-            flip(target / name)
+            flip(target / name, -100)
         before = contents(target)
         words = [sys.executable, "-c", KILLED.format(left=left), "repair", str(target), "--source", str(source)]
         ended = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60).returncode
@@ -430,7 +412,7 @@ def test_a_second_repair_ends_what_a_killed_one_began(source: Path, good: Path, 
         assert all(found[name] in {before[name], wanted[name]} for name in found)
         ends.add(ended)
         if left % 2:  # and other damage, so that what was begun is not what is to be done
-            flip(rank_file(target, 3))
+            flip(rank_file(target, 3), -100)
         assert reshard.repair(target, source).is_proven
         assert contents(target) == wanted
         assert not (target / STAGING).exists()
@@ -439,21 +421,12 @@ def test_a_second_repair_ends_what_a_killed_one_began(source: Path, good: Path, 
     assert ends == {0, 9}
 
 
-def test_an_interrupted_conversion_of_other_ranks_is_left_to_go_on(
-    source: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_conversion_of_other_ranks_is_left_to_go_on(source: Path, good: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     convert_checkpoint(Job(source, RANKS, ranks=[0, 1]), target)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("reshard.execution.execute.rename_to_final", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(Job(source, RANKS), target)
+    leave_unfinished(Job(source, RANKS), target)
     journal = (target / JOURNAL).read_bytes()
-    flip(rank_file(target, 1))
+    flip(rank_file(target, 1), -100)
     assert reshard.repair(target, source).repaired == (rank_file(target, 1).name,)
     assert (target / JOURNAL).read_bytes() == journal
     result = convert_checkpoint(Job(source, RANKS), target)
@@ -491,7 +464,7 @@ def test_the_command_that_verify_prints_makes_it_succeed(
 def test_without_a_source_the_command_has_a_place_for_it(
     source: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip(rank_file(target, 0))
+    flip(rank_file(target, 0), -100)
     assert main(["verify", str(target), "--json"]) == 1
     (command,) = json.loads(capsys.readouterr().out)["next"]
     assert command == f"reshard repair '{target}' --source SOURCE"
@@ -519,7 +492,7 @@ def test_of_ranks_that_lie_elsewhere_the_ranks_that_are_here_are_verified_or_rep
         assert everything.startswith(f"  reshard repair '{target}' --source ")
         assert "# writes 2 files, " in everything
         assert main(shlex.split(here)[1:]) == 0
-    flip(rank_file(target, 3))
+    flip(rank_file(target, 3), -100)
     for given in ([], ["--source", str(source)]):
         capsys.readouterr()
         assert main(["verify", str(target), *given]) == 1

@@ -9,47 +9,28 @@ from pathlib import Path
 
 import pytest
 from jobs import Job, convert_checkpoint
+from targets import RANKS, Crash, make_source_and_target, rank_file, stamps
 from torture import contents
 
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.preflight import measure_allocated
-
-RANKS = 4
-CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
-
-
-class Crash(BaseException):
-    """The end of the program, without a word."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("restart") / "source"
-    write_checkpoint(folder, CONFIG, 2)
-    return folder
+    return make_source_and_target(tmp_path_factory.mktemp("restart"))
 
 
 @pytest.fixture(scope="module")
 def good(source: Path) -> Path:
-    convert_checkpoint(Job(source, RANKS), source.with_name("good"))
-    return source.with_name("good")
+    return source.with_name("whole")
 
 
 @pytest.fixture
 def target(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "target")
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each file: another pair, if it is written again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"model{rank}-mp{RANKS}.safetensors"
 
 
 @pytest.mark.parametrize("ranks", [RANKS, 2], ids=["the same", "another number of ranks"])

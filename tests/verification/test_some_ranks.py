@@ -12,27 +12,21 @@ from pathlib import Path
 import pytest
 from downloads import flip
 from jobs import Job, convert_checkpoint
+from targets import RANKS, make_source_and_target, rank_file
 
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.verify import Report
-
-RANKS = 4
-CONFIG = {**SMALL_V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 512}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("some-ranks") / "source"
-    write_checkpoint(folder, CONFIG, 2)
-    return folder
+    return make_source_and_target(tmp_path_factory.mktemp("some-ranks"))
 
 
 @pytest.fixture(scope="module")
 def whole(source: Path) -> Path:
-    convert_checkpoint(Job(source, RANKS), source.with_name("whole"))
     return source.with_name("whole")
 
 
@@ -44,10 +38,6 @@ def node(whole: Path, tmp_path: Path) -> Path:
     for path in [*whole.glob("*.json"), rank_file(whole, 2), rank_file(whole, 3)]:
         shutil.copy(path, folder)
     return folder
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"model{rank}-mp{RANKS}.safetensors"
 
 
 def facts(report: object) -> list[tuple[str, str]]:

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, Refused
-from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
-from reshard.target.mending_hints import NOT_DAMAGE, is_repairable
+from reshard.errors import Problem
+from reshard.formats.part_manifests import format_join_command, is_of_whole_files
+from reshard.target.mending_hints import is_damage, is_repairable, read_manifest_for_repair
 from reshard.text import escape, format_command_lines, format_count, format_runs, format_size
 from reshard.verification.download import DownloadReport
 from reshard.verification.verify import Report
@@ -30,17 +30,12 @@ def list_mending_steps(report: Report | DownloadReport, options: argparse.Namesp
 
     Where only some ranks lie, the others are rightly elsewhere: first stands what concerns the ranks that are here.
     """
-    kinds = {problem.kind for problem in report.problems}
-    if isinstance(report, DownloadReport) or report.note or not kinds:
+    if isinstance(report, DownloadReport) or report.note or not report.problems:
         return
-    try:
-        manifest = read_joined_manifest(options.target)
-    except Refused:
-        return
-    if manifest:
-        can_repair = is_repairable(report, options.target, options.source)
+    if manifest := read_manifest_for_repair(options.target):
+        can_repair = is_repairable(report, manifest, options.source)
         yield from list_repair_steps(report.problems, manifest, options, can_repair=can_repair)
-        if "not-joined" in kinds:
+        if any(problem.kind == "not-joined" for problem in report.problems):
             yield MendingStep("next", format_join_command(options.target, manifest))
 
 
@@ -50,7 +45,7 @@ def list_repair_steps(
     """Lists how damaged and missing files are written again, and how the ranks that are here are verified."""
     chosen = [entry for entry in manifest["files"] if options.ranks is None or entry.get("rank") in options.ranks]
     here = [entry for entry in chosen if (options.target / entry["name"]).is_file()]
-    named = {problem.subject.partition(":")[0] for problem in problems if problem.kind not in NOT_DAMAGE}
+    named = {problem.subject.partition(":")[0] for problem in problems if is_damage(problem)}
     damaged = [entry["name"] for entry in here if entry["name"] in named]
     damaged += [entry["name"] for entry in manifest["side_files"] if entry["name"] in named]
     label = "next"
@@ -61,7 +56,7 @@ def list_repair_steps(
             yield MendingStep(FOR_THESE, make_command("verify", options, ranks))
         elif can_repair:
             yield make_repair_step(options, manifest, damaged, FOR_THESE, ranks)
-    if can_repair and any(problem.kind not in NOT_DAMAGE for problem in problems):
+    if can_repair and any(map(is_damage, problems)):
         damaged += [entry["name"] for entry in chosen if entry not in here]
         yield make_repair_step(options, manifest, damaged, label)
 

@@ -5,6 +5,7 @@ import argparse
 from reshard.cli.help_text import describe_help
 from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser
 from reshard.cli.shared_options import (
+    IGNORE_HELP,
     add_ignore_extra_files,
     add_jobs,
     add_output,
@@ -176,12 +177,7 @@ def add_verify(parser: Parser) -> None:
     )
     add_recipe_option(what)
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only.")
-    what.add_argument(
-        "--ignore-extra-files",
-        action="store_true",
-        help="With --source, leave out files and tensors that its index does not name; without an index, all "
-        "files but one numbered set.",
-    )
+    add_ignore_extra_files(what, f"With --source, {IGNORE_HELP[0].lower()}{IGNORE_HELP[1:]}")
     what.add_argument(
         "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
     )

@@ -41,9 +41,14 @@ class JobWatch(ProgressView):
     """
 
     def __init__(
-        self, title: str, report: Report, interval: float | None, *, is_sample: bool = False,
+        self,
+        title: str,
+        report: Report,
+        interval: float | None,
+        *,
+        is_sample: bool = False,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._title = title
         self._report = report
         self._interval = interval

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reshard.storage.counting import WorkState
-from reshard.text import format_size
+from reshard.text import format_percent, format_size
 
 WINDOW_SECONDS = 60.0
 """The rate is that of so many seconds: it follows a disk that slows down, and evens out how a disk takes its bytes."""
@@ -83,12 +83,6 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def format_percent(state: WorkState) -> str:
-    """Formats the share that is done, rounded down: 100.0% is the whole and nothing less."""
-    tenths = state.done * 1000 // state.total if state.total else 1000
-    return f"{tenths // 10}.{tenths % 10}%"
-
-
 def format_progress(event: ProgressEvent) -> str:
     """Formats an event in words, without a title: share, bytes, rate, time left."""
     state = event.state
@@ -98,7 +92,7 @@ def format_progress(event: ProgressEvent) -> str:
         size = state.total - state.resumed
         rate = [] if event.is_sample or event.seconds < SHORTEST_WINDOW else [format_rate(size / event.seconds)]
         return ", ".join([f"done, {format_size(size)} in {format_duration(event.seconds)}", *rate])
-    parts = [format_percent(state)]
+    parts = [format_percent(state.done, state.total)]
     if state.unsynced is None:
         parts.append(f"{format_size(state.done)} of {format_size(state.total)}")
     else:

@@ -17,13 +17,9 @@ def add_recipe_option(group: argparse._ArgumentGroup, about: str = RECIPE_HELP) 
     group.add_argument("--recipe", type=parse_word, metavar="NAME|FILE", help=about)
 
 
-def add_ignore_extra_files(group: argparse._ArgumentGroup) -> None:
+def add_ignore_extra_files(group: argparse._ArgumentGroup, about: str = IGNORE_HELP) -> None:
     """Adds the option of every command that reads a checkpoint."""
-    group.add_argument(
-        "--ignore-extra-files",
-        action="store_true",
-        help=IGNORE_HELP,
-    )
+    group.add_argument("--ignore-extra-files", action="store_true", help=about)
 
 
 def add_jobs(group: argparse._ArgumentGroup) -> None:

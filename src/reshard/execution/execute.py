@@ -128,7 +128,6 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
-    was_there = target.exists()
     try:
         with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, other_names, settings)
@@ -143,9 +142,6 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             except (Exception, KeyboardInterrupt):
                 if not has_records(journal):
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
-                    if not was_there:
-                        with suppress(OSError):
-                            target.rmdir()
                 raise
             rename_to_final(target, names, others.superseded)
         counter.finish()

@@ -114,6 +114,11 @@ def list_left_files(folder: Path) -> set[str]:
     return partials | renamed | (others & present if is_ending else set())
 
 
+def has_partial_files(folder: Path) -> bool:
+    """Whether an unfinished job, by its journal, has left files with temporary names in a folder."""
+    return any(name.endswith(PARTIAL) for name in list_left_files(folder))
+
+
 def has_records(journal: Journal) -> bool:
     """Whether any bytes of the job are durable."""
     return os.fstat(journal.descriptor).st_size > journal.start

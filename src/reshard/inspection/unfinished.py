@@ -17,7 +17,7 @@ from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
-from reshard.text import escape, format_count, format_list, format_runs, format_size
+from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
 from reshard.types import Recipe
 
 LARGEST_JOURNAL = 1 << 30
@@ -70,8 +70,8 @@ class Unfinished:
 
 def describe_unfinished(found: Unfinished) -> Iterator[str]:
     """Describes an unfinished conversion for a person."""
-    tenths = found.durable * 1000 // found.size if found.size else 0
-    size = f"{format_size(found.durable)} of {format_size(found.size)} ({tenths // 10}.{tenths % 10}%)"
+    share = format_percent(found.durable, found.size)
+    size = f"{format_size(found.durable)} of {format_size(found.size)} ({share})"
     ranks = f" of ranks {found.ranks}" if found.ranks else ""
     yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
     yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"

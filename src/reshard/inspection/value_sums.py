@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Values = NDArray[Any]
 
 MOST_DOTTED = 1 << 13
+"""So many products are added by one call of BLAS: few enough that it starts no threads of its own."""
 
 SMALLEST_SQUARES = 1e-250
 """A smaller sum of squares in float64 may lack squares that are no float64."""

@@ -99,8 +99,8 @@ def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -
     """
     is_cached = file.is_read_from_cache(offset, size)
     # O_DIRECT reads whole pages only: it also reads the rest of the first page and of the last.
-    is_direct = file.direct is not None and not is_cached
-    descriptor = file.direct if file.direct is not None and is_direct else file.descriptor
+    direct = None if is_cached else file.direct
+    is_direct, descriptor = direct is not None, file.descriptor if direct is None else direct
     first = offset - offset % PAGE if is_direct else offset
     skip = offset - first
     length = -(-(skip + size) // PAGE) * PAGE if is_direct else size
@@ -129,7 +129,7 @@ def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> N
     done = 0
     while done < len(data):
         done += os.pwritev(descriptor, [data[done:]], offset + done, flags)
-    if ways.write != "uncached" and len(data) >= SMALLEST_WRITEBACK:
+    if not flags and len(data) >= SMALLEST_WRITEBACK:
         # Now, and not when the kernel has gathered a tenth of the memory: the disk would idle until then. The last page
         # is left out where it is not full: the next write goes on in it, and could have to wait for the disk.
         begin, end = offset - offset % PAGE, (offset + len(data)) // PAGE * PAGE

@@ -1,10 +1,11 @@
 """Rewords the hints of a verification to what mends its target: `reshard repair` where it can, or the right source."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Refused
+from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.target.repair_plan import has_sampled_bytes
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, LOST_FILE_HINT, MISSING_FILE_HINT, REPAIR_HINT
@@ -23,28 +24,34 @@ def reword_hints(report: Report, target: Path, source: Path) -> Report:
     manifest = read_manifest_for_repair(target) if report.problems else {}
     if not manifest:
         return report
-    if is_repairable(report, target, source):
-        words = {CONVERT_AGAIN_HINT: REPAIR_HINT, MISSING_FILE_HINT: LOST_FILE_HINT}
-        mended = [*report.problems]
-        for before, after in words.items():
-            mended = [replace(problem, remedy=problem.remedy.replace(before, after)) for problem in mended]
-    elif report.note or not has_sampled_bytes(source, manifest):
+    if report.note or not has_sampled_bytes(source, manifest):
         mended = [
             problem if problem.kind == "missing-file" else replace(problem, remedy=OTHER_SOURCE_HINT)
             for problem in report.problems
         ]
     else:
-        return report
+        mended = [
+            replace(problem, remedy=replace_hints(problem.remedy)) if is_damage(problem) else problem
+            for problem in report.problems
+        ]
     return replace(report, problems=tuple(mended))
 
 
-def is_repairable(report: Report, target: Path, source: Path | None) -> bool:
+def replace_hints(remedy: str) -> str:
+    """Replaces the hints to convert again by those to repair."""
+    return remedy.replace(CONVERT_AGAIN_HINT, REPAIR_HINT).replace(MISSING_FILE_HINT, LOST_FILE_HINT)
+
+
+def is_damage(problem: Problem) -> bool:
+    """Whether a file that is written again mends a problem, if the source is the right one."""
+    return problem.kind not in NOT_DAMAGE
+
+
+def is_repairable(report: Report, manifest: Mapping[str, Any], source: Path | None) -> bool:
     """Whether `repair` mends what a report has found; not if the target was made from another source."""
-    kinds = {problem.kind for problem in report.problems}
-    if report.note or not kinds - NOT_DAMAGE:
+    if report.note or not any(map(is_damage, report.problems)):
         return False
-    manifest = read_manifest_for_repair(target)
-    return bool(manifest) and (source is None or has_sampled_bytes(source, manifest))
+    return source is None or has_sampled_bytes(source, manifest)
 
 
 def read_manifest_for_repair(target: Path) -> dict[str, Any]:

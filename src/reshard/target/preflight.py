@@ -12,7 +12,7 @@ from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, refuse_unwritable, rename_to_final
-from reshard.execution.journal import list_left_files, lock_journal
+from reshard.execution.journal import has_partial_files, list_left_files, lock_journal
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.records import Records
 from reshard.execution.side_writer import write_side_files
@@ -68,9 +68,14 @@ def list_own_names(target: Path) -> set[str]:
 
 
 def check_folder(
-    source: Path, target: Path, needed: int, ours: set[str], present: Collection[str], remedy: str = "another target",
+    source: Path,
+    target: Path,
+    needed: int,
+    ours: set[str],
+    present: Collection[str],
+    remedy: str = "another target",
     room: str = MORE_ROOM,
-) -> Iterator[Problem]:  # fmt: skip
+) -> Iterator[Problem]:
     """Checks that `needed` bytes can be written to the folder `target`. The folder need not exist; if it does, it may
     hold only files named in `ours`, and hidden ones: no file of ours has such a name, and macOS and git write them.
 
@@ -88,21 +93,28 @@ def check_folder(
     if names := sorted(name for name in still if not name.startswith(".")):
         found = f"{format_count(len(names), 'files')}: {format_list(names, 4)}"
         yield Problem("target-not-empty", str(target), found, "an empty folder, or none", remedy)
-    above = find_nearest_folder(target)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        is_read_only = bool(os.statvfs(above).f_flag & os.ST_RDONLY)
-        found = "on a read-only file system" if is_read_only else "not a folder that we may write to"
-        hint = (
-            "have it mounted for writing, or another target" if is_read_only else "write permission, or another target"
-        )
-        yield Problem("no-permission", str(above), found, "a folder that we may write to", hint)
-        return
-    longest = os.pathconf(above, "PC_NAME_MAX")
-    if long := [part for part in target.parts if len(os.fsencode(part)) > longest]:
-        yield Problem(
-            "wrong-name", long[0], f"{len(os.fsencode(long[0]))} bytes", f"at most {longest}", "another target"
-        )
-    yield from check_space(target, needed, ours, room)
+    denied = [*check_permission(find_nearest_folder(target))]
+    yield from denied
+    if not denied:
+        yield from check_name_lengths(target)
+        yield from check_space(target, needed, ours, room)
+
+
+def check_permission(folder: Path) -> Iterator[Problem]:
+    """Checks that files and folders can be made in an existing folder."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        found, remedy = "not a folder that we may write to", "write permission, or another target"
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            found, remedy = "on a read-only file system", "have it mounted for writing, or another target"
+        yield Problem("no-permission", str(folder), found, "a folder that we may write to", remedy)
+
+
+def check_name_lengths(target: Path) -> Iterator[Problem]:
+    """Checks that the file system allows names as long as those in a path."""
+    longest = os.pathconf(find_nearest_folder(target), "PC_NAME_MAX")
+    for part in target.parts:
+        if len(os.fsencode(part)) > longest:
+            yield Problem("wrong-name", part, f"{len(os.fsencode(part))} bytes", f"at most {longest}", "another target")
 
 
 def check_space(target: Path, needed: int, ours: set[str], room: str = MORE_ROOM) -> Iterator[Problem]:
@@ -231,11 +243,6 @@ def mend_target(state: TargetState) -> list[str]:
     except OSError as error:
         raise refuse_unwritable(target, error) from None
     return [*sides, *part]
-
-
-def has_partial_files(target: Path) -> bool:
-    """Whether an unfinished job, by its journal, has left files with temporary names."""
-    return any(name.endswith(PARTIAL) for name in list_left_files(target))
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:

@@ -16,14 +16,9 @@ from pathlib import Path
 from stat import S_IMODE
 
 from reshard.errors import Problem, Refused, describe_problems, refuse, require_none
-from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan
+from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan, refuse_unwritable
 from reshard.execution.journal import lock_journal
-from reshard.execution.staging import (
-    STAGING,
-    find_staged_files,
-    note_begun_repair,
-    remove_staged_files,
-)
+from reshard.execution.staging import STAGING, find_staged_files, note_begun_repair, remove_staged_files
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.formats.remote_names import require_path, require_target
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
@@ -234,10 +229,7 @@ def lock_target(audit: Audit) -> Iterator[None]:
                 with suppress(OSError):
                     (audit.target / STAGING).rmdir()  # empty, if nothing was durable yet
         except OSError as error:
-            subject = str(error.filename2 or error.filename or audit.target)
-            found = error.strerror or str(error)
-            remedy = "mend it and run the same command again"
-            raise refuse("cannot-write", subject, found, "to write the target", remedy) from None
+            raise refuse_unwritable(audit.target, error) from None
 
 
 def write_staged_files(staging: Path, work: RepairPlan, settings: Settings, watch: Watch) -> None:

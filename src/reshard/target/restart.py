@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.execution.journal import list_left_files
+from reshard.execution.journal import has_partial_files
 from reshard.execution.staging import STAGING, find_staged_files
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
@@ -26,8 +26,7 @@ def choose_files_to_remove(
     """Chooses the finished files that a restart removes. Without `yes` those are chosen that it would remove, so that
     somebody can be asked; but where a run has not ended, only what that run has begun is thrown away, and none removed.
     """
-    is_unfinished = any(name.endswith(PARTIAL) for name in list_left_files(folder))
-    if yes or not same or not is_unfinished:
+    if yes or not same or not has_partial_files(folder):
         return tuple(list_files_to_remove(folder, plan, manifests, same))
     return ()
 
