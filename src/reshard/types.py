@@ -179,8 +179,8 @@ class Split:
     """How a tensor is split over the ranks, parsed from the text of a recipe."""
 
     text: str
-    """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `packed rows`, `rows of KEY`,
-    `by LETTER`; of a `drop`, the reason."""
+    """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `rows padded to N`, `packed rows`,
+    `rows of KEY`, `by LETTER`; of a `drop`, the reason."""
     dimension: int | None = None
     """The dimension that is cut, from 0 on; None if every tensor stays whole."""
     placeholder: str = ""
@@ -189,6 +189,8 @@ class Split:
     """Of `rows of KEY`: the config key with the number of heads in the rows. A head is never cut."""
     is_padded: bool = False
     """Whether rows of zeros are appended, so that every rank has the same number of rows."""
+    multiple: int = 0
+    """Of `rows padded to N`: the rows become a multiple of it, which the ranks must divide; 0 for other splits."""
     is_packed: bool = False
     """Whether the rows are two tensors stacked, such as gate and up. Each half is cut by itself."""
 
@@ -206,7 +208,7 @@ class Rule:
     """One row of a recipe: maps a name on the left (original files) to a name on the right (rank files)."""
 
     relation: str
-    """`same`, `dequantize` or `drop`."""
+    """`same`, `dequantize` or `drop`; `concat` or `stack` if the right tensor is fused of several left ones."""
     left: str
     """Name pattern of the original tensors, with placeholders."""
     right: str
@@ -240,6 +242,17 @@ class BlockScale:
     """With `packed`: rows and columns, in elements, that share one scale after the cast to FP8."""
     stays: bool = False
     """Whether these weights are never cast, because the model's code reads no other dtype."""
+
+
+class Constant(NamedTuple):
+    """Tensors that only the right side has, all of one value."""
+
+    right: str
+    """Name pattern in the rank files, with placeholders."""
+    dtype: str
+    shape: tuple[int, ...]
+    """In elements."""
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +297,10 @@ class Recipe:
     """The models and code that the recipe was checked against, in words."""
     rules: tuple[Rule, ...]
     """The rows, in the order of the file."""
+    constants: tuple[Constant, ...]
+    """The tensors that are made of nothing, in every rank file."""
+    engine: str
+    """The engine that the right side is for, as `--for` names it; empty if the recipe is found without it."""
     origin: str
     """The file that the recipe was read from."""
     text_hash: str
@@ -319,23 +336,6 @@ class Layout:
     file_size: int | None = None
     """For WHOLE: maximum size of a file, in bytes. None: the original files that the manifest of rank files records,
     else FILE_SIZE."""
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """How the source tensors of one rule are used, or why they are left out. All shares cover the whole source."""
-
-    use: str
-    """`once`, `replicated` (to every rank), `shared` (by some ranks), `dequantized`, `cast`, `padded`, `empty`, or
-    `dropped`."""
-    what: str
-    """The left name of the rule; or the name of a group left out as a whole, such as `MTP layers`."""
-    reason: str
-    """The reason why the tensors are dropped; empty for all other uses."""
-    tensors: int
-    """Number of source tensors."""
-    size: int
-    """In bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_text, read_
 from reshard.formats.ranges import parse_ranges
 from reshard.formats.renaming import Renaming, StoredRenaming
 from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
+from reshard.formats.shares import Share
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
 from reshard.text import format_list, format_numbers
-from reshard.types import OriginalFile, Share, Subset, Tensor
+from reshard.types import OriginalFile, Subset, Tensor
 
 COUNTS = ("layers", "experts")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from reshard.formats.manifest import Origin, list_subset_lines
+from reshard.formats.shares import Share
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
 from reshard.planning.reads import measure_reads
 from reshard.text import escape, format_count, format_numbers, format_size, format_table
-from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Share, Tensor
+from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reshard.formats.shares import Share
 from reshard.planning.copies import Copies, Integers, WrongPlan
 from reshard.planning.shards import Series
 from reshard.sources.block_scales import is_kept
 from reshard.sources.match import Matched
-from reshard.types import Cast, Checkpoint, Layout, Recipe, Rule, Share, Tensor
+from reshard.types import Cast, Checkpoint, Layout, Recipe, Rule, Tensor
 
 
 @dataclass(frozen=True, slots=True)

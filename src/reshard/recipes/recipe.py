@@ -13,11 +13,12 @@ from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.recipes.code_dtypes import set_code_dtypes
+from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.splits import make_rule
 from reshard.recipes.table_checks import check_table, find_lines
 from reshard.text import format_list
-from reshard.types import BlockScale, Placeholder, Recipe, Rule
+from reshard.types import BlockScale, Constant, Placeholder, Recipe, Rule
 
 FAMILIES_FOLDER = Path(__file__).parent / "families"
 
@@ -91,6 +92,8 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         describes=table.get("describes", False),
         checked=table.get("checked", ""),
         rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
+        constants=tuple(starmap(make_constant, table.get("constants", ()))),
+        engine=table.get("engine", ""),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
@@ -98,6 +101,12 @@ def parse_recipe(text: str, origin: str) -> Recipe:
 
 def make_placeholder(name: str, fields: Mapping[str, Any]) -> Placeholder:
     return Placeholder(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
+
+
+def make_constant(right: str, shape: str, value: float) -> Constant:
+    """Makes a constant of a row such as `["model.scale", "F32 []", 1.0]`."""
+    dtype, lengths = parse_shape(shape)
+    return Constant(right, dtype, tuple(map(int, lengths)), float(value))
 
 
 def make_block_scale(fields: Mapping[str, Any]) -> BlockScale:

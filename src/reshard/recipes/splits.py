@@ -21,15 +21,19 @@ SPLITS = {
 
 HEADS = re.compile(r"rows of ([\w.]+)")
 
+PADDED = re.compile(r"rows padded to ([1-9][0-9]{0,5})")
+
 MEMBERS = re.compile(r"by ([a-z])")
 
 
 def parse_split(text: str) -> Split | None:
-    """Parses a split as recipes write it: `rows`, `rows of KEY`, `by e`. None if the text is no split."""
+    """Parses a split as recipes write it, such as `rows`, `rows of KEY` or `by e`. None if the text is no split."""
     if found := HEADS.fullmatch(text):
         return Split(text, ROWS, heads_key=found[1])
     if found := MEMBERS.fullmatch(text):
         return Split(text, placeholder=found[1])
+    if found := PADDED.fullmatch(text):
+        return Split(text, ROWS, is_padded=True, multiple=int(found[1]))
     return SPLITS.get(text)
 
 

@@ -11,6 +11,8 @@ from reshard.formats.safetensors import BITS
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
+from reshard.recipes.fusion_checks import check_constants, check_fusions, holds_fused
+from reshard.recipes.fusions import FUSED, find_stacked
 from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
@@ -39,9 +41,11 @@ ALL_KEYS = (
     "run",
     "run_needs",
     "rules",
+    "constants",
+    "engine",
 )
 
-RELATIONS = ("same", "dequantize", "drop")
+RELATIONS = ("same", "dequantize", "drop", *FUSED)
 
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
@@ -66,6 +70,7 @@ def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
         *check_code_dtypes(table.get(CODE_DTYPES, {})),
     ]
     faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
+    faults += [*check_constants(table.get("constants", []), letters)]
     faults = faults or list(check_rules(table))
     rights = [row[2] for row in table["rules"] if row[2]] if not faults else []
     yield from faults or [
@@ -95,7 +100,11 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     files = table.get("files")
     if isinstance(files, str) and not is_files_pattern(files):
-        yield ("files",), repr(files), "a file name with {rank} and {ranks} that ends in .safetensors"
+        yield ("files",), repr(files), "a file name with {rank}, and perhaps {ranks}, that ends in .safetensors"
+    elif isinstance(files, str) and "{ranks}" not in files and not table.get("describes"):
+        yield ("files",), repr(files), "{ranks} in it, or describes = true: else nothing tells that a file is missing"
+    if not re.fullmatch(r"[a-z][a-z0-9-]*|", str(table.get("engine", ""))):
+        yield ("engine",), repr(table["engine"]), "engine: a word of small letters, digits and hyphens"
 
     divided = table.get("ranks_divide", [])
     for text in divided if is_list_of_strings(divided) else ():
@@ -109,7 +118,7 @@ def is_files_pattern(text: str) -> bool:
     """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
     rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
     return (
-        set(PLACEHOLDER.findall(text)) == {"rank", "ranks"}
+        {"rank"} <= set(PLACEHOLDER.findall(text)) <= {"rank", "ranks"}
         and not set(rest) & set("{}")
         and is_plain(rest)
         and rest.endswith(".safetensors")
@@ -211,8 +220,15 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
         for side, pattern in (("left", row[1]), ("right", row[2])):
             named.setdefault((side, pattern), []).append(number)
     for (side, pattern), numbers in named.items():
-        for number in numbers if pattern and len(numbers) > 1 else ():
-            yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
+        if (
+            pattern
+            and len(numbers) > 1
+            and not (side == "right" and holds_fused([table["rules"][at] for at in numbers]))
+        ):
+            for number in numbers:
+                yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
+    if all(is_list_of_strings(row) and len(row) in (4, 5, 6) for row in table["rules"]):
+        yield from check_fusions(table["rules"], placeholders)
 
 
 def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -237,6 +253,11 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
     yield from check_sides(rule, scales)
     yield from check_assignment(rule, placeholders)
     split = parse_split(rule.split.text)
+    if split and rule.relation in FUSED and (split.is_padded or split.is_packed or split.placeholder):
+        yield (
+            repr(rule.split.text),
+            f"a split for a {rule.relation}: replicate, rows, columns or 'rows of' a config key",
+        )
     known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
     if not split or split.placeholder not in known:
         expected = (
@@ -264,6 +285,8 @@ def check_sides(rule: Rule, scales: Mapping[str, Any]) -> Iterator[tuple[str, st
         if len(scaled) != 1:
             yield repr(rule.left), "a weight with a block scale, for it to be dequantised"
         left = [letter for letter in left if letter not in scales]
+    if rule.relation == "stack":
+        left = [letter for letter in left if letter != find_stacked(rule.left, rule.right)]
     if left != right:
         yield f"{rule.left!r} and {rule.right!r}", "the same placeholders on the left and on the right"
     if len(scaled) > 1:
