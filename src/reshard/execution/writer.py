@@ -18,7 +18,15 @@ from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, rea
 from reshard.execution.records import Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
-from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
+from reshard.storage.local import (
+    Ways,
+    drop_from_cache,
+    prefetch_range,
+    read_range,
+    start_writeback,
+    wait_for_range,
+    write_range,
+)
 from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
@@ -190,6 +198,7 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
 def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
     source = files.sources[window.source_file]
+    prefetch_range(source, window.offset, window.size)
     records = bytearray()
     for group in window.groups:
         checksum, end = xxh3_128(), group.target_offset
