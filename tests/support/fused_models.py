@@ -55,7 +55,7 @@ rules = [
 ]
 """
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "fused",
     "vocab_size": 13,
     "num_hidden_layers": 2,
@@ -122,7 +122,7 @@ def write_source(folder: Path, /, change: Change | None = None, *, block: tuple[
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     halves = {"model-00001-of-00002.safetensors": 0, "model-00002-of-00002.safetensors": 1}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, half in halves.items():
         some = {name: tensors[name] for place, name in enumerate(tensors) if place % 3 // 2 == half}
         save_file(some, folder / file, {"format": "pt"})
@@ -144,13 +144,13 @@ def make_rank(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ranks: i
     bits = {name: tensor.view(getattr(torch, f"uint{8 * tensor.itemsize}")).numpy() for name, tensor in tensors.items()}
     parts, experts = min(ranks, config["num_key_value_heads"]), range(config["num_experts"])
 
-    def rows(name: str) -> Array:
+    def rows(name: str) -> Any:
         return np.split(bits[name], ranks)[rank]
 
-    def heads(name: str) -> Array:
+    def heads(name: str) -> Any:
         return np.split(bits[name], parts)[rank * parts // ranks]
 
-    def columns(name: str) -> Array:
+    def columns(name: str) -> Any:
         return np.split(bits[name], ranks, axis=1)[rank]
 
     embed = np.pad(bits["model.embed.weight"], ((0, -len(bits["model.embed.weight"]) % 8), (0, 0)))
