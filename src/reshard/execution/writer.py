@@ -152,7 +152,7 @@ def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Job
     """Moves every window, with several threads, and flushes the ledger every few seconds. Raises their first error.
     Returns the number of threads in the end.
     """
-    if any(isinstance(made, Cast) for made in files.made):
+    if any(isinstance(made, Cast) and made.operation != "fill" for made in files.made):
         choose_recode()  # here, for it may import numba, and that from one thread only
 
     def make_worker() -> Callable[[Window], None]:
