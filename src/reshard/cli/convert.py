@@ -32,7 +32,7 @@ from reshard.types import RANKS, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
-    *("only", "recipe", "ranks", "ignore_extra_files"),
+    *("only", "recipe", "for_engine", "ranks", "ignore_extra_files"),
 )
 """Options that choose what to convert, and into which layout."""
 
