@@ -3,8 +3,8 @@
 Makes its checkpoints below FOLDER (about 40 GB free are needed). Every time is that of a whole process as a person
 waits for it. The commands of a case run in turn, forwards and backwards (A B C, C B A, ...). Each column is their time
 divided by ours, as median (least to most): above 1, reshard is faster. `cp -r` alone leaves its bytes in memory. The
-loop is `limits.py copy`. The last column is the rate of our whole command as a share of what the disk itself wrote past
-the page cache in the same round.
+loop is `limits.py copy`. The last column is the rate of our whole command as a share of what the disk itself wrote from
+memory in the same round.
 """
 
 import argparse
@@ -60,7 +60,12 @@ CASES = (
 )
 
 
+DISCARD_SECONDS = 4
+"""A disk that is told of every freed block is busy with them for so long after some GB were removed."""
+
 LIMITS = Path(__file__).with_name("limits.py")
+
+IN_MEMORY = Path("/dev/shm/reshard-benchmark")  # noqa: S108 - a file system in memory is what is measured
 
 LIMITS_SHOWN = ("cp + sync", "cp", "loop")
 
@@ -91,6 +96,9 @@ def main() -> None:
             print(compare_with_script(folder, options.reference, version), flush=True)
     if options.only in "verify":
         for line in verification(folder):
+            print(line, flush=True)
+    if options.only in "tmpfs":
+        for line in jobs_in_memory(folder):
             print(line, flush=True)
     if options.only in "memory":
         for line in memory(folder):
@@ -139,9 +147,10 @@ def timed(*commands: Sequence[str]) -> float:
 
 
 def fresh(path: Path) -> Path:
-    """A target that is not there, on a machine that has nothing left to write."""
+    """A target that is not there, on a machine that has nothing left to write or to discard."""
     shutil.rmtree(path, ignore_errors=True)
     os.sync()
+    time.sleep(DISCARD_SECONDS)
     return path
 
 
@@ -216,28 +225,48 @@ def compare_with_script(folder: Path, script: Path, version: str) -> str:
 
 
 def verification(folder: Path) -> Iterator[str]:
-    """Verifying against plain reading of the same files by `cat`, in turn, all of them in the page cache."""
-    source, target = make(folder, "1 GB"), fresh(folder / "converted")
-    timed(ours(source, target, 16))
-    verify = [sys.executable, "-m", "reshard", "verify", str(target)]
-    for name, folders, options in (
-        ("verify --source", (source, target), ("--source", str(source))),
-        ("verify --source --sample 1%", (source, target), ("--source", str(source), "--sample", "1%")),
-        ("verify", (target,), ()),
+    """Verifying and comparing against plain reading of the same files by one `cat`, in turn."""
+    source, target, copy = make(folder, "v3"), fresh(folder / "converted"), fresh(folder / "copied")
+    timed(ours(source, target, 4), ["cp", "-r", str(source), str(copy)], ["sync"])
+    program = [sys.executable, "-m", "reshard"]
+    for name, folders, command in (
+        ("verify", (target,), ("verify", str(target))),
+        ("verify --source", (source, target), ("verify", str(target), "--source", str(source))),
+        ("diff of a copy", (source, copy), ("diff", str(source), str(copy))),
     ):
         files = [str(file) for path in folders for file in sorted(path.iterdir())]
         size = sum(Path(file).stat().st_size for file in files)
-        pairs = []
-        for _ in range(5):
-            for path in folders:
-                prepare(path, "warm")
-            pairs.append((timed(["sh", "-c", 'cat "$@" > /dev/null', "cat", *files]), timed([*verify, *options])))
-        best = min(b for _, b in pairs)
-        ratios = spread([a / b for a, b in pairs])
-        memory_used = anonymous([*verify, *options]) / 2**20
-        rates = f"{size / 1e9:6.2f} GB  {size / best / 1e9:5.2f} GB/s at best"
-        yield f"{name:42} {rates}  cat/ours {ratios}  memory {memory_used:.1f} MiB"
+        runs = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *files], "ours": [*program, *command]}
+        for state in ("warm", "cold"):
+            times: dict[str, list[float]] = {"cat": [], "ours": []}
+            for turn in range(5):
+                for run in list(runs)[:: 1 if turn % 2 else -1]:
+                    for path in folders:
+                        prepare(path, state)
+                    times[run].append(timed(runs[run]))
+            ratios = spread([a / b for a, b in zip(times["cat"], times["ours"], strict=True)])
+            mine = f"{size / 1e9:6.2f} GB  {statistics.median(times['ours']):5.2f} s"
+            yield f"{f'{name}, {state}':42} {mine}  cat/ours {ratios}"
     fresh(target)
+    fresh(copy)
+
+
+def jobs_in_memory(folder: Path) -> Iterator[str]:
+    """Conversions from tmpfs to tmpfs, by jobs, against `cp -r` there: no disk is in the way."""
+    source = IN_MEMORY / "v3"
+    shutil.copytree(make(folder, "v3"), source)
+    target, times = IN_MEMORY / "target", dict[str, list[float]]()
+    for turn in range(5):
+        runs = {"cp": ["cp", "-r", str(source), str(target)]}
+        for count in (1, 2, 4, 8, 16):
+            runs[f"{count} jobs"] = ours(source, target, 4, "--jobs", str(count), "--max-memory", "2GiB")
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            times.setdefault(name, []).append(timed(runs[name]))
+            shutil.rmtree(target)
+    shutil.rmtree(IN_MEMORY)
+    for name, values in times.items():
+        ratios = spread([a / b for a, b in zip(times["cp"], values, strict=True)])
+        yield f"{f'tmpfs, {name}':42} {statistics.median(values):5.2f} s  cp/this {ratios}"
 
 
 def spread(values: Sequence[float]) -> str:

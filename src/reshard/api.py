@@ -30,7 +30,7 @@ from reshard.planning.options import (
 )
 from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
 from reshard.planning.rank_choices import plan_for_ranks
-from reshard.sources.source import Source, read_source
+from reshard.sources.source import read_chosen
 from reshard.sources.verified_source import read_sides
 from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.manifest_writer import describe_lost
@@ -39,7 +39,7 @@ from reshard.target.preflight import describe_others, look_at_target, mend_targe
 from reshard.target.run_config import explain_no_run_config
 from reshard.target.side_files import add_notes, find_beside
 from reshard.text import escape, format_count, format_size
-from reshard.types import COMPARE, RANKS, WHOLE, Layout, Progress, Subset
+from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.report_notes import add_side_files, add_target_note
@@ -86,6 +86,7 @@ def convert(
     renumber: bool = False,
     only: Iterable[str] = (),
     recipe: str | None = None,
+    for_engine: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
     n_experts: int | None = None,
@@ -120,6 +121,7 @@ def convert(
         renumber: Number the layers and experts that are left from 0 on.
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
+        for_engine: The engine that the rank files are for, such as `"vllm"`; by default for the model's own code.
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
@@ -146,7 +148,9 @@ def convert(
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
 
-    found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
+    found = read_chosen(
+        require_path(source), layout, subset, recipe, for_engine, replicas, ignore_extra_files=ignore_extra_files
+    )
     require_none(check_source_options(found, replicas, n_experts))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     beside = find_beside(planned)
@@ -178,6 +182,7 @@ def plan(
     renumber: bool = False,
     only: Iterable[str] = (),
     recipe: str | None = None,
+    for_engine: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
 ) -> Plan:
@@ -192,7 +197,9 @@ def plan(
     folder = None if target is None else require_target(target, is_written=True)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
-    found = read_chosen(source, layout, subset, recipe, replicas, ignore_extra_files=ignore_extra_files)
+    found = read_chosen(
+        require_path(source), layout, subset, recipe, for_engine, replicas, ignore_extra_files=ignore_extra_files
+    )
     require_none(check_source_options(found, replicas, None))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     beside = find_beside(planned)
@@ -332,17 +339,3 @@ def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
     yield f"{used}, read {done.ways.read}, written {done.ways.write}"
     if done.inexact:
         yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
-
-
-def read_chosen(
-    source: Location, layout: Layout, subset: Subset, recipe: str | None, replicas: str, *, ignore_extra_files: bool
-) -> Source:
-    """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
-    return read_source(
-        require_path(source),
-        recipe,
-        ignore_extra_files=ignore_extra_files,
-        replicas=replicas,
-        subset=subset,
-        keep_optional=layout.keep_optional or layout.to == WHOLE,
-    )

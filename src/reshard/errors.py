@@ -256,7 +256,7 @@ Returned = TypeVar("Returned")
 
 OPTION = re.compile(
     r"\b(?:reshard (?:convert|plan|verify|inspect|diff|repair|recipes)|(?:hf|modelscope) download) [^;]*"
-    r"|(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?"
+    r"|(?<![\w-])--([a-z][a-z-]*)(?: (hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N|(?<=--for )[a-z][a-z0-9-]*)\b)?"
 )
 """A command in a message, which stays as it is; or an option, with its value if that stands behind it."""
 
@@ -286,6 +286,7 @@ def name_argument(option: re.Match[str], parameters: frozenset[str]) -> str:
     if option[1] is None:
         return option[0]
     name, value = option[1].replace("-", "_"), option[2]
+    name = "for_engine" if name == "for" else name  # `for` is a word of the language
     if name == "mtp":
         return "keep_mtp=True" if value else "keep_mtp"
     if name not in parameters and name.removesuffix("s") in parameters:

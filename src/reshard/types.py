@@ -39,21 +39,23 @@ class Cast(NamedTuple):
     """A tensor computed from source tensors. A plan addresses it like a file, but it is not on disk."""
 
     operation: str
-    """`pad`, `round`, `dequantize`, `fp4-to-fp8`, `fp4-to-fp8-scale`, `quantize` or `quantize-scale`; the last two also
-    as `quantize-ue8m0` and `quantize-ue8m0-scale`."""
+    """`pad`, `fill`, `round`, `dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`; the last three also with
+    `-scale` behind, for the block scale."""
     weight: Tensor
-    """The input weight."""
+    """The input weight; of a `fill`, which reads nothing, the result itself."""
     scale: Tensor | None
     """The block scale of the input weight; None if it has none."""
     block: tuple[int, int]
     """Rows and columns of the weight, in elements, that share one value of `scale`, or of the scale that is made."""
     result: Tensor
-    """The computed tensor. Its `file` is the number of files and joins of the source plus the index of the cast; its
-    `offset` is 0. A shape larger than the computed one is padded: with zeros, in a block scale with ones."""
+    """The computed tensor. Its `file` is the number of files and joins plus the index of the cast. A shape larger than
+    the computed one is padded: with zeros, in a block scale with ones."""
     new_block: tuple[int, int] = (1, 1)
     """Rows and columns, in elements, that share one value of the resulting scale, where they differ from `block`."""
     is_scale: bool = False
     """Whether the result is a block scale."""
+    value: float = 0.0
+    """Of a `fill`: every element of the result."""
 
 
 class Join(NamedTuple):
@@ -179,8 +181,7 @@ class Split:
     """How a tensor is split over the ranks, parsed from the text of a recipe."""
 
     text: str
-    """As the recipe writes it: `replicate`, `rows`, `columns`, `padded rows`, `rows padded to N`, `packed rows`,
-    `rows of KEY`, `by LETTER`; of a `drop`, the reason."""
+    """As the recipe writes it, such as `rows` or `rows padded to N` (recipes/splits.py); of a `drop`, the reason."""
     dimension: int | None = None
     """The dimension that is cut, from 0 on; None if every tensor stays whole."""
     placeholder: str = ""
@@ -290,7 +291,7 @@ class Recipe:
     default that is left out; or a list of one formula whose missing value is written as null."""
     run_needs: tuple[tuple[Any, ...], ...]
     """Conditions of that code. Each row: a formula over the config, then its allowed values; a value that begins with
-    `=` is a formula. If a value that the config gives is not allowed, no run configuration is written."""
+    `=` is a formula. If the config gives another value, no run configuration is written."""
     describes: bool
     """Whether the metadata of each rank file names its rank, the number of ranks and the recipe."""
     checked: str
@@ -334,8 +335,7 @@ class Layout:
     pad: bool = False
     """Whether to raise the config keys that the recipe allows, until each rank gets whole blocks."""
     file_size: int | None = None
-    """For WHOLE: maximum size of a file, in bytes. None: the original files that the manifest of rank files records,
-    else FILE_SIZE."""
+    """For WHOLE: maximum size of a file, in bytes. None: the original files, if a manifest has them; else FILE_SIZE."""
 
 
 @dataclass(frozen=True, slots=True)

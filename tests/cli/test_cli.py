@@ -882,7 +882,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
     ("words", "said"),
     [
         ("convert a b --mp 2 --dry", "convert: unrecognized arguments: --dry; did you mean --dry-run? See"),
-        ("convert a b --tp 2", "convert: unrecognized arguments: --tp 2; did you mean --mp? See"),
+        ("convert a b --tp-size 2", "convert: unrecognized arguments: --tp-size 2; did you mean --mp? See"),
         ("plan a --mp 2 --reciepe=x", "plan: unrecognized arguments: --reciepe=x; did you mean --recipe? See"),
         ("verify a b", "verify: unrecognized arguments: b; did you mean --source b? See"),
         ("repair a b", "repair: unrecognized arguments: b; did you mean --source b? See"),
@@ -897,10 +897,10 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
             ),
         ),
         (
-            "convert --tp 2 a x --out x",
+            "convert --tp-size 2 a x --out x",
             (
-                "convert: unrecognized arguments: --tp 2 --out x; did you mean --mp?; TARGET stands without an option: "
-                "reshard convert SOURCE TARGET --mp N [options]; see"
+                "convert: unrecognized arguments: --tp-size 2 --out x; did you mean --mp?; "
+                "TARGET stands without an option: reshard convert SOURCE TARGET --mp N [options]; see"
             ),
         ),
         ("convert a b --mp 2 --dtype bf16", "convert: unrecognized arguments: --dtype bf16; did you mean --cast? See"),
@@ -912,7 +912,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
             "--json inspect a",
             "inspect: unrecognized arguments: --json; put it behind the command: reshard inspect --json; see",
         ),
-        ("convert a b --mp x", "convert: --mp: 'x' is not a number; see"),
+        ("convert a b --mp x", "convert: --mp/--tp: 'x' is not a number; see"),
         ("convert a", "convert: the following arguments are required: TARGET; see"),
         ("inspect --tensors a", "inspect: the following arguments are required: PATH (before --tensors); see"),
         ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),

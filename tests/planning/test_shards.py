@@ -203,7 +203,7 @@ def test_into_how_many_parts_heads_are_cut(ranks: int, heads: int, wanted: int) 
         ([Limit(256, 128, units=4), Limit(8)], "1, 2, 4, 8"),
         ([Limit(288, 128, units=3), Limit(6)], "1"),
         # Of two halves no part may lie inside a block.
-        ([Limit(256, 128, is_half=True)], "1, 2"),
+        ([Limit(256, 128, whole_blocks=True)], "1, 2"),
         ([Limit(256, 128)], "1, 2, 4, 8, 16, 32, 64, 128, 256"),
         ([Limit(1)], "1"),
     ],

@@ -237,7 +237,7 @@ FAULTS = [
     pytest.param(FILES, '"model{rank}.safetensors"', "describes = true", id="file names without the ranks"),
     pytest.param(FILES, '"model.safetensors"', "{rank}, and perhaps {ranks}", id="one name for all files"),
     pytest.param(FILES, '"ranks/{rank}-{ranks}.safetensors"', "a file name", id="file names in a folder"),
-    pytest.param(FILES, '"{rank}-{ranks}-{host}.safetensors"', "{rank}, and perhaps {ranks}", id="an unknown part of a name"),
+    pytest.param(FILES, '"{rank}-{ranks}-{host}.safetensors"', "{rank}, and perhaps {ranks}", id="an unknown part"),
     pytest.param(FILES, '"model{rank}-mp{ranks}.safetensors{"', "a file name", id="a stray brace in the file names"),
     pytest.param(FILES, '"model{rank}-mp{ranks}\\u0000"', "a file name", id="a zero byte in the file names"),
     pytest.param('["*token*"]', '["/etc/host*"]', "carry", id="side files by an absolute path"),

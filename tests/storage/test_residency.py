@@ -3,22 +3,18 @@
 import ctypes
 import mmap
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
 
-import reshard
 import reshard.storage.page_cache
 import reshard.storage.residency
-from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, read_range
-from reshard.storage.page_cache import is_mostly_cached, is_residency_known
+from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, prefetch_range, read_range
+from reshard.storage.page_cache import is_mostly_cached
 from reshard.storage.residency import is_range_cached
 
 SIZE = (4 << 20) + 1234
@@ -148,37 +144,12 @@ def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: 
             assert read_range(file, offset, size, buffer) == wanted[offset : offset + size], "in the cache in part"
 
 
-def test_of_a_usual_file_system_it_is_known_what_is_in_the_cache(path: Path) -> None:
-    assert is_residency_known(path)
-
-
-OVERLAY = """
-mount -t overlay overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" "$1/merged" || exit 77
-exec "$2" -c "$3" "$1/merged/file"
-"""
-ASKED = """
-import sys
-from pathlib import Path
-from reshard.storage.page_cache import is_residency_known
-from reshard.storage.residency import is_range_cached
-with open(sys.argv[1], "rb") as file:
-    whole = file.read()
-    told = is_range_cached(file.fileno(), 0, len(whole))
-print(told == is_residency_known(Path(sys.argv[1])))
-"""
-
-
-def test_of_an_overlay_it_is_said_whether_that_is_known(path: Path) -> None:
-    """Whatever this kernel can do: where it calls nothing cached that was just read, it does not know."""
-    if not shutil.which("unshare"):
-        pytest.skip("no unshare here")
-    folder = path.parent
-    for name in ("lower", "upper", "work", "merged"):
-        (folder / name).mkdir()
-    path.rename(folder / "lower" / "file")
-    command = ["unshare", "-Urm", "sh", "-c", OVERLAY, "sh", str(folder), sys.executable, ASKED]
-    environment = {**os.environ, "PYTHONPATH": str(Path(reshard.__file__).parents[1])}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
-        pytest.skip("no overlay can be mounted here")
-    assert done.stdout == "True\n", done.stderr
+def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(path: Path) -> None:
+    with ExitStack() as stack:
+        file = open_to_read(stack, path, Ways("cached", "cached"))
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        prefetch_range(file, 1 << 20, 2 << 20)
+        wanted, deadline = set(range((1 << 20) // PAGE, (3 << 20) // PAGE)), monotonic() + 60
+        while not wanted.issubset(find_cached_pages(path)):
+            assert monotonic() < deadline, "the disk did not bring it"
+            sleep(0.01)

@@ -43,6 +43,16 @@ def round_tile(values: FloatArray, out: HalfArray) -> None:
         np.copyto(out, np.uint16(BF16_NAN), where=np.isnan(values))
 
 
+def round_constant(value: float, dtype: str) -> bytes:
+    """The bytes of a value in F32, F16 or BF16."""
+    with np.errstate(over="ignore"):  # beyond the range it is infinite, as in a cast
+        if dtype in FLOAT_DTYPES:
+            return np.array(value, FLOAT_DTYPES[dtype]).tobytes()
+        out = np.empty((1, 1), np.uint16)
+        round_floats(np.full((1, 1), value, np.float32), out)
+    return out.tobytes()
+
+
 @cache
 def round_every_f16() -> HalfArray:
     """The BF16 bit pattern [65536] for every float16: a look-up is faster than numpy's arithmetic on them."""

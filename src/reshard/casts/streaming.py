@@ -23,7 +23,7 @@ from reshard.casts.kernels import (
     raise_to_magnitudes,
     round_up_scales,
 )
-from reshard.casts.rounding import FLOAT_DTYPES, round_floats
+from reshard.casts.rounding import FLOAT_DTYPES, round_constant, round_floats
 from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
@@ -64,6 +64,11 @@ def compute_cast(cast: Cast, offset: int, out: memoryview, inputs: CastInputs) -
     Raises Refused for a value that has no equivalent in the new dtype, such as an infinity.
     """
     width, size = flatten_to_matrix(cast.result.shape)[1], BITS[cast.result.dtype] // 8
+    if cast.operation == "fill":
+        np.frombuffer(out, np.uint8).reshape(-1, size)[:] = np.frombuffer(
+            round_constant(cast.value, cast.result.dtype), np.uint8
+        )
+        return 0
     height, extent = compute_unpadded_shape(cast)
     inexact = 0
     for box, begin in split_range_into_boxes(offset // size, len(out) // size, width):

@@ -32,7 +32,7 @@ from reshard.types import RANKS, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
-    *("only", "recipe", "ranks", "ignore_extra_files"),
+    *("only", "recipe", "for_engine", "ranks", "ignore_extra_files"),
 )
 """Options that choose what to convert, and into which layout."""
 
@@ -170,7 +170,7 @@ def plan_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
     """Describes a plan: its tables, the memory that each job takes, and the estimate if there is one."""
     yield from describe_files(plan)
     if estimate:
-        yield from describe_estimate(estimate, is_cast=bool(plan.casts))
+        yield from describe_estimate(estimate, is_cast=plan.computes)
     memory = format_size(measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield from describe_coverage(plan)

@@ -46,6 +46,8 @@ def list_recipes(*, as_json: bool) -> int:
         for recipe in recipes:
             print(f"{recipe.name:{width}}  {recipe.about}")
             print(f"{'':{width}}  checked against: {recipe.checked}")
+            if recipe.engine:
+                print(f"{'':{width}}  chosen with --for {recipe.engine}, or by its name")
     return PROVEN
 
 

@@ -65,6 +65,13 @@ def add_job(parser: Parser) -> None:
         help="Write the tensors of these names only, such as '*.3.*'. It can be repeated.",
     )
     add_recipe_option(what)
+    what.add_argument(
+        "--for",
+        dest="for_engine",
+        type=parse_word,
+        metavar="ENGINE",
+        help="Write the rank files that this engine reads, such as vllm. By default those of the model's own code.",
+    )
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
     add_ignore_extra_files(what)
 
@@ -72,7 +79,7 @@ def add_job(parser: Parser) -> None:
 def add_layout(parser: Parser) -> None:
     """Adds the options that choose the layout and the dtypes of the target."""
     what = parser.section(CONVERTED)
-    what.add_argument("--mp", type=parse_number, metavar="N", help="The number of ranks (model parallel).")
+    what.add_argument("--mp", "--tp", type=parse_number, metavar="N", help="The number of ranks (model parallel).")
     what.add_argument(
         "--to",
         choices=("ranks", "hf"),

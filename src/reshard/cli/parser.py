@@ -12,9 +12,10 @@ from reshard.text import escape
 
 OTHER_WORDS = {
     **dict.fromkeys(
-        ("--tp", "--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
+        ("--model-parallel", "--tensor-parallel", "--tensor-parallel-size", "--world-size", "--tp-size"), "--mp"
     ),
     **dict.fromkeys(("--dtype", "--torch-dtype", "--precision"), "--cast"),
+    **dict.fromkeys(("--engine", "--for-engine", "--backend"), "--for"),
 }
 """Option names of other programs -> our option."""
 
@@ -120,6 +121,7 @@ def suggest_option(parser: Parser, wanted: str) -> str:
         return f"{PLACES[wanted]} stands without an option: {parser.usage}"
     if OTHER_WORDS.get(wanted) in names:
         return f"did you mean {OTHER_WORDS[wanted]}?"
+    names = [name for name in names if name != "--for"]  # it is like `--force`, which asks for something else
     fitting = [name for name in names if name not in ASKED_FOR or name.startswith(wanted[:5])]
     near = [name for name in fitting if name.startswith(wanted) or name.lower() == wanted.lower()]
     near += get_close_matches(wanted.lower(), fitting, 1, LIKE)

@@ -5,15 +5,17 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from reshard import __version__, api
+from reshard import __version__
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import refuse, require_none
 from reshard.formats.manifest import list_subset_lines
+from reshard.formats.remote_names import require_path
 from reshard.planning.options import check_source_options, choose_subset, require_layout
 from reshard.planning.plan import describe_notes
 from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
-from reshard.sources.source import Source
+from reshard.sources.source import Source, read_chosen
+from reshard.target.manifest_writer import describe_made_with
 from reshard.text import escape, format_command_lines, format_count, format_size, format_table
 
 GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
@@ -36,8 +38,14 @@ def print_choices(options: argparse.Namespace) -> int:
     )
     subset = choose_subset(options.layers, options.experts, options.only, renumber=options.renumber)
     ignores = options.ignore_extra_files
-    source = api.read_chosen(
-        options.source, layout, subset, options.recipe, options.replicas, ignore_extra_files=ignores
+    source = read_chosen(
+        require_path(options.source),
+        layout,
+        subset,
+        options.recipe,
+        options.for_engine,
+        options.replicas,
+        ignore_extra_files=ignores,
     )
     require_none(check_source_options(source, options.replicas, None))
     for name in ("ranks", "target"):
@@ -78,7 +86,7 @@ def describe_choice_facts(source: Source, choices: Sequence[RankChoice]) -> dict
     """Describes the numbers of ranks that work as JSON values."""
     return {
         "reshard": __version__,
-        "recipe": {"name": source.recipe.name, "sha256": source.recipe.text_hash},
+        "recipe": describe_made_with(source.recipe),
         "tried": [1, MOST_TRIED],
         "choices": [
             {
@@ -105,9 +113,14 @@ def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]
     fitting = [choice for choice in several if find_smallest_gpu(choice.size) == GPUS[0][0]]
     choice = fitting[0] if fitting else several[-1]
     words = ["reshard", "convert", str(options.source), "TARGET", "--mp", str(choice.ranks)]
-    for name in ("cast", "expert_dtype", "recipe"):
+    for name, option in (
+        ("cast", "cast"),
+        ("expert_dtype", "expert-dtype"),
+        ("recipe", "recipe"),
+        ("for_engine", "for"),
+    ):
         if value := getattr(options, name):
-            words += [f"--{name.replace('_', '-')}", value]
+            words += [f"--{option}", value]
     for name, usual in (("mtp", "drop"), ("replicas", "compare")):
         words += [f"--{name}", getattr(options, name)] if getattr(options, name) != usual else []
     for name in ("layers", "experts"):

@@ -37,12 +37,12 @@ from reshard.storage.local import (
     write_durable,
     write_range,
 )
-from reshard.storage.page_cache import is_mostly_cached, is_residency_known, probe_way_to_read, probe_way_to_write
+from reshard.storage.page_cache import is_mostly_cached, probe_way_to_read, probe_way_to_write
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
 
-THREADS_PAST_CACHE = 4
+THREADS_OF_DISK = 4
 """Threads that keep a disk busy, however few the processors."""
 
 
@@ -211,8 +211,9 @@ def write_partial_files(
     """
     ways = choose_ways(plan, target, settings)
     paths = [plan.source.folder / file.name for file in plan.source.files]
-    mostly = Ways(CACHED.read, ways.write) if is_mostly_cached(paths) else ways
-    jobs = choose_threads(mostly, settings, measure_memory_per_thread(plan))
+    is_cached = is_mostly_cached(paths)
+    mostly = Ways(CACHED.read, ways.write) if is_cached else ways
+    jobs = choose_threads(settings, measure_memory_per_thread(plan), keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
     written = {(offset, file) for offset, file, _, _ in found.tolist()}
     started = time.monotonic()
@@ -245,17 +246,13 @@ def write_partial_files(
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     """Chooses to read and write through the page cache or past it, by settings and size of the job.
 
-    What is not in the cache yet is read past it even if the job fits: making room for bytes that are read only once
-    would slow down reading. Not where the system cannot tell what is in it: all of the source may be.
+    A job that fits is read through the cache from a cold disk too: the kernel brings a window faster than O_DIRECT does
+    (docs/decisions/2026-11-29-page-cache.md).
     """
-    if settings.cache == "yes":
-        return CACHED
-    first = plan.source.folder / plan.source.files[0].name
-    read = probe_way_to_read(first)
     moved = plan.size + int(plan.copies.sizes.sum())
-    if settings.cache == "no" or moved > measure_available_memory() // 3:
-        return Ways(read, probe_way_to_write(target))
-    return Ways(read, CACHED.write) if is_residency_known(first) else CACHED
+    if settings.cache == "yes" or (settings.cache == "auto" and moved <= measure_available_memory() // 3):
+        return CACHED
+    return Ways(probe_way_to_read(plan.source.folder / plan.source.files[0].name), probe_way_to_write(target))
 
 
 def measure_memory_per_thread(plan: Plan) -> int:
@@ -263,12 +260,12 @@ def measure_memory_per_thread(plan: Plan) -> int:
     return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_threads(ways: Ways, settings: Settings, memory: int) -> Jobs:
+def choose_threads(settings: Settings, memory: int, *, keeps_disk_busy: bool) -> Jobs:
     """The numbers of threads: as asked for; else first as many as processors, at most four, or as keep a disk busy, and
     more on more processors. Limited by memory.
     """
     processors, limit = len(os.sched_getaffinity(0)), settings.max_memory // memory
-    first = settings.jobs or (min(4, processors) if ways == CACHED else THREADS_PAST_CACHE)
+    first = settings.jobs or (THREADS_OF_DISK if keeps_disk_busy else min(4, processors))
     most = settings.jobs or max(first, processors)
     return Jobs(min(first, limit), min(most, limit))
 

@@ -18,7 +18,15 @@ from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, rea
 from reshard.execution.records import Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
-from reshard.storage.local import Ways, drop_from_cache, read_range, start_writeback, wait_for_range, write_range
+from reshard.storage.local import (
+    Ways,
+    drop_from_cache,
+    prefetch_range,
+    read_range,
+    start_writeback,
+    wait_for_range,
+    write_range,
+)
 from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
@@ -144,7 +152,7 @@ def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Job
     """Moves every window, with several threads, and flushes the ledger every few seconds. Raises their first error.
     Returns the number of threads in the end.
     """
-    if any(isinstance(made, Cast) for made in files.made):
+    if any(isinstance(made, Cast) and made.operation != "fill" for made in files.made):
         choose_recode()  # here, for it may import numba, and that from one thread only
 
     def make_worker() -> Callable[[Window], None]:
@@ -190,6 +198,7 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
 def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
     source = files.sources[window.source_file]
+    prefetch_range(source, window.offset, window.size)
     records = bytearray()
     for group in window.groups:
         checksum, end = xxh3_128(), group.target_offset

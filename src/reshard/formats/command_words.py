@@ -6,6 +6,7 @@ Anyone can write these files: whoever prints the words as a command quotes them.
 from collections.abc import Iterator
 from typing import Any
 
+from reshard.formats.json_input import is_text
 from reshard.formats.manifest import COUNTS, is_subset, read_conversion_options
 from reshard.text import format_runs
 from reshard.types import WHOLE
@@ -19,6 +20,12 @@ def list_layout_words(layout: Any) -> Iterator[str]:
         yield from (option, value) if value else (option,)
     if layout.get("file_size"):
         yield from ("--max-file-size", str(layout["file_size"]))
+
+
+def list_engine_words(recipe: Any) -> Iterator[str]:
+    """Lists the option that chooses among the recipes of an engine, by the recipe in a manifest; none for no engine."""
+    engine = recipe.get("engine") if isinstance(recipe, dict) else ""
+    yield from ("--for", engine) if engine and is_text(engine) else ()
 
 
 def list_subset_words(subset: Any) -> Iterator[str]:

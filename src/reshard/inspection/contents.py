@@ -32,9 +32,12 @@ from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_
 from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.constants import check_stored_constants
+from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import match_or_rename
+from reshard.sources.held_shards import collect_shards, take_first_shards
 from reshard.sources.match import Matched, match
-from reshard.sources.rank_files import check_holders, collect_shards, take_first_shards
+from reshard.sources.rank_files import check_collected
 from reshard.sources.rank_names import (
     RankNames,
     find_foreign_recipe,
@@ -145,15 +148,16 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
     checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
-        fitted = match_or_rename(checkpoint, recipes, is_asked=False)
+        chosen = choose_for_engine(recipes, "", is_named=bool(recipe))
+        fitted = match_or_rename(checkpoint, chosen, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         content = make_content(path, stored, "", "", 0, {}, remark)
         return replace(
             content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
         )
-    chosen, counts = fitted.recipe, name_counts(fitted.matched, fitted.recipe)
-    content = make_content(path, stored, chosen.left, chosen.name, 0, counts, "")
+    counts = name_counts(fitted.matched, fitted.recipe)
+    content = make_content(path, stored, fitted.recipe.left, fitted.recipe.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes)
 
@@ -218,13 +222,12 @@ def note_part(path: Path, present: Sequence[str]) -> Note | None:
 
 def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any] | None) -> dict[str, int]:
     """Raises Refused if the recipe does not fit."""
-    gathered, problems = collect_shards(stored, recipe, config or {})
-    require_none([*problems, *check_holders(gathered.values(), len(stored.files))])
-    return count_members(Checkpoint(stored.folder, stored.files, take_first_shards(gathered.values()), config), recipe)
-
-
-def count_members(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
-    return name_counts(match(checkpoint, recipe), recipe)
+    collected = collect_shards(stored, recipe, config or {})
+    require_none(check_collected(collected, len(stored.files)))
+    first = take_first_shards(collected.held.values())
+    matched = match(Checkpoint(stored.folder, stored.files, first, config), recipe)
+    require_none(check_stored_constants(stored, collected.constants, recipe, matched.members))
+    return name_counts(matched, recipe)
 
 
 def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:

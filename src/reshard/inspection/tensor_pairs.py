@@ -18,6 +18,7 @@ from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import RENAMED
 from reshard.sources.prefixes import find_partial_renaming_to, find_renaming_to
 from reshard.sources.rank_names import holds_rank_files
@@ -104,7 +105,7 @@ class Pairing:
 
 def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
-    recipes = list_recipes_to_try(choice.recipe)
+    recipes = choose_for_engine(list_recipes_to_try(choice.recipe), "", is_named=bool(choice.recipe))
     if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,

@@ -15,6 +15,7 @@ from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.target_names import JOURNAL, PARTIAL
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.engine_choice import list_recipe_words
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
 from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
@@ -111,7 +112,8 @@ def read_unfinished(path: Path) -> Unfinished | None:
         if number < len(recorded):
             recorded[number] += size
     packaged = list_packaged_recipes()
-    ranks = find_chosen_ranks(entry.files, [recipe for recipe in packaged if recipe.name == entry.recipe])
+    recipes = [recipe for recipe in packaged if recipe.name == entry.recipe]
+    ranks = find_chosen_ranks(entry.files, recipes, entry.layout.get("ranks"))
     return Unfinished(
         str(path),
         entry.recipe,
@@ -145,18 +147,21 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
 def make_words(entry: JournalEntry, path: Path, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
     words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
-    words += [] if any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged) else ["--recipe", "FILE"]
+    is_packaged = any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged)
+    words += list_recipe_words(entry.recipe) if is_packaged else ["--recipe", "FILE"]
     words += ["--ranks", ranks] if ranks else []
     words += list_subset_words(entry.subset)
     return words + ["--allow-inexact"] * entry.allow_inexact
 
 
-def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe]) -> str:
-    """The ranks of the files, if not all ranks have one; empty if all have, or if no recipe knows their names."""
+def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe], total: Any) -> str:
+    """The ranks of the files, if not all ranks have one; empty if all have, or if no recipe knows their names. `total`
+    is the number of ranks where the names do not tell it.
+    """
     for recipe in recipes:
         found = [parse_rank_name(name, recipe) for name in files]
         numbers = {numbers[0] for numbers in found if numbers}
         ranks = {numbers[1] for numbers in found if numbers}
-        if len(ranks) == 1 and numbers != set(range(ranks.pop())):
+        if len(ranks) == 1 and len(numbers) != (ranks.pop() or total):
             return ",".join(format_runs(numbers))
     return ""

@@ -159,7 +159,7 @@ def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexa
     folder = plan.source.folder
     ways = choose_ways_to_read(folder / plan.source.files[0].name, memory.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
-    if plan.casts:
+    if plan.computes:
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_random_reads(sources)  # or the kernel reads on into what other ranks need

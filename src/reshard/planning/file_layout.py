@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
+from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
@@ -31,7 +33,9 @@ MOST_OFFSETS = 32
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The tensors of the target, in the order in which safetensors stores them. The columns have equal lengths."""
+    """The tensors of the target, and the parts of those that are fused, in the order in which safetensors stores them.
+    The columns have equal lengths.
+    """
 
     names: Sequence[str]
     """Names in the target."""
@@ -42,6 +46,14 @@ class Pieces:
     cuts: Sequence[Cut]
     rank: Integers
     """The rank, or the number of the file, that each piece is assigned to; or EVERY_RANK."""
+    is_first: NDArray[np.bool_]
+    """Whether a tensor begins with each piece: with all but the later parts of fused tensors."""
+    fused: Mapping[int, tuple[int, ...]]
+    """Index of the first piece of each fused tensor -> the shape of the tensor in a file, in elements."""
+
+    def find_shape(self, piece: int) -> tuple[int, ...]:
+        """Finds the shape of the tensor that begins with a piece, in a file, in elements."""
+        return self.fused[piece] if piece in self.fused else self.cuts[self.cut[piece]].shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +68,9 @@ class TargetFile:
     size: int
     """In bytes, header included."""
     pieces: Integers
-    """Indices into the pieces of the plan, in the order of the file."""
+    """Of each tensor its first piece, as an index into the pieces of the plan, in the order of the file."""
     ends: Integers
-    """End of each piece, in bytes from the start of the file."""
+    """End of each tensor, in bytes from the start of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +94,45 @@ class Columns:
 
 
 def order_pieces(series: Sequence[Series]) -> Pieces:
-    """Orders the tensors of all series as safetensors does: by dtype, then by name."""
-    by_dtype: dict[str, list[tuple[str, int, Tensor, int]]] = {}
+    """Orders the tensors of all series as safetensors does: by dtype, then by name; the parts of one behind each
+    other.
+    """
+    by_dtype: dict[str, list[tuple[str, int, int, Tensor, int]]] = {}
     for number, one in enumerate(series):
-        ranks = one.ranks.tolist() if one.ranks is not None else [EVERY_RANK] * len(one.names)
-        rows = zip(one.names, [number] * len(one.names), one.tensors, ranks, strict=True)
+        count = len(one.names)
+        ranks = one.ranks.tolist() if one.ranks is not None else [EVERY_RANK] * count
+        parts = one.parts.tolist() if one.parts is not None else [0] * count
+        rows = zip(one.names, parts, [number] * count, one.tensors, ranks, strict=True)
         by_dtype.setdefault(one.tensors[0].dtype, []).extend(rows)
     dtypes = sorted(by_dtype, key=DTYPE_RANK.__getitem__, reverse=True)
-    names, numbers, tensors, ranks = zip(*(row for dtype in dtypes for row in sorted(by_dtype[dtype])), strict=True)
-    cuts = [one.cut for one in series]
-    return Pieces(names, tensors, np.array(numbers, np.int64), cuts, np.array(ranks, np.int64))
+    names, _, numbers, tensors, ranks = zip(*(row for dtype in dtypes for row in sorted(by_dtype[dtype])), strict=True)
+    cut, cuts = np.array(numbers, np.int64), [one.cut for one in series]
+    is_first, fused = np.ones(len(names), np.bool_), dict[int, tuple[int, ...]]()
+    if any(one.parts is not None for one in series):
+        fused = find_fused_shapes(series, names, cut)
+        is_first[find_fused_pieces(series, cut)] = False
+        is_first[list(fused)] = True
+    return Pieces(names, tensors, cut, cuts, np.array(ranks, np.int64), is_first, fused)
+
+
+def find_fused_pieces(series: Sequence[Series], cut: Integers) -> Integers:
+    """Finds the pieces that are parts of fused tensors; `cut` has the index of the series of each piece."""
+    return np.flatnonzero(np.array([one.parts is not None for one in series])[cut])
+
+
+def find_fused_shapes(series: Sequence[Series], names: Sequence[str], cut: Integers) -> dict[int, tuple[int, ...]]:
+    """Finds the shape of each fused tensor, in elements, by the index of its first piece. The parts of a tensor follow
+    one another; all have the same dimensions but the first.
+    """
+    places = find_fused_pieces(series, cut)
+    named = [names[place] for place in places.tolist()]
+    starts = [at for at, name in enumerate(named) if not at or name != named[at - 1]]
+    rows = np.array([prod(one.cut.shape[:1]) for one in series], np.int64)[cut[places]]
+    found = {}
+    for place, total in zip(places[starts].tolist(), np.add.reduceat(rows, starts).tolist(), strict=True):
+        members, rest = series[cut[place]].members, series[cut[place]].cut.shape[1:]
+        found[place] = (members, total // members, *rest) if members else (total, *rest)
+    return found
 
 
 def make_columns(pieces: Pieces) -> Columns:
@@ -119,14 +160,16 @@ def lay_out_files(
             places = {name: place for place, name in enumerate(form.tensors)}
             chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
         sizes = (columns.run * columns.rows)[chosen]
-        ends = np.cumsum(sizes)
-        bounds = zip(chosen.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
+        begins, is_first = np.cumsum(sizes) - sizes, pieces.is_first[chosen]
+        firsts, starts = chosen[is_first], begins[is_first]
+        ends = np.append(starts[1:], sizes.sum())[: len(starts)]
+        bounds = zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
         header = form.header if form else format_header([*write_metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
-        files.append(TargetFile(name, rank, header, size, chosen, ends + len(header)))
+        files.append(TargetFile(name, rank, header, size, firsts, ends + len(header)))
         part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
-        parts.append(make_copies(columns, chosen, rank, part, ends - sizes + len(header)))
+        parts.append(make_copies(columns, chosen, rank, part, begins + len(header)))
     return tuple(files), join_copies(parts)
 
 
@@ -189,10 +232,13 @@ def list_original_names(
 
 
 def write_entries(pieces: Pieces) -> list[str]:
-    """Writes the header entry of each piece, up to its offsets."""
+    """Writes the header entry of each tensor, up to its offsets, at the place of its first piece."""
     ends = [format_entry_end(tensor.dtype, pieces.cuts[cut].shape) for tensor, cut in find_first_of_each(pieces)]
     names = map(encode_basestring, pieces.names)
-    return [name + ends[cut] for name, cut in zip(names, pieces.cut.tolist(), strict=True)]
+    texts = [name + ends[cut] for name, cut in zip(names, pieces.cut.tolist(), strict=True)]
+    for piece, shape in pieces.fused.items():
+        texts[piece] = encode_basestring(pieces.names[piece]) + format_entry_end(pieces.tensors[piece].dtype, shape)
+    return texts
 
 
 def find_first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:

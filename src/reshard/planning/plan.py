@@ -48,13 +48,18 @@ class Plan:
         """Size of all files to be written, in bytes."""
         return sum(file.size for file in self.files)
 
+    @property
+    def computes(self) -> bool:
+        """Whether tensors are computed from others. Constants are made of nothing."""
+        return any(cast.operation != "fill" for cast in self.casts)
+
     def tensors(self, index: int) -> Iterator[Tensor]:
         """Yields the tensors of one target file, in the order of their offsets; `index` is an index into `files`."""
         file, pieces = self.files[index], self.pieces
         start = len(file.header)
         for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
-            shape = pieces.cuts[pieces.cut[piece]].shape
-            yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
+            name, dtype = pieces.names[piece], pieces.tensors[piece].dtype
+            yield Tensor(name, dtype, pieces.find_shape(piece), index, start, end - start)
             start = end
 
     def __str__(self) -> str:
@@ -77,8 +82,8 @@ def describe_files(plan: Plan) -> Iterator[str]:
     yield ", ".join(format_count(count, things) for things, count in counts.items())
     yield ""
     rows = [(file.name, f"{len(file.pieces):,}", f"{file.size:,}", format_size(file.size)) for file in plan.files]
-    pieces = sum(len(file.pieces) for file in plan.files)
-    total = ("total", f"{pieces:,}", f"{plan.size:,}", format_size(plan.size))
+    tensors = sum(len(file.pieces) for file in plan.files)
+    total = ("total", f"{tensors:,}", f"{plan.size:,}", format_size(plan.size))
     yield from format_table(("file", "tensors", "bytes", ""), [*rows, total]).splitlines()
     yield from describe_casts(plan)
     reads = measure_reads(plan.source, plan.casts, plan.copies)
@@ -103,7 +108,8 @@ def describe_casts(plan: Plan) -> Iterator[str]:
     """Describes the casts, by operation and resulting dtype, and the config values that padding raises."""
     results = Counter((cast.operation, cast.result.dtype) for cast in plan.casts)
     for (operation, dtype), count in results.items():
-        yield f"{operation}: {format_count(count, 'tensors')} of {dtype}"
+        what = "made, of one value" if operation == "fill" else operation
+        yield f"{what}: {format_count(count, 'tensors')} of {dtype}"
     raised = {key: value for key, value in (plan.config or {}).items() if value != (plan.source.config or {}).get(key)}
     for key, value in raised.items():
         yield f"padded: {key} from {(plan.source.config or {})[key]} to {value}"

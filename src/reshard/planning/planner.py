@@ -1,6 +1,6 @@
 """Stage 3: Source + Layout -> Plan, proven to write every target byte once and to use every kept source tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -10,20 +10,26 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import Origin, count_left_out
 from reshard.formats.name_patterns import require_fitting
 from reshard.formats.renaming import format_renaming, format_step
+from reshard.planning.constants import check_constants_apart, make_constants
 from reshard.planning.copies import Copies
 from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
+from reshard.planning.fused_parts import check_part_counts, cut_outcomes
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
-from reshard.planning.shards import Series, cut_for_ranks, keep_whole
+from reshard.planning.shards import Series, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
+from reshard.recipes.fusions import list_fusions
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
+from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile, Recipe
+
+Units = set[tuple[int, tuple[str, ...]]]
+"""Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""
 
 
 def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()) -> Plan:
@@ -47,7 +53,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         config = raise_config(config, kinds, source.recipe, layout)
     checkpoint, matched = source.checkpoint, source.matched
     if only:
-        checkpoint, matched = keep_named(checkpoint, matched, only)
+        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, layout))
         kinds = require_kept(matched, source, layout)
     terms = Terms(source.recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
@@ -124,7 +130,8 @@ def check_outcomes(
     if layout.cast and all(cast.operation == "pad" for cast in casts):
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     elif layout.to != WHOLE:
-        if torn := list(check_padding(outcomes)):
+        kinds = [outcome.kind for outcome in outcomes]
+        if torn := [*check_padding(outcomes), *check_part_counts(kinds, terms.recipe, matched.counts)]:
             yield from torn
         else:
             yield from check_ranks(terms.config, terms.recipe, layout, matched, outcomes)
@@ -133,17 +140,21 @@ def check_outcomes(
 def arrange_tensors(
     outcomes: Sequence[Outcome],
     terms: Terms,
-    casts: Sequence[Cast],
+    casts: list[Cast],
     checkpoint: Checkpoint,
     matched: Matched,
     origin: Origin,
 ) -> tuple[list[Series], Pieces, Sequence[OriginalFile]]:
-    """Cuts the tensors for the ranks, or assigns them to files in the original layout. Returns the series, the pieces
-    in file order, and the original files to restore; none if they cannot be restored.
+    """Cuts the tensors for the ranks and adds the constants, or assigns the tensors to files in the original layout.
+    Returns the series, the pieces in file order, and the original files to restore; none if they cannot be restored.
+    Raises Refused for parts of fused tensors that do not fit together.
     """
     layout = terms.layout
     if layout.to != WHOLE:
-        series = [one for outcome in outcomes for one in cut_for_ranks(outcome, terms, matched.counts)]
+        series = cut_outcomes(outcomes, terms, matched.counts)
+        constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, casts))
+        require_none(check_constants_apart(constants, series))
+        series += constants
         return series, order_pieces(series), ()
     series = [one for outcome in outcomes for one in keep_whole(outcome)]
     pieces = order_pieces(series)
@@ -168,12 +179,21 @@ def keep_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:
     return replace(plan, files=files, copies=Copies(**columns))
 
 
-def keep_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]) -> tuple[Checkpoint, Matched]:
-    """Keeps the tensors whose names match a shell pattern. A weight and its block scale are kept together. The counts
-    of members do not change. Raises Refused with each pattern that matches no tensor.
+def list_fused_rules(recipe: Recipe, layout: Layout) -> set[int]:
+    """Lists the rows, by their indices, whose tensors are fused in a target."""
+    fusions = list_fusions(recipe) if layout.to != WHOLE else []
+    return {number for fusion in fusions for number in fusion.rules}
+
+
+def keep_named(
+    checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str], *, fused: Collection[int]
+) -> tuple[Checkpoint, Matched]:
+    """Keeps the tensors whose names match a shell pattern. A weight and its block scale are kept together, and so are
+    all parts of a fused tensor; `fused` are the indices of their rules. The counts of members do not change. Raises
+    Refused with each pattern that matches no tensor.
     """
     used: set[str] = set()
-    units = set()
+    units: Units = set()
     for family in matched.families:
         for tensor, numbers in zip(family.tensors, family.numbers, strict=True):
             if fitting := [pattern for pattern in patterns if fnmatchcase(tensor.name, pattern)]:
@@ -182,6 +202,7 @@ def keep_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
     if lacking := [pattern for pattern in patterns if pattern not in used]:
         names = [tensor.name for family in matched.families for tensor in family.tensors]
         require_fitting("nothing-kept", "--only", lacking, names, "no tensor of such a name")
+    units |= find_units_beside(matched, units, fused)
     families = [keep_units(family, units) for family in matched.families]
     kept = {tensor.name for family in families for tensor in family.tensors}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in kept}
@@ -191,7 +212,19 @@ def keep_named(checkpoint: Checkpoint, matched: Matched, patterns: Sequence[str]
     return replace(checkpoint, tensors=tensors, subset=described), chosen
 
 
-def keep_units(family: Family, units: set[tuple[int, tuple[str, ...]]]) -> Family:
+def find_units_beside(matched: Matched, units: Units, fused: Collection[int]) -> Units:
+    """Finds the rule and numbers of all parts of the fused tensors that have a part among `units`."""
+    parts = [
+        ((family.rule, numbers), name)
+        for family in matched.families
+        if family.rule in fused and not family.is_scale
+        for numbers, name in zip(family.numbers, family.names, strict=True)
+    ]
+    wanted = {name for unit, name in parts if unit in units}
+    return {unit for unit, name in parts if name in wanted}
+
+
+def keep_units(family: Family, units: Units) -> Family:
     """Keeps the tensors of a family whose rule and numbers are among `units`."""
     chosen = [place for place, numbers in enumerate(family.numbers) if (family.rule, numbers) in units]
     return family._replace(

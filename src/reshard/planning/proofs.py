@@ -147,6 +147,8 @@ def find_uses(
             yield name_use(one, layout.ranks), one.number, one.tensors
             continue
         made = [casts[tensor.file - files] for tensor in one.tensors]
+        if made[0].operation == "fill":
+            continue  # made of nothing
         inputs = [tensor for cast in made for tensor in (cast.weight, cast.scale) if tensor]
         yield WORDS.get(made[0].operation, "cast"), one.number, inputs
     for family in matched.families:

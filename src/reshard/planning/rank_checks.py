@@ -16,6 +16,7 @@ from reshard.planning.transforms import (
     transform_weights,
 )
 from reshard.recipes.formulas import read_config_value
+from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, find_scale_placeholder, list_slots
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.recipes.splits import HALVES, count_parts
@@ -96,13 +97,15 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
     parts = count_parts(layout.ranks, units)
     if not parts:
         return Fault("not-divisible", f"{units}", split.heads_key, ranks, HEADS_EXPECTED)
+    if fault := find_fused_fault(outcome, layout, recipe):
+        return fault
     if dimension is None:
         return None
     if len(weight.shape) <= dimension:
         expected = f"at least {dimension + 1} dimensions, to be cut on {split}"
         return Fault("wrong-shape", "", "", f"shape {list(weight.shape)}", expected)
     length, halves, block = weight.shape[dimension], HALVES if split.is_packed else 1, outcome.block
-    limit = find_limit(weight, split, block)
+    limit = find_limit(weight, outcome.kind.rule, block)
     if parts > 1 and units and length % units:
         return Fault("not-divisible", f"{length:,}", str(split), ranks, f"a multiple of {units}")
     if parts > 1 and length % (parts * halves):
@@ -111,10 +114,24 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
         expected = "rows that the ranks can share in whole bytes"
         return Fault("not-divisible", f"{weight.dtype} {list(weight.shape)}", "", ranks, expected)
     if limit and not limit.allows(parts):
-        inside = " of each half" if halves > 1 else ", or a part that lies inside one"
+        inside = " of each half" if halves > 1 else "" if limit.whole_blocks else ", or a part that lies inside one"
         expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
         return Fault("straddles-blocks", f"{length // parts:,}", str(split), ranks, expected)
     return None
+
+
+def find_fused_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None:
+    """Finds a last block of rows that is not whole, in a weight behind which another part of a fused tensor lies: its
+    scales would not begin where its rows do, for any number of ranks.
+    """
+    kind, rows = outcome.kind, outcome.weights[0].shape[0] if outcome.weights[0].shape else 0
+    rest = recipe.rules[kind.number + 1 :]
+    is_last = not rest or rest[0].right != kind.rule.right
+    if kind.rule.relation not in FUSED or not outcome.scales or is_last or rows % outcome.block[0] == 0:
+        return None
+    expected = f"whole blocks of {outcome.block[0]}: another part of {kind.rule.right} lies behind them"
+    remedy = "another --cast, or none" if layout.cast else "--cast bf16, which needs no blocks"
+    return Fault("straddles-blocks", "", "", f"{rows:,} rows", expected, remedy)
 
 
 def merge_names(faults: Iterable[tuple[WeightGroup, Fault]], recipe: Recipe) -> Iterator[tuple[str, Fault]]:
@@ -193,9 +210,10 @@ def collect_limits(
     limits = {Limit(length) for _, length in list_counted_lengths(config, recipe, matched)}
     for outcome in outcomes:
         # A length that was padded for this number of ranks says nothing about other numbers.
-        split = outcome.kind.rule.split
-        grows = split.is_padded or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
-        limit = find_limit(outcome.weights[0], split, outcome.block, outcome.heads or 0)
+        rule = outcome.kind.rule
+        is_for_ranks = rule.split.is_padded and not rule.split.multiple
+        grows = is_for_ranks or (layout.pad and is_paddable(outcome.kind, recipe, layout, config))
+        limit = find_limit(outcome.weights[0], rule, outcome.block, outcome.heads or 0)
         if limit and not grows and outcome.heads is not None:
             limits.add(limit)
     return limits

@@ -1,23 +1,35 @@
 """The numbers of ranks that a source can be cut for, and the largest rank of each: without a plan, in a moment."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
 from reshard.errors import refuse, require_none
+from reshard.planning.constants import make_constants
 from reshard.planning.copies import Integers
+from reshard.planning.fused_parts import cut_outcomes
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
-from reshard.planning.planner import check_outcomes, group_kept_weights, keep_named, make_plan, require_kept
+from reshard.planning.planner import (
+    check_outcomes,
+    group_kept_weights,
+    keep_named,
+    list_fused_rules,
+    make_plan,
+    require_kept,
+)
 from reshard.planning.rank_checks import try_ranks
 from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Outcome, Terms, raise_config, transform_weights
 from reshard.recipes.patterns import list_slots
 from reshard.sources.block_scales import WeightGroup
+from reshard.sources.match import Matched
 from reshard.sources.source import Source
 from reshard.text import format_list
-from reshard.types import RANKS, Cast, Layout, Recipe
+from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe
 
 MOST_TRIED = 256
 """The numbers of ranks from 1 to this one are tried."""
@@ -49,13 +61,14 @@ def list_rank_choices(source: Source, layout: Layout, only: Sequence[str] = ()) 
     if layout.pad:
         raise_config(checkpoint.config, kinds, recipe, layout)
     if only:
-        checkpoint, matched = keep_named(checkpoint, matched, only)
+        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(recipe, layout))
         kinds = require_kept(matched, source, layout)
     plain, casts = replace(layout, pad=False), list[Cast]()
     terms = Terms(recipe, plain, None, checkpoint.parts, config)
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
     members = [list_members(kind, recipe) for kind in kinds]
+    beside = measure_beside(outcomes, terms, matched, checkpoint)
     found = []
     for ranks in range(1, MOST_TRIED + 1):
         tried = replace(plain, ranks=ranks)
@@ -64,9 +77,25 @@ def list_rank_choices(source: Source, layout: Layout, only: Sequence[str] = ()) 
         use_pad = layout.pad or not without
         firsts = try_ranks(kinds, config, recipe, padded, matched) if use_pad and recipe.padded else without
         if firsts:
-            largest = measure_largest_rank(firsts, members, Terms(recipe, tried, None, 0, config), matched.counts)
-            found.append(RankChoice(ranks, not without, *largest))
+            terms = Terms(recipe, tried, None, 0, config)
+            tensors, size = measure_largest_rank(firsts, members, terms, matched.counts)
+            found.append(RankChoice(ranks, not without, tensors + beside[0], size + beside[1]))
     return tuple(found)
+
+
+def measure_beside(
+    outcomes: Sequence[Outcome], terms: Terms, matched: Matched, checkpoint: Checkpoint
+) -> tuple[int, int]:
+    """Measures, in tensors and bytes, what every rank has beside the weights: the constants, and fewer tensors where
+    weights are fused. Raises Refused for parts of fused tensors that do not fit together.
+    """
+    constants = [] if "only" in checkpoint.subset else [*make_constants(terms, matched, [])]
+    tensors = sum(len(one.names) for one in constants)
+    if list_fused_rules(terms.recipe, terms.layout):
+        series = cut_outcomes(outcomes, terms, matched.counts)
+        names = Counter(chain.from_iterable(one.names for one in series if one.parts is not None))
+        tensors += len(names) - names.total()
+    return tensors, sum(len(one.names) * one.cut.run for one in constants)
 
 
 def list_members(kind: WeightGroup, recipe: Recipe) -> tuple[int, Integers | None]:

@@ -20,10 +20,11 @@ import numpy as np
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms
+from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import list_slots
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
-from reshard.types import Split, Tensor
+from reshard.types import Rule, Split, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,9 @@ class Limit(NamedTuple):
     """Size of one row that is cut, in bits: an element can be smaller than a byte, a part must be whole bytes."""
     units: int = 0
     """Number of heads in the length; 0 if it does not count heads."""
-    is_half: bool = False
-    """Whether the length is one of two packed halves. A rank gets a part of each half: two parts inside one block would
-    need two scales."""
+    whole_blocks: bool = False
+    """Whether a part inside one block will not do: in the target another part lies behind it, of the other packed half
+    or of a fused tensor, and one block would need two scales."""
 
     def allows(self, ranks: int) -> bool:
         """Whether each rank's part is whole blocks, lies inside one block, or is the whole length; heads stay whole."""
@@ -65,7 +66,7 @@ class Limit(NamedTuple):
         if not parts or self.length % (self.units or parts) or self.length % parts or self.bits % (8 * parts):
             return False
         part = self.length // parts
-        return part % self.block == 0 or (not self.is_half and part > 0 and self.block % part == 0)
+        return part % self.block == 0 or (not self.whole_blocks and part > 0 and self.block % part == 0)
 
 
 def cut_nothing(tensor: Tensor, ranks: int) -> Cut:
@@ -99,21 +100,21 @@ def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
     return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
 
 
-def find_limit(tensor: Tensor, split: Split, block: tuple[int, int], units: int = 0) -> Limit | None:
+def find_limit(tensor: Tensor, rule: Rule, block: tuple[int, int], units: int = 0) -> Limit | None:
     """Finds the condition that the cut of a tensor sets for the number of ranks; None if it is not cut.
 
     `block` is the block of its scale, in elements; (1, 1) without a scale.
     """
-    dimension = split.dimension
+    split, dimension = rule.split, rule.split.dimension
     if dimension is None or len(tensor.shape) <= dimension:
         return None
     side = block[dimension] if dimension < len(block) else 1
     bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
     if not split.is_packed:
-        return Limit(tensor.shape[dimension], side, bits, units)
+        return Limit(tensor.shape[dimension], side, bits, units, whole_blocks=rule.relation in FUSED)
     if tensor.shape[dimension] % HALVES:
         return Limit(1)
-    return Limit(tensor.shape[dimension] // HALVES, side, bits // HALVES, is_half=True)
+    return Limit(tensor.shape[dimension] // HALVES, side, bits // HALVES, whole_blocks=True)
 
 
 def cut_scale(tensor: Tensor, weight: Tensor, split: Split, ranks: int, parts: int, block: int) -> Cut:
@@ -153,6 +154,10 @@ class Series:
     """Number of ranks that use the least used part of a tensor."""
     most: int
     """Number of ranks that use the most used part of a tensor."""
+    parts: Integers | None = None
+    """Place of each among the parts of its fused tensor, int64 of shape [tensors]; None if they are not fused."""
+    members: int = 0
+    """Number of members of the stack that they are parts of; 0 if of none."""
 
 
 def cut_for_ranks(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:

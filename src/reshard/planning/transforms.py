@@ -159,14 +159,16 @@ def quantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: 
 
 
 def find_padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
-    """Finds the shape of a weight after padding, in elements: by the raised config, or equal rows for each rank."""
+    """Finds the shape of a weight after padding, in elements: by the raised config, or equal rows for each rank, or
+    a multiple of rows.
+    """
     shape = weight.shape
     if terms.padded and rule.shape and rule.relation != "drop":
         raised = compute_shape(rule.shape, terms.padded, terms.recipe.sizes)
         shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
     if rule.split.is_padded and terms.layout.to != WHOLE and shape:
-        ranks = terms.layout.ranks
-        shape = (-(-shape[0] // ranks) * ranks, *shape[1:])
+        multiple = rule.split.multiple or terms.layout.ranks
+        shape = (-(-shape[0] // multiple) * multiple, *shape[1:])
     return shape
 
 

@@ -162,4 +162,5 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     fields = {"holes" if name == "placeholders" else name: value for name, value in asdict(recipe).items()}
     for rule in fields["rules"]:
         rule["split"] = rule["split"]["text"]
+    fields["constants"] = [constant._asdict() for constant in recipe.constants]
     return fields

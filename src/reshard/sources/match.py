@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.numbered_names import split_name
+from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
     Pattern,
     find_later_members,
@@ -90,7 +91,7 @@ def check_match(
     families, members = matched.families, matched.members
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: check_names(checkpoint, recipe, unmatched),
-        lambda: check_clashes(families),
+        lambda: check_clashes(families, recipe),
         lambda: check_quantization(checkpoint, recipe, families),
         lambda: check_placeholders(checkpoint, recipe, members),
         lambda: check_missing(checkpoint.config, recipe, members, matched.present, keep_optional=keep_optional),
@@ -116,7 +117,8 @@ def find_stale_config(checkpoint: Checkpoint, recipe: Recipe, families: Sequence
     """Finds a config that promises quantized weights where all are plain."""
     has_scales = any(family.is_scale for family in families)
     rules = [(recipe.rules[family.rule], family.tensors) for family in families]
-    scaled = [tensors for rule, tensors in rules if find_scale_placeholder(rule, recipe) and rule.relation == "same"]
+    known = [(rule, tensors) for rule, tensors in rules if rule.relation in ("same", *FUSED)]
+    scaled = [tensors for rule, tensors in known if find_scale_placeholder(rule, recipe)]
     return find_stale(checkpoint, recipe, list(chain.from_iterable(scaled)), has_scales=has_scales)
 
 
@@ -194,16 +196,27 @@ def decide_patterns(
         yield [pattern for pattern in found if not pattern.takes_rest] or found, chosen
 
 
-def check_clashes(families: Sequence[Family]) -> Iterator[Problem]:
-    """Reports tensors that would get the same name on the other side. Dropped tensors have no name there."""
+def check_clashes(families: Sequence[Family], recipe: Recipe) -> Iterator[Problem]:
+    """Reports tensors that would get the same name on the other side, unless they are fused there. Dropped tensors have
+    no name there.
+    """
     named = [family for family in families if family.names and family.names[0]]
-    if len({name for family in named for name in family.names}) == sum(len(family.names) for family in named):
-        return
-    first: dict[str, str] = {}
+    # The parts of a fused tensor have one name, and are counted once.
+    fused: dict[tuple[str, bool], set[str]] = {}
     for family in named:
+        if recipe.rules[family.rule].relation in FUSED:
+            fused.setdefault((recipe.rules[family.rule].right, family.is_scale), set()).update(family.names)
+    others = [family for family in named if recipe.rules[family.rule].relation not in FUSED]
+    count = sum(len(family.names) for family in others) + sum(map(len, fused.values()))
+    if len({name for family in named for name in family.names}) == count:
+        return
+    first: dict[str, tuple[str, str]] = {}
+    for family in named:
+        rule = recipe.rules[family.rule]
         for name, tensor in zip(family.names, family.tensors, strict=True):
-            other = first.setdefault(name, tensor.name)
-            if other != tensor.name:
+            owner = rule.right if rule.relation in FUSED else tensor.name
+            other, first_owner = first.setdefault(name, (tensor.name, owner))
+            if first_owner != owner:
                 found = f"the name of {other} too"
                 yield Problem("same-name", f"{tensor.name} -> {name}", found, "a name for each", "mend the recipe")
 

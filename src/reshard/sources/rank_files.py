@@ -1,46 +1,22 @@
 """Assembles the headers of rank files into one Checkpoint of whole tensors, under their original names."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import FolderHeaders
 from reshard.numbered_names import split_name
-from reshard.recipes.formulas import count_heads
-from reshard.recipes.patterns import (
-    WEIGHT,
-    Pattern,
-    find_later_members,
-    find_scale_placeholder,
-    make_patterns,
-    split_names,
-)
+from reshard.recipes.formulas import compute_shape
+from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.splits import COLUMNS, HALVES, ROWS, count_parts
-from reshard.sources.match import suggest_rule
+from reshard.sources.held_shards import CollectedShards, ShardedTensor
 from reshard.text import format_numbers
-from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Rule, Tensor
+from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"
 
 Shape = tuple[int, ...]
-
-
-class ShardedTensor(NamedTuple):
-    """A tensor of the original checkpoint, and the shard of it in each rank that has one."""
-
-    name: str
-    rule: Rule
-    scaling: BlockScale | None
-    is_scale: bool
-    member: int
-    """Number of the expert it belongs to, where whole experts are assigned to ranks; else -1."""
-    heads: int | None
-    """Number of heads that the rule's split counts: 0 if it counts none, None if the config does not tell."""
-    by_rank: dict[int, Tensor]
-    """Rank -> its shard, as it lies in the file of that rank."""
-
 
 Parts = tuple[tuple[Tensor, ...], ...]
 """The shards of a tensor in their order; for each shard its replicas, one from each rank that has it."""
@@ -48,6 +24,7 @@ Parts = tuple[tuple[Tensor, ...], ...]
 
 def assemble_checkpoint(
     stored: FolderHeaders,
+    collected: CollectedShards,
     recipe: Recipe,
     config: Mapping[str, Any] | None,
     shapes: Mapping[str, Sequence[int]] | None,
@@ -56,14 +33,13 @@ def assemble_checkpoint(
 ) -> Checkpoint:
     """Assembles the original checkpoint from the headers of all rank files, in the order of their ranks.
 
-    The tensors are in the order of their names and numbers. `config` is the model's. `shapes` maps each padded tensor
-    to its original shape, in elements; None if the manifest is lost. With `replicas` "first", only the first replica of
-    a shard is used. Raises Refused with every tensor that no rule covers, that is not in the expected ranks, or whose
-    shards differ in dtype or shape.
+    The tensors are in the order of their names and numbers. `collected` has the shards by these names; `config` is the
+    model's. `shapes` maps each padded tensor to its original shape, in elements; None if the manifest is lost. With
+    `replicas` "first", only the first replica of a shard is used. Raises Refused with every tensor that no rule covers,
+    that is not in the expected ranks, or whose shards differ in dtype or shape.
     """
-    ranks = len(stored.files)
-    held, unknown = collect_shards(stored, recipe, config or {})
-    require_none([*unknown, *check_holders(held.values(), ranks)])
+    ranks, held = len(stored.files), collected.held
+    require_none(check_collected(collected, ranks))
     tensors: dict[str, Tensor] = {}
     joins: list[Join] = []
     problems: list[Problem] = []
@@ -76,8 +52,10 @@ def assemble_checkpoint(
             continue
         parts = split_into_parts(found, held.get(name_weight(found)), ranks, replicas=replicas)
         together = join_shape(found, parts)
-        shape = tuple((shapes or {}).get(name, together))
-        problems.extend(check_shape(found, shape, together, knows=ranks == 1 or shapes is not None))
+        told = compute_told_shape(found, together, recipe, config or {})
+        shape = tuple((shapes or {}).get(name, told or together))
+        knows = shapes is not None or bool(told or (ranks == 1 and not found.rule.split.multiple))
+        problems.extend(check_shape(found, shape, together, knows=knows))
         tensors[name] = unpack_fp4(assemble_tensor(found, parts, shape, together, ranks, joins), found)
     require_none(problems)
     return Checkpoint(stored.folder, stored.files, tensors, config, tuple(joins))
@@ -90,83 +68,25 @@ def order_by_numbers(name: str) -> tuple[Any, ...]:
     return tuple((piece, int(number)) for piece, number in zip(pieces, (*numbers, "0"), strict=False))
 
 
-def collect_shards(
-    stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any]
-) -> tuple[dict[str, ShardedTensor], list[Problem]]:
-    """Groups the shards of all ranks by their original names; also returns a problem for each tensor that no rule, or
-    more than one, covers.
+def compute_told_shape(
+    found: ShardedTensor, together: Shape, recipe: Recipe, config: Mapping[str, Any]
+) -> Shape | None:
+    """Computes the original shape of a tensor that is padded to a multiple, by recipe and config; None of others, and
+    if the config does not tell.
     """
-    turned = reverse_recipe(recipe)
-    patterns: dict[str, list[Pattern]] = {}
-    for number, rule in enumerate(turned.rules):
-        for pattern in make_patterns(number, rule, turned) if rule.relation != "drop" else ():
-            patterns.setdefault(pattern.key, []).append(pattern)
-    names = split_names(tensor.name for tensor in stored.tensors)
-    marked, before = find_later_members(names, turned)
-    kinds = {pattern: describe_pattern(pattern, recipe, config) for group in patterns.values() for pattern in group}
-    held: dict[str, ShardedTensor] = {}
-    problems = []
-    for tensor, (key, numbers) in zip(stored.tensors, names, strict=True):
-        fitting = [pattern for pattern in patterns.get(key, ()) if pattern.fits(key, numbers)]
-        fitting = [pattern for pattern in fitting if pattern.accepts(numbers, marked, before)]
-        if len(fitting) != 1:
-            subject = f"{stored.files[tensor.file].name}: {tensor.name}"
-            problems.append(explain_no_rule(subject, [recipe.rules[pattern.rule].left for pattern in fitting], recipe))
-            continue
-        (name,) = fitting[0].renamed([numbers])
-        if name not in held:
-            kind, place = kinds[fitting[0]]
-            member = int(numbers[place]) if place is not None else -1
-            held[name] = kind._replace(name=name, member=member, by_rank={})
-        held[name].by_rank[tensor.file] = tensor
-    return held, problems
+    if not found.rule.split.multiple or not found.rule.shape or found.is_scale or not together:
+        return None
+    rows = next(iter(compute_shape(found.rule.shape, config, recipe.sizes)), None)
+    return None if rows is None else (rows, *together[1:])
 
 
-def describe_pattern(pattern: Pattern, recipe: Recipe, config: Mapping[str, Any]) -> tuple[ShardedTensor, int | None]:
-    """Collects the facts that all tensors of a pattern share. Also returns the index of the expert's number among their
-    numbers, where whole experts are assigned to ranks; else None.
+def check_collected(collected: CollectedShards, ranks: int) -> Iterator[Problem]:
+    """Reports names that no rule knows, fused tensors that cannot be split, and tensors in other ranks than expected.
+    Where tensors could not be split, their parts lack everywhere, which is not told again.
     """
-    rule = recipe.rules[pattern.rule]
-    name = rule.split.placeholder
-    scaling = recipe.scales.get(find_scale_placeholder(rule, recipe))
-    heads = count_heads(rule, config)
-    return ShardedTensor("", rule, scaling, pattern.is_scale, -1, heads, {}), pattern.slots.index(
-        name
-    ) if name else None
-
-
-def reverse_recipe(recipe: Recipe) -> Recipe:
-    """Exchanges the sides of a recipe. A dequantized weight gets the name of the weight."""
-    scales = {name: replace(scale, left=scale.right, right=scale.left) for name, scale in recipe.scales.items()}
-    names = {name_as_weight(rule.left, recipe): name_as_weight(rule.right, recipe) for rule in recipe.rules}
-    placeholders = {
-        name: replace(place, marker=names.get(name_as_weight(place.marker, recipe), place.marker))
-        for name, place in recipe.placeholders.items()
-    }
-    rules = tuple(reverse_rule(rule, recipe) for rule in recipe.rules)
-    return replace(recipe, scales=scales, placeholders=placeholders, rules=rules)
-
-
-def reverse_rule(rule: Rule, recipe: Recipe) -> Rule:
-    """Exchanges the sides of a rule."""
-    left = name_as_weight(rule.left, recipe) if rule.relation == "dequantize" else rule.left
-    return replace(rule, left=rule.right, right=left)
-
-
-def name_as_weight(name: str, recipe: Recipe) -> str:
-    """Replaces the scale placeholder in a rule's name with `weight`."""
-    for placeholder in recipe.scales:
-        name = name.replace(f"{{{placeholder}}}", WEIGHT)
-    return name
-
-
-def explain_no_rule(subject: str, lefts: Sequence[str], recipe: Recipe) -> Problem:
-    """Explains why a tensor has not exactly one rule; `lefts` are the left names of the rules that fit."""
-    if lefts:
-        found = " and ".join(map(repr, lefts))
-        return Problem("two-rules", subject, found, "one rule", f"correct the recipe {recipe.origin}")
-    expected = f"a name on the right of {recipe.name}"
-    return Problem("no-rule", subject, "no rule knows it", expected, suggest_rule(recipe, "a row"))
+    yield from (*collected.unsplit, *collected.unknown)
+    if not collected.unsplit:
+        yield from check_holders(collected.held.values(), ranks)
 
 
 def check_holders(held: Collection[ShardedTensor], ranks: int) -> Iterator[Problem]:
@@ -250,17 +170,27 @@ def check_shape(found: ShardedTensor, shape: Shape, together: Shape, *, knows: b
     if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
         yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")
     if found.rule.split.is_padded and not knows:
-        text, expected = f"{together[0]:,} rows, padding included", "a manifest that says how many there were"
-        remedy = "convert the model itself: only the manifest of reshard says it"
-        yield Problem("unknown-padding", found.name, text, expected, remedy)
+        yield explain_unknown_padding(found, together)
+        return
     # Padding is at the end of the cut dimension, and nowhere else.
     alike = len(shape) == len(together) and all(
         a == b or (place == dimension and a < b) for place, (a, b) in enumerate(zip(shape, together, strict=True))
     )
-    if not alike:
-        yield Problem(
-            "wrong-shape", found.name, f"{list(together)} in all ranks", f"{list(shape)}, by reshard.json", AGAIN
-        )
+    multiple = found.rule.split.multiple
+    if not alike or (multiple and together and together[0] != -(-shape[0] // multiple) * multiple):
+        padded = f", padded to a multiple of {multiple} rows" if multiple else ""
+        expected = f"{list(shape)}{padded}, by {'config.json' if multiple else 'reshard.json'}"
+        yield Problem("wrong-shape", found.name, f"{list(together)} in all ranks", expected, AGAIN)
+
+
+def explain_unknown_padding(found: ShardedTensor, together: Shape) -> Problem:
+    """Explains that nothing tells how many rows of a tensor are padding."""
+    text = f"{together[0]:,} rows, padding included"
+    if found.rule.split.multiple:
+        expected = f"a config.json that tells how many there were: {found.rule.shape}"
+        return Problem("no-config", found.name, text, expected, "copy the model's config.json beside the rank files")
+    remedy = "convert the model itself: only the manifest of reshard says it"
+    return Problem("unknown-padding", found.name, text, "a manifest that says how many there were", remedy)
 
 
 def assemble_tensor(
@@ -285,11 +215,6 @@ def unpack_fp4(tensor: Tensor, found: ShardedTensor) -> Tensor:
     if tensor.dtype == "F4" and found.scaling and found.scaling.packed and tensor.shape:
         return tensor._replace(dtype="I8", shape=(*tensor.shape[:-1], tensor.shape[-1] // 2))
     return tensor
-
-
-def take_first_shards(held: Iterable[ShardedTensor]) -> dict[str, Tensor]:
-    """Takes the first shard of each tensor; returns original name -> shard."""
-    return {found.name: found.by_rank[min(found.by_rank)] for found in held}
 
 
 class PartRange(NamedTuple):

@@ -1,4 +1,7 @@
-"""Reads the names of rank files: the number of ranks, missing ranks, and the recipes that name files this way."""
+"""Reads the names of rank files: the number of ranks, missing ranks, and the recipes that name files this way.
+
+Names of some engines do not tell the number of ranks. Then the headers may tell it.
+"""
 
 import re
 from collections import Counter
@@ -6,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, list_safetensors_files
+from reshard.errors import Problem, Refused, refuse
+from reshard.formats.huggingface import INDEX, list_safetensors_files, read_described_header
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.text import format_list
 from reshard.types import MOST_RANKS, RANKS, Note, Recipe
@@ -60,17 +63,22 @@ def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe])
         numbers = {name: found for name in names if (found := parse_rank_name(name, recipe))}
         if numbers and (len(numbers) == len(names) or not (path / INDEX).exists()):
             if not path.is_dir():
-                text = f"one of {numbers[path.name][1]} rank files"
+                text = f"one of {numbers[path.name][1] or 'several'} rank files"
                 raise refuse("rank-files", str(path), text, "the folder that holds all of them", f"name {path.parent}")
-            return count_ranks(names, numbers, [known for known in recipes if known.files == recipe.files])
+            return count_ranks(path, names, numbers, [known for known in recipes if known.files == recipe.files])
     return None
 
 
-def count_ranks(names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]) -> RankNames:
-    """Counts the ranks, by the majority of the file names, and names the file of each rank. Raises Refused if the
-    number is out of range.
+def count_ranks(
+    path: Path, names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]
+) -> RankNames:
+    """Counts the ranks, by the majority of the file names, and names the file of each rank. Where names do not tell the
+    number, the majority of the headers does, else the highest rank. Raises Refused if the number is out of range.
     """
     ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
+    if not ranks:
+        said = Counter(filter(None, (read_number_of_ranks(path / name) for name in numbers))).most_common(1)
+        ranks = said[0][0] if said else 1 + max(rank for rank, _ in numbers.values())
     if not 1 <= ranks <= MOST_RANKS:
         raise refuse("wrong-ranks", next(iter(numbers)), f"{ranks} ranks", f"1 to {MOST_RANKS}")
     wanted = [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -78,13 +86,24 @@ def count_ranks(names: Sequence[str], numbers: Mapping[str, tuple[int, int]], re
     return RankNames(recipes, wanted, missing, sorted(set(names) - set(wanted)))
 
 
+def read_number_of_ranks(path: Path) -> int:
+    """Reads the number of ranks that the header of a rank file tells; 0 if it tells none, or cannot be read."""
+    try:
+        said = read_described_header(path, 0)[2].get("ranks")
+    except Refused:
+        return 0
+    return int(said) if isinstance(said, str) and re.fullmatch(r"[1-9][0-9]{0,8}", said) else 0
+
+
 def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
-    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names."""
+    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names. The number of
+    ranks is 0 if the pattern has none.
+    """
     pattern = re.escape(recipe.files)
     for key in ("rank", "ranks"):
         pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
     found = re.fullmatch(pattern, name)
-    return (int(found["rank"]), int(found["ranks"])) if found else None
+    return (int(found["rank"]), int(found.groupdict().get("ranks", 0))) if found else None
 
 
 def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:

@@ -18,7 +18,10 @@ from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.completeness import note_no_drafts
+from reshard.sources.constants import check_stored_constants, check_values
+from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
 from reshard.sources.fitted_names import match_or_rename
+from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
 from reshard.sources.rank_files import assemble_checkpoint
@@ -26,7 +29,7 @@ from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
-from reshard.types import COMPARE, EVERYTHING, Checkpoint, OriginalFile, Recipe, Subset, Tensor
+from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
 AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
 
@@ -52,6 +55,7 @@ def read_source(
     path: Path,
     recipe: str | None = None,
     *,
+    for_engine: str = "",
     ignore_extra_files: bool = False,
     replicas: str = COMPARE,
     subset: Subset = EVERYTHING,
@@ -60,19 +64,21 @@ def read_source(
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
     `recipe` is a name or a file; None takes the recipe that the manifest names, else the one for the config and tensor
-    names. With a subset, the source has only its layers and experts. Raises Refused if a header is faulty, or if no
-    recipe or more than one fits.
+    names, among those of `for_engine`. With a subset, the source has only its layers and experts. Raises Refused if a
+    header is faulty, or if no recipe or more than one fits.
     """
     folder, recipes = read_folder(path), list_recipes_to_try(recipe)
-    names = find_rank_names(path, folder.names, recipes)
-    if names:
+    chosen = choose_for_engine(recipes, for_engine, is_named=bool(recipe))
+    if names := find_rank_names(path, folder.names, recipes):
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+        require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine)
         # First: a tensor that only the index lacks would be reported as missing.
-        require_all_named(checkpoint, recipes, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
+        require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         try:
-            found = match_or_rename(checkpoint, recipes, is_asked=bool(recipe), keep_optional=keep_optional)
+            found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
         except Refused:
             require_model(checkpoint)  # what is no model needs no recipe
             raise
@@ -85,6 +91,31 @@ def read_source(
         notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
         source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
     return narrow_source(source, subset)
+
+
+def read_chosen(
+    path: Path,
+    layout: Layout,
+    subset: Subset,
+    recipe: str | None,
+    for_engine: str | None,
+    replicas: str,
+    *,
+    ignore_extra_files: bool,
+) -> Source:
+    """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
+    if for_engine and layout.to == WHOLE:
+        remedy = "for rank files leave out --to hf; for whole files leave out --for"
+        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "rank files", remedy)
+    return read_source(
+        path,
+        recipe,
+        for_engine=for_engine or "",
+        ignore_extra_files=ignore_extra_files,
+        replicas=replicas,
+        subset=subset,
+        keep_optional=layout.keep_optional or layout.to == WHOLE,
+    )
 
 
 def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool) -> Checkpoint:
@@ -134,9 +165,13 @@ def read_rank_files(
     notes = tuple(note_files_beside_ranks(names))
 
     def assemble(known: Recipe) -> Source:
-        whole = assemble_checkpoint(stored, known, origin.config, origin.shapes, replicas=replicas)
+        collected = collect_shards(stored, known, origin.config or {})
+        whole = assemble_checkpoint(stored, collected, known, origin.config, origin.shapes, replicas=replicas)
         checkpoint = replace(whole, subset=folder.subset, notes=notes)
-        return Source(folder.path, checkpoint, known, match(checkpoint, known), origin)
+        matched = match(checkpoint, known)
+        require_none(check_stored_constants(stored, collected.constants, known, matched.members))
+        require_none(check_values(stored, collected.constants, known))
+        return Source(folder.path, checkpoint, known, matched, origin)
 
     return require_one(folder.path, recipes, assemble)
 

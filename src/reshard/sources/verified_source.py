@@ -11,6 +11,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.sources.engine_choice import find_engine
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
@@ -47,7 +48,10 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
-    found = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
+    if recipe is None and find_engine(made_with):
+        recipe = made_with
+    engine = "" if recipe else find_engine_of_names(target, recipes)
+    found = read_source(source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files)
     found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
@@ -86,6 +90,12 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
     for note in whole.notes:
         if note.kind in ("shadowed", "not-in-index"):
             yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
+
+
+def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
+    """Finds the engine that the rank files of a target are for, by their names; empty for none."""
+    names = find_rank_names(target, list_target_names(target), recipes)
+    return names.recipes[0].engine if names else ""
 
 
 def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:

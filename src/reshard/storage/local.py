@@ -32,6 +32,9 @@ SMALLEST_UNCACHED = 1 << 20
 SMALLEST_WRITEBACK = 64 << 10
 """In bytes. The disk gets a smaller write together with others, when the file is synced."""
 
+SMALLEST_PREFETCH = 2 << 20
+"""In bytes. Reading ahead does for a smaller read."""
+
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -93,11 +96,21 @@ def advise_random_reads(files: Iterable[ReadableFile]) -> None:
         os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
+def prefetch_range(file: ReadableFile, offset: int, size: int) -> None:
+    """Asks the kernel to bring `size` bytes at a byte offset into the page cache, if they are to be read through it and
+    are not there. All at once, which keeps a disk busy: reading ahead often asks for 128 KiB at a time.
+    """
+    if file.way in ("cached", "dropped") and not is_range_cached(file.descriptor, offset, size):
+        os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
 def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -> memoryview:
     """Reads `size` bytes at a byte offset of a file and returns them as a part of `buffer`, which must be two pages
     larger. Raises Refused if the file ends before, or cannot be read.
     """
     is_cached = file.is_read_from_cache(offset, size)
+    if size >= SMALLEST_PREFETCH:
+        prefetch_range(file, offset, size)
     # O_DIRECT reads whole pages only: it also reads the rest of the first page and of the last.
     direct = None if is_cached else file.direct
     is_direct, descriptor = direct is not None, file.descriptor if direct is None else direct

@@ -71,13 +71,6 @@ def probe_cache(path: Path, count: int) -> Iterator[bool]:
             yield is_range_cached(descriptor, chosen, min(1, size))
 
 
-def is_residency_known(path: Path) -> bool:
-    """Whether the system tells what of a file is in the page cache. Of overlayfs, it says that nothing ever is."""
-    with ExitStack() as stack:
-        descriptor = open_descriptor(stack, path, os.O_RDONLY)
-        return is_range_cached(descriptor, 0, len(os.pread(descriptor, 1, 0)))
-
-
 def choose_reading_threads(ways: Ways) -> int:
     """The number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
     return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))

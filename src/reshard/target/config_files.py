@@ -55,11 +55,11 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("quantization_config", "expert_dtype") if plan.recipe.scales else ():  # else nothing is dequantized
             changed.pop(key, None)
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
-    if plan.layout.cast in CAST_TO_FP8 and plan.casts:
-        block = next(cast.block for cast in plan.casts)
+    blocks = [cast.block for cast in plan.casts if cast.operation.startswith("quantize")]
+    if plan.layout.cast in CAST_TO_FP8 and blocks:
         facts = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
-        changed["quantization_config"] = {**facts, **power, "weight_block_size": list(block)}
+        changed["quantization_config"] = {**facts, **power, "weight_block_size": list(blocks[0])}
     if isinstance(quantization := changed.get("quantization_config"), dict) and (
         modules := find_unscaled_modules(plan)
     ):

@@ -23,7 +23,7 @@ from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
-from reshard.types import WHOLE, File
+from reshard.types import WHOLE, File, Recipe
 
 SAMPLE_SIZE = 64 << 10
 """Size of each of three samples of a source file's data (beginning, middle, end), in bytes."""
@@ -33,7 +33,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     """Describes a plan as JSON values: the part of a manifest that is known before anything is written."""
     return {
         "reshard": __version__,
-        "recipe": {"name": plan.recipe.name, "sha256": plan.recipe.text_hash},
+        "recipe": describe_made_with(plan.recipe),
         "ranks": plan.layout.ranks,
         "layout": describe_layout(plan.layout),
         **({"subset": plan.source.subset} if plan.source.subset else {}),
@@ -51,6 +51,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             for file in plan.files
         ],
     }
+
+
+def describe_made_with(recipe: Recipe) -> dict[str, str]:
+    """Describes the recipe of a conversion as JSON values; its engine too, if it is for one."""
+    engine = {"engine": recipe.engine} if recipe.engine else {}
+    return {"name": recipe.name, "sha256": recipe.text_hash, **engine}
 
 
 def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:

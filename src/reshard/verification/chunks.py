@@ -39,6 +39,8 @@ class TargetPart(NamedTuple):
     """In bytes of a row."""
     skip: int = 0
     """In bytes: the offset of the box in the target tensor."""
+    origin: str = ""
+    """Of a fused tensor: the source tensor that the box is of, or whose cast it is of."""
 
 
 class KeptTensor(NamedTuple):

@@ -49,6 +49,15 @@ from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cas
 CompareItem = Band | Tile | Margin
 
 
+PartKey = tuple[int, str, str]
+"""Rank (or file number) and name of a target tensor; if it is fused, also the source tensor of a part of it."""
+
+
+def make_part_key(part: TargetPart) -> PartKey:
+    """Makes the key under which the differences of a part are counted."""
+    return part.rank, part.tensor.name, part.origin
+
+
 @dataclass(slots=True)
 class ByteDifference:
     """The number of wrong bytes of a target tensor, and the offsets of the first and the last in the tensor."""
@@ -118,8 +127,7 @@ class Comparison:
     """Compared bytes of the target."""
     inexact: int = 0
     """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
-    differences: dict[tuple[int, str], ByteDifference] = field(default_factory=dict)
-    """By rank (or file number) and name of the target tensor."""
+    differences: dict[PartKey, ByteDifference] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
 
@@ -334,6 +342,6 @@ def note_difference(comparison: Comparison, part: TargetPart, place: int, found:
     first, last = (place + row * len(part.columns) + column for row, column in rows)
     count = int(np.count_nonzero(wrong))
     with comparison.lock:
-        known = comparison.differences.setdefault((part.rank, part.tensor.name), ByteDifference(0, first, last))
+        known = comparison.differences.setdefault(make_part_key(part), ByteDifference(0, first, last))
         known.count += count
         known.first, known.last = min(known.first, first), max(known.last, last)

@@ -1,6 +1,6 @@
 """Computes for a target tensor what it should be: its name in the source, its conversion, its box of the tensor."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 
 from reshard.numbered_names import split_name
 from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
-from reshard.recipes.patterns import (
-    WEIGHT,
-    Pattern,
-    find_later_members,
-    find_scale_placeholder,
-    list_slots,
-    make_patterns,
-)
+from reshard.recipes.fusions import FUSED, list_fusions
+from reshard.recipes.patterns import WEIGHT, Pattern, find_later_members, find_scale_placeholder, make_patterns
 from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
 
 
@@ -65,15 +59,22 @@ class InvertedRecipe(NamedTuple):
 
 
 def invert_recipe(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> InvertedRecipe:
-    """Inverts a recipe: for rank files from right to left names; for whole files from left names to themselves."""
+    """Inverts a recipe: for rank files from right to left names, of fused tensors to that of the first part; for whole
+    files from left names to themselves.
+    """
     scalings = {
         number: recipe.scales[letter]
         for number, rule in enumerate(recipe.rules)
         if (letter := find_scale_placeholder(rule, recipe))
     }
     patterns: dict[str, list[tuple[Pattern, Pattern, Pattern | None]]] = {}
+    stacked = {} if is_whole else {fusion.rules[0]: f"{{{fusion.stacked}}}" for fusion in list_fusions(recipe)}
+    one_way = ("drop",) if is_whole else ("drop", *FUSED)
     for number, rule in enumerate(recipe.rules):
-        for triple in invert_rule(number, rule, recipe, is_whole=is_whole) if rule.relation != "drop" else ():
+        if rule.relation in one_way and number not in stacked:
+            continue
+        first = replace(rule, left=rule.left.replace(stacked[number], "0")) if number in stacked else rule
+        for triple in invert_rule(number, first, recipe, is_whole=is_whole):
             patterns.setdefault(triple[0].key, []).append(triple)
     members = find_later_members(map(split_name, source.tensors), recipe)
     return InvertedRecipe(patterns, recipe.rules, scalings, *members, is_whole)
@@ -98,47 +99,10 @@ def invert_rule(
         yield pattern, found[0], scale
 
 
-class ExpectedRanks(NamedTuple):
-    """The ranks that should hold a source tensor, or a part of it."""
-
-    ranks: Collection[int]
-    optional: str
-    """The reason why all ranks may leave it out; empty if it is required."""
-
-
-def find_expected_ranks(source: Checkpoint, recipe: Recipe, ranks: int) -> dict[str, ExpectedRanks]:
-    """Computes by source name which of `ranks` ranks should hold each tensor. Experts are assigned whole, in order."""
-    names = {name: split_name(name) for name in source.tensors}
-    marked, before = find_later_members(names.values(), recipe)
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
-    found: dict[str, ExpectedRanks] = {}
-    assigned: dict[str, tuple[str, int, str]] = {}
-    by_key: dict[tuple[str, int], list[Pattern]] = {}
-    for name, (key, numbers) in names.items():
-        fitting = by_key.get((key, len(numbers)))
-        if fitting is None:
-            # Patterns that take every name that no other matches come last.
-            fitting = [pattern for pattern in patterns if pattern.fits(key, numbers)]
-            by_key[key, len(numbers)] = fitting = sorted(fitting, key=lambda pattern: pattern.takes_rest)
-        pattern = next((pattern for pattern in fitting if pattern.accepts(numbers, marked, before)), None)
-        rule = recipe.rules[pattern.rule] if pattern else None
-        if pattern is None or rule is None:
-            found[name] = ExpectedRanks(range(ranks), "")
-        elif rule.relation == "drop" or (rule.relation == "dequantize" and pattern.is_scale):
-            found[name] = ExpectedRanks((), "")
-        elif letter := rule.split.placeholder:
-            assigned[name] = letter, int(numbers[list_slots(rule, recipe).index(letter)]), rule.optional
-        else:
-            found[name] = ExpectedRanks(range(ranks), rule.optional)
-    members: dict[str, set[int]] = {}
-    for letter, member, _ in assigned.values():
-        members.setdefault(letter, set()).add(member)
-    for name, (letter, member, optional) in assigned.items():
-        found[name] = ExpectedRanks((member * ranks // len(members[letter]),), optional)
-    return found
-
-
 SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND = "same", "dequantize", "fp4-to-fp8", "quantize", "round"
+
+FILL = "fill"
+"""Makes the constants of a recipe."""
 
 CONVERSION_TEXTS = {
     SAME: "as it is in the source",
@@ -146,6 +110,7 @@ CONVERSION_TEXTS = {
     FP4_TO_FP8: "cast from FP4 to FP8",
     QUANTIZE: "quantized to FP8",
     ROUND: "rounded to BF16",
+    FILL: "filled with the constants of the recipe",
 }
 
 
@@ -266,13 +231,16 @@ class PaddedDimensions(NamedTuple):
         if rule is None or is_whole or not shape:
             return shape
         if rule.split.is_padded:
-            return (-(-shape[0] // parts) * parts, *shape[1:])
+            step = find_padded_step(rule.split, parts)
+            return (-(-shape[0] // step) * step, *shape[1:])
         full = list(shape)
         for place in self.dimensions(rule) if len(found) == len(shape) else ():
             length = found[place] * (parts if find_split_dimension(rule.split) == place else 1)
             full[place] = max(length, full[place])
         return tuple(full)
 
+
+PADDED_TO = "rows padded to "
 
 SPLIT_DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
 
@@ -281,7 +249,12 @@ def find_split_dimension(split: Split) -> int | None:
     """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
     planner cuts.
     """
-    return 0 if split.heads_key else SPLIT_DIMENSIONS.get(split.text)
+    return 0 if split.heads_key or split.text.startswith(PADDED_TO) else SPLIT_DIMENSIONS.get(split.text)
+
+
+def find_padded_step(split: Split, parts: int) -> int:
+    """The number that padded rows become a multiple of, in elements: the one that the split names, or the parts."""
+    return int(split.text.removeprefix(PADDED_TO)) if split.text.startswith(PADDED_TO) else parts
 
 
 def find_part_of_rank(ranks: int, rank: int, heads: int) -> tuple[int, int]:

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
+from typing import NamedTuple
 
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
+from reshard.recipes.fusions import FUSED
 from reshard.types import BlockScale, Checkpoint, Tensor
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.expected import (
@@ -59,6 +61,10 @@ class Provenance:
     """Source weights that are cast, by their name in the source and the conversion."""
     present: defaultdict[str, dict[int, TargetTensor]] = field(default_factory=lambda: defaultdict(dict))
     """By the name in the source and by rank: the target tensor that holds a part of it, or of its cast."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """By the name in the source of each part of a fused tensor: the name of the fused tensor."""
+    constants: list[Tensor] = field(default_factory=list)
+    """The tensors of the target that are constants of the recipe."""
     used_scales: set[tuple[str, int]] = field(default_factory=set)
     """Names and ranks of block scales that the rank needs no more: it has their weights dequantized."""
     conversions: defaultdict[tuple[object, ...], defaultdict[str, list[str]]] = field(
@@ -101,14 +107,37 @@ def pair_weights_with_scales(
     return list(units.values()), problems
 
 
+class WantedPart(NamedTuple):
+    """What a target tensor should hold of a source tensor or of its cast."""
+
+    seen: TargetTensor
+    dtype: str
+    boxes: Sequence[ExpectedBox]
+    """One behind the other."""
+    parts: list[TargetPart]
+    """Collects them."""
+    origin: str
+    """The name of the tensor in the source; of a new block scale, the one that it would have."""
+    block: int = 1
+    """Of a weight: so many rows share a value of its scale in the target."""
+
+
 def trace_unit(trace: Provenance, unit: WeightUnit) -> Iterator[Problem]:
     """Infers how a unit was converted and adds it to `trace`; yields problems of its dtypes and shapes."""
+    problems, wanted = examine_unit(trace, unit)
+    yield from problems
+    for part in wanted:
+        yield from add_parts(trace, part)
+
+
+def examine_unit(trace: Provenance, unit: WeightUnit) -> tuple[list[Problem], list[WantedPart]]:
+    """Infers how a unit was converted, and notes it in `trace`. Returns what is wrong whatever the shapes are, and what
+    its weight and its scale should hold.
+    """
     weight, scale = trace.source.tensors.get(unit.place.weight), trace.source.tensors.get(unit.place.scale)
     if weight is None:
-        for seen, name in ((unit.weight, unit.place.weight), (unit.scale, unit.place.scale)):
-            if seen:
-                yield make_extra_tensor_problem(trace, seen, f"no {name} in the source")
-        return
+        pairs = ((unit.weight, unit.place.weight), (unit.scale, unit.place.scale))
+        return [make_extra_tensor_problem(trace, seen, f"no {name} in the source") for seen, name in pairs if seen], []
     unit = unit._replace(place=unit.place._replace(scaling=choose_block_scaling(unit.place.scaling, weight)))
     conversion = infer_conversion(unit, weight, scale, is_whole=trace.folder.is_whole)
     dtypes = get_expected_dtypes(conversion, unit, weight, scale, is_whole=trace.folder.is_whole)
@@ -118,20 +147,21 @@ def trace_unit(trace: Provenance, unit: WeightUnit) -> Iterator[Problem]:
         trace.present[scale.name][unit.rank] = unit.scale
     if scale and conversion == DEQUANTIZE:
         trace.used_scales.add((scale.name, unit.rank))
-    is_free = trace.folder.is_whole or unit.place.rule is None or unit.place.rule.relation == SAME
+    is_free = trace.folder.is_whole or unit.place.rule is None or unit.place.rule.relation in (SAME, *FUSED)
     plain = may_be_rounded(unit.place.rule, unit.place.scaling, weight, scale)
     if unit.weight and (plain or (unit.place.scaling and is_free)) and unit.weight.tensor.dtype == dtypes[0]:
         weight_kind = PLAIN if plain else (unit.place.scaling, weight.dtype, scale is None)
         trace.conversions[weight_kind][conversion].append(trace.subject(unit.weight))
-    yield from check_block_scale(trace, unit, scale, conversion)
-    yield from add_unit_parts(trace, unit, (weight, scale), conversion, dtypes)
+    problems = [*check_block_scale(trace, unit, scale, conversion), *check_cut(trace, unit, weight, dtypes[0])]
+    is_cut_right = not any(problem.kind == "wrong-shape" for problem in problems)
+    return problems, list(list_wanted_parts(trace, unit, (weight, scale), conversion, dtypes)) if is_cut_right else []
 
 
 def check_block_scale(trace: Provenance, unit: WeightUnit, scale: Tensor | None, conversion: str) -> Iterator[Problem]:
     """A block scale that should not be there, or one that is missing for a quantized weight."""
     if unit.scale and conversion == DEQUANTIZE:
         yield make_extra_tensor_problem(trace, unit.scale, "a block scale of a weight that is dequantized")
-    elif unit.scale and conversion == SAME and scale is None:
+    elif unit.scale and conversion in (SAME, ROUND) and scale is None:
         yield make_extra_tensor_problem(trace, unit.scale, f"no {unit.place.scale} in the source")
     elif unit.weight and conversion == QUANTIZE and unit.scale is None:
         yield Problem(
@@ -143,36 +173,52 @@ def make_extra_tensor_problem(trace: Provenance, seen: TargetTensor, found: str)
     return Problem("extra-tensor", trace.subject(seen), found, "only what comes from the source", CONVERT_AGAIN_HINT)
 
 
-def add_unit_parts(
-    trace: Provenance, unit: WeightUnit, origins: tuple[Tensor, Tensor | None], conversion: str, dtypes: tuple[str, str]
-) -> Iterator[Problem]:
-    """Adds the weight and the scale of a unit as parts of source tensors, or of their casts."""
-    weight, scale = origins
-    rule, scaling, folder = unit.place.rule, unit.place.scaling, trace.folder
-    dimension = find_split_dimension(rule.split) if rule and not folder.is_whole else None
-    shape = weight.shape if dtypes[0] == weight.dtype else get_shape_in_elements(weight, scaling)
-    seen = unit.weight or unit.scale
-    if rule and seen and dimension is not None and len(shape) <= dimension:
+def find_cut(trace: Provenance, unit: WeightUnit) -> int | None:
+    """The dimension of the weight of a unit that ranks share; None if each has all of it."""
+    return find_split_dimension(unit.place.rule.split) if unit.place.rule and not trace.folder.is_whole else None
+
+
+def find_target_shape(unit: WeightUnit, weight: Tensor, dtype: str) -> tuple[int, ...]:
+    """The shape of a source weight in the elements of its dtype in the target."""
+    return weight.shape if dtype == weight.dtype else get_shape_in_elements(weight, unit.place.scaling)
+
+
+def check_cut(trace: Provenance, unit: WeightUnit, weight: Tensor, dtype: str) -> Iterator[Problem]:
+    """A weight that has no such dimension as its rule cuts."""
+    dimension, seen, rule = find_cut(trace, unit), unit.weight or unit.scale, unit.place.rule
+    if rule and seen and dimension is not None and len(find_target_shape(unit, weight, dtype)) <= dimension:
         found, expected = f"{list(weight.shape)} in the source", f"{rule.split} to cut"
         yield Problem("wrong-shape", trace.subject(seen), found, expected)
-        return
+
+
+def list_wanted_parts(
+    trace: Provenance, unit: WeightUnit, origins: tuple[Tensor, Tensor | None], conversion: str, dtypes: tuple[str, str]
+) -> Iterator[WantedPart]:
+    """Computes what the weight and the scale of a unit should hold of source tensors, or of their casts."""
+    weight, scale = origins
+    rule, scaling, folder = unit.place.rule, unit.place.scaling, trace.folder
+    dimension, shape = find_cut(trace, unit), find_target_shape(unit, weight, dtypes[0])
     parts, index = find_part_of_rank(folder.ranks, unit.rank, count_split_heads(rule, trace.widening.config))
-    found_shape = unit.weight.tensor.shape if unit.weight else ()
+    # A part of a fused tensor is never padded.
+    is_fused = rule is not None and rule.relation in FUSED
+    found_shape = unit.weight.tensor.shape if unit.weight and not is_fused else ()
     full = trace.widening.full_shape(rule, shape, found_shape, parts, is_whole=folder.is_whole)
     note_padded_lengths(trace, unit, shape, full)
     flat = conversion == SAME and dimension != 1 and 1 not in trace.widening.dimensions(rule)
     lists = get_part_lists(trace, unit, origins, conversion, dtypes, flat=flat)
     taken = split_dimension(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
+    block = (1, 1)
+    if scaling and dtypes[1]:
+        block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
     if unit.weight:
         wanted = [make_expected_box(full, BITS[dtypes[0]], dimension, part, flat=flat) for part in taken]
-        yield from add_parts(trace, unit.weight, dtypes[0], wanted, lists[0])
+        yield WantedPart(unit.weight, dtypes[0], wanted, lists[0], unit.place.weight, block[0])
     if unit.scale and dtypes[1] and scaling:
-        block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
         blocks = scale.shape if scale and conversion == SAME and full == shape else count_scale_blocks(full, block)
         cut = dimension if dimension is not None and len(blocks) > dimension else None
         taken = [cover_with_blocks(part, block[cut]) for part in taken] if cut is not None else [range(0)]
         wanted = [make_expected_box(blocks, BITS[dtypes[1]], cut, part, flat=flat) for part in taken]
-        yield from add_parts(trace, unit.scale, dtypes[1], wanted, lists[1])
+        yield WantedPart(unit.scale, dtypes[1], wanted, lists[1], unit.place.scale)
 
 
 def note_padded_lengths(trace: Provenance, unit: WeightUnit, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
@@ -227,22 +273,24 @@ def make_cast_weight(
     return CastWeight(conversion, weight, scale, (rows, columns), scaling.block, new, dtypes, ([], []))
 
 
-def add_parts(
-    trace: Provenance, seen: TargetTensor, dtype: str, wanted: Sequence[ExpectedBox], parts: list[TargetPart]
-) -> Iterator[Problem]:
-    """Adds a target tensor that should hold the boxes `wanted`, one behind the other, if its size is right. Yields a
-    problem if its dtype, shape or size is wrong.
+def add_parts(trace: Provenance, wanted: WantedPart) -> Iterator[Problem]:
+    """Adds the boxes that a target tensor should hold, one behind the other, if its size is right. Yields a problem if
+    its dtype, shape or size is wrong.
     """
-    tensor, shape = seen.tensor, wanted[0].shape
-    sizes = [len(one.rows) * len(one.columns) for one in wanted]
-    if len(wanted) > 1:
-        shape = (sum(one.shape[0] for one in wanted), *shape[1:])
+    tensor, dtype, shape = wanted.seen.tensor, wanted.dtype, join_shapes(wanted.boxes)
+    sizes = [len(one.rows) * len(one.columns) for one in wanted.boxes]
     if tensor.dtype != dtype or tensor.shape != shape or tensor.size != sum(sizes):
         found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-        yield Problem("wrong-shape", trace.subject(seen), found, expected, CONVERT_AGAIN_HINT)
+        yield Problem("wrong-shape", trace.subject(wanted.seen), found, expected, CONVERT_AGAIN_HINT)
     if tensor.size == sum(sizes):
-        for one, skip in zip(wanted, accumulate(sizes, initial=0), strict=False):
-            parts.append(TargetPart(seen.number, tensor, one.rows, one.columns, skip))
+        for one, skip in zip(wanted.boxes, accumulate(sizes, initial=0), strict=False):
+            wanted.parts.append(TargetPart(wanted.seen.number, tensor, one.rows, one.columns, skip))
+
+
+def join_shapes(boxes: Sequence[ExpectedBox]) -> tuple[int, ...]:
+    """The shape of boxes that lie behind each other along the first dimension."""
+    shape = boxes[0].shape
+    return (sum(one.shape[0] for one in boxes), *shape[1:]) if len(boxes) > 1 else shape
 
 
 def check_mixtures(trace: Provenance) -> Iterator[Problem]:
@@ -250,7 +298,7 @@ def check_mixtures(trace: Provenance) -> Iterator[Problem]:
     for conversions in trace.conversions.values():
         usual = max(conversions, key=lambda conversion: len(conversions[conversion]))
         for conversion in conversions.keys() - {usual}:
-            for subject in conversions[conversion]:
+            for subject in dict.fromkeys(conversions[conversion]):  # a fused tensor once
                 yield Problem(
                     "mixture",
                     subject,

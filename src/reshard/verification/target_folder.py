@@ -4,13 +4,22 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_header
+from reshard.formats.huggingface import (
+    CONFIG,
+    INDEX,
+    MOST_METADATA,
+    is_safetensors_name,
+    parse_metadata,
+    read_described_header,
+)
 from reshard.formats.json_input import read_object
 from reshard.formats.remote_names import suggest_near
+from reshard.formats.safetensors import LENGTH_SIZE
 from reshard.formats.target_names import require_finished
 from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
@@ -47,6 +56,8 @@ class TargetHeader(NamedTuple):
     """Its rank; with whole files, a running number."""
     file: File
     tensors: Sequence[Tensor]
+    said: Mapping[str, Any]
+    """The metadata of the header: of some recipes rank and number of ranks."""
 
 
 def require_target_folder(target: Path) -> None:
@@ -64,8 +75,9 @@ def require_target_folder(target: Path) -> None:
 
 
 def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
-    """Lists the tensor files that a folder should have. The number of ranks is the one that most file names say; if no
-    file is named like a rank file, all are whole files. Raises Refused if there are no tensor files.
+    """Lists the tensor files that a folder should have. The number of ranks is the one that most file names say, or
+    most headers, where names do not; if no file is named like a rank file, all are whole files. Raises Refused if there
+    are no tensor files.
     """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
     require_target_folder(target)
@@ -77,12 +89,25 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     if not fitting:
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}"
         raise refuse("empty-target", str(target), lacking, "a folder of rank files", "is it the right folder?")
-    ranks = Counter(max(map(int, found.groups())) for found in fitting).most_common(1)[0][0]
+    if "{ranks}" in recipe.files:
+        ranks = Counter(max(map(int, found.groups())) for found in fitting).most_common(1)[0][0]
+    else:
+        said = Counter(filter(None, (read_number_of_ranks(target / found[0]) for found in fitting)))
+        ranks = said.most_common(1)[0][0] if said else 1 + max(int(found[1]) for found in fitting)
     if ranks > MOST_RANKS:
         raise refuse("wrong-ranks", fitting[0][0], f"{ranks} ranks", f"at most {MOST_RANKS}")
     names = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
     known = set(names.values())
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
+
+
+def read_number_of_ranks(path: Path) -> int:
+    """The number of ranks that the header of a rank file names; 0 if it names none."""
+    said = None
+    with suppress(OSError), path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_SIZE), "little")
+        said = parse_metadata(file.read(min(length, MOST_METADATA))).get("ranks")
+    return int(said) if isinstance(said, str) and re.fullmatch(r"[1-9][0-9]{0,8}", said) else 0
 
 
 def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
@@ -124,7 +149,7 @@ def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[Ta
             problems.append(Problem("missing-file", name, found, f"one of {len(names)} files", remedy))
             continue
         try:
-            files.append(TargetHeader(number, *read_header(target / name, number)))
+            files.append(TargetHeader(number, *read_described_header(target / name, number)))
         except Refused as refused:
             problems.extend(refused.problems)
     return files, problems

@@ -8,13 +8,12 @@ should hold, and compares every byte of this box.
 Replicas are compared with the source in every rank: if nothing differs, they are equal.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from reshard.errors import Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
@@ -23,20 +22,29 @@ from reshard.storage.page_cache import choose_ways_to_read
 from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
-from reshard.verification.compare import ComparedFiles, Comparison, compare_parts
+from reshard.verification.compare import ComparedFiles, Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.constants import check_constants, list_expected_constants, take_constants
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
-    QUANTIZE,
-    ExpectedRanks,
-    InvertedRecipe,
+    FILL,
     PaddedDimensions,
-    WeightUnit,
-    find_expected_ranks,
-    infer_conversion,
     invert_recipe,
 )
+from reshard.verification.expected_ranks import ExpectedRanks, find_expected_ranks, find_source_rows
+from reshard.verification.fused_parts import (
+    list_fused_tensors,
+    name_parts,
+    take_fused_tensors,
+    trace_fused_units,
+)
+from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import Provenance, check_mixtures, pair_weights_with_scales, trace_unit
-from reshard.verification.reference_casts import find_powers_of_two
+from reshard.verification.swapped_files import (
+    check_described_ranks,
+    check_swapped_files,
+    find_described_files,
+    find_swapped_files,
+)
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
@@ -45,11 +53,6 @@ from reshard.verification.target_folder import (
     list_target_files,
     read_target_headers,
 )
-
-MOST_PROBED_SCALES = 64
-"""At most so many block scale tensors, and so many bytes of each, decide whether scales are powers of two."""
-
-PROBED_SCALE_SIZE = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -78,7 +81,7 @@ class Report:
     """A possible explanation of the problems; without any, that parts are not joined yet."""
     casts: Mapping[str, int] = field(default_factory=dict)
     """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
-    makes of the source. All others were compared with the source itself."""
+    makes of the source; `fill`: the constants of the recipe. All others were compared with the source itself."""
 
     @property
     def is_proven(self) -> bool:
@@ -160,6 +163,7 @@ def verify_target(
         advance(file.file.header_size)
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(trace_target(trace, target, files, recipe))
+    advance(sum(tensor.size for tensor in trace.constants))
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare_parts(things, *make_compared_files(target, files, source), advance, sample)
     problems.extend(check_differences(trace, comparison))
@@ -180,7 +184,7 @@ def make_report(
         files=len(files),
         tensors=len(tensors),
         size=sum(tensor.size for tensor in tensors),
-        compared=comparison.size,
+        compared=comparison.size + sum(tensor.size for tensor in trace.constants),
         is_sampled=is_sampled,
         problems=tuple(problems),
         inexact=comparison.inexact,
@@ -191,12 +195,13 @@ def make_report(
 
 
 def count_cast_tensors(trace: Provenance) -> dict[str, int]:
-    """By cast: the number of tensors of the target that it makes, those of each rank counted."""
-    counts: dict[str, int] = {}
+    """By cast: the number of tensors of the target that it makes, those of each rank counted, a fused tensor once."""
+    made: dict[tuple[int, str], str] = {}
     for (_, cast), recast in trace.casts.items():
-        made = sum(1 for parts in recast.parts for _ in list_target_tensors(parts))
-        counts[cast] = counts.get(cast, 0) + made
-    return counts
+        for rank, name, _ in list_target_tensors((*recast.parts[0], *recast.parts[1])):
+            made.setdefault((rank, name), cast)
+    counts = dict(Counter(made.values()))
+    return {**counts, FILL: len(trace.constants)} if trace.constants else counts
 
 
 def describe_cast(cast: str) -> str:
@@ -209,47 +214,37 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
     """Traces each tensor of the files to the source; yields problems of names, dtypes and shapes."""
     folder = trace.folder
     known = invert_recipe(recipe, trace.source, is_whole=folder.is_whole)
-    wanted = {} if folder.is_whole else find_expected_ranks(trace.source, recipe, folder.ranks)
-    swapped = find_swapped_files(files, known, wanted)
-    yield from check_swapped_files(trace, swapped)
+    rows = {} if folder.is_whole else find_source_rows(trace.source, recipe)
+    wanted = find_expected_ranks(rows, recipe, folder.ranks)
+    described = [] if folder.is_whole else files
+    swapped = {**find_swapped_files(files, known, wanted), **find_described_files(described, folder)}
+    yield from check_described_ranks(described, folder)
+    yield from check_swapped_files(folder, swapped)
     files = [file for file in files if file.number not in swapped]
-    units, problems = pair_weights_with_scales(files, known, folder.names)
-    trace.is_power = has_power_of_two_scales(target, units, trace)
+    fused = list_fused_tensors(trace.source, rows, recipe)
+    trace.fused = name_parts(fused)
+    constants, others = ({}, files) if folder.is_whole else take_constants(files, recipe)
+    fused_units, others = take_fused_tensors(others, fused)
+    units, problems = pair_weights_with_scales(others, known, folder.names)
+    probed = [*units, *(unit for one in fused_units for unit in one.list_units()[:1])]
+    trace.is_power = has_power_of_two_scales(target, probed, trace)
     yield from problems
     for unit in units:
         yield from trace_unit(trace, unit)
+    yield from trace_fused_units(trace, fused_units)
     looked_at = {file.number for file in files}
     yield from check_missing_tensors(trace, looked_at, wanted)
     yield from check_mixtures(trace)
-    if folder.is_whole:
+    if not folder.is_whole:
+        trace.constants.extend(one.tensor for several in constants.values() for one in several)
+        has_optional = keeps_optional(trace, looked_at, wanted)
+        expected = list_expected_constants(rows.values(), recipe, has_optional=has_optional)
+        yield from check_constants(target, constants, expected, looked_at, recipe)
+    else:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
         yield from check_index_and_config(
             target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
         )
-
-
-def find_swapped_files(
-    files: Sequence[TargetHeader], known: InvertedRecipe, wanted: Mapping[str, ExpectedRanks]
-) -> dict[int, int]:
-    """By rank of a file whose names are exactly the tensors (experts) assigned to another rank: this other rank."""
-    assigned: dict[int, set[str]] = {}
-    for name, (ranks, optional) in wanted.items():
-        if len(ranks) == 1 and not optional:
-            assigned.setdefault(next(iter(ranks)), set()).add(name)
-    every, found = set[str]().union(*assigned.values()), dict[int, int]()
-    for file in files:
-        places = [place for tensor in file.tensors if (place := known.locate(tensor.name))]
-        names = {name for place in places for name in (place.weight, place.scale)} & every
-        if fitting := [rank for rank in assigned if rank != file.number and names == assigned[rank]]:
-            found[file.number] = fitting[0]
-    return found
-
-
-def check_swapped_files(trace: Provenance, swapped: Mapping[int, int]) -> Iterator[Problem]:
-    """A file under the name of another is not compared: nearly every tensor would differ."""
-    for number, rank in swapped.items():
-        found = f"the header of {trace.folder.names[rank]}"
-        yield Problem("swapped-file", trace.folder.names[number], found, "its own", "give the files their names back")
 
 
 def make_compared_files(
@@ -271,27 +266,6 @@ def make_files_to_compare(folder: Path, files: Mapping[int, File], size: int) ->
     return ComparedFiles(folder, files, choose_ways_to_read(paths[0], size) if paths else CACHED)
 
 
-def has_power_of_two_scales(target: Path, units: Sequence[WeightUnit], trace: Provenance) -> bool:
-    """Whether most scales of quantized weights are powers of two: then all should be."""
-    tensors, folder = trace.source.tensors, trace.folder
-    powers, others, asked = 0, 0, 0
-    for unit in units:
-        weight, scale = tensors.get(unit.place.weight), tensors.get(unit.place.scale)
-        if asked == MOST_PROBED_SCALES:
-            break
-        if not (weight and unit.scale and infer_conversion(unit, weight, scale, is_whole=folder.is_whole) == QUANTIZE):
-            continue
-        seen = unit.scale
-        with (target / folder.names[seen.number]).open("rb") as file:
-            file.seek(seen.tensor.offset)
-            data = np.frombuffer(file.read(min(seen.tensor.size // 4 * 4, PROBED_SCALE_SIZE)), np.float32)
-        asked += 1
-        data = data[data != 1]  # such as those of zeros
-        count = int(np.count_nonzero(find_powers_of_two(data)))
-        powers, others = powers + count, others + len(data) - count
-    return powers > others
-
-
 def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Problem]:
     """Target tensors whose bytes differ from their box of the source, or of the cast."""
     for whole in trace.kept.values():
@@ -302,13 +276,13 @@ def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Pro
             yield from explain_difference(trace, comparison, key, f"what {conversion} makes of {name}")
 
 
-def list_target_tensors(parts: Iterable[TargetPart]) -> Iterable[tuple[int, str]]:
-    """Rank and name of each target tensor once, though it may have two parts: the keys of differences."""
-    return dict.fromkeys((part.rank, part.tensor.name) for part in parts)
+def list_target_tensors(parts: Iterable[TargetPart]) -> Iterable[PartKey]:
+    """The key of each target tensor once, though it may have two parts."""
+    return dict.fromkeys(map(make_part_key, parts))
 
 
 def explain_difference(
-    trace: Provenance, comparison: Comparison, key: tuple[int, str], origin: KeptTensor | str
+    trace: Provenance, comparison: Comparison, key: PartKey, origin: KeptTensor | str
 ) -> Iterator[Problem]:
     if found := comparison.differences.get(key):
         place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
@@ -319,22 +293,32 @@ def explain_difference(
         yield Problem("differs", subject, said, expected, CONVERT_AGAIN_HINT)
 
 
+def keeps_optional(trace: Provenance, looked_at: set[int], wanted: Mapping[str, ExpectedRanks]) -> bool:
+    """Whether the ranks have the tensors that are left out unless asked for: all or none, and the majority decides."""
+    optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
+    return 2 * sum(name in trace.present for name in optional) > len(optional)
+
+
 def check_missing_tensors(
     trace: Provenance, looked_at: set[int], wanted: Mapping[str, ExpectedRanks]
 ) -> Iterator[Problem]:
-    """Source tensors that one of the ranks `looked_at` lacks, or has though it should not."""
+    """Source tensors that one of the ranks `looked_at` lacks, or has though it should not. The parts of a fused tensor
+    are one problem, by its name.
+    """
     if trace.folder.is_whole:
         for name in trace.source.tensors:
             if not trace.present.get(name) and (name, 0) not in trace.used_scales:
                 yield Problem("missing-tensor", name, "in none of these files", "in one of them", CONVERT_AGAIN_HINT)
         return
-    optional = [name for name in wanted if wanted[name].optional and set(wanted[name].ranks) & looked_at]
-    # Optional tensors are kept all or none: the majority decides.
-    is_kept = 2 * sum(name in trace.present for name in optional) > len(optional)
+    is_kept = keeps_optional(trace, looked_at, wanted)
+    told: set[str] = set()
     for name, (ranks, reason) in wanted.items():
-        present = trace.present.get(name, {})
+        present, subject = trace.present.get(name, {}), trace.fused.get(name, name)
+        if subject in told:
+            continue
         if reason and not is_kept:
             for seen in present.values():
+                told.add(subject)
                 yield Problem(
                     "extra-tensor", trace.subject(seen), f"a part of {name}", f"none: {reason}", CONVERT_AGAIN_HINT
                 )
@@ -342,8 +326,10 @@ def check_missing_tensors(
         expected = sorted(rank for rank in set(ranks) & looked_at if (name, rank) not in trace.used_scales)
         found = sorted(rank for rank in present if (name, rank) not in trace.used_scales)
         if expected and not found:
+            told.add(subject)
             yield Problem(
-                "missing-tensor", name, "in none of these rank files", f"in ranks {expected}", CONVERT_AGAIN_HINT
+                "missing-tensor", subject, "in none of these rank files", f"in ranks {expected}", CONVERT_AGAIN_HINT
             )
         elif expected != found:
-            yield Problem("wrong-ranks", name, f"in ranks {found}", f"in ranks {expected}", CONVERT_AGAIN_HINT)
+            told.add(subject)
+            yield Problem("wrong-ranks", subject, f"in ranks {found}", f"in ranks {expected}", CONVERT_AGAIN_HINT)

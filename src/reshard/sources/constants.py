@@ -1,0 +1,112 @@
+"""Checks the constants in rank files: those that a recipe makes of nothing, and that no original file has."""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import copysign, inf
+
+from reshard.errors import Problem, refuse
+from reshard.formats.huggingface import FolderHeaders
+from reshard.recipes.patterns import PLACEHOLDER, fill_pattern
+from reshard.sources.held_shards import FoundConstant
+from reshard.storage.local import open_regular_file
+from reshard.text import format_list
+from reshard.types import Constant, Recipe, Tensor
+
+LACKING = "is a rank file missing, or were they made for another version of the engine?"
+
+LOST = "in the original layout there is no place for it; a recipe of your own may name it (docs/recipes.md)"
+
+
+def check_stored_constants(
+    stored: FolderHeaders, found: Sequence[FoundConstant], recipe: Recipe, members: Mapping[str, set[int]]
+) -> Iterator[Problem]:
+    """Reports constants that are not in every rank file, that have another dtype or shape than the recipe says, or that
+    belong to layers that the model has not. `members` are the numbers that fill each placeholder.
+    """
+    holders: dict[str, set[int]] = {}
+    for one in found:
+        holders.setdefault(one.tensor.name, set()).add(one.tensor.file)
+    wanted = {name: constant for constant in recipe.constants for name in list_constant_names(constant, members)}
+    for name, constant in wanted.items():
+        if lacking := [file.name for place, file in enumerate(stored.files) if place not in holders.get(name, set())]:
+            expected = f"{describe_constant(constant)} in every rank file, a constant of {recipe.name}"
+            yield Problem("missing-tensor", name, f"not in {format_list(lacking)}", expected, LACKING)
+    for one in found:
+        subject = f"{stored.files[one.tensor.file].name}: {one.tensor.name}"
+        constant, kind = recipe.constants[one.constant], f"{one.tensor.dtype} {list(one.tensor.shape)}"
+        if one.tensor.name not in wanted:
+            yield Problem("contradiction", subject, "a constant of what the model has not", "none", LACKING)
+        elif (one.tensor.dtype, one.tensor.shape) != (constant.dtype, constant.shape):
+            which = "dtype" if one.tensor.dtype != constant.dtype else "shape"
+            expected = f"{describe_constant(constant)}, a constant of {recipe.name}"
+            yield Problem(f"wrong-{which}", subject, kind, expected, LACKING)
+
+
+def list_constant_names(constant: Constant, members: Mapping[str, set[int]]) -> Iterator[str]:
+    """Lists the names of a constant, one for each combination of the members of its placeholders."""
+    letters = dict.fromkeys(PLACEHOLDER.findall(constant.right))
+    for numbers in product(*(sorted(members[letter]) for letter in letters)):
+        yield fill_pattern(constant.right, dict(zip(letters, numbers, strict=True)))
+
+
+def describe_constant(constant: Constant) -> str:
+    """`F32 [] of 1`."""
+    return f"{constant.dtype} {list(constant.shape)} of {constant.value:g}"
+
+
+def check_values(stored: FolderHeaders, found: Sequence[FoundConstant], recipe: Recipe) -> Iterator[Problem]:
+    """Reports constants of another value than the recipe says: left aside, it would be lost. Reads their bytes. Raises
+    Refused if a file cannot be read.
+    """
+    for place, file in enumerate(stored.files):
+        here = [one for one in found if one.tensor.file == place]
+        try:
+            with open_regular_file(stored.folder / file.name) as opened:
+                for one in here:
+                    opened.seek(one.tensor.offset)
+                    content = opened.read(one.tensor.size)
+                    if problem := compare_value(content, one.tensor, recipe.constants[one.constant], file.name):
+                        yield problem
+        except OSError as error:
+            raise refuse("cannot-read", file.name, error.strerror or str(error), "to read its constants") from None
+
+
+def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str) -> Problem | None:
+    """Compares the bytes of a constant with the recipe's value; None if they are equal."""
+    value = encode_value(constant.value, constant.dtype)
+    if content == value * (len(content) // len(value)):
+        return None
+    found = next(decode_value(part, constant.dtype) for part in cut_values(content, len(value)) if part != value)
+    expected = f"{constant.value:g}, as the recipe says: another value would be lost"
+    return Problem("wrong-value", f"{file}: {tensor.name}", f"{found:.9g}", expected, LOST)
+
+
+def cut_values(content: bytes, size: int) -> Iterator[bytes]:
+    """Cuts the bytes of a tensor into those of its values."""
+    return (content[begin : begin + size] for begin in range(0, len(content), size))
+
+
+FORMS = {"F32": "<f", "F16": "<e"}
+"""How `struct` writes a value."""
+
+
+def encode_value(value: float, dtype: str) -> bytes:
+    """Encodes a value as a tensor of a dtype holds it: rounded to the nearest, ties to even; infinite if it is beyond
+    the range.
+    """
+    try:
+        whole = struct.pack(FORMS.get(dtype, "<f"), value)
+    except OverflowError:
+        return encode_value(copysign(inf, value), dtype)
+    if dtype != "BF16":
+        return whole
+    bits = int.from_bytes(whole, "little")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little")
+
+
+def decode_value(content: bytes, dtype: str) -> float:
+    """Decodes the bytes of a value."""
+    whole = b"\0\0" + content if dtype == "BF16" else content
+    found: float = struct.unpack(FORMS.get(dtype, "<f"), whole)[0]
+    return found

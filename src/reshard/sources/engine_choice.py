@@ -1,0 +1,66 @@
+"""The recipes of engines: used only where a name, `--for` or the rank files themselves ask for them.
+
+A family may have a recipe for its own code and others for engines. Without a word for an engine, the recipes of engines
+do not take part in any choice.
+"""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from reshard.errors import refuse
+from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.match import OWN_RECIPE
+from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
+from reshard.text import format_list
+from reshard.types import Recipe
+
+
+def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool) -> Sequence[Recipe]:
+    """Chooses the recipes for an engine, or without one those for none. One that was named (`is_named`) stays. Raises
+    Refused if there is none for the engine.
+    """
+    if is_named and not engine:
+        return recipes
+    if fitting := [recipe for recipe in recipes if recipe.engine == engine]:
+        return fitting
+    known = list(dict.fromkeys(filter(None, (recipe.engine for recipe in list_packaged_recipes()))))
+    if is_named:
+        (named,) = recipes
+        found = f"{engine}, with the recipe {named.name} for {named.engine or 'no engine'}"
+        raise refuse("wrong-option", "--for", found, "one of them: the recipe says it already", "leave out --for")
+    near = get_close_matches(engine.lower(), known, 1)
+    remedy = f"did you mean {near[0]}?" if near else "leave it out, or name a recipe of your own with --recipe"
+    expected = f"one of {format_list(known)}" if known else "nothing: no packaged recipe is for an engine"
+    raise refuse("wrong-option", "--for", f"{engine!r}: no such engine", expected, remedy)
+
+
+def require_engine_recipe(config: Mapping[str, Any] | None, recipes: Sequence[Recipe], engine: str) -> None:
+    """Raises Refused if the config names a model that none of the recipes of an engine lists."""
+    names = [(config or {}).get("model_type"), *list_architectures(config or {})]
+    model = next((name for name in names if isinstance(name, str)), "")
+    if not engine or not model or find_asked_recipes(config or {}, recipes):
+        return
+    there = (f"{recipe.name} ({format_list(recipe.model_types or recipe.architectures)})" for recipe in recipes)
+    remedy = f"leave out --for, for the layout of the model's own code; or {OWN_RECIPE}"
+    raise refuse("no-recipe", f"--for {engine}", f"a model of {model}", f"one of {format_list(there, 99)}", remedy)
+
+
+def require_engine_of_ranks(recipe: Recipe, engine: str, path: str) -> None:
+    """Raises Refused if rank files are not of the engine that they shall be converted for."""
+    if engine and recipe.engine != engine:
+        found, expected = f"rank files of the recipe {recipe.name}", f"a whole checkpoint, or rank files for {engine}"
+        remedy = f"first --to hf into another folder, then convert that with --for {engine}"
+        raise refuse("wrong-option", f"--for {engine}", f"{path}: {found}", expected, remedy)
+
+
+def list_recipe_words(name: str) -> list[str]:
+    """Lists the words without which a command would not choose a recipe of that name: `--recipe NAME` if it is a
+    packaged one for an engine, else none.
+    """
+    return ["--recipe", name] if find_engine(name) else []
+
+
+def find_engine(name: str) -> str:
+    """Finds the engine of a packaged recipe; empty if it is for none, or not packaged."""
+    return next((recipe.engine for recipe in list_packaged_recipes() if recipe.name == name), "")
