@@ -39,13 +39,16 @@ LARGE_HEADS: Mapping[str, Any] = {
 EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 64, "num_experts": 12, "num_experts_per_tok": 3}
 """Experts 2 to 9 come before 10 by number only."""
 
+WIDE: Mapping[str, Any] = {"hidden_size": 256}
+"""vLLM's Qwen2 takes the size of a head from the hidden size, not from `head_dim`."""
+
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 1}),
     "llama-tied": ("llama-tied", {}),
     "llama-biased": ("llama-biased", {}),
     "mistral": ("mistral", {"num_key_value_heads": 4}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 1}),
-    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**WIDE, "num_key_value_heads": 1}),
+    "qwen2-tied": ("qwen2", {**WIDE, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3-moe": ("qwen3-moe", {**EXPERTS, "num_key_value_heads": 1}),
@@ -124,14 +127,17 @@ def take_heads(tensor: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
 
 
 def make_feed_forward(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Of a dense layer gate and up in one tensor; of a layer of experts all experts, each of them cut."""
+    """Of a dense layer gate and up in one tensor; of a layer of experts all experts, each of them cut.
+
+    The runner of Qwen3's experts has the router too, and vLLM keeps the smaller of two names; Mixtral's has it not.
+    """
     if "mlp.gate.weight" in own:
         experts = take_experts(own, "mlp.experts", ("gate_proj", "up_proj", "down_proj"), rank, ranks)
         return {**name_experts("mlp.experts", experts), "mlp.experts.gate.weight": own["mlp.gate.weight"]}
     if "block_sparse_moe.gate.weight" in own:
         experts = take_experts(own, "block_sparse_moe.experts", ("w1", "w3", "w2"), rank, ranks)
         made = name_experts("block_sparse_moe.experts", experts)
-        return {**made, "block_sparse_moe.experts.gate.weight": own["block_sparse_moe.gate.weight"]}
+        return {**made, "block_sparse_moe.gate.weight": own["block_sparse_moe.gate.weight"]}
     found = {"mlp.down_proj.weight": own["mlp.down_proj.weight"].chunk(ranks, 1)[rank]}
     for kind in ("weight", "bias"):
         if f"mlp.gate_proj.{kind}" in own:
