@@ -26,10 +26,10 @@ SHARDED_SAFETENSORS = OtherFormat(
     " torch.distributed.checkpoint._consolidate_hf_safetensors; neither notices a missing slice, so count the files",
 )
 
-VLLM_RANKS = OtherFormat(
-    re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors"),
-    "rank files of vLLM (sharded_state), with fused weights",
-    "this version does not read them: name the checkpoint that they were made from",
+VLLM_PARTS = OtherFormat(
+    re.compile(r"model-(?:rank-\d+-part-[1-9]\d*|pp-\d+-tp-\d+-part-\d+)\.safetensors"),
+    "rank files of vLLM (sharded_state), in several parts or of pipeline ranks",
+    "only files of one part a rank are read: name the checkpoint that they were made from",
 )
 
 PICKLE_SAVE = (
