@@ -35,11 +35,11 @@ VERBS = set(
     add advise allocate append arrange ask assemble assign audit build carry cast check choose collect compare compile
     compute concatenate convert count correct cover cut decide decode dequantize describe diff drop encode escape
     evaluate execute expand explain fill find flatten flush format gather get group heed hide identify ignore infer
-    inspect interleave interrupt intersect invert join keep lay leave list load lock look make match measure mend merge move
-    multiply name narrow normalize note number open order pack pad paint pair parse pick plan prepare print probe prove
-    prune quantize raise read recode refuse remove rename renumber repair replace repeat require reserve restore reverse
-    reword rewrite round run sample set shift shorten show skip sort split spread start stop store suggest summarize
-    sync tabulate take trace transform unpack verify view wait widen write combine estimate try
+    inspect interleave interrupt intersect invert join keep lay leave list load lock look make match measure mend merge
+    move multiply name narrow normalize note number open order pack pad paint pair parse pick plan prepare print probe
+    prove prune quantize raise read recode refuse remove rename renumber repair replace repeat require reserve restore
+    reverse reword rewrite round run sample set shift shorten show skip sort split spread start stop store suggest
+    summarize sync tabulate take trace transform unpack verify view wait widen write combine estimate try
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""
