@@ -125,7 +125,9 @@ def test_a_replica_of_a_part_that_differs_is_refused(tmp_path: Path, recipe: str
 def test_a_missing_file_is_named(lost: int, tmp_path: Path, recipe: str) -> None:
     folder = write_ranks(tmp_path / "ranks", 4)
     (folder / f"part-{lost}.safetensors").unlink()
-    assert kinds(refused(folder, recipe)) == {("missing-file", f"part-{lost}.safetensors")}
+    (problem,) = refused(folder, recipe)
+    assert (problem.kind, problem.subject) == ("missing-file", f"part-{lost}.safetensors")
+    assert problem.expected == "4 rank files, by the headers of the others"
 
 
 def test_a_last_file_that_nothing_tells_of_is_seen_by_what_lacks(tmp_path: Path, recipe: str) -> None:
