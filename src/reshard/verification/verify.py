@@ -126,7 +126,8 @@ def format_report_lines(report: Report) -> Iterator[str]:
             yield f"{format_count(equal, 'tensors')} equal to the source"
             counted = ", counted in each rank file" if report.ranks > 1 else ""
             for cast, count in report.casts.items():
-                yield f"{format_count(count, 'tensors')} as the cast should give: {describe_cast(cast)}{counted}"
+                said = "as the recipe says" if cast == FILL else "as the cast should give"
+                yield f"{format_count(count, 'tensors')} {said}: {describe_cast(cast)}{counted}"
         if report.inexact:
             values = format_count(report.inexact, "values")
             yield f"rounded: {values} that the new dtype does not have, each to the nearest"
