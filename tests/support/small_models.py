@@ -45,8 +45,8 @@ from_config: Any = transformers.AutoModelForCausalLM.from_config
 
 
 @make_once
-def write_model(folder: Path, /, name: str, **changes: Any) -> None:
-    """A random model of float32, as transformers writes it, in several files; biases and norms are random too."""
+def write_model(folder: Path, /, name: str, *, dtype: str = "float32", **changes: Any) -> None:
+    """A random model, as transformers writes it, in several files; biases and norms are random too."""
     word, own = MODELS[name]
     config = getattr(transformers, word)(**{**HEAVY, **own, **changes})
     torch.manual_seed(5)
@@ -55,5 +55,5 @@ def write_model(folder: Path, /, name: str, **changes: Any) -> None:
         for parameter in [*model.parameters(), *(buffer for key, buffer in model.named_buffers() if "score" in key)]:
             if parameter.dim() == 1:
                 parameter.add_(torch.rand_like(parameter) * 0.5)
-    model.save_pretrained(folder, max_shard_size="60KB")
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="60KB")
     (folder / "tokenizer.json").write_text("{}")

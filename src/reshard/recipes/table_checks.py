@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
+from reshard.recipes.alternatives import are_alternatives
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
@@ -220,11 +221,10 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
         for side, pattern in (("left", row[1]), ("right", row[2])):
             named.setdefault((side, pattern), []).append(number)
     for (side, pattern), numbers in named.items():
-        if (
-            pattern
-            and len(numbers) > 1
-            and not (side == "right" and holds_fused([table["rules"][at] for at in numbers]))
-        ):
+        rows = [table["rules"][at] for at in numbers]
+        if not pattern or len(rows) == 1 or are_alternatives([row[5] if row[5:] else "" for row in rows]):
+            continue
+        if side == "left" or not holds_fused(rows):
             for number in numbers:
                 yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
     if all(is_list_of_strings(row) and len(row) in (4, 5, 6) for row in table["rules"]):

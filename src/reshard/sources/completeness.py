@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.recipes.alternatives import get_answer
 from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
 from reshard.text import format_numbers
@@ -197,19 +198,6 @@ def may_lack(rule: Rule, config: Mapping[str, Any]) -> bool:
     """Whether the tensors of a rule may be missing: always, or if the config key is true or absent."""
     word, _, key = rule.only.partition(" if ")
     return word == MAYBE and (not key or get_answer(key, config) is not False)
-
-
-def get_answer(key: str, config: Mapping[str, Any]) -> bool | None:
-    """Returns whether the value of a config key is true; None if the config lacks the key."""
-    table: Any = config
-    for part in key.split("."):
-        # A key whose value is null counts as false (`q_lora_rank` of V2-Lite), and so does all that is within it.
-        if table is None:
-            return False
-        if not isinstance(table, Mapping) or part not in table:
-            return None
-        table = table[part]
-    return bool(table)
 
 
 def check_missing_of_rule(

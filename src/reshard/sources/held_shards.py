@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused
 from reshard.formats.huggingface import FolderHeaders
+from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import count_heads
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
@@ -67,9 +68,9 @@ class RankPatterns(NamedTuple):
     """Pattern -> index into the constants of the recipe."""
 
 
-def collect_rank_patterns(recipe: Recipe, turned: Recipe) -> RankPatterns:
+def collect_rank_patterns(recipe: Recipe, turned: Recipe, config: Mapping[str, Any]) -> RankPatterns:
     """Collects the patterns of a recipe's right side; `turned` is the recipe with its sides exchanged."""
-    rules = [(number, rule) for number, rule in enumerate(turned.rules) if rule.relation not in ("drop", *FUSED)]
+    rules = [(number, rule) for number, rule in list_rules(turned, config) if rule.relation not in ("drop", *FUSED)]
     plain = [pattern for number, rule in rules for pattern in make_patterns(number, rule, turned)]
     fused = {one.pattern: one for one in list_fused_patterns(recipe)}
     # Behind the rules: a pattern of a rule never equals one of a constant.
@@ -86,7 +87,7 @@ def collect_rank_patterns(recipe: Recipe, turned: Recipe) -> RankPatterns:
 def collect_shards(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, Any]) -> CollectedShards:
     """Groups the shards of all ranks by their original names. A fused tensor counts as its parts."""
     turned = reverse_recipe(recipe)
-    patterns = collect_rank_patterns(recipe, turned)
+    patterns = collect_rank_patterns(recipe, turned, config)
     names = split_names(tensor.name for tensor in stored.tensors)
     marked, before = find_later_members(names, turned)
     kinds = list_kinds(recipe, config)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.numbered_names import split_name
+from reshard.recipes.alternatives import list_rules
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
     Pattern,
@@ -154,7 +155,8 @@ def check_optional(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> 
 
 def match_names(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[Family], dict[str, list[Pattern]]]:
     """Groups the tensors into families. Also returns the tensors with no rule or several: name -> fitting patterns."""
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
+    rules = list_rules(recipe, checkpoint.config)
+    patterns = [pattern for number, rule in rules for pattern in make_patterns(number, rule, recipe)]
     groups, all_tensors = group_names_by_key(checkpoint.tensors), list(checkpoint.tensors.values())
     names = ((key, numbers) for key, group in groups.items() for numbers in group.numbers)
     marked, before = find_later_members(names, recipe)

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from reshard.numbered_names import split_name
+from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
 from reshard.recipes.fusions import FUSED, list_fusions
 from reshard.recipes.patterns import WEIGHT, Pattern, find_later_members, find_scale_placeholder, make_patterns
@@ -70,7 +71,7 @@ def invert_recipe(recipe: Recipe, source: Checkpoint, *, is_whole: bool) -> Inve
     patterns: dict[str, list[tuple[Pattern, Pattern, Pattern | None]]] = {}
     stacked = {} if is_whole else {fusion.rules[0]: f"{{{fusion.stacked}}}" for fusion in list_fusions(recipe)}
     one_way = ("drop",) if is_whole else ("drop", *FUSED)
-    for number, rule in enumerate(recipe.rules):
+    for number, rule in list_rules(recipe, source.config):
         if rule.relation in one_way and number not in stacked:
             continue
         first = replace(rule, left=rule.left.replace(stacked[number], "0")) if number in stacked else rule

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from reshard.numbered_names import split_name
+from reshard.recipes.alternatives import list_rules
 from reshard.recipes.patterns import Pattern, find_later_members, make_patterns
 from reshard.types import Checkpoint, Recipe
 
@@ -21,7 +22,8 @@ def find_source_rows(source: Checkpoint, recipe: Recipe) -> dict[str, SourceRow]
     """Finds the row of each source tensor, by name."""
     names = {name: split_name(name) for name in source.tensors}
     marked, before = find_later_members(names.values(), recipe)
-    patterns = [pattern for number, rule in enumerate(recipe.rules) for pattern in make_patterns(number, rule, recipe)]
+    rules = list_rules(recipe, source.config)
+    patterns = [pattern for number, rule in rules for pattern in make_patterns(number, rule, recipe)]
     found: dict[str, SourceRow] = {}
     by_key: dict[tuple[str, int], list[Pattern]] = {}
     for name, (key, numbers) in names.items():

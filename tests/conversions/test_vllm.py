@@ -1,0 +1,101 @@
+"""Rank files for vLLM's `sharded_state`: what vLLM's own models want, as an independent converter makes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm_oracle
+from jobs import Job, convert_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from vllm_oracle import CASES, LIST, make_rank_tensors, write_case, write_rank_files
+
+from reshard import api
+
+WANTED: dict[str, Any] = json.loads(LIST.read_text())
+RANKS: tuple[int, ...] = tuple(WANTED["ranks"])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("vllm") / request.param
+    write_case(folder, request.param)
+    return request.param, folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def describe(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Dtype and shape of each, as the list has them."""
+    names = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
+    return {name: f"{names[str(tensor.dtype)]} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def data_of(path: Path) -> bytes:
+    """What a file holds behind its header."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_the_list_is_of_every_case_and_names_its_version() -> None:
+    assert set(WANTED["models"]) == set(CASES)
+    assert WANTED["vllm"] == "0.32.0"
+    assert len({WANTED["models"][case]["model.norm.weight"][0] for case in CASES}) == 2
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_oracle_makes_what_vllm_wants(model: tuple[str, Path], ranks: int) -> None:
+    case, source = model
+    at = RANKS.index(ranks)
+    wanted = {name: shapes[at] for name, shapes in WANTED["models"][case].items()}
+    for rank in range(ranks):
+        assert describe(make_rank_tensors(source, rank, ranks)) == wanted
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rank_files_are_those_of_the_oracle_and_lead_back(model: tuple[str, Path], ranks: int, tmp_path: Path) -> None:
+    case, source = model
+    recipe = f"vllm-{json.loads((source / 'config.json').read_text())['model_type'].replace('_', '-')}"
+    recipe = recipe.replace("mistral", "llama")
+    convert_checkpoint(Job(source, ranks, recipe=recipe), tmp_path / "target")
+    write_rank_files(source, tmp_path / "wanted", ranks)
+    names = [f"model-rank-{rank}-part-0.safetensors" for rank in range(ranks)]
+    assert sorted(path.name for path in (tmp_path / "target").glob("*.safetensors")) == names
+    at = RANKS.index(ranks)
+    for name in names:
+        found, wanted = tmp_path / "target" / name, tmp_path / "wanted" / name
+        assert describe(load_file(found)) == {key: shapes[at] for key, shapes in WANTED["models"][case].items()}
+        assert data_of(found) == data_of(wanted)
+    report = api.verify(tmp_path / "target", source)
+    assert report.problems == ()
+    convert_checkpoint(Job(tmp_path / "target", 1, to="hf"), tmp_path / "back")
+    whole, back = tensors_of(source), tensors_of(tmp_path / "back")
+    assert set(back) == set(whole)
+    assert all(back[name].dtype == whole[name].dtype and back[name].equal(whole[name]) for name in whole)
+
+
+def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:
+    """Qwen3-0.6B has one. vLLM knows no second table, and would end with a KeyError."""
+    write_case(tmp_path / "source", "qwen3-tied")
+    tensors = tensors_of(tmp_path / "source")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    write_case(tmp_path / "plain", "qwen3-tied")
+    add_tensors(tmp_path / "source", head)
+    for name in ("source", "plain"):
+        convert_checkpoint(Job(tmp_path / name, 2, recipe="vllm-qwen3"), tmp_path / f"{name}-target")
+    for rank in range(2):
+        file = f"model-rank-{rank}-part-0.safetensors"
+        assert data_of(tmp_path / "source-target" / file) == data_of(tmp_path / "plain-target" / file)
+    assert api.verify(tmp_path / "source-target", tmp_path / "source").problems == ()
+
+
+def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Adds a file with tensors, and its names to the index."""
+    vllm_oracle.save_file(tensors, folder / "model-more.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-more.safetensors")
+    path.write_text(json.dumps(index))
