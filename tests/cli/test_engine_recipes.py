@@ -82,6 +82,8 @@ def test_what_was_made_for_an_engine_says_so_itself(capsys: pytest.CaptureFixtur
     run("diff target again", capsys)
     run("convert target whole --to hf", capsys)
     run("verify whole --source target", capsys)
+    run("verify whole --source source", capsys, 1)  # the MTP layer was dropped; but the recipe is found
+    assert "missing-tensor" in run("verify whole --source source --json", capsys, 1)
     damaged = Path("target") / FILES.format(rank=1, ranks=2)
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

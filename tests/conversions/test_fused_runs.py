@@ -74,6 +74,17 @@ def test_a_cast_is_fused_like_any_tensor(ranks: int, tmp_path: Path) -> None:
     assert "quantization_config" not in read_config(tmp_path / "target")
 
 
+def test_quantized_weights_are_fused_with_their_scales(tmp_path: Path) -> None:
+    """As whole files have them after the same cast."""
+    recipe = str(write_source(tmp_path / "source", block=(4, 4)))
+    plain, whole = tmp_path / "plain", tmp_path / "whole"
+    convert_checkpoint(Job(tmp_path / "source", 1, recipe, to="hf", cast="bf16"), plain)
+    convert_checkpoint(Job(plain, 1, recipe, to="hf", cast="fp8"), whole)
+    convert_checkpoint(Job(plain, 4, recipe, cast="fp8"), tmp_path / "target")
+    assert_target(tmp_path / "target", load_source(whole), read_config(whole), 4)
+    assert read_config(tmp_path / "target")["quantization_config"]["weight_block_size"] == [4, 4]
+
+
 @pytest.mark.parametrize("settings", [Settings(jobs=4), Settings(cache="no"), Settings(jobs=3, cache="no")], ids=str)
 def test_threads_and_cache_change_nothing(settings: Settings, source: Path, tmp_path: Path) -> None:
     convert_checkpoint(make_job(source, 4), tmp_path / "target", settings)

@@ -94,9 +94,10 @@ def refusal(path: Path, recipe: str | None = None) -> Problem:
         ({"config.json": b"{}"}, "empty-source", "no file that ends in .safetensors", "right folder?"),
         ({"shard-00001-model-00001-of-00001.safetensors": SLICE, "shard-00002-model-00001-of-00001.safetensors": SLICE},
          "other-format", "(DCP)", "a slice is not a tensor"),
-        ({"model-rank-0-part-0.safetensors": ONE, "model-rank-0-part-1.safetensors": ONE},
+        ({"model-rank-0-part-0.safetensors": ONE, "model-rank-0-part-1.safetensors": ONE, INDEX: b"{}"},
          "other-format", "vLLM", "made from"),
-        ({"model-pp-0-tp-0-part-0.safetensors": ONE, INDEX: b"{}"}, "other-format", "vLLM", "made from"),
+        ({"model-pp-0-tp-0-part-0.safetensors": ONE, "model-pp-1-tp-0-part-0.safetensors": ONE},
+         "other-format", "pipeline parallelism", "made from"),
     ],
 )  # fmt: skip
 def test_a_folder_without_a_checkpoint_is_named(
@@ -117,7 +118,7 @@ def test_a_folder_without_a_checkpoint_is_named(
         ("x.safetensors.crdownload", ONE, "unfinished-download", "beginning of x.safetensors"),
         ("adapter_model.safetensors", ONE, "adapter", "an adapter"),
         ("x.safetensors", LORA, "adapter", "an adapter"),
-        ("model-rank-0-part-1.safetensors", ONE, "other-format", "vLLM"),
+        ("model-pp-0-tp-1-part-0.safetensors", ONE, "other-format", "vLLM"),
         ("x.safetensors", SLICE, "other-format", "(DCP)"),
     ],
 )
@@ -125,6 +126,13 @@ def test_a_single_file_is_named(name: str, content: bytes, kind: str, found: str
     problem = refusal(lay(tmp_path / "s", {name: content}) / name)
     assert (problem.kind, problem.subject) == (kind, str(tmp_path / "s" / name))
     assert found in problem.found
+
+
+def test_ranks_of_vllm_are_not_taken_for_whole_files(tmp_path: Path) -> None:
+    files = {f"model-rank-{rank}-part-0.safetensors": ONE for rank in range(2)}
+    problem = refusal(lay(tmp_path / "s", files), "llama")
+    assert (problem.kind, problem.subject) == ("other-format", str(tmp_path / "s"))
+    assert "recipes for vLLM" in problem.remedy
 
 
 def test_a_file_of_safetensors_may_have_any_name(tmp_path: Path) -> None:

@@ -313,6 +313,13 @@ def test_only_the_rows_of_one_fusion_share_a_name(tmp_path: Path) -> None:
     assert any("model.layers.0.q.weight" in f"{problem.subject} {problem.found}" for problem in problems)
 
 
+def test_a_scale_with_the_name_of_its_weight_is_refused(tmp_path: Path) -> None:
+    problems = refuse_plan(tmp_path, 1, block=(4, 4), edit=('right = "weight_scale_inv"', 'right = "weight"'))
+    assert {problem.kind for problem in problems} == {"same-name"}
+    subjects = {problem.subject for problem in problems}
+    assert "model.layers.0.q.weight_scale_inv -> model.layers.0.qkv.weight" in subjects
+
+
 def test_the_checkpoint_has_the_shapes_of_its_config() -> None:
     """Of the model of these tests itself: fewer key heads than ranks, and experts beyond 9."""
     assert CONFIG["num_key_value_heads"] < CONFIG["num_attention_heads"] < 10 < CONFIG["num_experts"]

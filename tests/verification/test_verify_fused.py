@@ -129,7 +129,7 @@ def test_a_fused_tensor_counts_once(left: Tensors, source: Path, tmp_path: Path)
     report = verify(write_ranks(tmp_path / "target", fused_files.cast_all_to_bf16(left), 2), source)
     assert report.casts == {"dequantize": 2 * 2 * 4, "fill": 2 * 5}
     assert "16 tensors as the cast should give: dequantized to BF16" in str(report)
-    assert "10 tensors as the cast should give: filled with the constants of the recipe" in str(report)
+    assert "10 tensors as the recipe says: constants, counted in each rank file" in str(report)
 
 
 @pytest.mark.parametrize("sample", [LEAST, Fraction(1, 10)])
@@ -162,6 +162,24 @@ def test_a_model_without_biases_has_no_fused_bias(left: Tensors, tmp_path: Path)
         tensors = {name: t for name, t in make_rank(left, rank, 2).items() if not name.endswith("bias")}
         write_rank(tmp_path / "target", rank, tensors, describe(rank, 2))
     report = verify(tmp_path / "target", source)
+    assert report.is_proven, report
+
+
+def test_a_row_whose_condition_is_not_met_makes_no_part(left: Tensors, tmp_path: Path) -> None:
+    without = {name: tensor for name, tensor in left.items() if not name.endswith("v_proj.bias")}
+    source = fused_files.write_source(tmp_path / "source", without)
+    text = load_text(source).replace(
+        'num_key_value_heads", "", "maybe"],\n["same"', 'num_key_value_heads", "", "if v"],\n["same"'
+    )
+    recipe = parse_recipe(text, "tiny.toml")
+    assert [rule.only for rule in recipe.rules if rule.left.endswith("v_proj.bias")] == ["if v"]
+    for rank in range(2):
+        tensors = make_rank(left, rank, 2)
+        for layer in range(2):
+            name = f"layers.{layer}.attn.qkv_proj.bias"
+            tensors[name] = tensors[name][:-4]
+        write_rank(tmp_path / "target", rank, tensors, describe(rank, 2))
+    report = verify_target(tmp_path / "target", read_checkpoint(source), recipe)
     assert report.is_proven, report
 
 
@@ -453,6 +471,15 @@ def test_a_scale_of_a_dequantized_weight_is_named(left: Tensors, source: Path, t
     assert facts(verify(target, source)) == [("extra-tensor", subject(0, f"{W13}_scale_inv"))]
 
 
+@pytest.mark.parametrize("name", [f"{W13}_scale_inv", f"{BASE}.mlp.down_proj.weight_scale_inv"])
+def test_a_scale_of_a_rounded_weight_is_named(name: str, tmp_path: Path) -> None:
+    left = fused_files.make_source(quantized=torch.float32, plain=torch.float32)
+    source = fused_files.write_source(tmp_path / "source", left)
+    target = write_ranks(tmp_path / "target", fused_files.cast_all_to_bf16(left), 2)
+    change(target, 0, {name: torch.ones(4, 4)})
+    assert facts(verify(target, source)) == [("extra-tensor", subject(0, name))]
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -568,6 +595,14 @@ def test_a_gap_in_a_stack_is_named_unless_the_source_is_a_part(left: Tensors, so
     assert report.is_proven, report
     report = verify_target(target, replace(part, subset={}), load_tiny(source))
     assert ("missing-tensor", f"{BASE}.experts.5.up_proj.weight") in facts(report)
+
+
+def test_an_expert_with_a_wild_number_does_not_make_a_stack_of_a_billion(left: Tensors, tmp_path: Path) -> None:
+    name = f"{BASE}.experts.11.down_proj.weight"
+    moved = {other.replace(".experts.11.", ".experts.999999999."): tensor for other, tensor in left.items()}
+    source = fused_files.write_source(tmp_path / "source", moved)
+    report = verify(write_ranks(tmp_path / "target", left, 1), source)
+    assert ("missing-tensor", name) in facts(report)
 
 
 # --- files ---

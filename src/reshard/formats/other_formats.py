@@ -26,10 +26,17 @@ SHARDED_SAFETENSORS = OtherFormat(
     " torch.distributed.checkpoint._consolidate_hf_safetensors; neither notices a missing slice, so count the files",
 )
 
+VLLM_RANKS = OtherFormat(
+    re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors"),
+    "rank files of vLLM (sharded_state)",
+    "they are read by the recipes for vLLM, which reshard recipes lists: name none, or one of these; or name the"
+    " checkpoint that they were made from",
+)
+
 VLLM_PARTS = OtherFormat(
     re.compile(r"model-(?:rank-\d+-part-[1-9]\d*|pp-\d+-tp-\d+-part-\d+)\.safetensors"),
-    "rank files of vLLM (sharded_state), in several parts or of pipeline ranks",
-    "only files of one part a rank are read: name the checkpoint that they were made from",
+    "rank files of vLLM (sharded_state) in several parts, or for pipeline parallelism",
+    "this version reads them in one part for each rank: name the checkpoint that they were made from",
 )
 
 PICKLE_SAVE = (

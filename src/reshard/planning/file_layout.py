@@ -51,10 +51,6 @@ class Pieces:
     fused: Mapping[int, tuple[int, ...]]
     """Index of the first piece of each fused tensor -> the shape of the tensor in a file, in elements."""
 
-    def find_shape(self, piece: int) -> tuple[int, ...]:
-        """Finds the shape of the tensor that begins with a piece, in a file, in elements."""
-        return self.fused[piece] if piece in self.fused else self.cuts[self.cut[piece]].shape
-
 
 @dataclass(frozen=True, slots=True)
 class TargetFile:

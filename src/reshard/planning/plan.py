@@ -57,9 +57,10 @@ class Plan:
         """Yields the tensors of one target file, in the order of their offsets; `index` is an index into `files`."""
         file, pieces = self.files[index], self.pieces
         start = len(file.header)
-        for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
-            name, dtype = pieces.names[piece], pieces.tensors[piece].dtype
-            yield Tensor(name, dtype, pieces.find_shape(piece), index, start, end - start)
+        columns = (column.tolist() for column in (file.pieces, pieces.cut[file.pieces], file.ends))
+        for piece, cut, end in zip(*columns, strict=True):
+            shape = pieces.fused[piece] if piece in pieces.fused else pieces.cuts[cut].shape
+            yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
             start = end
 
     def __str__(self) -> str:

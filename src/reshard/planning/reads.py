@@ -12,7 +12,6 @@ from reshard.planning.copies import LARGEST_GAP, Copies, Integers
 from reshard.types import Cast, Checkpoint, Tensor
 
 TIMES_READ = {
-    "fill": (0, 0),
     "quantize": (2, 0),
     "quantize-ue8m0": (2, 0),
     "fp4-to-fp8": (1, 2),

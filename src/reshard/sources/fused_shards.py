@@ -18,7 +18,7 @@ from reshard.types import BlockScale, Recipe, Rule, Tensor
 
 BESIDE = "copy the model's config.json beside the rank files"
 
-OTHERS = "is config.json another model's, or a rank file from another conversion?"
+OTHERS = "is a rank file missing, or from another conversion, or config.json another model's?"
 
 
 class FusedPattern(NamedTuple):
@@ -141,7 +141,7 @@ def count_part_rows(rule: Rule, recipe: Recipe, config: Mapping[str, Any], ranks
     if not parts or rows % parts:
         things = f"{heads} {rule.split.heads_key}" if heads else f"{rows} rows"
         expected = f"one of the numbers to divide the other: {things} and {ranks} ranks"
-        raise refuse("not-divisible", rule.left, f"{ranks} ranks", expected, "is config.json another's?")
+        raise refuse("not-divisible", rule.left, f"{ranks} ranks", expected, OTHERS)
     return -(-(rows // parts) // side)
 
 

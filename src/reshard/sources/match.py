@@ -212,11 +212,11 @@ def check_clashes(families: Sequence[Family], recipe: Recipe) -> Iterator[Proble
     count = sum(len(family.names) for family in others) + sum(map(len, fused.values()))
     if len({name for family in named for name in family.names}) == count:
         return
-    first: dict[str, tuple[str, str]] = {}
+    first: dict[str, tuple[str, tuple[str, bool]]] = {}
     for family in named:
         rule = recipe.rules[family.rule]
         for name, tensor in zip(family.names, family.tensors, strict=True):
-            owner = rule.right if rule.relation in FUSED else tensor.name
+            owner = rule.right if rule.relation in FUSED else tensor.name, family.is_scale
             other, first_owner = first.setdefault(name, (tensor.name, owner))
             if first_owner != owner:
                 found = f"the name of {other} too"

@@ -32,7 +32,8 @@ class RankNames(NamedTuple):
         """Reports missing rank files and, unless ignored, other safetensors files."""
         ranks = len(self.wanted)
         for name in self.missing:
-            expected = f"{ranks} rank files, by the names of the others"
+            told = "names" if "{ranks}" in self.recipes[0].files else "headers"
+            expected = f"{ranks} rank files, by the {told} of the others"
             yield Problem("missing-file", name, "no such file", expected, "copy it there")
         for name in () if ignore_extra_files else self.extra:
             remedy = "move it away, or pass --ignore-extra-files to leave it out"

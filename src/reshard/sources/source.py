@@ -13,7 +13,7 @@ from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_heade
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.ranges import CheckedRange, pick_ranges
-from reshard.formats.recognition import require_model
+from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_recipes_to_try
@@ -124,6 +124,7 @@ def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
     require_none(check_chosen_tensors(folder))
+    require_no_vllm_ranks(folder.path, folder.names)
     return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
 
 

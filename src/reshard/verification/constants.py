@@ -84,7 +84,7 @@ def find_places(slots: Sequence[str], letters: Collection[str], recipe: Recipe) 
     return [(place, letter) for letter, place in found.items()]
 
 
-def check_constants(
+def check_filled_constants(
     target: Path,
     taken: Mapping[str, Sequence[TakenConstant]],
     expected: Mapping[str, Constant],
@@ -105,10 +105,10 @@ def check_constants(
                 found, wanted = "a constant of what the source does not have", "only what comes from the source"
                 yield Problem("extra-tensor", one.subject, found, wanted, CONVERT_AGAIN_HINT)
             else:
-                yield from check_constant(target, one, expected[name], recipe)
+                yield from check_filled_constant(target, one, expected[name], recipe)
 
 
-def check_constant(target: Path, one: TakenConstant, constant: Constant, recipe: Recipe) -> Iterator[Problem]:
+def check_filled_constant(target: Path, one: TakenConstant, constant: Constant, recipe: Recipe) -> Iterator[Problem]:
     """Reports a constant of another dtype, shape or value."""
     tensor = one.tensor
     if (tensor.dtype, tensor.shape) != (constant.dtype, constant.shape):
@@ -118,7 +118,7 @@ def check_constant(target: Path, one: TakenConstant, constant: Constant, recipe:
     with (target / one.file.file.name).open("rb") as file:
         file.seek(tensor.offset)
         data = np.frombuffer(file.read(tensor.size), CODES[constant.dtype])
-    wrong = data[data != encode_constant(constant)]
+    wrong = data[data != compute_constant_bits(constant)]
     if len(wrong) or data.nbytes != tensor.size:
         found = f"the value {decode_constant(wrong[0], constant.dtype)}" if len(wrong) else "the file ends before"
         expected = f"{constant.value}, a constant of the recipe {recipe.name}"
@@ -129,7 +129,7 @@ CODES = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 """How the bits of a value are compared."""
 
 
-def encode_constant(constant: Constant) -> int:
+def compute_constant_bits(constant: Constant) -> int:
     """The bits of the value of a constant."""
     if constant.dtype == "F16":
         return int(np.float16(constant.value).view(np.uint16))

@@ -111,7 +111,7 @@ CONVERSION_TEXTS = {
     FP4_TO_FP8: "cast from FP4 to FP8",
     QUANTIZE: "quantized to FP8",
     ROUND: "rounded to BF16",
-    FILL: "filled with the constants of the recipe",
+    FILL: "constants",
 }
 
 

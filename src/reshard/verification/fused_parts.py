@@ -18,7 +18,7 @@ from reshard.types import Checkpoint, Recipe
 from reshard.verification.chunks import TargetPart
 from reshard.verification.expected import SourcePlace, TargetTensor, WeightUnit
 from reshard.verification.expected_ranks import SourceRow
-from reshard.verification.provenance import Provenance, WantedPart, examine_unit, join_shapes
+from reshard.verification.provenance import Provenance, WantedPart, infer_wanted_parts, join_shapes
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetHeader
 
 MOST_GAPS = 1000
@@ -165,7 +165,7 @@ def trace_fused_unit(trace: Provenance, unit: FusedUnit) -> Iterator[Problem]:
     problems: dict[tuple[str, str], Problem] = {}
     wanted: list[WantedPart] = []
     for part in unit.list_units():
-        found, parts = examine_unit(trace, part)
+        found, parts = infer_wanted_parts(trace, part)
         for problem in found:
             problems.setdefault((problem.kind, problem.subject), problem)
         wanted.extend(parts)

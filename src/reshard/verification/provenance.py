@@ -124,13 +124,13 @@ class WantedPart(NamedTuple):
 
 def trace_unit(trace: Provenance, unit: WeightUnit) -> Iterator[Problem]:
     """Infers how a unit was converted and adds it to `trace`; yields problems of its dtypes and shapes."""
-    problems, wanted = examine_unit(trace, unit)
+    problems, wanted = infer_wanted_parts(trace, unit)
     yield from problems
     for part in wanted:
         yield from add_parts(trace, part)
 
 
-def examine_unit(trace: Provenance, unit: WeightUnit) -> tuple[list[Problem], list[WantedPart]]:
+def infer_wanted_parts(trace: Provenance, unit: WeightUnit) -> tuple[list[Problem], list[WantedPart]]:
     """Infers how a unit was converted, and notes it in `trace`. Returns what is wrong whatever the shapes are, and what
     its weight and its scale should hold.
     """

@@ -92,7 +92,7 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     if "{ranks}" in recipe.files:
         ranks = Counter(max(map(int, found.groups())) for found in fitting).most_common(1)[0][0]
     else:
-        said = Counter(filter(None, (read_number_of_ranks(target / found[0]) for found in fitting)))
+        said = Counter(filter(None, (read_stated_ranks(target / found[0]) for found in fitting)))
         ranks = said.most_common(1)[0][0] if said else 1 + max(int(found[1]) for found in fitting)
     if ranks > MOST_RANKS:
         raise refuse("wrong-ranks", fitting[0][0], f"{ranks} ranks", f"at most {MOST_RANKS}")
@@ -101,7 +101,7 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
-def read_number_of_ranks(path: Path) -> int:
+def read_stated_ranks(path: Path) -> int:
     """The number of ranks that the header of a rank file names; 0 if it names none."""
     said = None
     with suppress(OSError), path.open("rb") as file:

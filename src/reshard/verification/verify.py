@@ -23,7 +23,7 @@ from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint, File, Recipe
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.compare import ComparedFiles, Comparison, PartKey, compare_parts, make_part_key
-from reshard.verification.constants import check_constants, list_expected_constants, take_constants
+from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
     FILL,
@@ -126,7 +126,8 @@ def format_report_lines(report: Report) -> Iterator[str]:
             yield f"{format_count(equal, 'tensors')} equal to the source"
             counted = ", counted in each rank file" if report.ranks > 1 else ""
             for cast, count in report.casts.items():
-                yield f"{format_count(count, 'tensors')} as the cast should give: {describe_cast(cast)}{counted}"
+                said = "as the recipe says" if cast == FILL else "as the cast should give"
+                yield f"{format_count(count, 'tensors')} {said}: {describe_cast(cast)}{counted}"
         if report.inexact:
             values = format_count(report.inexact, "values")
             yield f"rounded: {values} that the new dtype does not have, each to the nearest"
@@ -163,9 +164,10 @@ def verify_target(
         advance(file.file.header_size)
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(trace_target(trace, target, files, recipe))
-    advance(sum(tensor.size for tensor in trace.constants))
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare_parts(things, *make_compared_files(target, files, source), advance, sample)
+    if trace.constants:
+        advance(sum(tensor.size for tensor in trace.constants))
     problems.extend(check_differences(trace, comparison))
     return make_report(trace, files, comparison, problems, is_sampled=sample is not None)
 
@@ -239,7 +241,7 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
         trace.constants.extend(one.tensor for several in constants.values() for one in several)
         has_optional = keeps_optional(trace, looked_at, wanted)
         expected = list_expected_constants(rows.values(), recipe, has_optional=has_optional)
-        yield from check_constants(target, constants, expected, looked_at, recipe)
+        yield from check_filled_constants(target, constants, expected, looked_at, recipe)
     else:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
         yield from check_index_and_config(
