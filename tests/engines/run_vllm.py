@@ -56,7 +56,9 @@ def main() -> int:
         for ranks in options.ranks:
             jobs = [lay_out(Path(name), case, ranks, options.files) for case in options.cases]
             jobs += [remove_tensor(jobs[0])] if ranks == 1 else []
-            answers, said = run([(job["source"], "auto") for job in jobs] + [(job["target"], STATE) for job in jobs], ranks)
+            answers, said = run(
+                [(job["source"], "auto") for job in jobs] + [(job["target"], STATE) for job in jobs], ranks
+            )
             for job, wanted, found in zip(jobs, answers, answers[len(jobs) :], strict=False):
                 fault = find_fault(job, wanted, found)
                 faults += bool(fault)

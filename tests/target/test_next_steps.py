@@ -204,6 +204,15 @@ def test_whole_files_and_plain_rank_files_have_readers(tmp_path: Path, capsys: p
     assert [*steps] == ["next"]
 
 
+def test_rank_files_for_vllm_are_started_by_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "source", "llama")
+    steps = convert(capsys, tmp_path / "source", tmp_path / "target", "--tp", "2", "--for", "vllm")
+    wanted = f"vllm serve {tmp_path}/target --load-format sharded_state --tensor-parallel-size 2"
+    assert steps["start"] == wanted
+    steps = convert(capsys, tmp_path / "target", tmp_path / "back", "--to", "hf")
+    assert steps["start"] == f"vllm serve {tmp_path}/back"
+
+
 def test_json_has_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "source", SMALL_V3, 2)
     steps = convert(capsys, tmp_path / "source", tmp_path / "target", "--mp", "2")

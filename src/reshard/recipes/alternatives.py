@@ -1,7 +1,7 @@
 """Rows that share a name, of which the config chooses one: a tied model's table has another name than an untied one's.
 
-    ["same", "model.embed_tokens.weight", "model.embed_tokens.weight", "rows", "", "unless tie_word_embeddings"],
-    ["same", "model.embed_tokens.weight", "lm_head.weight",            "rows", "", "if tie_word_embeddings"],
+["same", "model.embed_tokens.weight", "model.embed_tokens.weight", "rows", "", "unless tie_word_embeddings"],
+["same", "model.embed_tokens.weight", "lm_head.weight",            "rows", "", "if tie_word_embeddings"],
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from reshard.types import Recipe, Rule
+
 
 def list_rules(recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[tuple[int, Rule]]:
     """Lists the rows that may have tensors, with their indices: all, but of two alternatives only the one whose
@@ -27,11 +28,11 @@ def find_alternatives(rules: Sequence[Rule], names: Sequence[str]) -> set[int]:
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         by_name.setdefault(name, []).append(number)
-    pairs = [pair for pair in by_name.values() if are_alternatives([rules[number].only for number in pair])]
+    pairs = [pair for pair in by_name.values() if is_choice([rules[number].only for number in pair])]
     return set(chain.from_iterable(pairs))
 
 
-def are_alternatives(conditions: Sequence[str]) -> bool:
+def is_choice(conditions: Sequence[str]) -> bool:
     """Whether two rows exclude each other: one is `if KEY`, the other `unless KEY`."""
     words = [condition.partition(" ") for condition in conditions]
     return sorted(word for word, _, _ in words) == ["if", "unless"] and len({key for _, _, key in words}) == 1

@@ -47,9 +47,13 @@ EXAMPLE = Path("examples", "tensor_parallel_torch.py")
 EXAMPLE_RECIPES = ("llama", "qwen2", "qwen3")
 """What the example reads: dense models in floating point."""
 
+VLLM = "vllm"
+"""As the engine of a recipe: rank files for its `sharded_state`."""
+
 VLLM_CASTS = {
     **dict.fromkeys(("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5"), ("", "bf16")),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "glm4-moe"), ("", "bf16")),
+    **dict.fromkeys(("vllm-llama", "vllm-qwen2", "vllm-qwen3", "vllm-qwen3-moe", "vllm-mixtral"), ("", "bf16")),
     **dict.fromkeys(("deepseek-v4", "glm4-moe-fp8", "gpt-oss"), ("",)),
 }
 """By recipe: the values of `--cast` after which whole files are read by vLLM."""
@@ -79,6 +83,9 @@ def make_rank_start(plan: Plan, folder: Path, names: Sequence[str], own: int) ->
         # A strict loader refuses tensors that it does not know, such as those of MTP layers.
         can_read = layout.cast in generator.casts and not layout.keep_optional
         return make_generator_start(plan, folder, generator, own) if can_read else None
+    if plan.recipe.engine == VLLM and own == layout.ranks and "config.json" in names:
+        words = ["vllm", "serve", str(folder), "--load-format", "sharded_state"]
+        return Start("start", shlex.join([*words, "--tensor-parallel-size", str(layout.ranks)]))
     if plan.recipe.name in EXAMPLE_RECIPES and own == layout.ranks and "config.json" in names:
         return make_example_start(layout.ranks, folder, names)
     return None
