@@ -152,7 +152,10 @@ def take_experts(own: Tensors, prefix: str, names: tuple[str, str, str], rank: i
     """Of every expert the rank's part of gate, up and down."""
     count = sum(key.startswith(prefix) and key.endswith(f".{names[0]}.weight") for key in own)
     return [
-        [own[f"{prefix}.{number}.{name}.weight"].chunk(ranks, at)[rank] for name, at in zip(names, (0, 0, 1), strict=True)]
+        [
+            own[f"{prefix}.{number}.{name}.weight"].chunk(ranks, at)[rank]
+            for name, at in zip(names, (0, 0, 1), strict=True)
+        ]
         for number in range(count)
     ]
 

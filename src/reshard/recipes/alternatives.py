@@ -1,7 +1,7 @@
 """Rows that share a name, of which the config chooses one: a tied model's table has another name than an untied one's.
 
-    ["same", "model.embed_tokens.weight", "model.embed_tokens.weight", "rows", "", "unless tie_word_embeddings"],
-    ["same", "model.embed_tokens.weight", "lm_head.weight",            "rows", "", "if tie_word_embeddings"],
+["same", "model.embed_tokens.weight", "model.embed_tokens.weight", "rows", "", "unless tie_word_embeddings"],
+["same", "model.embed_tokens.weight", "lm_head.weight",            "rows", "", "if tie_word_embeddings"],
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from reshard.types import Recipe, Rule
+
 
 def list_rules(recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[tuple[int, Rule]]:
     """Lists the rows that may have tensors, with their indices: all, but of two alternatives only the one whose
