@@ -56,7 +56,9 @@ def main() -> int:
         for ranks in options.ranks:
             jobs = [lay_out(Path(name), case, ranks, options.files) for case in options.cases]
             jobs += [remove_tensor(jobs[0])] if ranks == 1 else []
-            answers, said = run([(job["source"], "auto") for job in jobs] + [(job["target"], STATE) for job in jobs], ranks)
+            answers, said = run(
+                [(job["source"], "auto") for job in jobs] + [(job["target"], STATE) for job in jobs], ranks
+            )
             for job, wanted, found in zip(jobs, answers, answers[len(jobs) :], strict=False):
                 fault = find_fault(job, wanted, found)
                 faults += bool(fault)
@@ -77,7 +79,18 @@ def lay_out(folder: Path, case: str, ranks: int, maker: str) -> dict[str, str]:
     if maker == "oracle":
         write_rank_files(source, target, ranks)
     else:
-        command = [sys.executable, "-m", "reshard", "convert", source, target, "--tp", str(ranks), "--for", "vllm"]
+        command = [
+            sys.executable,
+            "-m",
+            "reshard",
+            "convert",
+            str(source),
+            str(target),
+            "--tp",
+            str(ranks),
+            "--for",
+            "vllm",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     expected = "the same tokens and log-probabilities"
     return {"case": case, "source": str(source), "target": str(target), "expected": expected}

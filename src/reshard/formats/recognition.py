@@ -274,7 +274,7 @@ def split_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def require_model(checkpoint: Checkpoint) -> None:
-    """Raises Refused if a checkpoint that no recipe fits is an adapter, ranks of vLLM in parts, or models of a pipeline."""
+    """Raises Refused if a checkpoint that no recipe fits is an adapter, parts of vLLM, or models of a pipeline."""
     folder, names = checkpoint.folder, [file.name for file in checkpoint.files]
     subject = folder / names[0] if len(names) == 1 else folder
     if all(map(ADAPTER_FILE.fullmatch, names)) or (

@@ -2,12 +2,11 @@
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from math import copysign, inf
 
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
-from reshard.recipes.patterns import PLACEHOLDER, fill_pattern
+from reshard.recipes.patterns import list_constant_names
 from reshard.sources.held_shards import FoundConstant
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
@@ -41,13 +40,6 @@ def check_stored_constants(
             which = "dtype" if one.tensor.dtype != constant.dtype else "shape"
             expected = f"{describe_constant(constant)}, a constant of {recipe.name}"
             yield Problem(f"wrong-{which}", subject, kind, expected, LACKING)
-
-
-def list_constant_names(constant: Constant, members: Mapping[str, set[int]]) -> Iterator[str]:
-    """Lists the names of a constant, one for each combination of the members of its placeholders."""
-    letters = dict.fromkeys(PLACEHOLDER.findall(constant.right))
-    for numbers in product(*(sorted(members[letter]) for letter in letters)):
-        yield fill_pattern(constant.right, dict(zip(letters, numbers, strict=True)))
 
 
 def describe_constant(constant: Constant) -> str:
