@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vllm_oracle
 from jobs import Job, convert_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm_oracle import CASES, LIST, make_rank_tensors, write_case, write_rank_files
 
@@ -94,7 +93,7 @@ def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:
 
 def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Adds a file with tensors, and its names to the index."""
-    vllm_oracle.save_file(tensors, folder / "model-more.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model-more.safetensors", {"format": "pt"})
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"] |= dict.fromkeys(tensors, "model-more.safetensors")

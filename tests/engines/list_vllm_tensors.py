@@ -68,7 +68,7 @@ def main() -> None:
             (sources / case).mkdir()
             write_case(sources / case, case)
         for ranks in RANKS:
-            torch.multiprocessing.spawn(list_models, (ranks, sources, f"{name}/store-{ranks}"), ranks)
+            torch.multiprocessing.spawn(list_models, (ranks, sources, f"{name}/store-{ranks}"), ranks)  # type: ignore[attr-defined, no-untyped-call]
         lists = [json.loads((sources / f"{ranks}.json").read_text()) for ranks in RANKS]
     models = {}
     for case in CASES:

@@ -79,7 +79,18 @@ def lay_out(folder: Path, case: str, ranks: int, maker: str) -> dict[str, str]:
     if maker == "oracle":
         write_rank_files(source, target, ranks)
     else:
-        command = [sys.executable, "-m", "reshard", "convert", source, target, "--tp", str(ranks), "--for", "vllm"]
+        command = [
+            sys.executable,
+            "-m",
+            "reshard",
+            "convert",
+            str(source),
+            str(target),
+            "--tp",
+            str(ranks),
+            "--for",
+            "vllm",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     expected = "the same tokens and log-probabilities"
     return {"case": case, "source": str(source), "target": str(target), "expected": expected}

@@ -94,10 +94,9 @@ def refusal(path: Path, recipe: str | None = None) -> Problem:
         ({"config.json": b"{}"}, "empty-source", "no file that ends in .safetensors", "right folder?"),
         ({"shard-00001-model-00001-of-00001.safetensors": SLICE, "shard-00002-model-00001-of-00001.safetensors": SLICE},
          "other-format", "(DCP)", "a slice is not a tensor"),
-        ({"model-rank-0-part-0.safetensors": ONE, "model-rank-0-part-1.safetensors": ONE, INDEX: b"{}"},
+        ({"model-rank-0-part-0.safetensors": ONE, "model-rank-0-part-1.safetensors": ONE},
          "other-format", "vLLM", "made from"),
-        ({"model-pp-0-tp-0-part-0.safetensors": ONE, "model-pp-1-tp-0-part-0.safetensors": ONE},
-         "other-format", "pipeline parallelism", "made from"),
+        ({"model-pp-0-tp-0-part-0.safetensors": ONE, INDEX: b"{}"}, "other-format", "vLLM", "made from"),
     ],
 )  # fmt: skip
 def test_a_folder_without_a_checkpoint_is_named(
@@ -118,7 +117,7 @@ def test_a_folder_without_a_checkpoint_is_named(
         ("x.safetensors.crdownload", ONE, "unfinished-download", "beginning of x.safetensors"),
         ("adapter_model.safetensors", ONE, "adapter", "an adapter"),
         ("x.safetensors", LORA, "adapter", "an adapter"),
-        ("model-pp-0-tp-1-part-0.safetensors", ONE, "other-format", "vLLM"),
+        ("model-rank-0-part-1.safetensors", ONE, "other-format", "vLLM"),
         ("x.safetensors", SLICE, "other-format", "(DCP)"),
     ],
 )

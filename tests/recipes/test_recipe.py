@@ -70,7 +70,7 @@ def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
     """The config does not tell them apart, so the names must: one wants a tensor that the other does not know. So what
     has it is not for the other, and what has it not is not for that one.
     """
-    recipes = list_packaged_recipes()
+    recipes = [recipe for recipe in list_packaged_recipes() if not recipe.engine]  # those for an engine are asked for
     pairs = [(one, other) for one in recipes for other in recipes if one.name < other.name]
     alike = [(one, other) for one, other in pairs if {*one.model_types} & {*other.model_types}]
     assert [(one.name, other.name) for one, other in alike] == [
@@ -97,8 +97,11 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
     assert kept
     for rule in kept:
         lost = recipe.scales.keys() if rule.relation == "dequantize" else set[str]()
+        lost = lost | ({"e"} if rule.relation == "stack" else set())
         assert sorted({*placeholders_of(rule.left)} - lost) == sorted(placeholders_of(rule.right)), rule
-    pairs = [pair for rule in kept for pair in name_pairs(recipe, rule)]
+    # What the config chooses between, and what is fused, shares a name on purpose.
+    alone = [rule for rule in kept if not rule.only.startswith("if tie") and rule.relation in ("same", "dequantize")]
+    pairs = [pair for rule in alone for pair in name_pairs(recipe, rule)]
     assert len({left for left, _ in pairs}) == len(pairs)
     named = [right for _, right in pairs if right]
     assert len({*named}) == len(named) > len(pairs) // 2
@@ -107,13 +110,13 @@ def test_a_packaged_recipe_goes_both_ways(name: str) -> None:
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_rows_of_a_packaged_recipe_stand_in_columns(name: str) -> None:
     text = (FAMILIES_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith('["')]
+    rows = [line for line in text.partition("\nrules = [")[2].splitlines() if line.startswith('["')]
     assert len(rows) == len(tomllib.loads(text)["rules"]) > 10
     starts = [[cell.start() for cell in CELL.finditer(row)] for row in rows if not row.startswith('["drop"')]
     for column in range(6):
         assert len({row[column] for row in starts if len(row) > column}) <= 1, f"column {column + 1}"
     drops = [[cell.start() for cell in CELL.finditer(row)] for row in rows if row.startswith('["drop"')]
-    assert all(row == starts[0][: len(row)] and len(row) == 4 for row in drops)
+    assert all(row == starts[0][: len(row)] for row in drops)
 
 
 @pytest.mark.parametrize("name", PACKAGED)

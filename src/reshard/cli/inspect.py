@@ -44,10 +44,9 @@ def list_recipes(*, as_json: bool) -> int:
     else:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
-            print(f"{recipe.name:{width}}  {recipe.about}")
+            chosen = f"; chosen with --for {recipe.engine}, or by its name" if recipe.engine else ""
+            print(f"{recipe.name:{width}}  {recipe.about}{chosen}")
             print(f"{'':{width}}  checked against: {recipe.checked}")
-            if recipe.engine:
-                print(f"{'':{width}}  chosen with --for {recipe.engine}, or by its name")
     return PROVEN
 
 

@@ -26,17 +26,10 @@ SHARDED_SAFETENSORS = OtherFormat(
     " torch.distributed.checkpoint._consolidate_hf_safetensors; neither notices a missing slice, so count the files",
 )
 
-VLLM_RANKS = OtherFormat(
-    re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors"),
-    "rank files of vLLM (sharded_state)",
-    "they are read by the recipes for vLLM, which reshard recipes lists: name none, or one of these; or name the"
-    " checkpoint that they were made from",
-)
-
 VLLM_PARTS = OtherFormat(
     re.compile(r"model-(?:rank-\d+-part-[1-9]\d*|pp-\d+-tp-\d+-part-\d+)\.safetensors"),
-    "rank files of vLLM (sharded_state) in several parts, or for pipeline parallelism",
-    "this version reads them in one part for each rank: name the checkpoint that they were made from",
+    "rank files of vLLM (sharded_state), in several parts or of pipeline ranks",
+    "only files of one part a rank are read: name the checkpoint that they were made from",
 )
 
 PICKLE_SAVE = (
@@ -57,6 +50,12 @@ OWN_LAYOUT = OtherFormat(
     f"{ORIGINAL}: model-*.safetensors and config.json",
 )
 """Known by the tensors, not by the name of the file."""
+
+VLLM_RANKS = OtherFormat(
+    re.compile(r"model-rank-\d+-part-\d+\.safetensors"),
+    "rank files of vLLM (sharded_state)",
+    "they are read by the recipes for vLLM, which reshard recipes lists: name none, or one of these",
+)
 
 DEEPSPEED = (
     "run the zero_to_fp32.py that DeepSpeed puts beside it, with its option safe_serialization: it writes safetensors"

@@ -83,17 +83,11 @@ def require_safetensors_file(path: Path) -> None:
 def require_whole_files(source: Path, names: Sequence[str]) -> None:
     """Raises Refused if the files of a folder are slices or ranks of a layout that is not read, by their names."""
     shown = [name for name in names if not name.startswith(".")]
-    # Of the parts of a rank one is enough: without the others its tensors would be missing.
-    for form, known in ((SHARDED_SAFETENSORS, all), (VLLM_PARTS, any)):
-        if shown and source.is_dir() and known(map(form.pattern.fullmatch, shown)):
-            raise refuse_format(source, source, name_subfolders(form, source), shown)
-
-
-def require_no_vllm_ranks(source: Path, names: Sequence[str]) -> None:
-    """Raises Refused if all files are ranks of vLLM by their names: they must not be taken for whole files."""
-    if names and all(map(VLLM_RANKS.pattern.fullmatch, names)):
-        form = VLLM_PARTS if any(map(VLLM_PARTS.pattern.fullmatch, names)) else VLLM_RANKS
-        raise refuse_format(source, source if source.is_dir() else source.parent, form, names)
+    parts = list(filter(VLLM_PARTS.pattern.fullmatch, shown))
+    slices = shown if all(map(SHARDED_SAFETENSORS.pattern.fullmatch, shown)) else []
+    for form, fitting in ((SHARDED_SAFETENSORS, slices), (VLLM_PARTS, parts)):
+        if fitting and source.is_dir():
+            raise refuse_format(source, source, name_subfolders(form, source), fitting)
 
 
 def require_no_slices(path: Path, header: bytes) -> None:
@@ -268,19 +262,27 @@ def list_weight_files(folder: Path, depth: int) -> Iterator[Path]:
         yield from (path / name for name in list_entries(path) if name.endswith(WEIGHTS) and not name.startswith("."))
 
 
+def require_no_vllm_ranks(source: Path, names: Sequence[str]) -> None:
+    """Raises Refused if all files are ranks of vLLM by their names: they must not be taken for whole files."""
+    if names and all(map(VLLM_RANKS.pattern.fullmatch, names)):
+        raise refuse_format(source, source, VLLM_RANKS, names)
+
+
 def split_numbers(name: str) -> list[tuple[int, str]]:
     """Splits a name at its numbers, to sort `checkpoint-500` before `checkpoint-1000`."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d{1,18})", name)]
 
 
 def require_model(checkpoint: Checkpoint) -> None:
-    """Raises Refused if a checkpoint that no recipe fits is an adapter, or models of a pipeline."""
+    """Raises Refused if a checkpoint that no recipe fits is an adapter, parts of vLLM, or models of a pipeline."""
     folder, names = checkpoint.folder, [file.name for file in checkpoint.files]
     subject = folder / names[0] if len(names) == 1 else folder
     if all(map(ADAPTER_FILE.fullmatch, names)) or (
         checkpoint.tensors and all(map(ADAPTER_TENSOR.fullmatch, checkpoint.tensors))
     ):
         raise refuse_adapter(subject, folder)
+    if all(map(VLLM_PARTS.pattern.fullmatch, names)):
+        raise refuse_format(subject, folder, VLLM_PARTS, names)
     if refused := explain_pipeline(folder) or explain_own_layout(checkpoint):
         raise refused
 

@@ -1,18 +1,18 @@
 """The constants of a recipe: tensors of one value that only the rank files have. They are made of nothing."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, product
+from itertools import chain
 from math import prod
 
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.shards import Series, cut_nothing
 from reshard.planning.transforms import Terms
-from reshard.recipes.patterns import PLACEHOLDER, fill_pattern
+from reshard.recipes.patterns import list_constant_names
 from reshard.sources.block_scales import is_kept
-from reshard.sources.completeness import Members, collect_members
+from reshard.sources.completeness import collect_members
 from reshard.sources.match import Matched
-from reshard.types import Cast, Constant, Tensor
+from reshard.types import Cast, Tensor
 
 NO_RULE = -1
 """The index of the rule of a constant: it has none."""
@@ -32,13 +32,6 @@ def make_constants(terms: Terms, matched: Matched, casts: list[Cast]) -> Iterato
         casts += [Cast("fill", tensor, None, (1, 1), tensor, value=constant.value) for tensor in tensors]
         if tensors:
             yield Series(NO_RULE, names, tensors, cut_nothing(tensors[0], ranks), None, ranks, ranks)
-
-
-def list_constant_names(constant: Constant, members: Members) -> list[str]:
-    """Lists the names of a constant: one for each member of its placeholders."""
-    letters = PLACEHOLDER.findall(constant.right)
-    chosen = product(*(sorted(members[letter]) for letter in letters))
-    return [fill_pattern(constant.right, dict(zip(letters, numbers, strict=True))) for numbers in chosen]
 
 
 def check_constants_apart(constants: Sequence[Series], series: Sequence[Series]) -> Iterator[Problem]:

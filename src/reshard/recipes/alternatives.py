@@ -28,11 +28,11 @@ def find_alternatives(rules: Sequence[Rule], names: Sequence[str]) -> set[int]:
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         by_name.setdefault(name, []).append(number)
-    pairs = [pair for pair in by_name.values() if is_choice([rules[number].only for number in pair])]
+    pairs = [pair for pair in by_name.values() if is_choice_of_config([rules[number].only for number in pair])]
     return set(chain.from_iterable(pairs))
 
 
-def is_choice(conditions: Sequence[str]) -> bool:
+def is_choice_of_config(conditions: Sequence[str]) -> bool:
     """Whether two rows exclude each other: one is `if KEY`, the other `unless KEY`."""
     words = [condition.partition(" ") for condition in conditions]
     return sorted(word for word, _, _ in words) == ["if", "unless"] and len({key for _, _, key in words}) == 1

@@ -4,11 +4,12 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from operator import itemgetter
 from typing import NamedTuple
 
 from reshard.numbered_names import NUMBER, split_name
-from reshard.types import Recipe, Rule
+from reshard.types import Constant, Recipe, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,13 @@ def find_later_members(
 def fill_pattern(pattern: str, numbers: Mapping[str, int]) -> str:
     """Fills a pattern with numbers; the placeholder of a weight and its block scale becomes the weight."""
     return PLACEHOLDER.sub(lambda placeholder: str(numbers.get(placeholder[1], WEIGHT)), pattern)
+
+
+def list_constant_names(constant: Constant, members: Mapping[str, set[int]]) -> list[str]:
+    """Lists the names of a constant: one for each member of its placeholders."""
+    letters = PLACEHOLDER.findall(constant.right)
+    chosen = product(*(sorted(members[letter]) for letter in letters))
+    return [fill_pattern(constant.right, dict(zip(letters, numbers, strict=True))) for numbers in chosen]
 
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
-from reshard.recipes.alternatives import is_choice
+from reshard.recipes.alternatives import is_choice_of_config
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
@@ -222,7 +222,7 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
             named.setdefault((side, pattern), []).append(number)
     for (side, pattern), numbers in named.items():
         rows = [table["rules"][at] for at in numbers]
-        if not pattern or len(rows) == 1 or is_choice([row[5] if row[5:] else "" for row in rows]):
+        if not pattern or len(rows) == 1 or is_choice_of_config([row[5] if row[5:] else "" for row in rows]):
             continue
         if side == "left" or not holds_fused(rows):
             for number in numbers:

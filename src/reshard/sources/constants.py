@@ -2,12 +2,11 @@
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
-from math import copysign, inf
 
+from reshard.casts.rounding import round_constant
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
-from reshard.recipes.patterns import PLACEHOLDER, fill_pattern
+from reshard.recipes.patterns import list_constant_names
 from reshard.sources.held_shards import FoundConstant
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
@@ -43,13 +42,6 @@ def check_stored_constants(
             yield Problem(f"wrong-{which}", subject, kind, expected, LACKING)
 
 
-def list_constant_names(constant: Constant, members: Mapping[str, set[int]]) -> Iterator[str]:
-    """Lists the names of a constant, one for each combination of the members of its placeholders."""
-    letters = dict.fromkeys(PLACEHOLDER.findall(constant.right))
-    for numbers in product(*(sorted(members[letter]) for letter in letters)):
-        yield fill_pattern(constant.right, dict(zip(letters, numbers, strict=True)))
-
-
 def describe_constant(constant: Constant) -> str:
     """`F32 [] of 1`."""
     return f"{constant.dtype} {list(constant.shape)} of {constant.value:g}"
@@ -74,7 +66,7 @@ def check_values(stored: FolderHeaders, found: Sequence[FoundConstant], recipe: 
 
 def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str) -> Problem | None:
     """Compares the bytes of a constant with the recipe's value; None if they are equal."""
-    value = encode_value(constant.value, constant.dtype)
+    value = round_constant(constant.value, constant.dtype)
     if content == value * (len(content) // len(value)):
         return None
     found = next(decode_value(part, constant.dtype) for part in cut_values(content, len(value)) if part != value)
@@ -87,26 +79,8 @@ def cut_values(content: bytes, size: int) -> Iterator[bytes]:
     return (content[begin : begin + size] for begin in range(0, len(content), size))
 
 
-FORMS = {"F32": "<f", "F16": "<e"}
-"""How `struct` writes a value."""
-
-
-def encode_value(value: float, dtype: str) -> bytes:
-    """Encodes a value as a tensor of a dtype holds it: rounded to the nearest, ties to even; infinite if it is beyond
-    the range.
-    """
-    try:
-        whole = struct.pack(FORMS.get(dtype, "<f"), value)
-    except OverflowError:
-        return encode_value(copysign(inf, value), dtype)
-    if dtype != "BF16":
-        return whole
-    bits = int.from_bytes(whole, "little")
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little")
-
-
 def decode_value(content: bytes, dtype: str) -> float:
     """Decodes the bytes of a value."""
     whole = b"\0\0" + content if dtype == "BF16" else content
-    found: float = struct.unpack(FORMS.get(dtype, "<f"), whole)[0]
+    found: float = struct.unpack("<e" if dtype == "F16" else "<f", whole)[0]
     return found
