@@ -727,7 +727,7 @@ def test_without_a_config_the_queries_are_complete_all_the_same(names: list[str]
 
 # --- the recipe of a checkpoint ---
 
-RECIPES = list_packaged_recipes()
+RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
 
 
 def models() -> Iterator[tuple[str, Mapping[str, Any]]]:
