@@ -96,17 +96,29 @@ def test_what_was_made_for_an_engine_says_so_itself(capsys: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("source")
 def test_printed_commands_go_on_for_the_same_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    joined = r"reshard convert \S*source \S*target --mp 2 --for other"
+    joined = r"reshard convert \S*source \S*target --mp 2 --recipe deepseek-v3-other"
     assert re.search(joined, run("convert source target --tp 2 --for other --ranks 0", capsys))
     Path("part").mkdir()
     run("convert source part --tp 2 --for other --ranks 1", capsys)
     shutil.copytree("part", "target", dirs_exist_ok=True)
-    command = re.search(r"reshard (convert SOURCE \S*target --mp 2 --for other)", run("verify target", capsys, 1))
+    command = re.search(
+        r"reshard (convert SOURCE \S*target --mp 2 --recipe deepseek-v3-other)", run("verify target", capsys, 1)
+    )
     assert command
     run(command[1].replace("SOURCE", "source"), capsys)
     run("verify target --source source", capsys)
     said = run("plan source --for other", capsys)
     assert re.search(r"reshard convert source TARGET --mp \d+ --for other", said)
+
+
+@pytest.mark.usefixtures("source")
+def test_two_spellings_of_the_ranks_may_not_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan source --tp 2 --mp 2", capsys)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "source", "target", "--mp", "4", "--tp", "2"])
+    assert ended.value.code == 2
+    assert "--tp 2: 4 ranks were asked for already" in capsys.readouterr().err
+    assert not Path("target").exists()
 
 
 def test_an_unfinished_run_tells_its_recipe(source: Path, tmp_path: Path) -> None:

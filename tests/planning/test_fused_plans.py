@@ -21,7 +21,7 @@ from reshard.types import Layout
 
 V_ROW = '"model.layers.{i}.v.{s}", "model.layers.{i}.qkv.{s}", "rows of num_key_value_heads", "[kv, hidden_size]"'
 UP_ROW = '"model.layers.{i}.mlp.{e}.up.{s}", "model.layers.{i}.mlp.w13.{s}", "rows", "[inner_size, hidden_size]"'
-EXTRA_ROW = '"model.layers.{i}.b.extra", "model.layers.{i}.extra", "replicate", "[?, 5]"'
+EXTRA_ROW = '"model.layers.{i}.b.extra", "model.layers.{i}.extra", "replicate", "[?, 4 + 1]"'
 
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], object]
@@ -202,10 +202,17 @@ def test_parts_of_other_widths_are_refused(tmp_path: Path) -> None:
         tmp_path,
         2,
         narrow,
-        edit=(EXTRA_ROW, EXTRA_ROW.removesuffix(', "[?, 5]"')),
+        edit=(EXTRA_ROW, EXTRA_ROW.removesuffix(', "[?, 4 + 1]"')),
     )
     assert (problem.kind, problem.subject) == ("wrong-shape", "model.layers.0.b.extra")
     assert problem.expected == "[?, 5], for a part of model.layers.0.extra"
+
+
+def test_parts_that_the_recipe_describes_alike_have_as_many_rows(tmp_path: Path) -> None:
+    """Without a config their rank files are taken apart in halves: that must be right."""
+    (problem,) = refuse_plan(tmp_path, 2, edit=(EXTRA_ROW, EXTRA_ROW.replace("4 + 1", "5")))
+    assert (problem.kind, problem.subject) == ("wrong-shape", "model.layers.0.b.extra")
+    assert (problem.found, problem.expected) == ("shape [3, 5] in a rank", "[0, 5], for a part of model.layers.0.extra")
 
 
 def test_members_of_other_heights_are_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ rules = [
 ["concat", "model.layers.{i}.v.bias", "model.layers.{i}.qkv.bias", "rows of num_key_value_heads", "[kv]", "maybe"],
 ["same", "model.layers.{i}.o.{s}", "model.layers.{i}.o.{s}", "columns", "[hidden_size, q]"],
 ["concat", "model.layers.{i}.a.extra", "model.layers.{i}.extra", "replicate", "[?, 5]"],
-["concat", "model.layers.{i}.b.extra", "model.layers.{i}.extra", "replicate", "[?, 5]"],
+["concat", "model.layers.{i}.b.extra", "model.layers.{i}.extra", "replicate", "[?, 4 + 1]"],
 ["same", "model.layers.{i}.mlp.router", "model.layers.{i}.mlp.router", "replicate", "[num_experts, hidden_size]"],
 ["stack", "model.layers.{i}.mlp.{e}.gate.{s}", "model.layers.{i}.mlp.w13.{s}", "rows", "[inner_size, hidden_size]"],
 ["stack", "model.layers.{i}.mlp.{e}.up.{s}", "model.layers.{i}.mlp.w13.{s}", "rows", "[inner_size, hidden_size]"],

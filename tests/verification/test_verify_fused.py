@@ -165,24 +165,6 @@ def test_a_model_without_biases_has_no_fused_bias(left: Tensors, tmp_path: Path)
     assert report.is_proven, report
 
 
-def test_a_row_whose_condition_is_not_met_makes_no_part(left: Tensors, tmp_path: Path) -> None:
-    without = {name: tensor for name, tensor in left.items() if not name.endswith("v_proj.bias")}
-    source = fused_files.write_source(tmp_path / "source", without)
-    text = load_text(source).replace(
-        'num_key_value_heads", "", "maybe"],\n["same"', 'num_key_value_heads", "", "if v"],\n["same"'
-    )
-    recipe = parse_recipe(text, "tiny.toml")
-    assert [rule.only for rule in recipe.rules if rule.left.endswith("v_proj.bias")] == ["if v"]
-    for rank in range(2):
-        tensors = make_rank(left, rank, 2)
-        for layer in range(2):
-            name = f"layers.{layer}.attn.qkv_proj.bias"
-            tensors[name] = tensors[name][:-4]
-        write_rank(tmp_path / "target", rank, tensors, describe(rank, 2))
-    report = verify_target(tmp_path / "target", read_checkpoint(source), recipe)
-    assert report.is_proven, report
-
-
 # --- one byte ---
 
 

@@ -14,6 +14,7 @@ from reshard.cli.shared_options import (
     add_recipe_option,
 )
 from reshard.cli.values import (
+    KeepOneValue,
     parse_number,
     parse_numbers,
     parse_path,
@@ -76,10 +77,13 @@ def add_job(parser: Parser) -> None:
     add_ignore_extra_files(what)
 
 
+RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
+
+
 def add_layout(parser: Parser) -> None:
     """Adds the options that choose the layout and the dtypes of the target."""
     what = parser.section(CONVERTED)
-    what.add_argument("--mp", "--tp", type=parse_number, metavar="N", help="The number of ranks (model parallel).")
+    what.add_argument("--mp", "--tp", type=parse_number, action=KeepOneValue, metavar="N", help=RANKS_HELP)
     what.add_argument(
         "--to",
         choices=("ranks", "hf"),

@@ -1,7 +1,7 @@
 """Parses the values of options: paths, numbers, sizes, shares and ranges. Each function raises argparse's own error."""
 
 import re
-from argparse import ArgumentTypeError
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ def parse_path(text: str) -> Path:
 def parse_source(text: str) -> Path:
     """Parses a path of something to read. Raises ArgumentTypeError."""
     return make_path(parse_word(text))
+
+
+class KeepOneValue(Action):
+    """An option with two spellings: a second value that differs is refused, for the last one would win in silence."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Keeps the value. Ends the program if there is another one."""
+        known = getattr(namespace, self.dest)
+        if known not in (None, values):
+            parser.error(f"{option_string} {values}: {known} ranks were asked for already")
+        setattr(namespace, self.dest, values)
 
 
 def parse_number(text: str) -> int:

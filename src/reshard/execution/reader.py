@@ -82,7 +82,7 @@ def require_equal_replicas(one: NDArray[Any], other: NDArray[Any], first: Tensor
     """Raises Refused if two replicas of a shard have different bytes."""
     if not np.array_equal(one, other):
         found = f"other bytes in rank {second.file} than in rank {first.file}"
-        remedy = "--replicas first takes those of the first rank that has it"
+        remedy = "reshard verify tells which rank is damaged; --replicas first takes the first rank that has it"
         raise refuse("replicas-differ", first.name, found, "the same in every rank", remedy)
 
 

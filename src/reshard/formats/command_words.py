@@ -23,9 +23,11 @@ def list_layout_words(layout: Any) -> Iterator[str]:
 
 
 def list_engine_words(recipe: Any) -> Iterator[str]:
-    """Lists the option that chooses among the recipes of an engine, by the recipe in a manifest; none for no engine."""
-    engine = recipe.get("engine") if isinstance(recipe, dict) else ""
-    yield from ("--for", engine) if engine and is_text(engine) else ()
+    """Lists the option that chooses the recipe of an engine, by the recipe in a manifest; none for no engine. Not
+    `--for`: it would not find a recipe that was named for another model type.
+    """
+    name = recipe.get("name") if isinstance(recipe, dict) and recipe.get("engine") else ""
+    yield from ("--recipe", name) if name and is_text(name) else ()
 
 
 def list_subset_words(subset: Any) -> Iterator[str]:

@@ -18,9 +18,6 @@ from reshard.sources.block_scales import WeightGroup
 from reshard.text import format_list
 from reshard.types import Layout, Recipe
 
-CONDITIONS = ("if ", "unless ")
-"""Beginnings of the conditions that the config decides: without such a row, a fused tensor has fewer parts."""
-
 
 def cut_outcomes(outcomes: Iterable[Outcome], terms: Terms, counts: Mapping[str, int]) -> list[Series]:
     """Cuts all weight groups for the ranks, and numbers the parts of fused tensors. Raises Refused for parts that
@@ -32,7 +29,7 @@ def cut_outcomes(outcomes: Iterable[Outcome], terms: Terms, counts: Mapping[str,
         fusion, made = fusions.get(outcome.kind.number), cut_for_ranks(outcome, terms, counts)
         series += [number_parts(one, outcome.kind, fusion, terms.recipe, counts) for one in made] if fusion else made
     if fusions:
-        require_none(check_part_forms(series, terms.layout))
+        require_none(check_part_forms(series, terms.recipe, terms.layout))
     return series
 
 
@@ -55,23 +52,22 @@ def check_part_counts(kinds: Sequence[WeightGroup], recipe: Recipe, counts: Mapp
         for kind in kinds:
             if kind.number in names:
                 names[kind.number].update(kind.names)
-        needed = [at for at in fusion.rules if names[at] or not recipe.rules[at].only.startswith(CONDITIONS)]
         members = counts[fusion.stacked] if fusion.stacked else 1
         for name in dict.fromkeys(chain.from_iterable(names.values())):
-            lacking = [recipe.rules[at].left for at in needed if names[at][name] != members]
+            lacking = [recipe.rules[at].left for at in fusion.rules if names[at][name] != members]
             if lacking:
-                found = f"{sum(each[name] for each in names.values()):,} of its {len(needed) * members:,} parts"
+                found = f"{sum(each[name] for each in names.values()):,} of its {len(fusion.rules) * members:,} parts"
                 expected = f"all of them; it lacks some of {format_list(lacking)}"
                 yield Problem("missing-tensor", name, found, expected, "is a file missing from the checkpoint?")
 
 
-def check_part_forms(series: Sequence[Series], layout: Layout) -> Iterator[Problem]:
-    """Reports parts of a fused tensor that differ in their dtype, or in more than the first dimension; and members of a
-    stack that differ in that too.
+def check_part_forms(series: Sequence[Series], recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Reports parts of a fused tensor that differ in their dtype, or in more than the first dimension; and those that
+    differ in that too, though the recipe says the same of them: members of a stack, gate and up.
     """
     remedy = "--cast bf16, if that makes them alike" if layout.cast != "bf16" else "is the checkpoint a mixture?"
     first: dict[str, tuple[Series, int]] = {}
-    shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+    shapes: dict[tuple[str, str, str], tuple[int, ...]] = {}
     for one in series:
         for place, name in enumerate(one.names if one.parts is not None else ()):
             other, at = first.setdefault(name, (one, place))
@@ -80,8 +76,10 @@ def check_part_forms(series: Sequence[Series], layout: Layout) -> Iterator[Probl
                 expected = f"{known.dtype}, as {known.name}: both are parts of {name}"
                 yield Problem("wrong-dtype", tensor.name, tensor.dtype, expected, remedy)
                 continue
-            shape = shapes.setdefault((name, one.number), one.cut.shape)
+            # Without a config, rank files are taken apart by what the recipe says of each part: alike is as long.
+            rule = recipe.rules[one.number]
+            shape = shapes.setdefault((name, rule.split.text, rule.shape), one.cut.shape)
             if not one.cut.shape or shape != one.cut.shape or shape[1:] != other.cut.shape[1:]:
-                wanted = ", ".join(map(str, shape if one.members else ("?", *other.cut.shape[1:])))
+                wanted = ", ".join(map(str, shape if shape[1:] == other.cut.shape[1:] else ("?", *other.cut.shape[1:])))
                 found, expected = f"shape {list(one.cut.shape)} in a rank", f"[{wanted}], for a part of {name}"
                 yield Problem("wrong-shape", tensor.name, found, expected, "is config.json another model's?")

@@ -51,6 +51,8 @@ def check_ranks(
     """
     counted = [*find_count_faults(config, recipe, layout, matched)]
     cut = [(outcome.kind, fault) for outcome in outcomes if (fault := find_fault(outcome, layout, recipe))]
+    if firm := [(kind, fault) for kind, fault in cut if fault.remedy]:
+        counted, cut = [], firm  # no number of ranks would help
     faults = [fault for _, fault in (*counted, *cut)]
     if not faults:
         return

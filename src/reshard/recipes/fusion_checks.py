@@ -1,15 +1,22 @@
 """Finds faults in the rows that make a fused tensor together, and in the constants of a recipe."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.fusions import FUSED, find_stacked
+from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.placeholder_checks import Fault, check_pattern
 
 CONSTANT_ROW = 'a row of right name, dtype and shape, and value, such as ["model.scale", "F32 []", 1.0]'
 
-CONSTANT_DTYPES = ("F32", "BF16", "F16")
+LARGEST_VALUES = {"F32": 3.4e38, "BF16": 3.38e38, "F16": 65504.0}
+"""By dtype of a constant: the largest value that it may have."""
+
+MOST_VALUES = 1 << 20
+"""In elements, of a constant."""
 
 
 def check_fusions(rows: Sequence[Sequence[str]], placeholders: Mapping[str, Any]) -> Iterator[Fault]:
@@ -24,6 +31,8 @@ def check_fusions(rows: Sequence[Sequence[str]], placeholders: Mapping[str, Any]
         stacked = [find_stacked(row[1], right) for row in (first, *others)]
         if first[0] == "concat" and not others:
             yield where, f"one concat into {right!r}", "two rows or more with that right name"
+        if len({"".join(row[5:6]) for row in (first, *others)}) > 1:
+            yield where, f"rows of {right!r} of which only some may be missing", "one condition for all of them"
         if numbers[-1] - numbers[0] != len(others):
             yield where, f"rows between those of {right!r}", "all its rows behind each other, in the order of the parts"
         if len({(row[0], letter) for row, letter in zip((first, *others), stacked, strict=True)}) > 1:
@@ -56,5 +65,9 @@ def check_constants(rows: Any, placeholders: Mapping[str, Any]) -> Iterator[Faul
         except ValueError as error:
             yield ("constants",), str(error), CONSTANT_ROW
             continue
-        if dtype not in CONSTANT_DTYPES or not all(length.isdecimal() for length in lengths):
-            yield ("constants",), repr(row[1]), f"one of {', '.join(CONSTANT_DTYPES)}, and a shape of numbers"
+        if dtype not in LARGEST_VALUES or not all(re.fullmatch(r"[0-9]{1,7}", length) for length in lengths):
+            yield ("constants",), repr(row[1]), f"one of {', '.join(LARGEST_VALUES)}, and a shape of numbers"
+        elif prod(map(int, lengths)) > MOST_VALUES or not abs(row[2]) <= LARGEST_VALUES[dtype]:  # NaN is neither
+            yield ("constants",), repr(row), f"at most {MOST_VALUES:,} elements, of a finite value that {dtype} has"
+        if len(PLACEHOLDER.findall(row[0])) > 1:
+            yield ("constants",), repr(row[0]), "one placeholder at most"

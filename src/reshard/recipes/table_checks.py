@@ -229,6 +229,8 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
                 yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
     if all(is_list_of_strings(row) and len(row) in (4, 5, 6) for row in table["rules"]):
         yield from check_fusions(table["rules"], placeholders)
+        if table.get("padded") and any(row[0] in FUSED for row in table["rules"]):
+            yield ("padded",), repr(table["padded"]), "no padded keys beside fused tensors: their parts are not padded"
 
 
 def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ def check_stored_constants(
 
 def describe_constant(constant: Constant) -> str:
     """`F32 [] of 1`."""
-    return f"{constant.dtype} {list(constant.shape)} of {constant.value:g}"
+    return f"{constant.dtype} {list(constant.shape)} of {constant.value:.9g}"
 
 
 def check_values(stored: FolderHeaders, found: Sequence[FoundConstant], recipe: Recipe) -> Iterator[Problem]:
@@ -70,7 +70,7 @@ def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str)
     if content == value * (len(content) // len(value)):
         return None
     found = next(decode_value(part, constant.dtype) for part in cut_values(content, len(value)) if part != value)
-    expected = f"{constant.value:g}, as the recipe says: another value would be lost"
+    expected = f"{constant.value:.9g}, as the recipe says: another value would be lost"
     return Problem("wrong-value", f"{file}: {tensor.name}", f"{found:.9g}", expected, LOST)
 
 

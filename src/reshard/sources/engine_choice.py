@@ -35,15 +35,18 @@ def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool)
     raise refuse("wrong-option", "--for", f"{engine!r}: no such engine", expected, remedy)
 
 
-def require_engine_recipe(config: Mapping[str, Any] | None, recipes: Sequence[Recipe], engine: str) -> None:
-    """Raises Refused if the config names a model that none of the recipes of an engine lists."""
+def require_engine_recipe(
+    config: Mapping[str, Any] | None, recipes: Sequence[Recipe], engine: str, subject: str, remedy: str = ""
+) -> None:
+    """Raises Refused, about `subject`, if the config names a model that none of the recipes of an engine lists."""
     names = [(config or {}).get("model_type"), *list_architectures(config or {})]
     model = next((name for name in names if isinstance(name, str)), "")
     if not engine or not model or find_asked_recipes(config or {}, recipes):
         return
     there = (f"{recipe.name} ({format_list(recipe.model_types or recipe.architectures)})" for recipe in recipes)
-    remedy = f"leave out --for, for the layout of the model's own code; or {OWN_RECIPE}"
-    raise refuse("no-recipe", f"--for {engine}", f"a model of {model}", f"one of {format_list(there, 99)}", remedy)
+    remedy = remedy or f"leave out --for, for the layout of the model's own code; or {OWN_RECIPE}"
+    found, expected = f"for {engine}, a model of {model}", f"one of {format_list(there, 99)}"
+    raise refuse("no-recipe", subject, found, expected, remedy)
 
 
 def require_engine_of_ranks(recipe: Recipe, engine: str, path: str) -> None:

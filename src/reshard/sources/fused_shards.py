@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from reshard.errors import refuse
-from reshard.recipes.formulas import compute_shape, count_heads
+from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.fusions import Fusion, list_fusions
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, Pattern, find_scale_placeholder, make_pattern
 from reshard.recipes.splits import ROWS, count_parts
@@ -104,6 +104,9 @@ def spread_rows(
     # What padding widens is more than the config says.
     if are_alike and total % len(rules) == 0 and not (is_told and not recipe.padded):
         return (total // len(rules),) * len(rules)
+    if untold := [rule.left for rule in rules if not rule.shape or parse_shape(rule.shape)[1][:1] in ([], ["?"])]:
+        found = f"no number of rows for {format_list(untold)}"
+        raise refuse("wrong-recipe", fused.name, found, "a shape in each of its rows", "give it to them in the recipe")
     if not is_told and not are_alike:
         lacking = [rule for rule, count in zip(rules, told[0], strict=True) if count is None]
         keys = dict.fromkeys(key for rule in lacking for key in (rule.split.heads_key, rule.shape) if key)

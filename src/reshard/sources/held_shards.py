@@ -113,9 +113,8 @@ def collect_shards(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, A
                     member = find_member(kind.rule, fitting[0], numbers)
                     found.held[name] = kind._replace(name=name, member=member, by_rank={})
                 found.held[name].by_rank[shard.file] = shard
-    return found._replace(
-        unsplit=list(dict.fromkeys(found.unsplit))
-    )  # a fault of the config is told once for all layers
+    # A fault of the config is told once for all layers.
+    return found._replace(unsplit=list(dict.fromkeys(found.unsplit)))
 
 
 def list_part_shards(

@@ -31,6 +31,8 @@ from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
+MADE_FROM = "name the checkpoint that these rank files were made from"
+
 AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
 
 
@@ -74,7 +76,7 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine)
+        require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         try:
@@ -163,6 +165,8 @@ def read_rank_files(
     )
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
+    if not recipe and not origin.recipe and all(known.engine for known in recipes):
+        require_engine_recipe(origin.config, recipes, recipes[0].engine, str(folder.path), MADE_FROM)
     notes = tuple(note_files_beside_ranks(names))
 
     def assemble(known: Recipe) -> Source:

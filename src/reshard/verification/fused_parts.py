@@ -59,15 +59,14 @@ def list_fused_tensors(source: Checkpoint, rows: Mapping[str, SourceRow], recipe
     """Lists the fused tensors that the source makes."""
     fusions = list_fusions(recipe)
     by_rule = {number: fusion for fusion in fusions for number in fusion.rules}
-    found: dict[tuple[Fusion, tuple[tuple[str, int], ...]], dict[int, set[int]]] = {}
+    found: dict[tuple[Fusion, tuple[tuple[str, int], ...]], set[int]] = {}
     for pattern, numbers in rows.values():
         fusion = by_rule.get(pattern.rule) if pattern else None
         if pattern is None or fusion is None:
             continue
         filling = {slot: int(number) for slot, number in zip(pattern.slots, numbers, strict=True) if slot.isalpha()}
         member = filling.pop(fusion.stacked, 0)
-        members = found.setdefault((fusion, tuple(sorted(filling.items()))), {})
-        members.setdefault(member, set()).add(pattern.rule)
+        found.setdefault((fusion, tuple(sorted(filling.items()))), set()).add(member)
     is_part = bool(source.subset)
     return [
         make_fused_tensor(fusion, dict(filling), members, source, recipe, is_part=is_part)
@@ -78,22 +77,17 @@ def list_fused_tensors(source: Checkpoint, rows: Mapping[str, SourceRow], recipe
 def make_fused_tensor(
     fusion: Fusion,
     filling: Mapping[str, int],
-    members: Mapping[int, set[int]],
+    members: set[int],
     source: Checkpoint,
     recipe: Recipe,
     *,
     is_part: bool,
 ) -> FusedTensor:
-    """Makes a fused tensor of the members that the source has. A row that none of them has, and that has a condition of
-    its own, makes no part. Of a whole checkpoint the members count from 0 without a gap.
-    """
-    there = set[int]().union(*members.values())
-    conditions = {recipe.rules[number].only for number in there}
-    numbers = [number for number in fusion.rules if recipe.rules[number].only in {"", *conditions}]
+    """Makes a fused tensor of the members in the source; of a whole checkpoint they count from 0 without a gap."""
     gaps = (member for member in range(max(members)) if member not in members)
     wanted = sorted({*members, *islice(gaps, MOST_GAPS)} if fusion.stacked and not is_part else members)
     places = [
-        make_place(number, {**filling, fusion.stacked: member}, recipe) for member in wanted for number in numbers
+        make_place(number, {**filling, fusion.stacked: member}, recipe) for member in wanted for number in fusion.rules
     ]
     letter = find_scale_placeholder(recipe.rules[fusion.rules[0]], recipe)
     scale = fusion.right.replace(f"{{{letter}}}", recipe.scales[letter].right) if letter else ""
