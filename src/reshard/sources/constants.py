@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
-from reshard.casts.rounding import round_constant
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
 from reshard.recipes.patterns import list_constant_names
@@ -66,7 +65,7 @@ def check_values(stored: FolderHeaders, found: Sequence[FoundConstant], recipe: 
 
 def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str) -> Problem | None:
     """Compares the bytes of a constant with the recipe's value; None if they are equal."""
-    value = round_constant(constant.value, constant.dtype)
+    value = encode_value(constant.value, constant.dtype)
     if content == value * (len(content) // len(value)):
         return None
     found = next(decode_value(part, constant.dtype) for part in cut_values(content, len(value)) if part != value)
@@ -77,6 +76,19 @@ def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str)
 def cut_values(content: bytes, size: int) -> Iterator[bytes]:
     """Cuts the bytes of a tensor into those of its values."""
     return (content[begin : begin + size] for begin in range(0, len(content), size))
+
+
+def encode_value(value: float, dtype: str) -> bytes:
+    """Encodes a value as a tensor of a dtype holds it, rounded to the nearest, ties to even. Without numpy, which looking
+    at a checkpoint does not load.
+    """
+    if dtype == "F16":
+        return struct.pack("<e", value)
+    whole = struct.pack("<f", value)
+    if dtype == "F32":
+        return whole
+    bits = int.from_bytes(whole, "little")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little")
 
 
 def decode_value(content: bytes, dtype: str) -> float:

@@ -77,7 +77,7 @@ def count_ranks(
     number, the majority of the headers does, else the highest rank. Raises Refused if the number is out of range.
     """
     ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
-    if not ranks:
+    if "{ranks}" not in recipes[0].files:
         said = Counter(filter(None, (read_number_of_ranks(path / name) for name in numbers))).most_common(1)
         ranks = said[0][0] if said else 1 + max(rank for rank, _ in numbers.values())
     if not 1 <= ranks <= MOST_RANKS:
