@@ -79,8 +79,8 @@ def cut_values(content: bytes, size: int) -> Iterator[bytes]:
 
 
 def encode_value(value: float, dtype: str) -> bytes:
-    """Encodes a value as a tensor of a dtype holds it, rounded to the nearest, ties to even. Without numpy: looking at a
-    checkpoint does not load it.
+    """Encodes a value as a tensor of a dtype holds it, rounded to the nearest, ties to even. Without numpy: who looks at
+    a checkpoint does not load it.
     """
     if dtype == "F16":
         return struct.pack("<e", value)
