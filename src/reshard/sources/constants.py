@@ -79,7 +79,7 @@ def cut_values(content: bytes, size: int) -> Iterator[bytes]:
 
 
 def encode_value(value: float, dtype: str) -> bytes:
-    """Encodes a value as a tensor of a dtype holds it, rounded to the nearest, ties to even. Without numpy: who looks at
+    """Encodes a value as a tensor of a dtype holds it, rounded to the nearest, ties to even. Without numpy: a look at
     a checkpoint does not load it.
     """
     if dtype == "F16":

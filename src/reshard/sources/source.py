@@ -178,7 +178,15 @@ def read_rank_files(
         require_none(check_values(stored, collected.constants, known))
         return Source(folder.path, checkpoint, known, matched, origin)
 
-    return require_one(folder.path, recipes, assemble)
+    try:
+        return require_one(folder.path, recipes, assemble)
+    except Refused as refused:
+        if recipe or origin.recipe or not all(known.engine for known in recipes):
+            raise
+        # They may be the engine's own, of a version that the recipe does not know.
+        found, expected = "rank files for an engine, by their names", f"those of {recipes[0].name}: {recipes[0].about}"
+        last = Problem("rank-files", str(folder.path), found, expected, MADE_FROM)
+        raise Refused([*refused.problems, last]) from None
 
 
 def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
