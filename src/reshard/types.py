@@ -249,7 +249,7 @@ class Constant(NamedTuple):
     """Tensors that only the right side has, all of one value."""
 
     right: str
-    """Name pattern in the rank files, with placeholders."""
+    """Name pattern in the rank files, with one placeholder or none."""
     dtype: str
     shape: tuple[int, ...]
     """In elements."""

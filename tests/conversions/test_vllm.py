@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_oracle import CASES, LIST, make_rank_tensors, write_case, write_rank_files
 
 from reshard import api
+from reshard.errors import Refused
 
 WANTED: dict[str, Any] = json.loads(LIST.read_text())
 RANKS: tuple[int, ...] = tuple(WANTED["ranks"])
@@ -89,6 +90,27 @@ def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:
         file = f"model-rank-{rank}-part-0.safetensors"
         assert data_of(tmp_path / "source-target" / file) == data_of(tmp_path / "plain-target" / file)
     assert api.verify(tmp_path / "source-target", tmp_path / "source").problems == ()
+
+
+def test_rank_files_of_vllm_that_no_recipe_fits_are_called_so(tmp_path: Path) -> None:
+    """Another version of vLLM may have other names; and there are models that no recipe for it lists."""
+    write_case(tmp_path / "source", "llama")
+    write_rank_files(tmp_path / "source", tmp_path / "ranks", 2)
+    path = tmp_path / "ranks" / "model-rank-1-part-0.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "model.new.scale": tensors["model.norm.weight"].clone()}, path)
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "ranks", 1, to="hf"), tmp_path / "back")
+    first, last = caught.value.problems
+    assert (first.kind, last.kind) == ("no-rule", "rank-files")
+    assert "vLLM" in last.expected
+    config = tmp_path / "ranks" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "new", "architectures": ["New"]}))
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "ranks", 1, to="hf"), tmp_path / "back")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.found) == ("no-recipe", "for vllm, a model of new")
+    assert "name the checkpoint" in problem.remedy
 
 
 def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -279,6 +279,9 @@ def test_an_inner_part_that_ends_inside_a_block_is_refused_at_any_number_of_rank
         ("straddles-blocks", "layers 0-1, mlp.*.gate.weight", "16 rows"),
     ]
     assert {problem.remedy for problem in problems} == {"--cast bf16, which needs no blocks"}
+    # Also where the ranks do not suit other weights: no number of ranks would help.
+    found = refuse_plan(tmp_path / "seven", 7, block=(12, 4))
+    assert {problem.remedy for problem in found} == {"--cast bf16, which needs no blocks"}
     plan = make_plan(tmp_path / "two", 1, block=(12, 4), cast="bf16")
     assert {tensor.dtype for tensor in plan.tensors(0) if tensor.name.endswith("qkv.weight")} == {"BF16"}
 

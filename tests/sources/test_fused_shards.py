@@ -63,6 +63,16 @@ def test_parts_alike_need_no_config(tmp_path: Path, recipe: str) -> None:
     assert all("config.json" in one.remedy for one in problems)
 
 
+def test_a_row_without_a_shape_is_named(tmp_path: Path) -> None:
+    """A config.json beside the files would not help."""
+    row = '"layers.{i}.qkv.bias", "rows", "[q]"'
+    assert row in RECIPE
+    (tmp_path / "own.toml").write_text(RECIPE.replace(row, row.replace("[q]", "[?]")))
+    (problem,) = refused(write_ranks(tmp_path / "ranks", 2), str(tmp_path / "own.toml"))
+    assert (problem.kind, problem.subject) == ("wrong-recipe", "layers.{i}.qkv.bias")
+    assert problem.remedy == "give it to them in the recipe"
+
+
 def test_parts_of_another_formula_are_not_halved(tmp_path: Path) -> None:
     text = RECIPE.replace(
         '"[inner, hidden_size]"],\n["stack", "layers.{i}.experts.{e}.up',

@@ -113,13 +113,8 @@ def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]
     fitting = [choice for choice in several if find_smallest_gpu(choice.size) == GPUS[0][0]]
     choice = fitting[0] if fitting else several[-1]
     words = ["reshard", "convert", str(options.source), "TARGET", "--mp", str(choice.ranks)]
-    for name, option in (
-        ("cast", "cast"),
-        ("expert_dtype", "expert-dtype"),
-        ("recipe", "recipe"),
-        ("for_engine", "for"),
-    ):
-        if value := getattr(options, name):
+    for option in ("cast", "expert-dtype", "recipe", "for"):
+        if value := getattr(options, {"for": "for_engine"}.get(option, option.replace("-", "_"))):
             words += [f"--{option}", value]
     for name, usual in (("mtp", "drop"), ("replicas", "compare")):
         words += [f"--{name}", getattr(options, name)] if getattr(options, name) != usual else []

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,3 +150,12 @@ def parse_metadata(text: bytes) -> Mapping[str, Any]:
         start = text[len(METADATA_START) : MOST_METADATA].decode(errors="replace")
         found, _ = json.JSONDecoder().raw_decode(start)
     return found if isinstance(found, dict) else {}
+
+
+def read_stated_ranks(path: Path) -> int:
+    """The number of ranks that the header of a rank file names; 0 if it names none."""
+    said = None
+    with suppress(OSError), open_regular_file(path) as file:
+        length = int.from_bytes(file.read(LENGTH_SIZE), "little")
+        said = parse_metadata(file.read(min(length, MOST_METADATA))).get("ranks")
+    return int(said) if isinstance(said, str) and re.fullmatch(r"[1-9][0-9]{0,8}", said) else 0

@@ -104,23 +104,21 @@ def order_pieces(series: Sequence[Series]) -> Pieces:
     names, _, numbers, tensors, ranks = zip(*(row for dtype in dtypes for row in sorted(by_dtype[dtype])), strict=True)
     cut, cuts = np.array(numbers, np.int64), [one.cut for one in series]
     is_first, fused = np.ones(len(names), np.bool_), dict[int, tuple[int, ...]]()
-    if any(one.parts is not None for one in series):
-        fused = find_fused_shapes(series, names, cut)
-        is_first[find_fused_pieces(series, cut)] = False
+    places = np.flatnonzero(np.array([one.parts is not None for one in series])[cut])  # parts of fused tensors
+    if len(places):
+        fused = find_fused_shapes(series, names, cut, places)
+        is_first[places] = False
         is_first[list(fused)] = True
     return Pieces(names, tensors, cut, cuts, np.array(ranks, np.int64), is_first, fused)
 
 
-def find_fused_pieces(series: Sequence[Series], cut: Integers) -> Integers:
-    """Finds the pieces that are parts of fused tensors; `cut` has the index of the series of each piece."""
-    return np.flatnonzero(np.array([one.parts is not None for one in series])[cut])
-
-
-def find_fused_shapes(series: Sequence[Series], names: Sequence[str], cut: Integers) -> dict[int, tuple[int, ...]]:
-    """Finds the shape of each fused tensor, in elements, by the index of its first piece. The parts of a tensor follow
-    one another; all have the same dimensions but the first.
+def find_fused_shapes(
+    series: Sequence[Series], names: Sequence[str], cut: Integers, places: Integers
+) -> dict[int, tuple[int, ...]]:
+    """Finds the shape of each fused tensor, in elements, by the index of its first piece. `cut` has the index of the
+    series of each piece, `places` the pieces that are parts. Those of a tensor follow one another; all have the same
+    dimensions but the first.
     """
-    places = find_fused_pieces(series, cut)
     named = [names[place] for place in places.tolist()]
     starts = [at for at, name in enumerate(named) if not at or name != named[at - 1]]
     rows = np.array([prod(one.cut.shape[:1]) for one in series], np.int64)[cut[places]]

@@ -101,8 +101,7 @@ def spread_rows(
             return tuple(known)
     is_told = None not in told[0]
     are_alike = len({(rule.split.text, rule.shape) for rule in rules}) == 1
-    # What padding widens is more than the config says.
-    if are_alike and total % len(rules) == 0 and not (is_told and not recipe.padded):
+    if are_alike and total % len(rules) == 0 and not is_told:
         return (total // len(rules),) * len(rules)
     if untold := [rule.left for rule in rules if not rule.shape or parse_shape(rule.shape)[1][:1] in ([], ["?"])]:
         found = f"no number of rows for {format_list(untold)}"

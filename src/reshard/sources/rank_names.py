@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import INDEX, list_safetensors_files, read_described_header
+from reshard.errors import Problem, refuse
+from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.text import format_list
 from reshard.types import MOST_RANKS, RANKS, Note, Recipe
@@ -78,22 +78,13 @@ def count_ranks(
     """
     ranks = Counter(total for _, total in numbers.values()).most_common(1)[0][0]
     if "{ranks}" not in recipes[0].files:
-        said = Counter(filter(None, (read_number_of_ranks(path / name) for name in numbers))).most_common(1)
+        said = Counter(filter(None, (read_stated_ranks(path / name) for name in numbers))).most_common(1)
         ranks = said[0][0] if said else 1 + max(rank for rank, _ in numbers.values())
     if not 1 <= ranks <= MOST_RANKS:
         raise refuse("wrong-ranks", next(iter(numbers)), f"{ranks} ranks", f"1 to {MOST_RANKS}")
     wanted = [recipes[0].files.format(rank=rank, ranks=ranks) for rank in range(ranks)]
     missing = sorted(set(wanted) - set(names), key=wanted.index)
     return RankNames(recipes, wanted, missing, sorted(set(names) - set(wanted)))
-
-
-def read_number_of_ranks(path: Path) -> int:
-    """Reads the number of ranks that the header of a rank file tells; 0 if it tells none, or cannot be read."""
-    try:
-        said = read_described_header(path, 0)[2].get("ranks")
-    except Refused:
-        return 0
-    return int(said) if isinstance(said, str) and re.fullmatch(r"[1-9][0-9]{0,8}", said) else 0
 
 
 def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:

@@ -165,7 +165,8 @@ def read_rank_files(
     )
     origin = find_origin(folder, names)
     recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
-    if not recipe and not origin.recipe and all(known.engine for known in recipes):
+    is_by_names = not recipe and not origin.recipe and all(known.engine for known in recipes)
+    if is_by_names:
         require_engine_recipe(origin.config, recipes, recipes[0].engine, str(folder.path), MADE_FROM)
     notes = tuple(note_files_beside_ranks(names))
 
@@ -181,7 +182,7 @@ def read_rank_files(
     try:
         return require_one(folder.path, recipes, assemble)
     except Refused as refused:
-        if recipe or origin.recipe or not all(known.engine for known in recipes):
+        if not is_by_names:
             raise
         # They may be the engine's own, of a version that the recipe does not know.
         found, expected = "rank files for an engine, by their names", f"those of {recipes[0].name}: {recipes[0].about}"

@@ -199,9 +199,7 @@ def list_wanted_parts(
     rule, scaling, folder = unit.place.rule, unit.place.scaling, trace.folder
     dimension, shape = find_cut(trace, unit), find_target_shape(unit, weight, dtypes[0])
     parts, index = find_part_of_rank(folder.ranks, unit.rank, count_split_heads(rule, trace.widening.config))
-    # A part of a fused tensor is never padded.
-    is_fused = rule is not None and rule.relation in FUSED
-    found_shape = unit.weight.tensor.shape if unit.weight and not is_fused else ()
+    found_shape = unit.weight.tensor.shape if unit.weight else ()
     full = trace.widening.full_shape(rule, shape, found_shape, parts, is_whole=folder.is_whole)
     note_padded_lengths(trace, unit, shape, full)
     flat = conversion == SAME and dimension != 1 and 1 not in trace.widening.dimensions(rule)

@@ -4,22 +4,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import (
-    CONFIG,
-    INDEX,
-    MOST_METADATA,
-    is_safetensors_name,
-    parse_metadata,
-    read_described_header,
-)
+from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_described_header, read_stated_ranks
 from reshard.formats.json_input import read_object
 from reshard.formats.remote_names import suggest_near
-from reshard.formats.safetensors import LENGTH_SIZE
 from reshard.formats.target_names import require_finished
 from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
@@ -99,15 +90,6 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     names = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
     known = set(names.values())
     return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
-
-
-def read_stated_ranks(path: Path) -> int:
-    """The number of ranks that the header of a rank file names; 0 if it names none."""
-    said = None
-    with suppress(OSError), path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_SIZE), "little")
-        said = parse_metadata(file.read(min(length, MOST_METADATA))).get("ranks")
-    return int(said) if isinstance(said, str) and re.fullmatch(r"[1-9][0-9]{0,8}", said) else 0
 
 
 def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
