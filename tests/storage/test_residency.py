@@ -1,6 +1,5 @@
 """What is in the page cache is read from there, and nothing is added to it by a way past it. The oracle is mincore."""
 
-import ctypes
 import mmap
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
+from cached_pages import drop, find_cached_pages, mount_ext2
 
 import reshard.storage.page_cache
 import reshard.storage.residency
@@ -19,23 +19,6 @@ from reshard.storage.residency import is_range_cached
 
 SIZE = (4 << 20) + 1234
 NO_SYSTEM_CALL = 9999
-
-
-def find_cached_pages(path: Path) -> list[int]:
-    """The numbers of the pages that are in the page cache."""
-    library = ctypes.CDLL(None, use_errno=True)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        found = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
-        address = (ctypes.c_char * len(memory)).from_buffer(memory)
-        assert library.mincore(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(memory)), found) == 0
-        del address
-    return [number for number, state in enumerate(found) if state & 1]
-
-
-def drop(path: Path, offset: int = 0, size: int = 0) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.fixture
@@ -144,7 +127,7 @@ def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: 
             assert read_range(file, offset, size, buffer) == wanted[offset : offset + size], "in the cache in part"
 
 
-def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(path: Path) -> None:
+def require_brought_at_once(path: Path) -> None:
     with ExitStack() as stack:
         file = open_to_read(stack, path, Ways("cached", "cached"))
         os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -153,3 +136,25 @@ def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(pa
         while not wanted.issubset(find_cached_pages(path)):
             assert monotonic() < deadline, "the disk did not bring it"
             sleep(0.01)
+
+
+def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(path: Path) -> None:
+    require_brought_at_once(path)
+
+
+def test_so_it_is_where_the_kernel_brings_little_for_one_request(tmp_path: Path) -> None:
+    """128 KiB of reading ahead, and no larger commands: usual for disks."""
+    with mount_ext2(tmp_path, 16 << 20) as disk, ExitStack() as stack:
+        place = f"{os.major(disk.stat().st_dev)}:{os.minor(disk.stat().st_dev)}"
+        device = Path("/sys/dev/block", place)
+        for name in ("queue/max_sectors_kb", "queue/read_ahead_kb"):
+            try:
+                (device / name).write_text("128", encoding="ascii")
+            except OSError:
+                pytest.skip("the disk cannot be set here")
+        path = disk / "file"
+        path.write_bytes(np.random.default_rng(1).bytes(SIZE))
+        drop(path)
+        require_brought_at_once(path)
+        file = open_to_read(stack, path, Ways("cached", "cached"))
+        assert read_range(file, 0, SIZE, allocate_aligned(SIZE + 2 * PAGE)) == path.read_bytes()
