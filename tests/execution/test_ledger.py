@@ -18,6 +18,7 @@ from reshard.execution.records import parse_records
 from reshard.execution.writer import Ledger, flush_regularly
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, open_descriptor
+from reshard.storage.residency import CACHESTAT
 from reshard.storage.resources import run_in_threads
 
 SIZE = 100
@@ -184,24 +185,22 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("cachestat", [True, False])
+@pytest.mark.parametrize("cachestat", [CACHESTAT, 9999])
 def test_bytes_that_only_a_sync_writes_are_counted_behind_it_and_synced_often(
-    cachestat: bool, overlay: Path, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+    cachestat: int, overlay: Path, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not cachestat:
-        monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", 9999)
+    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", cachestat)
     ledger = flush_file(stack, overlay, tmp_path, events)
     stack.close()  # before the overlay goes
     assert events[-3:] == ["sync", f"settle {3 * SIZE}", "sync"], "the file, and then the journal"
     assert ledger.flush_size == 2 * SIZE
 
 
-@pytest.mark.parametrize("cachestat", [True, False])
+@pytest.mark.parametrize("cachestat", [CACHESTAT, 9999])
 def test_bytes_on_a_disk_that_writes_at_once_are_counted_as_they_come_to_it(
-    cachestat: bool, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+    cachestat: int, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not cachestat:
-        monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", 9999)
+    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", cachestat)
     ledger = flush_file(stack, tmp_path, tmp_path, events)
     assert events[-3:] == [f"settle {3 * SIZE}", "sync", "sync"]
     assert ledger.flush_size == 1 << 60
