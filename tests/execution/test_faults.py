@@ -23,6 +23,7 @@ from denied_calls import make_denial
 from jobs import Job, convert_checkpoint
 from torture import RANKS, contents, durable_bytes, wrong_names
 
+import reshard
 import reshard.execution.writer
 from reshard.cli.main import main
 from reshard.errors import Refused
@@ -204,6 +205,31 @@ def void(_: object) -> None:
     """For a lambda that should return nothing."""
 
 
+@pytest.fixture
+def memory_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that knows no way past the page cache."""
+    folder = mount(tmp_path / "memory", "-t", "ramfs", "ramfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_shard_on_another_file_system_is_read_in_the_way_of_that(
+    number: int, source: Path, target: Path, wanted: dict[str, str], memory_disk: Path
+) -> None:
+    """The first file of a source, whose way is the one of the job, or another."""
+    shard = source / f"model-0000{number}-of-00004.safetensors"
+    shutil.copy2(shard, memory_disk / shard.name)
+    shard.unlink()
+    shard.symlink_to(memory_disk / shard.name)
+    result = convert_checkpoint(Job(source, RANKS), target, Settings(cache="no"))
+    assert result.done is not None
+    assert (result.done.ways.read == "dropped") == (number == 1)
+    assert contents(target) == wanted
+    report = reshard.verify(target, source)
+    assert report.problems == ()
+
+
 # --- single system calls ---
 
 
@@ -273,6 +299,20 @@ def test_a_write_back_that_cannot_be_begun_ends_the_run(origin: Path, target: Pa
     assert ": cannot write\n" in errors
     assert main(["convert", str(origin), str(target), "--mp", str(RANKS)]) == 0
     assert contents(target) == wanted
+
+
+@pytest.mark.parametrize(("code", "remedy"), [("EACCES", "may you read it"), ("EMFILE", "ulimit -n")])
+@pytest.mark.parametrize("when", [3, 4, 5, 6])
+def test_a_source_that_cannot_be_opened_again_is_not_told_as_a_target(
+    code: str, remedy: str, when: int, origin: Path, target: Path
+) -> None:
+    """Having read its header, to find a way past the page cache, to look what of it is in there, and to copy, twice."""
+    first = origin / "model-00001-of-00004.safetensors"
+    fault = f"openat:error={code}:when={when}+"
+    status, errors = ended(traced(origin, target, fault, "--cache", "no", only=first))
+    assert status == 2, errors
+    assert f"{first}: cannot read\n" in errors
+    assert remedy in errors
 
 
 def run_denied(denial: str, source: Path, target: Path, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -50,8 +50,8 @@ def test_threads_double_while_that_helps(
 
 
 def test_what_passes_before_the_first_byte_makes_nobody_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows are made under the lock of the queue first, which may take a second. Else four threads would look twice as
-    fast as two, which do as much.
+    """Windows are made under the lock of the queue first, which may take a second. Else four threads, which do as much,
+    would look twice as fast as two.
     """
     now, done = [0.0], [0]
     monkeypatch.setattr(reshard.storage.resources, "monotonic", lambda: now[0])

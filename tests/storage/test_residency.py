@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,12 +10,12 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
-from cached_pages import drop, find_cached_pages, mount_ext2
+from cached_pages import drop, find_cached_pages, mount, mount_ext2
 
 import reshard.storage.page_cache
 import reshard.storage.residency
 from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, prefetch_range, read_range
-from reshard.storage.page_cache import is_mostly_cached
+from reshard.storage.page_cache import find_ways_past_cache, is_mostly_cached
 from reshard.storage.residency import is_range_cached
 
 SIZE = (4 << 20) + 1234
@@ -71,6 +72,7 @@ def test_without_the_system_call_places_are_tried_and_looks_do_not_add_up(
     """A look may bring the page that it tries into the cache: were it the same page again, a few looks would do."""
     monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
     with opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         for _ in range(6):
             assert not is_range_cached(descriptor, 0, SIZE)
             sleep(0.02)  # the disk may be bringing the page
@@ -158,3 +160,37 @@ def test_so_it_is_where_the_kernel_brings_little_for_one_request(tmp_path: Path)
         require_brought_at_once(path)
         file = open_to_read(stack, path, Ways("cached", "cached"))
         assert read_range(file, 0, SIZE, allocate_aligned(SIZE + 2 * PAGE)) == path.read_bytes()
+
+
+def test_a_few_small_files_do_not_speak_for_a_large_one(path: Path) -> None:
+    """The index and configs were read a moment ago; the weights were not."""
+    small = [path.with_name(f"small-{number}") for number in range(40)]
+    for one in small:
+        one.write_bytes(bytes(1000))
+    assert is_mostly_cached(small)
+    assert not is_mostly_cached([*small, path])
+    path.read_bytes()
+    for one in small:
+        drop(one)
+    assert is_mostly_cached([*small, path])
+
+
+def test_a_file_of_another_file_system_is_read_in_the_way_of_that(path: Path, tmp_path: Path) -> None:
+    """One that knows no way past the page cache, and one that may."""
+    memory = mount(tmp_path / "memory", "-t", "ramfs", "ramfs")
+    try:
+        (memory / "file").write_bytes(path.read_bytes())
+        ours, theirs = path.stat().st_dev, memory.stat().st_dev
+        with ExitStack() as stack:
+
+            def find_way(opened: Path, way: str, device: int | None) -> str:
+                file = open_to_read(stack, opened, Ways(way, "cached", device))
+                assert read_range(file, 5, 100_000, allocate_aligned(120_000)) == path.read_bytes()[5:100_005]
+                return file.way
+
+            assert find_way(memory / "file", "uncached", ours) == "dropped"
+            assert find_way(memory / "file", "direct", None) == "dropped"
+            assert find_way(path, "dropped", theirs) == find_ways_past_cache(path).read
+            assert find_way(path, "dropped", ours) == "dropped"
+    finally:
+        subprocess.run(["umount", str(memory)], check=True)

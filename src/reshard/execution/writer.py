@@ -77,7 +77,7 @@ class Ledger:
         self._is_late = False
         self._is_bounded = False
         self._pending = bytearray()
-        self._durable = bytearray(journal.records)
+        self._durable = journal.records
         self.added = 0
         """In bytes: written in this run."""
         self.unsynced = 0
@@ -152,10 +152,9 @@ class Ledger:
                 wait_for_range(self._targets[file], start, end - start)
                 self._counter.settle(size)
 
-    @property
-    def records(self) -> bytes:
-        """Records of everything that is durable, those of earlier runs included."""
-        return bytes(self._durable)
+    def read_records(self) -> Records:
+        """Reads the records of everything that is durable, those of earlier runs included."""
+        return parse_records(self._durable)
 
 
 def add_sizes(records: Records) -> int:

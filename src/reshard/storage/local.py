@@ -5,8 +5,8 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ class Ways:
     it, and dropped from it right afterwards. What is in the page cache already is read from there, in all ways."""
     write: str
     """The same, without `direct`."""
+    device: int | None = None
+    """The file system that allows this way to read; a file of another one is read in its own. None: all do."""
 
 
 CACHED = Ways("cached", "cached")
@@ -88,11 +90,51 @@ class ReadableFile:
         return self.way == CACHED.read or is_range_cached(self.descriptor, offset, size)
 
 
+@contextmanager
+def refuse_unreadable(path: Path) -> Iterator[None]:
+    """A context in which a file is opened or looked at. Raises Refused where the system does not let us."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno == errno.EMFILE
+        remedy = "allow more open files, as `ulimit -n 4096` does" if is_full else "may you read it? is its disk sound?"
+        raise refuse("cannot-read", str(error.filename or path), str(error.strerror), "to read it", remedy) from None
+
+
+def probe_way_to_read(path: Path) -> str:
+    """The best way past the page cache to read a file: `direct`, `uncached` or, where it allows neither, `dropped`.
+    Raises OSError.
+    """
+    buffer = allocate_aligned(PAGE)
+    for way, open_flags, read_flags in (("direct", os.O_DIRECT, 0), ("uncached", 0, RWF_DONTCACHE)):
+        with ExitStack() as stack:
+            try:
+                os.preadv(open_descriptor(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+            else:
+                return way
+    return "dropped"
+
+
 def open_to_read(stack: ExitStack, path: Path, ways: Ways, name: str = "") -> ReadableFile:
-    """Opens a file for reading; the stack closes it. `name` is its name in messages, if not that of the path."""
+    """Opens a file for reading; the stack closes it. `name` is its name in messages, if not that of the path.
+
+    The way is the one of the job. A file that does not allow it, such as a link to another disk, is read in its own.
+    """
     descriptor = open_descriptor(stack, path, os.O_RDONLY)
-    direct = open_descriptor(stack, path, os.O_RDONLY | os.O_DIRECT) if ways.read == "direct" else None
-    return ReadableFile(name or path.name, ways.read, descriptor, direct)
+    way, direct = ways.read, None
+    if ways.device is not None and ways.device != os.fstat(descriptor).st_dev:
+        way = probe_way_to_read(path)
+    if way == "direct":
+        try:
+            direct = open_descriptor(stack, path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            way = "dropped"
+    return ReadableFile(name or path.name, way, descriptor, direct)
 
 
 def advise_random_reads(files: Iterable[ReadableFile]) -> None:

@@ -138,18 +138,6 @@ def run_in_threads(
     started. What an added thread lacks ends nothing but that thread.
     """
     queue, lacking = WorkQueue(work), list[Exception]()
-
-    def run_worker(*, is_added: bool) -> None:
-        try:
-            worker = make_worker()
-        except (OSError, MemoryError) as error:
-            if not is_added:
-                raise
-            lacking.append(error)
-            return
-        for item in queue:
-            worker(item)
-
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(max(threads, growth.most if growth else 0) + 1) as pool:
         start = partial(start_threads, pool, queue.stopped)
@@ -157,7 +145,7 @@ def run_in_threads(
         try:
             if background:
                 futures += require_thread(start(partial(background, queue.stopped), 1))
-            left = set(require_thread(start(partial(run_worker, is_added=False), threads)))
+            left = set(require_thread(start(partial(run_worker, queue, make_worker), threads)))
             futures += left
             threads = len(left)
             while left:
@@ -166,7 +154,7 @@ def run_in_threads(
                     future.result()
                 # Once a worker has ended, nothing is left for others to begin.
                 if growth and len(left) == threads and (new := growth.count_new(threads)):
-                    added = start(partial(run_worker, is_added=True), new)
+                    added = start(partial(run_worker, queue, make_worker, lacking), new)
                     futures += added
                     left.update(added)
                     threads += len(added)
@@ -176,6 +164,25 @@ def run_in_threads(
             stop_and_wait(queue.stopped, futures)
         futures[0].result()
     return threads - len(lacking)
+
+
+def run_worker(
+    queue: WorkQueue[WorkItem],
+    make_worker: Callable[[], Callable[[WorkItem], None]],
+    lacking: list[Exception] | None = None,
+) -> None:
+    """Makes a worker, and hands it items to the end. One that lacks memory for its buffers fails, or with a list for
+    that, says so there and ends.
+    """
+    try:
+        worker = make_worker()
+    except (OSError, MemoryError) as error:
+        if lacking is None:
+            raise
+        lacking.append(error)
+        return
+    for item in queue:
+        worker(item)
 
 
 def start_threads(pool: ThreadPoolExecutor, stopped: Event, run: Callable[[], None], count: int) -> list[Future[None]]:
