@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from cached_pages import mount, mount_ext2
 from denied_calls import make_denial
-from jobs import Job, convert_checkpoint
+from jobs import NOTHING_CACHED, Job, convert_checkpoint
 from torture import RANKS, contents, durable_bytes, wrong_names
 
 import reshard
@@ -243,7 +243,7 @@ def traced(
     only: Path | None = None,
 ) -> "subprocess.Popen[str]":
     """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`; of calls on one
-    path `only`.
+    path `only`. With `--cache no` it reads past the page cache.
     """
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
@@ -251,6 +251,7 @@ def traced(
     calls = ",".join(f"?{call}" for call in ([name, name + "2"] if name.startswith("p") else [name]))
     command = ["strace", "-D", "-f", "-o", str(log), "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
     command += ["-P", str(only)] if only else []
+    program = NOTHING_CACHED + program if "no" in options else program
     command += [sys.executable, "-c", program, "convert", str(source), str(target), "--mp", str(RANKS), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
@@ -320,7 +321,7 @@ def run_denied(denial: str, source: Path, target: Path, *options: str) -> "subpr
     command = [
         sys.executable,
         "-c",
-        denial + PROGRAM,
+        denial + (NOTHING_CACHED if "no" in options else "") + PROGRAM,
         "convert",
         str(source),
         str(target),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cached_pages import drop_files
 from jobs import Job, convert_checkpoint
 from torture import BATCH, RECORD, durable_bytes
 from xxhash import xxh3_64_digest
@@ -94,8 +95,10 @@ def test_the_limit_is_one() -> None:
 def test_a_conversion_of_many_times_the_cap_stays_below_it(plenty: Path, tmp_path: Path, cache: str) -> None:
     recipe = plenty.parent / "plenty.toml"
     options = ("--mp", "4", "--jobs", "4", "--recipe", str(recipe), "--cache", cache)
+    drop_files(plenty)
     done = run(command(plenty, tmp_path / "target", *options), private_limit())
     assert done.returncode == 0, done.stderr
+    assert ("read cached" in done.stdout) == (cache == "yes")
 
 
 LONG_BATCH = 300_000
@@ -173,8 +176,10 @@ def test_putting_wide_rows_together_stays_below_it(
     wide_ranks: Path, tmp_path: Path, options: tuple[str, ...], cache: str
 ) -> None:
     more = ("--recipe", str(wide_ranks / "wide.toml"), "--cache", cache)
+    drop_files(wide_ranks / "ranks")
     done = run(command(wide_ranks / "ranks", tmp_path / "target", *options, *more), private_limit())
     assert done.returncode == 0, done.stderr
+    assert ("read cached" in done.stdout) == (cache == "yes")
     if options[0] == "--to":
         (wanted,), (found,) = (
             (folder.glob("*.safetensors")) for folder in (wide_ranks / "source", tmp_path / "target")
