@@ -335,7 +335,7 @@ def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
         yield f"resumed: {done.resumed:,} bytes had been written before"
     used = format_count(done.jobs, "jobs")
     if jobs is not None and done.jobs < jobs:
-        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory allows no more)"
+        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory or the system allows no more)"
     yield f"{used}, read {done.ways.read}, written {done.ways.write}"
     if done.inexact:
         yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
