@@ -53,10 +53,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe_made_with(recipe: Recipe) -> dict[str, str]:
-    """Describes the recipe of a conversion as JSON values; its engine too, if it is for one."""
-    engine = {"engine": recipe.engine} if recipe.engine else {}
-    return {"name": recipe.name, "sha256": recipe.text_hash, **engine}
+def describe_made_with(recipe: Recipe) -> dict[str, Any]:
+    """Describes the recipe of a conversion as JSON values; its engine too, if it is for one, and whether it must be
+    named.
+    """
+    engine: dict[str, Any] = {"engine": recipe.engine} if recipe.engine else {}
+    named = {"by_name": True} if recipe.by_name else {}
+    return {"name": recipe.name, "sha256": recipe.text_hash, **engine, **named}
 
 
 def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
