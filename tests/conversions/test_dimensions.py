@@ -59,8 +59,9 @@ def make_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 def cut(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
     dimensions = {f"box.{name}": dimension for name, (_, _, dimension) in CUTS.items()}
     return {
-        name: tensor if dimensions[name] is None else tensor.chunk(ranks, dimensions[name])[rank].contiguous()
+        name: tensor if at is None else tensor.chunk(ranks, at)[rank].contiguous()
         for name, tensor in tensors.items()
+        for at in [dimensions[name]]
     }
 
 
@@ -100,8 +101,8 @@ def test_ranks_of_one_number_become_those_of_another(first: int, second: int, tm
     require_ranks(tmp_path / "again", tensors, second)
 
 
-@pytest.mark.parametrize("share", [None, "0.1"])
-def test_rounding_keeps_to_the_cut_dimension(share: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_rounding_keeps_to_the_cut_dimension(share: float | None, tmp_path: Path) -> None:
     tensors, recipe = make_tensors(torch.float32), write_recipe(tmp_path)
     write(tmp_path / "source", tensors)
     convert_checkpoint(Job(tmp_path / "source", 2, recipe=recipe, cast="bf16"), tmp_path / "ranks")

@@ -17,7 +17,7 @@ from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
-from reshard.recipes.recipe import list_recipes_to_try
+from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
@@ -190,12 +190,29 @@ def read_rank_files(
     try:
         return require_one(folder.path, recipes, assemble)
     except Refused as refused:
+        if recipe:
+            raise Refused([*check_asked_recipe(stored, names.recipes[0], origin), *refused.problems]) from None
         if not is_by_names:
             raise
         # They may be the engine's own, of a version that the recipe does not know.
         found, expected = "rank files for an engine, by their names", f"those of {recipes[0].name}: {recipes[0].about}"
         last = Problem("rank-files", str(folder.path), found, expected, MADE_FROM)
         raise Refused([*refused.problems, last]) from None
+
+
+def check_asked_recipe(stored: FolderHeaders, asked: Recipe, origin: Origin) -> Iterator[Problem]:
+    """Reports that rank files say, in the manifest or in their metadata, that another recipe made them than was asked
+    for: a problem of files that cannot be read by it.
+    """
+    said = {each.get("recipe", "") for each in stored.metadata}
+    made_by = origin.recipe or (said.pop() if len(said) == 1 else "")
+    if made_by in ("", asked.name):
+        return
+    known = any(recipe.name == made_by for recipe in list_packaged_recipes())
+    rest = f"for rank files of {asked.name}, first --to hf into another folder, then convert that with --recipe"
+    remedy = f"{'leave out --recipe' if known else 'name the file of that recipe with --recipe'}; {rest}"
+    found = f"{asked.name}, for rank files made by the recipe {made_by}"
+    yield Problem("wrong-option", "--recipe", found, "the recipe that made them", remedy)
 
 
 def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
