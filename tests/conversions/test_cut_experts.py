@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,16 @@ from torch import Tensor
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.formats.manifest import Origin
+from reshard.formats.safetensors import BITS
 from reshard.planning.rank_choices import list_rank_choices
-from reshard.sources.source import read_source
-from reshard.types import Layout
+from reshard.recipes.alternatives import list_rules
+from reshard.recipes.formulas import compute_shape, parse_shape
+from reshard.recipes.recipe import load_recipe
+from reshard.sources.match import match
+from reshard.sources.source import Source, read_source
+from reshard.types import Checkpoint, File, Layout, Recipe
+from reshard.types import Tensor as Stored
 
 FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
 IDS = torch.tensor([[7, 1, 95, 33, 0, 64, 12, 12, 50], [3, 90, 2, 47, 48, 23, 24, 71, 72]])
@@ -271,9 +279,9 @@ def test_one_way_of_cutting_leads_to_the_other_by_whole_files(made: str, asked: 
     convert_checkpoint(Job(tmp_path / "source", 2, recipe=f"mixtral{made}"), tmp_path / "ranks")
     with pytest.raises(Refused) as refused:
         reshard.plan(tmp_path / "ranks", mp=4, recipe=f"mixtral{asked}")
-    first = refused.value.problems[0]
-    assert (first.kind, first.subject) == ("wrong-option", "recipe")
-    assert "into another folder, then convert that with" in first.remedy
+    (problem,) = refused.value.problems
+    assert (problem.kind, problem.subject) == ("wrong-option", "recipe")
+    assert problem.remedy.startswith("leave out recipe; ")
     convert_checkpoint(Job(tmp_path / "ranks", 1, to="hf"), tmp_path / "whole")
     convert_checkpoint(Job(tmp_path / "whole", 4, recipe=f"mixtral{asked}"), tmp_path / "again")
     convert_checkpoint(Job(tmp_path / "source", 4, recipe=f"mixtral{asked}"), tmp_path / "wanted")
@@ -309,3 +317,72 @@ def test_the_list_of_recipes_says_how_they_are_chosen(capsys: pytest.CaptureFixt
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("mixtral-cut-experts")]
     assert len(lines) == 1
     assert lines[0].endswith("; chosen by its name")
+
+
+# --- published sizes ---
+
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 32_000, "num_local_experts": 8}  # fmt: skip
+QWEN3 = {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
+         "num_experts": 128}  # fmt: skip
+GPT_OSS = {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
+           "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088, "num_local_experts": 32,
+           "attention_bias": True}  # fmt: skip
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+LARGE = {"hidden_size": 4096, "intermediate_size": 12_288, "moe_intermediate_size": 1536, "num_attention_heads": 64}
+
+PUBLISHED: Mapping[str, tuple[Mapping[str, Any], Sequence[int], Sequence[int]]] = {
+    "mixtral-8x7b": (MIXTRAL, [1, 2, 4, 8, 16, 32], []),
+    "mixtral-8x22b": ({**MIXTRAL, "hidden_size": 6144, "intermediate_size": 16_384, "num_attention_heads": 48},
+                      [1, 2, 4, 8, 16], []),
+    "qwen3-30b-a3b": (QWEN3, [1, 2, 4, 8, 16, 32], []),
+    "qwen3-30b-a3b-fp8": ({**QWEN3, **FP8}, [1, 2], [4, 8, 16, 32]),
+    "qwen3-235b-a22b": ({**QWEN3, **LARGE}, [1, 2, 4, 8, 16, 32, 64], []),
+    "qwen3-235b-a22b-fp8": ({**QWEN3, **LARGE, **FP8}, [1, 2, 4], [8, 16, 32, 64]),
+    "gpt-oss-20b": ({**GPT_OSS, **MXFP4}, [1, 2], []),
+    "gpt-oss-20b-bf16": (GPT_OSS, [1, 2, 4, 8, 16, 32, 64], []),
+}  # fmt: skip
+"""By the sizes of published models, with one layer: the powers of two that work, and those that need `--pad`."""
+
+
+def make_headers(recipe: Recipe, config: Mapping[str, Any]) -> Checkpoint:
+    """Makes the headers of a checkpoint with one layer, the names and shapes by the rows of the recipe."""
+    is_fp8 = config.get("quantization_config", {}).get("quant_method") == "fp8"
+    experts = config.get("num_experts") or config["num_local_experts"]
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for _, rule in list_rules(recipe, config):
+        is_there = rule.only != "if quantization_config" or "quantization_config" in config
+        is_there &= rule.only != "unless quantization_config" or "quantization_config" not in config
+        if rule.relation == "drop" or "{d}" in rule.left or not is_there:
+            continue
+        if rule.only == "if attention_bias" and not config.get("attention_bias"):
+            continue
+        dtype, shape = parse_shape(rule.shape)[0] or "BF16", tuple(compute_shape(rule.shape, config, recipe.sizes))
+        for expert in range(experts if "{e}" in rule.left else 1):
+            name = rule.left.replace("{i}", "0").replace("{s}", "0").replace("{e}", str(expert))
+            if "{p}" in name and is_fp8:
+                blocks = tuple(-(-(size or 0) // 128) for size in shape)
+                shapes[name.replace("{p}", "weight_scale_inv")] = "BF16", blocks
+            kind = "F8_E4M3" if "{p}" in name and is_fp8 else dtype
+            shapes[name.replace("{p}", "weight")] = kind, tuple(size or 0 for size in shape)
+    tensors, end = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        size = prod(shape) * BITS[dtype] // 8
+        tensors[name] = Stored(name, dtype, shape, 0, end, size)
+        end += size
+    return Checkpoint(Path("nowhere"), (File("model.safetensors", end, 0, "", 0),), tensors, config)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_ranks_that_published_sizes_allow(name: str) -> None:
+    sizes, works, padded = PUBLISHED[name]
+    config = {**sizes, "num_hidden_layers": 1}
+    recipe = load_recipe(recipe_of(config["model_type"].replace("_", "-")))
+    checkpoint = make_headers(recipe, config)
+    source = Source(checkpoint.folder, checkpoint, recipe, match(checkpoint, recipe), Origin())
+    found = list_rank_choices(source, Layout(0))
+    powers = [choice for choice in found if choice.ranks & (choice.ranks - 1) == 0]
+    assert [choice.ranks for choice in powers if not choice.needs_pad] == works
+    assert [choice.ranks for choice in powers if choice.needs_pad] == padded

@@ -191,7 +191,7 @@ def read_rank_files(
         return require_one(folder.path, recipes, assemble)
     except Refused as refused:
         if recipe:
-            raise Refused([*check_asked_recipe(stored, names.recipes[0], origin), *refused.problems]) from None
+            raise explain_asked_recipe(stored, names.recipes[0], origin, refused) from None
         if not is_by_names:
             raise
         # They may be the engine's own, of a version that the recipe does not know.
@@ -200,19 +200,20 @@ def read_rank_files(
         raise Refused([*refused.problems, last]) from None
 
 
-def check_asked_recipe(stored: FolderHeaders, asked: Recipe, origin: Origin) -> Iterator[Problem]:
-    """Reports that rank files say, in the manifest or in their metadata, that another recipe made them than was asked
-    for: a problem of files that cannot be read by it.
+def explain_asked_recipe(stored: FolderHeaders, asked: Recipe, origin: Origin, refused: Refused) -> Refused:
+    """Explains why rank files cannot be read by the recipe that was asked for, if their manifest or their metadata name
+    another. Between two packaged recipes that says it all; one of the user's own may be meant for them, and be wrong.
     """
     said = {each.get("recipe", "") for each in stored.metadata}
     made_by = origin.recipe or (said.pop() if len(said) == 1 else "")
     if made_by in ("", asked.name):
-        return
-    known = any(recipe.name == made_by for recipe in list_packaged_recipes())
-    rest = f"for rank files of {asked.name}, first --to hf into another folder, then convert that with --recipe"
-    remedy = f"{'leave out --recipe' if known else 'name the file of that recipe with --recipe'}; {rest}"
+        return refused
+    known = {recipe.name for recipe in list_packaged_recipes()}
+    first = "leave out --recipe" if made_by in known else "name the file of that recipe with --recipe"
+    remedy = f"{first}; or, for rank files of {asked.name}: --to hf first, then convert the whole files with it"
     found = f"{asked.name}, for rank files made by the recipe {made_by}"
-    yield Problem("wrong-option", "--recipe", found, "the recipe that made them", remedy)
+    problem = Problem("wrong-option", "--recipe", found, "the recipe that made them", remedy)
+    return Refused([problem] if {asked.name, made_by} <= known else [problem, *refused.problems])
 
 
 def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
