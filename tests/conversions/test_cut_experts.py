@@ -1,6 +1,8 @@
 """Experts cut within: all experts in every rank, a part of each; beside the recipes that assign whole experts."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -16,6 +18,7 @@ from jobs import Job, convert_checkpoint
 from plain_shares import rewrite, share_with_cut_experts, tensors_of, write_mxfp4
 from safetensors.torch import load_file, save_file
 from small_models import write_model
+from targets import leave_unfinished
 from torch import Tensor
 
 import reshard
@@ -317,6 +320,31 @@ def test_the_list_of_recipes_says_how_they_are_chosen(capsys: pytest.CaptureFixt
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("mixtral-cut-experts")]
     assert len(lines) == 1
     assert lines[0].endswith("; chosen by its name")
+
+
+# --- the commands that are printed ---
+
+
+def test_parts_made_apart_and_unfinished_runs_tell_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "source", "mixtral")
+    words = ["convert", str(tmp_path / "source"), "--mp", "2", "--recipe", recipe_of("mixtral")]
+    for rank in range(2):
+        assert main([*words, str(tmp_path / f"part{rank}"), "--ranks", str(rank)]) == 0
+    shutil.copytree(tmp_path / "part1", tmp_path / "part0", dirs_exist_ok=True)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "part0")]) == 1
+    command = re.search(
+        r"reshard (convert SOURCE \S*part0 --mp 2 --recipe mixtral-cut-experts)", capsys.readouterr().out
+    )
+    assert command
+    assert main(shlex.split(command[1].replace("SOURCE", str(tmp_path / "source")))) == 0
+    require_shares(tmp_path / "part0", tmp_path / "source", 2)
+    leave_unfinished(Job(tmp_path / "source", 2, recipe_of("mixtral")), tmp_path / "begun")
+    found = reshard.inspect(tmp_path / "begun").unfinished
+    assert found is not None
+    assert "--mp 2 --recipe mixtral-cut-experts" in found.command
 
 
 # --- published sizes ---

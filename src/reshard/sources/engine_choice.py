@@ -61,9 +61,9 @@ def list_recipe_words(name: str) -> list[str]:
     """Lists the words without which a command would not choose a recipe of that name: `--recipe NAME` if it is a
     packaged one that must be named, else none.
     """
-    return ["--recipe", name] if must_be_named(name) else []
+    return ["--recipe", name] if is_chosen_by_name(name) else []
 
 
-def must_be_named(name: str) -> bool:
+def is_chosen_by_name(name: str) -> bool:
     """Whether a recipe is a packaged one that no model chooses by itself: for an engine, or with `by_name`."""
     return any(recipe.name == name and (recipe.engine or recipe.by_name) for recipe in list_packaged_recipes())

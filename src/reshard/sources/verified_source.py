@@ -11,7 +11,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.engine_choice import must_be_named
+from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
@@ -50,7 +50,7 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
         raise refuse_recipe(target, made_with, "a packaged recipe")
     if recipe is None:
         named = made_with or find_recipe_of_ranks(target, recipes)
-        recipe = named if must_be_named(named) else None
+        recipe = named if is_chosen_by_name(named) else None
     engine = "" if recipe else find_engine_of_names(target, recipes)
     found = read_source(source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files)
     found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
