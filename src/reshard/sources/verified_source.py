@@ -95,10 +95,10 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
 
 def find_recipe_of_ranks(target: Path, recipes: Sequence[Recipe]) -> str:
     """Finds the recipe that rank files without a manifest are of: that of their metadata, else the one by which they
-    can be read, as whole rank files. Empty if neither tells, or if their names tell that they are for an engine.
+    can be read. Empty if neither tells, or if no recipe of files with such names must be named.
     """
     names = find_rank_names(target, list_target_names(target), recipes)
-    if names is None or names.recipes[0].engine:
+    if names is None or not any(recipe.by_name for recipe in names.recipes):
         return ""
     try:
         stored = read_headers(target, [name for name in names.wanted if name not in names.missing])
