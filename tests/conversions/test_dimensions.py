@@ -184,7 +184,64 @@ def test_parts_of_a_fused_tensor_may_be_cut_along_a_later_dimension(tmp_path: Pa
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == wanted
 
 
+PADDED = 'padded = ["width"]'
+
+
+def add_padding(recipe: str) -> None:
+    text = Path(recipe).read_text(encoding="utf-8")
+    Path(recipe).write_text(text.replace("\nrules", f"{PADDED}\n\nrules"), encoding="utf-8")
+
+
+def test_the_last_dimension_may_be_widened_where_it_is_cut_or_the_first_is(tmp_path: Path) -> None:
+    rows = """
+["same", "box.a", "box.a", "dimension 2", "[?, ?, width]"],
+["same", "box.b", "box.b", "rows",        "[?, ?, width]"],
+["same", "box.c", "box.c", "rows",        "[width, ?, ?]"],
+"""
+    recipe = write_recipe(tmp_path, rows)
+    add_padding(recipe)
+    tensors = {"box.a": torch.rand(4, 3, 6), "box.b": torch.rand(8, 3, 6), "box.c": torch.rand(6, 3, 2)}
+    write(tmp_path / "source", tensors)
+    (tmp_path / "source" / "config.json").write_text('{"width": 6}', encoding="utf-8")
+    convert_checkpoint(Job(tmp_path / "source", 4, recipe=recipe, pad=True), tmp_path / "ranks")
+    wide = {name: torch.nn.functional.pad(tensors[name], (0, 2)) for name in ("box.a", "box.b")}
+    wide["box.c"] = torch.cat([tensors["box.c"], torch.zeros(2, 3, 2)])
+    for rank in range(4):
+        found = load_file(tmp_path / "ranks" / f"rank{rank}-of-4.safetensors")
+        assert torch.equal(found["box.a"], wide["box.a"].chunk(4, 2)[rank])
+        for name in ("box.b", "box.c"):
+            assert torch.equal(found[name], wide[name].chunk(4)[rank])
+    assert reshard.verify(tmp_path / "ranks", tmp_path / "source", recipe=recipe).problems == ()
+    found["box.b"][1, 2, 7] = 1  # a zero of the padding
+    save_file(found, tmp_path / "ranks" / "rank3-of-4.safetensors")
+    problems = reshard.verify(tmp_path / "ranks", tmp_path / "source", recipe=recipe).problems
+    assert [problem.kind for problem in problems if "box.b" in problem.subject] == ["differs"]
+
+
+def test_a_widened_later_dimension_is_narrowed_again(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["same", "box.a", "box.a", "dimension 2", "[?, ?, width]"],')
+    add_padding(recipe)
+    write(tmp_path / "source", {"box.a": torch.rand(4, 3, 6)})
+    (tmp_path / "source" / "config.json").write_text('{"width": 6}', encoding="utf-8")
+    convert_checkpoint(Job(tmp_path / "source", 4, recipe=recipe, pad=True), tmp_path / "ranks")
+    convert_checkpoint(Job(tmp_path / "ranks", 1, recipe=recipe, to="hf"), tmp_path / "back")
+    wanted = (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == wanted
+
+
 # --- what is refused ---
+
+
+@pytest.mark.parametrize("row", ['"dimension 1", "[?, ?, width]"', '"dimension 1", "[?, width, ?]"'])
+def test_what_cannot_be_widened_is_refused(row: str, tmp_path: Path) -> None:
+    vector = '["same", "box.a", "box.a", "rows", "[width]"],'
+    recipe = write_recipe(tmp_path, f'["same", "box.b", "box.b", {row}],\n{vector}')
+    add_padding(recipe)
+    lengths = (2, 4, 6) if row.endswith(', width]"') else (2, 6, 4)
+    write(tmp_path / "source", {"box.b": torch.rand(lengths), "box.a": torch.rand(6)})
+    (tmp_path / "source" / "config.json").write_text('{"width": 6}', encoding="utf-8")
+    with pytest.raises(Refused, match="padding of the first or last dimension"):
+        convert_checkpoint(Job(tmp_path / "source", 4, recipe=recipe, pad=True), tmp_path / "ranks")
 
 
 def test_the_ranks_that_a_later_dimension_allows_are_named(tmp_path: Path) -> None:

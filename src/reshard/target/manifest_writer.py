@@ -13,7 +13,7 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
-from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
+from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.execution.records import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
@@ -180,9 +180,11 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
     for cast in plan.casts:
         if compute_unpadded_shape(cast) == flatten_to_matrix(cast.result.shape):
             continue
-        shape = [*cast.result.shape[:-2], *compute_unpadded_shape(cast)][-len(cast.result.shape) :]
-        if tuple(shape) != cast.result.shape:
-            found[cast.result.name] = shape
+        dimensions = len(cast.result.shape)
+        # Only matrices and vectors have block scales, whose shapes count blocks.
+        shape = unpack_weight_shape(cast) if dimensions > 2 else compute_unpadded_shape(cast)[-dimensions:]
+        if shape != cast.result.shape:
+            found[cast.result.name] = list(shape)
     return found
 
 
