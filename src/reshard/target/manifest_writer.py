@@ -182,9 +182,9 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
             continue
         dimensions = len(cast.result.shape)
         # Only matrices and vectors have block scales, whose shapes count blocks.
-        shape = unpack_weight_shape(cast) if dimensions > 2 else compute_unpadded_shape(cast)[-dimensions:]
-        if shape != cast.result.shape:
-            found[cast.result.name] = list(shape)
+        shape = [*(unpack_weight_shape(cast) if dimensions > 2 else compute_unpadded_shape(cast)[-dimensions:])]
+        if tuple(shape) != cast.result.shape:
+            found[cast.result.name] = shape
     return found
 
 
