@@ -32,7 +32,7 @@ LLAMA: Mapping[str, Any] = {
     "vocab_size": 8,
 }
 PLAIN_V3: Mapping[str, Any] = {key: value for key, value in SMALL_V3.items() if key != "quantization_config"}
-RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
+RECIPES = [recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)]
 SQUARE = (8, 8)
 PARTS: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

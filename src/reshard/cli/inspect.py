@@ -45,6 +45,7 @@ def list_recipes(*, as_json: bool) -> int:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
             chosen = f"; chosen with --for {recipe.engine}, or by its name" if recipe.engine else ""
+            chosen = "; chosen by its name" if recipe.by_name else chosen
             print(f"{recipe.name:{width}}  {recipe.about}{chosen}")
             print(f"{'':{width}}  checked against: {recipe.checked}")
     return PROVEN

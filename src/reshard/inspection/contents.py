@@ -42,6 +42,7 @@ from reshard.sources.rank_names import (
     RankNames,
     find_foreign_recipe,
     find_rank_names,
+    narrow_by_metadata,
     note_files_beside_ranks,
     parse_rank_name,
 )
@@ -188,7 +189,8 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     manifest = read_manifest_unchecked(path)
     found = manifest.get("recipe")
     wanted = found.get("name") if isinstance(found, dict) else ""
-    known = [recipe for recipe in names.recipes if recipe.name == wanted] or narrow_recipes(config or {}, names.recipes)
+    by_manifest = [recipe for recipe in names.recipes if recipe.name == wanted]
+    known = by_manifest or narrow_by_metadata(stored.metadata, narrow_recipes(config or {}, names.recipes))
     if names.missing and (part := note_part(path, present)):
         content = make_content(path, stored, known[0].right, known[0].name, len(names.wanted), {}, "")
         return replace(content, made=read_conversion_options(manifest), notes=(part, *note_not_joined(path)))

@@ -94,6 +94,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
         constants=tuple(starmap(make_constant, table.get("constants", ()))),
         engine=table.get("engine", ""),
+        by_name=table.get("by_name", False),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )

@@ -23,7 +23,7 @@ from reshard.recipes.placeholder_checks import (
     check_placeholder_table,
     check_scales,
 )
-from reshard.recipes.splits import SPLITS, make_rule, parse_split
+from reshard.recipes.splits import check_split, make_rule
 from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
@@ -44,6 +44,7 @@ ALL_KEYS = (
     "rules",
     "constants",
     "engine",
+    "by_name",
 )
 
 RELATIONS = ("same", "dequantize", "drop", *FUSED)
@@ -93,8 +94,9 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_list_of_strings(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
-    if type(table.get("describes", False)) is not bool:
-        yield ("describes",), repr(table["describes"]), "describes: true or false"
+    for key in ("describes", "by_name"):
+        if type(table.get(key, False)) is not bool:
+            yield (key,), repr(table[key]), f"{key}: true or false"
     if not isinstance(table.get("checked", ""), str):
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
@@ -254,18 +256,13 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
         return
     yield from check_sides(rule, scales)
     yield from check_assignment(rule, placeholders)
-    split = parse_split(rule.split.text)
-    if split and rule.relation in FUSED and (split.is_padded or split.is_packed or split.placeholder):
-        yield (
-            repr(rule.split.text),
-            f"a split for a {rule.relation}: replicate, rows, columns or 'rows of' a config key",
-        )
-    known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
-    if not split or split.placeholder not in known:
-        expected = (
-            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a placeholder of the row"
-        )
-        yield repr(rule.split.text), expected
+    letters = PLACEHOLDER.findall(rule.left)
+    yield from check_split(
+        rule,
+        [letter for letter in letters if letter in placeholders],
+        is_fused=rule.relation in FUSED,
+        is_scaled=any(letter in scales for letter in letters),
+    )
 
 
 def check_assignment(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

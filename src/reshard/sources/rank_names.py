@@ -5,7 +5,7 @@ Names of some engines do not tell the number of ranks. Then the headers may tell
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,12 @@ def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
         pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
     found = re.fullmatch(pattern, name)
     return (int(found["rank"]), int(found.groupdict().get("ranks", 0))) if found else None
+
+
+def narrow_by_metadata(metadata: Iterable[Mapping[str, Any]], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Narrows recipes to those that the metadata of rank files name; returns all if they name none of them."""
+    said = {each.get("recipe") for each in metadata}
+    return [recipe for recipe in recipes if recipe.name in said] or recipes
 
 
 def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:

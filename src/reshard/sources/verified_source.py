@@ -11,10 +11,10 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import list_safetensors_files, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.engine_choice import find_engine
+from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
-from reshard.sources.rank_names import RankNames, find_rank_names
+from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
 from reshard.sources.source import Source, read_source
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
@@ -48,8 +48,9 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
-    if recipe is None and find_engine(made_with):
-        recipe = made_with
+    if recipe is None:
+        named = made_with or find_recipe_of_ranks(target, recipes)
+        recipe = named if is_chosen_by_name(named) else None
     engine = "" if recipe else find_engine_of_names(target, recipes)
     found = read_source(source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files)
     found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
@@ -90,6 +91,21 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
     for note in whole.notes:
         if note.kind in ("shadowed", "not-in-index"):
             yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
+
+
+def find_recipe_of_ranks(target: Path, recipes: Sequence[Recipe]) -> str:
+    """Finds the recipe that rank files without a manifest are of: that of their metadata, else the one by which they
+    can be read. Empty if neither tells, or if no recipe of files with such names must be named.
+    """
+    names = find_rank_names(target, list_target_names(target), recipes)
+    if names is None or not any(recipe.by_name for recipe in names.recipes):
+        return ""
+    try:
+        stored = read_headers(target, [name for name in names.wanted if name not in names.missing])
+        said = narrow_by_metadata(stored.metadata, names.recipes)
+        return said[0].name if len(said) == 1 else read_source(target, ignore_extra_files=True).recipe.name
+    except Refused:
+        return ""
 
 
 def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
