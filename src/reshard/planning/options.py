@@ -6,6 +6,7 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from reshard.errors import Problem, refuse
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
@@ -55,12 +56,26 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
     if layout.file_size is not None and layout.file_size < 0:
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
+    yield from check_whole_right_side(recipe, layout, ranks)
     if ranks is not None and not ranks:
         yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if layout.to == WHOLE and ranks is not None:
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.to == RANKS and layout.file_size is not None:
         yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+
+
+def check_whole_right_side(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+    """Reports ranks where the right side of a recipe is whole files."""
+    if has_ranks(recipe) or layout.to == WHOLE:
+        return
+    if layout.ranks > 1:
+        remedy = "leave out --mp; for rank files leave out --for, or choose another --recipe"
+        found = f"{layout.ranks} ranks, for {recipe.name}"
+        yield Problem("wrong-option", "--mp", found, "no number, or 1: it is whole files, which nothing cuts", remedy)
+    if ranks is not None:
+        found, remedy = f"for {recipe.name}", "leave it out"
+        yield Problem("wrong-option", "--ranks", found, "no ranks: it is whole files, which nothing cuts", remedy)
 
 
 def require_layout(

@@ -25,6 +25,7 @@ from reshard.planning.rank_checks import try_ranks
 from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Outcome, Terms, raise_config, transform_weights
 from reshard.recipes.patterns import list_slots
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.sources.source import Source
@@ -131,6 +132,8 @@ def plan_for_ranks(
     source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()
 ) -> Plan:
     """Makes a plan as `make_plan` does. Raises Refused also without a number of ranks, with those that work."""
+    if not layout.ranks and not has_ranks(source.recipe):
+        layout = replace(layout, ranks=1)  # whole files: there is nothing to choose
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"

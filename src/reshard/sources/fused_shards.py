@@ -150,8 +150,8 @@ def count_part_rows(rule: Rule, recipe: Recipe, config: Mapping[str, Any], ranks
 class RowShares:
     """The rows of the parts of fused tensors, computed once for all layers that are alike."""
 
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any], files: Sequence[str]) -> None:
-        self.recipe, self.config, self.files = recipe, config, files
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], files: Sequence[str], ranks: int) -> None:
+        self.recipe, self.config, self.files, self.ranks = recipe, config, files, ranks
         self.known: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
     def split(self, tensor: Tensor, fused: FusedPattern, numbers: Sequence[str]) -> Iterator[PartShard]:
@@ -159,6 +159,6 @@ class RowShares:
         key = (fused.pattern, tensor.dtype, tensor.shape)
         if key not in self.known:
             self.known[key] = spread_rows(
-                tensor, fused, self.recipe, self.config, len(self.files), file=self.files[tensor.file]
+                tensor, fused, self.recipe, self.config, self.ranks, file=self.files[tensor.file]
             )
         return split_fused(tensor, fused, numbers, self.known[key])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
-from reshard.recipes.recipe import list_recipes_to_try
+from reshard.formats.huggingface import INDEX, SINGLE, list_safetensors_files, read_stated_ranks
+from reshard.recipes.recipe import has_ranks, list_recipes_to_try
 from reshard.text import format_list
 from reshard.types import MOST_RANKS, RANKS, Note, Recipe
 
@@ -60,7 +60,7 @@ def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe])
 
     Raises Refused if the path is a single rank file.
     """
-    for recipe in recipes:
+    for recipe in filter(has_ranks, recipes):
         numbers = {name: found for name in names if (found := parse_rank_name(name, recipe))}
         if numbers and (len(numbers) == len(names) or not (path / INDEX).exists()):
             if not path.is_dir():
@@ -101,10 +101,13 @@ def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
 def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
     """Finds the recipe that made the rank files, by their manifest, if it is not among `recipes`; else empty.
 
-    The names of such files follow an unknown pattern: they must not be taken for whole files.
+    The names of such files follow an unknown pattern: they must not be taken for whole files. A recipe without ranks
+    has made whole files, under the one name that no rank file has.
     """
     recipe, layout = manifest.get("recipe"), manifest.get("layout")
     if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
+        return ""
+    if [entry.get("name") for entry in manifest.get("files", ())] == [SINGLE]:
         return ""
     name = str(recipe.get("name"))
     return "" if name in {known.name for known in recipes} else name

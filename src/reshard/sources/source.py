@@ -27,6 +27,7 @@ from reshard.sources.not_in_index import require_all_named
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
@@ -51,6 +52,8 @@ class Source:
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
     the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
+    unstacked: Unstacked | None = None
+    """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
 
 
 def read_source(
@@ -76,6 +79,8 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        unstacked = unstack_checkpoint(checkpoint, recipes)
+        checkpoint = unstacked.checkpoint if unstacked else checkpoint
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
@@ -89,9 +94,10 @@ def read_source(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
         is_changed = found.checkpoint.config is not checkpoint.config
-        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
+        own = checkpoint.config if is_changed else None
+        origin = Origin(config=own, renaming=found.renaming, is_stacked=bool(unstacked))
         notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
-        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
+        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
     return narrow_source(source, subset)
 
 

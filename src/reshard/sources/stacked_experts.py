@@ -1,0 +1,169 @@
+"""Reads checkpoints whose experts are stacked, as transformers 5 has them in memory, under the names of the hub.
+
+A recipe without ranks relates both sides. A stacked tensor is taken apart without a copy: each expert becomes a tensor
+of its own, with its dtype, shape and byte range of the same file.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import NamedTuple
+
+from reshard.errors import Problem, Refused, require_none
+from reshard.formats.renaming import Renaming
+from reshard.recipes.formulas import read_config_value
+from reshard.recipes.fusions import FUSED
+from reshard.recipes.patterns import find_later_members, make_patterns, split_names
+from reshard.recipes.recipe import has_ranks, list_packaged_recipes
+from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
+from reshard.sources.fused_shards import FusedPattern, RowShares, list_fused_patterns
+from reshard.sources.held_shards import RankPatterns, collect_rank_patterns, reverse_recipe
+from reshard.sources.prefixes import KnownNames, list_names_by_kind
+from reshard.sources.quantization_config import CODES
+from reshard.sources.quantized import suggest_source
+from reshard.sources.recipe_choice import find_asked_recipes, has_model_name, measure_nearness
+from reshard.text import format_count, format_list
+from reshard.types import Checkpoint, Note, Recipe, Tensor
+
+MOST_EXPERTS = 1 << 16
+"""In one tensor. A hostile header could name a billion of them."""
+
+
+class Unstacked(NamedTuple):
+    """A checkpoint with stacked experts, under both names."""
+
+    checkpoint: Checkpoint
+    """Under the names of the hub, an expert a tensor."""
+    stored: Checkpoint
+    """As it lies in the files; without a prefix that only its names have."""
+    recipe: Recipe
+    """Relates the two: its right side has the stored names."""
+
+
+def unstack_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe] = ()) -> Unstacked | None:
+    """Takes the stacked experts of a checkpoint apart; None if it has none that a recipe knows. `recipes` are tried
+    beside the packaged ones.
+
+    Raises Refused if they cannot be taken apart without doubt: they are quantized, other experts lie apart already, or
+    there are more or fewer than the config says.
+    """
+    candidates = list_stacking_recipes(recipes)
+    ends = {one.name.rpartition(".")[2] for recipe in candidates for one in list_fused_patterns(recipe)}
+    if not any(name.rpartition(".")[2] in ends for name in checkpoint.tensors):  # a quick look: mostly there are none
+        return None
+    config = checkpoint.config or {}
+    asked = find_asked_recipes(config, candidates)
+    if not asked and has_model_name(config):
+        return None  # of another model
+    stored, fitting = find_stored_names(checkpoint, asked or candidates)
+    if asked:
+        return Unstacked(split_stacks(stored, fitting[0]), stored, fitting[0]) if fitting else None
+    # Without a config, models of other forms have such names too: all must fit.
+    for recipe in fitting:
+        with suppress(Refused):
+            found = split_stacks(stored, recipe)
+            if measure_nearness(found, recipe)[:2] == (0, 0):
+                return Unstacked(found, stored, recipe)
+    return None
+
+
+def list_stacking_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Lists the recipes without ranks: of some recipes, and of the packaged ones."""
+    known = {recipe.origin: recipe for recipe in (*recipes, *list_packaged_recipes()) if not has_ranks(recipe)}
+    return list(known.values())
+
+
+def find_stored_names(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Checkpoint, list[Recipe]]:
+    """Finds the recipes whose fused names a checkpoint has; with a prefix changed, if it has none as they are."""
+    keys = {key for key, _ in split_names(checkpoint.tensors)}
+    fitting = [recipe for recipe in recipes if keys & {one.pattern.key for one in list_fused_patterns(recipe)}]
+    names = list_names_by_kind(checkpoint.tensors)
+    if fitting or not names.is_searched:
+        return checkpoint, fitting
+    turned = {recipe.name: turn_recipe(recipe) for recipe in recipes}
+    renaming: Renaming = find_renaming(checkpoint, names, [KnownNames(recipe) for recipe in turned.values()])
+    return find_stored_names(rename_checkpoint(checkpoint, renaming), recipes) if renaming else (checkpoint, [])
+
+
+def turn_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with its sides exchanged, to match the names of its right side: a fused one is under one row."""
+    rules = {rule.left: rule for rule in reverse_recipe(recipe).rules if rule.relation != "drop"}
+    return replace(reverse_recipe(recipe), rules=tuple(replace(rule, relation="same") for rule in rules.values()))
+
+
+def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Takes all fused tensors of a right side apart, and gives all tensors their names on the left. A tensor that the
+    recipe does not know keeps its name. Raises Refused.
+    """
+    config = stored.config or {}
+    patterns = collect_rank_patterns(recipe, reverse_recipe(recipe), config)
+    names = split_names(stored.tensors)
+    marked = find_later_members(names, reverse_recipe(recipe))
+    shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
+    require_none(check_mixture(stored, recipe, names, patterns))
+    tensors: dict[str, Tensor] = {}
+    count, problems = 0, []
+    for tensor, (key, numbers) in zip(stored.tensors.values(), names, strict=True):
+        fitting = [one for one in patterns.by_key.get(key, ()) if one.fits(key, numbers)]
+        fitting = [one for one in fitting if one.accepts(numbers, *marked)]
+        if len(fitting) != 1:
+            tensors[tensor.name] = tensor
+        elif fused := patterns.fused.get(fitting[0]):
+            count += 1
+            try:
+                require_none(check_stack(stored, tensor, fused, recipe))
+                for _, name, part in shares.split(tensor, fused, numbers):
+                    tensors[name] = part._replace(name=name)
+            except Refused as refused:
+                problems.extend(refused.problems)
+        else:
+            (name,) = fitting[0].renamed([numbers])
+            tensors[name] = tensor._replace(name=name)
+    require_none(dict.fromkeys(problems))
+    made = len(tensors) - (len(stored.tensors) - count)
+    text = f"{format_count(count, 'stacked tensors')}, as {recipe.engine or recipe.right} has them, are read as {made:,}"
+    note = Note(UNSTACKED, f"{text} under the names of {recipe.left}")
+    return replace(stored, tensors=tensors, notes=(*stored.notes, note))
+
+
+def check_mixture(
+    stored: Checkpoint, recipe: Recipe, names: Sequence[tuple[str, Sequence[str]]], patterns: RankPatterns
+) -> Iterator[Problem]:
+    """Reports names of the left side that the right side does not have: experts apart beside stacked ones; and what
+    belongs to quantized stacks.
+    """
+    lefts = {
+        pattern.key
+        for number, rule in enumerate(recipe.rules)
+        if rule.relation in FUSED or (rule.relation == "same" and rule.left != rule.right)
+        for pattern in make_patterns(number, rule, recipe)
+    }
+    stacks = {one.key for one in patterns.fused}
+    pairs = list(zip(stored.tensors, names, strict=True))
+    first = next(name for name, (key, _) in pairs if key in stacks)
+    if apart := [name for name, (key, _) in pairs if key in lefts and key not in patterns.by_key]:
+        found = f"under names of {recipe.left}, and experts of {first} stacked"
+        remedy = f"do two checkpoints lie in one folder? reshard inspect {stored.folder} --tensors '*expert*' tells"
+        yield Problem("fused-experts", format_list(apart, 3), found, "one of the two ways in all layers", remedy)
+    scales = [name for name, (key, _) in pairs if key not in stacks and key.startswith(tuple(stacks))]
+    codes = [name for name, (key, _) in pairs if key in stacks and stored.tensors[name].dtype in CODES]
+    if scales or codes:
+        such = f"such as {(scales or codes)[0]}"
+        found = f"quantized experts, stacked: {format_count(len({*scales, *codes}), 'tensors')} {such}"
+        expected = "stacked experts of BF16, F16 or F32"
+        yield Problem("quantized", str(stored.folder), found, expected, suggest_source(stored.config or {}))
+
+
+def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:
+    """Reports a stack of more or fewer members than the config tells."""
+    place = recipe.placeholders.get(fused.fusion.stacked)
+    if place is None or not tensor.shape:
+        return
+    told = read_config_value(place.size, stored.config) if place.size else None
+    name, count = f"{stored.files[tensor.file].name}: {tensor.name}", tensor.shape[0]
+    if isinstance(told, int) and told != count:
+        found, expected = f"{count:,} {place.counts}, of shape {list(tensor.shape)}", f"{told:,}, by config.json"
+        remedy = f"is config.json another model's? it says {place.size}"
+        yield Problem("wrong-shape", name, found, expected, remedy)
+    elif count > MOST_EXPERTS:
+        yield Problem("wrong-shape", name, f"{count:,} {place.counts}", f"at most {MOST_EXPERTS:,}")
