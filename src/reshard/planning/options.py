@@ -56,7 +56,7 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
     if layout.file_size is not None and layout.file_size < 0:
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
-    yield from check_whole_right_side(recipe, layout, ranks)
+    yield from check_whole_right_side(recipe, layout)
     if ranks is not None and not ranks:
         yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if layout.to == WHOLE and ranks is not None:
@@ -65,17 +65,12 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
 
 
-def check_whole_right_side(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
-    """Reports ranks where the right side of a recipe is whole files."""
-    if has_ranks(recipe) or layout.to == WHOLE:
-        return
-    if layout.ranks > 1:
+def check_whole_right_side(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Reports several ranks where the right side of a recipe is whole files."""
+    if layout.ranks > 1 and layout.to == RANKS and not has_ranks(recipe):
         remedy = "leave out --mp; for rank files leave out --for, or choose another --recipe"
         found = f"{layout.ranks} ranks, for {recipe.name}"
         yield Problem("wrong-option", "--mp", found, "no number, or 1: it is whole files, which nothing cuts", remedy)
-    if ranks is not None:
-        found, remedy = f"for {recipe.name}", "leave it out"
-        yield Problem("wrong-option", "--ranks", found, "no ranks: it is whole files, which nothing cuts", remedy)
 
 
 def require_layout(

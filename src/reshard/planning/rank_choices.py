@@ -132,8 +132,11 @@ def plan_for_ranks(
     source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()
 ) -> Plan:
     """Makes a plan as `make_plan` does. Raises Refused also without a number of ranks, with those that work."""
-    if not layout.ranks and not has_ranks(source.recipe):
-        layout = replace(layout, ranks=1)  # whole files: there is nothing to choose
+    if layout.to == RANKS and not has_ranks(source.recipe):
+        if ranks is not None:
+            found, expected = f"for {source.recipe.name}", "no ranks: it is whole files, which nothing cuts"
+            raise refuse("wrong-option", "--ranks", found, expected, "leave it out")
+        layout = replace(layout, ranks=layout.ranks or 1)
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"

@@ -18,10 +18,10 @@ def check_files(table: Mapping[str, Any]) -> Iterator[Fault]:
     if files == WHOLE_FILE:
         rows = [row for row in table.get("rules") or () if isinstance(row, list) and row]
         if not any(row[0] in FUSED for row in rows):
-            yield ("files",), f"{files!r} without a fused tensor", "a concat or a stack: it tells such a file from others"
+            yield ("files",), f"{files!r} without a fused tensor", "a concat or a stack: by it such files are known"
         for key in ("constants", "scales", "run"):
             if table.get(key):
-                yield (key,), f"{key}, with {files!r}", f"rank files: a file of the whole model has no {key} here"
+                yield (key,), f"{key}, with {files!r}", "rank files: of whole files it is not read back"
     elif isinstance(files, str) and not is_files_pattern(files):
         expected = f"a file name with {{rank}}, and perhaps {{ranks}}, that ends in .safetensors; or {WHOLE_FILE}"
         yield ("files",), repr(files), expected

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, SINGLE, list_safetensors_files, read_stated_ranks
+from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
+from reshard.formats.part_manifests import is_of_whole_files
 from reshard.recipes.recipe import has_ranks, list_recipes_to_try
 from reshard.text import format_list
-from reshard.types import MOST_RANKS, RANKS, Note, Recipe
+from reshard.types import MOST_RANKS, Note, Recipe
 
 
 class RankNames(NamedTuple):
@@ -105,9 +106,7 @@ def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) 
     has made whole files, under the one name that no rank file has.
     """
     recipe, layout = manifest.get("recipe"), manifest.get("layout")
-    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
-        return ""
-    if [entry.get("name") for entry in manifest.get("files", ())] == [SINGLE]:
+    if not isinstance(recipe, dict) or not isinstance(layout, dict) or is_of_whole_files(manifest):
         return ""
     name = str(recipe.get("name"))
     return "" if name in {known.name for known in recipes} else name

@@ -95,8 +95,10 @@ def read_source(
             )
         is_changed = found.checkpoint.config is not checkpoint.config
         own = checkpoint.config if is_changed else None
-        origin = Origin(config=own, renaming=found.renaming, is_stacked=bool(unstacked))
-        notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
+        origin = Origin(config=own, renaming=found.renaming, is_stacked=unstacked is not None)
+        members, is_stacked = found.matched.members, bool(unstacked)
+        drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
+        notes = *found.checkpoint.notes, *drafts
         source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
     return narrow_source(source, subset)
 
@@ -113,8 +115,8 @@ def read_chosen(
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     if for_engine and layout.to == WHOLE:
-        remedy = "for rank files leave out --to hf; for whole files leave out --for"
-        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "rank files", remedy)
+        remedy = f"for files of {for_engine} leave out --to hf; for files under the names of the hub leave out --for"
+        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "one of them", remedy)
     return read_source(
         path,
         recipe,

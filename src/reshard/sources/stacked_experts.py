@@ -32,12 +32,23 @@ MOST_EXPERTS = 1 << 16
 class Unstacked(NamedTuple):
     """A checkpoint with stacked experts, under both names."""
 
-    checkpoint: Checkpoint
-    """Under the names of the hub, an expert a tensor."""
     stored: Checkpoint
     """As it lies in the files; without a prefix that only its names have."""
     recipe: Recipe
     """Relates the two: its right side has the stored names."""
+    checkpoint: Checkpoint
+    """Under the names of the hub, an expert a tensor."""
+
+
+class Stacking(NamedTuple):
+    """What may relate the stacked experts of a checkpoint to the names of the hub."""
+
+    stored: Checkpoint
+    """As it lies in the files; without a prefix that only its names have."""
+    recipes: Sequence[Recipe]
+    """Those with such names on their right side; empty if it has no stacked experts."""
+    is_told: bool
+    """Whether the config names their model."""
 
 
 def unstack_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe] = ()) -> Unstacked | None:
@@ -47,24 +58,40 @@ def unstack_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe] = ()) -
     Raises Refused if they cannot be taken apart without doubt: they are quantized, other experts lie apart already, or
     there are more or fewer than the config says.
     """
-    candidates = list_stacking_recipes(recipes)
-    ends = {one.name.rpartition(".")[2] for recipe in candidates for one in list_fused_patterns(recipe)}
-    if not any(name.rpartition(".")[2] in ends for name in checkpoint.tensors):  # a quick look: mostly there are none
-        return None
-    config = checkpoint.config or {}
-    asked = find_asked_recipes(config, candidates)
-    if not asked and has_model_name(config):
-        return None  # of another model
-    stored, fitting = find_stored_names(checkpoint, asked or candidates)
-    if asked:
-        return Unstacked(split_stacks(stored, fitting[0]), stored, fitting[0]) if fitting else None
+    stored, fitting, is_told = find_stacking(checkpoint, recipes)
+    if is_told:
+        return Unstacked(stored, fitting[0], split_stacks(stored, fitting[0])) if fitting else None
     # Without a config, models of other forms have such names too: all must fit.
     for recipe in fitting:
         with suppress(Refused):
             found = split_stacks(stored, recipe)
             if measure_nearness(found, recipe)[:2] == (0, 0):
-                return Unstacked(found, stored, recipe)
+                return Unstacked(stored, recipe, found)
     return None
+
+
+def holds_stacks(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has names of stacked experts that a packaged recipe may know."""
+    return bool(find_stacking(checkpoint, ()).recipes)
+
+
+def find_stacking(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Stacking:
+    """Finds the recipes whose fused names a checkpoint has: those for the model of its config, else all."""
+    candidates = list_stacking_recipes(recipes)
+    ends = {one.name.rpartition(".")[2] for recipe in candidates for one in list_fused_patterns(recipe)}
+    if not any(name.rpartition(".")[2] in ends for name in checkpoint.tensors):  # a quick look: mostly there are none
+        return Stacking(checkpoint, (), is_told=False)
+    config = checkpoint.config or {}
+    asked = find_asked_recipes(config, candidates)
+    if not asked and has_model_name(config):
+        return Stacking(checkpoint, (), is_told=True)  # of another model
+    return Stacking(*find_stored_names(checkpoint, asked or candidates), is_told=bool(asked))
+
+
+def read_under_hub_names(checkpoint: Checkpoint, recipes: Sequence[Recipe] = ()) -> Checkpoint:
+    """A checkpoint with its stacked experts taken apart, if it has any. Raises Refused as `unstack_checkpoint`."""
+    found = unstack_checkpoint(checkpoint, recipes)
+    return found.checkpoint if found else checkpoint
 
 
 def list_stacking_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -102,7 +129,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
     shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
     require_none(check_mixture(stored, recipe, names, patterns))
     tensors: dict[str, Tensor] = {}
-    count, problems = 0, []
+    count, problems = 0, list[Problem]()
     for tensor, (key, numbers) in zip(stored.tensors.values(), names, strict=True):
         fitting = [one for one in patterns.by_key.get(key, ()) if one.fits(key, numbers)]
         fitting = [one for one in fitting if one.accepts(numbers, *marked)]
@@ -121,8 +148,8 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
             tensors[name] = tensor._replace(name=name)
     require_none(dict.fromkeys(problems))
     made = len(tensors) - (len(stored.tensors) - count)
-    text = f"{format_count(count, 'stacked tensors')}, as {recipe.engine or recipe.right} has them, are read as {made:,}"
-    note = Note(UNSTACKED, f"{text} under the names of {recipe.left}")
+    text = f"{format_count(count, 'stacked tensors')} of {recipe.engine or recipe.right} are read as {made:,}"
+    note = Note(UNSTACKED, f"{text} under the hub's names")
     return replace(stored, tensors=tensors, notes=(*stored.notes, note))
 
 
