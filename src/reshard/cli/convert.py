@@ -239,7 +239,7 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
-    is_of_ranks = plan.origin.is_of_ranks
+    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_stacked
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)

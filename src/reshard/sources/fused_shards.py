@@ -18,6 +18,8 @@ from reshard.types import BlockScale, Recipe, Rule, Tensor
 
 BESIDE = "copy the model's config.json beside the rank files"
 
+ANOTHER = "is config.json another model's?"
+
 OTHERS = "is a rank file missing, or from another conversion, or config.json another model's?"
 
 
@@ -112,8 +114,9 @@ def spread_rows(
         expected = f"a config.json that tells the rows of each part: {format_list(keys)}"
         raise refuse("no-config", fused.name, "not known how many rows are whose", expected, BESIDE)
     parts = (f"{count or 'as many'} of {left}" for count, left in zip(told[0], shorten_names(fused.lefts), strict=True))
-    expected = f"in each of {ranks} ranks, by config.json and the recipe: {', '.join(parts)}"
-    raise refuse("wrong-shape", place, f"{total} rows, of {list(tensor.shape)}", expected, OTHERS)
+    expected = f"by config.json and the recipe: {', '.join(parts)}"
+    expected, remedy = (f"in each of {ranks} ranks, {expected}", OTHERS) if ranks > 1 else (expected, ANOTHER)
+    raise refuse("wrong-shape", place, f"{total} rows, of {list(tensor.shape)}", expected, remedy)
 
 
 def shorten_names(lefts: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
+from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
@@ -34,7 +35,7 @@ from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, Origin
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
 
-AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
+AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def read_source(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
             )
         is_changed = found.checkpoint.config is not checkpoint.config
-        own = checkpoint.config if is_changed else None
-        origin = Origin(config=own, renaming=found.renaming, is_stacked=unstacked is not None)
+        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
+        origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
         members, is_stacked = found.matched.members, bool(unstacked)
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
         notes = *found.checkpoint.notes, *drafts
@@ -245,6 +246,16 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
         forms=origin.forms or make_forms(weight_map or {}),
         texts=texts if origin.texts is None else {**texts, **origin.texts},
     )
+
+
+def find_stacked_origin(folder: Folder, stored: Checkpoint) -> Origin:
+    """Finds what is known of the original of a checkpoint with stacked experts: all, if reshard has made it. Raises
+    Refused if its files were changed since.
+    """
+    if not is_of_whole_files(folder.manifest) or folder.manifest["layout"].get("to") == WHOLE:
+        return Origin(is_stacked=True)
+    require_none(check_changed_files(FolderHeaders(stored.folder, stored.files, ()), folder.manifest))
+    return replace(read_origin(folder.manifest), is_stacked=True)
 
 
 def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:

@@ -13,14 +13,13 @@ from reshard.errors import Problem, Refused, require_none
 from reshard.formats.renaming import Renaming
 from reshard.recipes.formulas import read_config_value
 from reshard.recipes.fusions import FUSED
-from reshard.recipes.patterns import find_later_members, make_patterns, split_names
+from reshard.recipes.patterns import fill_pattern, find_later_members, make_patterns, split_names
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes
 from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
 from reshard.sources.fused_shards import FusedPattern, RowShares, list_fused_patterns
 from reshard.sources.held_shards import RankPatterns, collect_rank_patterns, reverse_recipe
 from reshard.sources.prefixes import KnownNames, list_names_by_kind
 from reshard.sources.quantization_config import CODES
-from reshard.sources.quantized import suggest_source
 from reshard.sources.recipe_choice import find_asked_recipes, has_model_name, measure_nearness
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint, Note, Recipe, Tensor
@@ -113,9 +112,10 @@ def find_stored_names(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tupl
 
 
 def turn_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with its sides exchanged, to match the names of its right side: a fused one is under one row."""
-    rules = {rule.left: rule for rule in reverse_recipe(recipe).rules if rule.relation != "drop"}
-    return replace(reverse_recipe(recipe), rules=tuple(replace(rule, relation="same") for rule in rules.values()))
+    """A recipe with the right names on both sides, each in one row, to match them."""
+    rules = {rule.right: rule for rule in recipe.rules if rule.relation != "drop"}
+    same = tuple(replace(rule, relation="same", left=name) for name, rule in rules.items())
+    return replace(reverse_recipe(recipe), rules=same)
 
 
 def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -146,7 +146,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
         else:
             (name,) = fitting[0].renamed([numbers])
             tensors[name] = tensor._replace(name=name)
-    require_none(dict.fromkeys(problems))
+    require_none(dict.fromkeys(problems) or check_stacks_beside(stored, names, patterns))
     made = len(tensors) - (len(stored.tensors) - count)
     text = f"{format_count(count, 'stacked tensors')} of {recipe.engine or recipe.right} are read as {made:,}"
     note = Note(UNSTACKED, f"{text} under the hub's names")
@@ -178,7 +178,24 @@ def check_mixture(
         such = f"such as {(scales or codes)[0]}"
         found = f"quantized experts, stacked: {format_count(len({*scales, *codes}), 'tensors')} {such}"
         expected = "stacked experts of BF16, F16 or F32"
-        yield Problem("quantized", str(stored.folder), found, expected, suggest_source(stored.config or {}))
+        remedy = "convert the checkpoint that was loaded: under the hub's names, FP8 with block scales is read"
+        yield Problem("quantized", str(stored.folder), found, expected, remedy)
+
+
+def check_stacks_beside(
+    stored: Checkpoint, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
+) -> Iterator[Problem]:
+    """Reports each stacked tensor that lacks where another of its layer is there: by its own name, not by a hundred."""
+    for key, numbers in dict.fromkeys(names):
+        for pattern in (one for one in patterns.fused if one.fits(key, numbers)):
+            filling = {slot: int(number) for slot, number in zip(pattern.slots, numbers, strict=True)}
+            here = fill_pattern(patterns.fused[pattern].name, filling)
+            for other in patterns.fused.values():
+                name = fill_pattern(other.name, filling)
+                if other.pattern.slots == pattern.slots and name not in stored.tensors:
+                    yield Problem(
+                        "missing-tensor", name, "not in the checkpoint", f"it, as {here}", "is a file missing?"
+                    )
 
 
 def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:
