@@ -4,6 +4,7 @@ A recipe without ranks relates both sides. A stacked tensor is taken apart witho
 of its own, with its dtype, shape and byte range of the same file.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -146,7 +147,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
         else:
             (name,) = fitting[0].renamed([numbers])
             tensors[name] = tensor._replace(name=name)
-    require_none(dict.fromkeys(problems) or check_stacks_beside(stored, names, patterns))
+    require_none(dict.fromkeys(problems) or check_stacks_beside(stored, recipe, names, patterns))
     made = len(tensors) - (len(stored.tensors) - count)
     text = f"{format_count(count, 'stacked tensors')} of {recipe.engine or recipe.right} are read as {made:,}"
     note = Note(UNSTACKED, f"{text} under the hub's names")
@@ -169,8 +170,10 @@ def check_mixture(
     pairs = list(zip(stored.tensors, names, strict=True))
     first = next(name for name, (key, _) in pairs if key in stacks)
     if apart := [name for name, (key, _) in pairs if key in lefts and key not in patterns.by_key]:
-        found = f"under names of {recipe.left}, and experts of {first} stacked"
-        remedy = f"do two checkpoints lie in one folder? reshard inspect {stored.folder} --tensors '*expert*' tells"
+        found, folder = f"names of the hub, though experts are stacked, as in {first}", shlex.quote(str(stored.folder))
+        remedy = (
+            f"do two checkpoints lie in one folder? reshard inspect {folder} --tensors '*.experts.*' names the files"
+        )
         yield Problem("fused-experts", format_list(apart, 3), found, "one of the two ways in all layers", remedy)
     scales = [name for name, (key, _) in pairs if key not in stacks and key.startswith(tuple(stacks))]
     codes = [name for name, (key, _) in pairs if key in stacks and stored.tensors[name].dtype in CODES]
@@ -183,19 +186,18 @@ def check_mixture(
 
 
 def check_stacks_beside(
-    stored: Checkpoint, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
+    stored: Checkpoint, recipe: Recipe, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
 ) -> Iterator[Problem]:
     """Reports each stacked tensor that lacks where another of its layer is there: by its own name, not by a hundred."""
+    stacks = [one for one in patterns.fused.values() if one.fusion.stacked]
+    needed = [one for one in stacks if not recipe.rules[one.fusion.rules[0]].only]
     for key, numbers in dict.fromkeys(names):
-        for pattern in (one for one in patterns.fused if one.fits(key, numbers)):
-            filling = {slot: int(number) for slot, number in zip(pattern.slots, numbers, strict=True)}
-            here = fill_pattern(patterns.fused[pattern].name, filling)
-            for other in patterns.fused.values():
-                name = fill_pattern(other.name, filling)
-                if other.pattern.slots == pattern.slots and name not in stored.tensors:
-                    yield Problem(
-                        "missing-tensor", name, "not in the checkpoint", f"it, as {here}", "is a file missing?"
-                    )
+        for here in (one for one in stacks if one.pattern.fits(key, numbers)):
+            filling = {slot: int(number) for slot, number in zip(here.pattern.slots, numbers, strict=True)}
+            for other in (one for one in needed if one.pattern.slots == here.pattern.slots):
+                name, expected = fill_pattern(other.name, filling), f"beside {fill_pattern(here.name, filling)}"
+                if name not in stored.tensors:
+                    yield Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
 
 
 def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:
