@@ -31,7 +31,7 @@ from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, lis
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
 from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
-from reshard.recipes.recipe import has_ranks, list_recipes_to_try
+from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.constants import check_stored_constants
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import match_or_rename
@@ -138,7 +138,7 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
     if path.is_dir() and (names := find_rank_names(path, list_safetensors_files(path), recipes)):
         return summarize_rank_files(path, names)
     for name in list_safetensors_files(path)[:1]:
-        for known in filter(has_ranks, recipes) if not path.is_dir() else ():
+        for known in recipes if not path.is_dir() else ():
             if numbers := parse_rank_name(name, known):
                 return make_content(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
     if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):

@@ -61,7 +61,7 @@ def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe])
 
     Raises Refused if the path is a single rank file.
     """
-    for recipe in filter(has_ranks, recipes):
+    for recipe in recipes:
         numbers = {name: found for name in names if (found := parse_rank_name(name, recipe))}
         if numbers and (len(numbers) == len(names) or not (path / INDEX).exists()):
             if not path.is_dir():
@@ -89,9 +89,11 @@ def count_ranks(
 
 
 def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
-    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names. The number of
-    ranks is 0 if the pattern has none.
+    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names, and for a recipe
+    without ranks. The number of ranks is 0 if the pattern has none.
     """
+    if not has_ranks(recipe):
+        return None
     pattern = re.escape(recipe.files)
     for key in ("rank", "ranks"):
         pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")

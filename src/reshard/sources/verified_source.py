@@ -9,7 +9,7 @@ from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import list_safetensors_files, read_headers
+from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.engine_choice import find_engine
@@ -17,7 +17,7 @@ from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names
 from reshard.sources.source import Source, read_source
-from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
+from reshard.sources.stacked_experts import Unstacked, find_stacking
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
@@ -107,8 +107,10 @@ def find_engine_of_stacks(target: Path) -> str:
     `verify_target` tells of it.
     """
     with suppress(Refused):
-        found = unstack_checkpoint(read_folder_checkpoint(read_folder(target), ignore_extra_files=True))
-        return found.recipe.engine if found else ""
+        stored = read_headers(target, list_target_names(target))
+        tensors = {tensor.name: tensor for tensor in stored.tensors}
+        known = find_stacking(Checkpoint(target, stored.files, tensors, read_config(target)), ()).recipes
+        return known[0].engine if known else ""
     return ""
 
 
