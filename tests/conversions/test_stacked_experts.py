@@ -243,7 +243,7 @@ def test_another_number_of_experts_and_another_model_are_refused(qwen: Path, tmp
     more = change(qwen, tmp_path / "more", lambda _: None, num_experts=16)
     assert refuse_plan(more)[0] == ("wrong-shape", f"{MODEL}: model.layers.0.mlp.experts.down_proj")
     write_stacked_model(tmp_path / "v3", "deepseek-v3")
-    other = change(tmp_path / "v3", tmp_path / "other", lambda _: None, model_type="kimi_k2")
+    other = change(tmp_path / "v3", tmp_path / "other", lambda _: None, model_type="kimi_k2", architectures=[])
     assert refuse_plan(other)[0][0] == "fused-experts"
 
 
