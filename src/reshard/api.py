@@ -123,8 +123,7 @@ def convert(
         renumber: Number the layers and experts that are left from 0 on.
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
-        for_engine: The engine that the files are for: `"vllm"`; or `"transformers"`, whole files with stacked experts,
-            without `mp`. By default for the model's own code.
+        for_engine: `"vllm"`, or `"transformers"` without `mp`; by default the files are for the model's own code.
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.

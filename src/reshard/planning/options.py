@@ -56,17 +56,17 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
     if layout.file_size is not None and layout.file_size < 0:
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
-    yield from check_whole_right_side(recipe, layout)
-    if ranks is not None and not ranks:
-        yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
-    if layout.to == WHOLE and ranks is not None:
-        yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
+    yield from check_rank_options(recipe, layout, ranks)
     if layout.to == RANKS and layout.file_size is not None:
         yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
 
 
-def check_whole_right_side(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
-    """Reports several ranks where the right side of a recipe is whole files."""
+def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+    """Reports chosen ranks that are none or have no meaning, and several ranks where a recipe makes whole files."""
+    if ranks is not None and not ranks:
+        yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
+    if layout.to == WHOLE and ranks is not None:
+        yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.ranks > 1 and layout.to == RANKS and not has_ranks(recipe):
         remedy = "leave out --mp; for rank files leave out --for, or choose another --recipe"
         found = f"{layout.ranks} ranks, for {recipe.name}"

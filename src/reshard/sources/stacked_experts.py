@@ -107,12 +107,12 @@ def find_stored_names(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tupl
     names = list_names_by_kind(checkpoint.tensors)
     if fitting or not names.is_searched:
         return checkpoint, fitting
-    turned = {recipe.name: turn_recipe(recipe) for recipe in recipes}
+    turned = {recipe.name: repeat_right_names(recipe) for recipe in recipes}
     renaming: Renaming = find_renaming(checkpoint, names, [KnownNames(recipe) for recipe in turned.values()])
     return find_stored_names(rename_checkpoint(checkpoint, renaming), recipes) if renaming else (checkpoint, [])
 
 
-def turn_recipe(recipe: Recipe) -> Recipe:
+def repeat_right_names(recipe: Recipe) -> Recipe:
     """A recipe with the right names on both sides, each in one row, to match them."""
     rules = {rule.right: rule for rule in recipe.rules if rule.relation != "drop"}
     same = tuple(replace(rule, relation="same", left=name) for name, rule in rules.items())
