@@ -293,7 +293,9 @@ def test_fused_experts_that_no_recipe_knows_are_refused_and_the_hint_unfuses_the
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
-    (tmp_path / "fused" / "config.json").write_text(json.dumps({**config, "model_type": "unknown", "architectures": []}))
+    (tmp_path / "fused" / "config.json").write_text(
+        json.dumps({**config, "model_type": "unknown", "architectures": []})
+    )
     with pytest.raises(Refused) as refused:
         plan(tmp_path / "fused", mp=2, recipe="qwen3-moe")
     (problem,) = refused.value.problems

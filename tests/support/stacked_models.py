@@ -104,7 +104,8 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 def compute_logits(folder: Path) -> Tensor:
     """The logits of a prompt; every tensor of the model must be in the folder, and no other."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, told = load(folder, output_loading_info=True)
     assert not any(told.values()), told
     with torch.no_grad():
         logits: Tensor = model(torch.arange(1, 12)[None]).logits

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
-from reshard.formats.renaming import Renaming
 from reshard.recipes.formulas import read_config_value
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import fill_pattern, find_later_members, make_patterns, split_names
@@ -102,14 +101,19 @@ def list_stacking_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 def find_stored_names(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Checkpoint, list[Recipe]]:
     """Finds the recipes whose fused names a checkpoint has; with a prefix changed, if it has none as they are."""
-    keys = {key for key, _ in split_names(checkpoint.tensors)}
-    fitting = [recipe for recipe in recipes if keys & {one.pattern.key for one in list_fused_patterns(recipe)}]
-    names = list_names_by_kind(checkpoint.tensors)
+    fitting, names = list_fitting_stacks(checkpoint, recipes), list_names_by_kind(checkpoint.tensors)
     if fitting or not names.is_searched:
         return checkpoint, fitting
-    turned = {recipe.name: repeat_right_names(recipe) for recipe in recipes}
-    renaming: Renaming = find_renaming(checkpoint, names, [KnownNames(recipe) for recipe in turned.values()])
-    return find_stored_names(rename_checkpoint(checkpoint, renaming), recipes) if renaming else (checkpoint, [])
+    known = [KnownNames(repeat_right_names(recipe)) for recipe in recipes]
+    renamed = rename_checkpoint(checkpoint, found) if (found := find_renaming(checkpoint, names, known)) else checkpoint
+    fitting = list_fitting_stacks(renamed, recipes)
+    return (renamed, fitting) if fitting else (checkpoint, [])
+
+
+def list_fitting_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Lists the recipes of which a checkpoint has a fused name."""
+    keys = {key for key, _ in split_names(checkpoint.tensors)}
+    return [recipe for recipe in recipes if keys & {one.pattern.key for one in list_fused_patterns(recipe)}]
 
 
 def repeat_right_names(recipe: Recipe) -> Recipe:
@@ -175,7 +179,8 @@ def check_mixture(
             f"do two checkpoints lie in one folder? reshard inspect {folder} --tensors '*.experts.*' names the files"
         )
         yield Problem("fused-experts", format_list(apart, 3), found, "one of the two ways in all layers", remedy)
-    scales = [name for name, (key, _) in pairs if key not in stacks and key.startswith(tuple(stacks))]
+    others = [name for name, (key, _) in pairs if key not in stacks and key.startswith(tuple(stacks))]
+    scales = [name for name in others if "scale" in name.rpartition(".")[2]]
     codes = [name for name, (key, _) in pairs if key in stacks and stored.tensors[name].dtype in CODES]
     if scales or codes:
         such = f"such as {(scales or codes)[0]}"
