@@ -94,6 +94,8 @@ def test_what_transformers_has_written_is_verified_against_the_hub(written: Path
         assert report.is_whole
         assert reshard.diff(written / stacked, written / "hub").is_same
     assert reshard.diff(written / "stacked", written / "stacked-parts").is_same
+    with pytest.raises(Refused, match="the source itself"):
+        reshard.verify(written / "stacked", written / "stacked")
 
 
 def test_without_a_config_the_names_tell(written: Path, tmp_path: Path) -> None:

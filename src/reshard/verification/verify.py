@@ -159,8 +159,9 @@ def verify_target(
     read or changes meanwhile.
     """
     folder = list_target_files(target, recipe)
-    if folder.is_whole and target.resolve() == source.folder.resolve():
+    if (folder.is_whole or folder.is_joint) and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
+        lacking = "the source itself" if folder.is_joint else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
     files, problems = read_target_headers(target, choose_files(folder, ranks))
     extra = f"a file beside those of {folder.ranks} ranks"
