@@ -63,7 +63,7 @@ def main() -> None:
 def lines(options: argparse.Namespace) -> Iterator[str]:
     """A table of the numbers of ranks that work, then those that are refused."""
     checkpoint = full_checkpoint(options.name)
-    recipe = choose_recipe(checkpoint, list_packaged_recipes())[0]
+    recipe = choose_recipe(checkpoint, [recipe for recipe in list_packaged_recipes() if not recipe.engine])[0]
     yield f"{options.name}: {len(checkpoint.tensors):,} tensors, recipe {recipe.name}"
     rows, refusals = [], []
     for ranks in RANKS:

@@ -268,7 +268,7 @@ class Recipe:
     right: str
     """The layouts of the original files and of the rank files, in words."""
     files: str
-    """Pattern of the names of rank files, with `{rank}` and `{ranks}`."""
+    """Pattern of the names of rank files, with `{rank}` and `{ranks}`; or the name of the one file that has all."""
     carry: tuple[str, ...]
     """Patterns of the side files to copy."""
     model_types: tuple[str, ...]

@@ -3,7 +3,7 @@
 import pytest
 
 from reshard.errors import Refused
-from reshard.recipes.recipe import parse_recipe
+from reshard.recipes.recipe import has_ranks, parse_recipe
 
 HEAD = """
 name = "fused"
@@ -60,3 +60,27 @@ def test_what_is_wrong_is_refused(rows: tuple[str, ...], more: str, word: str) -
         parse_recipe(make_text(rows, more), "wrong.toml")
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
     assert word in str(caught.value)
+
+
+WHOLE = HEAD.replace("part-{rank}", "model").replace("describes = true\n", "")
+
+
+def test_whole_files_under_other_names_are_read() -> None:
+    recipe = parse_recipe(WHOLE + f"rules = [{GATE}, {NORM}]", "whole.toml")
+    assert not has_ranks(recipe)
+    assert has_ranks(parse_recipe(make_text((GATE, NORM)), "ranks.toml"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "word"),
+    [
+        (NORM, "", "'model.safetensors' without a fused tensor"),
+        (GATE, 'constants = [["version", "F32 []", 1.0]]', "constants, with 'model.safetensors'"),
+        (GATE, 'scales.s = { left = "scale", right = "scale", block = 4 }', "scales, with 'model.safetensors'"),
+        (GATE, 'run.width = "n"', "run, with 'model.safetensors'"),
+    ],
+)
+def test_whole_files_that_could_not_be_read_back_are_refused(rows: str, more: str, word: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parse_recipe(f"{WHOLE}{more}\nrules = [{rows}]", "whole.toml")
+    assert [word in problem.found for problem in refused.value.problems] == [True]

@@ -288,15 +288,20 @@ def test_a_quantization_within_the_text_config_is_read() -> None:
     assert promise.place == "text_config.quantization_config of config.json"
 
 
-def test_experts_of_transformers_in_memory_are_fused_and_the_hint_unfuses_them(tmp_path: Path) -> None:
+def test_fused_experts_that_no_recipe_knows_are_refused_and_the_hint_unfuses_them(tmp_path: Path) -> None:
     write_model(tmp_path / "written", "qwen3-moe")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    (tmp_path / "fused" / "config.json").write_text(
+        json.dumps({**config, "model_type": "unknown", "architectures": []})
+    )
     with pytest.raises(Refused) as refused:
-        plan(tmp_path / "fused", mp=2)
+        plan(tmp_path / "fused", mp=2, recipe="qwen3-moe")
     (problem,) = refused.value.problems
     assert (problem.kind, problem.subject) == ("fused-experts", "model.layers.0.mlp.experts.down_proj and 3 more")
     assert "save_original_format=True" in problem.remedy
+    (tmp_path / "fused" / "config.json").write_text(json.dumps(config))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     vars(loaded)["_weight_conversions"] = None
     loaded.save_pretrained(tmp_path / "apart", save_original_format=True)

@@ -47,6 +47,7 @@ from reshard.sources.rank_names import (
     parse_rank_name,
 )
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.sources.stacked_experts import unstack_checkpoint
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -149,8 +150,9 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
     checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
+        unstacked = unstack_checkpoint(checkpoint, recipes)
         chosen = choose_for_engine(recipes, "", is_named=bool(recipe))
-        fitted = match_or_rename(checkpoint, chosen, is_asked=False)
+        fitted = match_or_rename(unstacked.checkpoint if unstacked else checkpoint, chosen, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         content = make_content(path, stored, "", "", 0, {}, remark)
@@ -158,7 +160,8 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
             content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
         )
     counts = name_counts(fitted.matched, fitted.recipe)
-    content = make_content(path, stored, fitted.recipe.left, fitted.recipe.name, 0, counts, "")
+    layout, by = (unstacked.recipe.right, unstacked.recipe) if unstacked else (fitted.recipe.left, fitted.recipe)
+    content = make_content(path, stored, layout, by.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes)
 

@@ -37,6 +37,13 @@ def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
     return [load_recipe(name)] if name else list_packaged_recipes()
 
 
+def has_ranks(recipe: Recipe) -> bool:
+    """Whether the right side of a recipe is cut for ranks. Else it is a whole checkpoint under other names, some of
+    them of fused tensors.
+    """
+    return "{rank}" in recipe.files
+
+
 def load_recipe(name: str) -> Recipe:
     """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
     is_path = name.endswith(".toml") or Path(name).is_file()

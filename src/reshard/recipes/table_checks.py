@@ -11,6 +11,7 @@ from reshard.formats.safetensors import BITS
 from reshard.recipes.alternatives import is_choice_of_config
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
+from reshard.recipes.file_checks import check_files
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
 from reshard.recipes.fusion_checks import check_constants, check_fusions, holds_fused
 from reshard.recipes.fusions import FUSED, find_stacked
@@ -101,11 +102,7 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
-    files = table.get("files")
-    if isinstance(files, str) and not is_files_pattern(files):
-        yield ("files",), repr(files), "a file name with {rank}, and perhaps {ranks}, that ends in .safetensors"
-    elif isinstance(files, str) and "{ranks}" not in files and not table.get("describes"):
-        yield ("files",), repr(files), "{ranks} in it, or describes = true: else nothing tells that a file is missing"
+    yield from check_files(table)
     if not re.fullmatch(r"[a-z][a-z0-9-]*|", str(table.get("engine", ""))):
         yield ("engine",), repr(table["engine"]), "engine: a word of small letters, digits and hyphens"
 
@@ -115,17 +112,6 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     carry = table.get("carry", [])
     if is_list_of_strings(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
-
-
-def is_files_pattern(text: str) -> bool:
-    """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
-    rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
-    return (
-        {"rank"} <= set(PLACEHOLDER.findall(text)) <= {"rank", "ranks"}
-        and not set(rest) & set("{}")
-        and is_plain(rest)
-        and rest.endswith(".safetensors")
-    )
 
 
 def is_list_of_strings(value: Any) -> bool:

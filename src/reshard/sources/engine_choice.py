@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from reshard.errors import refuse
-from reshard.recipes.recipe import list_packaged_recipes
+from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.sources.match import OWN_RECIPE
 from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
 from reshard.text import format_list
@@ -33,6 +33,11 @@ def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool)
     remedy = f"did you mean {near[0]}?" if near else "leave it out, or name a recipe of your own with --recipe"
     expected = f"one of {format_list(known)}" if known else "nothing: no packaged recipe is for an engine"
     raise refuse("wrong-option", "--for", f"{engine!r}: no such engine", expected, remedy)
+
+
+def takes_ranks(recipe: str | None, engine: str | None) -> bool:
+    """Whether a conversion by a recipe, or for an engine, is for a number of ranks. Raises Refused for unknown ones."""
+    return any(map(has_ranks, choose_for_engine(list_recipes_to_try(recipe), engine or "", is_named=bool(recipe))))
 
 
 def require_engine_recipe(

@@ -13,6 +13,7 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
+from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
@@ -35,13 +36,14 @@ from reshard.sources.rank_names import (
     note_files_beside_ranks,
 )
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
 
-AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
+AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Source:
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
     the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
+    unstacked: Unstacked | None = None
+    """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
 
 
 def read_source(
@@ -84,6 +88,8 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        unstacked = unstack_checkpoint(checkpoint, recipes)
+        checkpoint = unstacked.checkpoint if unstacked else checkpoint
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
@@ -98,8 +104,11 @@ def read_source(
             )
         is_changed = found.checkpoint.config is not checkpoint.config
         origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
-        notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
-        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
+        origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
+        members, is_stacked = found.matched.members, bool(unstacked)
+        drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
+        notes = *found.checkpoint.notes, *drafts
+        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
     return narrow_source(source, subset)
 
 
@@ -115,8 +124,8 @@ def read_chosen(
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     if for_engine and layout.to == WHOLE:
-        remedy = "for rank files leave out --to hf; for whole files leave out --for"
-        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "rank files", remedy)
+        remedy = f"for files of {for_engine} leave out --to hf; for files under the names of the hub leave out --for"
+        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "one of them", remedy)
     return read_source(
         path,
         recipe,
@@ -276,6 +285,16 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
         forms=origin.forms or make_forms(weight_map or {}),
         texts=texts if origin.texts is None else {**texts, **origin.texts},
     )
+
+
+def find_stacked_origin(folder: Folder, stored: Checkpoint) -> Origin:
+    """Finds what is known of the original of a checkpoint with stacked experts: all, if reshard has made it. Raises
+    Refused if its files were changed since.
+    """
+    if not is_of_whole_files(folder.manifest) or folder.manifest["layout"].get("to") == WHOLE:
+        return Origin(is_stacked=True)
+    require_none(check_changed_files(FolderHeaders(stored.folder, stored.files, ()), folder.manifest))
+    return replace(read_origin(folder.manifest), is_stacked=True)
 
 
 def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:

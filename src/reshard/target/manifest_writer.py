@@ -78,8 +78,10 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
 
 
 def keeps_headers(plan: Plan) -> bool:
-    """Whether the source files can be restored from the target: not for a subset, and not for rank files."""
-    return not (plan.source.subset or plan.origin.is_of_ranks)
+    """Whether the source files can be restored from the target: not for a subset, not for rank files, and not for
+    stacked experts.
+    """
+    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_stacked)
 
 
 def sample_data(opened: FileIO, file: File) -> str:
@@ -190,7 +192,8 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
 
 def pack_texts(plan: Plan) -> dict[str, str]:
     """Compresses the exact texts of config and index of the source, by file name."""
-    paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
+    names = (CONFIG,) if plan.origin.is_stacked else (CONFIG, INDEX)
+    paths = [plan.source.folder / name for name in names]
     return {path.name: pack_bytes(path.read_bytes()) for path in paths if path.is_file()}
 
 

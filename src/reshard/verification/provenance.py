@@ -84,13 +84,13 @@ class Provenance:
 
 
 def pair_weights_with_scales(
-    files: Iterable[TargetHeader], known: InvertedRecipe, names: Mapping[int, str]
+    files: Iterable[TargetHeader], known: InvertedRecipe, folder: TargetFolder
 ) -> tuple[list[WeightUnit], list[Problem]]:
     """Pairs the weights in all files with their block scales; the problems are unknown and repeated tensors."""
     units: dict[tuple[str, int], WeightUnit] = {}
     problems = []
     for file in files:
-        rank = 0 if known.is_whole else file.number
+        rank = folder.find_rank(file.number)
         for tensor in file.tensors:
             place, seen = known.locate(tensor.name), TargetTensor(file.number, tensor)
             subject = f"{file.file.name}: {tensor.name}"
@@ -101,7 +101,7 @@ def pair_weights_with_scales(
             key = place.weight, rank
             unit = units.get(key, WeightUnit(place, rank, None, None))
             if first := unit.scale if place.is_scale else unit.weight:
-                found = f"in {names[first.number]} too"
+                found = f"in {folder.names[first.number]} too"
                 problems.append(Problem("tensor-twice", subject, found, "one file", CONVERT_AGAIN_HINT))
                 continue
             units[key] = unit._replace(scale=seen) if place.is_scale else unit._replace(weight=seen)
