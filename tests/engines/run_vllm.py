@@ -19,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from safetensors.torch import load_file, save_file
-from vllm_oracle import CASES, write_case, write_rank_files
+from vllm_models import CASES, write_case
+from vllm_oracle import write_rank_files
 
 RANKS = (1, 2)
 

@@ -411,9 +411,9 @@ def test_a_constant_counts_the_members_of_its_placeholders(source: Path) -> None
     some["layers.2.norm.weight"] = some["model.embed_tokens.weight"]._replace(name="layers.2.norm.weight")
     rows = find_source_rows(replace(whole, tensors=some), recipe).values()
     layers = [f"layers.{layer}.attn._{kind}_scale" for kind in "kv" for layer in (0, 1)]
-    assert sorted(list_expected_constants(rows, recipe, has_optional=False)) == sorted([VERSION, *layers])
+    assert sorted(list_expected_constants(rows, recipe, [], has_optional=False)) == sorted([VERSION, *layers])
     with_mtp = [VERSION, *layers, "layers.2.attn._k_scale"]
-    assert sorted(list_expected_constants(rows, recipe, has_optional=True)) == sorted(with_mtp)
+    assert sorted(list_expected_constants(rows, recipe, [], has_optional=True)) == sorted(with_mtp)
 
 
 def load_text(source: Path) -> str:

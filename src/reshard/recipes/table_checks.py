@@ -71,7 +71,7 @@ def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
         *check_code_dtypes(table.get(CODE_DTYPES, {})),
     ]
     faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
-    faults += [*check_constants(table.get("constants", []), letters)]
+    faults += [*check_constants(table.get("constants", []), letters, table.get("scales", {}))]
     faults = faults or list(check_rules(table))
     rights = [row[2] for row in table["rules"] if row[2]] if not faults else []
     yield from faults or [
