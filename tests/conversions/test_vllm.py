@@ -1,13 +1,16 @@
 """Rank files for vLLM's `sharded_state`: what vLLM's own models want, as an independent converter makes them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
-from torch import Tensor, bfloat16, uint8
+from small_models import write_model
+from torch import Tensor
 from vllm_models import CASES, DEEPSEEK, SCALE, SCALE_DTYPES, write_case
 from vllm_oracle import LIST, make_rank_tensors, write_rank_files
 
@@ -15,6 +18,7 @@ from reshard import api
 from reshard.errors import Refused
 
 WANTED: dict[str, Any] = json.loads(LIST.read_text())
+OF_FP8 = re.compile(rf"{SCALE}$|\.attn\.[a-z]+_scale$")
 RANKS: tuple[int, ...] = tuple(WANTED["ranks"])
 
 
@@ -38,7 +42,7 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, str]:
 def list_wanted(case: str, ranks: int) -> dict[str, str]:
     """What vLLM wants, but for scales that are BF16 in the checkpoint: vLLM widens them as it loads them."""
     wanted = {name: shapes[RANKS.index(ranks)] for name, shapes in WANTED["models"][case].items()}
-    if SCALE_DTYPES.get(case) is bfloat16:
+    if SCALE_DTYPES.get(case) is torch.bfloat16:
         return {name: shape.replace("F32", "BF16") if SCALE in name else shape for name, shape in wanted.items()}
     return wanted
 
@@ -86,7 +90,73 @@ def test_rank_files_are_those_of_the_oracle_and_lead_back(model: tuple[str, Path
     back = tensors_of(tmp_path / "back")
     assert set(back) == set(whole)
     assert all(back[name].dtype == whole[name].dtype for name in whole)
-    assert all(back[name].view(uint8).equal(whole[name].view(uint8)) for name in whole)
+    assert all(back[name].view(torch.uint8).equal(whole[name].view(torch.uint8)) for name in whole)
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe-fp8", "deepseek-v3-fp8"])
+def test_casts_to_bf16_and_back_to_fp8_are_what_vllm_wants(case: str, tmp_path: Path) -> None:
+    """With FP8 go constants, and a config that names the router: without it vLLM's Qwen3-MoE has that in FP8."""
+    write_case(tmp_path / "source", case)
+    recipe = name_recipe(tmp_path / "source")
+    convert_checkpoint(Job(tmp_path / "source", 2, recipe=recipe, cast="bf16"), tmp_path / "plain")
+    assert api.verify(tmp_path / "plain", tmp_path / "source").problems == ()
+    plain = load_file(tmp_path / "plain" / "model-rank-1-part-0.safetensors")
+    wanted = {name: shape for name, shape in list_wanted(case, 2).items() if not OF_FP8.search(name)}
+    assert describe(plain) == {name: shape.replace("F8_E4M3", "BF16") for name, shape in wanted.items()}
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+    convert_checkpoint(Job(tmp_path / "plain", 1, to="hf"), tmp_path / "whole")
+    convert_checkpoint(Job(tmp_path / "whole", 4, recipe=recipe, cast="fp8"), tmp_path / "again")
+    assert api.verify(tmp_path / "again", tmp_path / "whole").problems == ()
+    for rank in range(4):
+        found = describe(load_file(tmp_path / "again" / f"model-rank-{rank}-part-0.safetensors"))
+        assert found == list_wanted(case, 4)
+    exempt = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    routers = [name.removesuffix(".weight") for name in tensors_of(tmp_path / "whole") if name.endswith("gate.weight")]
+    assert set(exempt) == {"lm_head", "model.embed_tokens", *routers}
+    convert_checkpoint(Job(tmp_path / "again", 2, recipe=recipe), tmp_path / "others")
+    assert describe(load_file(tmp_path / "others" / "model-rank-0-part-0.safetensors")) == list_wanted(case, 2)
+
+
+def test_constants_of_fp8_are_there_exactly_with_block_scales(tmp_path: Path) -> None:
+    """`k_scale` and its like: one that lacks would stop vLLM, and so would one too many."""
+    for case, is_added, kind in (("qwen3-fp8", False, "missing-tensor"), ("qwen3", True, "contradiction")):
+        source, ranks = tmp_path / case, tmp_path / f"{case}-ranks"
+        write_case(source, case)
+        convert_checkpoint(Job(source, 1, recipe="vllm-qwen3"), ranks)
+        path = ranks / "model-rank-0-part-0.safetensors"
+        tensors = load_file(path)
+        scale = "model.layers.1.self_attn.attn.k_scale"
+        changed = {key: tensor for key, tensor in tensors.items() if key != scale}
+        if is_added:
+            changed[scale] = torch.tensor(-1.0, dtype=torch.bfloat16)
+        (ranks / "reshard.json").unlink()
+        save_file(changed, path, {"format": "pt", "rank": "0", "ranks": "1", "recipe": "vllm-qwen3"})
+        (problem,) = api.verify(ranks, source).problems
+        assert problem.kind == ("extra-tensor" if is_added else "missing-tensor")
+        assert scale in problem.subject
+        with pytest.raises(Refused) as caught:
+            convert_checkpoint(Job(ranks, 1, to="hf"), tmp_path / "back")
+        first, last = caught.value.problems
+        assert (first.kind, scale in first.subject, last.kind) == (kind, True, "rank-files")
+
+
+def test_parts_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
+    """vLLM would refine or widen such blocks, as its kernels have it: another layout on each machine."""
+    write_case(tmp_path / "source", "qwen3-moe-fp8")
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "source", 8, recipe="vllm-qwen3-moe"), tmp_path / "target")
+    problems = [problem for problem in caught.value.problems if problem.kind == "straddles-blocks"]
+    assert any("mlp.experts.*.gate_proj.weight" in problem.subject for problem in problems)
+    assert all(problem.remedy == "--mp with one of 1, 2, 4" for problem in problems)
+
+
+def test_gpt_oss_is_refused_for_vllm(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "gpt-oss", hidden_size=64, intermediate_size=96)
+    with pytest.raises(Refused) as caught:
+        api.plan(tmp_path / "source", mp=2, for_engine="vllm")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.found) == ("no-recipe", "for vllm, a model of gpt_oss")
 
 
 def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def make_text(rows: tuple[str, ...], more: str = "") -> str:
 
 
 def test_what_is_right_is_read() -> None:
-    constants = 'constants = [["a.{i}.scale", "F32 []", 1.0], ["version", "F16 [2, 3]", -65504.0]]'
+    constants = 'constants = [["a.{i}.scale", "F32 []", 1.0, "if {p}"], ["version", "F16 [2, 3]", -65504.0]]'
     recipe = parse_recipe(make_text((Q, K, GATE, NORM, SCALED), constants), "right.toml")
     assert [rule.relation for rule in recipe.rules] == ["concat", "concat", "stack", "same", "stack"]
-    assert [constant.shape for constant in recipe.constants] == [(), (2, 3)]
+    assert [(constant.shape, constant.scale) for constant in recipe.constants] == [((), "p"), ((2, 3), "")]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,10 @@ def test_what_is_right_is_read() -> None:
         pytest.param((NORM,), 'constants = [["a", "F32 [n]", 1.0]]', "a shape of numbers", id="a formula"),
         pytest.param((NORM,), 'constants = [["a", "I64 []", 1.0]]', "one of F32, BF16, F16", id="whole numbers"),
         pytest.param((NORM,), 'constants = [["a", "F32 []", 1]]', "a row of right name", id="no fraction"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "if {i}"]]', "of a block scale", id="if a layer"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "if n"]]', "of a block scale", id="if a key"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, 1]]', "of a block scale", id="if a number"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "", ""]]', "a row of right name", id="five cells"),
         pytest.param((SCALED.replace("w2_{p}", "w2_{p}x"),), "", "between two dots", id="text behind a scale"),
         pytest.param((SCALED.replace("down.{p}", "down_{p}"),), "", "between two dots", id="text before it on the left"),
         pytest.param((SCALED.replace("w2_{p}", "w2_{p}.x"),), "", "at the end of a name", id="a scale in the middle"),
