@@ -111,7 +111,9 @@ def test_casts_to_bf16_and_back_to_fp8_are_what_vllm_wants(case: str, tmp_path: 
     for rank in range(4):
         found = describe(load_file(tmp_path / "again" / f"model-rank-{rank}-part-0.safetensors"))
         assert found == list_wanted(case, 4)
-    exempt = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    exempt = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"][
+        "modules_to_not_convert"
+    ]
     routers = [name.removesuffix(".weight") for name in tensors_of(tmp_path / "whole") if name.endswith("gate.weight")]
     assert set(exempt) == {"lm_head", "model.embed_tokens", *routers}
     convert_checkpoint(Job(tmp_path / "again", 2, recipe=recipe), tmp_path / "others")

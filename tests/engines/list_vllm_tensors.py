@@ -21,9 +21,9 @@ import vllm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.layers.quantization import fp8
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_models import CASES, write_case
 from vllm_oracle import LIST

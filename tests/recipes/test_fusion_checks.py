@@ -59,7 +59,9 @@ def test_what_is_right_is_read() -> None:
         pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, 1]]', "of a block scale", id="if a number"),
         pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "", ""]]', "a row of right name", id="five cells"),
         pytest.param((SCALED.replace("w2_{p}", "w2_{p}x"),), "", "between two dots", id="text behind a scale"),
-        pytest.param((SCALED.replace("down.{p}", "down_{p}"),), "", "between two dots", id="text before it on the left"),
+        pytest.param(
+            (SCALED.replace("down.{p}", "down_{p}"),), "", "between two dots", id="text before it on the left"
+        ),
         pytest.param((SCALED.replace("w2_{p}", "w2_{p}.x"),), "", "at the end of a name", id="a scale in the middle"),
         pytest.param((GATE.replace("experts", "w_{i}"),), "", "between two dots", id="text before a number"),
         pytest.param((NORM,), 'engine = "Big Engine"', "a word of small letters", id="the name of an engine"),

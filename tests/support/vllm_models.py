@@ -160,7 +160,7 @@ def quantize_checkpoint(folder: Path, scale_dtype: torch.dtype) -> None:
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     made = dict(tensors)
     for name, tensor in tensors.items():
-        if tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in KEPT):  # noqa: PLR2004
+        if tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in KEPT):
             made[name], scale = quantize(tensor)
             made[name.removesuffix("weight") + SCALE] = scale.to(scale_dtype)
     save_file(made, folder / "model.safetensors", {"format": "pt"})

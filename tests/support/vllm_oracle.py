@@ -1,7 +1,8 @@
 """The rank tensors that vLLM's `sharded_state` needs, from a Hugging Face checkpoint, by plain torch.
 
 Written from the weight loaders of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`,
-`fused_moe`, `models/deepseek_v2.py`), which cut, join and stack a checkpoint as a model is loaded. It knows no recipe and no plan.
+`fused_moe`, `models/deepseek_v2.py`), which cut, join and stack a checkpoint as a model is loaded. It knows no recipe
+and no plan.
 """
 
 import json
@@ -24,6 +25,7 @@ KINDS = ("weight", "bias", SCALE)
 
 VOCABULARY_ROWS = 64
 """vLLM widens the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`)."""
+
 
 def write_rank_files(source: Path, target: Path, ranks: int) -> None:
     """Writes every rank's file, and what a checkpoint has beside its weights."""

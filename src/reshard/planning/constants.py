@@ -18,9 +18,7 @@ NO_RULE = -1
 """The index of the rule of a constant: it has none."""
 
 
-def make_constants(
-    terms: Terms, matched: Matched, outcomes: Iterable[Outcome], casts: list[Cast]
-) -> Iterator[Series]:
+def make_constants(terms: Terms, matched: Matched, outcomes: Iterable[Outcome], casts: list[Cast]) -> Iterator[Series]:
     """Makes the constants of the kept layers and experts, for every rank; those of quantized models if a weight of
     `outcomes` has block scales. Appends their casts.
     """
