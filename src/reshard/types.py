@@ -219,8 +219,7 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
-    `maybe if KEY`: it may be missing where the config key is true or absent."""
+    """`if KEY`, `unless KEY`: exists by the config. `maybe`: may lack; `maybe if KEY`: if KEY is true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
     code_dtype: str = ""
@@ -252,8 +251,9 @@ class Constant(NamedTuple):
     """Name pattern in the rank files, with one placeholder or none."""
     dtype: str
     shape: tuple[int, ...]
-    """In elements."""
     value: float
+    scale: str = ""
+    """The placeholder of block scales without which it does not exist; empty if it always does."""
 
 
 @dataclass(frozen=True, slots=True)

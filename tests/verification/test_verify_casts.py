@@ -34,6 +34,7 @@ from reshard.verification.checksums import audit_target
 from reshard.verification.verify import Report, verify_target
 
 INDEX = "model.safetensors.index.json"
+RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
 
 
 class Case(NamedTuple):

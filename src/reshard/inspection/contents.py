@@ -231,7 +231,7 @@ def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mappin
     require_none(check_collected(collected, len(stored.files)))
     first = take_first_shards(collected.held.values())
     matched = match(Checkpoint(stored.folder, stored.files, first, config), recipe)
-    require_none(check_stored_constants(stored, collected.constants, recipe, matched.members))
+    require_none(check_stored_constants(stored, collected, recipe, matched.members))
     return name_counts(matched, recipe)
 
 

@@ -90,7 +90,7 @@ def measure_beside(
     """Measures, in tensors and bytes, what every rank has beside the weights: the constants, and fewer tensors where
     weights are fused. Raises Refused for parts of fused tensors that do not fit together.
     """
-    constants = [] if "only" in checkpoint.subset else [*make_constants(terms, matched, [])]
+    constants = [] if "only" in checkpoint.subset else [*make_constants(terms, matched, outcomes, [])]
     tensors = sum(len(one.names) for one in constants)
     if list_fused_rules(terms.recipe, terms.layout):
         series = cut_outcomes(outcomes, terms, matched.counts)

@@ -111,10 +111,10 @@ def make_placeholder(name: str, fields: Mapping[str, Any]) -> Placeholder:
     return Placeholder(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
 
 
-def make_constant(right: str, shape: str, value: float) -> Constant:
-    """Makes a constant of a row such as `["model.scale", "F32 []", 1.0]`."""
+def make_constant(right: str, shape: str, value: float, only: str = "") -> Constant:
+    """Makes a constant of a row such as `["model.scale", "F32 []", 1.0]`, perhaps with `if {p}` behind."""
     dtype, lengths = parse_shape(shape)
-    return Constant(right, dtype, tuple(map(int, lengths)), float(value))
+    return Constant(right, dtype, tuple(map(int, lengths)), float(value), "".join(PLACEHOLDER.findall(only)))
 
 
 def make_block_scale(fields: Mapping[str, Any]) -> BlockScale:

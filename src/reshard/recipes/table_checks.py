@@ -73,7 +73,7 @@ def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
         *check_code_dtypes(table.get(CODE_DTYPES, {})),
     ]
     faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
-    faults += [*check_constants(table.get("constants", []), letters)]
+    faults += [*check_constants(table.get("constants", []), letters, table.get("scales", {}))]
     faults = faults or list(check_rules(table))
     rights = [row[2] for row in table["rules"] if row[2]] if not faults else []
     yield from faults or [
@@ -225,10 +225,8 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
     known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
-    for pattern in filter(None, (rule.left, rule.right)):
-        yield from check_pattern(pattern, known)
-    if not rule.left:
-        yield "no left name", "the name on the left"
+    yield from check_pattern(rule.left, known) if rule.left else [("no left name", "the name on the left")]
+    yield from check_pattern(rule.right, known, scales) if rule.right else ()
     if rule.only and not CONDITION.fullmatch(rule.only):
         yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
     if rule.shape:

@@ -192,7 +192,7 @@ def read_rank_files(
         whole = assemble_checkpoint(stored, collected, known, origin.config, origin.shapes, replicas=replicas)
         checkpoint = replace(whole, subset=folder.subset, notes=notes)
         matched = match(checkpoint, known)
-        require_none(check_stored_constants(stored, collected.constants, known, matched.members))
+        require_none(check_stored_constants(stored, collected, known, matched.members))
         require_none(check_values(stored, collected.constants, known))
         return Source(folder.path, checkpoint, known, matched, origin)
 

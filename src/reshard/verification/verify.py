@@ -248,7 +248,7 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
     if not folder.is_whole:
         trace.constants.extend(one.tensor for several in constants.values() for one in several)
         has_optional = keeps_optional(trace, looked_at, wanted)
-        expected = list_expected_constants(rows.values(), recipe, has_optional=has_optional)
+        expected = list_expected_constants(rows.values(), recipe, probed, has_optional=has_optional)
         yield from check_filled_constants(target, constants, expected, looked_at, recipe)
         yield from check_target_index(target, files) if folder.is_joint else ()
     else:
