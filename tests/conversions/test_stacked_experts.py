@@ -29,6 +29,7 @@ from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_header
 from reshard.recipes.recipe import load_recipe
+from reshard.sources import fused_shards
 from reshard.sources.stacked_experts import unstack_checkpoint
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Tensor
@@ -399,3 +400,34 @@ def test_a_recipe_of_ones_own_reads_its_right_side(qwen: Path, tmp_path: Path) -
     reshard.convert(tmp_path / "made", tmp_path / "hub", to="hf", recipe=str(own))
     assert_same_tensors(tmp_path / "hub", qwen / "hub")
     assert reshard.verify(tmp_path / "made", qwen / "hub", recipe=str(own)).is_proven
+
+
+def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: Path) -> None:
+    def transpose(tensors: Tensors) -> None:
+        for name in tensors:
+            if ".experts." in name:
+                tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+    folder = change(qwen, tmp_path / "source", transpose)
+    (folder / "config.json").unlink()
+    with pytest.raises(Refused) as refused:
+        reshard.plan(folder, to="hf", recipe="qwen3-moe")
+    assert refused.value.problems[0].kind == "fused-experts"
+
+
+def test_verify_sees_what_a_fault_of_reading_has_exchanged(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = fused_shards.split_fused
+
+    def exchange(*arguments: Any) -> list[fused_shards.PartShard]:
+        parts = list(split(*arguments))
+        return [
+            one._replace(shard=parts[place ^ 1].shard) if len(parts) % 2 == 0 and "down" not in one.name else one
+            for place, one in enumerate(parts)
+        ]
+
+    monkeypatch.setattr(fused_shards, "split_fused", exchange)
+    reshard.convert(qwen / "stacked", tmp_path / "hub", to="hf")
+    report = reshard.verify(tmp_path / "hub", qwen / "stacked")
+    assert {problem.kind for problem in report.problems} == {"wrong-place"}

@@ -562,3 +562,9 @@ def test_what_the_code_needs_is_a_formula_and_its_values(row: str) -> None:
         parse_recipe(text.replace("run_needs = [", f"run_needs = [{row},"), "own.toml")
     assert all(problem.kind == "wrong-recipe" for problem in refused.value.problems)
     assert len(refused.value.problems) == 1
+
+
+def test_packaged_recipes_have_no_faults() -> None:
+    # A command does not check them again.
+    paths = sorted(FAMILIES_FOLDER.glob("*.toml"))
+    assert [load_recipe(str(path)) for path in paths] == list(list_packaged_recipes())

@@ -28,8 +28,12 @@ LARGEST_RECIPE = 64 << 10
 
 @cache
 def list_packaged_recipes() -> tuple[Recipe, ...]:
-    """Every recipe that comes with the package: the folder is the only registry."""
-    return tuple(load_recipe(str(path)) for path in sorted(FAMILIES_FOLDER.glob("*.toml"), key=lambda path: path.stem))
+    """Every recipe that comes with the package: the folder is the only registry. They are not checked: a test has done
+    it, and half of the time that a command needs to read them would go into it.
+    """
+    paths = sorted(FAMILIES_FOLDER.glob("*.toml"), key=lambda path: path.stem)
+    texts = [(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+    return tuple(make_recipe(tomllib.loads(text), text, origin) for text, origin in texts)
 
 
 def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
@@ -79,6 +83,11 @@ def parse_recipe(text: str, origin: str) -> Recipe:
             Problem("wrong-recipe", f"{origin}:{line}", found, expected)
             for line, (_, found, expected) in zip(places, faults, strict=True)
         )
+    return make_recipe(table, text, origin)
+
+
+def make_recipe(table: Mapping[str, Any], text: str, origin: str) -> Recipe:
+    """Makes a recipe of a table without faults, which was read from `text`."""
     placeholders = {name: make_placeholder(name, fields) for name, fields in table.get("placeholders", {}).items()}
     return Recipe(
         name=table["name"],

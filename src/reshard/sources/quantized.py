@@ -172,4 +172,4 @@ def find_fused_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | N
 def is_fused(name: str) -> bool:
     """Whether a name is that of fused experts: `mlp.experts.gate_up_proj`."""
     parts = name.removesuffix(".weight").split(".")
-    return parts[-1] in FUSED and parts[-2:-1] == ["experts"]
+    return parts[-1] in FUSED and parts[-2:-1] in (["experts"], ["routed_experts"])

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
-from reshard.recipes.formulas import read_config_value
+from reshard.recipes.formulas import parse_shape, read_config_value
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import fill_pattern, find_later_members, make_patterns, split_names
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes
 from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
-from reshard.sources.fused_shards import FusedPattern, RowShares, list_fused_patterns
+from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
 from reshard.sources.held_shards import RankPatterns, collect_rank_patterns, reverse_recipe
 from reshard.sources.prefixes import KnownNames, list_names_by_kind
 from reshard.sources.quantization_config import CODES
@@ -134,7 +134,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
     shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
     require_none(check_mixture(stored, recipe, names, patterns))
     tensors: dict[str, Tensor] = {}
-    count, problems = 0, list[Problem]()
+    count, problems, parts = 0, list[Problem](), list[PartShard]()
     for tensor, (key, numbers) in zip(stored.tensors.values(), names, strict=True):
         fitting = [one for one in patterns.by_key.get(key, ()) if one.fits(key, numbers)]
         fitting = [one for one in fitting if one.accepts(numbers, *marked)]
@@ -144,14 +144,16 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
             count += 1
             try:
                 require_none(check_stack(stored, tensor, fused, recipe))
-                for _, name, part in shares.split(tensor, fused, numbers):
-                    tensors[name] = part._replace(name=name)
+                split = list(shares.split(tensor, fused, numbers))
+                tensors.update((name, part._replace(name=name)) for _, name, part in split)
+                parts += split[: len(fused.fusion.rules)]  # of one member: the others are as long
             except Refused as refused:
                 problems.extend(refused.problems)
         else:
             (name,) = fitting[0].renamed([numbers])
             tensors[name] = tensor._replace(name=name)
     require_none(dict.fromkeys(problems) or check_stacks_beside(stored, recipe, names, patterns))
+    require_none(check_lengths(parts, recipe))
     made = len(tensors) - (len(stored.tensors) - count)
     text = f"{format_count(count, 'stacked tensors')} of {recipe.engine or recipe.right} are read as {made:,}"
     note = Note(UNSTACKED, f"{text} under the hub's names")
@@ -203,6 +205,22 @@ def check_stacks_beside(
                 name, expected = fill_pattern(other.name, filling), f"beside {fill_pattern(here.name, filling)}"
                 if name not in stored.tensors:
                     yield Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
+
+
+def check_lengths(parts: Sequence[PartShard], recipe: Recipe) -> Iterator[Problem]:
+    """Reports parts of stacks whose lengths contradict each other by the shapes of the recipe. Without a config nothing
+    else tells a transposed stack from a model of other sizes.
+    """
+    known: dict[str, tuple[int, str]] = {}
+    for number, name, part in parts:
+        formulas = parse_shape(recipe.rules[number].shape)[1] if recipe.rules[number].shape else []
+        for formula, length in zip(formulas, part.shape, strict=False):
+            wanted, other = known.setdefault(formula, (length, name))
+            if formula != "?" and length != wanted:
+                found, expected = f"{formula} of {length:,}, by the stack {part.name}", f"{wanted:,}, as {other} has it"
+                remedy = "are the stacks of two models, or transposed? only [experts, rows, columns] are read"
+                yield Problem("wrong-shape", name, found, expected, remedy)
+                return  # one is enough: all layers are alike
 
 
 def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:

@@ -120,7 +120,7 @@ def make_example_start(ranks: int, folder: Path, names: Sequence[str]) -> Start:
 
 def make_whole_start(plan: Plan, folder: Path, names: Sequence[str]) -> Start | None:
     """Makes the command that starts the engine for whole files in a folder; None if none is known."""
-    casts = VLLM_CASTS.get(plan.recipe.name, ())
+    casts = VLLM_CASTS.get(plan.recipe.name.removesuffix("-cut-experts"), ())
     if plan.layout.cast not in casts or plan.layout.expert_dtype or "config.json" not in names:
         return None
     return Start("start", shlex.join(["vllm", "serve", str(folder)]))
