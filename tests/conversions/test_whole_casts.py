@@ -280,6 +280,9 @@ def test_codes_and_scales_are_those_of_torch_and_come_back(power: bool, source: 
     require_equal(found, wanted)
     assert (found[f"{zeros}_scale_inv"] == 1).all()
     config = json.loads((folder / "fp8" / "config.json").read_bytes())
+    kept = {name for name, tensor in wanted.items() if tensor.ndim == 2 and tensor.dtype != torch.float8_e4m3fn}
+    exempt = config["quantization_config"].pop("modules_to_not_convert")
+    assert set(exempt) == {name.removesuffix(".weight") for name in kept if name.endswith(".weight")}
     assert config["quantization_config"] == {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",

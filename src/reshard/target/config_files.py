@@ -86,10 +86,10 @@ def find_unscaled_modules(plan: Plan) -> list[str]:
 
 
 def find_unquantized_modules(plan: Plan) -> list[str]:
-    """Finds the modules whose matrices `--cast fp8` leaves as they are in rank files for an engine: a router that no
-    list exempts is FP8 in vLLM's Qwen3-MoE.
+    """Finds the modules whose matrices `--cast fp8` leaves as they are. A loader may make FP8 of what no list exempts:
+    vLLM's Qwen3-MoE does so with the router.
     """
-    if not plan.recipe.engine or plan.layout.to != RANKS or plan.layout.cast not in CAST_TO_FP8:
+    if plan.layout.cast not in CAST_TO_FP8:
         return []
     done = {cast.weight.name for cast in plan.casts if cast.operation.startswith("quantize")}
     matrices = [name for name, tensor in plan.source.tensors.items() if len(tensor.shape) == MATRIX]

@@ -20,7 +20,7 @@ from reshard.formats.json_input import read_object
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
 from reshard.recipes.recipe import has_ranks
-from reshard.text import format_runs
+from reshard.text import format_list, format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
@@ -171,7 +171,7 @@ def check_index_and_config(
     """Wrong entries in the index and the config of a target of whole files; `config` is the config of the source."""
     for check in (
         check_target_index(target, files),
-        check_target_config(target, config, conversions, recipe, is_power=is_power),
+        check_target_config(target, files, config, conversions, recipe, is_power=is_power),
     ):
         try:
             yield from check
@@ -202,7 +202,13 @@ def check_target_index(target: Path, files: Sequence[TargetHeader]) -> Iterator[
 
 
 def check_target_config(
-    target: Path, config: Mapping[str, Any] | None, conversions: Collection[str], recipe: Recipe, *, is_power: bool
+    target: Path,
+    files: Sequence[TargetHeader],
+    config: Mapping[str, Any] | None,
+    conversions: Collection[str],
+    recipe: Recipe,
+    *,
+    is_power: bool,
 ) -> Iterator[Problem]:
     """Config keys that differ from the source, or that do not match the conversions of the weights."""
     if config is None:
@@ -230,7 +236,7 @@ def check_target_config(
     if FP4_TO_FP8 in done:
         yield from check_expert_dtype(config, found)
     if QUANTIZE in done:
-        yield from check_quantization_config(found, recipe, is_power=is_power)
+        yield from check_quantization_config(files, found, recipe, is_power=is_power)
 
 
 def check_expert_dtype(config: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:
@@ -248,7 +254,10 @@ def drop_expert_dtype(config: Mapping[str, Any]) -> Any:
     return {key: value for key, value in quantization.items() if key != "expert_dtype"}
 
 
-def check_quantization_config(found: Mapping[str, Any], recipe: Recipe, *, is_power: bool) -> Iterator[Problem]:
+def check_quantization_config(
+    files: Sequence[TargetHeader], found: Mapping[str, Any], recipe: Recipe, *, is_power: bool
+) -> Iterator[Problem]:
+    """A `quantization_config` that does not describe the new FP8 weights, or does not exempt the other matrices."""
     said = found.get("quantization_config")
     said = said if isinstance(said, dict) else {}
     block = list(next(iter(recipe.scales.values())).block)
@@ -256,6 +265,16 @@ def check_quantization_config(found: Mapping[str, Any], recipe: Recipe, *, is_po
     expected |= {"scale_fmt": "ue8m0"} if is_power else {}
     if any(said.get(key) != value for key, value in expected.items()) or ("scale_fmt" in said) != is_power:
         yield make_config_problem("quantization_config", found, f"{json.dumps(expected)} at least")
+    exempt = said.get("modules_to_not_convert")
+    tensors = [tensor for file in files for tensor in file.tensors if tensor.name.endswith(".weight")]
+    plain = [one.name.removesuffix(".weight") for one in tensors if len(one.shape) == 2 and one.dtype in PLAIN_DTYPES]
+    if lacking := set(plain).difference(exempt if isinstance(exempt, list) else ()):
+        expected_names = f"in modules_to_not_convert: {format_list(sorted(lacking))}"
+        yield make_config_problem("quantization_config", found, expected_names)
+
+
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+"""Of matrices that are not quantized."""
 
 
 def make_config_problem(key: str, found: Mapping[str, Any], expected: str) -> Problem:
