@@ -12,7 +12,7 @@ import pytest
 import torch
 from downloads import flip
 from jobs import Job
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stacked_models import (
     STACKED_MODELS,
     assert_same_tensors,
@@ -431,3 +431,17 @@ def test_verify_sees_what_a_fault_of_reading_has_exchanged(
     reshard.convert(qwen / "stacked", tmp_path / "hub", to="hf")
     report = reshard.verify(tmp_path / "hub", qwen / "stacked")
     assert {problem.kind for problem in report.problems} == {"wrong-place"}
+
+
+def test_an_index_of_before_a_cast_does_not_come_back(qwen: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen / "hub-parts", tmp_path / "wide")
+    for path in (tmp_path / "wide").glob("*.safetensors"):
+        save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    index = tmp_path / "wide" / "model.safetensors.index.json"
+    known = json.loads(index.read_text())
+    known["metadata"]["total_size"] *= 2
+    index.write_text(json.dumps(known))
+    reshard.convert(tmp_path / "wide", tmp_path / "ranks", mp=2, cast="bf16")
+    reshard.convert(tmp_path / "ranks", tmp_path / "back", to="hf")
+    found = json.loads((tmp_path / "back" / index.name).read_text())
+    assert found["metadata"]["total_size"] == known["metadata"]["total_size"] // 2

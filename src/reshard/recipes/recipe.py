@@ -60,7 +60,9 @@ def load_recipe(name: str) -> Recipe:
         return parse_recipe(content.decode(), str(path))
     except FileNotFoundError:
         names = [known.stem for known in sorted(FAMILIES_FOLDER.glob("*.toml"))]
-        remedy = f"did you mean {near[0]}?" if (near := get_close_matches(name, names, 1)) else "see reshard recipes"
+        # Not far: gpt-oss in the place of vllm-gpt-oss is another layout.
+        near = [known for known in names if known.startswith(name)] or get_close_matches(name, names, 1, 0.8)
+        remedy = f"did you mean {format_list(near)}?" if near else "see reshard recipes"
         raise refuse(
             "unknown-recipe", name, "no such recipe or file", f"one of {format_list(names, 99)}", remedy
         ) from None

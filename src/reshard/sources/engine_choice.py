@@ -49,7 +49,7 @@ def require_engine_recipe(
     if not engine or not model or find_asked_recipes(config or {}, recipes):
         return
     there = (f"{recipe.name} ({format_list(recipe.model_types or recipe.architectures)})" for recipe in recipes)
-    remedy = remedy or f"leave out --for, for the layout of the model's own code; or {OWN_RECIPE}"
+    remedy = remedy or f"give {engine} the checkpoint itself; or without --for: the model's own layout; or {OWN_RECIPE}"
     found, expected = f"for {engine}, a model of {model}", f"one of {format_list(there, 99)}"
     raise refuse("no-recipe", subject, found, expected, remedy)
 

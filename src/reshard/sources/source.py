@@ -141,7 +141,9 @@ def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_
     """Reads a checkpoint in the original layout. Raises Refused."""
     if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
-        raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
+        if made_by in {known.name for known in list_packaged_recipes()}:
+            remedy = "leave out --recipe; or first --to hf into another folder, then convert that with --recipe"
+        raise refuse("no-recipe", str(folder.path), found, "that recipe", remedy)
     require_none(check_chosen_tensors(folder))
     require_no_vllm_ranks(folder.path, folder.names)
     return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
