@@ -150,8 +150,8 @@ def timed(*commands: Sequence[str]) -> float:
 
 
 def sync_files(folder: Path) -> list[str]:
-    """A command that waits until the files of a folder are on the disk, and not for those of others."""
-    return ["sh", "-c", 'exec sync "$1"/*', "sh", str(folder)]
+    """A command that waits until a folder and its files are on the disk, and not for those of others."""
+    return ["sh", "-c", 'exec sync "$1"/* "$1"', "sh", str(folder)]
 
 
 def measure_folder(folder: Path) -> int:
@@ -219,7 +219,7 @@ def compare_with_script(folder: Path, script: Path, version: str) -> str:
     if not package.exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package)]
         subprocess.run([*install, f"safetensors=={version}"], check=True)
-    source = make(folder, "v3")
+    source, size = make(folder, "v3"), 0
     arguments = ["--hf-ckpt-path", str(source), "--n-experts", "16", "--model-parallel", "16", "--save-path"]
     program = ["env", f"PYTHONPATH={package}", sys.executable, str(script)]
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
@@ -231,10 +231,14 @@ def compare_with_script(folder: Path, script: Path, version: str) -> str:
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             prepare(source, "warm")
             times[name].append(timed(*runs[name]))
+            if name == "ours":
+                size = measure_folder(folder / "converted")
             fresh(folder / "theirs")
             fresh(folder / "converted")
+    sizes = [f"{size / 1e9:6.2f} GB" for size in (measure_folder(source), size)]
     mine = f"{statistics.median(times['ours']):6.2f} s"
-    return f"{f'script + sync, safetensors {version}':48} | {mine} | {compare(times['theirs'], times['ours'])}"
+    found = compare(times["theirs"], times["ours"])
+    return " | ".join((f"{f'script + sync, safetensors {version}':48}", *sizes, mine, found))
 
 
 def verification(folder: Path) -> Iterator[str]:

@@ -16,18 +16,20 @@ from reshard.storage.resources import Growth, run_in_threads
 
 
 def follow(monkeypatch: pytest.MonkeyPatch, rates: Sequence[float], threads: int, most: int) -> list[int]:
-    """The numbers of threads, where each second does as much work as `rates` say. While nothing is done, or because the
-    disk stands still, nothing is decided.
+    """The numbers of threads after each second, where each does as much work as `rates` say, from the first byte on.
+    Nothing is decided while nothing is done, or because the disk stands still.
     """
     now, done = [0.0], [0]
     monkeypatch.setattr(reshard.storage.resources, "monotonic", lambda: now[0])
     growth, numbers = Growth(most, lambda: done[0]), [threads]
+    done[0] += 1
+    assert growth.count_new(threads) == 0
     for rate in rates:
-        for _ in range(2):
-            assert growth.count_new(numbers[-1]) == 0, "too early to tell"
-            now[0] += 0.5
-            done[0] += round(rate * 500)
-        numbers.append(numbers[-1] + growth.count_new(numbers[-1]))
+        numbers.append(numbers[-1])
+        for _ in range(4):
+            now[0] += 0.25
+            done[0] += round(rate * 250)
+            numbers[-1] += growth.count_new(numbers[-1])
     return numbers
 
 
@@ -39,8 +41,8 @@ def follow(monkeypatch: pytest.MonkeyPatch, rates: Sequence[float], threads: int
         ([1, 2, 2, 9], 16, [2, 4, 8, 8, 8]),
         ([1, 2, 4, 8], 5, [2, 4, 5, 5, 5]),
         ([1, 2], 2, [2, 2, 2]),
-        ([0, 0, 1, 1.05, 9], 8, [2, 2, 2, 4, 4, 4]),
-        ([1, 0, 2, 9], 16, [2, 4, 4, 8, 16]),
+        ([0, 0, 1, 1.05, 1.05, 9], 8, [2, 2, 2, 2, 4, 4, 4]),
+        ([1, 0, 2, 4, 4], 16, [2, 4, 4, 4, 8, 16]),
     ],
 )
 def test_threads_double_while_that_helps(
@@ -61,6 +63,38 @@ def test_what_passes_before_the_first_byte_makes_nobody_slow(monkeypatch: pytest
         done[0] += 1000 if place >= 4 else 0
         numbers.append(numbers[-1] + growth.count_new(numbers[-1]))
     assert numbers[-1] == 4
+
+
+@pytest.mark.parametrize("idle", [0, 8])
+def test_windows_that_come_at_once_are_no_work_of_a_second(idle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread writes a whole window: the first of all threads may be seen together, also behind a standstill. Two
+    threads would look five times as fast as they are, and four of them not worth it.
+    """
+    now, done = [0.0], [0]
+    monkeypatch.setattr(reshard.storage.resources, "monotonic", lambda: now[0])
+    growth, threads = Growth(16, lambda: done[0]), 2
+    done[0] += 1 if idle else 0
+    for _ in range(idle):
+        assert growth.count_new(threads) == 0
+        now[0] += 0.25
+    done[0] += 4000
+    for _ in range(10):
+        threads += growth.count_new(threads)
+        now[0] += 0.25
+        done[0] += 125 * threads
+    assert threads == 8
+
+
+def test_a_disk_that_is_slow_for_a_window_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes one less often than we look: that is no standstill."""
+    now, done = [0.0], [0]
+    monkeypatch.setattr(reshard.storage.resources, "monotonic", lambda: now[0])
+    growth, threads = Growth(16, lambda: done[0]), 2
+    for place in range(40):
+        done[0] += 1000 if place % 3 == 2 else 0
+        threads += growth.count_new(threads)
+        now[0] += 0.25
+    assert threads == 4
 
 
 def rising() -> Callable[[], int]:
@@ -139,20 +173,22 @@ import reshard.storage.resources
 from reshard import Refused
 from reshard.storage.resources import Growth, run_in_threads
 
+threading.stack_size(256 << 20)
+
 def allow_no_more():
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), -1))
+    resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), -1))
 """
-"""A stack of 8 MiB does not fit any more."""
+"""The stack of another thread does not fit any more; what the interpreter needs does."""
 
 WHILE_IT_GROWS = """
 reshard.storage.resources.GROW_SECONDS = 0.0
-seen, done, asked = [], 0, threading.Event()
+seen, made, done, asked = [], [], 0, threading.Event()
 
 def measure():
     global done
     done = done * 10 + 1
-    if done > 1:
+    if done > 100:
         allow_no_more()
         asked.set()
     return done
@@ -161,8 +197,14 @@ def work(item):
     assert asked.wait(60)
     seen.append(item)
 
-threads = run_in_threads(range(50), lambda: work, 1, growth=Growth(8, measure))
-assert (threads, sorted(seen)) == (1, [*range(50)]), (threads, seen)
+def make_worker():
+    made.append(work)
+    if len(made) > 1:
+        raise MemoryError
+    return work
+
+threads = run_in_threads(range(50), make_worker, 1, growth=Growth(8, measure))
+assert (threads, made, sorted(seen)) == (1, [work], [*range(50)]), (threads, made, seen)
 """
 
 AT_THE_BEGINNING = """
@@ -178,7 +220,9 @@ else:
 
 @pytest.mark.parametrize("program", [WHILE_IT_GROWS, AT_THE_BEGINNING])
 def test_where_the_system_starts_no_more_threads(program: str) -> None:
-    """More of them are not needed; where there is none at all, that is told in words."""
+    """More of them are not needed, and nobody else does what they were to do; where there is none at all, that is told
+    in words.
+    """
     command = [sys.executable, "-c", NO_MORE_THREADS + program]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -9,15 +9,14 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from cached_pages import mount
+from cached_pages import find_file_system, mount
 
 import reshard.execution.writer
-import reshard.storage.residency
+import reshard.storage.local
 from reshard.execution.journal import RECORD, open_journal
 from reshard.execution.writer import Ledger, flush_regularly
 from reshard.storage.counting import WorkCounter
-from reshard.storage.local import CACHED, open_descriptor
-from reshard.storage.residency import CACHESTAT
+from reshard.storage.local import CACHED, WRITTEN_BY_SYNC, open_descriptor
 from reshard.storage.resources import run_in_threads
 
 SIZE = 100
@@ -161,7 +160,7 @@ def flush_file(stack: ExitStack, folder: Path, journal: Path, events: list[str])
     """The ledger of a file into which three groups were written, after a flush."""
     path = folder / "target"
     path.write_bytes(bytes(3 * SIZE))
-    descriptor = open_descriptor(stack, path, os.O_RDWR)
+    descriptor = open_descriptor(stack, path, os.O_WRONLY)
     ledger = Ledger(open_journal(stack, journal, {}), [descriptor], CACHED, Log(events))
     for place in range(3):
         ledger.add(record(place))
@@ -184,22 +183,31 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("cachestat", [CACHESTAT, 9999])
-def test_bytes_that_only_a_sync_writes_are_counted_behind_it_and_synced_often(
-    cachestat: int, overlay: Path, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", cachestat)
-    ledger = flush_file(stack, overlay, tmp_path, events)
-    stack.close()  # before the overlay goes
+def require_counted_behind_the_sync(ledger: Ledger, events: list[str]) -> None:
     assert events[-3:] == ["sync", f"settle {3 * SIZE}", "sync"], "the file, and then the journal"
     assert ledger.flush_size == 2 * SIZE
 
 
-@pytest.mark.parametrize("cachestat", [CACHESTAT, 9999])
-def test_bytes_on_a_disk_that_writes_at_once_are_counted_as_they_come_to_it(
-    cachestat: int, stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+def test_bytes_that_only_a_sync_writes_are_counted_behind_it_and_synced_often(
+    overlay: Path, stack: ExitStack, tmp_path: Path, events: list[str]
 ) -> None:
-    monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", cachestat)
+    ledger = flush_file(stack, overlay, tmp_path, events)
+    stack.close()  # before the overlay goes
+    require_counted_behind_the_sync(ledger, events)
+
+
+def test_so_they_are_if_the_file_system_here_were_such_a_one(
+    stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reshard.storage.local, "WRITTEN_BY_SYNC", (find_file_system(tmp_path),))
+    require_counted_behind_the_sync(flush_file(stack, tmp_path, tmp_path, events), events)
+
+
+def test_bytes_on_a_disk_that_writes_at_once_are_counted_as_they_come_to_it(
+    stack: ExitStack, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [kind for kind in WRITTEN_BY_SYNC if kind != find_file_system(tmp_path)]
+    monkeypatch.setattr(reshard.storage.local, "WRITTEN_BY_SYNC", others)
     ledger = flush_file(stack, tmp_path, tmp_path, events)
     assert events[-3:] == [f"settle {3 * SIZE}", "sync", "sync"]
     assert ledger.flush_size == 1 << 60

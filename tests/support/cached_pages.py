@@ -40,10 +40,16 @@ def drop_files(folder: Path) -> None:
             pytest.skip("this file system keeps files in memory")
 
 
+def find_file_system(path: Path) -> int:
+    """The kind of a file system, by a program of the system."""
+    return int(subprocess.check_output(["stat", "-f", "-c", "%t", str(path)], text=True), 16)
+
+
 def mount(folder: Path, *options: str) -> Path:
     """Mounts a file system on a folder, which is made; skips the test where that is not allowed."""
     folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", *options, str(folder)], check=False, capture_output=True).returncode:
+    command = shutil.which("mount")
+    if not command or subprocess.run([command, *options, str(folder)], check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     return folder
 

@@ -288,8 +288,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         if index in begun and size != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        # To read too: else the kernel does not tell what of it is in the page cache.
-        descriptor = open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
         reserve_blocks(descriptor, file.size)
         write_range(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)

@@ -21,13 +21,13 @@ from reshard.storage.counting import WorkCounter
 from reshard.storage.local import (
     Ways,
     drop_from_cache,
+    is_written_by_sync,
     prefetch_range,
     read_range,
     start_writeback,
     wait_for_range,
     write_range,
 )
-from reshard.storage.residency import is_range_cached
 from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
@@ -121,8 +121,9 @@ class Ledger:
             return
         records = parse_records(batch)
         parts = {file: records[records["file"] == file] for file in np.unique(records["file"]).tolist()}
+        # All are begun before the first is waited for.
         begun = [start_writeback(self._targets[file], 0, 0) for file in parts]
-        self._is_late = not (all(begun) and self._is_written_early(batch))
+        self._is_late = not all(begun) or any(is_written_by_sync(self._targets[file]) for file in parts)
         if not self._is_late:
             self._wait_for_disk(parts)
         for file, part in parts.items():
@@ -135,15 +136,6 @@ class Ledger:
         with self._room:
             self.unsynced -= add_sizes(records)
             self._room.notify_all()
-
-    def _is_written_early(self, batch: bytes) -> bool:
-        """Whether the file system writes before it is synced: then what was written last is in the page cache of its
-        file. A file of an overlay, or one of ZFS, has none of its own: to write it and to wait for it does nothing.
-        """
-        if self._ways.write == "uncached":  # such a file system does not offer this
-            return True
-        offset, file, size, _ = RECORD.unpack(batch[-RECORD.size :])
-        return is_range_cached(self._targets[file], offset, size)
 
     def _wait_for_disk(self, parts: Mapping[int, Records]) -> None:
         """Waits until groups are written to the disk, and counts them step by step: a sync may take a minute a file."""

@@ -40,6 +40,12 @@ PREFETCH_STEP = 128 << 10
 """In bytes. Of a larger request the kernel may leave the rest undone: it brings no more than one reading ahead, or one
 command to the disk, would; 128 KiB are the usual least of these."""
 
+OVERLAYFS, ZFS = 0x794C7630, 0x2FC12FC1
+"""Kinds of file systems, as `fstatfs` tells them."""
+
+WRITTEN_BY_SYNC = (OVERLAYFS, ZFS)
+"""Those whose files have no pages of their own to begin to write, or to wait for: only a sync writes."""
+
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -216,14 +222,21 @@ def start_writeback(descriptor: int, offset: int, size: int) -> bool:
     return not code
 
 
+def is_written_by_sync(descriptor: int) -> bool:
+    """Whether a file lies where only a sync writes, though `start_writeback` says nothing."""
+    told = (ctypes.c_long * 64)()  # larger than the structure, which begins with the kind
+    load_c_library().fstatfs(ctypes.c_int(descriptor), told)  # a system that tells nothing leaves zeros
+    return told[0] in WRITTEN_BY_SYNC
+
+
 def wait_for_range(descriptor: int, offset: int, size: int) -> None:
     """Waits until a byte range has been written to the disk. It is durable only after a sync, which is then short.
+    Only for a file of which `start_writeback` said that the system can do so.
 
     Raises OSError for a write that failed, with any number that the disk or a file system on a network gave it: the
     kernel reports it to one call only, so that a sync would no more see it.
     """
-    code = sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WAIT)
-    if code and code not in (errno.ENOSYS, errno.ESPIPE):  # no such call; no file: neither has looked at any write
+    if code := sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WAIT):
         raise OSError(code, os.strerror(code))
 
 

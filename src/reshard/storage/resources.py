@@ -1,8 +1,8 @@
-"""Free memory of the machine or container, and a pool of threads that ends cleanly on errors and interrupts."""
+"""Free memory of the machine or container, and threads that end cleanly on errors and interrupts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
@@ -93,7 +93,7 @@ WORTH = 1.1
 
 
 class Growth:
-    """Adds threads to a pool as long as that makes it faster. The last ones added, which did not, stay."""
+    """Adds threads as long as that makes it faster. The last ones added, which did not, stay."""
 
     def __init__(self, most: int, measure: Callable[[], int]) -> None:
         """`most` threads are allowed; `measure` tells the work done so far, in any unit."""
@@ -101,6 +101,7 @@ class Growth:
         self._best = 0.0
         self._started = monotonic()
         self._done = measure()
+        self._stands = True
         self.most = most
 
     def count_new(self, threads: int) -> int:
@@ -108,14 +109,19 @@ class Growth:
         if threads >= self.most:
             return 0
         now, done = monotonic(), self._measure()
-        if done == self._done:
-            # The first byte has yet to come, or the disk stands still: that says nothing about the number of threads.
-            self._started = now
-        seconds = now - self._started
-        if done == self._done or seconds < GROW_SECONDS:
+        seconds, more = now - self._started, done - self._done
+        if self._stands:
+            # Nothing has come yet, or the first bytes have: whole windows, begun before. Neither tells of the number of
+            # threads.
+            self._stands = not more
+            self._started, self._done = now, done
             return 0
-        rate = (done - self._done) / seconds
-        self._started, self._done = now, done
+        if seconds < GROW_SECONDS:
+            return 0
+        self._started, self._done, self._stands = now, done, not more
+        if not more:
+            return 0
+        rate = more / seconds
         if rate < self._best * WORTH:
             self.most = threads
             return 0
@@ -139,9 +145,9 @@ def run_in_threads(
     """
     queue, lacking = WorkQueue(work), list[Exception]()
     futures: list[Future[None]] = []
-    with ThreadPoolExecutor(max(threads, growth.most if growth else 0) + 1) as pool:
-        start = partial(start_threads, pool, queue.stopped)
-        # From the first thread on: the pool waits for all of them, and `background` ends only when it is told to.
+    with ExitStack() as pools:
+        start = partial(start_threads, pools, queue.stopped)
+        # From the first thread on: the pools wait for all of them, and `background` ends only when it is told to.
         try:
             if background:
                 futures += require_thread(start(partial(background, queue.stopped), 1))
@@ -185,12 +191,16 @@ def run_worker(
         worker(item)
 
 
-def start_threads(pool: ThreadPoolExecutor, stopped: Event, run: Callable[[], None], count: int) -> list[Future[None]]:
-    """Starts threads of a pool: so many, or as many as the system allows. Any error of one stops the others."""
+def start_threads(pools: ExitStack, stopped: Event, run: Callable[[], None], count: int) -> list[Future[None]]:
+    """Starts threads: so many, or as many as the system allows. Any error of one stops the others.
+
+    Each in a pool of its own, which the stack closes: in a common one, what a thread that cannot be started was to do
+    is done later by any other, unseen.
+    """
     started: list[Future[None]] = []
     with suppress(RuntimeError):  # what Python says where no more can be started
         while len(started) < count:
-            started.append(pool.submit(stop_on_error, stopped, run))
+            started.append(pools.enter_context(ThreadPoolExecutor(1)).submit(stop_on_error, stopped, run))
     return started
 
 
