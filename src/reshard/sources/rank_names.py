@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
 from reshard.formats.part_manifests import is_of_whole_files
-from reshard.recipes.recipe import has_ranks, list_recipes_to_try
+from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.text import format_list
 from reshard.types import MOST_RANKS, Note, Recipe
 
@@ -118,3 +118,12 @@ def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) 
         return ""
     name = str(recipe.get("name"))
     return "" if name in {known.name for known in recipes} else name
+
+
+def require_known_recipe(path: Path, manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> None:
+    """Raises Refused if rank files were made by a recipe that is not among `recipes`."""
+    if made_by := find_foreign_recipe(manifest, recipes):
+        found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
+        if made_by in {known.name for known in list_packaged_recipes()}:
+            remedy = "leave out --recipe; or first --to hf into another folder, then convert that with --recipe"
+        raise refuse("no-recipe", str(path), found, "that recipe", remedy)

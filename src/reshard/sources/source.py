@@ -18,7 +18,7 @@ from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
-from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
@@ -30,10 +30,10 @@ from reshard.sources.not_in_index import require_all_named
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
     RankNames,
-    find_foreign_recipe,
     find_rank_names,
     narrow_by_metadata,
     note_files_beside_ranks,
+    require_known_recipe,
 )
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
@@ -139,11 +139,7 @@ def read_chosen(
 
 def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool) -> Checkpoint:
     """Reads a checkpoint in the original layout. Raises Refused."""
-    if made_by := find_foreign_recipe(folder.manifest, recipes):
-        found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
-        if made_by in {known.name for known in list_packaged_recipes()}:
-            remedy = "leave out --recipe; or first --to hf into another folder, then convert that with --recipe"
-        raise refuse("no-recipe", str(folder.path), found, "that recipe", remedy)
+    require_known_recipe(folder.path, folder.manifest, recipes)
     require_none(check_chosen_tensors(folder))
     require_no_vllm_ranks(folder.path, folder.names)
     return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
