@@ -193,9 +193,10 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
     """Prints the summary of a conversion as text or JSON. Returns the exit code."""
     steps = collect_next_steps(conversion, options)
     if options.json:
-        done = asdict(conversion.done) if conversion.done else None
+        run = conversion.done
+        done = {**asdict(run), "ways": {"read": run.ways.read, "write": run.ways.write}} if run else None
         facts = {
-            "status": "converted" if conversion.done else "already-converted",
+            "status": "converted" if run else "already-converted",
             "seconds": conversion.seconds,
             "done": done,
             "next": [step._asdict() for step in steps],
