@@ -785,6 +785,41 @@ MUTATIONS = (
         "problems=report.problems",
         "test_source_and_side_files.py::test_a_side_file_that_is_missing_or_changed_is_told_once",
     ),
+    Mutation(
+        "sources/rank_files",
+        "parts that were cut along a later dimension are joined as if by columns",
+        "rows = prod(shape[:dimension]) if dimension and len(shape) > dimension else 1",
+        "rows = shape[0] if dimension and len(shape) > dimension else 1",
+        "test_dimensions.py::test_each_dimension_is_cut_as_torch_cuts_it_and_joined_again",
+    ),
+    Mutation(
+        "planning/constants",
+        "constants of quantized models are in all files",
+        "for constant in list_present_constants(recipe, scaled):",
+        "for constant in recipe.constants:",
+        "test_vllm.py::test_constants_of_fp8_are_there_exactly_with_block_scales",
+    ),
+    Mutation(
+        "sources/stacked_experts",
+        "stacks that contradict each other are taken apart",
+        "        for formula, length in zip(formulas, part.shape, strict=False):",
+        "        for formula, length in zip((), part.shape, strict=False):",
+        "test_stacked_experts.py::test_transposed_stacks_are_not_read_without_a_config",
+    ),
+    Mutation(
+        "api",
+        "verify believes where stacked experts were read",
+        "stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,",
+        "stacked=None,",
+        "test_stacked_experts.py::test_verify_sees_what_a_fault_of_reading_has_exchanged",
+    ),
+    Mutation(
+        "target/config_files",
+        "a cast to FP8 does not say what stays as it was",
+        "    if plan.layout.cast not in CAST_TO_FP8:\n",
+        "    if True:\n",
+        "test_whole_casts.py::test_codes_and_scales_are_those_of_torch_and_come_back",
+    ),
 )
 
 
