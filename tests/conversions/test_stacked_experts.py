@@ -148,6 +148,18 @@ def test_casts_and_subsets_are_those_of_the_hub(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def test_a_subset_has_its_own_config_and_can_be_read_back(tmp_path: Path) -> None:
+    write_stacked_model(tmp_path, "qwen3-moe")
+    options: dict[str, Any] = {"layers": [0, 2], "experts": [1, 4, 9], "renumber": True}
+    reshard.convert(tmp_path / "hub", tmp_path / "made", for_engine="transformers", **options)
+    reshard.convert(tmp_path / "hub", tmp_path / "cut", to="hf", **options)
+    assert torch.equal(compute_logits(tmp_path / "made"), compute_logits(tmp_path / "cut"))
+    assert reshard.verify(tmp_path / "made", tmp_path / "hub").is_proven
+    reshard.convert(tmp_path / "made", tmp_path / "back", to="hf")
+    assert_same_tensors(tmp_path / "back", tmp_path / "cut")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "cut" / "config.json").read_bytes()
+
+
 def test_open_and_load_know_the_names_of_the_hub(qwen: Path) -> None:
     hub = read_tensors(qwen / "hub")
     with reshard.open(qwen / "stacked-parts") as tensors:
