@@ -332,6 +332,23 @@ def test_verify_sees_a_byte_and_a_file_that_are_not_right(qwen: Path, tmp_path: 
     assert [one.kind for one in reshard.verify(tmp_path / "made", qwen / "hub").problems] == ["extra-file"]
 
 
+def test_verify_sees_another_models_config_beside_stacks(qwen: Path, tmp_path: Path) -> None:
+    def verify_with(folder: Path, **changes: Any) -> list[tuple[str, str]]:
+        told = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**told, **changes}))
+        return [(one.kind, one.subject) for one in reshard.verify(folder, qwen / "hub").problems]
+
+    reshard.convert(qwen / "hub", tmp_path / "made", for_engine="transformers")
+    assert verify_with(tmp_path / "made", rope_theta=7) == [("wrong-config", "config.json: rope_theta")]
+    shutil.copytree(qwen / "stacked", tmp_path / "saved")
+    assert verify_with(tmp_path / "saved", transformers_version="6.0") == []  # what another program wrote has its own
+    assert verify_with(tmp_path / "saved", vocab_size=95) == [("wrong-config", "config.json: vocab_size")]
+    for folder in ("made", "saved"):
+        (tmp_path / folder / "config.json").unlink()
+        problems = reshard.verify(tmp_path / folder, qwen / "hub").problems
+        assert [(one.kind, one.subject) for one in problems] == [("missing-file", "config.json")]
+
+
 def test_verify_sees_what_parts_lack_and_have_twice(qwen: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen / "stacked-parts", tmp_path / "parts")
     paths = {one.name: path for path in (tmp_path / "parts").glob("*.safetensors") for one in read_header(path, 0)[1]}

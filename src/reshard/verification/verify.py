@@ -51,7 +51,6 @@ from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
     check_index_and_config,
-    check_target_index,
     choose_files,
     list_target_files,
     read_target_headers,
@@ -250,8 +249,7 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
         has_optional = keeps_optional(trace, looked_at, wanted)
         expected = list_expected_constants(rows.values(), recipe, probed, has_optional=has_optional)
         yield from check_filled_constants(target, constants, expected, looked_at, recipe)
-        yield from check_target_index(target, files) if folder.is_joint else ()
-    else:
+    if folder.is_whole or folder.is_joint:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
         yield from check_index_and_config(
             target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
