@@ -3,8 +3,9 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from downloads import flip
 from jobs import Job
 from safetensors.torch import save_file
+from small_models import write_model
 from stacked_models import (
     STACKED_MODELS,
     assert_same_tensors,
@@ -431,6 +433,59 @@ def test_a_recipe_of_ones_own_reads_its_right_side(qwen: Path, tmp_path: Path) -
     assert reshard.verify(tmp_path / "made", qwen / "hub", recipe=str(own)).is_proven
 
 
+def test_other_models_with_such_names_are_verified_without_a_config(tmp_path: Path) -> None:
+    write_model(tmp_path / "gpt", "gpt-oss")
+    (tmp_path / "gpt" / "config.json").unlink()
+    reshard.convert(tmp_path / "gpt", tmp_path / "made", to="hf")
+    assert reshard.verify(tmp_path / "made", tmp_path / "gpt").is_proven
+    (tmp_path / "made" / "reshard.json").unlink()
+    assert reshard.verify(tmp_path / "made", tmp_path / "gpt").is_proven
+
+
+def test_a_named_recipe_takes_stacks_of_another_model_name_apart(qwen: Path, tmp_path: Path) -> None:
+    source = change(qwen, tmp_path / "source", lambda _: None, model_type="our_moe", architectures=["OurMoe"])
+    with pytest.raises(Refused):
+        reshard.plan(source, 2)
+    for recipe in ("qwen3-moe", "transformers-qwen3-moe", "vllm-qwen3-moe"):
+        assert reshard.plan(source, recipe=recipe, **({"to": "hf"} if "transf" not in recipe else {})).notes
+    reshard.convert(source, tmp_path / "hub", to="hf", recipe="qwen3-moe")
+    assert_same_tensors(tmp_path / "hub", qwen / "hub")
+    assert reshard.verify(tmp_path / "hub", source, recipe="qwen3-moe").is_proven
+
+
+def write_headers(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A file of BF16 tensors, all of them zeros that lie in a hole."""
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * prod(shape)]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / MODEL).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(("members", "fewer", "most"), [(1 << 16, 0, 0), (400, 1, 0), (400, 0, 2 * 2 * 3 * 400)])
+def test_stacks_of_no_model_are_not_split_in_vain(
+    members: int, fewer: int, most: int, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, split = list[str](), fused_shards.split_fused
+
+    def count(*arguments: Any) -> Iterator[fused_shards.PartShard]:
+        for part in split(*arguments):
+            made.append(part.name)
+            yield part
+
+    monkeypatch.setattr(fused_shards, "split_fused", count)
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(qwen / "stacked").items()}
+    shapes |= {name: (members, 2, 1) for name in shapes if name.endswith("gate_up_proj")}
+    shapes |= {name: (members - fewer, 1, 1) for name in shapes if name.endswith("experts.down_proj")}
+    write_headers(tmp_path / "source", shapes)
+    with pytest.raises(Refused):
+        reshard.plan(tmp_path / "source", 2)
+    assert len(made) <= most  # two recipes have all these names, the others are not tried
+
+
 def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: Path) -> None:
     def transpose(tensors: Tensors) -> None:
         for name in tensors:
@@ -441,7 +496,9 @@ def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: P
     (folder / "config.json").unlink()
     with pytest.raises(Refused) as refused:
         reshard.plan(folder, to="hf", recipe="qwen3-moe")
-    assert refused.value.problems[0].kind == "fused-experts"
+    assert (refused.value.problems[0].kind, "transposed" in refused.value.problems[0].remedy) == ("wrong-shape", True)
+    with pytest.raises(Refused, match=r"config\.json"):
+        reshard.plan(folder, to="hf")
 
 
 def test_verify_sees_what_a_fault_of_reading_has_exchanged(

@@ -17,7 +17,7 @@ from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
 from reshard.sources.source import Source, read_source
-from reshard.sources.stacked_experts import Unstacked, find_stacking
+from reshard.sources.stacked_experts import Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
@@ -125,8 +125,12 @@ def find_engine_of_stacks(target: Path) -> str:
     with suppress(Refused):
         stored = read_headers(target, list_target_names(target))
         tensors = {tensor.name: tensor for tensor in stored.tensors}
-        known = find_stacking(Checkpoint(target, stored.files, tensors, read_config(target)), ()).recipes
-        return known[0].engine if known else ""
+        checkpoint = Checkpoint(target, stored.files, tensors, read_config(target))
+        known, is_told = find_stacking(checkpoint, ())[1:]
+        if is_told:
+            return known[0].engine if known else ""
+        found = unstack_checkpoint(checkpoint)  # models of other forms have such names too
+        return found.recipe.engine if found else ""
     return ""
 
 
