@@ -227,6 +227,10 @@ def lose_down(tensors: Tensors) -> None:
     del tensors[DOWN]
 
 
+def lose_both(tensors: Tensors) -> None:
+    del tensors[DOWN], tensors[GATE_UP]
+
+
 def lose_layer(tensors: Tensors) -> None:
     for name in [name for name in tensors if ".layers.2." in name]:
         del tensors[name]
@@ -241,6 +245,7 @@ def lose_layer(tensors: Tensors) -> None:
         (narrow, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (flatten, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (lose_down, "missing-tensor", DOWN),
+        (lose_both, "missing-tensor", GATE_UP),
         (lose_layer, "contradiction", "layers"),
     ],
 )
@@ -254,6 +259,20 @@ def test_stacks_that_are_in_doubt_are_refused_by_name(
     assert not reshard.diff(folder, folder).only_a  # it can still be compared as it lies there
     with reshard.open(folder) as tensors:
         assert tensors.keys() >= {"model.norm.weight"}
+
+
+def test_stacks_that_lack_are_one_problem_each_by_their_own_names(qwen: Path, tmp_path: Path) -> None:
+    folder = change(qwen, tmp_path / "source", lose_both)
+    assert refuse_plan(folder) == [("missing-tensor", GATE_UP), ("missing-tensor", DOWN)]
+    for lost in ([GATE_UP], [GATE_UP, DOWN]):
+        named = tmp_path / f"named-{len(lost)}"
+        shutil.copytree(qwen / "stacked-parts", named)
+        index = json.loads((named / "model.safetensors.index.json").read_text())
+        files = [index["weight_map"].pop(name) for name in lost]
+        (named / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert refuse_plan(named) == [("not-in-index", name) for name in lost]
+        with pytest.raises(Refused, match=f'add "{GATE_UP}": "{files[0]}" to the weight_map'):
+            reshard.plan(named, 2)
 
 
 def test_another_number_of_experts_and_another_model_are_refused(qwen: Path, tmp_path: Path) -> None:
@@ -373,6 +392,19 @@ def test_a_changed_target_is_no_source(qwen: Path, tmp_path: Path) -> None:
     assert refuse_plan(tmp_path / "again")[0][0] == "wrong-checksum"
 
 
+@pytest.mark.parametrize("options", [{}, {"for_engine": "vllm"}])
+def test_stacks_are_verified_against_rank_files(options: dict[str, Any], qwen: Path, tmp_path: Path) -> None:
+    reshard.convert(qwen / "hub", tmp_path / "ranks", mp=2, **options)
+    reshard.convert(qwen / "hub", tmp_path / "made", for_engine="transformers")
+    for folder in (tmp_path / "made", qwen / "stacked-parts"):
+        report = reshard.verify(folder, tmp_path / "ranks")
+        assert report.is_proven, report
+    place = next(one for one in read_checkpoint(tmp_path / "made").tensors.values() if one.name == GATE_UP)
+    flip(tmp_path / "made" / MODEL, place.offset + place.size - 1)
+    (problem,) = reshard.verify(tmp_path / "made", tmp_path / "ranks").problems
+    assert problem.kind == "differs"
+
+
 def test_an_interrupted_run_goes_on(qwen: Path, tmp_path: Path) -> None:
     leave_unfinished(Job(qwen / "hub", 1, "transformers-qwen3-moe"), tmp_path / "made")
     assert "--for transformers" in str(reshard.inspect(tmp_path / "made")) or "--recipe" in str(
@@ -447,7 +479,7 @@ def test_a_named_recipe_takes_stacks_of_another_model_name_apart(qwen: Path, tmp
     with pytest.raises(Refused):
         reshard.plan(source, 2)
     for recipe in ("qwen3-moe", "transformers-qwen3-moe", "vllm-qwen3-moe"):
-        assert reshard.plan(source, recipe=recipe, **({"to": "hf"} if "transf" not in recipe else {})).notes
+        assert reshard.plan(source, 1, recipe=recipe).notes
     reshard.convert(source, tmp_path / "hub", to="hf", recipe="qwen3-moe")
     assert_same_tensors(tmp_path / "hub", qwen / "hub")
     assert reshard.verify(tmp_path / "hub", source, recipe="qwen3-moe").is_proven

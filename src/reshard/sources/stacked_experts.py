@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
 from reshard.formats.huggingface import INDEX
+from reshard.numbered_names import split_name
 from reshard.recipes.formulas import parse_shape, read_config_value
 from reshard.recipes.fusions import FUSED
-from reshard.recipes.patterns import fill_pattern, find_later_members, make_patterns, split_names
+from reshard.recipes.patterns import fill_pattern, find_later_members, make_pattern, make_patterns, split_names
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes
 from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
 from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
@@ -213,8 +214,8 @@ def check_mixture(
 def check_stacks_beside(
     stored: Checkpoint, recipe: Recipe, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
 ) -> Iterator[Problem]:
-    """Reports each stacked tensor that lacks where another of its layer is there: by its own name, not by a hundred; and
-    stacks of a layer with other numbers of members.
+    """Reports each stacked tensor that lacks where another of its layer is there, by its own name, not by a hundred.
+    Also stacks of a layer that have other numbers of members.
     """
     stacks = [one for one in patterns.fused.values() if one.fusion.stacked]
     needed = [one for one in stacks if not recipe.rules[one.fusion.rules[0]].only]
@@ -237,6 +238,25 @@ def make_missing_stack(stored: Checkpoint, name: str, expected: str) -> Problem:
         remedy = f'add "{name}": "{file}" to the weight_map of the index'
         return Problem("not-in-index", name, f"in {file}, but not in {INDEX}", expected, remedy)
     return Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
+
+
+def name_missing_stacks(unstacked: Unstacked, refused: Refused) -> Refused:
+    """Gives missing experts of a checkpoint with stacks the names that its files would have: a stack is one problem."""
+    patterns = [
+        (make_pattern(0, left, left, is_scale=False), fused.name)
+        for fused in list_fused_patterns(unstacked.recipe)
+        for left in fused.lefts
+    ]
+    problems: dict[Problem, None] = {}
+    for problem in refused.problems:
+        key, numbers, said = *split_name(problem.subject), problem
+        for pattern, right in patterns if problem.kind == "missing-tensor" else ():
+            if pattern.fits(key, numbers):
+                name = fill_pattern(right, dict(zip(pattern.slots, map(int, numbers), strict=True)))
+                if name not in unstacked.stored.tensors:
+                    said = make_missing_stack(unstacked.stored, name, "one in each layer of experts")
+        problems[said] = None
+    return Refused(problems)
 
 
 def check_number_of_parts(

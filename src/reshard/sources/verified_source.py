@@ -83,8 +83,10 @@ def read_restored_sides(
     if not ignore_extra_files:
         require_none(check_nothing_aside(restored, whole))
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
-    fitted = match_or_rename(whole, [ranks.recipe], is_asked=True)
-    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
+    unstacked = unstack_checkpoint(whole)
+    fitted = match_or_rename(unstacked.checkpoint if unstacked else whole, [ranks.recipe], is_asked=True)
+    files = ranks.checkpoint.files
+    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, files, ignore_extra_files, unstacked)
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
