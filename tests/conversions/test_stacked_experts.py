@@ -219,6 +219,10 @@ def narrow(tensors: Tensors) -> None:
     tensors[GATE_UP] = tensors[GATE_UP][:, :47]
 
 
+def empty(tensors: Tensors) -> None:
+    tensors[GATE_UP] = tensors[GATE_UP][:, :, :0]
+
+
 def flatten(tensors: Tensors) -> None:
     tensors[GATE_UP] = tensors[GATE_UP].reshape(-1)
 
@@ -243,6 +247,7 @@ def lose_layer(tensors: Tensors) -> None:
         (quantize, "quantized", ""),
         (shorten, "wrong-shape", f"{MODEL}: {DOWN}"),
         (narrow, "wrong-shape", f"{MODEL}: {GATE_UP}"),
+        (empty, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (flatten, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (lose_down, "missing-tensor", DOWN),
         (lose_both, "missing-tensor", GATE_UP),
@@ -256,6 +261,9 @@ def test_stacks_that_are_in_doubt_are_refused_by_name(
     found = refuse_plan(folder)
     assert found[0] == (kind, subject or str(folder))
     assert {one for one, _ in found} == {kind}
+    with pytest.raises(Refused) as refused:
+        reshard.plan(folder, 2)
+    assert not any("rank file" in problem.remedy for problem in refused.value.problems)
     assert not reshard.diff(folder, folder).only_a  # it can still be compared as it lies there
     with reshard.open(folder) as tensors:
         assert tensors.keys() >= {"model.norm.weight"}
@@ -350,7 +358,8 @@ def test_verify_sees_a_byte_and_a_file_that_are_not_right(qwen: Path, tmp_path: 
     assert main(["repair", str(tmp_path / "made"), "--source", str(qwen / "hub")]) == 0
     assert reshard.verify(tmp_path / "made", qwen / "stacked").is_proven
     shutil.copy(qwen / "hub" / MODEL, tmp_path / "made" / "other.safetensors")
-    assert [one.kind for one in reshard.verify(tmp_path / "made", qwen / "hub").problems] == ["extra-file"]
+    (problem,) = reshard.verify(tmp_path / "made", qwen / "hub").problems
+    assert (problem.kind, problem.found) == ("extra-file", "a file that is not read")
 
 
 def test_verify_sees_another_models_config_beside_stacks(qwen: Path, tmp_path: Path) -> None:
@@ -379,7 +388,8 @@ def test_verify_sees_what_parts_lack_and_have_twice(qwen: Path, tmp_path: Path) 
     (tmp_path / "parts" / "zz.safetensors").unlink()
     paths[GATE_UP].unlink()
     problems = reshard.verify(tmp_path / "parts", qwen / "hub").problems
-    assert ("missing-tensor", GATE_UP) in {(one.kind, one.subject) for one in problems}
+    (lost,) = [one for one in problems if (one.kind, one.subject) == ("missing-tensor", GATE_UP)]
+    assert (lost.found, lost.expected) == ("in none of these files", "in one of them")
 
 
 def test_a_changed_target_is_no_source(qwen: Path, tmp_path: Path) -> None:
@@ -419,7 +429,11 @@ def test_an_interrupted_run_goes_on(qwen: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--mp", "4"], "leave out --mp"),
+        (
+            ["--mp", "4"],
+            "leave out --mp; rank files are made without --for transformers and --recipe transformers-qwen3-moe",
+        ),
+        (["--max-file-size", "1GB"], "the recipe transformers-qwen3-moe has one file"),
         (["--mp", "1", "--ranks", "0"], "--ranks: wrong option"),
         (["--to", "hf"], "leave out --to hf"),
         (["--recipe", "mixtral"], "wrong option"),

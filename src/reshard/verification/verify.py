@@ -163,7 +163,7 @@ def verify_target(
         lacking = "the source itself" if folder.is_joint else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
     files, problems = read_target_headers(target, choose_files(folder, ranks))
-    extra = f"a file beside those of {folder.ranks} ranks"
+    extra = "a file that is not read" if folder.is_joint else f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     for file in files:
         advance(file.file.header_size)
@@ -336,9 +336,11 @@ def check_missing_tensors(
         found = sorted(rank for rank in present if (name, rank) not in trace.used_scales)
         if expected and not found:
             told.add(subject)
-            yield Problem(
-                "missing-tensor", subject, "in none of these rank files", f"in ranks {expected}", CONVERT_AGAIN_HINT
-            )
+            where = "in none of these rank files", f"in ranks {expected}"
+            where = ("in none of these files", "in one of them") if trace.folder.is_joint else where
+            yield Problem("missing-tensor", subject, *where, CONVERT_AGAIN_HINT)
         elif expected != found:
             told.add(subject)
-            yield Problem("wrong-ranks", subject, f"in ranks {found}", f"in ranks {expected}", CONVERT_AGAIN_HINT)
+            where = f"in ranks {found}", f"in ranks {expected}"
+            kind, where = ("extra-tensor", ("there", "none")) if trace.folder.is_joint else ("wrong-ranks", where)
+            yield Problem(kind, subject, *where, CONVERT_AGAIN_HINT)
