@@ -312,6 +312,11 @@ def test_names_with_a_prefix_and_without_one_are_read(qwen: Path, tmp_path: Path
         reshard.convert(folder, tmp_path / f"{word}-hub", to="hf")
         assert_same_tensors(tmp_path / f"{word}-hub", qwen / "hub")
         assert reshard.verify(tmp_path / f"{word}-hub", folder).is_proven
+        with pytest.raises(Refused) as refused:
+            reshard.verify(folder, qwen / "hub")
+        (problem,) = refused.value.problems
+        assert (problem.kind, "36 names" in problem.expected) == ("prefix", True)
+        assert reshard.verify(tmp_path / f"{word}-hub", qwen / "hub").is_proven  # as the hint says
 
 
 def test_quantized_experts_are_never_cast_without_their_scales(tmp_path: Path) -> None:
