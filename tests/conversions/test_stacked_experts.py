@@ -294,8 +294,10 @@ def test_another_number_of_experts_and_another_model_are_refused(qwen: Path, tmp
 def test_a_part_without_a_config_is_not_guessed_at(qwen: Path, tmp_path: Path) -> None:
     folder = change(qwen, tmp_path / "source", lose_down)
     (folder / "config.json").unlink()
-    with pytest.raises(Refused, match=r"config\.json"):
+    with pytest.raises(Refused, match=r"config\.json") as refused:
         reshard.plan(folder, 2)
+    last = refused.value.problems[-1]
+    assert (last.kind, last.subject, "by the recipe transformers-" in last.expected) == ("missing-tensor", DOWN, True)
 
 
 def test_names_with_a_prefix_and_without_one_are_read(qwen: Path, tmp_path: Path) -> None:
@@ -516,7 +518,7 @@ def write_headers(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-@pytest.mark.parametrize(("members", "fewer", "most"), [(1 << 16, 0, 0), (400, 1, 0), (400, 0, 2 * 2 * 3 * 400)])
+@pytest.mark.parametrize(("members", "fewer", "most"), [(1 << 16, 0, 0), (400, 1, 0), (400, 0, 4 * 2 * 3 * 400)])
 def test_stacks_of_no_model_are_not_split_in_vain(
     members: int, fewer: int, most: int, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +536,7 @@ def test_stacks_of_no_model_are_not_split_in_vain(
     write_headers(tmp_path / "source", shapes)
     with pytest.raises(Refused):
         reshard.plan(tmp_path / "source", 2)
-    assert len(made) <= most  # two recipes have all these names, the others are not tried
+    assert len(made) <= most  # two recipes have all these names, and are asked once more for their reasons
 
 
 def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: Path) -> None:

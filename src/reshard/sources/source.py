@@ -31,7 +31,7 @@ from reshard.sources.rank_names import (
     note_files_beside_ranks,
 )
 from reshard.sources.recipe_choice import narrow_recipes
-from reshard.sources.stacked_experts import Unstacked, name_missing_stacks, unstack_checkpoint
+from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
@@ -90,7 +90,7 @@ def read_source(
             found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
         except Refused as refused:
             require_model(checkpoint)  # what is no model needs no recipe
-            raise (name_missing_stacks(unstacked, refused) if unstacked else refused) from None
+            raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
         if found.renaming:  # under their new names the recipe may know them
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files

@@ -20,15 +20,18 @@ from reshard.recipes.recipe import has_ranks, list_packaged_recipes
 from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
 from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
 from reshard.sources.held_shards import RankPatterns, collect_rank_patterns, reverse_recipe
-from reshard.sources.match import match_names
+from reshard.sources.match import match, match_names
 from reshard.sources.prefixes import KnownNames, list_names_by_kind
 from reshard.sources.quantization_config import CODES
-from reshard.sources.recipe_choice import find_asked_recipes, has_model_name, measure_nearness
+from reshard.sources.recipe_choice import add_recipe, find_asked_recipes, has_model_name, measure_nearness
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
 MOST_PARTS = 1 << 18
 """Of all stacks of a checkpoint. A hostile header could name a billion of them; DeepSeek-V3 has 44,544."""
+
+MOST_REASONS = 3
+"""Problems of a recipe that are told beside those of others."""
 
 
 class Unstacked(NamedTuple):
@@ -257,6 +260,25 @@ def name_missing_stacks(unstacked: Unstacked, refused: Refused) -> Refused:
                     said = make_missing_stack(unstacked.stored, name, "one in each layer of experts")
         problems[said] = None
     return Refused(problems)
+
+
+def explain_stacks(
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], unstacked: Unstacked | None, refused: Refused
+) -> Refused:
+    """Explains a refusal by the stacked experts of a checkpoint. Of one without a config it adds why they were not
+    taken apart: the first problems of the recipe that has the fewest, of those that know all names.
+    """
+    if unstacked:
+        return name_missing_stacks(unstacked, refused)
+    stored, fitting, is_told = find_stacking(checkpoint, recipes)
+    reasons = list[list[Problem]]()
+    for recipe in () if is_told else fitting:
+        if not has_other_names(stored, recipe):
+            try:
+                match(split_stacks(stored, recipe), recipe)
+            except Refused as other:
+                reasons.append([*add_recipe(other.problems, f"by the recipe {recipe.name}")])
+    return Refused([*refused.problems, *min(reasons, key=len, default=[])[:MOST_REASONS]])
 
 
 def check_number_of_parts(
