@@ -3,8 +3,9 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from downloads import flip
 from jobs import Job
 from safetensors.torch import load_file, save_file
+from small_models import write_model
 from stacked_models import (
     STACKED_MODELS,
     assert_same_tensors,
@@ -148,6 +150,18 @@ def test_casts_and_subsets_are_those_of_the_hub(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def test_a_subset_has_its_own_config_and_can_be_read_back(tmp_path: Path) -> None:
+    write_stacked_model(tmp_path, "qwen3-moe")
+    options: dict[str, Any] = {"layers": [0, 2], "experts": [1, 4, 9], "renumber": True}
+    reshard.convert(tmp_path / "hub", tmp_path / "made", for_engine="transformers", **options)
+    reshard.convert(tmp_path / "hub", tmp_path / "cut", to="hf", **options)
+    assert torch.equal(compute_logits(tmp_path / "made"), compute_logits(tmp_path / "cut"))
+    assert reshard.verify(tmp_path / "made", tmp_path / "hub").is_proven
+    reshard.convert(tmp_path / "made", tmp_path / "back", to="hf")
+    assert_same_tensors(tmp_path / "back", tmp_path / "cut")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "cut" / "config.json").read_bytes()
+
+
 def test_open_and_load_know_the_names_of_the_hub(qwen: Path) -> None:
     hub = read_tensors(qwen / "hub")
     with reshard.open(qwen / "stacked-parts") as tensors:
@@ -205,12 +219,20 @@ def narrow(tensors: Tensors) -> None:
     tensors[GATE_UP] = tensors[GATE_UP][:, :47]
 
 
+def empty(tensors: Tensors) -> None:
+    tensors[GATE_UP] = tensors[GATE_UP][:, :, :0]
+
+
 def flatten(tensors: Tensors) -> None:
     tensors[GATE_UP] = tensors[GATE_UP].reshape(-1)
 
 
 def lose_down(tensors: Tensors) -> None:
     del tensors[DOWN]
+
+
+def lose_both(tensors: Tensors) -> None:
+    del tensors[DOWN], tensors[GATE_UP]
 
 
 def lose_layer(tensors: Tensors) -> None:
@@ -225,8 +247,10 @@ def lose_layer(tensors: Tensors) -> None:
         (quantize, "quantized", ""),
         (shorten, "wrong-shape", f"{MODEL}: {DOWN}"),
         (narrow, "wrong-shape", f"{MODEL}: {GATE_UP}"),
+        (empty, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (flatten, "wrong-shape", f"{MODEL}: {GATE_UP}"),
         (lose_down, "missing-tensor", DOWN),
+        (lose_both, "missing-tensor", GATE_UP),
         (lose_layer, "contradiction", "layers"),
     ],
 )
@@ -237,9 +261,26 @@ def test_stacks_that_are_in_doubt_are_refused_by_name(
     found = refuse_plan(folder)
     assert found[0] == (kind, subject or str(folder))
     assert {one for one, _ in found} == {kind}
+    with pytest.raises(Refused) as refused:
+        reshard.plan(folder, 2)
+    assert not any("rank file" in problem.remedy for problem in refused.value.problems)
     assert not reshard.diff(folder, folder).only_a  # it can still be compared as it lies there
     with reshard.open(folder) as tensors:
         assert tensors.keys() >= {"model.norm.weight"}
+
+
+def test_stacks_that_lack_are_one_problem_each_by_their_own_names(qwen: Path, tmp_path: Path) -> None:
+    folder = change(qwen, tmp_path / "source", lose_both)
+    assert refuse_plan(folder) == [("missing-tensor", GATE_UP), ("missing-tensor", DOWN)]
+    for lost in ([GATE_UP], [GATE_UP, DOWN]):
+        named = tmp_path / f"named-{len(lost)}"
+        shutil.copytree(qwen / "stacked-parts", named)
+        index = json.loads((named / "model.safetensors.index.json").read_text())
+        files = [index["weight_map"].pop(name) for name in lost]
+        (named / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert refuse_plan(named) == [("not-in-index", name) for name in lost]
+        with pytest.raises(Refused, match=f'add "{GATE_UP}": "{files[0]}" to the weight_map'):
+            reshard.plan(named, 2)
 
 
 def test_another_number_of_experts_and_another_model_are_refused(qwen: Path, tmp_path: Path) -> None:
@@ -253,8 +294,10 @@ def test_another_number_of_experts_and_another_model_are_refused(qwen: Path, tmp
 def test_a_part_without_a_config_is_not_guessed_at(qwen: Path, tmp_path: Path) -> None:
     folder = change(qwen, tmp_path / "source", lose_down)
     (folder / "config.json").unlink()
-    with pytest.raises(Refused, match=r"config\.json"):
+    with pytest.raises(Refused, match=r"config\.json") as refused:
         reshard.plan(folder, 2)
+    last = refused.value.problems[-1]
+    assert (last.kind, last.subject, "by the recipe transformers-" in last.expected) == ("missing-tensor", DOWN, True)
 
 
 def test_names_with_a_prefix_and_without_one_are_read(qwen: Path, tmp_path: Path) -> None:
@@ -271,6 +314,11 @@ def test_names_with_a_prefix_and_without_one_are_read(qwen: Path, tmp_path: Path
         reshard.convert(folder, tmp_path / f"{word}-hub", to="hf")
         assert_same_tensors(tmp_path / f"{word}-hub", qwen / "hub")
         assert reshard.verify(tmp_path / f"{word}-hub", folder).is_proven
+        with pytest.raises(Refused) as refused:
+            reshard.verify(folder, qwen / "hub")
+        (problem,) = refused.value.problems
+        assert (problem.kind, "36 names" in problem.expected) == ("prefix", True)
+        assert reshard.verify(tmp_path / f"{word}-hub", qwen / "hub").is_proven  # as the hint says
 
 
 def test_quantized_experts_are_never_cast_without_their_scales(tmp_path: Path) -> None:
@@ -317,7 +365,25 @@ def test_verify_sees_a_byte_and_a_file_that_are_not_right(qwen: Path, tmp_path: 
     assert main(["repair", str(tmp_path / "made"), "--source", str(qwen / "hub")]) == 0
     assert reshard.verify(tmp_path / "made", qwen / "stacked").is_proven
     shutil.copy(qwen / "hub" / MODEL, tmp_path / "made" / "other.safetensors")
-    assert [one.kind for one in reshard.verify(tmp_path / "made", qwen / "hub").problems] == ["extra-file"]
+    (problem,) = reshard.verify(tmp_path / "made", qwen / "hub").problems
+    assert (problem.kind, problem.found) == ("extra-file", "a file that is not read")
+
+
+def test_verify_sees_another_models_config_beside_stacks(qwen: Path, tmp_path: Path) -> None:
+    def verify_with(folder: Path, **changes: Any) -> list[tuple[str, str]]:
+        told = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**told, **changes}))
+        return [(one.kind, one.subject) for one in reshard.verify(folder, qwen / "hub").problems]
+
+    reshard.convert(qwen / "hub", tmp_path / "made", for_engine="transformers")
+    assert verify_with(tmp_path / "made", rope_theta=7) == [("wrong-config", "config.json: rope_theta")]
+    shutil.copytree(qwen / "stacked", tmp_path / "saved")
+    assert verify_with(tmp_path / "saved", transformers_version="6.0") == []  # what another program wrote has its own
+    assert verify_with(tmp_path / "saved", vocab_size=95) == [("wrong-config", "config.json: vocab_size")]
+    for folder in ("made", "saved"):
+        (tmp_path / folder / "config.json").unlink()
+        problems = reshard.verify(tmp_path / folder, qwen / "hub").problems
+        assert [(one.kind, one.subject) for one in problems] == [("missing-file", "config.json")]
 
 
 def test_verify_sees_what_parts_lack_and_have_twice(qwen: Path, tmp_path: Path) -> None:
@@ -329,7 +395,8 @@ def test_verify_sees_what_parts_lack_and_have_twice(qwen: Path, tmp_path: Path) 
     (tmp_path / "parts" / "zz.safetensors").unlink()
     paths[GATE_UP].unlink()
     problems = reshard.verify(tmp_path / "parts", qwen / "hub").problems
-    assert ("missing-tensor", GATE_UP) in {(one.kind, one.subject) for one in problems}
+    (lost,) = [one for one in problems if (one.kind, one.subject) == ("missing-tensor", GATE_UP)]
+    assert (lost.found, lost.expected) == ("in none of these files", "in one of them")
 
 
 def test_a_changed_target_is_no_source(qwen: Path, tmp_path: Path) -> None:
@@ -340,6 +407,19 @@ def test_a_changed_target_is_no_source(qwen: Path, tmp_path: Path) -> None:
     reshard.convert(qwen / "hub", tmp_path / "again", for_engine="transformers")
     flip(tmp_path / "again" / MODEL, -1)
     assert refuse_plan(tmp_path / "again")[0][0] == "wrong-checksum"
+
+
+@pytest.mark.parametrize("options", [{}, {"for_engine": "vllm"}])
+def test_stacks_are_verified_against_rank_files(options: dict[str, Any], qwen: Path, tmp_path: Path) -> None:
+    reshard.convert(qwen / "hub", tmp_path / "ranks", mp=2, **options)
+    reshard.convert(qwen / "hub", tmp_path / "made", for_engine="transformers")
+    for folder in (tmp_path / "made", qwen / "stacked-parts"):
+        report = reshard.verify(folder, tmp_path / "ranks")
+        assert report.is_proven, report
+    place = next(one for one in read_checkpoint(tmp_path / "made").tensors.values() if one.name == GATE_UP)
+    flip(tmp_path / "made" / MODEL, place.offset + place.size - 1)
+    (problem,) = reshard.verify(tmp_path / "made", tmp_path / "ranks").problems
+    assert problem.kind == "differs"
 
 
 def test_an_interrupted_run_goes_on(qwen: Path, tmp_path: Path) -> None:
@@ -356,7 +436,11 @@ def test_an_interrupted_run_goes_on(qwen: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--mp", "4"], "leave out --mp"),
+        (
+            ["--mp", "4"],
+            "leave out --mp; rank files are made without --for transformers and --recipe transformers-qwen3-moe",
+        ),
+        (["--max-file-size", "1GB"], "the recipe transformers-qwen3-moe has one file"),
         (["--mp", "1", "--ranks", "0"], "--ranks: wrong option"),
         (["--to", "hf"], "leave out --to hf"),
         (["--recipe", "mixtral"], "wrong option"),
@@ -402,6 +486,59 @@ def test_a_recipe_of_ones_own_reads_its_right_side(qwen: Path, tmp_path: Path) -
     assert reshard.verify(tmp_path / "made", qwen / "hub", recipe=str(own)).is_proven
 
 
+def test_other_models_with_such_names_are_verified_without_a_config(tmp_path: Path) -> None:
+    write_model(tmp_path / "gpt", "gpt-oss")
+    (tmp_path / "gpt" / "config.json").unlink()
+    reshard.convert(tmp_path / "gpt", tmp_path / "made", to="hf")
+    assert reshard.verify(tmp_path / "made", tmp_path / "gpt").is_proven
+    (tmp_path / "made" / "reshard.json").unlink()
+    assert reshard.verify(tmp_path / "made", tmp_path / "gpt").is_proven
+
+
+def test_a_named_recipe_takes_stacks_of_another_model_name_apart(qwen: Path, tmp_path: Path) -> None:
+    source = change(qwen, tmp_path / "source", lambda _: None, model_type="our_moe", architectures=["OurMoe"])
+    with pytest.raises(Refused):
+        reshard.plan(source, 2)
+    for recipe in ("qwen3-moe", "transformers-qwen3-moe", "vllm-qwen3-moe"):
+        assert reshard.plan(source, 1, recipe=recipe).notes
+    reshard.convert(source, tmp_path / "hub", to="hf", recipe="qwen3-moe")
+    assert_same_tensors(tmp_path / "hub", qwen / "hub")
+    assert reshard.verify(tmp_path / "hub", source, recipe="qwen3-moe").is_proven
+
+
+def write_headers(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A file of BF16 tensors, all of them zeros that lie in a hole."""
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * prod(shape)]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / MODEL).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(("members", "fewer", "most"), [(1 << 16, 0, 0), (400, 1, 0), (400, 0, 4 * 2 * 3 * 400)])
+def test_stacks_of_no_model_are_not_split_in_vain(
+    members: int, fewer: int, most: int, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, split = list[str](), fused_shards.split_fused
+
+    def count(*arguments: Any) -> Iterator[fused_shards.PartShard]:
+        for part in split(*arguments):
+            made.append(part.name)
+            yield part
+
+    monkeypatch.setattr(fused_shards, "split_fused", count)
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(qwen / "stacked").items()}
+    shapes |= {name: (members, 2, 1) for name in shapes if name.endswith("gate_up_proj")}
+    shapes |= {name: (members - fewer, 1, 1) for name in shapes if name.endswith("experts.down_proj")}
+    write_headers(tmp_path / "source", shapes)
+    with pytest.raises(Refused):
+        reshard.plan(tmp_path / "source", 2)
+    assert len(made) <= most  # two recipes have all these names, and are asked once more for their reasons
+
+
 def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: Path) -> None:
     def transpose(tensors: Tensors) -> None:
         for name in tensors:
@@ -412,7 +549,9 @@ def test_transposed_stacks_are_not_read_without_a_config(qwen: Path, tmp_path: P
     (folder / "config.json").unlink()
     with pytest.raises(Refused) as refused:
         reshard.plan(folder, to="hf", recipe="qwen3-moe")
-    assert refused.value.problems[0].kind == "fused-experts"
+    assert (refused.value.problems[0].kind, "transposed" in refused.value.problems[0].remedy) == ("wrong-shape", True)
+    with pytest.raises(Refused, match=r"config\.json"):
+        reshard.plan(folder, to="hf")
 
 
 def test_verify_sees_what_a_fault_of_reading_has_exchanged(

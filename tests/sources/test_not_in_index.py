@@ -198,6 +198,7 @@ def test_a_draft_layer_in_a_file_left_aside_is_not_lost_in_silence(tmp_path: Pat
     assert reshard.plan(source, 2).notes[0].kind == "left-aside"  # ranks have no drafts anyway
     notes = reshard.plan(source, to="hf", ignore_extra_files=True).notes
     assert [note.kind for note in notes] == ["left-aside", "no-mtp"]
+    assert "is a file missing? or did transformers save it" in notes[1].text
 
     whole.rename(source / "main.safetensors")  # as the hint says
     reshard.convert(source, tmp_path / "o", to="hf")

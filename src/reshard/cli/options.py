@@ -89,7 +89,7 @@ def add_layout(parser: Parser) -> None:
         "--to",
         choices=("ranks", "hf"),
         default="ranks",
-        help="The layout: the files of ranks, which is the default, or whole files in the source's own layout.",
+        help="The layout: the files of ranks, which is the default, or whole files under the names of the hub.",
     )
     what.add_argument(
         "--cast",

@@ -58,7 +58,8 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
     yield from check_rank_options(recipe, layout, ranks)
     if layout.to == RANKS and layout.file_size is not None:
-        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+        reason = "a rank has one file" if has_ranks(recipe) else f"the recipe {recipe.name} has one file"
+        yield Problem("wrong-option", "--max-file-size", "without --to hf", f"--to hf: {reason}", "leave it out")
 
 
 def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
@@ -68,7 +69,8 @@ def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | No
     if layout.to == WHOLE and ranks is not None:
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
     if layout.ranks > 1 and layout.to == RANKS and not has_ranks(recipe):
-        remedy = "leave out --mp; for rank files leave out --for, or choose another --recipe"
+        words = " and ".join([f"--for {recipe.engine}"] * bool(recipe.engine) + [f"--recipe {recipe.name}"])
+        remedy = f"leave out --mp; rank files are made without {words}"
         found = f"{layout.ranks} ranks, for {recipe.name}"
         yield Problem("wrong-option", "--mp", found, "no number, or 1: it is whole files, which nothing cuts", remedy)
 

@@ -131,9 +131,10 @@ def note_no_drafts(
     recipe: Recipe, members: Members, config: Mapping[str, Any] | None, *, is_stacked: bool
 ) -> Iterator[Note]:
     """Notes that the config promises MTP layers and none is here, where the recipe can do without: transformers saves
-    none, but a file may be lost too. With stacked experts (`is_stacked`) it was transformers.
+    none, but a file may be lost too. With stacked experts (`is_stacked`) it was transformers for sure.
     """
-    reason = "transformers' models have none" if is_stacked else "is a file missing?"
+    reason = "transformers' models have none"
+    reason = reason if is_stacked else f"is a file missing? or did transformers save it: {reason}"
     for place in recipe.placeholders.values():
         promised = find_draft_keys(config or {})
         if place.optional and not place.size and not members[place.name] and promised:

@@ -20,6 +20,8 @@ BESIDE = "copy the model's config.json beside the rank files"
 
 ANOTHER = "is config.json another model's?"
 
+DAMAGED = "is the file damaged, or of another model?"
+
 OTHERS = "is a rank file missing, or from another conversion, or config.json another model's?"
 
 
@@ -93,8 +95,8 @@ def spread_rows(
     """
     place, at = f"{file}: {tensor.name}", 1 if fused.fusion.stacked else 0
     if len(tensor.shape) <= at or not tensor.size or tensor.size % prod(tensor.shape[: at + 1]):
-        expected = "whole rows of each member" if at else "whole rows"
-        raise refuse("wrong-shape", place, f"{tensor.dtype} {list(tensor.shape)}", expected, OTHERS)
+        expected, remedy = ("whole rows of each member", DAMAGED) if at else ("whole rows", OTHERS)
+        raise refuse("wrong-shape", place, f"{tensor.dtype} {list(tensor.shape)}", expected, remedy)
     total, rules = tensor.shape[at], [recipe.rules[number] for number in fused.fusion.rules]
     told = [[count_part_rows(rule, recipe, config, ranks, side) for rule in rules] for side in list_sides(fused)]
     for counts in told:

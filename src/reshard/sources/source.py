@@ -1,12 +1,8 @@
 """Stages 1 and 2: reads a path into a Source: checkpoint, recipe and the rule of every tensor. Reads headers only."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
@@ -14,12 +10,11 @@ from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_heade
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.part_manifests import is_of_whole_files
-from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
-from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
+from reshard.sources.changed_files import check_changed_files, check_exchanged_files
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
 from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
@@ -36,14 +31,12 @@ from reshard.sources.rank_names import (
     require_known_recipe,
 )
 from reshard.sources.recipe_choice import narrow_recipes
-from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
+from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
-
-AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +88,9 @@ def read_source(
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
         try:
             found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
-        except Refused:
+        except Refused as refused:
             require_model(checkpoint)  # what is no model needs no recipe
-            raise
+            raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
         if found.renaming:  # under their new names the recipe may know them
             require_all_named(
                 found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
@@ -303,48 +296,3 @@ def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:
     return tuple(
         OriginalFile(file, b"", {name: Tensor(name, "", (), 0, 0, 0) for name in names[file]}) for file in sorted(names)
     )
-
-
-def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
-    entries = {entry["name"]: entry for entry in manifest.get("files", ())}
-    for file in stored.files if entries else ():
-        entry = entries.get(file.name)
-        if entry is None:
-            yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
-        elif entry["size"] != file.size:
-            yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := find_changed_range(stored.folder / file.name, entry["ranges"]):
-            text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
-            remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
-            yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
-
-
-def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
-    """Reports rank files whose metadata names another rank, or another recipe than most. Files of recipes that
-    describe them have such metadata.
-    """
-    ranks, recipes = len(stored.files), Counter(said["recipe"] for said in stored.metadata if "recipe" in said)
-    for file, said in zip(stored.files, stored.metadata, strict=True):
-        usual = recipes.most_common(1)[0][0] if len(recipes) > 1 else said.get("recipe")
-        if said.get("recipe", usual) != usual:
-            found, expected = f"made by the recipe {said['recipe']}, as its header says", f"{usual}, like most others"
-            yield Problem("wrong-ranks", file.name, found, expected, "copy the file of the same conversion there")
-    for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
-        if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
-            found = f"rank {said['rank']} of {said['ranks']}, as its header says"
-            yield Problem(
-                "wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back"
-            )
-
-
-def find_changed_range(path: Path, ranges: str) -> CheckedRange | None:
-    """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
-    are equal.
-    """
-    with path.open("rb", buffering=0) as file:
-        for checked in pick_ranges(ranges):
-            file.seek(checked.offset)
-            if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
-                return checked
-    return None

@@ -11,21 +11,27 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
+from reshard.formats.huggingface import INDEX
+from reshard.numbered_names import split_name
 from reshard.recipes.formulas import parse_shape, read_config_value
 from reshard.recipes.fusions import FUSED
-from reshard.recipes.patterns import fill_pattern, find_later_members, make_patterns, split_names
+from reshard.recipes.patterns import fill_pattern, find_later_members, make_pattern, make_patterns, split_names
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes
 from reshard.sources.fitted_names import UNSTACKED, find_renaming, rename_checkpoint
 from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
 from reshard.sources.held_shards import RankPatterns, collect_rank_patterns, reverse_recipe
+from reshard.sources.match import match, match_names
 from reshard.sources.prefixes import KnownNames, list_names_by_kind
 from reshard.sources.quantization_config import CODES
-from reshard.sources.recipe_choice import find_asked_recipes, has_model_name, measure_nearness
+from reshard.sources.recipe_choice import add_recipe, find_asked_recipes, has_model_name, measure_nearness
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
-MOST_EXPERTS = 1 << 16
-"""In one tensor. A hostile header could name a billion of them."""
+MOST_PARTS = 1 << 18
+"""Of all stacks of a checkpoint. A hostile header could name a billion of them; DeepSeek-V3 has 44,544."""
+
+MOST_REASONS = 3
+"""Problems of a recipe that are told beside those of others."""
 
 
 class Unstacked(NamedTuple):
@@ -60,13 +66,21 @@ def unstack_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe] = ()) -
     stored, fitting, is_told = find_stacking(checkpoint, recipes)
     if is_told:
         return Unstacked(stored, fitting[0], split_stacks(stored, fitting[0])) if fitting else None
-    # Without a config, models of other forms have such names too: all must fit.
+    # Without a config, models of other forms have such names too: all must fit. Splitting takes time: first the names.
     for recipe in fitting:
+        if has_other_names(stored, recipe):
+            continue
         with suppress(Refused):
             found = split_stacks(stored, recipe)
             if measure_nearness(found, recipe)[:2] == (0, 0):
                 return Unstacked(stored, recipe, found)
     return None
+
+
+def has_other_names(stored: Checkpoint, recipe: Recipe) -> bool:
+    """Whether a checkpoint has tensors that are neither on the right side of a recipe nor dropped by it."""
+    _, others = match_names(stored, repeat_right_names(recipe))
+    return bool(match_names(replace(stored, tensors={name: stored.tensors[name] for name in others}), recipe)[1])
 
 
 def holds_stacks(checkpoint: Checkpoint) -> bool:
@@ -75,13 +89,19 @@ def holds_stacks(checkpoint: Checkpoint) -> bool:
 
 
 def find_stacking(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Stacking:
-    """Finds the recipes whose fused names a checkpoint has: those for the model of its config, else all."""
+    """Finds the recipes whose fused names a checkpoint has: a single one that was named and those for the model of its
+    config; else those for the models of the named one; else all.
+    """
     candidates = list_stacking_recipes(recipes)
     ends = {one.name.rpartition(".")[2] for recipe in candidates for one in list_fused_patterns(recipe)}
     if not any(name.rpartition(".")[2] in ends for name in checkpoint.tensors):  # a quick look: mostly there are none
         return Stacking(checkpoint, (), is_told=False)
     config = checkpoint.config or {}
-    asked = find_asked_recipes(config, candidates)
+    named = recipes if len(recipes) == 1 else ()
+    asked = [recipe for recipe in named if not has_ranks(recipe)]
+    asked += [recipe for recipe in find_asked_recipes(config, candidates) if recipe not in asked]
+    models = {model for recipe in named for model in recipe.model_types}
+    asked = asked or [recipe for recipe in candidates if models.intersection(recipe.model_types)]
     if not asked and has_model_name(config):
         return Stacking(checkpoint, (), is_told=True)  # of another model
     return Stacking(*find_stored_names(checkpoint, asked or candidates), is_told=bool(asked))
@@ -133,6 +153,8 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
     marked = find_later_members(names, reverse_recipe(recipe))
     shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
     require_none(check_mixture(stored, recipe, names, patterns))
+    require_none(check_stacks_beside(stored, recipe, names, patterns))
+    require_none(check_number_of_parts(stored, names, patterns))
     tensors: dict[str, Tensor] = {}
     count, problems, parts = 0, list[Problem](), list[PartShard]()
     for tensor, (key, numbers) in zip(stored.tensors.values(), names, strict=True):
@@ -152,7 +174,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
         else:
             (name,) = fitting[0].renamed([numbers])
             tensors[name] = tensor._replace(name=name)
-    require_none(dict.fromkeys(problems) or check_stacks_beside(stored, recipe, names, patterns))
+    require_none(dict.fromkeys(problems))
     require_none(check_lengths(parts, recipe))
     made = len(tensors) - (len(stored.tensors) - count)
     text = f"{format_count(count, 'stacked tensors')} of {recipe.engine or recipe.right} are read as {made:,}"
@@ -195,16 +217,80 @@ def check_mixture(
 def check_stacks_beside(
     stored: Checkpoint, recipe: Recipe, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
 ) -> Iterator[Problem]:
-    """Reports each stacked tensor that lacks where another of its layer is there: by its own name, not by a hundred."""
+    """Reports each stacked tensor that lacks where another of its layer is there, by its own name, not by a hundred.
+    Also stacks of a layer that have other numbers of members.
+    """
     stacks = [one for one in patterns.fused.values() if one.fusion.stacked]
     needed = [one for one in stacks if not recipe.rules[one.fusion.rules[0]].only]
     for key, numbers in dict.fromkeys(names):
         for here in (one for one in stacks if one.pattern.fits(key, numbers)):
             filling = {slot: int(number) for slot, number in zip(here.pattern.slots, numbers, strict=True)}
             for other in (one for one in needed if one.pattern.slots == here.pattern.slots):
-                name, expected = fill_pattern(other.name, filling), f"beside {fill_pattern(here.name, filling)}"
-                if name not in stored.tensors:
-                    yield Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
+                name, beside = fill_pattern(other.name, filling), fill_pattern(here.name, filling)
+                one, two = stored.tensors.get(name), stored.tensors[beside]
+                if one is None:
+                    yield make_missing_stack(stored, name, f"beside {beside}")
+                elif len(one.shape) == len(two.shape) > 1 and one.shape[0] < two.shape[0]:
+                    found, expected = f"{one.shape[0]:,} members", f"{two.shape[0]:,}, as {beside} has"
+                    yield Problem("wrong-shape", name, found, expected, "are the stacks of two models?")
+
+
+def make_missing_stack(stored: Checkpoint, name: str, expected: str) -> Problem:
+    """Makes the problem of a stack that is not there, or that only the index does not name."""
+    if file := stored.unnamed.get(name):
+        remedy = f'add "{name}": "{file}" to the weight_map of the index'
+        return Problem("not-in-index", name, f"in {file}, but not in {INDEX}", expected, remedy)
+    return Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
+
+
+def name_missing_stacks(unstacked: Unstacked, refused: Refused) -> Refused:
+    """Gives missing experts of a checkpoint with stacks the names that its files would have: a stack is one problem."""
+    patterns = [
+        (make_pattern(0, left, left, is_scale=False), fused.name)
+        for fused in list_fused_patterns(unstacked.recipe)
+        for left in fused.lefts
+    ]
+    problems: dict[Problem, None] = {}
+    for problem in refused.problems:
+        key, numbers, said = *split_name(problem.subject), problem
+        for pattern, right in patterns if problem.kind == "missing-tensor" else ():
+            if pattern.fits(key, numbers):
+                name = fill_pattern(right, dict(zip(pattern.slots, map(int, numbers), strict=True)))
+                if name not in unstacked.stored.tensors:
+                    said = make_missing_stack(unstacked.stored, name, "one in each layer of experts")
+        problems[said] = None
+    return Refused(problems)
+
+
+def explain_stacks(
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], unstacked: Unstacked | None, refused: Refused
+) -> Refused:
+    """Explains a refusal by the stacked experts of a checkpoint. Of one without a config it adds why they were not
+    taken apart: the first problems of the recipe that has the fewest, of those that know all names.
+    """
+    if unstacked:
+        return name_missing_stacks(unstacked, refused)
+    stored, fitting, is_told = find_stacking(checkpoint, recipes)
+    reasons = list[list[Problem]]()
+    for recipe in () if is_told else fitting:
+        if not has_other_names(stored, recipe):
+            try:
+                match(split_stacks(stored, recipe), recipe)
+            except Refused as other:
+                reasons.append([*add_recipe(other.problems, f"by the recipe {recipe.name}")])
+    return Refused([*refused.problems, *min(reasons, key=len, default=[])[:MOST_REASONS]])
+
+
+def check_number_of_parts(
+    stored: Checkpoint, names: Sequence[tuple[str, tuple[str, ...]]], patterns: RankPatterns
+) -> Iterator[Problem]:
+    """Reports more parts of all stacks together than any model has."""
+    counts = {fused.pattern.key: len(fused.fusion.rules) for fused in patterns.fused.values() if fused.fusion.stacked}
+    pairs = zip(names, stored.tensors.values(), strict=True)
+    total = sum(counts.get(key, 0) * next(iter(tensor.shape), 0) for (key, _), tensor in pairs)
+    if total > MOST_PARTS:
+        found, expected = f"{total:,} tensors in stacks", f"at most {MOST_PARTS:,}"
+        yield Problem("too-large", str(stored.folder), found, expected, "is it a model of this kind?")
 
 
 def check_lengths(parts: Sequence[PartShard], recipe: Recipe) -> Iterator[Problem]:
@@ -234,5 +320,3 @@ def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe:
         found, expected = f"{count:,} {place.counts}, of shape {list(tensor.shape)}", f"{told:,}, by config.json"
         remedy = f"is config.json another model's? it says {place.size}"
         yield Problem("wrong-shape", name, found, expected, remedy)
-    elif count > MOST_EXPERTS:
-        yield Problem("wrong-shape", name, f"{count:,} {place.counts}", f"at most {MOST_EXPERTS:,}")

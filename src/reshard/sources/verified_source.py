@@ -17,7 +17,7 @@ from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
 from reshard.sources.source import Source, read_source
-from reshard.sources.stacked_experts import Unstacked, find_stacking
+from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
@@ -83,8 +83,10 @@ def read_restored_sides(
     if not ignore_extra_files:
         require_none(check_nothing_aside(restored, whole))
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
-    fitted = match_or_rename(whole, [ranks.recipe], is_asked=True)
-    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, ranks.checkpoint.files, ignore_extra_files)
+    unstacked = unstack_checkpoint(whole)
+    fitted = match_or_rename(unstacked.checkpoint if unstacked else whole, [ranks.recipe], is_asked=True)
+    files = ranks.checkpoint.files
+    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, files, ignore_extra_files, unstacked)
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
@@ -120,14 +122,22 @@ def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
 
 def find_engine_of_stacks(target: Path) -> str:
     """Finds the engine whose stacked experts a target has; empty for none, and for a target that cannot be read:
-    `verify_target` tells of it.
+    `verify_target` tells of it. Raises Refused if the names are those of stacked experts but for a prefix.
     """
+    found: Stacking | None = None
     with suppress(Refused):
         stored = read_headers(target, list_target_names(target))
         tensors = {tensor.name: tensor for tensor in stored.tensors}
-        known = find_stacking(Checkpoint(target, stored.files, tensors, read_config(target)), ()).recipes
-        return known[0].engine if known else ""
-    return ""
+        checkpoint = Checkpoint(target, stored.files, tensors, read_config(target))
+        found = find_stacking(checkpoint, ())
+        if not found.is_told and not unstack_checkpoint(checkpoint):  # models of other forms have such names too
+            return ""
+    if not found or not found.recipes:
+        return ""
+    for note in found.stored.notes if found.stored is not checkpoint else ():
+        remedy = "first --to hf into another folder, which gives them these names; then verify that one"
+        raise refuse("prefix", str(target), "names with another prefix than the recipe's", note.text, remedy)
+    return found.recipes[0].engine
 
 
 def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:

@@ -97,8 +97,8 @@ def find_unquantized_modules(plan: Plan) -> list[str]:
 
 
 def carry_config(plan: Plan) -> dict[str, bytes]:
-    """Makes the config of rank files, if the recipe carries it and casts or a renaming change it; an unchanged one is
-    copied.
+    """Makes the config of rank files, if the recipe carries it and casts, a renaming or a choice of layers and experts
+    change it; an unchanged one is copied.
 
     Values that padding raises stay as they were: a loader must know how many rows in the files are not padding.
     """
@@ -107,7 +107,8 @@ def carry_config(plan: Plan) -> dict[str, bytes]:
         return {}
     changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
     is_renamed = plan.origin.config is not None and not plan.origin.is_of_ranks
-    return {CONFIG: make_json_text(changed)} if changed != config or is_renamed else {}
+    is_other = changed != config or is_renamed or bool(plan.source.subset)  # than the one in the folder of the source
+    return {CONFIG: make_json_text(changed)} if is_other else {}
 
 
 def restore_texts(plan: Plan, made: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -17,8 +17,10 @@ from reshard.formats.huggingface import (
     read_stated_ranks,
 )
 from reshard.formats.json_input import read_object
+from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
+from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.recipe import has_ranks
 from reshard.text import format_list, format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
@@ -217,6 +219,9 @@ def check_target_config(
     if found is None:
         yield Problem("missing-file", CONFIG, "no such file", "that of the source", CONVERT_AGAIN_HINT)
         return
+    if not has_ranks(recipe) and not read_valid_manifest(target):
+        yield from check_told_sizes(config, found, recipe)
+        return
     # Keys about the dtype of weights are checked below, if the weights were converted.
     done, quantization = set(conversions), ("quantization_config", "expert_dtype")
     is_bf16 = DEQUANTIZE in done or (ROUND in done and bool(recipe.scales))
@@ -237,6 +242,17 @@ def check_target_config(
         yield from check_expert_dtype(config, found)
     if QUANTIZE in done:
         yield from check_quantization_config(files, found, recipe, is_power=is_power)
+
+
+def check_told_sizes(config: Mapping[str, Any], found: Mapping[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """A config that another program than reshard wrote, with other sizes than the source's: it has keys of its own."""
+    sizes = [place.size for place in recipe.placeholders.values() if place.size]
+    formulas = [formula for rule in recipe.rules if rule.shape for formula in parse_shape(rule.shape)[1]]
+    for formula in dict.fromkeys((*sizes, *formulas)):
+        wanted, told = (compute_shape(f"[{formula}]", one, recipe.sizes)[0] for one in (config, found))
+        if None not in (wanted, told) and wanted != told:
+            expected = f"{wanted}, as that of the source says"
+            yield Problem("wrong-config", f"{CONFIG}: {formula}", f"{told}", expected, CONVERT_AGAIN_HINT)
 
 
 def check_expert_dtype(config: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:

@@ -51,7 +51,6 @@ from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
     check_index_and_config,
-    check_target_index,
     choose_files,
     list_target_files,
     read_target_headers,
@@ -164,7 +163,7 @@ def verify_target(
         lacking = "the source itself" if folder.is_joint else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
     files, problems = read_target_headers(target, choose_files(folder, ranks))
-    extra = f"a file beside those of {folder.ranks} ranks"
+    extra = "a file that is not read" if folder.is_joint else f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     for file in files:
         advance(file.file.header_size)
@@ -250,8 +249,7 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
         has_optional = keeps_optional(trace, looked_at, wanted)
         expected = list_expected_constants(rows.values(), recipe, probed, has_optional=has_optional)
         yield from check_filled_constants(target, constants, expected, looked_at, recipe)
-        yield from check_target_index(target, files) if folder.is_joint else ()
-    else:
+    if folder.is_whole or folder.is_joint:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
         yield from check_index_and_config(
             target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
@@ -338,9 +336,11 @@ def check_missing_tensors(
         found = sorted(rank for rank in present if (name, rank) not in trace.used_scales)
         if expected and not found:
             told.add(subject)
-            yield Problem(
-                "missing-tensor", subject, "in none of these rank files", f"in ranks {expected}", CONVERT_AGAIN_HINT
-            )
+            where = "in none of these rank files", f"in ranks {expected}"
+            where = ("in none of these files", "in one of them") if trace.folder.is_joint else where
+            yield Problem("missing-tensor", subject, *where, CONVERT_AGAIN_HINT)
         elif expected != found:
             told.add(subject)
-            yield Problem("wrong-ranks", subject, f"in ranks {found}", f"in ranks {expected}", CONVERT_AGAIN_HINT)
+            where = f"in ranks {found}", f"in ranks {expected}"
+            kind, where = ("extra-tensor", ("there", "none")) if trace.folder.is_joint else ("wrong-ranks", where)
+            yield Problem(kind, subject, *where, CONVERT_AGAIN_HINT)
