@@ -33,6 +33,9 @@ KEYS = frozenset({str, int, Inert})
 """Types of the keys of a dict. The hash of a text is bounded by its length, that of an Inert is its place in memory; a
 tuple may hold others and be hashed for ever."""
 
+OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+"""The names of all opcodes, by their bytes."""
+
 Step = Callable[[Machine], None]
 
 
@@ -74,10 +77,10 @@ def run_machine(machine: Machine) -> Any:
 
 def explain_opcode(code: int) -> ValueError:
     """The fault of a byte that no step is known for."""
-    known = pickletools.code2op.get(chr(code))
+    known = OPCODES.get(code)
     if known is None:
         return DamagedPickle(f"the byte {code:#04x}, which means nothing in a pickle")
-    return HostilePickle(f"the opcode {known.name}")
+    return HostilePickle(f"the opcode {known}")
 
 
 # Numbers, texts and constants.
@@ -330,8 +333,5 @@ STEPS_BY_NAME: Mapping[str, Step] = {
 """By the name of the opcode. Left out are those that look up by a number (EXT) or call in one step (INST, OBJ), read
 numbers as decimals of any length, name things outside by text, and all that a checkpoint has no use for."""
 
-STEPS: Sequence[Step | None] = [
-    STEPS_BY_NAME.get(pickletools.code2op[chr(code)].name) if chr(code) in pickletools.code2op else None
-    for code in range(256)
-]
+STEPS: Sequence[Step | None] = [STEPS_BY_NAME.get(OPCODES.get(code, "")) for code in range(256)]
 """By the byte of the opcode."""

@@ -1,0 +1,295 @@
+"""Finds a tensor's bytes within what `torch.save` wrote: a zip of a small pickle and the bytes, stored as they are."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from struct import Struct
+from typing import Any, NamedTuple
+
+from reshard.formats.inert_pickle import read_pickle
+from reshard.formats.pickle_machine import Global, Inert, Persistent
+from reshard.formats.safetensors import BITS
+from reshard.formats.torch_dtypes import STORAGE_DTYPES, TORCH_DTYPES, UNREAD_DTYPES, UNTYPED_STORAGE
+
+HEAD = TAIL = 1024
+"""In bytes: so much of both ends of an archive is read first. torch's own need 700 of each."""
+
+READ_AHEAD = 4096
+"""In bytes: a read at the end of an archive takes the beginning of the next along."""
+
+MOST_DIRECTORY = 1 << 16
+"""In bytes. torch's own have 600."""
+
+MOST_PICKLE = 1 << 16
+"""In bytes. torch's own have 200."""
+
+REBUILD, REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
+
+ALLOWED = frozenset(
+    {REBUILD, REBUILD_UNTYPED, UNTYPED_STORAGE, "collections.OrderedDict", *STORAGE_DTYPES, *TORCH_DTYPES}
+).union(UNREAD_DTYPES)
+"""The classes and functions that the pickle of a tensor names."""
+
+
+class ArchiveFault(ValueError):
+    """An archive that is not what `torch.save` writes for a tensor."""
+
+
+class SavedTensor(NamedTuple):
+    """A tensor as the pickle of its archive describes it."""
+
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+    """In elements."""
+    stride: tuple[int, ...]
+    """In elements, one number a dimension."""
+    begin: int
+    """Of its first element, in elements from the beginning of its storage."""
+    storage: str
+    """The name of the entry with the bytes, within the folder `data`."""
+
+
+class FileWindow:
+    """Reads small parts of an open file, each with some bytes behind it, which the next may need."""
+
+    __slots__ = ("begin", "data", "descriptor")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.begin = 0
+        self.data = b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes at an offset; fewer at the end of the file. Raises OSError."""
+        at = offset - self.begin
+        if at < 0 or at + size > len(self.data):
+            self.begin, self.data, at = offset, os.pread(self.descriptor, max(size, READ_AHEAD), offset), 0
+        return self.data[at : at + size]
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The archive of one tensor in a file, with both of its ends."""
+
+    window: FileWindow
+    offset: int
+    """Of its first byte, in bytes from the start of the file."""
+    size: int
+    """In bytes."""
+    head: bytes
+    tail: bytes
+
+    def read(self, at: int, size: int) -> bytes:
+        """Bytes of the archive. Raises ArchiveFault if they are not within it, OSError."""
+        if at < 0 or size < 0 or at + size > self.size:
+            raise ArchiveFault("a part of it lies behind its end")
+        if at + size <= len(self.head):
+            return self.head[at : at + size]
+        behind = at - (self.size - len(self.tail))
+        if behind >= 0:
+            return self.tail[behind : behind + size]
+        return self.window.read(self.offset + at, size)
+
+
+def find_tensor_bytes(
+    window: FileWindow, offset: int, size: int, pickles: dict[bytes, SavedTensor]
+) -> tuple[SavedTensor, int]:
+    """The tensor of an archive in a file, and the byte of the file where its first element is.
+
+    `pickles` keeps what was read: most parts of a checkpoint have the pickle of another. Raises ArchiveFault, Refused,
+    OSError.
+    """
+    head = window.read(offset, min(size, HEAD))
+    tail_size = min(size, TAIL)
+    archive = Archive(window, offset, size, head, window.read(offset + size - tail_size, tail_size))
+    entries = read_directory(archive)
+    folder = find_folder_name(entries)
+    text = read_entry(archive, entries, f"{folder}data.pkl", MOST_PICKLE)
+    saved = pickles.get(text)
+    if saved is None:
+        saved = pickles[text] = parse_tensor_pickle(text)
+    if f"{folder}byteorder" in entries and read_entry(archive, entries, f"{folder}byteorder", 16) != b"little":
+        raise ArchiveFault("its byte order is not little-endian")
+    item = BITS[saved.dtype] // 8
+    begin, stored = locate_entry(archive, entries, f"{folder}data/{saved.storage}")
+    if (saved.begin + prod(saved.shape)) * item > stored:
+        raise ArchiveFault(f"its storage has {stored:,} bytes, too few for its shape")
+    return saved, offset + begin + saved.begin * item
+
+
+# The zip.
+
+END, END_64, LOCATOR = Struct("<4s4H2LH"), Struct("<4sQ2H2L4Q"), Struct("<4sLQL")
+
+CENTRAL, LOCAL = Struct("<4s6H3L5H2L"), Struct("<4s5H3L2H")
+
+FULL_16, FULL_32 = 0xFFFF, 0xFFFFFFFF
+"""In the place of a number that stands in a longer field elsewhere."""
+
+ENCRYPTED = 1
+
+STORED = 0
+
+
+class ZipEntry(NamedTuple):
+    """An entry of an archive, by its directory."""
+
+    begin: int
+    """Of its own header, in bytes from the start of the archive."""
+    size: int
+    """In bytes."""
+
+
+def read_directory(archive: Archive) -> Mapping[str, ZipEntry]:
+    """The entries of an archive. Raises ArchiveFault."""
+    if archive.size < END.size:
+        raise ArchiveFault("it is too short for a zip")
+    end = archive.size - END.size
+    signature, _, _, _, count, size, begin, comment = END.unpack(archive.read(end, END.size))
+    if signature != b"PK\5\6" or comment:
+        raise ArchiveFault("it does not end as a zip does")
+    if count == FULL_16 or FULL_32 in {size, begin}:
+        count, size, begin = read_long_end(archive, end)
+    if size > MOST_DIRECTORY:
+        raise ArchiveFault(f"its directory has {size:,} bytes")
+    text = archive.read(begin, size)
+    entries: dict[str, ZipEntry] = {}
+    for name, entry in parse_directory(text):
+        if name in entries:
+            raise ArchiveFault("an entry of the zip stands twice")
+        entries[name] = entry
+    if len(entries) != count:
+        raise ArchiveFault(f"its directory has {len(entries)} entries, not {count}")
+    return entries
+
+
+def read_long_end(archive: Archive, end: int) -> tuple[int, int, int]:
+    """The number of entries, and size and place of the directory, of an archive over 4 GiB. Raises ArchiveFault."""
+    locator = archive.read(end - LOCATOR.size, LOCATOR.size)
+    signature, _, begin, _ = LOCATOR.unpack(locator)
+    if signature != b"PK\6\7":
+        raise ArchiveFault("the long form of its end is missing")
+    signature, *_, count, size, begin = END_64.unpack(archive.read(begin, END_64.size))
+    if signature != b"PK\6\6":
+        raise ArchiveFault("the long form of its end is missing")
+    return count, size, begin
+
+
+def parse_directory(text: bytes) -> Iterator[tuple[str, ZipEntry]]:
+    """The names and entries of a directory. Raises ArchiveFault."""
+    at = 0
+    while at < len(text):
+        if len(text) - at < CENTRAL.size:
+            raise ArchiveFault("its directory is cut off")
+        fields = CENTRAL.unpack_from(text, at)
+        signature, flags, method = fields[0], fields[3], fields[4]
+        packed, size, name_size, extra_size, comment_size, begin = *fields[8:13], fields[16]
+        name_at = at + CENTRAL.size
+        extra_at = name_at + name_size
+        at = extra_at + extra_size + comment_size
+        if signature != b"PK\1\2" or at > len(text):
+            raise ArchiveFault("its directory is damaged")
+        if method != STORED or flags & ENCRYPTED:
+            raise ArchiveFault("an entry of the zip is compressed or encrypted")
+        if FULL_32 in {packed, size, begin}:
+            packed, size, begin = widen_numbers(text[extra_at : extra_at + extra_size], (size, packed, begin))
+        if packed != size:
+            raise ArchiveFault("an entry of the zip has two sizes")
+        yield text[name_at:extra_at].decode("utf-8", "replace"), ZipEntry(begin, size)
+
+
+def widen_numbers(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Packed size, size and place of an entry over 4 GiB, which stand in the extra field. Raises ArchiveFault."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = int.from_bytes(extra[at : at + 2], "little"), int.from_bytes(extra[at + 2 : at + 4], "little")
+        if kind == 1:
+            field = extra[at + 4 : at + 4 + size]
+            words = iter([int.from_bytes(field[place : place + 8], "little") for place in range(0, len(field), 8)])
+            wide = [next(words, None) if number == FULL_32 else number for number in numbers]
+            if None not in wide:
+                return wide[1] or 0, wide[0] or 0, wide[2] or 0
+        at += 4 + size
+    raise ArchiveFault("an entry of the zip lacks its long numbers")
+
+
+def find_folder_name(entries: Mapping[str, ZipEntry]) -> str:
+    """The folder of all entries within the archive, with its slash. Raises ArchiveFault."""
+    folders = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+    if len(folders) != 1:
+        raise ArchiveFault("it is not what torch.save writes: it has no data.pkl")
+    return folders[0]
+
+
+def locate_entry(archive: Archive, entries: Mapping[str, ZipEntry], name: str) -> tuple[int, int]:
+    """Place of an entry's content in the archive, and its size, in bytes. Raises ArchiveFault."""
+    entry = entries.get(name)
+    if entry is None:
+        raise ArchiveFault("an entry of the zip is missing: a tensor has data.pkl and data/0")
+    signature, *_, name_size, extra_size = LOCAL.unpack(archive.read(entry.begin, LOCAL.size))
+    named = archive.read(entry.begin + LOCAL.size, name_size)
+    if signature != b"PK\3\4" or named != name.encode():
+        raise ArchiveFault("an entry of the zip is not where its directory says")
+    begin = entry.begin + LOCAL.size + name_size + extra_size
+    if begin + entry.size > archive.size:
+        raise ArchiveFault("an entry of the zip lies behind its end")
+    return begin, entry.size
+
+
+def read_entry(archive: Archive, entries: Mapping[str, ZipEntry], name: str, most: int) -> bytes:
+    """The content of a small entry. Raises ArchiveFault."""
+    begin, size = locate_entry(archive, entries, name)
+    if size > most:
+        raise ArchiveFault(f"an entry of the zip has {size:,} bytes, at most {most:,} were expected")
+    return archive.read(begin, size)
+
+
+# The pickle.
+
+
+def parse_tensor_pickle(text: bytes) -> SavedTensor:
+    """The tensor that a `data.pkl` describes. Raises ArchiveFault, Refused."""
+    value = read_pickle(text, ALLOWED, "data.pkl")
+    if type(value) is not Inert or type(value.arguments) is not tuple or value.state is not None:
+        raise ArchiveFault("it holds another thing than a tensor")
+    match value.name, value.arguments:
+        case (str(name), (Persistent() as said, begin, shape, stride, _, _)) if name == REBUILD:
+            dtype, storage = read_storage(said.key)
+        case (str(name), (Persistent() as said, begin, shape, stride, _, _, Global() as named)) if (
+            name == REBUILD_UNTYPED
+        ):
+            dtype, storage = TORCH_DTYPES.get(named.name, named.name), read_storage(said.key)[1]
+        case _:
+            raise ArchiveFault("it holds another thing than a plain tensor")
+    if dtype not in BITS:
+        raise ArchiveFault(f"its dtype is {dtype}")
+    if not (are_sizes((begin,)) and are_sizes(shape) and are_sizes(stride) and len(shape) == len(stride)):
+        raise ArchiveFault("its shape is not a list of sizes with a stride for each")
+    return SavedTensor(dtype, shape, stride, begin, storage)
+
+
+def read_storage(key: Any) -> tuple[str, str]:
+    """The dtype of a storage, and the name of its entry. Raises ArchiveFault."""
+    match key:
+        case ("storage", Global() as kind, str(name), str(_), int(_)) if name.isdecimal() and len(name) < 20:
+            return STORAGE_DTYPES.get(kind.name, kind.name), name
+    raise ArchiveFault("its bytes are named in another way than by torch.save")
+
+
+def are_sizes(values: Any) -> bool:
+    """Whether a value is a tuple of whole numbers that a size or a stride can be."""
+    return type(values) is tuple and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def is_contiguous(saved: SavedTensor) -> bool:
+    """Whether a tensor lies row by row, without a gap. A dimension of one element may have any stride."""
+    if 0 in saved.shape:
+        return True
+    step = 1
+    for size, stride in zip(reversed(saved.shape), reversed(saved.stride), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
