@@ -110,14 +110,10 @@ def save_as_rank(rank: int, folder: Path) -> None:
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     line = init_device_mesh("cpu", (WORLD,))
     weights = make_weights()
-    split = {
-        name: distribute(value, grid, GRID[name]) if name in GRID else value for name, value in weights.items()
-    }
+    split = {name: distribute(value, grid, GRID[name]) if name in GRID else value for name, value in weights.items()}
     moments = {"state.model.b.weight.exp_avg": split["model.b.weight"]}
     dcp.save({"model": split, "optim": moments, "lr": 0.1, "step": 3}, checkpoint_id=folder / "grid")
-    rows = {
-        name: distribute(value, line, [Shard(0)]) if value.dim() else value for name, value in weights.items()
-    }
+    rows = {name: distribute(value, line, [Shard(0)]) if value.dim() else value for name, value in weights.items()}
     beside = {"optimizer": {"state.model.a.weight.exp_avg": rows["model.a.weight"]}, "train_state": {"step": 3}}
     dcp.save({**rows, **beside}, storage_writer=FileSystemWriter(folder / "line", thread_count=3))
     writer = HuggingFaceStorageWriter(str(folder / "slices"), save_distributed=True)

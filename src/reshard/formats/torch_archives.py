@@ -114,7 +114,7 @@ def find_tensor_bytes(
         raise ArchiveFault("its byte order is not little-endian")
     item = BITS[saved.dtype] // 8
     begin, stored = locate_entry(archive, entries, f"{folder}data/{saved.storage}")
-    if (saved.begin + prod(saved.shape)) * item > stored:
+    if is_contiguous(saved) and (saved.begin + prod(saved.shape)) * item > stored:
         raise ArchiveFault(f"its storage has {stored:,} bytes, too few for its shape")
     return saved, offset + begin + saved.begin * item
 
@@ -125,10 +125,13 @@ END, END_64, LOCATOR = Struct("<4s4H2LH"), Struct("<4sQ2H2L4Q"), Struct("<4sLQL"
 
 CENTRAL, LOCAL = Struct("<4s6H3L5H2L"), Struct("<4s5H3L2H")
 
+ENTRY_START, DIRECTORY_START, DESCRIPTOR_START = b"PK\3\4", b"PK\1\2", b"PK\7\10"
+
 FULL_16, FULL_32 = 0xFFFF, 0xFFFFFFFF
 """In the place of a number that stands in a longer field elsewhere."""
 
-ENCRYPTED = 1
+ENCRYPTED, DESCRIBED_BEHIND = 1, 8
+"""Flags: the content is encrypted; checksum and sizes stand behind it, as torch writes them."""
 
 STORED = 0
 
@@ -140,6 +143,8 @@ class ZipEntry(NamedTuple):
     """Of its own header, in bytes from the start of the archive."""
     size: int
     """In bytes."""
+    checksum: int
+    is_described_behind: bool
 
 
 def read_directory(archive: Archive) -> Mapping[str, ZipEntry]:
@@ -184,12 +189,12 @@ def parse_directory(text: bytes) -> Iterator[tuple[str, ZipEntry]]:
         if len(text) - at < CENTRAL.size:
             raise ArchiveFault("its directory is cut off")
         fields = CENTRAL.unpack_from(text, at)
-        signature, flags, method = fields[0], fields[3], fields[4]
+        signature, flags, method, checksum = fields[0], fields[3], fields[4], fields[7]
         packed, size, name_size, extra_size, comment_size, begin = *fields[8:13], fields[16]
         name_at = at + CENTRAL.size
         extra_at = name_at + name_size
         at = extra_at + extra_size + comment_size
-        if signature != b"PK\1\2" or at > len(text):
+        if signature != DIRECTORY_START or at > len(text):
             raise ArchiveFault("its directory is damaged")
         if method != STORED or flags & ENCRYPTED:
             raise ArchiveFault("an entry of the zip is compressed or encrypted")
@@ -197,7 +202,7 @@ def parse_directory(text: bytes) -> Iterator[tuple[str, ZipEntry]]:
             packed, size, begin = widen_numbers(text[extra_at : extra_at + extra_size], (size, packed, begin))
         if packed != size:
             raise ArchiveFault("an entry of the zip has two sizes")
-        yield text[name_at:extra_at].decode("utf-8", "replace"), ZipEntry(begin, size)
+        yield text[name_at:extra_at].decode("utf-8", "replace"), ZipEntry(begin, size, checksum, bool(flags & DESCRIBED_BEHIND))
 
 
 def widen_numbers(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -230,11 +235,17 @@ def locate_entry(archive: Archive, entries: Mapping[str, ZipEntry], name: str) -
         raise ArchiveFault("an entry of the zip is missing: a tensor has data.pkl and data/0")
     signature, *_, name_size, extra_size = LOCAL.unpack(archive.read(entry.begin, LOCAL.size))
     named = archive.read(entry.begin + LOCAL.size, name_size)
-    if signature != b"PK\3\4" or named != name.encode():
+    if signature != ENTRY_START or named != name.encode():
         raise ArchiveFault("an entry of the zip is not where its directory says")
     begin = entry.begin + LOCAL.size + name_size + extra_size
-    if begin + entry.size > archive.size:
-        raise ArchiveFault("an entry of the zip lies behind its end")
+    # Else a wrong length in the header would lead to other bytes than the tensor's.
+    end = archive.read(begin + entry.size, len(ENTRY_START) + 4)
+    if entry.is_described_behind:
+        is_end = end == DESCRIPTOR_START + entry.checksum.to_bytes(4, "little")
+    else:
+        is_end = end.startswith((ENTRY_START, DIRECTORY_START))
+    if not is_end:
+        raise ArchiveFault("an entry of the zip does not end where its directory says")
     return begin, entry.size
 
 
