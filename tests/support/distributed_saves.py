@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def save_all(folder: Path) -> None:
 
 def main() -> None:
     """Becomes four processes: torch is imported only once."""
+    import_module("torch._dynamo")  # which each would import by itself, for its optimizer
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=save_as_rank, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
     for process in processes:

@@ -163,5 +163,5 @@ def note_shard_numbers(names: Sequence[str]) -> Iterator[Note]:
         have = {(shard, file) for shard, file, _ in numbers}
         every = ((shard, file) for shard in sorted(shards) for file in range(1, numbers[0][2] + 1))
         first = [f"shard {shard} of file {file}" for shard, file in islice((p for p in every if p not in have), 3)]
-        text = f"{format_count(absent, 'files')} are not there, which is right if nothing was saved in them"
-        yield Note("numbering", f"{text}: {', '.join(first)}{' ...' if absent > 3 else ''}")
+        text = f"files that are not there: {absent:,}, which is right if nothing was saved in them"
+        yield Note("numbering", f"{text}: {', '.join(first)}{' ...' if absent > len(first) else ''}")

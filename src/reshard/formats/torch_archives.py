@@ -202,7 +202,10 @@ def parse_directory(text: bytes) -> Iterator[tuple[str, ZipEntry]]:
             packed, size, begin = widen_numbers(text[extra_at : extra_at + extra_size], (size, packed, begin))
         if packed != size:
             raise ArchiveFault("an entry of the zip has two sizes")
-        yield text[name_at:extra_at].decode("utf-8", "replace"), ZipEntry(begin, size, checksum, bool(flags & DESCRIBED_BEHIND))
+        yield (
+            text[name_at:extra_at].decode("utf-8", "replace"),
+            ZipEntry(begin, size, checksum, bool(flags & DESCRIBED_BEHIND)),
+        )
 
 
 def widen_numbers(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
