@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from boxed_reads import compare_boxes, copy_folder, read, refused
 from distributed_saves import make_weights, save_all
 from safetensors.numpy import save_file
-from test_distcp import compare_boxes, copy, read, refused
 
 from reshard.formats.boxed_folder import read_boxed
-from reshard.formats.dcp_safetensors import parse_numbers
+from reshard.formats.dcp_safetensors import parse_shard_numbers
 from reshard.formats.folder import read_checkpoint
 
 
@@ -116,7 +116,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard", [1, 2, 3])
 def test_a_missing_shard_is_named(saved: Path, tmp_path: Path, shard: int) -> None:
-    folder = copy(saved / "slices", tmp_path)
+    folder = copy_folder(saved / "slices", tmp_path)
     (folder / name_shard(shard)).unlink()
     ((kind, subject, text),) = refused(folder)
     assert (kind, subject) == ("missing-file", f"shard-{shard:05}-model-*-of-00001.safetensors")
@@ -124,13 +124,13 @@ def test_a_missing_shard_is_named(saved: Path, tmp_path: Path, shard: int) -> No
 
 
 def test_a_missing_last_shard_is_noted_only(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "slices", tmp_path)
+    folder = copy_folder(saved / "slices", tmp_path)
     (folder / name_shard(4)).unlink()
     assert read(folder).notes[0].text.startswith("3 shards are read")
 
 
 def test_a_missing_file_of_all_shards_is_named(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "slices2", tmp_path)
+    folder = copy_folder(saved / "slices2", tmp_path)
     for shard in range(1, 5):
         (folder / name_shard(shard, 1, 2)).unlink()
     ((kind, subject, _),) = refused(folder)
@@ -138,7 +138,7 @@ def test_a_missing_file_of_all_shards_is_named(saved: Path, tmp_path: Path) -> N
 
 
 def test_a_file_that_one_shard_lacks_is_noted(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "slices2", tmp_path)
+    folder = copy_folder(saved / "slices2", tmp_path)
     (folder / name_shard(2, 1, 2)).unlink()
     assert read(folder).notes[1].text == (
         "files that are not there: 1, which is right if nothing was saved in them: shard 2 of file 1"
@@ -160,11 +160,11 @@ def test_files_of_two_saves(tmp_path: Path) -> None:
     "change", [lambda data: data[:-1], lambda data: data[:20], lambda data: data[:3] + b"\xff" * 9]
 )
 def test_a_damaged_file_is_named(saved: Path, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    folder = copy(saved / "slices", tmp_path)
+    folder = copy_folder(saved / "slices", tmp_path)
     path = folder / name_shard(2)
     path.write_bytes(change(path.read_bytes()))
     assert {subject.rpartition("/")[2] for _, subject, _ in refused(folder)} == {path.name}
 
 
 def test_numbers_in_names() -> None:
-    assert parse_numbers([name_shard(3, 2, 5), "x.safetensors"]) == [(3, 2, 5)]
+    assert parse_shard_numbers([name_shard(3, 2, 5), "x.safetensors"]) == [(3, 2, 5)]

@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from boxed_reads import compare_boxes, copy_folder, read, refused
 from distributed_saves import make_weights, save_all
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._extension import StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from reshard.errors import Refused
 from reshard.formats.boxed_folder import read_boxed
-from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.distcp_metadata import ALLOWED_CLASSES
 from reshard.formats.inert_pickle import read_pickle
 
+MOMENT = "optim.state.model.b.weight.exp_avg"
 Edit = Callable[[Metadata], object]
 
 
@@ -32,38 +35,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(folder: Path) -> BoxedCheckpoint:
-    boxed = read_boxed(folder)
-    assert boxed is not None
-    return boxed
-
-
-def compare_boxes(boxed: BoxedCheckpoint, whole: dict[str, torch.Tensor], prefix: str = "") -> None:
-    """Every box against the tensor that torch had, byte for byte; together they have each element once."""
-    assert boxed.boxes.keys() == {prefix + name for name in whole}
-    for name, boxes in boxed.boxes.items():
-        tensor = whole[name.removeprefix(prefix)]
-        count = torch.zeros(tensor.shape, dtype=torch.int)
-        for part, offsets in boxes:
-            place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape, strict=True))
-            with (boxed.folder / boxed.files[part.file].name).open("rb") as file:
-                file.seek(part.offset)
-                found = torch.frombuffer(bytearray(file.read(part.size)) or bytearray(1), dtype=torch.uint8)
-            wanted = tensor[place].contiguous().reshape(-1).view(torch.uint8)
-            assert part.name == name
-            assert found[: part.size].equal(wanted), (name, offsets)
-            count[place] += 1
-        assert count.eq(1).all(), name
-        if boxed.shapes:
-            assert boxed.shapes[name] == tensor.shape
-
-
 def test_a_grid_of_processes_within_a_model_mapping(saved: Path) -> None:
     boxed = read(saved / "grid")
     compare_boxes(boxed, make_weights(), "model.")
     assert [note.text for note in boxed.notes] == [
-        "left aside: 1 tensor beside the weights, such as the state of an optimizer: "
-        "optim.state.model.b.weight.exp_avg",
+        f"left aside: 1 tensor beside the weights, such as the state of an optimizer: {MOMENT}",
         "left aside: 2 entries that are no tensors: lr, step",
     ]
 
@@ -89,7 +65,7 @@ def test_fsdp_with_the_state_of_its_optimizer(saved: Path) -> None:
 def test_torch_loads_the_same(saved: Path) -> None:
     """The oracle above is what the processes had; torch reads it back alike."""
     loaded = {name: torch.empty_like(tensor) for name, tensor in make_weights().items()}
-    dcp.load({"model": loaded}, checkpoint_id=saved / "grid", no_dist=True)
+    load_state({"model": loaded}, checkpoint_id=saved / "grid", no_dist=True)
     compare_boxes(read(saved / "grid"), loaded, "model.")
 
 
@@ -97,7 +73,7 @@ def test_torch_loads_the_same(saved: Path) -> None:
 
 
 def save(folder: Path, state: dict[str, Any], **options: Any) -> None:
-    dcp.save(state, storage_writer=FileSystemWriter(folder, **options), no_dist=True)
+    save_state(state, storage_writer=FileSystemWriter(folder, **options), no_dist=True)
 
 
 def test_a_file_for_each_tensor(tmp_path: Path) -> None:
@@ -166,13 +142,6 @@ def test_other_folders_are_none(tmp_path: Path) -> None:
 # --- refusals ---
 
 
-def refused(folder: Path) -> list[tuple[str, str, str]]:
-    with pytest.raises(Refused) as caught:
-        read_boxed(folder)
-    return [(problem.kind, problem.subject, f"{problem.found}; {problem.expected}; {problem.remedy}")
-            for problem in caught.value.problems]  # fmt: skip
-
-
 def edit_metadata(folder: Path, edit: Edit) -> None:
     path = folder / ".metadata"
     metadata = pickle.loads(path.read_bytes())  # noqa: S301 - written by this test
@@ -181,22 +150,16 @@ def edit_metadata(folder: Path, edit: Edit) -> None:
 
 @pytest.mark.parametrize("rank", range(4))
 def test_a_missing_file_is_named(saved: Path, tmp_path: Path, rank: int) -> None:
-    folder = copy(saved / "grid", tmp_path)
+    folder = copy_folder(saved / "grid", tmp_path)
     (folder / f"__{rank}_0.distcp").unlink()
     ((kind, subject, text),) = refused(folder)
     assert (kind, subject) == ("missing-file", f"__{rank}_0.distcp")
     assert "model.model.a.weight" in text
 
 
-def copy(source: Path, target: Path) -> Path:
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
 @pytest.mark.parametrize("rank", range(4))
 def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, rank: int) -> None:
-    folder = copy(saved / "grid", tmp_path)
+    folder = copy_folder(saved / "grid", tmp_path)
     path = folder / f"__{rank}_0.distcp"
     path.write_bytes(path.read_bytes()[:-4000])
     ((kind, subject, text),) = refused(folder)
@@ -205,7 +168,7 @@ def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, rank: int) -> No
 
 
 def test_exchanged_files_are_named(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "grid", tmp_path)
+    folder = copy_folder(saved / "grid", tmp_path)
     first, last = folder / "__0_0.distcp", folder / "__3_0.distcp"
     first.rename(tmp_path / "x")
     last.rename(first)
@@ -216,13 +179,13 @@ def test_exchanged_files_are_named(saved: Path, tmp_path: Path) -> None:
 
 
 def test_the_metadata_of_another_save_are_refused(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "grid", tmp_path)
+    folder = copy_folder(saved / "grid", tmp_path)
     (folder / ".metadata").write_bytes((saved / "line" / ".metadata").read_bytes())
     assert {kind for kind, _, _ in refused(folder)} & {"missing-file", "wrong-archive"}
 
 
 def test_no_metadata(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved / "grid", tmp_path)
+    folder = copy_folder(saved / "grid", tmp_path)
     (folder / ".metadata").rename(folder / ".metadata.tmp")
     ((kind, subject, text),) = refused(folder)
     assert (kind, subject) == ("missing-file", str(folder / ".metadata"))
@@ -276,7 +239,8 @@ FAULTS: list[tuple[str, Edit, str, str, str]] = [
     ("compressed", lambda metadata: setattr(first_place(metadata), "transform_descriptors", ["zstd"]),
      "other-format", ".metadata: w", "compressed"),
     ("no place", lambda metadata: metadata.storage_data.clear(), "wrong-metadata", ".metadata: w", "no place"),
-    ("a smaller shape", lambda metadata: resize(metadata, (1, 3)), "wrong-metadata", ".metadata: w", "[2, 3] at [0, 0]"),
+    ("a smaller shape", lambda metadata: resize(metadata, (1, 3)), "wrong-metadata", ".metadata: w",
+     "[2, 3] at [0, 0]"),
     ("fewer dimensions", lambda metadata: resize(metadata, (6,)), "wrong-metadata", ".metadata: w", "each dimension"),
     ("a shape below nothing", lambda metadata: resize(metadata, (-2, 3)), "wrong-metadata", ".metadata: w", "no shape"),
     ("a shape too large", lambda metadata: resize(metadata, (2**40, 2**40)), "wrong-metadata", ".metadata: w", "shape"),
@@ -462,7 +426,7 @@ def test_zips_of_other_writers(tmp_path: Path, change: Any) -> None:
         (turn_byte_order, "byte order"),
         (leave_out_data, "an entry of the zip is missing"),
         (shorten_data, "too few for its shape"),
-        (write_twice, "twice"),
+        (write_twice, "stands twice"),
     ],
 )
 def test_damaged_zips(tmp_path: Path, change: Any, text: str) -> None:
@@ -479,16 +443,16 @@ def test_every_byte_of_an_archive_may_be_damaged(tmp_path: Path) -> None:
     path = tmp_path / "__0_0.distcp"
     content = path.read_bytes()
     begin = read(tmp_path).boxes["w"][0].part.offset
+    kinds = set[str]()
     for place in range(0, len(content), 3):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         try:
             ((part, _),) = read(tmp_path).boxes["w"]
         except Refused as caught:
-            assert {problem.kind for problem in caught.problems} <= {
-                "wrong-archive", "wrong-shape", "not-contiguous", "hostile-pickle", "damaged-pickle"
-            }  # fmt: skip
+            kinds.update(problem.kind for problem in caught.problems)
         else:
             assert (part.offset, part.size) == (begin, 24), place
+    assert {"wrong-archive", "wrong-shape", "hostile-pickle", "damaged-pickle"} <= kinds
 
 
 def test_every_byte_of_the_metadata_may_be_damaged(tmp_path: Path) -> None:
@@ -497,10 +461,8 @@ def test_every_byte_of_the_metadata_may_be_damaged(tmp_path: Path) -> None:
     content = path.read_bytes()
     for place in range(0, len(content), 5):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        try:
+        with suppress(Refused):
             read(tmp_path)
-        except Refused as caught:
-            assert caught.problems
         path.write_bytes(content[:place])
         with pytest.raises(Refused):
             read(tmp_path)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from made_once import make_once
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -99,8 +100,8 @@ def save_fsdp(folder: Path, mesh: DeviceMesh) -> None:
     model(torch.ones(2, 6)).sum().backward()
     optimizer.step()
     states, moments = get_state_dict(model, optimizer)
-    dcp.save({"app": {"model": states, "optim": moments}, "step": 1}, checkpoint_id=folder / "fsdp")
-    whole = {name: value.full_tensor() for name, value in states.items()}
+    save({"app": {"model": states, "optim": moments}, "step": 1}, checkpoint_id=folder / "fsdp")
+    whole = {name: value.full_tensor() for name, value in states.items() if isinstance(value, DTensor)}
     if dist.get_rank() == 0:
         torch.save(whole, folder / "fsdp.pt")
 
@@ -113,15 +114,15 @@ def save_as_rank(rank: int, folder: Path) -> None:
     weights = make_weights()
     split = {name: distribute(value, grid, GRID[name]) if name in GRID else value for name, value in weights.items()}
     moments = {"state.model.b.weight.exp_avg": split["model.b.weight"]}
-    dcp.save({"model": split, "optim": moments, "lr": 0.1, "step": 3}, checkpoint_id=folder / "grid")
+    save({"model": split, "optim": moments, "lr": 0.1, "step": 3}, checkpoint_id=folder / "grid")
     rows = {name: distribute(value, line, [Shard(0)]) if value.dim() else value for name, value in weights.items()}
     beside = {"optimizer": {"state.model.a.weight.exp_avg": rows["model.a.weight"]}, "train_state": {"step": 3}}
-    dcp.save({**rows, **beside}, storage_writer=FileSystemWriter(folder / "line", thread_count=3))
+    save({**rows, **beside}, storage_writer=FileSystemWriter(folder / "line", thread_count=3))
     writer = HuggingFaceStorageWriter(str(folder / "slices"), save_distributed=True)
-    dcp.save(split, storage_writer=writer)
+    save(split, storage_writer=writer)
     numbers = {name: 1 + place % 2 for place, name in enumerate(weights)}
     writer = HuggingFaceStorageWriter(str(folder / "slices2"), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp.save(rows, storage_writer=writer)
+    save(rows, storage_writer=writer)
     save_fsdp(folder, line)
     dist.barrier()
     dist.destroy_process_group()

@@ -59,7 +59,7 @@ def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
         places, faults = parse_sharding(text, name)
         problems += faults
         if not faults:
-            problems += place_slices(name, tensors, places, boxes)
+            problems += gather_slices(name, tensors, places, boxes)
         files.append(file)
         if len(problems) >= MOST_PROBLEMS:
             break
@@ -67,7 +67,7 @@ def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
     return BoxedCheckpoint(folder, tuple(files), boxes, {}, read_config(folder), tuple(note_shard_numbers(names)))
 
 
-def place_slices(
+def gather_slices(
     name: str, tensors: Sequence[Tensor], places: dict[str, Any], boxes: dict[str, list[Box]]
 ) -> Iterator[Problem]:
     """Fills the boxes of a file; yields the faults of their places. A tensor without a place is whole."""
@@ -120,7 +120,7 @@ def parse_sharding(text: bytes, name: str) -> tuple[dict[str, Any], list[Problem
 # The numbers in the names.
 
 
-def parse_numbers(names: Sequence[str]) -> list[tuple[int, int, int]]:
+def parse_shard_numbers(names: Sequence[str]) -> list[tuple[int, int, int]]:
     """Of each name: the number of its process, the number of the file, and how many files there are."""
     found = map(SLICE_NAME.fullmatch, names)
     return [(int(match[1]), int(match[2]), int(match[3])) for match in found if match]
@@ -128,7 +128,7 @@ def parse_numbers(names: Sequence[str]) -> list[tuple[int, int, int]]:
 
 def check_shard_numbers(names: Sequence[str]) -> Iterator[Problem]:
     """Yields the files that the numbers in the names call for. How many processes there were, no name tells."""
-    numbers = parse_numbers(names)
+    numbers = parse_shard_numbers(names)
     totals = sorted({total for _, _, total in numbers})
     if len(totals) > 1:
         found = f"files of {format_list(map(str, totals))} in one folder"
@@ -155,7 +155,7 @@ def find_absent(numbers: set[int], last: int) -> list[int]:
 
 def note_shard_numbers(names: Sequence[str]) -> Iterator[Note]:
     """Notes what the names leave open: whether a last shard is missing, and files that some shards do not have."""
-    numbers = parse_numbers(names)
+    numbers = parse_shard_numbers(names)
     shards = {shard for shard, _, _ in numbers}
     yield Note("numbering", f"{format_count(len(shards), 'shards')} are read; no file tells how many were saved")
     absent = len(shards) * numbers[0][2] - len(numbers)

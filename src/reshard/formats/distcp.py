@@ -4,12 +4,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
-from reshard.formats.distcp_metadata import METADATA, StoredPart, list_parts, parse_distcp_metadata
+from reshard.formats.distcp_metadata import METADATA, StoredPart, gather_parts, parse_distcp_metadata
 from reshard.formats.huggingface import read_config
 from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
@@ -53,8 +54,8 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     weights = choose_weights(names, metadata.paths)
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
-    require_none(list_parts(metadata, weights, shapes, parts))
-    files, boxes = locate_boxes(folder, parts, hashlib.sha256(data).hexdigest())
+    require_none(gather_parts(metadata, weights, shapes, parts))
+    files, boxes = find_boxes(folder, parts, hashlib.sha256(data).hexdigest())
     by_name: dict[str, list[Box]] = {name: [] for name in shapes}
     for box in boxes:
         by_name[box.part.name].append(box)
@@ -89,7 +90,7 @@ def refuse_without_metadata(folder: Path) -> Refused:
     return refuse("missing-file", str(folder / METADATA), "no such file", expected, remedy)
 
 
-def locate_boxes(folder: Path, parts: Sequence[StoredPart], digest: str) -> tuple[tuple[File, ...], list[Box]]:
+def find_boxes(folder: Path, parts: Sequence[StoredPart], digest: str) -> tuple[tuple[File, ...], list[Box]]:
     """The files of some parts, and the parts as boxes in the order of the files. Raises Refused with all faults."""
     by_file: dict[str, list[StoredPart]] = {}
     for part in parts:
@@ -109,7 +110,7 @@ def locate_boxes(folder: Path, parts: Sequence[StoredPart], digest: str) -> tupl
                 problems += check_length(name, wanted, ends, status.st_size)
                 if max(ends) <= status.st_size:
                     window = FileWindow(file.fileno())
-                    problems += locate_parts(window, wanted, len(files), boxes, pickles)
+                    problems += find_stored_parts(window, wanted, len(files), boxes, pickles)
         except FileNotFoundError:
             problems.append(describe_missing(name, wanted, names))
             continue
@@ -143,7 +144,7 @@ def describe_missing(name: str, parts: Sequence[StoredPart], names: Sequence[str
     return Problem("missing-file", name, found, f"{format_count(len(names), 'files')}, as {METADATA} says", COPY_FILE)
 
 
-def locate_parts(
+def find_stored_parts(
     window: FileWindow, parts: Iterable[StoredPart], file: int, boxes: list[Box], pickles: dict[bytes, SavedTensor]
 ) -> Iterator[Problem]:
     """Fills the boxes of the parts of a file, in their order in it; yields what is wrong with their archives."""
@@ -154,10 +155,10 @@ def locate_parts(
             try:
                 saved, begin = find_tensor_bytes(window, part.begin, part.size, pickles)
             except ArchiveFault as fault:
-                yield describe_archive(part, str(fault))
+                yield describe_archive(part, Problem("wrong-archive", part.file, str(fault), ""))
                 continue
             except Refused as refused:
-                yield from (describe_archive(part, problem.found, problem.kind) for problem in refused.problems)
+                yield from (describe_archive(part, problem) for problem in refused.problems)
                 continue
             if problem := compare_saved(part, saved):
                 yield problem
@@ -165,11 +166,11 @@ def locate_parts(
         boxes.append(Box(Tensor(part.tensor, part.dtype, part.shape, file, begin, size), part.offsets))
 
 
-def describe_archive(part: StoredPart, found: str, kind: str = "wrong-archive") -> Problem:
-    """The problem of bytes that are not the archive of a part."""
+def describe_archive(part: StoredPart, problem: Problem) -> Problem:
+    """The problem of bytes that are not the archive of a part, with its place and what should be there."""
     where = f"{part.file}: {part.tensor} at {list(part.offsets)}"
     expected = f"what torch.save writes for a tensor, at byte {part.begin:,}"
-    return Problem(kind, where, found, expected, f"{COPY_FILE}, and {METADATA} of the same save")
+    return replace(problem, subject=where, expected=expected, remedy=f"{COPY_FILE}, and {METADATA} of the same save")
 
 
 def compare_saved(part: StoredPart, saved: SavedTensor) -> Problem | None:

@@ -133,7 +133,7 @@ class MetadataFault(ValueError):
     """A fault of a tensor in `.metadata`: the kind of the problem, what was found, and what was expected."""
 
 
-def list_parts(
+def gather_parts(
     metadata: DistcpMetadata, names: Iterable[str], shapes: dict[str, tuple[int, ...]], parts: list[StoredPart]
 ) -> Iterator[Problem]:
     """Fills the shapes and parts of the named tensors; yields their faults."""
@@ -168,7 +168,7 @@ def describe_tensor(metadata: DistcpMetadata, name: str) -> tuple[tuple[int, ...
             by_offsets[offsets] = sizes
         elif sizes != by_offsets[offsets] and 0 not in sizes:
             raise MetadataFault("wrong-metadata", f"two parts of different shapes at {list(offsets)}", "one")
-    found_parts = [locate_part(metadata, name, dtype, offsets, sizes) for offsets, sizes in by_offsets.items()]
+    found_parts = [find_part_place(metadata, name, dtype, offsets, sizes) for offsets, sizes in by_offsets.items()]
     return shape, found_parts
 
 
@@ -188,7 +188,7 @@ def read_dtype(properties: Any) -> str:
     return dtype
 
 
-def locate_part(
+def find_part_place(
     metadata: DistcpMetadata, name: str, dtype: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> StoredPart:
     """A part with its place. Raises MetadataFault."""

@@ -1,7 +1,7 @@
 """Finds a tensor's bytes within what `torch.save` wrote: a zip of a small pickle and the bytes, stored as they are."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from struct import Struct
@@ -106,14 +106,15 @@ def find_tensor_bytes(
     archive = Archive(window, offset, size, head, window.read(offset + size - tail_size, tail_size))
     entries = read_directory(archive)
     folder = find_folder_name(entries)
-    text = read_entry(archive, entries, f"{folder}data.pkl", MOST_PICKLE)
+    text = read_entry(archive, entries, folder + b"data.pkl", MOST_PICKLE)
     saved = pickles.get(text)
     if saved is None:
         saved = pickles[text] = parse_tensor_pickle(text)
-    if f"{folder}byteorder" in entries and read_entry(archive, entries, f"{folder}byteorder", 16) != b"little":
+    order = folder + b"byteorder"
+    if order in entries and read_entry(archive, entries, order, 16) != b"little":
         raise ArchiveFault("its byte order is not little-endian")
     item = BITS[saved.dtype] // 8
-    begin, stored = locate_entry(archive, entries, f"{folder}data/{saved.storage}")
+    begin, stored = find_zip_entry(archive, entries, folder + b"data/" + saved.storage.encode())
     if is_contiguous(saved) and (saved.begin + prod(saved.shape)) * item > stored:
         raise ArchiveFault(f"its storage has {stored:,} bytes, too few for its shape")
     return saved, offset + begin + saved.begin * item
@@ -136,37 +137,26 @@ ENCRYPTED, DESCRIBED_BEHIND = 1, 8
 STORED = 0
 
 
-class ZipEntry(NamedTuple):
-    """An entry of an archive, by its directory."""
-
-    begin: int
-    """Of its own header, in bytes from the start of the archive."""
-    size: int
-    """In bytes."""
-    checksum: int
-    is_described_behind: bool
+ZipEntry = tuple[int, int, int, int]
+"""An entry of an archive, by its directory: place of its own header, from the start of the archive; size, in bytes;
+checksum; flags."""
 
 
-def read_directory(archive: Archive) -> Mapping[str, ZipEntry]:
-    """The entries of an archive. Raises ArchiveFault."""
+def read_directory(archive: Archive) -> Mapping[bytes, ZipEntry]:
+    """The entries of an archive, by their names. Raises ArchiveFault."""
     if archive.size < END.size:
         raise ArchiveFault("it is too short for a zip")
     end = archive.size - END.size
     signature, _, _, _, count, size, begin, comment = END.unpack(archive.read(end, END.size))
     if signature != b"PK\5\6" or comment:
         raise ArchiveFault("it does not end as a zip does")
-    if count == FULL_16 or FULL_32 in {size, begin}:
+    if count == FULL_16 or FULL_32 in (size, begin):
         count, size, begin = read_long_end(archive, end)
     if size > MOST_DIRECTORY:
         raise ArchiveFault(f"its directory has {size:,} bytes")
-    text = archive.read(begin, size)
-    entries: dict[str, ZipEntry] = {}
-    for name, entry in parse_directory(text):
-        if name in entries:
-            raise ArchiveFault("an entry of the zip stands twice")
-        entries[name] = entry
+    entries = parse_directory(archive.read(begin, size))
     if len(entries) != count:
-        raise ArchiveFault(f"its directory has {len(entries)} entries, not {count}")
+        raise ArchiveFault(f"its directory has {len(entries)} entries, not {count}: one is missing, or stands twice")
     return entries
 
 
@@ -182,30 +172,28 @@ def read_long_end(archive: Archive, end: int) -> tuple[int, int, int]:
     return count, size, begin
 
 
-def parse_directory(text: bytes) -> Iterator[tuple[str, ZipEntry]]:
-    """The names and entries of a directory. Raises ArchiveFault."""
-    at = 0
-    while at < len(text):
-        if len(text) - at < CENTRAL.size:
+def parse_directory(text: bytes) -> dict[bytes, ZipEntry]:
+    """The entries of a directory, by their names. Raises ArchiveFault."""
+    at, length = 0, len(text)
+    entries = {}
+    while at < length:
+        if length - at < CENTRAL.size:
             raise ArchiveFault("its directory is cut off")
-        fields = CENTRAL.unpack_from(text, at)
-        signature, flags, method, checksum = fields[0], fields[3], fields[4], fields[7]
-        packed, size, name_size, extra_size, comment_size, begin = *fields[8:13], fields[16]
+        (signature, _, _, flags, method, _, _, checksum, packed, size, name_size, extra_size, comment_size, _, _, _,
+         begin) = CENTRAL.unpack_from(text, at)  # fmt: skip
         name_at = at + CENTRAL.size
         extra_at = name_at + name_size
         at = extra_at + extra_size + comment_size
-        if signature != DIRECTORY_START or at > len(text):
+        if signature != DIRECTORY_START or at > length:
             raise ArchiveFault("its directory is damaged")
         if method != STORED or flags & ENCRYPTED:
             raise ArchiveFault("an entry of the zip is compressed or encrypted")
-        if FULL_32 in {packed, size, begin}:
+        if FULL_32 in (packed, size, begin):
             packed, size, begin = widen_numbers(text[extra_at : extra_at + extra_size], (size, packed, begin))
         if packed != size:
             raise ArchiveFault("an entry of the zip has two sizes")
-        yield (
-            text[name_at:extra_at].decode("utf-8", "replace"),
-            ZipEntry(begin, size, checksum, bool(flags & DESCRIBED_BEHIND)),
-        )
+        entries[text[name_at:extra_at]] = begin, size, checksum, flags
+    return entries
 
 
 def widen_numbers(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -223,38 +211,39 @@ def widen_numbers(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int
     raise ArchiveFault("an entry of the zip lacks its long numbers")
 
 
-def find_folder_name(entries: Mapping[str, ZipEntry]) -> str:
+def find_folder_name(entries: Mapping[bytes, ZipEntry]) -> bytes:
     """The folder of all entries within the archive, with its slash. Raises ArchiveFault."""
-    folders = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+    folders = [name.removesuffix(b"data.pkl") for name in entries if name.endswith(b"/data.pkl")]
     if len(folders) != 1:
         raise ArchiveFault("it is not what torch.save writes: it has no data.pkl")
     return folders[0]
 
 
-def locate_entry(archive: Archive, entries: Mapping[str, ZipEntry], name: str) -> tuple[int, int]:
+def find_zip_entry(archive: Archive, entries: Mapping[bytes, ZipEntry], name: bytes) -> tuple[int, int]:
     """Place of an entry's content in the archive, and its size, in bytes. Raises ArchiveFault."""
     entry = entries.get(name)
     if entry is None:
         raise ArchiveFault("an entry of the zip is missing: a tensor has data.pkl and data/0")
-    signature, *_, name_size, extra_size = LOCAL.unpack(archive.read(entry.begin, LOCAL.size))
-    named = archive.read(entry.begin + LOCAL.size, name_size)
-    if signature != ENTRY_START or named != name.encode():
+    place, size, checksum, flags = entry
+    signature, *_, name_size, extra_size = LOCAL.unpack(archive.read(place, LOCAL.size))
+    named = archive.read(place + LOCAL.size, name_size)
+    if signature != ENTRY_START or named != name:
         raise ArchiveFault("an entry of the zip is not where its directory says")
-    begin = entry.begin + LOCAL.size + name_size + extra_size
+    begin = place + LOCAL.size + name_size + extra_size
     # Else a wrong length in the header would lead to other bytes than the tensor's.
-    end = archive.read(begin + entry.size, len(ENTRY_START) + 4)
-    if entry.is_described_behind:
-        is_end = end == DESCRIPTOR_START + entry.checksum.to_bytes(4, "little")
+    end = archive.read(begin + size, len(ENTRY_START) + 4)
+    if flags & DESCRIBED_BEHIND:
+        is_end = end == DESCRIPTOR_START + checksum.to_bytes(4, "little")
     else:
         is_end = end.startswith((ENTRY_START, DIRECTORY_START))
     if not is_end:
         raise ArchiveFault("an entry of the zip does not end where its directory says")
-    return begin, entry.size
+    return begin, size
 
 
-def read_entry(archive: Archive, entries: Mapping[str, ZipEntry], name: str, most: int) -> bytes:
+def read_entry(archive: Archive, entries: Mapping[bytes, ZipEntry], name: bytes, most: int) -> bytes:
     """The content of a small entry. Raises ArchiveFault."""
-    begin, size = locate_entry(archive, entries, name)
+    begin, size = find_zip_entry(archive, entries, name)
     if size > most:
         raise ArchiveFault(f"an entry of the zip has {size:,} bytes, at most {most:,} were expected")
     return archive.read(begin, size)
@@ -279,7 +268,7 @@ def parse_tensor_pickle(text: bytes) -> SavedTensor:
             raise ArchiveFault("it holds another thing than a plain tensor")
     if dtype not in BITS:
         raise ArchiveFault(f"its dtype is {dtype}")
-    if not (are_sizes((begin,)) and are_sizes(shape) and are_sizes(stride) and len(shape) == len(stride)):
+    if not (is_size_tuple((begin,)) and is_size_tuple(shape) and is_size_tuple(stride) and len(shape) == len(stride)):
         raise ArchiveFault("its shape is not a list of sizes with a stride for each")
     return SavedTensor(dtype, shape, stride, begin, storage)
 
@@ -292,7 +281,7 @@ def read_storage(key: Any) -> tuple[str, str]:
     raise ArchiveFault("its bytes are named in another way than by torch.save")
 
 
-def are_sizes(values: Any) -> bool:
+def is_size_tuple(values: Any) -> bool:
     """Whether a value is a tuple of whole numbers that a size or a stride can be."""
     return type(values) is tuple and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
