@@ -437,6 +437,19 @@ def test_damaged_zips(tmp_path: Path, change: Any, text: str) -> None:
     assert text in said
 
 
+@pytest.mark.parametrize("more", [1, 8, 24, 100])
+def test_a_header_that_leads_to_other_bytes(tmp_path: Path, more: int) -> None:
+    """The length of the padding before a tensor stands in its own header only."""
+    save(tmp_path, {"w": torch.arange(6.0).reshape(2, 3)})
+    path = tmp_path / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"archive/data/0") - 2] += more
+    path.write_bytes(content)
+    ((kind, _, text),) = refused(tmp_path)
+    assert kind == "wrong-archive"
+    assert "does not end where its directory says" in text
+
+
 def test_every_byte_of_an_archive_may_be_damaged(tmp_path: Path) -> None:
     """Either it is refused, or its bytes are still found where they are."""
     save(tmp_path, {"w": torch.arange(6.0).reshape(2, 3)})
