@@ -40,7 +40,9 @@ class PartReader:
         return data
 
     def fill(self, tensor: Tensor, offset: int, out: ByteRows) -> None:
-        """Fills contiguous memory with the bytes of a tensor from byte `offset` of it on. Raises Refused."""
+        """Fills contiguous memory with the bytes of a tensor from byte `offset` of it on; at most `most` of one that
+        lies in a file. Raises Refused.
+        """
         if tensor.file < len(self.names):
             out[:] = np.frombuffer(self.read_file(tensor, offset, len(out)), np.uint8)
         else:

@@ -7,7 +7,7 @@ the tensor exactly once is a fault.
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from math import prod
 from typing import NamedTuple
 
@@ -93,6 +93,18 @@ def lay_out_boxes(shape: Lengths | None, places: Sequence[Place]) -> BoxLayout:
     return BoxLayout(found, copies, None if faults else root, tuple(faults))
 
 
+class Division(NamedTuple):
+    """Pieces divided along a dimension."""
+
+    dimension: int
+    groups: Sequence[Sequence[Piece]]
+    """In their order."""
+    spans: Sequence[tuple[int, int]]
+    """The begin and the end of each group."""
+    gaps: Sequence[tuple[int, int]]
+    """Where no piece is, all through the region."""
+
+
 class BoxCutter(NamedTuple):
     """Cuts the pieces of one tensor, and collects the faults."""
 
@@ -106,39 +118,34 @@ class BoxCutter(NamedTuple):
             return None
         if len(pieces) == 1 and pieces[0][:2] == (begin, end):
             return pieces[0].number
-        for dimension in range(len(begin)):
-            groups = group_pieces(pieces, dimension)
-            if len(groups) > 1 or self.is_short(begin, end, pieces, dimension):
-                return self.cut_along(dimension, begin, end, groups, level)
+        ways = [divide_pieces(pieces, place, begin[place], end[place]) for place in range(len(begin))]
+        ways.sort(key=lambda way: not way.gaps)  # first a gap that goes all through: it is told as one hole
+        for way in ways:
+            if way.gaps or len(way.groups) > 1:
+                return self.cut_along(way, begin, end, level)
         self.faults.append(self.explain_core(begin, end, pieces))
         return None
 
-    def is_short(self, begin: Lengths, end: Lengths, pieces: Sequence[Piece], dimension: int) -> bool:
-        """Whether pieces that lie side by side in no way leave room at an end of a dimension."""
-        first = min(piece.begin[dimension] for piece in pieces)
-        return first > begin[dimension] or max(piece.end[dimension] for piece in pieces) < end[dimension]
-
-    def cut_along(
-        self, dimension: int, begin: Lengths, end: Lengths, groups: Sequence[Sequence[Piece]], level: int
-    ) -> BoxCut | None:
-        """Cuts a region along a dimension into groups of pieces; what lies between two groups is a hole."""
+    def cut_along(self, way: Division, begin: Lengths, end: Lengths, level: int) -> BoxCut | None:
+        """Cuts a region into groups of pieces; what lies between two groups is a hole."""
         if level == MOST_CUTS:
-            self.add("uncut", begin, end, [piece for group in groups for piece in group])
+            self.add("uncut", begin, end, [piece for group in way.groups for piece in group])
             return None
 
         def replace_bounds(low: int, high: int) -> tuple[Lengths, Lengths]:
-            return (
-                (*begin[:dimension], low, *begin[dimension + 1 :]),
-                (*end[:dimension], high, *end[dimension + 1 :]),
-            )
+            one, other = list(begin), list(end)
+            one[way.dimension], other[way.dimension] = low, high
+            return tuple(one), tuple(other)
 
-        spans = [(some[0].begin[dimension], max(piece.end[dimension] for piece in some)) for some in groups]
-        holes = [(a, b) for (_, a), (b, _) in pairwise([(0, begin[dimension]), *spans, (end[dimension], 0)]) if a < b]
-        for span in holes:
-            self.add("hole", *replace_bounds(*span), [piece for group in groups for piece in group])
-        cut = [self.cut(*replace_bounds(*span), group, level + 1) for span, group in zip(spans, groups, strict=True)]
-        whole = [piece for piece in cut if piece is not None]
-        return BoxCut(dimension, measure(begin, end), tuple(whole)) if len(whole) == len(cut) and not holes else None
+        for gap in way.gaps:
+            self.add("hole", *replace_bounds(*gap), [])
+        pieces = [
+            self.cut(*replace_bounds(*span), group, level + 1)
+            for span, group in zip(way.spans, way.groups, strict=True)
+        ]
+        whole = tuple(piece for piece in pieces if piece is not None)
+        is_whole = len(whole) == len(pieces) and not way.gaps
+        return BoxCut(way.dimension, measure(begin, end), whole) if is_whole else None
 
     def explain_core(self, begin: Lengths, end: Lengths, pieces: Sequence[Piece]) -> BoxFault:
         """Explains pieces that no cut goes through: two overlap, or there is a hole, or they lie like a pinwheel."""
@@ -164,17 +171,26 @@ def measure(begin: Lengths, end: Lengths) -> Lengths:
     return tuple(high - low for low, high in zip(begin, end, strict=True))
 
 
-def group_pieces(pieces: Sequence[Piece], dimension: int) -> list[list[Piece]]:
-    """Groups pieces, in order, so that between two groups a cut along a dimension goes through none."""
+def divide_pieces(pieces: Sequence[Piece], dimension: int, begin: int, end: int) -> Division:
+    """Divides pieces along a dimension, from `begin` to `end`, so that a cut between two groups goes through none."""
     groups: list[list[Piece]] = []
-    reached = 0
+    spans: list[tuple[int, int]] = []
+    gaps: list[tuple[int, int]] = []
+    reached = begin
     for piece in sorted(pieces, key=lambda piece: piece.begin[dimension]):
-        if groups and piece.begin[dimension] < reached:
+        low, high = piece.begin[dimension], piece.end[dimension]
+        if groups and low < reached:
             groups[-1].append(piece)
+            spans[-1] = spans[-1][0], max(reached, high)
         else:
             groups.append([piece])
-        reached = max(reached, piece.end[dimension])
-    return groups
+            spans.append((low, high))
+            if low > reached:
+                gaps.append((reached, low))
+        reached = max(reached, high)
+    if reached < end:
+        gaps.append((reached, end))
+    return Division(dimension, groups, spans, gaps)
 
 
 def find_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:

@@ -38,7 +38,7 @@ def assemble_boxes(boxed: BoxedCheckpoint, *, replicas: str = COMPARE) -> Checkp
         boxes, shape = boxed.boxes[name], boxed.shapes.get(name)
         key = shape, tuple([(box.offsets, box.part.shape) for box in boxes])
         if not boxes:
-            expected = f"boxes that fill {list(shape)}" if shape else "its boxes"
+            expected = "its boxes" if shape is None else f"boxes that fill {list(shape)}"
             problems.append(Problem("missing-box", name, "no part of it in any file", expected, again))
             continue
         layout = layouts.get(key)

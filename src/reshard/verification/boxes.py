@@ -73,10 +73,11 @@ def arrange_boxes(tensor: BoxedTensor) -> list[BoxRuns]:
     distinct = {(offsets, part.shape): part for part, offsets in reversed(boxes) if prod(part.shape)}
     ends = [[a + b for a, b in zip(*place, strict=True)] for place in distinct]
     shape = tuple(map(max, zip(*ends, strict=True)))
+    lowest = min((place for offsets, _ in distinct for place in offsets), default=0)
     whole = prod(shape) * bits // 8
     held = sum(part.size for part in distinct.values())
-    if whole != size or held != size or len({part.dtype for part in distinct.values()}) > 1:
-        found = f"boxes of {held:,} bytes, which end at {list(shape)}"
+    if lowest < 0 or whole != size or held != size or len({part.dtype for part in distinct.values()}) > 1:
+        found = f"boxes of {held:,} bytes, from {lowest} to {list(shape)}"
         raise refuse("wrong-shape", name, found, f"boxes that fill {size:,} bytes")
     begins = [offsets for offsets, _ in distinct]
     if overlaps(np.array(begins, np.int64), np.array(ends, np.int64)):
