@@ -39,7 +39,6 @@ class BoxedTensor:
 class BoxRuns(NamedTuple):
     """A box as runs of bytes. Dimensions in which it is as long as the tensor are merged with the one before."""
 
-    part: Tensor
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     """The last in bytes: a run."""
@@ -64,25 +63,41 @@ class BoxRuns(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # few are read at the same time, and all of a large model would take much memory
-def arrange_boxes(tensor: BoxedTensor) -> list[BoxRuns]:
+def arrange_boxes(tensor: BoxedTensor) -> list[tuple[Tensor, BoxRuns]]:
     """Arranges the boxes of a tensor, of equal ones the first. Raises Refused if they do not fill it: their bytes must
     be as many as its own, and no two of them overlap.
     """
-    boxes, size = tensor.boxes, tensor.size
-    name, bits = boxes[0][0].name, BITS[boxes[0][0].dtype]
-    distinct = {(offsets, part.shape): part for part, offsets in reversed(boxes) if prod(part.shape)}
-    ends = [[a + b for a, b in zip(*place, strict=True)] for place in distinct]
-    shape = tuple(map(max, zip(*ends, strict=True)))
-    lowest = min((place for offsets, _ in distinct for place in offsets), default=0)
-    whole = prod(shape) * bits // 8
-    held = sum(part.size for part in distinct.values())
-    if lowest < 0 or whole != size or held != size or len({part.dtype for part in distinct.values()}) > 1:
-        found = f"boxes of {held:,} bytes, from {lowest} to {list(shape)}"
-        raise refuse("wrong-shape", name, found, f"boxes that fill {size:,} bytes")
-    begins = [offsets for offsets, _ in distinct]
-    if overlaps(np.array(begins, np.int64), np.array(ends, np.int64)):
-        raise refuse("overlap", name, "two boxes with the same elements", "each element once")
-    return [arrange_box(part, offsets, shape, bits) for (offsets, _), part in distinct.items()]
+    distinct = {(offsets, part.shape): part for part, offsets in reversed(tensor.boxes) if prod(part.shape)}
+    parts = list(distinct.values())
+    arranged = arrange_places(tuple(distinct), BITS[parts[0].dtype])
+    held = sum(part.size for part in parts)
+    if arranged.runs and arranged.size == held == tensor.size and len({part.dtype for part in parts}) == 1:
+        return list(zip(parts, arranged.runs, strict=True))
+    found = f"boxes of {held:,} bytes, in a tensor {list(arranged.shape)}"
+    raise refuse("wrong-shape", parts[0].name, found, f"boxes that fill its {tensor.size:,} bytes, each once")
+
+
+class ArrangedBoxes(NamedTuple):
+    """Boxes in a tensor that ends where they end."""
+
+    shape: tuple[int, ...]
+    """Of the tensor, in elements."""
+    size: int
+    """Of all boxes, in bytes."""
+    runs: Sequence[BoxRuns]
+    """Empty if they do not fill it."""
+
+
+@lru_cache(maxsize=1024)  # thousands of tensors are cut in few ways
+def arrange_places(places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], bits: int) -> ArrangedBoxes:
+    """Arranges boxes, given as offsets and shape in elements of a number of bits."""
+    begins = np.array([offsets for offsets, _ in places], np.int64)
+    lengths = np.array([shape for _, shape in places], np.int64)
+    shape = tuple((begins + lengths).max(axis=0).tolist())
+    elements = sum(prod(shape) for _, shape in places)
+    is_filled = elements == prod(shape) and begins.min(initial=0) >= 0 and not overlaps(begins, begins + lengths)
+    runs = [arrange_box(*place, shape, bits) for place in places] if is_filled else []
+    return ArrangedBoxes(shape, elements * bits // 8, runs)
 
 
 def overlaps(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
@@ -102,10 +117,10 @@ def overlaps(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
     return False
 
 
-def arrange_box(part: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...], bits: int) -> BoxRuns:
-    """Arranges one box of a tensor of `shape`, whose elements have a number of bits."""
+def arrange_box(offsets: tuple[int, ...], box: tuple[int, ...], shape: tuple[int, ...], bits: int) -> BoxRuns:
+    """Arranges a box in a tensor of `shape`, both in elements of a number of bits."""
     merged: list[list[int]] = []
-    for offset, length, side in zip((0, *offsets), (1, *part.shape), (1, *shape), strict=True):
+    for offset, length, side in zip((0, *offsets), (1, *box), (1, *shape), strict=True):
         if merged and length == side:
             merged[-1] = [number * side for number in merged[-1]]
         else:
@@ -115,17 +130,17 @@ def arrange_box(part: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...], 
     pitches = tuple(prod(sides[number + 1 :]) for number in range(len(sides)))
     first = sum(start * pitch for start, pitch in zip(starts, pitches, strict=True))
     last = sum((length - 1) * pitch for length, pitch in zip(lengths, pitches, strict=True))
-    return BoxRuns(part, starts, lengths, pitches, first, first + last + 1)
+    return BoxRuns(starts, lengths, pitches, first, first + last + 1)
 
 
 def gather_range(tensor: BoxedTensor, offset: int, size: int, read: ReadBox) -> BoxBytes:
     """Gathers `size` bytes of a tensor from byte `offset` of it on, into new memory. Raises Refused."""
     out = np.empty(size, np.uint8)
-    for box in arrange_boxes(tensor):
+    for part, box in arrange_boxes(tensor):
         if box.first < offset + size and box.end > offset:
             begin, end = box.count_before(offset), box.count_before(offset + size)
             if begin < end:
-                spread_bytes(box, begin, read(box.part, begin, end - begin), out, offset)
+                spread_bytes(box, begin, read(part, begin, end - begin), out, offset)
     return out
 
 
