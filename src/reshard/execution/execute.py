@@ -211,8 +211,7 @@ def write_partial_files(
     durable. Returns also the records of all groups, and the checksums of the side files.
     """
     ways = choose_ways(plan, target, settings)
-    paths = [plan.source.folder / file.name for file in plan.source.files]
-    is_cached = is_mostly_cached(paths)
+    is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
     jobs = choose_threads(settings, measure_memory_per_thread(plan), keeps_disk_busy=not is_cached or ways != CACHED)

@@ -1,6 +1,6 @@
 """Tensors that are stored in boxes: parts at offsets, as torch's distributed checkpoints (DCP) have them.
 
-    weight [4, 6] of two files:   | box [4, 3] at [0, 0] | box [4, 3] at [0, 3] |
+weight [4, 6] of two files:   | box [4, 3] at [0, 0] | box [4, 3] at [0, 3] |
 """
 
 from collections.abc import Mapping, Sequence

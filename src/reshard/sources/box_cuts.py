@@ -33,7 +33,7 @@ class BoxCut(NamedTuple):
     """In their order; a number is a single box, counted without replicas."""
 
 
-class BoxFault(NamedTuple):
+class BoxFlaw(NamedTuple):
     """One reason why boxes do not make up a tensor."""
 
     kind: str
@@ -55,10 +55,10 @@ class BoxLayout(NamedTuple):
     """For each box, empty ones left out, its replicas: places in the sequence that was laid out."""
     root: BoxCut | int | None
     """None of an empty tensor, and where there is a fault."""
-    faults: tuple[BoxFault, ...]
+    faults: tuple[BoxFlaw, ...]
 
 
-class Piece(NamedTuple):
+class PlacedBox(NamedTuple):
     """A box within a tensor."""
 
     begin: Lengths
@@ -72,11 +72,11 @@ def lay_out_boxes(shape: Lengths | None, places: Sequence[Place]) -> BoxLayout:
     ranks = Counter([len(lengths) for place in places for lengths in place] if shape is None else [len(shape)])
     rank = ranks.most_common(1)[0][0]
     if wrong := tuple(number for number, place in enumerate(places) if {*map(len, place)} != {rank}):
-        return BoxLayout(shape or (), (), None, (BoxFault("dimensions", places[wrong[0]], wrong),))
+        return BoxLayout(shape or (), (), None, (BoxFlaw("dimensions", places[wrong[0]], wrong),))
     ends = [tuple(map(sum, zip(*place, strict=True))) for place in places]
     found = tuple(map(max, zip(*ends, strict=True))) if shape is None else shape
     faults = [
-        BoxFault("outside", places[number], (number,))
+        BoxFlaw("outside", places[number], (number,))
         for number, end in enumerate(ends)
         if min(places[number][0], default=0) < 0 or any(a > b for a, b in zip(end, found, strict=True))
     ]
@@ -87,17 +87,17 @@ def lay_out_boxes(shape: Lengths | None, places: Sequence[Place]) -> BoxLayout:
     copies = tuple(map(tuple, numbers.values()))
     if faults or not prod(found):
         return BoxLayout(found, copies, None, tuple(faults))
-    pieces = [Piece(places[some[0]][0], ends[some[0]], number) for number, some in enumerate(copies)]
+    pieces = [PlacedBox(places[some[0]][0], ends[some[0]], number) for number, some in enumerate(copies)]
     cutter = BoxCutter(copies, faults)
     root = cutter.cut((0,) * len(found), found, pieces, 0)
     return BoxLayout(found, copies, None if faults else root, tuple(faults))
 
 
-class Division(NamedTuple):
-    """Pieces divided along a dimension."""
+class PieceSplit(NamedTuple):
+    """Pieces split along a dimension."""
 
     dimension: int
-    groups: Sequence[Sequence[Piece]]
+    groups: Sequence[Sequence[PlacedBox]]
     """In their order."""
     spans: Sequence[tuple[int, int]]
     """The begin and the end of each group."""
@@ -109,16 +109,16 @@ class BoxCutter(NamedTuple):
     """Cuts the pieces of one tensor, and collects the faults."""
 
     copies: Sequence[Sequence[int]]
-    faults: list[BoxFault]
+    faults: list[BoxFlaw]
 
-    def cut(self, begin: Lengths, end: Lengths, pieces: Sequence[Piece], level: int) -> BoxCut | int | None:
+    def cut(self, begin: Lengths, end: Lengths, pieces: Sequence[PlacedBox], level: int) -> BoxCut | int | None:
         """Cuts the region from `begin` to `end`, which the pieces should fill. None if it has a fault."""
         if not pieces:
             self.add("hole", begin, end, pieces)
             return None
         if len(pieces) == 1 and pieces[0][:2] == (begin, end):
             return pieces[0].number
-        ways = [divide_pieces(pieces, place, begin[place], end[place]) for place in range(len(begin))]
+        ways = [split_pieces(pieces, place, begin[place], end[place]) for place in range(len(begin))]
         ways.sort(key=lambda way: not way.gaps)  # first a gap that goes all through: it is told as one hole
         for way in ways:
             if way.gaps or len(way.groups) > 1:
@@ -126,7 +126,7 @@ class BoxCutter(NamedTuple):
         self.faults.append(self.explain_core(begin, end, pieces))
         return None
 
-    def cut_along(self, way: Division, begin: Lengths, end: Lengths, level: int) -> BoxCut | None:
+    def cut_along(self, way: PieceSplit, begin: Lengths, end: Lengths, level: int) -> BoxCut | None:
         """Cuts a region into groups of pieces; what lies between two groups is a hole."""
         if level == MOST_CUTS:
             self.add("uncut", begin, end, [piece for group in way.groups for piece in group])
@@ -147,21 +147,21 @@ class BoxCutter(NamedTuple):
         is_whole = len(whole) == len(pieces) and not way.gaps
         return BoxCut(way.dimension, measure(begin, end), whole) if is_whole else None
 
-    def explain_core(self, begin: Lengths, end: Lengths, pieces: Sequence[Piece]) -> BoxFault:
+    def explain_core(self, begin: Lengths, end: Lengths, pieces: Sequence[PlacedBox]) -> BoxFlaw:
         """Explains pieces that no cut goes through: two overlap, or there is a hole, or they lie like a pinwheel."""
         lacking = prod(measure(begin, end)) - sum(prod(measure(*piece[:2])) for piece in pieces)
         if pair := find_overlap(pieces):
             low = tuple(map(max, pair[0].begin, pair[1].begin))
             high = tuple(map(min, pair[0].end, pair[1].end))
-            return BoxFault("overlap", (low, measure(low, high)), self.list_first(pair))
-        kind = "hole" if lacking else "uncut"
-        return BoxFault(kind, (begin, measure(begin, end)), self.list_first(pieces), lacking)
+            return BoxFlaw("overlap", (low, measure(low, high)), self.list_first(pair))
+        what = "overlap" if lacking < 0 else "hole" if lacking else "uncut"
+        return BoxFlaw(what, (begin, measure(begin, end)), self.list_first(pieces), lacking)
 
-    def add(self, kind: str, begin: Lengths, end: Lengths, pieces: Sequence[Piece]) -> None:
+    def add(self, kind: str, begin: Lengths, end: Lengths, pieces: Sequence[PlacedBox]) -> None:
         """Adds a fault of a region."""
-        self.faults.append(BoxFault(kind, (begin, measure(begin, end)), self.list_first(pieces)))
+        self.faults.append(BoxFlaw(kind, (begin, measure(begin, end)), self.list_first(pieces)))
 
-    def list_first(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    def list_first(self, pieces: Sequence[PlacedBox]) -> tuple[int, ...]:
         """The first replica of each piece."""
         return tuple(self.copies[piece.number][0] for piece in pieces)
 
@@ -171,9 +171,9 @@ def measure(begin: Lengths, end: Lengths) -> Lengths:
     return tuple(high - low for low, high in zip(begin, end, strict=True))
 
 
-def divide_pieces(pieces: Sequence[Piece], dimension: int, begin: int, end: int) -> Division:
-    """Divides pieces along a dimension, from `begin` to `end`, so that a cut between two groups goes through none."""
-    groups: list[list[Piece]] = []
+def split_pieces(pieces: Sequence[PlacedBox], dimension: int, begin: int, end: int) -> PieceSplit:
+    """Splits pieces along a dimension, from `begin` to `end`, so that a cut between two groups goes through none."""
+    groups: list[list[PlacedBox]] = []
     spans: list[tuple[int, int]] = []
     gaps: list[tuple[int, int]] = []
     reached = begin
@@ -190,10 +190,10 @@ def divide_pieces(pieces: Sequence[Piece], dimension: int, begin: int, end: int)
         reached = max(reached, high)
     if reached < end:
         gaps.append((reached, end))
-    return Division(dimension, groups, spans, gaps)
+    return PieceSplit(dimension, groups, spans, gaps)
 
 
-def find_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
+def find_overlap(pieces: Sequence[PlacedBox]) -> tuple[PlacedBox, PlacedBox] | None:
     """Finds two pieces that overlap. Beyond MOST_COMPARED pieces it does not look."""
     in_order = sorted(pieces)[: MOST_COMPARED + 1]
     for number, one in enumerate(in_order if len(in_order) <= MOST_COMPARED else ()):

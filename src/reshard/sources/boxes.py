@@ -7,7 +7,7 @@ from math import prod
 from reshard.errors import Problem, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
 from reshard.formats.safetensors import BITS
-from reshard.sources.box_cuts import BoxCut, BoxFault, BoxLayout, Lengths, lay_out_boxes
+from reshard.sources.box_cuts import BoxCut, BoxFlaw, BoxLayout, Lengths, lay_out_boxes
 from reshard.sources.rank_files import order_by_numbers
 from reshard.text import format_list
 from reshard.types import COMPARE, FIRST, Checkpoint, File, Join, Tensor
@@ -103,15 +103,15 @@ def check_boxes(
 
 
 def explain_fault(
-    name: str, fault: BoxFault, boxes: Sequence[Box], shape: Lengths, files: Sequence[File], again: str
+    name: str, fault: BoxFlaw, boxes: Sequence[Box], shape: Lengths, files: Sequence[File], again: str
 ) -> Problem:
     """Explains one fault of the places of boxes."""
     where, whole = format_place(*fault.place), list(shape)
     if fault.kind == "hole":
         lacking = f"{fault.lacking:,} elements of {where}" if fault.lacking else where
-        found = f"no box has {lacking}; its boxes are in {name_files(boxes, files)}"
+        found = f"no box has {lacking}; its boxes are in {name_box_files(boxes, files)}"
         return Problem("missing-box", name, found, f"boxes that fill {whole}", again)
-    named = name_files([boxes[number] for number in fault.boxes], files)
+    named = name_box_files([boxes[number] for number in fault.boxes], files)
     if fault.kind == "overlap":
         found = f"two different boxes have {where}, in {named}"
         return Problem("overlap", name, found, f"boxes that fill {whole} once", "are files of two saves in the folder?")
@@ -124,7 +124,7 @@ def explain_fault(
     return Problem("wrong-shape", name, found, f"boxes within {whole}", OTHER_SAVE)
 
 
-def name_files(boxes: Iterable[Box], files: Sequence[File]) -> str:
+def name_box_files(boxes: Iterable[Box], files: Sequence[File]) -> str:
     """Names the files of boxes, the first few of them."""
     return format_list(dict.fromkeys(files[box.part.file].name for box in boxes), 3) or "no file"
 

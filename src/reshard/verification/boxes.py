@@ -95,12 +95,12 @@ def arrange_places(places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], 
     lengths = np.array([shape for _, shape in places], np.int64)
     shape = tuple((begins + lengths).max(axis=0).tolist())
     elements = sum(prod(shape) for _, shape in places)
-    is_filled = elements == prod(shape) and begins.min(initial=0) >= 0 and not overlaps(begins, begins + lengths)
+    is_filled = elements == prod(shape) and begins.min(initial=0) >= 0 and not has_overlap(begins, begins + lengths)
     runs = [arrange_box(*place, shape, bits) for place in places] if is_filled else []
     return ArrangedBoxes(shape, elements * bits // 8, runs)
 
 
-def overlaps(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
+def has_overlap(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
     """Whether two of some boxes, int64 of shape [boxes, dimensions], overlap. Each is held against those that begin in
     the first dimension where it has not ended yet.
     """
@@ -153,13 +153,13 @@ def spread_bytes(box: BoxRuns, begin: int, data: BoxBytes, out: BoxBytes, offset
     pitch = box.pitches[-2] if len(box.pitches) > 1 else run
     cuts = {begin, end, -(-begin // run) * run, end // run * run, *range(-(-begin // plane) * plane, end, plane)}
     for low, high in pairwise(sorted(cut for cut in cuts if begin <= cut <= end)):
-        place = find_place(box, low) - offset
+        place = find_box_byte(box, low) - offset
         rows, width = max((high - low) // run, 1), min(high - low, run)
         target = np.ndarray((rows, width), np.uint8, out, place, (pitch, 1))  # which checks that it lies in `out`
         target[:] = data[low - begin : high - begin].reshape(rows, width)
 
 
-def find_place(box: BoxRuns, byte: int) -> int:
+def find_box_byte(box: BoxRuns, byte: int) -> int:
     """Finds where a byte of a box lies, in bytes of the tensor."""
     place, rest = box.first, byte
     for number, pitch in enumerate(box.pitches):
