@@ -21,8 +21,10 @@ from reshard.storage.local import CACHED
 from reshard.storage.page_cache import choose_ways_to_read
 from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint, File, Recipe
+from reshard.verification.boxes import BoxedTensor
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
-from reshard.verification.compare import ComparedFiles, Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.compare import Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.compared_files import ComparedFiles
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
@@ -254,11 +256,16 @@ def make_compared_files(
 ) -> tuple[ComparedFiles, ComparedFiles]:
     """The files of the source and of the target, and how to read them."""
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
+    joins = dict(enumerate(source.joins, len(source.files)))
+    # Never the joins of what is stored in boxes: their rows lie apart, and the boxes themselves prove more.
+    boxed = {place: BoxedTensor(boxes, joins[place].result.size) for place, boxes in source.boxes.items()}
     joined = {
-        len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
+        place: [copies[0] for copies in join.parts]
+        for place, join in joins.items()
+        if place not in boxed and join.rows == 1
     }
     source_side = make_files_to_compare(source.folder, dict(enumerate(source.files)), size)
-    return replace(source_side, joined=joined), make_files_to_compare(
+    return replace(source_side, joined=joined, boxed=boxed), make_files_to_compare(
         target, {file.number: file.file for file in files}, size
     )
 
