@@ -1,10 +1,11 @@
 """All measurements in one table: `python benchmarks/run.py FOLDER [--reference CONVERT_PY] [--only WORD]`.
 
 Makes its checkpoints below FOLDER (about 40 GB free are needed). Every time is that of a whole process as a person
-waits for it. The commands of a case run in turn, forwards and backwards (A B C, C B A, ...). Each column is their time
-divided by ours, as median (least to most): above 1, reshard is faster. `cp -r` alone leaves its bytes in memory. The
-loop is `limits.py copy`. The last column is the rate of our whole command as a share of what the disk itself wrote from
-memory in the same round.
+waits for it. The commands of a case run in turn, forwards and backwards (A B C, C B A, ...). Each column has their time
+divided by ours, as median (least to most): above 1, reshard is faster; then the median of their own seconds. Ours reads
+the source; the others copy what it writes, so they read as many bytes as they write. `cp -r` alone leaves its bytes in
+memory; the sync behind it waits for its files only. The loop is `limits.py copy`. The last column is the rate of our
+whole command as a share of what the disk itself wrote from memory in the same round: as many bytes, at most 3 GiB.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from compileall import compile_dir
 from dataclasses import dataclass
 from pathlib import Path
+
+from limits import DISCARD_SECONDS
 
 import reshard
 from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, write_checkpoint, write_tensors
@@ -60,8 +63,8 @@ CASES = (
 )
 
 
-DISCARD_SECONDS = 4
-"""A disk that is told of every freed block is busy with them for so long after some GB were removed."""
+LARGEST_DISK_FILE = 3 << 30
+"""In bytes: at most so much is written to measure the disk itself."""
 
 LIMITS = Path(__file__).with_name("limits.py")
 
@@ -85,7 +88,7 @@ def main() -> None:
     compile_dir(Path(reshard.__file__).parent, quiet=1)  # as it is once it is installed
     print(
         " | ".join(
-            (f"{'case':48}", "output", "ours", *(f"{name} / ours" for name in LIMITS_SHOWN), "share of the disk")
+            (f"{'case':48}", "source", "output", "ours", *(f"{name} / ours" for name in LIMITS_SHOWN), "of the disk")
         )
     )
     for case in CASES:
@@ -146,6 +149,15 @@ def timed(*commands: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
+def sync_files(folder: Path) -> list[str]:
+    """A command that waits until the files of a folder are on the disk, and not for those of others."""
+    return ["sh", "-c", 'exec sync "$1"/*', "sh", str(folder)]
+
+
+def measure_folder(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def fresh(path: Path) -> Path:
     """A target that is not there, on a machine that has nothing left to write or to discard."""
     shutil.rmtree(path, ignore_errors=True)
@@ -170,14 +182,14 @@ def prepare(path: Path, state: str) -> None:
 
 
 def compare_with_cp(folder: Path, case: Case) -> str:
-    """Of the same output bytes: what reshard writes is what `cp -r` copies."""
+    """What reshard writes is what `cp -r` copies."""
     source, model, copied = make(folder, case.source), fresh(folder / "model"), folder / "copied"
     timed(ours(source, model, case.ranks, *case.options))
-    size = sum(file.stat().st_size for file in model.iterdir())
+    size = measure_folder(model)
     copy = ["cp", "-r", str(model), str(copied)]
     loop = [sys.executable, str(LIMITS), "copy", str(model), str(copied)]
     commands: dict[str, tuple[Path, list[list[str]]]] = {
-        "cp + sync": (model, [copy, ["sync"]]),
+        "cp + sync": (model, [copy, sync_files(copied)]),
         "ours": (source, [ours(source, copied, case.ranks, *case.options)]),
         "cp": (model, [copy]),
         "loop": (model, [loop]),
@@ -191,12 +203,14 @@ def compare_with_cp(folder: Path, case: Case) -> str:
             prepare(read, case.state)
             times[name].append(timed(*run))
         fresh(copied)
-        disk = float(subprocess.check_output([sys.executable, str(LIMITS), "write", str(folder), str(1 << 30)]))
+        write = [sys.executable, str(LIMITS), "write", str(folder), str(min(size, LARGEST_DISK_FILE))]
+        disk = float(subprocess.check_output(write))
         shares.append(size / times["ours"][-1] / disk)
     fresh(model)
-    found = [spread([a / b for a, b in zip(times[name], times["ours"], strict=True)]) for name in LIMITS_SHOWN]
+    found = [compare(times[name], times["ours"]) for name in LIMITS_SHOWN]
+    sizes = [f"{size / 1e9:6.2f} GB" for size in (measure_folder(source), size)]
     mine = f"{statistics.median(times['ours']):6.2f} s"
-    return " | ".join((f"{case.name:48}", f"{size / 1e9:6.2f} GB", mine, *found, spread(shares)))
+    return " | ".join((f"{case.name:48}", *sizes, mine, *found, spread(shares)))
 
 
 def compare_with_script(folder: Path, script: Path, version: str) -> str:
@@ -208,20 +222,19 @@ def compare_with_script(folder: Path, script: Path, version: str) -> str:
     source = make(folder, "v3")
     arguments = ["--hf-ckpt-path", str(source), "--n-experts", "16", "--model-parallel", "16", "--save-path"]
     program = ["env", f"PYTHONPATH={package}", sys.executable, str(script)]
-    ratios = []
+    times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for turn in range(5):
         runs = {
-            "theirs": [[*program, *arguments, str(folder / "theirs")], ["sync"]],
+            "theirs": [[*program, *arguments, str(folder / "theirs")], sync_files(folder / "theirs")],
             "ours": [ours(source, folder / "converted", 16)],
         }
-        times = {}
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             prepare(source, "warm")
-            times[name] = timed(*runs[name])
+            times[name].append(timed(*runs[name]))
             fresh(folder / "theirs")
             fresh(folder / "converted")
-        ratios.append(times["theirs"] / times["ours"])
-    return f"{f'script + sync, safetensors {version}':48} | {spread(ratios)}"
+    mine = f"{statistics.median(times['ours']):6.2f} s"
+    return f"{f'script + sync, safetensors {version}':48} | {mine} | {compare(times['theirs'], times['ours'])}"
 
 
 def verification(folder: Path) -> Iterator[str]:
@@ -244,9 +257,8 @@ def verification(folder: Path) -> Iterator[str]:
                     for path in folders:
                         prepare(path, state)
                     times[run].append(timed(runs[run]))
-            ratios = spread([a / b for a, b in zip(times["cat"], times["ours"], strict=True)])
             mine = f"{size / 1e9:6.2f} GB  {statistics.median(times['ours']):5.2f} s"
-            yield f"{f'{name}, {state}':42} {mine}  cat/ours {ratios}"
+            yield f"{f'{name}, {state}':42} {mine}  cat/ours {compare(times['cat'], times['ours'])}"
     fresh(target)
     fresh(copy)
 
@@ -271,6 +283,11 @@ def jobs_in_memory(folder: Path) -> Iterator[str]:
 
 def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def compare(theirs: Sequence[float], ours: Sequence[float]) -> str:
+    """Their times divided by ours, and the median of theirs."""
+    return f"{spread([a / b for a, b in zip(theirs, ours, strict=True)])}, {statistics.median(theirs):6.2f} s"
 
 
 def memory(folder: Path) -> Iterator[str]:
@@ -336,6 +353,10 @@ def anonymous(command: Sequence[str]) -> int:
 
 WITHOUT_CHECKSUMS = """
 import sys, reshard.execution.writer
+class NoChecksum:
+    update = staticmethod(lambda data: None)
+    digest = staticmethod(lambda: bytes(16))
+reshard.execution.writer.xxh3_128 = NoChecksum
 reshard.execution.writer.xxh3_128_digest = lambda data: bytes(16)
 from reshard.cli.main import main
 sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ from reshard.errors import Refused
 from reshard.formats.folder import read_checkpoint
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
 from reshard.text import escape, format_size, format_table
@@ -63,7 +64,7 @@ def main() -> None:
 def lines(options: argparse.Namespace) -> Iterator[str]:
     """A table of the numbers of ranks that work, then those that are refused."""
     checkpoint = full_checkpoint(options.name)
-    recipe = choose_recipe(checkpoint, list_packaged_recipes())[0]
+    recipe = choose_recipe(checkpoint, choose_for_engine(list_packaged_recipes(), "", is_named=False))[0]
     yield f"{options.name}: {len(checkpoint.tensors):,} tensors, recipe {recipe.name}"
     rows, refusals = [], []
     for ranks in RANKS:

@@ -46,7 +46,7 @@ def test_every_recipe_has_a_page_and_every_page_a_place_in_the_table() -> None:
 def named_by(page: Path) -> list[str]:
     """The recipes that a page is about: one, or several of one kind."""
     text = page.read_text(encoding="utf-8")
-    (names,) = re.findall(r"^Recipes? ((?:`[\w-]+`(?:, )?)+)", text, re.MULTILINE)
+    (names,) = re.findall(r"^Recipes? ((?:`[\w-]+`(?:,\s)?)+)", text, re.MULTILINE)
     return re.findall(r"`([\w-]+)`", names)
 
 

@@ -30,6 +30,7 @@ from reshard.planning.options import (
 )
 from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
 from reshard.planning.rank_choices import plan_for_ranks
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.source import read_chosen
 from reshard.sources.verified_source import read_sides
 from reshard.storage.counting import WorkCounter, count_progress
@@ -43,6 +44,7 @@ from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.report_notes import add_side_files, add_target_note
+from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
 
@@ -121,7 +123,7 @@ def convert(
         renumber: Number the layers and experts that are left from 0 on.
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
-        for_engine: The engine that the rank files are for, such as `"vllm"`; by default for the model's own code.
+        for_engine: `"vllm"`, or `"transformers"` without `mp`; by default the files are for the model's own code.
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
@@ -267,7 +269,14 @@ def verify(
     sides = read_sides(folder, require_path(source), recipe, ignore_extra_files=ignore_extra_files)
     with count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen)) as advance:
         report = verify_target(
-            sides.folder, sides.whole, sides.recipe, advance, chosen, part, ignore_extra_files=sides.ignores_extra_files
+            sides.folder,
+            sides.whole,
+            sides.recipe,
+            advance,
+            chosen,
+            part,
+            stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
+            ignore_extra_files=sides.ignores_extra_files,
         )
     report = add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
     return reword_hints(report, folder, Path(source))
@@ -318,7 +327,7 @@ def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iter
         yield f"{target}: the parts that were made apart are joined; no rank file was written"
     else:
         size = f"{plan.size:,} bytes ({format_size(plan.size)})"
-        kind = "rank files" if plan.layout.to == RANKS else "files"
+        kind = "rank files" if plan.layout.to == RANKS and has_ranks(plan.recipe) else "files"
         yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
         yield from describe_run(done, jobs)
     yield from list_subset_lines(plan.source.subset)
@@ -335,7 +344,7 @@ def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
         yield f"resumed: {done.resumed:,} bytes had been written before"
     used = format_count(done.jobs, "jobs")
     if jobs is not None and done.jobs < jobs:
-        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory allows no more)"
+        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory or the system allows no more)"
     yield f"{used}, read {done.ways.read}, written {done.ways.write}"
     if done.inexact:
         yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"

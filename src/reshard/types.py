@@ -219,8 +219,7 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
-    `maybe if KEY`: it may be missing where the config key is true or absent."""
+    """`if KEY`, `unless KEY`: exists by the config. `maybe`: may lack; `maybe if KEY`: if KEY is true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
     code_dtype: str = ""
@@ -252,8 +251,9 @@ class Constant(NamedTuple):
     """Name pattern in the rank files, with one placeholder or none."""
     dtype: str
     shape: tuple[int, ...]
-    """In elements."""
     value: float
+    scale: str = ""
+    """The placeholder of block scales without which it does not exist; empty if it always does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,23 +265,20 @@ class Recipe:
     about: str
     """One sentence about the recipe."""
     left: str
-    """The layout of the original files, in words."""
     right: str
-    """The layout of the rank files, in words."""
+    """The layouts of the original files and of the rank files, in words."""
     files: str
-    """Pattern of the names of rank files, with `{rank}` and `{ranks}`."""
+    """Pattern of the names of rank files, with `{rank}` and `{ranks}`; or the name of the one file that has all."""
     carry: tuple[str, ...]
     """Patterns of the side files to copy."""
     model_types: tuple[str, ...]
-    """Values of `model_type` in the config that choose this recipe."""
     architectures: tuple[str, ...]
-    """Values of `architectures` in the config that choose this recipe."""
+    """Values of `model_type` and `architectures` in the config that choose this recipe."""
     ranks_divide: tuple[str, ...]
     """Formulas over the config; the number of ranks must divide each value."""
     placeholders: Mapping[str, Placeholder]
-    """The numbered placeholders, by name."""
     scales: Mapping[str, BlockScale]
-    """The block scales, by the name of the placeholder for the weight or its scale."""
+    """By their letters: the numbered placeholders; the block scales, whose letter is for a weight or its scale."""
     sizes: Mapping[str, str]
     """Formulas over config keys for the sizes that shapes name, in elements."""
     padded: tuple[str, ...]
@@ -302,10 +299,11 @@ class Recipe:
     """The tensors that are made of nothing, in every rank file."""
     engine: str
     """The engine that the right side is for, as `--for` names it; empty if the recipe is found without it."""
+    by_name: bool
+    """Whether it is used only where its name is given, for a family has another recipe that is the usual one."""
     origin: str
-    """The file that the recipe was read from."""
     text_hash: str
-    """SHA-256 of that file, in hexadecimal."""
+    """The file that the recipe was read from, and its SHA-256 in hexadecimal."""
 
 
 COMPARE, FIRST = "compare", "first"

@@ -975,7 +975,7 @@ def test_what_is_no_size_is_refused_with_the_units(text: str) -> None:
 
 def test_fewer_jobs_than_were_asked_for_are_explained(source: Path, tmp_path: Path, say: Say) -> None:
     text = say("convert", source, tmp_path / "out", "--mp", "2", "--jobs", "5000")
-    assert re.search(r"^\d+ of 5,000 jobs \(--max-memory allows no more\), read ", text, re.MULTILINE)
+    assert re.search(r"^\d+ of 5,000 jobs \(--max-memory or the system allows no more\), read ", text, re.MULTILINE)
     assert "\n1 job, read " in say("convert", source, tmp_path / "one", "--mp", "2", "--jobs", "1")
 
 

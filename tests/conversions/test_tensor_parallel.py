@@ -4,18 +4,17 @@ model computes.
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tensor_parallel
 import torch
 import transformers
 from jobs import Job, convert_checkpoint, make_plan
+from plain_shares import rewrite, share, tensors_of, write_mxfp4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, from_config, write_model
@@ -29,7 +28,7 @@ from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
 from reshard.verification.verify import verify_target
 
-RECIPES = [recipe for recipe in list_packaged_recipes() if recipe.right == "tensor-parallel"]
+RECIPES = [recipe for recipe in list_packaged_recipes() if recipe.right == "tensor-parallel" and not recipe.by_name]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -37,38 +36,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("models") / request.param
     write_model(folder, request.param)
     return request.param, folder
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-# --- a converter that knows nothing of recipes ---
-
-ROWS = r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
-COLUMNS = r"(o_proj|down_proj)\.weight"
-OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale)"
-FUSED = r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?"
-EXPERT = r"experts\.(\d+)\."
-
-
-def share(name: str, tensor: Tensor, config: Mapping[str, Any], rank: int, ranks: int) -> Tensor | None:
-    """What a rank has of a tensor; None if nothing."""
-    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0
-    if found := re.search(EXPERT, name):
-        return tensor if int(found[1]) * ranks // count == rank else None
-    if re.search(rf"\.({FUSED})$", name):
-        return tensor[rank * count // ranks : (rank + 1) * count // ranks]
-    if re.search(rf"\.({OF_HEADS})$", name):
-        heads = config["num_key_value_heads"]
-        first, last = rank * heads // ranks, -(-(rank + 1) * heads // ranks)
-        width = len(tensor) // heads
-        return tensor[first * width : last * width]
-    if re.search(rf"(^|\.)({ROWS})$", name):
-        return tensor.chunk(ranks)[rank]
-    if re.search(rf"\.({COLUMNS})$", name):
-        return tensor.chunk(ranks, 1)[rank]
-    return tensor
 
 
 def data_of(path: Path) -> bytes:
@@ -117,26 +84,6 @@ def test_files_say_what_they_are_and_have_what_a_loader_needs_beside_them(tmp_pa
 
 
 # --- what transformers does not write ---
-
-
-def rewrite(folder: Path, tensors: Mapping[str, Tensor], **changes: Any) -> None:
-    """The same checkpoint with other tensors, in one file, and another config."""
-    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
-        path.unlink()
-    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def write_mxfp4(folder: Path) -> None:
-    """gpt-oss as it is published: experts of 32 values in 16 bytes, and a scale for each 32."""
-    write_model(folder, "gpt-oss", hidden_size=64, intermediate_size=96)
-    tensors = tensors_of(folder)
-    for name in [name for name in tensors if re.search(r"experts\.(gate_up|down)_proj$", name)]:
-        experts, before, after = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(256, (experts, after, before // 32, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(256, (experts, after, before // 32), dtype=torch.uint8)
-    rewrite(folder, tensors, quantization_config={"quant_method": "mxfp4"})
 
 
 def write_glm_fp8(folder: Path) -> None:

@@ -1,19 +1,24 @@
 """Rank files for vLLM's `sharded_state`: what vLLM's own models want, as an independent converter makes them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
+from small_models import write_model
 from torch import Tensor
-from vllm_oracle import CASES, LIST, make_rank_tensors, write_case, write_rank_files
+from vllm_models import CASES, DEEPSEEK, SCALE, SCALE_DTYPES, write_case
+from vllm_oracle import LIST, make_rank_tensors, write_rank_files
 
 from reshard import api
 from reshard.errors import Refused
 
 WANTED: dict[str, Any] = json.loads(LIST.read_text())
+OF_FP8 = re.compile(rf"{SCALE}$|\.attn\.[a-z]+_scale$")
 RANKS: tuple[int, ...] = tuple(WANTED["ranks"])
 
 
@@ -30,8 +35,21 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Dtype and shape of each, as the list has them."""
-    names = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
+    names = {"torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float8_e4m3fn": "F8_E4M3"}
     return {name: f"{names[str(tensor.dtype)]} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def list_wanted(case: str, ranks: int) -> dict[str, str]:
+    """What vLLM wants, but for scales that are BF16 in the checkpoint: vLLM widens them as it loads them."""
+    wanted = {name: shapes[RANKS.index(ranks)] for name, shapes in WANTED["models"][case].items()}
+    if SCALE_DTYPES.get(case) is torch.bfloat16:
+        return {name: shape.replace("F32", "BF16") if SCALE in name else shape for name, shape in wanted.items()}
+    return wanted
+
+
+def name_recipe(source: Path) -> str:
+    model: str = json.loads((source / "config.json").read_text())["model_type"]
+    return f"vllm-{model.replace('_', '-').replace('mistral', 'llama')}"
 
 
 def data_of(path: Path) -> bytes:
@@ -43,38 +61,104 @@ def data_of(path: Path) -> bytes:
 def test_the_list_is_of_every_case_and_names_its_version() -> None:
     assert set(WANTED["models"]) == set(CASES)
     assert WANTED["vllm"] == "0.32.0"
-    assert len({WANTED["models"][case]["model.norm.weight"][0] for case in CASES}) == 2
+    assert len({WANTED["models"][case]["model.norm.weight"][0] for case in CASES}) == 3
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_oracle_makes_what_vllm_wants(model: tuple[str, Path], ranks: int) -> None:
     case, source = model
-    at = RANKS.index(ranks)
-    wanted = {name: shapes[at] for name, shapes in WANTED["models"][case].items()}
     for rank in range(ranks):
-        assert describe(make_rank_tensors(source, rank, ranks)) == wanted
+        assert describe(make_rank_tensors(source, rank, ranks)) == list_wanted(case, ranks)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_rank_files_are_those_of_the_oracle_and_lead_back(model: tuple[str, Path], ranks: int, tmp_path: Path) -> None:
     case, source = model
-    recipe = f"vllm-{json.loads((source / 'config.json').read_text())['model_type'].replace('_', '-')}"
-    recipe = recipe.replace("mistral", "llama")
-    convert_checkpoint(Job(source, ranks, recipe=recipe), tmp_path / "target")
+    convert_checkpoint(Job(source, ranks, recipe=name_recipe(source)), tmp_path / "target")
     write_rank_files(source, tmp_path / "wanted", ranks)
     names = [f"model-rank-{rank}-part-0.safetensors" for rank in range(ranks)]
     assert sorted(path.name for path in (tmp_path / "target").glob("*.safetensors")) == names
-    at = RANKS.index(ranks)
     for name in names:
         found, wanted = tmp_path / "target" / name, tmp_path / "wanted" / name
-        assert describe(load_file(found)) == {key: shapes[at] for key, shapes in WANTED["models"][case].items()}
+        assert describe(load_file(found)) == list_wanted(case, ranks)
         assert data_of(found) == data_of(wanted)
     report = api.verify(tmp_path / "target", source)
     assert report.problems == ()
     convert_checkpoint(Job(tmp_path / "target", 1, to="hf"), tmp_path / "back")
-    whole, back = tensors_of(source), tensors_of(tmp_path / "back")
+    layers = DEEPSEEK.get(case, {}).get("num_hidden_layers")  # the layer behind the last is the MTP layer
+    whole = {name: tensor for name, tensor in tensors_of(source).items() if f"layers.{layers}." not in name}
+    back = tensors_of(tmp_path / "back")
     assert set(back) == set(whole)
-    assert all(back[name].dtype == whole[name].dtype and back[name].equal(whole[name]) for name in whole)
+    assert all(back[name].dtype == whole[name].dtype for name in whole)
+    assert all(back[name].view(torch.uint8).equal(whole[name].view(torch.uint8)) for name in whole)
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe-fp8", "deepseek-v3-fp8"])
+def test_casts_to_bf16_and_back_to_fp8_are_what_vllm_wants(case: str, tmp_path: Path) -> None:
+    """With FP8 go constants, and a config that names the router: without it vLLM's Qwen3-MoE has that in FP8."""
+    write_case(tmp_path / "source", case)
+    recipe = name_recipe(tmp_path / "source")
+    convert_checkpoint(Job(tmp_path / "source", 2, recipe=recipe, cast="bf16"), tmp_path / "plain")
+    assert api.verify(tmp_path / "plain", tmp_path / "source").problems == ()
+    plain = load_file(tmp_path / "plain" / "model-rank-1-part-0.safetensors")
+    wanted = {name: shape for name, shape in list_wanted(case, 2).items() if not OF_FP8.search(name)}
+    assert describe(plain) == {name: shape.replace("F8_E4M3", "BF16") for name, shape in wanted.items()}
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+    convert_checkpoint(Job(tmp_path / "plain", 1, to="hf"), tmp_path / "whole")
+    convert_checkpoint(Job(tmp_path / "whole", 4, recipe=recipe, cast="fp8"), tmp_path / "again")
+    assert api.verify(tmp_path / "again", tmp_path / "whole").problems == ()
+    for rank in range(4):
+        found = describe(load_file(tmp_path / "again" / f"model-rank-{rank}-part-0.safetensors"))
+        assert found == list_wanted(case, 4)
+    exempt = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"][
+        "modules_to_not_convert"
+    ]
+    routers = [name.removesuffix(".weight") for name in tensors_of(tmp_path / "whole") if name.endswith("gate.weight")]
+    assert set(exempt) == {"lm_head", "model.embed_tokens", *routers}
+    convert_checkpoint(Job(tmp_path / "again", 2, recipe=recipe), tmp_path / "others")
+    assert describe(load_file(tmp_path / "others" / "model-rank-0-part-0.safetensors")) == list_wanted(case, 2)
+
+
+def test_constants_of_fp8_are_there_exactly_with_block_scales(tmp_path: Path) -> None:
+    """`k_scale` and its like: one that lacks would stop vLLM, and so would one too many."""
+    for case, is_added, kind in (("qwen3-fp8", False, "missing-tensor"), ("qwen3", True, "contradiction")):
+        source, ranks = tmp_path / case, tmp_path / f"{case}-ranks"
+        write_case(source, case)
+        convert_checkpoint(Job(source, 1, recipe="vllm-qwen3"), ranks)
+        path = ranks / "model-rank-0-part-0.safetensors"
+        tensors = load_file(path)
+        scale = "model.layers.1.self_attn.attn.k_scale"
+        changed = {key: tensor for key, tensor in tensors.items() if key != scale}
+        if is_added:
+            changed[scale] = torch.tensor(-1.0, dtype=torch.bfloat16)
+        (ranks / "reshard.json").unlink()
+        save_file(changed, path, {"format": "pt", "rank": "0", "ranks": "1", "recipe": "vllm-qwen3"})
+        (problem,) = api.verify(ranks, source).problems
+        assert problem.kind == ("extra-tensor" if is_added else "missing-tensor")
+        assert scale in problem.subject
+        with pytest.raises(Refused) as caught:
+            convert_checkpoint(Job(ranks, 1, to="hf"), tmp_path / "back")
+        first, last = caught.value.problems
+        assert (first.kind, scale in first.subject, last.kind) == (kind, True, "rank-files")
+
+
+def test_parts_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
+    """vLLM would refine or widen such blocks, as its kernels have it: another layout on each machine."""
+    write_case(tmp_path / "source", "qwen3-moe-fp8")
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "source", 8, recipe="vllm-qwen3-moe"), tmp_path / "target")
+    problems = [problem for problem in caught.value.problems if problem.kind == "straddles-blocks"]
+    assert any("mlp.experts.*.gate_proj.weight" in problem.subject for problem in problems)
+    assert all(problem.remedy == "--mp with one of 1, 2, 4" for problem in problems)
+
+
+def test_gpt_oss_is_refused_for_vllm(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "gpt-oss", hidden_size=64, intermediate_size=96)
+    with pytest.raises(Refused) as caught:
+        api.plan(tmp_path / "source", mp=2, for_engine="vllm")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.found) == ("no-recipe", "for vllm, a model of gpt_oss")
 
 
 def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:

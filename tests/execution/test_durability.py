@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from jobs import NOTHING_CACHED
 from torture import BATCH, CHECKSUM_SIZE, RANKS, RECORD
 
 from reshard.formats.target_names import JOURNAL
@@ -86,8 +87,9 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (target / JOURNAL).touch()
     os.link(target / JOURNAL, kept)
     jobs, cache = request.param
+    program = NOTHING_CACHED + PROGRAM if cache == "no" else PROGRAM
     command = ["strace", "-f", "-y", "-s", "0", "-o", str(folder / "trace"), "-e", f"trace={CALLS}", sys.executable]
-    command += ["-c", PROGRAM, "convert", str(folder / "source"), str(target), "--mp", str(RANKS)]
+    command += ["-c", program, "convert", str(folder / "source"), str(target), "--mp", str(RANKS)]
     done = subprocess.run([*command, "--jobs", jobs, "--cache", cache], check=False, capture_output=True, text=True)
     if "ptrace" in done.stderr and done.returncode:
         pytest.skip("strace may not trace here")

@@ -18,14 +18,18 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from jobs import Job, convert_checkpoint
+from cached_pages import mount, mount_ext2
+from denied_calls import make_denial
+from jobs import NOTHING_CACHED, Job, convert_checkpoint
 from torture import RANKS, contents, durable_bytes, wrong_names
 
+import reshard
 import reshard.execution.writer
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.target_names import JOURNAL
+from reshard.storage.local import SYNC_FILE_RANGE_WAIT
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Advance
 
@@ -114,32 +118,18 @@ def require_gone_on(source: Path, target: Path, wanted: dict[str, str]) -> None:
 # --- full disks ---
 
 
-def mounted(folder: Path, *options: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", *options, str(folder)], check=False, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    return folder
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """60 MB that promise blocks."""
-    yield mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=60m", "tmpfs")
+    yield mount(tmp_path / "disk", "-t", "tmpfs", "-o", "size=60m", "tmpfs")
     subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
 @pytest.fixture
 def old_disk(tmp_path: Path) -> Iterator[Path]:
     """60 MB that cannot promise blocks: ext2 has no fallocate."""
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.truncate(60 << 20)
-    command = shutil.which("mkfs.ext2", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
-    if not command:
-        pytest.skip("mkfs.ext2 is not installed")
-    subprocess.run([command, "-q", "-F", "-m", "0", str(image)], check=True)
-    yield mounted(tmp_path / "disk", "-o", "loop", str(image))
-    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+    with mount_ext2(tmp_path, 60 << 20) as disk:
+        yield disk
 
 
 def fill(thief: Path) -> None:
@@ -215,18 +205,53 @@ def void(_: object) -> None:
     """For a lambda that should return nothing."""
 
 
+@pytest.fixture
+def memory_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that knows no way past the page cache."""
+    folder = mount(tmp_path / "memory", "-t", "ramfs", "ramfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_shard_on_another_file_system_is_read_in_the_way_of_that(
+    number: int, source: Path, target: Path, wanted: dict[str, str], memory_disk: Path
+) -> None:
+    """The first file of a source, whose way is the one of the job, or another."""
+    shard = source / f"model-0000{number}-of-00004.safetensors"
+    shutil.copy2(shard, memory_disk / shard.name)
+    shard.unlink()
+    shard.symlink_to(memory_disk / shard.name)
+    result = convert_checkpoint(Job(source, RANKS), target, Settings(cache="no"))
+    assert result.done is not None
+    assert (result.done.ways.read == "dropped") == (number == 1)
+    assert contents(target) == wanted
+    report = reshard.verify(target, source)
+    assert report.problems == ()
+
+
 # --- single system calls ---
 
 
 def traced(
-    source: Path, target: Path, fault: str, *options: str, program: str = PROGRAM, log: str | Path = os.devnull
+    source: Path,
+    target: Path,
+    fault: str,
+    *options: str,
+    program: str = PROGRAM,
+    log: str | Path = os.devnull,
+    only: Path | None = None,
 ) -> "subprocess.Popen[str]":
-    """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`."""
+    """A conversion under strace, as a child of our own, with a fault in the words of `strace --inject`; of calls on one
+    path `only`. With `--cache no` it reads past the page cache.
+    """
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     name, _, how = fault.partition(":")
     calls = ",".join(f"?{call}" for call in ([name, name + "2"] if name.startswith("p") else [name]))
     command = ["strace", "-D", "-f", "-o", str(log), "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
+    command += ["-P", str(only)] if only else []
+    program = NOTHING_CACHED + program if "no" in options else program
     command += [sys.executable, "-c", program, "convert", str(source), str(target), "--mp", str(RANKS), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
@@ -274,6 +299,74 @@ def test_a_write_back_that_cannot_be_begun_ends_the_run(origin: Path, target: Pa
     assert code == 2, errors
     assert ": cannot write\n" in errors
     assert main(["convert", str(origin), str(target), "--mp", str(RANKS)]) == 0
+    assert contents(target) == wanted
+
+
+@pytest.mark.parametrize(("code", "remedy"), [("EACCES", "may you read it"), ("EMFILE", "ulimit -n")])
+@pytest.mark.parametrize("when", [3, 4, 5, 6])
+def test_a_source_that_cannot_be_opened_again_is_not_told_as_a_target(
+    code: str, remedy: str, when: int, origin: Path, target: Path
+) -> None:
+    """Having read its header, to find a way past the page cache, to look what of it is in there, and to copy, twice."""
+    first = origin / "model-00001-of-00004.safetensors"
+    fault = f"openat:error={code}:when={when}+"
+    status, errors = ended(traced(origin, target, fault, "--cache", "no", only=first))
+    assert status == 2, errors
+    assert f"{first}: cannot read\n" in errors
+    assert remedy in errors
+
+
+def run_denied(denial: str, source: Path, target: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """A conversion in a process to which the kernel denies a call."""
+    command = [
+        sys.executable,
+        "-c",
+        denial + (NOTHING_CACHED if "no" in options else "") + PROGRAM,
+        "convert",
+        str(source),
+        str(target),
+        "--mp",
+        str(RANKS),
+        *options,
+    ]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=MANY)
+
+
+@pytest.mark.parametrize("code", ["EIO", "EINVAL", "EOPNOTSUPP", "EINTR"])
+def test_a_write_that_failed_behind_our_back_is_not_recorded_as_durable(
+    code: str, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    """To wait is to be told of it, by any number that a disk or a network gave, and the sync behind it says nothing."""
+    denial = make_denial("sync_file_range", code, 3, SYNC_FILE_RANGE_WAIT)
+    done = run_denied(denial, origin, target, "--cache", "yes")
+    assert done.returncode == 2, done.stderr
+    assert ": cannot write\n" in done.stderr
+    assert os.strerror(getattr(errno, code)) in done.stderr
+    assert durable_bytes(target / JOURNAL) == 0
+    assert main(["convert", str(origin), str(target), "--mp", str(RANKS)]) == 0
+    assert contents(target) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "cache"),
+    [("sync_file_range", "EPERM", "yes"), ("fadvise64", "ENOSYS", "yes"), ("fadvise64", "ENOSYS", "no")],
+)
+def test_advice_that_may_not_be_given_is_done_without(
+    name: str, code: str, cache: str, origin: Path, target: Path, wanted: dict[str, str]
+) -> None:
+    """As in a container with a strict filter."""
+    done = run_denied(make_denial(name, code), origin, target, "--cache", cache)
+    assert done.returncode == 0, done.stderr
+    assert contents(target) == wanted
+
+
+def test_a_file_system_without_a_sync_of_folders(origin: Path, target: Path, wanted: dict[str, str]) -> None:
+    """Such as a folder of the host in a virtual machine."""
+    target.mkdir()
+    log = target.with_name("calls")
+    code, errors = ended(traced(origin, target, "fsync:error=EINVAL", log=log, only=target))
+    assert code == 0, errors
+    assert "(INJECTED)" in log.read_text(encoding="utf-8")
     assert contents(target) == wanted
 
 

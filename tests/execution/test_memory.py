@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cached_pages import drop_files
 from jobs import Job, convert_checkpoint
+from torture import BATCH, RECORD, durable_bytes
+from xxhash import xxh3_64_digest
 
+from reshard.formats.target_names import JOURNAL
 from reshard.synthetic import SMALL_V3, write_checkpoint, write_tensors
 
 INTERPRETER = """
@@ -91,8 +95,51 @@ def test_the_limit_is_one() -> None:
 def test_a_conversion_of_many_times_the_cap_stays_below_it(plenty: Path, tmp_path: Path, cache: str) -> None:
     recipe = plenty.parent / "plenty.toml"
     options = ("--mp", "4", "--jobs", "4", "--recipe", str(recipe), "--cache", cache)
+    drop_files(plenty)
     done = run(command(plenty, tmp_path / "target", *options), private_limit())
     assert done.returncode == 0, done.stderr
+    assert ("read cached" in done.stdout) == (cache == "yes")
+
+
+LONG_BATCH = 300_000
+"""About so many groups does DeepSeek-V3 have, for 16 ranks."""
+
+STOP_EARLY = """
+import os, reshard.execution.writer
+reshard.execution.writer.FLUSH_SECONDS = 0.01
+append = reshard.execution.writer.append_records
+def append_and_end(*arguments):
+    append(*arguments)
+    os._exit(9)
+reshard.execution.writer.append_records = append_and_end
+from reshard.cli.process import entry; entry()
+"""
+
+
+def test_an_interrupted_conversion_goes_on_below_it(plenty: Path, tmp_path: Path) -> None:
+    target, limited = tmp_path / "target", private_limit()
+    options = command(plenty, target, "--mp", "4", "--jobs", "4", "--recipe", str(plenty.parent / "plenty.toml"))[3:]
+    assert run([sys.executable, "-c", STOP_EARLY, *options], limited).returncode == 9
+    assert durable_bytes(target / JOURNAL) > 0
+    done = run([sys.executable, "-m", "reshard", *options], limited)
+    assert done.returncode == 0, done.stderr
+    assert "resumed: " in done.stdout
+
+
+def test_a_journal_as_long_as_that_of_a_large_model_is_read_below_it(plenty: Path, tmp_path: Path) -> None:
+    """Here most of its records are of bytes that the job does not have, which is found at the end."""
+    target, limited = tmp_path / "target", private_limit()
+    options = command(plenty, target, "--mp", "4", "--jobs", "1", "--recipe", str(plenty.parent / "plenty.toml"))[3:]
+    assert run([sys.executable, "-c", STOP_EARLY, *options], limited).returncode == 9
+    batch = BATCH.pack(LONG_BATCH) + b"".join(
+        RECORD.pack((1 << 40) + 4096 * place, place % 4, 4096, bytes(16)) for place in range(LONG_BATCH)
+    )
+    with (target / JOURNAL).open("ab") as journal:
+        journal.write(batch + xxh3_64_digest(batch))
+    done = run([sys.executable, "-m", "reshard", *options], limited)
+    assert done.returncode == 2, done.stderr
+    assert f"{JOURNAL}: damaged journal\n" in done.stderr
+    assert "every byte of it once" in done.stderr
 
 
 def test_a_tensor_of_98_gigabytes_stays_below_it(largest: Path, tmp_path: Path) -> None:
@@ -129,8 +176,10 @@ def test_putting_wide_rows_together_stays_below_it(
     wide_ranks: Path, tmp_path: Path, options: tuple[str, ...], cache: str
 ) -> None:
     more = ("--recipe", str(wide_ranks / "wide.toml"), "--cache", cache)
+    drop_files(wide_ranks / "ranks")
     done = run(command(wide_ranks / "ranks", tmp_path / "target", *options, *more), private_limit())
     assert done.returncode == 0, done.stderr
+    assert ("read cached" in done.stdout) == (cache == "yes")
     if options[0] == "--to":
         (wanted,), (found,) = (
             (folder.glob("*.safetensors")) for folder in (wide_ranks / "source", tmp_path / "target")

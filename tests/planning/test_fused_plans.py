@@ -63,7 +63,7 @@ def test_the_shapes_of_fused_tensors(ranks: int, tmp_path: Path) -> None:
         assert found["model.layers.1.qkv.weight"] == (12 // ranks + 2 * kv, 7)
         assert found["model.layers.1.qkv.bias"] == (12 // ranks + 2 * kv,)
         assert found["model.layers.0.mlp.w13.weight"] == (12, 2 * 20 // ranks, 7)
-        assert found["model.layers.0.mlp.w2.weight"] == (12, 7, 20 // ranks)
+        assert found["model.layers.0.mlp.w2_weight"] == (12, 7, 20 // ranks)
         assert found["model.layers.0.mlp.w2_bias"] == (12, 7)
         assert (found["model.layers.0.extra"], found["model.layers.1.extra"]) == ((3, 5), (0, 5))
         assert found["model.embed.weight"] == (16 // ranks, 7)

@@ -3,7 +3,7 @@
 import pytest
 
 from reshard.errors import Refused
-from reshard.recipes.recipe import parse_recipe
+from reshard.recipes.recipe import has_ranks, parse_recipe
 
 HEAD = """
 name = "fused"
@@ -15,11 +15,13 @@ describes = true
 placeholders.i = { counts = "layers" }
 placeholders.e = { counts = "experts" }
 placeholders.w = { counts = "other experts", within = "i" }
+scales.p = { left = "weight_scale_inv", right = "scale", block = 4 }
 """
 
 Q, K = '["concat", "a.{i}.q", "a.{i}.qk", "rows", "[n]"]', '["concat", "a.{i}.k", "a.{i}.qk", "rows", "[n]"]'
 GATE = '["stack", "a.{i}.{e}.gate", "a.{i}.experts", "rows", "[n]"]'
 NORM = '["same", "norm", "norm", "replicate", "[n]"]'
+SCALED = '["stack", "a.{i}.{e}.down.{p}", "a.{i}.w2_{p}", "columns", "[m, n]"]'
 
 
 def make_text(rows: tuple[str, ...], more: str = "") -> str:
@@ -27,10 +29,10 @@ def make_text(rows: tuple[str, ...], more: str = "") -> str:
 
 
 def test_what_is_right_is_read() -> None:
-    constants = 'constants = [["a.{i}.scale", "F32 []", 1.0], ["version", "F16 [2, 3]", -65504.0]]'
-    recipe = parse_recipe(make_text((Q, K, GATE, NORM), constants), "right.toml")
-    assert [rule.relation for rule in recipe.rules] == ["concat", "concat", "stack", "same"]
-    assert [constant.shape for constant in recipe.constants] == [(), (2, 3)]
+    constants = 'constants = [["a.{i}.scale", "F32 []", 1.0, "if {p}"], ["version", "F16 [2, 3]", -65504.0]]'
+    recipe = parse_recipe(make_text((Q, K, GATE, NORM, SCALED), constants), "right.toml")
+    assert [rule.relation for rule in recipe.rules] == ["concat", "concat", "stack", "same", "stack"]
+    assert [(constant.shape, constant.scale) for constant in recipe.constants] == [((), "p"), ((2, 3), "")]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,16 @@ def test_what_is_right_is_read() -> None:
         pytest.param((NORM,), 'constants = [["a", "F32 [n]", 1.0]]', "a shape of numbers", id="a formula"),
         pytest.param((NORM,), 'constants = [["a", "I64 []", 1.0]]', "one of F32, BF16, F16", id="whole numbers"),
         pytest.param((NORM,), 'constants = [["a", "F32 []", 1]]', "a row of right name", id="no fraction"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "if {i}"]]', "of a block scale", id="if a layer"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "if n"]]', "of a block scale", id="if a key"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, 1]]', "of a block scale", id="if a number"),
+        pytest.param((NORM,), 'constants = [["a", "F32 []", 1.0, "", ""]]', "a row of right name", id="five cells"),
+        pytest.param((SCALED.replace("w2_{p}", "w2_{p}x"),), "", "between two dots", id="text behind a scale"),
+        pytest.param(
+            (SCALED.replace("down.{p}", "down_{p}"),), "", "between two dots", id="text before it on the left"
+        ),
+        pytest.param((SCALED.replace("w2_{p}", "w2_{p}.x"),), "", "at the end of a name", id="a scale in the middle"),
+        pytest.param((GATE.replace("experts", "w_{i}"),), "", "between two dots", id="text before a number"),
         pytest.param((NORM,), 'engine = "Big Engine"', "a word of small letters", id="the name of an engine"),
     ],
 )
@@ -60,3 +72,27 @@ def test_what_is_wrong_is_refused(rows: tuple[str, ...], more: str, word: str) -
         parse_recipe(make_text(rows, more), "wrong.toml")
     assert {problem.kind for problem in caught.value.problems} == {"wrong-recipe"}
     assert word in str(caught.value)
+
+
+WHOLE = HEAD.replace("part-{rank}", "model").replace("describes = true\n", "")
+
+
+def test_whole_files_under_other_names_are_read() -> None:
+    recipe = parse_recipe(WHOLE + f"rules = [{GATE}, {NORM}]", "whole.toml")
+    assert not has_ranks(recipe)
+    assert has_ranks(parse_recipe(make_text((GATE, NORM)), "ranks.toml"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "word"),
+    [
+        (NORM, "", "'model.safetensors' without a fused tensor"),
+        (GATE, 'constants = [["version", "F32 []", 1.0]]', "constants, with 'model.safetensors'"),
+        (GATE, 'scales.s = { left = "scale", right = "scale", block = 4 }', "scales, with 'model.safetensors'"),
+        (GATE, 'run.width = "n"', "run, with 'model.safetensors'"),
+    ],
+)
+def test_whole_files_that_could_not_be_read_back_are_refused(rows: str, more: str, word: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parse_recipe(f"{WHOLE}{more}\nrules = [{rows}]", "whole.toml")
+    assert [word in problem.found for problem in refused.value.problems] == [True]

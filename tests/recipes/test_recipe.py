@@ -70,7 +70,9 @@ def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
     """The config does not tell them apart, so the names must: one wants a tensor that the other does not know. So what
     has it is not for the other, and what has it not is not for that one.
     """
-    recipes = [recipe for recipe in list_packaged_recipes() if not recipe.engine]  # those for an engine are asked for
+    recipes = [
+        recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)
+    ]  # others are asked for
     pairs = [(one, other) for one in recipes for other in recipes if one.name < other.name]
     alike = [(one, other) for one, other in pairs if {*one.model_types} & {*other.model_types}]
     assert [(one.name, other.name) for one, other in alike] == [
@@ -82,6 +84,16 @@ def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
     for one, other in pairs:
         if (one, other) not in alike:
             assert not {*one.architectures} & {*other.architectures}
+
+
+@pytest.mark.parametrize("usual", ["gpt-oss", "mixtral", "qwen3-moe"])
+def test_a_recipe_with_cut_experts_differs_from_the_usual_one_in_the_cuts_of_experts_alone(usual: str) -> None:
+    whole, cut = load_recipe(usual), load_recipe(f"{usual}-cut-experts")
+    assert (whole.by_name, cut.by_name) == (False, True)
+    assert (whole.files, whole.carry, whole.model_types) == (cut.files, cut.carry, cut.model_types)
+    assert [(rule.left, rule.right) for rule in whole.rules] == [(rule.left, rule.right) for rule in cut.rules]
+    other = {mine.left for mine, its in zip(whole.rules, cut.rules, strict=True) if mine.split != its.split}
+    assert other == {rule.left for rule in whole.rules if ".experts." in rule.left}
 
 
 def wanted_only_by(one: Recipe, other: Recipe) -> set[str]:
@@ -238,7 +250,8 @@ FAULTS = [
     pytest.param(MODEL_TYPES, 'model_types = ["deepseek_v3", 3]', "model_types: a list of strings",
                  id="a number in a list"),
     pytest.param(FILES, '"model{rank}.safetensors"', "describes = true", id="file names without the ranks"),
-    pytest.param(FILES, '"model.safetensors"', "{rank}, and perhaps {ranks}", id="one name for all files"),
+    pytest.param(FILES, '"all.safetensors"', "{rank}, and perhaps {ranks}", id="one name for all files"),
+    pytest.param(FILES, '"model.safetensors"', "without a fused tensor", id="whole files without a fused tensor"),
     pytest.param(FILES, '"ranks/{rank}-{ranks}.safetensors"', "a file name", id="file names in a folder"),
     pytest.param(FILES, '"{rank}-{ranks}-{host}.safetensors"', "{rank}, and perhaps {ranks}", id="an unknown part"),
     pytest.param(FILES, '"model{rank}-mp{ranks}.safetensors{"', "a file name", id="a stray brace in the file names"),

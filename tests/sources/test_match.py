@@ -727,7 +727,7 @@ def test_without_a_config_the_queries_are_complete_all_the_same(names: list[str]
 
 # --- the recipe of a checkpoint ---
 
-RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
+RECIPES = [recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)]
 
 
 def models() -> Iterator[tuple[str, Mapping[str, Any]]]:

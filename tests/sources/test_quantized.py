@@ -32,7 +32,7 @@ LLAMA: Mapping[str, Any] = {
     "vocab_size": 8,
 }
 PLAIN_V3: Mapping[str, Any] = {key: value for key, value in SMALL_V3.items() if key != "quantization_config"}
-RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
+RECIPES = [recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)]
 SQUARE = (8, 8)
 PARTS: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -288,15 +288,20 @@ def test_a_quantization_within_the_text_config_is_read() -> None:
     assert promise.place == "text_config.quantization_config of config.json"
 
 
-def test_experts_of_transformers_in_memory_are_fused_and_the_hint_unfuses_them(tmp_path: Path) -> None:
+def test_fused_experts_that_no_recipe_knows_are_refused_and_the_hint_unfuses_them(tmp_path: Path) -> None:
     write_model(tmp_path / "written", "qwen3-moe")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    (tmp_path / "fused" / "config.json").write_text(
+        json.dumps({**config, "model_type": "unknown", "architectures": []})
+    )
     with pytest.raises(Refused) as refused:
-        plan(tmp_path / "fused", mp=2)
+        plan(tmp_path / "fused", mp=2, recipe="qwen3-moe")
     (problem,) = refused.value.problems
     assert (problem.kind, problem.subject) == ("fused-experts", "model.layers.0.mlp.experts.down_proj and 3 more")
     assert "save_original_format=True" in problem.remedy
+    (tmp_path / "fused" / "config.json").write_text(json.dumps(config))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     vars(loaded)["_weight_conversions"] = None
     loaded.save_pretrained(tmp_path / "apart", save_original_format=True)

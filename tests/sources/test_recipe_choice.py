@@ -15,7 +15,7 @@ from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint
 
-RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]
+RECIPES = [recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)]
 V4 = {
     "deepseek-v4-flash": ("deepseek-v4", "deepseek-v4-dspark"),
     "deepseek-v4-flash-0731": ("deepseek-v4-dspark", "deepseek-v4"),

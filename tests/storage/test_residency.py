@@ -1,8 +1,8 @@
 """What is in the page cache is read from there, and nothing is added to it by a way past it. The oracle is mincore."""
 
-import ctypes
 import mmap
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,32 +10,16 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
+from cached_pages import drop, find_cached_pages, mount, mount_ext2
 
 import reshard.storage.page_cache
 import reshard.storage.residency
 from reshard.storage.local import PAGE, RWF_DONTCACHE, Ways, allocate_aligned, open_to_read, prefetch_range, read_range
-from reshard.storage.page_cache import is_mostly_cached
+from reshard.storage.page_cache import find_ways_past_cache, is_mostly_cached
 from reshard.storage.residency import is_range_cached
 
 SIZE = (4 << 20) + 1234
 NO_SYSTEM_CALL = 9999
-
-
-def find_cached_pages(path: Path) -> list[int]:
-    """The numbers of the pages that are in the page cache."""
-    library = ctypes.CDLL(None, use_errno=True)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        found = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
-        address = (ctypes.c_char * len(memory)).from_buffer(memory)
-        assert library.mincore(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(memory)), found) == 0
-        del address
-    return [number for number, state in enumerate(found) if state & 1]
-
-
-def drop(path: Path, offset: int = 0, size: int = 0) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.fixture
@@ -88,6 +72,7 @@ def test_without_the_system_call_places_are_tried_and_looks_do_not_add_up(
     """A look may bring the page that it tries into the cache: were it the same page again, a few looks would do."""
     monkeypatch.setattr(reshard.storage.residency, "CACHESTAT", NO_SYSTEM_CALL)
     with opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         for _ in range(6):
             assert not is_range_cached(descriptor, 0, SIZE)
             sleep(0.02)  # the disk may be bringing the page
@@ -144,7 +129,7 @@ def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: 
             assert read_range(file, offset, size, buffer) == wanted[offset : offset + size], "in the cache in part"
 
 
-def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(path: Path) -> None:
+def require_brought_at_once(path: Path) -> None:
     with ExitStack() as stack:
         file = open_to_read(stack, path, Ways("cached", "cached"))
         os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -153,3 +138,59 @@ def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(pa
         while not wanted.issubset(find_cached_pages(path)):
             assert monotonic() < deadline, "the disk did not bring it"
             sleep(0.01)
+
+
+def test_a_range_that_will_be_read_through_the_cache_is_brought_there_at_once(path: Path) -> None:
+    require_brought_at_once(path)
+
+
+def test_so_it_is_where_the_kernel_brings_little_for_one_request(tmp_path: Path) -> None:
+    """128 KiB of reading ahead, and no larger commands: usual for disks."""
+    with mount_ext2(tmp_path, 16 << 20) as disk, ExitStack() as stack:
+        place = f"{os.major(disk.stat().st_dev)}:{os.minor(disk.stat().st_dev)}"
+        device = Path("/sys/dev/block", place)
+        for name in ("queue/max_sectors_kb", "queue/read_ahead_kb"):
+            try:
+                (device / name).write_text("128", encoding="ascii")
+            except OSError:
+                pytest.skip("the disk cannot be set here")
+        path = disk / "file"
+        path.write_bytes(np.random.default_rng(1).bytes(SIZE))
+        drop(path)
+        require_brought_at_once(path)
+        file = open_to_read(stack, path, Ways("cached", "cached"))
+        assert read_range(file, 0, SIZE, allocate_aligned(SIZE + 2 * PAGE)) == path.read_bytes()
+
+
+def test_a_few_small_files_do_not_speak_for_a_large_one(path: Path) -> None:
+    """The index and configs were read a moment ago; the weights were not."""
+    small = [path.with_name(f"small-{number}") for number in range(40)]
+    for one in small:
+        one.write_bytes(bytes(1000))
+    assert is_mostly_cached(small)
+    assert not is_mostly_cached([*small, path])
+    path.read_bytes()
+    for one in small:
+        drop(one)
+    assert is_mostly_cached([*small, path])
+
+
+def test_a_file_of_another_file_system_is_read_in_the_way_of_that(path: Path, tmp_path: Path) -> None:
+    """One that knows no way past the page cache, and one that may."""
+    memory = mount(tmp_path / "memory", "-t", "ramfs", "ramfs")
+    try:
+        (memory / "file").write_bytes(path.read_bytes())
+        ours, theirs = path.stat().st_dev, memory.stat().st_dev
+        with ExitStack() as stack:
+
+            def find_way(opened: Path, way: str, device: int | None) -> str:
+                file = open_to_read(stack, opened, Ways(way, "cached", device))
+                assert read_range(file, 5, 100_000, allocate_aligned(120_000)) == path.read_bytes()[5:100_005]
+                return file.way
+
+            assert find_way(memory / "file", "uncached", ours) == "dropped"
+            assert find_way(memory / "file", "direct", None) == "dropped"
+            assert find_way(path, "dropped", theirs) == find_ways_past_cache(path).read
+            assert find_way(path, "dropped", ours) == "dropped"
+    finally:
+        subprocess.run(["umount", str(memory)], check=True)

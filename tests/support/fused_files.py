@@ -58,9 +58,9 @@ rules = [
 ["concat", "layers.{i}.mlp.gate_proj.{s}", "layers.{i}.mlp.gate_up_proj.{s}", "rows"],
 ["concat", "layers.{i}.mlp.up_proj.{s}", "layers.{i}.mlp.gate_up_proj.{s}", "rows"],
 ["same", "layers.{i}.mlp.down_proj.{s}", "layers.{i}.mlp.down_proj.{s}", "columns"],
-["stack", "layers.{i}.experts.{e}.gate_proj.{s}", "layers.{i}.experts.w13.{s}", "rows"],
-["stack", "layers.{i}.experts.{e}.up_proj.{s}", "layers.{i}.experts.w13.{s}", "rows"],
-["stack", "layers.{i}.experts.{e}.down_proj.{s}", "layers.{i}.experts.w2.{s}", "columns"],
+["stack", "layers.{i}.experts.{e}.gate_proj.{s}", "layers.{i}.experts.w13_{s}", "rows"],
+["stack", "layers.{i}.experts.{e}.up_proj.{s}", "layers.{i}.experts.w13_{s}", "rows"],
+["stack", "layers.{i}.experts.{e}.down_proj.{s}", "layers.{i}.experts.w2_{s}", "columns"],
 ]
 """
 
@@ -180,10 +180,10 @@ def make_rank(left: Tensors, rank: int, ranks: int) -> Tensors:
             right[f"{base}.mlp.gate_up_proj.{word}"] = concatenate([gate, up])
             right[f"{base}.mlp.down_proj.{word}"] = columns(f"{base}.mlp.down_proj.{word}")
             experts = [f"{base}.experts.{expert}" for expert in range(EXPERTS)]
-            right[f"{base}.experts.w13.{word}"] = stack(
+            right[f"{base}.experts.w13_{word}"] = stack(
                 [concatenate([rows(f"{one}.gate_proj.{word}"), rows(f"{one}.up_proj.{word}")]) for one in experts]
             )
-            right[f"{base}.experts.w2.{word}"] = stack([columns(f"{one}.down_proj.{word}") for one in experts])
+            right[f"{base}.experts.w2_{word}"] = stack([columns(f"{one}.down_proj.{word}") for one in experts])
     return right
 
 

@@ -50,7 +50,7 @@ rules = [
 ["same", "model.layers.{i}.mlp.router", "model.layers.{i}.mlp.router", "replicate", "[num_experts, hidden_size]"],
 ["stack", "model.layers.{i}.mlp.{e}.gate.{s}", "model.layers.{i}.mlp.w13.{s}", "rows", "[inner_size, hidden_size]"],
 ["stack", "model.layers.{i}.mlp.{e}.up.{s}", "model.layers.{i}.mlp.w13.{s}", "rows", "[inner_size, hidden_size]"],
-["stack", "model.layers.{i}.mlp.{e}.down.{s}", "model.layers.{i}.mlp.w2.{s}", "columns", "[hidden_size, inner_size]"],
+["stack", "model.layers.{i}.mlp.{e}.down.{s}", "model.layers.{i}.mlp.w2_{s}", "columns", "[hidden_size, inner_size]"],
 ["stack", "model.layers.{i}.mlp.{e}.down.bias", "model.layers.{i}.mlp.w2_bias", "replicate", "[hidden_size]"],
 ]
 """
@@ -167,9 +167,9 @@ def make_rank(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ranks: i
             found[f"{layer}.o.{word}"] = columns(f"{layer}.o.{word}")
             pairs = [(f"{layer}.mlp.{e}.gate.{word}", f"{layer}.mlp.{e}.up.{word}") for e in experts]
             found[f"{layer}.mlp.w13.{word}"] = np.stack([np.concatenate([rows(g), rows(u)]) for g, u in pairs])
-            found[f"{layer}.mlp.w2.{word}"] = np.stack([columns(f"{layer}.mlp.{e}.down.{word}") for e in experts])
-            made = ("o", "mlp.w13", "mlp.w2")
-            dtypes |= {f"{layer}.{name}.{word}": tensors[f"{layer}.o.{word}"].dtype for name in made}
+            found[f"{layer}.mlp.w2_{word}"] = np.stack([columns(f"{layer}.mlp.{e}.down.{word}") for e in experts])
+            made = ("o.", "mlp.w13.", "mlp.w2_")
+            dtypes |= {f"{layer}.{name}{word}": tensors[f"{layer}.o.{word}"].dtype for name in made}
         found[f"{layer}.mlp.w2_bias"] = np.stack([bits[f"{layer}.mlp.{e}.down.bias"] for e in experts])
         found[f"{layer}.mlp.router"] = bits[f"{layer}.mlp.router"]
         found[f"{layer}.extra"] = np.concatenate([bits[f"{layer}.a.extra"], bits[f"{layer}.b.extra"]])

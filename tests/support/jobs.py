@@ -48,6 +48,16 @@ class Job:
         return {**{name: getattr(self, name) for name in (*names, "mp", "ignore_extra_files")}, **subset}
 
 
+NOTHING_CACHED = (
+    "import reshard.storage.local, reshard.storage.page_cache\n"
+    "for module in (reshard.storage.local, reshard.storage.page_cache):\n"
+    "    module.is_range_cached = lambda *_: False\n"
+)
+"""Lines of Python, for a process in which the page cache counts as empty: a small file is in it, whole, once its header
+has been read.
+"""
+
+
 def convert_checkpoint(
     job: Job, target: Path, settings: Settings | None = None, progress: Progress | None = None
 ) -> api.Conversion:

@@ -216,16 +216,13 @@ MUTATIONS = (
         "execution/writer",
         "the journal speaks of a batch before its bytes are durable",
         """\
-        for file in np.unique(records["file"]).tolist():
+        for file, part in parts.items():
             os.fdatasync(self._targets[file])
-            drop_from_cache(self._targets[file], self._ways)
-        append_records(self._journal, batch)
 """,
         """\
         append_records(self._journal, batch)
-        for file in np.unique(records["file"]).tolist():
+        for file, part in parts.items():
             os.fdatasync(self._targets[file])
-            drop_from_cache(self._targets[file], self._ways)
 """,
         "test_durability.py::test_a_batch_of_the_journal_comes_behind_the_bytes_that_it_speaks_of",
     ),
@@ -335,10 +332,10 @@ MUTATIONS = (
         "test_resume.py::test_a_source_that_changes_is_seen",
     ),
     Mutation(
-        "execution/execute",
+        "execution/records",
         "the next run leaves out what was written at that place of another file",
-        "if (group.target_offset, group.target_file) not in written]",
-        "if group.target_offset not in {offset for offset, _ in written}]",
+        "offsets = self._offsets.get(group[0])",
+        "offsets = np.sort(np.concatenate([np.zeros(0, np.int64), *self._offsets.values()]))",
         "test_gaps.py::test_what_the_journal_has_not_is_written_and_nothing_else_is",
     ),
     Mutation(
@@ -372,8 +369,8 @@ MUTATIONS = (
     Mutation(
         "execution/execute",
         "files get their final names too early: while bytes are still to be written",
-        "        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)\n",
-        "        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)\n"
+        "        targets = open_targets(stack, plan, target, written.files, complete=complete)\n",
+        "        targets = open_targets(stack, plan, target, written.files, complete=complete)\n"
         "        for file in plan.files:\n            (target / (file.name + PARTIAL)).rename(target / file.name)\n",
         "test_convert.py::test_a_kill_leaves_no_final_name",
     ),

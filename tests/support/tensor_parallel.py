@@ -168,20 +168,25 @@ def shares_of(rank: Rank, bias: str, scores: Tensor) -> Tensor:
 
 
 def fused_experts(rank: Rank, name: str, hidden: Tensor) -> Tensor:
-    """Those of gpt-oss: a tensor has all that a rank has; in it gates and what they let through alternate."""
+    """Those of gpt-oss: a tensor has all that a rank has; in it gates and what they let through alternate. Where each
+    is cut, a rank has all of them, and the bias behind the sum counts once.
+    """
     best = rank.linear(hidden, f"{name}.router").topk(rank.config["num_experts_per_tok"])
     scores = torch.zeros(*hidden.shape[:-1], rank.config["num_local_experts"])
     shares = scores.scatter(-1, best.indices, best.values.softmax(-1))
     weights = {word: rank.weight(f"{name}.experts.{word}") for word in ("gate_up_proj", "down_proj")}
     biases = {word: rank.weight(f"{name}.experts.{word}_bias") for word in weights}
-    count = len(weights["down_proj"])
+    count, inner_size = weights["down_proj"].shape[:2]
+    first = rank.number * count % shares.shape[-1]
+    if rank.number and inner_size < rank.config["intermediate_size"]:
+        biases["down_proj"] = torch.zeros_like(biases["down_proj"])
     total = torch.zeros_like(hidden)
     for place in range(count):
         both = hidden @ weights["gate_up_proj"][place] + biases["gate_up_proj"][place]
         gate, up = both[..., ::2].clamp(max=7), both[..., 1::2].clamp(-7, 7)
         inner = (up + 1) * gate * torch.sigmoid(gate * 1.702)
         done = inner @ weights["down_proj"][place] + biases["down_proj"][place]
-        total = total + done * shares[..., rank.number * count + place, None]
+        total = total + done * shares[..., first + place, None]
     return rank.summed(total)
 
 

@@ -1,7 +1,8 @@
 """The rank tensors that vLLM's `sharded_state` needs, from a Hugging Face checkpoint, by plain torch.
 
 Written from the weight loaders of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`,
-`fused_moe`), which cut, join and stack a checkpoint as a model is loaded. It knows no recipe and no plan.
+`fused_moe`, `models/deepseek_v2.py`), which cut, join and stack a checkpoint as a model is loaded. It knows no recipe
+and no plan.
 """
 
 import json
@@ -11,56 +12,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import write_model
 from torch import Tensor
+from vllm_models import SCALE
 
 Tensors = Mapping[str, Tensor]
 
 LIST = Path(__file__).parents[1] / "engines" / "vllm_tensors.json"
 """What vLLM's models have, by `list_vllm_tensors.py`."""
 
+KINDS = ("weight", "bias", SCALE)
+"""The tensors of a linear layer: the scales are cut as the weights are, by blocks."""
+
 VOCABULARY_ROWS = 64
 """vLLM widens the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`)."""
-
-LARGE_HEADS: Mapping[str, Any] = {
-    "dtype": "bfloat16",
-    "vocab_size": 100,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
-"""Heads of 64, the smallest that vLLM's attention on CPUs takes; 100 tokens, which vLLM widens to 128."""
-
-EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 64, "num_experts": 12, "num_experts_per_tok": 3}
-"""Experts 2 to 9 come before 10 by number only."""
-
-WIDE: Mapping[str, Any] = {"hidden_size": 256}
-"""vLLM's Qwen2 takes the size of a head from the hidden size, not from `head_dim`."""
-
-CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "llama": ("llama", {"num_key_value_heads": 1}),
-    "llama-tied": ("llama-tied", {}),
-    "llama-biased": ("llama-biased", {}),
-    "mistral": ("mistral", {"num_key_value_heads": 4}),
-    "qwen2": ("qwen2", {**WIDE, "num_key_value_heads": 1}),
-    "qwen2-tied": ("qwen2", {**WIDE, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
-    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
-    "qwen3-moe": ("qwen3-moe", {**EXPERTS, "num_key_value_heads": 1}),
-    "mixtral": ("mixtral", {}),
-}
-"""Models of `small_models` with other sizes: some with fewer key heads than ranks, some with tied embeddings."""
-
-
-def write_case(folder: Path, name: str) -> None:
-    """Writes the checkpoint of a case, BF16."""
-    model, changes = CASES[name]
-    write_model(folder, model, **{**LARGE_HEADS, **changes})
 
 
 def write_rank_files(source: Path, target: Path, ranks: int) -> None:
@@ -84,7 +48,8 @@ def make_rank_tensors(source: Path, rank: int, ranks: int) -> dict[str, Tensor]:
         prefix = f"model.layers.{layer}."
         own = {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
         made = {**make_attention(own, config, rank, ranks), **make_feed_forward(own, rank, ranks)}
-        made |= {key: tensor for key, tensor in own.items() if key.endswith("norm.weight")}
+        norms = {key: tensor for key, tensor in own.items() if key.endswith("norm.weight")}
+        made |= {key.replace("attn.q_a_", "attn.mla_attn.q_a_"): tensor for key, tensor in norms.items()}
         found |= {prefix + key: tensor for key, tensor in made.items()}
     return {key: tensor.contiguous() for key, tensor in found.items()}
 
@@ -107,17 +72,22 @@ def widen(table: Tensor) -> Tensor:
 
 def make_attention(own: Tensors, config: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
     """One `qkv_proj`: the rank's query heads, key heads and value heads."""
+    if "kv_lora_rank" in config:
+        return make_latent_attention(own, rank, ranks)
     heads = config["num_key_value_heads"]
-    found = {"self_attn.o_proj.weight": own["self_attn.o_proj.weight"].chunk(ranks, 1)[rank]}
-    for kind in ("weight", "bias"):
+    found = {}
+    for kind in KINDS:
         if f"self_attn.q_proj.{kind}" in own:
             query, key, value = (own[f"self_attn.{name}_proj.{kind}"] for name in "qkv")
             parts = [query.chunk(ranks)[rank], *(take_heads(tensor, heads, rank, ranks) for tensor in (key, value))]
-            found[f"self_attn.qkv_proj.{kind}"] = torch.cat(parts)
-    if "self_attn.o_proj.bias" in own:
-        found["self_attn.o_proj.bias"] = own["self_attn.o_proj.bias"]
+            found[f"self_attn.qkv_proj.{kind}"] = join(parts)
+        if f"self_attn.o_proj.{kind}" in own:
+            output = own[f"self_attn.o_proj.{kind}"]
+            found[f"self_attn.o_proj.{kind}"] = output if kind == "bias" else output.chunk(ranks, 1)[rank]
     for name in ("k", "v", "q", "prob"):
         found[f"self_attn.attn._{name}_scale"] = torch.tensor(1.0)
+        if f"self_attn.o_proj.{SCALE}" in own:  # `Fp8KVCacheMethod`: not in the checkpoint
+            found[f"self_attn.attn.{name}_scale"] = torch.tensor(-1.0, dtype=torch.bfloat16)
     return found
 
 
@@ -126,43 +96,68 @@ def take_heads(tensor: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
     return tensor.chunk(heads)[rank * heads // ranks] if heads < ranks else tensor.chunk(ranks)[rank]
 
 
-def make_feed_forward(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Of a dense layer gate and up in one tensor; of a layer of experts all experts, each of them cut.
-
-    The runner of Qwen3's experts has the router too, and vLLM keeps the smaller of two names; Mixtral's has it not.
-    """
-    if "mlp.gate.weight" in own:
-        experts = take_experts(own, "mlp.experts", ("gate_proj", "up_proj", "down_proj"), rank, ranks)
-        return {**name_experts("mlp.experts", experts), "mlp.experts.gate.weight": own["mlp.gate.weight"]}
-    if "block_sparse_moe.gate.weight" in own:
-        experts = take_experts(own, "block_sparse_moe.experts", ("w1", "w3", "w2"), rank, ranks)
-        made = name_experts("block_sparse_moe.experts", experts)
-        return {**made, "block_sparse_moe.gate.weight": own["block_sparse_moe.gate.weight"]}
-    found = {"mlp.down_proj.weight": own["mlp.down_proj.weight"].chunk(ranks, 1)[rank]}
-    for kind in ("weight", "bias"):
-        if f"mlp.gate_proj.{kind}" in own:
-            parts = [own[f"mlp.{name}_proj.{kind}"].chunk(ranks)[rank] for name in ("gate", "up")]
-            found[f"mlp.gate_up_proj.{kind}"] = torch.cat(parts)
-    if "mlp.down_proj.bias" in own:
-        found["mlp.down_proj.bias"] = own["mlp.down_proj.bias"]
+def make_latent_attention(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
+    """DeepSeek's: what makes the latents is whole in every rank, the two of the query's model in one."""
+    found = {}
+    for kind in (kind for kind in KINDS if f"self_attn.o_proj.{kind}" in own):
+        latent = own[f"self_attn.kv_a_proj_with_mqa.{kind}"]
+        if f"self_attn.q_a_proj.{kind}" in own:
+            query, name = own[f"self_attn.q_b_proj.{kind}"], "q_b_proj"
+            found[f"self_attn.fused_qkv_a_proj.{kind}"] = join([own[f"self_attn.q_a_proj.{kind}"], latent])
+        else:
+            query, name = own[f"self_attn.q_proj.{kind}"], "q_proj"
+            found[f"self_attn.kv_a_proj_with_mqa.{kind}"] = latent
+        found[f"self_attn.mla_attn.{name}.{kind}"] = query.chunk(ranks)[rank]
+        found[f"self_attn.kv_b_proj.{kind}"] = own[f"self_attn.kv_b_proj.{kind}"].chunk(ranks)[rank]
+        found[f"self_attn.mla_attn.o_proj.{kind}"] = own[f"self_attn.o_proj.{kind}"].chunk(ranks, 1)[rank]
+    for name in ("k", "v", "q", "prob"):
+        found[f"self_attn.mla_attn.mla_attn._{name}_scale"] = torch.tensor(1.0)
     return found
 
 
-def take_experts(own: Tensors, prefix: str, names: tuple[str, str, str], rank: int, ranks: int) -> list[list[Tensor]]:
-    """Of every expert the rank's part of gate, up and down."""
+def make_feed_forward(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Of a dense layer gate and up in one tensor; of a layer of experts all experts, each of them cut.
+
+    The runner of Qwen3's and DeepSeek's experts has the router too, and the shared experts, and vLLM keeps the smaller
+    of two names; Mixtral's has it not.
+    """
+    if "mlp.gate.weight" in own:
+        made = make_experts("mlp.experts", ("gate_proj", "up_proj", "down_proj"), own, rank, ranks)
+        shared = make_units("mlp.shared_experts", "mlp.experts._shared_experts._layer", own, rank, ranks)
+        router = {name: tensor for name, tensor in own.items() if name.startswith("mlp.gate.")}
+        return {**made, **shared, **{name.replace("mlp.", "mlp.experts."): tensor for name, tensor in router.items()}}
+    if "block_sparse_moe.gate.weight" in own:
+        made = make_experts("block_sparse_moe.experts", ("w1", "w3", "w2"), own, rank, ranks)
+        return {**made, "block_sparse_moe.gate.weight": own["block_sparse_moe.gate.weight"]}
+    return make_units("mlp", "mlp", own, rank, ranks)
+
+
+def make_units(old: str, new: str, own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
+    """The rank's units of an MLP, if there is one of the name: gate above up."""
+    found = {}
+    for kind in KINDS:
+        if f"{old}.gate_proj.{kind}" in own:
+            parts = [own[f"{old}.{name}_proj.{kind}"].chunk(ranks)[rank] for name in ("gate", "up")]
+            down = own[f"{old}.down_proj.{kind}"]
+            found[f"{new}.gate_up_proj.{kind}"] = join(parts)
+            found[f"{new}.down_proj.{kind}"] = down if kind == "bias" else down.chunk(ranks, 1)[rank]
+    return found
+
+
+def make_experts(prefix: str, names: tuple[str, str, str], own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Of every expert the rank's part of gate above that of up, and of down, stacked."""
     count = sum(key.startswith(prefix) and key.endswith(f".{names[0]}.weight") for key in own)
-    return [
-        [
-            own[f"{prefix}.{number}.{name}.weight"].chunk(ranks, at)[rank]
-            for name, at in zip(names, (0, 0, 1), strict=True)
-        ]
-        for number in range(count)
-    ]
+    found = {}
+    for kind in (kind for kind in KINDS if f"{prefix}.0.{names[0]}.{kind}" in own):
+        gates, ups, downs = ([own[f"{prefix}.{number}.{name}.{kind}"] for number in range(count)] for name in names)
+        pairs = [join([gate.chunk(ranks)[rank], up.chunk(ranks)[rank]]) for gate, up in zip(gates, ups, strict=True)]
+        found[f"{prefix}.routed_experts.w13_{kind}"] = join([pair[None] for pair in pairs])
+        found[f"{prefix}.routed_experts.w2_{kind}"] = join([down.chunk(ranks, 1)[rank][None] for down in downs])
+    return found
 
 
-def name_experts(prefix: str, experts: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Every expert's gate above its up, and every expert's down, stacked."""
-    return {
-        f"{prefix}.routed_experts.w13_weight": torch.stack([torch.cat([gate, up]) for gate, up, _ in experts]),
-        f"{prefix}.routed_experts.w2_weight": torch.stack([down for _, _, down in experts]),
-    }
+def join(parts: list[Tensor]) -> Tensor:
+    """One tensor behind the other; FP8 as bytes."""
+    if parts[0].element_size() == 1:
+        return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return torch.cat(parts)

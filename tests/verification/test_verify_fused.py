@@ -26,7 +26,7 @@ BASE = "layers.0"
 QKV = f"{BASE}.attn.qkv_proj.weight"
 BIAS = f"{BASE}.attn.qkv_proj.bias"
 GATE_UP = f"{BASE}.mlp.gate_up_proj.weight"
-W13, W2 = f"{BASE}.experts.w13.weight", f"{BASE}.experts.w2.weight"
+W13, W2 = f"{BASE}.experts.w13_weight", f"{BASE}.experts.w2_weight"
 CONSTANT = f"{BASE}.attn._k_scale"
 VERSION = "model.version"
 
@@ -182,10 +182,10 @@ def list_parts(left: Tensors, ranks: int) -> list[tuple[str, int, int, str]]:
     for word in ("weight", "weight_scale_inv"):
         both = ("gate", "up")
         groups[f"{BASE}.mlp.gate_up_proj.{word}"] = [(f"{BASE}.mlp.{kind}_proj.{word}", ranks) for kind in both]
-        groups[f"{BASE}.experts.w13.{word}"] = [
+        groups[f"{BASE}.experts.w13_{word}"] = [
             (f"{BASE}.experts.{expert}.{kind}_proj.{word}", ranks) for expert in range(EXPERTS) for kind in both
         ]
-        groups[f"{BASE}.experts.w2.{word}"] = [
+        groups[f"{BASE}.experts.w2_{word}"] = [
             (f"{BASE}.experts.{expert}.down_proj.{word}", ranks) for expert in range(EXPERTS)
         ]
     found = []
@@ -258,7 +258,7 @@ def test_exchanged_experts_are_named(name: str, target: Path, source: Path) -> N
     change(target, 0, {name: exchange(load_file(target / name_rank_file(0))[name], order)})
     report = verify(target, source)
     kinds = ("gate", "up") if "w13" in name else ("down",)
-    word = name.rpartition(".")[2]
+    word = name.rpartition(".")[2].partition("_")[2]
     wanted = {f"those of {BASE}.experts.{expert}.{kind}_proj.{word}" for expert in (2, 10) for kind in kinds}
     assert {problem.expected for problem in report.problems} == wanted
     assert set(facts(report)) == {("differs", subject(0, name))}
@@ -411,9 +411,9 @@ def test_a_constant_counts_the_members_of_its_placeholders(source: Path) -> None
     some["layers.2.norm.weight"] = some["model.embed_tokens.weight"]._replace(name="layers.2.norm.weight")
     rows = find_source_rows(replace(whole, tensors=some), recipe).values()
     layers = [f"layers.{layer}.attn._{kind}_scale" for kind in "kv" for layer in (0, 1)]
-    assert sorted(list_expected_constants(rows, recipe, has_optional=False)) == sorted([VERSION, *layers])
+    assert sorted(list_expected_constants(rows, recipe, [], has_optional=False)) == sorted([VERSION, *layers])
     with_mtp = [VERSION, *layers, "layers.2.attn._k_scale"]
-    assert sorted(list_expected_constants(rows, recipe, has_optional=True)) == sorted(with_mtp)
+    assert sorted(list_expected_constants(rows, recipe, [], has_optional=True)) == sorted(with_mtp)
 
 
 def load_text(source: Path) -> str:
@@ -466,7 +466,7 @@ def test_a_scale_of_a_rounded_weight_is_named(name: str, tmp_path: Path) -> None
     ("name", "found"),
     [
         ("layers.2.attn.qkv_proj.weight", "no layers.2.attn.q_proj.weight in the source"),
-        ("layers.2.experts.w13.weight", "no layers.2.experts.0.gate_proj.weight in the source"),
+        ("layers.2.experts.w13_weight", "no layers.2.experts.0.gate_proj.weight in the source"),
         (f"{BASE}.attn.q_proj.weight", "no rule of the recipe"),
         (f"{BASE}.attn.rotary_emb.inv_freq", "no rule of the recipe"),
     ],

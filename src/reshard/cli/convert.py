@@ -23,6 +23,7 @@ from reshard.formats.part_manifests import format_join_command, is_of_whole_file
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
+from reshard.sources.engine_choice import takes_ranks
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
@@ -118,7 +119,7 @@ def run_plan(options: argparse.Namespace) -> int:
     """Runs `plan`: prints what `convert` would write, or without a number of ranks those that work. Returns the exit
     code. Raises Refused.
     """
-    if options.mp is None and options.to == RANKS:
+    if options.mp is None and options.to == RANKS and takes_ranks(options.recipe, options.for_engine):
         return print_choices(options)
     return show_plan(options)
 
@@ -238,7 +239,7 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
-    is_of_ranks = plan.origin.is_of_ranks
+    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_stacked
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)

@@ -13,6 +13,7 @@ from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
+from reshard.sources.stacked_experts import read_under_hub_names
 from reshard.text import escape, format_table
 
 
@@ -45,6 +46,7 @@ def list_recipes(*, as_json: bool) -> int:
         width = max(len(recipe.name) for recipe in recipes)
         for recipe in recipes:
             chosen = f"; chosen with --for {recipe.engine}, or by its name" if recipe.engine else ""
+            chosen = "; chosen by its name" if recipe.by_name else chosen
             print(f"{recipe.name:{width}}  {recipe.about}{chosen}")
             print(f"{'':{width}}  checked against: {recipe.checked}")
     return PROVEN
@@ -72,7 +74,8 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     missing. Returns the exit code. Raises Refused if it does not fit.
     """
     try:
-        fit = check_fit(read_checkpoint(source), load_recipe(name))
+        recipe = load_recipe(name)
+        fit = check_fit(read_under_hub_names(read_checkpoint(source), [recipe]), recipe)
     except Refused as refused:
         raise refused.reworded(name_recipe_argument) from None
     if as_json:

@@ -71,7 +71,8 @@ def add_job(parser: Parser) -> None:
         dest="for_engine",
         type=parse_word,
         metavar="ENGINE",
-        help="Write the rank files that this engine reads, such as vllm. By default those of the model's own code.",
+        help="Write what this engine reads: vllm, or transformers (stacked experts; without --mp). By default rank "
+        "files for the model's own code.",
     )
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
     add_ignore_extra_files(what)

@@ -6,7 +6,6 @@ journal records what is durable, so that the same command resumes after a crash,
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from reshard.errors import Problem, Refused, refuse
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
-from reshard.execution.records import Records, parse_records
+from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
-from reshard.execution.writer import Jobs, Ledger, move_all
+from reshard.execution.writer import Jobs, Ledger, add_sizes, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
@@ -32,19 +31,17 @@ from reshard.storage.local import (
     Ways,
     make_durable,
     open_descriptor,
+    refuse_unreadable,
     remove_files,
     reserve_blocks,
     sync_folder,
     write_durable,
     write_range,
 )
-from reshard.storage.page_cache import is_mostly_cached, probe_way_to_read, probe_way_to_write
+from reshard.storage.page_cache import THREADS_OF_DISK, find_ways_past_cache, is_mostly_cached, probe_way_to_write
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
-
-THREADS_OF_DISK = 4
-"""Threads that keep a disk busy, however few the processors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +101,6 @@ class RunResult:
     """In bytes: how much an earlier run had done already."""
     inexact: int
     """The number of values that casts of this run have rounded."""
-    copy_seconds: float
-    sync_seconds: float
 
 
 def check_settings(settings: Settings) -> Iterator[Problem]:
@@ -216,13 +211,12 @@ def write_partial_files(
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
     jobs = choose_threads(settings, measure_memory_per_thread(plan), keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
-    written = {(offset, file) for offset, file, _, _ in found.tolist()}
-    started = time.monotonic()
+    written, resumed = WrittenGroups(found), add_sizes(found)
+    complete = find_incomplete_file(plan, found) is None
+    del found
     opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
     with opened as sources, ExitStack() as stack:
-        complete = find_incomplete_file(plan, found) is None
-        targets = open_targets(stack, plan, target, {file for _, file in written}, complete=complete)
-        resumed = int(found["size"].sum())
+        targets = open_targets(stack, plan, target, written.files, complete=complete)
         counter.begin(resumed)
         sync_folder(target)
         checksums = write_side_files(target, sides, counter)  # first: a fault of one shows before hours of copying
@@ -232,16 +226,14 @@ def write_partial_files(
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
         files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels)
         threads = move_all(work, files, ledger, jobs, counter.advance)
-        copied = time.monotonic()
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
-        records = parse_records(ledger.records)
+        records = ledger.read_records()
         if lacking := find_incomplete_file(plan, records):
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    result = RunResult(threads, mostly, resumed, ledger.inexact, copied - started, time.monotonic() - copied)
-    return result, records, checksums
+    return RunResult(threads, mostly, resumed, ledger.inexact), records, checksums
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
@@ -253,7 +245,9 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     moved = plan.size + int(plan.copies.sizes.sum())
     if settings.cache == "yes" or (settings.cache == "auto" and moved <= measure_available_memory() // 3):
         return CACHED
-    return Ways(probe_way_to_read(plan.source.folder / plan.source.files[0].name), probe_way_to_write(target))
+    write, first = probe_way_to_write(target), plan.source.folder / plan.source.files[0].name
+    with refuse_unreadable(first):
+        return find_ways_past_cache(first, write)
 
 
 def measure_memory_per_thread(plan: Plan) -> int:
@@ -267,7 +261,7 @@ def choose_threads(settings: Settings, memory: int, *, keeps_disk_busy: bool) ->
     more on more processors. Limited by memory.
     """
     processors, limit = len(os.sched_getaffinity(0)), settings.max_memory // memory
-    first = settings.jobs or (THREADS_OF_DISK if keeps_disk_busy else min(4, processors))
+    first = settings.jobs or (THREADS_OF_DISK if keeps_disk_busy else min(THREADS_OF_DISK, processors))
     most = settings.jobs or max(first, processors)
     return Jobs(min(first, limit), min(most, limit))
 
@@ -296,17 +290,18 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         if index in begun and size != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        # To read too: else the kernel does not tell what of it is in the page cache.
+        descriptor = open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         reserve_blocks(descriptor, file.size)
         write_range(descriptor, memoryview(file.header), 0, CACHED)
         targets.append(descriptor)
     return targets
 
 
-def skip_written(work: Iterable[Window], written: set[tuple[int, int]]) -> Iterator[Window]:
+def skip_written(work: Iterable[Window], written: WrittenGroups) -> Iterator[Window]:
     """Leaves out the groups that were written before, and windows without any other groups."""
     for window in work:
-        left = [group for group in window.groups if (group.target_offset, group.target_file) not in written]
+        left = [group for group in window.groups if (group.target_file, group.target_offset) not in written]
         if left:
             yield window._replace(groups=left)
 

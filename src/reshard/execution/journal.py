@@ -58,8 +58,8 @@ class Journal:
     path: Path
     start: int
     """Where its records begin, in bytes."""
-    records: bytes
-    """The records that were in it when it was opened."""
+    records: bytearray
+    """The records that were in it when it was opened; whoever appends to it adds them here too."""
 
 
 def open_journal(
@@ -84,7 +84,7 @@ def open_journal(
         line = (json.dumps({HOLDER: describe_holder(), **job}) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append_durably(descriptor, line)
-        return Journal(descriptor, path, len(line), b"")
+        return Journal(descriptor, path, len(line), bytearray())
     start = content.index(b"\n") + 1
     finished = [name for name in sorted(kept) if (folder / name).exists()]
     require_none(check_same_job(content[:start], job, path, finished))
@@ -242,7 +242,7 @@ def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: C
     return f"another target; or go on with that one, by the command that {command} prints"
 
 
-def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
+def read_batches(content: bytes, start: int, path: Path) -> tuple[bytearray, int]:
     """The records of all complete batches, and the byte where the last of them ends. Raises Refused for damage."""
     found = bytearray()
     while start < len(content):
@@ -252,12 +252,12 @@ def read_batches(content: bytes, start: int, path: Path) -> tuple[bytes, int]:
         batch = content[start : end - CHECKSUM_SIZE]
         if not size or end > len(content) or xxh3_64_digest(batch) != content[end - CHECKSUM_SIZE : end]:
             if is_torn(content, start, end):
-                return bytes(found), start
+                return found, start
             found_text = f"a batch at byte {start:,} whose checksum is wrong"
             raise refuse("damaged-journal", str(path), found_text, "what was written there", RESTART)
         found += batch[BATCH_COUNT.size :]
         start = end
-    return bytes(found), start
+    return found, start
 
 
 def is_torn(content: bytes, start: int, end: int) -> bool:

@@ -1,7 +1,7 @@
 """Writes windows to the target files, with several threads and a ledger of the checksums of everything written."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -27,6 +27,7 @@ from reshard.storage.local import (
     wait_for_range,
     write_range,
 )
+from reshard.storage.residency import is_range_cached
 from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
@@ -41,6 +42,9 @@ FLUSH_SECONDS = 5.0
 
 FLUSH_SIZE = 2 << 30
 """In bytes. Written bytes are synced earlier if there are so many: a large memory could hold 100 GB that wait."""
+
+LATE_FLUSH_SIZE = 256 << 20
+"""In bytes. The same on a file system that begins to write only when it is synced: else its disk would idle."""
 
 MOST_UNSYNCED = 2 * FLUSH_SIZE
 """In bytes. If so many are written and not synced, the workers wait for the disk."""
@@ -70,9 +74,10 @@ class Ledger:
         self._targets = targets
         self._ways = ways
         self._room = Condition()
+        self._is_late = False
         self._is_bounded = False
         self._pending = bytearray()
-        self._durable = bytearray(journal.records)
+        self._durable = journal.records
         self.added = 0
         """In bytes: written in this run."""
         self.unsynced = 0
@@ -103,6 +108,11 @@ class Ledger:
                 self._is_bounded = False
                 self._room.notify_all()
 
+    @property
+    def flush_size(self) -> int:
+        """In bytes: if so many are unsynced, it is time for a flush."""
+        return LATE_FLUSH_SIZE if self._is_late else FLUSH_SIZE
+
     def flush(self) -> None:
         """Makes the groups added so far durable, and only then writes their records to the journal."""
         with self._room:
@@ -110,30 +120,41 @@ class Ledger:
         if not batch:
             return
         records = parse_records(batch)
-        self._wait_for_disk(records)
-        for file in np.unique(records["file"]).tolist():
+        parts = {file: records[records["file"] == file] for file in np.unique(records["file"]).tolist()}
+        begun = [start_writeback(self._targets[file], 0, 0) for file in parts]
+        self._is_late = not (all(begun) and self._is_written_early(batch))
+        if not self._is_late:
+            self._wait_for_disk(parts)
+        for file, part in parts.items():
             os.fdatasync(self._targets[file])
             drop_from_cache(self._targets[file], self._ways)
+            if self._is_late:
+                self._counter.settle(add_sizes(part))
         append_records(self._journal, batch)
         self._durable += batch
         with self._room:
             self.unsynced -= add_sizes(records)
             self._room.notify_all()
 
-    def _wait_for_disk(self, records: Records) -> None:
+    def _is_written_early(self, batch: bytes) -> bool:
+        """Whether the file system writes before it is synced: then what was written last is in the page cache of its
+        file. A file of an overlay, or one of ZFS, has none of its own: to write it and to wait for it does nothing.
+        """
+        if self._ways.write == "uncached":  # such a file system does not offer this
+            return True
+        offset, file, size, _ = RECORD.unpack(batch[-RECORD.size :])
+        return is_range_cached(self._targets[file], offset, size)
+
+    def _wait_for_disk(self, parts: Mapping[int, Records]) -> None:
         """Waits until groups are written to the disk, and counts them step by step: a sync may take a minute a file."""
-        files = np.unique(records["file"]).tolist()
-        for file in files:
-            start_writeback(self._targets[file], 0, 0)
-        for file in files:
-            for start, end, size in find_sync_steps(records[records["file"] == file]):
+        for file, part in parts.items():
+            for start, end, size in find_sync_steps(part):
                 wait_for_range(self._targets[file], start, end - start)
                 self._counter.settle(size)
 
-    @property
-    def records(self) -> bytes:
-        """Records of everything that is durable, those of earlier runs included."""
-        return bytes(self._durable)
+    def read_records(self) -> Records:
+        """Reads the records of everything that is durable, those of earlier runs included."""
+        return parse_records(self._durable)
 
 
 def add_sizes(records: Records) -> int:
@@ -169,7 +190,7 @@ def flush_regularly(ledger: Ledger, stopped: Event) -> None:
     flushed = monotonic()
     with ledger.bound():
         while not stopped.wait(min(LOOK_SECONDS, FLUSH_SECONDS)):
-            if ledger.unsynced >= FLUSH_SIZE or monotonic() - flushed >= FLUSH_SECONDS:
+            if ledger.unsynced >= ledger.flush_size or monotonic() - flushed >= FLUSH_SECONDS:
                 ledger.flush()
                 flushed = monotonic()
 

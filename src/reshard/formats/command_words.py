@@ -22,11 +22,12 @@ def list_layout_words(layout: Any) -> Iterator[str]:
         yield from ("--max-file-size", str(layout["file_size"]))
 
 
-def list_engine_words(recipe: Any) -> Iterator[str]:
-    """Lists the option that chooses the recipe of an engine, by the recipe in a manifest; none for no engine. Not
-    `--for`: it would not find a recipe that was named for another model type.
+def list_named_recipe_words(recipe: Any) -> Iterator[str]:
+    """Lists the option that chooses the recipe in a manifest, if no model chooses it by itself: it is for an engine, or
+    must be named. Not `--for`: it would not find a recipe that was named for another model type.
     """
-    name = recipe.get("name") if isinstance(recipe, dict) and recipe.get("engine") else ""
+    is_named = isinstance(recipe, dict) and (recipe.get("engine") or recipe.get("by_name") is True)
+    name = recipe.get("name") if is_named else ""
     yield from ("--recipe", name) if name and is_text(name) else ()
 
 

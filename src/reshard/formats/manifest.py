@@ -203,6 +203,8 @@ class Origin:
     """Whether it is of rank files, be there a manifest or not."""
     renaming: Renaming = ()
     """The steps from the names in the original files, and in `forms`, to those of the recipe."""
+    is_stacked: bool = False
+    """Whether the files of the checkpoint have stacked experts, which were taken apart: they cannot be restored."""
 
 
 def unpack_text(text: str, most: int) -> bytes:

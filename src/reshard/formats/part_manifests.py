@@ -14,7 +14,8 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from reshard.errors import Problem, Refused
-from reshard.formats.command_words import list_engine_words, list_layout_words, list_subset_words
+from reshard.formats.command_words import list_layout_words, list_named_recipe_words, list_subset_words
+from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.text import format_count, format_list, format_runs
@@ -164,11 +165,14 @@ def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str
 def format_join_command(folder: Path, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
     """Formats the same command."""
     layout, recipe = manifest.get("layout"), manifest.get("recipe")
-    words = *list_layout_words(layout), *list_engine_words(recipe), *list_subset_words(manifest.get("subset", {}))
+    words = *list_layout_words(layout), *list_named_recipe_words(recipe), *list_subset_words(manifest.get("subset", {}))
     return shlex.join(["reshard", "convert", source, str(folder), *words])
 
 
 def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest is of whole files (`--to hf`), not of rank files."""
-    layout = manifest.get("layout")
-    return isinstance(layout, dict) and layout.get("to") == WHOLE
+    """Whether a manifest is of whole files, not of rank files: of `--to hf`; or of a recipe without ranks, by the name
+    of its one file.
+    """
+    layout, files = manifest.get("layout"), manifest.get("files")
+    names = [entry.get("name") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    return names == [SINGLE] or (isinstance(layout, dict) and layout.get("to") == WHOLE)

@@ -42,10 +42,12 @@ from reshard.sources.rank_names import (
     RankNames,
     find_foreign_recipe,
     find_rank_names,
+    narrow_by_metadata,
     note_files_beside_ranks,
     parse_rank_name,
 )
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.sources.stacked_experts import unstack_checkpoint
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Recipe, Tensor
 
@@ -148,8 +150,9 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
     checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
+        unstacked = unstack_checkpoint(checkpoint, recipes)
         chosen = choose_for_engine(recipes, "", is_named=bool(recipe))
-        fitted = match_or_rename(checkpoint, chosen, is_asked=False)
+        fitted = match_or_rename(unstacked.checkpoint if unstacked else checkpoint, chosen, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         content = make_content(path, stored, "", "", 0, {}, remark)
@@ -157,7 +160,8 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
             content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
         )
     counts = name_counts(fitted.matched, fitted.recipe)
-    content = make_content(path, stored, fitted.recipe.left, fitted.recipe.name, 0, counts, "")
+    layout, by = (unstacked.recipe.right, unstacked.recipe) if unstacked else (fitted.recipe.left, fitted.recipe)
+    content = make_content(path, stored, layout, by.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes)
 
@@ -188,7 +192,8 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     manifest = read_manifest_unchecked(path)
     found = manifest.get("recipe")
     wanted = found.get("name") if isinstance(found, dict) else ""
-    known = [recipe for recipe in names.recipes if recipe.name == wanted] or narrow_recipes(config or {}, names.recipes)
+    by_manifest = [recipe for recipe in names.recipes if recipe.name == wanted]
+    known = by_manifest or narrow_by_metadata(stored.metadata, narrow_recipes(config or {}, names.recipes))
     if names.missing and (part := note_part(path, present)):
         content = make_content(path, stored, known[0].right, known[0].name, len(names.wanted), {}, "")
         return replace(content, made=read_conversion_options(manifest), notes=(part, *note_not_joined(path)))
@@ -226,7 +231,7 @@ def count_members_of_ranks(stored: FolderHeaders, recipe: Recipe, config: Mappin
     require_none(check_collected(collected, len(stored.files)))
     first = take_first_shards(collected.held.values())
     matched = match(Checkpoint(stored.folder, stored.files, first, config), recipe)
-    require_none(check_stored_constants(stored, collected.constants, recipe, matched.members))
+    require_none(check_stored_constants(stored, collected, recipe, matched.members))
     return name_counts(matched, recipe)
 
 

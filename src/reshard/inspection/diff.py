@@ -33,6 +33,7 @@ from reshard.inspection.tensor_pairs import (
     pair_up,
     read_diff_side,
     rename_to_pair,
+    unstack_to_pair,
 )
 from reshard.inspection.value_distance import RangeDistance, count_elements, measure_range, merge_ranges
 from reshard.inspection.value_sums import ValueSums, compute_overall_rank, measure_overall
@@ -59,7 +60,7 @@ def diff_checkpoints(
     one, other = read_diff_side(a, choice), read_diff_side(b, choice)
     if choice.replicas == FIRST and not (one.recipe or other.recipe):
         raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
-    sides, notes = rename_to_pair(one, other)
+    sides, notes = rename_to_pair(*unstack_to_pair(one, other))
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
     found = compare_pairs(pairing, sides, size, progress)

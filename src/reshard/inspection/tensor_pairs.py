@@ -23,6 +23,7 @@ from reshard.sources.fitted_names import RENAMED
 from reshard.sources.prefixes import find_partial_renaming_to, find_renaming_to
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
+from reshard.sources.stacked_experts import holds_stacks, read_under_hub_names
 from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Note, Recipe, Tensor
 
 PARTIAL_PREFIX, BLOCK_SCALES = "prefix", "block-scales"
@@ -134,6 +135,16 @@ def rename_to_pair(a: DiffSide, b: DiffSide) -> tuple[tuple[DiffSide, DiffSide],
             renamed = side._replace(checkpoint=replace(side.checkpoint, tensors=tensors))
             return ((renamed, b) if side is a else (a, renamed)), (note,)
     return (a, b), tuple(note_partial_prefix("B", b, a)) or tuple(note_partial_prefix("A", a, b))
+
+
+def unstack_to_pair(a: DiffSide, b: DiffSide) -> tuple[DiffSide, DiffSide]:
+    """Takes the stacked experts of one side apart, if the other has them apart. Raises Refused if that cannot be done
+    without doubt.
+    """
+    if holds_stacks(a.checkpoint) == holds_stacks(b.checkpoint):
+        return a, b
+    one, other = (side._replace(checkpoint=read_under_hub_names(side.checkpoint)) for side in (a, b))
+    return one, other
 
 
 def note_partial_prefix(letter: str, side: DiffSide, other: DiffSide) -> Iterator[Note]:

@@ -4,7 +4,7 @@ Rank files appear as the checkpoint that they were made from. Nothing is cast.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,7 +16,7 @@ from weakref import finalize
 
 import numpy as np
 
-from reshard.errors import refuse, require_none
+from reshard.errors import Refused, refuse, require_none
 from reshard.execution.joins import PartReader, count_join_levels, read_join
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.formats.folder import read_checkpoint
@@ -25,6 +25,7 @@ from reshard.formats.remote_names import require_path
 from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
+from reshard.sources.stacked_experts import read_under_hub_names
 from reshard.storage.local import (
     CACHED,
     PAGE,
@@ -47,8 +48,9 @@ def open_tensors(
 ) -> "Tensors":
     """Opens the tensors of a safetensors file, of a Hugging Face checkpoint or of rank files, without reading them.
 
-    Rank files appear as the checkpoint that they were made from, with its names and whole tensors. Opening reads little
-    more than headers. Nothing is cast: packed FP4 and FP8 stay as they are.
+    Rank files appear as the checkpoint that they were made from, with its names and whole tensors; and so do folders
+    with the stacked experts of transformers 5. Opening reads little more than headers. Nothing is cast: packed FP4 and
+    FP8 stay as they are.
 
         with reshard.open("DeepSeek-V3-mp16") as tensors:
             rows = tensors["model.layers.0.self_attn.o_proj.weight"][:128]
@@ -73,7 +75,10 @@ def open_tensors(
     if holds_rank_files(path, recipe):
         found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
-    return Tensors(read_checkpoint(path, ignore_extra_files=ignore_extra_files), framework)
+    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
+    with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
+        checkpoint = read_under_hub_names(checkpoint)
+    return Tensors(checkpoint, framework)
 
 
 class Tensors(Mapping[str, "LazyTensor"]):

@@ -1,14 +1,14 @@
 """The constants of a recipe: tensors of one value that only the rank files have. They are made of nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from math import prod
 
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
 from reshard.planning.shards import Series, cut_nothing
-from reshard.planning.transforms import Terms
-from reshard.recipes.patterns import list_constant_names
+from reshard.planning.transforms import Outcome, Terms
+from reshard.recipes.patterns import find_scale_placeholder, list_constant_names, list_present_constants
 from reshard.sources.block_scales import is_kept
 from reshard.sources.completeness import collect_members
 from reshard.sources.match import Matched
@@ -18,13 +18,16 @@ NO_RULE = -1
 """The index of the rule of a constant: it has none."""
 
 
-def make_constants(terms: Terms, matched: Matched, casts: list[Cast]) -> Iterator[Series]:
-    """Makes the constants of the kept layers and experts, for every rank. Appends their casts."""
+def make_constants(terms: Terms, matched: Matched, outcomes: Iterable[Outcome], casts: list[Cast]) -> Iterator[Series]:
+    """Makes the constants of the kept layers and experts, for every rank; those of quantized models if a weight of
+    `outcomes` has block scales. Appends their casts.
+    """
     recipe, ranks = terms.recipe, terms.layout.ranks
+    scaled = {find_scale_placeholder(outcome.kind.rule, recipe) for outcome in outcomes if outcome.scales}
     present = matched.present if recipe.constants else {}
     kept = {number: numbers for number, numbers in present.items() if is_kept(recipe.rules[number], terms.layout)}
     members = collect_members(recipe, kept)
-    for constant in recipe.constants:
+    for constant in list_present_constants(recipe, scaled):
         dtype, shape = constant.dtype, constant.shape
         size, first = prod(shape) * BITS[dtype] // 8, terms.files + len(casts)
         names = list_constant_names(constant, members)

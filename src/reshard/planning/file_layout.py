@@ -13,6 +13,7 @@ from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
+from reshard.recipes.recipe import has_ranks
 from reshard.types import RANKS, Cast, Layout, OriginalFile, Recipe, Tensor
 
 EVERY_RANK = -1
@@ -168,10 +169,10 @@ def lay_out_files(
 
 
 def write_metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
-    """Writes the metadata entry of a header: in the original layout the format; in rank files rank, ranks and recipe,
-    if the recipe asks for them. Empty without metadata.
+    """Writes the metadata entry of a header: of whole files the format; in rank files rank, ranks and recipe, if the
+    recipe asks for them. Empty without metadata.
     """
-    if layout.to != RANKS:
+    if layout.to != RANKS or not has_ranks(recipe):
         return [WHOLE_METADATA]
     if not recipe.describes:
         return []

@@ -6,6 +6,7 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from reshard.errors import Problem, refuse
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
@@ -55,12 +56,21 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
     if layout.file_size is not None and layout.file_size < 0:
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
+    yield from check_rank_options(recipe, layout, ranks)
+    if layout.to == RANKS and layout.file_size is not None:
+        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+
+
+def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
+    """Reports chosen ranks that are none or have no meaning, and several ranks where a recipe makes whole files."""
     if ranks is not None and not ranks:
         yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if layout.to == WHOLE and ranks is not None:
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
-    if layout.to == RANKS and layout.file_size is not None:
-        yield Problem("wrong-option", "--max-file-size", "without --to hf", "--to hf: a rank has one file")
+    if layout.ranks > 1 and layout.to == RANKS and not has_ranks(recipe):
+        remedy = "leave out --mp; for rank files leave out --for, or choose another --recipe"
+        found = f"{layout.ranks} ranks, for {recipe.name}"
+        yield Problem("wrong-option", "--mp", found, "no number, or 1: it is whole files, which nothing cuts", remedy)
 
 
 def require_layout(
@@ -94,7 +104,7 @@ def require_whole_number(option: str, value: Any) -> int:
 def check_source_options(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
     """Reports options that do not suit a source: `replicas` without rank files, or a wrong number of experts."""
     yield from check_replicas(replicas)
-    if replicas == FIRST and not source.origin.is_of_ranks:
+    if replicas == FIRST and (source.unstacked or not source.origin.is_of_ranks):
         yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
     placeholders = source.recipe.placeholders
     found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]

@@ -11,6 +11,7 @@ from reshard.formats.shares import Share
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
 from reshard.planning.reads import measure_reads
+from reshard.recipes.recipe import has_ranks
 from reshard.text import escape, format_count, format_numbers, format_size, format_table
 from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Tensor
 
@@ -73,7 +74,7 @@ class Plan:
 def describe_files(plan: Plan) -> Iterator[str]:
     """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
     target = format_count(len(plan.files), "whole files")
-    if plan.layout.to == RANKS:
+    if plan.layout.to == RANKS and has_ranks(plan.recipe):
         chosen = {file.rank for file in plan.files}
         some = f" (of these {format_numbers(chosen)})" if chosen else " (all are finished)"
         target = format_count(plan.layout.ranks, "ranks") + some * (len(chosen) < plan.layout.ranks)

@@ -152,7 +152,7 @@ def arrange_tensors(
     layout = terms.layout
     if layout.to != WHOLE:
         series = cut_outcomes(outcomes, terms, matched.counts)
-        constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, casts))
+        constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
         require_none(check_constants_apart(constants, series))
         series += constants
         return series, order_pieces(series), ()

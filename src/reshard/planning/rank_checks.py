@@ -107,18 +107,19 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
         expected = f"at least {dimension + 1} dimensions, to be cut on {split}"
         return Fault("wrong-shape", "", "", f"shape {list(weight.shape)}", expected)
     length, halves, block = weight.shape[dimension], HALVES if split.is_packed else 1, outcome.block
+    unit = f"in {split}" if split.text.startswith("dimension") else str(split)
     limit = find_limit(weight, outcome.kind.rule, block)
     if parts > 1 and units and length % units:
-        return Fault("not-divisible", f"{length:,}", str(split), ranks, f"a multiple of {units}")
+        return Fault("not-divisible", f"{length:,}", unit, ranks, f"a multiple of {units}")
     if parts > 1 and length % (parts * halves):
-        return Fault("not-divisible", f"{length:,}", str(split), ranks, f"a multiple of {parts * halves}")
+        return Fault("not-divisible", f"{length:,}", unit, ranks, f"a multiple of {parts * halves}")
     if limit and not limit._replace(block=1).allows(parts):
         expected = "rows that the ranks can share in whole bytes"
         return Fault("not-divisible", f"{weight.dtype} {list(weight.shape)}", "", ranks, expected)
     if limit and not limit.allows(parts):
         inside = " of each half" if halves > 1 else "" if limit.whole_blocks else ", or a part that lies inside one"
         expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
-        return Fault("straddles-blocks", f"{length // parts:,}", str(split), ranks, expected)
+        return Fault("straddles-blocks", f"{length // parts:,}", unit, ranks, expected)
     return None
 
 

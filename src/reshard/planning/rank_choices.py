@@ -25,6 +25,7 @@ from reshard.planning.rank_checks import try_ranks
 from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Outcome, Terms, raise_config, transform_weights
 from reshard.recipes.patterns import list_slots
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.sources.source import Source
@@ -89,7 +90,7 @@ def measure_beside(
     """Measures, in tensors and bytes, what every rank has beside the weights: the constants, and fewer tensors where
     weights are fused. Raises Refused for parts of fused tensors that do not fit together.
     """
-    constants = [] if "only" in checkpoint.subset else [*make_constants(terms, matched, [])]
+    constants = [] if "only" in checkpoint.subset else [*make_constants(terms, matched, outcomes, [])]
     tensors = sum(len(one.names) for one in constants)
     if list_fused_rules(terms.recipe, terms.layout):
         series = cut_outcomes(outcomes, terms, matched.counts)
@@ -131,6 +132,11 @@ def plan_for_ranks(
     source: Source, layout: Layout, *, ranks: Sequence[int] | None = None, only: Sequence[str] = ()
 ) -> Plan:
     """Makes a plan as `make_plan` does. Raises Refused also without a number of ranks, with those that work."""
+    if layout.to == RANKS and not has_ranks(source.recipe):
+        if ranks is not None:
+            found, expected = f"for {source.recipe.name}", "no ranks: it is whole files, which nothing cuts"
+            raise refuse("wrong-option", "--ranks", found, expected, "leave it out")
+        layout = replace(layout, ranks=layout.ranks or 1)
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"

@@ -55,8 +55,11 @@ def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Out
     shape = find_padded_shape(kind.rule, outcome.weights[0], terms)
     if shape == outcome.weights[0].shape:
         return outcome
-    if any(length != more for length, more in zip(outcome.weights[0].shape[1:-1], shape[1:-1], strict=True)):
-        found, expected = f"{list(outcome.weights[0].shape)} to {list(shape)}", "padding of the first or last dimension"
+    before, cut = outcome.weights[0].shape, kind.rule.split.dimension or 0
+    is_wide = before[-1:] != shape[-1:] and 0 < cut < len(shape) - 1
+    if is_wide or before[1:-1] != shape[1:-1]:
+        expected = "padding of the first or last dimension, of the last only if none between is cut"
+        found = f"{list(before)} to {list(shape)}"
         raise refuse("wrong-padding", kind.rule.left, found, expected, "no --pad, or fewer ranks")
     return pad_outcome(outcome, shape, terms, casts)
 
@@ -253,10 +256,11 @@ def find_cut_lengths(
         formulas = parse_shape(kind.rule.shape)[1] if kind.rule.shape else []
         if dimension is None or len(formulas) <= dimension:
             continue
+        block = find_target_block(kind, layout)
         length = compute_shape(kind.rule.shape, config, recipe.sizes)[dimension]
         without = compute_shape(kind.rule.shape, {**config, key: None}, recipe.sizes)[dimension]
         if length is not None and without is None:
-            found.add((formulas[dimension], find_target_block(kind, layout)[dimension]))
+            found.add((formulas[dimension], block[dimension] if dimension < len(block) else 1))
     return found
 
 

@@ -12,6 +12,9 @@ from reshard.recipes.placeholder_checks import Fault, check_pattern
 
 CONSTANT_ROW = 'a row of right name, dtype and shape, and value, such as ["model.scale", "F32 []", 1.0]'
 
+CONDITION = re.compile(r"if \{([a-z])\}")
+"""Of a constant: only where weights have this block scale."""
+
 LARGEST_VALUES = {"F32": 3.4e38, "BF16": 3.38e38, "F16": 65504.0}
 """By dtype of a constant: the largest value that it may have."""
 
@@ -53,12 +56,15 @@ def holds_fused(rows: Sequence[Sequence[str]]) -> bool:
     return all(row[0] in FUSED for row in rows)
 
 
-def check_constants(rows: Any, placeholders: Mapping[str, Any]) -> Iterator[Fault]:
-    """Finds faults in the constants."""
+def check_constants(rows: Any, placeholders: Mapping[str, Any], scales: Any) -> Iterator[Fault]:
+    """Finds faults in the constants. `scales` is what the recipe says of block scales, right or wrong."""
     for row in rows if isinstance(rows, list) else [rows]:
-        if not (isinstance(row, list) and list(map(type, row)) == [str, str, float]):
+        if not (isinstance(row, list) and [*map(type, row[:3])] == [str, str, float] and len(row) in (3, 4)):
             yield ("constants",), repr(row), CONSTANT_ROW
             continue
+        condition = CONDITION.fullmatch(row[3]) if row[3:] and isinstance(row[3], str) else None
+        if row[3:] and not (condition and isinstance(scales, dict) and condition[1] in scales):
+            yield ("constants",), repr(row[3]), "'if' and the placeholder of a block scale, such as 'if {p}'"
         yield from ((("constants",), *fault) for fault in check_pattern(row[0], placeholders))
         try:
             dtype, lengths = parse_shape(row[1])

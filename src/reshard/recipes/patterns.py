@@ -172,6 +172,11 @@ def fill_pattern(pattern: str, numbers: Mapping[str, int]) -> str:
     return PLACEHOLDER.sub(lambda placeholder: str(numbers.get(placeholder[1], WEIGHT)), pattern)
 
 
+def list_present_constants(recipe: Recipe, scaled: Container[str]) -> list[Constant]:
+    """Lists the constants of rank files in which some weights have the block scales of the placeholders `scaled`."""
+    return [constant for constant in recipe.constants if not constant.scale or constant.scale in scaled]
+
+
 def list_constant_names(constant: Constant, members: Mapping[str, set[int]]) -> list[str]:
     """Lists the names of a constant: one for each member of its placeholders."""
     letters = PLACEHOLDER.findall(constant.right)

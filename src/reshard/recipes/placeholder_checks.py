@@ -116,8 +116,11 @@ def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str,
         )
 
 
-def check_pattern(pattern: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
+def check_pattern(pattern: str, known: Iterable[str], endings: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """Faults in a name pattern. `endings` are the placeholders that may stand behind text at its end."""
     *inner, last = pattern.split(".")
+    ending = next((f"{{{letter}}}" for letter in endings if last.endswith(f"{{{letter}}}")), "")
+    last = last.removesuffix(ending) or last  # `w13_{p}`: `w13_weight`, and its scale
     if pattern.startswith("{") or BEGINS_WITH_NUMBER.match(pattern):
         yield f"{pattern!r}", "a name that begins with text"  # by that we know it again in rank files
     # One of a kind is named: of a name with a million dots there would be a million, each with the whole name.

@@ -37,6 +37,13 @@ def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
     return [load_recipe(name)] if name else list_packaged_recipes()
 
 
+def has_ranks(recipe: Recipe) -> bool:
+    """Whether the right side of a recipe is cut for ranks. Else it is a whole checkpoint under other names, some of
+    them of fused tensors.
+    """
+    return "{rank}" in recipe.files
+
+
 def load_recipe(name: str) -> Recipe:
     """The packaged recipe of that name, or the one in the file of that path. Raises Refused with every fault."""
     is_path = name.endswith(".toml") or Path(name).is_file()
@@ -94,6 +101,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
         rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
         constants=tuple(starmap(make_constant, table.get("constants", ()))),
         engine=table.get("engine", ""),
+        by_name=table.get("by_name", False),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
     )
@@ -103,10 +111,10 @@ def make_placeholder(name: str, fields: Mapping[str, Any]) -> Placeholder:
     return Placeholder(name, **{**fields, "picked": tuple(fields.get("picked", ()))})
 
 
-def make_constant(right: str, shape: str, value: float) -> Constant:
-    """Makes a constant of a row such as `["model.scale", "F32 []", 1.0]`."""
+def make_constant(right: str, shape: str, value: float, only: str = "") -> Constant:
+    """Makes a constant of a row such as `["model.scale", "F32 []", 1.0]`, perhaps with `if {p}` behind."""
     dtype, lengths = parse_shape(shape)
-    return Constant(right, dtype, tuple(map(int, lengths)), float(value))
+    return Constant(right, dtype, tuple(map(int, lengths)), float(value), "".join(PLACEHOLDER.findall(only)))
 
 
 def make_block_scale(fields: Mapping[str, Any]) -> BlockScale:

@@ -1,11 +1,12 @@
 """Parses the splits of a recipe: the dimension that is cut, and into how many parts."""
 
 import re
+from collections.abc import Collection, Iterator
 
 from reshard.types import Rule, Split
 
 ROWS, COLUMNS = 0, 1
-"""The dimensions that a split can cut."""
+"""The dimensions that have a word of their own; `dimension 2` names another, from 0 on."""
 
 HALVES = 2
 """Tensors that lie packed in one: a gate, and what it is multiplied with."""
@@ -25,6 +26,8 @@ PADDED = re.compile(r"rows padded to ([1-9][0-9]{0,5})")
 
 MEMBERS = re.compile(r"by ([a-z])")
 
+DIMENSION = re.compile(r"dimension ([0-9])")
+
 
 def parse_split(text: str) -> Split | None:
     """Parses a split as recipes write it, such as `rows`, `rows of KEY` or `by e`. None if the text is no split."""
@@ -34,7 +37,27 @@ def parse_split(text: str) -> Split | None:
         return Split(text, placeholder=found[1])
     if found := PADDED.fullmatch(text):
         return Split(text, ROWS, is_padded=True, multiple=int(found[1]))
+    if found := DIMENSION.fullmatch(text):
+        return Split(text, int(found[1]))
     return SPLITS.get(text)
+
+
+def check_split(
+    rule: Rule, placeholders: Collection[str], *, is_fused: bool, is_scaled: bool
+) -> Iterator[tuple[str, str]]:
+    """Reports a text that is no split, and a split that does not suit its row: the found, and the expected.
+    `placeholders` are the letters of the row that count something; `is_scaled`: its weights have block scales.
+    """
+    text, split = rule.split.text, parse_split(rule.split.text)
+    if not split or (split.placeholder and split.placeholder not in placeholders):
+        others = "'rows of' and a config key, 'dimension' and a digit, or 'by' and a placeholder of the row"
+        yield repr(text), f"a split: {', '.join(SPLITS)}, {others}"
+        return
+    if is_fused and (split.is_padded or split.is_packed or split.placeholder):
+        others = "'dimension' and a digit, or 'rows of' a config key"
+        yield repr(text), f"a split for a {rule.relation}: replicate, rows, columns, {others}"
+    if is_scaled and split.dimension not in (None, ROWS, COLUMNS):
+        yield repr(text), "rows or columns: a weight with block scales has two dimensions"
 
 
 def make_rule(relation: str, left: str, right: str, split: str, shape: str = "", only: str = "") -> Rule:

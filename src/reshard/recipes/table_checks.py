@@ -11,6 +11,7 @@ from reshard.formats.safetensors import BITS
 from reshard.recipes.alternatives import is_choice_of_config
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
+from reshard.recipes.file_checks import check_files
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
 from reshard.recipes.fusion_checks import check_constants, check_fusions, holds_fused
 from reshard.recipes.fusions import FUSED, find_stacked
@@ -23,7 +24,7 @@ from reshard.recipes.placeholder_checks import (
     check_placeholder_table,
     check_scales,
 )
-from reshard.recipes.splits import SPLITS, make_rule, parse_split
+from reshard.recipes.splits import check_split, make_rule
 from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
@@ -44,6 +45,7 @@ ALL_KEYS = (
     "rules",
     "constants",
     "engine",
+    "by_name",
 )
 
 RELATIONS = ("same", "dequantize", "drop", *FUSED)
@@ -71,7 +73,7 @@ def check_table(table: Mapping[str, Any]) -> Iterator[Fault]:
         *check_code_dtypes(table.get(CODE_DTYPES, {})),
     ]
     faults += [*check_formulas(table), *check_run_needs(table.get("run_needs", []))]
-    faults += [*check_constants(table.get("constants", []), letters)]
+    faults += [*check_constants(table.get("constants", []), letters, table.get("scales", {}))]
     faults = faults or list(check_rules(table))
     rights = [row[2] for row in table["rules"] if row[2]] if not faults else []
     yield from faults or [
@@ -93,17 +95,14 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in LIST_KEYS:
         if not is_list_of_strings(table.get(key, [])):
             yield (key,), repr(table[key]), f"{key}: a list of strings"
-    if type(table.get("describes", False)) is not bool:
-        yield ("describes",), repr(table["describes"]), "describes: true or false"
+    for key in ("describes", "by_name"):
+        if type(table.get(key, False)) is not bool:
+            yield (key,), repr(table[key]), f"{key}: true or false"
     if not isinstance(table.get("checked", ""), str):
         yield ("checked",), repr(table["checked"]), "checked: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
-    files = table.get("files")
-    if isinstance(files, str) and not is_files_pattern(files):
-        yield ("files",), repr(files), "a file name with {rank}, and perhaps {ranks}, that ends in .safetensors"
-    elif isinstance(files, str) and "{ranks}" not in files and not table.get("describes"):
-        yield ("files",), repr(files), "{ranks} in it, or describes = true: else nothing tells that a file is missing"
+    yield from check_files(table)
     if not re.fullmatch(r"[a-z][a-z0-9-]*|", str(table.get("engine", ""))):
         yield ("engine",), repr(table["engine"]), "engine: a word of small letters, digits and hyphens"
 
@@ -113,17 +112,6 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     carry = table.get("carry", [])
     if is_list_of_strings(carry) and not all(is_plain(pattern) and "**" not in pattern for pattern in carry):
         yield ("carry",), repr(carry), "carry: patterns of file names, without folders"
-
-
-def is_files_pattern(text: str) -> bool:
-    """Whether a text makes a file name for each rank, which no side file can have, and nothing but that."""
-    rest = text.replace("{rank}", "", 1).replace("{ranks}", "", 1)
-    return (
-        {"rank"} <= set(PLACEHOLDER.findall(text)) <= {"rank", "ranks"}
-        and not set(rest) & set("{}")
-        and is_plain(rest)
-        and rest.endswith(".safetensors")
-    )
 
 
 def is_list_of_strings(value: Any) -> bool:
@@ -237,10 +225,8 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
     known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
-    for pattern in filter(None, (rule.left, rule.right)):
-        yield from check_pattern(pattern, known)
-    if not rule.left:
-        yield "no left name", "the name on the left"
+    yield from check_pattern(rule.left, known) if rule.left else [("no left name", "the name on the left")]
+    yield from check_pattern(rule.right, known, scales) if rule.right else ()
     if rule.only and not CONDITION.fullmatch(rule.only):
         yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
     if rule.shape:
@@ -254,18 +240,13 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
         return
     yield from check_sides(rule, scales)
     yield from check_assignment(rule, placeholders)
-    split = parse_split(rule.split.text)
-    if split and rule.relation in FUSED and (split.is_padded or split.is_packed or split.placeholder):
-        yield (
-            repr(rule.split.text),
-            f"a split for a {rule.relation}: replicate, rows, columns or 'rows of' a config key",
-        )
-    known = ["", *(letter for letter in PLACEHOLDER.findall(rule.left) if letter in placeholders)]
-    if not split or split.placeholder not in known:
-        expected = (
-            "a split: " + ", ".join(SPLITS) + ", 'rows of' and a config key, or 'by' and a placeholder of the row"
-        )
-        yield repr(rule.split.text), expected
+    letters = PLACEHOLDER.findall(rule.left)
+    yield from check_split(
+        rule,
+        [letter for letter in letters if letter in placeholders],
+        is_fused=rule.relation in FUSED,
+        is_scaled=any(letter in scales for letter in letters),
+    )
 
 
 def check_assignment(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

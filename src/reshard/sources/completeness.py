@@ -127,14 +127,17 @@ def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
     return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
 
 
-def note_no_drafts(recipe: Recipe, members: Members, config: Mapping[str, Any] | None) -> Iterator[Note]:
+def note_no_drafts(
+    recipe: Recipe, members: Members, config: Mapping[str, Any] | None, *, is_stacked: bool
+) -> Iterator[Note]:
     """Notes that the config promises MTP layers and none is here, where the recipe can do without: transformers saves
-    none, but a file may be lost too.
+    none, but a file may be lost too. With stacked experts (`is_stacked`) it was transformers.
     """
+    reason = "transformers' models have none" if is_stacked else "is a file missing?"
     for place in recipe.placeholders.values():
         promised = find_draft_keys(config or {})
         if place.optional and not place.size and not members[place.name] and promised:
-            yield Note("no-mtp", f"no {place.counts} here, though config.json has {promised[0]}: is a file missing?")
+            yield Note("no-mtp", f"no {place.counts} here, though config.json has {promised[0]}: {reason}")
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
-from reshard.recipes.patterns import list_constant_names
-from reshard.sources.held_shards import FoundConstant
+from reshard.recipes.patterns import find_scale_placeholder, list_constant_names, list_present_constants
+from reshard.sources.held_shards import CollectedShards, FoundConstant
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
 from reshard.types import Constant, Recipe, Tensor
@@ -17,20 +17,22 @@ LOST = "in the original layout there is no place for it; a recipe of your own ma
 
 
 def check_stored_constants(
-    stored: FolderHeaders, found: Sequence[FoundConstant], recipe: Recipe, members: Mapping[str, set[int]]
+    stored: FolderHeaders, collected: CollectedShards, recipe: Recipe, members: Mapping[str, set[int]]
 ) -> Iterator[Problem]:
     """Reports constants that are not in every rank file, that have another dtype or shape than the recipe says, or that
     belong to layers that the model has not. `members` are the numbers that fill each placeholder.
     """
     holders: dict[str, set[int]] = {}
-    for one in found:
+    for one in collected.constants:
         holders.setdefault(one.tensor.name, set()).add(one.tensor.file)
-    wanted = {name: constant for constant in recipe.constants for name in list_constant_names(constant, members)}
+    scaled = {find_scale_placeholder(one.rule, recipe) for one in collected.held.values() if one.is_scale}
+    present = list_present_constants(recipe, scaled)
+    wanted = {name: constant for constant in present for name in list_constant_names(constant, members)}
     for name, constant in wanted.items():
         if lacking := [file.name for place, file in enumerate(stored.files) if place not in holders.get(name, set())]:
             expected = f"{describe_constant(constant)} in every rank file, a constant of {recipe.name}"
             yield Problem("missing-tensor", name, f"not in {format_list(lacking)}", expected, LACKING)
-    for one in found:
+    for one in collected.constants:
         subject = f"{stored.files[one.tensor.file].name}: {one.tensor.name}"
         constant, kind = recipe.constants[one.constant], f"{one.tensor.dtype} {list(one.tensor.shape)}"
         if one.tensor.name not in wanted:

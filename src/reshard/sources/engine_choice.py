@@ -1,7 +1,7 @@
-"""The recipes of engines: used only where a name, `--for` or the rank files themselves ask for them.
+"""The recipes that are used only where a name, `--for` or the rank files themselves ask for them.
 
-A family may have a recipe for its own code and others for engines. Without a word for an engine, the recipes of engines
-do not take part in any choice.
+A family may have a recipe for its own code and others: for engines, and those with `by_name`, which share tensors in
+another way. Without a word for them they do not take part in any choice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from reshard.errors import refuse
-from reshard.recipes.recipe import list_packaged_recipes
+from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.sources.match import OWN_RECIPE
 from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
 from reshard.text import format_list
@@ -17,12 +17,12 @@ from reshard.types import Recipe
 
 
 def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool) -> Sequence[Recipe]:
-    """Chooses the recipes for an engine, or without one those for none. One that was named (`is_named`) stays. Raises
-    Refused if there is none for the engine.
+    """Chooses the recipes for an engine, or without one those for none, but none with `by_name`. One that was named
+    (`is_named`) stays. Raises Refused if there is none for the engine.
     """
     if is_named and not engine:
         return recipes
-    if fitting := [recipe for recipe in recipes if recipe.engine == engine]:
+    if fitting := [recipe for recipe in recipes if recipe.engine == engine and (is_named or not recipe.by_name)]:
         return fitting
     known = list(dict.fromkeys(filter(None, (recipe.engine for recipe in list_packaged_recipes()))))
     if is_named:
@@ -33,6 +33,11 @@ def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool)
     remedy = f"did you mean {near[0]}?" if near else "leave it out, or name a recipe of your own with --recipe"
     expected = f"one of {format_list(known)}" if known else "nothing: no packaged recipe is for an engine"
     raise refuse("wrong-option", "--for", f"{engine!r}: no such engine", expected, remedy)
+
+
+def takes_ranks(recipe: str | None, engine: str | None) -> bool:
+    """Whether a conversion by a recipe, or for an engine, is for a number of ranks. Raises Refused for unknown ones."""
+    return any(map(has_ranks, choose_for_engine(list_recipes_to_try(recipe), engine or "", is_named=bool(recipe))))
 
 
 def require_engine_recipe(
@@ -59,11 +64,11 @@ def require_engine_of_ranks(recipe: Recipe, engine: str, path: str) -> None:
 
 def list_recipe_words(name: str) -> list[str]:
     """Lists the words without which a command would not choose a recipe of that name: `--recipe NAME` if it is a
-    packaged one for an engine, else none.
+    packaged one that must be named, else none.
     """
-    return ["--recipe", name] if find_engine(name) else []
+    return ["--recipe", name] if is_chosen_by_name(name) else []
 
 
-def find_engine(name: str) -> str:
-    """Finds the engine of a packaged recipe; empty if it is for none, or not packaged."""
-    return next((recipe.engine for recipe in list_packaged_recipes() if recipe.name == name), "")
+def is_chosen_by_name(name: str) -> bool:
+    """Whether a recipe is a packaged one that no model chooses by itself: for an engine, or with `by_name`."""
+    return any(recipe.name == name and (recipe.engine or recipe.by_name) for recipe in list_packaged_recipes())

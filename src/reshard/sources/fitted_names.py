@@ -18,8 +18,8 @@ from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_
 from reshard.sources.recipe_choice import choose_recipe, find_asked_recipes, list_architectures
 from reshard.types import Checkpoint, Note, Recipe
 
-RENAMED = "renamed"
-"""The kind of the note that tells of a renaming."""
+RENAMED, UNSTACKED = "renamed", "unstacked"
+"""The kinds of the notes that tell of a renaming, and of stacked experts that were taken apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ def match_or_rename(
         return choose_recipe(named, recipes, keep_optional=keep_optional)
 
     try:
-        return note_and_fit(checkpoint, *choose(checkpoint), ())
+        with explain_renaming(checkpoint):
+            return note_and_fit(checkpoint, *choose(checkpoint), ())
     except Refused as refused:
         known = [KnownNames(recipe) for recipe in (recipes[:1] if is_asked else list_candidates(checkpoint, recipes))]
         names = list_names_by_kind(checkpoint.tensors)
@@ -106,7 +107,7 @@ def rename_checkpoint(checkpoint: Checkpoint, renaming: Renaming) -> Checkpoint:
 @contextmanager
 def explain_renaming(checkpoint: Checkpoint) -> Iterator[None]:
     """Adds to a refusal that the names were changed: its problems have names that no file has."""
-    notes = [note.text for note in checkpoint.notes if note.kind == RENAMED]
+    notes = [note.text for note in checkpoint.notes if note.kind in (RENAMED, UNSTACKED)]
     try:
         yield
     except Refused as refused:

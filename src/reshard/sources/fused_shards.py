@@ -18,6 +18,8 @@ from reshard.types import BlockScale, Recipe, Rule, Tensor
 
 BESIDE = "copy the model's config.json beside the rank files"
 
+ANOTHER = "is config.json another model's?"
+
 OTHERS = "is a rank file missing, or from another conversion, or config.json another model's?"
 
 
@@ -112,8 +114,9 @@ def spread_rows(
         expected = f"a config.json that tells the rows of each part: {format_list(keys)}"
         raise refuse("no-config", fused.name, "not known how many rows are whose", expected, BESIDE)
     parts = (f"{count or 'as many'} of {left}" for count, left in zip(told[0], shorten_names(fused.lefts), strict=True))
-    expected = f"in each of {ranks} ranks, by config.json and the recipe: {', '.join(parts)}"
-    raise refuse("wrong-shape", place, f"{total} rows, of {list(tensor.shape)}", expected, OTHERS)
+    expected = f"by config.json and the recipe: {', '.join(parts)}"
+    expected, remedy = (f"in each of {ranks} ranks, {expected}", OTHERS) if ranks > 1 else (expected, ANOTHER)
+    raise refuse("wrong-shape", place, f"{total} rows, of {list(tensor.shape)}", expected, remedy)
 
 
 def shorten_names(lefts: Sequence[str]) -> Iterator[str]:
@@ -150,8 +153,8 @@ def count_part_rows(rule: Rule, recipe: Recipe, config: Mapping[str, Any], ranks
 class RowShares:
     """The rows of the parts of fused tensors, computed once for all layers that are alike."""
 
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any], files: Sequence[str]) -> None:
-        self.recipe, self.config, self.files = recipe, config, files
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], files: Sequence[str], ranks: int) -> None:
+        self.recipe, self.config, self.files, self.ranks = recipe, config, files, ranks
         self.known: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
     def split(self, tensor: Tensor, fused: FusedPattern, numbers: Sequence[str]) -> Iterator[PartShard]:
@@ -159,6 +162,6 @@ class RowShares:
         key = (fused.pattern, tensor.dtype, tensor.shape)
         if key not in self.known:
             self.known[key] = spread_rows(
-                tensor, fused, self.recipe, self.config, len(self.files), file=self.files[tensor.file]
+                tensor, fused, self.recipe, self.config, self.ranks, file=self.files[tensor.file]
             )
         return split_fused(tensor, fused, numbers, self.known[key])

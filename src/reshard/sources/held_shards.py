@@ -91,7 +91,7 @@ def collect_shards(stored: FolderHeaders, recipe: Recipe, config: Mapping[str, A
     names = split_names(tensor.name for tensor in stored.tensors)
     marked, before = find_later_members(names, turned)
     kinds = list_kinds(recipe, config)
-    shares = RowShares(recipe, config, [file.name for file in stored.files])
+    shares = RowShares(recipe, config, [file.name for file in stored.files], len(stored.files))
     found = CollectedShards({}, [], [], [])
     for tensor, (key, numbers) in zip(stored.tensors, names, strict=True):
         fitting = [pattern for pattern in patterns.by_key.get(key, ()) if pattern.fits(key, numbers)]

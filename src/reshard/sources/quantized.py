@@ -3,10 +3,12 @@
 Told by the names and dtypes of the tensors, and by the `quantization_config` of the config. Opens no file.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.problem_order import sort_by_layer
 from reshard.sources.quantization_config import CODES, Promise, read_promise
 from reshard.text import format_count
@@ -92,6 +94,9 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
     remedy = suggest_source(checkpoint.config or {})
     if recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
         remedy = ""
+    elif recipe and by_names == FP8_BLOCKS and not has_ranks(recipe):
+        folder = shlex.quote(str(checkpoint.folder))
+        remedy = f"first write it in BF16: reshard convert {folder} OTHER --to hf --cast bf16; then convert OTHER"
     elif recipe and by_names == FP8_BLOCKS:
         remedy += f"; or is it another model than those of {recipe.name}? then another --recipe"
     return Problem("quantized", str(checkpoint.folder), found, describe_accepted(recipe), remedy)

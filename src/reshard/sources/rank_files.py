@@ -9,7 +9,7 @@ from reshard.formats.huggingface import FolderHeaders
 from reshard.numbered_names import split_name
 from reshard.recipes.formulas import compute_shape
 from reshard.recipes.patterns import WEIGHT
-from reshard.recipes.splits import COLUMNS, HALVES, ROWS, count_parts
+from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.held_shards import CollectedShards, ShardedTensor
 from reshard.text import format_numbers
 from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Tensor
@@ -201,10 +201,10 @@ def assemble_tensor(
     size = prod(shape) * first.size // max(prod(first.shape), 1)
     if not size or (len(parts) == len(parts[0]) == 1 and shape == together):
         return first._replace(shape=shape, size=size)
-    if dimension == COLUMNS and len(shape) > COLUMNS:
-        rows = shape[ROWS]
+    if found.rule.split.is_packed and len(parts) > 1:
+        rows = HALVES
     else:
-        rows = HALVES if found.rule.split.is_packed and len(parts) > 1 else 1
+        rows = prod(shape[:dimension]) if dimension and len(shape) > dimension else 1
     whole = Tensor(found.name, first.dtype, shape, files + len(joins), 0, size)
     joins.append(Join(rows, parts, whole))
     return whole

@@ -5,15 +5,16 @@ Names of some engines do not tell the number of ranks. Then the headers may tell
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
-from reshard.recipes.recipe import list_recipes_to_try
+from reshard.formats.part_manifests import is_of_whole_files
+from reshard.recipes.recipe import has_ranks, list_recipes_to_try
 from reshard.text import format_list
-from reshard.types import MOST_RANKS, RANKS, Note, Recipe
+from reshard.types import MOST_RANKS, Note, Recipe
 
 
 class RankNames(NamedTuple):
@@ -88,9 +89,11 @@ def count_ranks(
 
 
 def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
-    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names. The number of
-    ranks is 0 if the pattern has none.
+    """Parses rank and number of ranks from a file name, by the recipe's pattern; None for other names, and for a recipe
+    without ranks. The number of ranks is 0 if the pattern has none.
     """
+    if not has_ranks(recipe):
+        return None
     pattern = re.escape(recipe.files)
     for key in ("rank", "ranks"):
         pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,8}})")
@@ -98,13 +101,20 @@ def parse_rank_name(name: str, recipe: Recipe) -> tuple[int, int] | None:
     return (int(found["rank"]), int(found.groupdict().get("ranks", 0))) if found else None
 
 
+def narrow_by_metadata(metadata: Iterable[Mapping[str, Any]], recipes: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Narrows recipes to those that the metadata of rank files name; returns all if they name none of them."""
+    said = {each.get("recipe") for each in metadata}
+    return [recipe for recipe in recipes if recipe.name in said] or recipes
+
+
 def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
     """Finds the recipe that made the rank files, by their manifest, if it is not among `recipes`; else empty.
 
-    The names of such files follow an unknown pattern: they must not be taken for whole files.
+    The names of such files follow an unknown pattern: they must not be taken for whole files. A recipe without ranks
+    has made whole files, under the one name that no rank file has.
     """
     recipe, layout = manifest.get("recipe"), manifest.get("layout")
-    if not isinstance(recipe, dict) or not isinstance(layout, dict) or layout.get("to", RANKS) != RANKS:
+    if not isinstance(recipe, dict) or not isinstance(layout, dict) or is_of_whole_files(manifest):
         return ""
     name = str(recipe.get("name"))
     return "" if name in {known.name for known in recipes} else name

@@ -1,5 +1,6 @@
 """Stages 1 and 2: reads a path into a Source: checkpoint, recipe and the rule of every tensor. Reads headers only."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
+from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
-from reshard.recipes.recipe import list_recipes_to_try
+from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
 from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
@@ -25,15 +28,22 @@ from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
 from reshard.sources.rank_files import assemble_checkpoint
-from reshard.sources.rank_names import RankNames, find_foreign_recipe, find_rank_names, note_files_beside_ranks
+from reshard.sources.rank_names import (
+    RankNames,
+    find_foreign_recipe,
+    find_rank_names,
+    narrow_by_metadata,
+    note_files_beside_ranks,
+)
 from reshard.sources.recipe_choice import narrow_recipes
+from reshard.sources.stacked_experts import Unstacked, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
 
-AGAIN = "convert it again; or move reshard.json elsewhere, to take the rank files as they are"
+AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class Source:
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
     the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
+    unstacked: Unstacked | None = None
+    """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
 
 
 def read_source(
@@ -76,6 +88,8 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        unstacked = unstack_checkpoint(checkpoint, recipes)
+        checkpoint = unstacked.checkpoint if unstacked else checkpoint
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
@@ -90,8 +104,11 @@ def read_source(
             )
         is_changed = found.checkpoint.config is not checkpoint.config
         origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
-        notes = *found.checkpoint.notes, *note_no_drafts(found.recipe, found.matched.members, folder.config)
-        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin)
+        origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
+        members, is_stacked = found.matched.members, bool(unstacked)
+        drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
+        notes = *found.checkpoint.notes, *drafts
+        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
     return narrow_source(source, subset)
 
 
@@ -107,8 +124,8 @@ def read_chosen(
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     if for_engine and layout.to == WHOLE:
-        remedy = "for rank files leave out --to hf; for whole files leave out --for"
-        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "rank files", remedy)
+        remedy = f"for files of {for_engine} leave out --to hf; for files under the names of the hub leave out --for"
+        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "one of them", remedy)
     return read_source(
         path,
         recipe,
@@ -153,8 +170,8 @@ def read_rank_files(
 ) -> Source:
     """Reads rank files as one checkpoint. Raises Refused.
 
-    The recipe is the requested one, else the one that the manifest names, else one for the config, else the one that
-    fits the tensors.
+    The recipe is the requested one, else the one that the manifest names, else one for the config; of several the one
+    that the metadata of the files name, else the one that fits the tensors.
     """
     require_none(name_begun_downloads(folder.path, names.problems(ignore_extra_files=ignore_extra_files)))
     stored = read_headers(folder.path, names.wanted)
@@ -164,7 +181,7 @@ def read_rank_files(
         [*check_chosen_tensors(folder), *check_changed_files(stored, folder.manifest), *check_exchanged_files(stored)]
     )
     origin = find_origin(folder, names)
-    recipes = names.recipes if recipe else find_recipes(folder.path, names.recipes, origin)
+    recipes = names.recipes if recipe else find_recipes(stored, names.recipes, origin)
     is_by_names = not recipe and not origin.recipe and all(known.engine for known in recipes)
     if is_by_names:
         require_engine_recipe(origin.config, recipes, recipes[0].engine, str(folder.path), MADE_FROM)
@@ -175,19 +192,37 @@ def read_rank_files(
         whole = assemble_checkpoint(stored, collected, known, origin.config, origin.shapes, replicas=replicas)
         checkpoint = replace(whole, subset=folder.subset, notes=notes)
         matched = match(checkpoint, known)
-        require_none(check_stored_constants(stored, collected.constants, known, matched.members))
+        require_none(check_stored_constants(stored, collected, known, matched.members))
         require_none(check_values(stored, collected.constants, known))
         return Source(folder.path, checkpoint, known, matched, origin)
 
     try:
         return require_one(folder.path, recipes, assemble)
     except Refused as refused:
+        if recipe:
+            raise explain_asked_recipe(stored, names.recipes[0], origin, refused) from None
         if not is_by_names:
             raise
         # They may be the engine's own, of a version that the recipe does not know.
         found, expected = "rank files for an engine, by their names", f"those of {recipes[0].name}: {recipes[0].about}"
         last = Problem("rank-files", str(folder.path), found, expected, MADE_FROM)
         raise Refused([*refused.problems, last]) from None
+
+
+def explain_asked_recipe(stored: FolderHeaders, asked: Recipe, origin: Origin, refused: Refused) -> Refused:
+    """Explains why rank files cannot be read by the recipe that was asked for, if their manifest or their metadata name
+    another. Between two packaged recipes that says it all; one of the user's own may be meant for them, and be wrong.
+    """
+    said = {each.get("recipe", "") for each in stored.metadata}
+    made_by = origin.recipe or (said.pop() if len(said) == 1 else "")
+    if made_by in ("", asked.name):
+        return refused
+    known = {recipe.name for recipe in list_packaged_recipes()}
+    first = "leave out --recipe" if made_by in known else "name the file of that recipe with --recipe"
+    remedy = f"{first}; or, for rank files of {asked.name}: --to hf first, then convert the whole files with it"
+    found = f"{asked.name}, for rank files made by the recipe {made_by}"
+    problem = Problem("wrong-option", "--recipe", found, "the recipe that made them", remedy)
+    return Refused([problem] if {asked.name, made_by} <= known else [problem, *refused.problems])
 
 
 def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
@@ -204,6 +239,10 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
     if not found:
         raise min(refusals, key=lambda refused: len(refused.problems))
     if len(found) > 1:
+        found = [source for source in found if has_shapes_of_config(source)] or found
+        # Of one rank the files of a family's usual recipe and of its others are the same.
+        found = [source for source in found if not source.recipe.by_name] or found
+    if len(found) > 1:
         fitting = format_list(source.recipe.name for source in found)
         remedy = "choose one with --recipe"
         if found[0].origin.config is None:
@@ -212,16 +251,25 @@ def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recip
     return found[0]
 
 
-def find_recipes(path: Path, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
-    """Finds the recipe that the manifest names, else the recipes for the config. Raises Refused if the named recipe is
-    unknown.
+def has_shapes_of_config(source: Source) -> bool:
+    """Whether the dtypes and shapes of a source are those that its recipe and config tell."""
+    layout = Layout(1)
+    kinds = group_weights(source.matched, source.recipe, layout)
+    config = source.checkpoint.config
+    return not any(check_weights(source.matched, kinds, source.recipe, layout, config))
+
+
+def find_recipes(stored: FolderHeaders, recipes: Sequence[Recipe], origin: Origin) -> Sequence[Recipe]:
+    """Finds the recipe that the manifest names, else the recipes for the config, of these those that the metadata of
+    the files name. Raises Refused if the recipe in the manifest is unknown.
     """
     if not origin.recipe:
-        return narrow_recipes(origin.config or {}, recipes)
+        return narrow_by_metadata(stored.metadata, narrow_recipes(origin.config or {}, recipes))
     if named := [recipe for recipe in recipes if recipe.name == origin.recipe]:
         return named
     remedy = "pass the file of that recipe with --recipe"
-    raise refuse("no-recipe", str(path), f"made by the recipe {origin.recipe}", "a packaged recipe", remedy)
+    found = f"made by the recipe {origin.recipe}"
+    raise refuse("no-recipe", str(stored.folder), found, "a packaged recipe", remedy)
 
 
 def find_origin(folder: Folder, names: RankNames) -> Origin:
@@ -237,6 +285,16 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
         forms=origin.forms or make_forms(weight_map or {}),
         texts=texts if origin.texts is None else {**texts, **origin.texts},
     )
+
+
+def find_stacked_origin(folder: Folder, stored: Checkpoint) -> Origin:
+    """Finds what is known of the original of a checkpoint with stacked experts: all, if reshard has made it. Raises
+    Refused if its files were changed since.
+    """
+    if not is_of_whole_files(folder.manifest) or folder.manifest["layout"].get("to") == WHOLE:
+        return Origin(is_stacked=True)
+    require_none(check_changed_files(FolderHeaders(stored.folder, stored.files, ()), folder.manifest))
+    return replace(read_origin(folder.manifest), is_stacked=True)
 
 
 def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:
@@ -265,8 +323,15 @@ def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> I
 
 
 def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
-    """Reports rank files whose metadata names another rank. Files of tensor-parallel recipes have such metadata."""
-    ranks = len(stored.files)
+    """Reports rank files whose metadata names another rank, or another recipe than most. Files of recipes that
+    describe them have such metadata.
+    """
+    ranks, recipes = len(stored.files), Counter(said["recipe"] for said in stored.metadata if "recipe" in said)
+    for file, said in zip(stored.files, stored.metadata, strict=True):
+        usual = recipes.most_common(1)[0][0] if len(recipes) > 1 else said.get("recipe")
+        if said.get("recipe", usual) != usual:
+            found, expected = f"made by the recipe {said['recipe']}, as its header says", f"{usual}, like most others"
+            yield Problem("wrong-ranks", file.name, found, expected, "copy the file of the same conversion there")
     for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
         if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
             found = f"rank {said['rank']} of {said['ranks']}, as its header says"

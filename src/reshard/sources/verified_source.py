@@ -2,20 +2,22 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
-from reshard.formats.huggingface import list_safetensors_files, read_headers
+from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.engine_choice import find_engine
+from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
-from reshard.sources.rank_names import RankNames, find_rank_names
+from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
 from reshard.sources.source import Source, read_source
+from reshard.sources.stacked_experts import Unstacked, find_stacking
 from reshard.sources.subset import narrow_checkpoint
 from reshard.types import Checkpoint, File, Recipe
 
@@ -33,6 +35,8 @@ class VerifiedSides:
     """The files of the source, as the manifest of the target should name them."""
     ignores_extra_files: bool = False
     """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
+    unstacked: Unstacked | None = None
+    """Of a source with stacked experts: as it lies there, and as it was read."""
 
 
 def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> VerifiedSides:
@@ -48,8 +52,9 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
     made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
-    if recipe is None and find_engine(made_with):
-        recipe = made_with
+    if recipe is None:
+        named = made_with or find_recipe_of_ranks(target, recipes)
+        recipe = named if is_chosen_by_name(named) else None
     engine = "" if recipe else find_engine_of_names(target, recipes)
     found = read_source(source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files)
     found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
@@ -62,7 +67,7 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
         )
     else:
         whole = find_named_source(found, target, ignore_extra_files=ignore_extra_files)
-    return VerifiedSides(target, whole, found.recipe, whole.files)
+    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 
 def read_restored_sides(
@@ -92,10 +97,37 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
             yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
 
 
-def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
-    """Finds the engine that the rank files of a target are for, by their names; empty for none."""
+def find_recipe_of_ranks(target: Path, recipes: Sequence[Recipe]) -> str:
+    """Finds the recipe that rank files without a manifest are of: that of their metadata, else the one by which they
+    can be read. Empty if neither tells, or if no recipe of files with such names must be named.
+    """
     names = find_rank_names(target, list_target_names(target), recipes)
-    return names.recipes[0].engine if names else ""
+    if names is None or not any(recipe.by_name for recipe in names.recipes):
+        return ""
+    try:
+        stored = read_headers(target, [name for name in names.wanted if name not in names.missing])
+        said = narrow_by_metadata(stored.metadata, names.recipes)
+        return said[0].name if len(said) == 1 else read_source(target, ignore_extra_files=True).recipe.name
+    except Refused:
+        return ""
+
+
+def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
+    """Finds the engine that the files of a target are for, by the names of files or stacked experts; empty for none."""
+    names = find_rank_names(target, list_target_names(target), recipes)
+    return names.recipes[0].engine if names else find_engine_of_stacks(target)
+
+
+def find_engine_of_stacks(target: Path) -> str:
+    """Finds the engine whose stacked experts a target has; empty for none, and for a target that cannot be read:
+    `verify_target` tells of it.
+    """
+    with suppress(Refused):
+        stored = read_headers(target, list_target_names(target))
+        tensors = {tensor.name: tensor for tensor in stored.tensors}
+        known = find_stacking(Checkpoint(target, stored.files, tensors, read_config(target)), ()).recipes
+        return known[0].engine if known else ""
+    return ""
 
 
 def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:

@@ -5,8 +5,8 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ SYNC_FILE_RANGE_WRITE = 2
 SYNC_FILE_RANGE_WAIT = 1 | SYNC_FILE_RANGE_WRITE | 4
 """Writes a range and waits for it: before, write, after."""
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
+"""In bytes. O_DIRECT reads whole pages; a disk that wants larger blocks is found out by a probe."""
 
 SMALLEST_UNCACHED = 1 << 20
 """In bytes. A smaller write past the cache would read the pages at its ends back from the disk."""
@@ -34,6 +35,10 @@ SMALLEST_WRITEBACK = 64 << 10
 
 SMALLEST_PREFETCH = 2 << 20
 """In bytes. Reading ahead does for a smaller read."""
+
+PREFETCH_STEP = 128 << 10
+"""In bytes. Of a larger request the kernel may leave the rest undone: it brings no more than one reading ahead, or one
+command to the disk, would; 128 KiB are the usual least of these."""
 
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -47,6 +52,8 @@ class Ways:
     it, and dropped from it right afterwards. What is in the page cache already is read from there, in all ways."""
     write: str
     """The same, without `direct`."""
+    device: int | None = None
+    """The file system that allows this way to read; a file of another one is read in its own. None: all do."""
 
 
 CACHED = Ways("cached", "cached")
@@ -83,25 +90,73 @@ class ReadableFile:
         return self.way == CACHED.read or is_range_cached(self.descriptor, offset, size)
 
 
+@contextmanager
+def refuse_unreadable(path: Path) -> Iterator[None]:
+    """A context in which a file is opened or looked at. Raises Refused where the system does not let us."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno == errno.EMFILE
+        remedy = "allow more open files, as `ulimit -n 4096` does" if is_full else "may you read it? is its disk sound?"
+        raise refuse("cannot-read", str(error.filename or path), str(error.strerror), "to read it", remedy) from None
+
+
+def probe_way_to_read(path: Path) -> str:
+    """The best way past the page cache to read a file: `direct`, `uncached` or, where it allows neither, `dropped`.
+    Raises OSError.
+    """
+    buffer = allocate_aligned(PAGE)
+    for way, open_flags, read_flags in (("direct", os.O_DIRECT, 0), ("uncached", 0, RWF_DONTCACHE)):
+        with ExitStack() as stack:
+            try:
+                os.preadv(open_descriptor(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+            else:
+                return way
+    return "dropped"
+
+
 def open_to_read(stack: ExitStack, path: Path, ways: Ways, name: str = "") -> ReadableFile:
-    """Opens a file for reading; the stack closes it. `name` is its name in messages, if not that of the path."""
+    """Opens a file for reading; the stack closes it. `name` is its name in messages, if not that of the path.
+
+    The way is the one of the job. A file that does not allow it, such as a link to another disk, is read in its own.
+    """
     descriptor = open_descriptor(stack, path, os.O_RDONLY)
-    direct = open_descriptor(stack, path, os.O_RDONLY | os.O_DIRECT) if ways.read == "direct" else None
-    return ReadableFile(name or path.name, ways.read, descriptor, direct)
+    way, direct = ways.read, None
+    if ways.device is not None and ways.device != os.fstat(descriptor).st_dev:
+        way = probe_way_to_read(path)
+    if way == "direct":
+        try:
+            direct = open_descriptor(stack, path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            way = "dropped"
+    return ReadableFile(name or path.name, way, descriptor, direct)
 
 
 def advise_random_reads(files: Iterable[ReadableFile]) -> None:
     """Tells the kernel that files are read at scattered offsets, so that it does not read ahead."""
     for file in files:
-        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        advise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def advise(descriptor: int, offset: int, size: int, advice: int) -> None:
+    """Advises the kernel on a byte range of a file. A system that takes no advice does the same work without it."""
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, offset, size, advice)
 
 
 def prefetch_range(file: ReadableFile, offset: int, size: int) -> None:
     """Asks the kernel to bring `size` bytes at a byte offset into the page cache, if they are to be read through it and
-    are not there. All at once, which keeps a disk busy: reading ahead often asks for 128 KiB at a time.
+    are not there. All of it before the first byte is read, which keeps a disk busy: reading ahead often asks for 128
+    KiB, and then waits until these are read.
     """
     if file.way in ("cached", "dropped") and not is_range_cached(file.descriptor, offset, size):
-        os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        for start in range(offset, offset + size, PREFETCH_STEP):
+            advise(file.descriptor, start, min(PREFETCH_STEP, offset + size - start), os.POSIX_FADV_WILLNEED)
 
 
 def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -> memoryview:
@@ -132,7 +187,7 @@ def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -
             raise refuse("source-changed", file.name, found, f"byte {offset + size:,}, as when it was planned")
         done += count - again
     if file.way == "dropped" and not is_cached:
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+        advise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
     return buffer[skip : skip + size]
 
 
@@ -149,30 +204,34 @@ def write_range(descriptor: int, data: memoryview, offset: int, ways: Ways) -> N
         start_writeback(descriptor, begin, end - begin)
 
 
-def start_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Asks the kernel to begin to write a byte range to the disk, and waits only where the disk's queue is full. Raises
-    OSError.
+def start_writeback(descriptor: int, offset: int, size: int) -> bool:
+    """Asks the kernel to begin to write a byte range to the disk, and waits only where the disk's queue is full.
+
+    Returns whether the system does so: some lack the call, or forbid it in a container. Then a sync has to do all, and
+    that also finds whatever went wrong here. Raises OSError for another error.
     """
-    sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE)
+    code = sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE)
+    if code and code not in (*UNSUPPORTED, errno.EPERM, errno.EINTR, errno.ESPIPE):
+        raise OSError(code, os.strerror(code))
+    return not code
 
 
 def wait_for_range(descriptor: int, offset: int, size: int) -> None:
     """Waits until a byte range has been written to the disk. It is durable only after a sync, which is then short.
-    Raises OSError.
+
+    Raises OSError for a write that failed, with any number that the disk or a file system on a network gave it: the
+    kernel reports it to one call only, so that a sync would no more see it.
     """
-    sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WAIT)
+    code = sync_range(descriptor, offset, size, SYNC_FILE_RANGE_WAIT)
+    if code and code not in (errno.ENOSYS, errno.ESPIPE):  # no such call; no file: neither has looked at any write
+        raise OSError(code, os.strerror(code))
 
 
-def sync_range(descriptor: int, offset: int, size: int, what: int) -> None:
-    """Calls `sync_file_range`; where that is unsupported, a sync has to do all.
-
-    Raises OSError for a write that failed: the kernel reports it to one call only, so that a sync would no more see it.
-    """
+def sync_range(descriptor: int, offset: int, size: int, what: int) -> int:
+    """Calls `sync_file_range`; returns the number of its error, or 0."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(what))
-    if load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments):
-        code = ctypes.get_errno()
-        if code not in (*UNSUPPORTED, errno.EINTR, errno.ESPIPE):
-            raise OSError(code, os.strerror(code))
+    failed = load_c_library().sync_file_range(ctypes.c_int(descriptor), *arguments)
+    return ctypes.get_errno() if failed else 0
 
 
 def reserve_blocks(descriptor: int, size: int) -> None:
@@ -201,7 +260,7 @@ def make_durable(descriptors: Sequence[int], ways: Ways) -> None:
 def drop_from_cache(descriptor: int, ways: Ways) -> None:
     """For a job that writes past the page cache: drops from it the pages of a file that are on the disk already."""
     if ways.write != "cached":
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class ByteArray(Protocol):
@@ -239,9 +298,15 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the file names in a folder are on the disk."""
+    """Waits until the file names in a folder are on the disk; where a file system knows no sync of a folder, it does
+    without.
+    """
     with ExitStack() as stack:
-        os.fsync(open_descriptor(stack, folder, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            os.fsync(open_descriptor(stack, folder, os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
 
 
 def open_regular_file(path: Path) -> BinaryIO:

@@ -7,29 +7,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import randrange
 
-from reshard.storage.local import CACHED, PAGE, RWF_DONTCACHE, UNSUPPORTED, Ways, allocate_aligned, open_descriptor
+from reshard.storage.local import (
+    CACHED,
+    RWF_DONTCACHE,
+    UNSUPPORTED,
+    Ways,
+    open_descriptor,
+    probe_way_to_read,
+    refuse_unreadable,
+)
 from reshard.storage.residency import is_range_cached
 from reshard.storage.resources import measure_available_memory
 
 CACHE_PROBES = 64
-"""Number of places of a source that are probed to tell whether it is in the page cache."""
+"""About so many places of a source are probed to tell whether it is in the page cache."""
 
-MOST_READING_THREADS = 4
-
-
-def probe_way_to_read(path: Path) -> str:
-    """The best way past the page cache to read a file: `direct`, `uncached` or, where it allows neither, `dropped`."""
-    buffer = allocate_aligned(PAGE)
-    for way, open_flags, read_flags in (("direct", os.O_DIRECT, 0), ("uncached", 0, RWF_DONTCACHE)):
-        with ExitStack() as stack:
-            try:
-                os.preadv(open_descriptor(stack, path, os.O_RDONLY | open_flags), [buffer], 0, read_flags)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-            else:
-                return way
-    return "dropped"
+THREADS_OF_DISK = 4
+"""Threads that keep a disk busy, however few the processors."""
 
 
 def probe_way_to_write(folder: Path) -> str:
@@ -46,26 +40,42 @@ def probe_way_to_write(folder: Path) -> str:
     return "uncached"
 
 
+def find_ways_past_cache(path: Path, write: str = CACHED.write) -> Ways:
+    """How to read past the page cache, `path` being one of the files, and write in the way `write`. Raises OSError."""
+    return Ways(probe_way_to_read(path), write, path.stat().st_dev)
+
+
 def choose_ways_to_read(path: Path, size: int) -> Ways:
     """How to read a job of `size` bytes, `path` being one of its files: past the page cache if the job is larger than
-    a third of the free memory.
+    a third of the free memory. Raises Refused if the file cannot be read.
     """
-    return CACHED if size <= measure_available_memory() // 3 else Ways(probe_way_to_read(path), CACHED.write)
+    if size <= measure_available_memory() // 3:
+        return CACHED
+    with refuse_unreadable(path):
+        return find_ways_past_cache(path)
 
 
 def is_mostly_cached(paths: Sequence[Path]) -> bool:
-    """Whether most bytes of files are in the page cache, by a look at a few places of each file."""
-    looks = [found for path in paths for found in probe_cache(path, -(-CACHE_PROBES // len(paths)))]
-    return sum(looks) * 2 > len(looks)
-
-
-def probe_cache(path: Path, count: int) -> Iterator[bool]:
-    """For each of `count` places spread over a file: whether it is in the page cache. Not the same places each time: a
-    look may bring a page into the cache.
+    """Whether most bytes of files are in the page cache, by a look at a few places of each file, more of larger ones.
+    Raises Refused if a file cannot be read.
     """
-    with ExitStack() as stack:
+    sizes = []
+    for path in paths:
+        with refuse_unreadable(path):
+            sizes.append(path.stat().st_size)
+    total, cached = sum(sizes), 0.0
+    for path, size in zip(paths, sizes, strict=True):
+        found = list(probe_cache(path, size, 1 + CACHE_PROBES * size // max(1, total)))
+        cached += size * sum(found) / len(found)
+    return cached * 2 > total
+
+
+def probe_cache(path: Path, size: int, count: int) -> Iterator[bool]:
+    """For each of `count` places spread over a file of `size` bytes: whether it is in the page cache. Not the same
+    places each time: a look may bring a page into the cache. Raises Refused if the file cannot be read.
+    """
+    with refuse_unreadable(path), ExitStack() as stack:
         descriptor = open_descriptor(stack, path, os.O_RDONLY)
-        size = os.fstat(descriptor).st_size
         for place in range(count):
             chosen = (place * size + randrange(max(1, size))) // count  # noqa: S311
             yield is_range_cached(descriptor, chosen, min(1, size))
@@ -73,4 +83,4 @@ def probe_cache(path: Path, count: int) -> Iterator[bool]:
 
 def choose_reading_threads(ways: Ways) -> int:
     """The number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
-    return MOST_READING_THREADS if ways.read != "cached" else min(MOST_READING_THREADS, len(os.sched_getaffinity(0)))
+    return THREADS_OF_DISK if ways.read != CACHED.read else min(THREADS_OF_DISK, len(os.sched_getaffinity(0)))

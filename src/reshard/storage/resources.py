@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
 from typing import Generic, Self, TypeVar
+
+from reshard.errors import refuse
 
 UNLIMITED = 1 << 62
 """In bytes: stands for free memory where the system does not tell."""
@@ -90,7 +93,7 @@ WORTH = 1.1
 
 
 class Growth:
-    """Adds threads to a pool as long as that makes it faster."""
+    """Adds threads to a pool as long as that makes it faster. The last ones added, which did not, stay."""
 
     def __init__(self, most: int, measure: Callable[[], int]) -> None:
         """`most` threads are allowed; `measure` tells the work done so far, in any unit."""
@@ -102,12 +105,17 @@ class Growth:
 
     def count_new(self, threads: int) -> int:
         """The number of threads to add now, where so many work: as many again, or none."""
-        seconds = monotonic() - self._started
-        if threads >= self.most or seconds < GROW_SECONDS:
+        if threads >= self.most:
             return 0
-        done = self._measure()
+        now, done = monotonic(), self._measure()
+        if done == self._done:
+            # The first byte has yet to come, or the disk stands still: that says nothing about the number of threads.
+            self._started = now
+        seconds = now - self._started
+        if done == self._done or seconds < GROW_SECONDS:
+            return 0
         rate = (done - self._done) / seconds
-        self._started, self._done = monotonic(), done
+        self._started, self._done = now, done
         if rate < self._best * WORTH:
             self.most = threads
             return 0
@@ -123,39 +131,77 @@ def run_in_threads(
     growth: Growth | None = None,
 ) -> int:
     """Hands each item to a free worker, in the order of the items. Each thread makes one worker, with its own buffers.
-    Returns the number of threads in the end: `growth` may have added some.
+    Returns the number of threads in the end: `growth` may have added some, and the system may allow fewer.
 
     `background` runs in one more thread: it has to return soon after the event that it is given is set. The first
-    error, or an interrupt, ends all threads; it is raised once they have ended.
+    error, or an interrupt, ends all threads; it is raised once they have ended. Raises Refused where no thread can be
+    started. What an added thread lacks ends nothing but that thread.
     """
-    queue = WorkQueue(work)
-
-    def run_worker() -> None:
-        worker = make_worker()
-        for item in queue:
-            worker(item)
-
+    queue, lacking = WorkQueue(work), list[Exception]()
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(max(threads, growth.most if growth else 0) + 1) as pool:
+        start = partial(start_threads, pool, queue.stopped)
         # From the first thread on: the pool waits for all of them, and `background` ends only when it is told to.
         try:
             if background:
-                futures.append(pool.submit(stop_on_error, queue.stopped, partial(background, queue.stopped)))
-            new, threads = threads, 0
-            left: set[Future[None]] = set()
-            while new or left:
-                added = [pool.submit(stop_on_error, queue.stopped, run_worker) for _ in range(new)]
-                futures.extend(added)
-                threads += new
-                ended, left = wait(left.union(added), WAKE_SECONDS, FIRST_EXCEPTION)
+                futures += require_thread(start(partial(background, queue.stopped), 1))
+            left = set(require_thread(start(partial(run_worker, queue, make_worker), threads)))
+            futures += left
+            threads = len(left)
+            while left:
+                ended, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
                 # Once a worker has ended, nothing is left for others to begin.
-                new = growth.count_new(threads) if growth and len(left) == threads else 0
+                if growth and len(left) == threads and (new := growth.count_new(threads)):
+                    added = start(partial(run_worker, queue, make_worker, lacking), new)
+                    futures += added
+                    left.update(added)
+                    threads += len(added)
+                    if len(added) < new:
+                        growth.most = threads
         finally:
             stop_and_wait(queue.stopped, futures)
         futures[0].result()
-    return threads
+    return threads - len(lacking)
+
+
+def run_worker(
+    queue: WorkQueue[WorkItem],
+    make_worker: Callable[[], Callable[[WorkItem], None]],
+    lacking: list[Exception] | None = None,
+) -> None:
+    """Makes a worker, and hands it items to the end. One that lacks memory for its buffers fails, or with a list for
+    that, says so there and ends.
+    """
+    try:
+        worker = make_worker()
+    except (OSError, MemoryError) as error:
+        if lacking is None:
+            raise
+        lacking.append(error)
+        return
+    for item in queue:
+        worker(item)
+
+
+def start_threads(pool: ThreadPoolExecutor, stopped: Event, run: Callable[[], None], count: int) -> list[Future[None]]:
+    """Starts threads of a pool: so many, or as many as the system allows. Any error of one stops the others."""
+    started: list[Future[None]] = []
+    with suppress(RuntimeError):  # what Python says where no more can be started
+        while len(started) < count:
+            started.append(pool.submit(stop_on_error, stopped, run))
+    return started
+
+
+def require_thread(started: list[Future[None]]) -> list[Future[None]]:
+    """Returns threads that were to be started. Raises Refused if there is none."""
+    if not started:
+        remedy = "end other programs, or allow more processes (`ulimit -u`) or memory"
+        raise refuse(
+            "too-little-memory", "threads", "the system starts no more of them", "one of them at least", remedy
+        )
+    return started
 
 
 def stop_on_error(stopped: Event, run: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from reshard.errors import Refused, refuse
-from reshard.storage.local import ReadableFile, Ways, open_to_read
+from reshard.storage.local import ReadableFile, Ways, open_to_read, refuse_unreadable
 from reshard.types import File
 
 START_AGAIN = "begin again with the files as they are now"
@@ -18,11 +18,15 @@ def open_unchanged(
 ) -> Iterator[list[ReadableFile]]:
     """A context that opens files for reading and gives them, in the order of `files`.
 
-    Raises Refused if a file has changed since its header was read: before the context begins or by the time it ends.
+    Raises Refused if a file cannot be opened, or has changed since its header was read: before the context begins or by
+    the time it ends.
     """
     with ExitStack() as stack:
         paths = [folder / file.name for file in files]
-        opened = [open_to_read(stack, path, ways, path.name if is_source else str(path)) for path in paths]
+        opened = []
+        for path in paths:
+            with refuse_unreadable(path):
+                opened.append(open_to_read(stack, path, ways, path.name if is_source else str(path)))
         require_unchanged(folder, files, opened, is_source=is_source, again=again)
         try:
             yield opened

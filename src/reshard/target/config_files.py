@@ -16,6 +16,9 @@ from reshard.types import RANKS, WHOLE
 EXEMPT = "modules_to_not_convert"
 """Config key that lists the modules without block scales."""
 
+MATRIX = 2
+"""Dimensions of the weights that a quantizer would take."""
+
 DTYPES = ("torch_dtype", "dtype")
 """Config keys of the dtype of the weights: older and newer configs."""
 
@@ -60,9 +63,8 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         facts = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         power = {"scale_fmt": "ue8m0"} if plan.layout.cast == "fp8-ue8m0" else {}
         changed["quantization_config"] = {**facts, **power, "weight_block_size": list(blocks[0])}
-    if isinstance(quantization := changed.get("quantization_config"), dict) and (
-        modules := find_unscaled_modules(plan)
-    ):
+    modules = [*find_unscaled_modules(plan), *find_unquantized_modules(plan)]
+    if isinstance(quantization := changed.get("quantization_config"), dict) and modules:
         exempt = quantization.get(EXEMPT)
         known = exempt if isinstance(exempt, list) else []
         new = [module for module in modules if module not in known]
@@ -81,6 +83,17 @@ def find_unscaled_modules(plan: Plan) -> list[str]:
             if plan.layout.to == RANKS or not any(piece.endswith(scale) for piece in plan.pieces.names):
                 found[module] = None
     return list(found)
+
+
+def find_unquantized_modules(plan: Plan) -> list[str]:
+    """Finds the modules whose matrices `--cast fp8` leaves as they are in rank files for an engine: a router that no
+    list exempts is FP8 in vLLM's Qwen3-MoE.
+    """
+    if not plan.recipe.engine or plan.layout.to != RANKS or plan.layout.cast not in CAST_TO_FP8:
+        return []
+    done = {cast.weight.name for cast in plan.casts if cast.operation.startswith("quantize")}
+    matrices = [name for name, tensor in plan.source.tensors.items() if len(tensor.shape) == MATRIX]
+    return [name.removesuffix(".weight") for name in matrices if name.endswith(".weight") and name not in done]
 
 
 def carry_config(plan: Plan) -> dict[str, bytes]:

@@ -12,8 +12,8 @@ from time import monotonic
 from reshard.errors import refuse
 from reshard.planning.plan import Plan
 from reshard.planning.reads import measure_reads
-from reshard.storage.local import PAGE, Ways, allocate_aligned, open_to_read, read_range
-from reshard.storage.page_cache import probe_way_to_read
+from reshard.storage.local import PAGE, allocate_aligned, open_to_read, read_range
+from reshard.storage.page_cache import find_ways_past_cache
 from reshard.target.preflight import find_nearest_folder
 from reshard.target.side_files import measure_lacking_sides
 from reshard.text import format_size
@@ -74,7 +74,7 @@ def measure_read_rate(plan: Plan) -> float:
     buffer, done, started = allocate_aligned(BLOCK + 2 * PAGE), 0, monotonic()
     with ExitStack() as stack:
         try:
-            ways = Ways(probe_way_to_read(plan.source.folder / files[0].name), "cached")
+            ways = find_ways_past_cache(plan.source.folder / files[0].name)
             opened = [open_to_read(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
         except OSError as error:
             raise refuse("cannot-read", str(error.filename), str(error.strerror), "to read the source") from None

@@ -13,7 +13,7 @@ from typing import Any
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from reshard import __version__
-from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix
+from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
 from reshard.execution.records import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
@@ -53,10 +53,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe_made_with(recipe: Recipe) -> dict[str, str]:
-    """Describes the recipe of a conversion as JSON values; its engine too, if it is for one."""
-    engine = {"engine": recipe.engine} if recipe.engine else {}
-    return {"name": recipe.name, "sha256": recipe.text_hash, **engine}
+def describe_made_with(recipe: Recipe) -> dict[str, Any]:
+    """Describes the recipe of a conversion as JSON values; its engine too, if it is for one, and whether it must be
+    named.
+    """
+    engine: dict[str, Any] = {"engine": recipe.engine} if recipe.engine else {}
+    named = {"by_name": True} if recipe.by_name else {}
+    return {"name": recipe.name, "sha256": recipe.text_hash, **engine, **named}
 
 
 def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
@@ -75,8 +78,10 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
 
 
 def keeps_headers(plan: Plan) -> bool:
-    """Whether the source files can be restored from the target: not for a subset, and not for rank files."""
-    return not (plan.source.subset or plan.origin.is_of_ranks)
+    """Whether the source files can be restored from the target: not for a subset, not for rank files, and not for
+    stacked experts.
+    """
+    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_stacked)
 
 
 def sample_data(opened: FileIO, file: File) -> str:
@@ -177,7 +182,9 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
     for cast in plan.casts:
         if compute_unpadded_shape(cast) == flatten_to_matrix(cast.result.shape):
             continue
-        shape = [*cast.result.shape[:-2], *compute_unpadded_shape(cast)][-len(cast.result.shape) :]
+        dimensions = len(cast.result.shape)
+        # Only matrices and vectors have block scales, whose shapes count blocks.
+        shape = [*(unpack_weight_shape(cast) if dimensions > 2 else compute_unpadded_shape(cast)[-dimensions:])]
         if tuple(shape) != cast.result.shape:
             found[cast.result.name] = shape
     return found
@@ -185,7 +192,8 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
 
 def pack_texts(plan: Plan) -> dict[str, str]:
     """Compresses the exact texts of config and index of the source, by file name."""
-    paths = [plan.source.folder / name for name in (CONFIG, INDEX)]
+    names = (CONFIG,) if plan.origin.is_stacked else (CONFIG, INDEX)
+    paths = [plan.source.folder / name for name in names]
     return {path.name: pack_bytes(path.read_bytes()) for path in paths if path.is_file()}
 
 

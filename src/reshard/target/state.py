@@ -18,6 +18,7 @@ from reshard.formats.part_manifests import (
 )
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
+from reshard.recipes.recipe import has_ranks
 from reshard.sources.source import find_changed_range
 from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.tokenizer import WORD
@@ -185,7 +186,7 @@ def describe_other(state: TargetState, name: str = MANIFEST) -> str:
 def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
     """Finds the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
     layout = state.plan.layout
-    ranks = range(layout.ranks if layout.to == RANKS else 0)
+    ranks = range(layout.ranks if layout.to == RANKS and has_ranks(state.plan.recipe) else 0)
     names = {rank: state.plan.recipe.files.format(rank=rank, ranks=layout.ranks) for rank in ranks}
     known = ours | list_rank_files(state.known)
     return {rank: name for rank, name in names.items() if name not in known and (state.folder / name).exists()}

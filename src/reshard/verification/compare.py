@@ -39,7 +39,6 @@ from reshard.verification.chunks import (
     split_kept_padding,
 )
 from reshard.verification.compared_files import ComparedFiles, OpenedFiles, open_compared_files
-from reshard.verification.expected import compute_row_size
 from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
 
 CompareItem = Band | Tile | Margin
@@ -205,8 +204,10 @@ class CompareWorker:
         scale = None
         if recast.scale:
             blocks = find_covered_units(tile.rows, recast.block[0]), find_covered_units(tile.columns, recast.block[1])
-            scale = self.source_rows(recast.scale, *blocks, 1).copy()  # the buffer is needed for the weight
-        weight = self.source_rows(recast.weight, tile.rows, tile.columns, 2 if recast.weight.dtype == "I8" else 1)
+            # Copied: the buffer is needed for the weight.
+            scale = self.source_rows(recast.scale, recast.scale.shape[0], *blocks, 1).copy()
+        packed = 2 if recast.weight.dtype == "I8" else 1
+        weight = self.source_rows(recast.weight, recast.shape[0], tile.rows, tile.columns, packed)
         made = cast_tile(recast, weight, scale)
         compared = 0
         for found, (top, left), matrix in zip(boxes, places, (made.weight, made.scale), strict=True):
@@ -218,9 +219,9 @@ class CompareWorker:
                 self.comparison.inexact += made.inexact
         return compared
 
-    def source_rows(self, tensor: Tensor, rows: range, columns: range, packed: int) -> TileBytes:
-        """Reads a box of a source tensor as rows of bytes; an element of the tensor packs `packed` numbers."""
-        pitch, bits = compute_row_size(tensor.shape, BITS[tensor.dtype]), BITS[tensor.dtype] // packed
+    def source_rows(self, tensor: Tensor, height: int, rows: range, columns: range, packed: int) -> TileBytes:
+        """Reads a box of a source tensor of `height` rows as rows of bytes; an element packs `packed` numbers."""
+        pitch, bits = tensor.size // height, BITS[tensor.dtype] // packed
         offset = tensor.offset + rows.start * pitch + columns.start * bits // 8
         shape = len(rows), len(columns) * bits // 8
         return self.source.read_rows(tensor.file, offset, pitch, shape, self.buffers.source)

@@ -10,6 +10,7 @@ from reshard.errors import Problem
 from reshard.numbered_names import split_name
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, make_pattern
 from reshard.types import Constant, Recipe, Tensor
+from reshard.verification.expected import WeightUnit
 from reshard.verification.expected_ranks import SourceRow
 from reshard.verification.reference_casts import round_to_bf16, widen_bf16
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetHeader
@@ -48,10 +49,14 @@ def take_constants(
     return taken, rest
 
 
-def list_expected_constants(rows: Iterable[SourceRow], recipe: Recipe, *, has_optional: bool) -> dict[str, Constant]:
+def list_expected_constants(
+    rows: Iterable[SourceRow], recipe: Recipe, units: Iterable[WeightUnit], *, has_optional: bool
+) -> dict[str, Constant]:
     """Lists the constants that each rank file should have, by name: one for each member of their placeholders that the
-    source has. Rows that are left out do not count, nor those that are left out unless asked for, if they were not.
+    source has. Rows that are left out do not count, nor those that are left out unless asked for, if they were not; nor
+    constants of block scales that none of the `units` of the target has.
     """
+    scaled = {unit.place.scaling for unit in units if unit.scale}
     letters = {letter for constant in recipe.constants for letter in PLACEHOLDER.findall(constant.right)}
     places: dict[int, list[tuple[int, str]]] = {}
     members: set[tuple[tuple[str, int], ...]] = {()}
@@ -65,6 +70,7 @@ def list_expected_constants(rows: Iterable[SourceRow], recipe: Recipe, *, has_op
     return {
         fill_pattern(constant.right, filling): constant
         for constant in recipe.constants
+        if not constant.scale or recipe.scales[constant.scale] in scaled
         for filling in map(dict, sorted(members))
         if filling.keys() >= set(PLACEHOLDER.findall(constant.right))
     }

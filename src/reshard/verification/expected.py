@@ -1,6 +1,6 @@
 """Computes for a target tensor what it should be: its name in the source, its conversion, its box of the tensor."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -241,7 +241,7 @@ class PaddedDimensions(NamedTuple):
         return tuple(full)
 
 
-PADDED_TO = "rows padded to "
+PADDED_TO, DIMENSION = "rows padded to ", "dimension "
 
 SPLIT_DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
 
@@ -250,6 +250,8 @@ def find_split_dimension(split: Split) -> int | None:
     """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
     planner cuts.
     """
+    if split.text.startswith(DIMENSION):
+        return int(split.text.removeprefix(DIMENSION))
     return 0 if split.heads_key or split.text.startswith(PADDED_TO) else SPLIT_DIMENSIONS.get(split.text)
 
 
@@ -267,12 +269,13 @@ def find_part_of_rank(ranks: int, rank: int, heads: int) -> tuple[int, int]:
 
 
 class ExpectedBox(NamedTuple):
-    """The part of a tensor that a rank should hold. The tensor is a matrix of bytes whose rows are its first dimension;
-    or, if it is `flat`, each byte is a row.
+    """The part of a tensor that a rank should hold. The tensor is a matrix of bytes whose rows are its first `leading`
+    dimensions together; or, if there are none, each byte is a row.
     """
 
-    #   shape [4, 6] of BF16, columns 2..4    ->  rows 0..4, columns 4..8, part of shape [4, 2]
-    #   shape [4, 6] of BF16, rows 1..3, flat ->  rows 12..36, columns 0..1, part of shape [2, 6]
+    #   shape [4, 6] of BF16, columns 2..4, leading 1          ->  rows 0..4, columns 4..8, part of shape [4, 2]
+    #   shape [4, 6] of BF16, rows 1..3, leading 0             ->  rows 12..36, columns 0..1, part of shape [2, 6]
+    #   shape [2, 3, 6] of BF16, dimension 2: 2..4, leading 2  ->  rows 0..6, columns 4..8, part of shape [2, 3, 2]
 
     shape: tuple[int, ...]
     rows: range
@@ -280,12 +283,23 @@ class ExpectedBox(NamedTuple):
     """In bytes."""
 
 
-def make_expected_box(
-    shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, *, flat: bool
-) -> ExpectedBox:
-    """The box of the elements `taken` along a dimension; of all elements if it is None. Flat needs a dimension other
-    than 1.
+def find_leading_dimensions(dimension: int | None, padded: Collection[int], dimensions: int, *, is_kept: bool) -> int:
+    """The number of leading dimensions that make the rows of the matrix, so that what is cut along `dimension` is whole
+    rows or whole columns, and what padding adds lies below or right of the tensor. 0: each byte is a row, which only a
+    tensor can have whose bytes are kept.
     """
+    if dimension:
+        return dimension
+    last = dimensions - 1
+    if last > 0 and last in padded:
+        return last
+    return 0 if is_kept else 1
+
+
+def make_expected_box(
+    shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, leading: int
+) -> ExpectedBox:
+    """The box of the elements `taken` along a dimension; of all elements if it is None."""
     # In bits: an F4 is half a byte.
     if dimension is None:
         place, part = range(prod(shape) * bits // 8), shape
@@ -293,17 +307,18 @@ def make_expected_box(
         step = prod(shape[dimension + 1 :]) * bits
         place = range(taken.start * step // 8, taken.stop * step // 8)
         part = (*shape[:dimension], len(taken), *shape[dimension + 1 :])
-    if flat:
+    if not leading:
         return ExpectedBox(part, place, range(1))
-    if dimension == 1:
-        return ExpectedBox(part, range(shape[0]), place)
-    rows = taken if dimension == 0 else range(*shape[:1] or (1,))
-    return ExpectedBox(part, rows, range(compute_row_size(shape, bits)))
+    if dimension:
+        return ExpectedBox(part, range(prod(shape[:leading])), place)
+    each = prod(shape[1:leading])
+    rows = range(prod(shape[:leading])) if dimension is None else range(taken.start * each, taken.stop * each)
+    return ExpectedBox(part, rows, range(compute_row_size(shape, bits, leading)))
 
 
-def compute_row_size(shape: tuple[int, ...], bits: int) -> int:
-    """The bytes of a row (all but the first dimension) of a tensor that is not flat."""
-    return prod(shape[1:]) * bits // 8
+def compute_row_size(shape: tuple[int, ...], bits: int, leading: int) -> int:
+    """The bytes of a row of a tensor whose first `leading` dimensions make the rows; 1 if each byte is a row."""
+    return prod(shape[leading:]) * bits // 8 if leading else 1
 
 
 def split_dimension(split: Split, length: int, parts: int, index: int) -> list[range]:

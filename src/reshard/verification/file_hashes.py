@@ -132,7 +132,7 @@ def choose_ways_by_device(folder: Path, files: Iterable[HashedFile]) -> dict[int
         if item.device not in ways:
             try:
                 ways[item.device] = choose_ways_to_read(folder / item.file.name, sizes)
-            except OSError:  # this file will be a problem; the next one of its file system may be readable
+            except Refused:  # this file will be a problem; the next one of its file system may be readable
                 continue
     return {item.device: ways.get(item.device, CACHED) for item in files}
 

@@ -19,7 +19,7 @@ from reshard.verification.chunks import TargetPart
 from reshard.verification.expected import SourcePlace, TargetTensor, WeightUnit
 from reshard.verification.expected_ranks import SourceRow
 from reshard.verification.provenance import Provenance, WantedPart, infer_wanted_parts, join_shapes
-from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetHeader
+from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
 
 MOST_GAPS = 1000
 """So many members that a stack lacks are named. A name with a wrong number may leave a billion out."""
@@ -121,7 +121,7 @@ def name_parts(fused: Iterable[FusedTensor]) -> dict[str, str]:
 
 
 def take_fused_tensors(
-    files: Iterable[TargetHeader], fused: Iterable[FusedTensor]
+    files: Iterable[TargetHeader], fused: Iterable[FusedTensor], folder: TargetFolder
 ) -> tuple[list[FusedUnit], list[TargetHeader]]:
     """Takes the fused tensors out of the headers. Returns them, weights paired with their scales, and the rest."""
     known = {name: (one, name == one.scale) for one in fused for name in (one.weight, one.scale) if name}
@@ -134,11 +134,24 @@ def take_fused_tensors(
                 others.append(tensor)
                 continue
             one, is_scale = known[tensor.name]
-            seen, key = TargetTensor(file.number, tensor), (one.weight, file.number)
-            unit = units.get(key, FusedUnit(one, file.number, None, None))
+            seen, rank = TargetTensor(file.number, tensor), folder.find_rank(file.number)
+            key = one.weight, rank
+            unit = units.get(key, FusedUnit(one, rank, None, None))
             units[key] = unit._replace(scale=seen) if is_scale else unit._replace(weight=seen)
         rest.append(file._replace(tensors=others))
     return list(units.values()), rest
+
+
+def check_repeated_tensors(files: Iterable[TargetHeader], fused: Iterable[FusedTensor]) -> Iterator[Problem]:
+    """Reports fused tensors that stand in two files of a folder whose files are one rank together."""
+    known = {name for one in fused for name in (one.weight, one.scale) if name}
+    first: dict[str, str] = {}
+    for file in files:
+        for tensor in file.tensors:
+            other = first.setdefault(tensor.name, file.file.name)
+            if tensor.name in known and other != file.file.name:
+                subject, found = f"{file.file.name}: {tensor.name}", f"in {other} too"
+                yield Problem("tensor-twice", subject, found, "one file", CONVERT_AGAIN_HINT)
 
 
 def trace_fused_units(trace: Provenance, units: Sequence[FusedUnit]) -> Iterator[Problem]:

@@ -29,6 +29,7 @@ from reshard.verification.expected import (
     count_scale_blocks,
     count_split_heads,
     cover_with_blocks,
+    find_leading_dimensions,
     find_part_of_rank,
     find_split_dimension,
     get_expected_dtypes,
@@ -83,13 +84,13 @@ class Provenance:
 
 
 def pair_weights_with_scales(
-    files: Iterable[TargetHeader], known: InvertedRecipe, names: Mapping[int, str]
+    files: Iterable[TargetHeader], known: InvertedRecipe, folder: TargetFolder
 ) -> tuple[list[WeightUnit], list[Problem]]:
     """Pairs the weights in all files with their block scales; the problems are unknown and repeated tensors."""
     units: dict[tuple[str, int], WeightUnit] = {}
     problems = []
     for file in files:
-        rank = 0 if known.is_whole else file.number
+        rank = folder.find_rank(file.number)
         for tensor in file.tensors:
             place, seen = known.locate(tensor.name), TargetTensor(file.number, tensor)
             subject = f"{file.file.name}: {tensor.name}"
@@ -100,7 +101,7 @@ def pair_weights_with_scales(
             key = place.weight, rank
             unit = units.get(key, WeightUnit(place, rank, None, None))
             if first := unit.scale if place.is_scale else unit.weight:
-                found = f"in {names[first.number]} too"
+                found = f"in {folder.names[first.number]} too"
                 problems.append(Problem("tensor-twice", subject, found, "one file", CONVERT_AGAIN_HINT))
                 continue
             units[key] = unit._replace(scale=seen) if place.is_scale else unit._replace(weight=seen)
@@ -202,20 +203,21 @@ def list_wanted_parts(
     found_shape = unit.weight.tensor.shape if unit.weight else ()
     full = trace.widening.full_shape(rule, shape, found_shape, parts, is_whole=folder.is_whole)
     note_padded_lengths(trace, unit, shape, full)
-    flat = conversion == SAME and dimension != 1 and 1 not in trace.widening.dimensions(rule)
-    lists = get_part_lists(trace, unit, origins, conversion, dtypes, flat=flat)
+    padded, is_kept = trace.widening.dimensions(rule), conversion == SAME
+    leading = find_leading_dimensions(dimension, padded, len(full), is_kept=is_kept)
+    lists = get_part_lists(trace, unit, origins, conversion, dtypes, leading)
     taken = split_dimension(rule.split, full[dimension], parts, index) if rule and dimension is not None else [range(0)]
     block = (1, 1)
     if scaling and dtypes[1]:
         block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
     if unit.weight:
-        wanted = [make_expected_box(full, BITS[dtypes[0]], dimension, part, flat=flat) for part in taken]
+        wanted = [make_expected_box(full, BITS[dtypes[0]], dimension, part, leading) for part in taken]
         yield WantedPart(unit.weight, dtypes[0], wanted, lists[0], unit.place.weight, block[0])
     if unit.scale and dtypes[1] and scaling:
         blocks = scale.shape if scale and conversion == SAME and full == shape else count_scale_blocks(full, block)
         cut = dimension if dimension is not None and len(blocks) > dimension else None
         taken = [cover_with_blocks(part, block[cut]) for part in taken] if cut is not None else [range(0)]
-        wanted = [make_expected_box(blocks, BITS[dtypes[1]], cut, part, flat=flat) for part in taken]
+        wanted = [make_expected_box(blocks, BITS[dtypes[1]], cut, part, leading) for part in taken]
         yield WantedPart(unit.scale, dtypes[1], wanted, lists[1], unit.place.scale)
 
 
@@ -234,14 +236,13 @@ def get_part_lists(
     origins: tuple[Tensor, Tensor | None],
     conversion: str,
     dtypes: tuple[str, str],
-    *,
-    flat: bool,
+    leading: int,
 ) -> tuple[list[TargetPart], list[TargetPart]]:
     """The lists that collect the parts of a weight and of its block scale."""
     weight, scale = origins
     if conversion == SAME:
         return tuple(  # type: ignore[return-value]
-            trace.kept.setdefault(tensor.name, make_kept_tensor(tensor, is_scale=tensor is scale, flat=flat)).parts
+            trace.kept.setdefault(tensor.name, make_kept_tensor(tensor, leading, is_scale=tensor is scale)).parts
             if tensor
             else []
             for tensor in origins
@@ -249,22 +250,26 @@ def get_part_lists(
     name = f"{conversion}-ue8m0" if conversion == QUANTIZE and trace.is_power else conversion
     recast = trace.casts.get((weight.name, name))
     if recast is None:
-        recast = make_cast_weight(name, origins, unit.place.scaling, dtypes)
+        recast = make_cast_weight(name, origins, unit.place.scaling, dtypes, leading)
         trace.casts[weight.name, name] = recast
     return recast.parts
 
 
-def make_kept_tensor(tensor: Tensor, *, is_scale: bool, flat: bool) -> KeptTensor:
+def make_kept_tensor(tensor: Tensor, leading: int, *, is_scale: bool) -> KeptTensor:
     fill = SCALE_ONE_BYTES.get(tensor.dtype, bytes(1)) if is_scale else bytes(1)
-    return KeptTensor(tensor, 1 if flat else compute_row_size(tensor.shape, BITS[tensor.dtype]), [], fill)
+    return KeptTensor(tensor, compute_row_size(tensor.shape, BITS[tensor.dtype], leading), [], fill)
 
 
 def make_cast_weight(
-    conversion: str, origins: tuple[Tensor, Tensor | None], scaling: BlockScale | None, dtypes: tuple[str, str]
+    conversion: str,
+    origins: tuple[Tensor, Tensor | None],
+    scaling: BlockScale | None,
+    dtypes: tuple[str, str],
+    leading: int,
 ) -> CastWeight:
     weight, scale = origins
     if scaling is None or conversion == ROUND:
-        shape = weight.shape[0] if weight.shape else 1, prod(weight.shape[1:])
+        shape = prod(weight.shape[:leading]), prod(weight.shape[leading:])
         return CastWeight(conversion, weight, None, shape, (1, 1), (1, 1), dtypes, ([], []))
     rows, columns = get_shape_in_elements(weight, scaling)
     new = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block if dtypes[1] else (1, 1)

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.huggingface import CONFIG, INDEX, is_safetensors_name, read_described_header, read_stated_ranks
+from reshard.formats.huggingface import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    is_safetensors_name,
+    read_described_header,
+    read_stated_ranks,
+)
 from reshard.formats.json_input import read_object
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
+from reshard.recipes.recipe import has_ranks
 from reshard.text import format_runs
 from reshard.types import MOST_RANKS, File, Recipe, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
@@ -38,6 +46,12 @@ class TargetFolder(NamedTuple):
     """Whether the files hold whole tensors under the names of the source, instead of one rank each."""
     extra: Sequence[str]
     """Names of tensor files that do not belong to the set of rank files."""
+    is_joint: bool = False
+    """Whether all files together are the right side of a recipe, which has no ranks."""
+
+    def find_rank(self, number: int) -> int:
+        """The rank that a file holds, by its number."""
+        return 0 if self.is_whole or self.is_joint else number
 
 
 class TargetHeader(NamedTuple):
@@ -75,6 +89,10 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     paths = [path for path in sorted(target.iterdir()) if path.is_file()]
     tensor_files = [path.name for path in paths if is_safetensors_name(path.name)]
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
+    if not has_ranks(recipe) and tensor_files:
+        names = [SINGLE] if SINGLE in tensor_files else tensor_files  # the one that loaders find without an index
+        extra = [name for name in tensor_files if name not in names]
+        return TargetFolder(dict(enumerate(names)), 1, is_whole=False, extra=extra, is_joint=True)
     if not fitting and tensor_files:
         return TargetFolder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=())
     if not fitting:
@@ -87,9 +105,9 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
         ranks = said.most_common(1)[0][0] if said else 1 + max(int(found[1]) for found in fitting)
     if ranks > MOST_RANKS:
         raise refuse("wrong-ranks", fitting[0][0], f"{ranks} ranks", f"at most {MOST_RANKS}")
-    names = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
-    known = set(names.values())
-    return TargetFolder(names, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
+    by_rank = {rank: recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)}
+    known = set(by_rank.values())
+    return TargetFolder(by_rank, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
 def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
@@ -106,7 +124,7 @@ def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping
     """
     if ranks is None:
         return folder.names
-    if folder.is_whole:
+    if folder.is_whole or folder.is_joint:
         raise refuse_ranks_of_whole_files()
     if unknown := sorted(set(ranks) - set(range(folder.ranks))):
         raise refuse("unknown-rank", "--ranks", f"rank {unknown[0]}", f"ranks from 0 to {folder.ranks - 1}")
@@ -115,7 +133,7 @@ def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping
 
 def refuse_ranks_of_whole_files() -> Refused:
     """Makes the refusal of `--ranks` for a target that has none."""
-    found, remedy = "a target of whole files, as --to hf writes them", "leave it out: all files are verified"
+    found, remedy = "a target of whole files", "leave it out: all files are verified"
     return refuse("wrong-option", "--ranks", found, "a target of rank files", remedy)
 
 

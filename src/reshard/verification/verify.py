@@ -34,6 +34,7 @@ from reshard.verification.expected import (
 )
 from reshard.verification.expected_ranks import ExpectedRanks, find_expected_ranks, find_source_rows
 from reshard.verification.fused_parts import (
+    check_repeated_tensors,
     list_fused_tensors,
     name_parts,
     take_fused_tensors,
@@ -41,6 +42,7 @@ from reshard.verification.fused_parts import (
 )
 from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import Provenance, check_mixtures, pair_weights_with_scales, trace_unit
+from reshard.verification.stacked_source import StackedSource, check_stacked_source
 from reshard.verification.swapped_files import (
     check_described_ranks,
     check_swapped_files,
@@ -51,6 +53,7 @@ from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
     check_index_and_config,
+    check_target_index,
     choose_files,
     list_target_files,
     read_target_headers,
@@ -145,6 +148,7 @@ def verify_target(
     ranks: Collection[int] | None = None,
     sample: Fraction | None = None,
     *,
+    stacked: StackedSource | None = None,
     ignore_extra_files: bool = False,
 ) -> Report:
     """Compares every byte of every tensor file in the folder `target`, or of the `ranks` given, with the source.
@@ -152,12 +156,14 @@ def verify_target(
     With a `sample`, a fraction such as 1/100, only about that share of the bytes is compared: blocks spread evenly over
     every tensor, and always both ends of each tensor of each rank file. Names, dtypes and shapes are checked in full.
 
-    Every difference is a problem of the report. Raises Refused if there is nothing to compare, or if a file cannot be
+    Every difference is a problem of the report. Of a source with stacked experts (`stacked`) it is also proven from
+    where its tensors are read. Raises Refused if there is nothing to compare, or if a file cannot be
     read or changes meanwhile.
     """
     folder = list_target_files(target, recipe)
-    if folder.is_whole and target.resolve() == source.folder.resolve():
+    if (folder.is_whole or folder.is_joint) and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
+        lacking = "the source itself" if folder.is_joint else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
     files, problems = read_target_headers(target, choose_files(folder, ranks))
     extra = f"a file beside those of {folder.ranks} ranks"
@@ -165,6 +171,7 @@ def verify_target(
     for file in files:
         advance(file.file.header_size)
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
+    problems.extend(check_stacked_source(stacked) if stacked else ())
     problems.extend(trace_target(trace, target, files, recipe))
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare_parts(things, *make_compared_files(target, files, source), advance, sample)
@@ -192,7 +199,7 @@ def make_report(
         is_sampled=is_sampled,
         problems=tuple(problems),
         inexact=comparison.inexact,
-        is_whole=trace.folder.is_whole,
+        is_whole=trace.folder.is_whole or trace.folder.is_joint,
         subset=trace.source.subset,
         casts=count_cast_tensors(trace),
     )
@@ -228,22 +235,24 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
     fused = list_fused_tensors(trace.source, rows, recipe)
     trace.fused = name_parts(fused)
     constants, others = ({}, files) if folder.is_whole else take_constants(files, recipe)
-    fused_units, others = take_fused_tensors(others, fused)
-    units, problems = pair_weights_with_scales(others, known, folder.names)
+    yield from check_repeated_tensors(files, fused) if folder.is_joint else ()
+    fused_units, others = take_fused_tensors(others, fused, folder)
+    units, problems = pair_weights_with_scales(others, known, folder)
     probed = [*units, *(unit for one in fused_units for unit in one.list_units()[:1])]
     trace.is_power = has_power_of_two_scales(target, probed, trace)
     yield from problems
     for unit in units:
         yield from trace_unit(trace, unit)
     yield from trace_fused_units(trace, fused_units)
-    looked_at = {file.number for file in files}
+    looked_at = {folder.find_rank(file.number) for file in files}
     yield from check_missing_tensors(trace, looked_at, wanted)
     yield from check_mixtures(trace)
     if not folder.is_whole:
         trace.constants.extend(one.tensor for several in constants.values() for one in several)
         has_optional = keeps_optional(trace, looked_at, wanted)
-        expected = list_expected_constants(rows.values(), recipe, has_optional=has_optional)
+        expected = list_expected_constants(rows.values(), recipe, probed, has_optional=has_optional)
         yield from check_filled_constants(target, constants, expected, looked_at, recipe)
+        yield from check_target_index(target, files) if folder.is_joint else ()
     else:
         conversions = {conversion for found in trace.conversions.values() for conversion in found}
         yield from check_index_and_config(
