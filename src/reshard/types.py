@@ -107,8 +107,10 @@ class Checkpoint:
     """The parsed `config.json`; None without one."""
     joins: tuple[Join, ...] = ()
     """The tensors that are assembled from several parts, and parts of these."""
-    boxes: Mapping[int, Sequence[tuple[Tensor, tuple[int, ...]]]] = field(default_factory=dict)
-    """By the `file` of a join: the parts of it as they are stored, and their offsets; of boxed checkpoints only."""
+    boxes: Mapping[int, Sequence[tuple[Tensor, tuple[int, ...]]]] | None = None
+    """Of boxed checkpoints only: by the `file` of a join, the parts of it as they are stored, and their offsets."""
+    beside: Path | None = None
+    """The folder of the config and the other side files, if they do not lie in `folder`."""
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""
     notes: tuple[Note, ...] = ()

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 import reshard.execution.execute
 import reshard.execution.writer
-from reshard.api import Conversion
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.storage.local import make_durable
 from reshard.synthetic import write_tensors
+from reshard.target.conversion import Conversion
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
 """Threads, and whether the page cache is used."""

@@ -21,8 +21,8 @@ from small_models import MODELS, from_config, write_model
 from torch import Tensor
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored

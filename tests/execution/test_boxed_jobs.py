@@ -14,7 +14,6 @@ from reshard.errors import Refused
 from reshard.execution.execute import Settings, execute_plan, measure_memory_per_thread
 from reshard.execution.joins import count_join_levels
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.formats.folder import read_checkpoint
 from reshard.inspection.diff import compare_pairs
 from reshard.inspection.tensor_pairs import DiffChoice, DiffSide, pair_up
 from reshard.loading.lazy import Tensors
@@ -22,6 +21,7 @@ from reshard.loading.load import load_planned
 from reshard.planning.reads import measure_reads
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.boxes import assemble_boxes
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.storage.counting import WorkCounter
 from reshard.target.preflight import describe_others, look_at_target
 from reshard.types import WHOLE, Checkpoint, Layout

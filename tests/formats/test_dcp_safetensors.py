@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from reshard.formats.boxed_folder import read_boxed
 from reshard.formats.dcp_safetensors import parse_shard_numbers
-from reshard.formats.folder import read_checkpoint
+from reshard.sources.checkpoints import read_checkpoint
 
 
 @pytest.fixture(scope="module")

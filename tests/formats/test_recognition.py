@@ -16,8 +16,8 @@ import reshard
 from reshard.cli.main import main
 from reshard.errors import Problem, Refused
 from reshard.formats.file_content import SIGNATURES, identify_content
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.unfinished_downloads import find_unfinished
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.source import read_source
 from reshard.synthetic import write_checkpoint
 

@@ -27,12 +27,12 @@ from reshard.errors import Refused
 from reshard.execution.journal import BATCH_COUNT, RECORD, list_left_files, read_batches
 from reshard.formats.boxed_folder import read_boxed
 from reshard.formats.boxes import BoxedCheckpoint
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.json_input import MAX_INTEGER
 from reshard.formats.safetensors import BITS, LENGTH_SIZE, MAX_DIMENSIONS, parse_header, read_header_length
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.match import match
 from reshard.types import Checkpoint, Tensor
 from reshard.verification.checksums import audit_target

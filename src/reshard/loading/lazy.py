@@ -19,10 +19,10 @@ import numpy as np
 from reshard.errors import Refused, refuse, require_none
 from reshard.execution.joins import PartReader, count_join_levels, read_join
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
 from reshard.formats.remote_names import require_path
 from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.sources.stacked_experts import read_under_hub_names
@@ -75,7 +75,7 @@ def open_tensors(
     if holds_rank_files(path, recipe):
         found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
+    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas)
     with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
         checkpoint = read_under_hub_names(checkpoint)
     return Tensors(checkpoint, framework)

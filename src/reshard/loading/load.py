@@ -44,6 +44,7 @@ def load(
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
     replicas: str = FIRST,
+    config: str | Path | None = None,
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """Loads the tensors of one rank: a dictionary by their names in the rank's file, in the order of that file.
@@ -71,6 +72,7 @@ def load(
         ignore_extra_files: Ignore safetensors files that do not belong to the checkpoint.
         replicas: Of rank files: `"first"` reads the first replica of a shard; `"compare"` reads every replica and
             requires that all are equal.
+        config: The folder of `config.json`, if none lies beside the tensors.
         jobs: Number of threads; by default as many as are of use, at most 4.
 
     Raises:
@@ -83,7 +85,12 @@ def load(
     require_framework(framework, device)
     layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
     found = read_source(
-        require_path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, keep_optional=keep_mtp
+        require_path(source),
+        recipe,
+        ignore_extra_files=ignore_extra_files,
+        replicas=replicas,
+        keep_optional=keep_mtp,
+        config_folder=None if config is None else Path(config),
     )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)

@@ -1,25 +1,21 @@
 """Stages 1 and 2: reads a path into a Source: checkpoint, recipe and the rule of every tensor. Reads headers only."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
+from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.part_manifests import is_of_whole_files
-from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
-from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
+from reshard.sources.changed_files import check_changed_files, check_exchanged_files
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
 from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
@@ -42,8 +38,6 @@ from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
-
-AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +68,7 @@ def read_source(
     replicas: str = COMPARE,
     subset: Subset = EVERYTHING,
     keep_optional: bool = False,
+    config_folder: Path | None = None,
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
@@ -81,13 +76,13 @@ def read_source(
     names, among those of `for_engine`. With a subset, the source has only its layers and experts. Raises Refused if a
     header is faulty, or if no recipe or more than one fits.
     """
-    folder, recipes = read_folder(path), list_recipes_to_try(recipe)
+    folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)
     chosen = choose_for_engine(recipes, for_engine, is_named=bool(recipe))
     if names := find_rank_names(path, folder.names, recipes):
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
-        checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
+        checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
         unstacked = unstack_checkpoint(checkpoint, recipes)
         checkpoint = unstacked.checkpoint if unstacked else checkpoint
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
@@ -121,6 +116,7 @@ def read_chosen(
     replicas: str,
     *,
     ignore_extra_files: bool,
+    config_folder: Path | None,
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     if for_engine and layout.to == WHOLE:
@@ -134,17 +130,21 @@ def read_chosen(
         replicas=replicas,
         subset=subset,
         keep_optional=layout.keep_optional or layout.to == WHOLE,
+        config_folder=config_folder,
     )
 
 
-def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool) -> Checkpoint:
+def read_huggingface(
+    folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool, replicas: str
+) -> Checkpoint:
     """Reads a checkpoint in the original layout. Raises Refused."""
     if made_by := find_foreign_recipe(folder.manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"
         raise refuse("no-recipe", str(folder.path), found, "a packaged recipe, or that one", remedy)
     require_none(check_chosen_tensors(folder))
     require_no_vllm_ranks(folder.path, folder.names)
-    return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
+    checkpoint = read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    return replace(checkpoint, subset=folder.subset)
 
 
 def narrow_source(source: Source, subset: Subset) -> Source:
@@ -190,7 +190,7 @@ def read_rank_files(
     def assemble(known: Recipe) -> Source:
         collected = collect_shards(stored, known, origin.config or {})
         whole = assemble_checkpoint(stored, collected, known, origin.config, origin.shapes, replicas=replicas)
-        checkpoint = replace(whole, subset=folder.subset, notes=notes)
+        checkpoint = replace(whole, subset=folder.subset, notes=notes, beside=folder.beside)
         matched = match(checkpoint, known)
         require_none(check_stored_constants(stored, collected, known, matched.members))
         require_none(check_values(stored, collected.constants, known))
@@ -278,7 +278,8 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
     names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
-    texts = {name: (folder.path / name).read_bytes() for name in names_here}
+    places = {CONFIG: folder.beside or folder.path, INDEX: folder.path}
+    texts = {name: (places[name] / name).read_bytes() for name in names_here}
     return replace(
         origin,
         config=folder.config if origin.config is None else origin.config,
@@ -305,48 +306,3 @@ def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:
     return tuple(
         OriginalFile(file, b"", {name: Tensor(name, "", (), 0, 0, 0) for name in names[file]}) for file in sorted(names)
     )
-
-
-def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
-    entries = {entry["name"]: entry for entry in manifest.get("files", ())}
-    for file in stored.files if entries else ():
-        entry = entries.get(file.name)
-        if entry is None:
-            yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
-        elif entry["size"] != file.size:
-            yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
-        elif found := find_changed_range(stored.folder / file.name, entry["ranges"]):
-            text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
-            remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
-            yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
-
-
-def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
-    """Reports rank files whose metadata names another rank, or another recipe than most. Files of recipes that
-    describe them have such metadata.
-    """
-    ranks, recipes = len(stored.files), Counter(said["recipe"] for said in stored.metadata if "recipe" in said)
-    for file, said in zip(stored.files, stored.metadata, strict=True):
-        usual = recipes.most_common(1)[0][0] if len(recipes) > 1 else said.get("recipe")
-        if said.get("recipe", usual) != usual:
-            found, expected = f"made by the recipe {said['recipe']}, as its header says", f"{usual}, like most others"
-            yield Problem("wrong-ranks", file.name, found, expected, "copy the file of the same conversion there")
-    for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
-        if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
-            found = f"rank {said['rank']} of {said['ranks']}, as its header says"
-            yield Problem(
-                "wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back"
-            )
-
-
-def find_changed_range(path: Path, ranges: str) -> CheckedRange | None:
-    """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
-    are equal.
-    """
-    with path.open("rb", buffering=0) as file:
-        for checked in pick_ranges(ranges):
-            file.seek(checked.offset)
-            if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
-                return checked
-    return None

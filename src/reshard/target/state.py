@@ -19,7 +19,7 @@ from reshard.formats.part_manifests import (
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import has_ranks
-from reshard.sources.source import find_changed_range
+from reshard.sources.changed_files import find_changed_range
 from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers

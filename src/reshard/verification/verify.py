@@ -267,7 +267,7 @@ def make_compared_files(
     size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
     joins = dict(enumerate(source.joins, len(source.files)))
     # Never the joins of what is stored in boxes: their rows lie apart, and the boxes themselves prove more.
-    boxed = {place: BoxedTensor(boxes, joins[place].result.size) for place, boxes in source.boxes.items()}
+    boxed = {place: BoxedTensor(boxes, joins[place].result.size) for place, boxes in (source.boxes or {}).items()}
     joined = {
         place: [copies[0] for copies in join.parts]
         for place, join in joins.items()

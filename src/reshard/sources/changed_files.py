@@ -1,0 +1,60 @@
+"""Finds rank files that are not as their manifest says: changed since, exchanged, or of another conversion."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from reshard.errors import Problem
+from reshard.formats.huggingface import FolderHeaders
+from reshard.formats.ranges import CheckedRange, pick_ranges
+from reshard.formats.target_names import MANIFEST
+
+AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
+
+
+def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
+    entries = {entry["name"]: entry for entry in manifest.get("files", ())}
+    for file in stored.files if entries else ():
+        entry = entries.get(file.name)
+        if entry is None:
+            yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
+        elif entry["size"] != file.size:
+            yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
+        elif found := find_changed_range(stored.folder / file.name, entry["ranges"]):
+            text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
+            remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
+            yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
+
+
+def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
+    """Reports rank files whose metadata names another rank, or another recipe than most. Files of recipes that
+    describe them have such metadata.
+    """
+    ranks, recipes = len(stored.files), Counter(said["recipe"] for said in stored.metadata if "recipe" in said)
+    for file, said in zip(stored.files, stored.metadata, strict=True):
+        usual = recipes.most_common(1)[0][0] if len(recipes) > 1 else said.get("recipe")
+        if said.get("recipe", usual) != usual:
+            found, expected = f"made by the recipe {said['recipe']}, as its header says", f"{usual}, like most others"
+            yield Problem("wrong-ranks", file.name, found, expected, "copy the file of the same conversion there")
+    for rank, (file, said) in enumerate(zip(stored.files, stored.metadata, strict=True)):
+        if {"rank", "ranks"} <= said.keys() and (said["rank"], said["ranks"]) != (str(rank), str(ranks)):
+            found = f"rank {said['rank']} of {said['ranks']}, as its header says"
+            yield Problem(
+                "wrong-ranks", file.name, found, f"rank {rank} of {ranks}", "give each file its own name back"
+            )
+
+
+def find_changed_range(path: Path, ranges: str) -> CheckedRange | None:
+    """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
+    are equal.
+    """
+    with path.open("rb", buffering=0) as file:
+        for checked in pick_ranges(ranges):
+            file.seek(checked.offset)
+            if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:
+                return checked
+    return None
