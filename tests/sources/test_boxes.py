@@ -165,7 +165,7 @@ def test_a_grid_is_a_join_of_joins() -> None:
     assert [(join.rows, join.result.shape) for join in found.joins] == [(2, (2, 6)), (2, (2, 6)), (1, (4, 6))]
     assert [part[0].file for part in found.joins[2].parts] == [4, 5]
     assert found.tensors["w"].file == 6
-    assert list(found.boxes) == [6]
+    assert list(found.boxes or ()) == [6]
     assert count_join_levels(found.joins, 4) == 0, "rows are read where they belong"
 
 

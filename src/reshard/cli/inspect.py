@@ -19,7 +19,13 @@ from reshard.text import escape, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    content = inspect_path(options.path, options.recipe, options.tensors, ignore_extra_files=options.ignore_extra_files)
+    content = inspect_path(
+        options.path,
+        options.recipe,
+        options.tensors,
+        ignore_extra_files=options.ignore_extra_files,
+        config=options.config,
+    )
     if options.json:
         status = "unfinished" if content.unfinished else "finished"
         print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})

@@ -163,6 +163,7 @@ def add_inspect(parser: Parser) -> None:
     )
     add_recipe_option(what)
     add_ignore_extra_files(what)
+    add_config(what)
     what.add_argument(
         "--tensors",
         nargs="?",

@@ -3,14 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
-from reshard.formats.distcp_metadata import METADATA, StoredPart, gather_parts, parse_distcp_metadata
+from reshard.formats.distcp_metadata import METADATA, StoredPart, gather_parts, measure_files, parse_distcp_metadata
 from reshard.formats.huggingface import read_config
 from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
@@ -55,7 +55,7 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
     require_none(gather_parts(metadata, weights, shapes, parts))
-    files, boxes = find_boxes(folder, parts, hashlib.sha256(data).hexdigest())
+    files, boxes = find_boxes(folder, parts, measure_files(metadata), hashlib.sha256(data).hexdigest())
     by_name: dict[str, list[Box]] = {name: [] for name in shapes}
     for box in boxes:
         by_name[box.part.name].append(box)
@@ -90,8 +90,12 @@ def refuse_without_metadata(folder: Path) -> Refused:
     return refuse("missing-file", str(folder / METADATA), "no such file", expected, remedy)
 
 
-def find_boxes(folder: Path, parts: Sequence[StoredPart], digest: str) -> tuple[tuple[File, ...], list[Box]]:
-    """The files of some parts, and the parts as boxes in the order of the files. Raises Refused with all faults."""
+def find_boxes(
+    folder: Path, parts: Sequence[StoredPart], least: Mapping[str, int], digest: str
+) -> tuple[tuple[File, ...], list[Box]]:
+    """The files of some parts, and the parts as boxes in the order of the files. `least` has the size of each file, by
+    all that was saved. Raises Refused with all faults.
+    """
     by_file: dict[str, list[StoredPart]] = {}
     for part in parts:
         by_file.setdefault(part.file, []).append(part)
@@ -106,9 +110,8 @@ def find_boxes(folder: Path, parts: Sequence[StoredPart], digest: str) -> tuple[
         try:
             with open_regular_file(folder / name) as file:
                 status = os.fstat(file.fileno())
-                ends = [part.begin + part.size for part in wanted]
-                problems += check_length(name, wanted, ends, status.st_size)
-                if max(ends) <= status.st_size:
+                problems += check_length(name, wanted, least[name], status.st_size)
+                if least[name] <= status.st_size:
                     window = FileWindow(file.fileno())
                     problems += find_stored_parts(window, wanted, len(files), boxes, pickles)
         except FileNotFoundError:
@@ -129,12 +132,13 @@ def split_rank(name: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"\d{1,18}", name)], name
 
 
-def check_length(name: str, parts: Sequence[StoredPart], ends: Sequence[int], size: int) -> Iterator[Problem]:
-    """Yields the problem of a file that is shorter than its parts."""
-    lost = [part.tensor for part, end in zip(parts, ends, strict=True) if end > size]
-    if lost:
-        found = f"{size:,} bytes; cut off: {format_count(len(lost), 'parts')}, such as of {format_list(lost, 2)}"
-        yield Problem("truncated-file", name, found, f"at least {max(ends):,} bytes, as {METADATA} says", COPY_FILE)
+def check_length(name: str, parts: Sequence[StoredPart], least: int, size: int) -> Iterator[Problem]:
+    """Yields the problem of a file that is shorter than what was saved in it, though all weights be there."""
+    if size < least:
+        lost = [part.tensor for part in parts if part.begin + part.size > size]
+        what = f"{format_count(len(lost), 'parts')}, such as of {format_list(lost, 2)}"
+        found = f"{size:,} bytes; cut off: {what if lost else 'what lies behind the weights'}"
+        yield Problem("truncated-file", name, found, f"at least {least:,} bytes, as {METADATA} says", COPY_FILE)
 
 
 def describe_missing(name: str, parts: Sequence[StoredPart], names: Sequence[str]) -> Problem:

@@ -118,6 +118,17 @@ def gather_places(stored: Mapping[Any, Any], name: str) -> Iterator[tuple[tuple[
             yield index, place
 
 
+def measure_files(metadata: DistcpMetadata) -> dict[str, int]:
+    """The least size of each file, in bytes, by the places of all parts: those of the state of an optimizer too."""
+    least: dict[str, int] = {}
+    for place in metadata.places.values():
+        fields = get_fields(place, PLACE)
+        file, begin, size = fields.get("relative_path"), fields.get("offset"), fields.get("length")
+        if is_text(file) and isinstance(begin, int) and isinstance(size, int):
+            least[file] = max(least.get(file, 0), begin + size)
+    return least
+
+
 def get_fields(value: Any, kind: str) -> Mapping[str, Any]:
     """The fields of a value of a class; none if it is another thing."""
     is_one = type(value) is Inert and value.name == kind and type(value.state) is dict

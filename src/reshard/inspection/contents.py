@@ -8,6 +8,7 @@ from typing import Any
 from reshard.errors import Refused, require_none
 from reshard.execution.staging import note_begun_repair
 from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.folder import read_folder
 from reshard.formats.huggingface import (
     INDEX,
     FolderHeaders,
@@ -32,7 +33,7 @@ from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_
 from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.checkpoints import read_checkpoint
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.constants import check_stored_constants
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import match_or_rename
@@ -100,15 +101,20 @@ class Content:
 
 
 def inspect_path(
-    path: str | Path, recipe: str | None = None, tensors: Iterable[str] = (), *, ignore_extra_files: bool = False
+    path: str | Path,
+    recipe: str | None = None,
+    tensors: Iterable[str] = (),
+    *,
+    ignore_extra_files: bool = False,
+    config: str | Path | None = None,
 ) -> Content:
     """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
 
         print(reshard.inspect("DeepSeek-V3", tensors="*.mlp.gate_proj.*"))
 
     `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. The tensors whose
-    names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
-    `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
+    names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` and
+    `config` are as for `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
     path, patterns = require_path(path), list_patterns(tensors)
     unfinished, notes = find_unfinished_run(path)
@@ -116,7 +122,8 @@ def inspect_path(
         return replace(
             make_content(path, FolderHeaders(path, (), ()), "", unfinished.recipe, 0, {}, ""), unfinished=unfinished
         )
-    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files)
+    beside = None if config is None else Path(config)
+    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
     content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
     if patterns:
         content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
@@ -136,7 +143,7 @@ def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]
         return None, tuple(Note(one.kind, f"{one.subject}: {one.found}") for one in refused.problems)
 
 
-def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) -> Content:
+def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, config_folder: Path | None) -> Content:
     require_finished(path)
     recipes = list_recipes_to_try(recipe)
     if path.is_dir() and (names := find_rank_names(path, list_whole_files(path), recipes)):
@@ -150,7 +157,9 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
         return make_content(path, read_headers(path, list_whole_files(path)), "", "", 0, {}, remark)
     # With an index a note names the files that are extra, which is all that is asked.
     is_free = ignore_extra_files or (path / INDEX).is_file()
-    checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
+    folder = read_folder(path, config_folder)
+    whole = read_folder_checkpoint(folder, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
+    checkpoint = replace(whole, config=folder.config)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         unstacked = unstack_checkpoint(checkpoint, recipes)

@@ -55,6 +55,8 @@ class Source:
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
     the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
+    stored: Checkpoint | None = None
+    """Under the names in its files, experts stacked; None of rank files."""
     unstacked: Unstacked | None = None
     """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
 
@@ -82,9 +84,9 @@ def read_source(
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
-        checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
-        unstacked = unstack_checkpoint(checkpoint, recipes)
-        checkpoint = unstacked.checkpoint if unstacked else checkpoint
+        stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
+        unstacked = unstack_checkpoint(stored, recipes)
+        checkpoint = unstacked.checkpoint if unstacked else stored
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
@@ -103,7 +105,8 @@ def read_source(
         members, is_stacked = found.matched.members, bool(unstacked)
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
         notes = *found.checkpoint.notes, *drafts
-        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
+        checkpoint = replace(found.checkpoint, notes=notes)
+        source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
     return narrow_source(source, subset)
 
 

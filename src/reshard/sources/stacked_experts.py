@@ -5,10 +5,10 @@ of its own, with its dtype, shape and byte range of the same file.
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
 from reshard.recipes.formulas import read_config_value
@@ -26,6 +26,9 @@ from reshard.types import Checkpoint, Note, Recipe, Tensor
 
 MOST_EXPERTS = 1 << 16
 """In one tensor. A hostile header could name a billion of them."""
+
+
+OTHERS = " and others"
 
 
 class Unstacked(NamedTuple):
@@ -131,7 +134,8 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
     patterns = collect_rank_patterns(recipe, reverse_recipe(recipe), config)
     names = split_names(stored.tensors)
     marked = find_later_members(names, reverse_recipe(recipe))
-    shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
+    places = name_places(stored)
+    shares = RowShares(recipe, config, places, 1)
     require_none(check_mixture(stored, recipe, names, patterns))
     tensors: dict[str, Tensor] = {}
     count, problems = 0, list[Problem]()
@@ -143,7 +147,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
         elif fused := patterns.fused.get(fitting[0]):
             count += 1
             try:
-                require_none(check_stack(stored, tensor, fused, recipe))
+                require_none(check_stack(tensor, fused, recipe, config, f"{places[tensor.file]}: {tensor.name}"))
                 for _, name, part in shares.split(tensor, fused, numbers):
                     tensors[name] = part._replace(name=name)
             except Refused as refused:
@@ -205,13 +209,22 @@ def check_stacks_beside(
                     yield Problem("missing-tensor", name, "not in the checkpoint", expected, "is a file missing?")
 
 
-def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:
+def name_places(stored: Checkpoint) -> list[str]:
+    """Names the file of each number that tensors have: of joins, the file of their first part."""
+    names = [file.name for file in stored.files]
+    for join in stored.joins:
+        names.append(f"{names[join.parts[0][0].file].removesuffix(OTHERS)}{OTHERS}")
+    return names
+
+
+def check_stack(
+    tensor: Tensor, fused: FusedPattern, recipe: Recipe, config: Mapping[str, Any], name: str
+) -> Iterator[Problem]:
     """Reports a stack of more or fewer members than the config tells."""
     place = recipe.placeholders.get(fused.fusion.stacked)
     if place is None or not tensor.shape:
         return
-    told = read_config_value(place.size, stored.config) if place.size else None
-    name, count = f"{stored.files[tensor.file].name}: {tensor.name}", tensor.shape[0]
+    told, count = read_config_value(place.size, config) if place.size else None, tensor.shape[0]
     if isinstance(told, int) and told != count:
         found, expected = f"{count:,} {place.counts}, of shape {list(tensor.shape)}", f"{told:,}, by config.json"
         remedy = f"is config.json another model's? it says {place.size}"

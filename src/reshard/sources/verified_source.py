@@ -65,7 +65,7 @@ def read_sides(
     found = read_source(
         source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files, config_folder=config_folder
     )
-    found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
+    found = compute_expected_config(found)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
@@ -74,7 +74,7 @@ def read_sides(
             found.checkpoint, found.recipe, found.matched, find_asked_subset(before, now, str(target))
         )
     else:
-        whole = find_named_source(found, target, ignore_extra_files=ignore_extra_files)
+        whole = find_named_source(found, target)
     return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 
@@ -144,30 +144,23 @@ def find_engine_of_stacks(target: Path) -> str:
     return ""
 
 
-def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:
+def find_named_source(found: Source, target: Path) -> Checkpoint:
     """Finds the source under the names that the target should have: those of the recipe; those in the source's own
     files, if the target has whole files with these names: it was restored from rank files.
     """
-    if found.origin.renaming and not find_rank_names(target, list_target_names(target), [found.recipe]):
-        own = read_own_names(found, ignore_extra_files=ignore_extra_files)
-        if holds_only(target, own):
-            return own
+    own = found.stored
+    if own and found.origin.renaming and not find_rank_names(target, list_target_names(target), [found.recipe]):
+        return own if holds_only(target, own) else found.checkpoint
     return found.checkpoint
 
 
-def read_own_names(found: Source, *, ignore_extra_files: bool) -> Checkpoint:
-    """Reads a source again, under the names in its files. Raises Refused."""
-    folder = read_folder(found.path, found.checkpoint.beside)
-    return read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files)
-
-
-def compute_expected_config(found: Source, *, ignore_extra_files: bool) -> Source:
+def compute_expected_config(found: Source) -> Source:
     """Computes the config of a renamed source a second time, from its file: where each tensor lies tells its old and
     its new name, and so those of the modules.
     """
-    if not found.origin.renaming:
+    own = found.stored
+    if own is None or not found.origin.renaming:
         return found
-    own = read_own_names(found, ignore_extra_files=ignore_extra_files)
     places = {(tensor.file, tensor.offset, tensor.size): name for name, tensor in found.checkpoint.tensors.items()}
     pairs = [(name, places.get((one.file, one.offset, one.size), name)) for name, one in sorted(own.tensors.items())]
     dotted = [old + "." for old, _ in pairs]
