@@ -19,6 +19,7 @@ from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
     check_download_options,
+    check_options_of_source,
     check_source_options,
     choose_subset,
     list_patterns,
@@ -260,9 +261,7 @@ def verify(
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if source is None:
-        for option, value in (("--recipe", recipe), ("--config", config)):
-            if value:
-                raise refuse("wrong-option", option, "no --source", "with --source only: a manifest needs none")
+        require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
         return audit_target(folder, progress, part, chosen)
     sides = read_sides(
         folder,

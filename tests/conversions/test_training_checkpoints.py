@@ -69,8 +69,8 @@ def test_rank_files_are_those_of_the_whole_checkpoint(save: str, models: Path, t
 @pytest.mark.parametrize("to", [{"to": "hf"}, {"mp": 2}])
 def test_master_weights_are_rounded(to: dict[str, Any], models: Path, tmp_path: Path) -> None:
     whole = models / "llama"
-    reshard.convert(models / "llama-hsdp", tmp_path / "a", cast="bf16", config=whole, allow_inexact=True, **to)
-    reshard.convert(whole, tmp_path / "b", cast="bf16", allow_inexact=True, **to)
+    reshard.convert(models / "llama-hsdp", tmp_path / "a", cast="bf16", config=whole, **to)
+    reshard.convert(whole, tmp_path / "b", cast="bf16", **to)
     for path in (tmp_path / "b").glob("*.safetensors"):
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
     if "to" in to:

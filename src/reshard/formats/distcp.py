@@ -10,7 +10,13 @@ from pathlib import Path
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
-from reshard.formats.distcp_metadata import METADATA, StoredPart, gather_parts, measure_files, parse_distcp_metadata
+from reshard.formats.distcp_metadata import (
+    METADATA,
+    StoredPart,
+    gather_parts,
+    measure_saved_files,
+    parse_distcp_metadata,
+)
 from reshard.formats.huggingface import read_config
 from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
@@ -55,7 +61,7 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
     require_none(gather_parts(metadata, weights, shapes, parts))
-    files, boxes = find_boxes(folder, parts, measure_files(metadata), hashlib.sha256(data).hexdigest())
+    files, boxes = find_boxes(folder, parts, measure_saved_files(metadata), hashlib.sha256(data).hexdigest())
     by_name: dict[str, list[Box]] = {name: [] for name in shapes}
     for box in boxes:
         by_name[box.part.name].append(box)

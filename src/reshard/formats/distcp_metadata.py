@@ -118,7 +118,7 @@ def gather_places(stored: Mapping[Any, Any], name: str) -> Iterator[tuple[tuple[
             yield index, place
 
 
-def measure_files(metadata: DistcpMetadata) -> dict[str, int]:
+def measure_saved_files(metadata: DistcpMetadata) -> dict[str, int]:
     """The least size of each file, in bytes, by the places of all parts: those of the state of an optimizer too."""
     least: dict[str, int] = {}
     for place in metadata.places.values():

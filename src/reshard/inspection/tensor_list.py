@@ -57,7 +57,7 @@ def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
     elif path.is_dir() and ((path / INDEX).is_file() or is_boxed_folder(path)):
         checkpoint = read_checkpoint(path, ignore_extra_files=True)
         return [
-            ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, name_files(found, checkpoint))
+            ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, name_tensor_files(found, checkpoint))
             for found in checkpoint.tensors.values()
         ]
     else:
@@ -68,7 +68,7 @@ def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
     ]
 
 
-def name_files(tensor: Tensor, checkpoint: Checkpoint) -> str:
+def name_tensor_files(tensor: Tensor, checkpoint: Checkpoint) -> str:
     """Names the file of a tensor; the first few of a tensor whose parts lie in several."""
     parts = [part for part, _ in (checkpoint.boxes or {}).get(tensor.file, ())] or [tensor]
     return format_list(dict.fromkeys(checkpoint.files[part.file].name for part in parts), 3)

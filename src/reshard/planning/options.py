@@ -171,3 +171,9 @@ def check_download_options(others: Mapping[str, object], sums: object, *, is_hub
         if value is not None:
             expected = f"without {chosen}: that compares whole files with their hashes, and nothing else"
             yield Problem("wrong-option", name, f"with {chosen}", expected, "leave one of them out")
+
+
+def check_options_of_source(given: Mapping[str, object]) -> Iterator[Problem]:
+    """Reports options that say how to read a source, where none is named; empty values are not given."""
+    for option in filter(given.get, given):
+        yield Problem("wrong-option", option, "no --source", "with --source only: a manifest needs none")

@@ -104,8 +104,7 @@ def read_source(
         origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
         members, is_stacked = found.matched.members, bool(unstacked)
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-        notes = *found.checkpoint.notes, *drafts
-        checkpoint = replace(found.checkpoint, notes=notes)
+        checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
         source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
     return narrow_source(source, subset)
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from reshard.storage.local import PAGE, ReadableFile, Ways, advise_random_reads, read_range
+from reshard.storage.local import CACHED, PAGE, ReadableFile, Ways, advise_random_reads, read_range
+from reshard.storage.page_cache import choose_ways_to_read
 from reshard.storage.unchanged import open_unchanged
-from reshard.types import File, Tensor
+from reshard.types import Checkpoint, File, Tensor
 from reshard.verification.boxes import BoxedTensor, gather_range
 from reshard.verification.chunks import intersect_ranges, make_relative_slice
 from reshard.verification.reference_casts import TileBytes
@@ -28,6 +29,28 @@ class ComparedFiles:
     """Tensors assembled from shards: by a number that no file has, the shards, back to back."""
     boxed: Mapping[int, BoxedTensor] = field(default_factory=dict)
     """Tensors stored in boxes: by a number that no file has."""
+
+
+def make_compared_files(
+    target: Path, files: Mapping[int, File], source: Checkpoint
+) -> tuple[ComparedFiles, ComparedFiles]:
+    """The files of the source and of the target, and how to read them. `files` are those of the target, by number."""
+    size = sum(file.size for file in (*source.files, *files.values()))
+    joins = dict(enumerate(source.joins, len(source.files)))
+    # Never the joins of what is stored in boxes: their rows lie apart, and the boxes themselves prove more.
+    boxed = {place: BoxedTensor(boxes, joins[place].result.size) for place, boxes in (source.boxes or {}).items()}
+    joined = {
+        place: [copies[0] for copies in join.parts]
+        for place, join in joins.items()
+        if place not in boxed and join.rows == 1
+    }
+    source_side = make_files_to_compare(source.folder, dict(enumerate(source.files)), size)
+    return replace(source_side, joined=joined, boxed=boxed), make_files_to_compare(target, files, size)
+
+
+def make_files_to_compare(folder: Path, files: Mapping[int, File], size: int) -> ComparedFiles:
+    paths = [folder / file.name for file in files.values()]
+    return ComparedFiles(folder, files, choose_ways_to_read(paths[0], size) if paths else CACHED)
 
 
 @dataclass(frozen=True, slots=True)
