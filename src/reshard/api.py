@@ -244,13 +244,12 @@ def verify(
     """
     part = read_sample(sample)
     if download or sums is not None:
-        extra = ignore_extra_files or None
         given = {
             "--source": source,
             "--recipe": recipe,
             "--ranks": ranks,
             "--sample": sample,
-            "--ignore-extra-files": extra,
+            "--ignore-extra-files": ignore_extra_files or None,
             "--config": config,
         }
         require_none(check_download_options(given, sums, is_hub=download))

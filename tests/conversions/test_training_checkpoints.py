@@ -139,6 +139,7 @@ def test_an_interrupted_job_goes_on(save: str, models: Path, tmp_path: Path) -> 
     reshard.convert(whole, tmp_path / "wanted", 2)
     leave_unfinished(Job(source, 2), target)
     assert main(["inspect", str(target)]) == 0
+    assert "left-behind" not in {note.kind for note in reshard.plan(source, to="hf").notes}
     done = reshard.convert(source, target, 2).done
     assert done is not None
     assert done.resumed > 0
@@ -237,8 +238,11 @@ def test_the_config_of_rank_files(models: Path, tmp_path: Path) -> None:
     """They may have lost their manifest and config."""
     whole, ranks = models / "moe" / "hub", tmp_path / "ranks"
     reshard.convert(whole, ranks, 2)
-    for name in ("reshard.json", "config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         (ranks / name).unlink()
+    with pytest.raises(Refused, match="other things than reshard"):
+        reshard.convert(ranks, tmp_path / "again", to="hf", config=models / "llama")
+    (ranks / "reshard.json").unlink()
     reshard.convert(ranks, tmp_path / "again", to="hf", config=whole)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()

@@ -48,7 +48,10 @@ def add_source(parser: Parser) -> None:
     """Adds the argument `source`."""
     what = parser.section(CONVERTED)
     what.add_argument(
-        "source", type=parse_source, metavar="SOURCE", help="A folder of safetensors files, or one such file."
+        "source",
+        type=parse_source,
+        metavar="SOURCE",
+        help="A folder of safetensors or .distcp files, or one safetensors file.",
     )
 
 

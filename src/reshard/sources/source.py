@@ -11,6 +11,7 @@ from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
+from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
@@ -279,6 +280,9 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
     origin, weight_map = read_origin(folder.manifest), read_index(folder.path)
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
+    if folder.beside and origin.config not in (None, folder.config):
+        found = f"{folder.beside / CONFIG}, which says other things than {MANIFEST}"
+        raise refuse("wrong-option", "--config", found, "the config of these rank files", "leave it out")
     names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
     places = {CONFIG: folder.beside or folder.path, INDEX: folder.path}
     texts = {name: (places[name] / name).read_bytes() for name in names_here}
