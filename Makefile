@@ -1,7 +1,7 @@
 # One command each: every target sets up what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-FUZZ_TARGETS ?= header index config names recipe journal manifest
+FUZZ_TARGETS ?= header index config names recipe journal manifest distcp archive slices
 FUZZ_SECONDS ?= 120
 VLLM ?= .venv-vllm
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import CONFIG, list_safetensors_files
 from reshard.formats.manifest import read_manifest_unchecked
 from reshard.inspection.recipe_fit import check_fit
 from reshard.numbered_names import split_name
 from reshard.recipes.recipe import list_packaged_recipes, parse_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import find_foreign_recipe, find_rank_names
 from reshard.text import escape
 from reshard.types import Checkpoint, Tensor

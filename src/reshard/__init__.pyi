@@ -31,6 +31,7 @@ def verify(
     recipe: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
+    config: Location | None = None,
     sample: float | Fraction | None = None,
     progress: Progress | None = None,
 ) -> Report: ...

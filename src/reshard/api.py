@@ -5,22 +5,21 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 `reshard.inspect`, `load`, `open` and `repair` stand in modules of their own: in `inspection`, `loading` and `target`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 from time import monotonic
 
 from reshard.errors import refuse, require_none
-from reshard.execution.execute import DEFAULT_MEMORY, RunResult, Settings, check_settings, execute_plan
-from reshard.formats.manifest import list_subset_lines
+from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings, execute_plan
 from reshard.formats.remote_names import require_path, require_target
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
     check_download_options,
+    check_options_of_source,
     check_source_options,
     choose_subset,
     list_patterns,
@@ -28,18 +27,15 @@ from reshard.planning.options import (
     require_layout,
     sort_numbers,
 )
-from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
+from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
-from reshard.recipes.recipe import has_ranks
 from reshard.sources.source import read_chosen
 from reshard.sources.verified_source import read_sides
 from reshard.storage.counting import WorkCounter, count_progress
-from reshard.target.manifest_writer import describe_lost
+from reshard.target.conversion import Conversion
 from reshard.target.mending_hints import reword_hints
 from reshard.target.preflight import describe_others, look_at_target, mend_target
-from reshard.target.run_config import explain_no_run_config
 from reshard.target.side_files import add_notes, find_beside
-from reshard.text import escape, format_count, format_size
 from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
@@ -50,25 +46,6 @@ from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
 """A path."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A finished conversion."""
-
-    target: Path
-    plan: Plan
-    """Of the files that this run has written."""
-    done: RunResult | None
-    """How the run went; None if the target was finished already."""
-    mended: Sequence[str]
-    """The side files that a finished target had lost, and that were written again."""
-    seconds: float
-
-    def __str__(self) -> str:
-        return "\n".join(map(escape, describe_conversion(self)))
-
-    __repr__ = __str__
 
 
 def convert(
@@ -91,6 +68,7 @@ def convert(
     for_engine: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
+    config: Location | None = None,
     n_experts: int | None = None,
     tokenizer_path: Location | None = None,
     jobs: int | None = None,
@@ -127,6 +105,7 @@ def convert(
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
+        config: The folder of config.json, tokenizer and the like, if none lie beside the tensors.
         n_experts: The number of experts that there should be: any other is refused.
         tokenizer_path: The folder to take the tokenizer from, in the place of the source.
         jobs: Threads; by default as many as processors and disk can use.
@@ -151,14 +130,22 @@ def convert(
     subset = choose_subset(layers, experts, only, renumber=renumber)
 
     found = read_chosen(
-        require_path(source), layout, subset, recipe, for_engine, replicas, ignore_extra_files=ignore_extra_files
+        require_path(source),
+        layout,
+        subset,
+        recipe,
+        for_engine,
+        replicas,
+        ignore_extra_files=ignore_extra_files,
+        config_folder=read_location(config),
     )
     require_none(check_source_options(found, replicas, n_experts))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
     beside = find_beside(planned)
-    tokenizer = None if tokenizer_path is None else Path(tokenizer_path)
     # The last chance to refuse.
-    state = look_at_target(add_notes(planned, beside), folder, tokenizer, beside, restart=restart, yes=yes)
+    state = look_at_target(
+        add_notes(planned, beside), folder, read_location(tokenizer_path), beside, restart=restart, yes=yes
+    )
     if not state.plan.files and not state.must_be_joined:
         return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True)
@@ -187,6 +174,7 @@ def plan(
     for_engine: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
+    config: Location | None = None,
 ) -> Plan:
     """The plan of a conversion, from the headers of the source alone. It prints as tables of files and tensors.
 
@@ -200,7 +188,14 @@ def plan(
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(
-        require_path(source), layout, subset, recipe, for_engine, replicas, ignore_extra_files=ignore_extra_files
+        require_path(source),
+        layout,
+        subset,
+        recipe,
+        for_engine,
+        replicas,
+        ignore_extra_files=ignore_extra_files,
+        config_folder=read_location(config),
     )
     require_none(check_source_options(found, replicas, None))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
@@ -216,6 +211,7 @@ def verify(
     recipe: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
+    config: Location | None = None,
     sample: float | Fraction | None = None,
     download: bool = False,
     sums: Location | None = None,
@@ -232,6 +228,7 @@ def verify(
         recipe: With a source: a packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         ranks: Compare the files of these ranks only: the others need not lie there.
         ignore_extra_files: With a source: as for `convert`.
+        config: With a source: as for `convert`.
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
         download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
         sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
@@ -247,26 +244,31 @@ def verify(
     """
     part = read_sample(sample)
     if download or sums is not None:
-        extra = ignore_extra_files or None
         given = {
             "--source": source,
             "--recipe": recipe,
             "--ranks": ranks,
             "--sample": sample,
-            "--ignore-extra-files": extra,
+            "--ignore-extra-files": ignore_extra_files or None,
+            "--config": config,
         }
         require_none(check_download_options(given, sums, is_hub=download))
-        return verify_download(require_path(target), None if sums is None else Path(sums), progress)
+        return verify_download(require_path(target), read_location(sums), progress)
     folder = require_target(target, is_written=False)
     require_target_folder(folder)
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if source is None:
-        if recipe:
-            raise refuse("wrong-option", "--recipe", "no --source", "with --source only: a manifest needs none")
+        require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
         return audit_target(folder, progress, part, chosen)
-    sides = read_sides(folder, require_path(source), recipe, ignore_extra_files=ignore_extra_files)
+    sides = read_sides(
+        folder,
+        require_path(source),
+        recipe,
+        ignore_extra_files=ignore_extra_files,
+        config_folder=read_location(config),
+    )
     with count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen)) as advance:
         report = verify_target(
             sides.folder,
@@ -316,35 +318,6 @@ def diff(
     return diff_checkpoints(require_path(a), require_path(b), choice, progress)
 
 
-def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iterator[str]:
-    """The summary of a conversion, for a person: also everything that the target lacks. `jobs` were asked for."""
-    plan, done, target = conversion.plan, conversion.done, conversion.target
-    if conversion.mended:
-        yield f"{target}: converted already; written again: {', '.join(conversion.mended)}"
-    elif done is None:
-        yield f"{target}: converted already; nothing was written"
-    elif not plan.files:
-        yield f"{target}: the parts that were made apart are joined; no rank file was written"
-    else:
-        size = f"{plan.size:,} bytes ({format_size(plan.size)})"
-        kind = "rank files" if plan.layout.to == RANKS and has_ranks(plan.recipe) else "files"
-        yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
-        yield from describe_run(done, jobs)
-    yield from list_subset_lines(plan.source.subset)
-    yield from describe_notes(plan.notes)
-    yield from describe_casts(plan)
-    yield from describe_dropped(plan)
-    yield from explain_no_run_config(plan)
-    yield from describe_lost(plan)
-
-
-def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:
-    """Describes how a run went: bytes resumed, threads, ways through the page cache, values rounded."""
-    if done.resumed:
-        yield f"resumed: {done.resumed:,} bytes had been written before"
-    used = format_count(done.jobs, "jobs")
-    if jobs is not None and done.jobs < jobs:
-        used = f"{done.jobs} of {format_count(jobs, 'jobs')} (--max-memory or the system allows no more)"
-    yield f"{used}, read {done.ways.read}, written {done.ways.write}"
-    if done.inexact:
-        yield f"rounded: {format_count(done.inexact, 'values')} that the new dtype does not have"
+def read_location(location: Location | None) -> Path | None:
+    """The path of a folder that may not be given."""
+    return None if location is None else Path(location)

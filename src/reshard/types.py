@@ -1,6 +1,6 @@
 """The types that every stage shares: frozen values, no file is opened. Imports only the standard library."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,9 @@ MOST_RANKS = 4096
 """Largest number of ranks accepted. No model is cut for more: a larger number is a typing error."""
 
 
+# Not a dataclass: a large model has 140,000 of them, and a tuple is made in a third of the time.
 class Tensor(NamedTuple):
-    """One entry of a safetensors header: a tensor, or one rank's shard of it, and its place in a file.
-
-    A named tuple, not a dataclass: a large model has 140,000 of them, and a tuple is made in a third of the time.
-    """
+    """One entry of a safetensors header: a tensor, or one rank's shard of it, and its place in a file."""
 
     name: str
     """As the header spells it."""
@@ -59,15 +57,15 @@ class Cast(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A tensor assembled from shards in rank files. A plan addresses it like a file, but it is not on disk."""
+    """A tensor assembled from parts in several files. A plan addresses it like a file, but it is not on disk."""
 
     rows: int
-    """Number of rows. Each row concatenates one row of every shard. 1: whole shards are concatenated."""
+    """Number of rows. Each row concatenates one row of every part. 1: whole parts are concatenated."""
     parts: tuple[tuple[Tensor, ...], ...]
-    """The shards in their order; for each shard its replicas, which must be equal."""
+    """The parts in order, maybe of joins with lower numbers; for each its replicas, which must be equal."""
     result: Tensor
     """The whole tensor. Its `file` is the number of files of the checkpoint plus the index of the join; its `offset`
-    is 0. It may be shorter than all shards together: the bytes behind its end are padding."""
+    is 0. It may be shorter than all parts together: the bytes behind its end are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,11 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     """The parsed `config.json`; None without one."""
     joins: tuple[Join, ...] = ()
-    """The tensors that are assembled from several shards."""
+    """The tensors that are assembled from several parts, and parts of these."""
+    boxes: Mapping[int, Sequence[tuple[Tensor, tuple[int, ...]]]] | None = None
+    """Of boxed checkpoints only: by the `file` of a join, the parts of it as they are stored, and their offsets."""
+    beside: Path | None = None
+    """The folder of the config and the other side files, if they do not lie in `folder`."""
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""
     notes: tuple[Note, ...] = ()

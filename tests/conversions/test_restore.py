@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 import reshard.execution.execute
 import reshard.execution.writer
-from reshard.api import Conversion
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.storage.local import make_durable
 from reshard.synthetic import write_tensors
+from reshard.target.conversion import Conversion
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
 """Threads, and whether the page cache is used."""
@@ -493,14 +493,14 @@ def test_a_rank_file_of_another_conversion_is_refused(four: Path, source: Source
     ("name", "place", "rank"),
     [("norm.weight", 3, 2), ("layers.3.attn.wkv_a.weight", 50, 3), ("layers.10.ffn.gate.bias", 0, 1)],
 )
-def test_replicas_that_differ_are_refused_by_name_and_rank(
+def test_replicas_that_differ_are_refused_by_name_and_file(
     name: str, place: int, rank: int, four: Path, source: Source, folder: Path
 ) -> None:
     (four / "reshard.json").unlink()
     flip(four / f"model{rank}-mp4.safetensors", name, place)
     refused = require_refused(whole(four), folder / "back", "replicas-differ")
     assert refused.problems[0].subject == name
-    assert refused.problems[0].found == f"other bytes in rank {rank} than in rank 0"
+    assert refused.problems[0].found == f"other bytes in model{rank}-mp4.safetensors than in model0-mp4.safetensors"
     require_refused(Job(four, 2), folder / "two", "replicas-differ")
     shutil.rmtree(folder / "back", ignore_errors=True)
     convert(whole(four, replicas="first"), folder / "back")
@@ -543,7 +543,8 @@ def test_block_scales_that_two_ranks_share_must_be_equal(folder: Path) -> None:
     (folder / "ranks" / "reshard.json").unlink()
     flip(folder / "ranks" / "model5-mp8.safetensors", name)
     refused = require_refused(whole(folder / "ranks"), folder / "no", "replicas-differ")
-    assert (refused.problems[0].subject, refused.problems[0].found) == (name, "other bytes in rank 5 than in rank 4")
+    found = "other bytes in model5-mp8.safetensors than in model4-mp8.safetensors"
+    assert (refused.problems[0].subject, refused.problems[0].found) == (name, found)
 
 
 def test_one_of_several_rank_files_is_refused_with_the_folder_to_name(four: Path, folder: Path) -> None:

@@ -28,10 +28,10 @@ from torture import contents
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_header
 from reshard.recipes.recipe import load_recipe
 from reshard.sources import fused_shards
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.stacked_experts import unstack_checkpoint
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Tensor

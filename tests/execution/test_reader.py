@@ -1,7 +1,5 @@
 """Joined tensors: any stretch of them against numpy's concatenation, and replicas that differ."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reshard.errors import Refused
-from reshard.execution.reader import read_join
+from reshard.execution.joins import PartReader, read_join
 from reshard.types import Join, Tensor
 
 Bytes = NDArray[np.uint8]
@@ -46,7 +44,7 @@ def joins(draw: st.DrawFn) -> Made:
     return Join(rows if by_columns else 1, tuple(parts), result), files, whole.tobytes()
 
 
-def reader(files: list[bytes], most: int) -> Callable[[Tensor, int, int], memoryview]:
+def reader(files: list[bytes], most: int) -> PartReader:
     """Reads into one buffer, as a worker does; nothing beyond the tensor, and never more than `most`."""
     buffer = bytearray(most)
 
@@ -57,7 +55,7 @@ def reader(files: list[bytes], most: int) -> Callable[[Tensor, int, int], memory
         buffer[:size] = files[tensor.file][start : start + size]
         return memoryview(buffer)[:size]
 
-    return read
+    return PartReader(read, [f"file {number}" for number in range(len(files))], (), most)
 
 
 @given(joins(), st.data())
@@ -68,7 +66,7 @@ def test_any_stretch_is_that_of_the_parts_together(made: Made, data: st.DataObje
     size = data.draw(st.integers(1, len(whole) - offset))
     most = data.draw(st.integers(1, 40))
     out = bytearray(size)
-    read_join(join, offset, memoryview(out), reader(files, most), most)
+    read_join(join, offset, memoryview(out), reader(files, most))
     assert bytes(out) == whole[offset : offset + size]
 
 
@@ -89,5 +87,5 @@ def test_a_byte_that_differs_between_replicas_is_seen(made: Made, data: st.DataO
     behind = number * width + place % width if join.rows > 1 else number * part[copy].size + place
     if behind >= join.result.size // join.rows:
         return  # padding, which is not read
-    with pytest.raises(Refused, match="other bytes in rank"):
-        read_join(join, 0, memoryview(bytearray(len(whole))), reader(files, 40), 40)
+    with pytest.raises(Refused, match=r"other bytes in file \d+ than in file"):
+        read_join(join, 0, memoryview(bytearray(len(whole))), reader(files, 40))

@@ -35,11 +35,11 @@ from xxhash import xxh3_128_hexdigest
 from reshard.cli.main import main
 from reshard.errors import LONGEST_DETAIL, MOST_PROBLEMS, Refused
 from reshard.execution.journal import list_left_files
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.manifest import compute_manifest_checksum, read_manifest
 from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import JOURNAL
 from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.match import match
 from reshard.synthetic import write_checkpoint
 from reshard.text import escape

@@ -15,7 +15,7 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import DEEPSEEK_V3, write_checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
+from reshard.sources.checkpoints import read_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,8 +16,8 @@ import reshard
 from reshard.cli.main import main
 from reshard.errors import Problem, Refused
 from reshard.formats.file_content import SIGNATURES, identify_content
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.unfinished_downloads import find_unfinished
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.source import read_source
 from reshard.synthetic import write_checkpoint
 
@@ -25,6 +25,7 @@ ONE = save({"w": np.ones((2, 2), np.float32)})
 SLICE = save(
     {"w": np.ones((2, 2), np.float32)}, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": '{"w": {"saved_offsets": [2, 0]}}'}
 )
+FIRST_SLICE = save({"w": np.ones((2, 2), np.float32)}, {"DCP_SHARDING_INFO": '{"w": {"saved_offsets": [0, 0]}}'})
 LORA = save({f"base_model.model.x.lora_{part}.weight": np.ones(2, np.float32) for part in "AB"})
 PEFT = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "meta/Base\x1b[2J"}).encode()
 OLD, NEW = "a" * 40, "b" * 40
@@ -70,8 +71,8 @@ def refusal(path: Path, recipe: str | None = None) -> Problem:
         ({"weights.pt": b"PK", "optimizer.pt": b"PK"}, "other-format", "pickles", "torch.load"),
         ({"optimizer.pt": b"PK", "training_args.bin": b"PK"}, "other-format", "state of a training", "the model"),
         ({"M-Q4_K_M.gguf": b"GGUF"}, "other-format", "GGUF", "original checkpoint"),
-        ({"__0_0.distcp": b"", ".metadata": b""}, "other-format", "(DCP)", "dcp_to_torch @ NEW.pt"),
-        ({"pytorch_model_fsdp_0/__0_0.distcp": b""}, "other-format", "FSDP", "accelerate merge-weights"),
+        ({"save/__0_0.distcp": b"", "save/.metadata": b""}, "other-format", "(DCP)", "name @/save"),
+        ({"pytorch_model_fsdp_0/__0_0.distcp": b""}, "other-format", "FSDP", "the weights: @/pytorch_model_fsdp_0"),
         ({"global_step9/mp_rank_00_model_states.pt": b""}, "other-format", "DeepSpeed", "zero_to_fp32.py"),
         ({"iter_0000001/mp_rank_00/model_optim_rng.pt": b""}, "other-format", "Megatron", "export"),
         ({"model_world_size_2_rank_0.pt": b""}, "other-format", "verl", "verl.model_merger"),
@@ -92,8 +93,6 @@ def refusal(path: Path, recipe: str | None = None) -> Problem:
         ({"model.safetensors.part": b""}, "unfinished-download", "only model.safetensors.part", "finish"),
         ({".cache/huggingface/download/x.y.incomplete": b""}, "unfinished-download", "in .cache/hugg", "finish"),
         ({"config.json": b"{}"}, "empty-source", "no file that ends in .safetensors", "right folder?"),
-        ({"shard-00001-model-00001-of-00001.safetensors": SLICE, "shard-00002-model-00001-of-00001.safetensors": SLICE},
-         "other-format", "(DCP)", "a slice is not a tensor"),
         ({"model-rank-0-part-0.safetensors": ONE, "model-rank-0-part-1.safetensors": ONE},
          "other-format", "vLLM", "made from"),
         ({"model-pp-0-tp-0-part-0.safetensors": ONE, INDEX: b"{}"}, "other-format", "vLLM", "made from"),
@@ -119,6 +118,7 @@ def test_a_folder_without_a_checkpoint_is_named(
         ("x.safetensors", LORA, "adapter", "an adapter"),
         ("model-rank-0-part-1.safetensors", ONE, "other-format", "vLLM"),
         ("x.safetensors", SLICE, "other-format", "(DCP)"),
+        ("__0_0.distcp", b"PK\3\4", "other-format", "(DCP)"),
     ],
 )
 def test_a_single_file_is_named(name: str, content: bytes, kind: str, found: str, tmp_path: Path) -> None:
@@ -152,10 +152,18 @@ def test_whole_tensors_that_torch_saved_are_a_checkpoint(tmp_path: Path) -> None
     assert read_checkpoint(tmp_path).tensors.keys() == tensors.keys()
 
 
-def test_whole_files_in_a_sub_folder_are_named_beside_slices(tmp_path: Path) -> None:
-    name = "shard-00001-model-00001-of-00001.safetensors"
-    problem = refusal(lay(tmp_path, {name: SLICE, "consolidated/model.safetensors": ONE}))
-    assert problem.remedy.endswith(str(tmp_path / "consolidated"))
+def test_slices_are_a_source_and_no_target(pristine: Path, tmp_path: Path) -> None:
+    """All files of a folder, or none: a file beside them must be named like a slice."""
+    names = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    folder = lay(tmp_path / "s", {names[0]: ONE, names[1]: SLICE})
+    assert refusal(folder).kind == "wrong-metadata"  # the first says nothing of its places
+    lay(folder, {names[0]: FIRST_SLICE})
+    assert read_checkpoint(folder).tensors["w"].shape == (4, 2)
+    assert not reshard.verify(folder, pristine).is_proven
+    lay(folder, {"other.safetensors": ONE})
+    problem = refusal(folder)
+    assert (problem.kind, problem.subject) == ("other-format", str(folder / names[1]))
+    assert "all its safetensors files must have the names" in problem.remedy
 
 
 def test_a_name_on_the_hub_is_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from reshard.errors import Problem, Refused
-from reshard.formats.folder import read_checkpoint
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.types import Checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -16,8 +16,8 @@ from families import FAMILIES, Family, write_full, write_small
 from safetensors import safe_open
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import format_entry, format_header, make_order_key
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import TensorEntry, compute_data_size, write_tensors
 
 DTYPES = {

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.planning.copies import Copies, WrongPlan
 from reshard.planning.plan import Plan
@@ -30,6 +29,7 @@ from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Terms, transform_weights
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.block_scales import group_weights as units_by_kind
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.match import match
 from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL_V3, list_tensors, write_checkpoint
 from reshard.target.run_config import make_run_config

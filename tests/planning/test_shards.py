@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.planning.rank_checks import list_working_ranks
 from reshard.planning.shards import Limit
 from reshard.recipes.recipe import load_recipe
 from reshard.recipes.splits import count_parts
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.verification.verify import verify_target
 
 RECIPE = """

@@ -17,9 +17,9 @@ from families import FAMILIES
 from jobs import make_plan
 
 from reshard.errors import Problem, Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.recipes.formulas import find_lacking, find_unknown_keys, parse_formula
 from reshard.recipes.recipe import load_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint, Layout, Recipe, Tensor
 

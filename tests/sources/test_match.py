@@ -817,7 +817,7 @@ def test_a_checkpoint_that_two_recipes_know_is_refused() -> None:
         choose_recipe(checkpoint_of(list_tensors(config)), RECIPES)
     (problem,) = refused.value.problems
     assert problem.found == "deepseek-v2, deepseek-v3 all fit"
-    assert problem.remedy.startswith("copy the model's config.json beside the files")
+    assert problem.remedy.startswith("put the model's config.json beside the files")
     assert "--recipe" in problem.remedy
 
 

@@ -7,8 +7,8 @@ import pytest
 from jobs import make_plan
 
 from reshard.errors import Problem, Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.problem_order import sort_by_layer, sort_problems
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.types import Checkpoint, Layout

@@ -8,9 +8,9 @@ import pytest
 from families import FAMILIES
 
 from reshard.errors import Problem, Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.recipes.formulas import describe_values, suggest_count
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint

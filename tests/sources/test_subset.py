@@ -28,7 +28,7 @@ from reshard.sources.pruned_config import prune_config
 from reshard.storage.local import CACHED, PAGE, ReadableFile, allocate_aligned
 from reshard.synthetic import DEEPSEEK_V2_LITE, list_tensors, write_tensors
 from reshard.types import File, Subset, Tensor
-from reshard.verification.compare import ComparedFiles, OpenedFiles
+from reshard.verification.compared_files import ComparedFiles, OpenedFiles
 
 V2_LITE = {
     **DEEPSEEK_V2_LITE,

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -24,26 +25,36 @@ from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 from reshard.errors import Refused
 from reshard.execution.journal import BATCH_COUNT, RECORD, list_left_files, read_batches
-from reshard.formats.folder import read_checkpoint
+from reshard.formats.boxed_folder import read_boxed
+from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.json_input import MAX_INTEGER
-from reshard.formats.safetensors import LENGTH_SIZE, MAX_DIMENSIONS, parse_header, read_header_length
+from reshard.formats.safetensors import BITS, LENGTH_SIZE, MAX_DIMENSIONS, parse_header, read_header_length
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.recipes.recipe import load_recipe, parse_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.match import match
 from reshard.types import Checkpoint, Tensor
 from reshard.verification.checksums import audit_target
 
 SEEDS = Path(__file__).parents[1] / "seeds"
+DISTCP_METADATA, DISTCP = ((SEEDS / name / "whole").read_bytes() for name in ("distcp", "archive"))
+"""A save of two small tensors by torch."""
 FILES = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": np.ones(3), "c": np.ones(1)})}
 INSTRUMENTED = (
     "reshard.execution.journal",
+    "reshard.formats.dcp_safetensors",
+    "reshard.formats.distcp",
+    "reshard.formats.distcp_metadata",
     "reshard.formats.huggingface",
     "reshard.formats.index",
+    "reshard.formats.inert_pickle",
     "reshard.formats.json_input",
     "reshard.formats.manifest",
     "reshard.formats.numbering",
+    "reshard.formats.pickle_machine",
     "reshard.formats.safetensors",
+    "reshard.formats.torch_archives",
     "reshard.recipes.patterns",
     "reshard.recipes.recipe",
     "reshard.sources.completeness",
@@ -164,6 +175,42 @@ def with_own_checksum(data: bytes) -> bytes:
         return data
 
 
+def distcp(data: bytes) -> None:
+    """`.metadata` of a save of two tensors."""
+    with folder({".metadata": data, "__0_0.distcp": DISTCP}) as place, suppress(Refused):
+        boxed = read_boxed(place)
+        assert boxed is not None
+        require_boxes_inside(boxed)
+
+
+def archive(data: bytes) -> None:
+    """The file of that save, with metadata that are right."""
+    with folder({".metadata": DISTCP_METADATA, "__0_0.distcp": data}) as place, suppress(Refused):
+        boxed = read_boxed(place)
+        assert boxed is not None
+        assert boxed.boxes.keys() == {"a", "b"}
+        require_boxes_inside(boxed)
+
+
+def slices(data: bytes) -> None:
+    """The places of two slices, in the header of their file."""
+    text = data.decode(errors="replace")
+    tensors = {"a": np.ones((2, 3)), "b": np.ones(1)}
+    content = save(tensors, {"DCP_SHARDING_INFO": text, "DCP_VERSION": "1.0"})
+    with folder({"shard-00001-model-00001-of-00001.safetensors": content}) as place, suppress(Refused):
+        boxed = read_boxed(place)
+        assert boxed is not None
+        require_boxes_inside(boxed)
+
+
+def require_boxes_inside(boxed: BoxedCheckpoint) -> None:
+    for boxes in boxed.boxes.values():
+        for part, offsets in boxes:
+            assert 0 <= part.offset <= part.offset + part.size <= boxed.files[part.file].size
+            assert len(offsets) == len(part.shape)
+            assert part.size == prod(part.shape) * BITS[part.dtype] // 8
+
+
 # What JSON and TOML are made of: so that a change gives the next word oftener than a broken text.
 
 WORD = re.compile(rb'"(?:[^"\\]|\\.)*"|[A-Za-z_]+|-?[0-9.]+|\s+|.', re.DOTALL)
@@ -200,7 +247,8 @@ def folder(files: dict[str, bytes]) -> Iterator[Path]:
 
 
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (header, index, config, names, recipe, journal, manifest)
+    target.__name__: target
+    for target in (header, index, config, names, recipe, journal, manifest, distcp, archive, slices)
 }
 
 

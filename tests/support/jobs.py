@@ -15,6 +15,7 @@ from reshard.planning import planner
 from reshard.planning.plan import Plan
 from reshard.sources.match import match
 from reshard.sources.source import Source
+from reshard.target.conversion import Conversion
 from reshard.types import COMPARE, EVERYTHING, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
@@ -60,7 +61,7 @@ has been read.
 
 def convert_checkpoint(
     job: Job, target: Path, settings: Settings | None = None, progress: Progress | None = None
-) -> api.Conversion:
+) -> Conversion:
     """Converts. With `cache="no"` the page cache counts as empty: reading the headers has put small files into it."""
     settings = settings or Settings()
     with ExitStack() as stack:

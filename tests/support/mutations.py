@@ -468,7 +468,7 @@ MUTATIONS = (
         "test_rank_files.py::test_parts_of_another_dtype_are_refused",
     ),
     Mutation(
-        "execution/reader",
+        "execution/joins",
         "replicas are not compared",
         "for other in copies[1:]:",
         "for other in ():",

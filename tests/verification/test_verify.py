@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.recipes.recipe import load_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.verify import Report, verify_target
 
@@ -298,7 +298,7 @@ def test_all_bytes_that_differ_are_counted_whichever_thread_finds_them(name: str
 VERIFY_AND_TELL_MEMORY = """
 import sys
 from pathlib import Path
-from reshard.formats.folder import read_checkpoint
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.recipes.recipe import load_recipe
 from reshard.verification.verify import verify_target
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from reshard import api
-from reshard.api import Conversion, describe_conversion
 from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
@@ -24,6 +23,7 @@ from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.sources.engine_choice import takes_ranks
+from reshard.target.conversion import Conversion, describe_conversion
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
@@ -33,7 +33,7 @@ from reshard.types import RANKS, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
-    *("only", "recipe", "for_engine", "ranks", "ignore_extra_files"),
+    *("only", "recipe", "for_engine", "ranks", "ignore_extra_files", "config"),
 )
 """Options that choose what to convert, and into which layout."""
 
@@ -231,6 +231,8 @@ def list_reading_words(options: argparse.Namespace) -> list[str]:
     """The words that a command needs to read the same source, with full paths."""
     recipe = getattr(options, "recipe", None)
     words = ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
+    config = getattr(options, "config", None)
+    words += ["--config", str(config.absolute())] if config else []
     return words + ["--ignore-extra-files"] * bool(getattr(options, "ignore_extra_files", False))
 
 

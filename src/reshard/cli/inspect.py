@@ -8,18 +8,24 @@ from pathlib import Path
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.stacked_experts import read_under_hub_names
 from reshard.text import escape, format_table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
-    content = inspect_path(options.path, options.recipe, options.tensors, ignore_extra_files=options.ignore_extra_files)
+    content = inspect_path(
+        options.path,
+        options.recipe,
+        options.tensors,
+        ignore_extra_files=options.ignore_extra_files,
+        config=options.config,
+    )
     if options.json:
         status = "unfinished" if content.unfinished else "finished"
         print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})

@@ -82,6 +82,7 @@ def make_command(name: str, options: argparse.Namespace, ranks: str | None, plac
     words = ["reshard", name, str(options.target), *(["--source", source] if source else [])]
     words += ["--recipe", options.recipe] if options.recipe else []
     words += ["--ranks", ranks] if ranks else []
+    words += ["--config", str(options.config)] if options.config else []
     words += ["--ignore-extra-files"] if options.ignore_extra_files else []
     return shlex.join(words)
 

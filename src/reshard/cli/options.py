@@ -6,6 +6,7 @@ from reshard.cli.help_text import describe_help
 from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser
 from reshard.cli.shared_options import (
     IGNORE_HELP,
+    add_config,
     add_ignore_extra_files,
     add_jobs,
     add_output,
@@ -47,7 +48,10 @@ def add_source(parser: Parser) -> None:
     """Adds the argument `source`."""
     what = parser.section(CONVERTED)
     what.add_argument(
-        "source", type=parse_source, metavar="SOURCE", help="A folder of safetensors files, or one such file."
+        "source",
+        type=parse_source,
+        metavar="SOURCE",
+        help="A folder of safetensors or .distcp files, or one safetensors file.",
     )
 
 
@@ -76,6 +80,7 @@ def add_job(parser: Parser) -> None:
     )
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
     add_ignore_extra_files(what)
+    add_config(what)
 
 
 RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
@@ -161,6 +166,7 @@ def add_inspect(parser: Parser) -> None:
     )
     add_recipe_option(what)
     add_ignore_extra_files(what)
+    add_config(what)
     what.add_argument(
         "--tensors",
         nargs="?",
@@ -190,6 +196,7 @@ def add_verify(parser: Parser) -> None:
     add_recipe_option(what)
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only.")
     add_ignore_extra_files(what, f"With --source, {IGNORE_HELP[0].lower()}{IGNORE_HELP[1:]}")
+    add_config(what, "With --source: the --config that it was converted with.")
     what.add_argument(
         "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
     )
@@ -215,6 +222,7 @@ def add_repair(parser: Parser) -> None:
     add_recipe_option(what, "A recipe. By default the one that the manifest names.")
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Repair the files of these ranks only.")
     add_ignore_extra_files(what)
+    add_config(what, "The --config that it was converted with.")
     how.add_argument("--dry-run", action="store_true", help="Show what is damaged and write nothing.")
     add_jobs(how)
     add_progress(parser)

@@ -37,7 +37,6 @@ def print_choices(options: argparse.Namespace) -> int:
         file_size=options.max_file_size,
     )
     subset = choose_subset(options.layers, options.experts, options.only, renumber=options.renumber)
-    ignores = options.ignore_extra_files
     source = read_chosen(
         require_path(options.source),
         layout,
@@ -45,7 +44,8 @@ def print_choices(options: argparse.Namespace) -> int:
         options.recipe,
         options.for_engine,
         options.replicas,
-        ignore_extra_files=ignores,
+        ignore_extra_files=options.ignore_extra_files,
+        config_folder=options.config,
     )
     require_none(check_source_options(source, options.replicas, None))
     for name in ("ranks", "target"):
@@ -124,5 +124,6 @@ def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]
     words += [word for pattern in options.only for word in ("--only", pattern)]
     words += ["--renumber"] if options.renumber else []
     words += ["--pad"] if options.pad or choice.needs_pad else []
+    words += ["--config", str(options.config)] if options.config else []
     words += ["--ignore-extra-files"] if options.ignore_extra_files else []
     return shlex.join(words)

@@ -20,7 +20,12 @@ from reshard.target.repair import RepairOptions, RepairReport, describe_repair, 
 def run_repair(options: argparse.Namespace) -> int:
     """Runs `repair`. Returns the exit code. Raises Refused."""
     choice = RepairOptions(
-        options.source, options.recipe, options.ranks, options.ignore_extra_files, dry_run=options.dry_run
+        options.source,
+        options.recipe,
+        options.ranks,
+        options.ignore_extra_files,
+        options.config,
+        dry_run=options.dry_run,
     )
     settings = Settings(options.jobs, allow_inexact=True)
     target, steps_seen = require_target(options.target, is_written=False), count()

@@ -3,13 +3,16 @@
 import argparse
 
 from reshard.cli.parser import OUTPUT, Parser, PrintCompletion
-from reshard.cli.values import parse_positive, parse_word
+from reshard.cli.values import parse_path, parse_positive, parse_word
 
 IGNORE_HELP = (
     "Leave out files and tensors that the index does not name; without an index, all files but one numbered set."
 )
 
 RECIPE_HELP = "The name of a packaged recipe, or a TOML file. By default the model decides."
+
+
+CONFIG_HELP = "The folder of config.json and tokenizer, if none lie beside the source, as after a training."
 
 
 def add_recipe_option(group: argparse._ArgumentGroup, about: str = RECIPE_HELP) -> None:
@@ -20,6 +23,11 @@ def add_recipe_option(group: argparse._ArgumentGroup, about: str = RECIPE_HELP) 
 def add_ignore_extra_files(group: argparse._ArgumentGroup, about: str = IGNORE_HELP) -> None:
     """Adds the option of every command that reads a checkpoint."""
     group.add_argument("--ignore-extra-files", action="store_true", help=about)
+
+
+def add_config(group: argparse._ArgumentGroup, about: str = CONFIG_HELP) -> None:
+    """Adds the folder of the config to a command that reads a source."""
+    group.add_argument("--config", type=parse_path, metavar="FOLDER", help=about)
 
 
 def add_jobs(group: argparse._ArgumentGroup) -> None:

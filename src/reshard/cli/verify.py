@@ -26,6 +26,7 @@ def run_verify(options: argparse.Namespace) -> int:
             recipe=options.recipe,
             ranks=options.ranks,
             ignore_extra_files=options.ignore_extra_files,
+            config=options.config,
             sample=options.sample,
             download=options.download,
             sums=options.sums,

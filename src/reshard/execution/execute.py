@@ -15,6 +15,7 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import Problem, Refused, refuse
+from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.records import Records, WrittenGroups, parse_records
@@ -205,9 +206,9 @@ def write_partial_files(
     durable. Returns also the records of all groups, and the checksums of the side files.
     """
     ways = choose_ways(plan, target, settings)
-    paths = [plan.source.folder / file.name for file in plan.source.files]
-    is_cached = is_mostly_cached(paths)
+    is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
+    levels = count_join_levels(plan.source.joins, len(plan.source.files))
     jobs = choose_threads(settings, measure_memory_per_thread(plan), keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
     written, resumed = WrittenGroups(found), add_sizes(found)
@@ -223,7 +224,7 @@ def write_partial_files(
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
-        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact)
+        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels)
         threads = move_all(work, files, ledger, jobs, counter.advance)
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
@@ -251,7 +252,8 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
 
 def measure_memory_per_thread(plan: Plan) -> int:
     """The memory of the buffers of a thread, in bytes."""
-    return MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
+    levels = count_join_levels(plan.source.joins, len(plan.source.files))
+    return MEMORY_PER_THREAD + levels * WINDOW_SIZE + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
 def choose_threads(settings: Settings, memory: int, *, keeps_disk_busy: bool) -> Jobs:

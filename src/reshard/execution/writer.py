@@ -169,7 +169,7 @@ def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Job
         choose_recode()  # here, for it may import numba, and that from one thread only
 
     def make_worker() -> Callable[[Window], None]:
-        buffers = WorkerBuffers(makes=bool(files.made))
+        buffers = WorkerBuffers(makes=bool(files.made), levels=files.levels)
         return lambda window: advance(move_window(window, files, ledger, buffers))
 
     # The ledger has a thread of its own, so that no worker waits for the disk.

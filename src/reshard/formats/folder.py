@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
+from reshard.formats.boxed_folder import list_whole_files, read_boxed
+from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.huggingface import (
+    CONFIG,
     INDEX,
     SINGLE,
     FolderHeaders,
     find_folder,
-    list_safetensors_files,
     read_config,
     read_header,
     read_headers,
@@ -32,12 +34,16 @@ class Folder:
     path: Path
     """As it was given: a folder, or one safetensors file."""
     names: tuple[str, ...]
-    """Of the safetensors files, sorted."""
+    """Of the safetensors files, sorted; none if they hold boxes."""
     config: Mapping[str, Any] | None
     manifest: Mapping[str, Any]
     """As reshard wrote it, joined with those of other parts; empty without one, and if it is damaged."""
     manifest_fault: Refused | None
     """The refusal of a damaged manifest; None if it is as reshard wrote it, or if there is none."""
+    boxed: BoxedCheckpoint | None = None
+    """The checkpoint, if its tensors are stored in boxes. Nothing is proven of them yet."""
+    beside: Path | None = None
+    """The folder of the config and the other side files, if they do not lie in this one."""
 
     @property
     def folder(self) -> Path:
@@ -51,13 +57,16 @@ class Folder:
         return subset
 
 
-def read_folder(path: Path) -> Folder:
-    """Lists a folder, or takes a single safetensors file, and reads the JSON files beside the weights.
+def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
+    """Lists a folder, or takes a single safetensors file, and reads the JSON files beside the weights. The config may
+    lie in a folder of its own.
 
     Raises Refused if nothing lies there, or if the config is not JSON. A damaged manifest is only
     noted: not everyone who reads a folder needs it.
     """
-    names = tuple(list_safetensors_files(path))
+    boxed = read_boxed(path)
+    names = () if boxed else tuple(list_whole_files(path))
+    config = read_config(find_folder(path))
     manifest: Mapping[str, Any] = {}
     fault = None
     if path.is_dir():
@@ -65,16 +74,32 @@ def read_folder(path: Path) -> Folder:
             manifest = read_joined_manifest(path)
         except Refused as refused:
             fault = refused
-    return Folder(path, names, read_config(find_folder(path)), manifest, fault)
+    if config_folder is None:
+        return Folder(path, names, config, manifest, fault, boxed)
+    other = read_other_config(find_folder(path), config, config_folder)
+    return Folder(path, names, other, manifest, fault, boxed, beside=config_folder if config is None else None)
 
 
-def read_checkpoint(path: Path, *, ignore_extra_files: bool = False) -> Checkpoint:
-    """The checkpoint in a folder of safetensors files, or in a single such file. Raises Refused with every fault."""
-    return read_folder_checkpoint(read_folder(path), ignore_extra_files=ignore_extra_files)
+def read_other_config(folder: Path, own: Mapping[str, Any] | None, config_folder: Path) -> Mapping[str, Any]:
+    """Reads the config of another folder than that of the weights. Raises Refused if it has none, or if the weights
+    have another one themselves.
+    """
+    other = read_config(config_folder)
+    if other is None:
+        found = f"no {CONFIG}" if config_folder.is_dir() else "no such folder"
+        expected = f"a folder with the {CONFIG} of the model, and its tokenizer"
+        raise refuse("wrong-option", "--config", f"{found}: {config_folder}", expected, "correct the path")
+    if own is not None and own != other:
+        found = f"{config_folder / CONFIG}, which says other things than {folder / CONFIG}"
+        remedy = "leave --config out to take the one beside the weights; or correct that one"
+        raise refuse("wrong-option", "--config", found, "the config of these weights", remedy)
+    return other
 
 
-def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
-    """The same, of a folder that was read already. The index is read here: nobody else needs its 100,000 names."""
+def read_whole_files(found: Folder, *, ignore_extra_files: bool = False) -> Checkpoint:
+    """The checkpoint in a folder of safetensors files with whole tensors, or in a single such file. The index is read
+    here: nobody else needs its 100,000 names. Raises Refused with every fault.
+    """
     weight_map = read_index(found.path)
     if weight_map is None:
         return read_without_index(found, ignore_extra_files=ignore_extra_files)

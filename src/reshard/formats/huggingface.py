@@ -115,6 +115,13 @@ def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
 
 def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
     """The header of one file, whose tensors will carry `index`, and its metadata. Raises Refused."""
+    file, text = read_header_text(path)
+    require_no_slices(path, text)
+    return file, parse_header(text, index, file.size, path.name), parse_metadata(text)
+
+
+def read_header_text(path: Path) -> tuple[File, bytes]:
+    """A file, and the text of its header, which is not parsed yet. Raises Refused."""
     try:
         with open_regular_file(path) as file:
             status = os.fstat(file.fileno())
@@ -127,11 +134,8 @@ def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], M
             text = file.read(read_header_length(first, size, path.name))
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
-    require_no_slices(path, text)
-    tensors = parse_header(text, index, size, path.name)
     header_hash = hashlib.sha256(first + text).hexdigest()
-    file_of = File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns)
-    return file_of, tensors, parse_metadata(text)
+    return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), text
 
 
 def read_file(path: Path) -> Checkpoint:

@@ -16,14 +16,13 @@ class OtherFormat(NamedTuple):
     """`{path}` in it stands for the folder."""
 
 
-WHOLE_FIRST = "a slice is not a tensor; this version does not read them"
+SLICES = "slices of a torch distributed checkpoint (DCP)"
 
 SHARDED_SAFETENSORS = OtherFormat(
     re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors"),
-    "slices of a torch distributed checkpoint (DCP)",
-    f"{WHOLE_FIRST}: look for a folder `consolidated` beside them; or make whole tensors, by from_pretrained and"
-    " save_pretrained of transformers 5, or by consolidate_safetensors_files of"
-    " torch.distributed.checkpoint._consolidate_hf_safetensors; neither notices a missing slice, so count the files",
+    SLICES,
+    "the slices of a folder are read together, as a source: name {path}; all its safetensors files must have the names"
+    " that torch gives them, such as shard-00001-model-00001-of-00001.safetensors",
 )
 
 VLLM_PARTS = OtherFormat(
@@ -79,14 +78,13 @@ ENDINGS = r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)"
 FORMATS: Sequence[OtherFormat] = (
     OtherFormat(
         re.compile(r".*\.distcp"),
-        "slices of a torch distributed checkpoint (DCP)",
-        f"{WHOLE_FIRST}: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {{path}} NEW.pt makes whole"
-        " tensors; load those into the model and save_pretrained",
+        SLICES,
+        "the files of a folder are read together, as a source: name {path}",
     ),
     OtherFormat(
         re.compile(r"pytorch_model_fsdp_\d+/"),
         "shards of FSDP as accelerate writes them",
-        "accelerate merge-weights {path}/pytorch_model_fsdp_0 NEW writes safetensors; then convert NEW",
+        "name the folder of the weights: {path}/pytorch_model_fsdp_0",
     ),
     OtherFormat(
         re.compile(r"pytorch_model(?:-.*|\.fp16|\.bf16)?\.bin"), "weights as pickles of PyTorch (.bin)", PICKLE_SAVE

@@ -7,7 +7,8 @@ from typing import Any
 
 from reshard.errors import Refused, require_none
 from reshard.execution.staging import note_begun_repair
-from reshard.formats.folder import read_checkpoint
+from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.folder import read_folder
 from reshard.formats.huggingface import (
     INDEX,
     FolderHeaders,
@@ -32,6 +33,7 @@ from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_
 from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.constants import check_stored_constants
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import match_or_rename
@@ -85,6 +87,8 @@ class Content:
     """The tensors that were asked for; None if none were."""
     reason: str = ""
     """The remark in one line, if it is that no recipe fits."""
+    boxes: int = 0
+    """Of a distributed checkpoint of torch: the number of parts in which its tensors are stored; else 0."""
     unfinished: Unfinished | None = None
     """The conversion into this folder that has not ended, if there is one. All other fields are about finished files:
     where there are none, only `path` and `recipe` say something.
@@ -97,15 +101,20 @@ class Content:
 
 
 def inspect_path(
-    path: str | Path, recipe: str | None = None, tensors: Iterable[str] = (), *, ignore_extra_files: bool = False
+    path: str | Path,
+    recipe: str | None = None,
+    tensors: Iterable[str] = (),
+    *,
+    ignore_extra_files: bool = False,
+    config: str | Path | None = None,
 ) -> Content:
     """Summarizes a folder of safetensors files in either layout, or a single file, from the headers alone.
 
         print(reshard.inspect("DeepSeek-V3", tensors="*.mlp.gate_proj.*"))
 
     `recipe` is a packaged recipe's name or a TOML file; by default the packaged recipes are tried. The tensors whose
-    names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` is as for
-    `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
+    names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` and
+    `config` are as for `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
     path, patterns = require_path(path), list_patterns(tensors)
     unfinished, notes = find_unfinished_run(path)
@@ -113,7 +122,8 @@ def inspect_path(
         return replace(
             make_content(path, FolderHeaders(path, (), ()), "", unfinished.recipe, 0, {}, ""), unfinished=unfinished
         )
-    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files)
+    beside = None if config is None else Path(config)
+    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
     content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
     if patterns:
         content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
@@ -133,21 +143,23 @@ def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]
         return None, tuple(Note(one.kind, f"{one.subject}: {one.found}") for one in refused.problems)
 
 
-def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) -> Content:
+def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, config_folder: Path | None) -> Content:
     require_finished(path)
     recipes = list_recipes_to_try(recipe)
-    if path.is_dir() and (names := find_rank_names(path, list_safetensors_files(path), recipes)):
+    if path.is_dir() and (names := find_rank_names(path, list_whole_files(path), recipes)):
         return summarize_rank_files(path, names)
-    for name in list_safetensors_files(path)[:1]:
-        for known in recipes if not path.is_dir() else ():
+    for name in [] if path.is_dir() else list_safetensors_files(path):
+        for known in recipes:
             if numbers := parse_rank_name(name, known):
                 return make_content(path, read_headers(path.parent, [name]), known.right, "", numbers[1], {}, "")
     if path.is_dir() and (made_with := find_foreign_recipe(read_manifest_unchecked(path), recipes)):
         remark = f"made by the recipe {made_with}, which is not packaged: pass its file with --recipe"
-        return make_content(path, read_headers(path, list_safetensors_files(path)), "", "", 0, {}, remark)
+        return make_content(path, read_headers(path, list_whole_files(path)), "", "", 0, {}, remark)
     # With an index a note names the files that are extra, which is all that is asked.
     is_free = ignore_extra_files or (path / INDEX).is_file()
-    checkpoint = read_checkpoint(path, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
+    folder = read_folder(path, config_folder)
+    whole = read_folder_checkpoint(folder, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
+    checkpoint = replace(whole, config=folder.config)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
     try:
         unstacked = unstack_checkpoint(checkpoint, recipes)
@@ -156,14 +168,20 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool) 
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         content = make_content(path, stored, "", "", 0, {}, remark)
-        return replace(
-            content, notes=checkpoint.notes, reason=shorten_refusal(refused) if remark == str(refused) else ""
-        )
+        reason = shorten_refusal(refused) if remark == str(refused) else ""
+        return replace(content, notes=checkpoint.notes, reason=reason, boxes=count_boxes(checkpoint))
     counts = name_counts(fitted.matched, fitted.recipe)
     layout, by = (unstacked.recipe.right, unstacked.recipe) if unstacked else (fitted.recipe.left, fitted.recipe)
     content = make_content(path, stored, layout, by.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
-    return replace(content, made=made, notes=fitted.checkpoint.notes)
+    return replace(content, made=made, notes=fitted.checkpoint.notes, boxes=count_boxes(checkpoint))
+
+
+def count_boxes(checkpoint: Checkpoint) -> int:
+    """Counts the parts in which the tensors of a distributed checkpoint are stored; 0 of another checkpoint."""
+    if checkpoint.boxes is None:
+        return 0
+    return len(checkpoint.tensors) - len(checkpoint.boxes) + sum(map(len, checkpoint.boxes.values()))
 
 
 def shorten_refusal(refused: Refused) -> str:
@@ -280,6 +298,8 @@ def format_content(content: Content) -> str:
         f"{content.path}: {known}{by}{ranks}",
         f"{files}, {format_count(content.tensors, 'tensors')}, {content.size:,} bytes ({format_size(content.size)})",
     ]
+    if content.boxes:
+        lines.append(f"a distributed checkpoint of torch: the tensors are stored in {content.boxes:,} parts")
     lines += [content.reason] if content.reason else []
     if content.counts:
         lines.append(", ".join(format_count(count, name) for name, count in content.counts.items()))

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reshard.casts.kernels import choose_recode
-from reshard.casts.streaming import CastInputs, compute_cast
+from reshard.casts.streaming import compute_cast
 from reshard.errors import refuse
-from reshard.execution.reader import SCALES_SIZE, OpenFiles, WorkerBuffers, make_reader
+from reshard.execution.joins import count_join_levels
+from reshard.execution.reader import OpenFiles, WorkerBuffers, make_cast_inputs
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.diff_groups import group_differences, name_layer, name_module
 from reshard.inspection.diff_report import DiffReport, ValueDifference
@@ -206,23 +207,22 @@ def open_side(stack: ExitStack, side: DiffSide, size: int) -> OpenFiles:
     paths = [folder / file.name for file in files]
     ways = choose_ways_to_read(paths[0], size) if paths else CACHED
     readable = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
-    return OpenFiles(readable, (), ways, side.checkpoint.joins, allow_inexact=True)
+    joins = side.checkpoint.joins
+    return OpenFiles(readable, (), ways, joins, allow_inexact=True, levels=count_join_levels(joins, len(files)))
 
 
 class SideReader:
     """Reads tensors and casts of a side; one for each thread."""
 
     def __init__(self, files: OpenFiles) -> None:
-        buffers = WorkerBuffers(makes=True)
+        buffers = WorkerBuffers(makes=True, levels=files.levels)
         self._result = buffers.result
-        self._read = make_reader(files, buffers.window, buffers.joined[:WINDOW_SIZE])
-        scales = make_reader(files, buffers.scales, buffers.joined[WINDOW_SIZE : WINDOW_SIZE + SCALES_SIZE])
-        self._inputs = CastInputs(self._read, scales, WINDOW_SIZE, SCALES_SIZE)
+        self._inputs = make_cast_inputs(files, buffers)
 
     def read(self, operand: Tensor | Cast, offset: int, size: int) -> DiffBytes:
         """Reads `size` bytes of a tensor or of the result of a cast; the next call overwrites them."""
         if isinstance(operand, Tensor):
-            return np.frombuffer(self._read(operand, offset, size), np.uint8)
+            return np.frombuffer(self._inputs.weight(operand, offset, size), np.uint8)
         compute_cast(operand, offset, self._result[:size], self._inputs)
         return np.frombuffer(self._result[:size], np.uint8)
 

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.formats.folder import read_checkpoint
-from reshard.formats.huggingface import INDEX, list_safetensors_files, read_headers
+from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
+from reshard.formats.huggingface import INDEX, read_headers
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.recognition import split_numbers
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import find_rank_names
-from reshard.text import escape, format_count, format_size, format_table, is_terminal, shorten_name
+from reshard.text import escape, format_count, format_list, format_size, format_table, is_terminal, shorten_name
+from reshard.types import Checkpoint, Tensor
 
 MOST_LISTED = 100
 """At most so many tensors are printed on a terminal; a pipe or file gets all."""
@@ -26,6 +28,7 @@ class ListedTensor:
     size: int
     """In bytes."""
     file: str
+    """Its name; of a tensor in several parts, the first few names."""
 
 
 def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None) -> tuple[ListedTensor, ...]:
@@ -45,15 +48,16 @@ def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None)
 
 
 def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
-    """All tensors at a path. Of a folder with an index, those that the index names. Raises Refused."""
-    names = list_safetensors_files(path)
+    """All tensors at a path. Of a folder with an index, those that the index names; of boxes, the tensors that they
+    make up. Raises Refused.
+    """
+    names = list_whole_files(path)
     if path.is_dir() and (ranks := find_rank_names(path, names, list_recipes_to_try(recipe))):
         stored = read_headers(path, [name for name in ranks.wanted if name not in ranks.missing])
-    elif path.is_dir() and (path / INDEX).is_file():
+    elif path.is_dir() and ((path / INDEX).is_file() or is_boxed_folder(path)):
         checkpoint = read_checkpoint(path, ignore_extra_files=True)
-        files = checkpoint.files
         return [
-            ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, files[found.file].name)
+            ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, name_tensor_files(found, checkpoint))
             for found in checkpoint.tensors.values()
         ]
     else:
@@ -62,6 +66,12 @@ def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
         ListedTensor(found.name, found.dtype, tuple(found.shape), found.size, stored.files[found.file].name)
         for found in stored.tensors
     ]
+
+
+def name_tensor_files(tensor: Tensor, checkpoint: Checkpoint) -> str:
+    """Names the file of a tensor; the first few of a tensor whose parts lie in several."""
+    parts = [part for part, _ in (checkpoint.boxes or {}).get(tensor.file, ())] or [tensor]
+    return format_list(dict.fromkeys(checkpoint.files[part.file].name for part in parts), 3)
 
 
 def format_tensor_list(tensors: Sequence[ListedTensor]) -> str:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks, unpack_shape
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import RENAMED
 from reshard.sources.prefixes import find_partial_renaming_to, find_renaming_to
@@ -116,7 +116,7 @@ def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
         )
         return DiffSide(found.checkpoint, found.recipe.name, list_block_scalings([found.recipe]))
     if path.is_dir():
-        checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files)
+        checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files, replicas=choice.replicas)
     else:
         checkpoint = read_file(path)
     return DiffSide(checkpoint, "", list_block_scalings(recipes))

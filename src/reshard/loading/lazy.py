@@ -17,12 +17,12 @@ from weakref import finalize
 import numpy as np
 
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.reader import read_join
+from reshard.execution.joins import PartReader, count_join_levels, read_join
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.formats.folder import read_checkpoint
 from reshard.formats.huggingface import read_file
 from reshard.formats.remote_names import require_path
 from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.sources.stacked_experts import read_under_hub_names
@@ -75,7 +75,7 @@ def open_tensors(
     if holds_rank_files(path, recipe):
         found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files)
+    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas)
     with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
         checkpoint = read_under_hub_names(checkpoint)
     return Tensors(checkpoint, framework)
@@ -95,6 +95,8 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self._closed = False
         self._readers = 0
         self._buffers = local()
+        self._names = [file.name for file in checkpoint.files]
+        self._levels = count_join_levels(checkpoint.joins, len(checkpoint.files))
         stack = ExitStack()
         self._close_files = finalize(self, stack.close)
         self._close_files.atexit = False  # a thread may still read then
@@ -163,8 +165,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
         if place < 0:
             self._read_part(tensor, offset, len(out), out)
         elif out:
-            read = partial(self._read_part, buffer=self._buffer())
-            read_join(self._checkpoint.joins[place], offset, out, read, WINDOW_SIZE)
+            read_join(self._checkpoint.joins[place], tensor.offset + offset, out, self._reader())
 
     def _read_part(self, part: Tensor, offset: int, size: int, buffer: memoryview) -> memoryview:
         """Reads bytes of a tensor or shard of one file, into a part of the buffer."""
@@ -173,12 +174,14 @@ class Tensors(Mapping[str, "LazyTensor"]):
         require_unwritten(path, self._checkpoint.files[part.file], source)
         return found
 
-    def _buffer(self) -> memoryview:
-        """The buffer of this thread for shards. It is kept, for allocating one takes as long as a read."""
+    def _reader(self) -> PartReader:
+        """A reader of parts, through the buffers of this thread. They are kept: allocating takes as long as a read."""
         if not hasattr(self._buffers, "own"):
-            self._buffers.own = allocate_aligned(WINDOW_SIZE + 2 * PAGE)
-        found: memoryview = self._buffers.own
-        return found
+            sizes = [WINDOW_SIZE + 2 * PAGE, *[WINDOW_SIZE] * self._levels]
+            self._buffers.own = [allocate_aligned(size) for size in sizes]
+        window, *levels = self._buffers.own
+        read = partial(self._read_part, buffer=window)
+        return PartReader(read, self._names, self._checkpoint.joins, WINDOW_SIZE, levels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from reshard.casts.kernels import choose_recode
 from reshard.errors import refuse, require_none
+from reshard.execution.joins import count_join_levels
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.formats.remote_names import require_path
@@ -43,6 +44,7 @@ def load(
     allow_inexact: bool = False,
     ignore_extra_files: bool = False,
     replicas: str = FIRST,
+    config: str | Path | None = None,
     jobs: int | None = None,
 ) -> dict[str, Any]:
     """Loads the tensors of one rank: a dictionary by their names in the rank's file, in the order of that file.
@@ -70,6 +72,7 @@ def load(
         ignore_extra_files: Ignore safetensors files that do not belong to the checkpoint.
         replicas: Of rank files: `"first"` reads the first replica of a shard; `"compare"` reads every replica and
             requires that all are equal.
+        config: The folder of `config.json`, if none lies beside the tensors.
         jobs: Number of threads; by default as many as are of use, at most 4.
 
     Raises:
@@ -82,7 +85,12 @@ def load(
     require_framework(framework, device)
     layout = require_layout(mp, RANKS, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=None)
     found = read_source(
-        require_path(source), recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, keep_optional=keep_mtp
+        require_path(source),
+        recipe,
+        ignore_extra_files=ignore_extra_files,
+        replicas=replicas,
+        keep_optional=keep_mtp,
+        config_folder=None if config is None else Path(config),
     )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)
@@ -159,11 +167,12 @@ def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexa
     folder = plan.source.folder
     ways = choose_ways_to_read(folder / plan.source.files[0].name, memory.size)
     made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
+    levels = count_join_levels(plan.source.joins, len(plan.source.files))
     if plan.computes:
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_random_reads(sources)  # or the kernel reads on into what other ranks need
-        files = OpenFiles(sources, (), ways, made, allow_inexact)
+        files = OpenFiles(sources, (), ways, made, allow_inexact, levels)
         work = require_total_size(
             make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size
         )
@@ -184,7 +193,7 @@ def require_total_size(work: Iterable[Window], size: int) -> Iterator[Window]:
 
 def make_window_worker(files: OpenFiles, memory: RankMemory) -> WindowWorker:
     """A function that reads windows into memory, through buffers of its own."""
-    buffers = WorkerBuffers(makes=bool(files.made))
+    buffers = WorkerBuffers(makes=bool(files.made), levels=files.levels)
 
     def move(window: Window) -> None:
         data, _ = read_or_compute_window(window, files, buffers)
@@ -217,9 +226,12 @@ def make_cuda_window_worker(files: OpenFiles, memory: RankMemory, allocated_on: 
         array: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
         return memoryview(array)
 
+    def allocate() -> WorkerBuffers:
+        return WorkerBuffers(makes=bool(files.made), levels=files.levels, allocate=pinned)
+
     with cuda.device(memory.device):  # a new thread has the first device, which may be another process's
         stream = cuda.Stream(memory.device)
-        turns = cycle([(WorkerBuffers(makes=bool(files.made), allocate=pinned), cuda.Event()) for _ in range(2)])
+        turns = cycle([(allocate(), cuda.Event()) for _ in range(2)])
     stream.wait_stream(allocated_on)
 
     def move(window: Window) -> None:

@@ -106,8 +106,10 @@ def require_whole_number(option: str, value: Any) -> int:
 def check_source_options(source: Source, replicas: str, n_experts: int | None) -> Iterator[Problem]:
     """Reports options that do not suit a source: `replicas` without rank files, or a wrong number of experts."""
     yield from check_replicas(replicas)
-    if replicas == FIRST and (source.unstacked or not source.origin.is_of_ranks):
-        yield Problem("wrong-option", "--replicas", "first", "rank files as the source", "leave it out")
+    is_of_ranks = source.origin.is_of_ranks and not source.unstacked
+    if replicas == FIRST and not is_of_ranks and source.checkpoint.boxes is None:
+        expected = "rank files as the source, or a distributed checkpoint"
+        yield Problem("wrong-option", "--replicas", "first", expected, "leave it out")
     placeholders = source.recipe.placeholders
     found = [count for name, count in source.matched.counts.items() if placeholders[name].counts == "experts"]
     if n_experts is not None and not found:
@@ -171,3 +173,9 @@ def check_download_options(others: Mapping[str, object], sums: object, *, is_hub
         if value is not None:
             expected = f"without {chosen}: that compares whole files with their hashes, and nothing else"
             yield Problem("wrong-option", name, f"with {chosen}", expected, "leave one of them out")
+
+
+def check_options_of_source(given: Mapping[str, object]) -> Iterator[Problem]:
+    """Reports options that say how to read a source, where none is named; empty values are not given."""
+    for option in filter(given.get, given):
+        yield Problem("wrong-option", option, "no --source", "with --source only: a manifest needs none")

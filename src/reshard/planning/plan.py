@@ -64,6 +64,11 @@ class Plan:
             yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
             start = end
 
+    @property
+    def side_folder(self) -> Path:
+        """The folder of the config and the other files beside the tensors of the source."""
+        return self.source.beside or self.source.folder
+
     def __str__(self) -> str:
         text = "\n".join(map(escape, [*describe_files(self), *describe_coverage(self), *describe_notes(self.notes)]))
         return text.replace("(--replicas)", "(replicas)")

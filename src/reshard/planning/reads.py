@@ -52,11 +52,13 @@ def measure_reads(checkpoint: Checkpoint, casts: Sequence[Cast], copies: Copies)
         if cast.scale:
             add_input(cast.scale, scale * cast.scale.size * share)
     replicas = 0.0
-    for place, join in enumerate(checkpoint.joins, files):
+    # The parts of a join may lie in joins before it.
+    for place, join in reversed([*enumerate(checkpoint.joins, files)]):
         share = used[place] / join.result.size if join.result.size else 0
-        read += share * sum(part[0].size for part in join.parts)
+        for copy in (copy for part in join.parts for copy in part):
+            add_input(copy, share * copy.size)
         replicas += share * sum(copy.size for part in join.parts for copy in part[1:])
-    return Reads(round(read + replicas), round(replicas))
+    return Reads(round(read), round(replicas))
 
 
 def measure_ranges(copies: Copies, files: int) -> Integers:

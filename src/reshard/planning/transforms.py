@@ -216,7 +216,13 @@ def raise_config(
     config, or if no value suits.
     """
     if config is None:
-        raise refuse("no-config", "--pad", "no config.json", "one: padding raises its values", "copy it to the source")
+        raise refuse(
+            "no-config",
+            "--pad",
+            "no config.json",
+            "one: padding raises its values",
+            "copy it to the source, or name its folder with --config",
+        )
     raised = dict(config)
     for key in recipe.padded:
         value = config.get(key)

@@ -1,4 +1,4 @@
-"""Finds rank files and stacked files that are not those that were written: changed since, or exchanged."""
+"""Finds rank and stacked files that are not as their manifest says: changed, exchanged, or of another conversion."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -96,7 +96,8 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
         remedy = ""
     elif recipe and by_names == FP8_BLOCKS and not has_ranks(recipe):
         folder = shlex.quote(str(checkpoint.folder))
-        remedy = f"first write it in BF16, in a run of its own: reshard convert {folder} OTHER --to hf --cast bf16; then convert OTHER"
+        remedy = f"reshard convert {folder} OTHER --to hf --cast bf16"
+        remedy = f"first write it in BF16, in a run of its own: {remedy}; then convert OTHER"
     elif recipe and by_names == FP8_BLOCKS:
         remedy += f"; or is it another model than those of {recipe.name}? then another --recipe"
     return Problem("quantized", str(checkpoint.folder), found, describe_accepted(recipe), remedy)

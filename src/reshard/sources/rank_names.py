@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
-from reshard.formats.huggingface import INDEX, list_safetensors_files, read_stated_ranks
+from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.huggingface import INDEX, read_stated_ranks
 from reshard.formats.part_manifests import is_of_whole_files
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.text import format_list
@@ -50,9 +51,7 @@ def note_files_beside_ranks(names: RankNames) -> Iterator[Note]:
 
 def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
     """Whether a folder holds the rank files of a recipe. Raises Refused if folder or recipe cannot be read."""
-    return (
-        path.is_dir() and find_rank_names(path, list_safetensors_files(path), list_recipes_to_try(recipe)) is not None
-    )
+    return path.is_dir() and find_rank_names(path, list_whole_files(path), list_recipes_to_try(recipe)) is not None
 
 
 def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:

@@ -32,6 +32,9 @@ class Nearness(NamedTuple):
     """Number of config keys that the recipe names and the config lacks."""
 
 
+GIVE_CONFIG = "put the model's config.json beside the files, or name its folder with --config: it names the model"
+
+
 def choose_recipe(
     checkpoint: Checkpoint, recipes: Sequence[Recipe], *, keep_optional: bool = False
 ) -> tuple[Recipe, Matched]:
@@ -58,7 +61,7 @@ def choose_recipe(
         names = format_list(recipe.name for recipe, _ in fitting)
         remedy = "choose one with --recipe"
         if checkpoint.config is None:
-            remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
+            remedy = f"{GIVE_CONFIG}; or {remedy}"
         raise refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", remedy)
     raise refuse_by_nearest(checkpoint, candidates, is_asked=bool(asked))
 
@@ -175,7 +178,7 @@ def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> 
     remedy = f"--recipe {name}, if it is that model under another name; or {OWN_RECIPE}"
     remedy = remedy if misfits == FITS else OWN_RECIPE
     if checkpoint.config is None:
-        remedy = f"put the model's config.json beside the files, which names the model; or {OWN_RECIPE}"
+        remedy = f"{GIVE_CONFIG}; or {OWN_RECIPE}"
     if quantized := explain_unknown(checkpoint, None, [checkpoint.tensors[tensor] for tensor in unknown[name]]):
         found = f"{found}; quantized: {quantized.found}"
         remedy = f"first {quantized.remedy}; then {OWN_RECIPE}" if quantized.remedy else remedy

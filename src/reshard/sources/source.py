@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
+from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
+from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
 from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
@@ -54,6 +56,8 @@ class Source:
     """The original checkpoint of rank files, as far as it is known. Of a checkpoint in its original layout it has only
     the renaming that led from the names in the files to those of the recipe; and the config, if that was changed too.
     """
+    stored: Checkpoint | None = None
+    """Under the names in its files, experts stacked; None of rank files."""
     unstacked: Unstacked | None = None
     """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
 
@@ -67,6 +71,7 @@ def read_source(
     replicas: str = COMPARE,
     subset: Subset = EVERYTHING,
     keep_optional: bool = False,
+    config_folder: Path | None = None,
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
@@ -74,15 +79,15 @@ def read_source(
     names, among those of `for_engine`. With a subset, the source has only its layers and experts. Raises Refused if a
     header is faulty, or if no recipe or more than one fits.
     """
-    folder, recipes = read_folder(path), list_recipes_to_try(recipe)
+    folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)
     chosen = choose_for_engine(recipes, for_engine, is_named=bool(recipe))
     if names := find_rank_names(path, folder.names, recipes):
         source = read_rank_files(folder, names, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
-        checkpoint = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files)
-        unstacked = unstack_checkpoint(checkpoint, recipes)
-        checkpoint = unstacked.checkpoint if unstacked else checkpoint
+        stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
+        unstacked = unstack_checkpoint(stored, recipes)
+        checkpoint = unstacked.checkpoint if unstacked else stored
         require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
         # First: a tensor that only the index lacks would be reported as missing.
         require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
@@ -100,8 +105,8 @@ def read_source(
         origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
         members, is_stacked = found.matched.members, bool(unstacked)
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-        notes = *found.checkpoint.notes, *drafts
-        source = Source(path, replace(found.checkpoint, notes=notes), found.recipe, found.matched, origin, unstacked)
+        checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
+        source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
     return narrow_source(source, subset)
 
 
@@ -114,6 +119,7 @@ def read_chosen(
     replicas: str,
     *,
     ignore_extra_files: bool,
+    config_folder: Path | None,
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     if for_engine and layout.to == WHOLE:
@@ -127,15 +133,19 @@ def read_chosen(
         replicas=replicas,
         subset=subset,
         keep_optional=layout.keep_optional or layout.to == WHOLE,
+        config_folder=config_folder,
     )
 
 
-def read_huggingface(folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool) -> Checkpoint:
+def read_huggingface(
+    folder: Folder, recipes: Sequence[Recipe], *, ignore_extra_files: bool, replicas: str
+) -> Checkpoint:
     """Reads a checkpoint in the original layout. Raises Refused."""
     require_known_recipe(folder.path, folder.manifest, recipes)
     require_none(check_chosen_tensors(folder))
     require_no_vllm_ranks(folder.path, folder.names)
-    return replace(read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files), subset=folder.subset)
+    checkpoint = read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    return replace(checkpoint, subset=folder.subset)
 
 
 def narrow_source(source: Source, subset: Subset) -> Source:
@@ -181,7 +191,7 @@ def read_rank_files(
     def assemble(known: Recipe) -> Source:
         collected = collect_shards(stored, known, origin.config or {})
         whole = assemble_checkpoint(stored, collected, known, origin.config, origin.shapes, replicas=replicas)
-        checkpoint = replace(whole, subset=folder.subset, notes=notes)
+        checkpoint = replace(whole, subset=folder.subset, notes=notes, beside=folder.beside)
         matched = match(checkpoint, known)
         require_none(check_stored_constants(stored, collected, known, matched.members))
         require_none(check_values(stored, collected.constants, known))
@@ -268,8 +278,12 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
     origin, weight_map = read_origin(folder.manifest), read_index(folder.path)
     if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
         weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
+    if folder.beside and origin.config not in (None, folder.config):
+        found = f"{folder.beside / CONFIG}, which says other things than {MANIFEST}"
+        raise refuse("wrong-option", "--config", found, "the config of these rank files", "leave it out")
     names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
-    texts = {name: (folder.path / name).read_bytes() for name in names_here}
+    places = {CONFIG: folder.beside or folder.path, INDEX: folder.path}
+    texts = {name: (places[name] / name).read_bytes() for name in names_here}
     return replace(
         origin,
         config=folder.config if origin.config is None else origin.config,

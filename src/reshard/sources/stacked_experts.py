@@ -5,10 +5,10 @@ of its own, with its dtype, shape and byte range of the same file.
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, require_none
 from reshard.formats.huggingface import INDEX
@@ -32,6 +32,9 @@ MOST_PARTS = 1 << 18
 
 MOST_REASONS = 3
 """Problems of a recipe that are told beside those of others."""
+
+
+OTHERS = " and others"
 
 
 class Unstacked(NamedTuple):
@@ -151,7 +154,8 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
     patterns = collect_rank_patterns(recipe, reverse_recipe(recipe), config)
     names = split_names(stored.tensors)
     marked = find_later_members(names, reverse_recipe(recipe))
-    shares = RowShares(recipe, config, [file.name for file in stored.files], 1)
+    places = name_places(stored)
+    shares = RowShares(recipe, config, places, 1)
     require_none(check_mixture(stored, recipe, names, patterns))
     require_none(check_stacks_beside(stored, recipe, names, patterns))
     require_none(check_number_of_parts(stored, names, patterns))
@@ -165,7 +169,7 @@ def split_stacks(stored: Checkpoint, recipe: Recipe) -> Checkpoint:
         elif fused := patterns.fused.get(fitting[0]):
             count += 1
             try:
-                require_none(check_stack(stored, tensor, fused, recipe))
+                require_none(check_stack(tensor, fused, recipe, config, f"{places[tensor.file]}: {tensor.name}"))
                 split = list(shares.split(tensor, fused, numbers))
                 tensors.update((name, part._replace(name=name)) for _, name, part in split)
                 parts += split[: len(fused.fusion.rules)]  # of one member: the others are as long
@@ -309,13 +313,22 @@ def check_lengths(parts: Sequence[PartShard], recipe: Recipe) -> Iterator[Proble
                 return  # one is enough: all layers are alike
 
 
-def check_stack(stored: Checkpoint, tensor: Tensor, fused: FusedPattern, recipe: Recipe) -> Iterator[Problem]:
+def name_places(stored: Checkpoint) -> list[str]:
+    """Names the file of each number that tensors have: of joins, the file of their first part."""
+    names = [file.name for file in stored.files]
+    for join in stored.joins:
+        names.append(f"{names[join.parts[0][0].file].removesuffix(OTHERS)}{OTHERS}")
+    return names
+
+
+def check_stack(
+    tensor: Tensor, fused: FusedPattern, recipe: Recipe, config: Mapping[str, Any], name: str
+) -> Iterator[Problem]:
     """Reports a stack of more or fewer members than the config tells."""
     place = recipe.placeholders.get(fused.fusion.stacked)
     if place is None or not tensor.shape:
         return
-    told = read_config_value(place.size, stored.config) if place.size else None
-    name, count = f"{stored.files[tensor.file].name}: {tensor.name}", tensor.shape[0]
+    told, count = read_config_value(place.size, config) if place.size else None, tensor.shape[0]
     if isinstance(told, int) and told != count:
         found, expected = f"{count:,} {place.counts}, of shape {list(tensor.shape)}", f"{told:,}, by config.json"
         remedy = f"is config.json another model's? it says {place.size}"

@@ -16,7 +16,6 @@ from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import list_slots
 from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import check_experts, name_table, prune_config
-from reshard.sources.rank_files import cut_part_ranges
 from reshard.text import format_numbers
 from reshard.types import Checkpoint, Join, Placeholder, Recipe, Rule, Subset, Tensor
 
@@ -205,14 +204,17 @@ def check_tables(family: Family, rule: Rule, size: str) -> Iterator[Problem]:
 def take_rows(tensor: Tensor, chosen: Sequence[int], checkpoint: Checkpoint, joins: list[Join]) -> Tensor:
     """Takes some rows of a tensor: one byte range of it, or a new join (appended to `joins`) of several."""
     width = tensor.size // tensor.shape[0]
+
+    def take(first: int, count: int) -> Tensor:
+        shape = (count, *tensor.shape[1:])
+        return tensor._replace(shape=shape, offset=tensor.offset + first * width, size=count * width)
+
+    runs = find_runs(chosen)
+    if len(runs) == 1:
+        return take(*runs[0])
     shape, size = (len(chosen), *tensor.shape[1:]), len(chosen) * width
-    if tensor.file < len(checkpoint.files) and chosen[-1] - chosen[0] == len(chosen) - 1:
-        return tensor._replace(shape=shape, offset=tensor.offset + chosen[0] * width, size=size)
-    parts = tuple(
-        part for first, count in find_runs(chosen) for part in take_part_rows(tensor, first, count, checkpoint)
-    )
     result = tensor._replace(shape=shape, file=len(checkpoint.files) + len(joins), offset=0, size=size)
-    joins.append(Join(1, parts, result))
+    joins.append(Join(1, tuple((take(*run),) for run in runs), result))
     return result
 
 
@@ -225,23 +227,6 @@ def find_runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, 1))
     return found
-
-
-def take_part_rows(tensor: Tensor, first: int, count: int, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, ...]]:
-    """Takes `count` consecutive rows of a tensor, as parts of a join. If the tensor is a join, cuts its parts.
-
-    Raises Refused for a join of columns: its rows are not contiguous.
-    """
-    width, place = tensor.size // tensor.shape[0], tensor.file - len(checkpoint.files)
-    parts = checkpoint.joins[place].parts if place >= 0 else ((tensor,),)
-    if place >= 0 and checkpoint.joins[place].rows != 1 and len(parts) > 1:
-        found = "its columns are cut for ranks"
-        raise refuse("needs-all-experts", tensor.name, found, "rows in one piece", "--to hf first, then choose")
-    for run in cut_part_ranges([part[0].size for part in parts], first * width, count * width, tensor.size):
-        shape = (run.size // width, *tensor.shape[1:])
-        yield tuple(
-            copy._replace(shape=shape, offset=copy.offset + run.begin, size=run.size) for copy in parts[run.part]
-        )
 
 
 def describe_subset(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.folder import Folder, read_folder, read_folder_checkpoint
+from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
@@ -39,15 +41,19 @@ class VerifiedSides:
     """Of a source with stacked experts: as it lies there, and as it was read."""
 
 
-def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool) -> VerifiedSides:
+def read_sides(
+    target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool, config_folder: Path | None = None
+) -> VerifiedSides:
     """Reads the headers of a target and its source. Raises Refused if the target was made with another recipe.
 
     A checkpoint that was restored from rank files is verified in reverse: are the rank files cut from it? So the proof
     does not depend on the code that assembled the shards.
     """
     recipes = list_recipes_to_try(recipe)
-    if names := find_rank_names(source, list_safetensors_files(source), recipes):
-        return read_restored_sides(target, source, names, recipe, ignore_extra_files=ignore_extra_files)
+    if names := find_rank_names(source, list_whole_files(source), recipes):
+        return read_restored_sides(
+            target, source, names, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder
+        )
     manifest = read_valid_manifest(target)
     made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
@@ -56,8 +62,10 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
         named = made_with or find_recipe_of_ranks(target, recipes)
         recipe = named if is_chosen_by_name(named) else None
     engine = "" if recipe else find_engine_of_names(target, recipes)
-    found = read_source(source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files)
-    found = compute_expected_config(found, ignore_extra_files=ignore_extra_files)
+    found = read_source(
+        source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files, config_folder=config_folder
+    )
+    found = compute_expected_config(found)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
@@ -66,12 +74,18 @@ def read_sides(target: Path, source: Path, recipe: str | None, *, ignore_extra_f
             found.checkpoint, found.recipe, found.matched, find_asked_subset(before, now, str(target))
         )
     else:
-        whole = find_named_source(found, target, ignore_extra_files=ignore_extra_files)
+        whole = find_named_source(found, target)
     return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 
 def read_restored_sides(
-    target: Path, source: Path, names: RankNames, recipe: str | None, *, ignore_extra_files: bool
+    target: Path,
+    source: Path,
+    names: RankNames,
+    recipe: str | None,
+    *,
+    ignore_extra_files: bool,
+    config_folder: Path | None,
 ) -> VerifiedSides:
     """Reads the sides in reverse: the target is the whole checkpoint, the source the rank files. Raises Refused."""
     restored = read_folder(target)
@@ -82,7 +96,7 @@ def read_restored_sides(
     whole = replace(read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
     if not ignore_extra_files:
         require_none(check_nothing_aside(restored, whole))
-    ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files)
+    ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder)
     unstacked = unstack_checkpoint(whole)
     fitted = match_or_rename(unstacked.checkpoint if unstacked else whole, [ranks.recipe], is_asked=True)
     files = ranks.checkpoint.files
@@ -140,24 +154,23 @@ def find_engine_of_stacks(target: Path) -> str:
     return found.recipes[0].engine
 
 
-def find_named_source(found: Source, target: Path, *, ignore_extra_files: bool) -> Checkpoint:
+def find_named_source(found: Source, target: Path) -> Checkpoint:
     """Finds the source under the names that the target should have: those of the recipe; those in the source's own
     files, if the target has whole files with these names: it was restored from rank files.
     """
-    if found.origin.renaming and not find_rank_names(target, list_target_names(target), [found.recipe]):
-        own = read_folder_checkpoint(read_folder(found.path), ignore_extra_files=ignore_extra_files)
-        if holds_only(target, own):
-            return own
+    own = found.stored
+    if own and found.origin.renaming and not find_rank_names(target, list_target_names(target), [found.recipe]):
+        return own if holds_only(target, own) else found.checkpoint
     return found.checkpoint
 
 
-def compute_expected_config(found: Source, *, ignore_extra_files: bool) -> Source:
+def compute_expected_config(found: Source) -> Source:
     """Computes the config of a renamed source a second time, from its file: where each tensor lies tells its old and
     its new name, and so those of the modules.
     """
-    if not found.origin.renaming:
+    own = found.stored
+    if own is None or not found.origin.renaming:
         return found
-    own = read_folder_checkpoint(read_folder(found.path), ignore_extra_files=ignore_extra_files)
     places = {(tensor.file, tensor.offset, tensor.size): name for name, tensor in found.checkpoint.tensors.items()}
     pairs = [(name, places.get((one.file, one.offset, one.size), name)) for name, one in sorted(own.tensors.items())]
     dotted = [old + "." for old, _ in pairs]

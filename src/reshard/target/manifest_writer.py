@@ -78,10 +78,11 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
 
 
 def keeps_headers(plan: Plan) -> bool:
-    """Whether the source files can be restored from the target: not for a subset, not for rank files, and not for
-    stacked experts.
+    """Whether the source files can be restored from the target: not for a subset, not for rank files, not for stacked
+    experts, and not for tensors in boxes.
     """
-    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_stacked)
+    is_boxed = plan.source.boxes is not None
+    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_stacked or is_boxed)
 
 
 def sample_data(opened: FileIO, file: File) -> str:
@@ -192,8 +193,7 @@ def list_padded_shapes(plan: Plan) -> dict[str, list[int]]:
 
 def pack_texts(plan: Plan) -> dict[str, str]:
     """Compresses the exact texts of config and index of the source, by file name."""
-    names = (CONFIG,) if plan.origin.is_stacked else (CONFIG, INDEX)
-    paths = [plan.source.folder / name for name in names]
+    paths = [plan.side_folder / CONFIG, *([plan.source.folder / INDEX] if keeps_headers(plan) else [])]
     return {path.name: pack_bytes(path.read_bytes()) for path in paths if path.is_file()}
 
 

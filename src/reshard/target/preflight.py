@@ -171,7 +171,7 @@ def look_at_target(
     known = leave_out_files(join_manifests(same.values()), removed)
     same = same if known else {}
     sides = collect_side_files(plan, tokenizer, beside)  # before finished ranks are left out: an index names all files
-    require_none(check_unfinished(plan.source.folder, sides))
+    require_none(check_unfinished(plan.side_folder, sides))
     if finished := find_finished_ranks(known, plan, folder):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
     state = TargetState(folder, plan, samples, sides, manifests, same, known, origin, removed)

@@ -82,6 +82,7 @@ def repair(
     recipe: str | None = None,
     ranks: Iterable[int] | None = None,
     ignore_extra_files: bool = False,
+    config: str | PathLike[str] | None = None,
     jobs: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -100,6 +101,7 @@ def repair(
         recipe: A packaged recipe's name or a TOML file; by default the one that the manifest names.
         ranks: Repair the files of these ranks only, and the files beside them: the others need not lie there.
         ignore_extra_files: As for `convert`, if it was given then.
+        config: As for `convert`, if it was given then.
         jobs: Threads; by default as many as processors and disk can use.
         dry_run: Compare, and write nothing.
         progress: Called as by `verify`; then as by `convert`, for the files that are written; then as by `verify`, for
@@ -119,7 +121,8 @@ def repair(
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     origin = None if source is None else require_path(source)
-    options = RepairOptions(origin, recipe, chosen, ignore_extra_files, dry_run)
+    beside = None if config is None else Path(config)
+    options = RepairOptions(origin, recipe, chosen, ignore_extra_files, beside, dry_run)
     return repair_target(require_target(target, is_written=False), options, settings, lambda _: nullcontext(progress))
 
 
@@ -131,6 +134,7 @@ class RepairOptions:
     recipe: str | None
     ranks: Sequence[int] | None
     ignore_extra_files: bool
+    config: Path | None
     dry_run: bool
 
 
@@ -148,7 +152,13 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
     if options.source is None:
         raise refuse_without_source(target, damage)
     work = plan_repair(
-        target, audit.manifest, damage, options.source, options.recipe, ignore_extra=options.ignore_extra_files
+        target,
+        audit.manifest,
+        damage,
+        options.source,
+        options.recipe,
+        ignore_extra=options.ignore_extra_files,
+        config_folder=options.config,
     )
     require_none([*check_places(target, damage.names), *check_staging(audit, work)])
     with lock_target(audit):

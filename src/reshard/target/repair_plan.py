@@ -60,13 +60,20 @@ class RepairPlan:
 
 
 def plan_repair(
-    target: Path, manifest: Mapping[str, Any], damage: Damage, source: Path, recipe: str | None, *, ignore_extra: bool
+    target: Path,
+    manifest: Mapping[str, Any],
+    damage: Damage,
+    source: Path,
+    recipe: str | None,
+    *,
+    ignore_extra: bool,
+    config_folder: Path | None,
 ) -> RepairPlan:
     """Plans the files of a target that are damaged, with the options that its manifest names.
 
     Raises Refused if the source is not the one that it was made from, or if it gives files of another form today.
     """
-    plan = plan_as_before(target, manifest, source, recipe, ignore_extra=ignore_extra)
+    plan = plan_as_before(target, manifest, source, recipe, ignore_extra=ignore_extra, config_folder=config_folder)
     require_none(check_same_source(target, manifest, plan, source))
     require_none(check_same_files(target, manifest, plan, damage.files))
     wanted = {entry.name for entry in damage.files}
@@ -76,7 +83,13 @@ def plan_repair(
 
 
 def plan_as_before(
-    target: Path, manifest: Mapping[str, Any], source: Path, recipe: str | None, *, ignore_extra: bool
+    target: Path,
+    manifest: Mapping[str, Any],
+    source: Path,
+    recipe: str | None,
+    *,
+    ignore_extra: bool,
+    config_folder: Path | None,
 ) -> Plan:
     """Plans the whole conversion that a manifest tells of. Raises Refused.
 
@@ -95,6 +108,7 @@ def plan_as_before(
         replicas=FIRST,
         subset=subset,
         keep_optional=layout.keep_optional or layout.to == WHOLE,
+        config_folder=config_folder,
     )
     if found.recipe.name != made_with:
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, as --recipe says")

@@ -65,8 +65,9 @@ def find_beside(plan: Plan) -> FoundFiles:
     carried, whole = plan.recipe.carry, plan.layout.to == WHOLE
     # A run configuration belongs to the rank files, not to the model.
     ours = {MANIFEST, JOURNAL, *([RUN_CONFIG] if plan.origin.is_of_ranks else [])}
-    for name in [] if "only" in plan.source.subset else list_names(plan.source.folder):
-        path = plan.source.folder / name
+    ours |= {file.name for file in plan.source.files}
+    for name in [] if "only" in plan.source.subset else list_names(plan.side_folder):
+        path = plan.side_folder / name
         is_wanted = whole or any(fnmatchcase(name, pattern) for pattern in carried)
         if not is_wanted or name in ours or is_part_name(name) or name.startswith("."):
             continue

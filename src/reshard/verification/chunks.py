@@ -218,3 +218,8 @@ def intersect_ranges(one: range, other: range) -> range:
 def shift_range(numbers: range, start: range) -> range:
     """The numbers, counted from the start of another range."""
     return range(numbers.start - start.start, numbers.stop - start.start)
+
+
+def make_relative_slice(numbers: range, start: range) -> slice:
+    """Makes the slice of a range, counted from the start of another."""
+    return slice(numbers.start - start.start, numbers.stop - start.start)

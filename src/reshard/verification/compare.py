@@ -4,12 +4,11 @@ A band of a source tensor is read once and compared with every part that overlap
 cast once and compared in the same way.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -17,17 +16,12 @@ import numpy as np
 from reshard.formats.safetensors import BITS
 from reshard.storage.local import (
     PAGE,
-    ReadableFile,
-    Ways,
-    advise_random_reads,
     allocate_aligned,
     has_equal_bytes,
-    read_range,
 )
 from reshard.storage.page_cache import choose_reading_threads
 from reshard.storage.resources import run_in_threads
-from reshard.storage.unchanged import open_unchanged
-from reshard.types import Advance, File, Tensor
+from reshard.types import Advance, Tensor
 from reshard.verification.chunks import (
     BAND_SIZE,
     Band,
@@ -37,12 +31,14 @@ from reshard.verification.chunks import (
     TargetPart,
     Tile,
     intersect_ranges,
+    make_relative_slice,
     shift_range,
     split_cast_padding,
     split_into_bands,
     split_into_cast_tiles,
     split_kept_padding,
 )
+from reshard.verification.compared_files import ComparedFiles, OpenedFiles, open_compared_files
 from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
 
 CompareItem = Band | Tile | Margin
@@ -64,58 +60,6 @@ class ByteDifference:
     count: int
     first: int
     last: int
-
-
-@dataclass(frozen=True, slots=True)
-class ComparedFiles:
-    """The files of source or target, and how to read them."""
-
-    folder: Path
-    files: Mapping[int, File]
-    """By the number that tensors and parts refer to; as they were when their headers were read."""
-    ways: Ways
-    joined: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
-    """Tensors assembled from shards: by a number that no file has, the shards, back to back."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedFiles:
-    """The files of one side, opened."""
-
-    side: ComparedFiles
-    readable: Mapping[int, ReadableFile]
-    """In the order of its files."""
-
-    def read(self, number: int, offset: int, size: int, buffer: memoryview) -> TileBytes:
-        """Reads `size` bytes of a file into the buffer. Raises Refused if the file ends before."""
-        if number in self.side.joined:
-            return self.read_joined(self.side.joined[number], range(offset, offset + size), buffer)
-        return np.frombuffer(read_range(self.readable[number], offset, size, buffer), np.uint8)
-
-    def read_joined(self, shards: Sequence[Tensor], wanted: range, buffer: memoryview) -> TileBytes:
-        """Reads a byte range of a tensor assembled from shards, into new memory. Raises Refused."""
-        result, start = np.empty(len(wanted), np.uint8), 0
-        for shard in shards:
-            inner = intersect_ranges(wanted, range(start, start + shard.size))
-            if inner:
-                data = self.read(shard.file, shard.offset + inner.start - start, len(inner), buffer)
-                result[make_relative_slice(inner, wanted)] = data
-            start += shard.size
-        return result
-
-    def read_rows(self, number: int, offset: int, pitch: int, shape: tuple[int, int], buffer: memoryview) -> TileBytes:
-        """Reads a matrix of `shape` (rows, bytes); rows begin `pitch` bytes apart. Raises Refused."""
-        rows, size = shape
-        whole = (rows - 1) * pitch + size
-        if size == pitch or rows == 1:
-            return self.read(number, offset, rows * size, buffer).reshape(shape)
-        if whole <= len(buffer) - 2 * PAGE:
-            data = self.read(number, offset, whole, buffer)
-            return np.lib.stride_tricks.as_strided(data, shape, (pitch, 1))
-        found = np.empty(shape, np.uint8)
-        for row in range(rows):
-            found[row] = self.read(number, offset + row * pitch, size, buffer)
-        return found
 
 
 @dataclass(slots=True)
@@ -197,14 +141,6 @@ def find_largest_tile(recast: CastWeight) -> int:
         (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(split_into_cast_tiles(recast, None), 1)),
         default=0,
     )
-
-
-def open_compared_files(stack: ExitStack, side: ComparedFiles, *, is_random: bool) -> OpenedFiles:
-    opened = open_unchanged(side.folder, list(side.files.values()), side.ways, is_source=False)
-    readable = stack.enter_context(opened)
-    if is_random:
-        advise_random_reads(readable)
-    return OpenedFiles(side, dict(zip(side.files, readable, strict=True)))
 
 
 class CompareBuffers:
@@ -316,10 +252,6 @@ def convert_columns_to_bytes(columns: range, dtype: str) -> range:
     """Converts a range of columns from elements to bytes."""
     size = BITS[dtype] // 8 if dtype else 0
     return range(columns.start * size, columns.stop * size)
-
-
-def make_relative_slice(numbers: range, start: range) -> slice:
-    return slice(numbers.start - start.start, numbers.stop - start.start)
 
 
 def cut_box(source: TileBytes, rows: range, columns: range, stage: TileBytes) -> TileBytes:

@@ -102,6 +102,6 @@ def list_stacked_parts(
 
 def describe_place(tensor: Tensor, checkpoint: Checkpoint) -> str:
     """The kind of a tensor, and its byte range of a file."""
-    file = checkpoint.files[tensor.file].name if tensor.file < len(checkpoint.files) else "no file"
+    file = checkpoint.files[tensor.file].name if tensor.file < len(checkpoint.files) else "several files"
     end = tensor.offset + tensor.size
     return f"{tensor.dtype} {list(tensor.shape)}, bytes {tensor.offset:,} to {end:,} of {file}"

@@ -10,19 +10,18 @@ Replicas are compared with the source in every rank: if nothing differs, they ar
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
-from reshard.storage.local import CACHED
-from reshard.storage.page_cache import choose_ways_to_read
 from reshard.text import escape, format_count
-from reshard.types import Advance, Checkpoint, File, Recipe
+from reshard.types import Advance, Checkpoint, Recipe
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
-from reshard.verification.compare import ComparedFiles, Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.compare import Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.compared_files import make_compared_files
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
@@ -165,13 +164,13 @@ def verify_target(
     files, problems = read_target_headers(target, choose_files(folder, ranks))
     extra = "a file that is not read" if folder.is_joint else f"a file beside those of {folder.ranks} ranks"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
-    for file in files:
-        advance(file.file.header_size)
+    numbered = {file.number: file.file for file in files}
+    advance(sum(file.header_size for file in numbered.values()))
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(check_stacked_source(stacked) if stacked else ())
     problems.extend(trace_target(trace, target, files, recipe))
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
-    comparison = compare_parts(things, *make_compared_files(target, files, source), advance, sample)
+    comparison = compare_parts(things, *make_compared_files(target, numbered, source), advance, sample)
     if trace.constants:
         advance(sum(tensor.size for tensor in trace.constants))
     problems.extend(check_differences(trace, comparison))
@@ -254,25 +253,6 @@ def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader],
         yield from check_index_and_config(
             target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
         )
-
-
-def make_compared_files(
-    target: Path, files: Sequence[TargetHeader], source: Checkpoint
-) -> tuple[ComparedFiles, ComparedFiles]:
-    """The files of the source and of the target, and how to read them."""
-    size = sum(file.size for file in source.files) + sum(file.file.size for file in files)
-    joined = {
-        len(source.files) + place: [copies[0] for copies in join.parts] for place, join in enumerate(source.joins)
-    }
-    source_side = make_files_to_compare(source.folder, dict(enumerate(source.files)), size)
-    return replace(source_side, joined=joined), make_files_to_compare(
-        target, {file.number: file.file for file in files}, size
-    )
-
-
-def make_files_to_compare(folder: Path, files: Mapping[int, File], size: int) -> ComparedFiles:
-    paths = [folder / file.name for file in files.values()]
-    return ComparedFiles(folder, files, choose_ways_to_read(paths[0], size) if paths else CACHED)
 
 
 def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Problem]:

@@ -1,0 +1,41 @@
+"""Recognises torch's distributed checkpoints by the names in a folder, and reads them."""
+
+from pathlib import Path
+
+from reshard.formats.boxes import BoxedCheckpoint
+from reshard.formats.dcp_safetensors import is_sliced_folder, read_slices
+from reshard.formats.distcp import is_distcp_folder, read_distcp
+from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files
+from reshard.formats.unfinished_downloads import list_entries
+
+
+def read_boxed(path: Path) -> BoxedCheckpoint | None:
+    """The checkpoint of a folder of `.distcp` files, or of safetensors files that are slices; None if it is neither.
+
+    A folder with safetensors files that are whole is an ordinary checkpoint, whatever else lies in it. Raises Refused.
+    """
+    if not is_boxed_folder(path):
+        return None
+    slices = list_slices(path)
+    return read_slices(path, slices) if slices else read_distcp(path)
+
+
+def is_boxed_folder(path: Path) -> bool:
+    """Whether a path is such a folder, by the names in it."""
+    if not path.is_dir():
+        return False
+    names = list_entries(path)
+    return bool(list_slices(path)) or (not any(map(is_safetensors_name, names)) and is_distcp_folder(path, names))
+
+
+def list_slices(folder: Path) -> list[str]:
+    """Lists the safetensors files of a folder, sorted, if all are slices by their names; else none."""
+    weights = sorted(filter(is_safetensors_name, list_entries(folder)))
+    return weights if is_sliced_folder(weights) else []
+
+
+def list_whole_files(path: Path) -> list[str]:
+    """Lists the names of the safetensors files at a path, sorted; none of a folder of boxes. Raises Refused as
+    `list_safetensors_files`.
+    """
+    return [] if is_boxed_folder(path) else list_safetensors_files(path)

@@ -1,0 +1,24 @@
+"""Reads the checkpoint of any folder that is no folder of rank files: of whole tensors, or of tensors in boxes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from reshard.formats.folder import Folder, read_folder, read_whole_files
+from reshard.sources.boxes import assemble_boxes
+from reshard.types import COMPARE, Checkpoint
+
+
+def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
+    """Reads the checkpoint in a folder, or in a single safetensors file, under the names in its files. Of boxes that
+    are stored several times, `replicas` says what is read. Raises Refused with every fault.
+    """
+    return read_folder_checkpoint(read_folder(path), ignore_extra_files=ignore_extra_files, replicas=replicas)
+
+
+def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
+    """The same, of a folder that was read already."""
+    if found.boxed:
+        checkpoint = replace(assemble_boxes(found.boxed, replicas=replicas), config=found.config)
+    else:
+        checkpoint = read_whole_files(found, ignore_extra_files=ignore_extra_files)
+    return replace(checkpoint, beside=found.beside)
