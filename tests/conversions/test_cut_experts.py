@@ -27,12 +27,13 @@ from reshard.errors import Refused
 from reshard.formats.manifest import Origin
 from reshard.formats.safetensors import BITS
 from reshard.planning.rank_choices import list_rank_choices
+from reshard.recipe_types import Recipe
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.match import match
 from reshard.sources.source import Source, read_source
-from reshard.types import Checkpoint, File, Layout, Recipe
+from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
 
 FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")

@@ -27,13 +27,14 @@ from reshard.planning.planner import keep_ranks
 from reshard.planning.proofs import prove_coverage, require_coverage, require_tiling
 from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Terms, transform_weights
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.block_scales import group_weights as units_by_kind
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.match import match
 from reshard.synthetic import DEEPSEEK_V2_LITE, DEEPSEEK_V3, SMALL_V3, list_tensors, write_checkpoint
 from reshard.target.run_config import make_run_config
-from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Recipe, Tensor
+from reshard.types import WHOLE, Cast, Checkpoint, File, Layout, Tensor
 
 DATA_START = 1000
 """Where the data of a checkpoint made by hand begins: the copies of the tables count from here."""

@@ -8,9 +8,9 @@ from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
 
 from reshard.errors import Refused
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe, Rule
 from reshard.recipes.patterns import make_patterns
 from reshard.recipes.recipe import load_recipe, parse_recipe
-from reshard.types import Recipe, Rule
 
 DTYPES = {"BF16": BF16, "F32": F32}
 MODELS: dict[str, Parameters] = {

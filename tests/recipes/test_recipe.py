@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from reshard.errors import Refused
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.recipe import FAMILIES_FOLDER, list_packaged_recipes, load_recipe, parse_recipe
 from reshard.recipes.splits import make_rule
-from reshard.types import BlockScale, Recipe, Rule
 
 PACKAGED = sorted(path.stem for path in FAMILIES_FOLDER.glob("*.toml"))
 V3 = (FAMILIES_FOLDER / "deepseek-v3.toml").read_text(encoding="utf-8")

@@ -17,11 +17,12 @@ from families import FAMILIES
 from jobs import make_plan
 
 from reshard.errors import Problem, Refused
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import find_lacking, find_unknown_keys, parse_formula
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import write_tensors
-from reshard.types import Checkpoint, Layout, Recipe, Tensor
+from reshard.types import Checkpoint, Layout, Tensor
 
 NAMES = ["deepseek-v3.2", "glm-5.1-fp8", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v4.1-flash"]
 FEW = {"n_routed_experts": 4, "dspark_n_routed_experts": 2}

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from reshard.errors import Problem, Refused
 from reshard.formats.safetensors import BITS
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe, parse_recipe
 from reshard.sources.match import Matched, match
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, SMALL_V3, TensorEntry, list_tensors
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Tensor
 
 TINY: Mapping[str, Any] = {**SMALL_V3, "first_k_dense_replace": 2, "n_routed_experts": 12, "num_hidden_layers": 12}
 """Layers and experts such that 10 sorts before 2; layer 12 is an MTP layer."""

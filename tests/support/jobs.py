@@ -13,10 +13,11 @@ from reshard.execution.execute import Settings
 from reshard.formats.manifest import Origin
 from reshard.planning import planner
 from reshard.planning.plan import Plan
+from reshard.recipe_types import Recipe
 from reshard.sources.match import match
 from reshard.sources.source import Source
 from reshard.target.conversion import Conversion
-from reshard.types import COMPARE, EVERYTHING, RANKS, WHOLE, Advance, Checkpoint, Layout, Recipe, Subset
+from reshard.types import COMPARE, EVERYTHING, RANKS, WHOLE, Advance, Checkpoint, Layout, Subset
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
 """Given the bytes of a job, a context that gives the function to be told of the bytes done."""

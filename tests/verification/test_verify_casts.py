@@ -25,11 +25,12 @@ from torch import Tensor
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import write_tensors
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint
 from reshard.verification.checksums import audit_target
 from reshard.verification.verify import Report, verify_target
 

@@ -14,9 +14,9 @@ import torch
 from fused_files import EXPERTS, F8, Tensors, describe, make_rank, name_rank_file, write_rank, write_ranks
 from safetensors.torch import load_file
 
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.checkpoints import read_checkpoint
-from reshard.types import Recipe
 from reshard.verification.constants import list_expected_constants
 from reshard.verification.expected_ranks import find_source_rows
 from reshard.verification.verify import Report, verify_target

@@ -32,6 +32,7 @@ from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, lis
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
 from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.constants import check_stored_constants
@@ -51,7 +52,7 @@ from reshard.sources.rank_names import (
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import unstack_checkpoint
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
-from reshard.types import Checkpoint, Note, Recipe, Tensor
+from reshard.types import Checkpoint, Note, Tensor
 
 
 @dataclass(frozen=True, slots=True, repr=False)

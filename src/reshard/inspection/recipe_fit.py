@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard.errors import require_none
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import find_unknown_keys
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.match import match
-from reshard.types import Checkpoint, Layout, Recipe
+from reshard.types import Checkpoint, Layout
 
 
 @dataclass(frozen=True, slots=True)

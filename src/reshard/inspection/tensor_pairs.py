@@ -15,6 +15,7 @@ from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.formats.huggingface import read_file
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
+from reshard.recipe_types import BlockScale, Recipe
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.checkpoints import read_checkpoint
@@ -24,7 +25,7 @@ from reshard.sources.prefixes import find_partial_renaming_to, find_renaming_to
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.sources.stacked_experts import holds_stacks, read_under_hub_names
-from reshard.types import COMPARE, BlockScale, Cast, Checkpoint, Note, Recipe, Tensor
+from reshard.types import COMPARE, Cast, Checkpoint, Note, Tensor
 
 PARTIAL_PREFIX, BLOCK_SCALES = "prefix", "block-scales"
 """Kinds of notes: of a prefix that only some names have; of scaled weights compared with weights of another dtype."""

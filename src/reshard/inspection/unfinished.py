@@ -14,12 +14,12 @@ from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.engine_choice import list_recipe_words
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.local import open_regular_file
 from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
-from reshard.types import Recipe
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from reshard.planning.transforms import Outcome, is_rounded
+from reshard.recipe_types import Recipe
 from reshard.sources.block_scales import WeightGroup
 from reshard.text import format_count
-from reshard.types import RANKS, Layout, Note, Recipe, Tensor
+from reshard.types import RANKS, Layout, Note, Tensor
 
 FULL, SHORT = "F32", ("BF16", "F16")
 """The dtype of a published router bias, and those that it is found in after a training run saved it."""

@@ -13,8 +13,9 @@ from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
-from reshard.types import RANKS, Cast, Layout, OriginalFile, Recipe, Tensor
+from reshard.types import RANKS, Cast, Layout, OriginalFile, Tensor
 
 EVERY_RANK = -1
 """The rank of a piece that goes into the file of every rank."""

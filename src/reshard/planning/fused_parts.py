@@ -12,11 +12,12 @@ import numpy as np
 from reshard.errors import Problem, require_none
 from reshard.planning.shards import Series, cut_for_ranks
 from reshard.planning.transforms import Outcome, Terms
+from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import Fusion, list_fusions
 from reshard.recipes.patterns import list_slots
 from reshard.sources.block_scales import WeightGroup
 from reshard.text import format_list
-from reshard.types import Layout, Recipe
+from reshard.types import Layout
 
 
 def cut_outcomes(outcomes: Iterable[Outcome], terms: Terms, counts: Mapping[str, int]) -> list[Series]:

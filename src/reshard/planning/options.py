@@ -6,10 +6,11 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from reshard.errors import Problem, refuse
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.source import Source
-from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Recipe, Subset
+from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Subset
 
 WHOLE_HINT = "for rank files leave out --to hf; for whole files leave out --mp and --pad"
 

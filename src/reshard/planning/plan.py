@@ -11,9 +11,10 @@ from reshard.formats.shares import Share
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile
 from reshard.planning.reads import measure_reads
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
 from reshard.text import escape, format_count, format_numbers, format_size, format_table
-from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Recipe, Tensor
+from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Tensor
 
 
 @dataclass(frozen=True, slots=True)

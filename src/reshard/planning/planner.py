@@ -21,12 +21,13 @@ from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
 from reshard.planning.shards import Series, keep_whole
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
+from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile, Recipe
+from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
 """Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""

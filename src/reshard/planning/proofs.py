@@ -8,9 +8,10 @@ import numpy as np
 from reshard.formats.shares import Share
 from reshard.planning.copies import Copies, Integers, WrongPlan
 from reshard.planning.shards import Series
+from reshard.recipe_types import Recipe, Rule
 from reshard.sources.block_scales import is_kept
 from reshard.sources.match import Matched
-from reshard.types import Cast, Checkpoint, Layout, Recipe, Rule, Tensor
+from reshard.types import Cast, Checkpoint, Layout, Tensor
 
 
 @dataclass(frozen=True, slots=True)

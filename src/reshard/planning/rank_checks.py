@@ -15,6 +15,7 @@ from reshard.planning.transforms import (
     raise_config,
     transform_weights,
 )
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import read_config_value
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, find_scale_placeholder, list_slots
@@ -23,7 +24,7 @@ from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.text import format_list, format_numbers
-from reshard.types import MOST_RANKS, Layout, Recipe
+from reshard.types import MOST_RANKS, Layout
 
 HEADS_EXPECTED = "a number in config.json that divides the ranks, or that they divide"
 

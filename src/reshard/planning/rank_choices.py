@@ -24,13 +24,14 @@ from reshard.planning.planner import (
 from reshard.planning.rank_checks import try_ranks
 from reshard.planning.shards import cut_for_ranks
 from reshard.planning.transforms import Outcome, Terms, raise_config, transform_weights
+from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import list_slots
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.sources.source import Source
 from reshard.text import format_list
-from reshard.types import RANKS, Cast, Checkpoint, Layout, Recipe
+from reshard.types import RANKS, Cast, Checkpoint, Layout
 
 MOST_TRIED = 256
 """The numbers of ranks from 1 to this one are tried."""

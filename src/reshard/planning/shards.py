@@ -20,11 +20,12 @@ import numpy as np
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms
+from reshard.recipe_types import Rule, Split
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import list_slots
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.block_scales import WeightGroup
-from reshard.types import Rule, Split, Tensor
+from reshard.types import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
 from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_logical_shape, find_target_block
-from reshard.types import WHOLE, BlockScale, Cast, Layout, Recipe, Rule, Tensor
+from reshard.types import WHOLE, Cast, Layout, Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from reshard.types import Recipe, Rule
+from reshard.recipe_types import Recipe, Rule
 
 
 def list_rules(recipe: Recipe, config: Mapping[str, Any] | None) -> Iterator[tuple[int, Rule]]:

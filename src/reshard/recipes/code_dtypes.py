@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reshard.formats.safetensors import BITS
+from reshard.recipe_types import Rule
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.placeholder_checks import Fault
-from reshard.types import Rule
 
 KEY = "code_dtypes"
 

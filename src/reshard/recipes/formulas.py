@@ -12,8 +12,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
+from reshard.recipe_types import Recipe, Rule
 from reshard.text import format_list
-from reshard.types import Recipe, Rule
 
 LONGEST_FORMULA = 200
 """Characters of a formula: it is taken apart by functions that call themselves."""

@@ -9,8 +9,8 @@ stack begins with a new dimension, of the members. In both cases the bytes of th
 
 from typing import NamedTuple
 
+from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import PLACEHOLDER
-from reshard.types import Recipe
 
 FUSED = ("concat", "stack")
 """The relations of rows that make a fused tensor together."""

@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from reshard.numbered_names import NUMBER, split_name
-from reshard.types import Constant, Recipe, Rule
+from reshard.recipe_types import Constant, Recipe, Rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
+from reshard.recipe_types import BlockScale, Constant, Placeholder, Recipe, Rule
 from reshard.recipes.code_dtypes import set_code_dtypes
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.splits import make_rule
 from reshard.recipes.table_checks import check_table, find_lines
 from reshard.text import format_list
-from reshard.types import BlockScale, Constant, Placeholder, Recipe, Rule
 
 FAMILIES_FOLDER = Path(__file__).parent / "families"
 

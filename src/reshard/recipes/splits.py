@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 
-from reshard.types import Rule, Split
+from reshard.recipe_types import Rule, Split
 
 ROWS, COLUMNS = 0, 1
 """The dimensions that have a word of their own; `dimension 2` names another, from 0 on."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard.formats.json_input import is_plain
 from reshard.formats.safetensors import BITS
+from reshard.recipe_types import Rule
 from reshard.recipes.alternatives import is_choice_of_config
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
@@ -25,7 +26,6 @@ from reshard.recipes.placeholder_checks import (
     check_scales,
 )
 from reshard.recipes.splits import check_split, make_rule
-from reshard.types import Rule
 
 TEXT_KEYS = ("name", "about", "left", "right", "files")
 

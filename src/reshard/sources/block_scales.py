@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import MOST_PROBLEMS, Problem
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.exemptions import read_exemptions
@@ -15,7 +16,7 @@ from reshard.sources.match import Family, Matched
 from reshard.sources.problem_order import sort_problems
 from reshard.sources.quantization_config import read_promise
 from reshard.text import format_count
-from reshard.types import WHOLE, BlockScale, Layout, Recipe, Rule, Tensor
+from reshard.types import WHOLE, Layout, Tensor
 
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of unscaled weights. Loaders copy each of them into a parameter of any other."""

@@ -7,11 +7,12 @@ from math import prod
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.recipe_types import Placeholder, Recipe, Rule
 from reshard.recipes.alternatives import get_answer
 from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
 from reshard.text import format_numbers
-from reshard.types import Checkpoint, Note, Placeholder, Recipe, Rule
+from reshard.types import Checkpoint, Note
 
 MAYBE = "maybe"
 """The condition of a rule whose tensors may be missing."""

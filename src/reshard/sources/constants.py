@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
+from reshard.recipe_types import Constant, Recipe
 from reshard.recipes.patterns import find_scale_placeholder, list_constant_names, list_present_constants
 from reshard.sources.held_shards import CollectedShards, FoundConstant
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
-from reshard.types import Constant, Recipe, Tensor
+from reshard.types import Tensor
 
 LACKING = "is a rank file missing, or were they made for another version of the engine?"
 

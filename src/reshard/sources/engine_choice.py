@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from reshard.errors import refuse
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.sources.match import OWN_RECIPE
 from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
 from reshard.text import format_list
-from reshard.types import Recipe
 
 
 def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool) -> Sequence[Recipe]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 from reshard.errors import Refused
 from reshard.formats.renaming import Renaming, format_renaming, rename_all, rename_tensors
+from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import split_names
 from reshard.sources.exempt_names import rename_exempt_modules
 from reshard.sources.match import Matched, match, match_names, note_quantization
 from reshard.sources.prefix_problems import explain_names
 from reshard.sources.prefixes import KnownNames, Names, is_known, list_names_by_kind, list_renamings
 from reshard.sources.recipe_choice import choose_recipe, find_asked_recipes, list_architectures
-from reshard.types import Checkpoint, Note, Recipe
+from reshard.types import Checkpoint, Note
 
 RENAMED, UNSTACKED = "renamed", "unstacked"
 """The kinds of the notes that tell of a renaming, and of stacked experts that were taken apart."""

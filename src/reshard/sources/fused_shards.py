@@ -9,12 +9,13 @@ from math import prod
 from typing import Any, NamedTuple
 
 from reshard.errors import refuse
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.fusions import Fusion, list_fusions
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, Pattern, find_scale_placeholder, make_pattern
 from reshard.recipes.splits import ROWS, count_parts
 from reshard.text import format_list
-from reshard.types import BlockScale, Recipe, Rule, Tensor
+from reshard.types import Tensor
 
 BESIDE = "copy the model's config.json beside the rank files"
 

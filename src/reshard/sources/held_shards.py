@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused
 from reshard.formats.huggingface import FolderHeaders
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import count_heads
 from reshard.recipes.fusions import FUSED
@@ -20,7 +21,7 @@ from reshard.recipes.patterns import (
 )
 from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
 from reshard.sources.match import suggest_rule
-from reshard.types import BlockScale, Recipe, Rule, Tensor
+from reshard.types import Tensor
 
 
 class ShardedTensor(NamedTuple):

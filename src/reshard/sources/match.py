@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
@@ -24,7 +25,7 @@ from reshard.sources.completeness import check_missing, check_placeholders, coll
 from reshard.sources.problem_order import sort_by_layer, sort_problems
 from reshard.sources.quantization_config import Stale, check_promise, find_stale, note_promise
 from reshard.sources.quantized import check_codes, explain_unknown
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Tensor
 
 OWN_RECIPE = "write a recipe of your own (docs/recipes.md) and pass it with --recipe FILE"
 

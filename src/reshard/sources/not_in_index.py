@@ -6,10 +6,11 @@ from itertools import islice
 
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.formats.huggingface import INDEX, SINGLE
+from reshard.recipe_types import Recipe
 from reshard.sources.completeness import check_missing
 from reshard.sources.match import Matched, find_members, match_names
 from reshard.sources.recipe_choice import narrow_recipes
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Tensor
 
 
 def require_all_named(

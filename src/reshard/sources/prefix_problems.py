@@ -13,12 +13,13 @@ from reshard.formats.renaming import (
     rename_all,
     rename_tensors,
 )
+from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import split_names
 from reshard.sources.completeness import OTHER_MODEL
 from reshard.sources.match import match
 from reshard.sources.prefixes import KnownNames, Names, list_renamings
 from reshard.text import format_count, format_list
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint
 
 SplitName = tuple[str, tuple[str, ...]]
 """As `split_names` gives them."""

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from reshard.formats.renaming import HEAD, Renaming, RenamingStep, is_storable, rename_all
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import make_patterns, split_names
-from reshard.types import Recipe
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 """What torch.compile, FSDP, activation checkpointing and DDP add, to the whole model or to each wrapped module."""

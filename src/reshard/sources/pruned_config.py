@@ -7,10 +7,10 @@ from math import ceil
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.recipe_types import Placeholder, Recipe
 from reshard.recipes.formulas import read_config_value
 from reshard.sources.exemptions import EXEMPT_KEYS
 from reshard.text import format_numbers
-from reshard.types import Placeholder, Recipe
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 """A formula that is one config key, nested or not: `n_layers`, `text_config.n_layers`."""

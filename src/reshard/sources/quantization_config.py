@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem
+from reshard.recipe_types import Recipe
 from reshard.sources.exemptions import read_exemptions
 from reshard.text import format_count
-from reshard.types import Checkpoint, Note, Recipe, Tensor
+from reshard.types import Checkpoint, Note, Tensor
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """Config keys of a quantization: of most quantizers, of old compressed-tensors, and of MLX."""

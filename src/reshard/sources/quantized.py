@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.problem_order import sort_by_layer
 from reshard.sources.quantization_config import CODES, Promise, read_promise
 from reshard.text import format_count
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Tensor
 
 FP8_BLOCKS, SCALES_OF_ROWS = "FP8 with block scales", "FP8 or INT8 with a scale for each tensor or row"
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, require_none
 from reshard.formats.huggingface import FolderHeaders
 from reshard.numbered_names import split_name
+from reshard.recipe_types import BlockScale, Recipe
 from reshard.recipes.formulas import compute_shape
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.splits import HALVES, count_parts
 from reshard.sources.held_shards import CollectedShards, ShardedTensor
 from reshard.text import format_numbers
-from reshard.types import COMPARE, FIRST, BlockScale, Checkpoint, Join, Recipe, Tensor
+from reshard.types import COMPARE, FIRST, Checkpoint, Join, Tensor
 
 AGAIN = "is a rank file missing, or from another conversion?"
 

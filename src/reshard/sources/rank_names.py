@@ -13,9 +13,10 @@ from reshard.errors import Problem, refuse
 from reshard.formats.boxed_folder import list_whole_files
 from reshard.formats.huggingface import INDEX, read_stated_ranks
 from reshard.formats.part_manifests import is_of_whole_files
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.text import format_list
-from reshard.types import MOST_RANKS, Note, Recipe
+from reshard.types import MOST_RANKS, Note
 
 
 class RankNames(NamedTuple):

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import find_unknown_keys
 from reshard.sources.completeness import check_missing, check_placeholders
 from reshard.sources.match import OWN_RECIPE, Matched, find_members, match, match_names
 from reshard.sources.quantized import explain_unknown
 from reshard.text import format_list
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint
 
 FITS = "it fits, but the config names another model"
 

@@ -13,6 +13,7 @@ from reshard.formats.part_manifests import is_of_whole_files
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
@@ -36,7 +37,7 @@ from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.text import format_list
-from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Recipe, Subset, Tensor
+from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Subset, Tensor
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
 

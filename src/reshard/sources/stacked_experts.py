@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, Refused, require_none
 from reshard.formats.huggingface import INDEX
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import parse_shape, read_config_value
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import fill_pattern, find_later_members, make_pattern, make_patterns, split_names
@@ -25,7 +26,7 @@ from reshard.sources.prefixes import KnownNames, list_names_by_kind
 from reshard.sources.quantization_config import CODES
 from reshard.sources.recipe_choice import add_recipe, find_asked_recipes, has_model_name, measure_nearness
 from reshard.text import format_count, format_list
-from reshard.types import Checkpoint, Note, Recipe, Tensor
+from reshard.types import Checkpoint, Note, Tensor
 
 MOST_PARTS = 1 << 18
 """Of all stacks of a checkpoint. A hostile header could name a billion of them; DeepSeek-V3 has 44,544."""

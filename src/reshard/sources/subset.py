@@ -12,12 +12,13 @@ from typing import Any
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.manifest import count_left_out
 from reshard.numbered_names import NUMBER
+from reshard.recipe_types import Placeholder, Recipe, Rule
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import list_slots
 from reshard.sources.match import Family, Matched, find_members
 from reshard.sources.pruned_config import check_experts, name_table, prune_config
 from reshard.text import format_numbers
-from reshard.types import Checkpoint, Join, Placeholder, Recipe, Rule, Subset, Tensor
+from reshard.types import Checkpoint, Join, Subset, Tensor
 
 COUNTED = {"--layers": "layers", "--experts": "experts"}
 """Option -> the `counts` of the placeholder whose members it chooses."""

@@ -12,6 +12,7 @@ from reshard.formats.boxed_folder import list_whole_files
 from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
+from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
@@ -21,7 +22,7 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.types import Checkpoint, File, Recipe
+from reshard.types import Checkpoint, File
 
 
 @dataclass(frozen=True, slots=True)

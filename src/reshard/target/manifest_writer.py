@@ -21,9 +21,10 @@ from reshard.formats.renaming import store_renaming
 from reshard.formats.shares import Share
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
+from reshard.recipe_types import Recipe
 from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
-from reshard.types import WHOLE, File, Recipe
+from reshard.types import WHOLE, File
 
 SAMPLE_SIZE = 64 << 10
 """Size of each of three samples of a source file's data (beginning, middle, end), in bytes."""

@@ -11,9 +11,10 @@ from reshard.execution.staging import STAGING
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
+from reshard.recipe_types import Recipe
 from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
 from reshard.text import format_numbers
-from reshard.types import RANKS, Recipe
+from reshard.types import RANKS
 
 
 class NextStep(NamedTuple):

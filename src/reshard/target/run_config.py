@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.planning.plan import Plan
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import UnknownKey, add_old_keys, compute_formula
 from reshard.target.config_files import cast_config
-from reshard.types import RANKS, Recipe
+from reshard.types import RANKS
 
 RUN_CONFIG = "run_config.json"
 """Not `config.json`: a tokenizer that is loaded from the folder would read it."""

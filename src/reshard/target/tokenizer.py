@@ -5,8 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.recipe_types import Recipe
 from reshard.text import format_list
-from reshard.types import Note, Recipe
+from reshard.types import Note
 
 WORD = "token"
 """Part of the name of every file of a tokenizer."""

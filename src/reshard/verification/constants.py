@@ -8,8 +8,9 @@ import numpy as np
 
 from reshard.errors import Problem
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Constant, Recipe
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, make_pattern
-from reshard.types import Constant, Recipe, Tensor
+from reshard.types import Tensor
 from reshard.verification.expected import WeightUnit
 from reshard.verification.expected_ranks import SourceRow
 from reshard.verification.reference_casts import round_to_bf16, widen_bf16

@@ -7,11 +7,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 from reshard.numbered_names import split_name
+from reshard.recipe_types import BlockScale, Recipe, Rule, Split
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
 from reshard.recipes.fusions import FUSED, list_fusions
 from reshard.recipes.patterns import WEIGHT, Pattern, find_later_members, find_scale_placeholder, make_patterns
-from reshard.types import BlockScale, Checkpoint, Recipe, Rule, Split, Tensor
+from reshard.types import Checkpoint, Tensor
 
 
 class SourcePlace(NamedTuple):

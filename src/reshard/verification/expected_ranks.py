@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.patterns import Pattern, find_later_members, make_patterns
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint
 
 
 class SourceRow(NamedTuple):

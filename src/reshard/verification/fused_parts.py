@@ -11,10 +11,11 @@ from itertools import accumulate, islice
 from typing import NamedTuple
 
 from reshard.errors import Problem
+from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import Fusion, list_fusions
 from reshard.recipes.patterns import fill_pattern, find_scale_placeholder
 from reshard.text import format_list
-from reshard.types import Checkpoint, Recipe
+from reshard.types import Checkpoint
 from reshard.verification.chunks import TargetPart
 from reshard.verification.expected import SourcePlace, TargetTensor, WeightUnit
 from reshard.verification.expected_ranks import SourceRow

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from reshard.errors import Problem
 from reshard.formats.safetensors import BITS
+from reshard.recipe_types import BlockScale
 from reshard.recipes.fusions import FUSED
-from reshard.types import BlockScale, Checkpoint, Tensor
+from reshard.types import Checkpoint, Tensor
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.expected import (
     CONVERSION_TEXTS,

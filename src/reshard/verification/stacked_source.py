@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem
 from reshard.numbered_names import split_name
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import compute_shape
 from reshard.recipes.fusions import Fusion, list_fusions
 from reshard.recipes.patterns import Pattern, fill_pattern, make_pattern
-from reshard.types import Checkpoint, Recipe, Tensor
+from reshard.types import Checkpoint, Tensor
 
 REPORT = "a fault of reshard: please report it; diff compares the two by themselves"
 

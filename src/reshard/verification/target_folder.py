@@ -20,10 +20,11 @@ from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
+from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.recipe import has_ranks
 from reshard.text import format_list, format_runs
-from reshard.types import MOST_RANKS, File, Recipe, Tensor
+from reshard.types import MOST_RANKS, File, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
 
 CONVERT_AGAIN_HINT = "convert again, into another folder"

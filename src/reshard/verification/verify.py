@@ -17,8 +17,9 @@ from typing import Any
 
 from reshard.errors import Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
+from reshard.recipe_types import Recipe
 from reshard.text import escape, format_count
-from reshard.types import Advance, Checkpoint, Recipe
+from reshard.types import Advance, Checkpoint
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.compare import Comparison, PartKey, compare_parts, make_part_key
 from reshard.verification.compared_files import make_compared_files
