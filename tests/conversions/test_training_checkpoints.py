@@ -266,3 +266,10 @@ def test_replicas_are_compared_or_the_first_is_taken(models: Path, tmp_path: Pat
         assert found == (whole / "model.safetensors").read_bytes()
     with pytest.raises(Refused, match="or a distributed checkpoint"):
         reshard.convert(whole, tmp_path / "third", 2, replicas="first")
+
+
+def test_slices_without_a_config_are_refused_for_the_last_may_lack(models: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        reshard.plan(models / "moe-slices", to="hf")
+    assert [problem.kind for problem in refused.value.problems] == ["no-config"]
+    assert "--config" in str(refused.value) or "config=" in str(refused.value)

@@ -161,9 +161,12 @@ def test_slices_are_a_source_and_no_target(pristine: Path, tmp_path: Path) -> No
     assert read_checkpoint(folder).tensors["w"].shape == (4, 2)
     assert not reshard.verify(folder, pristine).is_proven
     lay(folder, {"other.safetensors": ONE})
-    problem = refusal(folder)
-    assert (problem.kind, problem.subject) == ("other-format", str(folder / names[1]))
-    assert "all its safetensors files must have the names" in problem.remedy
+    with pytest.raises(Refused) as refused:
+        reshard.plan(folder, 1)
+    found = {(problem.kind, problem.subject) for problem in refused.value.problems}
+    assert found == {("other-format", str(folder / name)) for name in names}
+    assert "all its safetensors files must have the names" in str(refused.value)
+    assert refusal(folder / names[0]).kind == "other-format"  # its slices begin at 0, as whole tensors do
 
 
 def test_a_name_on_the_hub_is_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,13 +91,13 @@ def require_whole_files(source: Path, names: Sequence[str]) -> None:
 
 
 def require_no_slices(path: Path, header: bytes) -> None:
-    """Raises Refused if the header of a file says that it holds slices of tensors, which do not begin at 0.
-
-    torch writes the offsets of whole tensors too: all 0. Where slices begin at 0, those of another rank do not.
+    """Raises Refused if the header of a file says that it holds slices of tensors: they do not begin at 0, or the file
+    has the name of a slice. torch writes the offsets of whole tensors too: all 0, as those of the first slice are.
     """
     if not (SHARDING_KEY in header and header.startswith(b'{"__metadata__":')):
         return
-    if any(re.search(rb"[1-9]", offsets) for offsets in SAVED_OFFSETS.findall(header)):
+    is_named = SHARDED_SAFETENSORS.pattern.fullmatch(path.name)
+    if is_named or any(re.search(rb"[1-9]", offsets) for offsets in SAVED_OFFSETS.findall(header)):
         raise refuse_format(path, path.parent, SHARDED_SAFETENSORS, [])
 
 

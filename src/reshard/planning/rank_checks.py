@@ -93,7 +93,7 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
     dimension, ranks = split.dimension, f"{layout.ranks} ranks"
     if units is None:
         # Another number of ranks would not help.
-        remedy = f"copy the model's config.json beside the files, one with {split.heads_key}"
+        remedy = f"copy the model's config.json beside the files, one with {split.heads_key}; or --config FOLDER"
         if Path(recipe.origin).parent != FAMILIES_FOLDER:
             remedy += f"; or give the right key in {recipe.origin}"
         return Fault("not-divisible", "", "", f"no {split.heads_key} for {ranks}", HEADS_EXPECTED, remedy)
