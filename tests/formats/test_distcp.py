@@ -252,6 +252,8 @@ FAULTS: list[tuple[str, Edit, str, str, str]] = [
     ("not a list of parts", lambda metadata: setattr(metadata.state_dict_metadata["w"], "chunks", {}),
      "wrong-metadata", ".metadata: w", "no list of parts"),
     ("another thing in it", lambda _: {"a": 1}, "wrong-metadata", ".metadata", "another thing"),
+    ("parts of two tensors", lambda metadata: metadata.state_dict_metadata.update(x=metadata.state_dict_metadata["w"]),
+     "wrong-metadata", ".metadata: x", "the list of parts of another tensor"),
     ("a number for a name", lambda metadata: metadata.state_dict_metadata.update({1: None}),  # type: ignore[dict-item]
      "wrong-metadata", ".metadata", "whose name is no text"),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 
 from reshard.errors import Refused
 from reshard.formats import inert_pickle
+from reshard.formats.distcp_metadata import ALLOWED_CLASSES
 from reshard.formats.inert_pickle import STEPS_BY_NAME, read_pickle
 from reshard.formats.pickle_machine import Global, Inert, Persistent
 
@@ -235,3 +236,16 @@ def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_steps_are_opcodes() -> None:
     assert STEPS_BY_NAME.keys() <= {opcode.name for opcode in pickletools.opcodes}
+
+
+def test_members_of_the_memory_formats_are_read_as_early_python_311_saves_them() -> None:
+    def call(kind: str, member: str) -> bytes:
+        text = member.encode()
+        return b"cbuiltins\ngetattr\n(c" + kind.encode() + b"\nX" + len(text).to_bytes(4, "little") + text + b"tR."
+
+    encoding = "torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING"
+    found = read_pickle(call(encoding, "TORCH_CONTIGUOUS_FORMAT"), ALLOWED_CLASSES, "x")
+    assert (found.name, found.arguments) == (encoding.replace("\n", "."), ("TORCH_CONTIGUOUS_FORMAT",))
+    for kind, member in ((encoding, "__class__"), ("torch\nSize", "TORCH_X"), ("builtins\ngetattr", "TORCH_X")):
+        with pytest.raises(Refused, match=r"builtins\.getattr"):
+            read_pickle(call(kind, member), ALLOWED_CLASSES, "x")

@@ -40,7 +40,7 @@ ALLOWED_CLASSES = METADATA_CLASSES.union(
     {TENSOR, BYTES, PART, INDEX_OF_PART, PROPERTIES, PLACE},
     {f"{CLASSES}{name}" for name in ("_MEM_FORMAT_ENCODING", "StorageMeta")},
     {f"{OLD}{name}" for name in ("TensorProperties", "MEM_FORMAT_ENCODING")},
-    {"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"},
+    {"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "builtins.getattr"},
     {f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "PurePosix", "Windows")},
 )
 """The classes and functions that `.metadata` names, by torch 2.1 to 2.13."""
@@ -148,9 +148,10 @@ def gather_parts(
     metadata: DistcpMetadata, names: Iterable[str], shapes: dict[str, tuple[int, ...]], parts: list[StoredPart]
 ) -> Iterator[Problem]:
     """Fills the shapes and parts of the named tensors; yields their faults."""
+    seen: set[int] = set()
     for name in names:
         try:
-            shape, found = describe_tensor(metadata, name)
+            shape, found = describe_tensor(metadata, name, seen)
         except MetadataFault as fault:
             kind, said, expected = fault.args
             yield Problem(kind, f"{METADATA}: {name}", said, expected, COPY_AGAIN if kind == "wrong-metadata" else "")
@@ -159,12 +160,17 @@ def gather_parts(
         parts += found
 
 
-def describe_tensor(metadata: DistcpMetadata, name: str) -> tuple[tuple[int, ...], list[StoredPart]]:
-    """The shape of a tensor, and its parts. Raises MetadataFault."""
+def describe_tensor(metadata: DistcpMetadata, name: str, seen: set[int]) -> tuple[tuple[int, ...], list[StoredPart]]:
+    """The shape of a tensor, and its parts. `seen` are the identities of the lists of parts so far: a hostile pickle can
+    name a long one for each of many tensors. Raises MetadataFault.
+    """
     fields = get_fields(metadata.tensors[name], TENSOR)
     dtype, shape, chunks = read_dtype(fields.get("properties")), fields.get("size"), fields.get("chunks")
     if not is_shape(shape) or prod(filter(None, shape)) > MAX_INTEGER or type(chunks) is not list:
         raise MetadataFault("wrong-metadata", "no shape, or no list of parts", "both")
+    if id(chunks) in seen:
+        raise MetadataFault("wrong-metadata", "the list of parts of another tensor", "a list of its own")
+    seen.add(id(chunks))
     by_offsets: dict[tuple[int, ...], tuple[int, ...]] = {}
     for chunk in chunks:
         part = get_fields(chunk, PART)

@@ -16,8 +16,8 @@ from typing import Any
 from reshard.errors import refuse
 from reshard.formats.pickle_machine import PLAIN, DamagedPickle, Global, HostilePickle, Inert, Machine, Persistent
 
-MOST_STEPS = 50_000_000
-"""Of one pickle. The metadata of a checkpoint take about fifty for each part of a tensor."""
+MOST_STEPS = 250_000_000
+"""Of one pickle. The metadata of a checkpoint take about seventy for each part of a tensor: enough for 3.5 million."""
 
 MOST_MARKS = 1000
 """Open at a time. torch's checkpoints have six."""

@@ -101,5 +101,20 @@ def make_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     return {}
 
 
-PLAIN: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {"torch.Size": make_shape, "collections.OrderedDict": make_dict}
+def make_member(arguments: tuple[Any, ...]) -> Inert:
+    """A member of an enumeration of memory formats: Python 3.11.0 to 3.11.3 saves one as a call of `getattr`. Raises
+    HostilePickle for all else.
+    """
+    if len(arguments) == 2 and type(arguments[0]) is Global and type(arguments[1]) is str:
+        kind, name = arguments[0].name, arguments[1]
+        if kind.endswith("MEM_FORMAT_ENCODING") and name.startswith("TORCH_"):
+            return Inert(kind, (name,))
+    raise HostilePickle("builtins.getattr")
+
+
+PLAIN: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {
+    "torch.Size": make_shape,
+    "collections.OrderedDict": make_dict,
+    "builtins.getattr": make_member,
+}
 """Classes whose values are plain ones here."""
