@@ -497,3 +497,18 @@ def test_other_classes_in_the_metadata(tmp_path: Path) -> None:
 def test_only_whole_names_are_allowed() -> None:
     value = read_pickle(b"ctorch\nfloat32\n.", ALLOWED_CLASSES, "x")
     assert value.name == "torch.float32"
+
+
+def test_a_folder_of_an_optimizer_has_no_weights(tmp_path: Path) -> None:
+    save(tmp_path, {"optimizer": {"exp_avg": torch.ones(2)}})
+    ((kind, subject, said),) = refused(tmp_path)
+    assert (kind, subject) == ("empty-source", str(tmp_path))
+    assert "optimizer.exp_avg" in said
+
+
+def test_weights_beside_the_model_are_told_apart_from_an_optimizer(tmp_path: Path) -> None:
+    save(tmp_path, {"model": {"w": torch.ones(2)}, "optim": {"m": torch.ones(2)}, "head": {"w": torch.ones(2)}})
+    known, unknown = (note.text for note in read(tmp_path).notes)
+    assert "optim.m" in known
+    assert "head.w" in unknown
+    assert "may be weights" in unknown

@@ -58,6 +58,10 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     metadata = parse_distcp_metadata(data, METADATA)
     names = list(metadata.tensors)
     weights = choose_weights(names, metadata.paths)
+    if not weights:
+        found = f"{format_count(len(names), 'tensors')}, all of the state of a training: {format_list(names, 3)}"
+        remedy = "name the folder with the model; an optimizer has one of its own beside it"
+        raise refuse("empty-source", str(folder), found, "weights", remedy)
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
     require_none(gather_parts(metadata, weights, shapes, parts))

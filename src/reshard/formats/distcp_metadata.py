@@ -161,7 +161,7 @@ def gather_parts(
 
 
 def describe_tensor(metadata: DistcpMetadata, name: str, seen: set[int]) -> tuple[tuple[int, ...], list[StoredPart]]:
-    """The shape of a tensor, and its parts. `seen` are the identities of the lists of parts so far: a hostile pickle can
+    """The shape of a tensor, and its parts. `seen` holds the identities of earlier lists of parts: a hostile pickle can
     name a long one for each of many tensors. Raises MetadataFault.
     """
     fields = get_fields(metadata.tensors[name], TENSOR)

@@ -77,7 +77,7 @@ def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
     if config_folder is None:
         return Folder(path, names, config, manifest, fault, boxed)
     other = read_other_config(find_folder(path), config, config_folder)
-    return Folder(path, names, other, manifest, fault, boxed, beside=config_folder if config is None else None)
+    return Folder(path, names, other, manifest, fault, boxed, beside=config_folder)
 
 
 def read_other_config(folder: Path, own: Mapping[str, Any] | None, config_folder: Path) -> Mapping[str, Any]:

@@ -49,9 +49,13 @@ def is_within_model(path: tuple[Any, ...]) -> bool:
 def note_training_state(names: Iterable[str], weights: Iterable[str], others: Sequence[str]) -> Iterator[Note]:
     """Notes the tensors that are no weights, and the entries that are no tensors."""
     taken = set(weights)
-    if left := [name for name in names if name not in taken]:
-        text = f"{format_count(len(left), 'tensors')} beside the weights, such as the state of an optimizer"
-        yield Note("left-aside", f"left aside: {text}: {format_list(left, 3)}")
+    left = [name for name in names if name not in taken]
+    if known := [name for name in left if STATES.fullmatch(name)]:
+        text = f"{format_count(len(known), 'tensors')} beside the weights, such as the state of an optimizer"
+        yield Note("left-aside", f"left aside: {text}: {format_list(known, 3)}")
+    if unknown := [name for name in left if not STATES.fullmatch(name)]:
+        text = f"{format_count(len(unknown), 'tensors')} that may be weights, but are not in the mapping of the model"
+        yield Note("left-aside", f"left aside: {text}: {format_list(unknown, 3)}")
     if others:
         count = "1 entry that is no tensor" if len(others) == 1 else f"{len(others):,} entries that are no tensors"
         yield Note("left-aside", f"left aside: {count}: {format_list(others, 3)}")
