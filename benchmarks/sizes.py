@@ -22,9 +22,9 @@ from families import FAMILIES, write_full
 from jobs import make_plan
 
 from reshard.errors import Refused
-from reshard.formats.folder import read_checkpoint
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint

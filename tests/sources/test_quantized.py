@@ -297,7 +297,7 @@ def test_fused_experts_that_no_recipe_knows_are_refused_and_the_hint_unfuses_the
         json.dumps({**config, "model_type": "unknown", "architectures": []})
     )
     with pytest.raises(Refused) as refused:
-        plan(tmp_path / "fused", mp=2, recipe="qwen3-moe")
+        plan(tmp_path / "fused", mp=2, recipe="glm-5")
     (problem,) = refused.value.problems
     assert (problem.kind, problem.subject) == ("fused-experts", "model.layers.0.mlp.experts.down_proj and 3 more")
     assert "save_original_format=True" in problem.remedy

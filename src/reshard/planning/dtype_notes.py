@@ -43,10 +43,10 @@ def find_module(name: str) -> tuple[str, ...]:
 
 
 def is_rounded_router_bias(kind: WeightGroup, modules: set[tuple[str, ...]]) -> bool:
-    """Whether biases are short, should be F32, and are of a module whose weight has a row for each expert."""
+    """Whether tensors are short, should be F32, and lie beside a weight that has a row for each expert."""
     rule = kind.rule
     is_short = kind.weights[0].dtype in SHORT and rule.code_dtype == FULL
-    return is_short and rule.left.endswith("bias") and find_module(rule.left) in modules
+    return is_short and not rule.left.endswith("weight") and find_module(rule.left) in modules
 
 
 def find_first(tensors: Sequence[Tensor]) -> Tensor:
