@@ -56,6 +56,7 @@ CASES = (
     Case("half in the cache, mp 16", "v3", 16, state="half"),
     Case("more than a third of memory, source warm, mp 16", "large", 16, pairs=3),
     Case("more than a third of memory, cold, mp 16", "large", 16, state="cold", pairs=3),
+    Case("fused for vLLM, warm, tp 4", "v3", 4, ("--for", "vllm")),
     Case("BF16 dense, half of it columns, mp 16", "dense", 16, pairs=3),
     Case("100,000 tiny tensors, mp 16", "tiny", 16),
     Case("FP8 to BF16, whole files", "v3", 0, ("--cast", "bf16")),
