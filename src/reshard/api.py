@@ -105,7 +105,7 @@ def convert(
         ranks: Write the files of these ranks only.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
-        config: The folder of config.json, tokenizer and the like, if none lie beside the tensors.
+        config: The folder to take config.json, tokenizer and the like from, in the place of the source.
         n_experts: The number of experts that there should be: any other is refused.
         tokenizer_path: The folder to take the tokenizer from, in the place of the source.
         jobs: Threads; by default as many as processors and disk can use.

@@ -273,3 +273,14 @@ def test_slices_without_a_config_are_refused_for_the_last_may_lack(models: Path)
         reshard.plan(models / "moe-slices", to="hf")
     assert [problem.kind for problem in refused.value.problems] == ["no-config"]
     assert refused.value.problems[0].remedy.endswith(" config")
+
+
+def test_the_side_files_are_those_of_the_named_folder(models: Path, tmp_path: Path) -> None:
+    # Also where an equal config lies beside the weights: there may be no tokenizer.
+    whole = original(models, "moe-grid")
+    source = copy_with_config(models / "moe-grid", whole, tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    reshard.convert(source, tmp_path / "target", to="hf", config=whole)
+    assert (tmp_path / "target" / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+    with pytest.raises(Refused, match="name its folder"):
+        reshard.plan(source, to="hf", config=whole / "config.json")

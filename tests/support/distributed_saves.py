@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,13 @@ def save_all(folder: Path) -> None:
 def main() -> None:
     """Becomes four processes: torch is imported only once."""
     import_module("torch._dynamo")  # which each would import by itself, for its optimizer
+    run_ranks(save_as_rank)
+
+
+def run_ranks(save_as: Callable[[int, Path], None]) -> None:
+    """Forks a process a rank, each of which saves into the folder that the command names, and exits with their fate."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=save_as_rank, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
+    processes = [context.Process(target=save_as, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,6 +1,5 @@
 """Small models as a training leaves them: saved by torch from four processes. Run as a program, it becomes them."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from distributed_saves import WORLD, distribute
+from distributed_saves import WORLD, distribute, run_ranks
 from made_once import make_once
 from small_models import write_model
 from stacked_models import read_tensors, write_stacked_model
@@ -78,13 +77,7 @@ def main() -> None:
     """Becomes four processes: torch and the models are imported only once."""
     for name in ("torch._dynamo", "transformers.models.qwen3_moe.modeling_qwen3_moe"):
         import_module(name)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=save_as_rank, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(any(process.exitcode for process in processes))
+    run_ranks(save_as_rank)
 
 
 if __name__ == "__main__":

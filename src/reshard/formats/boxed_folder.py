@@ -1,5 +1,6 @@
 """Recognises torch's distributed checkpoints by the names in a folder, and reads them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from reshard.formats.boxes import BoxedCheckpoint
@@ -14,24 +15,27 @@ def read_boxed(path: Path) -> BoxedCheckpoint | None:
 
     A folder with safetensors files that are whole is an ordinary checkpoint, whatever else lies in it. Raises Refused.
     """
-    if not is_boxed_folder(path):
-        return None
-    slices = list_slices(path)
-    return read_slices(path, slices) if slices else read_distcp(path)
+    names = list_entries(path) if path.is_dir() else ()
+    if slices := list_slices(names):
+        return read_slices(path, slices)
+    return read_distcp(path) if holds_distcp(path, names) else None
 
 
 def is_boxed_folder(path: Path) -> bool:
     """Whether a path is such a folder, by the names in it."""
-    if not path.is_dir():
-        return False
-    names = list_entries(path)
-    return bool(list_slices(path)) or (not any(map(is_safetensors_name, names)) and is_distcp_folder(path, names))
+    names = list_entries(path) if path.is_dir() else ()
+    return bool(list_slices(names)) or holds_distcp(path, names)
 
 
-def list_slices(folder: Path) -> list[str]:
-    """Lists the safetensors files of a folder, sorted, if all are slices by their names; else none."""
-    weights = sorted(filter(is_safetensors_name, list_entries(folder)))
+def list_slices(names: Sequence[str]) -> list[str]:
+    """Lists the safetensors files among the names of a folder, sorted, if all are slices by their names; else none."""
+    weights = sorted(filter(is_safetensors_name, names))
     return weights if is_sliced_folder(weights) else []
+
+
+def holds_distcp(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder with these names holds `.distcp` files, and no safetensors files."""
+    return bool(names) and not any(map(is_safetensors_name, names)) and is_distcp_folder(folder, names)
 
 
 def list_whole_files(path: Path) -> list[str]:

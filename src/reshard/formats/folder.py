@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.boxed_folder import list_whole_files, read_boxed
+from reshard.formats.boxed_folder import read_boxed
 from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.huggingface import (
     CONFIG,
@@ -15,6 +15,7 @@ from reshard.formats.huggingface import (
     SINGLE,
     FolderHeaders,
     find_folder,
+    list_safetensors_files,
     read_config,
     read_header,
     read_headers,
@@ -65,7 +66,7 @@ def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
     noted: not everyone who reads a folder needs it.
     """
     boxed = read_boxed(path)
-    names = () if boxed else tuple(list_whole_files(path))
+    names = () if boxed else tuple(list_safetensors_files(path))
     config = read_config(find_folder(path))
     manifest: Mapping[str, Any] = {}
     fault = None
@@ -87,8 +88,11 @@ def read_other_config(folder: Path, own: Mapping[str, Any] | None, config_folder
     other = read_config(config_folder)
     if other is None:
         found = f"no {CONFIG}" if config_folder.is_dir() else "no such folder"
+        remedy = "correct the path"
+        if config_folder.is_file():
+            found, remedy = "a file", f"name its folder: {config_folder.parent}"
         expected = f"a folder with the {CONFIG} of the model, and its tokenizer"
-        raise refuse("wrong-option", "--config", f"{found}: {config_folder}", expected, "correct the path")
+        raise refuse("wrong-option", "--config", f"{found}: {config_folder}", expected, remedy)
     if own is not None and own != other:
         found = f"{config_folder / CONFIG}, which says other things than {folder / CONFIG}"
         remedy = "leave --config out to take the one beside the weights; or correct that one"
