@@ -246,7 +246,7 @@ def test_what_would_cut_a_head_or_mix_the_halves_is_refused(
 def test_the_way_out_of_heads_without_a_number_is_no_number_of_ranks(heads: int | None, tmp_path: Path) -> None:
     refused = refusal(tmp_path, "rows of heads", 2, 8, heads)
     (remedy,) = (problem.remedy for problem in refused.problems)
-    assert remedy.endswith(f"one with heads; or give the right key in {tmp_path / 'table.toml'}")
+    assert remedy.endswith(f"one with heads; or --config FOLDER; or give the right key in {tmp_path / 'table.toml'}")
 
 
 @pytest.mark.parametrize(
