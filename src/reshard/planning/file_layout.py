@@ -147,6 +147,7 @@ def lay_out_files(
     """
     columns = make_columns(pieces)
     texts = write_entries(pieces)
+    uneven = np.isin(pieces.cut, [place for place, cut in enumerate(pieces.cuts) if cut.uneven is not None])
     files, parts = [], []
     names = [form.name for form in forms] or name_files(recipe, layout, pieces)
     for rank, name in enumerate(names):
@@ -155,16 +156,19 @@ def lay_out_files(
         if form:
             places = {name: place for place, name in enumerate(form.tensors)}
             chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
-        sizes = (columns.run * columns.rows)[chosen]
+        part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
+        sizes = measure_runs(columns, chosen, part) * columns.rows[chosen]
         begins, is_first = np.cumsum(sizes) - sizes, pieces.is_first[chosen]
         firsts, starts = chosen[is_first], begins[is_first]
         ends = np.append(starts[1:], sizes.sum())[: len(starts)]
+        for piece in firsts[uneven[firsts]].tolist():
+            shape = pieces.cuts[pieces.cut[piece]].compute_part_shape(part)
+            texts[piece] = encode_basestring(pieces.names[piece]) + format_entry_end(pieces.tensors[piece].dtype, shape)
         bounds = zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
         header = form.header if form else format_header([*write_metadata(recipe, layout, rank), *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, firsts, ends + len(header)))
-        part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
         parts.append(make_copies(columns, chosen, rank, part, begins + len(header)))
     return tuple(files), join_copies(parts)
 
@@ -254,13 +258,20 @@ def name_files(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
+def measure_runs(columns: Columns, chosen: Integers, part: int) -> Integers:
+    """Measures the bytes that one rank gets of each row of the chosen pieces: of uneven parts, what is left for it."""
+    run = columns.run[chosen]
+    return np.clip(columns.pitch[chosen] - part // columns.repeat[chosen] * run, 0, run)
+
+
 def make_copies(columns: Columns, chosen: Integers, file: int, part: int, target_offset: Integers) -> Copies:
     """Makes the copies of one file: of each piece the part of one rank. `target_offset` is in bytes.
 
     Contiguous rows become one run; empty tensors have no copy.
     """
-    rows, pitch, run = columns.rows[chosen], columns.pitch[chosen], columns.run[chosen]
-    source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * run
+    rows, pitch = columns.rows[chosen], columns.pitch[chosen]
+    source_offset = columns.source_offset[chosen] + part // columns.repeat[chosen] * columns.run[chosen]
+    run = measure_runs(columns, chosen, part)
     run = np.where(run == pitch, run * rows, run)
     rows = np.where(run >= pitch, 1, rows)
     pitch = np.where(rows == 1, run, pitch)

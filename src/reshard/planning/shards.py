@@ -41,7 +41,18 @@ class Cut:
     repeat: int
     """Number of consecutive ranks that get the same part."""
     shape: tuple[int, ...]
-    """Shape of one part, in elements."""
+    """Shape of one part, in elements; of uneven parts that of the first."""
+    uneven: tuple[int, int] | None = None
+    """Of parts that may differ: the dimension that is cut, and its length in elements. The last parts are shorter, or
+    empty. None if all parts are alike."""
+
+    def compute_part_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of the part of a rank, in elements."""
+        if self.uneven is None:
+            return self.shape
+        (dimension, length), most = self.uneven, self.shape[self.uneven[0]]
+        left = length - rank // self.repeat * most
+        return (*self.shape[:dimension], max(0, min(most, left)), *self.shape[dimension + 1 :])
 
 
 class Limit(NamedTuple):
@@ -84,6 +95,15 @@ def cut_along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
     rows = prod(tensor.shape[:dimension])
     pitch = tensor.size // rows if rows else 0
     return Cut(rows, pitch, pitch // parts, repeat, tuple(shape))
+
+
+def cut_unevenly(tensor: Tensor, dimension: int, most: int) -> Cut:
+    """Cuts a tensor into parts of `most` elements along a dimension, a rank each; the last ones are shorter or empty."""
+    length = tensor.shape[dimension]
+    rows = prod(tensor.shape[:dimension])
+    pitch = tensor.size // rows if rows else 0
+    shape = (*tensor.shape[:dimension], min(most, length), *tensor.shape[dimension + 1 :])
+    return Cut(rows, pitch, pitch // length * shape[dimension] if length else 0, 1, shape, (dimension, length))
 
 
 def cut_packed(tensor: Tensor, parts: int) -> Cut:
