@@ -26,6 +26,9 @@ from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
 from reshard.types import WHOLE, File
 
+COMPRESSION = 3
+"""Of zlib, for headers: level 6 takes 2.5 times as long and saves 4 %."""
+
 SAMPLE_SIZE = 64 << 10
 """Size of each of three samples of a source file's data (beginning, middle, end), in bytes."""
 
@@ -200,7 +203,7 @@ def pack_texts(plan: Plan) -> dict[str, str]:
 
 def pack_bytes(content: bytes) -> str:
     """Compresses bytes with zlib, as base64 text."""
-    return b64encode(zlib.compress(content, 6)).decode()
+    return b64encode(zlib.compress(content, COMPRESSION)).decode()
 
 
 NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not as it was"}
