@@ -144,7 +144,7 @@ def make_feed_forward(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def make_packed_experts(own: Tensors, inner: int, rank: int, ranks: int) -> dict[str, Tensor]:
-    """gpt-oss' experts in MXFP4, as `_load_weights_mxfp4` slices them, and its router. Some ranks have fewer channels."""
+    """gpt-oss' experts in MXFP4, as `_load_weights_mxfp4` slices them, and its router. The last rank may have fewer."""
     most = -(-(inner // 32) // ranks) * 32
     start, end = rank * most, min((rank + 1) * most, inner)
     up, down = (own[f"{PACKED}.{name}_proj_blocks"] for name in ("gate_up", "down"))

@@ -49,7 +49,7 @@ ALL_KEYS = (
     "by_name",
 )
 
-RELATIONS = ("same", FLATTEN, "dequantize", "drop", *FUSED)
+RELATIONS = ("same", "dequantize", "drop", FLATTEN, *FUSED)
 
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
