@@ -198,6 +198,40 @@ def test_verify_sees_parts_of_another_length_and_shape(made: tuple[Path, str], t
     assert [problem.expected for problem in found] == ["U8 [3, 5, 12]", "U8 [2, 3, 8]"]
 
 
+def test_rounding_keeps_to_the_parts(tmp_path: Path) -> None:
+    rows = """
+["flatten", "box.a", "box.a", "dimension 1 in blocks of 2", "[?, ?, 4]"],
+["same",    "box.b", "box.b", "dimension 0 in blocks of 3", "[?, ?]"],
+["same",    "box.c", "box.c", "first rank",                 "[?, ?]"],
+"""
+    recipe = write_recipe(tmp_path, rows)
+    random = np.random.default_rng(7)
+    shapes = {"box.a": (3, 5, 4), "box.b": (8, 6), "box.c": (3, 2)}
+    tensors = {name: random.integers(-99, 99, shape).astype(np.float32) for name, shape in shapes.items()}
+    write(tmp_path / "source", tensors)
+    convert_checkpoint(Job(tmp_path / "source", 3, recipe=recipe, cast="bf16"), tmp_path / "ranks")
+    wanted = {
+        "box.a": [part.reshape(3, -1) for part in np.split(tensors["box.a"], [2, 4], 1)],
+        "box.b": np.split(tensors["box.b"], [3, 6]),
+        "box.c": [tensors["box.c"], np.zeros((3, 2)), np.zeros((3, 2))],
+    }
+    for rank in range(3):
+        with reshard.open(tmp_path / "ranks" / name_rank(rank, 3), framework="numpy") as found:
+            for name, parts in wanted.items():
+                assert found[name].dtype == "BF16"
+                # These whole numbers have eight bits at most: nothing is lost.
+                values = (found[name][...].astype(np.uint32) << 16).view(np.float32)
+                assert np.array_equal(values, parts[rank]), f"{name} of rank {rank}"
+    for sample in (None, 0.01):
+        assert reshard.verify(tmp_path / "ranks", tmp_path / "source", recipe=recipe, sample=sample).problems == ()
+    path = tmp_path / "ranks" / name_rank(2, 3)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of box.c, where zeros should be
+    path.write_bytes(content)
+    (problem,) = reshard.verify(tmp_path / "ranks", tmp_path / "source", recipe=recipe).problems
+    assert (problem.kind, problem.subject) == ("differs", f"{path.name}: box.c")
+
+
 @pytest.mark.parametrize("shape", [(2, 7, 1 << 20, 2), (900, 7, 600, 2), (7, 3, 1 << 19, 2)])
 def test_parts_longer_or_more_than_a_window_holds(shape: tuple[int, ...], tmp_path: Path) -> None:
     dimension = shape.index(7)
@@ -248,7 +282,7 @@ def test_a_rank_that_would_get_nothing_is_refused_with_the_numbers_that_work(
     [
         ("last", ((2, 3, 10), (2, 3, 10)), ("parts of 10, 10 in the ranks", "12, 8")),
         ("last", ((2, 3, 20), (2, 3, 0)), ("parts of 20, 0 in the ranks", "12, 8")),
-        ("last", ((2, 3, 12), (2, 2, 8)), ("U8 [2, 2, 0] and U8 [2, 3, 0]", "one dtype and shape")),
+        ("last", ((2, 3, 12), (2, 2, 8)), ("U8 [2, 2, 8] and U8 [2, 3, 12]", "one dtype and shape")),
         ("joined", ((3, 5, 14), (3, 5, 14)), ("U8 [3, 5, 14]", "a multiple of 4 at the end")),
         ("wide", ((3, 6, 8), (3, 8, 8)), ("parts of 6, 8 in the ranks", "8, 6")),
         ("one", ((5, 6), (4, 6)), ("U8 [4, 6] and U8 [5, 6]", "one dtype and shape")),

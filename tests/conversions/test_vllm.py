@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from headers_by_recipe import make_headers
 from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from small_models import write_model
@@ -16,6 +17,13 @@ from vllm_oracle import LIST, make_rank_tensors, write_rank_files
 
 from reshard import api, load
 from reshard.errors import Refused
+from reshard.formats.manifest import Origin
+from reshard.planning.planner import make_plan
+from reshard.planning.rank_choices import list_rank_choices
+from reshard.recipes.recipe import load_recipe
+from reshard.sources.match import match
+from reshard.sources.source import Source
+from reshard.types import Layout
 
 WANTED: dict[str, Any] = json.loads(LIST.read_text())
 OF_FP8 = re.compile(rf"{SCALE}$|\.attn\.[a-z]+_scale$")
@@ -247,6 +255,40 @@ def test_ranks_that_blocks_and_heads_of_gpt_oss_do_not_suit_are_refused(ranks: i
     problems = caught.value.problems
     assert any(words in problem.subject for problem in problems)
     assert all(problem.remedy == "mp with one of 1, 2, 4" for problem in problems)
+
+
+GPT_OSS_20B: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201_088,
+    "num_local_experts": 32,
+    "num_hidden_layers": 1,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+"""As published, with one layer: 90 blocks of 32 inner channels."""
+
+WIDTHS = {1: [2880], 2: [1440, 1440], 4: [736, 736, 736, 672], 8: [*[384] * 7, 192]}
+"""By the number of ranks: the inner channels of each rank."""
+
+
+def test_the_published_gpt_oss_goes_to_eight_ranks() -> None:
+    recipe = load_recipe("vllm-gpt-oss")
+    checkpoint = make_headers(recipe, GPT_OSS_20B)
+    source = Source(checkpoint.folder, checkpoint, recipe, match(checkpoint, recipe), Origin())
+    assert [choice.ranks for choice in list_rank_choices(source, Layout(0))] == list(WIDTHS)
+    for ranks, widths in WIDTHS.items():
+        plan = make_plan(source, Layout(ranks))
+        for rank, width in enumerate(widths):
+            shapes = {tensor.name.rpartition(".")[2]: tensor.shape for tensor in plan.tensors(rank)}
+            assert shapes["w13_weight"] == (32, 2 * width, 1440)
+            assert shapes["w13_weight_scale"] == (32, 2 * width, 90)
+            assert shapes["w2_weight"] == (32, 2880, width // 2)
+            assert shapes["w2_weight_scale"] == (32, 2880, width // 32)
+            assert (shapes["w13_bias"], shapes["w2_bias"]) == ((32, 2 * width), (32, 2880))
 
 
 def test_a_stored_head_of_a_tied_model_is_left_out(tmp_path: Path) -> None:

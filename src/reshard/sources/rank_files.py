@@ -120,9 +120,9 @@ def check_holders(held: Collection[ShardedTensor], ranks: int) -> Iterator[Probl
         if here != wanted:
             text = f"in ranks {format_numbers(here)}"
             yield Problem("wrong-ranks", found.name, text, f"in ranks {format_numbers(wanted)}", AGAIN)
-        kinds = {(tensor.dtype, hide_uneven(tensor.shape, found)) for tensor in found.by_rank.values()}
+        kinds = {(one.dtype, hide_uneven(one.shape, found)): one for one in found.by_rank.values()}
         if len(kinds) > 1:
-            text = " and ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(kinds))
+            text = " and ".join(f"{kinds[kind].dtype} {list(kinds[kind].shape)}" for kind in sorted(kinds))
             yield Problem("wrong-shape", found.name, text, "one dtype and shape in all ranks", AGAIN)
         elif found.rule.split.step and here == wanted:
             yield from check_uneven_parts(found)
