@@ -125,10 +125,10 @@ def cut_packed(tensor: Tensor, parts: int) -> Cut:
 def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
     """Cuts a tensor that is no block scale. It must have been checked before that the split suits its shape."""
     dimension = split.dimension
+    if split.step and dimension is not None and parts > 1:
+        return cut_unevenly(tensor, dimension, measure_largest_part(tensor.shape[dimension], split.step, ranks))
     if dimension is None or parts == 1:
         return cut_nothing(tensor, ranks)
-    if split.step:
-        return cut_unevenly(tensor, dimension, measure_largest_part(tensor.shape[dimension], split.step, ranks))
     return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
 
 

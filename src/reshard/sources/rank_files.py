@@ -139,7 +139,7 @@ def hide_uneven(shape: Shape, found: ShardedTensor) -> Shape:
 def check_uneven_parts(found: ShardedTensor) -> Iterator[Problem]:
     """Reports parts that do not have the lengths into which so many ranks cut all of them together."""
     split, ranks = found.rule.split, len(found.by_rank)
-    shapes = [found.by_rank[rank].shape for rank in sorted(found.by_rank)]
+    shapes = [tensor.shape for _, tensor in sorted(found.by_rank.items())]
     if split.dimension is None or len(shapes[0]) <= split.dimension:
         return
     lengths = [shape[split.dimension] for shape in shapes]
