@@ -24,8 +24,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
 from vllm_models import MXFP4
 
-TOO_SMALL = {("B12X_MXFP4_BF16", 4)}
-"""Kernels and ranks where vLLM itself cannot load the checkpoint: its parameters have no room for whole blocks."""
+TOO_SMALL = {("B12X_MXFP4_BF16", 2), ("B12X_MXFP4_BF16", 4)}
+"""Kernels and ranks where vLLM itself cannot load the checkpoint: its parameters have no room for whole blocks, but in
+the last rank, which has fewer."""
 
 DAMAGED = "model.layers.1.mlp.experts.routed_experts.w2_bias"
 
@@ -75,18 +76,19 @@ def compare(rank: int, ranks: int, source: Path, target: Path, store: str) -> No
     """Compares what this rank has from the checkpoint and from its file, for each kind of kernels."""
     start_group(rank, ranks, store, source)
     warnings = Warnings()
-    logging.getLogger("vllm.model_executor.model_loader.sharded_state_loader").addHandler(warnings)
+    logger = logging.getLogger("vllm.model_executor.model_loader.sharded_state_loader")
+    logger.addHandler(warnings)
+    logger.propagate = False  # or the screen is full of them
     shapes = {key: tensor.shape for key, tensor in load_file(target / f"model-rank-{rank}-part-0.safetensors").items()}
     for kernels in KERNELS:
         force_mxfp4(kernels)
         warnings.names = set()
         wanted, found = load(source, ranks, "auto"), load(target, ranks, STATE)
-        if (kernels, ranks) in TOO_SMALL:
-            require(wanted is None and found is None, f"{kernels} at {ranks} ranks takes it")
+        is_refused = (kernels, ranks) in TOO_SMALL and rank < ranks - 1
+        require((wanted is None) == (found is None) == is_refused, f"{kernels} at {ranks} ranks, rank {rank}: loaded?")
+        if wanted is None or found is None:
             tell(rank, f"{kernels} at {ranks} ranks: neither loads, as expected")
             continue
-        if wanted is None or found is None:
-            sys.exit(f"{kernels} at {ranks} ranks: not loaded")
         require(not (wrong := find_differences(wanted, found)), f"{kernels} at {ranks} ranks, rank {rank}: {wrong}")
         larger = {key for key, shape in shapes.items() if shape != wanted[key].shape}
         require(warnings.names == larger, f"{kernels}: warnings of {warnings.names ^ larger}")

@@ -168,7 +168,7 @@ def write_case(folder: Path, /, name: str) -> None:
 
 
 def pack_experts(folder: Path) -> None:
-    """Puts random MXFP4 experts in the place of those in BF16, as OpenAI's checkpoints have them."""
+    """Puts random MXFP4 experts in the place of those in BF16, as OpenAI's checkpoints have them; and random biases."""
     tensors = read_and_remove(folder)
     random = torch.Generator().manual_seed(11)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -176,6 +176,8 @@ def pack_experts(folder: Path) -> None:
         shape = experts, after, before // 32
         tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=random, dtype=torch.uint8)
         tensors[f"{name}_scales"] = torch.randint(117, 124, shape, generator=random, dtype=torch.uint8)
+    for name in [name for name in tensors if "experts." in name and name.endswith("_bias")]:
+        tensors[name] = (torch.randn(tensors[name].shape, generator=random) * 0.1).bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     exempt = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
