@@ -210,7 +210,7 @@ def test_rounding_keeps_to_the_parts(tmp_path: Path) -> None:
     tensors = {name: random.integers(-99, 99, shape).astype(np.float32) for name, shape in shapes.items()}
     write(tmp_path / "source", tensors)
     convert_checkpoint(Job(tmp_path / "source", 3, recipe=recipe, cast="bf16"), tmp_path / "ranks")
-    wanted = {
+    wanted: dict[str, list[Array]] = {
         "box.a": [part.reshape(3, -1) for part in np.split(tensors["box.a"], [2, 4], 1)],
         "box.b": np.split(tensors["box.b"], [3, 6]),
         "box.c": [tensors["box.c"], np.zeros((3, 2)), np.zeros((3, 2))],

@@ -58,4 +58,5 @@ def start_group(rank: int, ranks: int, store: str, folder: Path) -> None:
 def build_model(config: VllmConfig) -> torch.nn.Module:
     """A model as vLLM builds it before it loads a file."""
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
-        return initialize_model(config)
+        model: torch.nn.Module = initialize_model(config)
+    return model
