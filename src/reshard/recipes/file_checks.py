@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.formats.json_input import is_plain
+from reshard.recipes.flattening import FLATTEN
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import PLACEHOLDER
 from reshard.recipes.placeholder_checks import Fault
@@ -19,6 +20,8 @@ def check_files(table: Mapping[str, Any]) -> Iterator[Fault]:
         rows = [row for row in table.get("rules") or () if isinstance(row, list) and row]
         if not any(row[0] in FUSED for row in rows):
             yield ("files",), f"{files!r} without a fused tensor", "a concat or a stack: by it such files are known"
+        if any(row[0] == FLATTEN for row in rows):
+            yield ("files",), f"{FLATTEN}, with {files!r}", "rank files: of whole files it is not read back"
         for key in ("constants", "scales", "run"):
             if table.get(key):
                 yield (key,), f"{key}, with {files!r}", "rank files: of whole files it is not read back"

@@ -17,6 +17,7 @@ SPLITS = {
     "columns": Split("columns", COLUMNS),
     "padded rows": Split("padded rows", ROWS, is_padded=True),
     "packed rows": Split("packed rows", ROWS, is_packed=True),
+    "first rank": Split("first rank", ROWS, is_padded=True, is_first=True),
 }
 """The splits that name nothing of the recipe or of the config."""
 
@@ -26,7 +27,7 @@ PADDED = re.compile(r"rows padded to ([1-9][0-9]{0,5})")
 
 MEMBERS = re.compile(r"by ([a-z])")
 
-DIMENSION = re.compile(r"dimension ([0-9])")
+DIMENSION = re.compile(r"dimension ([0-9])(?: in blocks of ([1-9][0-9]{0,5}))?")
 
 
 def parse_split(text: str) -> Split | None:
@@ -38,7 +39,7 @@ def parse_split(text: str) -> Split | None:
     if found := PADDED.fullmatch(text):
         return Split(text, ROWS, is_padded=True, multiple=int(found[1]))
     if found := DIMENSION.fullmatch(text):
-        return Split(text, int(found[1]))
+        return Split(text, int(found[1]), step=int(found[2] or 0))
     return SPLITS.get(text)
 
 
@@ -50,14 +51,17 @@ def check_split(
     """
     text, split = rule.split.text, parse_split(rule.split.text)
     if not split or (split.placeholder and split.placeholder not in placeholders):
-        others = "'rows of' and a config key, 'dimension' and a digit, or 'by' and a placeholder of the row"
+        others = "'rows of' and a config key, 'dimension' and a digit, the same 'in blocks of' a number, "
+        others += "or 'by' and a placeholder of the row"
         yield repr(text), f"a split: {', '.join(SPLITS)}, {others}"
         return
-    if is_fused and (split.is_padded or split.is_packed or split.placeholder):
+    if is_fused and (split.is_padded or split.is_packed or split.placeholder or split.step):
         others = "'dimension' and a digit, or 'rows of' a config key"
         yield repr(text), f"a split for a {rule.relation}: replicate, rows, columns, {others}"
     if is_scaled and split.dimension not in (None, ROWS, COLUMNS):
         yield repr(text), "rows or columns: a weight with block scales has two dimensions"
+    elif is_scaled and (split.step or split.is_first):
+        yield repr(text), "rows, columns, or another split into equal parts, for a weight with block scales"
 
 
 def make_rule(relation: str, left: str, right: str, split: str, shape: str = "", only: str = "") -> Rule:
@@ -76,3 +80,11 @@ def count_parts(ranks: int, heads: int) -> int:
     if not heads or heads % ranks == 0:
         return ranks
     return heads if ranks % heads == 0 else 0
+
+
+def measure_largest_part(length: int, step: int, ranks: int) -> int:
+    """Measures the parts into which ranks cut a length in blocks of `step`, in elements: each rank has as many blocks
+    as the first, but the last ones, which have what is left.
+    """
+    blocks = -(-length // step)
+    return -(-blocks // ranks) * step

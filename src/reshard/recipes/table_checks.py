@@ -13,6 +13,7 @@ from reshard.recipes.alternatives import is_choice_of_config
 from reshard.recipes.code_dtypes import KEY as CODE_DTYPES
 from reshard.recipes.code_dtypes import check_code_dtypes, check_listed_names
 from reshard.recipes.file_checks import check_files
+from reshard.recipes.flattening import FLATTEN, check_flatten
 from reshard.recipes.formulas import MOST_STEPS, parse_formula, parse_shape, takes_too_long
 from reshard.recipes.fusion_checks import check_constants, check_fusions, holds_fused
 from reshard.recipes.fusions import FUSED, find_stacked
@@ -48,7 +49,7 @@ ALL_KEYS = (
     "by_name",
 )
 
-RELATIONS = ("same", "dequantize", "drop", *FUSED)
+RELATIONS = ("same", "dequantize", "drop", FLATTEN, *FUSED)
 
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
@@ -217,8 +218,20 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
                 yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
     if all(is_list_of_strings(row) and len(row) in (4, 5, 6) for row in table["rules"]):
         yield from check_fusions(table["rules"], placeholders)
-        if table.get("padded") and any(row[0] in FUSED for row in table["rules"]):
-            yield ("padded",), repr(table["padded"]), "no padded keys beside fused tensors: their parts are not padded"
+        yield from check_padded_keys(table)
+
+
+def check_padded_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Finds keys that padding may raise beside rows that are not padded."""
+    if not table.get("padded"):
+        return
+    if any(row[0] in FUSED for row in table["rules"]):
+        yield ("padded",), repr(table["padded"]), "no padded keys beside fused tensors: their parts are not padded"
+    rules = [make_rule(*row) for row in table["rules"]]
+    others = [rule for rule in rules if rule.relation == FLATTEN or rule.split.step or rule.split.is_first]
+    if others:
+        expected = f"no padded keys beside {others[0].relation!r}, {others[0].split.text!r}, which is not padded"
+        yield ("padded",), repr(table["padded"]), expected
 
 
 def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -241,11 +254,14 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
     yield from check_sides(rule, scales)
     yield from check_assignment(rule, placeholders)
     letters = PLACEHOLDER.findall(rule.left)
+    is_scaled = any(letter in scales for letter in letters)
+    if rule.relation == FLATTEN:
+        yield from check_flatten(rule, is_scaled=is_scaled)
     yield from check_split(
         rule,
         [letter for letter in letters if letter in placeholders],
         is_fused=rule.relation in FUSED,
-        is_scaled=any(letter in scales for letter in letters),
+        is_scaled=is_scaled,
     )
 
 

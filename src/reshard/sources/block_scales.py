@@ -9,6 +9,7 @@ from typing import Any
 from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.errors import MOST_PROBLEMS, Problem
 from reshard.recipe_types import BlockScale, Recipe, Rule
+from reshard.recipes.flattening import FLATTEN
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.exemptions import read_exemptions
@@ -225,15 +226,15 @@ def check_against_config(
         weight = kind.weights[0]
         if not kind.scales and kind.rule.relation != "drop":
             yield from check_dtypes(kind, config or {})
-        if config is None or not kind.rule.shape:
+        if not kind.rule.shape or (config is None and kind.rule.relation != FLATTEN):
             continue
-        shape = compute_shape(kind.rule.shape, config, recipe.sizes)
+        shape = compute_shape(kind.rule.shape, config or {}, recipe.sizes)
         found = find_logical_shape(weight, kind.scaling)
         if len(shape) == len(found) and all(a in (None, b) for a, b in zip(shape, found, strict=True)):
             continue
         wanted = f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
         for tensor in kind.weights:
-            expected = f"{wanted}, by config.json: {kind.rule.shape}"
+            expected = f"{wanted}, by {'the recipe' if config is None else 'config.json'}: {kind.rule.shape}"
             yield Problem(
                 "wrong-shape", tensor.name, f"shape {list(found)}", expected, "is config.json another model's?"
             )

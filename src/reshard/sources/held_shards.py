@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from reshard.errors import Problem, Refused
+from reshard.errors import Problem, Refused, refuse
 from reshard.formats.huggingface import FolderHeaders
 from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.alternatives import list_rules
+from reshard.recipes.flattening import FLATTEN, read_last_length
 from reshard.recipes.formulas import count_heads
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
@@ -19,7 +20,7 @@ from reshard.recipes.patterns import (
     make_patterns,
     split_names,
 )
-from reshard.sources.fused_shards import FusedPattern, PartShard, RowShares, list_fused_patterns
+from reshard.sources.fused_shards import DAMAGED, FusedPattern, PartShard, RowShares, list_fused_patterns
 from reshard.sources.match import suggest_rule
 from reshard.types import Tensor
 
@@ -127,7 +128,20 @@ def list_part_shards(
     if fused := patterns.fused.get(pattern):
         return shares.split(tensor, fused, numbers)
     (name,) = pattern.renamed([numbers])
-    return [PartShard(pattern.rule, name, tensor)]
+    rule = shares.recipe.rules[pattern.rule]
+    shard = unflatten_shard(tensor, rule, shares.files[tensor.file]) if rule.relation == FLATTEN else tensor
+    return [PartShard(pattern.rule, name, shard)]
+
+
+def unflatten_shard(tensor: Tensor, rule: Rule, file: str) -> Tensor:
+    """Makes two dimensions again of the last one of a flattened shard, as its row says. Raises Refused if it is no
+    multiple.
+    """
+    last = read_last_length(rule)
+    if not tensor.shape or tensor.shape[-1] % last:
+        found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"a multiple of {last} at the end, for {rule.shape}"
+        raise refuse("wrong-shape", f"{file}: {tensor.name}", found, expected, DAMAGED)
+    return tensor._replace(shape=(*tensor.shape[:-1], tensor.shape[-1] // last, last))
 
 
 def list_kinds(recipe: Recipe, config: Mapping[str, Any]) -> dict[tuple[int, bool], ShardedTensor]:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reshard.errors import Problem
+from reshard.numbered_names import split_name
 from reshard.recipe_types import Recipe
+from reshard.recipes.patterns import make_pattern
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.problem_order import sort_by_layer
 from reshard.sources.quantization_config import CODES, Promise, read_promise
@@ -52,6 +54,9 @@ COMPANIONS: tuple[str, ...] = (
 
 ENDS = (*dict.fromkeys(end for _, ends in FORMATS for end in ends), *COMPANIONS)
 
+BLOCKS = "_blocks"
+"""The end of names of MXFP4 weights, two values in a byte. Without it, it is the name of the same in floating point."""
+
 SERVED = ("FP8", "MXFP4", "compressed-tensors")
 """Methods that some recipe takes. With such a recipe, an unknown name is more than the method can explain."""
 
@@ -85,13 +90,17 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
     own = list_own_ends(recipe) if recipe else ()
     marked = [tensor.name for tensor in unknown if tensor.name.endswith(ENDS) and not tensor.name.endswith(own)]
     by_names = find_format(marked)
-    if not by_names and recipe and (fused := find_fused_experts(recipe, unknown)):
-        return fused
+    if (
+        not by_names
+        and recipe
+        and (found := find_fused_experts(recipe, unknown) or find_plain_experts(recipe, unknown))
+    ):
+        return found
     codes = [tensor.name for tensor in unknown if tensor.dtype in CODES]
     is_served = promise is not None and promise.method in SERVED and (recipe is None or takes_codes(recipe))
     if not by_names and not (promise and codes and (recipe is None or not is_served)):
         return None
-    found = describe_format(promise, by_names, marked or codes)
+    described = describe_format(promise, by_names, marked or codes)
     remedy = suggest_source(checkpoint.config or {})
     if recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
         remedy = ""
@@ -101,7 +110,7 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
         remedy = f"first write it in BF16, in a run of its own: {remedy}; then convert OTHER"
     elif recipe and by_names == FP8_BLOCKS:
         remedy += f"; or is it another model than those of {recipe.name}? then another --recipe"
-    return Problem("quantized", str(checkpoint.folder), found, describe_accepted(recipe), remedy)
+    return Problem("quantized", str(checkpoint.folder), described, describe_accepted(recipe), remedy)
 
 
 def list_own_ends(recipe: Recipe) -> tuple[str, ...]:
@@ -134,7 +143,7 @@ def describe_accepted(recipe: Recipe | None) -> str:
     parts = ["BF16, F16 or F32"]
     scales = recipe.scales.values()
     parts += [f"{'packed FP4' if scale.packed else 'FP8'} with block scales named {scale.left}" for scale in scales]
-    if any(rule.left.endswith("_blocks") for rule in recipe.rules):
+    if any(rule.left.endswith(BLOCKS) for rule in recipe.rules):
         parts.append("MXFP4 as blocks and scales")
     if any(rule.shape.startswith("F8_") for rule in recipe.rules):
         parts.append("FP8 with a weight_scale for each row")
@@ -169,6 +178,22 @@ def find_fused_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | N
     remedy += "model._weight_conversions = None; model.save_pretrained(OTHER_FOLDER, save_original_format=True); "
     remedy += "convert OTHER_FOLDER"
     return Problem("fused-experts", f"{first}{others}", found, f"a tensor for each expert: {known}", remedy)
+
+
+def find_plain_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | None:
+    """Finds experts in floating point, under a recipe that has them in MXFP4 only."""
+    lefts = [rule.left for rule in recipe.rules if rule.left.endswith(BLOCKS)]
+    keys = {make_pattern(0, left.removesuffix(BLOCKS), "", is_scale=False).key: left for left in lefts}
+    plain = {tensor.name: tensor for tensor in unknown if split_name(tensor.name)[0] in keys}
+    if not plain:
+        return None
+    names = list(plain)
+    first = plain[names[sort_by_layer(names)[0]]]
+    others = f" and {len(plain) - 1:,} more" if len(plain) > 1 else ""
+    expected = f"MXFP4, as blocks and scales: {keys[split_name(first.name)[0]]}"
+    remedy = f"give {recipe.engine} the checkpoint itself; or without --for: the model's own layout"
+    remedy = remedy if recipe.engine else "another --recipe"
+    return Problem("wrong-dtype", f"{first.name}{others}", f"experts in {first.dtype}", expected, remedy)
 
 
 def is_fused(name: str) -> bool:

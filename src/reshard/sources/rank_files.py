@@ -10,7 +10,7 @@ from reshard.numbered_names import split_name
 from reshard.recipe_types import BlockScale, Recipe
 from reshard.recipes.formulas import compute_shape
 from reshard.recipes.patterns import WEIGHT
-from reshard.recipes.splits import HALVES, count_parts
+from reshard.recipes.splits import HALVES, count_parts, measure_largest_part
 from reshard.sources.held_shards import CollectedShards, ShardedTensor
 from reshard.text import format_numbers
 from reshard.types import COMPARE, FIRST, Checkpoint, Join, Tensor
@@ -54,7 +54,7 @@ def assemble_checkpoint(
         parts = split_into_parts(found, held.get(name_weight(found)), ranks, replicas=replicas)
         together = join_shape(found, parts)
         told = compute_told_shape(found, together, recipe, config or {})
-        shape = tuple((shapes or {}).get(name, told or together))
+        shape = find_original_shape(found, together, told, shapes or {})
         knows = shapes is not None or bool(told or (ranks == 1 and not found.rule.split.multiple))
         problems.extend(check_shape(found, shape, together, knows=knows))
         tensors[name] = unpack_fp4(assemble_tensor(found, parts, shape, together, ranks, joins), found)
@@ -69,12 +69,25 @@ def order_by_numbers(name: str) -> tuple[Any, ...]:
     return tuple((piece, int(number)) for piece, number in zip(pieces, (*numbers, "0"), strict=False))
 
 
+def find_original_shape(
+    found: ShardedTensor, together: Shape, told: Shape | None, shapes: Mapping[str, Sequence[int]]
+) -> Shape:
+    """Finds the original shape of a tensor: in the manifest, else the one that is told, else that of all parts. What
+    rank 0 has is told without doubt.
+    """
+    if found.rule.split.is_first and told:
+        return told
+    return tuple(shapes.get(found.name, told or together))
+
+
 def compute_told_shape(
     found: ShardedTensor, together: Shape, recipe: Recipe, config: Mapping[str, Any]
 ) -> Shape | None:
-    """Computes the original shape of a tensor that is padded to a multiple, by recipe and config; None of others, and
-    if the config does not tell.
+    """Computes the original shape of a padded tensor: if it is padded to a multiple, by recipe and config; if rank 0
+    has all of it, from the shape of all ranks together. None of others, and if the config does not tell.
     """
+    if found.rule.split.is_first and together:
+        return (together[0] // len(found.by_rank), *together[1:])
     if not found.rule.split.multiple or not found.rule.shape or found.is_scale or not together:
         return None
     rows = next(iter(compute_shape(found.rule.shape, config, recipe.sizes)), None)
@@ -107,10 +120,35 @@ def check_holders(held: Collection[ShardedTensor], ranks: int) -> Iterator[Probl
         if here != wanted:
             text = f"in ranks {format_numbers(here)}"
             yield Problem("wrong-ranks", found.name, text, f"in ranks {format_numbers(wanted)}", AGAIN)
-        kinds = {(tensor.dtype, tensor.shape) for tensor in found.by_rank.values()}
+        kinds = {(one.dtype, hide_uneven(one.shape, found)): one for one in found.by_rank.values()}
         if len(kinds) > 1:
-            text = " and ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(kinds))
+            text = " and ".join(f"{kinds[kind].dtype} {list(kinds[kind].shape)}" for kind in sorted(kinds))
             yield Problem("wrong-shape", found.name, text, "one dtype and shape in all ranks", AGAIN)
+        elif found.rule.split.step and here == wanted:
+            yield from check_uneven_parts(found)
+
+
+def hide_uneven(shape: Shape, found: ShardedTensor) -> Shape:
+    """Hides the length in which the parts of a tensor may differ."""
+    dimension = found.rule.split.dimension
+    if not found.rule.split.step or dimension is None or len(shape) <= dimension:
+        return shape
+    return (*shape[:dimension], 0, *shape[dimension + 1 :])
+
+
+def check_uneven_parts(found: ShardedTensor) -> Iterator[Problem]:
+    """Reports parts that do not have the lengths into which so many ranks cut all of them together."""
+    split, ranks = found.rule.split, len(found.by_rank)
+    shapes = [tensor.shape for _, tensor in sorted(found.by_rank.items())]
+    if split.dimension is None or len(shapes[0]) <= split.dimension:
+        return
+    lengths = [shape[split.dimension] for shape in shapes]
+    most = measure_largest_part(sum(lengths), split.step, ranks)
+    wanted = [max(0, min(most, sum(lengths) - rank * most)) for rank in range(ranks)]
+    if lengths != wanted or not all(lengths):
+        here, there = (", ".join(map(str, some)) for some in (lengths, wanted))
+        expected = f"{there}, and something in each: so they share {sum(lengths):,} by {split}"
+        yield Problem("wrong-shape", found.name, f"parts of {here} in the ranks", expected, AGAIN)
 
 
 def name_weight(found: ShardedTensor) -> str:
@@ -143,7 +181,7 @@ def join_shape(found: ShardedTensor, parts: Parts) -> Shape:
     """Joins the shapes of all parts, padding included, in elements."""
     shape, dimension = list(parts[0][0].shape), found.rule.split.dimension
     if dimension is not None and len(parts) > 1 and len(shape) > dimension:
-        shape[dimension] *= len(parts)
+        shape[dimension] = sum(part[0].shape[dimension] for part in parts)
     return tuple(shape)
 
 

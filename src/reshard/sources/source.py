@@ -208,6 +208,8 @@ def read_rank_files(
             raise
         # They may be the engine's own, of a version that the recipe does not know.
         found, expected = "rank files for an engine, by their names", f"those of {recipes[0].name}: {recipes[0].about}"
+        if len(recipes) > 1:
+            expected = f"those of {recipes[0].engine}, by one of {format_list((one.name for one in recipes), 99)}"
         last = Problem("rank-files", str(folder.path), found, expected, MADE_FROM)
         raise Refused([*refused.problems, last]) from None
 

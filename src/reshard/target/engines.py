@@ -55,7 +55,7 @@ VLLM_CASTS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "glm4-moe"), ("", "bf16")),
     **dict.fromkeys(("vllm-llama", "vllm-qwen2", "vllm-qwen3", "vllm-qwen3-moe", "vllm-mixtral"), ("", "bf16")),
     **dict.fromkeys(("vllm-deepseek-v2", "vllm-deepseek-v3"), ("", "bf16")),
-    **dict.fromkeys(("deepseek-v4", "glm4-moe-fp8", "gpt-oss"), ("",)),
+    **dict.fromkeys(("deepseek-v4", "glm4-moe-fp8", "gpt-oss", "vllm-gpt-oss"), ("",)),
 }
 """By recipe: the values of `--cast` after which whole files are read by vLLM."""
 

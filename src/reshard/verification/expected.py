@@ -1,18 +1,18 @@
-"""Computes for a target tensor what it should be: its name in the source, its conversion, its box of the tensor."""
+"""Computes for a target tensor what it should be: its name in the source, its conversion, its padded shape."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from math import prod
 from typing import Any, NamedTuple
 
 from reshard.numbered_names import split_name
-from reshard.recipe_types import BlockScale, Recipe, Rule, Split
+from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.alternatives import list_rules
 from reshard.recipes.formulas import UnknownKey, compute_formula, compute_shape, parse_shape
 from reshard.recipes.fusions import FUSED, list_fusions
 from reshard.recipes.patterns import WEIGHT, Pattern, find_later_members, find_scale_placeholder, make_patterns
 from reshard.types import Checkpoint, Tensor
+from reshard.verification.expected_boxes import find_padded_step, find_split_dimension
 
 
 class SourcePlace(NamedTuple):
@@ -102,6 +102,9 @@ def invert_rule(
 
 
 SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND = "same", "dequantize", "fp4-to-fp8", "quantize", "round"
+
+FLATTENED = "flatten"
+"""The relation of tensors whose last two dimensions are one on the right."""
 
 FILL = "fill"
 """Makes the constants of a recipe."""
@@ -233,106 +236,13 @@ class PaddedDimensions(NamedTuple):
         if rule is None or is_whole or not shape:
             return shape
         if rule.split.is_padded:
-            step = find_padded_step(rule.split, parts)
+            step = find_padded_step(rule.split, shape[0], parts)
             return (-(-shape[0] // step) * step, *shape[1:])
         full = list(shape)
         for place in self.dimensions(rule) if len(found) == len(shape) else ():
             length = found[place] * (parts if find_split_dimension(rule.split) == place else 1)
             full[place] = max(length, full[place])
         return tuple(full)
-
-
-PADDED_TO, DIMENSION = "rows padded to ", "dimension "
-
-SPLIT_DIMENSIONS = {"rows": 0, "padded rows": 0, "packed rows": 0, "columns": 1}
-
-
-def find_split_dimension(split: Split) -> int | None:
-    """The dimension that a split of a recipe cuts; None if it cuts none. Not taken from the split itself, by which the
-    planner cuts.
-    """
-    if split.text.startswith(DIMENSION):
-        return int(split.text.removeprefix(DIMENSION))
-    return 0 if split.heads_key or split.text.startswith(PADDED_TO) else SPLIT_DIMENSIONS.get(split.text)
-
-
-def find_padded_step(split: Split, parts: int) -> int:
-    """The number that padded rows become a multiple of, in elements: the one that the split names, or the parts."""
-    return int(split.text.removeprefix(PADDED_TO)) if split.text.startswith(PADDED_TO) else parts
-
-
-def find_part_of_rank(ranks: int, rank: int, heads: int) -> tuple[int, int]:
-    """The number of parts of a tensor, and the index of the part that a rank holds. With fewer heads than ranks,
-    several ranks hold the same head. `heads` is 0 if the split is not by heads.
-    """
-    parts = min(heads, ranks) if heads else ranks
-    return parts, rank * parts // ranks
-
-
-class ExpectedBox(NamedTuple):
-    """The part of a tensor that a rank should hold. The tensor is a matrix of bytes whose rows are its first `leading`
-    dimensions together; or, if there are none, each byte is a row.
-    """
-
-    #   shape [4, 6] of BF16, columns 2..4, leading 1          ->  rows 0..4, columns 4..8, part of shape [4, 2]
-    #   shape [4, 6] of BF16, rows 1..3, leading 0             ->  rows 12..36, columns 0..1, part of shape [2, 6]
-    #   shape [2, 3, 6] of BF16, dimension 2: 2..4, leading 2  ->  rows 0..6, columns 4..8, part of shape [2, 3, 2]
-
-    shape: tuple[int, ...]
-    rows: range
-    columns: range
-    """In bytes."""
-
-
-def find_leading_dimensions(dimension: int | None, padded: Collection[int], dimensions: int, *, is_kept: bool) -> int:
-    """The number of leading dimensions that make the rows of the matrix, so that what is cut along `dimension` is whole
-    rows or whole columns, and what padding adds lies below or right of the tensor. 0: each byte is a row, which only a
-    tensor can have whose bytes are kept.
-    """
-    if dimension:
-        return dimension
-    last = dimensions - 1
-    if last > 0 and last in padded:
-        return last
-    return 0 if is_kept else 1
-
-
-def make_expected_box(
-    shape: tuple[int, ...], bits: int, dimension: int | None, taken: range, leading: int
-) -> ExpectedBox:
-    """The box of the elements `taken` along a dimension; of all elements if it is None."""
-    # In bits: an F4 is half a byte.
-    if dimension is None:
-        place, part = range(prod(shape) * bits // 8), shape
-    else:
-        step = prod(shape[dimension + 1 :]) * bits
-        place = range(taken.start * step // 8, taken.stop * step // 8)
-        part = (*shape[:dimension], len(taken), *shape[dimension + 1 :])
-    if not leading:
-        return ExpectedBox(part, place, range(1))
-    if dimension:
-        return ExpectedBox(part, range(prod(shape[:leading])), place)
-    each = prod(shape[1:leading])
-    rows = range(prod(shape[:leading])) if dimension is None else range(taken.start * each, taken.stop * each)
-    return ExpectedBox(part, rows, range(compute_row_size(shape, bits, leading)))
-
-
-def compute_row_size(shape: tuple[int, ...], bits: int, leading: int) -> int:
-    """The bytes of a row of a tensor whose first `leading` dimensions make the rows; 1 if each byte is a row."""
-    return prod(shape[leading:]) * bits // 8 if leading else 1
-
-
-def split_dimension(split: Split, length: int, parts: int, index: int) -> list[range]:
-    """The ranges of part `index` of `parts` of a dimension, in elements: one; with packed rows, one in each half."""
-    halves = 2 if split.is_packed and parts > 1 else 1  # a single part has both halves, back to back
-    half = length // halves
-    part = range(index * half // parts, (index + 1) * half // parts)
-    return [range(part.start + number * half, part.stop + number * half) for number in range(halves)]
-
-
-def cover_with_blocks(part: range, block: int) -> range:
-    """The blocks that a range of a weight touches."""
-    return range(part.start // block, -(-part.stop // block))
 
 
 def count_scale_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

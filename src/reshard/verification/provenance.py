@@ -16,29 +16,33 @@ from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
     DEQUANTIZE,
+    FLATTENED,
     FP4_TO_FP8,
     QUANTIZE,
     ROUND,
     SAME,
-    ExpectedBox,
     InvertedRecipe,
     PaddedDimensions,
     TargetTensor,
     WeightUnit,
     choose_block_scaling,
-    compute_row_size,
     count_scale_blocks,
     count_split_heads,
+    get_expected_dtypes,
+    get_shape_in_elements,
+    infer_conversion,
+    may_be_rounded,
+    parse_dimension_formulas,
+)
+from reshard.verification.expected_boxes import (
+    ExpectedBox,
+    compute_row_size,
     cover_with_blocks,
     find_leading_dimensions,
     find_part_of_rank,
     find_split_dimension,
-    get_expected_dtypes,
-    get_shape_in_elements,
-    infer_conversion,
+    flatten_box,
     make_expected_box,
-    may_be_rounded,
-    parse_dimension_formulas,
     split_dimension,
 )
 from reshard.verification.reference_casts import SCALE_ONE_BYTES
@@ -213,6 +217,8 @@ def list_wanted_parts(
         block = scaling.fp8_block if conversion == FP4_TO_FP8 else scaling.block
     if unit.weight:
         wanted = [make_expected_box(full, BITS[dtypes[0]], dimension, part, leading) for part in taken]
+        if rule and rule.relation == FLATTENED and not folder.is_whole:
+            wanted = [flatten_box(box) for box in wanted]
         yield WantedPart(unit.weight, dtypes[0], wanted, lists[0], unit.place.weight, block[0])
     if unit.scale and dtypes[1] and scaling:
         blocks = scale.shape if scale and conversion == SAME and full == shape else count_scale_blocks(full, block)
