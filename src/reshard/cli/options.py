@@ -78,7 +78,12 @@ def add_job(parser: Parser) -> None:
         help="Write what this engine reads: vllm, or transformers (stacked experts; without --mp). By default rank "
         "files for the model's own code.",
     )
-    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
+    what.add_argument(
+        "--ranks",
+        type=parse_numbers,
+        metavar="0-3,7",
+        help="Write the files of these ranks only. With --to dcp and without --mp: the number of ranks.",
+    )
     add_ignore_extra_files(what)
     add_config(what)
 
@@ -92,9 +97,10 @@ def add_layout(parser: Parser) -> None:
     what.add_argument("--mp", "--tp", type=parse_number, action=KeepOneValue, metavar="N", help=RANKS_HELP)
     what.add_argument(
         "--to",
-        choices=("ranks", "hf"),
+        choices=("ranks", "hf", "dcp"),
         default="ranks",
-        help="The layout: the files of ranks, which is the default, or whole files under the names of the hub.",
+        help="The layout: the files of ranks, which is the default, whole files under the names of the hub, or these "
+        "names in slices for --ranks N, which torch and transformers read as a distributed checkpoint.",
     )
     what.add_argument(
         "--cast",

@@ -37,6 +37,11 @@ class HeaderMetadata(msgspec.Struct):
     said: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
+def name_slices(ranks: int) -> list[str]:
+    """Names the files of some ranks as torch does: it counts processes from 1 on, and each has one file."""
+    return [f"shard-{rank + 1:05}-model-00001-of-00001.safetensors" for rank in range(ranks)]
+
+
 def is_sliced_folder(names: Sequence[str]) -> bool:
     """Whether all safetensors files of a folder are slices by their names. Whole tensors beside them come first."""
     return bool(names) and all(map(SLICE_NAME.fullmatch, names))

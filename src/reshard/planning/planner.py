@@ -20,6 +20,7 @@ from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
 from reshard.planning.shards import Series, keep_whole
+from reshard.planning.slices import choose_uncut_layout, slice_series
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
@@ -27,7 +28,7 @@ from reshard.sources.block_scales import WeightGroup, check_weights, group_weigh
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
+from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
 """Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""
@@ -48,22 +49,25 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
 
 def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
-    kinds = group_kept_weights(source, layout)
+    uncut = choose_uncut_layout(source.recipe, layout)
+    kinds = group_kept_weights(source, uncut)
     config = source.checkpoint.config
     if layout.pad:
         config = raise_config(config, kinds, source.recipe, layout)
     checkpoint, matched = source.checkpoint, source.matched
     if only:
-        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, layout))
-        kinds = require_kept(matched, source, layout)
-    terms = Terms(source.recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
+        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
+        kinds = require_kept(matched, source, uncut)
+    terms = Terms(source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
-    series, pieces, forms = arrange_tensors(outcomes, terms, casts, checkpoint, matched, source.origin)
+    series = list_series(outcomes, terms, casts, checkpoint, matched)
+    series = slice_series(series, source.recipe, layout.ranks) if layout.to == SLICED else series
+    pieces, forms = arrange_tensors(series, layout, casts, checkpoint, source.origin)
     files, copies = lay_out_files(source.recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
-    coverage = prove_coverage(checkpoint, source.recipe, layout, matched, series, casts, copies)
+    coverage = prove_coverage(checkpoint, source.recipe, uncut, matched, series, casts, copies)
     return Plan(
         source.path,
         checkpoint,
@@ -79,8 +83,8 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         coverage,
         (
             *checkpoint.notes,
-            *note_restored_names(source, layout, forms),
-            *note_dtypes(source.recipe, layout, outcomes),
+            *note_restored_names(source, uncut, forms),
+            *note_dtypes(source.recipe, uncut, outcomes),
         ),
     )
 
@@ -138,32 +142,34 @@ def check_outcomes(
             yield from check_ranks(terms.config, terms.recipe, layout, matched, outcomes)
 
 
-def arrange_tensors(
-    outcomes: Sequence[Outcome],
-    terms: Terms,
-    casts: list[Cast],
-    checkpoint: Checkpoint,
-    matched: Matched,
-    origin: Origin,
-) -> tuple[list[Series], Pieces, Sequence[OriginalFile]]:
-    """Cuts the tensors for the ranks and adds the constants, or assigns the tensors to files in the original layout.
-    Returns the series, the pieces in file order, and the original files to restore; none if they cannot be restored.
-    Raises Refused for parts of fused tensors that do not fit together.
+def list_series(
+    outcomes: Sequence[Outcome], terms: Terms, casts: list[Cast], checkpoint: Checkpoint, matched: Matched
+) -> list[Series]:
+    """Cuts the tensors for the ranks and adds the constants, or keeps the tensors whole in the original layout. Raises
+    Refused for parts of fused tensors that do not fit together.
     """
-    layout = terms.layout
-    if layout.to != WHOLE:
-        series = cut_outcomes(outcomes, terms, matched.counts)
-        constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
-        require_none(check_constants_apart(constants, series))
-        series += constants
-        return series, order_pieces(series), ()
-    series = [one for outcome in outcomes for one in keep_whole(outcome)]
+    if terms.layout.to == WHOLE:
+        return [one for outcome in outcomes for one in keep_whole(outcome)]
+    series = cut_outcomes(outcomes, terms, matched.counts)
+    constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
+    require_none(check_constants_apart(constants, series))
+    return series + constants
+
+
+def arrange_tensors(
+    series: Sequence[Series], layout: Layout, casts: Sequence[Cast], checkpoint: Checkpoint, origin: Origin
+) -> tuple[Pieces, Sequence[OriginalFile]]:
+    """Orders the tensors for the ranks, or assigns them to files in the original layout. Returns the pieces in file
+    order, and the original files to restore; none if they cannot be restored.
+    """
     pieces = order_pieces(series)
+    if layout.to != WHOLE:
+        return pieces, ()
     if found := restore_forms(pieces, origin.forms if layout.file_size is None else (), origin.renaming):
-        return series, *found
+        return found
     places = {name: place for place, name in enumerate(checkpoint.tensors)}
     most = FILE_SIZE if layout.file_size is None else layout.file_size
-    return series, assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
+    return assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
 
 
 def keep_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:

@@ -14,6 +14,7 @@ from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipe
 from reshard.sources.match import OWN_RECIPE
 from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
 from reshard.text import format_list
+from reshard.types import SLICED, WHOLE, Layout
 
 
 def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool) -> Sequence[Recipe]:
@@ -38,6 +39,13 @@ def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool)
 def takes_ranks(recipe: str | None, engine: str | None) -> bool:
     """Whether a conversion by a recipe, or for an engine, is for a number of ranks. Raises Refused for unknown ones."""
     return any(map(has_ranks, choose_for_engine(list_recipes_to_try(recipe), engine or "", is_named=bool(recipe))))
+
+
+def keeps_everything(layout: Layout, recipe: str | None, engine: str | None) -> bool:
+    """Whether a target has all tensors of the source, under their names, and not the right side of a recipe. Raises
+    Refused for an unknown recipe or engine.
+    """
+    return layout.to == WHOLE or (layout.to == SLICED and takes_ranks(recipe, engine))
 
 
 def require_engine_recipe(

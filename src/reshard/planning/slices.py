@@ -1,0 +1,87 @@
+"""Slices of whole tensors for ranks, as torch's distributed checkpoints have them in safetensors.
+
+Each tensor is cut along its first dimension as `torch.chunk` does it, and FSDP2 with it. A rank for which no row is left
+has nothing of the tensor:
+
+    10 rows, 4 ranks: 3, 3, 3, 1      5 rows, 4 ranks: 2, 2, 1, none      a scalar: rank 0
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from reshard.errors import Problem, require_none
+from reshard.formats.dcp_safetensors import SHARDING, VERSION
+from reshard.formats.safetensors import BITS
+from reshard.planning.copies import Integers
+from reshard.planning.shards import MOST_FILES, Series, cut_nothing, cut_unevenly
+from reshard.recipe_types import Recipe
+from reshard.recipes.fusions import list_fusions
+from reshard.recipes.recipe import has_ranks
+from reshard.types import RANKS, SLICED, WHOLE, Layout
+
+
+def choose_uncut_layout(recipe: Recipe, layout: Layout) -> Layout:
+    """Chooses the layout whose tensors are sliced: the original one, or the right side of a recipe without ranks. Any
+    other layout than SLICED is returned as it is.
+    """
+    if layout.to != SLICED:
+        return layout
+    return replace(layout, to=WHOLE if has_ranks(recipe) else RANKS, ranks=1)
+
+
+def slice_series(series: Sequence[Series], recipe: Recipe, ranks: int) -> list[Series]:
+    """Cuts whole tensors into the slices of ranks. Raises Refused for fused tensors that are no stacks."""
+    require_none(check_sliced_fusions(recipe))
+    return [
+        slice_tensors(one, ranks) if one.parts is None else slice_parts(one, one.parts // one.of_member, ranks)
+        for one in series
+    ]
+
+
+def check_sliced_fusions(recipe: Recipe) -> Iterator[Problem]:
+    """Reports the fused tensors of a recipe without ranks that are no stacks: a slice may begin inside a part."""
+    for fusion in list_fusions(recipe):
+        if not (fusion.stacked or has_ranks(recipe)):
+            found = f"for {recipe.name}, in which {fusion.right} is put together from {len(fusion.rules)} tensors"
+            remedy = "leave --to dcp out; or without this recipe: slices under the names of the hub"
+            yield Problem("wrong-option", "--to dcp", found, "tensors that are whole, or stacks", remedy)
+
+
+def slice_tensors(series: Series, ranks: int) -> Series:
+    """Cuts tensors along their first dimension. Scalars, and elements smaller than a byte, are whole in rank 0."""
+    tensor, number = series.tensors[0], np.zeros(len(series.tensors), np.int64)
+    if not tensor.shape or BITS[tensor.dtype] < 8:
+        return replace(series, cut=cut_nothing(tensor, MOST_FILES), ranks=number, least=1, most=1)
+    return replace(series, cut=cut_unevenly(tensor, 0, -(-tensor.shape[0] // ranks)), ranks=None, least=1, most=1)
+
+
+def slice_parts(series: Series, members: Integers, ranks: int) -> Series:
+    """Assigns the parts of stacked tensors to ranks by the numbers of their members, int64 of shape [tensors]: these are
+    the first dimension of a stack.
+    """
+    numbers, places = np.unique(members, return_inverse=True)
+    most = -(-len(numbers) // ranks)
+    cut = cut_nothing(series.tensors[0], MOST_FILES)
+    return replace(series, cut=cut, ranks=places.reshape(-1) // most, least=1, most=1)
+
+
+class SlicePlaces:
+    """Writes the places of the slices of one file after another, as torch's metadata have them. The files come in the
+    order of their ranks, for the first slice of a tensor tells how far the next ones are apart.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        """By the name of a tensor: the rows of its first slice."""
+
+    def write(self, rank: int, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
+        """Writes the metadata entry of a header. `shapes` are those of the slices, in elements."""
+        places = {}
+        for name, shape in zip(names, shapes, strict=True):
+            first = [rank * self.steps.setdefault(name, shape[0]), *[0] * (len(shape) - 1)] if shape else []
+            places[name] = {"saved_offsets": first}
+        said = {SHARDING: json.dumps(places, separators=(",", ":")), VERSION: "1.0", "format": "pt"}
+        return f'"__metadata__":{json.dumps(said, separators=(",", ":"))}'
