@@ -42,7 +42,12 @@ def slice_series(series: Sequence[Series], recipe: Recipe, ranks: int) -> list[S
 
 
 def check_sliced_fusions(recipe: Recipe) -> Iterator[Problem]:
-    """Reports the fused tensors of a recipe without ranks that are no stacks: a slice may begin inside a part."""
+    """Reports the fused tensors of a recipe without ranks that are no stacks: a slice may begin inside a part. Constants
+    too: no training has them.
+    """
+    if recipe.constants and not has_ranks(recipe):
+        found, expected = f"for {recipe.name}, which has constants", "tensors of the source only"
+        yield Problem("wrong-option", "--to dcp", found, expected, "leave --to dcp out")
     for fusion in list_fusions(recipe):
         if not (fusion.stacked or has_ranks(recipe)):
             found = f"for {recipe.name}, in which {fusion.right} is put together from {len(fusion.rules)} tensors"

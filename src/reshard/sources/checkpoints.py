@@ -25,6 +25,9 @@ def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, r
     """The same, of a folder that was read already."""
     if found.boxed:
         checkpoint = replace(assemble_boxes(found.boxed, replicas=replicas), config=found.config)
+        if is_of_slices(found.manifest):  # which names all files
+            notes = tuple(note for note in checkpoint.notes if note.kind != "numbering")
+            checkpoint = replace(checkpoint, notes=notes)
         if found.config is None:
             text = "no config.json, which loaders of whole files need; --config FOLDER takes that of the model"
             checkpoint = replace(checkpoint, notes=(*checkpoint.notes, Note("no-config", text)))
