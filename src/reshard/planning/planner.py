@@ -28,6 +28,7 @@ from reshard.sources.block_scales import WeightGroup, check_weights, group_weigh
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
+from reshard.sources.tied_heads import repeat_tied_head
 from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
@@ -50,6 +51,9 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
 def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
     uncut = choose_uncut_layout(source.recipe, layout)
+    if layout.to == SLICED:
+        checkpoint, matched = repeat_tied_head(source.checkpoint, source.recipe, source.matched)
+        source = replace(source, checkpoint=checkpoint, matched=matched)
     kinds = group_kept_weights(source, uncut)
     config = source.checkpoint.config
     if layout.pad:

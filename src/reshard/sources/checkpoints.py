@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from reshard.errors import Problem, refuse
+from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.target_names import MANIFEST
 from reshard.sources.boxes import assemble_boxes
-from reshard.types import COMPARE, Checkpoint, Note
+from reshard.types import COMPARE, MOST_RANKS, Checkpoint, Note
 
 COPY_OR_MOVE = "copy it there; or move reshard.json elsewhere, to take the other files as they are"
 
@@ -41,10 +42,10 @@ def check_named_slices(found: Folder) -> Iterator[Problem]:
     if found.boxed is None or not is_of_slices(found.manifest):
         return
     here = {file.name for file in found.boxed.files}
-    for entry in found.manifest["files"]:
-        if entry["name"] not in here:
-            expected = f"one of {found.manifest['ranks']} files, by {MANIFEST}"
-            yield Problem("missing-file", entry["name"], "no such file", expected, COPY_OR_MOVE)
+    for name in name_slices(min(found.manifest["ranks"], MOST_RANKS)):
+        if name not in here:
+            expected = f"one of {found.manifest['ranks']:,} files, by {MANIFEST}"
+            yield Problem("missing-file", name, "no such file", expected, COPY_OR_MOVE)
 
 
 def require_config_of_slices(found: Folder) -> None:

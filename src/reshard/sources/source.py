@@ -36,6 +36,7 @@ from reshard.sources.rank_names import (
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
+from reshard.sources.tied_heads import leave_out_tied_head
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Subset, Tensor
 
@@ -108,7 +109,15 @@ def read_source(
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
         checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
         source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
-    return narrow_source(source, subset)
+    return narrow_source(leave_out_added_head(source), subset)
+
+
+def leave_out_added_head(source: Source) -> Source:
+    """Leaves out of slices that reshard made the output head that it added."""
+    if not source.origin.is_altered:
+        return source
+    checkpoint, matched = leave_out_tied_head(source.checkpoint, source.recipe, source.matched, source.origin)
+    return replace(source, checkpoint=checkpoint, matched=matched)
 
 
 def read_chosen(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
 from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
@@ -22,6 +22,7 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
+from reshard.sources.tied_heads import alias_tied_head
 from reshard.types import Checkpoint, File
 
 
@@ -76,6 +77,8 @@ def read_sides(
         )
     else:
         whole = find_named_source(found, target)
+    if is_boxed_folder(target):
+        whole = alias_tied_head(whole, found.recipe, found.matched)
     return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 
