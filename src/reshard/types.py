@@ -151,8 +151,8 @@ FILE_SIZE = 5 * 10**9
 """Default maximum size of a file in the original layout, in bytes."""
 
 RANKS, WHOLE, SLICED = "ranks", "hf", "dcp"
-"""The layouts of a target: one file for each rank (right side of a recipe), the original layout (left side), or one file
-for each rank with slices of whole tensors, as torch's distributed checkpoints have them.
+"""The layouts of a target: one file for each rank (right side of a recipe), the original layout (left side), or one
+file for each rank with slices of whole tensors, as torch's distributed checkpoints have them.
 """
 
 

@@ -23,6 +23,7 @@ class MendingStep(NamedTuple):
     comment: str = ""
     """For a person, behind the command: what it writes."""
 
+
 WITHOUT_SOURCE = {"source": None, "recipe": None, "config": None, "ignore_extra_files": False}
 """The options of a verification by the manifest."""
 

@@ -204,8 +204,8 @@ class Origin:
     renaming: Renaming = ()
     """The steps from the names in the original files, and in `forms`, to those of the recipe."""
     is_altered: bool = False
-    """Whether the tensors are not as they lie in the files: stacked experts were taken apart, slices put together. These
-    files cannot be restored.
+    """Whether the tensors are not as they lie in the files: stacked experts were taken apart, slices put together.
+    These files cannot be restored.
     """
 
 

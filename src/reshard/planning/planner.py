@@ -20,7 +20,7 @@ from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
 from reshard.planning.shards import Series, keep_whole
-from reshard.planning.slices import choose_uncut_layout, slice_series
+from reshard.planning.slices import choose_uncut_layout, note_loader_names, slice_series
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
@@ -89,6 +89,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
             *checkpoint.notes,
             *note_restored_names(source, uncut, forms),
             *note_dtypes(source.recipe, uncut, outcomes),
+            *note_loader_names(source.recipe, layout, config or {}, is_scaled=any(one.scales for one in outcomes)),
         ),
     )
 

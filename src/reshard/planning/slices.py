@@ -1,14 +1,15 @@
 """Slices of whole tensors for ranks, as torch's distributed checkpoints have them in safetensors.
 
-Each tensor is cut along its first dimension as `torch.chunk` does it, and FSDP2 with it. A rank for which no row is left
-has nothing of the tensor:
+Each tensor is cut along its first dimension as `torch.chunk` does it, and FSDP2 with it. A rank for which no row is
+left has nothing of the tensor:
 
     10 rows, 4 ranks: 3, 3, 3, 1      5 rows, 4 ranks: 2, 2, 1, none      a scalar: rank 0
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from reshard.planning.copies import Integers
 from reshard.planning.shards import MOST_FILES, Series, cut_nothing, cut_unevenly
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
-from reshard.recipes.recipe import has_ranks
-from reshard.types import RANKS, SLICED, WHOLE, Layout
+from reshard.recipes.recipe import has_ranks, list_packaged_recipes
+from reshard.types import RANKS, SLICED, WHOLE, Layout, Note
 
 
 def choose_uncut_layout(recipe: Recipe, layout: Layout) -> Layout:
@@ -42,8 +43,8 @@ def slice_series(series: Sequence[Series], recipe: Recipe, ranks: int) -> list[S
 
 
 def check_sliced_fusions(recipe: Recipe) -> Iterator[Problem]:
-    """Reports the fused tensors of a recipe without ranks that are no stacks: a slice may begin inside a part. Constants
-    too: no training has them.
+    """Reports the fused tensors of a recipe without ranks that are no stacks: a slice may begin inside a part.
+    Constants too: no training has them.
     """
     if recipe.constants and not has_ranks(recipe):
         found, expected = f"for {recipe.name}, which has constants", "tensors of the source only"
@@ -64,13 +65,35 @@ def slice_tensors(series: Series, ranks: int) -> Series:
 
 
 def slice_parts(series: Series, members: Integers, ranks: int) -> Series:
-    """Assigns the parts of stacked tensors to ranks by the numbers of their members, int64 of shape [tensors]: these are
-    the first dimension of a stack.
+    """Assigns the parts of stacked tensors to ranks by the numbers of their members, int64 of shape [tensors]: these
+    are the first dimension of a stack.
     """
     numbers, places = np.unique(members, return_inverse=True)
     most = -(-len(numbers) // ranks)
     cut = cut_nothing(series.tensors[0], MOST_FILES)
     return replace(series, cut=cut, ranks=places.reshape(-1) // most, least=1, most=1)
+
+
+def note_loader_names(recipe: Recipe, layout: Layout, config: Mapping[str, Any], *, is_scaled: bool) -> Iterator[Note]:
+    """Notes slices that transformers does not load: of a model that has other names in memory, and of a quantized one,
+    by its block scales (`is_scaled`) or its config.
+    """
+    if layout.to != SLICED:
+        return
+    if is_scaled or (config.get("quantization_config") and layout.cast != "bf16"):
+        text = "transformers refuses slices of a quantized model; torch.distributed.checkpoint reads them"
+        yield Note("loader-quantized", f"{text}; --cast bf16 makes what both read" if recipe.scales else text)
+    if has_ranks(recipe) and (engine := find_engine_with_names(recipe, config)):
+        text = f"{engine} has other names in memory, with stacked experts, and loads slices under these only"
+        yield Note("loader-names", f"{text}: --for {engine} writes them")
+
+
+def find_engine_with_names(recipe: Recipe, config: Mapping[str, Any]) -> str:
+    """Finds the engine whose whole files of a model have other names than those of the hub; empty if none is known."""
+    model = config.get("model_type")
+    models = [model] if isinstance(model, str) else recipe.model_types
+    others = (one for one in list_packaged_recipes() if one.engine and not has_ranks(one))
+    return next((one.engine for one in others if set(models) & set(one.model_types)), "")
 
 
 class SlicePlaces:

@@ -38,7 +38,7 @@ def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, r
 
 
 def check_named_slices(found: Folder) -> Iterator[Problem]:
-    """Reports slices that the manifest beside them names and that are not there: the last ones no file name calls for."""
+    """Reports slices that are not there, by the manifest beside them: for the last ones no file name calls."""
     if found.boxed is None or not is_of_slices(found.manifest):
         return
     here = {file.name for file in found.boxed.files}

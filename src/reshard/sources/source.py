@@ -20,7 +20,12 @@ from reshard.sources.changed_files import check_changed_files, check_exchanged_f
 from reshard.sources.checkpoints import check_named_slices, read_folder_checkpoint, require_config_of_slices
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
-from reshard.sources.engine_choice import choose_for_engine, keeps_everything, require_engine_of_ranks, require_engine_recipe
+from reshard.sources.engine_choice import (
+    choose_for_engine,
+    keeps_everything,
+    require_engine_of_ranks,
+    require_engine_recipe,
+)
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, Refused
 from reshard.formats.dcp_safetensors import parse_sharding
 from reshard.formats.huggingface import read_header_text
+from reshard.formats.json_input import shorten_json
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.text import format_list
 from reshard.types import Tensor
@@ -69,12 +70,34 @@ def read_sliced_target(target: Path, folder: TargetFolder) -> SlicedTarget:
         for tensor in tensors:
             found.setdefault(tensor.name, {})[rank] = tensor, places.pop(tensor.name, None)
     if not problems:
+        problems += check_swapped_slices(found, folder)
+    if not problems:
         problems += [problem for name, held in found.items() for problem in check_slices(name, held, folder)]
     if problems:
         return SlicedTarget(files, (), {}, problems)
     slices = {name: list_slices_of_tensor(held) for name, held in found.items()}
     tensors = [join_slices(held, folder.ranks) for held in slices.values()]
     return SlicedTarget(files, [TargetHeader(folder.ranks, files[0].file, tensors, {})], slices, ())
+
+
+def check_swapped_slices(
+    found: Mapping[str, Mapping[int, tuple[Tensor, Any]]], folder: TargetFolder
+) -> Iterator[Problem]:
+    """Reports files under the name of another: all places in them are those of another rank."""
+    places: dict[int, set[int]] = {}
+    for held in found.values():
+        total = sum(next(iter(tensor.shape), 0) for tensor, _ in held.values())
+        for rank, (tensor, said) in held.items():
+            if len(held) > 1 and tensor.shape:
+                offsets = said.get("saved_offsets") if isinstance(said, dict) else None
+                first = offsets[0] if isinstance(offsets, list) and offsets else None
+                owner = first // -(-total // folder.ranks) if isinstance(first, int) and total else rank
+                places.setdefault(rank, set()).add(owner)
+    for rank, owners in sorted(places.items()):
+        if len(owners) == 1 and owners != {rank} and min(owners) in folder.names:
+            other = folder.names[min(owners)]
+            remedy = "give the files their names back"
+            yield Problem("swapped-file", folder.names[rank], f"the slices of {other}", "its own", remedy)
 
 
 def check_slices(name: str, held: Mapping[int, tuple[Tensor, Any]], folder: TargetFolder) -> Iterator[Problem]:
@@ -85,7 +108,7 @@ def check_slices(name: str, held: Mapping[int, tuple[Tensor, Any]], folder: Targ
     lengths = {rank: next(iter(tensor.shape), 1) for rank, (tensor, _) in held.items()}
     total = sum(lengths.values())
     most = -(-total // folder.ranks) if first.shape and BITS[first.dtype] >= 8 else total
-    wanted = {rank: most for rank in range(total // most)} if most else {0: 0}
+    wanted = dict.fromkeys(range(total // most), most) if most else {0: 0}
     wanted |= {total // most: total % most} if most and total % most else {}
     for rank in sorted(wanted.keys() | held.keys()):
         subject = f"{folder.names[rank]}: {name}"
@@ -99,8 +122,8 @@ def check_slices(name: str, held: Mapping[int, tuple[Tensor, Any]], folder: Targ
         place = [rank * most, *[0] * (len(tensor.shape) - 1)] if tensor.shape else []
         shape = (wanted[rank], *first.shape[1:]) if tensor.shape else ()
         if (tensor.dtype, tensor.shape, said) != (first.dtype, shape, {"saved_offsets": place}):
-            found = f"{tensor.dtype} {list(tensor.shape)}, {said}"
-            expected = f"{first.dtype} {list(shape)}, saved_offsets {place}"
+            found = f"{tensor.dtype} {list(tensor.shape)}, {shorten_json(said)}"
+            expected = f'{first.dtype} {list(shape)}, {{"saved_offsets": {place}}}'
             yield Problem("wrong-shape", subject, found, expected, CONVERT_AGAIN_HINT)
 
 
