@@ -14,6 +14,7 @@ from reshard.formats.boxes import Box, BoxedCheckpoint
 from reshard.formats.huggingface import read_config, read_header_text
 from reshard.formats.json_input import is_size, refuse_duplicate_keys, shorten_json
 from reshard.formats.safetensors import BITS, parse_header
+from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import File, Note, Tensor
@@ -49,7 +50,7 @@ def is_sliced_folder(names: Sequence[str]) -> bool:
 
 def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
     """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named."""
-    require_none(check_shard_numbers(names))
+    require_none(check_shard_numbers(names, is_ours=(folder / MANIFEST).is_file()))
     require_none(check_unfinished(folder, names))
     files: list[File] = []
     boxes: dict[str, list[Box]] = {}
@@ -131,8 +132,10 @@ def parse_shard_numbers(names: Sequence[str]) -> list[tuple[int, int, int]]:
     return [(int(match[1]), int(match[2]), int(match[3])) for match in found if match]
 
 
-def check_shard_numbers(names: Sequence[str]) -> Iterator[Problem]:
-    """Yields the files that the numbers in the names call for. How many processes there were, no name tells."""
+def check_shard_numbers(names: Sequence[str], *, is_ours: bool = False) -> Iterator[Problem]:
+    """Yields the files that the numbers in the names call for. How many processes there were, no name tells. Those that
+    reshard wrote (`is_ours`) have no gap.
+    """
     numbers = parse_shard_numbers(names)
     totals = sorted({total for _, _, total in numbers})
     if len(totals) > 1:
@@ -141,7 +144,8 @@ def check_shard_numbers(names: Sequence[str]) -> Iterator[Problem]:
         return
     (total,) = totals
     shards, files = {shard for shard, _, _ in numbers}, {file for _, file, _ in numbers}
-    remedy = f"{COPY_FILE_AGAIN}; or, if that process wrote nothing, number the shards without a gap"
+    remedy = COPY_FILE_AGAIN
+    remedy += "" if is_ours else "; or, if that process wrote nothing, number the shards without a gap"
     for shard in find_absent(shards, max(shards)):
         found = f"no such file; there are shards {format_numbers(shards)}"
         yield Problem("missing-file", f"shard-{shard:05}-model-*-of-{total:05}.safetensors", found,
