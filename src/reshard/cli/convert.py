@@ -46,7 +46,7 @@ WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 
 def run_convert(options: argparse.Namespace) -> int:
     """Runs `convert`, or prints its plan with `--dry-run`. Returns the exit code. Raises Refused."""
-    settle_ranks(options)
+    take_number_of_ranks(options)
     chosen = collect_options(options)
     if options.dry_run:
         return show_plan(options)
@@ -120,13 +120,13 @@ def run_plan(options: argparse.Namespace) -> int:
     """Runs `plan`: prints what `convert` would write, or without a number of ranks those that work. Returns the exit
     code. Raises Refused.
     """
-    settle_ranks(options)
+    take_number_of_ranks(options)
     if options.mp is None and options.to == RANKS and takes_ranks(options.recipe, options.for_engine):
         return print_choices(options)
     return show_plan(options)
 
 
-def settle_ranks(options: argparse.Namespace) -> None:
+def take_number_of_ranks(options: argparse.Namespace) -> None:
     """Takes `--ranks N` of `--to dcp` for the number of ranks, which nothing else says. Raises Refused for several."""
     if options.to != SLICED or options.mp is not None or options.ranks is None:
         return

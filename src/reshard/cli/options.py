@@ -78,15 +78,17 @@ def add_job(parser: Parser) -> None:
         help="Write what this engine reads: vllm, or transformers (stacked experts; without --mp). By default rank "
         "files for the model's own code.",
     )
-    what.add_argument(
-        "--ranks",
-        type=parse_numbers,
-        metavar="0-3,7",
-        help="Write the files of these ranks only. With --to dcp and without --mp: the number of ranks.",
-    )
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help=SOME_RANKS_HELP)
     add_ignore_extra_files(what)
     add_config(what)
 
+
+TO_HELP = (
+    "The layout: the files of ranks, which is the default; hf: whole files under the names of the hub; dcp: slices for "
+    "--ranks N, as torch's distributed checkpoints have them in safetensors."
+)
+
+SOME_RANKS_HELP = "Write the files of these ranks only. With --to dcp and without --mp: the number of ranks."
 
 RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
 
@@ -99,8 +101,7 @@ def add_layout(parser: Parser) -> None:
         "--to",
         choices=("ranks", "hf", "dcp"),
         default="ranks",
-        help="The layout: the files of ranks, which is the default, whole files under the names of the hub, or these "
-        "names in slices for --ranks N, which torch and transformers read as a distributed checkpoint.",
+        help=TO_HELP,
     )
     what.add_argument(
         "--cast",

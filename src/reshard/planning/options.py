@@ -49,14 +49,7 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem(
             "wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not"
         )
-    if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
-        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut", WHOLE_HINT)
-    if layout.to == SLICED and layout.pad:
-        expected = "no padding: slices may be of any length"
-        yield Problem("wrong-option", "--pad", "with --to dcp", expected, "leave it out")
-    if layout.keep_optional and choose_uncut_layout(recipe, layout).to == WHOLE:
-        expected = "neither word: everything is kept under the names of the hub"
-        yield Problem("wrong-option", "--mtp", f"keep, with --to {layout.to}", expected)
+    yield from check_uncut_layout(recipe, layout)
     if layout.cast and layout.expert_dtype:
         expected = "one of them: both say what becomes of FP4 experts"
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
@@ -67,6 +60,18 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         is_of_ranks = layout.to == SLICED or has_ranks(recipe)
         reason = "a rank has one file" if is_of_ranks else f"the recipe {recipe.name} has one file"
         yield Problem("wrong-option", "--max-file-size", "without --to hf", f"--to hf: {reason}", "leave it out")
+
+
+def check_uncut_layout(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Reports options of rank files with a layout of whole tensors."""
+    if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
+        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut", WHOLE_HINT)
+    if layout.to == SLICED and layout.pad:
+        expected = "no padding: slices may be of any length"
+        yield Problem("wrong-option", "--pad", "with --to dcp", expected, "leave it out")
+    if layout.keep_optional and choose_uncut_layout(recipe, layout).to == WHOLE:
+        expected = "neither word: everything is kept under the names of the hub"
+        yield Problem("wrong-option", "--mtp", f"keep, with --to {layout.to}", expected)
 
 
 def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:

@@ -44,6 +44,9 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     require_none(check_options(source.recipe, layout, ranks))
     layout = replace(layout, expert_dtype="") if layout.expert_dtype == AS_STORED else layout
     with explain_renaming(source.checkpoint):
+        if layout.to == SLICED:
+            checkpoint, matched = repeat_tied_head(source.checkpoint, source.recipe, source.matched)
+            source = replace(source, checkpoint=checkpoint, matched=matched)
         plan = plan_all_files(source, layout, only)
     return plan if ranks is None else keep_ranks(plan, ranks)
 
@@ -51,9 +54,6 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
 def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
     uncut = choose_uncut_layout(source.recipe, layout)
-    if layout.to == SLICED:
-        checkpoint, matched = repeat_tied_head(source.checkpoint, source.recipe, source.matched)
-        source = replace(source, checkpoint=checkpoint, matched=matched)
     kinds = group_kept_weights(source, uncut)
     config = source.checkpoint.config
     if layout.pad:
@@ -66,8 +66,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
-    series = list_series(outcomes, terms, casts, checkpoint, matched)
-    series = slice_series(series, source.recipe, layout.ranks) if layout.to == SLICED else series
+    series = list_series(outcomes, terms, casts, checkpoint, matched, slices=layout.ranks * (layout.to == SLICED))
     pieces, forms = arrange_tensors(series, layout, casts, checkpoint, source.origin)
     files, copies = lay_out_files(source.recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
@@ -148,17 +147,24 @@ def check_outcomes(
 
 
 def list_series(
-    outcomes: Sequence[Outcome], terms: Terms, casts: list[Cast], checkpoint: Checkpoint, matched: Matched
+    outcomes: Sequence[Outcome],
+    terms: Terms,
+    casts: list[Cast],
+    checkpoint: Checkpoint,
+    matched: Matched,
+    slices: int,
 ) -> list[Series]:
-    """Cuts the tensors for the ranks and adds the constants, or keeps the tensors whole in the original layout. Raises
-    Refused for parts of fused tensors that do not fit together.
+    """Cuts the tensors for the ranks and adds the constants, or keeps the tensors whole in the original layout; then
+    cuts them into `slices`, if there are to be any. Raises Refused for parts of fused tensors that do not fit together.
     """
     if terms.layout.to == WHOLE:
-        return [one for outcome in outcomes for one in keep_whole(outcome)]
-    series = cut_outcomes(outcomes, terms, matched.counts)
-    constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
-    require_none(check_constants_apart(constants, series))
-    return series + constants
+        series = [one for outcome in outcomes for one in keep_whole(outcome)]
+    else:
+        series = cut_outcomes(outcomes, terms, matched.counts)
+        constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
+        require_none(check_constants_apart(constants, series))
+        series += constants
+    return slice_series(series, terms.recipe, slices) if slices else series
 
 
 def arrange_tensors(

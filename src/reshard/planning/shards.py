@@ -105,7 +105,7 @@ def cut_along(tensor: Tensor, dimension: int, parts: int, repeat: int) -> Cut:
 
 
 def cut_unevenly(tensor: Tensor, dimension: int, most: int) -> Cut:
-    """Cuts a tensor into parts of `most` elements along a dimension, a rank each; the last ones are shorter or empty."""
+    """Cuts a tensor into parts of `most` elements along a dimension, one a rank; the last ones are shorter or empty."""
     length = tensor.shape[dimension]
     rows = prod(tensor.shape[:dimension])
     pitch = tensor.size // rows if rows else 0

@@ -34,7 +34,7 @@ def repeat_tied_head(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -
     return more, match(more, recipe)
 
 
-def alias_tied_head(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Checkpoint:
+def add_tied_name(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Checkpoint:
     """A checkpoint that has the same bytes under the name of the head too, for a comparison."""
     found = find_tied_head(checkpoint, recipe, matched)
     if found is None:

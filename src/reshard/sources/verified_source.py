@@ -22,7 +22,7 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.sources.tied_heads import alias_tied_head
+from reshard.sources.tied_heads import add_tied_name
 from reshard.types import Checkpoint, File
 
 
@@ -78,7 +78,7 @@ def read_sides(
     else:
         whole = find_named_source(found, target)
     if is_boxed_folder(target):
-        whole = alias_tied_head(whole, found.recipe, found.matched)
+        whole = add_tied_name(whole, found.recipe, found.matched)
     return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 

@@ -321,7 +321,7 @@ def check_mixtures(trace: Provenance) -> Iterator[Problem]:
                 yield Problem("mixture", subject, f"{formula} from {length} to {other}", expected, CONVERT_AGAIN_HINT)
 
 
-def deal_out_to_slices(trace: Provenance) -> None:
+def spread_over_slices(trace: Provenance) -> None:
     """Deals out what each whole tensor should hold to its slices, in the place of the whole ones."""
     kept = [whole.parts for whole in trace.kept.values()]
     for parts in (*kept, *(several for recast in trace.casts.values() for several in recast.parts)):

@@ -42,8 +42,8 @@ from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import (
     Provenance,
     check_mixtures,
-    deal_out_to_slices,
     pair_weights_with_scales,
+    spread_over_slices,
     trace_unit,
 )
 from reshard.verification.slices import ALL_SLICES, read_sliced_target
@@ -185,7 +185,7 @@ def verify_target(
     if not (sliced and sliced.problems):  # else nearly every tensor would differ
         problems.extend(trace_target(trace, target, sliced.whole if sliced else files, recipe))
     if sliced:
-        deal_out_to_slices(trace)
+        spread_over_slices(trace)
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare_parts(things, *make_compared_files(target, numbered, source), advance, sample)
     if trace.constants:
