@@ -50,7 +50,8 @@ def is_sliced_folder(names: Sequence[str]) -> bool:
 
 def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
     """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named."""
-    require_none(check_shard_numbers(names, is_ours=(folder / MANIFEST).is_file()))
+    if not (folder / MANIFEST).is_file():  # which names the files of all ranks, or of those that were chosen
+        require_none(check_shard_numbers(names))
     require_none(check_unfinished(folder, names))
     files: list[File] = []
     boxes: dict[str, list[Box]] = {}
@@ -132,10 +133,8 @@ def parse_shard_numbers(names: Sequence[str]) -> list[tuple[int, int, int]]:
     return [(int(match[1]), int(match[2]), int(match[3])) for match in found if match]
 
 
-def check_shard_numbers(names: Sequence[str], *, is_ours: bool = False) -> Iterator[Problem]:
-    """Yields the files that the numbers in the names call for. How many processes there were, no name tells. Those that
-    reshard wrote (`is_ours`) have no gap.
-    """
+def check_shard_numbers(names: Sequence[str]) -> Iterator[Problem]:
+    """Yields the files that the numbers in the names call for. How many processes there were, no name tells."""
     numbers = parse_shard_numbers(names)
     totals = sorted({total for _, _, total in numbers})
     if len(totals) > 1:
@@ -144,8 +143,7 @@ def check_shard_numbers(names: Sequence[str], *, is_ours: bool = False) -> Itera
         return
     (total,) = totals
     shards, files = {shard for shard, _, _ in numbers}, {file for _, file, _ in numbers}
-    remedy = COPY_FILE_AGAIN
-    remedy += "" if is_ours else "; or, if that process wrote nothing, number the shards without a gap"
+    remedy = f"{COPY_FILE_AGAIN}; or, if that process wrote nothing, number the shards without a gap"
     for shard in find_absent(shards, max(shards)):
         found = f"no such file; there are shards {format_numbers(shards)}"
         yield Problem("missing-file", f"shard-{shard:05}-model-*-of-{total:05}.safetensors", found,

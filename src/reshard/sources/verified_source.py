@@ -14,7 +14,7 @@ from reshard.formats.huggingface import list_safetensors_files, read_config, rea
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.checkpoints import read_folder_checkpoint
+from reshard.sources.checkpoints import read_checkpoint, read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
@@ -144,9 +144,7 @@ def find_engine_of_stacks(target: Path) -> str:
     """
     found: Stacking | None = None
     with suppress(Refused):
-        stored = read_headers(target, list_target_names(target))
-        tensors = {tensor.name: tensor for tensor in stored.tensors}
-        checkpoint = Checkpoint(target, stored.files, tensors, read_config(target))
+        checkpoint = read_named_tensors(target)
         found = find_stacking(checkpoint, ())
         if not found.is_told and not unstack_checkpoint(checkpoint):  # models of other forms have such names too
             return ""
@@ -156,6 +154,14 @@ def find_engine_of_stacks(target: Path) -> str:
         remedy = "first --to hf into another folder, which gives them these names; then verify that one"
         raise refuse("prefix", str(target), "names with another prefix than the recipe's", note.text, remedy)
     return found.recipes[0].engine
+
+
+def read_named_tensors(target: Path) -> Checkpoint:
+    """Reads the tensors of a target by their names: if several files have one, that of the last. Raises Refused."""
+    if is_boxed_folder(target):
+        return read_checkpoint(target)
+    stored = read_headers(target, list_target_names(target))
+    return Checkpoint(target, stored.files, {one.name: one for one in stored.tensors}, read_config(target))
 
 
 def find_named_source(found: Source, target: Path) -> Checkpoint:

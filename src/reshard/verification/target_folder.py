@@ -95,8 +95,9 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     require_target_folder(target)
     paths = [path for path in sorted(target.iterdir()) if path.is_file()]
     tensor_files = [path.name for path in paths if is_safetensors_name(path.name)]
-    if is_sliced_folder(tensor_files):
-        return list_sliced_files(target, recipe, tensor_files)
+    manifest = read_valid_manifest(target)
+    if is_sliced_folder(tensor_files) or is_of_slices(manifest):
+        return list_sliced_files(manifest, recipe, tensor_files)
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
     if not has_ranks(recipe) and tensor_files:
         names = [SINGLE] if SINGLE in tensor_files else tensor_files  # the one that loaders find without an index
@@ -119,9 +120,8 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     return TargetFolder(by_rank, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
-def list_sliced_files(target: Path, recipe: Recipe, names: Sequence[str]) -> TargetFolder:
+def list_sliced_files(manifest: Mapping[str, Any], recipe: Recipe, names: Sequence[str]) -> TargetFolder:
     """Lists the files of slices that a folder should have: as many as its manifest tells, else as the names count."""
-    manifest = read_valid_manifest(target)
     told = manifest["ranks"] if is_of_slices(manifest) else max(shard for shard, _, _ in parse_shard_numbers(names))
     ranks = min(max(told, 1), MOST_RANKS)
     known = name_slices(ranks)
