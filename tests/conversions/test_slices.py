@@ -172,6 +172,63 @@ def test_stacked_experts_for_transformers(ranks: int, models: Path, tmp_path: Pa
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
     assert reshard.verify(tmp_path / "again", target).is_proven
+    (target / "reshard.json").unlink()
+    assert reshard.verify(target, source).is_proven
+
+
+ODD = """
+name        = "odd"
+about       = "tensors of odd shapes"
+left        = "plain"
+right       = "plain-ranks"
+model_types = ["odd"]
+files       = "odd-{rank}-of-{ranks}.safetensors"
+rules = [
+["same", "scalar", "scalar", "replicate"],
+["same", "none",   "none",   "replicate"],
+["same", "empty",  "empty",  "replicate"],
+["same", "one",    "one",    "replicate"],
+["same", "cube",   "cube",   "replicate"],
+["same", "small",  "small",  "replicate"],
+]
+"""
+
+ODD_TENSORS = {
+    "scalar": ("F32", [], 4),
+    "none": ("F32", [0, 4], 0),
+    "empty": ("BF16", [5, 0], 0),
+    "one": ("F32", [1, 3], 12),
+    "cube": ("U8", [7, 3, 2], 42),
+    "small": ("F4", [4, 6], 12),
+}
+"""By name: dtype, shape, bytes."""
+
+
+def write_odd_tensors(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "odd"}')
+    header, end = {}, 0
+    for name, (dtype, shape, size) in ODD_TENSORS.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(end)))
+
+
+def test_odd_shapes(tmp_path: Path) -> None:
+    """A scalar is written once; so are a tensor without rows, and one of half bytes, which torch counts otherwise."""
+    (tmp_path / "odd.toml").write_text(ODD)
+    source, recipe = tmp_path / "source", str(tmp_path / "odd.toml")
+    write_odd_tensors(source)
+    for ranks in (1, 3):
+        target, again = tmp_path / f"target{ranks}", tmp_path / f"again{ranks}"
+        reshard.convert(source, target, to="dcp", mp=ranks, recipe=recipe)
+        report = reshard.verify(target, source, recipe=recipe)
+        assert report.is_proven, report
+        assert report.tensors == (6 if ranks == 1 else 4 + 3 + 3)
+        reshard.convert(target, again, to="hf", recipe=recipe)
+        for path in source.glob("*.safetensors"):
+            assert (again / path.name).read_bytes() == path.read_bytes()
 
 
 def test_what_transformers_does_not_load_is_noted(models: Path) -> None:
@@ -315,6 +372,9 @@ def test_parts_are_joined(models: Path, tmp_path: Path) -> None:
     reshard.convert(models / "tied", one, to="dcp", mp=4, ranks=[0, 1])
     reshard.convert(models / "tied", other, to="dcp", mp=4, ranks=[2, 3])
     assert reshard.verify(one, ranks=[0, 1]).is_proven
+    content = reshard.inspect(other)
+    assert (content.layout, content.recipe, content.ranks, content.files) == ("slices", "llama", 4, 2)
+    assert [note.text for note in content.notes] == ["a part of a target: ranks 2-3 of 4, by reshard.json"]
     with pytest.raises(Refused, match=slice_name(3)):
         reshard.convert(one, tmp_path / "again", to="hf")
     shutil.copytree(other, one, dirs_exist_ok=True)
