@@ -88,9 +88,14 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
             *checkpoint.notes,
             *note_restored_names(source, uncut, forms),
             *note_dtypes(source.recipe, uncut, outcomes),
-            *note_loader_names(source.recipe, layout, config or {}, is_scaled=any(one.scales for one in outcomes)),
+            *note_loader_names(source.recipe, layout, config or {}, list_scale_dtypes(outcomes)),
         ),
     )
+
+
+def list_scale_dtypes(outcomes: Sequence[Outcome]) -> frozenset[str]:
+    """Lists the dtypes of the block scales in a target."""
+    return frozenset(tensor.dtype for outcome in outcomes for tensor in outcome.scales[:1])
 
 
 def note_restored_names(source: Source, layout: Layout, forms: Sequence[OriginalFile]) -> Iterator[Note]:

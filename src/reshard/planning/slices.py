@@ -74,14 +74,21 @@ def slice_parts(series: Series, members: Integers, ranks: int) -> Series:
     return replace(series, cut=cut, ranks=places.reshape(-1) // most, least=1, most=1)
 
 
-def note_loader_names(recipe: Recipe, layout: Layout, config: Mapping[str, Any], *, is_scaled: bool) -> Iterator[Note]:
+UNREAD = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
+"""Dtypes that the table of safetensors for torch lacks: torch's reader ends at them with a KeyError."""
+
+
+def note_loader_names(
+    recipe: Recipe, layout: Layout, config: Mapping[str, Any], scales: frozenset[str]
+) -> Iterator[Note]:
     """Notes slices that transformers does not load: of a model that has other names in memory, and of a quantized one,
-    by its block scales (`is_scaled`) or its config.
+    by its config or the dtypes of its block `scales`.
     """
     if layout.to != SLICED:
         return
-    if is_scaled or (config.get("quantization_config") and layout.cast != "bf16"):
-        text = "transformers refuses slices of a quantized model; torch.distributed.checkpoint reads them"
+    if scales or (config.get("quantization_config") and layout.cast != "bf16"):
+        read = f"torch's reader has no {', '.join(scales & UNREAD)}" if scales & UNREAD else "torch reads them"
+        text = f"transformers refuses slices of a quantized model; {read}"
         yield Note("loader-quantized", f"{text}; --cast bf16 makes what both read" if recipe.scales else text)
     if has_ranks(recipe) and (engine := find_engine_with_names(recipe, config)):
         text = f"{engine} has other names in memory, with stacked experts, and loads slices under these only"
