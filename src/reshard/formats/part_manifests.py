@@ -182,3 +182,9 @@ def is_of_slices(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is of slices, of `--to dcp`."""
     layout = manifest.get("layout")
     return isinstance(layout, dict) and layout.get("to") == SLICED
+
+
+def find_recipe_name(manifest: Mapping[str, Any]) -> str:
+    """Finds the recipe that a target was made with; empty if its manifest does not name one."""
+    made_with = manifest.get("recipe")
+    return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""

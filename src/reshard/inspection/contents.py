@@ -24,7 +24,7 @@ from reshard.formats.manifest import (
     read_conversion_options,
     read_manifest_unchecked,
 )
-from reshard.formats.part_manifests import note_not_joined, read_joined_manifest
+from reshard.formats.part_manifests import find_recipe_name, note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model
 from reshard.formats.remote_names import require_path
 from reshard.formats.target_names import MANIFEST, require_finished
@@ -51,7 +51,6 @@ from reshard.sources.rank_names import (
 )
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import unstack_checkpoint
-from reshard.sources.verified_source import find_recipe_name
 from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
 from reshard.types import Checkpoint, Note, Tensor
 

@@ -6,10 +6,10 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from reshard.errors import Problem, refuse
-from reshard.planning.slices import choose_uncut_layout
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.source import Source
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, SLICED, WHOLE, Layout, Subset
 

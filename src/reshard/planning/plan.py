@@ -11,9 +11,9 @@ from reshard.formats.shares import Share
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile, list_shapes
 from reshard.planning.reads import measure_reads
-from reshard.planning.slices import choose_uncut_layout
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.text import escape, format_count, format_numbers, format_size, format_table
 from reshard.types import RANKS, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, Tensor
 

@@ -20,11 +20,12 @@ from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
 from reshard.planning.shards import Series, keep_whole
-from reshard.planning.slices import choose_uncut_layout, note_loader_names, slice_series
+from reshard.planning.slices import note_loader_names, slice_series
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source

@@ -21,16 +21,7 @@ from reshard.planning.shards import MOST_FILES, Series, cut_nothing, cut_unevenl
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes
-from reshard.types import RANKS, SLICED, WHOLE, Layout, Note
-
-
-def choose_uncut_layout(recipe: Recipe, layout: Layout) -> Layout:
-    """Chooses the layout whose tensors are sliced: the original one, or the right side of a recipe without ranks. Any
-    other layout than SLICED is returned as it is.
-    """
-    if layout.to != SLICED:
-        return layout
-    return replace(layout, to=WHOLE if has_ranks(recipe) else RANKS, ranks=1)
+from reshard.types import SLICED, Layout, Note
 
 
 def slice_series(series: Sequence[Series], recipe: Recipe, ranks: int) -> list[Series]:

@@ -1,7 +1,7 @@
 """Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
 from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
+from reshard.formats.part_manifests import find_recipe_name
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.checkpoints import read_checkpoint, read_folder_checkpoint
@@ -224,12 +225,6 @@ def holds_only(target: Path, own: Checkpoint) -> bool:
     except Refused:
         return False
     return all(tensor.name in own.tensors for tensor in stored.tensors)
-
-
-def find_recipe_name(manifest: Mapping[str, Any]) -> str:
-    """Finds the recipe that a target was made with; empty if its manifest does not name one."""
-    made_with = manifest.get("recipe")
-    return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
 
 
 def refuse_recipe(target: Path, made_with: str, expected: str) -> Exception:
