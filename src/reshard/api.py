@@ -40,6 +40,7 @@ from reshard.target.side_files import add_notes, find_beside
 from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
+from reshard.verification.repeated_tensors import add_repeated_tensor
 from reshard.verification.report_notes import add_side_files, add_target_note
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files, require_target_folder
@@ -284,8 +285,8 @@ def verify(
             stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
             ignore_extra_files=sides.ignores_extra_files,
         )
-    report = add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
-    return reword_hints(report, folder, Path(source))
+    report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
+    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source))
 
 
 def diff(

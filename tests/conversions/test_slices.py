@@ -262,6 +262,26 @@ def test_from_other_layouts(models: Path, tmp_path: Path) -> None:
     assert reshard.verify(tmp_path / "part", models / "llama").is_proven
 
 
+def test_a_tied_head_of_rank_files(models: Path, tmp_path: Path) -> None:
+    """Rank files have no such tensor: it is held against the embedding beside it."""
+    target = tmp_path / "target"
+    reshard.convert(models / "tied", tmp_path / "ranks", mp=2)
+    reshard.convert(tmp_path / "ranks", target, to="dcp", mp=3)
+    whole = read_tensors(models / "tied")
+    assert_chunks(target, {HEAD: whole[TABLE], **whole}, 3)
+    assert reshard.verify(target, tmp_path / "ranks").is_proven
+    reshard.convert(target, tmp_path / "again", to="hf")
+    for path in (models / "tied").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    with safe_open(target / slice_name(2), "np") as file:
+        head = file.get_tensor(HEAD).tobytes()
+    content = (target / slice_name(2)).read_bytes()
+    place = content.index(head)  # the first of the two, by its name
+    (target / slice_name(2)).write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    (problem,) = reshard.verify(target, tmp_path / "ranks").problems
+    assert (problem.kind, problem.subject) == ("differs", HEAD)
+
+
 def test_they_are_opened_and_compared(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reshard.convert(models / "llama", tmp_path / "target", to="dcp", mp=3)
     assert reshard.diff(tmp_path / "target", models / "llama").is_same

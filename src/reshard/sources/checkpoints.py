@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.errors import Problem, refuse
+from reshard.errors import Problem, refuse, require_none
 from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
 from reshard.formats.part_manifests import is_of_slices
@@ -25,6 +25,7 @@ def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: s
 def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
     """The same, of a folder that was read already."""
     if found.boxed:
+        require_none(check_named_slices(found))
         checkpoint = replace(assemble_boxes(found.boxed, replicas=replicas), config=found.config)
         if is_of_slices(found.manifest):  # which names all files
             notes = tuple(note for note in checkpoint.notes if note.kind != "numbering")

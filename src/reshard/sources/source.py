@@ -17,7 +17,7 @@ from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
-from reshard.sources.checkpoints import check_named_slices, read_folder_checkpoint, require_config_of_slices
+from reshard.sources.checkpoints import read_folder_checkpoint, require_config_of_slices
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
 from reshard.sources.engine_choice import (
@@ -159,7 +159,6 @@ def read_huggingface(
     """Reads a checkpoint in the original layout. Raises Refused."""
     require_known_recipe(folder.path, folder.manifest, recipes)
     require_none(check_chosen_tensors(folder))
-    require_none(check_named_slices(folder))
     require_config_of_slices(folder)
     require_no_vllm_ranks(folder.path, folder.names)
     checkpoint = read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)

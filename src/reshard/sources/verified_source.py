@@ -23,8 +23,8 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.sources.tied_heads import add_tied_name
-from reshard.types import Checkpoint, File
+from reshard.sources.tied_heads import add_tied_name, find_tied_head
+from reshard.types import Checkpoint, File, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class VerifiedSides:
     """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
     unstacked: Unstacked | None = None
     """Of a source with stacked experts: as it lies there, and as it was read."""
+    repeated: tuple[Tensor, Tensor] | None = None
+    """Of slices that were made from rank files: a tied head, which is left out of `whole`, and the embedding."""
 
 
 def read_sides(
@@ -104,8 +106,20 @@ def read_restored_sides(
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder)
     unstacked = unstack_checkpoint(whole)
     fitted = match_or_rename(unstacked.checkpoint if unstacked else whole, [ranks.recipe], is_asked=True)
-    files = ranks.checkpoint.files
-    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, files, ignore_extra_files, unstacked)
+    files, whole = ranks.checkpoint.files, fitted.checkpoint
+    repeated = find_repeated_head(ranks, whole) if restored.boxed else None
+    if repeated:
+        kept = {name: tensor for name, tensor in whole.tensors.items() if tensor is not repeated[0]}
+        whole = replace(whole, tensors=kept)
+    return VerifiedSides(source, whole, ranks.recipe, files, ignore_extra_files, unstacked, repeated)
+
+
+def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[Tensor, Tensor] | None:
+    """Finds the output head of a target that its rank files lack, for it is the embedding; and that embedding."""
+    found = find_tied_head(ranks.checkpoint, ranks.recipe, ranks.matched)
+    names = (found[0], found[1].name) if found else ()
+    tensors = [whole.tensors[name] for name in names if name in whole.tensors]
+    return (tensors[0], tensors[1]) if len(tensors) == 2 else None
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
