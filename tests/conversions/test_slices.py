@@ -76,6 +76,7 @@ def test_each_rank_has_its_chunks(ranks: int, models: Path, tmp_path: Path) -> N
     report = reshard.verify(tmp_path / "target", models / "llama")
     assert report.is_proven, report
     assert report.files == ranks
+    assert reshard.verify(tmp_path / "target", models / "llama", sample=0.1).verdict == "sampled"
     names = {path.name for path in (tmp_path / "target").iterdir() if path.suffix != ".safetensors"}
     assert names == {"config.json", "generation_config.json", "tokenizer.json", "reshard.json"}
 
@@ -380,8 +381,9 @@ def test_an_interrupted_job_goes_on(models: Path, tmp_path: Path) -> None:
     assert reshard.convert(models / "llama", target, to="dcp", ranks=3).done is None
     for path in (tmp_path / "wanted").glob("*.safetensors"):
         assert (target / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(Refused, match="slices for 3 ranks"):
+    with pytest.raises(Refused, match="slices for 3 ranks") as refused:
         reshard.convert(models / "llama", target, to="dcp", ranks=4)
+    assert f"reshard convert {target} NEW --to dcp --mp 4 makes the ranks" in str(refused.value)
     again = reshard.convert(models / "llama", target, to="dcp", ranks=4, restart=True, yes=True)
     assert len(again.plan.files) == 4
     assert reshard.verify(target, models / "llama").is_proven
@@ -397,6 +399,8 @@ def test_parts_are_joined(models: Path, tmp_path: Path) -> None:
     assert [note.text for note in content.notes] == ["a part of a target: ranks 2-3 of 4, by reshard.json"]
     with pytest.raises(Refused, match=slice_name(3)):
         reshard.convert(one, tmp_path / "again", to="hf")
+    with pytest.raises(Refused, match=slice_name(3)):
+        reshard.open(one)
     shutil.copytree(other, one, dirs_exist_ok=True)
     reshard.convert(models / "tied", one, to="dcp", mp=4)
     assert reshard.verify(one, models / "tied").is_proven
