@@ -139,8 +139,23 @@ def test_weights_are_quantized(cast: str, models: Path, tmp_path: Path) -> None:
 
 
 def test_torch_loads_them_in_several_processes(models: Path, tmp_path: Path) -> None:
+    """And three processes of torch save the same slices as are made for three ranks."""
     reshard.convert(models / "llama", tmp_path / "target", to="dcp", mp=5)
-    load_in_processes(tmp_path / "target", models / "llama")
+    load_in_processes(tmp_path / "target", models / "llama", tmp_path / "saved")
+    reshard.convert(models / "llama", tmp_path / "made", to="dcp", mp=3)
+    assert read_slices(tmp_path / "made") == read_slices(tmp_path / "saved")
+
+
+def read_slices(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, bytes]]]:
+    """By file: what the metadata say, and the bytes of each tensor."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+            said["DCP_SHARDING_INFO"] = json.loads(said["DCP_SHARDING_INFO"])
+            names = file.keys()
+            found[path.name] = said, {name: bytes(view_bytes(file.get_tensor(name)).numpy()) for name in names}
+    return found
 
 
 def test_torch_loads_them_in_one_process(models: Path, tmp_path: Path) -> None:
