@@ -56,9 +56,10 @@ def list_layout_differences(layout: Any, other: Any) -> Iterator[str]:
     mine, others = (value if isinstance(value, dict) else {} for value in (layout, other))
     if any(mine.get(key) != others.get(key) for key in ("ranks", "to")):
         ranks = mine.get("ranks")
-        is_of_ranks = isinstance(ranks, int) and mine.get("to") != WHOLE
-        sliced = "slices for " * (mine.get("to") == SLICED)
-        yield sliced + format_count(ranks, "ranks") if is_of_ranks else "whole files"
+        if isinstance(ranks, int) and mine.get("to") != WHOLE:
+            yield "slices for " * (mine.get("to") == SLICED) + format_count(ranks, "ranks")
+        else:
+            yield "whole files"
     for key in dict.fromkeys((*mine, *others)):
         if key not in ("ranks", "to") and mine.get(key) != others.get(key):
             words, value = key.replace("_", " "), mine.get(key)
