@@ -39,7 +39,7 @@ VERBS = set(
     inspect interleave interrupt intersect invert join keep lay leave list load lock look make match measure mend merge
     move multiply name narrow normalize note number open order pack pad paint pair parse pick plan prepare print probe
     prove prune quantize raise read recode refuse remove rename renumber repair replace repeat require reserve restore
-    reverse reword rewrite round run sample set shift shorten show skip sort split spread start stop store suggest
+    reverse reword rewrite round run sample set shift shorten show skip slice sort split spread start stop store suggest
     summarize sync tabulate take trace transform unpack verify view wait widen write combine estimate try prefetch
     unflatten unstack
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer

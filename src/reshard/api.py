@@ -26,6 +26,7 @@ from reshard.planning.options import (
     read_sample,
     require_layout,
     sort_numbers,
+    split_number_of_ranks,
 )
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
@@ -39,6 +40,7 @@ from reshard.target.side_files import add_notes, find_beside
 from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
+from reshard.verification.repeated_tensors import add_repeated_tensor
 from reshard.verification.report_notes import add_side_files, add_target_note
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files, require_target_folder
@@ -66,7 +68,7 @@ def convert(
     only: Iterable[str] = (),
     recipe: str | None = None,
     for_engine: str | None = None,
-    ranks: Iterable[int] | None = None,
+    ranks: Iterable[int] | int | None = None,
     ignore_extra_files: bool = False,
     config: Location | None = None,
     n_experts: int | None = None,
@@ -89,7 +91,8 @@ def convert(
         source: A folder with a Hugging Face checkpoint or with rank files, or one safetensors file.
         target: The folder to write: empty, not there yet, or begun by the same conversion.
         mp: The number of ranks.
-        to: `"ranks"`, or `"hf"` for whole files in the layout of Hugging Face.
+        to: `"ranks"`; `"hf"` for whole files in the layout of Hugging Face; or `"dcp"` for slices in safetensors, as
+            torch's distributed checkpoints have them.
         cast: Of all block-scaled weights: `"bf16"` (of F32 and F16 too), `"fp8"` or `"fp8-ue8m0"`.
         expert_dtype: `"fp8"` casts FP4 experts to FP8; `"fp4"` is as they are.
         keep_mtp: Keep the MTP layers, which recipes leave out.
@@ -102,7 +105,7 @@ def convert(
         only: Patterns of names, as a shell has them: write these tensors only.
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         for_engine: `"vllm"`, or `"transformers"` without `mp`; by default the files are for the model's own code.
-        ranks: Write the files of these ranks only.
+        ranks: Write the files of these ranks only. With `to="dcp"` and without `mp`: the number of ranks.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
         config: The folder to take config.json, tokenizer and the like from, in the place of the source.
@@ -126,6 +129,7 @@ def convert(
     folder = require_target(target, is_written=True)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none(check_settings(settings))
+    mp, chosen = split_number_of_ranks(mp, to, ranks)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
 
@@ -140,7 +144,7 @@ def convert(
         config_folder=read_location(config),
     )
     require_none(check_source_options(found, replicas, n_experts))
-    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
     # The last chance to refuse.
     state = look_at_target(
@@ -172,7 +176,7 @@ def plan(
     only: Iterable[str] = (),
     recipe: str | None = None,
     for_engine: str | None = None,
-    ranks: Iterable[int] | None = None,
+    ranks: Iterable[int] | int | None = None,
     ignore_extra_files: bool = False,
     config: Location | None = None,
 ) -> Plan:
@@ -185,6 +189,7 @@ def plan(
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
     folder = None if target is None else require_target(target, is_written=True)
+    mp, chosen = split_number_of_ranks(mp, to, ranks)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
     found = read_chosen(
@@ -198,7 +203,7 @@ def plan(
         config_folder=read_location(config),
     )
     require_none(check_source_options(found, replicas, None))
-    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", ranks), only=subset.only)
+    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
     planned = add_notes(planned, beside)
     return planned if folder is None else look_at_target(planned, folder, beside=beside).plan
@@ -280,8 +285,8 @@ def verify(
             stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
             ignore_extra_files=sides.ignores_extra_files,
         )
-    report = add_target_note(add_side_files(report, folder), folder, Path(source), sides.files)
-    return reword_hints(report, folder, Path(source))
+    report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
+    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source))
 
 
 def diff(

@@ -150,8 +150,10 @@ COMPARE, FIRST = "compare", "first"
 FILE_SIZE = 5 * 10**9
 """Default maximum size of a file in the original layout, in bytes."""
 
-RANKS, WHOLE = "ranks", "hf"
-"""The two layouts of a target: one file for each rank (right side of a recipe), or the original layout (left side)."""
+RANKS, WHOLE, SLICED = "ranks", "hf", "dcp"
+"""The layouts of a target: one file for each rank (right side of a recipe), the original layout (left side), or one
+file for each rank with slices of whole tensors, as torch's distributed checkpoints have them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ class Layout:
     ranks: int
     """Number of ranks; 1 for WHOLE; 0 if it is not chosen yet."""
     to: str = RANKS
-    """RANKS or WHOLE."""
+    """RANKS, WHOLE or SLICED."""
     cast: str = ""
     """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
     expert_dtype: str = ""

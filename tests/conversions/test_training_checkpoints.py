@@ -92,6 +92,17 @@ def test_for_vllm_and_for_transformers(models: Path, tmp_path: Path) -> None:
     assert reshard.verify(tmp_path / "stacked", models / "moe-fsdp", config=whole).is_proven
 
 
+@pytest.mark.parametrize("save", ["moe-fsdp", "moe-stacked-slices", "llama-hsdp"])
+def test_slices_for_other_ranks(save: str, models: Path, tmp_path: Path) -> None:
+    """Of a training on four ranks, for three others."""
+    source, whole = models / save, original(models, save)
+    reshard.convert(source, tmp_path / "a", to="dcp", ranks=3, config=whole)
+    reshard.convert(whole, tmp_path / "b", to="dcp", ranks=3)
+    for path in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
+    assert reshard.verify(tmp_path / "a", source, config=whole).is_proven
+
+
 def test_parts_of_it(models: Path, tmp_path: Path) -> None:
     source, whole = models / "moe-stacked-grid", models / "moe" / "hub"
     reshard.convert(source, tmp_path / "a", to="hf", layers=[0, 2], experts=[1, 3], renumber=True, config=whole)

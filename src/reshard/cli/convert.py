@@ -15,7 +15,7 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused
+from reshard.errors import Refused, refuse
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
@@ -29,7 +29,7 @@ from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
-from reshard.types import RANKS, Note
+from reshard.types import RANKS, SLICED, WHOLE, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
@@ -37,7 +37,7 @@ CHOICES = (
 )
 """Options that choose what to convert, and into which layout."""
 
-OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
+OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|dcp|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value."""
 
 WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
@@ -46,6 +46,7 @@ WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 
 def run_convert(options: argparse.Namespace) -> int:
     """Runs `convert`, or prints its plan with `--dry-run`. Returns the exit code. Raises Refused."""
+    take_number_of_ranks(options)
     chosen = collect_options(options)
     if options.dry_run:
         return show_plan(options)
@@ -119,9 +120,21 @@ def run_plan(options: argparse.Namespace) -> int:
     """Runs `plan`: prints what `convert` would write, or without a number of ranks those that work. Returns the exit
     code. Raises Refused.
     """
+    take_number_of_ranks(options)
     if options.mp is None and options.to == RANKS and takes_ranks(options.recipe, options.for_engine):
         return print_choices(options)
     return show_plan(options)
+
+
+def take_number_of_ranks(options: argparse.Namespace) -> None:
+    """Takes `--ranks N` of `--to dcp` for the number of ranks, which nothing else says. Raises Refused for several."""
+    if options.to != SLICED or options.mp is not None or options.ranks is None:
+        return
+    if len(options.ranks) > 1:
+        remedy = "add --mp N: --ranks then chooses those whose files are written"
+        found = f"{','.join(format_runs(options.ranks))}, and no number of ranks"
+        raise refuse("wrong-option", "--ranks", found, "with --to dcp the number of ranks, such as --ranks 8", remedy)
+    (options.mp,), options.ranks = options.ranks, None
 
 
 def show_plan(options: argparse.Namespace) -> int:
@@ -140,7 +153,7 @@ def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note
     if options.target is None:
         return
     chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
-    if plan.layout.to == RANKS and (finished := {*chosen} - {file.rank for file in plan.files}):
+    if plan.layout.to != WHOLE and (finished := {*chosen} - {file.rank for file in plan.files}):
         yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
     if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"
@@ -238,15 +251,18 @@ def list_reading_words(options: argparse.Namespace) -> list[str]:
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
     """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared
-    with them, unless tensors were chosen or cast: then its checksums are verified.
+    with them, unless tensors were chosen or cast: then its checksums are verified. So are those of some slices: only
+    all of them are the tensors of a source.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
-    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_stacked
+    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_altered
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
     ranks = getattr(options, "ranks", None)
-    words += ["--source", str(plan.path.absolute())]
-    words += ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
+    chosen = ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
+    if chosen and plan.layout.to == SLICED:
+        return shlex.join([*words, *chosen])
+    words += ["--source", str(plan.path.absolute()), *chosen]
     return shlex.join([*words, *list_reading_words(options)])

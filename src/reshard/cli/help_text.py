@@ -44,12 +44,13 @@ PROGRAM = HelpText(
 HELP: Mapping[str, HelpText] = {
     "convert": HelpText(
         "SOURCE TARGET --mp N [options]",
-        "Write the file of each rank, or whole files with --to hf. All is checked before the\n"
-        "first byte is written, and the same command resumes after an interruption.",
+        "Write the file of each rank; or whole files with --to hf, or slices with --to dcp. All is\n"
+        "checked before the first byte is written, and the same command resumes after an interruption.",
         (
             "reshard convert DeepSeek-V3 DeepSeek-V3-mp16 --mp 16",
             "reshard convert DeepSeek-V3 DeepSeek-V3-bf16 --to hf --cast bf16",
             "reshard convert DeepSeek-V3-mp16 DeepSeek-V3-again --to hf",
+            "reshard convert Llama-3.1-8B Llama-3.1-8B-dcp --to dcp --ranks 8",
         ),
         CONVERTED_CODES,
         "docs/convert.md",

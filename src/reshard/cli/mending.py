@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem
-from reshard.formats.part_manifests import format_join_command, is_of_whole_files
+from reshard.formats.part_manifests import format_join_command, is_of_slices, is_of_whole_files
 from reshard.target.mending_hints import is_damage, is_repairable, read_manifest_for_repair
 from reshard.text import escape, format_command_lines, format_count, format_runs, format_size
 from reshard.verification.download import DownloadReport
@@ -22,6 +22,10 @@ class MendingStep(NamedTuple):
     command: str
     comment: str = ""
     """For a person, behind the command: what it writes."""
+
+
+WITHOUT_SOURCE = {"source": None, "recipe": None, "config": None, "ignore_extra_files": False}
+"""The options of a verification by the manifest."""
 
 
 def list_mending_steps(report: Report | DownloadReport, options: argparse.Namespace) -> Iterator[MendingStep]:
@@ -53,7 +57,9 @@ def list_repair_steps(
         ranks = ",".join(format_runs(entry["rank"] for entry in here))
         label = "or, for all ranks"
         if not damaged:
-            yield MendingStep(FOR_THESE, make_command("verify", options, ranks))
+            # Only all slices are what the source has: those of some ranks are held against the manifest.
+            asked = argparse.Namespace(**{**vars(options), **WITHOUT_SOURCE}) if is_of_slices(manifest) else options
+            yield MendingStep(FOR_THESE, make_command("verify", asked, ranks))
         elif can_repair:
             yield make_repair_step(options, manifest, damaged, FOR_THESE, ranks)
     if can_repair and any(map(is_damage, problems)):

@@ -78,10 +78,17 @@ def add_job(parser: Parser) -> None:
         help="Write what this engine reads: vllm, or transformers (stacked experts; without --mp). By default rank "
         "files for the model's own code.",
     )
-    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Write the files of these ranks only.")
+    what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help=SOME_RANKS_HELP)
     add_ignore_extra_files(what)
     add_config(what)
 
+
+TO_HELP = (
+    "The layout: the files of ranks, which is the default; hf: whole files under the names of the hub; dcp: slices for "
+    "--ranks N, as torch's distributed checkpoints have them in safetensors."
+)
+
+SOME_RANKS_HELP = "Write the files of these ranks only. With --to dcp and without --mp: the number of ranks."
 
 RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
 
@@ -92,9 +99,9 @@ def add_layout(parser: Parser) -> None:
     what.add_argument("--mp", "--tp", type=parse_number, action=KeepOneValue, metavar="N", help=RANKS_HELP)
     what.add_argument(
         "--to",
-        choices=("ranks", "hf"),
+        choices=("ranks", "hf", "dcp"),
         default="ranks",
-        help="The layout: the files of ranks, which is the default, or whole files under the names of the hub.",
+        help=TO_HELP,
     )
     what.add_argument(
         "--cast",

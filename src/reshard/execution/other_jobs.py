@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.text import format_count, format_list
-from reshard.types import WHOLE
+from reshard.types import SLICED, WHOLE
 
 Job = Mapping[str, Any]
 """A job as a manifest or a journal describes it."""
@@ -56,7 +56,10 @@ def list_layout_differences(layout: Any, other: Any) -> Iterator[str]:
     mine, others = (value if isinstance(value, dict) else {} for value in (layout, other))
     if any(mine.get(key) != others.get(key) for key in ("ranks", "to")):
         ranks = mine.get("ranks")
-        yield format_count(ranks, "ranks") if isinstance(ranks, int) and mine.get("to") != WHOLE else "whole files"
+        if isinstance(ranks, int) and mine.get("to") != WHOLE:
+            yield "slices for " * (mine.get("to") == SLICED) + format_count(ranks, "ranks")
+        else:
+            yield "whole files"
     for key in dict.fromkeys((*mine, *others)):
         if key not in ("ranks", "to") and mine.get(key) != others.get(key):
             words, value = key.replace("_", " "), mine.get(key)

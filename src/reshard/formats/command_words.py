@@ -9,13 +9,14 @@ from typing import Any
 from reshard.formats.json_input import is_text
 from reshard.formats.manifest import COUNTS, is_subset, read_conversion_options
 from reshard.text import format_runs
-from reshard.types import WHOLE
+from reshard.types import SLICED, WHOLE
 
 
 def list_layout_words(layout: Any) -> Iterator[str]:
     """Lists the options that choose a layout: `--mp`, `8`, `--cast`, `bf16`."""
     layout = layout if isinstance(layout, dict) else {}
-    yield from ("--to", "hf") if layout.get("to") == WHOLE else ("--mp", str(layout.get("ranks", "N")))
+    to, ranks = layout.get("to"), ("--mp", str(layout.get("ranks", "N")))
+    yield from {WHOLE: ("--to", "hf"), SLICED: ("--to", "dcp", *ranks)}.get(to, ranks) if isinstance(to, str) else ranks
     for option, value in read_conversion_options({"layout": layout}).items():
         yield from (option, value) if value else (option,)
     if layout.get("file_size"):

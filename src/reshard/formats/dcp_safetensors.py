@@ -14,6 +14,7 @@ from reshard.formats.boxes import Box, BoxedCheckpoint
 from reshard.formats.huggingface import read_config, read_header_text
 from reshard.formats.json_input import is_size, refuse_duplicate_keys, shorten_json
 from reshard.formats.safetensors import BITS, parse_header
+from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import File, Note, Tensor
@@ -37,6 +38,11 @@ class HeaderMetadata(msgspec.Struct):
     said: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
+def name_slices(ranks: int) -> list[str]:
+    """Names the files of some ranks as torch does: it counts processes from 1 on, and each has one file."""
+    return [f"shard-{rank + 1:05}-model-00001-of-00001.safetensors" for rank in range(ranks)]
+
+
 def is_sliced_folder(names: Sequence[str]) -> bool:
     """Whether all safetensors files of a folder are slices by their names. Whole tensors beside them come first."""
     return bool(names) and all(map(SLICE_NAME.fullmatch, names))
@@ -44,7 +50,8 @@ def is_sliced_folder(names: Sequence[str]) -> bool:
 
 def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
     """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named."""
-    require_none(check_shard_numbers(names))
+    if not (folder / MANIFEST).is_file():  # which names the files of all ranks, or of those that were chosen
+        require_none(check_shard_numbers(names))
     require_none(check_unfinished(folder, names))
     files: list[File] = []
     boxes: dict[str, list[Box]] = {}

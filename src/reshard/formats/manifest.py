@@ -203,8 +203,10 @@ class Origin:
     """Whether it is of rank files, be there a manifest or not."""
     renaming: Renaming = ()
     """The steps from the names in the original files, and in `forms`, to those of the recipe."""
-    is_stacked: bool = False
-    """Whether the files of the checkpoint have stacked experts, which were taken apart: they cannot be restored."""
+    is_altered: bool = False
+    """Whether the tensors are not as they lie in the files: stacked experts were taken apart, slices put together.
+    These files cannot be restored.
+    """
 
 
 def unpack_text(text: str, most: int) -> bytes:

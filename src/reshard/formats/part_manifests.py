@@ -19,7 +19,7 @@ from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
 from reshard.text import format_count, format_list, format_runs
-from reshard.types import WHOLE, Note
+from reshard.types import SLICED, WHOLE, Note
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset", "source_samples")
 """Manifest keys that are equal in two manifests of the same conversion, perhaps for other ranks."""
@@ -176,3 +176,15 @@ def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:
     layout, files = manifest.get("layout"), manifest.get("files")
     names = [entry.get("name") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
     return names == [SINGLE] or (isinstance(layout, dict) and layout.get("to") == WHOLE)
+
+
+def is_of_slices(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of slices, of `--to dcp`."""
+    layout = manifest.get("layout")
+    return isinstance(layout, dict) and layout.get("to") == SLICED
+
+
+def find_recipe_name(manifest: Mapping[str, Any]) -> str:
+    """Finds the recipe that a target was made with; empty if its manifest does not name one."""
+    made_with = manifest.get("recipe")
+    return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""

@@ -8,7 +8,7 @@ from typing import Any
 from reshard.errors import Refused, require_none
 from reshard.execution.staging import note_begun_repair
 from reshard.formats.boxed_folder import list_whole_files
-from reshard.formats.folder import read_folder
+from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import (
     INDEX,
     FolderHeaders,
@@ -24,7 +24,7 @@ from reshard.formats.manifest import (
     read_conversion_options,
     read_manifest_unchecked,
 )
-from reshard.formats.part_manifests import note_not_joined, read_joined_manifest
+from reshard.formats.part_manifests import find_recipe_name, note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model
 from reshard.formats.remote_names import require_path
 from reshard.formats.target_names import MANIFEST, require_finished
@@ -34,7 +34,7 @@ from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_recipes_to_try
-from reshard.sources.checkpoints import read_folder_checkpoint
+from reshard.sources.checkpoints import check_named_slices, read_folder_checkpoint
 from reshard.sources.constants import check_stored_constants
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.fitted_names import match_or_rename
@@ -159,6 +159,8 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, 
     # With an index a note names the files that are extra, which is all that is asked.
     is_free = ignore_extra_files or (path / INDEX).is_file()
     folder = read_folder(path, config_folder)
+    if some := summarize_some_slices(folder):
+        return some
     whole = read_folder_checkpoint(folder, ignore_extra_files=is_free) if path.is_dir() else read_file(path)
     checkpoint = replace(whole, config=folder.config)
     stored = FolderHeaders(checkpoint.folder, checkpoint.files, tuple(checkpoint.tensors.values()))
@@ -176,6 +178,19 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, 
     content = make_content(path, stored, layout, by.name, 0, counts, "")
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes, boxes=count_boxes(checkpoint))
+
+
+def summarize_some_slices(folder: Folder) -> Content | None:
+    """Summarizes slices that lack others of the same target, by the manifest beside them; None of anything else."""
+    if folder.boxed is None or not any(check_named_slices(folder)):
+        return None
+    files, manifest = folder.boxed.files, folder.manifest
+    parts = tuple(box.part for boxes in folder.boxed.boxes.values() for box in boxes)
+    stored, name = FolderHeaders(folder.folder, files, parts), find_recipe_name(manifest)
+    content = make_content(folder.path, stored, "slices", name, manifest["ranks"], {}, "")
+    part = note_part(folder.path, [file.name for file in files])
+    notes = (*([part] if part else []), *note_not_joined(folder.path))
+    return replace(content, made=read_conversion_options(manifest), notes=notes)
 
 
 def count_boxes(checkpoint: Checkpoint) -> int:

@@ -9,13 +9,15 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
+from reshard.planning.slices import SlicePlaces
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
-from reshard.types import RANKS, Cast, Layout, OriginalFile, Tensor
+from reshard.types import RANKS, SLICED, WHOLE, Cast, Layout, OriginalFile, Tensor
 
 EVERY_RANK = -1
 """The rank of a piece that goes into the file of every rank."""
@@ -106,27 +108,30 @@ def order_pieces(series: Sequence[Series]) -> Pieces:
     names, _, numbers, tensors, ranks = zip(*(row for dtype in dtypes for row in sorted(by_dtype[dtype])), strict=True)
     cut, cuts = np.array(numbers, np.int64), [one.cut for one in series]
     is_first, fused = np.ones(len(names), np.bool_), dict[int, tuple[int, ...]]()
+    rank = np.array(ranks, np.int64)
     places = np.flatnonzero(np.array([one.parts is not None for one in series])[cut])  # parts of fused tensors
     if len(places):
-        fused = find_fused_shapes(series, names, cut, places)
+        fused = find_fused_shapes(series, names, cut, rank, places)
         is_first[places] = False
         is_first[list(fused)] = True
-    return Pieces(names, tensors, cut, cuts, np.array(ranks, np.int64), is_first, fused)
+    return Pieces(names, tensors, cut, cuts, rank, is_first, fused)
 
 
 def find_fused_shapes(
-    series: Sequence[Series], names: Sequence[str], cut: Integers, places: Integers
+    series: Sequence[Series], names: Sequence[str], cut: Integers, rank: Integers, places: Integers
 ) -> dict[int, tuple[int, ...]]:
-    """Finds the shape of each fused tensor, in elements, by the index of its first piece. `cut` has the index of the
-    series of each piece, `places` the pieces that are parts. Those of a tensor follow one another; all have the same
-    dimensions but the first.
+    """Finds the shape of each fused tensor, or of the slice of it in a file, in elements, by the index of its first
+    piece. `cut` has the index of the series of each piece, `rank` its rank, `places` the pieces that are parts. Those
+    of a tensor follow one another; all have the same dimensions but the first.
     """
-    named = [names[place] for place in places.tolist()]
-    starts = [at for at, name in enumerate(named) if not at or name != named[at - 1]]
+    owners = [(names[place], rank[place]) for place in places.tolist()]
+    starts = [at for at, owner in enumerate(owners) if not at or owner != owners[at - 1]]
     rows = np.array([prod(one.cut.shape[:1]) for one in series], np.int64)[cut[places]]
+    parts = np.diff(starts, append=len(places)).tolist()
     found = {}
-    for place, total in zip(places[starts].tolist(), np.add.reduceat(rows, starts).tolist(), strict=True):
-        members, rest = series[cut[place]].members, series[cut[place]].cut.shape[1:]
+    for place, total, count in zip(places[starts].tolist(), np.add.reduceat(rows, starts).tolist(), parts, strict=True):
+        one = series[cut[place]]
+        members, rest = count // one.of_member if one.of_member else 0, one.cut.shape[1:]
         found[place] = (members, total // members, *rest) if members else (total, *rest)
     return found
 
@@ -147,30 +152,49 @@ def lay_out_files(
     """
     columns = make_columns(pieces)
     texts = write_entries(pieces)
-    uneven = np.isin(pieces.cut, [place for place, cut in enumerate(pieces.cuts) if cut.uneven is not None])
+    slices = SlicePlaces() if layout.to == SLICED else None
+    holders = np.array([cut.count_ranks() for cut in pieces.cuts], np.int64)[pieces.cut]
     files, parts = [], []
     names = [form.name for form in forms] or name_files(recipe, layout, pieces)
     for rank, name in enumerate(names):
-        chosen = np.flatnonzero((columns.rank == EVERY_RANK) | (columns.rank == rank))
+        chosen = np.flatnonzero(((columns.rank == EVERY_RANK) & (rank < holders)) | (columns.rank == rank))
         form = forms[rank] if forms and has_form(pieces, chosen, forms[rank]) else None
         if form:
             places = {name: place for place, name in enumerate(form.tensors)}
             chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
-        part = rank if layout.to == RANKS else 0  # a tensor in the second of whole files is still the whole tensor
+        part = 0 if layout.to == WHOLE else rank  # a tensor in the second of whole files is still the whole tensor
         sizes = measure_runs(columns, chosen, part) * columns.rows[chosen]
         begins, is_first = np.cumsum(sizes) - sizes, pieces.is_first[chosen]
         firsts, starts = chosen[is_first], begins[is_first]
         ends = np.append(starts[1:], sizes.sum())[: len(starts)]
-        for piece in firsts[uneven[firsts]].tolist():
-            shape = pieces.cuts[pieces.cut[piece]].compute_part_shape(part)
-            texts[piece] = encode_basestring(pieces.names[piece]) + format_entry_end(pieces.tensors[piece].dtype, shape)
+        metadata = write_metadata(recipe, layout, rank)
+        if slices:
+            metadata = [slices.write(rank, [pieces.names[piece] for piece in firsts.tolist()],
+                                     rewrite_entries(texts, pieces, firsts, rank))]  # fmt: skip
         bounds = zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
-        header = form.header if form else format_header([*write_metadata(recipe, layout, rank), *entries])
+        header = form.header if form else format_header([*metadata, *entries])
         size = len(header) + int(sizes.sum())
         files.append(TargetFile(name, rank, header, size, firsts, ends + len(header)))
         parts.append(make_copies(columns, chosen, rank, part, begins + len(header)))
     return tuple(files), join_copies(parts)
+
+
+def rewrite_entries(texts: list[str], pieces: Pieces, firsts: Integers, rank: int) -> list[tuple[int, ...]]:
+    """Writes the header entries of the slices of a rank, in the place of those of the rank before. Returns the shapes
+    of the slices, in elements.
+    """
+    shapes = list(list_shapes(pieces, firsts, rank))
+    for piece, shape in zip(firsts.tolist(), shapes, strict=True):
+        texts[piece] = write_entry(pieces, piece, shape)
+    return shapes
+
+
+def list_shapes(pieces: Pieces, firsts: Integers, rank: int) -> Iterator[tuple[int, ...]]:
+    """Lists the shapes, in elements, that tensors have in the file of a rank; `firsts` are their first pieces."""
+    shapes = [cut.compute_part_shape(rank) for cut in pieces.cuts]
+    for piece, cut in zip(firsts.tolist(), pieces.cut[firsts].tolist(), strict=True):
+        yield pieces.fused.get(piece, shapes[cut])
 
 
 def write_metadata(recipe: Recipe, layout: Layout, rank: int) -> list[str]:
@@ -237,8 +261,13 @@ def write_entries(pieces: Pieces) -> list[str]:
     names = map(encode_basestring, pieces.names)
     texts = [name + ends[cut] for name, cut in zip(names, pieces.cut.tolist(), strict=True)]
     for piece, shape in pieces.fused.items():
-        texts[piece] = encode_basestring(pieces.names[piece]) + format_entry_end(pieces.tensors[piece].dtype, shape)
+        texts[piece] = write_entry(pieces, piece, shape)
     return texts
+
+
+def write_entry(pieces: Pieces, piece: int, shape: tuple[int, ...]) -> str:
+    """Writes the header entry of a tensor of some shape, up to its offsets, by its first piece."""
+    return encode_basestring(pieces.names[piece]) + format_entry_end(pieces.tensors[piece].dtype, shape)
 
 
 def find_first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
@@ -250,12 +279,19 @@ def find_first_of_each(pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
 
 def name_files(recipe: Recipe, layout: Layout, pieces: Pieces) -> Iterable[str]:
     """Names the target files: by the pattern of the recipe, or as Hugging Face names them."""
-    if layout.to == RANKS:
-        return [recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
+    if layout.to != WHOLE:
+        return name_rank_files(recipe, layout)
     count = int(pieces.rank.max()) + 1
     if count == 1:
         return [WHOLE_NAME]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def name_rank_files(recipe: Recipe, layout: Layout) -> list[str]:
+    """Names the file of each rank; of a recipe without ranks its one file."""
+    if layout.to == SLICED:
+        return name_slices(layout.ranks)
+    return [recipe.files.format(rank=rank, ranks=layout.ranks) for rank in range(layout.ranks)]
 
 
 def measure_runs(columns: Columns, chosen: Integers, part: int) -> Integers:

@@ -28,22 +28,20 @@ def cut_outcomes(outcomes: Iterable[Outcome], terms: Terms, counts: Mapping[str,
     series: list[Series] = []
     for outcome in outcomes:
         fusion, made = fusions.get(outcome.kind.number), cut_for_ranks(outcome, terms, counts)
-        series += [number_parts(one, outcome.kind, fusion, terms.recipe, counts) for one in made] if fusion else made
+        series += [number_parts(one, outcome.kind, fusion, terms.recipe) for one in made] if fusion else made
     if fusions:
         require_none(check_part_forms(series, terms.recipe, terms.layout))
     return series
 
 
-def number_parts(
-    series: Series, kind: WeightGroup, fusion: Fusion, recipe: Recipe, counts: Mapping[str, int]
-) -> Series:
+def number_parts(series: Series, kind: WeightGroup, fusion: Fusion, recipe: Recipe) -> Series:
     """Numbers the parts of fused tensors: the rows of the recipe in their order, in a stack for each member again."""
     parts = np.full(len(series.names), fusion.rules.index(kind.number), np.int64)
     if not fusion.stacked:
         return replace(series, parts=parts)
     place = list_slots(kind.rule, recipe).index(fusion.stacked)
     parts += len(fusion.rules) * np.array([int(numbers[place]) for numbers in kind.numbers], np.int64)
-    return replace(series, parts=parts, members=counts[fusion.stacked])
+    return replace(series, parts=parts, of_member=len(fusion.rules))
 
 
 def check_part_counts(kinds: Sequence[WeightGroup], recipe: Recipe, counts: Mapping[str, int]) -> Iterator[Problem]:

@@ -9,8 +9,9 @@ from reshard.errors import Problem, refuse
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.source import Source
-from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, WHOLE, Layout, Subset
+from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, SLICED, WHOLE, Layout, Subset
 
 WHOLE_HINT = "for rank files leave out --to hf; for whole files leave out --mp and --pad"
 
@@ -25,7 +26,7 @@ NO_CAST = "leave --cast out, and let the engine quantize when it loads; or a rec
 def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
     """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
-        ("--to", layout.to, (RANKS, WHOLE)),
+        ("--to", layout.to, (RANKS, WHOLE, SLICED)),
         ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
         ("--expert-dtype", layout.expert_dtype, ("", AS_STORED, "fp8")),
     ):
@@ -48,19 +49,29 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
         yield Problem(
             "wrong-option", "--pad", "given", f"a recipe that says what may be padded; {recipe.name} does not"
         )
-    if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
-        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut", WHOLE_HINT)
-    if layout.to == WHOLE and layout.keep_optional:
-        yield Problem("wrong-option", "--mtp", "keep, with --to hf", "neither word: whole files keep everything")
+    yield from check_uncut_layout(recipe, layout)
     if layout.cast and layout.expert_dtype:
         expected = "one of them: both say what becomes of FP4 experts"
         yield Problem("wrong-option", "--expert-dtype", f"{layout.expert_dtype}, with --cast {layout.cast}", expected)
     if layout.file_size is not None and layout.file_size < 0:
         yield Problem("wrong-option", "--max-file-size", f"{layout.file_size:,} bytes", "0 or more")
     yield from check_rank_options(recipe, layout, ranks)
-    if layout.to == RANKS and layout.file_size is not None:
-        reason = "a rank has one file" if has_ranks(recipe) else f"the recipe {recipe.name} has one file"
+    if layout.to != WHOLE and layout.file_size is not None:
+        is_of_ranks = layout.to == SLICED or has_ranks(recipe)
+        reason = "a rank has one file" if is_of_ranks else f"the recipe {recipe.name} has one file"
         yield Problem("wrong-option", "--max-file-size", "without --to hf", f"--to hf: {reason}", "leave it out")
+
+
+def check_uncut_layout(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
+    """Reports options of rank files with a layout of whole tensors."""
+    if layout.to == WHOLE and (layout.pad or layout.ranks != 1):
+        yield Problem("wrong-option", "--to hf", "with --mp or --pad", "neither: nothing is cut", WHOLE_HINT)
+    if layout.to == SLICED and layout.pad:
+        expected = "no padding: slices may be of any length"
+        yield Problem("wrong-option", "--pad", "with --to dcp", expected, "leave it out")
+    if layout.keep_optional and choose_uncut_layout(recipe, layout).to == WHOLE:
+        expected = "neither word: everything is kept under the names of the hub"
+        yield Problem("wrong-option", "--mtp", f"keep, with --to {layout.to}", expected)
 
 
 def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -> Iterator[Problem]:
@@ -89,12 +100,29 @@ def require_layout(
     """Makes the layout of a target from options; `file_size` is in bytes. Without a number of ranks that is needed,
     the layout has 0 of them. Raises Refused for wrong numbers.
     """
-    ranks = int(to != RANKS) if mp is None else require_whole_number("--mp", mp)
+    ranks = int(to not in (RANKS, SLICED)) if mp is None else require_whole_number("--mp", mp)
     if mp is not None and not ranks:
         raise refuse("wrong-ranks", "--mp", "0 ranks", f"1 to {MOST_RANKS}")
     if file_size is not None:
         file_size = require_whole_number("--max-file-size", file_size)
     return Layout(ranks, to, cast or "", expert_dtype or "", keep_mtp, pad, file_size)
+
+
+def split_number_of_ranks(
+    mp: int | None, to: str, ranks: Iterable[int] | int | None
+) -> tuple[int | None, Iterable[int] | None]:
+    """The number of ranks, and the chosen ones. For slices `ranks` may be the number itself, as torch says it. Raises
+    Refused for both, and for a single number anywhere else.
+    """
+    if ranks is None or isinstance(ranks, Iterable):
+        return mp, ranks
+    if to != SLICED:
+        remedy = "mp=N is the number of ranks; ranks=range(0, 4) writes the files of these only"
+        raise refuse("wrong-option", "--ranks", repr(ranks), "a list of whole numbers", remedy)
+    if mp is not None:
+        found = f"{ranks!r}, with --mp {mp!r}"
+        raise refuse("wrong-option", "--ranks", found, "one of them: each is the number of ranks", "leave --ranks out")
+    return require_whole_number("--ranks", ranks), None
 
 
 def require_whole_number(option: str, value: Any) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.formats.shares import Share
 from reshard.planning.copies import Copies
-from reshard.planning.file_layout import Pieces, TargetFile
+from reshard.planning.file_layout import Pieces, TargetFile, list_shapes
 from reshard.planning.reads import measure_reads
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.text import escape, format_count, format_numbers, format_size, format_table
-from reshard.types import RANKS, Cast, Checkpoint, Layout, Note, Tensor
+from reshard.types import RANKS, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,17 @@ class Plan:
         """Whether tensors are computed from others. Constants are made of nothing."""
         return any(cast.operation != "fill" for cast in self.casts)
 
+    @property
+    def keeps_names(self) -> bool:
+        """Whether the target has the tensors under the names of the left side of its recipe."""
+        return choose_uncut_layout(self.recipe, self.layout).to == WHOLE
+
     def tensors(self, index: int) -> Iterator[Tensor]:
         """Yields the tensors of one target file, in the order of their offsets; `index` is an index into `files`."""
         file, pieces = self.files[index], self.pieces
         start = len(file.header)
-        columns = (column.tolist() for column in (file.pieces, pieces.cut[file.pieces], file.ends))
-        for piece, cut, end in zip(*columns, strict=True):
-            shape = pieces.fused[piece] if piece in pieces.fused else pieces.cuts[cut].compute_part_shape(file.rank)
+        shapes = list_shapes(pieces, file.pieces, file.rank)
+        for piece, shape, end in zip(file.pieces.tolist(), shapes, file.ends.tolist(), strict=True):
             yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
             start = end
 
@@ -80,10 +85,11 @@ class Plan:
 def describe_files(plan: Plan) -> Iterator[str]:
     """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
     target = format_count(len(plan.files), "whole files")
-    if plan.layout.to == RANKS and has_ranks(plan.recipe):
+    if plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe)):
         chosen = {file.rank for file in plan.files}
         some = f" (of these {format_numbers(chosen)})" if chosen else " (all are finished)"
-        target = format_count(plan.layout.ranks, "ranks") + some * (len(chosen) < plan.layout.ranks)
+        target = "slices for " * (plan.layout.to == SLICED) + format_count(plan.layout.ranks, "ranks")
+        target += some * (len(chosen) < plan.layout.ranks)
     yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
     yield from list_subset_lines(plan.source.subset)
     counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}

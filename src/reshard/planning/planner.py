@@ -20,14 +20,17 @@ from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
 from reshard.planning.rank_checks import check_ranks
 from reshard.planning.shards import Series, keep_whole
+from reshard.planning.slices import note_loader_names, slice_series
 from reshard.planning.transforms import Outcome, Terms, check_padding, raise_config, transform_weights
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
+from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.types import FILE_SIZE, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
+from reshard.sources.tied_heads import repeat_tied_head
+from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
 """Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""
@@ -42,28 +45,33 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     require_none(check_options(source.recipe, layout, ranks))
     layout = replace(layout, expert_dtype="") if layout.expert_dtype == AS_STORED else layout
     with explain_renaming(source.checkpoint):
+        if layout.to == SLICED:
+            checkpoint, matched = repeat_tied_head(source.checkpoint, source.recipe, source.matched)
+            source = replace(source, checkpoint=checkpoint, matched=matched)
         plan = plan_all_files(source, layout, only)
     return plan if ranks is None else keep_ranks(plan, ranks)
 
 
 def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
-    kinds = group_kept_weights(source, layout)
+    uncut = choose_uncut_layout(source.recipe, layout)
+    kinds = group_kept_weights(source, uncut)
     config = source.checkpoint.config
     if layout.pad:
         config = raise_config(config, kinds, source.recipe, layout)
     checkpoint, matched = source.checkpoint, source.matched
     if only:
-        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, layout))
-        kinds = require_kept(matched, source, layout)
-    terms = Terms(source.recipe, layout, config if layout.pad else None, checkpoint.parts, config or {})
+        checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
+        kinds = require_kept(matched, source, uncut)
+    terms = Terms(source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
-    series, pieces, forms = arrange_tensors(outcomes, terms, casts, checkpoint, matched, source.origin)
+    series = list_series(outcomes, terms, casts, checkpoint, matched, slices=layout.ranks * (layout.to == SLICED))
+    pieces, forms = arrange_tensors(series, layout, casts, checkpoint, source.origin)
     files, copies = lay_out_files(source.recipe, layout, pieces, forms)
     require_tiling(copies, [len(file.header) for file in files], [file.size for file in files])
-    coverage = prove_coverage(checkpoint, source.recipe, layout, matched, series, casts, copies)
+    coverage = prove_coverage(checkpoint, source.recipe, uncut, matched, series, casts, copies)
     return Plan(
         source.path,
         checkpoint,
@@ -79,10 +87,16 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         coverage,
         (
             *checkpoint.notes,
-            *note_restored_names(source, layout, forms),
-            *note_dtypes(source.recipe, layout, outcomes),
+            *note_restored_names(source, uncut, forms),
+            *note_dtypes(source.recipe, uncut, outcomes),
+            *note_loader_names(source.recipe, layout, config or {}, list_scale_dtypes(outcomes)),
         ),
     )
+
+
+def list_scale_dtypes(outcomes: Sequence[Outcome]) -> frozenset[str]:
+    """Lists the dtypes of the block scales in a target."""
+    return frozenset(tensor.dtype for outcome in outcomes for tensor in outcome.scales[:1])
 
 
 def note_restored_names(source: Source, layout: Layout, forms: Sequence[OriginalFile]) -> Iterator[Note]:
@@ -138,32 +152,41 @@ def check_outcomes(
             yield from check_ranks(terms.config, terms.recipe, layout, matched, outcomes)
 
 
-def arrange_tensors(
+def list_series(
     outcomes: Sequence[Outcome],
     terms: Terms,
     casts: list[Cast],
     checkpoint: Checkpoint,
     matched: Matched,
-    origin: Origin,
-) -> tuple[list[Series], Pieces, Sequence[OriginalFile]]:
-    """Cuts the tensors for the ranks and adds the constants, or assigns the tensors to files in the original layout.
-    Returns the series, the pieces in file order, and the original files to restore; none if they cannot be restored.
-    Raises Refused for parts of fused tensors that do not fit together.
+    slices: int,
+) -> list[Series]:
+    """Cuts the tensors for the ranks and adds the constants, or keeps the tensors whole in the original layout; then
+    cuts them into `slices`, if there are to be any. Raises Refused for parts of fused tensors that do not fit together.
     """
-    layout = terms.layout
-    if layout.to != WHOLE:
+    if terms.layout.to == WHOLE:
+        series = [one for outcome in outcomes for one in keep_whole(outcome)]
+    else:
         series = cut_outcomes(outcomes, terms, matched.counts)
         constants = [] if "only" in checkpoint.subset else list(make_constants(terms, matched, outcomes, casts))
         require_none(check_constants_apart(constants, series))
         series += constants
-        return series, order_pieces(series), ()
-    series = [one for outcome in outcomes for one in keep_whole(outcome)]
+    return slice_series(series, terms.recipe, slices) if slices else series
+
+
+def arrange_tensors(
+    series: Sequence[Series], layout: Layout, casts: Sequence[Cast], checkpoint: Checkpoint, origin: Origin
+) -> tuple[Pieces, Sequence[OriginalFile]]:
+    """Orders the tensors for the ranks, or assigns them to files in the original layout. Returns the pieces in file
+    order, and the original files to restore; none if they cannot be restored.
+    """
     pieces = order_pieces(series)
+    if layout.to != WHOLE:
+        return pieces, ()
     if found := restore_forms(pieces, origin.forms if layout.file_size is None else (), origin.renaming):
-        return series, *found
+        return found
     places = {name: place for place, name in enumerate(checkpoint.tensors)}
     most = FILE_SIZE if layout.file_size is None else layout.file_size
-    return series, assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
+    return assign_to_files(pieces, casts, checkpoint.parts, places, most), ()
 
 
 def keep_ranks(plan: Plan, ranks: Sequence[int]) -> Plan:

@@ -31,7 +31,7 @@ from reshard.sources.block_scales import WeightGroup
 from reshard.sources.match import Matched
 from reshard.sources.source import Source
 from reshard.text import format_list
-from reshard.types import RANKS, Cast, Checkpoint, Layout
+from reshard.types import MOST_RANKS, RANKS, SLICED, Cast, Checkpoint, Layout
 
 MOST_TRIED = 256
 """The numbers of ranks from 1 to this one are tried."""
@@ -138,6 +138,8 @@ def plan_for_ranks(
             found, expected = f"for {source.recipe.name}", "no ranks: it is whole files, which nothing cuts"
             raise refuse("wrong-option", "--ranks", found, expected, "leave it out")
         layout = replace(layout, ranks=layout.ranks or 1)
+    if layout.to == SLICED and not layout.ranks:
+        raise refuse("wrong-option", "--to dcp", "no number of ranks", f"one from 1 to {MOST_RANKS}", "add --ranks N")
     if layout.to == RANKS and not layout.ranks:
         choices = list_rank_choices(source, layout, only)
         numbers = format_list(name_ranks(choices, layout), 30) or "none that works"

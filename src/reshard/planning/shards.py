@@ -55,6 +55,13 @@ class Cut:
         left = length - rank // self.repeat * most
         return (*self.shape[:dimension], max(0, min(most, left)), *self.shape[dimension + 1 :])
 
+    def count_ranks(self) -> int:
+        """The number of ranks that have a part: the first ones; MOST_FILES if all have one."""
+        if self.uneven is None:
+            return MOST_FILES
+        dimension, length = self.uneven
+        return -(-length // self.shape[dimension]) if length else 1
+
 
 class Limit(NamedTuple):
     """A condition on the number of ranks: it must divide a length so that no block, byte or head is cut."""
@@ -199,8 +206,8 @@ class Series:
     """Number of ranks that use the most used part of a tensor."""
     parts: Integers | None = None
     """Place of each among the parts of its fused tensor, int64 of shape [tensors]; None if they are not fused."""
-    members: int = 0
-    """Number of members of the stack that they are parts of; 0 if of none."""
+    of_member: int = 0
+    """Number of parts that each member of their stack has; 0 if they are parts of none."""
 
 
 def cut_for_ranks(outcome: Outcome, terms: Terms, counts: Mapping[str, int]) -> Iterator[Series]:

@@ -1,12 +1,18 @@
 """Reads the checkpoint of any folder that is no folder of rank files: of whole tensors, or of tensors in boxes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.errors import refuse
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
+from reshard.formats.part_manifests import is_of_slices
+from reshard.formats.target_names import MANIFEST
 from reshard.sources.boxes import assemble_boxes
-from reshard.types import COMPARE, Checkpoint, Note
+from reshard.types import COMPARE, MOST_RANKS, Checkpoint, Note
+
+COPY_OR_MOVE = "copy it there; or move reshard.json elsewhere, to take the other files as they are"
 
 
 def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
@@ -19,7 +25,11 @@ def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: s
 def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
     """The same, of a folder that was read already."""
     if found.boxed:
+        require_none(check_named_slices(found))
         checkpoint = replace(assemble_boxes(found.boxed, replicas=replicas), config=found.config)
+        if is_of_slices(found.manifest):  # which names all files
+            notes = tuple(note for note in checkpoint.notes if note.kind != "numbering")
+            checkpoint = replace(checkpoint, notes=notes)
         if found.config is None:
             text = "no config.json, which loaders of whole files need; --config FOLDER takes that of the model"
             checkpoint = replace(checkpoint, notes=(*checkpoint.notes, Note("no-config", text)))
@@ -28,11 +38,23 @@ def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, r
     return replace(checkpoint, beside=found.beside)
 
 
+def check_named_slices(found: Folder) -> Iterator[Problem]:
+    """Reports slices that are not there, by the manifest beside them: for the last ones no file name calls."""
+    if found.boxed is None or not is_of_slices(found.manifest):
+        return
+    here = {file.name for file in found.boxed.files}
+    for name in name_slices(min(found.manifest["ranks"], MOST_RANKS)):
+        if name not in here:
+            expected = f"one of {found.manifest['ranks']:,} files, by {MANIFEST}"
+            yield Problem("missing-file", name, "no such file", expected, COPY_OR_MOVE)
+
+
 def require_config_of_slices(found: Folder) -> None:
     """Raises Refused for slices in safetensors without a config: no file tells how many there are, and without the last
     one tensors are only shorter. The shapes by the config show it.
     """
-    if found.boxed and not found.boxed.shapes and found.config is None:
+    is_told = is_of_slices(found.manifest)
+    if found.boxed and not found.boxed.shapes and found.config is None and not is_told:
         text = (
             f"{len(found.boxed.files)} files of slices and no config.json: no file tells whether the last one is there"
         )

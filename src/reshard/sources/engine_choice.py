@@ -5,6 +5,7 @@ another way. Without a word for them they do not take part in any choice.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +15,7 @@ from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipe
 from reshard.sources.match import OWN_RECIPE
 from reshard.sources.recipe_choice import find_asked_recipes, list_architectures
 from reshard.text import format_list
+from reshard.types import RANKS, SLICED, WHOLE, Layout
 
 
 def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool) -> Sequence[Recipe]:
@@ -38,6 +40,22 @@ def choose_for_engine(recipes: Sequence[Recipe], engine: str, *, is_named: bool)
 def takes_ranks(recipe: str | None, engine: str | None) -> bool:
     """Whether a conversion by a recipe, or for an engine, is for a number of ranks. Raises Refused for unknown ones."""
     return any(map(has_ranks, choose_for_engine(list_recipes_to_try(recipe), engine or "", is_named=bool(recipe))))
+
+
+def keeps_everything(layout: Layout, recipe: str | None, engine: str | None) -> bool:
+    """Whether a target has all tensors of the source, under their names, and not the right side of a recipe. Raises
+    Refused for an unknown recipe or engine.
+    """
+    return layout.to == WHOLE or (layout.to == SLICED and takes_ranks(recipe, engine))
+
+
+def choose_uncut_layout(recipe: Recipe, layout: Layout) -> Layout:
+    """Chooses the layout whose tensors are sliced: the original one, or the right side of a recipe without ranks. Any
+    other layout than SLICED is returned as it is.
+    """
+    if layout.to != SLICED:
+        return layout
+    return replace(layout, to=WHOLE if has_ranks(recipe) else RANKS, ranks=1)
 
 
 def require_engine_recipe(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from reshard.errors import Problem, refuse
 from reshard.formats.boxed_folder import list_whole_files
 from reshard.formats.huggingface import INDEX, read_stated_ranks
-from reshard.formats.part_manifests import is_of_whole_files
+from reshard.formats.part_manifests import is_of_slices, is_of_whole_files
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.text import format_list
@@ -115,6 +115,8 @@ def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) 
     """
     recipe, layout = manifest.get("recipe"), manifest.get("layout")
     if not isinstance(recipe, dict) or not isinstance(layout, dict) or is_of_whole_files(manifest):
+        return ""
+    if is_of_slices(manifest):  # which have the same names whatever made them
         return ""
     name = str(recipe.get("name"))
     return "" if name in {known.name for known in recipes} else name

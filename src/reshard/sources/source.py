@@ -9,7 +9,7 @@ from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
-from reshard.formats.part_manifests import is_of_whole_files
+from reshard.formats.part_manifests import is_of_slices, is_of_whole_files
 from reshard.formats.recognition import require_model, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
@@ -20,7 +20,12 @@ from reshard.sources.changed_files import check_changed_files, check_exchanged_f
 from reshard.sources.checkpoints import read_folder_checkpoint, require_config_of_slices
 from reshard.sources.completeness import note_no_drafts
 from reshard.sources.constants import check_stored_constants, check_values
-from reshard.sources.engine_choice import choose_for_engine, require_engine_of_ranks, require_engine_recipe
+from reshard.sources.engine_choice import (
+    choose_for_engine,
+    keeps_everything,
+    require_engine_of_ranks,
+    require_engine_recipe,
+)
 from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
@@ -36,6 +41,7 @@ from reshard.sources.rank_names import (
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
+from reshard.sources.tied_heads import leave_out_tied_head
 from reshard.text import format_list
 from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Subset, Tensor
 
@@ -103,12 +109,20 @@ def read_source(
             )
         is_changed = found.checkpoint.config is not checkpoint.config
         origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
-        origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
+        origin = find_altered_origin(folder, stored, is_stacked=bool(unstacked)) or origin
         members, is_stacked = found.matched.members, bool(unstacked)
         drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
         checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
         source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
-    return narrow_source(source, subset)
+    return narrow_source(leave_out_added_head(source), subset)
+
+
+def leave_out_added_head(source: Source) -> Source:
+    """Leaves out of slices that reshard made the output head that it added."""
+    if not source.origin.is_altered:
+        return source
+    checkpoint, matched = leave_out_tied_head(source.checkpoint, source.recipe, source.matched, source.origin)
+    return replace(source, checkpoint=checkpoint, matched=matched)
 
 
 def read_chosen(
@@ -123,9 +137,10 @@ def read_chosen(
     config_folder: Path | None,
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
-    if for_engine and layout.to == WHOLE:
-        remedy = f"for files of {for_engine} leave out --to hf; for files under the names of the hub leave out --for"
-        raise refuse("wrong-option", "--for", f"{for_engine}, with --to hf", "one of them", remedy)
+    keeps_all = keeps_everything(layout, recipe, for_engine)
+    if for_engine and keeps_all:
+        remedy = f"for files of {for_engine} leave out --to {layout.to}; for the names of the hub leave out --for"
+        raise refuse("wrong-option", "--for", f"{for_engine}, with --to {layout.to}", "one of them", remedy)
     return read_source(
         path,
         recipe,
@@ -133,7 +148,7 @@ def read_chosen(
         ignore_extra_files=ignore_extra_files,
         replicas=replicas,
         subset=subset,
-        keep_optional=layout.keep_optional or layout.to == WHOLE,
+        keep_optional=layout.keep_optional or keeps_all,
         config_folder=config_folder,
     )
 
@@ -296,14 +311,16 @@ def find_origin(folder: Folder, names: RankNames) -> Origin:
     )
 
 
-def find_stacked_origin(folder: Folder, stored: Checkpoint) -> Origin:
-    """Finds what is known of the original of a checkpoint with stacked experts: all, if reshard has made it. Raises
-    Refused if its files were changed since.
+def find_altered_origin(folder: Folder, stored: Checkpoint, *, is_stacked: bool) -> Origin | None:
+    """Finds what is known of the original of a checkpoint with stacked experts, or of slices: all, if reshard has made
+    it. None of any other checkpoint. Raises Refused if its files were changed since.
     """
-    if not is_of_whole_files(folder.manifest) or folder.manifest["layout"].get("to") == WHOLE:
-        return Origin(is_stacked=True)
+    is_sliced = folder.boxed is not None and is_of_slices(folder.manifest)
+    is_made = is_of_whole_files(folder.manifest) and folder.manifest["layout"].get("to") != WHOLE
+    if not (is_sliced or (is_stacked and is_made)):
+        return Origin(is_altered=True) if is_stacked else None
     require_none(check_changed_files(FolderHeaders(stored.folder, stored.files, ()), folder.manifest))
-    return replace(read_origin(folder.manifest), is_stacked=True)
+    return replace(read_origin(folder.manifest), is_altered=True)
 
 
 def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:

@@ -1,20 +1,21 @@
 """Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.formats.boxed_folder import list_whole_files
+from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
 from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
+from reshard.formats.part_manifests import find_recipe_name
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.checkpoints import read_folder_checkpoint
+from reshard.sources.checkpoints import read_checkpoint, read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
@@ -22,7 +23,8 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.types import Checkpoint, File
+from reshard.sources.tied_heads import add_tied_name, find_tied_head
+from reshard.types import Checkpoint, File, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class VerifiedSides:
     """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
     unstacked: Unstacked | None = None
     """Of a source with stacked experts: as it lies there, and as it was read."""
+    repeated: tuple[Tensor, Tensor] | None = None
+    """Of slices that were made from rank files: a tied head, which is left out of `whole`, and the embedding."""
 
 
 def read_sides(
@@ -76,6 +80,8 @@ def read_sides(
         )
     else:
         whole = find_named_source(found, target)
+    if is_boxed_folder(target):
+        whole = add_tied_name(whole, found.recipe, found.matched)
     return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
 
 
@@ -100,8 +106,20 @@ def read_restored_sides(
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder)
     unstacked = unstack_checkpoint(whole)
     fitted = match_or_rename(unstacked.checkpoint if unstacked else whole, [ranks.recipe], is_asked=True)
-    files = ranks.checkpoint.files
-    return VerifiedSides(source, fitted.checkpoint, ranks.recipe, files, ignore_extra_files, unstacked)
+    files, whole = ranks.checkpoint.files, fitted.checkpoint
+    repeated = find_repeated_head(ranks, whole) if restored.boxed else None
+    if repeated:
+        kept = {name: tensor for name, tensor in whole.tensors.items() if tensor is not repeated[0]}
+        whole = replace(whole, tensors=kept)
+    return VerifiedSides(source, whole, ranks.recipe, files, ignore_extra_files, unstacked, repeated)
+
+
+def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[Tensor, Tensor] | None:
+    """Finds the output head of a target that its rank files lack, for it is the embedding; and that embedding."""
+    found = find_tied_head(ranks.checkpoint, ranks.recipe, ranks.matched)
+    names = (found[0], found[1].name) if found else ()
+    tensors = [whole.tensors[name] for name in names if name in whole.tensors]
+    return (tensors[0], tensors[1]) if len(tensors) == 2 else None
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
@@ -141,9 +159,7 @@ def find_engine_of_stacks(target: Path) -> str:
     """
     found: Stacking | None = None
     with suppress(Refused):
-        stored = read_headers(target, list_target_names(target))
-        tensors = {tensor.name: tensor for tensor in stored.tensors}
-        checkpoint = Checkpoint(target, stored.files, tensors, read_config(target))
+        checkpoint = read_named_tensors(target)
         found = find_stacking(checkpoint, ())
         if not found.is_told and not unstack_checkpoint(checkpoint):  # models of other forms have such names too
             return ""
@@ -153,6 +169,14 @@ def find_engine_of_stacks(target: Path) -> str:
         remedy = "first --to hf into another folder, which gives them these names; then verify that one"
         raise refuse("prefix", str(target), "names with another prefix than the recipe's", note.text, remedy)
     return found.recipes[0].engine
+
+
+def read_named_tensors(target: Path) -> Checkpoint:
+    """Reads the tensors of a target by their names: if several files have one, that of the last. Raises Refused."""
+    if is_boxed_folder(target):
+        return read_checkpoint(target)
+    stored = read_headers(target, list_target_names(target))
+    return Checkpoint(target, stored.files, {one.name: one for one in stored.tensors}, read_config(target))
 
 
 def find_named_source(found: Source, target: Path) -> Checkpoint:
@@ -211,16 +235,10 @@ def holds_only(target: Path, own: Checkpoint) -> bool:
     it.
     """
     try:
-        stored = read_headers(target, list_target_names(target))
+        names = read_named_tensors(target).tensors.keys()
     except Refused:
         return False
-    return all(tensor.name in own.tensors for tensor in stored.tensors)
-
-
-def find_recipe_name(manifest: Mapping[str, Any]) -> str:
-    """Finds the recipe that a target was made with; empty if its manifest does not name one."""
-    made_with = manifest.get("recipe")
-    return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
+    return names <= own.tensors.keys()
 
 
 def refuse_recipe(target: Path, made_with: str, expected: str) -> Exception:

@@ -11,7 +11,7 @@ from reshard.planning.plan import Plan
 from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.exempt_names import rename_exempt_modules
-from reshard.types import RANKS, WHOLE
+from reshard.types import WHOLE
 
 EXEMPT = "modules_to_not_convert"
 """Config key that lists the modules without block scales."""
@@ -24,13 +24,13 @@ DTYPES = ("torch_dtype", "dtype")
 
 
 def make_whole_files(plan: Plan) -> dict[str, bytes]:
-    """Makes the config after casts, and the index unless the target is one `model.safetensors`. Chosen tensors
-    (`--only`) get no config.
+    """Makes the config after casts, and the index of whole files unless they are one `model.safetensors`: of slices,
+    whose names stand in many files, there is none. Chosen tensors (`--only`) get no config.
     """
     found = {}
     if plan.config is not None and "only" not in plan.source.subset:
         found[CONFIG] = cast_config(plan, plan.config)
-    if [file.name for file in plan.files] != [WHOLE_NAME]:
+    if plan.layout.to == WHOLE and [file.name for file in plan.files] != [WHOLE_NAME]:
         found[INDEX] = make_index(plan)
     return {name: make_json_text(value) for name, value in found.items()}
 
@@ -80,7 +80,7 @@ def find_unscaled_modules(plan: Plan) -> list[str]:
             name = find_scale_placeholder(rule, plan.recipe)
             module = rule.left.removesuffix(f".{{{name}}}").rpartition("}.")[2]
             scale = f"{module}.{plan.recipe.scales[name].left}"
-            if plan.layout.to == RANKS or not any(piece.endswith(scale) for piece in plan.pieces.names):
+            if not plan.keeps_names or not any(piece.endswith(scale) for piece in plan.pieces.names):
                 found[module] = None
     return list(found)
 

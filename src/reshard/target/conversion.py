@@ -11,7 +11,7 @@ from reshard.recipes.recipe import has_ranks
 from reshard.target.manifest_writer import describe_lost
 from reshard.target.run_config import explain_no_run_config
 from reshard.text import escape, format_count, format_size
-from reshard.types import RANKS
+from reshard.types import RANKS, SLICED
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iter
         yield f"{target}: the parts that were made apart are joined; no rank file was written"
     else:
         size = f"{plan.size:,} bytes ({format_size(plan.size)})"
-        kind = "rank files" if plan.layout.to == RANKS and has_ranks(plan.recipe) else "files"
+        is_of_ranks = plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe))
+        kind = "rank files" if is_of_ranks else "files"
         yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
         yield from describe_run(done, jobs)
     yield from list_subset_lines(plan.source.subset)

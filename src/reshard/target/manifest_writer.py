@@ -24,7 +24,7 @@ from reshard.planning.proofs import find_reason
 from reshard.recipe_types import Recipe
 from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
-from reshard.types import WHOLE, File
+from reshard.types import File
 
 COMPRESSION = 3
 """Of zlib, for headers: level 6 takes 2.5 times as long and saves 4 %."""
@@ -86,7 +86,7 @@ def keeps_headers(plan: Plan) -> bool:
     experts, and not for tensors in boxes.
     """
     is_boxed = plan.source.boxes is not None
-    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_stacked or is_boxed)
+    return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_altered or is_boxed)
 
 
 def sample_data(opened: FileIO, file: File) -> str:
@@ -212,7 +212,7 @@ NOW = {"dropped": "not restored", "dequantized": "not as it was", "cast": "not a
 def describe_lost(plan: Plan) -> Iterator[str]:
     """Describes, for people, the tensors that a target in the original layout lacks or has with other values."""
     origin = plan.origin
-    if plan.layout.to != WHOLE or not origin.is_of_ranks:
+    if not plan.keeps_names or not origin.is_of_ranks:
         return
     groups: dict[tuple[str, str], list[Share]] = {}
     for share in origin.lost or ():

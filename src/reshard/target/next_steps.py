@@ -14,7 +14,7 @@ from reshard.planning.plan import Plan
 from reshard.recipe_types import Recipe
 from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
 from reshard.text import format_numbers
-from reshard.types import RANKS
+from reshard.types import RANKS, WHOLE
 
 
 class NextStep(NamedTuple):
@@ -37,7 +37,7 @@ def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
     folder, names = target.absolute(), list_names(target)
     if plan.layout.to == RANKS:
         yield from list_rank_steps(plan, folder, names)
-    elif start := make_whole_start(plan, folder, names):
+    elif plan.layout.to == WHOLE and (start := make_whole_start(plan, folder, names)):
         yield NextStep("start", *start)
 
 

@@ -54,7 +54,7 @@ from reshard.target.state import (
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
 from reshard.text import format_count, format_list, format_size
-from reshard.types import RANKS
+from reshard.types import RANKS, SLICED
 
 MORE_ROOM = "make room, another target, or fewer --ranks at a time"
 
@@ -275,8 +275,10 @@ def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) ->
     remedy = "another target"
     layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
     is_whole = len(manifest.get("files", ())) == manifest.get("ranks")
-    if is_whole and is_same_conversion({**manifest, "layout": layout}, wanted) and plan.layout.to == RANKS:
-        command = shlex.join(["reshard", "convert", str(state.folder), "NEW", "--mp", str(plan.layout.ranks)])
+    can_serve = plan.layout.to == RANKS or (plan.layout.to == SLICED and plan.keeps_names)
+    if is_whole and is_same_conversion({**manifest, "layout": layout}, wanted) and can_serve:
+        sliced = ["--to", SLICED] if plan.layout.to == SLICED else []
+        command = shlex.join(["reshard", "convert", str(state.folder), "NEW", *sliced, "--mp", str(plan.layout.ranks)])
         remedy += f"; or {command} makes the ranks from these files, without the source"
     return Problem(
         "target-not-empty", str(state.folder), f"a finished conversion: {before}", f"this one: {now}", remedy

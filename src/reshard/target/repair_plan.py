@@ -12,16 +12,18 @@ from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.huggingface import read_header
 from reshard.formats.manifest import COUNTS, read_subset
+from reshard.formats.part_manifests import find_recipe_name
 from reshard.formats.target_names import MANIFEST
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks, make_plan
 from reshard.recipes.recipe import list_packaged_recipes
+from reshard.sources.engine_choice import keeps_everything
 from reshard.sources.source import read_source
-from reshard.sources.verified_source import find_recipe_name, refuse_recipe
+from reshard.sources.verified_source import refuse_recipe
 from reshard.target.manifest_writer import describe_plan, read_source_facts, sample_data
 from reshard.target.side_files import collect_side_files
 from reshard.text import format_count, format_list
-from reshard.types import FIRST, WHOLE, Layout, Subset
+from reshard.types import FIRST, Layout, Subset
 from reshard.verification.manifest_files import ManifestFile
 
 CONVERT_ANEW = "or convert into another folder"
@@ -101,13 +103,14 @@ def plan_as_before(
     packaged = {known.name: known.origin for known in list_packaged_recipes()}
     if recipe is None and made_with not in packaged:
         raise refuse_recipe(target, made_with, "a packaged recipe")
+    name = packaged[made_with] if recipe is None else recipe
     found = read_source(
         source,
-        packaged[made_with] if recipe is None else recipe,
+        name,
         ignore_extra_files=ignore_extra,
         replicas=FIRST,
         subset=subset,
-        keep_optional=layout.keep_optional or layout.to == WHOLE,
+        keep_optional=layout.keep_optional or keeps_everything(layout, name, None),
         config_folder=config_folder,
     )
     if found.recipe.name != made_with:

@@ -21,7 +21,7 @@ from reshard.target.config_files import carry_config, make_whole_files, restore_
 from reshard.target.run_config import RUN_CONFIG, make_run_config
 from reshard.target.tokenizer import choose_tokenizer
 from reshard.text import format_count, format_list, format_size
-from reshard.types import WHOLE, Note
+from reshard.types import Note
 
 LEFT_ENDINGS = (
     *(".bin", ".ckpt", ".distcp", ".engine", ".ggml", ".gguf", ".h5", ".hdf5", ".keras", ".llamafile", ".mlmodel"),
@@ -62,7 +62,7 @@ def find_beside(plan: Plan) -> FoundFiles:
     carries; for chosen tensors (`--only`) nothing. Sorted by name.
     """
     found = FoundFiles({}, {}, [])
-    carried, whole = plan.recipe.carry, plan.layout.to == WHOLE
+    carried, whole = plan.recipe.carry, plan.keeps_names
     # A run configuration belongs to the rank files, not to the model.
     ours = {MANIFEST, JOURNAL, *([RUN_CONFIG] if plan.origin.is_of_ranks else [])}
     ours |= {file.name for file in plan.source.files}
@@ -142,7 +142,7 @@ def measure_file(path: Path) -> int:
 
 def make_files(plan: Plan) -> dict[str, bytes]:
     """Makes the files that a target needs besides tensors and copied files; returns name -> content."""
-    if plan.layout.to == WHOLE:
+    if plan.keeps_names:
         made = make_whole_files(plan)
         return made if "only" in plan.source.subset else restore_texts(plan, made)
     text = make_run_config(plan)

@@ -17,13 +17,14 @@ from reshard.formats.part_manifests import (
     read_manifests,
 )
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.planning.file_layout import name_rank_files
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.changed_files import find_changed_range
 from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers
-from reshard.types import RANKS, Note
+from reshard.types import RANKS, SLICED, WHOLE, Note
 
 MOVE_AND_REPEAT = "move it out of the folder, and run the same command again"
 
@@ -69,7 +70,7 @@ class TargetState:
     def part(self) -> str:
         """The other name of the manifest after the run, if that does not name all ranks; else empty."""
         ranks = {file.rank for file in self.plan.files} | {entry["rank"] for entry in self.known.get("files", ())}
-        is_part = self.plan.layout.to == RANKS and len(ranks) < self.plan.layout.ranks
+        is_part = self.plan.layout.to != WHOLE and len(ranks) < self.plan.layout.ranks
         return name_part_manifest(ranks) if is_part else ""
 
     @property
@@ -185,9 +186,9 @@ def describe_other(state: TargetState, name: str = MANIFEST) -> str:
 
 def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
     """Finds the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
-    layout = state.plan.layout
-    ranks = range(layout.ranks if layout.to == RANKS and has_ranks(state.plan.recipe) else 0)
-    names = {rank: state.plan.recipe.files.format(rank=rank, ranks=layout.ranks) for rank in ranks}
+    recipe, layout = state.plan.recipe, state.plan.layout
+    is_of_ranks = layout.to == SLICED or (layout.to == RANKS and has_ranks(recipe))
+    names = dict(enumerate(name_rank_files(recipe, layout) if is_of_ranks else ()))
     known = ours | list_rank_files(state.known)
     return {rank: name for rank, name in names.items() if name not in known and (state.folder / name).exists()}
 

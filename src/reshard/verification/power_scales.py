@@ -8,6 +8,7 @@ import numpy as np
 from reshard.verification.expected import QUANTIZE, WeightUnit, infer_conversion
 from reshard.verification.provenance import Provenance
 from reshard.verification.reference_casts import find_powers_of_two
+from reshard.verification.slices import find_stored_tensor
 
 MOST_PROBED_SCALES = 64
 """At most so many block scale tensors, and so many bytes of each, decide whether scales are powers of two."""
@@ -25,7 +26,7 @@ def has_power_of_two_scales(target: Path, units: Sequence[WeightUnit], trace: Pr
             break
         if not (weight and unit.scale and infer_conversion(unit, weight, scale, is_whole=folder.is_whole) == QUANTIZE):
             continue
-        seen = unit.scale
+        seen = find_stored_tensor(unit.scale, trace.slices)
         with (target / folder.names[seen.number]).open("rb") as file:
             file.seek(seen.tensor.offset)
             data = np.frombuffer(file.read(min(seen.tensor.size // 4 * 4, PROBED_SCALE_SIZE)), np.float32)

@@ -46,6 +46,7 @@ from reshard.verification.expected_boxes import (
     split_dimension,
 )
 from reshard.verification.reference_casts import SCALE_ONE_BYTES
+from reshard.verification.slices import Slices, split_part
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
 
 PLAIN = ("F32 and F16",)
@@ -67,6 +68,8 @@ class Provenance:
     """Source weights that are cast, by their name in the source and the conversion."""
     present: defaultdict[str, dict[int, TargetTensor]] = field(default_factory=lambda: defaultdict(dict))
     """By the name in the source and by rank: the target tensor that holds a part of it, or of its cast."""
+    slices: Slices = field(default_factory=dict)
+    """Of a target of slices: by the name of each whole tensor, its slices; empty for any other target."""
     fused: Mapping[str, str] = field(default_factory=dict)
     """By the name in the source of each part of a fused tensor: the name of the fused tensor."""
     constants: list[Tensor] = field(default_factory=list)
@@ -322,3 +325,10 @@ def check_mixtures(trace: Provenance) -> Iterator[Problem]:
             for subject in found[other]:
                 expected = f"{usual_length}, like most others"
                 yield Problem("mixture", subject, f"{formula} from {length} to {other}", expected, CONVERT_AGAIN_HINT)
+
+
+def spread_over_slices(trace: Provenance) -> None:
+    """Deals out what each whole tensor should hold to its slices, in the place of the whole ones."""
+    kept = [whole.parts for whole in trace.kept.values()]
+    for parts in (*kept, *(several for recast in trace.casts.values() for several in recast.parts)):
+        parts[:] = [one for part in parts for one in split_part(part, trace.slices)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.formats.dcp_safetensors import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.huggingface import (
     CONFIG,
     INDEX,
@@ -18,6 +19,7 @@ from reshard.formats.huggingface import (
 )
 from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
+from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
 from reshard.recipe_types import Recipe
@@ -51,6 +53,8 @@ class TargetFolder(NamedTuple):
     """Names of tensor files that do not belong to the set of rank files."""
     is_joint: bool = False
     """Whether all files together are the right side of a recipe, which has no ranks."""
+    is_sliced: bool = False
+    """Whether each file has slices of whole tensors: all of them together are whole files, or the right side."""
 
     def find_rank(self, number: int) -> int:
         """The rank that a file holds, by its number."""
@@ -91,6 +95,9 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     require_target_folder(target)
     paths = [path for path in sorted(target.iterdir()) if path.is_file()]
     tensor_files = [path.name for path in paths if is_safetensors_name(path.name)]
+    manifest = read_valid_manifest(target)
+    if is_sliced_folder(tensor_files) or is_of_slices(manifest):
+        return list_sliced_files(manifest, recipe, tensor_files)
     fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
     if not has_ranks(recipe) and tensor_files:
         names = [SINGLE] if SINGLE in tensor_files else tensor_files  # the one that loaders find without an index
@@ -113,6 +120,16 @@ def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
     return TargetFolder(by_rank, ranks, is_whole=False, extra=[name for name in tensor_files if name not in known])
 
 
+def list_sliced_files(manifest: Mapping[str, Any], recipe: Recipe, names: Sequence[str]) -> TargetFolder:
+    """Lists the files of slices that a folder should have: as many as its manifest tells, else as the names count."""
+    told = manifest["ranks"] if is_of_slices(manifest) else max(shard for shard, _, _ in parse_shard_numbers(names))
+    ranks = min(max(told, 1), MOST_RANKS)
+    known = name_slices(ranks)
+    extra = [name for name in names if name not in known]
+    is_whole = has_ranks(recipe)
+    return TargetFolder(dict(enumerate(known)), ranks, is_whole, extra, is_joint=not is_whole, is_sliced=True)
+
+
 def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
     """The bytes of the tensor files that a verification reads: all that there are, or those of some ranks. Raises
     Refused as `list_target_files`.
@@ -127,6 +144,9 @@ def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping
     """
     if ranks is None:
         return folder.names
+    if folder.is_sliced:
+        remedy = "leave --source out: the checksums of the manifest prove the files of some ranks"
+        raise refuse("wrong-option", "--ranks", "some slices, with --source", "all: only so are tensors whole", remedy)
     if folder.is_whole or folder.is_joint:
         raise refuse_ranks_of_whole_files()
     if unknown := sorted(set(ranks) - set(range(folder.ranks))):

@@ -39,7 +39,14 @@ from reshard.verification.fused_parts import (
     trace_fused_units,
 )
 from reshard.verification.power_scales import has_power_of_two_scales
-from reshard.verification.provenance import Provenance, check_mixtures, pair_weights_with_scales, trace_unit
+from reshard.verification.provenance import (
+    Provenance,
+    check_mixtures,
+    pair_weights_with_scales,
+    spread_over_slices,
+    trace_unit,
+)
+from reshard.verification.slices import ALL_SLICES, read_sliced_target
 from reshard.verification.stacked_source import StackedSource, check_stacked_source
 from reshard.verification.swapped_files import (
     check_described_ranks,
@@ -160,16 +167,25 @@ def verify_target(
     folder = list_target_files(target, recipe)
     if (folder.is_whole or folder.is_joint) and target.resolve() == source.folder.resolve():
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
-        lacking = "the source itself" if folder.is_joint else lacking
+        lacking = "the source itself" if folder.is_joint or folder.is_sliced else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
-    files, problems = read_target_headers(target, choose_files(folder, ranks))
-    extra = "a file that is not read" if folder.is_joint else f"a file beside those of {folder.ranks} ranks"
+    names = choose_files(folder, ranks)
+    sliced = read_sliced_target(target, folder) if folder.is_sliced else None
+    files, problems = (sliced.files, [*sliced.problems]) if sliced else read_target_headers(target, names)
+    is_of_ranks = folder.is_sliced or not folder.is_joint
+    extra = f"a file beside those of {folder.ranks} ranks" if is_of_ranks else "a file that is not read"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     numbered = {file.number: file.file for file in files}
     advance(sum(file.header_size for file in numbered.values()))
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(check_stacked_source(stacked) if stacked else ())
-    problems.extend(trace_target(trace, target, files, recipe))
+    if sliced:
+        trace.slices = sliced.slices
+        trace.folder = folder._replace(names={**folder.names, folder.ranks: ALL_SLICES})
+    if not (sliced and sliced.problems):  # else nearly every tensor would differ
+        problems.extend(trace_target(trace, target, sliced.whole if sliced else files, recipe))
+    if sliced:
+        spread_over_slices(trace)
     things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
     comparison = compare_parts(things, *make_compared_files(target, numbered, source), advance, sample)
     if trace.constants:
@@ -196,7 +212,7 @@ def make_report(
         is_sampled=is_sampled,
         problems=tuple(problems),
         inexact=comparison.inexact,
-        is_whole=trace.folder.is_whole or trace.folder.is_joint,
+        is_whole=(trace.folder.is_whole or trace.folder.is_joint) and not trace.folder.is_sliced,
         subset=trace.source.subset,
         casts=count_cast_tensors(trace),
     )
