@@ -35,6 +35,12 @@ RANK_METADATA = re.compile(r"__\d+\.metadata")
 
 COPY_FILE = "copy the file again from where the checkpoint was saved"
 
+SAVE_IN_ROWS = (
+    "torch saves it in rows, without a training, if all of it fits into memory: python -m"
+    " torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER all.pt, the same with torch_to_dcp all.pt NEW; then"
+    " name NEW"
+)
+
 
 def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
     """Whether a folder with these names is a `.distcp` checkpoint, whole or not."""
@@ -89,6 +95,17 @@ def read_metadata_file(folder: Path) -> bytes:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
 
 
+def find_saved_files(folder: Path, names: Sequence[str]) -> list[File]:
+    """The named files of a folder, in their order. Raises Refused, OSError."""
+    digest = hashlib.sha256(read_metadata_file(folder)).hexdigest()
+    return [describe_saved_file(name, (folder / name).stat(), digest) for name in names]
+
+
+def describe_saved_file(name: str, status: os.stat_result, digest: str) -> File:
+    """A file of parts. What a header is to others, `.metadata` is to all of them, by its digest."""
+    return File(name, status.st_size, 0, digest, status.st_mtime_ns)
+
+
 def refuse_without_metadata(folder: Path) -> Refused:
     """Makes the refusal of a folder that has parts of tensors, and nothing that says of which."""
     expected = f"{METADATA}, which says what the {SUFFIX_OF_PARTS} files hold"
@@ -130,7 +147,7 @@ def find_boxes(
         except OSError as error:
             problems.append(Problem("cannot-read", name, error.strerror or str(error), "a readable file"))
             continue
-        files.append(File(name, status.st_size, 0, digest, status.st_mtime_ns))
+        files.append(describe_saved_file(name, status, digest))
         if len(problems) >= MOST_PROBLEMS:
             break
     require_none(problems)
@@ -197,5 +214,5 @@ def compare_saved(part: StoredPart, saved: SavedTensor) -> Problem | None:
         return Problem("wrong-shape", where, found, expected, remedy)
     if not is_contiguous(saved):
         found, expected = f"strides {list(saved.stride)} for shape {list(saved.shape)}", "rows one behind the other"
-        return Problem("not-contiguous", where, found, expected, "save the tensor as tensor.contiguous()")
+        return Problem("not-contiguous", where, found, expected, SAVE_IN_ROWS)
     return None
