@@ -10,12 +10,13 @@ from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_heade
 from reshard.formats.index import read_index
 from reshard.formats.manifest import Origin, format_subset, read_origin
 from reshard.formats.part_manifests import is_of_whole_files
-from reshard.formats.recognition import require_model, require_no_vllm_ranks
+from reshard.formats.recognition import require_model, require_no_megatron, require_no_vllm_ranks
 from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
+from reshard.sources.boxed_hints import explain_boxed
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
 from reshard.sources.checkpoints import read_folder_checkpoint, require_config_of_slices
 from reshard.sources.completeness import note_no_drafts
@@ -87,28 +88,57 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
-        unstacked = unstack_checkpoint(stored, recipes)
-        checkpoint = unstacked.checkpoint if unstacked else stored
-        require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
-        # First: a tensor that only the index lacks would be reported as missing.
-        require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
-        try:
-            found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
-        except Refused as refused:
-            require_model(checkpoint)  # what is no model needs no recipe
-            raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
-        if found.renaming:  # under their new names the recipe may know them
-            require_all_named(
-                found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
+        with explain_boxed(stored):
+            source = match_huggingface(
+                folder,
+                stored,
+                recipes,
+                chosen,
+                recipe,
+                for_engine,
+                ignore_extra_files=ignore_extra_files,
+                keep_optional=keep_optional,
             )
-        is_changed = found.checkpoint.config is not checkpoint.config
-        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
-        origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
-        members, is_stacked = found.matched.members, bool(unstacked)
-        drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-        checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
-        source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
     return narrow_source(source, subset)
+
+
+def match_huggingface(
+    folder: Folder,
+    stored: Checkpoint,
+    recipes: Sequence[Recipe],
+    chosen: Sequence[Recipe],
+    recipe: str | None,
+    for_engine: str,
+    *,
+    ignore_extra_files: bool,
+    keep_optional: bool,
+) -> Source:
+    """Finds the recipe of a checkpoint in the original layout, and the rule of each tensor: of `chosen`, unless stacked
+    experts are to be taken apart first, for which any of `recipes` may tell. Raises Refused.
+    """
+    unstacked = unstack_checkpoint(stored, recipes)
+    checkpoint = unstacked.checkpoint if unstacked else stored
+    require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
+    # First: a tensor that only the index lacks would be reported as missing.
+    require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
+    try:
+        found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
+    except Refused as refused:
+        require_model(checkpoint)  # what is no model needs no recipe
+        if not recipe:
+            require_no_megatron(checkpoint)
+        raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
+    if found.renaming:  # under their new names the recipe may know them
+        require_all_named(
+            found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
+        )
+    is_changed = found.checkpoint.config is not checkpoint.config
+    origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
+    origin = find_stacked_origin(folder, unstacked.stored) if unstacked else origin
+    members, is_stacked = found.matched.members, bool(unstacked)
+    drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
+    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
+    return Source(folder.path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
 
 
 def read_chosen(
