@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
@@ -24,7 +25,7 @@ from reshard.formats.training_state import choose_weights, note_training_state
 from reshard.formats.unfinished_downloads import check_unfinished, list_entries, require_finished_download
 from reshard.storage.local import open_regular_file
 from reshard.text import format_count, format_list
-from reshard.types import File, Tensor
+from reshard.types import File, Note, Tensor
 
 SUFFIX_OF_PARTS = ".distcp"
 
@@ -61,6 +62,26 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     One small read for each part, in the order of the file. The state of an optimizer is left aside and noted.
     """
     data = read_metadata_file(folder)
+    found = find_weights(folder, data)
+    files, boxes = find_boxes(folder, found.parts, found.least, hashlib.sha256(data).hexdigest())
+    by_name: dict[str, list[Box]] = {name: [] for name in found.shapes}
+    for box in boxes:
+        by_name[box.part.name].append(box)
+    return BoxedCheckpoint(folder, files, by_name, found.shapes, read_config(folder), found.notes)
+
+
+class SavedWeights(NamedTuple):
+    """The weights of a save, by its metadata."""
+
+    shapes: dict[str, tuple[int, ...]]
+    parts: list[StoredPart]
+    least: Mapping[str, int]
+    """The least size of each file, by all that was saved, in bytes."""
+    notes: tuple[Note, ...]
+
+
+def find_weights(folder: Path, data: bytes) -> SavedWeights:
+    """The weights by the bytes of `.metadata`; all else that it says is let go of. Raises Refused."""
     metadata = parse_distcp_metadata(data, METADATA)
     names = list(metadata.tensors)
     weights = choose_weights(names, metadata.paths)
@@ -71,12 +92,8 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
     require_none(gather_parts(metadata, weights, shapes, parts))
-    files, boxes = find_boxes(folder, parts, measure_saved_files(metadata), hashlib.sha256(data).hexdigest())
-    by_name: dict[str, list[Box]] = {name: [] for name in shapes}
-    for box in boxes:
-        by_name[box.part.name].append(box)
     notes = tuple(note_training_state(names, weights, metadata.others))
-    return BoxedCheckpoint(folder, files, by_name, shapes, read_config(folder), notes)
+    return SavedWeights(shapes, parts, measure_saved_files(metadata), notes)
 
 
 def read_metadata_file(folder: Path) -> bytes:
