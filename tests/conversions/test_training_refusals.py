@@ -107,6 +107,7 @@ def test_a_missing_tensor_names_those_left_aside(base: Path, tmp_path: Path) -> 
     assert "value_head.weight" in refused.problems[0].found
     assert "one mapping" in refused.problems[0].remedy
     assert "tie_word_embeddings" not in str(refused)
+    assert "one mapping" in reshard.inspect(tmp_path / "source", config=base).remark
 
 
 def test_averaged_weights_are_taken_out_by_torch(base: Path, tmp_path: Path) -> None:
@@ -201,7 +202,9 @@ def test_megatron_is_named(base: Path, tmp_path: Path) -> None:
         assert "Megatron Bridge" in problem.remedy
     with reshard.open(source) as opened:
         assert sorted(opened) == sorted(names)
-    assert reshard.inspect(source).notes[0].text.startswith("left aside: 8 tensors beside the weights")
+    content = reshard.inspect(source)
+    assert content.notes[0].text.startswith("left aside: 8 tensors beside the weights")
+    assert "Megatron Bridge" in content.remark
     own = tmp_path / "own.toml"
     own.write_text(
         'name = "own"\nabout = "a part"\nleft = "one"\nright = "other"\nfiles = "{rank}-{ranks}.safetensors"\n'
