@@ -62,7 +62,7 @@ class Machine:
         self.memo: list[Any] = []
         """Values by their numbers. A list: the metadata of a large checkpoint have millions, numbered in order."""
         self.far: dict[int, Any] = {}
-        """Values whose numbers leave a gap, so that a large number needs no large memory."""
+        """Values whose numbers leave a gap, so that a large number needs no large memory. Those of `memo` are newer."""
 
     def take(self, size: int) -> bytes:
         """The next bytes. Raises DamagedPickle if there are not so many."""
@@ -86,7 +86,6 @@ class Machine:
             self.far[number] = value
         else:
             self.memo.append(value)
-            self.far.pop(number, None)
 
     def recall(self, number: int) -> Any:
         """The value that is stored under a number. Raises KeyError if there is none."""
