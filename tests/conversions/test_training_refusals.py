@@ -39,7 +39,7 @@ BODY, HEAD = "model.", "lm_head.weight"
 def make_llama(seed: int = 0) -> dict[str, torch.Tensor]:
     """The tensors of the model, under the names of the hub."""
     shapes = {"model.embed_tokens.weight": (64, 16), "model.norm.weight": (16,), HEAD: (64, 16)}
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(3) for name, shape in LAYER.items()}  # type: ignore[misc]
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(3) for name, shape in LAYER.items()}
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 

@@ -62,8 +62,8 @@ def diff_checkpoints(
         expected = "rank files or a distributed checkpoint on a side"
         raise refuse("wrong-option", "--replicas", "first", expected, "leave it out")
     if choice.config and not (one.checkpoint.beside or other.checkpoint.beside):
-        found = f"{choice.config}, and no side that lacks a config"
-        raise refuse("wrong-option", "--config", found, "a side without config.json beside its tensors", "leave it out")
+        given = f"{choice.config}, and no side that lacks a config"
+        raise refuse("wrong-option", "--config", given, "a side without config.json beside its tensors", "leave it out")
     sides, notes = rename_to_pair(*unstack_to_pair(one, other))
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)
