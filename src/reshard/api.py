@@ -298,6 +298,7 @@ def diff(
     dequantize: bool = False,
     replicas: str = COMPARE,
     ignore_extra_files: bool = False,
+    config: Location | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Compares two checkpoints tensor by tensor, each in any layout, and says how far apart their numbers are.
@@ -313,13 +314,15 @@ def diff(
         dequantize: Compare weights of different dtypes in BF16: block-scaled ones dequantized, F32 and F16 rounded.
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
+        config: The folder of config.json, for a side that has none.
         progress: As for `verify`, with the bytes of one side. The whole grows once, if equal parts are read again.
 
     Raises:
         Refused: One of the two cannot be read.
 
     """
-    choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas)
+    beside = read_location(config)
+    choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
     return diff_checkpoints(require_path(a), require_path(b), choice, progress)
 
 

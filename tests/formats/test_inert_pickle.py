@@ -137,6 +137,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("a shape of many dimensions", SIZE + b"(" + b"K\x01" * 65 + b"t\x85R.", "no list of whole numbers"),
     ("a dict of pairs", b"ccollections\nOrderedDict\n]\x85R.", "OrderedDict"),
     ("marks without end", b"(" * 5000 + b".", "open in each other"),
+    ("a number that is taken twice", b"Nq\x05K\x01\x94h\x05.", "both under numbers and in order"),
 ]  # fmt: skip
 
 
@@ -194,6 +195,23 @@ def test_a_large_memo_number_takes_no_memory() -> None:
     assert read(b"Nr\xff\xff\xff\xff.") is None
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_values_are_repeated_by_their_numbers_with_gaps_too(protocol: int) -> None:
+    words = [f"word {number}" for number in range(400)]
+    value = [words, {word: [word, (word, 7)] for word in reversed(words)}]
+    data = pickle.dumps(value, protocol)
+    assert read(data) == value
+    assert read(pickletools.optimize(data)) == value
+
+
+def test_values_may_be_stored_in_any_order() -> None:
+    stored = b"".join(b"K%cq%c" % (number + 10, number) for number in (3, 1, 0, 2, 1))
+    data = b"(" + stored + b"".join(b"h%c" % number for number in range(4)) + b"t."
+    assert read(data) == pickle.loads(data) == (13, 11, 10, 12, 11, 10, 11, 12, 13)  # noqa: S301
+    with pytest.raises(Refused, match="without the value"):
+        read(b"K\x01q\x02h\x01.")
 
 
 NESTS: list[tuple[str, bytes]] = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,25 @@ def test_the_values_of_a_formula_are_named() -> None:
     assert suggest_count("a", config, 1) == "set a to 1"
     assert suggest_count("len(b.c) - a", config, 1) == "shorten b.c to its first 4 values"
     assert suggest_count("a * 2", config, 1) == ""
+
+
+QWEN3_MOE = [
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    *(
+        f"model.layers.0.self_attn.{name}.weight"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    ),
+    *(f"model.layers.0.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm", "mlp.gate")),
+    *(f"model.layers.0.mlp.experts.{e}.{name}_proj.weight" for e in range(4) for name in ("gate", "up", "down")),
+]
+
+
+def test_a_config_of_another_model_is_one_problem(tmp_path: Path) -> None:
+    tensors = [(name, "BF16", (4, 4)) for name in QWEN3_MOE]
+    for place, more in enumerate(([], [("strange.weight", "BF16", (4, 4))])):
+        write_tensors(tmp_path / str(place), [*tensors, *more], {"model_type": "llama"}, 1)
+    (problem,) = find_problems(read_checkpoint(tmp_path / "0"))
+    assert (problem.kind, problem.subject) == ("contradiction", str(tmp_path / "0"))
+    assert "qwen3-moe; llama does not know 15 of them" in problem.found
+    assert problem.remedy.startswith("is config.json another model's? else another --recipe")
+    assert {one.kind for one in find_problems(read_checkpoint(tmp_path / "1"))} == {"no-rule"}

@@ -39,6 +39,7 @@ def run_diff(options: argparse.Namespace) -> int:
             dequantize=options.dequantize,
             replicas=options.replicas,
             ignore_extra_files=options.ignore_extra_files,
+            config=options.config,
             progress=progress,
         )
     if options.json:

@@ -258,6 +258,7 @@ def add_diff(parser: Parser) -> None:
         help="Where several ranks hold the same, compare them all, which is the default, or take the first.",
     )
     add_ignore_extra_files(what)
+    add_config(what, "The folder of config.json, for a side that has none, as after a training.")
     parser.section(OUTPUT).add_argument(
         "--show",
         type=parse_positive,

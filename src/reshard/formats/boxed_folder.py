@@ -1,13 +1,15 @@
 """Recognises torch's distributed checkpoints by the names in a folder, and reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.dcp_safetensors import is_sliced_folder, read_slices
-from reshard.formats.distcp import is_distcp_folder, read_distcp
-from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files
+from reshard.formats.distcp import SUFFIX_OF_PARTS, find_saved_files, is_distcp_folder, read_distcp
+from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files, read_header_text
 from reshard.formats.unfinished_downloads import list_entries
+from reshard.text import format_list
+from reshard.types import File, Note
 
 
 def read_boxed(path: Path) -> BoxedCheckpoint | None:
@@ -43,3 +45,20 @@ def list_whole_files(path: Path) -> list[str]:
     `list_safetensors_files`.
     """
     return [] if is_boxed_folder(path) else list_safetensors_files(path)
+
+
+def note_distcp_beside(path: Path) -> Iterator[Note]:
+    """Notes `.distcp` files in a folder of safetensors files that are whole: those are not read."""
+    names = list_entries(path) if path.is_dir() else ()
+    if beside := [name for name in names if name.endswith(SUFFIX_OF_PARTS)]:
+        reason = "the safetensors files are the checkpoint; to read these, move them and .metadata into another folder"
+        yield Note("left-aside", f"left aside: {format_list(beside, 3)}; {reason}")
+
+
+def find_stored_files(folder: Path, names: Sequence[str]) -> list[File]:
+    """The named files of a checkpoint of any format, in their order. Their tensors are not looked at. Raises Refused,
+    OSError.
+    """
+    if all(map(is_safetensors_name, names)):
+        return [read_header_text(folder / name)[0] for name in names]
+    return find_saved_files(folder, names)

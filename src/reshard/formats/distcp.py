@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
@@ -24,7 +25,7 @@ from reshard.formats.training_state import choose_weights, note_training_state
 from reshard.formats.unfinished_downloads import check_unfinished, list_entries, require_finished_download
 from reshard.storage.local import open_regular_file
 from reshard.text import format_count, format_list
-from reshard.types import File, Tensor
+from reshard.types import File, Note, Tensor
 
 SUFFIX_OF_PARTS = ".distcp"
 
@@ -34,6 +35,12 @@ MOST_METADATA_SIZE = 1 << 29
 RANK_METADATA = re.compile(r"__\d+\.metadata")
 
 COPY_FILE = "copy the file again from where the checkpoint was saved"
+
+SAVE_IN_ROWS = (
+    "torch saves it in rows, without a training, if all of it fits into memory: python -m"
+    " torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER all.pt, the same with torch_to_dcp all.pt NEW; then"
+    " name NEW"
+)
 
 
 def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
@@ -55,6 +62,26 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     One small read for each part, in the order of the file. The state of an optimizer is left aside and noted.
     """
     data = read_metadata_file(folder)
+    found = find_weights(folder, data)
+    files, boxes = find_boxes(folder, found.parts, found.least, hashlib.sha256(data).hexdigest())
+    by_name: dict[str, list[Box]] = {name: [] for name in found.shapes}
+    for box in boxes:
+        by_name[box.part.name].append(box)
+    return BoxedCheckpoint(folder, files, by_name, found.shapes, read_config(folder), found.notes)
+
+
+class SavedWeights(NamedTuple):
+    """The weights of a save, by its metadata."""
+
+    shapes: dict[str, tuple[int, ...]]
+    parts: list[StoredPart]
+    least: Mapping[str, int]
+    """The least size of each file, by all that was saved, in bytes."""
+    notes: tuple[Note, ...]
+
+
+def find_weights(folder: Path, data: bytes) -> SavedWeights:
+    """The weights by the bytes of `.metadata`; all else that it says is let go of. Raises Refused."""
     metadata = parse_distcp_metadata(data, METADATA)
     names = list(metadata.tensors)
     weights = choose_weights(names, metadata.paths)
@@ -65,12 +92,8 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[StoredPart] = []
     require_none(gather_parts(metadata, weights, shapes, parts))
-    files, boxes = find_boxes(folder, parts, measure_saved_files(metadata), hashlib.sha256(data).hexdigest())
-    by_name: dict[str, list[Box]] = {name: [] for name in shapes}
-    for box in boxes:
-        by_name[box.part.name].append(box)
     notes = tuple(note_training_state(names, weights, metadata.others))
-    return BoxedCheckpoint(folder, files, by_name, shapes, read_config(folder), notes)
+    return SavedWeights(shapes, parts, measure_saved_files(metadata), notes)
 
 
 def read_metadata_file(folder: Path) -> bytes:
@@ -87,6 +110,17 @@ def read_metadata_file(folder: Path) -> bytes:
         raise refuse_without_metadata(folder) from None
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
+
+
+def find_saved_files(folder: Path, names: Sequence[str]) -> list[File]:
+    """The named files of a folder, in their order. Raises Refused, OSError."""
+    digest = hashlib.sha256(read_metadata_file(folder)).hexdigest()
+    return [describe_saved_file(name, (folder / name).stat(), digest) for name in names]
+
+
+def describe_saved_file(name: str, status: os.stat_result, digest: str) -> File:
+    """A file of parts. What a header is to others, `.metadata` is to all of them, by its digest."""
+    return File(name, status.st_size, 0, digest, status.st_mtime_ns)
 
 
 def refuse_without_metadata(folder: Path) -> Refused:
@@ -130,7 +164,7 @@ def find_boxes(
         except OSError as error:
             problems.append(Problem("cannot-read", name, error.strerror or str(error), "a readable file"))
             continue
-        files.append(File(name, status.st_size, 0, digest, status.st_mtime_ns))
+        files.append(describe_saved_file(name, status, digest))
         if len(problems) >= MOST_PROBLEMS:
             break
     require_none(problems)
@@ -197,5 +231,5 @@ def compare_saved(part: StoredPart, saved: SavedTensor) -> Problem | None:
         return Problem("wrong-shape", where, found, expected, remedy)
     if not is_contiguous(saved):
         found, expected = f"strides {list(saved.stride)} for shape {list(saved.shape)}", "rows one behind the other"
-        return Problem("not-contiguous", where, found, expected, "save the tensor as tensor.contiguous()")
+        return Problem("not-contiguous", where, found, expected, SAVE_IN_ROWS)
     return None

@@ -61,12 +61,14 @@ def read_pickle(data: bytes, allowed: Collection[str], name: str) -> Any:
 
 def run_machine(machine: Machine) -> Any:
     """The value that a pickle ends with. Raises HostilePickle, DamagedPickle and what reading past an end raises."""
-    steps, data, memo = STEPS, machine.data, machine.memo
+    steps, data, memo, far = STEPS, machine.data, machine.memo, machine.far
     for _ in range(MOST_STEPS):
         code = data[machine.at]
         machine.at += 1
         if code == MEMOIZE:  # a quarter of all steps
-            memo[len(memo)] = machine.stack[-1]
+            if far:  # which number comes next would be a guess
+                raise HostilePickle("values stored both under numbers and in order")
+            memo.append(machine.stack[-1])
             continue
         step = steps[code]
         if step is not None:
@@ -242,23 +244,23 @@ def require_type(machine: Machine, kind: type[Any]) -> Any:
 
 def store_at_byte(machine: Machine) -> None:
     """BINPUT."""
-    machine.memo[machine.take(1)[0]] = machine.stack[-1]
+    machine.store(machine.take(1)[0])
 
 
 def store_at_number(machine: Machine) -> None:
     """LONG_BINPUT."""
-    machine.memo[int.from_bytes(machine.take(4), "little")] = machine.stack[-1]
+    machine.store(int.from_bytes(machine.take(4), "little"))
 
 
 def repeat_at_byte(machine: Machine) -> None:
     """BINGET."""
-    machine.stack.append(machine.memo[machine.data[machine.at]])
+    machine.stack.append(machine.recall(machine.data[machine.at]))
     machine.at += 1
 
 
 def repeat_at_number(machine: Machine) -> None:
     """LONG_BINGET."""
-    machine.stack.append(machine.memo[int.from_bytes(machine.take(4), "little")])
+    machine.stack.append(machine.recall(int.from_bytes(machine.take(4), "little")))
 
 
 # What Python would look up, call or change.

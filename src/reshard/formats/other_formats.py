@@ -18,6 +18,8 @@ class OtherFormat(NamedTuple):
 
 SLICES = "slices of a torch distributed checkpoint (DCP)"
 
+ACCELERATE = "shards of FSDP as accelerate writes them"
+
 SHARDED_SAFETENSORS = OtherFormat(
     re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors"),
     SLICES,
@@ -43,12 +45,23 @@ PICKLE_LOAD = (
 
 ORIGINAL = "download the repository of this model in the format of Hugging Face (-hf), which has safetensors"
 
+MEGATRON = "export it to the format of Hugging Face, with Megatron Bridge or the script it was trained with"
+
 OWN_LAYOUT = OtherFormat(
     re.compile(r"consolidated.*\.safetensors"),
     "the makers' own layout (of Mistral, or of Meta), by tensor names such as",
     f"{ORIGINAL}: model-*.safetensors and config.json",
 )
 """Known by the tensors, not by the name of the file."""
+
+MEGATRON_NAMES = OtherFormat(
+    re.compile(
+        r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?(?:self_attention\.linear_(?:qkv|proj)|mlp\..*linear_fc[12])\.weight\d*"
+    ),
+    "a model of Megatron (torch_dist), by tensor names such as",
+    MEGATRON,
+)
+"""Known by the tensors: its layers are cut and put together in another way than those of Hugging Face."""
 
 VLLM_RANKS = OtherFormat(
     re.compile(r"model-rank-\d+-part-\d+\.safetensors"),
@@ -60,8 +73,6 @@ DEEPSPEED = (
     "run the zero_to_fp32.py that DeepSpeed puts beside it, with its option safe_serialization: it writes safetensors"
     " into another folder; convert that"
 )
-
-MEGATRON = "export it to the format of Hugging Face, with Megatron Bridge or the script it was trained with"
 
 NEMO = "export it to the format of Hugging Face, with NeMo"
 
@@ -77,13 +88,13 @@ ENDINGS = r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)"
 
 FORMATS: Sequence[OtherFormat] = (
     OtherFormat(
-        re.compile(r".*\.distcp"),
+        re.compile(r".*\.distcp|\.metadata"),
         SLICES,
         "the files of a folder are read together, as a source: name {path}",
     ),
     OtherFormat(
         re.compile(r"pytorch_model_fsdp_\d+/"),
-        "shards of FSDP as accelerate writes them",
+        ACCELERATE,
         "name the folder of the weights: {path}/pytorch_model_fsdp_0",
     ),
     OtherFormat(

@@ -48,7 +48,7 @@ class DamagedPickle(ValueError):
 class Machine:
     """Carries out the opcodes of one pickle."""
 
-    __slots__ = ("allowed", "at", "data", "marks", "memo", "stack")
+    __slots__ = ("allowed", "at", "data", "far", "marks", "memo", "stack")
 
     def __init__(self, data: bytes, allowed: Collection[str]) -> None:
         self.data = data
@@ -59,8 +59,10 @@ class Machine:
         """The values since the last mark."""
         self.marks: list[list[Any]] = []
         """For each open mark, the values before it."""
-        self.memo: dict[int, Any] = {}
-        """A dict, so that a large number needs no large memory."""
+        self.memo: list[Any] = []
+        """Values by their numbers. A list: the metadata of a large checkpoint have millions, numbered in order."""
+        self.far: dict[int, Any] = {}
+        """Values whose numbers leave a gap, so that a large number needs no large memory. Those of `memo` are newer."""
 
     def take(self, size: int) -> bytes:
         """The next bytes. Raises DamagedPickle if there are not so many."""
@@ -74,6 +76,20 @@ class Machine:
         """The values since the last mark, which is closed."""
         values, self.stack = self.stack, self.marks.pop()
         return values
+
+    def store(self, number: int) -> None:
+        """Stores the last value under a number. Raises IndexError without one."""
+        value, count = self.stack[-1], len(self.memo)
+        if number < count:
+            self.memo[number] = value
+        elif number > count:
+            self.far[number] = value
+        else:
+            self.memo.append(value)
+
+    def recall(self, number: int) -> Any:
+        """The value that is stored under a number. Raises KeyError if there is none."""
+        return self.memo[number] if number < len(self.memo) else self.far[number]
 
     def find_global(self, module: Any, name: Any) -> Global:
         """The allowed class or function of that name. Raises HostilePickle."""

@@ -12,10 +12,13 @@ from reshard.errors import Refused, refuse
 from reshard.formats.file_content import decode_text, may_be_safetensors
 from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
+    ACCELERATE,
     FORMATS,
     LEFTOVERS,
+    MEGATRON_NAMES,
     OWN_LAYOUT,
     SHARDED_SAFETENSORS,
+    SLICES,
     VLLM_PARTS,
     VLLM_RANKS,
     OtherFormat,
@@ -52,6 +55,9 @@ PIPELINE = "model_index.json"
 
 MOST_FOLDERS = 1000
 """Sub-folders that are looked into."""
+
+MOST_STEPS = 10
+"""Folders that are named to choose from."""
 
 SAFETENSORS = "a folder of safetensors files"
 
@@ -215,12 +221,21 @@ def name_subfolders(form: OtherFormat, folder: Path) -> OtherFormat:
 
 
 def explain_weights_below(folder: Path) -> Refused | None:
-    """Explains a folder whose sub-folders have weights in another format only, such as `original`."""
-    for name in list_visible(folder)[:MOST_FOLDERS]:
+    """Explains a folder whose sub-folders have weights in another format only, such as `original`; or are the steps of
+    a training: it names them, for each may be read by itself.
+    """
+    first: Refused | None = None
+    steps: list[str] = []
+    for name in sorted(list_visible(folder)[:MOST_FOLDERS], key=split_numbers):
         if name.endswith("/") and (known := find_other_format(list_visible(folder / name), FORMATS)):
             form, fitting = known
-            return refuse_format(folder, folder / name, form, [name + path for path in fitting])
-    return None
+            first = first or refuse_format(folder, folder / name, form, [name + path for path in fitting])
+            if form.name in (SLICES, ACCELERATE):
+                steps.append(str(folder / name / (fitting[0] if form.name == ACCELERATE else "")))
+    if len(steps) < 2:
+        return first
+    found, remedy = f"{len(steps)} folders, each with {SLICES}", f"name one of them: {format_list(steps, MOST_STEPS)}"
+    return refuse("empty-source", str(folder), found, "one checkpoint", remedy)
 
 
 def explain_leftovers(folder: Path) -> Refused | None:
@@ -239,7 +254,7 @@ def explain_subfolders(folder: Path) -> Refused | None:
     """Explains a folder whose sub-folders hold checkpoints: it names them."""
     if not (names := list_weight_folders(folder)):
         return None
-    remedy = f"name the folder of one of them: {format_list(str(folder / name) for name in names)}"
+    remedy = f"name the folder of one of them: {format_list((str(folder / name) for name in names), MOST_STEPS)}"
     return refuse("empty-source", str(folder), "safetensors files in its sub-folders only", "one checkpoint", remedy)
 
 
@@ -285,6 +300,14 @@ def require_model(checkpoint: Checkpoint) -> None:
         raise refuse_format(subject, folder, VLLM_PARTS, names)
     if refused := explain_pipeline(folder) or explain_own_layout(checkpoint):
         raise refused
+
+
+def require_no_megatron(checkpoint: Checkpoint) -> None:
+    """Raises Refused if a checkpoint that no packaged recipe fits has the names of Megatron's layers."""
+    if shown := [name for name in checkpoint.tensors if MEGATRON_NAMES.pattern.fullmatch(name)]:
+        found = f"{MEGATRON_NAMES.name} {format_list(shown, 2)}"
+        expected = "tensors under the names of Hugging Face"
+        raise refuse("other-format", str(checkpoint.folder), found, expected, MEGATRON_NAMES.remedy)
 
 
 def explain_own_layout(checkpoint: Checkpoint) -> Refused | None:

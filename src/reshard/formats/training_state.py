@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from reshard.formats.renaming import HEAD
 from reshard.text import format_count, format_list
 from reshard.types import Note
 
@@ -32,13 +33,21 @@ Megatron, `chained_0.optimizer.` by Megatron with several optimizers, `optimizer
 Composer; schedulers, dataloaders, counters and random numbers as torchtitan and Megatron name them."""
 
 
+BESIDE_MODEL = "beside-model"
+"""The kind of the note that tells of tensors beside the mapping of the model: they may be weights."""
+
+
 def choose_weights(names: Sequence[str], paths: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """The names of the weights among tensors. `paths` are the keys of nested mappings that names were flattened from.
 
-    Only a path shows a mapping: in a plain `model.norm.weight` beside `lm_head.weight`, `model` is part of the name.
+    Only a path shows a mapping: in a plain `model.norm.weight` beside `lm_head.weight`, `model` is part of the name. A
+    head beside the mapping is a weight too, unless the mapping has one.
     """
     within = [name for name in names if is_within_model(paths.get(name, ()))]
-    return within or [name for name in names if not STATES.fullmatch(name)]
+    if not within:
+        return [name for name in names if not STATES.fullmatch(name)]
+    heads = [name for name in names if name.startswith(HEAD)]
+    return within if any(f".{HEAD}" in name for name in within) else [*within, *heads]
 
 
 def is_within_model(path: tuple[Any, ...]) -> bool:
@@ -55,7 +64,7 @@ def note_training_state(names: Iterable[str], weights: Iterable[str], others: Se
         yield Note("left-aside", f"left aside: {text}: {format_list(known, 3)}")
     if unknown := [name for name in left if not STATES.fullmatch(name)]:
         text = f"{format_count(len(unknown), 'tensors')} that may be weights, but are not in the mapping of the model"
-        yield Note("left-aside", f"left aside: {text}: {format_list(unknown, 3)}")
+        yield Note(BESIDE_MODEL, f"left aside: {text}: {format_list(unknown, 3)}")
     if others:
         count = "1 entry that is no tensor" if len(others) == 1 else f"{len(others):,} entries that are no tensors"
         yield Note("left-aside", f"left aside: {count}: {format_list(others, 3)}")

@@ -25,7 +25,7 @@ from reshard.formats.manifest import (
     read_manifest_unchecked,
 )
 from reshard.formats.part_manifests import find_recipe_name, note_not_joined, read_joined_manifest
-from reshard.formats.recognition import require_model
+from reshard.formats.recognition import require_model, require_no_megatron
 from reshard.formats.remote_names import require_path
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
@@ -34,6 +34,7 @@ from reshard.numbered_names import split_name
 from reshard.planning.options import list_patterns
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_recipes_to_try
+from reshard.sources.boxed_hints import explain_boxed
 from reshard.sources.checkpoints import check_named_slices, read_folder_checkpoint
 from reshard.sources.constants import check_stored_constants
 from reshard.sources.engine_choice import choose_for_engine
@@ -167,7 +168,8 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, 
     try:
         unstacked = unstack_checkpoint(checkpoint, recipes)
         chosen = choose_for_engine(recipes, "", is_named=bool(recipe))
-        fitted = match_or_rename(unstacked.checkpoint if unstacked else checkpoint, chosen, is_asked=False)
+        with explain_boxed(checkpoint):
+            fitted = match_or_rename(unstacked.checkpoint if unstacked else checkpoint, chosen, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
         content = make_content(path, stored, "", "", 0, {}, remark)
@@ -214,6 +216,7 @@ def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:
     """Explains why no recipe fits: because it is no model, or what `refused` says."""
     try:
         require_model(checkpoint)
+        require_no_megatron(checkpoint)
     except Refused as other:
         return str(other)
     return str(refused)

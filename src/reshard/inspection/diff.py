@@ -58,8 +58,12 @@ def diff_checkpoints(
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
     one, other = read_diff_side(a, choice), read_diff_side(b, choice)
-    if choice.replicas == FIRST and not (one.recipe or other.recipe):
-        raise refuse("wrong-option", "--replicas", "first", "rank files on a side", "leave it out")
+    if choice.replicas == FIRST and not any(side.recipe or side.checkpoint.boxes is not None for side in (one, other)):
+        expected = "rank files or a distributed checkpoint on a side"
+        raise refuse("wrong-option", "--replicas", "first", expected, "leave it out")
+    if choice.config and not (one.checkpoint.beside or other.checkpoint.beside):
+        given = f"{choice.config}, and no side that lacks a config"
+        raise refuse("wrong-option", "--config", given, "a side without config.json beside its tensors", "leave it out")
     sides, notes = rename_to_pair(*unstack_to_pair(one, other))
     pairing = pair_up(*sides, choice)
     size = sum(get_result(pair.a).size for pair in pairing.pairs)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import count_blocks, unpack_shape
-from reshard.formats.huggingface import read_file
+from reshard.formats.huggingface import read_config, read_file
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
 from reshard.recipe_types import BlockScale, Recipe
@@ -44,6 +44,8 @@ class DiffChoice:
     ignore_extra_files: bool = False
     replicas: str = COMPARE
     """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
+    config: Path | None = None
+    """The folder of the config of a side that has none."""
 
 
 class DiffSide(NamedTuple):
@@ -108,16 +110,20 @@ class Pairing:
 def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = choose_for_engine(list_recipes_to_try(choice.recipe), "", is_named=bool(choice.recipe))
+    beside = choice.config if path.is_dir() and read_config(path) is None else None
     if holds_rank_files(path, choice.recipe):
         found = read_source(
             path,
             choice.recipe,
             ignore_extra_files=choice.ignore_extra_files,
             replicas=choice.replicas,
+            config_folder=beside,
         )
         return DiffSide(found.checkpoint, found.recipe.name, list_block_scalings([found.recipe]))
     if path.is_dir():
-        checkpoint = read_checkpoint(path, ignore_extra_files=choice.ignore_extra_files, replicas=choice.replicas)
+        checkpoint = read_checkpoint(
+            path, ignore_extra_files=choice.ignore_extra_files, replicas=choice.replicas, config_folder=beside
+        )
     else:
         checkpoint = read_file(path)
     return DiffSide(checkpoint, "", list_block_scalings(recipes))

@@ -45,6 +45,7 @@ def open_tensors(
     framework: str = "torch",
     ignore_extra_files: bool = False,
     replicas: str = FIRST,
+    config: str | Path | None = None,
 ) -> "Tensors":
     """Opens the tensors of a safetensors file, of a Hugging Face checkpoint or of rank files, without reading them.
 
@@ -62,6 +63,8 @@ def open_tensors(
         ignore_extra_files: Ignore safetensors files that do not belong to the checkpoint.
         replicas: Of rank files: `"first"` reads the first replica of a shard; `"compare"` reads every replica and
             requires that all are equal.
+        config: The folder of `config.json`, if none lies beside the tensors. It is needed only where names and shapes
+            leave open what a file holds.
 
     Raises:
         Refused: The files cannot be read, or are not a checkpoint. Reading a tensor raises it if its files have changed
@@ -69,13 +72,17 @@ def open_tensors(
 
     """
     require_framework(framework)
-    path = require_path(path)
+    path, beside = require_path(path), None if config is None else Path(config)
     if path.is_file():
+        if beside:
+            raise refuse("wrong-option", "--config", f"{beside}, for a single file", "a folder", "leave it out")
         return Tensors(read_file(path), framework)
     if holds_rank_files(path, recipe):
-        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+        found = read_source(
+            path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside
+        )
         return Tensors(found.checkpoint, framework)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside)
     with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
         checkpoint = read_under_hub_names(checkpoint)
     return Tensors(checkpoint, framework)

@@ -25,6 +25,7 @@ from reshard.planning.transforms import Outcome, Terms, check_padding, raise_con
 from reshard.recipe_types import Recipe
 from reshard.recipes.fusions import list_fusions
 from reshard.sources.block_scales import WeightGroup, check_weights, group_weights
+from reshard.sources.boxed_hints import explain_boxed
 from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
@@ -44,7 +45,7 @@ def make_plan(source: Source, layout: Layout, *, ranks: Sequence[int] | None = N
     """
     require_none(check_options(source.recipe, layout, ranks))
     layout = replace(layout, expert_dtype="") if layout.expert_dtype == AS_STORED else layout
-    with explain_renaming(source.checkpoint):
+    with explain_boxed(source.checkpoint), explain_renaming(source.checkpoint):
         if layout.to == SLICED:
             checkpoint, matched = repeat_tied_head(source.checkpoint, source.recipe, source.matched)
             source = replace(source, checkpoint=checkpoint, matched=matched)

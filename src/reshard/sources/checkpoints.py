@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reshard.errors import Problem, refuse, require_none
+from reshard.formats.boxed_folder import note_distcp_beside
 from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
 from reshard.formats.part_manifests import is_of_slices
@@ -15,11 +16,15 @@ from reshard.types import COMPARE, MOST_RANKS, Checkpoint, Note
 COPY_OR_MOVE = "copy it there; or move reshard.json elsewhere, to take the other files as they are"
 
 
-def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
+def read_checkpoint(
+    path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE, config_folder: Path | None = None
+) -> Checkpoint:
     """Reads the checkpoint in a folder, or in a single safetensors file, under the names in its files. Of boxes that
-    are stored several times, `replicas` says what is read. Raises Refused with every fault.
+    are stored several times, `replicas` says what is read. The config may lie in a folder of its own. Raises Refused
+    with every fault.
     """
-    return read_folder_checkpoint(read_folder(path), ignore_extra_files=ignore_extra_files, replicas=replicas)
+    folder = read_folder(path, config_folder)
+    return read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)
 
 
 def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
@@ -35,6 +40,7 @@ def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, r
             checkpoint = replace(checkpoint, notes=(*checkpoint.notes, Note("no-config", text)))
     else:
         checkpoint = read_whole_files(found, ignore_extra_files=ignore_extra_files)
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *note_distcp_beside(found.path)))
     return replace(checkpoint, beside=found.beside)
 
 

@@ -33,6 +33,9 @@ class Nearness(NamedTuple):
     """Number of config keys that the recipe names and the config lacks."""
 
 
+FEW_KINDS = 3
+"""Fewer kinds of unknown names are told one by one: they may be extra in the model that the config names."""
+
 GIVE_CONFIG = "put the model's config.json beside the files, or name its folder with --config: it names the model"
 
 
@@ -52,7 +55,10 @@ def choose_recipe(
         raise refuse_without_recipe(checkpoint, recipes)
     candidates = asked or recipes
     if len(candidates) == 1:
-        return candidates[0], match(checkpoint, candidates[0], keep_optional=keep_optional)
+        try:
+            return candidates[0], match(checkpoint, candidates[0], keep_optional=keep_optional)
+        except Refused as refused:
+            raise explain_other_model(checkpoint, candidates[0], recipes, refused) from None
     fitting = [(recipe, matched) for recipe in candidates if (matched := match_or_none(checkpoint, recipe))]
     # A model without experts fits a recipe of dense and expert layers, too, but is hardly that model.
     fitting = [pair for pair in fitting if not lacks_experts(*pair)] or fitting
@@ -65,6 +71,23 @@ def choose_recipe(
             remedy = f"{GIVE_CONFIG}; or {remedy}"
         raise refuse("no-recipe", str(checkpoint.folder), f"{names} all fit", "one recipe", remedy)
     raise refuse_by_nearest(checkpoint, candidates, is_asked=bool(asked))
+
+
+def explain_other_model(checkpoint: Checkpoint, asked: Recipe, recipes: Sequence[Recipe], refused: Refused) -> Refused:
+    """Explains names that the recipe for the config does not know: if another recipe knows them all, the config is most
+    likely that of another model, which is one problem.
+    """
+    unknown = [problem.subject for problem in refused.problems if problem.kind == "no-rule"]
+    kinds = dict.fromkeys(split_name(name)[0] for name in unknown)
+    if len(kinds) < FEW_KINDS:
+        return refused
+    others = [recipe.name for recipe in recipes if not match_names(checkpoint, recipe)[1]]
+    if not others:
+        return refused
+    found = f"all names are of {format_list(others, 3)}; {asked.name} does not know {len(unknown):,} of them"
+    expected = f"names of {asked.name}, the model of the config; unknown are {format_list(kinds, 3)}"
+    remedy = f"is config.json another model's? else {refused.problems[0].remedy}"
+    return refuse("contradiction", str(checkpoint.folder), found, expected, remedy)
 
 
 def lacks_experts(recipe: Recipe, matched: Matched) -> bool:

@@ -1,21 +1,19 @@
 """Stages 1 and 2: reads a path into a Source: checkpoint, recipe and the rule of every tensor. Reads headers only."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder
-from reshard.formats.huggingface import CONFIG, INDEX, FolderHeaders, read_headers
-from reshard.formats.index import read_index
-from reshard.formats.manifest import Origin, format_subset, read_origin
-from reshard.formats.part_manifests import is_of_slices, is_of_whole_files
-from reshard.formats.recognition import require_model, require_no_vllm_ranks
-from reshard.formats.target_names import MANIFEST
+from reshard.formats.huggingface import FolderHeaders, read_headers
+from reshard.formats.manifest import Origin, format_subset
+from reshard.formats.recognition import require_model, require_no_megatron, require_no_vllm_ranks
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
+from reshard.sources.boxed_hints import explain_boxed
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
 from reshard.sources.checkpoints import read_folder_checkpoint, require_config_of_slices
 from reshard.sources.completeness import note_no_drafts
@@ -30,6 +28,7 @@ from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
+from reshard.sources.origins import find_altered_origin, find_origin
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
     RankNames,
@@ -43,7 +42,7 @@ from reshard.sources.stacked_experts import Unstacked, explain_stacks, unstack_c
 from reshard.sources.subset import narrow_checkpoint
 from reshard.sources.tied_heads import leave_out_tied_head
 from reshard.text import format_list
-from reshard.types import COMPARE, EVERYTHING, WHOLE, Checkpoint, Layout, OriginalFile, Subset, Tensor
+from reshard.types import COMPARE, EVERYTHING, Checkpoint, Layout, Subset
 
 MADE_FROM = "name the checkpoint that these rank files were made from"
 
@@ -93,27 +92,17 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
-        unstacked = unstack_checkpoint(stored, recipes)
-        checkpoint = unstacked.checkpoint if unstacked else stored
-        require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
-        # First: a tensor that only the index lacks would be reported as missing.
-        require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
-        try:
-            found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
-        except Refused as refused:
-            require_model(checkpoint)  # what is no model needs no recipe
-            raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
-        if found.renaming:  # under their new names the recipe may know them
-            require_all_named(
-                found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
+        with explain_boxed(stored):
+            source = match_huggingface(
+                folder,
+                stored,
+                recipes,
+                chosen,
+                recipe,
+                for_engine,
+                ignore_extra_files=ignore_extra_files,
+                keep_optional=keep_optional,
             )
-        is_changed = found.checkpoint.config is not checkpoint.config
-        origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
-        origin = find_altered_origin(folder, stored, is_stacked=bool(unstacked)) or origin
-        members, is_stacked = found.matched.members, bool(unstacked)
-        drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-        checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
-        source = Source(path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
     return narrow_source(leave_out_added_head(source), subset)
 
 
@@ -123,6 +112,45 @@ def leave_out_added_head(source: Source) -> Source:
         return source
     checkpoint, matched = leave_out_tied_head(source.checkpoint, source.recipe, source.matched, source.origin)
     return replace(source, checkpoint=checkpoint, matched=matched)
+
+
+def match_huggingface(
+    folder: Folder,
+    stored: Checkpoint,
+    recipes: Sequence[Recipe],
+    chosen: Sequence[Recipe],
+    recipe: str | None,
+    for_engine: str,
+    *,
+    ignore_extra_files: bool,
+    keep_optional: bool,
+) -> Source:
+    """Finds the recipe of a checkpoint in the original layout, and the rule of each tensor: of `chosen`, unless stacked
+    experts are to be taken apart first, for which any of `recipes` may tell. Raises Refused.
+    """
+    unstacked = unstack_checkpoint(stored, recipes)
+    checkpoint = unstacked.checkpoint if unstacked else stored
+    require_engine_recipe(checkpoint.config, chosen, "" if recipe else for_engine, f"--for {for_engine}")
+    # First: a tensor that only the index lacks would be reported as missing.
+    require_all_named(checkpoint, chosen, keep_optional=keep_optional, ignore_extra_files=ignore_extra_files)
+    try:
+        found = match_or_rename(checkpoint, chosen, is_asked=bool(recipe), keep_optional=keep_optional)
+    except Refused as refused:
+        require_model(checkpoint)  # what is no model needs no recipe
+        if not recipe:
+            require_no_megatron(checkpoint)
+        raise explain_stacks(checkpoint, recipes, unstacked, refused) from None
+    if found.renaming:  # under their new names the recipe may know them
+        require_all_named(
+            found.checkpoint, [found.recipe], keep_optional=keep_optional, ignore_extra_files=ignore_extra_files
+        )
+    is_changed = found.checkpoint.config is not checkpoint.config
+    origin = Origin(config=checkpoint.config if is_changed else None, renaming=found.renaming)
+    origin = find_altered_origin(folder, stored, is_stacked=bool(unstacked)) or origin
+    members, is_stacked = found.matched.members, bool(unstacked)
+    drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
+    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
+    return Source(folder.path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
 
 
 def read_chosen(
@@ -290,44 +318,3 @@ def find_recipes(stored: FolderHeaders, recipes: Sequence[Recipe], origin: Origi
     remedy = "pass the file of that recipe with --recipe"
     found = f"made by the recipe {origin.recipe}"
     raise refuse("no-recipe", str(stored.folder), found, "a packaged recipe", remedy)
-
-
-def find_origin(folder: Folder, names: RankNames) -> Origin:
-    """Finds the facts about the original checkpoint: in the manifest, else in config and index of the folder."""
-    origin, weight_map = read_origin(folder.manifest), read_index(folder.path)
-    if weight_map and not {*names.wanted, *names.extra}.isdisjoint(weight_map.values()):
-        weight_map = None  # an index of the rank files themselves: it tells nothing of the original files
-    if folder.beside and origin.config not in (None, folder.config):
-        found = f"{folder.beside / CONFIG}, which says other things than {MANIFEST}"
-        raise refuse("wrong-option", "--config", found, "the config of these rank files", "leave it out")
-    names_here = [name for name, value in ((CONFIG, folder.config), (INDEX, weight_map)) if value is not None]
-    places = {CONFIG: folder.beside or folder.path, INDEX: folder.path}
-    texts = {name: (places[name] / name).read_bytes() for name in names_here}
-    return replace(
-        origin,
-        config=folder.config if origin.config is None else origin.config,
-        forms=origin.forms or make_forms(weight_map or {}),
-        texts=texts if origin.texts is None else {**texts, **origin.texts},
-    )
-
-
-def find_altered_origin(folder: Folder, stored: Checkpoint, *, is_stacked: bool) -> Origin | None:
-    """Finds what is known of the original of a checkpoint with stacked experts, or of slices: all, if reshard has made
-    it. None of any other checkpoint. Raises Refused if its files were changed since.
-    """
-    is_sliced = folder.boxed is not None and is_of_slices(folder.manifest)
-    is_made = is_of_whole_files(folder.manifest) and folder.manifest["layout"].get("to") != WHOLE
-    if not (is_sliced or (is_stacked and is_made)):
-        return Origin(is_altered=True) if is_stacked else None
-    require_none(check_changed_files(FolderHeaders(stored.folder, stored.files, ()), folder.manifest))
-    return replace(read_origin(folder.manifest), is_altered=True)
-
-
-def make_forms(weight_map: Mapping[str, str]) -> tuple[OriginalFile, ...]:
-    """Makes the original files from an index, which gives only the tensor names of each file."""
-    names: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        names.setdefault(file, []).append(name)
-    return tuple(
-        OriginalFile(file, b"", {name: Tensor(name, "", (), 0, 0, 0) for name in names[file]}) for file in sorted(names)
-    )

@@ -10,7 +10,7 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.side_writer import SideFile, compute_side_checksum
-from reshard.formats.huggingface import read_header
+from reshard.formats.boxed_folder import find_stored_files
 from reshard.formats.manifest import COUNTS, read_subset
 from reshard.formats.part_manifests import find_recipe_name
 from reshard.formats.target_names import MANIFEST
@@ -178,7 +178,7 @@ def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
     """
     folder = source if source.is_dir() else source.parent
     try:
-        files = [read_header(folder / entry["name"], 0)[0] for entry in manifest["source"]]
+        files = find_stored_files(folder, [entry["name"] for entry in manifest["source"]])
         for file, entry, sample in zip(files, manifest["source"], manifest["source_samples"], strict=True):
             with (folder / file.name).open("rb", buffering=0) as opened:
                 if (file.size, file.header_hash, sample_data(opened, file)) != (
