@@ -916,7 +916,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ("convert a", "convert: the following arguments are required: TARGET; see"),
         ("inspect --tensors a", "inspect: the following arguments are required: PATH (before --tensors); see"),
         ("convert a b --to hff", "convert: --to: 'hff' is unknown; did you mean hf? See"),
-        ("plan a --to gguf", "plan: --to: 'gguf' is not ranks or hf; see"),
+        ("plan a --to gguf", "plan: --to: 'gguf' is not ranks, hf or dcp; see"),
         (
             "recipes deepseek-v3",
             "recipes: 'deepseek-v3' is not list, show or check; for a recipe: reshard recipes show 'deepseek-v3'; see",
