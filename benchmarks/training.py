@@ -205,7 +205,9 @@ def save_from_processes(path: Path, form: str, layers: int) -> None:
 
 
 def save_as_rank(rank: int, path: Path, form: str, layers: int) -> None:
-    """Saves the rows of one process. Tensors of one shape are one in memory, and each is written."""
+    """Saves the rows of one process. Tensors of one shape are one in memory, and each is written; but safetensors wants
+    each in memory of its own.
+    """
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: PLC0415
@@ -217,7 +219,7 @@ def save_as_rank(rank: int, path: Path, form: str, layers: int) -> None:
     mesh, rows, generator = init_device_mesh("cpu", (WORLD,)), {}, torch.Generator().manual_seed(rank)
 
     def take_rows(shape: tuple[int, ...], dtype: torch.dtype) -> DTensor:
-        if (shape, dtype) not in rows:
+        if (shape, dtype) not in rows or form == "slices":
             local = torch.randn((shape[0] // WORLD, *shape[1:]), generator=generator).to(dtype)
             rows[shape, dtype] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
         return rows[shape, dtype]
