@@ -8,25 +8,37 @@ from typing import Any
 from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.target.repair_plan import has_sampled_bytes
-from reshard.verification.target_folder import CONVERT_AGAIN_HINT, LOST_FILE_HINT, MISSING_FILE_HINT, REPAIR_HINT
+from reshard.verification.target_folder import (
+    CONVERT_AGAIN_HINT,
+    LOST_FILE_HINT,
+    MISSING_FILE_HINT,
+    PADDING,
+    REPAIR_HINT,
+)
 from reshard.verification.verify import Report
 
-NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined"}
+NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wrong-value"}
 """Kinds of problems that no file written again would mend."""
 
 OTHER_SOURCE_HINT = "give the --source that this was made from; or without --source the checksums are verified"
 
 
-def reword_hints(report: Report, target: Path, source: Path) -> Report:
+WRONG_PADDING_HINT = "the source is damaged, the target is not: nothing is read there; make the rank files again from it"
+
+
+def reword_hints(report: Report, target: Path, source: Path, *, is_reversed: bool) -> Report:
     """Rewords the hints of a report by the manifest of its target: if it was made from another source, the files may be
-    sound; else a repair writes them again. Without a manifest they stay as they are.
+    sound; else a repair writes them again. Without a manifest they stay as they are. With `is_reversed` the report is of rank
+    files that are the source.
     """
+    if is_reversed:
+        report = replace(report, problems=tuple(map(blame_padding, report.problems)))
     manifest = read_manifest_for_repair(target) if report.problems else {}
     if not manifest:
         return report
     if report.note or not has_sampled_bytes(source, manifest):
         mended = [
-            problem if problem.kind == "missing-file" else replace(problem, remedy=OTHER_SOURCE_HINT)
+            problem if problem.kind in ("missing-file", "wrong-value") else replace(problem, remedy=OTHER_SOURCE_HINT)
             for problem in report.problems
         ]
     else:
@@ -35,6 +47,13 @@ def reword_hints(report: Report, target: Path, source: Path) -> Report:
             for problem in report.problems
         ]
     return replace(report, problems=tuple(mended))
+
+
+def blame_padding(problem: Problem) -> Problem:
+    """Says of padding in rank files that are the source that no mending of the target changes it."""
+    if not problem.expected.startswith(PADDING):
+        return problem
+    return replace(problem, kind="wrong-value", remedy=WRONG_PADDING_HINT)
 
 
 def replace_hints(remedy: str) -> str:
