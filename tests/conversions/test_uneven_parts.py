@@ -278,6 +278,15 @@ def test_a_rank_that_would_get_nothing_is_refused_with_the_numbers_that_work(
         assert "something for each rank" in problem.expected
 
 
+def test_of_a_length_of_nothing_no_rank_gets_something(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["same", "box.a", "box.a", "dimension 1 in blocks of 3"],')
+    write(tmp_path / "source", {"box.a": np.ones((2, 0), np.float32)})
+    with pytest.raises(Refused) as caught:
+        reshard.plan(tmp_path / "source", mp=2, recipe=recipe)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.expected) == ("not-divisible", "something for each rank")
+
+
 @pytest.mark.parametrize(
     ("name", "shapes", "words"),
     [

@@ -23,7 +23,9 @@ NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wron
 OTHER_SOURCE_HINT = "give the --source that this was made from; or without --source the checksums are verified"
 
 
-WRONG_PADDING_HINT = "the source is damaged, the target is not: nothing is read there; make the rank files again from it"
+WRONG_PADDING_HINT = (
+    "the source is damaged, the target is not: nothing is read there; make the rank files again from it"
+)
 
 
 def reword_hints(report: Report, target: Path, source: Path, *, is_reversed: bool) -> Report:
