@@ -286,8 +286,7 @@ def verify(
             ignore_extra_files=sides.ignores_extra_files,
         )
     report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
-    report = add_target_note(report, folder, Path(source), sides.files)
-    return reword_hints(report, folder, Path(source), is_reversed=sides.folder != folder)
+    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source), sides.folder)
 
 
 def diff(

@@ -90,9 +90,9 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
     own = list_own_ends(recipe) if recipe else ()
     marked = [tensor.name for tensor in unknown if tensor.name.endswith(ENDS) and not tensor.name.endswith(own)]
     by_names = find_format(marked)
-    if not by_names and recipe:
-        if found := find_fused_experts(recipe, unknown) or find_plain_experts(checkpoint, recipe, unknown):
-            return found
+    experts = find_fused_experts(recipe, unknown) or find_plain_experts(checkpoint, recipe, unknown) if recipe else None
+    if experts and not by_names:
+        return experts
     codes = [tensor.name for tensor in unknown if tensor.dtype in CODES]
     is_served = promise is not None and promise.method in SERVED and (recipe is None or takes_codes(recipe))
     if not by_names and not (promise and codes and (recipe is None or not is_served)):

@@ -22,19 +22,18 @@ NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wron
 
 OTHER_SOURCE_HINT = "give the --source that this was made from; or without --source the checksums are verified"
 
-
 WRONG_PADDING_HINT = (
-    "the source is damaged, the target is not: nothing is read there; make the rank files again from it"
+    "the source is damaged, the target is not, for nothing is read there; make the rank files again from the target"
 )
 
 
-def reword_hints(report: Report, target: Path, source: Path, *, is_reversed: bool) -> Report:
+def reword_hints(report: Report, target: Path, source: Path, compared: Path) -> Report:
     """Rewords the hints of a report by the manifest of its target: if it was made from another source, the files may be
-    sound; else a repair writes them again. Without a manifest they stay as they are. With `is_reversed` the report is of rank
-    files that are the source.
+    sound; else a repair writes them again. Without a manifest they stay as they are.
+    `compared` is the folder that the report is of: that of the source, if it has the rank files.
     """
-    if is_reversed:
-        report = replace(report, problems=tuple(map(blame_padding, report.problems)))
+    if compared != target:
+        report = replace(report, problems=tuple(map(reword_padding, report.problems)))
     manifest = read_manifest_for_repair(target) if report.problems else {}
     if not manifest:
         return report
@@ -51,7 +50,7 @@ def reword_hints(report: Report, target: Path, source: Path, *, is_reversed: boo
     return replace(report, problems=tuple(mended))
 
 
-def blame_padding(problem: Problem) -> Problem:
+def reword_padding(problem: Problem) -> Problem:
     """Says of padding in rank files that are the source that no mending of the target changes it."""
     if not problem.expected.startswith(PADDING):
         return problem
