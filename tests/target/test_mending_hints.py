@@ -93,7 +93,7 @@ def test_padding_of_a_source_is_no_fault_of_the_target(
     assert main(["verify", str(tmp_path / "whole"), "--source", str(tmp_path / "ranks"), "--recipe", "vllm-qwen2"]) == 1
     said = capsys.readouterr().out
     assert "expected: zeros, behind the last row of lm_head.weight" in said
-    assert "the source is damaged, the target is not" in said
+    assert "the source is damaged here, not the target" in said
     assert "repair" not in said
     (problem,) = reshard.verify(tmp_path / "ranks", tmp_path / "source").problems
     assert (problem.kind, problem.remedy) == ("differs", "convert again, into another folder")

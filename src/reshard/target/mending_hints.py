@@ -23,7 +23,7 @@ NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wron
 OTHER_SOURCE_HINT = "give the --source that this was made from; or without --source the checksums are verified"
 
 WRONG_PADDING_HINT = (
-    "the source is damaged, the target is not, for nothing is read there; make the rank files again from the target"
+    "the source is damaged here, not the target: nothing reads it; make the rank files again from the whole checkpoint"
 )
 
 
