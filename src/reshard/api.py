@@ -286,7 +286,7 @@ def verify(
             ignore_extra_files=sides.ignores_extra_files,
         )
     report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
-    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source))
+    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source), sides.folder)
 
 
 def diff(

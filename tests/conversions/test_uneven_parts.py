@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import reshard
 from reshard.errors import Refused
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.planning.rank_choices import list_rank_choices
+from reshard.sources.constants import LARGEST_READ
 from reshard.sources.source import read_source
 from reshard.types import Layout
 
@@ -277,6 +278,15 @@ def test_a_rank_that_would_get_nothing_is_refused_with_the_numbers_that_work(
         assert "something for each rank" in problem.expected
 
 
+def test_of_a_length_of_nothing_no_rank_gets_something(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["same", "box.a", "box.a", "dimension 1 in blocks of 3"],')
+    write(tmp_path / "source", {"box.a": np.ones((2, 0), np.float32)})
+    with pytest.raises(Refused) as caught:
+        reshard.plan(tmp_path / "source", mp=2, recipe=recipe)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.expected) == ("not-divisible", "something for each rank")
+
+
 @pytest.mark.parametrize(
     ("name", "shapes", "words"),
     [
@@ -321,6 +331,86 @@ def test_a_manifest_does_not_decide_what_the_first_rank_has(made: tuple[Path, st
     convert_checkpoint(Job(ranks, 1, recipe=made[1], to="hf"), tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert np.array_equal(found["box.one"], make_tensors()["box.one"])
+
+
+def write_byte(path: Path, name: str, place: int, value: int) -> None:
+    """Writes one byte of a tensor."""
+    tensors = load_file(path)
+    tensors[name].reshape(-1)[place] = value
+    save_file(tensors, path)
+
+
+def list_readers(recipe: str, folder: Path) -> Mapping[str, Callable[[Path], object]]:
+    """What reads rank files, each of a folder. `folder` has the checkpoint of them."""
+    return {
+        "convert": lambda ranks: reshard.convert(ranks, ranks.parent / "back", to="hf", recipe=recipe),
+        "plan": lambda ranks: reshard.plan(ranks, mp=1, recipe=recipe),
+        "diff": lambda ranks: reshard.diff(folder / "source", ranks, recipe=recipe),
+        "verify": lambda ranks: reshard.verify(folder / "source", ranks, recipe=recipe),
+        "load": lambda ranks: reshard.load(ranks, mp=1, rank=0, recipe=recipe),
+        "open": lambda ranks: reshard.open(ranks, recipe=recipe),
+    }
+
+
+@pytest.mark.parametrize("reader", list_readers("", Path()))
+@pytest.mark.parametrize(("name", "place"), [("one", 29), ("boxes", 3)])
+def test_what_is_no_zero_in_another_rank_is_refused(
+    made: tuple[Path, str], name: str, place: int, reader: str, tmp_path: Path
+) -> None:
+    """Only rank 0 is read: the value would be lost without a word."""
+    ranks = copy_ranks(made, 3, tmp_path)
+    (ranks / "reshard.json").unlink()
+    read = list_readers(made[1], made[0])[reader]
+    if reader != "convert":  # which writes
+        read(ranks)
+    write_byte(ranks / name_rank(2, 3), f"box.{name}", place, 1)
+    with pytest.raises(Refused) as caught:
+        read(ranks)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.subject) == ("wrong-value", f"{name_rank(2, 3)}: box.{name}")
+    assert problem.found == f"byte {place} is not zero"
+    assert not (tmp_path / "back").exists()
+
+
+def test_zeros_longer_than_a_read_are_all_looked_at(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["same", "box.a", "box.a", "first rank"],')
+    (tmp_path / "ranks").mkdir()
+    size, path = 2 * LARGEST_READ + 5, tmp_path / "ranks" / name_rank(1, 2)
+    save_file({"box.a": np.ones(size, np.uint8)}, tmp_path / "ranks" / name_rank(0, 2))
+    save_file({"box.a": np.zeros(size, np.uint8)}, path)
+    assert reshard.load(tmp_path / "ranks", mp=1, rank=0, recipe=recipe)["box.a"].sum() == size
+    for place in (0, LARGEST_READ - 1, LARGEST_READ, size - 1):
+        write_byte(path, "box.a", place, 7)
+        with pytest.raises(Refused, match=f"byte {place:,} is not zero"):
+            reshard.open(tmp_path / "ranks", recipe=recipe)
+        write_byte(path, "box.a", place, 0)
+
+
+def test_files_under_each_others_names_are_refused_without_metadata(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["same", "box.a", "box.a", "first rank"], ["same", "box.b", "box.b", "rows"],')
+    (tmp_path / "ranks").mkdir()
+    for rank, value in enumerate((0, 3)):
+        parts = {"box.a": np.full(4, value, np.uint8), "box.b": np.full(4, rank, np.uint8)}
+        save_file(parts, tmp_path / "ranks" / name_rank(rank, 2))
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "ranks", 1, recipe=recipe, to="hf"), tmp_path / "back")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.subject) == ("wrong-value", f"{name_rank(1, 2)}: box.a")
+    assert "exchanged" in problem.remedy
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("split", ["first rank", "padded rows", "rows padded to 4"])
+def test_a_scalar_that_is_to_be_padded_is_refused(split: str, ranks: int, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, f'["same", "box.a", "box.a", "{split}", "[n]"],')
+    (tmp_path / "ranks").mkdir()
+    for rank in range(ranks):
+        save_file({"box.a": np.zeros((), np.float32)}, tmp_path / "ranks" / name_rank(rank, ranks))
+    with pytest.raises(Refused) as caught:
+        convert_checkpoint(Job(tmp_path / "ranks", 1, recipe=recipe, to="hf"), tmp_path / "back")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.subject, problem.found) == ("wrong-shape", "box.a", "[] in a rank")
+    assert problem.expected == f"at least 1 dimensions, cut on {split}"
 
 
 def test_a_last_dimension_of_another_length_is_refused_without_a_config_too(tmp_path: Path) -> None:

@@ -197,7 +197,44 @@ def test_gpt_oss_in_floating_point_is_refused_for_vllm(tmp_path: Path) -> None:
     assert (problem.kind, problem.found) == ("wrong-dtype", "experts in BF16")
     assert problem.subject == "model.layers.0.mlp.experts.gate_up_proj and 5 more"
     assert problem.expected.startswith("MXFP4, as blocks and scales")
-    assert "give vllm the checkpoint itself" in problem.remedy
+    assert problem.remedy == "give vllm the checkpoint itself, which its own loader reads"
+
+
+@pytest.mark.parametrize("option", [{"for_engine": "vllm"}, {"recipe": "vllm-gpt-oss"}, {}])
+def test_a_config_of_mxfp4_beside_gpt_oss_in_floating_point_is_mended_first(
+    option: dict[str, Any], tmp_path: Path
+) -> None:
+    """No loader takes these, vLLM's neither."""
+    write_model(tmp_path / "source", "gpt-oss", hidden_size=64, intermediate_size=96, dtype="bfloat16")
+    exempt = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    change_config(tmp_path / "source", quantization_config={"modules_to_not_convert": exempt, "quant_method": "mxfp4"})
+    with pytest.raises(Refused) as caught:
+        api.plan(tmp_path / "source", mp=2, **option)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.subject) == ("contradiction", "quantization_config of config.json")
+
+
+@pytest.mark.parametrize("value", ["lacking", None])
+@pytest.mark.parametrize("option", [{"for_engine": "vllm"}, {}])
+def test_packed_experts_beside_a_config_of_plain_ones_are_refused(
+    option: dict[str, Any], value: str | None, tmp_path: Path
+) -> None:
+    """vLLM and transformers would build a model of plain experts."""
+    write_case(tmp_path / "source", MXFP4)
+    change_config(tmp_path / "source", quantization_config=value)
+    with pytest.raises(Refused) as caught:
+        api.plan(tmp_path / "source", mp=2, **option)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.subject, problem.found) == ("contradiction", "config.json", "no quantization_config")
+    (tmp_path / "source" / "config.json").rename(tmp_path / "config.json")  # without any the tensors tell
+    assert len(api.plan(tmp_path / "source", to="hf", recipe="gpt-oss", max_file_size=10**9).files) == 1
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Changes keys of a config, or removes those that are `lacking`."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "lacking"}))
 
 
 FIRST_EXPERTS = "model.layers.0.mlp.experts.routed_experts"

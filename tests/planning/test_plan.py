@@ -22,10 +22,11 @@ from safetensors.torch import load, save
 from reshard.errors import Refused
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.planning.copies import Copies, WrongPlan
+from reshard.planning.file_layout import EVERY_RANK, Pieces, lay_out_files
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.planning.proofs import prove_coverage, require_coverage, require_tiling
-from reshard.planning.shards import cut_for_ranks
+from reshard.planning.shards import cut_along, cut_for_ranks
 from reshard.planning.transforms import Terms, transform_weights
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import load_recipe, parse_recipe
@@ -798,6 +799,22 @@ def test_a_plan_whose_proof_fails_is_not_given_out(change: Mapping[str, int]) ->
         make_plan(
             replace(checkpoint, tensors={**checkpoint.tensors, "x.1.weight": wrong}), recipe_of("by e"), Layout(2)
         )
+
+
+@pytest.mark.parametrize("change", [{}, {"repeat": 1}, {"run": 2}, {"shape": (1, 2)}, {"repeat": 1, "uneven": (0, 3)}])
+def test_a_cut_whose_runs_are_not_its_shape_is_seen(change: Mapping[str, Any]) -> None:
+    """The header has the shape, the copies bring the runs. Two parts for four ranks."""
+    tensor = Tensor("x.0.weight", "U8", (4, 2), 0, DATA_START, 8)
+    cut = replace(cut_along(tensor, 0, 2, 2), **change)
+    every, one = np.full(1, EVERY_RANK), np.zeros(1, np.int64)
+    pieces = Pieces([tensor.name], [tensor], one, [cut], every, np.ones(1, np.bool_), {})
+    files, copies = lay_out_files(recipe_of("rows"), Layout(4), pieces)
+    ends = [len(file.header) for file in files], [file.size for file in files]
+    if not change:
+        require_tiling(copies, *ends)
+        return
+    with pytest.raises(WrongPlan):
+        require_tiling(copies, *ends)
 
 
 # --- the models in full size ---

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from vllm_models import write_case
 
 import reshard
 from reshard.cli.main import main
@@ -71,3 +73,27 @@ def test_with_another_source_the_files_may_be_sound(
     assert "hint:     give the --source that this was made from" in said
     assert "repair" not in said
     assert "convert again" not in said
+
+
+@pytest.mark.parametrize("manifest", ["there", "lost"])
+def test_padding_of_a_source_is_no_fault_of_the_target(
+    manifest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing reads the rows behind the vocabulary: neither a conversion nor a repair would change a byte."""
+    write_case(tmp_path / "source", "qwen2")
+    reshard.convert(tmp_path / "source", tmp_path / "ranks", mp=2, for_engine="vllm")
+    (tmp_path / "ranks" / "reshard.json").rename(tmp_path / "reshard.json")
+    path = tmp_path / "ranks" / "model-rank-1-part-0.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][-1, 0] = 1
+    save_file(tensors, path)
+    reshard.convert(tmp_path / "ranks", tmp_path / "whole", to="hf", recipe="vllm-qwen2")
+    if manifest == "lost":
+        (tmp_path / "whole" / "reshard.json").rename(tmp_path / "whole.json")
+    assert main(["verify", str(tmp_path / "whole"), "--source", str(tmp_path / "ranks"), "--recipe", "vllm-qwen2"]) == 1
+    said = capsys.readouterr().out
+    assert "expected: zeros, behind the last row of lm_head.weight" in said
+    assert "the source is damaged here, not the target" in said
+    assert "repair" not in said
+    (problem,) = reshard.verify(tmp_path / "ranks", tmp_path / "source").problems
+    assert (problem.kind, problem.remedy) == ("differs", "convert again, into another folder")

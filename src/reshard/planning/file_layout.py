@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.renaming import Renaming, rename_tensors
-from reshard.formats.safetensors import DTYPE_RANK, format_entry_end, format_header
+from reshard.formats.safetensors import BITS, DTYPE_RANK, format_entry_end, format_header
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
 from reshard.planning.slices import SlicePlaces
@@ -151,8 +151,9 @@ def lay_out_files(
     restore, one for each target file; empty if there are none.
     """
     columns = make_columns(pieces)
-    texts = write_entries(pieces)
+    texts, kinds = write_entries(pieces), list(find_first_of_each(pieces))
     slices = SlicePlaces() if layout.to == SLICED else None
+    is_uneven = slices is not None or any(cut.uneven for cut in pieces.cuts)
     holders = np.array([cut.count_ranks() for cut in pieces.cuts], np.int64)[pieces.cut]
     files, parts = [], []
     names = [form.name for form in forms] or name_files(recipe, layout, pieces)
@@ -163,14 +164,14 @@ def lay_out_files(
             places = {name: place for place, name in enumerate(form.tensors)}
             chosen = chosen[np.argsort([places[pieces.names[piece]] for piece in chosen.tolist()])]
         part = 0 if layout.to == WHOLE else rank  # a tensor in the second of whole files is still the whole tensor
-        sizes = measure_runs(columns, chosen, part) * columns.rows[chosen]
+        sizes = measure_parts(pieces.cuts, kinds, part)[pieces.cut[chosen]]
         begins, is_first = np.cumsum(sizes) - sizes, pieces.is_first[chosen]
         firsts, starts = chosen[is_first], begins[is_first]
         ends = np.append(starts[1:], sizes.sum())[: len(starts)]
+        shapes = rewrite_entries(texts, pieces, firsts, part) if is_uneven else []
         metadata = write_metadata(recipe, layout, rank)
         if slices:
-            metadata = [slices.write(rank, [pieces.names[piece] for piece in firsts.tolist()],
-                                     rewrite_entries(texts, pieces, firsts, rank))]  # fmt: skip
+            metadata = [slices.write(rank, [pieces.names[piece] for piece in firsts.tolist()], shapes)]
         bounds = zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True)
         entries = [f"{texts[piece]}{begin},{end}]}}" for piece, begin, end in bounds]
         header = form.header if form else format_header([*metadata, *entries])
@@ -181,13 +182,21 @@ def lay_out_files(
 
 
 def rewrite_entries(texts: list[str], pieces: Pieces, firsts: Integers, rank: int) -> list[tuple[int, ...]]:
-    """Writes the header entries of the slices of a rank, in the place of those of the rank before. Returns the shapes
-    of the slices, in elements.
+    """Writes the header entries of the parts of a rank, in the place of those of the rank before. Returns the shapes
+    of the parts, in elements.
     """
     shapes = list(list_shapes(pieces, firsts, rank))
     for piece, shape in zip(firsts.tolist(), shapes, strict=True):
         texts[piece] = write_entry(pieces, piece, shape)
     return shapes
+
+
+def measure_parts(cuts: Sequence[Cut], kinds: Iterable[tuple[Tensor, int]], rank: int) -> Integers:
+    """Measures the part of a rank by dtype and shape, for each cut, in bytes. What the copies bring is measured by
+    their runs, so that the proof of the plan sees if the two differ. `kinds` has a tensor of each cut.
+    """
+    sizes = [prod(cuts[cut].compute_part_shape(rank)) * BITS[tensor.dtype] // 8 for tensor, cut in kinds]
+    return np.array(sizes, np.int64)
 
 
 def list_shapes(pieces: Pieces, firsts: Integers, rank: int) -> Iterator[tuple[int, ...]]:

@@ -129,9 +129,9 @@ def find_fault(outcome: Outcome, layout: Layout, recipe: Recipe) -> Fault | None
 def explain_uneven_fault(length: int, step: int, unit: str, ranks: int) -> Fault:
     """Explains that some ranks would get nothing of a length that is cut in blocks."""
     most = measure_largest_part(length, step, ranks)
-    expected = (
-        f"something for each rank: with {most:,} each, the first {-(-length // (most or 1))} ranks have all of it"
-    )
+    expected = "something for each rank"
+    if length:
+        expected += f": with {most:,} each, the first {-(-length // most)} ranks have all of it"
     return Fault("not-divisible", f"{length:,}", unit, f"{ranks} ranks", expected)
 
 

@@ -15,12 +15,9 @@ from reshard.recipes.patterns import find_scale_placeholder
 from reshard.sources.exemptions import read_exemptions
 from reshard.sources.match import Family, Matched
 from reshard.sources.problem_order import sort_problems
-from reshard.sources.quantization_config import read_promise
+from reshard.sources.quantization_config import FLOATS, read_promise
 from reshard.text import format_count
 from reshard.types import WHOLE, Layout, Tensor
-
-FLOATS = ("BF16", "F16", "F32")
-"""Dtypes of unscaled weights. Loaders copy each of them into a parameter of any other."""
 
 SCALES = ("F32", "BF16", "F8_E8M0")
 """Dtypes of block scales; the last is the only one for packed FP4."""

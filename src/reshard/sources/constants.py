@@ -1,18 +1,24 @@
-"""Checks the constants in rank files: those that a recipe makes of nothing, and that no original file has."""
+"""Checks what rank files hold and no original file has: constants of the recipe, and zeros beside what rank 0 has."""
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 from reshard.errors import Problem, refuse
 from reshard.formats.huggingface import FolderHeaders
 from reshard.recipe_types import Constant, Recipe
 from reshard.recipes.patterns import find_scale_placeholder, list_constant_names, list_present_constants
-from reshard.sources.held_shards import CollectedShards, FoundConstant
+from reshard.sources.held_shards import CollectedShards
 from reshard.storage.local import open_regular_file
 from reshard.text import format_list
 from reshard.types import Tensor
 
 LACKING = "is a rank file missing, or were they made for another version of the engine?"
+
+EXCHANGED = "were files exchanged, or is one damaged? reshard verify against the whole checkpoint tells which"
+
+LARGEST_READ = 1 << 20
+"""Of bytes that should be zeros."""
 
 LOST = "in the original layout there is no place for it; a recipe of your own may name it (docs/recipes.md)"
 
@@ -49,21 +55,38 @@ def describe_constant(constant: Constant) -> str:
     return f"{constant.dtype} {list(constant.shape)} of {constant.value:.9g}"
 
 
-def check_values(stored: FolderHeaders, found: Sequence[FoundConstant], recipe: Recipe) -> Iterator[Problem]:
-    """Reports constants of another value than the recipe says: left aside, it would be lost. Reads their bytes. Raises
-    Refused if a file cannot be read.
+def check_values(stored: FolderHeaders, collected: CollectedShards, recipe: Recipe) -> Iterator[Problem]:
+    """Reports constants of another value than the recipe says, and bytes other than zeros where only rank 0 has a
+    tensor: left aside, they would be lost. Reads their bytes. Raises Refused if a file cannot be read.
     """
+    firsts = [one.by_rank for one in collected.held.values() if one.rule.split.is_first]
     for place, file in enumerate(stored.files):
-        here = [one for one in found if one.tensor.file == place]
+        constants = [one for one in collected.constants if one.tensor.file == place]
+        zeros = [by_rank[place] for by_rank in firsts if place in by_rank] if place else []
         try:
             with open_regular_file(stored.folder / file.name) as opened:
-                for one in here:
+                for one in constants:
                     opened.seek(one.tensor.offset)
                     content = opened.read(one.tensor.size)
                     if problem := compare_value(content, one.tensor, recipe.constants[one.constant], file.name):
                         yield problem
+                for tensor in zeros:
+                    yield from check_zeros(opened, tensor, file.name)
         except OSError as error:
-            raise refuse("cannot-read", file.name, error.strerror or str(error), "to read its constants") from None
+            expected = "to read its constants, or zeros"
+            raise refuse("cannot-read", file.name, error.strerror or str(error), expected) from None
+
+
+def check_zeros(opened: BinaryIO, tensor: Tensor, file: str) -> Iterator[Problem]:
+    """Reports the first byte of a tensor that is not zero."""
+    opened.seek(tensor.offset)
+    for begin in range(0, tensor.size, LARGEST_READ):
+        content = opened.read(min(LARGEST_READ, tensor.size - begin))
+        if content.strip(b"\0"):
+            place = begin + len(content) - len(content.lstrip(b"\0"))
+            expected = "zeros: only rank 0 has this tensor"
+            yield Problem("wrong-value", f"{file}: {tensor.name}", f"byte {place:,} is not zero", expected, EXCHANGED)
+            return
 
 
 def compare_value(content: bytes, tensor: Tensor, constant: Constant, file: str) -> Problem | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from reshard.errors import MOST_PROBLEMS, Problem, require_none
 from reshard.numbered_names import split_name
 from reshard.recipe_types import Recipe
-from reshard.recipes.alternatives import list_rules
+from reshard.recipes.alternatives import get_answer, list_rules
 from reshard.recipes.fusions import FUSED
 from reshard.recipes.patterns import (
     Pattern,
@@ -23,7 +23,7 @@ from reshard.recipes.patterns import (
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.sources.completeness import check_missing, check_placeholders, collect_members
 from reshard.sources.problem_order import sort_by_layer, sort_problems
-from reshard.sources.quantization_config import Stale, check_promise, find_stale, note_promise
+from reshard.sources.quantization_config import PROMISE_KEY, Stale, check_promise, find_stale, note_promise
 from reshard.sources.quantized import check_codes, explain_unknown
 from reshard.types import Checkpoint, Tensor
 
@@ -107,12 +107,26 @@ def check_match(
 
 
 def check_quantization(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Iterator[Problem]:
-    """Reports a config that promises quantized weights where all are plain, and quantized weights without scales."""
+    """Reports a config that promises quantized weights where all are plain, or none where there are some; and quantized
+    weights without scales.
+    """
     yield from check_promise(find_stale_config(checkpoint, recipe, families))
+    yield from check_unpromised(checkpoint, recipe, families)
     rules = [(recipe.rules[family.rule], family.tensors) for family in families]
     floats = (tensors for rule, tensors in rules if rule.shape.startswith("["))
     matrices = [tensor for tensor in chain.from_iterable(floats) if len(tensor.shape) > 1]
     yield from check_codes(checkpoint, recipe, matrices)
+
+
+def check_unpromised(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Iterator[Problem]:
+    """Reports tensors that a model has only if it is quantized, beside a config that does not say so: a loader would
+    build the other model. Of other keys than this one, which is there or the model is plain, the tensors may decide.
+    """
+    names = [family.tensors[0].name for family in families if recipe.rules[family.rule].only == f"if {PROMISE_KEY}"]
+    if names and checkpoint.config and not get_answer(PROMISE_KEY, checkpoint.config):
+        expected = f"one, for quantized weights such as {names[0]}"
+        remedy = "is config.json another model's? or was the key taken out? take the config.json of these weights"
+        yield Problem("contradiction", "config.json", f"no {PROMISE_KEY}", expected, remedy)
 
 
 def find_stale_config(checkpoint: Checkpoint, recipe: Recipe, families: Sequence[Family]) -> Stale | None:

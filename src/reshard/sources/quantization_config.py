@@ -11,7 +11,9 @@ from reshard.sources.exemptions import read_exemptions
 from reshard.text import format_count
 from reshard.types import Checkpoint, Note, Tensor
 
-CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+PROMISE_KEY = "quantization_config"
+
+CONFIG_KEYS = (PROMISE_KEY, "compression_config", "quantization")
 """Config keys of a quantization: of most quantizers, of old compressed-tensors, and of MLX."""
 
 SWITCHES = ("load_in_4bit", "load_in_8bit")
@@ -19,6 +21,9 @@ SWITCHES = ("load_in_4bit", "load_in_8bit")
 
 CODES = {"I32", "U32", "I16", "U16", "I8", "U8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
 """Dtypes of quantized weights, packed or not. I64 is not among them: models have tables of numbers."""
+
+FLOATS = ("BF16", "F16", "F32")
+"""Dtypes of unscaled weights. Loaders copy each of them into a parameter of any other."""
 
 SPELLED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "mxfp4": "MXFP4", "hqq": "HQQ", "modelopt": "ModelOpt"}
 """`quant_method` -> as people write it. Others are written as they stand."""

@@ -13,7 +13,7 @@ from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import make_pattern
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.problem_order import sort_by_layer
-from reshard.sources.quantization_config import CODES, Promise, read_promise
+from reshard.sources.quantization_config import CODES, FLOATS, Promise, check_promise, find_stale, read_promise
 from reshard.text import format_count
 from reshard.types import Checkpoint, Tensor
 
@@ -90,12 +90,9 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
     own = list_own_ends(recipe) if recipe else ()
     marked = [tensor.name for tensor in unknown if tensor.name.endswith(ENDS) and not tensor.name.endswith(own)]
     by_names = find_format(marked)
-    if (
-        not by_names
-        and recipe
-        and (found := find_fused_experts(recipe, unknown) or find_plain_experts(recipe, unknown))
-    ):
-        return found
+    experts = find_fused_experts(recipe, unknown) or find_plain_experts(checkpoint, recipe, unknown) if recipe else None
+    if experts and not by_names:
+        return experts
     codes = [tensor.name for tensor in unknown if tensor.dtype in CODES]
     is_served = promise is not None and promise.method in SERVED and (recipe is None or takes_codes(recipe))
     if not by_names and not (promise and codes and (recipe is None or not is_served)):
@@ -180,19 +177,23 @@ def find_fused_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | N
     return Problem("fused-experts", f"{first}{others}", found, f"a tensor for each expert: {known}", remedy)
 
 
-def find_plain_experts(recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | None:
-    """Finds experts in floating point, under a recipe that has them in MXFP4 only."""
+def find_plain_experts(checkpoint: Checkpoint, recipe: Recipe, unknown: Sequence[Tensor]) -> Problem | None:
+    """Finds experts in floating point, under a recipe that has them in MXFP4 only. A config that promises MXFP4 is the
+    first thing to mend: no loader would take them.
+    """
     lefts = [rule.left for rule in recipe.rules if rule.left.endswith(BLOCKS)]
     keys = {make_pattern(0, left.removesuffix(BLOCKS), "", is_scale=False).key: left for left in lefts}
-    plain = {tensor.name: tensor for tensor in unknown if split_name(tensor.name)[0] in keys}
+    floats = [tensor for tensor in unknown if tensor.dtype in FLOATS]
+    plain = {tensor.name: tensor for tensor in floats if split_name(tensor.name)[0] in keys}
     if not plain:
         return None
+    if stale := next(check_promise(find_stale(checkpoint, recipe, (), has_scales=False)), None):
+        return stale
     names = list(plain)
     first = plain[names[sort_by_layer(names)[0]]]
     others = f" and {len(plain) - 1:,} more" if len(plain) > 1 else ""
     expected = f"MXFP4, as blocks and scales: {keys[split_name(first.name)[0]]}"
-    remedy = f"give {recipe.engine} the checkpoint itself; or without --for: the model's own layout"
-    remedy = remedy if recipe.engine else "another --recipe"
+    remedy = f"give {recipe.engine or 'the engine'} the checkpoint itself, which its own loader reads"
     return Problem("wrong-dtype", f"{first.name}{others}", f"experts in {first.dtype}", expected, remedy)
 
 

@@ -206,8 +206,11 @@ def check_shape(found: ShardedTensor, shape: Shape, together: Shape, *, knows: b
         things = f"{units} {found.rule.split.heads_key}"
         expected = f"one of the numbers to divide the other: {things} and {len(found.by_rank)} ranks"
         yield Problem("not-divisible", found.name, f"{len(found.by_rank)} ranks", expected, "is config.json another's?")
-    if dimension is not None and len(found.by_rank) > 1 and len(together) <= dimension and not found.is_scale:
-        yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", f"more dimensions, cut by {dimension}")
+    is_cut = len(found.by_rank) > 1 or found.rule.split.is_padded
+    if dimension is not None and is_cut and len(together) <= dimension and not found.is_scale:
+        expected = f"at least {dimension + 1} dimensions, cut on {found.rule.split}"
+        yield Problem("wrong-shape", found.name, f"{list(together)} in a rank", expected, AGAIN)
+        return
     if found.rule.split.is_padded and not knows:
         yield explain_unknown_padding(found, together)
         return

@@ -239,7 +239,7 @@ def read_rank_files(
         checkpoint = replace(whole, subset=folder.subset, notes=notes, beside=folder.beside)
         matched = match(checkpoint, known)
         require_none(check_stored_constants(stored, collected, known, matched.members))
-        require_none(check_values(stored, collected.constants, known))
+        require_none(check_values(stored, collected, known))
         return Source(folder.path, checkpoint, known, matched, origin)
 
     try:

@@ -8,25 +8,38 @@ from typing import Any
 from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.target.repair_plan import has_sampled_bytes
-from reshard.verification.target_folder import CONVERT_AGAIN_HINT, LOST_FILE_HINT, MISSING_FILE_HINT, REPAIR_HINT
+from reshard.verification.target_folder import (
+    CONVERT_AGAIN_HINT,
+    LOST_FILE_HINT,
+    MISSING_FILE_HINT,
+    PADDING,
+    REPAIR_HINT,
+)
 from reshard.verification.verify import Report
 
-NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined"}
+NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wrong-value"}
 """Kinds of problems that no file written again would mend."""
 
 OTHER_SOURCE_HINT = "give the --source that this was made from; or without --source the checksums are verified"
 
+WRONG_PADDING_HINT = (
+    "the source is damaged here, not the target: nothing reads it; make the rank files again from the whole checkpoint"
+)
 
-def reword_hints(report: Report, target: Path, source: Path) -> Report:
+
+def reword_hints(report: Report, target: Path, source: Path, compared: Path) -> Report:
     """Rewords the hints of a report by the manifest of its target: if it was made from another source, the files may be
     sound; else a repair writes them again. Without a manifest they stay as they are.
+    `compared` is the folder that the report is of: that of the source, if it has the rank files.
     """
+    if compared != target:
+        report = replace(report, problems=tuple(map(reword_padding, report.problems)))
     manifest = read_manifest_for_repair(target) if report.problems else {}
     if not manifest:
         return report
     if report.note or not has_sampled_bytes(source, manifest):
         mended = [
-            problem if problem.kind == "missing-file" else replace(problem, remedy=OTHER_SOURCE_HINT)
+            problem if problem.kind in ("missing-file", "wrong-value") else replace(problem, remedy=OTHER_SOURCE_HINT)
             for problem in report.problems
         ]
     else:
@@ -35,6 +48,13 @@ def reword_hints(report: Report, target: Path, source: Path) -> Report:
             for problem in report.problems
         ]
     return replace(report, problems=tuple(mended))
+
+
+def reword_padding(problem: Problem) -> Problem:
+    """Says of padding in rank files that are the source that no mending of the target changes it."""
+    if not problem.expected.startswith(PADDING):
+        return problem
+    return replace(problem, kind="wrong-value", remedy=WRONG_PADDING_HINT)
 
 
 def replace_hints(remedy: str) -> str:

@@ -53,6 +53,12 @@ def make_part_key(part: TargetPart) -> PartKey:
     return part.rank, part.tensor.name, part.origin
 
 
+def is_padding(whole: KeptTensor, key: PartKey, place: int) -> bool:
+    """Whether a byte of a target tensor lies behind the last row of the source tensor."""
+    parts = [part for part in whole.parts if make_part_key(part) == key]
+    return any(part.rows.start + (place - part.skip) // len(part.columns) >= whole.height for part in parts)
+
+
 @dataclass(slots=True)
 class ByteDifference:
     """The number of wrong bytes of a target tensor, and the offsets of the first and the last in the tensor."""

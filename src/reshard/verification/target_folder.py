@@ -31,6 +31,9 @@ from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUN
 
 CONVERT_AGAIN_HINT = "convert again, into another folder"
 
+PADDING = "zeros, behind the last row of"
+"""How the expected of a problem begins where only padding differs, which no reading of rank files looks at."""
+
 REPAIR_HINT = "reshard repair writes it again"
 
 COPY_AGAIN_HINT = f"{REPAIR_HINT}; or copy the file here again"

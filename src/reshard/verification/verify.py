@@ -21,7 +21,7 @@ from reshard.recipe_types import Recipe
 from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
-from reshard.verification.compare import Comparison, PartKey, compare_parts, make_part_key
+from reshard.verification.compare import Comparison, PartKey, compare_parts, is_padding, make_part_key
 from reshard.verification.compared_files import make_compared_files
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.expected import (
@@ -56,6 +56,7 @@ from reshard.verification.swapped_files import (
 )
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
+    PADDING,
     TargetHeader,
     check_index_and_config,
     choose_files,
@@ -294,6 +295,8 @@ def explain_difference(
         place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
         where = "than in the source" if isinstance(origin, KeptTensor) else "than are made of the source"
         expected = f"those of {origin.tensor.name}" if isinstance(origin, KeptTensor) else origin
+        if isinstance(origin, KeptTensor) and is_padding(origin, key, found.first):
+            where, expected = "than zeros", f"{PADDING} {origin.tensor.name}"
         subject = f"{trace.folder.names[key[0]]}: {key[1]}"
         said = f"{format_count(found.count, 'other bytes')} {where}, {place}"
         yield Problem("differs", subject, said, expected, CONVERT_AGAIN_HINT)
