@@ -31,7 +31,7 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import read_chosen
-from reshard.sources.verified_source import read_sides
+from reshard.sources.verified_source import find_recipe_of_rank_files, read_sides
 from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.conversion import Conversion
 from reshard.target.mending_hints import reword_hints
@@ -42,6 +42,7 @@ from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.repeated_tensors import add_repeated_tensor
 from reshard.verification.report_notes import add_side_files, add_target_note
+from reshard.verification.restored_slices import check_restored_slices, count_slices
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
@@ -267,6 +268,10 @@ def verify(
     if source is None:
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
         return audit_target(folder, progress, part, chosen)
+    of_ranks = find_recipe_of_rank_files(require_path(source), recipe)
+    sliced = of_ranks and check_restored_slices(folder, of_ranks, chosen, ignore_extra_files=ignore_extra_files)
+    if sliced and sliced.problems:
+        return reword_hints(sliced, folder, Path(source))
     sides = read_sides(
         folder,
         require_path(source),
@@ -285,6 +290,7 @@ def verify(
             stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
             ignore_extra_files=sides.ignores_extra_files,
         )
+    report = count_slices(report, sliced) if sliced else report
     report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
     return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source))
 
