@@ -210,6 +210,21 @@ def test_a_tied_head_that_was_removed_is_missed(sliced: tuple[Path, Path]) -> No
     assert (problem.kind, problem.subject) == ("missing-tensor", HEAD)
 
 
+def test_whole_files_are_proven_without_the_head_that_was_added(models: Path, tmp_path: Path) -> None:
+    """The manifest of the slices, which told that the head was added, is there no more."""
+    target, again = tmp_path / "target", tmp_path / "again"
+    reshard.convert(models / "tied", target, to="dcp", mp=3)
+    reshard.convert(target, again, to="hf")
+    (target / "reshard.json").unlink()
+    report = reshard.verify(again, target)
+    assert report.is_proven, report
+    tensors = [load_file(target / slice_name(rank)) for rank in range(3)]
+    tensors[2][HEAD][-1, -1] += 1
+    save_as_slices(target, tensors)
+    (problem,) = reshard.verify(again, target).problems
+    assert (problem.kind, problem.subject) == ("differs", HEAD)
+
+
 # Hints and notes.
 
 

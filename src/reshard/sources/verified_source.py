@@ -23,7 +23,7 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.sources.tied_heads import add_tied_name, find_tied_head
+from reshard.sources.tied_heads import add_tied_name, find_tied_head, list_tied_rules
 from reshard.types import Checkpoint, File, Tensor
 
 
@@ -43,8 +43,8 @@ class VerifiedSides:
     unstacked: Unstacked | None = None
     """Of a source with stacked experts: as it lies there, and as it was read."""
     repeated: tuple[str, Tensor | None, Tensor] | None = None
-    """Of slices that were made from rank files: the name of a tied head, the head, which is left out of `whole`, and
-    the embedding.
+    """Of slices: the name of a tied head that the other side does not have, the head, which is left out of `whole`, and
+    the embedding, which must have the same bytes.
     """
 
 
@@ -84,7 +84,10 @@ def read_sides(
         whole = find_named_source(found, target)
     if is_boxed_folder(target):
         whole = add_tied_name(whole, found.recipe, found.matched)
-    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
+    repeated = find_added_head(found, whole, target)
+    if repeated:
+        whole = drop_head(whole, repeated[0])
+    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked, repeated=repeated)
 
 
 def read_restored_sides(
@@ -112,8 +115,7 @@ def read_restored_sides(
     files, whole = ranks.checkpoint.files, fitted.checkpoint
     repeated = find_repeated_head(ranks, whole) if restored.boxed else None
     if repeated:
-        kept = {name: tensor for name, tensor in whole.tensors.items() if name != repeated[0]}
-        whole = replace(whole, tensors=kept)
+        whole = drop_head(whole, repeated[0])
     return VerifiedSides(source, whole, ranks.recipe, files, ignore_extra_files, unstacked, repeated)
 
 
@@ -124,6 +126,29 @@ def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[str, Tensor | 
     found = find_tied_head(ranks.checkpoint, ranks.recipe, ranks.matched)
     table = whole.tensors.get(found[1].name) if found else None
     return (found[0], whole.tensors.get(found[0]), table) if found and table else None
+
+
+def find_added_head(found: Source, whole: Checkpoint, target: Path) -> tuple[str, Tensor | None, Tensor] | None:
+    """Finds the tied head of slices that whole files made of them lack, and the embedding: the manifest of the slices,
+    which is not there any more, told that it was added. None of any other sides.
+    """
+    tied = list_tied_rules(whole, found.recipe) if whole.boxes is not None else []
+    families = found.matched.families
+    heads = [family.tensors[0] for family in families if family.rule in tied]
+    others = tuple(family for family in families if family.rule not in tied)
+    pair = find_tied_head(whole, found.recipe, replace(found.matched, families=others))
+    names = list_target_names(target)
+    if not heads or not pair or find_rank_names(target, names, [found.recipe]):
+        return None
+    with suppress(Refused):
+        if heads[0].name not in read_named_tensors(target).tensors:
+            return heads[0].name, heads[0], pair[1]
+    return None
+
+
+def drop_head(whole: Checkpoint, head: str) -> Checkpoint:
+    """Drops a head that is held against the embedding instead."""
+    return replace(whole, tensors={name: tensor for name, tensor in whole.tensors.items() if name != head})
 
 
 def find_recipe_of_rank_files(source: Path, recipe: str | None) -> Recipe | None:
