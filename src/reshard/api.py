@@ -31,7 +31,7 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import read_chosen
-from reshard.sources.verified_source import read_sides
+from reshard.sources.verified_source import VerifiedSides, find_recipe_of_rank_files, read_sides
 from reshard.storage.counting import WorkCounter, count_progress
 from reshard.target.conversion import Conversion
 from reshard.target.mending_hints import reword_hints
@@ -42,6 +42,7 @@ from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.repeated_tensors import add_repeated_tensor
 from reshard.verification.report_notes import add_side_files, add_target_note
+from reshard.verification.restored_slices import check_restored_slices, count_slices
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files, require_target_folder
 from reshard.verification.verify import Report, verify_target
@@ -267,26 +268,33 @@ def verify(
     if source is None:
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
         return audit_target(folder, progress, part, chosen)
-    sides = read_sides(
-        folder,
-        require_path(source),
-        recipe,
-        ignore_extra_files=ignore_extra_files,
-        config_folder=read_location(config),
-    )
-    with count_progress(progress, measure_target_files(sides.folder, sides.recipe, chosen)) as advance:
+    origin, beside = require_path(source), read_location(config)
+    of_ranks = find_recipe_of_rank_files(origin, recipe)
+    sliced = of_ranks and check_restored_slices(folder, of_ranks, chosen, ignore_extra_files=ignore_extra_files)
+    if sliced and sliced.problems:
+        return reword_hints(sliced, folder, origin, folder)
+    sides = read_sides(folder, origin, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
+    report = compare_sides(sides, chosen, part, progress)
+    report = add_side_files(count_slices(report, sliced) if sliced else report, folder)
+    return reword_hints(add_target_note(report, folder, origin, sides.files), folder, origin, sides.folder)
+
+
+def compare_sides(
+    sides: VerifiedSides, ranks: tuple[int, ...] | None, sample: Fraction | None, progress: Progress | None
+) -> Report:
+    """Compares the two sides of a verification. Raises Refused."""
+    with count_progress(progress, measure_target_files(sides.folder, sides.recipe, ranks)) as advance:
         report = verify_target(
             sides.folder,
             sides.whole,
             sides.recipe,
             advance,
-            chosen,
-            part,
+            ranks,
+            sample,
             stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
             ignore_extra_files=sides.ignores_extra_files,
         )
-    report = add_side_files(add_repeated_tensor(report, sides.whole, sides.repeated), folder)
-    return reword_hints(add_target_note(report, folder, Path(source), sides.files), folder, Path(source), sides.folder)
+    return add_repeated_tensor(report, sides.whole, sides.repeated)
 
 
 def diff(

@@ -10,9 +10,9 @@ from families import FAMILIES
 
 from reshard.errors import Problem, Refused
 from reshard.recipes.formulas import describe_values, suggest_count
-from reshard.recipes.recipe import list_packaged_recipes
+from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.sources.checkpoints import read_checkpoint
-from reshard.sources.recipe_choice import choose_recipe
+from reshard.sources.recipe_choice import choose_recipe, explain_other_model
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint
 
@@ -122,3 +122,15 @@ def test_a_config_of_another_model_is_one_problem(tmp_path: Path) -> None:
     assert "qwen3-moe; llama does not know 15 of them" in problem.found
     assert problem.remedy.startswith("is config.json another model's? else another --recipe")
     assert {one.kind for one in find_problems(read_checkpoint(tmp_path / "1"))} == {"no-rule"}
+
+
+def test_the_hint_of_another_model_is_that_of_an_unknown_name(tmp_path: Path) -> None:
+    """A problem of another kind may come first, and may have no hint."""
+    write_tensors(tmp_path, [(name, "BF16", (4, 4)) for name in QWEN3_MOE], {"model_type": "llama"}, 1)
+    first = Problem("contradiction", "config.json", "found", "expected", "another hint")
+    for remedy, wanted in (("add a rule", "is config.json another model's? else add a rule"), ("", "another model's?")):
+        unknown = [Problem("no-rule", name, "no rule", "one", remedy) for name in QWEN3_MOE if ".mlp." in name]
+        (problem,) = explain_other_model(
+            read_checkpoint(tmp_path), load_recipe("llama"), list_packaged_recipes(), Refused([first, *unknown])
+        ).problems
+        assert problem.remedy.endswith(wanted)

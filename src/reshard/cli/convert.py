@@ -15,7 +15,7 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused, refuse
+from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
@@ -127,14 +127,11 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def take_number_of_ranks(options: argparse.Namespace) -> None:
-    """Takes `--ranks N` of `--to dcp` for the number of ranks, which nothing else says. Raises Refused for several."""
-    if options.to != SLICED or options.mp is not None or options.ranks is None:
-        return
-    if len(options.ranks) > 1:
-        remedy = "add --mp N: --ranks then chooses those whose files are written"
-        found = f"{','.join(format_runs(options.ranks))}, and no number of ranks"
-        raise refuse("wrong-option", "--ranks", found, "with --to dcp the number of ranks, such as --ranks 8", remedy)
-    (options.mp,), options.ranks = options.ranks, None
+    """Takes `--ranks N` of `--to dcp` for the number of ranks, which nothing else says. Several stay, and are refused
+    by the API.
+    """
+    if options.to == SLICED and options.mp is None and options.ranks is not None and len(options.ranks) == 1:
+        (options.mp,), options.ranks = options.ranks, None
 
 
 def show_plan(options: argparse.Namespace) -> int:

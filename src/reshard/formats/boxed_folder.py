@@ -12,14 +12,15 @@ from reshard.text import format_list
 from reshard.types import File, Note
 
 
-def read_boxed(path: Path) -> BoxedCheckpoint | None:
+def read_boxed(path: Path, *, is_told: bool = False) -> BoxedCheckpoint | None:
     """The checkpoint of a folder of `.distcp` files, or of safetensors files that are slices; None if it is neither.
+    Of slices the names are counted, unless the manifest of our own tells which files there should be (`is_told`).
 
     A folder with safetensors files that are whole is an ordinary checkpoint, whatever else lies in it. Raises Refused.
     """
     names = list_entries(path) if path.is_dir() else ()
     if slices := list_slices(names):
-        return read_slices(path, slices)
+        return read_slices(path, slices, is_told=is_told)
     return read_distcp(path) if holds_distcp(path, names) else None
 
 

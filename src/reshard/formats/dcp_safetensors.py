@@ -14,7 +14,6 @@ from reshard.formats.boxes import Box, BoxedCheckpoint
 from reshard.formats.huggingface import read_config, read_header_text
 from reshard.formats.json_input import is_size, refuse_duplicate_keys, shorten_json
 from reshard.formats.safetensors import BITS, parse_header
-from reshard.formats.target_names import MANIFEST
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import File, Note, Tensor
@@ -48,9 +47,11 @@ def is_sliced_folder(names: Sequence[str]) -> bool:
     return bool(names) and all(map(SLICE_NAME.fullmatch, names))
 
 
-def read_slices(folder: Path, names: Sequence[str]) -> BoxedCheckpoint:
-    """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named."""
-    if not (folder / MANIFEST).is_file():  # which names the files of all ranks, or of those that were chosen
+def read_slices(folder: Path, names: Sequence[str], *, is_told: bool = False) -> BoxedCheckpoint:
+    """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named, unless
+    something else tells which files there should be (`is_told`).
+    """
+    if not is_told:
         require_none(check_shard_numbers(names))
     require_none(check_unfinished(folder, names))
     files: list[File] = []

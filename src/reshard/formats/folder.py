@@ -22,7 +22,7 @@ from reshard.formats.huggingface import (
 )
 from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
 from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
-from reshard.formats.part_manifests import read_joined_manifest
+from reshard.formats.part_manifests import is_of_slices, read_joined_manifest
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.text import format_list
 from reshard.types import Checkpoint, Note, Tensor
@@ -65,9 +65,6 @@ def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
     Raises Refused if nothing lies there, or if the config is not JSON. A damaged manifest is only
     noted: not everyone who reads a folder needs it.
     """
-    boxed = read_boxed(path)
-    names = () if boxed else tuple(list_safetensors_files(path))
-    config = read_config(find_folder(path))
     manifest: Mapping[str, Any] = {}
     fault = None
     if path.is_dir():
@@ -75,6 +72,9 @@ def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
             manifest = read_joined_manifest(path)
         except Refused as refused:
             fault = refused
+    boxed = read_boxed(path, is_told=fault is not None or is_of_slices(manifest))
+    names = () if boxed else tuple(list_safetensors_files(path))
+    config = read_config(find_folder(path))
     if config_folder is None:
         return Folder(path, names, config, manifest, fault, boxed)
     other = read_other_config(find_folder(path), config, config_folder)

@@ -184,13 +184,16 @@ def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, 
 
 def summarize_some_slices(folder: Folder) -> Content | None:
     """Summarizes slices that lack others of the same target, by the manifest beside them; None of anything else."""
-    if folder.boxed is None or not any(check_named_slices(folder)):
+    lacking = list(check_named_slices(folder))
+    if folder.boxed is None or not lacking:
         return None
     files, manifest = folder.boxed.files, folder.manifest
     parts = tuple(box.part for boxes in folder.boxed.boxes.values() for box in boxes)
     stored, name = FolderHeaders(folder.folder, files, parts), find_recipe_name(manifest)
-    content = make_content(folder.path, stored, "slices", name, manifest["ranks"], {}, "")
     part = note_part(folder.path, [file.name for file in files])
+    is_part = part and list_rank_files(manifest).isdisjoint(problem.subject for problem in lacking)
+    remark = "" if is_part else str(Refused(lacking))
+    content = make_content(folder.path, stored, "slices", name, manifest["ranks"], {}, remark)
     notes = (*([part] if part else []), *note_not_joined(folder.path))
     return replace(content, made=read_conversion_options(manifest), notes=notes)
 

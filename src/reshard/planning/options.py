@@ -11,6 +11,7 @@ from reshard.recipes.recipe import has_ranks
 from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.source import Source
+from reshard.text import format_runs
 from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, SLICED, WHOLE, Layout, Subset
 
 WHOLE_HINT = "for rank files leave out --to hf; for whole files leave out --mp and --pad"
@@ -112,9 +113,16 @@ def split_number_of_ranks(
     mp: int | None, to: str, ranks: Iterable[int] | int | None
 ) -> tuple[int | None, Iterable[int] | None]:
     """The number of ranks, and the chosen ones. For slices `ranks` may be the number itself, as torch says it. Raises
-    Refused for both, and for a single number anywhere else.
+    Refused for both, for a single number anywhere else, and for a choice of slices without the number of all.
     """
-    if ranks is None or isinstance(ranks, Iterable):
+    if ranks is None:
+        return mp, None
+    if isinstance(ranks, Iterable):
+        if to == SLICED and mp is None:
+            chosen = sort_numbers("--ranks", ranks) or ()
+            found = f"{','.join(format_runs(chosen)) or 'no rank'}, and no number of ranks"
+            remedy = "add --mp N: --ranks then chooses those whose files are written"
+            raise refuse("wrong-option", "--ranks", found, "with --to dcp the number of ranks, such as 8", remedy)
         return mp, ranks
     if to != SLICED:
         remedy = "mp=N is the number of ranks; ranks=range(0, 4) writes the files of these only"

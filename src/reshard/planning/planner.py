@@ -30,7 +30,7 @@ from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
-from reshard.sources.tied_heads import repeat_tied_head
+from reshard.sources.tied_heads import drop_tied_note, repeat_tied_head
 from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
@@ -63,6 +63,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     checkpoint, matched = source.checkpoint, source.matched
     if only:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
+        checkpoint = drop_tied_note(checkpoint)
         kinds = require_kept(matched, source, uncut)
     terms = Terms(source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {})
     casts: list[Cast] = []

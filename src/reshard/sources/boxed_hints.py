@@ -26,10 +26,12 @@ def explain_boxed(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def suggest_last_shard(checkpoint: Checkpoint) -> str:
-    """Suggests to look for the shards behind the last one; empty of a checkpoint whose metadata name all files."""
-    shards = [shard for shard, _, _ in parse_shard_numbers([file.name for file in checkpoint.files])]
-    if not shards:
+    """Suggests to look for the shards behind the last one; empty of a checkpoint whose metadata or manifest name all
+    files.
+    """
+    if not any(note.kind == "numbering" for note in checkpoint.notes):
         return ""
+    shards = [shard for shard, _, _ in parse_shard_numbers([file.name for file in checkpoint.files])]
     return f"is shard-{max(shards) + 1:05}-* missing? no file tells how many there are: compare with what was saved"
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,50 @@ from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem
 from reshard.formats.huggingface import FolderHeaders
+from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
 
 AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
+COPY_SLICES = "copy the file of the same conversion there; or reshard repair writes it again"
+"""Nothing but the manifest tells slices of two models of one shape apart: it stays."""
+
+EXTRA_SLICES = "move it elsewhere; or, if it is of another part, copy the manifest of that part here too"
+
+OF_OTHER_SAVE = "; if another program has saved all of these files since, move reshard.json elsewhere"
+
 
 def check_changed_files(stored: FolderHeaders, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Reports rank files that differ from the manifest: in name, in size, or in one of three byte ranges of each."""
+    """Reports rank files and slices that differ from the manifest: in name, in size, or in one of three byte ranges of
+    each.
+    """
+    if not is_of_slices(manifest):
+        yield from compare_with_manifest(stored, manifest, AGAIN, AGAIN)
+        return
+    problems = list(compare_with_manifest(stored, manifest, COPY_SLICES, EXTRA_SLICES))
+    if len(problems) < len(stored.files):
+        yield from problems
+        return
+    for problem in problems:
+        yield replace(problem, remedy=problem.remedy + OF_OTHER_SAVE)
+
+
+def compare_with_manifest(
+    stored: FolderHeaders, manifest: Mapping[str, Any], remedy: str, extra: str
+) -> Iterator[Problem]:
+    """Reports the same, each with this remedy; `extra` is that of a file that should not be there."""
     entries = {entry["name"]: entry for entry in manifest.get("files", ())}
     for file in stored.files if entries else ():
         entry = entries.get(file.name)
         if entry is None:
-            yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", AGAIN)
+            yield Problem("extra-file", file.name, f"a file that {MANIFEST} does not name", "none", extra)
         elif entry["size"] != file.size:
-            yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", AGAIN)
+            yield Problem("wrong-size", file.name, f"{file.size:,} bytes", f"{entry['size']:,} bytes", remedy)
         elif found := find_changed_range(stored.folder / file.name, entry["ranges"]):
             text = f"{file.name}: bytes {found.offset:,} to {found.stop:,}"
-            remedy = f"is it another rank's, or of another conversion? reshard verify tells more; {AGAIN}"
-            yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", remedy)
+            asked = f"is it another rank's, or of another conversion? reshard verify tells more; {remedy}"
+            yield Problem("wrong-checksum", text, "other bytes than were written", "those of the manifest", asked)
 
 
 def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:

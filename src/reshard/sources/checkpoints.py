@@ -8,12 +8,15 @@ from reshard.errors import Problem, refuse, require_none
 from reshard.formats.boxed_folder import note_distcp_beside
 from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
+from reshard.formats.huggingface import FolderHeaders
+from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.target_names import MANIFEST
 from reshard.sources.boxes import assemble_boxes
+from reshard.sources.changed_files import COPY_SLICES, check_changed_files
 from reshard.types import COMPARE, MOST_RANKS, Checkpoint, Note
 
-COPY_OR_MOVE = "copy it there; or move reshard.json elsewhere, to take the other files as they are"
+COPY_PART = "copy it there with its manifest from where it was made; or convert again without --ranks"
 
 
 def read_checkpoint(
@@ -27,10 +30,15 @@ def read_checkpoint(
     return read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)
 
 
-def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
-    """The same, of a folder that was read already."""
+def read_folder_checkpoint(
+    found: Folder, *, ignore_extra_files: bool = False, replicas: str = COMPARE, is_verified: bool = False
+) -> Checkpoint:
+    """The same, of a folder that was read already. Slices that are not those of their manifest are refused, unless
+    they are what a verification tells of (`is_verified`).
+    """
     if found.boxed:
-        require_none(check_named_slices(found))
+        if not is_verified:
+            require_own_slices(found)
         checkpoint = replace(assemble_boxes(found.boxed, replicas=replicas), config=found.config)
         if is_of_slices(found.manifest):  # which names all files
             notes = tuple(note for note in checkpoint.notes if note.kind != "numbering")
@@ -44,15 +52,26 @@ def read_folder_checkpoint(found: Folder, *, ignore_extra_files: bool = False, r
     return replace(checkpoint, beside=found.beside)
 
 
+def require_own_slices(found: Folder) -> None:
+    """Raises Refused for slices that are not those of the manifest beside them: missing ones, those of another
+    conversion, and any if it is damaged. Places and shapes alone let the slices of two models pass for one.
+    """
+    if found.manifest_fault:
+        raise found.manifest_fault
+    require_none(check_named_slices(found))
+    if found.boxed and is_of_slices(found.manifest):
+        require_none(check_changed_files(FolderHeaders(found.folder, found.boxed.files, ()), found.manifest))
+
+
 def check_named_slices(found: Folder) -> Iterator[Problem]:
     """Reports slices that are not there, by the manifest beside them: for the last ones no file name calls."""
     if found.boxed is None or not is_of_slices(found.manifest):
         return
-    here = {file.name for file in found.boxed.files}
+    here, named = {file.name for file in found.boxed.files}, list_rank_files(found.manifest)
     for name in name_slices(min(found.manifest["ranks"], MOST_RANKS)):
         if name not in here:
             expected = f"one of {found.manifest['ranks']:,} files, by {MANIFEST}"
-            yield Problem("missing-file", name, "no such file", expected, COPY_OR_MOVE)
+            yield Problem("missing-file", name, "no such file", expected, COPY_SLICES if name in named else COPY_PART)
 
 
 def require_config_of_slices(found: Folder) -> None:

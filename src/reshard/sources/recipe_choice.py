@@ -77,8 +77,8 @@ def explain_other_model(checkpoint: Checkpoint, asked: Recipe, recipes: Sequence
     """Explains names that the recipe for the config does not know: if another recipe knows them all, the config is most
     likely that of another model, which is one problem.
     """
-    unknown = [problem.subject for problem in refused.problems if problem.kind == "no-rule"]
-    kinds = dict.fromkeys(split_name(name)[0] for name in unknown)
+    unknown = [problem for problem in refused.problems if problem.kind == "no-rule"]
+    kinds = dict.fromkeys(split_name(problem.subject)[0] for problem in unknown)
     if len(kinds) < FEW_KINDS:
         return refused
     others = [recipe.name for recipe in recipes if not match_names(checkpoint, recipe)[1]]
@@ -86,7 +86,7 @@ def explain_other_model(checkpoint: Checkpoint, asked: Recipe, recipes: Sequence
         return refused
     found = f"all names are of {format_list(others, 3)}; {asked.name} does not know {len(unknown):,} of them"
     expected = f"names of {asked.name}, the model of the config; unknown are {format_list(kinds, 3)}"
-    remedy = f"is config.json another model's? else {refused.problems[0].remedy}"
+    remedy = "is config.json another model's?" + (f" else {unknown[0].remedy}" if unknown[0].remedy else "")
     return refuse("contradiction", str(checkpoint.folder), found, expected, remedy)
 
 

@@ -14,6 +14,9 @@ from reshard.sources.completeness import MAYBE, TIED
 from reshard.sources.match import Matched, match
 from reshard.types import Checkpoint, Join, Note, Tensor
 
+TIED_HEAD = "tied"
+"""The kind of the note that a head was added."""
+
 
 def repeat_tied_head(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> tuple[Checkpoint, Matched]:
     """Adds the output head to a checkpoint whose model ties it to the embedding and that lacks it, as a join of that
@@ -29,9 +32,18 @@ def repeat_tied_head(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -
         checkpoint,
         tensors={**checkpoint.tensors, name: result},
         joins=(*checkpoint.joins, Join(1, ((table,),), result)),
-        notes=(*checkpoint.notes, Note("tied", text)),
+        notes=(*checkpoint.notes, Note(TIED_HEAD, text)),
     )
     return more, match(more, recipe)
+
+
+def drop_tied_note(checkpoint: Checkpoint) -> Checkpoint:
+    """Drops the note of an added head from a checkpoint that does not keep the head, whose join is the last one."""
+    if all(note.kind != TIED_HEAD for note in checkpoint.notes):
+        return checkpoint
+    if checkpoint.joins[-1].result.name in checkpoint.tensors:
+        return checkpoint
+    return replace(checkpoint, notes=tuple(note for note in checkpoint.notes if note.kind != TIED_HEAD))
 
 
 def add_tied_name(checkpoint: Checkpoint, recipe: Recipe, matched: Matched) -> Checkpoint:

@@ -15,7 +15,7 @@ from reshard.formats.manifest import find_asked_subset, format_subset, read_subs
 from reshard.formats.part_manifests import find_recipe_name
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
-from reshard.sources.checkpoints import read_checkpoint, read_folder_checkpoint
+from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
@@ -23,7 +23,7 @@ from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_met
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
-from reshard.sources.tied_heads import add_tied_name, find_tied_head
+from reshard.sources.tied_heads import add_tied_name, find_tied_head, list_tied_rules
 from reshard.types import Checkpoint, File, Tensor
 
 
@@ -42,8 +42,10 @@ class VerifiedSides:
     """Whether other tensor files in `folder` are left out: it is the source, and the user said so."""
     unstacked: Unstacked | None = None
     """Of a source with stacked experts: as it lies there, and as it was read."""
-    repeated: tuple[Tensor, Tensor] | None = None
-    """Of slices that were made from rank files: a tied head, which is left out of `whole`, and the embedding."""
+    repeated: tuple[str, Tensor | None, Tensor] | None = None
+    """Of slices: the name of a tied head that the other side does not have, the head, which is left out of `whole`, and
+    the embedding, which must have the same bytes.
+    """
 
 
 def read_sides(
@@ -82,7 +84,10 @@ def read_sides(
         whole = find_named_source(found, target)
     if is_boxed_folder(target):
         whole = add_tied_name(whole, found.recipe, found.matched)
-    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked)
+    repeated = find_added_head(found, whole, target)
+    if repeated:
+        whole = drop_head(whole, repeated[0])
+    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked, repeated=repeated)
 
 
 def read_restored_sides(
@@ -100,7 +105,8 @@ def read_restored_sides(
         found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)
     require_none(check_subsets(source, target))
-    whole = replace(read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files), subset=restored.subset)
+    whole = read_folder_checkpoint(restored, ignore_extra_files=ignore_extra_files, is_verified=True)
+    whole = replace(whole, subset=restored.subset)
     if not ignore_extra_files:
         require_none(check_nothing_aside(restored, whole))
     ranks = read_source(source, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder)
@@ -109,17 +115,46 @@ def read_restored_sides(
     files, whole = ranks.checkpoint.files, fitted.checkpoint
     repeated = find_repeated_head(ranks, whole) if restored.boxed else None
     if repeated:
-        kept = {name: tensor for name, tensor in whole.tensors.items() if tensor is not repeated[0]}
-        whole = replace(whole, tensors=kept)
+        whole = drop_head(whole, repeated[0])
     return VerifiedSides(source, whole, ranks.recipe, files, ignore_extra_files, unstacked, repeated)
 
 
-def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[Tensor, Tensor] | None:
-    """Finds the output head of a target that its rank files lack, for it is the embedding; and that embedding."""
+def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[str, Tensor | None, Tensor] | None:
+    """Finds the name of the output head that rank files lack, for it is the embedding; the head of a target, None if it
+    has none; and that embedding.
+    """
     found = find_tied_head(ranks.checkpoint, ranks.recipe, ranks.matched)
-    names = (found[0], found[1].name) if found else ()
-    tensors = [whole.tensors[name] for name in names if name in whole.tensors]
-    return (tensors[0], tensors[1]) if len(tensors) == 2 else None
+    table = whole.tensors.get(found[1].name) if found else None
+    return (found[0], whole.tensors.get(found[0]), table) if found and table else None
+
+
+def find_added_head(found: Source, whole: Checkpoint, target: Path) -> tuple[str, Tensor | None, Tensor] | None:
+    """Finds the tied head of slices that whole files made of them lack, and the embedding: the manifest of the slices,
+    which is not there any more, told that it was added. None of any other sides.
+    """
+    tied = list_tied_rules(whole, found.recipe) if whole.boxes is not None else []
+    families = found.matched.families
+    heads = [family.tensors[0] for family in families if family.rule in tied]
+    others = tuple(family for family in families if family.rule not in tied)
+    pair = find_tied_head(whole, found.recipe, replace(found.matched, families=others))
+    names = list_target_names(target)
+    if not heads or not pair or find_rank_names(target, names, [found.recipe]):
+        return None
+    with suppress(Refused):
+        if heads[0].name not in read_named_tensors(target).tensors:
+            return heads[0].name, heads[0], pair[1]
+    return None
+
+
+def drop_head(whole: Checkpoint, head: str) -> Checkpoint:
+    """Drops a head that is held against the embedding instead."""
+    return replace(whole, tensors={name: tensor for name, tensor in whole.tensors.items() if name != head})
+
+
+def find_recipe_of_rank_files(source: Path, recipe: str | None) -> Recipe | None:
+    """Finds a recipe of a source of rank files, by their names; None of another source. Raises Refused."""
+    names = find_rank_names(source, list_whole_files(source), list_recipes_to_try(recipe))
+    return names.recipes[0] if names else None
 
 
 def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem]:
@@ -174,7 +209,7 @@ def find_engine_of_stacks(target: Path) -> str:
 def read_named_tensors(target: Path) -> Checkpoint:
     """Reads the tensors of a target by their names: if several files have one, that of the last. Raises Refused."""
     if is_boxed_folder(target):
-        return read_checkpoint(target)
+        return read_folder_checkpoint(read_folder(target), is_verified=True)
     stored = read_headers(target, list_target_names(target))
     return Checkpoint(target, stored.files, {one.name: one for one in stored.tensors}, read_config(target))
 

@@ -12,13 +12,20 @@ from reshard.verification.target_folder import CONVERT_AGAIN_HINT
 from reshard.verification.verify import Report
 
 
-def add_repeated_tensor(report: Report, checkpoint: Checkpoint, pair: tuple[Tensor, Tensor] | None) -> Report:
-    """Adds to a report that the first tensor of a pair differs from the second one, if it does. Raises Refused."""
-    if pair is None or has_same_bytes(checkpoint, *pair):
+def add_repeated_tensor(
+    report: Report, checkpoint: Checkpoint, repeated: tuple[str, Tensor | None, Tensor] | None
+) -> Report:
+    """Adds to a report that a tensor, by its name, is missing or differs from another one. Raises Refused."""
+    if repeated is None:
         return report
-    one, other = pair
-    found, expected = "other bytes, or another shape or dtype", f"those of {other.name}, to which the model ties it"
-    problem = Problem("differs", one.name, found, expected, CONVERT_AGAIN_HINT)
+    name, one, other = repeated
+    if one and has_same_bytes(checkpoint, one, other):
+        return report
+    expected = f"those of {other.name}, to which the model ties it"
+    problem = Problem("differs", name, "other bytes, or another shape or dtype", expected, CONVERT_AGAIN_HINT)
+    if one is None:
+        expected = f"the bytes of {other.name}, to which the model ties it"
+        problem = Problem("missing-tensor", name, "in none of these files", expected, CONVERT_AGAIN_HINT)
     return replace(report, problems=(*report.problems, problem))
 
 
