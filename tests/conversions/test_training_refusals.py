@@ -105,9 +105,28 @@ def test_a_missing_tensor_names_those_left_aside(base: Path, tmp_path: Path) -> 
     refused = refuse(save(tmp_path / "source", state), base)
     assert [(problem.kind, problem.subject) for problem in refused.problems] == [("missing-tensor", HEAD)]
     assert "value_head.weight" in refused.problems[0].found
+    assert refused.problems[0].remedy.startswith("is the config another model's? else: is it one of those?")
     assert "one mapping" in refused.problems[0].remedy
     assert "tie_word_embeddings" not in str(refused)
     assert "one mapping" in reshard.inspect(tmp_path / "source", config=base).remark
+
+
+@pytest.mark.parametrize("mapping", ["model", ""])
+def test_counters_are_no_weights(mapping: str, base: Path, tmp_path: Path) -> None:
+    """Scripts save them as tensors. A config of another model is not blamed on them."""
+    counters = {name: torch.tensor(3) for name in ("step", "global_step", "epoch", "iteration")}
+    weights = {mapping: make_llama()} if mapping else make_llama()
+    source = save(tmp_path / "source", {**weights, **counters})
+    (note,) = [note for note in reshard.inspect(source).notes if "left aside" in note.text]
+    assert note.kind == "left-aside"
+    assert "4 tensors beside the weights" in note.text
+    require_converted(source, base, tmp_path / "target")
+
+    (base / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen2"}))
+    refused = refuse(source, base)
+    assert {problem.kind for problem in refused.problems} == {"missing-tensor"}
+    assert "the config another model's?" in refused.problems[0].remedy
+    assert "step" not in str(refused)
 
 
 def test_averaged_weights_are_taken_out_by_torch(base: Path, tmp_path: Path) -> None:
