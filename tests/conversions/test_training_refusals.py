@@ -157,16 +157,28 @@ def test_metadata_as_a_path_names_its_folder(tmp_path: Path) -> None:
         assert refuse(path).problems[0].remedy.endswith(f"name {source}")
 
 
+@pytest.mark.parametrize("above", ["", "run/checkpoints"])
 @pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
-def test_all_steps_of_a_training_are_named(inner: str, tmp_path: Path) -> None:
+def test_all_steps_of_a_training_are_named(above: str, inner: str, tmp_path: Path) -> None:
+    """From three levels above too; but none that is not whole, and no optimizer."""
+    if above and inner:
+        above = "run"
     numbers = range(100, 1300, 100)
-    for number in numbers:
-        folder = tmp_path / f"step_{number}" / inner
-        folder.mkdir(parents=True)
+    beside = [f"step_1100/{inner and 'optimizer_0'}", "step_1200/" + inner]
+    for name in [*(f"step_{number}/{inner}" for number in numbers), *beside]:
+        folder = tmp_path / above / name
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "__0_0.distcp").touch()
+        (folder / ".metadata").touch()
+    (tmp_path / above / "step_1200" / inner / ".metadata").unlink()
     (problem,) = refuse(tmp_path).problems
-    shown = ", ".join(str(tmp_path / f"step_{number}" / inner) for number in numbers[:10])
-    assert problem.remedy == f"name one of them: {shown} and 2 more"
+    shown = ", ".join(str(tmp_path / above / f"step_{number}" / inner) for number in numbers[:10])
+    assert problem.remedy == f"name one of them: {shown} and 1 more"
+
+
+def test_a_part_as_a_path_is_told_what_is_read(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", {"model": make_llama()})
+    assert "distributed checkpoint" in refuse(source / "__0_0.distcp").problems[0].expected
 
 
 # What lacks, and what lies otherwise.
