@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, refuse
-from reshard.formats.file_content import decode_text, may_be_safetensors
 from reshard.formats.distcp_metadata import METADATA
+from reshard.formats.file_content import decode_text, may_be_safetensors
 from reshard.formats.folders_below import MOST_FOLDERS, WEIGHTS, list_saves, list_weight_folders, split_numbers
 from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
