@@ -105,9 +105,28 @@ def test_a_missing_tensor_names_those_left_aside(base: Path, tmp_path: Path) -> 
     refused = refuse(save(tmp_path / "source", state), base)
     assert [(problem.kind, problem.subject) for problem in refused.problems] == [("missing-tensor", HEAD)]
     assert "value_head.weight" in refused.problems[0].found
+    assert refused.problems[0].remedy.startswith("is the config another model's? else: is it one of those?")
     assert "one mapping" in refused.problems[0].remedy
     assert "tie_word_embeddings" not in str(refused)
     assert "one mapping" in reshard.inspect(tmp_path / "source", config=base).remark
+
+
+@pytest.mark.parametrize("mapping", ["model", ""])
+def test_counters_are_no_weights(mapping: str, base: Path, tmp_path: Path) -> None:
+    """Scripts save them as tensors. A config of another model is not blamed on them."""
+    counters = {name: torch.tensor(3) for name in ("step", "global_step", "epoch", "iteration")}
+    weights = {mapping: make_llama()} if mapping else make_llama()
+    source = save(tmp_path / "source", {**weights, **counters})
+    (note,) = [note for note in reshard.inspect(source).notes if "left aside" in note.text]
+    assert note.kind == "left-aside"
+    assert "4 tensors beside the weights" in note.text
+    require_converted(source, base, tmp_path / "target")
+
+    (base / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen2"}))
+    refused = refuse(source, base)
+    assert {problem.kind for problem in refused.problems} == {"missing-tensor"}
+    assert "the config another model's?" in refused.problems[0].remedy
+    assert "step" not in str(refused)
 
 
 def test_averaged_weights_are_taken_out_by_torch(base: Path, tmp_path: Path) -> None:
@@ -138,16 +157,28 @@ def test_metadata_as_a_path_names_its_folder(tmp_path: Path) -> None:
         assert refuse(path).problems[0].remedy.endswith(f"name {source}")
 
 
+@pytest.mark.parametrize("above", ["", "run/checkpoints"])
 @pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
-def test_all_steps_of_a_training_are_named(inner: str, tmp_path: Path) -> None:
+def test_all_steps_of_a_training_are_named(above: str, inner: str, tmp_path: Path) -> None:
+    """From three levels above too; but none that is not whole, and no optimizer."""
+    if above and inner:
+        above = "run"
     numbers = range(100, 1300, 100)
-    for number in numbers:
-        folder = tmp_path / f"step_{number}" / inner
-        folder.mkdir(parents=True)
+    beside = [f"step_1100/{inner and 'optimizer_0'}", "step_1200/" + inner]
+    for name in [*(f"step_{number}/{inner}" for number in numbers), *beside]:
+        folder = tmp_path / above / name
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "__0_0.distcp").touch()
+        (folder / ".metadata").touch()
+    (tmp_path / above / "step_1200" / inner / ".metadata").unlink()
     (problem,) = refuse(tmp_path).problems
-    shown = ", ".join(str(tmp_path / f"step_{number}" / inner) for number in numbers[:10])
-    assert problem.remedy == f"name one of them: {shown} and 2 more"
+    shown = ", ".join(str(tmp_path / above / f"step_{number}" / inner) for number in numbers[:10])
+    assert problem.remedy == f"name one of them: {shown} and 1 more"
+
+
+def test_a_part_as_a_path_is_told_what_is_read(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", {"model": make_llama()})
+    assert "distributed checkpoint" in refuse(source / "__0_0.distcp").problems[0].expected
 
 
 # What lacks, and what lies otherwise.

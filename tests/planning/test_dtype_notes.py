@@ -175,3 +175,49 @@ def test_the_commands_print_them(
     assert main(["plan", str(folder), "--mp", "1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["notes"]
     assert [note["kind"] for note in said] == ["router-bias-dtype"]
+
+
+# --- the dtype that the config says ---
+
+
+def write_said(folder: Path, weights: str, **said: str) -> Path:
+    """A small Llama whose weights are of one dtype, and whose config says another one."""
+    write_model(folder, "llama", dtype=weights)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**config, **said}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_wider_weights_than_the_config_says_are_noted(key: str, tmp_path: Path) -> None:
+    source = write_said(tmp_path / "source", "float32", **{key: "bfloat16"})
+    for layout in ("hf", "dcp", "ranks"):
+        text = notes(Job(source, 1, to=layout))["config-dtype"]
+        assert text.startswith("F32 weights (")
+        assert "config.json says bfloat16" in text
+        assert "--cast bf16 rounds them here" in text
+        assert "say float32 there" in text
+        assert "config-dtype" not in notes(Job(source, 1, to=layout, cast="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")],
+)
+def test_weights_that_no_loader_rounds_are_not_noted(weights: str, said: str, tmp_path: Path) -> None:
+    source = write_said(tmp_path / "source", weights, dtype=said)
+    assert "config-dtype" not in notes(Job(source, 1, to="hf"))
+
+
+def test_some_wider_tensors_are_not_noted(tmp_path: Path) -> None:
+    """Such as norms, or the router of a mixture of experts."""
+    source = write_said(tmp_path / "source", "bfloat16", dtype="bfloat16")
+    edit(source, lambda name, tensor: tensor.float() if "norm" in name else tensor)
+    assert "config-dtype" not in notes(Job(source, 1, to="hf"))
+
+
+def test_without_a_cast_to_the_dtype_none_is_named(tmp_path: Path) -> None:
+    source = write_said(tmp_path / "source", "float32", dtype="float16")
+    assert "--cast" not in notes(Job(source, 1, to="hf"))["config-dtype"]

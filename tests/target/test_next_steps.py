@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from families import write_small
 from inference_code import GENERATE
 from small_models import write_model
+from stacked_models import read_tensors
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from transformers import AutoModelForCausalLM
 
 import reshard
 from reshard.cli.main import main
@@ -202,6 +207,32 @@ def test_whole_files_and_plain_rank_files_have_readers(tmp_path: Path, capsys: p
     (tmp_path / "source" / "config.json").unlink()
     steps = convert(capsys, tmp_path / "source", tmp_path / "bare", "--to", "hf", "--recipe", "llama")
     assert [*steps] == ["next"]
+
+
+def test_slices_are_loaded_by_the_lines_that_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "source", "llama")
+    target = tmp_path / 'a "target"'
+    steps = convert(capsys, tmp_path / "source", target, "--to", "dcp", "--ranks", "2")
+    whole = read_tensors(tmp_path / "source")
+    with_transformers, with_torch = (command for what, command in steps.items() if what.startswith("load"))
+    model = eval(with_transformers, {"AutoModelForCausalLM": AutoModelForCausalLM})  # noqa: S307
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    state = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    known = {"dcp": dcp, "HuggingFaceStorageReader": HuggingFaceStorageReader, "state": state}
+    eval(with_torch, known)  # noqa: S307
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("family", "loaders"), [("deepseek-v3", ["torch"]), ("deepseek-v4-flash", [])])
+def test_a_loader_that_does_not_read_slices_is_not_named(
+    family: str, loaders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_small(tmp_path / "source", family)
+    steps = convert(capsys, tmp_path / "source", tmp_path / "target", "--to", "dcp", "--ranks", "2")
+    assert [what.split(",")[0] for what in steps] == ["next", *(f"load with {one}" for one in loaders)]
+    some = convert(capsys, tmp_path / "source", tmp_path / "some", "--to", "dcp", "--mp", "2", "--ranks", "0")
+    assert not any(what.startswith("load") for what in some)
 
 
 def test_rank_files_for_vllm_are_started_by_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from downloads import flip
 from jobs import Job, convert_checkpoint
+from small_models import write_model
 from targets import CONFIG, RANKS, leave_unfinished, make_source_and_target, rank_file, stamps
 from torture import contents
 
@@ -327,6 +328,46 @@ def test_a_source_that_has_changed_since_mends_only_what_it_still_can(
     assert not (target / STAGING).exists()
     assert reshard.repair(target, source).is_proven
     assert contents(target) == contents(good)
+
+
+def test_a_config_from_another_folder_is_taken_from_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the number of key heads nobody can tell what the ranks share."""
+    source, config, target = (tmp_path / name for name in ("source", "config", "target"))
+    write_model(source, "llama")
+    config.mkdir()
+    for path in source.glob("*.json"):
+        if "index" not in path.name:
+            path.rename(config / path.name)
+    reshard.convert(source, target, 2, config=config)
+    before = contents(target)
+    damaged = target / "model-rank1-of-2.safetensors"
+    flip(damaged, -100)
+    assert main(["verify", str(target), "--source", str(source)]) == 1
+    assert paste(capsys.readouterr().out, capsys) == [0]
+    assert contents(target) == before
+
+    (target / "tokenizer.json").unlink()
+    flip(damaged, -100)
+    with pytest.raises(Refused, match="config FOLDER"):
+        reshard.repair(target, source)
+    assert reshard.repair(target, source, config=config).is_proven
+    assert contents(target) == before
+
+
+def test_a_side_file_that_came_from_another_folder_wants_that_folder(source: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(source, tmp_path / "bare")
+    config = tmp_path / "config"
+    config.mkdir()
+    (bare / "config.json").rename(config / "config.json")
+    (bare / "tokenizer.json").rename(config / "tokenizer.json")
+    target = tmp_path / "target"
+    reshard.convert(bare, target, to="hf", config=config)
+    (target / "tokenizer.json").unlink()
+    problems = {problem.kind: problem for problem in reshard.repair(target, bare).problems}
+    assert problems["source-changed"].remedy.startswith("name the folder that it came from with --config; or ")
+    assert reshard.repair(target, bare, config=config).is_proven
 
 
 def test_a_side_file_that_the_source_has_otherwise_remains_a_problem(

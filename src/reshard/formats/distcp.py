@@ -19,6 +19,7 @@ from reshard.formats.distcp_metadata import (
     parse_distcp_metadata,
 )
 from reshard.formats.huggingface import read_config
+from reshard.formats.other_formats import COPY_METADATA
 from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
 from reshard.formats.training_state import choose_weights, note_training_state
@@ -126,7 +127,7 @@ def describe_saved_file(name: str, status: os.stat_result, digest: str) -> File:
 def refuse_without_metadata(folder: Path) -> Refused:
     """Makes the refusal of a folder that has parts of tensors, and nothing that says of which."""
     expected = f"{METADATA}, which says what the {SUFFIX_OF_PARTS} files hold"
-    remedy = f"copy {METADATA} too: its name begins with a dot, so that `cp *` leaves it behind; or take another save"
+    remedy = COPY_METADATA
     if any(map(RANK_METADATA.fullmatch, list_entries(folder))):
         remedy = "the ranks saved for themselves (use_collectives=False): save again with use_collectives=True"
     elif f"{METADATA}.tmp" in list_entries(folder):

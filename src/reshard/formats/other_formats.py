@@ -18,6 +18,8 @@ class OtherFormat(NamedTuple):
 
 SLICES = "slices of a torch distributed checkpoint (DCP)"
 
+COPY_METADATA = "copy .metadata too: its name begins with a dot, so that `cp *` leaves it behind; or take another save"
+
 ACCELERATE = "shards of FSDP as accelerate writes them"
 
 SHARDED_SAFETENSORS = OtherFormat(

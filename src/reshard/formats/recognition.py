@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, refuse
+from reshard.formats.distcp_metadata import METADATA
 from reshard.formats.file_content import decode_text, may_be_safetensors
+from reshard.formats.folders_below import MOST_FOLDERS, WEIGHTS, list_saves, list_weight_folders, split_numbers
 from reshard.formats.json_input import read_object, shorten_json
 from reshard.formats.other_formats import (
     ACCELERATE,
+    COPY_METADATA,
     FORMATS,
     LEFTOVERS,
     MEGATRON_NAMES,
@@ -31,10 +33,8 @@ from reshard.formats.unfinished_downloads import (
     remove_ending,
 )
 from reshard.storage.local import open_regular_file
-from reshard.text import format_list
+from reshard.text import format_count, format_list
 from reshard.types import Checkpoint
-
-WEIGHTS = ".safetensors"
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -53,13 +53,10 @@ OWN_TENSOR = re.compile(r"(?:.*\.)?(?:tok_embeddings|layers\.\d+\.attention\.wq)
 
 PIPELINE = "model_index.json"
 
-MOST_FOLDERS = 1000
-"""Sub-folders that are looked into."""
-
 MOST_STEPS = 10
 """Folders that are named to choose from."""
 
-SAFETENSORS = "a folder of safetensors files"
+SAFETENSORS = "a folder of safetensors files, or of a torch distributed checkpoint (.distcp and .metadata)"
 
 SHARDING_KEY = b'"DCP_SHARDING_INFO"'
 """In the metadata of slices: the place of each in its tensor."""
@@ -221,21 +218,24 @@ def name_subfolders(form: OtherFormat, folder: Path) -> OtherFormat:
 
 
 def explain_weights_below(folder: Path) -> Refused | None:
-    """Explains a folder whose sub-folders have weights in another format only, such as `original`; or are the steps of
-    a training: it names them, for each may be read by itself.
+    """Explains a folder below which there are distributed checkpoints, such as the steps of a training: it names them,
+    for each may be read by itself; or weights in another format only, such as `original`.
     """
-    first: Refused | None = None
-    steps: list[str] = []
+    expected = "one checkpoint"
+    if saves := list_saves(folder):
+        found = f"a torch distributed checkpoint (DCP) in {format_count(len(saves), 'folders')} below"
+        word = "name one of them" if len(saves) > 1 else "name it"
+        return refuse("empty-source", str(folder), found, expected, f"{word}: {format_list(saves, MOST_STEPS)}")
+    broken: list[str] = []
     for name in sorted(list_visible(folder)[:MOST_FOLDERS], key=split_numbers):
-        if name.endswith("/") and (known := find_other_format(list_visible(folder / name), FORMATS)):
-            form, fitting = known
-            first = first or refuse_format(folder, folder / name, form, [name + path for path in fitting])
-            if form.name in (SLICES, ACCELERATE):
-                steps.append(str(folder / name / (fitting[0] if form.name == ACCELERATE else "")))
-    if len(steps) < 2:
-        return first
-    found, remedy = f"{len(steps)} folders, each with {SLICES}", f"name one of them: {format_list(steps, MOST_STEPS)}"
-    return refuse("empty-source", str(folder), found, "one checkpoint", remedy)
+        if not (name.endswith("/") and (known := find_other_format(list_visible(folder / name), FORMATS))):
+            continue
+        form, fitting = known
+        if form.name not in (SLICES, ACCELERATE):
+            return refuse_format(folder, folder / name, form, [name + path for path in fitting])
+        broken.append(name)
+    found = f"{SLICES} without {METADATA}, which is saved last: {format_list(broken, MOST_STEPS)}"
+    return refuse("empty-source", str(folder), found, expected, COPY_METADATA) if broken else None
 
 
 def explain_leftovers(folder: Path) -> Refused | None:
@@ -258,34 +258,10 @@ def explain_subfolders(folder: Path) -> Refused | None:
     return refuse("empty-source", str(folder), "safetensors files in its sub-folders only", "one checkpoint", remedy)
 
 
-def list_weight_folders(folder: Path) -> list[str]:
-    """Lists the sub-folders that hold safetensors files, in the order of their numbers; else deeper ones."""
-    for depth in (1, 2):
-        found = {path.parent.relative_to(folder) for path in list_weight_files(folder, depth)}
-        if found:
-            return sorted(map(str, found), key=split_numbers)
-    return []
-
-
-def list_weight_files(folder: Path, depth: int) -> Iterator[Path]:
-    """Lists the safetensors files at a depth of one or two folders, of at most MOST_FOLDERS folders."""
-    folders = [folder]
-    for _ in range(depth):
-        below = (above / name for above in folders for name in list_entries(above) if not name.startswith("."))
-        folders = list(islice((path for path in below if path.is_dir()), MOST_FOLDERS))
-    for path in folders:
-        yield from (path / name for name in list_entries(path) if name.endswith(WEIGHTS) and not name.startswith("."))
-
-
 def require_no_vllm_ranks(source: Path, names: Sequence[str]) -> None:
     """Raises Refused if all files are ranks of vLLM by their names: they must not be taken for whole files."""
     if names and all(map(VLLM_RANKS.pattern.fullmatch, names)):
         raise refuse_format(source, source, VLLM_RANKS, names)
-
-
-def split_numbers(name: str) -> list[tuple[int, str]]:
-    """Splits a name at its numbers, to sort `checkpoint-500` before `checkpoint-1000`."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d{1,18})", name)]
 
 
 def require_model(checkpoint: Checkpoint) -> None:

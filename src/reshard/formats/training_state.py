@@ -24,13 +24,15 @@ weights stand beside the rest, and are told from it by STATES."""
 STATES = re.compile(
     r"(?:(?:app|state|chained_\d+)\.)*"
     r"(?:optim|optimizers?|optim_state|optimizer_state|optim(?:izer)?_states?(?:_dict)?|optim(?:izer)?_\d+"
-    r"|lr_schedulers?|schedulers?|opt_param_scheduler|dataloader|train_state|extra_state|rng|rng_state|rng_states)"
+    r"|lr_schedulers?|schedulers?|opt_param_scheduler|dataloader|train_state|extra_state|rng|rng_state|rng_states"
+    r"|(?:global_)?step|epoch|iteration)"
     r"(?:[./].*)?",
     re.DOTALL,
 )
 """Names of tensors that are no weights: `optim.` by torch's tutorial, `optimizer.` by torchtitan, accelerate and
 Megatron, `chained_0.optimizer.` by Megatron with several optimizers, `optimizer_0.` by Lightning, `optimizers.` by
-Composer; schedulers, dataloaders, counters and random numbers as torchtitan and Megatron name them."""
+Composer; schedulers, dataloaders, counters and random numbers as torchtitan and Megatron name them; counters as scripts
+do."""
 
 
 BESIDE_MODEL = "beside-model"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
+from reshard.formats.folders_below import split_numbers
 from reshard.formats.huggingface import INDEX, read_headers
 from reshard.formats.name_patterns import match_any, require_fitting
-from reshard.formats.recognition import split_numbers
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import find_rank_names

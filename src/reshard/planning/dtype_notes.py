@@ -1,11 +1,15 @@
-"""Notes on dtypes: a router bias that lost precision when it was saved, and tensors that some loaders refuse."""
+"""Notes on dtypes: a router bias that lost precision when it was saved, tensors that some loaders refuse, and weights
+that loaders round, for the config says another dtype.
+"""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from reshard.planning.transforms import Outcome, is_rounded
 from reshard.recipe_types import Recipe
 from reshard.sources.block_scales import WeightGroup
-from reshard.text import format_count
+from reshard.text import format_count, format_size
 from reshard.types import RANKS, Layout, Note, Tensor
 
 FULL, SHORT = "F32", ("BF16", "F16")
@@ -13,8 +17,16 @@ FULL, SHORT = "F32", ("BF16", "F16")
 
 REFUSING = "safetensors 0.6.0 to 0.6.2 refuse to load that in DeepSeek's generate.py; older and newer versions cast it"
 
+ROUNDED_TO = {"bfloat16": ("F16", "F32", "F64"), "float16": ("BF16", "F32", "F64")}
+"""By the dtype in a config: the dtypes of weights that a loader would round to it."""
 
-def note_dtypes(recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome]) -> Iterator[Note]:
+KEEPING = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""By the dtype of weights: what a config says of them."""
+
+
+def note_dtypes(
+    recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome], config: Mapping[str, Any]
+) -> Iterator[Note]:
     """Notes what a person should know about the dtypes of a target: one note a kind."""
     modules = {find_module(place.rows_of) for place in recipe.placeholders.values() if place.rows_of}
     rounded = [outcome for outcome in outcomes if is_rounded_router_bias(outcome.kind, modules)]
@@ -22,6 +34,27 @@ def note_dtypes(recipe: Recipe, layout: Layout, outcomes: Sequence[Outcome]) -> 
     is_known = all(rule.code_dtype for rule in recipe.rules if rule.relation != "drop")
     if layout.to == RANKS and is_known:
         yield from note_loader_dtypes(layout, [outcome for outcome in outcomes if outcome not in rounded])
+    else:
+        yield from note_config_dtype(layout, outcomes, config)
+
+
+def note_config_dtype(layout: Layout, outcomes: Sequence[Outcome], config: Mapping[str, Any]) -> Iterator[Note]:
+    """Notes weights most of whose bytes are of a wider dtype than the config says, as a training saves them. `--cast
+    bf16` changes the config too.
+    """
+    said = config.get("dtype", config.get("torch_dtype"))
+    if layout.cast == "bf16" or not isinstance(said, str) or said not in ROUNDED_TO:
+        return
+    sizes: Counter[str] = Counter()
+    for outcome in outcomes:
+        sizes[outcome.weights[0].dtype] += sum(tensor.size for tensor in outcome.weights)
+    wider = max(ROUNDED_TO[said], key=lambda dtype: sizes[dtype])
+    if sizes[wider] * 2 > sizes.total():
+        weights = f"{wider} weights ({format_size(sizes[wider])}), but config.json says {said}"
+        why = "loaders that go by it round them unasked, as transformers and vLLM do"
+        is_remedied = said == "bfloat16" and any(is_rounded(outcome.kind) for outcome in outcomes)
+        remedy = "; --cast bf16 rounds them here" if is_remedied else ""
+        yield Note("config-dtype", f"{weights}: {why}{remedy}; to keep them, say {KEEPING[wider]} there")
 
 
 def note_router_biases(rounded: Sequence[Outcome]) -> Iterator[Note]:

@@ -90,7 +90,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         (
             *checkpoint.notes,
             *note_restored_names(source, uncut, forms),
-            *note_dtypes(source.recipe, uncut, outcomes),
+            *note_dtypes(source.recipe, uncut, outcomes, config or {}),
             *note_loader_names(source.recipe, layout, config or {}, list_scale_dtypes(outcomes)),
         ),
     )

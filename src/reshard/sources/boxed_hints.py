@@ -21,7 +21,8 @@ def explain_boxed(checkpoint: Checkpoint) -> Iterator[None]:
         beside = [note.text for note in checkpoint.notes if note.kind == BESIDE_MODEL]
         last = suggest_last_shard(checkpoint)
         raise Refused(
-            reword_boxed(problem, beside[0] if beside else "", last) for problem in refused.problems
+            reword_boxed(problem, beside[0] if beside else "", last, has_config=bool(checkpoint.config))
+            for problem in refused.problems
         ) from None
 
 
@@ -35,12 +36,13 @@ def suggest_last_shard(checkpoint: Checkpoint) -> str:
     return f"is shard-{max(shards) + 1:05}-* missing? no file tells how many there are: compare with what was saved"
 
 
-def reword_boxed(problem: Problem, beside: str, last: str) -> Problem:
+def reword_boxed(problem: Problem, beside: str, last: str, *, has_config: bool) -> Problem:
     """A problem with the hint that is true of boxes. `beside` tells of the tensors that were left aside, `last` of the
-    shards that may be missing.
+    shards that may be missing. With a config, that may be another model's.
     """
     if problem.kind == "missing-tensor" and beside:
         remedy = "is it one of those? weights are read from one mapping: save all of the model within that one"
+        remedy = f"is the config another model's? else: {remedy}" if has_config else remedy
         return replace(problem, found=f"{problem.found}; {beside}", remedy=remedy)
     if problem.kind in ("missing-tensor", "wrong-shape") and last:
         return replace(problem, remedy=f"{last}; else {problem.remedy}" if problem.remedy else last)

@@ -1,16 +1,19 @@
-"""Engines that read the files of a target: a table, and the commands that start them. What no row knows has no command.
+"""Engines that read the files of a target: a table, and the commands that start them, or load slices. What no row knows
+has no command.
 
 The rows on DeepSeek's code are from the READMEs beside it; those on vLLM from its table of models (`registry.py`, as of
 2026). docs/families has a page for each model, with what was tried of them.
 """
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import reshard
 from reshard.planning.plan import Plan
+from reshard.planning.slices import UNREAD
 from reshard.target.run_config import RUN_CONFIG
 
 RANKS_PER_NODE = 8
@@ -58,6 +61,14 @@ VLLM_CASTS = {
     **dict.fromkeys(("deepseek-v4", "glm4-moe-fp8", "gpt-oss", "vllm-gpt-oss"), ("",)),
 }
 """By recipe: the values of `--cast` after which whole files are read by vLLM."""
+
+TRANSFORMERS = "transformers"
+
+TRANSFORMERS_RECIPES = ("llama", "qwen2", "qwen3", "gpt-oss")
+"""Those whose names are the same in the memory of transformers as on the hub: it loads slices by the former."""
+
+NOT_LOADED = {"loader-names", "loader-quantized"}
+"""Kinds of the notes on slices that transformers does not load."""
 
 
 class Start(NamedTuple):
@@ -124,3 +135,16 @@ def make_whole_start(plan: Plan, folder: Path, names: Sequence[str]) -> Start | 
     if plan.layout.cast not in casts or plan.layout.expert_dtype or "config.json" not in names:
         return None
     return Start("start", shlex.join(["vllm", "serve", str(folder)]))
+
+
+def list_slice_loads(plan: Plan, folder: Path, names: Sequence[str]) -> Iterator[Start]:
+    """Lists the lines of Python that load the slices in a folder, the shortest first. torch loads into tensors that its
+    caller has, each whole or a part.
+    """
+    where = json.dumps(str(folder), ensure_ascii=False)
+    is_known = plan.recipe.name in TRANSFORMERS_RECIPES or plan.recipe.engine == TRANSFORMERS
+    if is_known and "config.json" in names and not any(note.kind in NOT_LOADED for note in plan.notes):
+        yield Start("load with transformers, in Python", f"AutoModelForCausalLM.from_pretrained({where})")
+    if not any(tensor.dtype in UNREAD for tensor in plan.pieces.tensors):
+        line = f"dcp.load(state, storage_reader=HuggingFaceStorageReader({where}))"
+        yield Start("load with torch, in Python, into the tensors of your model (state)", line)

@@ -1,4 +1,6 @@
-"""The next steps with a finished target: ranks are copied to another node and verified there, the engine is started."""
+"""The next steps with a finished target: ranks are copied to another node and verified there, the engine is started,
+slices are loaded.
+"""
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
@@ -8,24 +10,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.execution.staging import STAGING
+from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.recipe_types import Recipe
-from reshard.target.engines import count_ranks_per_node, make_rank_start, make_whole_start
+from reshard.target.engines import count_ranks_per_node, list_slice_loads, make_rank_start, make_whole_start
 from reshard.text import format_numbers
-from reshard.types import RANKS, WHOLE
+from reshard.types import RANKS, SLICED, WHOLE
 
 
 class NextStep(NamedTuple):
     """One thing to do next."""
 
     does: str
-    """A stable word for machines: `verify`, `join`, `copy`, `verify-copy` or `start`."""
+    """A stable word for machines: `verify`, `join`, `copy`, `verify-copy`, `start` or `load`."""
     text: str
     """What it is, for a person."""
     command: str
-    """For a shell, with full paths. NODE, $RANK and $ADDR in it are to be filled in."""
+    """For a shell, with full paths; of `load` a line of Python. NODE, $RANK, $ADDR and `state` in it are to be filled
+    in."""
 
 
 def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
@@ -39,6 +43,8 @@ def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
         yield from list_rank_steps(plan, folder, names)
     elif plan.layout.to == WHOLE and (start := make_whole_start(plan, folder, names)):
         yield NextStep("start", *start)
+    elif plan.layout.to == SLICED and {*name_slices(plan.layout.ranks)} <= {*names}:
+        yield from (NextStep("load", *load) for load in list_slice_loads(plan, folder, names))
 
 
 def list_rank_steps(plan: Plan, folder: Path, names: Sequence[str]) -> Iterator[NextStep]:

@@ -11,6 +11,7 @@ from xxhash import xxh3_128_hexdigest
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.boxed_folder import find_stored_files
+from reshard.formats.huggingface import CONFIG, find_folder
 from reshard.formats.manifest import COUNTS, read_subset
 from reshard.formats.part_manifests import find_recipe_name
 from reshard.formats.target_names import MANIFEST
@@ -75,6 +76,8 @@ def plan_repair(
 
     Raises Refused if the source is not the one that it was made from, or if it gives files of another form today.
     """
+    if config_folder is None and is_config_of_target_used(target, damage, source):
+        config_folder = target
     plan = plan_as_before(target, manifest, source, recipe, ignore_extra=ignore_extra, config_folder=config_folder)
     require_none(check_same_source(target, manifest, plan, source))
     require_none(check_same_files(target, manifest, plan, damage.files))
@@ -82,6 +85,14 @@ def plan_repair(
     sides, problems = choose_sides(plan, damage.sides) if damage.sides else ({}, [])
     chosen = keep_ranks(plan, [file.rank for file in plan.files if file.name in wanted])
     return RepairPlan(chosen, sides, problems)
+
+
+def is_config_of_target_used(target: Path, damage: Damage, source: Path) -> bool:
+    """Whether the config in a target, which is as it was written, stands in for the one that a source lacks. Not if
+    other side files are damaged: the folder that had the config most likely has these too, and is to be named.
+    """
+    has_config = any((find_folder(source) / name).exists() for name in (CONFIG, MANIFEST))
+    return not has_config and not damage.sides and (target / CONFIG).is_file()
 
 
 def plan_as_before(
@@ -226,5 +237,6 @@ def choose_sides(plan: Plan, damaged: Sequence[Mapping[str, Any]]) -> tuple[dict
             continue
         found = "other content in the source than when the target was made" if side else "not in the source"
         remedy = f"copy it to the target from where it is as it was; {CONVERT_ANEW}"
+        remedy = remedy if side else f"name the folder that it came from with --config; or {remedy}"
         problems.append(Problem("source-changed", entry["name"], found, "the content that was written", remedy))
     return chosen, problems

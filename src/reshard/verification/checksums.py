@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from reshard.errors import Problem, Refused
-from reshard.formats.huggingface import is_safetensors_name, read_header
+from reshard.formats.huggingface import is_safetensors_name, read_header_text
 from reshard.formats.part_manifests import (
     check_agreement,
     check_joined,
@@ -26,6 +26,7 @@ from reshard.formats.part_manifests import (
     name_part_manifest,
 )
 from reshard.formats.ranges import CheckedRange
+from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.counting import count_progress, spread_evenly
 from reshard.storage.local import (
@@ -318,7 +319,8 @@ def find_file_by_header(path: Path, entries: Sequence[ManifestFile]) -> str:
 def list_names_in_range(path: Path, begin: int, end: int) -> str:
     """The names of the tensors between two offsets of a file; with `header`, if the range touches it."""
     try:
-        file, tensors = read_header(path, 0)
+        file, text = read_header_text(path)  # of slices too, so not `read_header`
+        tensors = parse_header(text, 0, file.size, path.name)
     except Refused:
         return "header"
     names = [tensor.name for tensor in tensors if tensor.offset < end and tensor.offset + tensor.size > begin]
