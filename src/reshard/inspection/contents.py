@@ -76,7 +76,7 @@ class Content:
     dtypes: Mapping[str, tuple[int, int]]
     """By dtype: the number of tensors, and their bytes."""
     remark: str
-    """The reason why no recipe fits."""
+    """The reason why no recipe fits; of slices, which files lack."""
     names: Mapping[str, tuple[int, str]]
     """If no recipe fits: by name, with `#` for each number, the number of tensors, and their dtypes and shapes."""
     made: Mapping[str, str] = field(default_factory=dict)
