@@ -1,16 +1,16 @@
 """Recognises torch's distributed checkpoints by the names in a folder, and reads them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.dcp_safetensors import is_sliced_folder, read_slices
 from reshard.formats.distcp import is_distcp_folder, read_distcp
 from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files
 from reshard.formats.unfinished_downloads import list_entries
+from reshard.paths import AnyPath
 
 
-def read_boxed(path: Path) -> BoxedCheckpoint | None:
+def read_boxed(path: AnyPath) -> BoxedCheckpoint | None:
     """The checkpoint of a folder of `.distcp` files, or of safetensors files that are slices; None if it is neither.
 
     A folder with safetensors files that are whole is an ordinary checkpoint, whatever else lies in it. Raises Refused.
@@ -21,7 +21,7 @@ def read_boxed(path: Path) -> BoxedCheckpoint | None:
     return read_distcp(path) if holds_distcp(path, names) else None
 
 
-def is_boxed_folder(path: Path) -> bool:
+def is_boxed_folder(path: AnyPath) -> bool:
     """Whether a path is such a folder, by the names in it."""
     names = list_entries(path) if path.is_dir() else ()
     return bool(list_slices(names)) or holds_distcp(path, names)
@@ -33,12 +33,12 @@ def list_slices(names: Sequence[str]) -> list[str]:
     return weights if is_sliced_folder(weights) else []
 
 
-def holds_distcp(folder: Path, names: Sequence[str]) -> bool:
+def holds_distcp(folder: AnyPath, names: Sequence[str]) -> bool:
     """Whether a folder with these names holds `.distcp` files, and no safetensors files."""
     return bool(names) and not any(map(is_safetensors_name, names)) and is_distcp_folder(folder, names)
 
 
-def list_whole_files(path: Path) -> list[str]:
+def list_whole_files(path: AnyPath) -> list[str]:
     """Lists the names of the safetensors files at a path, sorted; none of a folder of boxes. Raises Refused as
     `list_safetensors_files`.
     """

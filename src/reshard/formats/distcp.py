@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from pathlib import Path
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
 from reshard.formats.boxes import Box, BoxedCheckpoint
@@ -22,7 +21,8 @@ from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
 from reshard.formats.training_state import choose_weights, note_training_state
 from reshard.formats.unfinished_downloads import check_unfinished, list_entries, require_finished_download
-from reshard.storage.local import open_regular_file
+from reshard.paths import AnyPath
+from reshard.storage.opened import measure_open_file, open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import File, Tensor
 
@@ -36,7 +36,7 @@ RANK_METADATA = re.compile(r"__\d+\.metadata")
 COPY_FILE = "copy the file again from where the checkpoint was saved"
 
 
-def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
+def is_distcp_folder(folder: AnyPath, names: Sequence[str]) -> bool:
     """Whether a folder with these names is a `.distcp` checkpoint, whole or not."""
     if any(name.endswith(SUFFIX_OF_PARTS) for name in names):
         return True
@@ -49,7 +49,7 @@ def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
         return False
 
 
-def read_distcp(folder: Path) -> BoxedCheckpoint:
+def read_distcp(folder: AnyPath) -> BoxedCheckpoint:
     """The weights of a folder of `.distcp` files, each part of a tensor with its place. Raises Refused with all faults.
 
     One small read for each part, in the order of the file. The state of an optimizer is left aside and noted.
@@ -73,13 +73,13 @@ def read_distcp(folder: Path) -> BoxedCheckpoint:
     return BoxedCheckpoint(folder, files, by_name, shapes, read_config(folder), notes)
 
 
-def read_metadata_file(folder: Path) -> bytes:
+def read_metadata_file(folder: AnyPath) -> bytes:
     """The bytes of `.metadata`. Raises Refused."""
     path = folder / METADATA
     try:
         require_finished_download(path)
         with open_regular_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size, _ = measure_open_file(file)
             if size > MOST_METADATA_SIZE:
                 raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {MOST_METADATA_SIZE:,} bytes")
             return file.read(size)
@@ -89,7 +89,7 @@ def read_metadata_file(folder: Path) -> bytes:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
 
 
-def refuse_without_metadata(folder: Path) -> Refused:
+def refuse_without_metadata(folder: AnyPath) -> Refused:
     """Makes the refusal of a folder that has parts of tensors, and nothing that says of which."""
     expected = f"{METADATA}, which says what the {SUFFIX_OF_PARTS} files hold"
     remedy = f"copy {METADATA} too: its name begins with a dot, so that `cp *` leaves it behind; or take another save"
@@ -101,7 +101,7 @@ def refuse_without_metadata(folder: Path) -> Refused:
 
 
 def find_boxes(
-    folder: Path, parts: Sequence[StoredPart], least: Mapping[str, int], digest: str
+    folder: AnyPath, parts: Sequence[StoredPart], least: Mapping[str, int], digest: str
 ) -> tuple[tuple[File, ...], list[Box]]:
     """The files of some parts, and the parts as boxes in the order of the files. `least` has the size of each file, by
     all that was saved. Raises Refused with all faults.

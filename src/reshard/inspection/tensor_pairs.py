@@ -7,7 +7,6 @@ file, tensors keep the names in the files; unless those of one side become the o
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 from reshard.casts.rounding import FLOAT_DTYPES
@@ -15,6 +14,7 @@ from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.formats.huggingface import read_file
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
+from reshard.paths import AnyPath
 from reshard.recipe_types import BlockScale, Recipe
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
@@ -105,7 +105,7 @@ class Pairing:
     only_b: tuple[str, ...]
 
 
-def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
+def read_diff_side(path: AnyPath, choice: DiffChoice) -> DiffSide:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = choose_for_engine(list_recipes_to_try(choice.recipe), "", is_named=bool(choice.recipe))
     if holds_rank_files(path, choice.recipe):

@@ -26,13 +26,8 @@ from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.sources.stacked_experts import read_under_hub_names
-from reshard.storage.local import (
-    CACHED,
-    PAGE,
-    allocate_aligned,
-    open_to_read,
-    read_range,
-)
+from reshard.storage.local import CACHED, PAGE, allocate_aligned
+from reshard.storage.opened import open_file, read_range
 from reshard.storage.unchanged import require_unchanged, require_unwritten
 from reshard.text import escape, format_count
 from reshard.types import FIRST, Checkpoint, Tensor
@@ -69,13 +64,13 @@ def open_tensors(
 
     """
     require_framework(framework)
-    path = require_path(path)
-    if path.is_file():
-        return Tensors(read_file(path), framework)
-    if holds_rank_files(path, recipe):
-        found = read_source(path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    place = require_path(path)
+    if place.is_file():
+        return Tensors(read_file(place), framework)
+    if holds_rank_files(place, recipe):
+        found = read_source(place, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas)
         return Tensors(found.checkpoint, framework)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas)
+    checkpoint = read_checkpoint(place, ignore_extra_files=ignore_extra_files, replicas=replicas)
     with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
         checkpoint = read_under_hub_names(checkpoint)
     return Tensors(checkpoint, framework)
@@ -101,7 +96,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self._close_files = finalize(self, stack.close)
         self._close_files.atexit = False  # a thread may still read then
         try:
-            self._sources = [open_to_read(stack, path, CACHED) for path in self._paths]
+            self._sources = [open_file(stack, path, CACHED) for path in self._paths]
             require_unchanged(checkpoint.folder, checkpoint.files, self._sources)
         except BaseException as error:
             self.close()

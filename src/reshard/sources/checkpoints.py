@@ -1,15 +1,15 @@
 """Reads the checkpoint of any folder that is no folder of rank files: of whole tensors, or of tensors in boxes."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from reshard.errors import refuse
 from reshard.formats.folder import Folder, read_folder, read_whole_files
+from reshard.paths import AnyPath
 from reshard.sources.boxes import assemble_boxes
 from reshard.types import COMPARE, Checkpoint, Note
 
 
-def read_checkpoint(path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
+def read_checkpoint(path: AnyPath, *, ignore_extra_files: bool = False, replicas: str = COMPARE) -> Checkpoint:
     """Reads the checkpoint in a folder, or in a single safetensors file, under the names in its files. Of boxes that
     are stored several times, `replicas` says what is read. Raises Refused with every fault.
     """

@@ -12,7 +12,8 @@ from time import monotonic
 from reshard.errors import refuse
 from reshard.planning.plan import Plan
 from reshard.planning.reads import measure_reads
-from reshard.storage.local import PAGE, allocate_aligned, open_to_read, read_range
+from reshard.storage.local import PAGE, allocate_aligned
+from reshard.storage.opened import open_file, read_range
 from reshard.storage.page_cache import find_ways_past_cache
 from reshard.target.preflight import find_nearest_folder
 from reshard.target.side_files import measure_lacking_sides
@@ -63,7 +64,8 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
     reads = measure_reads(plan.source, plan.casts, plan.copies).size + beside
     times = reads / read_rate, needed / write_rate
     # A disk that is read and written at the same time does one after the other.
-    is_same_disk = plan.source.folder.stat().st_dev == folder.stat().st_dev
+    source = plan.source.folder
+    is_same_disk = isinstance(source, Path) and source.stat().st_dev == folder.stat().st_dev
     seconds = sum(times) if is_same_disk else max(times)
     return Estimate(folder, free, needed, read_rate, write_rate, measured, seconds)
 
@@ -75,7 +77,7 @@ def measure_read_rate(plan: Plan) -> float:
     with ExitStack() as stack:
         try:
             ways = find_ways_past_cache(plan.source.folder / files[0].name)
-            opened = [open_to_read(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
+            opened = [open_file(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
         except OSError as error:
             raise refuse("cannot-read", str(error.filename), str(error.strerror), "to read the source") from None
         for place, offset, size in list_blocks([file.size for file in files[:SPREAD]]):

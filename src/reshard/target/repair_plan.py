@@ -13,11 +13,13 @@ from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.huggingface import read_header
 from reshard.formats.manifest import COUNTS, read_subset
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks, make_plan
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import find_recipe_name, refuse_recipe
+from reshard.storage.opened import open_regular_file
 from reshard.target.manifest_writer import describe_plan, read_source_facts, sample_data
 from reshard.target.side_files import collect_side_files
 from reshard.text import format_count, format_list
@@ -63,11 +65,11 @@ def plan_repair(
     target: Path,
     manifest: Mapping[str, Any],
     damage: Damage,
-    source: Path,
+    source: AnyPath,
     recipe: str | None,
     *,
     ignore_extra: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> RepairPlan:
     """Plans the files of a target that are damaged, with the options that its manifest names.
 
@@ -85,11 +87,11 @@ def plan_repair(
 def plan_as_before(
     target: Path,
     manifest: Mapping[str, Any],
-    source: Path,
+    source: AnyPath,
     recipe: str | None,
     *,
     ignore_extra: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> Plan:
     """Plans the whole conversion that a manifest tells of. Raises Refused.
 
@@ -143,7 +145,7 @@ def take_choices(subset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_source_names(
-    target: Path, manifest: Mapping[str, Any], files: Sequence[Any], source: Path
+    target: Path, manifest: Mapping[str, Any], files: Sequence[Any], source: AnyPath
 ) -> Iterator[Problem]:
     """Reports a source whose files have other names, sizes or headers than those that a target was made from."""
     known = manifest.get("source")
@@ -154,7 +156,7 @@ def check_source_names(
         yield make_source_problem(target, source, found)
 
 
-def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, source: Path) -> Iterator[Problem]:
+def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, source: AnyPath) -> Iterator[Problem]:
     """Reports a source that has other bytes behind the same headers: samples of each file tell."""
     known = manifest.get("source_samples")
     try:
@@ -169,7 +171,7 @@ def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, sou
         yield make_source_problem(target, source, found)
 
 
-def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
+def has_sampled_bytes(source: AnyPath, manifest: Mapping[str, Any]) -> bool:
     """Whether the files of a source have the names, headers and sampled bytes that a manifest tells of. A quick look:
     a plan is not made.
     """
@@ -177,7 +179,7 @@ def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
     try:
         files = [read_header(folder / entry["name"], 0)[0] for entry in manifest["source"]]
         for file, entry, sample in zip(files, manifest["source"], manifest["source_samples"], strict=True):
-            with (folder / file.name).open("rb", buffering=0) as opened:
+            with open_regular_file(folder / file.name) as opened:
                 if (file.size, file.header_hash, sample_data(opened, file)) != (
                     *(entry["size"], entry["header_sha256"]),
                     sample,
@@ -188,7 +190,7 @@ def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
     return True
 
 
-def make_source_problem(target: Path, source: Path, found: str) -> Problem:
+def make_source_problem(target: Path, source: AnyPath, found: str) -> Problem:
     """Makes the problem of a source that is not the one that a target was made from."""
     expected = f"the source that {target} was made from, as its {MANIFEST} describes it"
     return Problem("another-source", str(source), found, expected, f"name that one with --source; {CONVERT_ANEW}")
