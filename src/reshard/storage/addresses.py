@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from reshard.paths import RemotePath
+from reshard.storage.buckets import open_bucket
 from reshard.storage.hub import open_hub
 from reshard.storage.web_folder import open_web
 
@@ -11,9 +12,12 @@ ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
 OPENERS: Mapping[str, Callable[[str, str], RemotePath]] = {
+    "az": open_bucket,
+    "gs": open_bucket,
     "hf": lambda _scheme, rest: open_hub(rest),
     "http": lambda scheme, rest: open_web(f"{scheme}://{rest}"),
     "https": lambda scheme, rest: open_web(f"{scheme}://{rest}"),
+    "s3": open_bucket,
 }
 """By the scheme of an address in small letters."""
 
