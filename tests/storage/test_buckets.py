@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_servers import ServedFolder, require_same_files, serve_bucket
+from store_servers import ServedFolder, measure_interrupt, require_same_files, serve_bucket
 
 import reshard
 from reshard import Refused
@@ -86,6 +86,11 @@ def test_a_profile_gives_keys_and_endpoint(
     (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
     assert reshard.inspect(ADDRESS).files == 3
     assert all("/eu-west-1/s3/" in one.authorization for one in served.requests)
+
+
+@pytest.mark.parametrize("answered", [0, 8])
+def test_an_interrupt_is_heard_while_a_bucket_is_silent(served: ServedFolder, tmp_path: Path, answered: int) -> None:
+    assert measure_interrupt(served, "s3", answered, [ADDRESS, str(tmp_path / "ranks")]) < 2
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,22 @@
 """Sources in stores: byte for byte what a folder gives, whatever the server does; or refused."""
 
-import os
+import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from families import write_full
-from store_servers import NAME, ServedFolder, require_same_files, serve_hub, serve_web
+from store_servers import NAME, HubHandler, ServedFolder, measure_interrupt, require_same_files, serve_hub, serve_web
 
 import reshard
 from reshard import Refused
 from reshard.cli.main import main
+from reshard.formats.remote_names import require_path
+from reshard.paths import RemotePath
 from reshard.storage import hub, remote_store, web_client
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
@@ -164,6 +164,18 @@ def test_the_command_names_the_commit_in_what_comes_next(
     assert main(["plan", ADDRESS, "--mp", "2", "--target", str(tmp_path / "new")]) == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["inspect AT", "plan AT", "plan AT --mp 2 --target NEW", "convert AT NEW --mp 2", "verify RANKS --source AT",
+     "diff AT AT", "repair RANKS --source AT", "recipes check deepseek-v3 AT"],
+)  # fmt: skip
+@pytest.mark.usefixtures("served")
+def test_every_command_prints_json(made: Path, tmp_path: Path, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"AT": ADDRESS, "NEW": str(tmp_path / "new"), "RANKS": str(made / "ranks")}
+    assert main([*(places.get(word, word) for word in words.split()), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 # --- faults of servers ---
 
 PASSING = ["quota", "quota-after", "busy", "cdn-busy", "ended", "cut", "other-range", "whole"]
@@ -293,6 +305,47 @@ def test_what_is_not_there_is_refused(served: ServedFolder, address: str, kind: 
     assert served.endpoint
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["pytorch_model.bin", "config.json"], "other-format"),
+        ([".metadata", "__0_0.distcp"], "other-format"),
+        (["adapter_model.bin", "adapter_config.json"], "adapter"),
+        (["unet/diffusion.safetensors", "model_index.json"], "other-format"),
+        (["README.md"], "empty-source"),
+        (["model-00001-of-00002.safetensors"], "missing-file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_name(
+    tmp_path: Path, names: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}" if name.endswith(".json") else b"\x80\x02 no header")
+    with serve_hub(tmp_path / "folder") as other:
+        monkeypatch.setenv("HF_ENDPOINT", other.endpoint)
+        with pytest.raises(Refused) as caught:
+            reshard.plan(ADDRESS, mp=2)
+        assert kind in kinds_of(caught.value)
+
+
+def test_names_that_lead_out_of_a_folder_are_not_there(served: ServedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = HubHandler.answer_json
+    bad = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in ("../x", "a/../b", "..", "a//b", "a\\b")]
+    monkeypatch.setattr(
+        HubHandler, "answer_json", lambda self, value, **more: listed(self, add_listed(value, bad), **more)
+    )
+    path = require_path(ADDRESS)
+    assert isinstance(path, RemotePath)
+    assert not [name for name in path.store.entries if ".." in name or "\\" in name or "//" in name]
+    assert served.count("hub") == 2
+
+
+def add_listed(value: Any, more: list[Any]) -> Any:
+    return [*value, *more] if isinstance(value, list) else value
+
+
 def test_offline_is_offline(served: ServedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Refused, match="HF_HUB_OFFLINE"):
@@ -303,18 +356,16 @@ def test_offline_is_offline(served: ServedFolder, monkeypatch: pytest.MonkeyPatc
 # --- interrupts ---
 
 
-def test_an_interrupt_is_heard_while_a_server_is_silent(served: ServedFolder, tmp_path: Path) -> None:
-    served.faults["silent"] = 10**6
-    words = [sys.executable, "-m", "reshard", "convert", ADDRESS, str(tmp_path / "ranks"), "--mp", "2"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
-        while not served.count("cdn"):
-            time.sleep(0.05)
-        time.sleep(0.3)
-        began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
-        assert time.monotonic() - began < 2
-        assert process.returncode == 130
+@pytest.mark.parametrize("answered", [0, 6])
+def test_an_interrupt_is_heard_while_a_server_is_silent(served: ServedFolder, tmp_path: Path, answered: int) -> None:
+    """In headers, and in what is copied."""
+    seconds = measure_interrupt(served, "cdn", answered, [ADDRESS, str(tmp_path / "ranks")])
+    assert seconds < 2
+
+
+def test_an_interrupt_is_heard_while_we_wait(served: ServedFolder, tmp_path: Path) -> None:
+    served.faults["quota-long"] = 10**6
+    assert measure_interrupt(served, "hub", 0, [ADDRESS, str(tmp_path / "ranks")]) < 2
 
 
 # --- web servers ---

@@ -7,6 +7,9 @@ import filecmp
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,6 +26,23 @@ NAME = "org/model"
 
 def hash_for_git(text: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def measure_interrupt(served: "ServedFolder", server: str, answered: int, words: list[str]) -> float:
+    """Runs a conversion from a server that falls silent after some answers, and interrupts it then. Returns how long it
+    took to end, in seconds.
+    """
+    served.silent_after = answered
+    command = [sys.executable, "-m", "reshard", "convert", *words, "--mp", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while served.count(server) <= answered:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=25)[1]
+        assert process.returncode == 130, said
+        return time.monotonic() - began
 
 
 def require_same_files(one: Path, other: Path) -> None:
@@ -64,6 +84,7 @@ class ServedFolder:
     """How many of the next requests are to fail, by fault."""
     delay: float = 0.0
     """In seconds: so long each answer of the store takes to begin."""
+    silent_after: int | None = None
     busiest: int = 0
     """The largest number of requests at a time."""
     endpoint: str = ""
@@ -94,6 +115,10 @@ class ServedFolder:
 
     def count(self, server: str, status: int | None = None) -> int:
         return sum(one.server == server and status in (None, one.status) for one in self.requests)
+
+    def is_silent(self, server: str) -> bool:
+        """Whether an answer ends in the middle: all of a server do once so many were given."""
+        return self.silent_after is not None and self.count(server) > self.silent_after
 
     def forget(self) -> None:
         self.requests.clear()
@@ -179,17 +204,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         stop = begin + (end - begin) // 2 if self.served.fails("cut") else end
         stop = begin if self.served.fails("cut-off") else stop
-        silent = self.served.fails("silent")
+        half = (begin + stop) // 2 if self.served.is_silent(self.kind) else stop
         with path.open("rb") as file:
             file.seek(begin)
             while begin < stop:
-                data = file.read(min(1 << 20, stop - begin))
+                if begin == half:
+                    self.wfile.flush()
+                    time.sleep(30)
+                data = file.read(min(1 << 20, (half if begin < half else stop) - begin))
                 self.wfile.write(data)
                 begin += len(data)
                 with self.served.lock:
                     self.served.sent[self.kind] += len(data)
-                if silent:
-                    time.sleep(30)
         if stop < end:
             self.close_connection = True
 
@@ -209,6 +235,8 @@ class HubHandler(Handler):
             )
         if served.fails("quota-after"):
             return self.answer(429, Retry_After="1")
+        if served.fails("quota-long"):
+            return self.answer(429, Retry_After="300")
         if served.fails("busy"):
             return self.answer(503)
         if path in {f"/api/models/{NAME}/revision/{name}" for name in ("main", served.commit)}:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+from reshard.errors import refuse
 from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.dcp_safetensors import is_sliced_folder, read_slices
 from reshard.formats.distcp import is_distcp_folder, read_distcp
 from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files
 from reshard.formats.unfinished_downloads import list_entries
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
 
 
 def read_boxed(path: AnyPath) -> BoxedCheckpoint | None:
@@ -18,7 +19,12 @@ def read_boxed(path: AnyPath) -> BoxedCheckpoint | None:
     names = list_entries(path) if path.is_dir() else ()
     if slices := list_slices(names):
         return read_slices(path, slices)
-    return read_distcp(path) if holds_distcp(path, names) else None
+    if not holds_distcp(path, names):
+        return None
+    if isinstance(path, RemotePath):
+        found, remedy = "a distributed checkpoint of torch in a store", "download it, and give its folder"
+        raise refuse("other-format", str(path), found, "one on a disk of this machine", remedy)
+    return read_distcp(path)
 
 
 def is_boxed_folder(path: AnyPath) -> bool:

@@ -20,7 +20,6 @@ from reshard.storage.range_requests import (
     Denied,
     explain_status,
     find_redirect,
-    is_same_server,
     receive_range,
     request_range,
 )
@@ -103,35 +102,31 @@ class HubStore(ListedStore):
     def _read_or_ask(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         with self._turns[entry.name]:  # one asks the hub for all
             place = self._places.get(entry.name)
-            found = place if place and time() < place.until else self._ask_hub(entry, offset, buffer)
-        if isinstance(found, int):
-            return found
-        headers = self._access.make_headers(found.url)
+            if place is None or time() >= place.until:
+                return self._ask_hub(entry, offset, buffer)
         try:
-            with request_range(self._client, found.url, offset, len(buffer), headers) as answer:
-                return self._receive(entry, found.url, answer, offset, buffer)
+            headers = self._access.make_headers(place.url)
+            with request_range(self._client, place.url, offset, len(buffer), headers) as answer:
+                return self._receive(entry, place.url, answer, offset, buffer)
         except Denied:
             with self._turns[entry.name]:
-                if self._places.get(entry.name) == found:
+                if self._places.get(entry.name) == place:
                     del self._places[entry.name]
             raise
 
-    def _ask_hub(self, entry: Entry, offset: int, buffer: memoryview) -> Place | int:
-        """Asks the hub for a range. Returns the number of bytes that it sends itself, else the place to read."""
-        url, until = self._base + quote(entry.name), float("inf")
+    def _ask_hub(self, entry: Entry, offset: int, buffer: memoryview) -> int:
+        """Asks the hub for a range, and follows to where it lies, which is kept."""
+        place = Place(self._base + quote(entry.name), float("inf"))
         for _ in range(MOST_REDIRECTS):
-            headers = self._access.make_headers(url)
-            with request_range(self._client, url, offset, len(buffer), headers) as answer:
+            headers = self._access.make_headers(place.url)
+            with request_range(self._client, place.url, offset, len(buffer), headers) as answer:
                 self._require_same(entry, answer)
-                to = find_redirect(answer, url)
+                to = find_redirect(answer, place.url)
                 if to is None:
-                    count = self._receive(entry, url, answer, offset, buffer)
-                    self._places[entry.name] = Place(url, until)
-                    return count
-            if not is_same_server(to, self._access.endpoint):
-                self._places[entry.name] = place = Place(to, find_end(to))
-                return place
-            url, until = to, time() + LONGEST_USE
+                    received = self._receive(entry, place.url, answer, offset, buffer)
+                    self._places[entry.name] = place
+                    return received
+            place = Place(to, find_end(to))
         raise Failed("it leads from address to address", is_misanswered=True)
 
     def _require_same(self, entry: Entry, answer: Answer) -> None:

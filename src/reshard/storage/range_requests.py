@@ -29,7 +29,7 @@ BUSY = {429: "its quota of requests is used up (429)", 503: "the server is busy 
 
 
 class Denied(Exception):
-    """The server does not let us read: 401 or 403."""
+    """The server does not let us read at this address: 401, 403, or another address by now."""
 
 
 class ReadRange(NamedTuple):
@@ -82,7 +82,7 @@ def explain_status(answer: Answer) -> Exception:
     status = answer.status
     if status in (404, 410, 412, 416):
         return FileNotFoundError(status, f"the server answers {status}")
-    if status in (401, 403):
+    if status in (401, 403, *REDIRECTS):  # who follows redirects does so before
         return Denied(f"the server answers {status}")
     wait = read_wait(answer.headers)
     return Failed(BUSY.get(status, f"the server answers {status}"), wait, is_misanswered=status not in PASSING)

@@ -133,7 +133,8 @@ class ListedStore:
 
     def __init__(self, address: str, entries: Iterable[Entry]) -> None:
         self.address = address
-        self.entries: Mapping[str, Entry] = {entry.name: entry for entry in entries}
+        # What a stranger lists must not lead out of a folder that it is copied into.
+        self.entries: Mapping[str, Entry] = {entry.name: entry for entry in entries if has_plain_parts(entry.name)}
         self.folders = frozenset({"", *find_folders_of(self.entries)})
         self._heads: dict[str, bytes] = {}
         self._lock = Lock()
@@ -187,6 +188,11 @@ def refuse_changed_entry(store: ListedStore, entry: Entry, found: str) -> Refuse
     """The refusal of a file that is not the one that was listed."""
     remedy = "begin again with the files as they are now (of a conversion that was begun: --restart)"
     return refuse("source-changed", f"{store.address}/{entry.name}", found, "the file that was listed", remedy)
+
+
+def has_plain_parts(name: str) -> bool:
+    """Whether each part of a name with slashes is the name of a file or folder, and no way out of it."""
+    return not any(part in {"", ".", ".."} or "\\" in part or "\0" in part for part in name.split("/"))
 
 
 def find_folders_of(names: Iterable[str]) -> Iterator[str]:
