@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -409,6 +410,42 @@ def test_a_file_that_is_replaced_on_a_web_server_is_refused(tmp_path: Path) -> N
         path.write_bytes(content)
         with pytest.raises(Refused, match=r"source changed[^$]*the server answers 412"):
             tensors["model.embed_tokens.weight"][:1]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path.with_name("c.pem"))]
+    subprocess.run(words, check=True, capture_output=True)
+    path.write_text(path.read_text() + path.with_name("c.pem").read_text())
+    return path
+
+
+def test_a_conversion_over_tls_gives_the_same_files(
+    made: Path, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("c.pem")))
+    with serve_web(made / "source", certificate=certificate) as web:
+        assert web.endpoint.startswith("https:")
+        reshard.convert(web.endpoint, tmp_path / "ranks", mp=2)
+    require_same_files(made / "ranks", tmp_path / "ranks")
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(made: Path, certificate: Path) -> None:
+    with (
+        serve_web(made / "source", certificate=certificate) as web,
+        pytest.raises(Refused, match="self-signed certificate"),
+    ):
+        reshard.inspect(web.endpoint)
+
+
+def test_a_proxy_of_the_environment_is_used(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with serve_web(made / "source") as proxy:  # it takes the path of whatever address it is asked for
+        monkeypatch.setenv("http_proxy", proxy.endpoint)
+        reshard.convert("http://models.invalid/", tmp_path / "ranks", mp=2)
+        assert all(one.path.startswith("http://models.invalid/") for one in proxy.requests)
+    require_same_files(made / "ranks", tmp_path / "ranks")
 
 
 def test_a_server_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

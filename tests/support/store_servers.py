@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -85,6 +86,8 @@ class ServedFolder:
     delay: float = 0.0
     """In seconds: so long each answer of the store takes to begin."""
     silent_after: int | None = None
+    certificate: Path | None = None
+    """With its key; a server that has one speaks TLS."""
     busiest: int = 0
     """The largest number of requests at a time."""
     endpoint: str = ""
@@ -364,6 +367,11 @@ class Server(ThreadingHTTPServer):
 def run_servers(served: ServedFolder, *handlers: type[Handler]) -> Iterator[list[int]]:
     """A context in which servers run; gives their ports."""
     servers = [Server(("127.0.0.1", 0), type("Bound", (handler,), {"served": served})) for handler in handlers]
+    if served.certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(served.certificate)
+        for server in servers:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
     for server in servers:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
@@ -388,7 +396,7 @@ def serve_web(folder: Path, **options: Any) -> Iterator[ServedFolder]:
     """A context in which a folder lies on a web server."""
     served = ServedFolder(folder, **options)
     with run_servers(served, WebHandler) as (port,):
-        served.endpoint = f"http://127.0.0.1:{port}"
+        served.endpoint = f"{'https' if served.certificate else 'http'}://127.0.0.1:{port}"
         yield served
 
 

@@ -3,6 +3,7 @@
 By the standard library, whose `readinto` puts a body where it is wanted without another copy.
 """
 
+import asyncio
 import io
 import os
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from threading import Lock
 from time import monotonic
 from typing import Any
@@ -22,6 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 from weakref import finalize
 
 from reshard.errors import refuse
+from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped
 
@@ -29,6 +31,8 @@ LOOK_SECONDS = WAKE_SECONDS
 """So often a thread that waits for bytes looks whether it is to end."""
 
 CONNECT_SECONDS = 10.0
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 SILENT_SECONDS = 30.0
 """In seconds: a server that sends nothing for so long is asked again."""
@@ -147,10 +151,14 @@ class WebClient:
 
     @cached_property
     def _context(self) -> ssl.SSLContext:
-        """The certificates that are trusted: those of the system, or of the file that the environment names."""
-        return ssl.create_default_context(
-            cafile=os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        )
+        """The certificates that are trusted: those of the system or of `SSL_CERT_FILE`, and those that other programs
+        take from the environment.
+        """
+        context = ssl.create_default_context()
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            if (path := os.environ.get(name)) and os.path.isfile(path):  # noqa: PTH113 - no path of ours
+                context.load_verify_locations(path)
+        return context
 
     @contextmanager
     def request(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
@@ -204,20 +212,64 @@ class WebClient:
 
     def _connect(self, place: SplitResult) -> HTTPConnection:
         """Connects to a server, or to the proxy that the environment names for it."""
-        host, port = place.hostname or "", place.port
+        host, port = place.hostname or "", place.port or DEFAULT_PORTS[place.scheme]
         proxy = find_proxy(place)
-        made: HTTPConnection
-        via = (proxy.hostname or "", proxy.port) if proxy else (host, port)
-        if place.scheme == "https":
-            made = HTTPSConnection(*via, timeout=CONNECT_SECONDS, context=self._context)
-        else:
-            made = HTTPConnection(*via, timeout=CONNECT_SECONDS)
+        via = (proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]) if proxy else (host, port)
+        made = HTTPConnection(*via, timeout=CONNECT_SECONDS)
+        made.default_port = DEFAULT_PORTS[place.scheme]  # it is not named to the server
         if proxy and place.scheme == "https":
             made.set_tunnel(host, port, headers=make_proxy_headers(proxy))
+        made._create_connection = connect_patiently  # type: ignore[attr-defined] # noqa: SLF001 - else Ctrl-C waits
         made.connect()
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.sock = PatientSocket(made.sock)
+        connected: socket.socket = made.sock
+        if place.scheme == "https":
+            connected = begin_tls(self._context, connected, host)
+        made.sock = PatientSocket(connected)
         return made
+
+
+def connect_patiently(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
+    """Connects to a server. Raises OSError, and Stopped."""
+
+    async def connect() -> socket.socket:
+        loop, errors = asyncio.get_running_loop(), list[OSError]()
+        for family, kind, protocol, _, place in await loop.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            made = socket.socket(family, kind, protocol)
+            made.setblocking(False)  # noqa: FBT003
+            try:
+                await asyncio.wait_for(loop.sock_connect(made, place), seconds)
+            except BaseException as error:
+                made.close()
+                if not isinstance(error, OSError):
+                    raise
+                errors.append(error)
+            else:
+                return made
+        raise errors[0] if errors else OSError("no address")
+
+    made = run_unless_stopped(connect())
+    made.settimeout(seconds)
+    return made
+
+
+def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> ssl.SSLSocket:
+    """Begins TLS with a server. Raises OSError, also for a certificate that is not trusted, and Stopped."""
+    since = monotonic()
+    made = context.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
+    made.settimeout(LOOK_SECONDS)
+    try:
+        while True:
+            try:
+                made.do_handshake()
+            except TimeoutError:
+                wait_unless_stopped()
+                if monotonic() > since + CONNECT_SECONDS:
+                    raise
+            else:
+                return made
+    except BaseException:
+        made.close()
+        raise
 
 
 def find_proxy(place: SplitResult) -> SplitResult | None:
@@ -253,5 +305,6 @@ def name_server(place: SplitResult) -> str:
 
 def describe_error(error: Exception, place: SplitResult | None = None) -> str:
     """Describes why no answer came, or only a part of one."""
-    text = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    number = getattr(error, "errno", None) or 0  # below 0: of a name that is not known
+    text = os.strerror(number) if number > 0 else str(getattr(error, "strerror", None) or error) or type(error).__name__
     return f"{name_server(place)}: {text}" if place else text
