@@ -191,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
             if begin >= size:
                 return self.answer(416, Content_Range=f"bytes */{size}")
             if self.served.fails("other-range"):
-                begin, end = begin + 1, end + 1
+                begin += 1
         self.note(status)
         self.send_response(status)
         self.send_header("ETag", etag)

@@ -72,7 +72,8 @@ class BucketStore(ListedStore):
     async def _receive(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         import obstore  # noqa: PLC0415 - only who reads a bucket needs it
 
-        options = {"range": (offset, offset + len(buffer)), "if_match": entry.version or None}
+        pinned = {"if_match": entry.version} if entry.version else {}
+        options = {"range": (offset, offset + len(buffer)), **pinned}
         answer = await obstore.get_async(self._bucket, self._prefix + entry.name, options=options)
         if answer.meta["size"] != entry.size or (entry.version and answer.meta["e_tag"] != entry.version):
             raise FileNotFoundError("another version by now")
