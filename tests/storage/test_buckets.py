@@ -42,7 +42,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setattr(remote_store, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote_store, "PATIENCE", 2.0)
+    monkeypatch.setattr(remote_store, "PATIENCE", 20.0)
     monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 2.0)
 
 
