@@ -41,7 +41,7 @@ VERBS = set(
     prove prune quantize raise read recode refuse remove rename renumber repair replace repeat require reserve restore
     reverse reword rewrite round run sample set shift shorten show skip sort split spread start stop store suggest
     summarize sync tabulate take trace transform unpack verify view wait widen write combine estimate try prefetch
-    unstack fetch receive guess tell map request close connect begin
+    unstack fetch receive guess tell map request close connect begin quote
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""

@@ -75,7 +75,7 @@ class BucketStore(ListedStore):
         pinned = {"if_match": entry.version} if entry.version else {}
         options = {"range": (offset, offset + len(buffer)), **pinned}
         answer = await obstore.get_async(self._bucket, self._prefix + entry.name, options=options)
-        if answer.meta["size"] != entry.size or (entry.version and answer.meta["e_tag"] != entry.version):
+        if answer.meta["size"] != entry.size or quote_etag(answer.meta["e_tag"]) != entry.version:
             raise FileNotFoundError("another version by now")
         if answer.range[0] != offset:
             raise Failed(f"it sent bytes from {answer.range[0]} on in the place of {offset}", is_misanswered=True)
@@ -172,6 +172,11 @@ async def list_bucket(bucket: Any, prefix: str) -> list[Entry]:
     return [make_bucket_entry(item, prefix) for item in found if item["path"].startswith(prefix)]
 
 
+def quote_etag(etag: str | None) -> str:
+    """An ETag in quotes: Azure leaves them out where it lists files. Empty without one."""
+    return f'"{etag.strip(chr(34))}"' if etag else ""
+
+
 def make_bucket_entry(item: dict[str, Any], prefix: str) -> Entry:
     """Makes an entry of a listed object."""
-    return Entry(item["path"].removeprefix(prefix), item["size"], item["e_tag"] or "")
+    return Entry(item["path"].removeprefix(prefix), item["size"], quote_etag(item["e_tag"]))
