@@ -16,6 +16,7 @@ from store_servers import NAME, HubHandler, ServedFolder, measure_interrupt, req
 import reshard
 from reshard import Refused
 from reshard.cli.main import main
+from reshard.execution import writer
 from reshard.formats.remote_names import require_path
 from reshard.paths import RemotePath
 from reshard.storage import hub, remote_store, web_client
@@ -232,6 +233,24 @@ def test_a_wait_that_is_too_long_is_refused(served: ServedFolder, monkeypatch: p
     served.faults["quota-after"] = 10
     with pytest.raises(Refused, match="the server says to wait 1 s more"):
         reshard.inspect(ADDRESS)
+
+
+def test_a_conversion_goes_on_where_it_ended(
+    made: Path, served: ServedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.01)
+    served.delay, served.ended_after = 0.05, 16
+    with pytest.raises(Refused, match="the server answers 403"):
+        reshard.convert(ADDRESS, tmp_path / "ranks", mp=2, jobs=1)
+    first = served.sent["cdn"]
+    assert (tmp_path / "ranks" / "reshard.journal").exists()
+    served.forget()
+    served.ended_after = None
+    conversion = reshard.convert(ADDRESS, tmp_path / "ranks", mp=2)
+    assert conversion.done is not None
+    assert conversion.done.resumed > 0
+    require_same_files(made / "ranks", tmp_path / "ranks")
+    assert first > 1 << 20
 
 
 def test_addresses_are_renewed_before_they_end(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

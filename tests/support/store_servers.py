@@ -86,6 +86,8 @@ class ServedFolder:
     delay: float = 0.0
     """In seconds: so long each answer of the store takes to begin."""
     silent_after: int | None = None
+    ended_after: int | None = None
+    """After so many answers of the store behind the hub, it lets nobody read."""
     certificate: Path | None = None
     """With its key; a server that has one speaks TLS."""
     busiest: int = 0
@@ -297,7 +299,8 @@ class CdnHandler(Handler):
         served, query = self.served, parse_qs(urlsplit(self.path).query)
         if "Authorization" in self.headers:
             return self.answer(400, b"only one way to authorize")
-        if time.time() > float(query["Expires"][0]) or served.fails("ended"):
+        is_over = served.ended_after is not None and served.count("cdn") >= served.ended_after
+        if time.time() > float(query["Expires"][0]) or served.fails("ended") or is_over:
             return self.answer(403, b"<Error>Request has expired</Error>")
         if served.fails("cdn-busy"):
             return self.answer(503, Retry_After="1")
