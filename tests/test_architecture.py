@@ -16,6 +16,7 @@ from repository import ROOT
 
 import reshard
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
+from reshard.storage.addresses import OPENERS
 
 FOLDER = Path(reshard.__file__).parent
 MOST_LINES = 40
@@ -151,7 +152,7 @@ def test_nothing_is_imported_for_the_type_checker_only(module: str) -> None:
 # --- what is imported by its name as text ---
 
 
-def test_only_the_command_and_the_package_import_by_text() -> None:
+def test_few_modules_import_by_text() -> None:
     by_text = {
         module
         for module, tree in parse_modules().items()
@@ -159,7 +160,7 @@ def test_only_the_command_and_the_package_import_by_text() -> None:
         if isinstance(node, ast.Name | ast.Attribute)
         and "import_module" in (getattr(node, "id", ""), getattr(node, "attr", ""))
     }
-    assert by_text == {"__init__", "cli.main"}
+    assert by_text == {"__init__", "cli.main", "storage.addresses"}
 
 
 def test_the_command_names_functions_that_there_are() -> None:
@@ -168,6 +169,13 @@ def test_the_command_names_functions_that_there_are() -> None:
     for module, function in named:
         assert module.split(".")[0] == "cli", "else the order does not show it"
         assert callable(getattr(import_module(f"reshard.{module}"), function))
+
+
+def test_addresses_name_functions_of_their_own_package() -> None:
+    for place in OPENERS.values():
+        module, function = place.removeprefix("reshard.").split(":")
+        assert module.startswith("storage.")
+        assert function in names_of(parse_modules()[module])
 
 
 def test_the_package_names_what_there_is() -> None:

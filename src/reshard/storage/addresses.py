@@ -1,25 +1,26 @@
-"""Opens what lies behind an address: a repository on the hub, a bucket, a folder on a web server."""
+"""Opens what lies behind an address: a repository on the hub, a bucket, a folder on a web server.
+
+The module of a kind of store is named here, and imported when one is opened: who reads a disk needs no sockets.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 
 from reshard.paths import RemotePath
-from reshard.storage.buckets import open_bucket
-from reshard.storage.hub import open_hub
-from reshard.storage.web_folder import open_web
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
-OPENERS: Mapping[str, Callable[[str, str], RemotePath]] = {
-    "az": open_bucket,
-    "gs": open_bucket,
-    "hf": lambda _scheme, rest: open_hub(rest),
-    "http": lambda scheme, rest: open_web(f"{scheme}://{rest}"),
-    "https": lambda scheme, rest: open_web(f"{scheme}://{rest}"),
-    "s3": open_bucket,
+OPENERS: Mapping[str, str] = {
+    "az": "reshard.storage.buckets:open_bucket",
+    "gs": "reshard.storage.buckets:open_bucket",
+    "hf": "reshard.storage.hub:open_hub",
+    "http": "reshard.storage.web_folder:open_web",
+    "https": "reshard.storage.web_folder:open_web",
+    "s3": "reshard.storage.buckets:open_bucket",
 }
-"""By the scheme of an address in small letters."""
+"""By the scheme of an address, in small letters: the function that takes it and what stands behind it."""
 
 
 def open_address(address: str) -> RemotePath | None:
@@ -27,5 +28,9 @@ def open_address(address: str) -> RemotePath | None:
     Refused.
     """
     found = ADDRESS.fullmatch(address)
-    opener = OPENERS.get(found[1].lower()) if found else None
-    return opener(found[1].lower(), found[2]) if found and opener else None
+    scheme = found[1].lower() if found else ""
+    if not found or scheme not in OPENERS:
+        return None
+    module, function = OPENERS[scheme].split(":")
+    opened: RemotePath = getattr(import_module(module), function)(scheme, found[2])
+    return opened

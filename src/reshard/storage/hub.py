@@ -169,7 +169,7 @@ def find_end(url: str) -> float:
     return now + max(SHORTEST_USE, SAFE_PART * left)
 
 
-def open_hub(rest: str) -> RemotePath:
+def open_hub(_scheme: str, rest: str) -> RemotePath:
     """Opens a path on the hub, `ORG/NAME[@REVISION][/PATH]`, and lists its repository. Raises Refused."""
     found = NAME.fullmatch(rest.rstrip("/"))
     if not found:

@@ -134,9 +134,9 @@ def find_version(answer: Answer) -> str:
     return answer.headers.get("etag") or answer.headers.get("last-modified", "")
 
 
-def open_web(url: str) -> RemotePath:
+def open_web(scheme: str, rest: str) -> RemotePath:
     """Opens a checkpoint on a web server: the address of a safetensors file, or of a folder. Raises Refused."""
-    place, index = urlsplit(url), None
+    place, index = urlsplit(f"{scheme}://{rest}"), None
     if place.path.endswith(SUFFIX):
         path, _, name = place.path.rpartition("/")
         folder, names = WebFolder(place._replace(path=path)), [unquote(name)]
