@@ -213,6 +213,7 @@ def test_a_quota_is_waited_for_as_long_as_told(served: ServedFolder, told: list[
         ("other-range", "wrong-answer", "it sent bytes 1-"),
         ("ended", "no-access", "the server answers 403"),
         ("cut-off", "cannot-read", "its answer ends at once"),
+        ("gated", "no-access", "a gated model"),
     ],
 )
 def test_a_fault_that_lasts_is_refused(

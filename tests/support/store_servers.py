@@ -278,6 +278,8 @@ class HubHandler(Handler):
             return self.answer(404, X_Error_Code="EntryNotFound")
         if not served.is_large(file):
             return self.answer(307, Location=f"/api/resolve-cache/models/{NAME}/{served.commit}/{inner}")
+        if served.fails("gated"):
+            return self.answer(403, X_Error_Code="GatedRepo")
         until = time.time() + served.expires
         digest = served.hash_file(file)
         sign = hashlib.sha256(f"{inner} {until}".encode()).hexdigest()[:16]

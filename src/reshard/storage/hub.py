@@ -5,6 +5,7 @@ each file: it sends the bytes, or a signed address of them, which is used until 
 """
 
 import re
+from contextlib import suppress
 from threading import Lock
 from time import time
 from typing import NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from reshard.storage.range_requests import (
     request_range,
 )
 from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, tell, try_again
+from reshard.storage.resources import wait_unless_stopped
 from reshard.storage.web_client import Answer, WebClient
 
 NAME = re.compile(
@@ -90,10 +92,8 @@ class HubStore(ListedStore):
 
     def fetch(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         """Asks for a range: where the file lies, if that is known, else the hub. See `ListedStore`."""
-        try:
+        with suppress(Denied):
             return self._read_or_ask(entry, offset, buffer)
-        except Denied as denied:
-            tell(f"{self.address}/{entry.name}: {denied}; asks the hub for a new address")
         try:
             return self._read_or_ask(entry, offset, buffer)
         except Denied as denied:
@@ -101,6 +101,7 @@ class HubStore(ListedStore):
 
     def _read_or_ask(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         with self._turns[entry.name]:  # one asks the hub for all
+            wait_unless_stopped()
             place = self._places.get(entry.name)
             if place is None or time() >= place.until:
                 return self._ask_hub(entry, offset, buffer)
@@ -108,9 +109,10 @@ class HubStore(ListedStore):
             headers = self._access.make_headers(place.url)
             with request_range(self._client, place.url, offset, len(buffer), headers) as answer:
                 return self._receive(entry, place.url, answer, offset, buffer)
-        except Denied:
+        except Denied as denied:
             with self._turns[entry.name]:
-                if self._places.get(entry.name) == place:
+                if self._places.get(entry.name) == place:  # else another one has asked already
+                    tell(f"{self.address}/{entry.name}: {denied}; asks the hub for a new address")
                     del self._places[entry.name]
             raise
 

@@ -83,7 +83,7 @@ def explain_status(answer: Answer) -> Exception:
     if status in (404, 410, 412, 416):
         return FileNotFoundError(status, f"the server answers {status}")
     if status in (401, 403, *REDIRECTS):  # who follows redirects does so before
-        return Denied(f"the server answers {status}")
+        return Denied(answer.headers.get("x-error-code") or f"the server answers {status}")
     wait = read_wait(answer.headers)
     return Failed(BUSY.get(status, f"the server answers {status}"), wait, is_misanswered=status not in PASSING)
 

@@ -153,6 +153,7 @@ class ListedStore:
             raise refuse_changed_entry(self, entry, f"{entry.size:,} bytes")
         done, patience = 0, Patience(f"{self.address}/{entry.name}")
         while done < len(buffer):
+            wait_unless_stopped()
             try:
                 count = self.fetch(entry, offset + done, buffer[done:])
             except Failed as failed:
