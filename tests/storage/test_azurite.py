@@ -72,6 +72,8 @@ def make_container(port: int) -> None:
 def _emulator(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
     monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", endpoint)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 5.0)
 
 

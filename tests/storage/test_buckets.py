@@ -43,6 +43,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setattr(remote_store, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote_store, "PATIENCE", 20.0)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 2.0)
 
 

@@ -46,6 +46,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(remote_store, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote_store, "PATIENCE", 20.0)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 20.0)
 
 
@@ -467,6 +469,13 @@ def test_a_proxy_of_the_environment_is_used(made: Path, monkeypatch: pytest.Monk
         reshard.convert("http://models.invalid/", tmp_path / "ranks", mp=2)
         assert all(one.path.startswith("http://models.invalid/") for one in proxy.requests)
     require_same_files(made / "ranks", tmp_path / "ranks")
+
+
+def test_a_proxy_that_does_not_speak_http_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "socks5://me:secret@127.0.0.1:9")
+    with pytest.raises(Refused, match=r"socks5://127.0.0.1:9: cannot read") as caught:
+        reshard.inspect("http://models.invalid/")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_server_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,12 +273,18 @@ def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> s
 
 
 def find_proxy(place: SplitResult) -> SplitResult | None:
-    """The proxy that the environment names for an address, as other programs find it; None without one."""
+    """The proxy that the environment names for an address, as other programs find it; None without one. Raises Refused
+    for one that does not speak HTTP.
+    """
     proxies: dict[str, str] = getproxies()
     address = proxies.get(place.scheme) or proxies.get("all")
     if not address or proxy_bypass(place.netloc.rpartition("@")[2]):
         return None
-    return urlsplit(address if "://" in address else f"http://{address}")
+    found = urlsplit(address if "://" in address else f"http://{address}")
+    if found.scheme != "http":
+        expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
+        raise refuse("cannot-read", name_server(found), f"a proxy of {found.scheme}:", expected, remedy)
+    return found
 
 
 def make_proxy_headers(proxy: SplitResult) -> dict[str, str]:
