@@ -118,6 +118,20 @@ def test_an_address_names_the_command_that_downloads_it(
 
 
 @pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        (f"https://huggingface.co/{NAME}", f"give hf://{NAME}; or download it"),
+        (f"https://hf.co/{NAME}/tree/main", f"give hf://{NAME}; or download it"),
+        (f"https://huggingface.co/{NAME}/tree/v1.0", f"give hf://{NAME}@v1.0; or download it"),
+        (f"https://hf-mirror.com/{NAME}", f"give hf://{NAME}, with HF_ENDPOINT=https://hf-mirror.com; or download it"),
+    ],
+)
+def test_a_page_of_the_hub_leads_to_its_address(address: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", address]) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "address",
     ["https://example.com/a/b", "https://huggingface.co/datasets/a/b", "https://huggingface.co/a", "az://a/b"],
 )

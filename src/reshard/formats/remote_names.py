@@ -73,11 +73,23 @@ def require_path(given: str | os.PathLike[str]) -> AnyPath:
     address = restore_address(path)
     found = ADDRESS.fullmatch(address)
     if found and found[2].partition("/")[0].lower() in HUBS + MODELSCOPE:
-        raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_path(path))
+        raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_for_page(path))
     try:
         return open_address(address) or path
     except Refused as refused:
         raise add_download(refused, path) from None
+
+
+def suggest_for_page(path: Path) -> str:
+    """The hint for the address of a page of a hub: the repository on it, as an address that can be read."""
+    host, _, rest = restore_address(path).partition("://")[2].partition("/")
+    found = REPOSITORY.fullmatch(rest)
+    if not found or host not in HUBS:
+        return suggest_path(path)
+    revision = found[2] or found[3]
+    named = f"hf://{found[1]}" + (f"@{revision}" if revision and revision != "main" else "")
+    mirror = f", with HF_ENDPOINT=https://{host}" if host not in HUBS[:3] else ""
+    return f"give {named}{mirror}; or {suggest_path(path)}"
 
 
 def add_download(refused: Refused, path: Path) -> Refused:
