@@ -256,6 +256,16 @@ def test_a_conversion_goes_on_where_it_ended(
     assert first > 1 << 20
 
 
+def test_a_server_that_tells_no_time_to_wait_is_not_pressed(
+    served: ServedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_store, "MOST_TOLD", 1.0)
+    served.faults["quota-zero"] = 10**6
+    with pytest.raises(Refused, match="its quota of requests is used up"):
+        reshard.inspect(ADDRESS)
+    assert served.count("hub") < 12
+
+
 def test_addresses_are_renewed_before_they_end(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub, "SHORTEST_USE", 0.0)
     with serve_hub(made / "source", expires=0.5, delay=0.05) as short:

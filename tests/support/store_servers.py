@@ -240,6 +240,8 @@ class HubHandler(Handler):
             )
         if served.fails("quota-after"):
             return self.answer(429, Retry_After="1")
+        if served.fails("quota-zero"):
+            return self.answer(429, Retry_After="0")
         if served.fails("quota-long"):
             return self.answer(429, Retry_After="300")
         if served.fails("busy"):

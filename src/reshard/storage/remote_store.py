@@ -87,7 +87,7 @@ class Patience:
         limit = OPENING_PATIENCE if self._is_opening else PATIENCE
         seconds *= 0.5 + random.random() / 2  # noqa: S311 - so that not all threads come again at once
         if failed.wait is not None:
-            seconds, limit = failed.wait, MOST_TOLD
+            seconds, limit = max(seconds, failed.wait), MOST_TOLD  # some tell 0, again and again
         if monotonic() + seconds > self._since + limit:
             told = f", and the server says to wait {failed.wait:,.0f} s more" if failed.wait else ""
             found = f"{failed.reason}, {format_count(self._tries, 'times')} in {monotonic() - self._since:.0f} s{told}"
