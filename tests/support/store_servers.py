@@ -33,7 +33,7 @@ def measure_interrupt(served: "ServedFolder", server: str, answered: int, words:
     """Runs a conversion from a server that falls silent after some answers, and interrupts it then. Returns how long it
     took to end, in seconds.
     """
-    served.silent_after = answered
+    served.silent, served.silent_after = server, answered
     command = [sys.executable, "-m", "reshard", "convert", *words, "--mp", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         while served.count(server) <= answered:
@@ -85,7 +85,9 @@ class ServedFolder:
     """How many of the next requests are to fail, by fault."""
     delay: float = 0.0
     """In seconds: so long each answer of the store takes to begin."""
-    silent_after: int | None = None
+    silent: str = ""
+    """The server that falls silent, after so many answers:"""
+    silent_after: int = 0
     ended_after: int | None = None
     """After so many answers of the store behind the hub, it lets nobody read."""
     certificate: Path | None = None
@@ -122,8 +124,8 @@ class ServedFolder:
         return sum(one.server == server and status in (None, one.status) for one in self.requests)
 
     def is_silent(self, server: str) -> bool:
-        """Whether an answer ends in the middle: all of a server do once so many were given."""
-        return self.silent_after is not None and self.count(server) > self.silent_after
+        """Whether an answer ends in the middle: all of a server do once it has given so many."""
+        return server == self.silent and self.count(server) > self.silent_after
 
     def forget(self) -> None:
         self.requests.clear()
