@@ -8,12 +8,11 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 from collections.abc import Iterable
 from fractions import Fraction
 from os import PathLike
-from pathlib import Path
 from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings, execute_plan
-from reshard.formats.remote_names import require_path, require_target
+from reshard.formats.remote_names import read_location, require_local_path, require_path, require_target
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
@@ -48,7 +47,7 @@ from reshard.verification.target_folder import measure_target_files, require_tar
 from reshard.verification.verify import Report, verify_target
 
 Location = str | PathLike[str]
-"""A path."""
+"""A path; of what is read also an address, such as `hf://ORG/NAME`."""
 
 
 def convert(
@@ -259,7 +258,7 @@ def verify(
             "--config": config,
         }
         require_none(check_download_options(given, sums, is_hub=download))
-        return verify_download(require_path(target), read_location(sums), progress)
+        return verify_download(require_local_path(target), None if sums is None else require_local_path(sums), progress)
     folder = require_target(target, is_written=False)
     require_target_folder(folder)
     chosen = sort_numbers("--ranks", ranks)
@@ -332,8 +331,3 @@ def diff(
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
     return diff_checkpoints(require_path(a), require_path(b), choice, progress)
-
-
-def read_location(location: Location | None) -> Path | None:
-    """The path of a folder that may not be given."""
-    return None if location is None else Path(location)

@@ -1,9 +1,10 @@
-"""The types that every stage shares: frozen values, no file is opened. Imports only the standard library."""
+"""The types that every stage shares: frozen values, no file is opened."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from reshard.paths import AnyPath
 
 Advance = Callable[[int], None]
 """Receives the number of bytes done since the last call. Several threads may call it at the same time."""
@@ -80,8 +81,9 @@ class File:
     """In bytes, the eight bytes of its length included. The data begins here."""
     header_hash: str
     """SHA-256 of the header, the eight bytes of its length included, in hexadecimal."""
-    modified: int
-    """Time of the last write, in nanoseconds since 1970."""
+    version: int | str
+    """Of a local file the time of the last write, in nanoseconds since 1970; of a file in a store what the store calls
+    its version."""
 
 
 class Note(NamedTuple):
@@ -97,7 +99,7 @@ class Note(NamedTuple):
 class Checkpoint:
     """The tensors of a folder, known from the headers of its files alone. Source and target are both checkpoints."""
 
-    folder: Path
+    folder: AnyPath
     """The folder of the files."""
     files: tuple[File, ...]
     """The safetensors files; a tensor's `file` is an index into them."""
@@ -109,7 +111,7 @@ class Checkpoint:
     """The tensors that are assembled from several parts, and parts of these."""
     boxes: Mapping[int, Sequence[tuple[Tensor, tuple[int, ...]]]] | None = None
     """Of boxed checkpoints only: by the `file` of a join, the parts of it as they are stored, and their offsets."""
-    beside: Path | None = None
+    beside: AnyPath | None = None
     """The folder of the config and the other side files, if they do not lie in `folder`."""
     subset: Mapping[str, Any] = field(default_factory=dict)
     """The selection from a larger checkpoint, as a manifest records it; empty for a whole checkpoint."""

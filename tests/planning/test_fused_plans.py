@@ -106,7 +106,7 @@ def test_the_choices_of_ranks_are_those_of_full_plans(tmp_path: Path) -> None:
         source = read_source(tmp_path / place, str(recipe))
         for only in ((), ("*.k.weight", "*.gate.*")):
             found = list_rank_choices(source, Layout(0), only)
-            plans = [api.plan(source.path, mp=ranks, recipe=str(recipe), only=only) for ranks in (1, 2, 4)]
+            plans = [api.plan(str(source.path), mp=ranks, recipe=str(recipe), only=only) for ranks in (1, 2, 4)]
             sizes = [plan.files[0].size - len(plan.files[0].header) for plan in plans]
             counts = [len(plan.files[0].pieces) for plan in plans]
             wanted = zip((1, 2, 4), counts, sizes, strict=True)

@@ -22,7 +22,7 @@ from reshard.storage.local import (
     allocate_aligned,
     open_to_read,
     prefetch_range,
-    read_range,
+    read_local_range,
 )
 from reshard.storage.page_cache import find_ways_past_cache, is_mostly_cached
 from reshard.storage.residency import is_range_cached
@@ -125,7 +125,7 @@ def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: 
         file = open_to_read(stack, path, Ways(way, "cached"))
         os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         for offset, size in RANGES:
-            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size]
+            assert read_local_range(file, offset, size, buffer) == wanted[offset : offset + size]
             # The kernel drops whole pages only.
             assert len(find_cached_pages(path)) <= 2 * RANGES.index((offset, size)) + 2
         assert path.read_bytes() == wanted
@@ -133,11 +133,13 @@ def test_a_way_past_the_cache_adds_nothing_to_it_and_takes_nothing_from_it(way: 
         assert len(whole) == -(-SIZE // mmap.PAGESIZE)
         for offset, size in RANGES:
             assert file.is_read_from_cache(offset, size)
-            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size]
+            assert read_local_range(file, offset, size, buffer) == wanted[offset : offset + size]
         assert find_cached_pages(path) == whole
         drop(path, 1 << 20, 1 << 20)
         for offset, size in RANGES:
-            assert read_range(file, offset, size, buffer) == wanted[offset : offset + size], "in the cache in part"
+            assert read_local_range(file, offset, size, buffer) == wanted[offset : offset + size], (
+                "in the cache in part"
+            )
 
 
 def require_brought_at_once(path: Path) -> None:
@@ -192,7 +194,7 @@ def test_so_it_is_where_the_kernel_brings_little_for_one_request(tmp_path: Path)
         drop(path)
         require_brought_at_once(path)
         file = open_to_read(stack, path, Ways("cached", "cached"))
-        assert read_range(file, 0, SIZE, allocate_aligned(SIZE + 2 * PAGE)) == path.read_bytes()
+        assert read_local_range(file, 0, SIZE, allocate_aligned(SIZE + 2 * PAGE)) == path.read_bytes()
 
 
 def test_a_few_small_files_do_not_speak_for_a_large_one(path: Path) -> None:
@@ -225,7 +227,7 @@ def test_a_file_of_another_file_system_is_read_in_the_way_of_that(path: Path, tm
 
             def find_way(opened: Path, way: str, device: int | None) -> str:
                 file = open_to_read(stack, opened, Ways(way, "cached", device))
-                assert read_range(file, 5, 100_000, allocate_aligned(120_000)) == path.read_bytes()[5:100_005]
+                assert read_local_range(file, 5, 100_000, allocate_aligned(120_000)) == path.read_bytes()[5:100_005]
                 return file.way
 
             assert find_way(memory / "file", "uncached", ours) == "dropped"

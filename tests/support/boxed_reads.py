@@ -8,6 +8,7 @@ import torch
 from reshard.errors import Refused
 from reshard.formats.boxed_folder import read_boxed
 from reshard.formats.boxes import BoxedCheckpoint
+from reshard.storage.opened import open_regular_file
 
 
 def read(folder: Path) -> BoxedCheckpoint:
@@ -24,7 +25,7 @@ def compare_boxes(boxed: BoxedCheckpoint, whole: dict[str, torch.Tensor], prefix
         count = torch.zeros(tensor.shape, dtype=torch.int)
         for part, offsets in boxes:
             place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape, strict=True))
-            with (boxed.folder / boxed.files[part.file].name).open("rb") as file:
+            with open_regular_file(boxed.folder / boxed.files[part.file].name) as file:
                 file.seek(part.offset)
                 found = torch.frombuffer(bytearray(file.read(part.size)) or bytearray(1), dtype=torch.uint8)
             wanted = tensor[place].contiguous().reshape(-1).view(torch.uint8)

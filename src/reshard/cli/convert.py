@@ -19,6 +19,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
+from reshard.formats.remote_names import make_full_path
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -242,7 +243,7 @@ def list_reading_words(options: argparse.Namespace) -> list[str]:
     recipe = getattr(options, "recipe", None)
     words = ["--recipe", str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe] if recipe else []
     config = getattr(options, "config", None)
-    words += ["--config", str(config.absolute())] if config else []
+    words += ["--config", make_full_path(config)] if config else []
     return words + ["--ignore-extra-files"] * bool(getattr(options, "ignore_extra_files", False))
 
 

@@ -52,4 +52,4 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     say(f"\n4. Verify: read both sides again and compare every byte\n\n$ reshard verify {target} --source {source}")
     with show_progress("verify", shown) as progress:
         report = api.verify(target, source, progress=progress)
-    return print_report(report, target, source, as_json=as_json)
+    return print_report(report, target, str(source), as_json=as_json)

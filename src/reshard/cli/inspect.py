@@ -8,6 +8,7 @@ from pathlib import Path
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import Refused
+from reshard.formats.remote_names import require_path, restore_address
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.formulas import describe_unknown_keys
@@ -81,7 +82,7 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     """
     try:
         recipe = load_recipe(name)
-        fit = check_fit(read_under_hub_names(read_checkpoint(source), [recipe]), recipe)
+        fit = check_fit(read_under_hub_names(read_checkpoint(require_path(source)), [recipe]), recipe)
     except Refused as refused:
         raise refused.reworded(name_recipe_argument) from None
     if as_json:
@@ -89,7 +90,7 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
         print_json({"status": "fits", "tensors": fit.tensors, "counts": fit.counts, "not_in_config": unknown})
     else:
         rows = [(counted, f"{count:,}") for counted, count in fit.counts.items()]
-        lines = [f"{name} fits {source}: {fit.tensors:,} tensors, each under one rule"]
+        lines = [f"{name} fits {restore_address(source)}: {fit.tensors:,} tensors, each under one rule"]
         lines += format_table(("", "found"), rows).split("\n")
         lines += [describe_unknown_keys(fit.unknown_keys)] if fit.unknown_keys else []
         print("\n".join(map(escape, lines)))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem
 from reshard.formats.part_manifests import format_join_command, is_of_slices, is_of_whole_files
+from reshard.formats.remote_names import read_location, restore_address
 from reshard.target.mending_hints import is_damage, is_repairable, read_manifest_for_repair
 from reshard.text import escape, format_command_lines, format_count, format_runs, format_size
 from reshard.verification.download import DownloadReport
@@ -37,7 +38,7 @@ def list_mending_steps(report: Report | DownloadReport, options: argparse.Namesp
     if isinstance(report, DownloadReport) or report.note or not report.problems:
         return
     if manifest := read_manifest_for_repair(options.target):
-        can_repair = is_repairable(report, manifest, options.source)
+        can_repair = is_repairable(report, manifest, read_location(options.source))
         yield from list_repair_steps(report.problems, manifest, options, can_repair=can_repair)
         if any(problem.kind == "not-joined" for problem in report.problems):
             yield MendingStep("next", format_join_command(options.target, manifest))
@@ -84,11 +85,11 @@ def make_repair_step(
 
 def make_command(name: str, options: argparse.Namespace, ranks: str | None, placeholder: str = "") -> str:
     """Makes a command for the same target, source and recipe."""
-    source = placeholder if options.source is None else str(options.source)
+    source = placeholder if options.source is None else restore_address(options.source)
     words = ["reshard", name, str(options.target), *(["--source", source] if source else [])]
     words += ["--recipe", options.recipe] if options.recipe else []
     words += ["--ranks", ranks] if ranks else []
-    words += ["--config", str(options.config)] if options.config else []
+    words += ["--config", restore_address(options.config)] if options.config else []
     words += ["--ignore-extra-files"] if options.ignore_extra_files else []
     return shlex.join(words)
 

@@ -51,7 +51,7 @@ def add_source(parser: Parser) -> None:
         "source",
         type=parse_source,
         metavar="SOURCE",
-        help="A folder of safetensors or .distcp files, or one safetensors file.",
+        help="A folder of safetensors or .distcp files, one safetensors file, or an address: hf://ORG/NAME, s3://...",
     )
 
 

@@ -10,7 +10,7 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import refuse, require_none
 from reshard.formats.manifest import list_subset_lines
-from reshard.formats.remote_names import require_path
+from reshard.formats.remote_names import read_location, require_path, restore_address
 from reshard.planning.options import check_source_options, choose_subset, require_layout
 from reshard.planning.plan import describe_notes
 from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
@@ -45,7 +45,7 @@ def print_choices(options: argparse.Namespace) -> int:
         options.for_engine,
         options.replicas,
         ignore_extra_files=options.ignore_extra_files,
-        config_folder=options.config,
+        config_folder=read_location(options.config),
     )
     require_none(check_source_options(source, options.replicas, None))
     for name in ("ranks", "target"):
@@ -112,7 +112,7 @@ def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]
     several = [choice for choice in choices if choice.ranks > 1] or choices
     fitting = [choice for choice in several if find_smallest_gpu(choice.size) == GPUS[0][0]]
     choice = fitting[0] if fitting else several[-1]
-    words = ["reshard", "convert", str(options.source), "TARGET", "--mp", str(choice.ranks)]
+    words = ["reshard", "convert", restore_address(options.source), "TARGET", "--mp", str(choice.ranks)]
     for option in ("cast", "expert-dtype", "recipe", "for"):
         if value := getattr(options, {"for": "for_engine"}.get(option, option.replace("-", "_"))):
             words += [f"--{option}", value]
@@ -124,6 +124,6 @@ def make_next_command(options: argparse.Namespace, choices: Sequence[RankChoice]
     words += [word for pattern in options.only for word in ("--only", pattern)]
     words += ["--renumber"] if options.renumber else []
     words += ["--pad"] if options.pad or choice.needs_pad else []
-    words += ["--config", str(options.config)] if options.config else []
+    words += ["--config", restore_address(options.config)] if options.config else []
     words += ["--ignore-extra-files"] if options.ignore_extra_files else []
     return shlex.join(words)

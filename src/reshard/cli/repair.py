@@ -13,18 +13,18 @@ from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
 from reshard.execution.execute import Settings
 from reshard.formats.part_manifests import read_joined_manifest
-from reshard.formats.remote_names import require_target
+from reshard.formats.remote_names import read_location, require_target
 from reshard.target.repair import RepairOptions, RepairReport, describe_repair, repair_target
 
 
 def run_repair(options: argparse.Namespace) -> int:
     """Runs `repair`. Returns the exit code. Raises Refused."""
     choice = RepairOptions(
-        options.source,
+        read_location(options.source),
         options.recipe,
         options.ranks,
         options.ignore_extra_files,
-        options.config,
+        read_location(options.config),
         dry_run=options.dry_run,
     )
     settings = Settings(options.jobs, allow_inexact=True)

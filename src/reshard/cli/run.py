@@ -9,11 +9,13 @@ from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.painting import RED, paint
 from reshard.cli.terminal import print_json
 from reshard.errors import Problem, Refused
+from reshard.storage.remote_store import LISTENERS
 from reshard.text import escape
 
 
 def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Runs the function of a command. Returns its exit code, or REFUSED with the problems printed."""
+    LISTENERS[:] = [] if options.json else [tell_aside]
     try:
         return run(options)
     except Refused as refused:
@@ -29,6 +31,11 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
         print_json({"status": "refused", "problems": [asdict(problem) for problem in problems]})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))
     return REFUSED
+
+
+def tell_aside(line: str) -> None:
+    """Tells that a store makes us wait."""
+    print_aside(f"reshard: {escape(line)}")
 
 
 def ask_to_remove(refused: Refused, options: argparse.Namespace) -> bool:

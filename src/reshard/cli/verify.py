@@ -12,6 +12,7 @@ from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
+from reshard.formats.remote_names import restore_address
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
 from reshard.verification.verify import Report, describe_report
@@ -35,11 +36,12 @@ def run_verify(options: argparse.Namespace) -> int:
     if options.quiet and not options.json and not report.problems:
         return PROVEN
     steps = [*list_mending_steps(report, options)]
-    return print_report(report, options.target, options.source or Path(MANIFEST), steps, as_json=options.json)
+    source = restore_address(options.source or Path(MANIFEST))
+    return print_report(report, options.target, source, steps, as_json=options.json)
 
 
 def print_report(
-    report: Report | DownloadReport, target: Path, source: Path, steps: Sequence[MendingStep] = (), *, as_json: bool
+    report: Report | DownloadReport, target: Path, source: str, steps: Sequence[MendingStep] = (), *, as_json: bool
 ) -> int:
     """Prints what was compared, and commands that mend what was found; the exit code says whether there was a
     difference.

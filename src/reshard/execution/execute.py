@@ -23,6 +23,7 @@ from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.execution.writer import Jobs, Ledger, add_sizes, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.paths import RemotePath
 from reshard.planning.options import require_whole_number
 from reshard.planning.plan import Plan, describe_layout
 from reshard.storage.counting import WorkCounter
@@ -38,7 +39,14 @@ from reshard.storage.local import (
     write_durable,
     write_range,
 )
-from reshard.storage.page_cache import THREADS_OF_DISK, find_ways_past_cache, is_mostly_cached, probe_way_to_write
+from reshard.storage.page_cache import (
+    THREADS_OF_DISK,
+    THROUGH_STORE,
+    find_ways_past_cache,
+    is_mostly_cached,
+    probe_way_to_write,
+)
+from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.resources import measure_available_memory
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
@@ -189,7 +197,7 @@ def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[
         "files": [file.name for file in plan.files],
         "others": list(others),
         "window_size": WINDOW_SIZE,
-        "source": [[file.name, file.size, file.header_hash, file.modified] for file in plan.source.files],
+        "source": [[file.name, file.size, file.header_hash, file.version] for file in plan.source.files],
         "replicas": "compared" if any(len(part) > 1 for join in plan.source.joins for part in join.parts) else "first",
     }
 
@@ -209,7 +217,8 @@ def write_partial_files(
     is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    jobs = choose_threads(settings, measure_memory_per_thread(plan), keeps_disk_busy=not is_cached or ways != CACHED)
+    memory = measure_memory_per_thread(plan)
+    jobs = choose_threads(settings, memory, ways, keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
     written, resumed = WrittenGroups(found), add_sizes(found)
     complete = find_incomplete_file(plan, found) is None
@@ -242,9 +251,10 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
     A job that fits is read through the cache from a cold disk too: the kernel brings a window faster than O_DIRECT does
     (docs/decisions/2026-11-29-page-cache.md).
     """
-    moved = plan.size + int(plan.copies.sizes.sum())
+    is_remote = isinstance(plan.source.folder, RemotePath)
+    moved = plan.size + (0 if is_remote else int(plan.copies.sizes.sum()))
     if settings.cache == "yes" or (settings.cache == "auto" and moved <= measure_available_memory() // 3):
-        return CACHED
+        return Ways(THROUGH_STORE, CACHED.write) if is_remote else CACHED
     write, first = probe_way_to_write(target), plan.source.folder / plan.source.files[0].name
     with refuse_unreadable(first):
         return find_ways_past_cache(first, write)
@@ -256,13 +266,15 @@ def measure_memory_per_thread(plan: Plan) -> int:
     return MEMORY_PER_THREAD + levels * WINDOW_SIZE + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
 
 
-def choose_threads(settings: Settings, memory: int, *, keeps_disk_busy: bool) -> Jobs:
+def choose_threads(settings: Settings, memory: int, ways: Ways, *, keeps_disk_busy: bool) -> Jobs:
     """The numbers of threads: as asked for; else first as many as processors, at most four, or as keep a disk busy, and
-    more on more processors. Limited by memory.
+    more on more processors; of a store as many as wait for answers at a time, and more. Limited by memory.
     """
     processors, limit = len(os.sched_getaffinity(0)), settings.max_memory // memory
     first = settings.jobs or (THREADS_OF_DISK if keeps_disk_busy else min(THREADS_OF_DISK, processors))
     most = settings.jobs or max(first, processors)
+    if ways.read == THROUGH_STORE and not settings.jobs:
+        first, most = THREADS_OF_STORE, max(4 * THREADS_OF_STORE, processors)
     return Jobs(min(first, limit), min(most, limit))
 
 

@@ -27,7 +27,8 @@ from xxhash import xxh3_64_digest
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.target_names import JOURNAL, PARTIAL
-from reshard.storage.local import open_descriptor, open_regular_file
+from reshard.storage.local import open_descriptor
+from reshard.storage.opened import open_regular_file
 from reshard.text import format_list
 
 RECORD = struct.Struct("<QII16s")

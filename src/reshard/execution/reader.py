@@ -9,7 +9,8 @@ from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
 from reshard.execution.joins import PartReader, read_join
 from reshard.execution.windows import WINDOW_SIZE, Group, Window
-from reshard.storage.local import PAGE, ReadableFile, Ways, allocate_aligned, read_range
+from reshard.storage.local import PAGE, Ways, allocate_aligned
+from reshard.storage.opened import OpenFile, read_range
 from reshard.types import Cast, Join, Tensor
 
 MEMORY_PER_THREAD = 2 * WINDOW_SIZE + 2 * PAGE
@@ -27,7 +28,7 @@ cast, one for scales, and the memory of the kernels."""
 class OpenFiles:
     """The open files of a job, and its joins and casts."""
 
-    sources: Sequence[ReadableFile]
+    sources: Sequence[OpenFile]
     targets: Sequence[int]
     """Descriptors; empty where tensors are loaded into memory."""
     ways: Ways

@@ -11,8 +11,10 @@ from xxhash import xxh3_128
 
 from reshard.errors import refuse
 from reshard.formats.target_names import PARTIAL
+from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
-from reshard.storage.local import CACHED, open_descriptor, open_regular_file, reserve_blocks, write_range
+from reshard.storage.local import CACHED, open_descriptor, reserve_blocks, write_range
+from reshard.storage.opened import measure_open_file, open_regular_file
 
 LARGEST_READ = 1 << 20
 """In bytes: so much of a side file is in memory at once."""
@@ -22,12 +24,12 @@ LARGEST_READ = 1 << 20
 class SideFile:
     """A file beside the tensors of a target: made, or copied from the source."""
 
-    origin: bytes | Path
+    origin: bytes | AnyPath
     """The content of a made one; the path of one that is copied."""
     size: int
     """In bytes."""
-    modified: int = 0
-    """When one that is copied was last written to, in nanoseconds."""
+    version: int | str = 0
+    """Of one that is copied: as that of `File`."""
 
 
 def write_side_files(target: Path, sides: Mapping[str, SideFile], counter: WorkCounter) -> dict[str, str]:
@@ -86,8 +88,8 @@ def read_side_file(side: SideFile) -> Iterator[memoryview]:
 
 def require_as_seen(side: SideFile, file: BinaryIO) -> None:
     """Raises Refused if an open side file was written to since it was looked at."""
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (side.size, side.modified):
-        found, expected = f"{status.st_size:,} bytes, written just now", f"{side.size:,} bytes, unchanged"
+    size, version = measure_open_file(file)
+    if (size, version) != (side.size, side.version):
+        found, expected = f"{size:,} bytes, written just now", f"{side.size:,} bytes, unchanged"
         remedy = "let nobody write to it, and run the same command again"
         raise refuse("source-changed", str(side.origin), found, expected, remedy)

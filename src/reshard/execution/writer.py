@@ -19,15 +19,16 @@ from reshard.execution.records import Records, parse_records
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import (
+    ReadableFile,
     Ways,
     drop_from_cache,
     is_written_by_sync,
     prefetch_range,
-    read_range,
     start_writeback,
     wait_for_range,
     write_range,
 )
+from reshard.storage.opened import read_range
 from reshard.storage.resources import Growth, run_in_threads
 from reshard.types import Advance, Cast
 
@@ -211,7 +212,8 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
 def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
     source = files.sources[window.source_file]
-    prefetch_range(source, window.offset, window.size)
+    if isinstance(source, ReadableFile):
+        prefetch_range(source, window.offset, window.size)
     records = bytearray()
     for group in window.groups:
         checksum, end = xxh3_128(), group.target_offset

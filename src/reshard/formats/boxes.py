@@ -5,9 +5,9 @@ weight [4, 6] of two files:   | box [4, 3] at [0, 0] | box [4, 3] at [0, 3] |
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from reshard.paths import AnyPath
 from reshard.types import File, Note, Tensor
 
 
@@ -24,7 +24,7 @@ class Box(NamedTuple):
 class BoxedCheckpoint:
     """A checkpoint whose tensors lie in boxes, known from headers and metadata alone. Nothing is proven of them yet."""
 
-    folder: Path
+    folder: AnyPath
     files: tuple[File, ...]
     boxes: Mapping[str, Sequence[Box]]
     """Name of a tensor -> its boxes, in the order of the files."""

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from reshard.formats.huggingface import read_config, read_header_text
 from reshard.formats.json_input import is_size, refuse_duplicate_keys, shorten_json
 from reshard.formats.safetensors import BITS, parse_header
 from reshard.formats.unfinished_downloads import check_unfinished
+from reshard.paths import AnyPath
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import File, Note, Tensor
 
@@ -47,7 +47,7 @@ def is_sliced_folder(names: Sequence[str]) -> bool:
     return bool(names) and all(map(SLICE_NAME.fullmatch, names))
 
 
-def read_slices(folder: Path, names: Sequence[str], *, is_told: bool = False) -> BoxedCheckpoint:
+def read_slices(folder: AnyPath, names: Sequence[str], *, is_told: bool = False) -> BoxedCheckpoint:
     """The checkpoint of a folder of slices. Raises Refused with the faults of all files, missing ones named, unless
     something else tells which files there should be (`is_told`).
     """

@@ -1,12 +1,10 @@
 """Torch's distributed checkpoints, as `.metadata` and `.distcp` files: -> BoxedCheckpoint. Nothing is unpickled."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
@@ -24,7 +22,8 @@ from reshard.formats.safetensors import compute_size
 from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
 from reshard.formats.training_state import choose_weights, note_training_state
 from reshard.formats.unfinished_downloads import check_unfinished, list_entries, require_finished_download
-from reshard.storage.local import open_regular_file
+from reshard.paths import AnyPath
+from reshard.storage.opened import measure_open_file, open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import File, Note, Tensor
 
@@ -44,7 +43,7 @@ SAVE_IN_ROWS = (
 )
 
 
-def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
+def is_distcp_folder(folder: AnyPath, names: Sequence[str]) -> bool:
     """Whether a folder with these names is a `.distcp` checkpoint, whole or not."""
     if any(name.endswith(SUFFIX_OF_PARTS) for name in names):
         return True
@@ -57,7 +56,7 @@ def is_distcp_folder(folder: Path, names: Sequence[str]) -> bool:
         return False
 
 
-def read_distcp(folder: Path) -> BoxedCheckpoint:
+def read_distcp(folder: AnyPath) -> BoxedCheckpoint:
     """The weights of a folder of `.distcp` files, each part of a tensor with its place. Raises Refused with all faults.
 
     One small read for each part, in the order of the file. The state of an optimizer is left aside and noted.
@@ -81,7 +80,7 @@ class SavedWeights(NamedTuple):
     notes: tuple[Note, ...]
 
 
-def find_weights(folder: Path, data: bytes) -> SavedWeights:
+def find_weights(folder: AnyPath, data: bytes) -> SavedWeights:
     """The weights by the bytes of `.metadata`; all else that it says is let go of. Raises Refused."""
     metadata = parse_distcp_metadata(data, METADATA)
     names = list(metadata.tensors)
@@ -97,13 +96,13 @@ def find_weights(folder: Path, data: bytes) -> SavedWeights:
     return SavedWeights(shapes, parts, measure_saved_files(metadata), notes)
 
 
-def read_metadata_file(folder: Path) -> bytes:
+def read_metadata_file(folder: AnyPath) -> bytes:
     """The bytes of `.metadata`. Raises Refused."""
     path = folder / METADATA
     try:
         require_finished_download(path)
         with open_regular_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size, _ = measure_open_file(file)
             if size > MOST_METADATA_SIZE:
                 raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {MOST_METADATA_SIZE:,} bytes")
             return file.read(size)
@@ -113,18 +112,22 @@ def read_metadata_file(folder: Path) -> bytes:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
 
 
-def find_saved_files(folder: Path, names: Sequence[str]) -> list[File]:
+def find_saved_files(folder: AnyPath, names: Sequence[str]) -> list[File]:
     """The named files of a folder, in their order. Raises Refused, OSError."""
     digest = hashlib.sha256(read_metadata_file(folder)).hexdigest()
-    return [describe_saved_file(name, (folder / name).stat(), digest) for name in names]
+    files: list[File] = []
+    for name in names:
+        with open_regular_file(folder / name) as file:
+            files.append(describe_saved_file(name, *measure_open_file(file), digest))
+    return files
 
 
-def describe_saved_file(name: str, status: os.stat_result, digest: str) -> File:
+def describe_saved_file(name: str, size: int, version: int | str, digest: str) -> File:
     """A file of parts. What a header is to others, `.metadata` is to all of them, by its digest."""
-    return File(name, status.st_size, 0, digest, status.st_mtime_ns)
+    return File(name, size, 0, digest, version)
 
 
-def refuse_without_metadata(folder: Path) -> Refused:
+def refuse_without_metadata(folder: AnyPath) -> Refused:
     """Makes the refusal of a folder that has parts of tensors, and nothing that says of which."""
     expected = f"{METADATA}, which says what the {SUFFIX_OF_PARTS} files hold"
     remedy = COPY_METADATA
@@ -136,7 +139,7 @@ def refuse_without_metadata(folder: Path) -> Refused:
 
 
 def find_boxes(
-    folder: Path, parts: Sequence[StoredPart], least: Mapping[str, int], digest: str
+    folder: AnyPath, parts: Sequence[StoredPart], least: Mapping[str, int], digest: str
 ) -> tuple[tuple[File, ...], list[Box]]:
     """The files of some parts, and the parts as boxes in the order of the files. `least` has the size of each file, by
     all that was saved. Raises Refused with all faults.
@@ -154,9 +157,9 @@ def find_boxes(
         wanted = sorted(by_file[name], key=attrgetter("begin"))
         try:
             with open_regular_file(folder / name) as file:
-                status = os.fstat(file.fileno())
-                problems += check_length(name, wanted, least[name], status.st_size)
-                if least[name] <= status.st_size:
+                size, version = measure_open_file(file)
+                problems += check_length(name, wanted, least[name], size)
+                if least[name] <= size:
                     window = FileWindow(file.fileno())
                     problems += find_stored_parts(window, wanted, len(files), boxes, pickles)
         except FileNotFoundError:
@@ -165,7 +168,7 @@ def find_boxes(
         except OSError as error:
             problems.append(Problem("cannot-read", name, error.strerror or str(error), "a readable file"))
             continue
-        files.append(describe_saved_file(name, status, digest))
+        files.append(describe_saved_file(name, size, version, digest))
         if len(problems) >= MOST_PROBLEMS:
             break
     require_none(problems)

@@ -4,10 +4,10 @@ import codecs
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import refuse
+from reshard.paths import AnyPath
 
 LENGTH_SIZE = 8
 """In bytes: fewer may be the rest of any file."""
@@ -89,13 +89,13 @@ def identify_content(beginning: bytes) -> ForeignContent | None:
     return ForeignContent("wrong-download", f"a text: {shorten_text(text)}", TEXT_AGAIN)
 
 
-def require_safetensors_content(path: Path, beginning: bytes) -> None:
+def require_safetensors_content(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused if the first bytes of a file show that it is another thing than safetensors."""
     if content := identify_content(beginning):
         raise refuse(content.kind, str(path), content.name, "a safetensors file", content.remedy)
 
 
-def require_json_content(path: Path, beginning: bytes) -> None:
+def require_json_content(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused if a file that does not parse as JSON is known to be another thing."""
     content = identify_content(beginning)
     if content and not beginning.lstrip().startswith((b"{", b"[")):
@@ -108,7 +108,7 @@ COMMENT = (b"//", b"/*", b"#")
 TOKENIZER_ENDINGS = (".model", ".tiktoken")
 
 
-def require_side_content(path: Path, beginning: bytes) -> None:
+def require_side_content(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused if the first LOOKED_AT bytes of a file that goes along with a checkpoint show that it is another
     thing: of JSON, whatever is none; of a tokenizer, a web page.
     """
@@ -137,7 +137,7 @@ ANSWER_BESIDE = {"status", "statuscode", "code", "requestid", "request_id", "suc
 """Keys that stand beside those of ANSWER in the answers of the hubs."""
 
 
-def require_no_answer(path: Path, value: Mapping[str, Any]) -> None:
+def require_no_answer(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Raises Refused if a JSON object is the answer of a server that did not have the file."""
     keys = {key.lower() for key in value}
     if keys & ANSWER and keys <= ANSWER | ANSWER_BESIDE:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
@@ -20,10 +19,19 @@ from reshard.formats.huggingface import (
     read_header,
     read_headers,
 )
-from reshard.formats.index import check_index, choose_indexed_files, note_left_tensors, read_index, sort_by_index
+from reshard.formats.index import (
+    check_index,
+    choose_indexed_files,
+    guess_header_sizes,
+    note_left_tensors,
+    read_index,
+    sort_by_index,
+)
 from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
 from reshard.formats.part_manifests import is_of_slices, read_joined_manifest
 from reshard.formats.unfinished_downloads import name_begun_downloads
+from reshard.paths import AnyPath
+from reshard.storage.remote_store import fetch_heads
 from reshard.text import format_list
 from reshard.types import Checkpoint, Note, Tensor
 
@@ -32,7 +40,7 @@ from reshard.types import Checkpoint, Note, Tensor
 class Folder:
     """The names and small files at a path. For a single safetensors file: that name, and the config beside it."""
 
-    path: Path
+    path: AnyPath
     """As it was given: a folder, or one safetensors file."""
     names: tuple[str, ...]
     """Of the safetensors files, sorted; none if they hold boxes."""
@@ -43,11 +51,11 @@ class Folder:
     """The refusal of a damaged manifest; None if it is as reshard wrote it, or if there is none."""
     boxed: BoxedCheckpoint | None = None
     """The checkpoint, if its tensors are stored in boxes. Nothing is proven of them yet."""
-    beside: Path | None = None
+    beside: AnyPath | None = None
     """The folder of the config and the other side files, if they do not lie in this one."""
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         """The folder that holds the files."""
         return find_folder(self.path)
 
@@ -58,7 +66,7 @@ class Folder:
         return subset
 
 
-def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
+def read_folder(path: AnyPath, config_folder: AnyPath | None = None) -> Folder:
     """Lists a folder, or takes a single safetensors file, and reads the JSON files beside the weights. The config may
     lie in a folder of its own.
 
@@ -81,7 +89,7 @@ def read_folder(path: Path, config_folder: Path | None = None) -> Folder:
     return Folder(path, names, other, manifest, fault, boxed, beside=config_folder)
 
 
-def read_other_config(folder: Path, own: Mapping[str, Any] | None, config_folder: Path) -> Mapping[str, Any]:
+def read_other_config(folder: AnyPath, own: Mapping[str, Any] | None, config_folder: AnyPath) -> Mapping[str, Any]:
     """Reads the config of another folder than that of the weights. Raises Refused if it has none, or if the weights
     have another one themselves.
     """
@@ -117,6 +125,7 @@ def read_indexed(found: Folder, weight_map: Mapping[str, str], *, ignore_extra_f
     further copies of a tensor. Raises Refused with every fault found.
     """
     names = choose_indexed_files(found.path, found.names, weight_map, ignore_extra_files=ignore_extra_files)
+    fetch_heads(found.folder, names, guess_header_sizes(weight_map))
     stored = read_headers(found.folder, names)
     sorted_out = sort_by_index(stored, weight_map)
     require_none(check_index(sorted_out, weight_map))
@@ -168,7 +177,7 @@ def read_without_index(found: Folder, *, ignore_extra_files: bool) -> Checkpoint
     )
 
 
-def find_left_tensors(folder: Path, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def find_left_tensors(folder: AnyPath, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Finds the tensors that only files which are left aside have: tensor name -> file name. A file that is no
     safetensors file has none.
     """

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 from reshard.formats.distcp_metadata import METADATA
 from reshard.formats.unfinished_downloads import list_entries
+from reshard.paths import AnyPath
 
 WEIGHTS = ".safetensors"
 
@@ -20,7 +20,7 @@ OPTIMIZER = "optimizer"
 """How accelerate begins the name of the folder of an optimizer's state, which is a distributed checkpoint too."""
 
 
-def list_saves(folder: Path) -> list[str]:
+def list_saves(folder: AnyPath) -> list[str]:
     """Lists the nearest folders below that hold a distributed checkpoint with its metadata, in the order of their
     numbers.
     """
@@ -36,22 +36,22 @@ def list_saves(folder: Path) -> list[str]:
     return []
 
 
-def list_weight_folders(folder: Path) -> list[str]:
+def list_weight_folders(folder: AnyPath) -> list[str]:
     """Lists the sub-folders that hold safetensors files, in the order of their numbers; else deeper ones."""
     for depth in (1, 2):
-        found = {path.parent.relative_to(folder) for path in list_weight_files(folder, depth)}
+        found = {str(path.parent).removeprefix(f"{folder}/") for path in list_weight_files(folder, depth)}
         if found:
-            return sorted(map(str, found), key=split_numbers)
+            return sorted(found, key=split_numbers)
     return []
 
 
-def list_weight_files(folder: Path, depth: int) -> Iterator[Path]:
+def list_weight_files(folder: AnyPath, depth: int) -> Iterator[AnyPath]:
     """Lists the safetensors files in the folders at a depth."""
     for path in list_folders(folder, depth):
         yield from (path / name for name in list_entries(path) if name.endswith(WEIGHTS) and not name.startswith("."))
 
 
-def list_folders(folder: Path, depth: int) -> list[Path]:
+def list_folders(folder: AnyPath, depth: int) -> list[AnyPath]:
     """Lists the folders so many levels below, at most MOST_FOLDERS of each level."""
     folders = [folder]
     for _ in range(depth):

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
@@ -22,7 +20,9 @@ from reshard.formats.recognition import (
 from reshard.formats.remote_names import restore_address, suggest_path
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
 from reshard.formats.unfinished_downloads import check_unfinished
-from reshard.storage.local import open_regular_file
+from reshard.paths import AnyPath
+from reshard.storage.opened import measure_open_file, measure_path, open_regular_file
+from reshard.storage.remote_store import fetch_heads
 from reshard.types import Checkpoint, File, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ CONFIG = "config.json"
 
 SUFFIX = ".safetensors"
 
-SINGLE = "model" + SUFFIX
+SINGLE: str = "model" + SUFFIX
 """The whole model in one file. It needs no index."""
 
 
@@ -39,7 +39,7 @@ SINGLE = "model" + SUFFIX
 class FolderHeaders:
     """The headers of a folder as they stand, before any look across files."""
 
-    folder: Path
+    folder: AnyPath
     files: tuple[File, ...]
     tensors: tuple[Tensor, ...]
     metadata: tuple[Mapping[str, Any], ...] = ()
@@ -53,15 +53,15 @@ def is_safetensors_name(name: str) -> bool:
     return name.endswith(SUFFIX) and not name.startswith(".")
 
 
-def find_folder(source: Path) -> Path:
+def find_folder(source: AnyPath) -> AnyPath:
     return source if source.is_dir() else source.parent
 
 
-def list_safetensors_files(source: Path) -> list[str]:
+def list_safetensors_files(source: AnyPath) -> list[str]:
     """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there."""
     try:
         if not source.is_dir():
-            source.stat()
+            measure_path(source)  # an error, if it is not there
             require_safetensors_file(source)
             return [source.name]
         names = sorted(path.name for path in source.iterdir() if is_safetensors_name(path.name))
@@ -80,18 +80,19 @@ MOST_METADATA = 1 << 20
 METADATA_START = b'{"__metadata__":'
 
 
-def read_config(folder: Path) -> Mapping[str, Any] | None:
+def read_config(folder: AnyPath) -> Mapping[str, Any] | None:
     """The parsed `config.json` of a folder, if it has one."""
     return read_object(folder / CONFIG)
 
 
-def read_headers(folder: Path, names: Sequence[str]) -> FolderHeaders:
+def read_headers(folder: AnyPath, names: Sequence[str]) -> FolderHeaders:
     """The headers of the named files. Raises Refused with the faults of all of them."""
     files: list[File] = []
     tensors: list[Tensor] = []
     metadata: list[Mapping[str, Any]] = []
     problems: list[Problem] = []
     require_none(check_unfinished(folder, names))
+    fetch_heads(folder, names)
     for name in names:
         try:
             file, entries, said = read_described_header(folder / name, len(files))
@@ -107,25 +108,24 @@ def read_headers(folder: Path, names: Sequence[str]) -> FolderHeaders:
     return FolderHeaders(folder, tuple(files), tuple(tensors), tuple(metadata))
 
 
-def read_header(path: Path, index: int) -> tuple[File, list[Tensor]]:
+def read_header(path: AnyPath, index: int) -> tuple[File, list[Tensor]]:
     """The header of one file, whose tensors will carry `index`. Raises Refused."""
     file, tensors, _ = read_described_header(path, index)
     return file, tensors
 
 
-def read_described_header(path: Path, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
+def read_described_header(path: AnyPath, index: int) -> tuple[File, list[Tensor], Mapping[str, Any]]:
     """The header of one file, whose tensors will carry `index`, and its metadata. Raises Refused."""
     file, text = read_header_text(path)
     require_no_slices(path, text)
     return file, parse_header(text, index, file.size, path.name), parse_metadata(text)
 
 
-def read_header_text(path: Path) -> tuple[File, bytes]:
+def read_header_text(path: AnyPath) -> tuple[File, bytes]:
     """A file, and the text of its header, which is not parsed yet. Raises Refused."""
     try:
         with open_regular_file(path) as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size
+            size, version = measure_open_file(file)
             beginning = file.read(LOOKED_AT)
             require_no_pointer(path, beginning)
             require_safetensors_content(path, beginning)
@@ -135,10 +135,10 @@ def read_header_text(path: Path) -> tuple[File, bytes]:
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     header_hash = hashlib.sha256(first + text).hexdigest()
-    return File(path.name, size, len(first) + len(text), header_hash, status.st_mtime_ns), text
+    return File(path.name, size, len(first) + len(text), header_hash, version), text
 
 
-def read_file(path: Path) -> Checkpoint:
+def read_file(path: AnyPath) -> Checkpoint:
     """A single file as it stands, though it be one of several. Raises Refused."""
     stored = read_headers(path.parent, list_safetensors_files(path))
     tensors = {tensor.name: tensor for tensor in stored.tensors}
@@ -156,7 +156,7 @@ def parse_metadata(text: bytes) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_stated_ranks(path: Path) -> int:
+def read_stated_ranks(path: AnyPath) -> int:
     """The number of ranks that the header of a rank file names; 0 if it names none."""
     said = None
     with suppress(OSError), open_regular_file(path) as file:

@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +13,7 @@ from reshard.formats.huggingface import INDEX, SINGLE, SUFFIX, FolderHeaders
 from reshard.formats.json_input import DOWNLOAD_AGAIN, is_plain, is_text, read_object, refuse_duplicate_keys
 from reshard.formats.numbering import find_gaps, find_numbered_sets
 from reshard.formats.unfinished_downloads import name_begun_downloads
+from reshard.paths import AnyPath
 from reshard.text import format_count, format_list
 from reshard.types import Note, Tensor
 
@@ -40,7 +40,7 @@ def parse_index(text: bytes) -> Any:
     return json.loads(text, object_pairs_hook=refuse_duplicate_keys)
 
 
-def read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: AnyPath) -> dict[str, str] | None:
     """Tensor name -> file name, from the index of a folder, if any. Raises Refused if a name leaves the folder."""
     index = read_object(folder / INDEX, parse=parse_index)
     if index is None:
@@ -52,6 +52,18 @@ def read_index(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
+ENTRY_SIZE = 96
+"""In bytes: an entry of a header is seldom longer, without its name."""
+
+
+def guess_header_sizes(weight_map: Mapping[str, str]) -> dict[str, int]:
+    """Guesses the size of each file's header, in bytes, rather too large: a header is asked for by its first bytes."""
+    sizes: defaultdict[str, int] = defaultdict(lambda: 1 << 10)
+    for tensor, file in weight_map.items():
+        sizes[file] += len(tensor) + ENTRY_SIZE
+    return sizes
+
+
 def check_names_are_safe(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
     """An index may name files of its own folder only: a path could make us read any file of the machine."""
     for name in {value if isinstance(value, str) else repr(value): None for value in weight_map.values()}:
@@ -61,7 +73,7 @@ def check_names_are_safe(weight_map: Mapping[str, Any]) -> Iterable[Problem]:
 
 
 def choose_indexed_files(
-    source: Path, names: Sequence[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
+    source: AnyPath, names: Sequence[str], weight_map: Mapping[str, str], *, ignore_extra_files: bool
 ) -> list[str]:
     """The files that the index names; refuses those that are missing, and extra ones unless they are to be ignored."""
     wanted = sorted(set(weight_map.values()))
@@ -97,13 +109,13 @@ def refuse_stale_index(wanted: Sequence[str], names: Sequence[str]) -> Exception
     return refuse("wrong-index", INDEX, found, "the index of the files in this folder", remedy)
 
 
-def is_file(path: Path) -> bool:
+def is_file(path: AnyPath) -> bool:
     with suppress(OSError):
         return path.is_file()
     return False
 
 
-def describe_missing_files(source: Path, names: Sequence[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
+def describe_missing_files(source: AnyPath, names: Sequence[str], weight_map: Mapping[str, str]) -> Iterable[Problem]:
     tensors: defaultdict[str, list[str]] = defaultdict(list)
     for tensor, file in weight_map.items() if names else ():
         tensors[file].append(tensor)

@@ -1,16 +1,15 @@
 """JSON that strangers wrote: of bounded size, without duplicate keys, with plain file names."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from reshard.errors import refuse
 from reshard.formats.file_content import LOOKED_AT, require_json_content, require_no_answer
 from reshard.formats.unfinished_downloads import require_finished_download
-from reshard.storage.local import open_regular_file
+from reshard.paths import AnyPath
+from reshard.storage.opened import measure_open_file, open_regular_file
 
 MAX_HEADER_SIZE = 100_000_000
 
@@ -53,7 +52,7 @@ POINTER = b"version https://git-lfs"
 """So begins what git has in the place of a large file until git-lfs fetches that."""
 
 
-def require_no_pointer(path: Path, beginning: bytes) -> None:
+def require_no_pointer(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused."""
     if beginning.startswith(POINTER):
         expected, remedy = "the file that it stands for", "git lfs pull, in the folder that was cloned"
@@ -61,7 +60,7 @@ def require_no_pointer(path: Path, beginning: bytes) -> None:
 
 
 def read_object(
-    path: Path, most: int = MAX_HEADER_SIZE, parse: Callable[[bytes], Any] = json.loads
+    path: AnyPath, most: int = MAX_HEADER_SIZE, parse: Callable[[bytes], Any] = json.loads
 ) -> dict[str, Any] | None:
     """The JSON object in a file of at most so many bytes, or None if there is no such file. Raises Refused if it holds
     anything else.
@@ -70,7 +69,7 @@ def read_object(
     try:
         require_finished_download(path)
         with open_regular_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size, _ = measure_open_file(file)
             if size > most:
                 raise refuse("too-large", str(path), f"{size:,} bytes", f"at most {most:,} bytes", DOWNLOAD_AGAIN)
             text = file.read(size)

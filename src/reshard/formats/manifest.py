@@ -5,7 +5,6 @@ import zlib
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +18,7 @@ from reshard.formats.renaming import Renaming, StoredRenaming
 from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
 from reshard.formats.shares import Share
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
+from reshard.paths import AnyPath
 from reshard.text import format_list, format_numbers
 from reshard.types import OriginalFile, Subset, Tensor
 
@@ -267,7 +267,7 @@ def unpack_original_file(name: str, text: str) -> OriginalFile:
     return OriginalFile(name, header, {tensor.name: tensor for tensor in tensors})
 
 
-def read_manifest_unchecked(folder: Path) -> Mapping[str, Any]:
+def read_manifest_unchecked(folder: AnyPath) -> Mapping[str, Any]:
     """As it stands there: what is told of it is a hint, so that its checksum need not be right."""
     return read_object(folder / MANIFEST, LARGEST_MANIFEST) or {}
 
@@ -280,7 +280,7 @@ def compute_manifest_checksum(manifest: Mapping[str, Any]) -> str:
         return ""  # ours is two levels deep
 
 
-def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+def read_manifest(folder: AnyPath, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest of a folder, or an empty one if it has none. Raises Refused if it is not as we wrote it."""
     manifest = read_object(folder / name, LARGEST_MANIFEST)
     if manifest is None:
@@ -322,13 +322,13 @@ def list_rank_files(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["name"] for entry in manifest.get("files", ())}
 
 
-def read_subset(path: Path) -> Mapping[str, Any]:
+def read_subset(path: AnyPath) -> Mapping[str, Any]:
     """The part of a larger checkpoint that a folder holds, by its manifest; empty if it is whole or has no manifest."""
     subset: Mapping[str, Any] = read_valid_manifest(path).get("subset", {})
     return subset
 
 
-def read_valid_manifest(path: Path) -> Mapping[str, Any]:
+def read_valid_manifest(path: AnyPath) -> Mapping[str, Any]:
     """The manifest of a folder; empty without one, and of a damaged one, which says nothing."""
     try:
         return read_manifest(path) if path.is_dir() else {}

@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
@@ -18,6 +17,7 @@ from reshard.formats.command_words import list_layout_words, list_named_recipe_w
 from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.paths import AnyPath
 from reshard.text import format_count, format_list, format_runs
 from reshard.types import SLICED, WHOLE, Note
 
@@ -64,7 +64,7 @@ def is_part_name(name: str) -> bool:
     return PART_NAME.fullmatch(name.removesuffix(PARTIAL)) is not None
 
 
-def read_manifests(folder: Path) -> Manifests:
+def read_manifests(folder: AnyPath) -> Manifests:
     """Reads all manifests of a folder. Raises Refused if `reshard.json` is damaged."""
     main, parts, damaged = read_manifest(folder), {}, []
     for name in list_names(folder):
@@ -99,7 +99,7 @@ def join_manifests(manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**known[0], "files": sorted(files.values(), key=lambda entry: entry["rank"]), "side_files": unique}
 
 
-def check_agreement(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+def check_agreement(folder: AnyPath, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     """Reports rank files of which two manifests of one conversion, by file name, tell other bytes: one of them was made
     from a source that had changed where no sample is taken, or is wrong.
     """
@@ -122,14 +122,14 @@ def choose_of_one_conversion(manifests: Manifests) -> dict[str, Mapping[str, Any
     return {name: one for name, one in named.items() if is_same_conversion(one, next(iter(named.values())))}
 
 
-def read_joined_manifest(folder: Path) -> dict[str, Any]:
+def read_joined_manifest(folder: AnyPath) -> dict[str, Any]:
     """The manifest of a folder, joined with those of the other parts of the same conversion; empty if there is none.
     Raises Refused if `reshard.json` is damaged.
     """
     return join_manifests(choose_of_one_conversion(read_manifests(folder)).values())
 
 
-def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]], source: str = "SOURCE") -> Iterator[Problem]:
+def check_joined(folder: AnyPath, chosen: Mapping[str, Mapping[str, Any]], source: str = "SOURCE") -> Iterator[Problem]:
     """Reports parts of one conversion, by the names of their manifests, that were brought together but not joined:
     `reshard.json` does not name all. `source` stands in the command that joins them.
     """
@@ -144,7 +144,7 @@ def check_joined(folder: Path, chosen: Mapping[str, Mapping[str, Any]], source: 
     yield Problem("not-joined", MANIFEST, found, "one manifest of all", remedy)
 
 
-def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
+def note_not_joined(folder: AnyPath, source: str = "SOURCE") -> Iterator[Note]:
     """Notes parts that are not joined, or contradict each other. A damaged `reshard.json` says nothing."""
     try:
         chosen = choose_of_one_conversion(read_manifests(folder))
@@ -154,7 +154,7 @@ def note_not_joined(folder: Path, source: str = "SOURCE") -> Iterator[Note]:
         yield Note(problem.kind, f"the parts are not joined yet: {problem.subject} {problem.found}; {problem.remedy}")
 
 
-def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str) -> str:
+def describe_join_command(folder: AnyPath, manifest: Mapping[str, Any], source: str) -> str:
     """Describes the command that joins the parts of a target, and writes the rank files that lack, as far as their
     manifest knows it.
     """
@@ -162,7 +162,7 @@ def describe_join_command(folder: Path, manifest: Mapping[str, Any], source: str
     return f"to join them, run the command that made them without --ranks: {command}"
 
 
-def format_join_command(folder: Path, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
+def format_join_command(folder: AnyPath, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
     """Formats the same command."""
     layout, recipe = manifest.get("layout"), manifest.get("recipe")
     words = *list_layout_words(layout), *list_named_recipe_words(recipe), *list_subset_words(manifest.get("subset", {}))

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from reshard.errors import Refused, refuse
@@ -32,7 +31,8 @@ from reshard.formats.unfinished_downloads import (
     list_entries,
     remove_ending,
 )
-from reshard.storage.local import open_regular_file
+from reshard.paths import AnyPath
+from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint
 
@@ -65,7 +65,7 @@ SAVED_OFFSETS = re.compile(rb'saved_offsets[\\]*"\s*:\s*\[([^\]]*)\]')
 """The offsets of a slice within its tensor, in JSON that is a string of the header."""
 
 
-def require_safetensors_file(path: Path) -> None:
+def require_safetensors_file(path: AnyPath) -> None:
     """Raises Refused if a single file is no safetensors file by its beginning, and by its name another thing."""
     beginning = b""
     with suppress(OSError, Refused), open_regular_file(path) as file:
@@ -83,7 +83,7 @@ def require_safetensors_file(path: Path) -> None:
         raise refuse("other-format", str(path), "a text, no safetensors file", SAFETENSORS, "is the path right?")
 
 
-def require_whole_files(source: Path, names: Sequence[str]) -> None:
+def require_whole_files(source: AnyPath, names: Sequence[str]) -> None:
     """Raises Refused if the files of a folder are slices or ranks of a layout that is not read, by their names."""
     shown = [name for name in names if not name.startswith(".")]
     parts = list(filter(VLLM_PARTS.pattern.fullmatch, shown))
@@ -93,7 +93,7 @@ def require_whole_files(source: Path, names: Sequence[str]) -> None:
             raise refuse_format(source, source, name_subfolders(form, source), fitting)
 
 
-def require_no_slices(path: Path, header: bytes) -> None:
+def require_no_slices(path: AnyPath, header: bytes) -> None:
     """Raises Refused if the header of a file says that it holds slices of tensors: they do not begin at 0, or the file
     has the name of a slice. torch writes the offsets of whole tensors too: all 0, as those of the first slice are.
     """
@@ -104,14 +104,14 @@ def require_no_slices(path: Path, header: bytes) -> None:
         raise refuse_format(path, path.parent, SHARDED_SAFETENSORS, [])
 
 
-def refuse_format(subject: Path, folder: Path, form: OtherFormat, fitting: Sequence[str]) -> Refused:
+def refuse_format(subject: AnyPath, folder: AnyPath, form: OtherFormat, fitting: Sequence[str]) -> Refused:
     """Makes the refusal of a format, with the names that show it."""
     named = f": {format_list(fitting, 3)}" if fitting and [subject.name] != list(fitting) else ""
     remedy = form.remedy.replace("{path}", str(folder))
     return refuse("other-format", str(subject), form.name + named, SAFETENSORS, remedy)
 
 
-def refuse_other_content(folder: Path) -> Refused:
+def refuse_other_content(folder: AnyPath) -> Refused:
     """Makes the refusal of a folder without safetensors files, by what else lies in it."""
     for explain in (explain_hub_cache, explain_begun_weights, explain_pipeline, explain_adapter_folder, explain_weights,
                     explain_subfolders, explain_weights_below, explain_leftovers, explain_begun_blob):  # fmt: skip
@@ -122,21 +122,21 @@ def refuse_other_content(folder: Path) -> Refused:
     )
 
 
-def explain_begun_weights(folder: Path) -> Refused | None:
+def explain_begun_weights(folder: AnyPath) -> Refused | None:
     """Explains a folder in which the first file of weights is not downloaded yet."""
     if any(remove_ending(name) for name in list_entries(folder)) and (begun := find_unfinished_weights(folder)):
         return refuse("unfinished-download", str(folder), f"only {begun}", "the whole files", FINISH)
     return None
 
 
-def explain_begun_blob(folder: Path) -> Refused | None:
+def explain_begun_blob(folder: AnyPath) -> Refused | None:
     """Explains a folder whose hub records show a begun download, and in which nothing else tells what it is."""
     if begun := find_unfinished_weights(folder):
         return refuse("unfinished-download", str(folder), f"no weights yet: {begun}", "the whole files", FINISH)
     return None
 
 
-def explain_hub_cache(folder: Path) -> Refused | None:
+def explain_hub_cache(folder: AnyPath) -> Refused | None:
     """Explains the root of a cached repository, a folder of it that is not a snapshot, and a folder of such roots."""
     for root in (folder, folder.parent):
         if (root / "snapshots").is_dir() and (root == folder or folder.name in {"snapshots", "blobs", "refs"}):
@@ -149,7 +149,7 @@ def explain_hub_cache(folder: Path) -> Refused | None:
     return None
 
 
-def list_snapshots(root: Path) -> list[Path]:
+def list_snapshots(root: AnyPath) -> list[AnyPath]:
     """Lists the snapshots of a cached repository: the one of the branch main alone, if there is one."""
     found = [root / "snapshots" / name for name in list_entries(root / "snapshots")]
     with suppress(OSError, UnicodeError), open_regular_file(root / "refs" / "main") as file:
@@ -158,7 +158,7 @@ def list_snapshots(root: Path) -> list[Path]:
     return found
 
 
-def refuse_cache(folder: Path, found: str, snapshots: Sequence[Path]) -> Refused:
+def refuse_cache(folder: AnyPath, found: str, snapshots: Sequence[AnyPath]) -> Refused:
     """Makes the refusal that names the snapshots to use."""
     if not snapshots:
         return refuse("hub-cache", str(folder), f"{found}, without a snapshot", "a snapshot", "download it again")
@@ -166,7 +166,7 @@ def refuse_cache(folder: Path, found: str, snapshots: Sequence[Path]) -> Refused
     return refuse("hub-cache", str(folder), found, "a snapshot", f"{word}: {format_list(map(str, snapshots))}")
 
 
-def explain_pipeline(folder: Path) -> Refused | None:
+def explain_pipeline(folder: AnyPath) -> Refused | None:
     """Explains the folder of a diffusion pipeline, which has several models in folders of their own."""
     if not (folder / PIPELINE).is_file():
         return None
@@ -176,7 +176,7 @@ def explain_pipeline(folder: Path) -> Refused | None:
     return refuse("other-format", str(folder), found, "the folder of one model", remedy)
 
 
-def explain_adapter_folder(folder: Path) -> Refused | None:
+def explain_adapter_folder(folder: AnyPath) -> Refused | None:
     """Explains the folder of an adapter without safetensors files."""
     names = list_entries(folder)
     if not any(ADAPTER_FILE.fullmatch(name) for name in names):
@@ -186,7 +186,7 @@ def explain_adapter_folder(folder: Path) -> Refused | None:
     return refuse_adapter(folder, folder)
 
 
-def refuse_adapter(subject: Path, folder: Path) -> Refused:
+def refuse_adapter(subject: AnyPath, folder: AnyPath) -> Refused:
     """Makes the refusal of an adapter, with the name of its base if its config tells it."""
     config: dict[str, Any] = {}
     with suppress(Refused):
@@ -201,7 +201,7 @@ def refuse_adapter(subject: Path, folder: Path) -> Refused:
     return refuse("adapter", str(subject), found, "the weights of a whole model", remedy)
 
 
-def explain_weights(folder: Path) -> Refused | None:
+def explain_weights(folder: AnyPath) -> Refused | None:
     """Explains a folder that has weights in another format; also names its sub-folders with safetensors files."""
     known = find_other_format(list_visible(folder), FORMATS)
     if not known:
@@ -209,7 +209,7 @@ def explain_weights(folder: Path) -> Refused | None:
     return refuse_format(folder, folder, name_subfolders(known[0], folder), known[1])
 
 
-def name_subfolders(form: OtherFormat, folder: Path) -> OtherFormat:
+def name_subfolders(form: OtherFormat, folder: AnyPath) -> OtherFormat:
     """Adds the sub-folders with safetensors files to the hint, such as `consolidated` beside slices."""
     if not (names := list_weight_folders(folder)):
         return form
@@ -217,7 +217,7 @@ def name_subfolders(form: OtherFormat, folder: Path) -> OtherFormat:
     return form._replace(remedy=f"{form.remedy}; or name a sub-folder with safetensors files: {beside}")
 
 
-def explain_weights_below(folder: Path) -> Refused | None:
+def explain_weights_below(folder: AnyPath) -> Refused | None:
     """Explains a folder below which there are distributed checkpoints, such as the steps of a training: it names them,
     for each may be read by itself; or weights in another format only, such as `original`.
     """
@@ -238,19 +238,19 @@ def explain_weights_below(folder: Path) -> Refused | None:
     return refuse("empty-source", str(folder), found, expected, COPY_METADATA) if broken else None
 
 
-def explain_leftovers(folder: Path) -> Refused | None:
+def explain_leftovers(folder: AnyPath) -> Refused | None:
     """Explains a folder without weights, but with archives or the state of a training."""
     known = find_other_format(list_visible(folder), LEFTOVERS)
     return refuse_format(folder, folder, *known) if known else None
 
 
-def list_visible(folder: Path) -> list[str]:
+def list_visible(folder: AnyPath) -> list[str]:
     """Lists the names in a folder that do not begin with a dot; those of folders end in a slash."""
     names = (name for name in list_entries(folder) if not name.startswith("."))
     return [f"{name}/" if (folder / name).is_dir() else name for name in names]
 
 
-def explain_subfolders(folder: Path) -> Refused | None:
+def explain_subfolders(folder: AnyPath) -> Refused | None:
     """Explains a folder whose sub-folders hold checkpoints: it names them."""
     if not (names := list_weight_folders(folder)):
         return None
@@ -258,7 +258,7 @@ def explain_subfolders(folder: Path) -> Refused | None:
     return refuse("empty-source", str(folder), "safetensors files in its sub-folders only", "one checkpoint", remedy)
 
 
-def require_no_vllm_ranks(source: Path, names: Sequence[str]) -> None:
+def require_no_vllm_ranks(source: AnyPath, names: Sequence[str]) -> None:
     """Raises Refused if all files are ranks of vLLM by their names: they must not be taken for whole files."""
     if names and all(map(VLLM_RANKS.pattern.fullmatch, names)):
         raise refuse_format(source, source, VLLM_RANKS, names)

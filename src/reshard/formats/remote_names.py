@@ -6,15 +6,15 @@ import os
 import re
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from reshard.errors import refuse
+from reshard.errors import Refused, refuse
+from reshard.paths import AnyPath, RemotePath
+from reshard.storage.addresses import ADDRESS, open_address
 from reshard.text import make_path
-
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
-"""An address as a path has it: a path has one slash where the address had two."""
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
 
@@ -39,7 +39,7 @@ class Download(NamedTuple):
         return f"download it: {shlex.join(self.words)}; then give {shlex.quote(self.folder)}"
 
 
-def restore_address(path: Path) -> str:
+def restore_address(path: AnyPath) -> str:
     """A path as it was given: `s3://bucket/model` where a path has one slash."""
     found = ADDRESS.fullmatch(str(path))
     if not found:
@@ -47,11 +47,63 @@ def restore_address(path: Path) -> str:
     return f"{found[1]}://{'/' if found[1].lower() == FILE else ''}{found[2]}"
 
 
-def require_path(given: str | os.PathLike[str]) -> Path:
-    """Returns a path as it was given. Raises Refused for an empty string, which would be the folder that we are in."""
+def make_full_path(path: Path) -> str:
+    """A path that is the same from any folder; an address as it was given."""
+    return restore_address(path) if ADDRESS.fullmatch(str(path)) else str(path.absolute())
+
+
+def require_local_path(given: str | os.PathLike[str]) -> Path:
+    """Returns a path as it was given. Raises Refused for an empty string, and for an address."""
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
-    return make_path(os.fspath(given))
+    path = make_path(os.fspath(given))
+    if ADDRESS.fullmatch(str(path)):
+        address, remedy = restore_address(path), suggest_download(path)
+        raise refuse("no-source", address, "an address", "a folder of this machine", remedy)
+    return path
+
+
+def require_path(given: str | os.PathLike[str]) -> AnyPath:
+    """Returns a path as it was given; an address is opened. Raises Refused for an empty string, which would be the
+    folder that we are in, and for an address where nothing can be read.
+    """
+    if not os.fspath(given):
+        raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    path = make_path(os.fspath(given))
+    address = restore_address(path)
+    found = ADDRESS.fullmatch(address)
+    if found and found[2].partition("/")[0].lower() in HUBS + MODELSCOPE:
+        raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_for_page(path))
+    try:
+        return open_address(address) or path
+    except Refused as refused:
+        raise add_download(refused, path) from None
+
+
+def suggest_for_page(path: Path) -> str:
+    """The hint for the address of a page of a hub: the repository on it, as an address that can be read."""
+    host, _, rest = restore_address(path).partition("://")[2].partition("/")
+    found = REPOSITORY.fullmatch(rest)
+    if not found or host not in HUBS:
+        return suggest_path(path)
+    revision = found[2] or found[3]
+    named = f"hf://{found[1]}" + (f"@{revision}" if revision and revision != "main" else "")
+    mirror = f", with HF_ENDPOINT=https://{host}" if host not in HUBS[:3] else ""
+    return f"give {named}{mirror}; or {suggest_path(path)}"
+
+
+def add_download(refused: Refused, path: Path) -> Refused:
+    """Adds to the refusal of a store that cannot be asked from here how to download from it elsewhere."""
+    remedy = suggest_download(path)
+    return Refused(
+        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in UNREACHABLE else problem
+        for problem in refused.problems
+    )
+
+
+def read_location(given: str | os.PathLike[str] | None) -> AnyPath | None:
+    """The same of what may not be given. Raises Refused."""
+    return None if given is None else require_path(given)
 
 
 def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
@@ -66,6 +118,9 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
         raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
     return path
 
+
+UNREACHABLE = ("cannot-read", "missing-package")
+"""Kinds of problems of a store that another machine may not have."""
 
 EMPTY = "''"
 """The subject of a refusal of a path without a letter."""
@@ -92,8 +147,10 @@ def suggest_upload(path: Path) -> str:
     return f"convert into a FOLDER, then upload it: {command}"
 
 
-def suggest_path(path: Path) -> str:
+def suggest_path(path: AnyPath) -> str:
     """The hint for a path that is not there: one like it, what downloads it, or else how to make a small checkpoint."""
+    if isinstance(path, RemotePath):
+        return "is its name right?"
     return (
         suggest_near(path)
         or suggest_download(path)
@@ -101,9 +158,9 @@ def suggest_path(path: Path) -> str:
     )
 
 
-def suggest_near(path: Path) -> str:
+def suggest_near(path: AnyPath) -> str:
     """The hint for a path that is not there, with one like it; empty if there is none."""
-    near = find_near_path(path)
+    near = find_near_path(path) if isinstance(path, Path) else None
     return f"did you mean {shlex.quote(str(near))}?" if near else ""
 
 

@@ -1,8 +1,7 @@
 """The names of manifest, journal and partial files; whether a conversion has finished."""
 
-from pathlib import Path
-
 from reshard.errors import refuse
+from reshard.paths import AnyPath
 
 MANIFEST = "reshard.json"
 
@@ -14,7 +13,7 @@ JOURNAL = "reshard.journal"
 PARTIAL = ".partial"
 
 
-def require_finished(folder: Path) -> None:
+def require_finished(folder: AnyPath) -> None:
     """Raises Refused if a folder holds a conversion that has not ended. Where the same conversion for other ranks has
     ended before, there is something to look at.
     """
@@ -26,7 +25,7 @@ def require_finished(folder: Path) -> None:
         raise refuse("unfinished-target", str(folder), "an unfinished conversion", expected, remedy)
 
 
-def list_names(folder: Path) -> list[str]:
+def list_names(folder: AnyPath) -> list[str]:
     """Lists the names in a folder, sorted; empty if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reshard.errors import MOST_EXPLAINED, Problem, require_none
+from reshard.paths import AnyPath, RemotePath
 from reshard.text import format_count
 
 UNFINISHED = (
@@ -36,7 +37,7 @@ BEGUN_BLOB = re.compile(r"([^.]+)(?:\.[0-9a-f]{8})?\.incomplete")
 FINISH = "finish the download: run it again until it ends; then convert"
 
 
-def list_entries(folder: Path) -> list[str]:
+def list_entries(folder: AnyPath) -> list[str]:
     """Lists the names in a folder, sorted; empty if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
@@ -52,7 +53,7 @@ def remove_ending(name: str) -> str | None:
     return None
 
 
-def check_unfinished(folder: Path, names: Collection[str]) -> Iterator[Problem]:
+def check_unfinished(folder: AnyPath, names: Collection[str]) -> Iterator[Problem]:
     """Reports the files of these names that are not downloaded yet, by the files beside them.
 
     A file may have its final name and size already: aria2 reserves both before the first byte comes.
@@ -67,7 +68,7 @@ def check_unfinished(folder: Path, names: Collection[str]) -> Iterator[Problem]:
             yield Problem("unfinished-download", str(folder / name), found, "the whole file", remedy)
 
 
-def require_finished_download(path: Path) -> None:
+def require_finished_download(path: AnyPath) -> None:
     """Raises Refused if a file is not downloaded yet, whether it has its final name already or not."""
     require_none(check_unfinished(path.parent, [path.name]))
 
@@ -86,7 +87,7 @@ def parse_begun_label(path: str) -> str | None:
     return f"{inner}{slash}{found[1]}" if found else None
 
 
-def find_unfinished(folder: Path, name: str) -> str | None:
+def find_unfinished(folder: AnyPath, name: str) -> str | None:
     """Finds the beginning of a download of the missing file `name`, and says where it lies; None if there is none.
 
     It lies beside, or in the folder where the hub's or modelscope's program keeps it until it is whole. In a snapshot
@@ -110,22 +111,26 @@ def find_unfinished(folder: Path, name: str) -> str | None:
     return f"{BLOBS} has {format_count(len(blobs), 'unfinished downloads')}" if blobs else None
 
 
-def read_link_name(path: Path) -> str:
+def read_link_name(path: AnyPath) -> str:
     """The last name of the path that a link leads to; empty for anything else."""
+    if isinstance(path, RemotePath):  # no store has links
+        return ""
     try:
         return path.readlink().name
     except OSError:
         return ""
 
 
-def list_begun_blobs(folder: Path) -> list[str]:
+def list_begun_blobs(folder: AnyPath) -> list[str]:
     """Lists the hashes of the files that were begun in a hub cache, and are not there whole; `folder` is a snapshot."""
+    if isinstance(folder, RemotePath):
+        return []
     real = Path(os.path.realpath(folder))
     entries = set(list_entries(real.parent.parent / "blobs")) if real.parent.name == "snapshots" else set()
     return sorted({found[1] for entry in entries if (found := BEGUN_BLOB.fullmatch(entry))} - entries)
 
 
-def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[Problem]:
+def name_begun_downloads(folder: AnyPath, problems: Iterable[Problem]) -> Iterator[Problem]:
     """Says of missing files where their downloads were begun; of the first, for each look lists folders."""
     for number, problem in enumerate(problems):
         is_looked_for = number < MOST_EXPLAINED and problem.kind == "missing-file"
@@ -133,7 +138,7 @@ def name_begun_downloads(folder: Path, problems: Iterable[Problem]) -> Iterator[
         yield replace(problem, found=f"no such file, but {begun}", remedy=FINISH) if begun else problem
 
 
-def find_unfinished_weights(folder: Path) -> str | None:
+def find_unfinished_weights(folder: AnyPath) -> str | None:
     """Finds begun downloads of any weights in a folder that has none, and says where; None if there are none."""
     for beside in list_entries(folder):
         if (remove_ending(beside) or "").endswith(".safetensors"):

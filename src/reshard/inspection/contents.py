@@ -26,11 +26,12 @@ from reshard.formats.manifest import (
 )
 from reshard.formats.part_manifests import find_recipe_name, note_not_joined, read_joined_manifest
 from reshard.formats.recognition import require_model, require_no_megatron
-from reshard.formats.remote_names import require_path
+from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
 from reshard.numbered_names import split_name
+from reshard.paths import AnyPath
 from reshard.planning.options import list_patterns
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_recipes_to_try
@@ -118,34 +119,35 @@ def inspect_path(
     names fit one of the shell patterns `tensors` are listed in `Content.listed`. `ignore_extra_files` and
     `config` are as for `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
-    path, patterns = require_path(path), list_patterns(tensors)
-    unfinished, notes = find_unfinished_run(path)
-    if unfinished and not patterns and not (path / MANIFEST).exists():
-        return replace(
-            make_content(path, FolderHeaders(path, (), ()), "", unfinished.recipe, 0, {}, ""), unfinished=unfinished
-        )
-    beside = None if config is None else Path(config)
-    content = summarize_path(path, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
+    place, patterns = require_path(path), list_patterns(tensors)
+    unfinished, notes = find_unfinished_run(place)
+    if unfinished and not patterns and not (place / MANIFEST).exists():
+        content = make_content(place, FolderHeaders(place, (), ()), "", unfinished.recipe, 0, {}, "")
+        return replace(content, unfinished=unfinished)
+    beside = read_location(config)
+    content = summarize_path(place, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
     content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
     if patterns:
-        content = replace(content, listed=list_chosen_tensors(path, patterns, recipe))
-    subset = read_manifest_unchecked(path).get("subset") if path.is_dir() else None
+        content = replace(content, listed=list_chosen_tensors(place, patterns, recipe))
+    subset = read_manifest_unchecked(place).get("subset") if place.is_dir() else None
     return replace(content, subset=format_subset(subset)) if isinstance(subset, dict) and is_subset(subset) else content
 
 
-def find_unfinished_run(path: Path) -> tuple[Unfinished | None, tuple[Note, ...]]:
+def find_unfinished_run(path: AnyPath) -> tuple[Unfinished | None, tuple[Note, ...]]:
     """Finds an unfinished conversion. Beside finished files a damaged journal is worth a note, without any Refused is
     raised.
     """
     try:
-        return read_unfinished(path), tuple(note_begun_repair(path))
+        return read_unfinished(path), tuple(note_begun_repair(path)) if isinstance(path, Path) else ()
     except Refused as refused:
         if not (path / MANIFEST).exists():
             raise
         return None, tuple(Note(one.kind, f"{one.subject}: {one.found}") for one in refused.problems)
 
 
-def summarize_path(path: Path, recipe: str | None, *, ignore_extra_files: bool, config_folder: Path | None) -> Content:
+def summarize_path(
+    path: AnyPath, recipe: str | None, *, ignore_extra_files: bool, config_folder: AnyPath | None
+) -> Content:
     require_finished(path)
     recipes = list_recipes_to_try(recipe)
     if path.is_dir() and (names := find_rank_names(path, list_whole_files(path), recipes)):
@@ -225,7 +227,7 @@ def explain_no_recipe(checkpoint: Checkpoint, refused: Refused) -> str:
     return str(refused)
 
 
-def summarize_rank_files(path: Path, names: RankNames) -> Content:
+def summarize_rank_files(path: AnyPath, names: RankNames) -> Content:
     """Summarizes rank files, with every recipe that fits if neither manifest nor config names one."""
     present = [name for name in names.wanted if name not in names.missing]
     stored, config = read_headers(path, present), read_config(path)
@@ -253,7 +255,7 @@ def summarize_rank_files(path: Path, names: RankNames) -> Content:
     return replace(content, made=read_conversion_options(manifest), notes=notes)
 
 
-def note_part(path: Path, present: Sequence[str]) -> Note | None:
+def note_part(path: AnyPath, present: Sequence[str]) -> Note | None:
     """Notes that a folder holds some ranks only, which its manifests name; None if they do not name all of these."""
     try:
         manifest = read_joined_manifest(path)
@@ -282,7 +284,7 @@ def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
 
 
 def make_content(
-    path: Path, stored: FolderHeaders, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
+    path: AnyPath, stored: FolderHeaders, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
 ) -> Content:
     dtypes: dict[str, tuple[int, int]] = {}
     for tensor in stored.tensors:
@@ -336,10 +338,8 @@ def format_content(content: Content) -> str:
         lines += ["", format_tensor_list(content.listed)]
     elif content.names:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
-        lines += [
-            "",
-            format_table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:MOST_SHOWN_NAMES]),
-        ]
+        table = format_table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:MOST_SHOWN_NAMES])
+        lines += ["", table]
         lines += [f"... and {len(shapes) - MOST_SHOWN_NAMES:,} more; --json lists them all"] * (
             len(shapes) > MOST_SHOWN_NAMES
         )

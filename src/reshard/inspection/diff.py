@@ -7,7 +7,6 @@ tokenizers are not compared. Memory is the buffers of a few threads, whatever th
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from reshard.inspection.tensor_pairs import (
 )
 from reshard.inspection.value_distance import RangeDistance, count_elements, measure_range, merge_ranges
 from reshard.inspection.value_sums import ValueSums, compute_overall_rank, measure_overall
+from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, has_equal_bytes
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
@@ -51,7 +51,7 @@ COMPARE_ALL = DiffChoice()
 
 
 def diff_checkpoints(
-    a: Path, b: Path, choice: DiffChoice = COMPARE_ALL, progress: Progress | None = None
+    a: AnyPath, b: AnyPath, choice: DiffChoice = COMPARE_ALL, progress: Progress | None = None
 ) -> DiffReport:
     """Compares two checkpoints, tensor by tensor and element by element.
 

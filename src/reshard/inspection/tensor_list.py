@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
 from reshard.formats.folders_below import split_numbers
 from reshard.formats.huggingface import INDEX, read_headers
 from reshard.formats.name_patterns import match_any, require_fitting
+from reshard.paths import AnyPath
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import find_rank_names
@@ -31,7 +31,7 @@ class ListedTensor:
     """Its name; of a tensor in several parts, the first few names."""
 
 
-def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None) -> tuple[ListedTensor, ...]:
+def list_chosen_tensors(path: AnyPath, patterns: Sequence[str], recipe: str | None) -> tuple[ListedTensor, ...]:
     """The tensors whose names fit one of the shell `patterns`, layer 2 before layer 10; those of rank files are listed
     file by file for each name. Raises Refused for a pattern that fits none.
     """
@@ -47,7 +47,7 @@ def list_chosen_tensors(path: Path, patterns: Sequence[str], recipe: str | None)
     )
 
 
-def read_tensor_list(path: Path, recipe: str | None) -> list[ListedTensor]:
+def read_tensor_list(path: AnyPath, recipe: str | None) -> list[ListedTensor]:
     """All tensors at a path. Of a folder with an index, those that the index names; of boxes, the tensors that they
     make up. Raises Refused.
     """

@@ -7,7 +7,6 @@ file, tensors keep the names in the files; unless those of one side become the o
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 from reshard.casts.rounding import FLOAT_DTYPES
@@ -15,6 +14,7 @@ from reshard.casts.shapes import count_blocks, unpack_shape
 from reshard.formats.huggingface import read_config, read_file
 from reshard.formats.name_patterns import match_any, require_fitting
 from reshard.formats.renaming import format_renaming, rename_tensors
+from reshard.paths import AnyPath
 from reshard.recipe_types import BlockScale, Recipe
 from reshard.recipes.patterns import WEIGHT
 from reshard.recipes.recipe import list_recipes_to_try
@@ -44,7 +44,7 @@ class DiffChoice:
     ignore_extra_files: bool = False
     replicas: str = COMPARE
     """`compare`: the replicas of several ranks must be equal; `first`: only the replica of the first rank is read."""
-    config: Path | None = None
+    config: AnyPath | None = None
     """The folder of the config of a side that has none."""
 
 
@@ -107,7 +107,7 @@ class Pairing:
     only_b: tuple[str, ...]
 
 
-def read_diff_side(path: Path, choice: DiffChoice) -> DiffSide:
+def read_diff_side(path: AnyPath, choice: DiffChoice) -> DiffSide:
     """Reads the headers of a checkpoint in either layout. Raises Refused."""
     recipes = choose_for_engine(list_recipes_to_try(choice.recipe), "", is_named=bool(choice.recipe))
     beside = choice.config if path.is_dir() and read_config(path) is None else None

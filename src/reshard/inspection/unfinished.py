@@ -4,7 +4,6 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,11 +13,12 @@ from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.paths import AnyPath, RemotePath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.engine_choice import list_recipe_words
 from reshard.sources.rank_names import parse_rank_name
-from reshard.storage.local import open_regular_file
+from reshard.storage.opened import open_regular_file
 from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
 
 LARGEST_JOURNAL = 1 << 30
@@ -85,14 +85,14 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
         yield f"  {found.command}"
 
 
-def read_unfinished(path: Path) -> Unfinished | None:
+def read_unfinished(path: AnyPath) -> Unfinished | None:
     """Reads how far the unfinished conversion in a folder is; None if there is none, or its journal has not begun.
 
     A journal whose files `reshard.json` names all is left over: that run has crashed after its last step. Raises
     Refused if the journal is damaged.
     """
     journal = path / JOURNAL
-    if not journal.is_file():
+    if isinstance(journal, RemotePath) or not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
@@ -130,7 +130,7 @@ def read_unfinished(path: Path) -> Unfinished | None:
     )
 
 
-def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) -> int:
+def count_whole_files(path: AnyPath, entry: JournalEntry, recorded: Sequence[int]) -> int:
     """Counts the files whose bytes behind the header are all recorded."""
     count = 0
     for name, size, done in zip(entry.files, entry.sizes, recorded, strict=False):
@@ -144,7 +144,7 @@ def count_whole_files(path: Path, entry: JournalEntry, recorded: Sequence[int]) 
     return count
 
 
-def make_words(entry: JournalEntry, path: Path, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
+def make_words(entry: JournalEntry, path: AnyPath, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
     words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
     is_packaged = any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged)

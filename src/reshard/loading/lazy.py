@@ -20,19 +20,14 @@ from reshard.errors import Refused, refuse, require_none
 from reshard.execution.joins import PartReader, count_join_levels, read_join
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.formats.huggingface import read_file
-from reshard.formats.remote_names import require_path
+from reshard.formats.remote_names import read_location, require_path
 from reshard.loading.arrays import FlatBytes, check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.rank_names import holds_rank_files
 from reshard.sources.source import read_source
 from reshard.sources.stacked_experts import read_under_hub_names
-from reshard.storage.local import (
-    CACHED,
-    PAGE,
-    allocate_aligned,
-    open_to_read,
-    read_range,
-)
+from reshard.storage.local import CACHED, PAGE, allocate_aligned
+from reshard.storage.opened import open_file, read_range
 from reshard.storage.unchanged import require_unchanged, require_unwritten
 from reshard.text import escape, format_count
 from reshard.types import FIRST, Checkpoint, Tensor
@@ -72,17 +67,17 @@ def open_tensors(
 
     """
     require_framework(framework)
-    path, beside = require_path(path), None if config is None else Path(config)
-    if path.is_file():
+    place, beside = require_path(path), read_location(config)
+    if place.is_file():
         if beside:
             raise refuse("wrong-option", "--config", f"{beside}, for a single file", "a folder", "leave it out")
-        return Tensors(read_file(path), framework)
-    if holds_rank_files(path, recipe):
+        return Tensors(read_file(place), framework)
+    if holds_rank_files(place, recipe):
         found = read_source(
-            path, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside
+            place, recipe, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside
         )
         return Tensors(found.checkpoint, framework)
-    checkpoint = read_checkpoint(path, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside)
+    checkpoint = read_checkpoint(place, ignore_extra_files=ignore_extra_files, replicas=replicas, config_folder=beside)
     with suppress(Refused):  # what cannot be taken apart without doubt is there as it lies
         checkpoint = read_under_hub_names(checkpoint)
     return Tensors(checkpoint, framework)
@@ -108,7 +103,7 @@ class Tensors(Mapping[str, "LazyTensor"]):
         self._close_files = finalize(self, stack.close)
         self._close_files.atexit = False  # a thread may still read then
         try:
-            self._sources = [open_to_read(stack, path, CACHED) for path in self._paths]
+            self._sources = [open_file(stack, path, CACHED) for path in self._paths]
             require_unchanged(checkpoint.folder, checkpoint.files, self._sources)
         except BaseException as error:
             self.close()

@@ -13,14 +13,14 @@ from reshard.errors import refuse, require_none
 from reshard.execution.joins import count_join_levels
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
-from reshard.formats.remote_names import require_path
+from reshard.formats.remote_names import read_location, require_path
 from reshard.loading.arrays import check_array_dtypes, get_array_shape, require_framework, view_as_array
 from reshard.planning.copies import WrongPlan
 from reshard.planning.options import require_layout, require_whole_number
 from reshard.planning.plan import Plan
 from reshard.planning.planner import make_plan
 from reshard.sources.source import read_source
-from reshard.storage.local import advise_random_reads
+from reshard.storage.opened import advise_scattered_reads
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import measure_available_memory, run_in_threads
 from reshard.storage.unchanged import open_unchanged
@@ -90,7 +90,7 @@ def load(
         ignore_extra_files=ignore_extra_files,
         replicas=replicas,
         keep_optional=keep_mtp,
-        config_folder=None if config is None else Path(config),
+        config_folder=read_location(config),
     )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)
@@ -171,7 +171,7 @@ def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexa
     if plan.computes:
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
-        advise_random_reads(sources)  # or the kernel reads on into what other ranks need
+        advise_scattered_reads(sources)  # or the kernel reads on into what other ranks need
         files = OpenFiles(sources, (), ways, made, allow_inexact, levels)
         work = require_total_size(
             make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from reshard.formats.manifest import Origin, list_subset_lines
 from reshard.formats.shares import Share
+from reshard.paths import AnyPath
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile, list_shapes
 from reshard.planning.reads import measure_reads
@@ -22,7 +22,7 @@ from reshard.types import RANKS, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, 
 class Plan:
     """Everything that a conversion will do. Prints as a table of the files that it will write."""
 
-    path: Path
+    path: AnyPath
     """The source, as the caller gave it."""
     source: Checkpoint
     recipe: Recipe
@@ -71,7 +71,7 @@ class Plan:
             start = end
 
     @property
-    def side_folder(self) -> Path:
+    def side_folder(self) -> AnyPath:
         """The folder of the config and the other files beside the tensors of the source."""
         return self.source.beside or self.source.folder
 

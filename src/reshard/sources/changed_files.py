@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
@@ -13,6 +12,8 @@ from reshard.formats.huggingface import FolderHeaders
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.ranges import CheckedRange, pick_ranges
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
+from reshard.storage.opened import open_regular_file
 
 AGAIN = "convert it again; or move reshard.json elsewhere, to take the files as they are"
 
@@ -74,11 +75,11 @@ def check_exchanged_files(stored: FolderHeaders) -> Iterator[Problem]:
             )
 
 
-def find_changed_range(path: Path, ranges: str) -> CheckedRange | None:
+def find_changed_range(path: AnyPath, ranges: str) -> CheckedRange | None:
     """Finds the first byte range with another checksum, of three: the header, the middle one and the last. None if all
     are equal.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular_file(path) as file:
         for checked in pick_ranges(ranges):
             file.seek(checked.offset)
             if xxh3_128_hexdigest(file.read(checked.size)) != checked.digest:

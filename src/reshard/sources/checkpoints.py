@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.boxed_folder import note_distcp_beside
@@ -12,6 +11,7 @@ from reshard.formats.huggingface import FolderHeaders
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
 from reshard.sources.boxes import assemble_boxes
 from reshard.sources.changed_files import COPY_SLICES, check_changed_files
 from reshard.types import COMPARE, MOST_RANKS, Checkpoint, Note
@@ -20,7 +20,7 @@ COPY_PART = "copy it there with its manifest from where it was made; or convert 
 
 
 def read_checkpoint(
-    path: Path, *, ignore_extra_files: bool = False, replicas: str = COMPARE, config_folder: Path | None = None
+    path: AnyPath, *, ignore_extra_files: bool = False, replicas: str = COMPARE, config_folder: AnyPath | None = None
 ) -> Checkpoint:
     """Reads the checkpoint in a folder, or in a single safetensors file, under the names in its files. Of boxes that
     are stored several times, `replicas` says what is read. The config may lie in a folder of its own. Raises Refused

@@ -9,7 +9,7 @@ from reshard.formats.huggingface import FolderHeaders
 from reshard.recipe_types import Constant, Recipe
 from reshard.recipes.patterns import find_scale_placeholder, list_constant_names, list_present_constants
 from reshard.sources.held_shards import CollectedShards
-from reshard.storage.local import open_regular_file
+from reshard.storage.opened import open_regular_file
 from reshard.text import format_list
 from reshard.types import Tensor
 

@@ -6,13 +6,13 @@ Names of some engines do not tell the number of ranks. Then the headers may tell
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, refuse
 from reshard.formats.boxed_folder import list_whole_files
 from reshard.formats.huggingface import INDEX, read_stated_ranks
 from reshard.formats.part_manifests import is_of_slices, is_of_whole_files
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import has_ranks, list_packaged_recipes, list_recipes_to_try
 from reshard.text import format_list
@@ -50,12 +50,12 @@ def note_files_beside_ranks(names: RankNames) -> Iterator[Note]:
         yield Note("left-aside", f"left aside: {format_list(names.extra)}; {reason}")
 
 
-def holds_rank_files(path: Path, recipe: str | None = None) -> bool:
+def holds_rank_files(path: AnyPath, recipe: str | None = None) -> bool:
     """Whether a folder holds the rank files of a recipe. Raises Refused if folder or recipe cannot be read."""
     return path.is_dir() and find_rank_names(path, list_whole_files(path), list_recipes_to_try(recipe)) is not None
 
 
-def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:
+def find_rank_names(path: AnyPath, names: Sequence[str], recipes: Sequence[Recipe]) -> RankNames | None:
     """Finds the rank files among the file names at a path. None if there are none, or if a folder with an index also
     has other files.
 
@@ -72,7 +72,7 @@ def find_rank_names(path: Path, names: Sequence[str], recipes: Sequence[Recipe])
 
 
 def count_ranks(
-    path: Path, names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]
+    path: AnyPath, names: Sequence[str], numbers: Mapping[str, tuple[int, int]], recipes: Sequence[Recipe]
 ) -> RankNames:
     """Counts the ranks, by the majority of the file names, and names the file of each rank. Where names do not tell the
     number, the majority of the headers does, else the highest rank. Raises Refused if the number is out of range.
@@ -122,7 +122,7 @@ def find_foreign_recipe(manifest: Mapping[str, Any], recipes: Sequence[Recipe]) 
     return "" if name in {known.name for known in recipes} else name
 
 
-def require_known_recipe(path: Path, manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> None:
+def require_known_recipe(path: AnyPath, manifest: Mapping[str, Any], recipes: Sequence[Recipe]) -> None:
     """Raises Refused if rank files were made by a recipe that is not among `recipes`."""
     if made_by := find_foreign_recipe(manifest, recipes):
         found, remedy = f"rank files made by the recipe {made_by}", "pass the file of that recipe with --recipe"

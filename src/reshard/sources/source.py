@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder
@@ -10,6 +9,7 @@ from reshard.formats.huggingface import FolderHeaders, read_headers
 from reshard.formats.manifest import Origin, format_subset
 from reshard.formats.recognition import require_model, require_no_megatron, require_no_vllm_ranks
 from reshard.formats.unfinished_downloads import name_begun_downloads
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
@@ -51,7 +51,7 @@ MADE_FROM = "name the checkpoint that these rank files were made from"
 class Source:
     """A checkpoint to be converted, with its recipe and everything else that later stages need."""
 
-    path: Path
+    path: AnyPath
     """As the caller gave it."""
     checkpoint: Checkpoint
     """Of rank files: whole tensors, assembled from the shards. The names are those of the recipe."""
@@ -69,7 +69,7 @@ class Source:
 
 
 def read_source(
-    path: Path,
+    path: AnyPath,
     recipe: str | None = None,
     *,
     for_engine: str = "",
@@ -77,7 +77,7 @@ def read_source(
     replicas: str = COMPARE,
     subset: Subset = EVERYTHING,
     keep_optional: bool = False,
-    config_folder: Path | None = None,
+    config_folder: AnyPath | None = None,
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
@@ -154,7 +154,7 @@ def match_huggingface(
 
 
 def read_chosen(
-    path: Path,
+    path: AnyPath,
     layout: Layout,
     subset: Subset,
     recipe: str | None,
@@ -162,7 +162,7 @@ def read_chosen(
     replicas: str,
     *,
     ignore_extra_files: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> Source:
     """Reads the chosen part of a source, complete in everything that the layout keeps. Raises Refused."""
     keeps_all = keeps_everything(layout, recipe, for_engine)
@@ -273,7 +273,7 @@ def explain_asked_recipe(stored: FolderHeaders, asked: Recipe, origin: Origin, r
     return Refused([problem] if {asked.name, made_by} <= known else [problem, *refused.problems])
 
 
-def require_one(path: Path, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
+def require_one(path: AnyPath, recipes: Sequence[Recipe], assemble: Callable[[Recipe], Source]) -> Source:
     """Returns the source by the only recipe that fits. Raises Refused if several fit; if none fits, with the problems
     of the recipe that has the fewest.
     """

@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
@@ -13,6 +12,7 @@ from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.formats.part_manifests import find_recipe_name
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
 from reshard.sources.checkpoints import read_folder_checkpoint
@@ -31,7 +31,7 @@ from reshard.types import Checkpoint, File, Tensor
 class VerifiedSides:
     """The two sides that `verify_target` compares."""
 
-    folder: Path
+    folder: AnyPath
     """The folder of the rank files, or of the cast files in the original layout."""
     whole: Checkpoint
     """The other side: the checkpoint in the original layout."""
@@ -49,7 +49,12 @@ class VerifiedSides:
 
 
 def read_sides(
-    target: Path, source: Path, recipe: str | None, *, ignore_extra_files: bool, config_folder: Path | None = None
+    target: AnyPath,
+    source: AnyPath,
+    recipe: str | None,
+    *,
+    ignore_extra_files: bool,
+    config_folder: AnyPath | None = None,
 ) -> VerifiedSides:
     """Reads the headers of a target and its source. Raises Refused if the target was made with another recipe.
 
@@ -91,13 +96,13 @@ def read_sides(
 
 
 def read_restored_sides(
-    target: Path,
-    source: Path,
+    target: AnyPath,
+    source: AnyPath,
     names: RankNames,
     recipe: str | None,
     *,
     ignore_extra_files: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> VerifiedSides:
     """Reads the sides in reverse: the target is the whole checkpoint, the source the rank files. Raises Refused."""
     restored = read_folder(target)
@@ -128,7 +133,7 @@ def find_repeated_head(ranks: Source, whole: Checkpoint) -> tuple[str, Tensor | 
     return (found[0], whole.tensors.get(found[0]), table) if found and table else None
 
 
-def find_added_head(found: Source, whole: Checkpoint, target: Path) -> tuple[str, Tensor | None, Tensor] | None:
+def find_added_head(found: Source, whole: Checkpoint, target: AnyPath) -> tuple[str, Tensor | None, Tensor] | None:
     """Finds the tied head of slices that whole files made of them lack, and the embedding: the manifest of the slices,
     which is not there any more, told that it was added. None of any other sides.
     """
@@ -151,7 +156,7 @@ def drop_head(whole: Checkpoint, head: str) -> Checkpoint:
     return replace(whole, tensors={name: tensor for name, tensor in whole.tensors.items() if name != head})
 
 
-def find_recipe_of_rank_files(source: Path, recipe: str | None) -> Recipe | None:
+def find_recipe_of_rank_files(source: AnyPath, recipe: str | None) -> Recipe | None:
     """Finds a recipe of a source of rank files, by their names; None of another source. Raises Refused."""
     names = find_rank_names(source, list_whole_files(source), list_recipes_to_try(recipe))
     return names.recipes[0] if names else None
@@ -167,7 +172,7 @@ def check_nothing_aside(restored: Folder, whole: Checkpoint) -> Iterator[Problem
             yield Problem("extra-tensor", str(restored.path), note.text, "none", "convert it again")
 
 
-def find_recipe_of_ranks(target: Path, recipes: Sequence[Recipe]) -> str:
+def find_recipe_of_ranks(target: AnyPath, recipes: Sequence[Recipe]) -> str:
     """Finds the recipe that rank files without a manifest are of: that of their metadata, else the one by which they
     can be read. Empty if neither tells, or if no recipe of files with such names must be named.
     """
@@ -182,13 +187,13 @@ def find_recipe_of_ranks(target: Path, recipes: Sequence[Recipe]) -> str:
         return ""
 
 
-def find_engine_of_names(target: Path, recipes: Sequence[Recipe]) -> str:
+def find_engine_of_names(target: AnyPath, recipes: Sequence[Recipe]) -> str:
     """Finds the engine that the files of a target are for, by the names of files or stacked experts; empty for none."""
     names = find_rank_names(target, list_target_names(target), recipes)
     return names.recipes[0].engine if names else find_engine_of_stacks(target)
 
 
-def find_engine_of_stacks(target: Path) -> str:
+def find_engine_of_stacks(target: AnyPath) -> str:
     """Finds the engine whose stacked experts a target has; empty for none, and for a target that cannot be read:
     `verify_target` tells of it. Raises Refused if the names are those of stacked experts but for a prefix.
     """
@@ -206,7 +211,7 @@ def find_engine_of_stacks(target: Path) -> str:
     return found.recipes[0].engine
 
 
-def read_named_tensors(target: Path) -> Checkpoint:
+def read_named_tensors(target: AnyPath) -> Checkpoint:
     """Reads the tensors of a target by their names: if several files have one, that of the last. Raises Refused."""
     if is_boxed_folder(target):
         return read_folder_checkpoint(read_folder(target), is_verified=True)
@@ -214,7 +219,7 @@ def read_named_tensors(target: Path) -> Checkpoint:
     return Checkpoint(target, stored.files, {one.name: one for one in stored.tensors}, read_config(target))
 
 
-def find_named_source(found: Source, target: Path) -> Checkpoint:
+def find_named_source(found: Source, target: AnyPath) -> Checkpoint:
     """Finds the source under the names that the target should have: those of the recipe; those in the source's own
     files, if the target has whole files with these names: it was restored from rank files.
     """
@@ -257,7 +262,7 @@ def infer_module(module: str, old: str, new: str) -> str:
     return ".".join(after) or module
 
 
-def list_target_names(target: Path) -> Sequence[str]:
+def list_target_names(target: AnyPath) -> Sequence[str]:
     """Lists the tensor files of a target; none if it cannot be read: `verify_target` tells of it."""
     try:
         return list_safetensors_files(target)
@@ -265,7 +270,7 @@ def list_target_names(target: Path) -> Sequence[str]:
         return []
 
 
-def holds_only(target: Path, own: Checkpoint) -> bool:
+def holds_only(target: AnyPath, own: Checkpoint) -> bool:
     """Whether all tensors of a target have names of a checkpoint. A damaged target has none: `verify_target` tells of
     it.
     """
@@ -276,13 +281,13 @@ def holds_only(target: Path, own: Checkpoint) -> bool:
     return names <= own.tensors.keys()
 
 
-def refuse_recipe(target: Path, made_with: str, expected: str) -> Exception:
+def refuse_recipe(target: AnyPath, made_with: str, expected: str) -> Exception:
     """Makes the refusal for another recipe than the target's: with it, every tensor would look wrong."""
     found, remedy = f"made by the recipe {made_with}", "pass the file or the name of that recipe with --recipe"
     return refuse("no-recipe", str(target), found, expected, remedy)
 
 
-def check_subsets(source: Path, target: Path) -> Iterator[Problem]:
+def check_subsets(source: AnyPath, target: AnyPath) -> Iterator[Problem]:
     """Reports a target whose subset is not the source's: part of a model cannot be compared with the whole."""
     if (now := read_subset(target)) != read_subset(source):
         remedy = "verify it without --source, by the checksums of its manifest"

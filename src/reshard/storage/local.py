@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from reshard.errors import refuse
+from reshard.paths import AnyPath
 from reshard.storage.c_library import load_c_library
 from reshard.storage.residency import is_range_cached
 
@@ -97,7 +98,7 @@ class ReadableFile:
 
 
 @contextmanager
-def refuse_unreadable(path: Path) -> Iterator[None]:
+def refuse_unreadable(path: AnyPath) -> Iterator[None]:
     """A context in which a file is opened or looked at. Raises Refused where the system does not let us."""
     try:
         yield
@@ -165,7 +166,7 @@ def prefetch_range(file: ReadableFile, offset: int, size: int) -> None:
             advise(file.descriptor, start, min(PREFETCH_STEP, offset + size - start), os.POSIX_FADV_WILLNEED)
 
 
-def read_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -> memoryview:
+def read_local_range(file: ReadableFile, offset: int, size: int, buffer: memoryview) -> memoryview:
     """Reads `size` bytes at a byte offset of a file and returns them as a part of `buffer`, which must be two pages
     larger. Raises Refused if the file ends before, or cannot be read.
     """
@@ -322,7 +323,7 @@ def sync_folder(folder: Path) -> None:
                 raise
 
 
-def open_regular_file(path: Path) -> BinaryIO:
+def open_local_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises OSError for anything else: a pipe or a device may never end, or never
     begin.
     """

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import randrange
 
+from reshard.paths import AnyPath, RemotePath
 from reshard.storage.local import (
     CACHED,
     RWF_DONTCACHE,
@@ -16,8 +17,12 @@ from reshard.storage.local import (
     probe_way_to_read,
     refuse_unreadable,
 )
+from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.residency import is_range_cached
 from reshard.storage.resources import measure_available_memory
+
+THROUGH_STORE = "remote"
+"""How files of a store are read: the word in the place of a way."""
 
 CACHE_PROBES = 64
 """About so many places of a source are probed to tell whether it is in the page cache."""
@@ -40,31 +45,35 @@ def probe_way_to_write(folder: Path) -> str:
     return "uncached"
 
 
-def find_ways_past_cache(path: Path, write: str = CACHED.write) -> Ways:
+def find_ways_past_cache(path: AnyPath, write: str = CACHED.write) -> Ways:
     """How to read past the page cache, `path` being one of the files, and write in the way `write`. Raises OSError."""
+    if isinstance(path, RemotePath):
+        return Ways(THROUGH_STORE, write)
     return Ways(probe_way_to_read(path), write, path.stat().st_dev)
 
 
-def choose_ways_to_read(path: Path, size: int) -> Ways:
+def choose_ways_to_read(path: AnyPath, size: int) -> Ways:
     """How to read a job of `size` bytes, `path` being one of its files: past the page cache if the job is larger than
     a third of the free memory. Raises Refused if the file cannot be read.
     """
+    if isinstance(path, RemotePath):
+        return Ways(THROUGH_STORE, CACHED.write)
     if size <= measure_available_memory() // 3:
         return CACHED
     with refuse_unreadable(path):
         return find_ways_past_cache(path)
 
 
-def is_mostly_cached(paths: Sequence[Path]) -> bool:
+def is_mostly_cached(paths: Sequence[AnyPath]) -> bool:
     """Whether most bytes of files are in the page cache, by a look at a few places of each file, more of larger ones.
     Raises Refused if a file cannot be read.
     """
-    sizes = []
-    for path in paths:
+    sizes, here = [], [path for path in paths if isinstance(path, Path)]
+    for path in here:
         with refuse_unreadable(path):
             sizes.append(path.stat().st_size)
     total, cached = sum(sizes), 0.0
-    for path, size in zip(paths, sizes, strict=True):
+    for path, size in zip(here, sizes, strict=True):
         found = list(probe_cache(path, size, 1 + CACHE_PROBES * size // max(1, total)))
         cached += size * sum(found) / len(found)
     return cached * 2 > total
@@ -82,5 +91,9 @@ def probe_cache(path: Path, size: int, count: int) -> Iterator[bool]:
 
 
 def choose_reading_threads(ways: Ways) -> int:
-    """The number of reading threads: one a processor; more past the page cache, to keep a disk busy; at most 4."""
+    """The number of reading threads: one a processor, at most 4; as many past the page cache, to keep a disk busy; more
+    for a store.
+    """
+    if ways.read == THROUGH_STORE:
+        return THREADS_OF_STORE
     return THREADS_OF_DISK if ways.read != CACHED.read else min(THREADS_OF_DISK, len(os.sched_getaffinity(0)))

@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, local
 from time import monotonic
 from typing import Generic, Self, TypeVar
 
@@ -65,6 +65,25 @@ WorkItem = TypeVar("WorkItem")
 
 WAKE_SECONDS = 0.2
 """The kernel may give a signal to any thread, but Python acts on it only in the main thread, once that one wakes up."""
+
+
+class Stopped(Exception):
+    """Raised in a worker that waits, when all are to end: because of an interrupt, or of an error of another one."""
+
+
+class CurrentStop(local):
+    """The event that tells this thread to end; one that nobody sets in a thread that is no worker."""
+
+    event = Event()
+
+
+STOP = CurrentStop()
+
+
+def wait_unless_stopped(seconds: float = 0) -> None:
+    """Waits. Raises Stopped as soon as this thread is to end. Without a time it only looks."""
+    if STOP.event.wait(seconds):
+        raise Stopped
 
 
 class WorkQueue(Generic[WorkItem]):
@@ -172,6 +191,24 @@ def run_in_threads(
     return threads - len(lacking)
 
 
+WorkResult = TypeVar("WorkResult")
+
+
+def map_in_threads(
+    function: Callable[[WorkItem], WorkResult], items: Sequence[WorkItem], threads: int
+) -> list[WorkResult]:
+    """The results of a function for some items, in their order, computed by several threads: for what waits. Raises
+    its first error.
+    """
+    found: dict[int, WorkResult] = {}
+
+    def work(place: int) -> None:
+        found[place] = function(items[place])
+
+    run_in_threads(range(len(items)), lambda: work, min(threads, len(items)))
+    return [found[place] for place in range(len(items))]
+
+
 def run_worker(
     queue: WorkQueue[WorkItem],
     make_worker: Callable[[], Callable[[WorkItem], None]],
@@ -180,6 +217,7 @@ def run_worker(
     """Makes a worker, and hands it items to the end. One that lacks memory for its buffers fails, or with a list for
     that, says so there and ends.
     """
+    STOP.event = queue.stopped
     try:
         worker = make_worker()
     except (OSError, MemoryError) as error:
@@ -187,8 +225,9 @@ def run_worker(
             raise
         lacking.append(error)
         return
-    for item in queue:
-        worker(item)
+    with suppress(Stopped):  # the reason is told by the one who stops all
+        for item in queue:
+            worker(item)
 
 
 def start_threads(pools: ExitStack, stopped: Event, run: Callable[[], None], count: int) -> list[Future[None]]:

@@ -112,7 +112,7 @@ def make_generator_start(plan: Plan, folder: Path, generator: Generator, own: in
     files = shlex.join(["--ckpt-path", str(folder), "--config", str(folder / RUN_CONFIG)])
     command = f"torchrun {processes} generate.py {files} {generator.options}"
     code = plan.side_folder.absolute() / "inference"
-    is_beside = (code / "generate.py").is_file()
+    is_beside = isinstance(code, Path) and (code / "generate.py").is_file()
     command = f"cd {shlex.quote(str(code))} && {command}" if is_beside else command
     where = "on one node" if nodes == 1 else f"on {nodes} nodes ($RANK from 0 on, $ADDR of the first)"
     return Start(f"start {where}" + ("" if is_beside else f", {generator.place}"), command)

@@ -2,27 +2,36 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import monotonic
 
 from reshard.errors import refuse
+from reshard.paths import RemotePath
 from reshard.planning.plan import Plan
 from reshard.planning.reads import measure_reads
-from reshard.storage.local import PAGE, allocate_aligned, open_to_read, read_range
+from reshard.storage.local import PAGE, allocate_aligned
+from reshard.storage.opened import open_file, read_range
 from reshard.storage.page_cache import find_ways_past_cache
+from reshard.storage.remote_store import THREADS_OF_STORE
+from reshard.storage.resources import map_in_threads
 from reshard.target.preflight import find_nearest_folder
 from reshard.target.side_files import measure_lacking_sides
 from reshard.text import format_size
+from reshard.types import File
 
 SECONDS = 1.0
 """So long each of the two is measured."""
 
 BLOCK = 16 << 20
 """In bytes: so much is read, or written and synced, at once."""
+
+STORE_BLOCK = 2 << 20
+"""In bytes: so much is asked of a store at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
     reads = measure_reads(plan.source, plan.casts, plan.copies).size + beside
     times = reads / read_rate, needed / write_rate
     # A disk that is read and written at the same time does one after the other.
-    is_same_disk = plan.source.folder.stat().st_dev == folder.stat().st_dev
+    source = plan.source.folder
+    is_same_disk = isinstance(source, Path) and source.stat().st_dev == folder.stat().st_dev
     seconds = sum(times) if is_same_disk else max(times)
     return Estimate(folder, free, needed, read_rate, write_rate, measured, seconds)
 
@@ -71,11 +81,13 @@ def estimate_job(plan: Plan, target: Path) -> Estimate:
 def measure_read_rate(plan: Plan) -> float:
     """Measures how fast the source is read, in bytes a second: from the page cache what is in it. Raises Refused."""
     files = [file for file in plan.source.files if file.size > file.header_size] or list(plan.source.files)
+    if isinstance(plan.source.folder, RemotePath):
+        return measure_store_rate(plan.source.folder, files)
     buffer, done, started = allocate_aligned(BLOCK + 2 * PAGE), 0, monotonic()
     with ExitStack() as stack:
         try:
             ways = find_ways_past_cache(plan.source.folder / files[0].name)
-            opened = [open_to_read(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
+            opened = [open_file(stack, plan.source.folder / file.name, ways) for file in files[:SPREAD]]
         except OSError as error:
             raise refuse("cannot-read", str(error.filename), str(error.strerror), "to read the source") from None
         for place, offset, size in list_blocks([file.size for file in files[:SPREAD]]):
@@ -86,14 +98,30 @@ def measure_read_rate(plan: Plan) -> float:
     return done / max(monotonic() - started, 1e-6)
 
 
+def measure_store_rate(folder: RemotePath, files: Sequence[File]) -> float:
+    """Measures how fast a store is read, in bytes a second, by as many reads at a time as a job begins with. Raises
+    Refused.
+    """
+    blocks = [*islice(list_blocks([file.size for file in files], STORE_BLOCK), THREADS_OF_STORE)]
+    started = monotonic()
+
+    def read(block: tuple[int, int, int]) -> int:
+        place, offset, size = block
+        path = folder / files[place].name
+        path.store.read_into(path.entry, offset, memoryview(bytearray(size)))
+        return size
+
+    return sum(map_in_threads(read, blocks, THREADS_OF_STORE)) / max(monotonic() - started, 1e-6)
+
+
 SPREAD = 16
 """Blocks of at most so many source files are read in turn."""
 
 
-def list_blocks(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Lists blocks of files in turn: the index of the file, offset and size in bytes."""
-    for offset in range(0, max(sizes), BLOCK):
-        yield from ((place, offset, min(BLOCK, size - offset)) for place, size in enumerate(sizes) if offset < size)
+def list_blocks(sizes: list[int], most: int = BLOCK) -> Iterator[tuple[int, int, int]]:
+    """Lists blocks of files in turn: the index of the file, offset and size in bytes, which is at most `most`."""
+    for offset in range(0, max(sizes), most):
+        yield from ((place, offset, min(most, size - offset)) for place, size in enumerate(sizes) if offset < size)
 
 
 def measure_write_rate(folder: Path, most: int) -> float:

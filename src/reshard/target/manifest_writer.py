@@ -6,9 +6,8 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
@@ -22,6 +21,7 @@ from reshard.formats.shares import Share
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.recipe_types import Recipe
+from reshard.storage.opened import map_paths, open_regular_file
 from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
 from reshard.types import File
@@ -72,13 +72,15 @@ def read_source_facts(plan: Plan) -> tuple[list[str], dict[str, str]]:
 
     Fine-tuned models have the same headers but other data, and a plan knows headers only. Raises OSError.
     """
-    samples, headers = [], {}
-    for file in plan.source.files:
-        with (plan.source.folder / file.name).open("rb", buffering=0) as opened:
-            if keeps_headers(plan):
-                headers[file.name] = pack_bytes(opened.read(file.header_size))
-            samples.append(sample_data(opened, file))
-    return samples, headers
+    keeps = keeps_headers(plan)
+
+    def read(file: File) -> tuple[str, str]:
+        with open_regular_file(plan.source.folder / file.name) as opened:
+            return pack_bytes(opened.read(file.header_size)) if keeps else "", sample_data(opened, file)
+
+    found = map_paths(read, plan.source.folder, plan.source.files)
+    headers = {file.name: header for file, (header, _) in zip(plan.source.files, found, strict=True) if keeps}
+    return [sample for _, sample in found], headers
 
 
 def keeps_headers(plan: Plan) -> bool:
@@ -89,7 +91,7 @@ def keeps_headers(plan: Plan) -> bool:
     return not (plan.source.subset or plan.origin.is_of_ranks or plan.origin.is_altered or is_boxed)
 
 
-def sample_data(opened: FileIO, file: File) -> str:
+def sample_data(opened: BinaryIO, file: File) -> str:
     """Computes the xxh3-128 of SAMPLE_SIZE bytes at the beginning, in the middle and at the end of a file's data."""
     begin, end = file.header_size, file.size
     digest = xxh3_128()

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import read_joined_manifest
+from reshard.paths import AnyPath
 from reshard.target.repair_plan import has_sampled_bytes
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
@@ -27,7 +27,7 @@ WRONG_PADDING_HINT = (
 )
 
 
-def reword_hints(report: Report, target: Path, source: Path, compared: Path) -> Report:
+def reword_hints(report: Report, target: AnyPath, source: AnyPath, compared: AnyPath) -> Report:
     """Rewords the hints of a report by the manifest of its target: if it was made from another source, the files may be
     sound; else a repair writes them again. Without a manifest they stay as they are.
     `compared` is the folder that the report is of: that of the source, if it has the rank files.
@@ -67,14 +67,14 @@ def is_damage(problem: Problem) -> bool:
     return problem.kind not in NOT_DAMAGE
 
 
-def is_repairable(report: Report, manifest: Mapping[str, Any], source: Path | None) -> bool:
+def is_repairable(report: Report, manifest: Mapping[str, Any], source: AnyPath | None) -> bool:
     """Whether `repair` mends what a report has found; not if the target was made from another source."""
     if report.note or not any(map(is_damage, report.problems)):
         return False
     return source is None or has_sampled_bytes(source, manifest)
 
 
-def read_manifest_for_repair(target: Path) -> dict[str, Any]:
+def read_manifest_for_repair(target: AnyPath) -> dict[str, Any]:
     """The manifest of a target; empty if there is none, or none that can be read."""
     try:
         return read_joined_manifest(target)

@@ -21,6 +21,7 @@ from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_part_name, is_same_conversion, join_manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.storage.counting import WorkCounter
@@ -68,7 +69,7 @@ def list_own_names(target: Path) -> set[str]:
 
 
 def check_folder(
-    source: Path,
+    source: AnyPath,
     target: Path,
     needed: int,
     ours: set[str],
@@ -82,8 +83,7 @@ def check_folder(
     `present` has the names that were there before `ours` was found out: a run that has begun since then is met by its
     lock, and what it writes is not called a stranger's. `remedy` is for other files there, `room` for a full disk.
     """
-    resolved, origin = target.resolve(), source.resolve()
-    if resolved.is_relative_to(origin if origin.is_dir() else origin / "no folder"):
+    if isinstance(source, Path) and source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         yield Problem("target-inside-source", str(target), f"inside {source}", "a folder elsewhere", "another target")
         return
     if target.exists() and not target.is_dir():
@@ -146,7 +146,7 @@ def find_nearest_folder(path: Path) -> Path:
 def look_at_target(
     plan: Plan,
     folder: Path,
-    tokenizer_path: Path | None = None,
+    tokenizer_path: AnyPath | None = None,
     beside: FoundFiles | None = None,
     *,
     restart: bool = False,

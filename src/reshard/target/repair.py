@@ -20,8 +20,9 @@ from reshard.execution.execute import OtherFiles, Settings, check_settings, exec
 from reshard.execution.journal import lock_journal
 from reshard.execution.staging import STAGING, find_staged_files, note_begun_repair, remove_staged_files
 from reshard.formats.part_manifests import read_joined_manifest
-from reshard.formats.remote_names import require_path, require_target
+from reshard.formats.remote_names import read_location, require_target
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.paths import AnyPath
 from reshard.planning.options import sort_numbers
 from reshard.planning.plan import describe_notes
 from reshard.storage.counting import WorkCounter
@@ -120,8 +121,8 @@ def repair(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
-    origin = None if source is None else require_path(source)
-    beside = None if config is None else Path(config)
+    origin = read_location(source)
+    beside = read_location(config)
     options = RepairOptions(origin, recipe, chosen, ignore_extra_files, beside, dry_run)
     return repair_target(require_target(target, is_written=False), options, settings, lambda _: nullcontext(progress))
 
@@ -130,11 +131,11 @@ def repair(
 class RepairOptions:
     """What to repair, and from what."""
 
-    source: Path | None
+    source: AnyPath | None
     recipe: str | None
     ranks: Sequence[int] | None
     ignore_extra_files: bool
-    config: Path | None
+    config: AnyPath | None
     dry_run: bool
 
 

@@ -15,12 +15,14 @@ from reshard.formats.huggingface import CONFIG, find_folder
 from reshard.formats.manifest import COUNTS, read_subset
 from reshard.formats.part_manifests import find_recipe_name
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks, make_plan
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.engine_choice import keeps_everything
 from reshard.sources.source import read_source
 from reshard.sources.verified_source import refuse_recipe
+from reshard.storage.opened import open_regular_file
 from reshard.target.manifest_writer import describe_plan, read_source_facts, sample_data
 from reshard.target.side_files import collect_side_files
 from reshard.text import format_count, format_list
@@ -66,11 +68,11 @@ def plan_repair(
     target: Path,
     manifest: Mapping[str, Any],
     damage: Damage,
-    source: Path,
+    source: AnyPath,
     recipe: str | None,
     *,
     ignore_extra: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> RepairPlan:
     """Plans the files of a target that are damaged, with the options that its manifest names.
 
@@ -87,7 +89,7 @@ def plan_repair(
     return RepairPlan(chosen, sides, problems)
 
 
-def is_config_of_target_used(target: Path, damage: Damage, source: Path) -> bool:
+def is_config_of_target_used(target: Path, damage: Damage, source: AnyPath) -> bool:
     """Whether the config in a target, which is as it was written, stands in for the one that a source lacks. Not if
     other side files are damaged: the folder that had the config most likely has these too, and is to be named.
     """
@@ -98,11 +100,11 @@ def is_config_of_target_used(target: Path, damage: Damage, source: Path) -> bool
 def plan_as_before(
     target: Path,
     manifest: Mapping[str, Any],
-    source: Path,
+    source: AnyPath,
     recipe: str | None,
     *,
     ignore_extra: bool,
-    config_folder: Path | None,
+    config_folder: AnyPath | None,
 ) -> Plan:
     """Plans the whole conversion that a manifest tells of. Raises Refused.
 
@@ -157,7 +159,7 @@ def take_choices(subset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_source_names(
-    target: Path, manifest: Mapping[str, Any], files: Sequence[Any], source: Path
+    target: Path, manifest: Mapping[str, Any], files: Sequence[Any], source: AnyPath
 ) -> Iterator[Problem]:
     """Reports a source whose files have other names, sizes or headers than those that a target was made from."""
     known = manifest.get("source")
@@ -168,7 +170,7 @@ def check_source_names(
         yield make_source_problem(target, source, found)
 
 
-def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, source: Path) -> Iterator[Problem]:
+def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, source: AnyPath) -> Iterator[Problem]:
     """Reports a source that has other bytes behind the same headers: samples of each file tell."""
     known = manifest.get("source_samples")
     try:
@@ -183,7 +185,7 @@ def check_same_source(target: Path, manifest: Mapping[str, Any], plan: Plan, sou
         yield make_source_problem(target, source, found)
 
 
-def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
+def has_sampled_bytes(source: AnyPath, manifest: Mapping[str, Any]) -> bool:
     """Whether the files of a source have the names, headers and sampled bytes that a manifest tells of. A quick look:
     a plan is not made.
     """
@@ -191,7 +193,7 @@ def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
     try:
         files = find_stored_files(folder, [entry["name"] for entry in manifest["source"]])
         for file, entry, sample in zip(files, manifest["source"], manifest["source_samples"], strict=True):
-            with (folder / file.name).open("rb", buffering=0) as opened:
+            with open_regular_file(folder / file.name) as opened:
                 if (file.size, file.header_hash, sample_data(opened, file)) != (
                     *(entry["size"], entry["header_sha256"]),
                     sample,
@@ -202,7 +204,7 @@ def has_sampled_bytes(source: Path, manifest: Mapping[str, Any]) -> bool:
     return True
 
 
-def make_source_problem(target: Path, source: Path, found: str) -> Problem:
+def make_source_problem(target: Path, source: AnyPath, found: str) -> Problem:
     """Makes the problem of a source that is not the one that a target was made from."""
     expected = f"the source that {target} was made from, as its {MANIFEST} describes it"
     return Problem("another-source", str(source), found, expected, f"name that one with --source; {CONVERT_ANEW}")

@@ -68,8 +68,8 @@ def check_removed_files(state: TargetState) -> Iterator[Problem]:
     """Reports files that a restart would remove, and then has to read: through links, or as another tokenizer."""
     names = {(state.folder / name).resolve(): name for name in state.removed}
     source = [state.plan.source.folder / file.name for file in state.plan.source.files]
-    read = [*source, *(side.origin for side in state.sides.values() if isinstance(side.origin, Path))]
-    for path in read:
+    read = [*source, *(side.origin for side in state.sides.values())]
+    for path in (path for path in read if isinstance(path, Path)):
         if name := names.get(path.resolve()):
             found, expected = f"read as {path}", "files of the target that nothing is made of"
             yield Problem("target-inside-source", str(state.folder / name), found, expected, "another target")

@@ -1,11 +1,9 @@
 """The files beside the tensors: which of the source go along, which are made, and which are left behind."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.side_writer import SideFile
@@ -15,8 +13,9 @@ from reshard.formats.json_input import require_no_pointer
 from reshard.formats.part_manifests import is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.formats.unfinished_downloads import UNFINISHED
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
-from reshard.storage.local import open_regular_file
+from reshard.storage.opened import measure_open_file, measure_path, open_regular_file
 from reshard.target.config_files import carry_config, make_whole_files, restore_texts
 from reshard.target.run_config import RUN_CONFIG, make_run_config
 from reshard.target.tokenizer import choose_tokenizer
@@ -49,9 +48,9 @@ LARGE = 256 << 20
 class FoundFiles:
     """What lies beside the tensors of a source, by what becomes of it. Hidden files are nobody's."""
 
-    copied: dict[str, Path]
+    copied: dict[str, AnyPath]
     """Files that go along, by name. One may be a broken link."""
-    left: dict[str, list[Path]]
+    left: dict[str, list[AnyPath]]
     """Files that stay behind, by the reason."""
     folders: list[str]
     """Names of folders, which stay behind."""
@@ -102,7 +101,7 @@ def is_in_other_format(name: str) -> bool:
     return INDEX_ENDING.sub("", name.lower()).endswith(LEFT_ENDINGS)
 
 
-def is_broken_link(path: Path) -> bool:
+def is_broken_link(path: AnyPath) -> bool:
     """Whether a path is a broken link."""
     return path.is_symlink() and not path.exists()
 
@@ -124,20 +123,20 @@ def make_notes(found: FoundFiles) -> Iterator[Note]:
         yield Note("large-side-files", f"copied along: {count_files(copied, 'beside the tensors')}")
 
 
-def count_files(paths: Sequence[Path], what: str) -> str:
+def count_files(paths: Sequence[AnyPath], what: str) -> str:
     """Counts files for a person: number, names and size together."""
     names = format_list((path.name for path in paths), 3)
     return f"{format_count(len(paths), 'files')} {what} ({names}), {format_size(measure_files(paths))}"
 
 
-def measure_files(paths: Sequence[Path]) -> int:
+def measure_files(paths: Sequence[AnyPath]) -> int:
     """The size of files together, in bytes."""
     return sum(map(measure_file, paths))
 
 
-def measure_file(path: Path) -> int:
+def measure_file(path: AnyPath) -> int:
     """The size of a file in bytes; 0 if it is a broken link."""
-    return 0 if is_broken_link(path) else path.stat().st_size
+    return 0 if is_broken_link(path) else measure_path(path)
 
 
 def make_files(plan: Plan) -> dict[str, bytes]:
@@ -151,7 +150,7 @@ def make_files(plan: Plan) -> dict[str, bytes]:
 
 
 def collect_side_files(
-    plan: Plan, tokenizer: Mapping[str, Path] | None = None, beside: FoundFiles | None = None
+    plan: Plan, tokenizer: Mapping[str, AnyPath] | None = None, beside: FoundFiles | None = None
 ) -> dict[str, SideFile]:
     """Collects the side files: copied ones, and made ones, which replace copied ones of the same name. Sorted by name.
     The files of a `tokenizer`, name -> path, replace those of the source. The source is looked at again if what lies
@@ -168,20 +167,20 @@ def collect_side_files(
     return dict(sorted(sides.items()))
 
 
-def measure_lacking_sides(plan: Plan, target: Path) -> int:
+def measure_lacking_sides(plan: Plan, target: AnyPath) -> int:
     """Measures the side files of a plan that its target lacks, in bytes. Raises Refused as `collect_side_files`."""
     return sum(side.size for name, side in collect_side_files(plan).items() if not (target / name).exists())
 
 
-def look_at_side_file(path: Path) -> SideFile:
+def look_at_side_file(path: AnyPath) -> SideFile:
     """Looks at a file that is going to be copied. Raises Refused if it cannot be read, or is a Git LFS pointer, a web
     page or another thing that its name does not say.
     """
     try:
         with open_regular_file(path) as file:
-            status, beginning = os.fstat(file.fileno()), file.read(LOOKED_AT)
+            (size, version), beginning = measure_open_file(file), file.read(LOOKED_AT)
     except OSError as error:
         raise refuse("cannot-read", str(path), error.strerror or str(error), "a readable file") from None
     require_no_pointer(path, beginning)
     require_side_content(path, beginning)
-    return SideFile(path, status.st_size, status.st_mtime_ns)
+    return SideFile(path, size, version)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.text import format_list
 from reshard.types import Note
@@ -19,7 +19,7 @@ CONFIG_OF_TOKENIZER = "tokenizer_config.json"
 """What most loaders of a tokenizer look for, too."""
 
 
-def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | None:
+def find_tokenizer(folder: AnyPath | None, recipe: Recipe) -> Mapping[str, AnyPath] | None:
     """Finds the tokenizer files in a folder, those that the recipe carries; name -> path. None without a folder.
 
     Raises Refused if the recipe carries none, or if the folder has no tokenizer.
@@ -49,7 +49,9 @@ def find_tokenizer(folder: Path | None, recipe: Recipe) -> Mapping[str, Path] | 
     return {name: folder / name for name in files}
 
 
-def note_lacking(tokenizer: Mapping[str, Path] | None, recipe: Recipe, sides: Mapping[str, Path]) -> tuple[Note, ...]:
+def note_lacking(
+    tokenizer: Mapping[str, AnyPath] | None, recipe: Recipe, sides: Mapping[str, AnyPath]
+) -> tuple[Note, ...]:
     """Notes the files that the folder of a tokenizer lacks: they are not taken from the source, which has `sides`."""
     if not tokenizer:
         return ()
@@ -72,7 +74,7 @@ def list_lacking(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
-def choose_tokenizer(sides: Mapping[str, Path], tokenizer: Mapping[str, Path] | None) -> dict[str, Path]:
+def choose_tokenizer(sides: Mapping[str, AnyPath], tokenizer: Mapping[str, AnyPath] | None) -> dict[str, AnyPath]:
     """Chooses the side files: those of a source, and in the place of its tokenizer another one; name -> path."""
     if tokenizer is None:
         return dict(sides)

@@ -29,14 +29,8 @@ from reshard.formats.ranges import CheckedRange
 from reshard.formats.safetensors import parse_header
 from reshard.formats.target_names import MANIFEST
 from reshard.storage.counting import count_progress, spread_evenly
-from reshard.storage.local import (
-    PAGE,
-    ReadableFile,
-    advise_random_reads,
-    allocate_aligned,
-    open_to_read,
-    read_range,
-)
+from reshard.storage.local import PAGE, allocate_aligned
+from reshard.storage.opened import OpenFile, advise_scattered_reads, open_file, read_range
 from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
 from reshard.storage.resources import run_in_threads
 from reshard.text import format_list, format_numbers, format_runs
@@ -258,9 +252,9 @@ def find_changed_ranges(
     largest = max(batch.ranges[-1].stop - batch.ranges[0].offset for batch in batches)
     lock = Lock()
     with ExitStack() as stack:
-        files = {entry.name: open_to_read(stack, target / entry.name, ways) for entry in entries}
+        files = {entry.name: open_file(stack, target / entry.name, ways) for entry in entries}
         if is_sampled:
-            advise_random_reads(files.values())
+            advise_scattered_reads(files.values())
 
         def work(buffer: memoryview, batch: RangeBatch) -> None:
             found = check_batch(batch, files[batch.entry.name], buffer)
@@ -275,7 +269,7 @@ def find_changed_ranges(
     return {name: sorted(ranges) for name, ranges in wrong.items()}
 
 
-def check_batch(batch: RangeBatch, file: ReadableFile, buffer: memoryview) -> list[CheckedRange]:
+def check_batch(batch: RangeBatch, file: OpenFile, buffer: memoryview) -> list[CheckedRange]:
     """The ranges of a batch whose bytes have another checksum."""
     start = batch.ranges[0].offset
     data = read_range(file, start, batch.ranges[-1].stop - start, buffer)

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from reshard.storage.local import CACHED, PAGE, ReadableFile, Ways, advise_random_reads, read_range
+from reshard.paths import AnyPath
+from reshard.storage.local import CACHED, PAGE, Ways
+from reshard.storage.opened import OpenFile, advise_scattered_reads, read_range
 from reshard.storage.page_cache import choose_ways_to_read
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Checkpoint, File, Tensor
@@ -21,7 +22,7 @@ from reshard.verification.reference_casts import TileBytes
 class ComparedFiles:
     """The files of source or target, and how to read them."""
 
-    folder: Path
+    folder: AnyPath
     files: Mapping[int, File]
     """By the number that tensors and parts refer to; as they were when their headers were read."""
     ways: Ways
@@ -32,7 +33,7 @@ class ComparedFiles:
 
 
 def make_compared_files(
-    target: Path, files: Mapping[int, File], source: Checkpoint
+    target: AnyPath, files: Mapping[int, File], source: Checkpoint
 ) -> tuple[ComparedFiles, ComparedFiles]:
     """The files of the source and of the target, and how to read them. `files` are those of the target, by number."""
     size = sum(file.size for file in (*source.files, *files.values()))
@@ -48,7 +49,7 @@ def make_compared_files(
     return replace(source_side, joined=joined, boxed=boxed), make_files_to_compare(target, files, size)
 
 
-def make_files_to_compare(folder: Path, files: Mapping[int, File], size: int) -> ComparedFiles:
+def make_files_to_compare(folder: AnyPath, files: Mapping[int, File], size: int) -> ComparedFiles:
     paths = [folder / file.name for file in files.values()]
     return ComparedFiles(folder, files, choose_ways_to_read(paths[0], size) if paths else CACHED)
 
@@ -58,7 +59,7 @@ class OpenedFiles:
     """The files of one side, opened."""
 
     side: ComparedFiles
-    readable: Mapping[int, ReadableFile]
+    readable: Mapping[int, OpenFile]
     """In the order of its files."""
 
     def read(self, number: int, offset: int, size: int, buffer: memoryview) -> TileBytes:
@@ -103,5 +104,5 @@ def open_compared_files(stack: ExitStack, side: ComparedFiles, *, is_random: boo
     opened = open_unchanged(side.folder, list(side.files.values()), side.ways, is_source=False)
     readable = stack.enter_context(opened)
     if is_random:
-        advise_random_reads(readable)
+        advise_scattered_reads(readable)
     return OpenedFiles(side, dict(zip(side.files, readable, strict=True)))

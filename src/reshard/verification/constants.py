@@ -1,15 +1,16 @@
 """Checks the constants of rank files: tensors that the recipe makes of nothing, each of one value."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from reshard.errors import Problem
 from reshard.numbered_names import split_name
+from reshard.paths import AnyPath
 from reshard.recipe_types import Constant, Recipe
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, make_pattern
+from reshard.storage.opened import open_regular_file
 from reshard.types import Tensor
 from reshard.verification.expected import WeightUnit
 from reshard.verification.expected_ranks import SourceRow
@@ -92,7 +93,7 @@ def find_places(slots: Sequence[str], letters: Collection[str], recipe: Recipe) 
 
 
 def check_filled_constants(
-    target: Path,
+    target: AnyPath,
     taken: Mapping[str, Sequence[TakenConstant]],
     expected: Mapping[str, Constant],
     looked_at: Collection[int],
@@ -115,14 +116,14 @@ def check_filled_constants(
                 yield from check_filled_constant(target, one, expected[name], recipe)
 
 
-def check_filled_constant(target: Path, one: TakenConstant, constant: Constant, recipe: Recipe) -> Iterator[Problem]:
+def check_filled_constant(target: AnyPath, one: TakenConstant, constant: Constant, recipe: Recipe) -> Iterator[Problem]:
     """Reports a constant of another dtype, shape or value."""
     tensor = one.tensor
     if (tensor.dtype, tensor.shape) != (constant.dtype, constant.shape):
         found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{constant.dtype} {list(constant.shape)}"
         yield Problem("wrong-shape", one.subject, found, expected, CONVERT_AGAIN_HINT)
         return
-    with (target / one.file.file.name).open("rb") as file:
+    with open_regular_file(target / one.file.file.name) as file:
         file.seek(tensor.offset)
         data = np.frombuffer(file.read(tensor.size), CODES[constant.dtype])
     wrong = data[data != compute_constant_bits(constant)]

@@ -10,7 +10,8 @@ from threading import Event
 from typing import NamedTuple, Protocol
 
 from reshard.errors import Problem, Refused
-from reshard.storage.local import CACHED, PAGE, Ways, allocate_aligned, read_range
+from reshard.storage.local import CACHED, PAGE, Ways, allocate_aligned
+from reshard.storage.opened import read_range
 from reshard.storage.page_cache import choose_ways_to_read
 from reshard.storage.resources import run_in_threads
 from reshard.storage.unchanged import open_unchanged

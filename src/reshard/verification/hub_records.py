@@ -28,7 +28,7 @@ from reshard.formats.unfinished_downloads import (
     list_labels,
     parse_begun_label,
 )
-from reshard.storage.local import open_regular_file
+from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import Note
 from reshard.verification.file_hashes import FileRecord, FileRecords

@@ -7,6 +7,7 @@ from pathlib import Path
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import note_not_joined
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
 from reshard.types import File
 from reshard.verification.checksums import check_manifest_side_files
 from reshard.verification.verify import Report
@@ -20,7 +21,7 @@ def add_side_files(report: Report, target: Path) -> Report:
     return replace(report, problems=(*report.problems, *added))
 
 
-def add_target_note(report: Report, target: Path, source: Path, files: Sequence[File]) -> Report:
+def add_target_note(report: Report, target: Path, source: AnyPath, files: Sequence[File]) -> Report:
     """Adds to a report that, where there are problems, the target was made from other files than these, by its
     manifest; where there are none, that its parts are not joined yet.
     """

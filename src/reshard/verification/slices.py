@@ -6,7 +6,6 @@ should hold is dealt out to its slices, byte by byte, and these are compared.
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused
@@ -14,6 +13,8 @@ from reshard.formats.dcp_safetensors import parse_sharding
 from reshard.formats.huggingface import read_header_text
 from reshard.formats.json_input import shorten_json
 from reshard.formats.safetensors import BITS, parse_header
+from reshard.paths import AnyPath
+from reshard.storage.remote_store import fetch_heads
 from reshard.text import format_list
 from reshard.types import Tensor
 from reshard.verification.chunks import TargetPart
@@ -47,8 +48,9 @@ class SlicedTarget(NamedTuple):
     problems: Sequence[Problem]
 
 
-def read_sliced_target(target: Path, folder: TargetFolder) -> SlicedTarget:
+def read_sliced_target(target: AnyPath, folder: TargetFolder) -> SlicedTarget:
     """Reads the headers of all files of slices, and puts their tensors together."""
+    fetch_heads(target, folder.names.values())
     files: list[TargetHeader] = []
     problems: list[Problem] = []
     found: dict[str, dict[int, tuple[Tensor, Any]]] = {}

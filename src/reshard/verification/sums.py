@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from reshard.errors import MOST_EXPLAINED, MOST_PROBLEMS, Problem, refuse, require_none
 from reshard.formats.json_input import MAX_HEADER_SIZE
-from reshard.storage.local import open_regular_file
+from reshard.storage.opened import open_regular_file
 from reshard.text import format_list
 from reshard.types import Note
 from reshard.verification.file_hashes import SHA256_DIGITS, FileRecord, FileRecords

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
@@ -22,9 +21,12 @@ from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.remote_names import suggest_near
 from reshard.formats.target_names import require_finished
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.recipe import has_ranks
+from reshard.storage.opened import measure_path
+from reshard.storage.remote_store import fetch_heads
 from reshard.text import format_list, format_runs
 from reshard.types import MOST_RANKS, File, Tensor
 from reshard.verification.expected import DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND
@@ -75,7 +77,7 @@ class TargetHeader(NamedTuple):
     """The metadata of the header: of some recipes rank and number of ranks."""
 
 
-def require_target_folder(target: Path) -> None:
+def require_target_folder(target: AnyPath) -> None:
     """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
@@ -89,19 +91,19 @@ def require_target_folder(target: Path) -> None:
     require_finished(target)
 
 
-def list_target_files(target: Path, recipe: Recipe) -> TargetFolder:
+def list_target_files(target: AnyPath, recipe: Recipe) -> TargetFolder:
     """Lists the tensor files that a folder should have. The number of ranks is the one that most file names say, or
     most headers, where names do not; if no file is named like a rank file, all are whole files. Raises Refused if there
     are no tensor files.
     """
     pattern = re.escape(recipe.files).replace(r"\{rank\}", r"(\d+)").replace(r"\{ranks\}", r"(\d+)")
     require_target_folder(target)
-    paths = [path for path in sorted(target.iterdir()) if path.is_file()]
-    tensor_files = [path.name for path in paths if is_safetensors_name(path.name)]
+    entries = sorted(path.name for path in target.iterdir() if path.is_file())
+    tensor_files = [name for name in entries if is_safetensors_name(name)]
     manifest = read_valid_manifest(target)
     if is_sliced_folder(tensor_files) or is_of_slices(manifest):
         return list_sliced_files(manifest, recipe, tensor_files)
-    fitting = [found for path in paths if (found := re.fullmatch(pattern, path.name))]
+    fitting = [found for name in entries if (found := re.fullmatch(pattern, name))]
     if not has_ranks(recipe) and tensor_files:
         names = [SINGLE] if SINGLE in tensor_files else tensor_files  # the one that loaders find without an index
         extra = [name for name in tensor_files if name not in names]
@@ -133,12 +135,12 @@ def list_sliced_files(manifest: Mapping[str, Any], recipe: Recipe, names: Sequen
     return TargetFolder(dict(enumerate(known)), ranks, is_whole, extra, is_joint=not is_whole, is_sliced=True)
 
 
-def measure_target_files(target: Path, recipe: Recipe, ranks: Collection[int] | None) -> int:
+def measure_target_files(target: AnyPath, recipe: Recipe, ranks: Collection[int] | None) -> int:
     """The bytes of the tensor files that a verification reads: all that there are, or those of some ranks. Raises
     Refused as `list_target_files`.
     """
     names = choose_files(list_target_files(target, recipe), ranks).values()
-    return sum((target / name).stat().st_size for name in names if (target / name).is_file())
+    return sum(measure_path(target / name) for name in names if (target / name).is_file())
 
 
 def choose_files(folder: TargetFolder, ranks: Collection[int] | None) -> Mapping[int, str]:
@@ -163,10 +165,11 @@ def refuse_ranks_of_whole_files() -> Refused:
     return refuse("wrong-option", "--ranks", found, "a target of rank files", remedy)
 
 
-def read_target_headers(target: Path, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
+def read_target_headers(target: AnyPath, names: Mapping[int, str]) -> tuple[list[TargetHeader], list[Problem]]:
     """Reads the headers of the files; the problems are of files that are missing or cannot be read."""
     files: list[TargetHeader] = []
     problems: list[Problem] = []
+    fetch_heads(target, names.values())
     here = ",".join(format_runs(number for number, name in names.items() if (target / name).exists()))
     remedy = f"for the ranks that are here: --ranks {here}; else {MISSING_FILE_HINT}" if here else MISSING_FILE_HINT
     for number, name in names.items():
@@ -186,7 +189,7 @@ CONFIG_DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def check_index_and_config(
-    target: Path,
+    target: AnyPath,
     files: Sequence[TargetHeader],
     config: Mapping[str, Any] | None,
     conversions: Collection[str],
@@ -205,7 +208,7 @@ def check_index_and_config(
             yield from refused.problems
 
 
-def check_target_index(target: Path, files: Sequence[TargetHeader]) -> Iterator[Problem]:
+def check_target_index(target: AnyPath, files: Sequence[TargetHeader]) -> Iterator[Problem]:
     """Tensors that the index does not have in the right file. A single file needs no index."""
     index = read_object(target / INDEX)
     if index is None:
@@ -228,7 +231,7 @@ def check_target_index(target: Path, files: Sequence[TargetHeader]) -> Iterator[
 
 
 def check_target_config(
-    target: Path,
+    target: AnyPath,
     files: Sequence[TargetHeader],
     config: Mapping[str, Any] | None,
     conversions: Collection[str],

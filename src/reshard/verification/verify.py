@@ -17,6 +17,7 @@ from typing import Any
 
 from reshard.errors import Problem, describe_problems, refuse
 from reshard.formats.manifest import list_subset_lines
+from reshard.paths import AnyPath, is_same_folder
 from reshard.recipe_types import Recipe
 from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint
@@ -112,7 +113,7 @@ class Report:
     __repr__ = __str__
 
 
-def describe_report(report: Report, target: Path | str, source: Path | str) -> str:
+def describe_report(report: Report, target: AnyPath | str, source: Path | str) -> str:
     """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
     against = f" against {source}" if not report.problems else ""
     return "\n".join([escape(f"{target}: {report.verdict}{against}"), *format_report_lines(report)])
@@ -146,7 +147,7 @@ def format_report_lines(report: Report) -> Iterator[str]:
 
 
 def verify_target(
-    target: Path,
+    target: AnyPath,
     source: Checkpoint,
     recipe: Recipe,
     advance: Advance = lambda _: None,
@@ -166,7 +167,7 @@ def verify_target(
     read or changes meanwhile.
     """
     folder = list_target_files(target, recipe)
-    if (folder.is_whole or folder.is_joint) and target.resolve() == source.folder.resolve():
+    if (folder.is_whole or folder.is_joint) and is_same_folder(target, source.folder):
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
         lacking = "the source itself" if folder.is_joint or folder.is_sliced else lacking
         raise refuse("empty-target", str(target), lacking, "what was made of it", "is it the right folder?")
@@ -235,7 +236,9 @@ def describe_cast(cast: str) -> str:
     return CONVERSION_TEXTS[cast.removesuffix("-ue8m0")] + power
 
 
-def trace_target(trace: Provenance, target: Path, files: Sequence[TargetHeader], recipe: Recipe) -> Iterator[Problem]:
+def trace_target(
+    trace: Provenance, target: AnyPath, files: Sequence[TargetHeader], recipe: Recipe
+) -> Iterator[Problem]:
     """Traces each tensor of the files to the source; yields problems of names, dtypes and shapes."""
     folder = trace.folder
     known = invert_recipe(recipe, trace.source, is_whole=folder.is_whole)

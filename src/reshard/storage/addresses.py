@@ -1,0 +1,36 @@
+"""Opens what lies behind an address: a repository on the hub, a bucket, a folder on a web server.
+
+The module of a kind of store is named here, and imported when one is opened: who reads a disk needs no sockets.
+"""
+
+import re
+from collections.abc import Mapping
+from importlib import import_module
+
+from reshard.paths import RemotePath
+
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
+"""An address as a path has it: a path has one slash where the address had two."""
+
+OPENERS: Mapping[str, str] = {
+    "az": "reshard.storage.buckets:open_bucket",
+    "gs": "reshard.storage.buckets:open_bucket",
+    "hf": "reshard.storage.hub:open_hub",
+    "http": "reshard.storage.web_folder:open_web",
+    "https": "reshard.storage.web_folder:open_web",
+    "s3": "reshard.storage.buckets:open_bucket",
+}
+"""By the scheme of an address, in small letters: the function that takes it and what stands behind it."""
+
+
+def open_address(address: str) -> RemotePath | None:
+    """Opens what lies behind an address, and lists it; None if it is no address, or not one that can be read. Raises
+    Refused.
+    """
+    found = ADDRESS.fullmatch(address)
+    scheme = found[1].lower() if found else ""
+    if not found or scheme not in OPENERS:
+        return None
+    module, function = OPENERS[scheme].split(":")
+    opened: RemotePath = getattr(import_module(module), function)(scheme, found[2])
+    return opened

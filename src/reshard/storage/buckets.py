@@ -1,0 +1,182 @@
+"""Folders of buckets (`s3://`, `gs://`, `az://`), by the package obstore, which knows their keys and signatures."""
+
+import re
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from reshard.errors import refuse
+from reshard.paths import Entry, RemotePath
+from reshard.storage.aws_profile import read_aws_profile
+from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.range_requests import Denied
+from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
+
+CHUNK_SIZE = 1 << 20
+"""In bytes: so much is taken from a body at a time."""
+
+CLIENT = {
+    "allow_http": True,  # where the endpoint says so
+    "connect_timeout": timedelta(seconds=10),
+    "read_timeout": timedelta(seconds=30),
+    "timeout": timedelta(minutes=10),
+    "user_agent": "reshard",
+}
+
+KEYS_OF = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket AWS_SKIP_SIGNATURE=true",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_TOKEN",
+}
+"""By scheme: the variables of the environment that give access."""
+
+LONGEST_REASON = 160
+"""In characters: an error of a store may have a page of XML."""
+
+STATUS = re.compile(r"status code: (\d{3})")
+
+EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
+    (("169.254.169.254", "metadata.google"), Denied, "no keys were found"),
+    (("NoSuchBucket", "ContainerNotFound"), FileNotFoundError, "no such bucket"),
+    (
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "status code: 301"),
+        Denied,
+        "the bucket lies in another region: AWS_REGION names it",
+    ),
+)
+"""Words in the errors of stores, and what they mean."""
+
+Given = TypeVar("Given")
+
+
+class BucketStore(ListedStore):
+    """A folder of a bucket."""
+
+    def __init__(self, scheme: str, address: str, bucket: Any, prefix: str, entries: list[Entry]) -> None:
+        super().__init__(address, entries)
+        self._scheme, self._bucket, self._prefix = scheme, bucket, prefix
+
+    def fetch(self, entry: Entry, offset: int, buffer: memoryview) -> int:
+        """Asks for a range of this version. See `ListedStore`."""
+        subject = f"{self.address}/{entry.name}"
+        try:
+            return run_in_store(self._receive(entry, offset, buffer))
+        except FileNotFoundError as gone:
+            raise refuse_changed_entry(self, entry, str(gone)) from None
+        except Denied as denied:
+            expected = "a file that we may read"
+            raise refuse(
+                "no-access", subject, str(denied), expected, f"are the keys right? {KEYS_OF[self._scheme]}"
+            ) from None
+
+    async def _receive(self, entry: Entry, offset: int, buffer: memoryview) -> int:
+        import obstore  # noqa: PLC0415 - only who reads a bucket needs it
+
+        pinned = {"if_match": entry.version} if entry.version else {}
+        options = {"range": (offset, offset + len(buffer)), **pinned}
+        answer = await obstore.get_async(self._bucket, self._prefix + entry.name, options=options)
+        if answer.meta["size"] != entry.size or quote_etag(answer.meta["e_tag"]) != entry.version:
+            raise FileNotFoundError("another version by now")
+        if answer.range[0] != offset:
+            raise Failed(f"it sent bytes from {answer.range[0]} on in the place of {offset}", is_misanswered=True)
+        done = 0
+        try:
+            async for chunk in answer.stream(min_chunk_size=CHUNK_SIZE):
+                taken = memoryview(chunk)[: len(buffer) - done]
+                buffer[done : done + len(taken)] = taken
+                done += len(taken)
+        except obstore.exceptions.BaseError:
+            if not done:
+                raise
+        return done
+
+
+def run_in_store(work: Coroutine[Any, Any, Given]) -> Given:
+    """Runs what asks a store. Raises Failed, Denied, FileNotFoundError for what is not there or of another version."""
+    import obstore  # noqa: PLC0415
+
+    problems = obstore.exceptions
+    try:
+        return run_unless_stopped(work)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(shorten_reason(error)) from None
+    except problems.PreconditionError:
+        raise FileNotFoundError("another version by now") from None
+    except (problems.PermissionDeniedError, problems.UnauthenticatedError) as error:
+        raise Denied(shorten_reason(error)) from None
+    except (problems.BaseError, OSError, ValueError) as error:
+        raise explain_store_error(str(error)) from None
+
+
+def explain_store_error(text: str) -> Exception:
+    """The exception for an error that obstore has no type for, by its text: Denied, FileNotFoundError, else Failed."""
+    for words, kind, reason in EXPLAINED:
+        if any(word in text for word in words):
+            return kind(reason)
+    status = STATUS.search(text)
+    if status and status[1] in ("401", "403"):
+        return Denied(f"the server answers {status[1]}")
+    return Failed(f"the server answers {status[1]}" if status else shorten_reason(text))
+
+
+def shorten_reason(error: Exception | str) -> str:
+    """The reason of a store's error in one line, without the query of an address, which may be secret."""
+    text = " ".join(re.sub(r"\?[^\s\"')]+", "?...", str(error)).split())
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
+
+
+def open_bucket(scheme: str, rest: str) -> RemotePath:
+    """Opens a folder of a bucket, or a safetensors file in one, and lists the folder. Raises Refused."""
+    name, _, inner = rest.strip("/").partition("/")
+    address = f"{scheme}://{name}" + (f"/{inner}" if inner else "")
+    if not name:
+        raise refuse("no-source", address, "no bucket", f"{scheme}://BUCKET/FOLDER", "is the address right?")
+    file = ""
+    if inner.endswith(".safetensors"):
+        inner, _, file = inner.rpartition("/")
+    prefix, bucket = f"{inner}/" if inner else "", make_bucket(scheme, name, address)
+    try:
+        entries = try_again(address, lambda: run_in_store(list_bucket(bucket, prefix)))
+    except FileNotFoundError:
+        raise refuse("no-source", address, "no such bucket", "a bucket", "is its name right?") from None
+    except Denied as denied:
+        remedy = f"give keys: {KEYS_OF[scheme]}"
+        raise refuse("no-access", address, str(denied), "a bucket that we may read", remedy) from None
+    if not entries:
+        raise refuse("no-source", address, "nothing lies there", "a folder of a bucket", "is the address right?")
+    folder = f"{scheme}://{name}" + (f"/{inner}" if inner else "")
+    return RemotePath(BucketStore(scheme, folder, bucket, prefix, entries), file)
+
+
+def make_bucket(scheme: str, name: str, address: str) -> Any:
+    """Makes the client of a bucket, with keys and endpoint of the environment. Raises Refused."""
+    try:
+        import obstore.store  # noqa: PLC0415
+    except ImportError:
+        found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
+        raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
+    options = read_aws_profile() if scheme == "s3" else {}
+    never = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, where waits are told
+    try:
+        return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=never, **options)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        remedy = f"are the keys right? {KEYS_OF[scheme]}"
+        raise refuse("no-access", address, shorten_reason(error), "a bucket", remedy) from None
+
+
+async def list_bucket(bucket: Any, prefix: str) -> list[Entry]:
+    """Lists the files of a folder of a bucket, and of the folders in it."""
+    import obstore  # noqa: PLC0415
+
+    found = await obstore.list(bucket, prefix or None).collect_async()
+    return [make_bucket_entry(item, prefix) for item in found if item["path"].startswith(prefix)]
+
+
+def quote_etag(etag: str | None) -> str:
+    """An ETag in quotes: Azure leaves them out where it lists files. Empty without one."""
+    return f'"{etag.strip(chr(34))}"' if etag else ""
+
+
+def make_bucket_entry(item: dict[str, Any], prefix: str) -> Entry:
+    """Makes an entry of a listed object."""
+    return Entry(item["path"].removeprefix(prefix), item["size"], quote_etag(item["e_tag"]))

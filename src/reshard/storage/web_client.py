@@ -1,0 +1,316 @@
+"""HTTP requests on connections that are kept: with proxies, without redirects, and with an end when a job is stopped.
+
+By the standard library, whose `readinto` puts a body where it is wanted without another copy.
+"""
+
+import asyncio
+import io
+import os
+import socket
+import ssl
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from threading import Lock
+from time import monotonic
+from typing import Any
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+from weakref import finalize
+
+from reshard.errors import refuse
+from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.remote_store import Failed
+from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped
+
+LOOK_SECONDS = WAKE_SECONDS
+"""So often a thread that waits for bytes looks whether it is to end."""
+
+CONNECT_SECONDS = 10.0
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+SILENT_SECONDS = 30.0
+"""In seconds: a server that sends nothing for so long is asked again."""
+
+MOST_IDLE = 64
+"""So many connections to a server are kept open."""
+
+AGENT = "reshard"
+
+
+class PatientSocket:
+    """What `http.client` needs of a socket. It waits for bytes in short steps, so that an interrupt is heard."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._users = 1
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """The stream of what comes. Large reads of it go past its buffer."""
+        self._users += 1
+        return io.BufferedReader(PatientStream(self), 64 << 10)
+
+    def sendall(self, data: bytes) -> None:
+        """Sends a request."""
+        self._socket.settimeout(SILENT_SECONDS)
+        self._socket.sendall(data)
+
+    def receive(self, buffer: Any) -> int:
+        """Fills a part of a buffer. Raises TimeoutError if nothing has come for long, and Stopped."""
+        since = monotonic()
+        self._socket.settimeout(LOOK_SECONDS)
+        while True:
+            try:
+                return self._socket.recv_into(buffer)
+            except TimeoutError:
+                wait_unless_stopped()
+                if monotonic() > since + SILENT_SECONDS:
+                    raise TimeoutError(f"nothing came for {SILENT_SECONDS:.0f} s") from None
+
+    def close(self) -> None:
+        """Ends one use: the last one closes the connection. An answer is read after its connection was given up."""
+        self._users -= 1
+        if not self._users:
+            self._socket.close()
+
+
+class PatientStream(io.RawIOBase):
+    """The bytes that come from a socket."""
+
+    def __init__(self, connected: PatientSocket) -> None:
+        super().__init__()
+        self._socket = connected
+
+    def readable(self) -> bool:
+        """Whether it can be read: always."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills a part of the buffer. Raises TimeoutError, and Stopped."""
+        return self._socket.receive(buffer)
+
+    def close(self) -> None:
+        """Ends the use of the socket."""
+        if not self.closed:
+            self._socket.close()
+        super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of a server: its body is read once, while the request is open."""
+
+    status: int
+    headers: Mapping[str, str]
+    """By name in small letters."""
+    body: HTTPResponse
+
+    def read(self, most: int = 64 << 20) -> bytes:
+        """All of the body. Raises Failed if it is cut off, or longer."""
+        content = self.body.read(most + 1)
+        if len(content) > most:
+            raise Failed(f"an answer of more than {most:,} bytes", is_misanswered=True)
+        if self.body.length:
+            raise Failed("the answer was cut off")
+        return content
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fills the buffer as far as the body goes. Returns the number of bytes; raises Failed if none has come."""
+        done = 0
+        try:
+            while done < len(buffer) and (count := self.body.readinto(buffer[done:])):
+                done += count
+        except (OSError, HTTPException) as error:
+            if not done:
+                raise Failed(describe_error(error)) from None
+        return done
+
+
+IdleConnections = defaultdict[tuple[str, str], list[HTTPConnection]]
+"""Connections that may be used again, by scheme and server."""
+
+
+def close_connections(idle: IdleConnections) -> None:
+    """Closes connections that nobody uses."""
+    for connection in (connection for several in idle.values() for connection in several):
+        connection.close()
+
+
+class WebClient:
+    """Sends requests, from any number of threads. Connections are used again."""
+
+    def __init__(self) -> None:
+        self._idle: IdleConnections = defaultdict(list)
+        self._lock = Lock()
+        finalize(self, close_connections, self._idle)
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        """The certificates that are trusted: those of the system or of `SSL_CERT_FILE`, and those that other programs
+        take from the environment.
+        """
+        context = ssl.create_default_context()
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            if (path := os.environ.get(name)) and os.path.isfile(path):  # noqa: PTH113 - no path of ours
+                context.load_verify_locations(path)
+        return context
+
+    @contextmanager
+    def request(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
+        """A context in which an answer is read. A redirect is an answer like any other. Raises Failed if none comes,
+        and Refused for a server that has no certificate to be trusted.
+        """
+        place = urlsplit(url)
+        connection, response = self._send(method, place, {"user-agent": AGENT, **(headers or {})})
+        try:
+            yield Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response)
+        except (OSError, HTTPException) as error:
+            raise Failed(describe_error(error)) from None
+        finally:
+            self._give_back(place, connection, response)
+
+    def _give_back(self, place: SplitResult, connection: HTTPConnection, response: HTTPResponse) -> None:
+        """Keeps a connection whose answer was read to its end; closes any other."""
+        with self._lock:
+            idle = self._idle[place.scheme, place.netloc]
+            if response.isclosed() and not response.will_close and len(idle) < MOST_IDLE:
+                idle.append(connection)
+                return
+        response.close()
+        connection.close()
+
+    def _send(self, method: str, place: SplitResult, headers: dict[str, str]) -> tuple[HTTPConnection, HTTPResponse]:
+        """Sends a request on a connection that is idle, else on a new one. One that was idle for long may be closed by
+        now: that is no failure.
+        """
+        while True:
+            with self._lock:
+                idle = self._idle[place.scheme, place.netloc]
+                connection = idle.pop() if idle else None
+            is_new = connection is None
+            try:
+                connection = connection or self._connect(place)
+                connection.request(method, make_request_target(place, connection), headers=headers)
+                return connection, connection.getresponse()
+            except ssl.SSLCertVerificationError as error:
+                found, remedy = error.verify_message, "SSL_CERT_FILE names a file of certificates to trust"
+                raise refuse("cannot-read", name_server(place), found, "a certificate to be trusted", remedy) from None
+            except (OSError, HTTPException) as error:
+                if connection:
+                    connection.close()
+                if is_new:
+                    raise Failed(describe_error(error, place)) from None
+            except BaseException:
+                if connection:
+                    connection.close()
+                raise
+
+    def _connect(self, place: SplitResult) -> HTTPConnection:
+        """Connects to a server, or to the proxy that the environment names for it."""
+        host, port = place.hostname or "", place.port or DEFAULT_PORTS[place.scheme]
+        proxy = find_proxy(place)
+        via = (proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]) if proxy else (host, port)
+        made = HTTPConnection(*via, timeout=CONNECT_SECONDS)
+        made.default_port = DEFAULT_PORTS[place.scheme]  # it is not named to the server
+        if proxy and place.scheme == "https":
+            made.set_tunnel(host, port, headers=make_proxy_headers(proxy))
+        made._create_connection = connect_patiently  # type: ignore[attr-defined] # noqa: SLF001 - else Ctrl-C waits
+        made.connect()
+        connected: socket.socket = made.sock
+        if place.scheme == "https":
+            connected = begin_tls(self._context, connected, host)
+        made.sock = PatientSocket(connected)
+        return made
+
+
+def connect_patiently(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
+    """Connects to a server. Raises OSError, and Stopped."""
+
+    async def connect() -> socket.socket:
+        loop, errors = asyncio.get_running_loop(), list[OSError]()
+        for family, kind, protocol, _, place in await loop.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            made = socket.socket(family, kind, protocol)
+            made.setblocking(False)  # noqa: FBT003
+            try:
+                await asyncio.wait_for(loop.sock_connect(made, place), seconds)
+            except BaseException as error:
+                made.close()
+                if not isinstance(error, OSError):
+                    raise
+                errors.append(error)
+            else:
+                return made
+        raise errors[0] if errors else OSError("no address")
+
+    made = run_unless_stopped(connect())
+    made.settimeout(seconds)
+    return made
+
+
+def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> ssl.SSLSocket:
+    """Begins TLS with a server. Raises OSError, also for a certificate that is not trusted, and Stopped."""
+    since = monotonic()
+    made = context.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
+    made.settimeout(LOOK_SECONDS)
+    try:
+        while True:
+            try:
+                made.do_handshake()
+            except TimeoutError:
+                wait_unless_stopped()
+                if monotonic() > since + CONNECT_SECONDS:
+                    raise
+            else:
+                return made
+    except BaseException:
+        made.close()
+        raise
+
+
+def find_proxy(place: SplitResult) -> SplitResult | None:
+    """The proxy that the environment names for an address, as other programs find it; None without one. Raises Refused
+    for one that does not speak HTTP.
+    """
+    proxies: dict[str, str] = getproxies()
+    address = proxies.get(place.scheme) or proxies.get("all")
+    if not address or proxy_bypass(place.netloc.rpartition("@")[2]):
+        return None
+    found = urlsplit(address if "://" in address else f"http://{address}")
+    if found.scheme != "http":
+        expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
+        raise refuse("cannot-read", name_server(found), f"a proxy of {found.scheme}:", expected, remedy)
+    return found
+
+
+def make_proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    """The headers that a proxy asks for, with the name and the password of its address."""
+    if not proxy.username:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
+
+
+def make_request_target(place: SplitResult, connection: HTTPConnection) -> str:
+    """What stands in the first line of a request: the path, and to a proxy without a tunnel the whole address."""
+    path = (place.path or "/") + (f"?{place.query}" if place.query else "")
+    is_direct = place.scheme == "https" or connection.host == place.hostname
+    return path if is_direct else f"{place.scheme}://{place.netloc.rpartition('@')[2]}{path}"
+
+
+def name_server(place: SplitResult) -> str:
+    """The server of an address, without anything secret."""
+    with suppress(ValueError):
+        return f"{place.scheme}://{place.hostname}" + (f":{place.port}" if place.port else "")
+    return f"{place.scheme}://{place.hostname}"
+
+
+def describe_error(error: Exception, place: SplitResult | None = None) -> str:
+    """Describes why no answer came, or only a part of one."""
+    number = getattr(error, "errno", None) or 0  # below 0: of a name that is not known
+    text = os.strerror(number) if number > 0 else str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return f"{name_server(place)}: {text}" if place else text
