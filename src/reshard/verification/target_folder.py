@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.dcp_safetensors import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.huggingface import (
     CONFIG,
     INDEX,
@@ -21,6 +20,7 @@ from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.remote_names import suggest_near
+from reshard.formats.slice_names import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.target_names import require_finished
 from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import compute_shape, parse_shape
