@@ -65,9 +65,8 @@ SIZES = {"1 GB": 10, "4 GB": 44, "16 GB": 180}
 
 
 def main() -> None:
-    if sys.argv[1:2] == [
-        "save"
-    ]:  # the program that torch is imported by: a parent's memory is counted with its child's
+    # The program that torch is imported by: a parent's memory is counted with its child's.
+    if sys.argv[1:2] == ["save"]:
         save_from_processes(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__)

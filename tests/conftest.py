@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from families import write_small
 from jobs import Job, convert_checkpoint
@@ -16,6 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Before anything imports torch: with one worker a core, threads of torch that wait for work take the cores of others.
 # The commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# An example that takes long on a busy machine is no fault.
+hypothesis.settings.register_profile("reshard", deadline=None)
+hypothesis.settings.load_profile("reshard")
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sliced_loads import slice_name
 from small_models import write_model
 
 import reshard
@@ -28,10 +29,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reshard.convert(folder / "llama", folder / "a", to="dcp", mp=4)
     reshard.convert(folder / "other", folder / "b", to="dcp", mp=4)
     return folder
-
-
-def slice_name(rank: int) -> str:
-    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
 
 
 def mix(models: Path, target: Path, rank: int = 1) -> Path:

@@ -166,7 +166,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @given(models())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_there_and_back_over_any_ranks_is_the_same(model: Model) -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)

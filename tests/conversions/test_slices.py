@@ -10,7 +10,7 @@ import torch
 from families import write_small
 from jobs import Job
 from safetensors import safe_open
-from sliced_loads import load_in_processes
+from sliced_loads import load_in_processes, slice_name
 from small_models import write_model
 from stacked_models import compute_logits, read_tensors, write_stacked_model
 from targets import leave_unfinished
@@ -35,10 +35,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("deepseek-v3", "deepseek-v4-flash"):
         write_small(folder / name, name)
     return folder
-
-
-def slice_name(rank: int) -> str:
-    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
 
 
 def assert_chunks(target: Path, whole: dict[str, Tensor], ranks: int) -> None:

@@ -59,7 +59,7 @@ def reader(files: list[bytes], most: int) -> PartReader:
 
 
 @given(joins(), st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_stretch_is_that_of_the_parts_together(made: Made, data: st.DataObject) -> None:
     join, files, whole = made
     offset = data.draw(st.integers(0, len(whole) - 1))
@@ -71,7 +71,7 @@ def test_any_stretch_is_that_of_the_parts_together(made: Made, data: st.DataObje
 
 
 @given(joins(), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_byte_that_differs_between_replicas_is_seen(made: Made, data: st.DataObject) -> None:
     join, files, whole = made
     number = data.draw(st.integers(0, len(join.parts) - 1))

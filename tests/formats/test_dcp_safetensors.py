@@ -13,7 +13,7 @@ from distributed_saves import make_weights, save_all
 from safetensors.numpy import save_file
 
 from reshard.formats.boxed_folder import read_boxed
-from reshard.formats.dcp_safetensors import parse_shard_numbers
+from reshard.formats.slice_names import parse_shard_numbers
 from reshard.sources.checkpoints import read_checkpoint
 
 

@@ -127,7 +127,7 @@ def keys(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
     return items[0] if len(items) == 1 and draw(st.booleans()) else tuple(items)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_slice_is_that_of_torch(data: st.DataObject, small: Any) -> None:
     name = data.draw(st.sampled_from(sorted(TENSORS)))
@@ -135,7 +135,7 @@ def test_a_slice_is_that_of_torch(data: st.DataObject, small: Any) -> None:
     require_equal(small[name][key], TENSORS[name][key])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_slice_of_what_lies_in_parts_is_that_of_torch(data: st.DataObject, joined: Any) -> None:
     found, wanted = joined

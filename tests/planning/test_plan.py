@@ -611,7 +611,7 @@ def plan_of(model: Model, made: Made) -> Plan:
 
 
 @given(models())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_copies_give_what_slicing_gives(model: Model) -> None:
     made = make_model(model)
     plan = plan_of(model, made)
@@ -622,7 +622,7 @@ def test_the_copies_give_what_slicing_gives(model: Model) -> None:
 
 
 @given(models())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_becomes_of_the_source_is_what_the_copies_do(model: Model) -> None:
     made = make_model(model)
     plan = plan_of(model, made)
@@ -648,7 +648,7 @@ def test_what_becomes_of_the_source_is_what_the_copies_do(model: Model) -> None:
 
 
 @given(models(), st.data())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_some_ranks_have_the_copies_of_all_ranks(model: Model, data: st.DataObject) -> None:
     made = make_model(model)
     plan = plan_of(model, made)
@@ -705,7 +705,7 @@ def spoiled(copies: Copies, index: int, step: int, targets: int) -> Iterator[tup
 
 
 @given(models(), st.data(), st.sampled_from([1, -1]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_proof_sees_every_fault_of_a_single_copy(model: Model, data: st.DataObject, step: int) -> None:
     plan = plan_of(model, make_model(model))
     prove(plan, plan.copies)
@@ -719,7 +719,7 @@ def test_the_proof_sees_every_fault_of_a_single_copy(model: Model, data: st.Data
 
 
 @given(models(), st.data())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_proof_sees_a_copy_that_reads_another_part(model: Model, data: st.DataObject) -> None:
     """The other part is as large, so that the target is still tiled."""
     plan = plan_of(model, make_model(model))
@@ -747,7 +747,7 @@ def tables(draw: st.DrawFn, start: int) -> Copies:
 
 
 @given(tables(1), st.integers(1, 8))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_what_counts_as_tiled_is_tiled(copies: Copies, size: int) -> None:
     try:
         require_tiling(copies, [1], [1 + size])
@@ -760,7 +760,7 @@ def test_what_counts_as_tiled_is_tiled(copies: Copies, size: int) -> None:
 
 
 @given(tables(1), st.sampled_from([[4], [2], [2, 4], [4, 2]]))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_what_counts_as_covered_is_covered(copies: Copies, sizes: list[int]) -> None:
     """Tensors from byte 1 on, behind a header of one byte and before a dropped one."""
     starts = [1, 1 + sizes[0]]
@@ -1327,7 +1327,7 @@ def test_a_checkpoint_goes_out_in_files_that_are_not_too_large() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 400), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_copies_of_a_whole_checkpoint_give_its_bytes(files: int, most: int, seed: int) -> None:
     model = Model(
         1, 2, 1, 2, has_query_rank=True, is_scaled=True, has_mtp=False, has_config=False, files=files, seed=seed

@@ -107,7 +107,7 @@ def require_equal(found: Tensor, whole: Tensor, rows: list[int]) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @pytest.mark.parametrize("split", ["rows of heads", "packed rows"])
 def test_what_each_rank_holds_and_what_they_make_together(split: str, data: st.DataObject) -> None:
     heads, ranks = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12))

@@ -44,7 +44,7 @@ def read_in_steps(reader: PartReader, tensor: Tensor, most: int) -> bytes:
 
 
 @given(tilings(), st.integers(1, 50))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_tiling_gives_the_whole_byte_for_byte(tiled: Tiled, most: int) -> None:
     checkpoint = assemble_boxes(tiled.boxed)
     reader = reader_of(checkpoint, tiled.files, most)
@@ -60,7 +60,7 @@ def test_any_tiling_gives_the_whole_byte_for_byte(tiled: Tiled, most: int) -> No
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_range_of_a_tensor_inside_a_join_is_read(tiled: Tiled, data: st.DataObject) -> None:
     """As of a stacked tensor that is taken apart, and of a join of such parts."""
     checkpoint = assemble_boxes(tiled.boxed)
@@ -79,7 +79,7 @@ def test_any_range_of_a_tensor_inside_a_join_is_read(tiled: Tiled, data: st.Data
 
 
 @given(tilings(replicas=1), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_box_that_lacks_is_named_with_its_place(tiled: Tiled, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(tiled.wholes)))
     boxes = [box for box in tiled.boxed.boxes[name] if box.part.size]
@@ -101,7 +101,7 @@ def test_a_box_that_lacks_is_named_with_its_place(tiled: Tiled, data: st.DataObj
 
 
 @given(tilings(replicas=1), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_box_that_is_moved_or_grows_is_refused(tiled: Tiled, data: st.DataObject) -> None:
     cut = [name for name, whole in sorted(tiled.wholes.items()) if whole.ndim]
     if not cut:
@@ -181,7 +181,7 @@ def test_replicas_are_compared_or_the_first_is_taken() -> None:
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_replicas_that_differ_are_named_by_their_files(tiled: Tiled, data: st.DataObject) -> None:
     checkpoint = assemble_boxes(tiled.boxed)
     stored = [part for join in checkpoint.joins for part in join.parts if len(part) > 1]

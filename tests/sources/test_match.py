@@ -586,7 +586,7 @@ def test_a_tensor_that_is_missing_is_named(name: str, *, has_config: bool) -> No
 
 
 @given(st.sets(st.sampled_from(SMALLER_NAMES), min_size=2, max_size=2), st.booleans())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_all_that_is_missing_is_named(names: set[str], has_config: bool) -> None:  # noqa: FBT001 - drawn
     problems = problems_of(without(SMALLER, lambda other: other in names, has_config=has_config))
     assert sorted(problem.subject for problem in problems) == sorted(names)

@@ -142,13 +142,13 @@ def save_all(folder: Path) -> None:
 def main() -> None:
     """Becomes four processes: torch is imported only once."""
     import_module("torch._dynamo")  # which each would import by itself, for its optimizer
-    run_ranks(save_as_rank)
+    run_ranks(save_as_rank, WORLD, Path(sys.argv[1]))
 
 
-def run_ranks(save_as: Callable[[int, Path], None]) -> None:
-    """Forks a process a rank, each of which saves into the folder that the command names, and exits with their fate."""
+def run_ranks(run_as: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """Forks a process a rank, each of which gets its number and the arguments, and exits with their fate."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=save_as, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
+    processes = [context.Process(target=run_as, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:

@@ -44,6 +44,7 @@ FILES = {"a.safetensors": save({"a": np.ones(2)}), "b.safetensors": save({"b": n
 INSTRUMENTED = (
     "reshard.execution.journal",
     "reshard.formats.dcp_safetensors",
+    "reshard.formats.slice_names",
     "reshard.formats.distcp",
     "reshard.formats.distcp_metadata",
     "reshard.formats.huggingface",

@@ -883,6 +883,27 @@ MUTATIONS = (
         "max(shards) + 2",
         "test_training_refusals.py::test_the_last_slice_may_be_missing",
     ),
+    Mutation(
+        "planning/file_layout",
+        "headers say of shorter parts what the first ranks have",
+        "if is_uneven else []",
+        "if slices else []",
+        "test_uneven_parts.py::test_each_rank_has_its_blocks_and_they_lead_back",
+    ),
+    Mutation(
+        "api",
+        "slices of rank files are proven without their rows",
+        "if sliced and sliced.problems:",
+        "if sliced and False:",
+        "test_foreign_slices.py::test_rows_that_torch_would_not_cut_are_seen",
+    ),
+    Mutation(
+        "formats/folders_below",
+        "a folder without metadata is named as a save",
+        "(path / METADATA).is_file()",
+        "True",
+        "test_training_refusals.py::test_all_steps_of_a_training_are_named",
+    ),
 )
 
 

@@ -4,7 +4,6 @@ torch save these shards itself.
 Run as a program with the folders of the slices, of the whole files, and of what torch saves, it becomes the processes.
 """
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
+from distributed_saves import run_ranks
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -21,6 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 WORLD = 3
+
+
+def slice_name(rank: int) -> str:
+    """The name that torch gives the file of a rank."""
+    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
 
 
 def load_as_rank(rank: int, store: str, folder: Path, whole: Path, saved: Path) -> None:
@@ -51,15 +56,8 @@ def load_in_processes(folder: Path, whole: Path, saved: Path) -> None:
 
 def main() -> None:
     """Forks a process a rank, and exits with their fate."""
-    context = multiprocessing.get_context("fork")
     with TemporaryDirectory() as store:
-        folders = [Path(word) for word in sys.argv[1:]]
-        processes = [context.Process(target=load_as_rank, args=(rank, store, *folders)) for rank in range(WORLD)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        sys.exit(any(process.exitcode for process in processes))
+        run_ranks(load_as_rank, WORLD, store, *map(Path, sys.argv[1:]))
 
 
 if __name__ == "__main__":

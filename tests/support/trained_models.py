@@ -77,7 +77,7 @@ def main() -> None:
     """Becomes four processes: torch and the models are imported only once."""
     for name in ("torch._dynamo", "transformers.models.qwen3_moe.modeling_qwen3_moe"):
         import_module(name)
-    run_ranks(save_as_rank)
+    run_ranks(save_as_rank, WORLD, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

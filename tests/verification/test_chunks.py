@@ -6,7 +6,7 @@ from math import floor, prod
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.types import Tensor
@@ -92,7 +92,6 @@ def cut_tensors(draw: st.DrawFn) -> KeptTensor:
     return whole(height, width, [(range(*ends[0]), range(*ends[1]))])
 
 
-@settings(deadline=None)
 @given(cut_tensors())
 def test_the_smallest_sample_holds_both_ends_of_a_part(found: KeptTensor) -> None:
     """Each as long as a band of the sample is, rows and columns counted as the part has them."""
@@ -113,7 +112,6 @@ def test_the_smallest_sample_holds_both_ends_of_a_part(found: KeptTensor) -> Non
             assert held.issuperset(columns)
 
 
-@settings(deadline=None)
 @given(cut_tensors(), st.fractions(Fraction(1, 1000), 1))
 def test_a_sample_takes_small_bands_in_order_and_each_once(found: KeptTensor, share: Fraction) -> None:
     spans = [span(band) for band in split_into_bands(found, share)]

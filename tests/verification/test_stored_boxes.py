@@ -49,7 +49,7 @@ def gather(tensor: BoxedTensor, files: Sequence[bytes], begin: int, end: int) ->
 
 
 @given(tilings(), st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_range_is_gathered_from_the_boxes(tiled: Tiled, data: st.DataObject) -> None:
     for name, whole in tiled.wholes.items():
         boxed = BoxedTensor(tiled.boxed.boxes[name], whole.nbytes)
@@ -60,7 +60,7 @@ def test_any_range_is_gathered_from_the_boxes(tiled: Tiled, data: st.DataObject)
 
 
 @given(tilings(replicas=1), st.data())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_boxes_that_do_not_fill_the_tensor_once_are_refused(tiled: Tiled, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(tiled.wholes)))
     boxes = [box for box in tiled.boxed.boxes[name] if box.part.size]

@@ -360,7 +360,8 @@ def test_a_byte_of_no_other_than_this_value_is_seen(case: str, copied: Callable[
     for damage in damages:
         place = places[damage]
         words = found["differs", place.subject + damage.tensor]
-        assert f"1 other byte than {'in' if 'than in' in words else 'are'}" in words
+        than = ("in the source", "are made of the source", "zeros")
+        assert words.startswith(tuple(f"1 other byte than {those}, " for those in than))
         assert f"first in byte {damage.offset % (place.end - place.begin):,} of" in words
 
 

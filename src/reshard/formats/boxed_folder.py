@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from reshard.errors import refuse
 from reshard.formats.boxes import BoxedCheckpoint
-from reshard.formats.dcp_safetensors import is_sliced_folder, read_slices
+from reshard.formats.dcp_safetensors import read_slices
 from reshard.formats.distcp import SUFFIX_OF_PARTS, find_saved_files, is_distcp_folder, read_distcp
 from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files, read_header_text
+from reshard.formats.slice_names import is_sliced_folder
 from reshard.formats.unfinished_downloads import list_entries
 from reshard.paths import AnyPath, RemotePath
 from reshard.text import format_list

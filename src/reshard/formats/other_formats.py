@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from reshard.formats.slice_names import SLICE_NAME
+
 
 class OtherFormat(NamedTuple):
     """A format that is not read, and the way from it to one that is."""
@@ -23,7 +25,7 @@ COPY_METADATA = "copy .metadata too: its name begins with a dot, so that `cp *` 
 ACCELERATE = "shards of FSDP as accelerate writes them"
 
 SHARDED_SAFETENSORS = OtherFormat(
-    re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors"),
+    SLICE_NAME,
     SLICES,
     "the slices of a folder are read together, as a source: name {path}; all its safetensors files must have the names"
     " that torch gives them, such as shard-00001-model-00001-of-00001.safetensors",

@@ -9,9 +9,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.renaming import Renaming, rename_tensors
 from reshard.formats.safetensors import BITS, DTYPE_RANK, format_entry_end, format_header
+from reshard.formats.slice_names import name_slices
 from reshard.planning.copies import Copies, Integers, join_copies
 from reshard.planning.shards import Cut, Series
 from reshard.planning.slices import SlicePlaces

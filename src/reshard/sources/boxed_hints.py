@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from reshard.errors import Problem, Refused
-from reshard.formats.dcp_safetensors import parse_shard_numbers
+from reshard.formats.slice_names import parse_shard_numbers
 from reshard.formats.training_state import BESIDE_MODEL
 from reshard.types import Checkpoint
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.boxed_folder import note_distcp_beside
-from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.folder import Folder, read_folder, read_whole_files
 from reshard.formats.huggingface import FolderHeaders
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import is_of_slices
+from reshard.formats.slice_names import name_slices
 from reshard.formats.target_names import MANIFEST
 from reshard.paths import AnyPath
 from reshard.sources.boxes import assemble_boxes

@@ -1,7 +1,7 @@
 """Folders of buckets (`s3://`, `gs://`, `az://`), by the package obstore, which knows their keys and signatures."""
 
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_ent
 CHUNK_SIZE = 1 << 20
 """In bytes: so much is taken from a body at a time."""
 
-CLIENT = {
+CLIENT: Any = {
     "allow_http": True,  # where the endpoint says so
     "connect_timeout": timedelta(seconds=10),
     "read_timeout": timedelta(seconds=30),
@@ -73,7 +73,7 @@ class BucketStore(ListedStore):
         import obstore  # noqa: PLC0415 - only who reads a bucket needs it
 
         pinned = {"if_match": entry.version} if entry.version else {}
-        options = {"range": (offset, offset + len(buffer)), **pinned}
+        options: Any = {"range": (offset, offset + len(buffer)), **pinned}
         answer = await obstore.get_async(self._bucket, self._prefix + entry.name, options=options)
         if answer.meta["size"] != entry.size or quote_etag(answer.meta["e_tag"]) != entry.version:
             raise FileNotFoundError("another version by now")
@@ -155,8 +155,8 @@ def make_bucket(scheme: str, name: str, address: str) -> Any:
     except ImportError:
         found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
         raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
-    options = read_aws_profile() if scheme == "s3" else {}
-    never = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, where waits are told
+    options: Any = read_aws_profile() if scheme == "s3" else {}
+    never: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, where waits are told
     try:
         return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=never, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
@@ -177,6 +177,6 @@ def quote_etag(etag: str | None) -> str:
     return f'"{etag.strip(chr(34))}"' if etag else ""
 
 
-def make_bucket_entry(item: dict[str, Any], prefix: str) -> Entry:
+def make_bucket_entry(item: Mapping[str, Any], prefix: str) -> Entry:
     """Makes an entry of a listed object."""
     return Entry(item["path"].removeprefix(prefix), item["size"], quote_etag(item["e_tag"]))

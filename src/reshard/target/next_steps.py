@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.execution.staging import STAGING
-from reshard.formats.dcp_safetensors import name_slices
 from reshard.formats.huggingface import SUFFIX
+from reshard.formats.slice_names import name_slices
 from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
 from reshard.planning.plan import Plan
 from reshard.recipe_types import Recipe

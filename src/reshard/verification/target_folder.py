@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.formats.dcp_safetensors import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.huggingface import (
     CONFIG,
     INDEX,
@@ -20,6 +19,7 @@ from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import is_of_slices
 from reshard.formats.remote_names import suggest_near
+from reshard.formats.slice_names import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.target_names import require_finished
 from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
