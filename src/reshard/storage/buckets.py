@@ -156,7 +156,7 @@ def make_bucket(scheme: str, name: str, address: str) -> Any:
         found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
         raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
     options: Any = read_aws_profile() if scheme == "s3" else {}
-    never: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, where waits are told
+    never: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, and waits are told
     try:
         return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=never, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
