@@ -69,7 +69,8 @@ class TargetStore(Protocol):
 
     def put_part(self, name: str, upload: str, number: int, data: memoryview) -> str:
         """Uploads a part, numbered from 1 on. Returns its ETag; empty where the store keeps no parts. Raises
-        NoSuchUploadError."""
+        NoSuchUploadError.
+        """
 
     def list_parts(self, name: str, upload: str) -> Mapping[int, UploadedPart] | None:
         """Lists the parts of an upload by number; None if there is no such upload (any more)."""
