@@ -19,6 +19,7 @@ from reshard.cli.progress_lines import (
     format_progress,
     format_resumed,
 )
+from reshard.storage.addresses import hide_secrets
 from reshard.storage.counting import ProgressView, WorkState
 from reshard.text import escape
 
@@ -204,7 +205,7 @@ def show_progress(title: str, options: argparse.Namespace, *, is_first: bool = T
     its first step names the command.
     """
     mode = choose_mode(options)
-    words = getattr(options, "words", [title]) if is_first or mode != "log" else []
+    words = [*map(hide_secrets, getattr(options, "words", [title]))] if is_first or mode != "log" else []
     report = REPORTS[mode](title, words)
     watch = JobWatch(title, report, INTERVALS[mode], is_sample=bool(getattr(options, "sample", None)))
     STATUS_REQUESTS.append(watch.ask)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import ADDRESS, open_address
+from reshard.storage.addresses import ADDRESS, hide_secrets, open_address
 from reshard.text import make_path
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -40,11 +40,11 @@ class Download(NamedTuple):
 
 
 def restore_address(path: AnyPath) -> str:
-    """A path as it was given: `s3://bucket/model` where a path has one slash."""
+    """A path as it was given, for messages: `s3://bucket/model` where a path has one slash. Nothing secret is left."""
     found = ADDRESS.fullmatch(str(path))
     if not found:
         return str(path)
-    return f"{found[1]}://{'/' if found[1].lower() == FILE else ''}{found[2]}"
+    return hide_secrets(f"{found[1]}://{'/' if found[1].lower() == FILE else ''}{found[2]}")
 
 
 def make_full_path(path: Path) -> str:
@@ -75,7 +75,7 @@ def require_path(given: str | os.PathLike[str]) -> AnyPath:
     if found and found[2].partition("/")[0].lower() in HUBS + MODELSCOPE:
         raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_for_page(path))
     try:
-        return open_address(address) or path
+        return open_address(os.fspath(given)) or path  # as it was given: a query may have two slashes
     except Refused as refused:
         raise add_download(refused, path) from None
 

@@ -12,6 +12,9 @@ from reshard.paths import RemotePath
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
+SECRETS = re.compile(r"(https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
+"""In an address of a web server: a name with a password, and a query, which may be a key."""
+
 OPENERS: Mapping[str, str] = {
     "az": "reshard.storage.buckets:open_bucket",
     "gs": "reshard.storage.buckets:open_bucket",
@@ -21,6 +24,12 @@ OPENERS: Mapping[str, str] = {
     "s3": "reshard.storage.buckets:open_bucket",
 }
 """By the scheme of an address, in small letters: the function that takes it and what stands behind it."""
+
+
+def hide_secrets(text: str) -> str:
+    """A text, which may be an address, without what is secret in that of a web server."""
+    found = SECRETS.fullmatch(text)
+    return f"{found[1]}{found[2]}{'?...' if found[3] else ''}" if found else text
 
 
 def open_address(address: str) -> RemotePath | None:

@@ -12,8 +12,8 @@ from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
 
-CHUNK_SIZE = 1 << 20
-"""In bytes: so much is taken from a body at a time."""
+CHUNK_SIZE = 128 << 10
+"""In bytes: so much is taken from a body at a time. What has come of it is lost if the connection breaks."""
 
 CLIENT: Any = {
     "allow_http": True,  # where the endpoint says so

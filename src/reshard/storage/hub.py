@@ -8,8 +8,8 @@ import re
 from contextlib import suppress
 from threading import Lock
 from time import time
-from typing import NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, urljoin, urlsplit
+from typing import Annotated, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import msgspec
 
@@ -21,10 +21,11 @@ from reshard.storage.range_requests import (
     Denied,
     explain_status,
     find_redirect,
+    join_addresses,
     receive_range,
     request_range,
 )
-from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, tell, try_again
+from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, tell_once, try_again
 from reshard.storage.resources import wait_unless_stopped
 from reshard.storage.web_client import Answer, WebClient
 
@@ -60,7 +61,7 @@ class ListedFile(msgspec.Struct):
 
     type: str
     path: str
-    size: int = 0
+    size: Annotated[int, msgspec.Meta(ge=0)] = 0
     oid: str = ""
     lfs: LargeFile | None = None
 
@@ -112,7 +113,7 @@ class HubStore(ListedStore):
         except Denied as denied:
             with self._turns[entry.name]:
                 if self._places.get(entry.name) == place:  # else another one has asked already
-                    tell(f"{self.address}/{entry.name}: {denied}; asks the hub for a new address")
+                    tell_once(self.address, f"{denied}; asks the hub for new addresses")
                     del self._places[entry.name]
             raise
 
@@ -198,7 +199,7 @@ def list_hub_files(client: WebClient, access: HubAccess, name: str, commit: str)
         page, headers = ask_hub(client, access, url, f"hf://{name}@{commit}", list[ListedFile])
         listed += page
         following = NEXT_PAGE.search(headers.get("link", ""))
-        url = urljoin(url, following[1]) if following else None
+        url = join_addresses(url, following[1]) if following else None
     return [item for item in listed if item.type == "file"]
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.errors import Refused, refuse
+from reshard.storage.addresses import hide_secrets
 from reshard.storage.range_requests import is_same_server
+from reshard.storage.web_client import split_address
 
 ENDPOINT = "https://huggingface.co"
 
@@ -42,9 +44,18 @@ def find_hub_access() -> HubAccess:
         found, expected = "it is set: nothing is to be read from the hub", "a hub to read from"
         raise refuse("cannot-read", "HF_HUB_OFFLINE", found, expected, "unset it; or give a folder of this machine")
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
-    if not endpoint.startswith(("https://", "http://")):
-        raise refuse("cannot-read", "HF_ENDPOINT", endpoint, "an address, such as https://huggingface.co", "correct it")
-    return HubAccess(endpoint, find_hub_token())
+    try:
+        is_address = split_address(endpoint).scheme in ("https", "http")
+    except ValueError:
+        is_address = False
+    if not is_address:
+        found, expected = hide_secrets(endpoint), "an address, such as https://huggingface.co"
+        raise refuse("cannot-read", "HF_ENDPOINT", found, expected, "correct it")
+    token = find_hub_token()
+    if not (token.isascii() and token.isprintable()):
+        found, expected = "characters that no token has", "a token, such as hf_..."  # never the token itself
+        raise refuse("no-access", "HF_TOKEN", found, expected, "copy it anew, or log in: hf auth login")
+    return HubAccess(endpoint, token)
 
 
 def find_hub_token() -> str:

@@ -44,6 +44,14 @@ class PatientSocket:
             else:
                 rest, since = rest[sent:], monotonic()
 
+    def setsockopt(self, *option: int) -> None:
+        """Sets an option of the socket."""
+        self._socket.setsockopt(*option)
+
+    def detach(self) -> socket.socket:
+        """The socket itself, for TLS."""
+        return self._socket
+
     def receive(self, buffer: Any) -> int:
         """Fills a part of a buffer. Raises TimeoutError if nothing has come for long, and Stopped."""
         since = monotonic()

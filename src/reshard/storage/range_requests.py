@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from reshard.errors import refuse
 from reshard.storage.remote_store import Failed
-from reshard.storage.web_client import Answer, WebClient
+from reshard.storage.web_client import Answer, WebClient, split_address
 
 PASSING = (408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524)
 """Answers that may be others a little later."""
@@ -24,6 +24,9 @@ RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 RATE_LIMIT = re.compile(r'(?:^|[;,\s"])r=0;t=(\d{1,9})')
 """In the header `RateLimit`: nothing remains, and in so many seconds it begins anew."""
+
+CODINGS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
+"""What a body must not be coded by: none of them is asked for."""
 
 BUSY = {429: "its quota of requests is used up (429)", 503: "the server is busy (503)"}
 
@@ -57,7 +60,9 @@ def receive_range(answer: Answer, offset: int, buffer: memoryview) -> ReadRange:
     """Takes the bytes of a range from an answer into a buffer: as many as have come. A whole file in the place of a
     range is taken only if it is the range. Raises Failed, Denied, and FileNotFoundError.
     """
-    etag = answer.headers.get("etag", "")
+    etag, coding = answer.headers.get("etag", ""), answer.headers.get("content-encoding", "").lower()
+    if answer.status in (200, 206) and coding in CODINGS:
+        raise Failed(f"it sent the bytes coded by {coding}", is_misanswered=True)
     if answer.status == 206:
         found = RANGE.fullmatch(answer.headers.get("content-range", ""))
         if not found or int(found[1]) != offset or not offset <= int(found[2]) < offset + len(buffer):
@@ -96,7 +101,7 @@ def read_wait(headers: Mapping[str, str]) -> float | None:
     if after:
         try:
             return max(0.0, parsedate_to_datetime(after).timestamp() - time())
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     found = RATE_LIMIT.search(headers.get("ratelimit", ""))
     return float(found[1]) + 1 if found else None
@@ -110,11 +115,21 @@ def find_redirect(answer: Answer, url: str) -> str | None:
     if answer.status not in REDIRECTS or not to:
         return None
     answer.read()
-    found = urljoin(url, to)
+    found = join_addresses(url, to)
     before, after = urlsplit(url), urlsplit(found)
     if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == ("https", "http"):
         host = f"{before.scheme}://{before.hostname}"
         raise refuse("wrong-answer", host, f"it leads to an address of {after.scheme}:", "an address of https:")
+    return found
+
+
+def join_addresses(url: str, to: str) -> str:
+    """The address that a server leads to. Raises Failed if it is none."""
+    try:
+        found = urljoin(url, to)
+        split_address(found)
+    except ValueError:
+        raise Failed("it leads to what is no address", is_misanswered=True) from None
     return found
 
 

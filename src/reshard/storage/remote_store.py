@@ -44,6 +44,11 @@ SAME_WAIT = 1.0
 TOLD_WAITS: dict[str, float] = {}
 """When the waits end that were told, by their reason."""
 
+TELLING = Lock()
+
+RENEWAL = 60.0
+"""In seconds: what happens to many files in so short a time is told once."""
+
 ONLINE = "is the address right, and this machine online? HTTPS_PROXY names a proxy, HF_ENDPOINT another hub"
 
 EXPECTED_OF_READ = (
@@ -80,12 +85,14 @@ class Patience:
         self._is_write = is_write
         self._is_opening = is_opening
         self._since = monotonic()
+        self._told = 0.0
+        """In seconds: what the server has told to wait, of the time since then."""
         self._tries = 0
         self._misanswered = 0
 
     def renew(self) -> None:
         """Begins to count anew, for something has come."""
-        self._since, self._tries = monotonic(), 0
+        self._since, self._told, self._tries = monotonic(), 0.0, 0
 
     def wait(self, failed: Failed) -> None:
         """Waits before the next try. Raises Refused if there is to be none, and Stopped."""
@@ -97,9 +104,11 @@ class Patience:
         seconds = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         limit = OPENING_PATIENCE if self._is_opening else PATIENCE
         seconds *= 0.5 + random.random() / 2  # noqa: S311 - so that not all threads come again at once
+        since = self._since + self._told  # who does as told has not waited in vain
         if failed.wait is not None:
-            seconds, limit = max(seconds, failed.wait), MOST_TOLD  # some tell 0, again and again
-        if monotonic() + seconds > self._since + limit:
+            seconds, limit, since = max(seconds, failed.wait), MOST_TOLD, self._since  # some tell 0, again and again
+            self._told += seconds
+        if monotonic() + seconds > since + limit:
             told = f", and the server says to wait {failed.wait:,.0f} s more" if failed.wait else ""
             found = f"{failed.reason}, {format_count(self._tries, 'times')} in {monotonic() - self._since:.0f} s{told}"
             remedy = "run the same command again later: what is done stays done"
@@ -129,9 +138,20 @@ def try_again(subject: str, ask: Callable[[], Asked]) -> Asked:
 def tell_wait(subject: str, reason: str, seconds: float) -> None:
     """Tells of a wait, unless others wait for the same reason as long: one line for all threads is enough."""
     end = monotonic() + seconds
-    if end > TOLD_WAITS.get(reason, 0.0) + SAME_WAIT:
+    with TELLING:
+        if end <= TOLD_WAITS.get(reason, 0.0) + SAME_WAIT:
+            return
         TOLD_WAITS[reason] = end
-        tell(f"{subject}: {reason}; waits {seconds:.0f} s")
+    tell(f"{subject}: {reason}; waits {seconds:.0f} s")
+
+
+def tell_once(subject: str, what: str) -> None:
+    """Tells what a store makes us do, unless that was told just now."""
+    with TELLING:
+        if monotonic() < TOLD_WAITS.get(what, 0.0):
+            return
+        TOLD_WAITS[what] = monotonic() + RENEWAL
+    tell(f"{subject}: {what}")
 
 
 def tell(line: str) -> None:

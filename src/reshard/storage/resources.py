@@ -175,6 +175,7 @@ def run_in_threads(
             threads = len(left)
             while left:
                 ended, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
+                wait_unless_stopped()  # for this may be a worker itself
                 for future in ended:
                     future.result()
                 # Once a worker has ended, nothing is left for others to begin.

@@ -10,14 +10,14 @@ import ssl
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from threading import Lock
 from time import monotonic
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import finalize
 
@@ -33,6 +33,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 MOST_IDLE = 64
 """So many connections to a server are kept open."""
+
+READ_STEP = 128 << 10
+"""In bytes: a body is taken in such steps. What has come of a step is lost if the connection breaks in it."""
+
+LONGEST_REASON = 160
+"""In characters: a line of a server that is none of HTTP may have thousands."""
 
 AGENT = "reshard"
 
@@ -59,7 +65,7 @@ class Answer:
         """Fills the buffer as far as the body goes. Returns the number of bytes; raises Failed if none has come."""
         done = 0
         try:
-            while done < len(buffer) and (count := self.body.readinto(buffer[done:])):
+            while done < len(buffer) and (count := self.body.readinto(buffer[done : done + READ_STEP])):
                 done += count
         except (OSError, HTTPException) as error:
             if not done:
@@ -67,8 +73,10 @@ class Answer:
         return done
 
 
-IdleConnections = defaultdict[tuple[str, str], list[HTTPConnection]]
-"""Connections that may be used again, by scheme and server."""
+IdleConnections = defaultdict[tuple[int, str, str], list[HTTPConnection]]
+"""Connections that may be used again, by process, scheme and server: two processes on one connection would take each
+other's bytes.
+"""
 
 
 def close_connections(idle: IdleConnections) -> None:
@@ -109,7 +117,12 @@ class WebClient:
         server may take to answer. Raises Failed if no answer comes, and Refused for a server that has no certificate to
         be trusted.
         """
-        place, sent = urlsplit(url), {"user-agent": AGENT, **(headers or {})}
+        try:
+            place = split_address(url)
+        except ValueError:
+            raise Failed("it leads to what is no address", is_misanswered=True) from None
+        headers = {**make_proxy_headers(find_proxy(place) if place.scheme == "http" else None), **(headers or {})}
+        sent = {"user-agent": AGENT, **headers}
         connection, response = self._send(method, place, sent, body, silent_seconds)
         try:
             yield Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response)
@@ -121,7 +134,7 @@ class WebClient:
     def _give_back(self, place: SplitResult, connection: HTTPConnection, response: HTTPResponse) -> None:
         """Keeps a connection whose answer was read to its end; closes any other."""
         with self._lock:
-            idle = self._idle[place.scheme, place.netloc]
+            idle = self._idle[os.getpid(), place.scheme, place.netloc]
             if response.isclosed() and not response.will_close and len(idle) < MOST_IDLE:
                 idle.append(connection)
                 return
@@ -136,7 +149,7 @@ class WebClient:
         """
         while True:
             with self._lock:
-                idle = self._idle[place.scheme, place.netloc]
+                idle = self._idle[os.getpid(), place.scheme, place.netloc]
                 connection = idle.pop() if idle else None
             is_new = connection is None
             try:
@@ -150,7 +163,7 @@ class WebClient:
             except (OSError, HTTPException) as error:
                 if connection:
                     connection.close()
-                if is_new:
+                if is_new or isinstance(error, TimeoutError):  # else one after the other may be waited for
                     raise Failed(describe_error(error, place)) from None
             except BaseException:
                 if connection:
@@ -165,13 +178,17 @@ class WebClient:
         made = HTTPConnection(*via, timeout=CONNECT_SECONDS)
         made.default_port = DEFAULT_PORTS[place.scheme]  # it is not named to the server
         if proxy and place.scheme == "https":
+            # A tunnel has them itself; without one they go with each request.
             made.set_tunnel(host, port, headers=make_proxy_headers(proxy))
         made._create_connection = connect_patiently  # type: ignore[attr-defined] # noqa: SLF001 - else Ctrl-C waits
-        made.connect()
-        connected: socket.socket = made.sock
-        if place.scheme == "https":
-            connected = begin_tls(self._context, connected, host)
-        made.sock = PatientSocket(connected)
+        try:
+            made.connect()
+            if place.scheme == "https":
+                plain: Any = made.sock
+                made.sock = PatientSocket(begin_tls(self._context, plain.detach(), host))
+        except BaseException:
+            made.close()
+            raise
         return made
 
 
@@ -191,7 +208,7 @@ def exchange(
     return connection.getresponse()
 
 
-def connect_patiently(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
+def connect_patiently(address: tuple[str, int], seconds: float, _source: object = None) -> PatientSocket:
     """Connects to a server. Raises OSError, and Stopped."""
 
     async def connect() -> socket.socket:
@@ -210,9 +227,7 @@ def connect_patiently(address: tuple[str, int], seconds: float, _source: object 
                 return made
         raise errors[0] if errors else OSError("no address")
 
-    made = run_unless_stopped(connect())
-    made.settimeout(seconds)
-    return made
+    return PatientSocket(run_unless_stopped(connect()))
 
 
 def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> ssl.SSLSocket:
@@ -243,37 +258,52 @@ def find_proxy(place: SplitResult) -> SplitResult | None:
     address = proxies.get(place.scheme) or proxies.get("all")
     if not address or proxy_bypass(place.netloc.rpartition("@")[2]):
         return None
-    found = urlsplit(address if "://" in address else f"http://{address}")
+    expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
+    try:
+        found = split_address(address if "://" in address else f"http://{address}")
+    except ValueError:
+        raise refuse("cannot-read", f"{place.scheme.upper()}_PROXY", "no address", expected, remedy) from None
     if found.scheme != "http":
-        expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
         raise refuse("cannot-read", name_server(found), f"a proxy of {found.scheme}:", expected, remedy)
     return found
 
 
-def make_proxy_headers(proxy: SplitResult) -> dict[str, str]:
+def make_proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
     """The headers that a proxy asks for, with the name and the password of its address."""
-    if not proxy.username:
+    if not proxy or not proxy.username:
         return {}
     pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
 
 
+UNQUOTED = "%/?:@!$&'()*+,;=~[]|"
+"""What an address may have as it is: what was quoted before stays so."""
+
+
 def make_request_target(place: SplitResult, connection: HTTPConnection) -> str:
     """What stands in the first line of a request: the path, and to a proxy without a tunnel the whole address."""
-    path = (place.path or "/") + (f"?{place.query}" if place.query else "")
-    is_direct = place.scheme == "https" or connection.host == place.hostname
+    path = quote((place.path or "/") + (f"?{place.query}" if place.query else ""), safe=UNQUOTED)
+    port = place.port or DEFAULT_PORTS[place.scheme]
+    is_direct = place.scheme == "https" or (connection.host, connection.port) == (place.hostname, port)
     return path if is_direct else f"{place.scheme}://{place.netloc.rpartition('@')[2]}{path}"
+
+
+def split_address(address: str) -> SplitResult:
+    """Splits an address with a host. Raises ValueError for any other."""
+    place = urlsplit(address)
+    if not place.hostname or place.port == 0:  # asking for the port looks at it
+        raise ValueError("no host, or no port")
+    return place
 
 
 def name_server(place: SplitResult) -> str:
     """The server of an address, without anything secret."""
-    with suppress(ValueError):
-        return f"{place.scheme}://{place.hostname}" + (f":{place.port}" if place.port else "")
-    return f"{place.scheme}://{place.hostname}"
+    return f"{place.scheme}://{place.hostname}" + (f":{place.port}" if place.port else "")
 
 
 def describe_error(error: Exception, place: SplitResult | None = None) -> str:
     """Describes why no answer came, or only a part of one."""
     number = getattr(error, "errno", None) or 0  # below 0: of a name that is not known
     text = os.strerror(number) if number > 0 else str(getattr(error, "strerror", None) or error) or type(error).__name__
+    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
     return f"{name_server(place)}: {text}" if place else text

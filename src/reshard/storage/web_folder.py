@@ -7,16 +7,18 @@ them, by their beginnings: these tell size and version too, and are kept, so tha
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote
 
 import msgspec
 
 from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
+from reshard.storage.addresses import hide_secrets
 from reshard.storage.range_requests import (
     MOST_REDIRECTS,
     Denied,
     find_redirect,
+    is_same_server,
     make_basic_header,
     receive_range,
     request_range,
@@ -30,7 +32,7 @@ from reshard.storage.remote_store import (
     try_again,
 )
 from reshard.storage.resources import map_in_threads
-from reshard.storage.web_client import Answer, WebClient
+from reshard.storage.web_client import Answer, WebClient, split_address
 
 INDEX, SINGLE, SUFFIX = "model.safetensors.index.json", "model.safetensors", ".safetensors"
 
@@ -65,6 +67,8 @@ class WebFolder:
         self._base = f"{place.scheme}://{place.netloc.rpartition('@')[2]}{folder}/"
         self._query = f"?{place.query}" if place.query else ""
         self._headers = make_basic_header(place)
+        self.denied = ""
+        """The last answer that denied us a file."""
 
     @contextmanager
     def request(self, name: str, offset: int, size: int, version: str = "") -> Iterator[Answer]:
@@ -79,7 +83,7 @@ class WebFolder:
                 if to is None:
                     yield answer
                     return
-            url, own = to, {}  # what is secret goes to nobody else
+            url, own = to, own if is_same_server(url, to) else {}  # what is secret goes to nobody else
         raise Failed("it leads from address to address", is_misanswered=True)
 
     def find_file(self, name: str) -> FoundFile | None:
@@ -93,7 +97,10 @@ class WebFolder:
                 return FoundFile(Entry(name, 0, find_version(answer)), b"")
             try:
                 found = receive_range(answer, 0, memoryview(buffer))
-            except (FileNotFoundError, Denied):
+            except FileNotFoundError:
+                return None
+            except Denied as denied:  # so do some servers answer for what is not there
+                self.denied = str(denied)
                 return None
             if found.size < 0:
                 raise Failed("it does not tell the size of the file", is_misanswered=True)
@@ -136,7 +143,11 @@ def find_version(answer: Answer) -> str:
 
 def open_web(scheme: str, rest: str) -> RemotePath:
     """Opens a checkpoint on a web server: the address of a safetensors file, or of a folder. Raises Refused."""
-    place, index = urlsplit(f"{scheme}://{rest}"), None
+    try:
+        place, index = split_address(f"{scheme}://{rest}"), None
+    except ValueError:
+        shown = hide_secrets(f"{scheme}://{rest}")
+        raise refuse("no-source", shown, "no address", f"{scheme}://HOST/FOLDER", "is it right?") from None
     if place.path.endswith(SUFFIX):
         path, _, name = place.path.rpartition("/")
         folder, names = WebFolder(place._replace(path=path)), [unquote(name)]
@@ -148,6 +159,7 @@ def open_web(scheme: str, rest: str) -> RemotePath:
     store = WebStore(folder, found)
     if not index and not any(name in store.entries for name in names):
         found_there = f"neither {INDEX} nor {SINGLE}" if names == [SINGLE] else f"no {names[0]}"
+        found_there += f" ({folder.denied})" if folder.denied else ""
         expected = f"the address of a {SUFFIX} file, or of a folder with one of these"
         raise refuse("no-source", folder.address, found_there, expected, "is the address right?")
     return RemotePath(store, names[0] if place.path.endswith(SUFFIX) else "")
@@ -165,4 +177,4 @@ def list_indexed_names(index: FoundFile) -> list[str]:
         named = msgspec.json.decode(index.head, type=WebIndex).weight_map.values()
     except (ValueError, RecursionError):
         return []
-    return sorted({name for name in named if "/" not in name})
+    return sorted({name for name in named if "/" not in name and name.isprintable()})
