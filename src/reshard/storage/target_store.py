@@ -1,4 +1,4 @@
-"""What a folder in a store is to who writes it: whole objects, and large ones that are uploaded in parts."""
+"""TargetStore: a folder in a store as its writers see it: whole objects, and large ones that are uploaded in parts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
