@@ -1,11 +1,10 @@
 """What a run that has not ended has left in its target: by its journal, which in a store is an object."""
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from reshard.execution.journal import has_partial_files, list_left_files
+from reshard.execution.store_journal import list_job_names, parse_job
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.part_manifests import is_part_name
 from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, list_names
@@ -23,12 +22,13 @@ def list_own_names(target: AnyPath) -> set[str]:
 
 
 def list_own_objects(folder: RemotePath) -> set[str]:
-    """Lists the objects that a run may have left in a store: each appears under its final name once it is whole. Notes
-    of progress are of no use without their job.
+    """Lists the objects that a run may have left in a store, under their final names: those beside the tensors are
+    written when these are all there. Before, they are somebody else's.
     """
     job = read_job(folder)
-    left = {str(name) for key in ("files", "others") for name in job.get(key, ())}
-    return {PROGRESS, *left, *([JOURNAL] if job else [])}
+    files = list_job_names(job, "files")
+    is_ending = files <= {*list_names(folder)}
+    return {JOURNAL, PROGRESS, *files, *(list_job_names(job, "others") if is_ending else ())}
 
 
 def has_left_files(target: AnyPath) -> bool:
@@ -37,13 +37,10 @@ def has_left_files(target: AnyPath) -> bool:
     """
     if not isinstance(target, RemotePath):
         return has_partial_files(target)
-    return not set(map(str, read_job(target).get("files", ()))) <= list_rank_files(read_valid_manifest(target))
+    return not list_job_names(read_job(target), "files") <= list_rank_files(read_valid_manifest(target))
 
 
 def read_job(folder: RemotePath) -> Mapping[str, Any]:
-    """Reads the job that a run in a store is of; empty if there is none, or if the object is damaged."""
-    with suppress(OSError, ValueError, RecursionError):
-        job = json.loads((folder / JOURNAL).read_bytes())
-        if isinstance(job, dict) and all(isinstance(job.get(key), list) for key in ("files", "others")):
-            return job
-    return {}
+    """Reads the job that a run in a store is of; empty if there is none, or if its object is damaged."""
+    path = folder / JOURNAL
+    return parse_job(path.read_bytes()) if path.is_file() else {}

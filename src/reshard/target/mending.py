@@ -6,8 +6,11 @@ from pathlib import Path
 from reshard.errors import Refused, refuse
 from reshard.execution.execute import refuse_unwritable, rename_to_final
 from reshard.execution.journal import has_partial_files, lock_journal
+from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.execution.store_journal import remove_job
+from reshard.execution.store_target import put_side_file, write_store_record
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.left_files import has_left_files
@@ -60,4 +63,22 @@ def refuse_begun(state: TargetState) -> Refused:
 
 
 def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str], part: list[str]) -> None:
-    """Mends a folder in a store. Raises Refused."""
+    """Mends a folder in a store, where nothing is locked: a run that begins meanwhile loses nothing but what it has
+    noted. Raises Refused.
+    """
+    store, folder = place.store, place.folder
+    seen = (folder / JOURNAL).read_bytes() if (folder / JOURNAL).is_file() else None
+    require_same(state)
+    if store.get(JOURNAL) != seen:
+        raise refuse_begun(state)
+    etags = {}
+    for name in sides:
+        side = state.sides[name]
+        etags[name] = side.size, put_side_file(store, name, side, PART_SIZE)[0]
+    if etags:
+        store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), list_names(folder), etags))
+    for name in part:
+        store.put(name, (folder / MANIFEST).read_bytes())
+    store.remove(state.superseded)
+    if seen is not None:
+        remove_job(store)
