@@ -120,7 +120,7 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
         done = measure_noted_files(path, content, len(entry.files))
         durable, whole = sum(done), sum(map(eq, done, entry.sizes))
     else:
-        recorded = measure_recorded_files(read_batches(content, start, journal)[0], len(entry.files))
+        recorded = measure_recorded_files(read_batches(content, start, path / JOURNAL)[0], len(entry.files))
         durable, whole = sum(recorded), count_whole_files(path, entry, recorded)
     packaged = list_packaged_recipes()
     recipes = [recipe for recipe in packaged if recipe.name == entry.recipe]
@@ -142,7 +142,7 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
     )
 
 
-def measure_recorded_files(records: bytes, files: int) -> list[int]:
+def measure_recorded_files(records: bytes | bytearray, files: int) -> list[int]:
     """The sizes that a journal has recorded of so many files, in bytes, without their headers."""
     recorded = [0] * files
     for _, number, size, _ in RECORD.iter_unpack(records):

@@ -10,6 +10,7 @@ from typing import Any
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings
 from reshard.execution.other_jobs import describe_other_job
+from reshard.execution.parts import check_upload_limits
 from reshard.execution.records import Records
 from reshard.execution.staging import note_begun_repair
 from reshard.formats.manifest import list_rank_files
@@ -107,6 +108,8 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     yield from found
     if not found and has_work:
         yield from check_room(state)
+        if not isinstance(state.place, Path):
+            yield from check_upload_limits(state.plan, state.place.store.limits)
     elif not found and isinstance(state.folder, Path):
         yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
 
