@@ -19,7 +19,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
-from reshard.formats.remote_names import make_full_path
+from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -28,6 +28,7 @@ from reshard.target.conversion import Conversion, describe_conversion
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
+from reshard.target.places import get_folder, open_target
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
 from reshard.types import RANKS, SLICED, WHOLE, Note
@@ -112,7 +113,7 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        if not has_durable_bytes(target):
+        if not is_address(target) and not has_durable_bytes(target):
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 
@@ -139,7 +140,8 @@ def show_plan(options: argparse.Namespace) -> int:
     """Makes a plan and prints it. Returns the exit code. Raises Refused."""
     plan = api.plan(options.source, target=options.target, **collect_options(options))
     if not plan.files and not options.json:
-        lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
+        target = restore_address(options.target)
+        lines = [f"{target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
         print("\n".join(map(escape, lines)))
         return PROVEN
     plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, options)))
@@ -153,7 +155,7 @@ def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note
     chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
     if plan.layout.to != WHOLE and (finished := {*chosen} - {file.rank for file in plan.files}):
         yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
-    if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
+    if (found := read_unfinished(get_folder(open_target(options.target)))) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"
         whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
         yield Note(
@@ -167,8 +169,10 @@ def collect_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, target: Path | None, *, as_json: bool) -> int:
-    """Prints a plan, and an estimate of its time with a target, as tables or JSON. Returns the exit code."""
-    estimate = None if target is None else estimate_job(plan, target)
+    """Prints a plan, and an estimate of its time with a target on this machine, as tables or JSON. Returns the exit
+    code.
+    """
+    estimate = None if target is None or is_address(target) else estimate_job(plan, target)
     if as_json:
         facts = {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
         print_json({**describe_plan_facts(plan), **facts})

@@ -158,7 +158,8 @@ def make_bucket(scheme: str, name: str, address: str, retries: Any = NO_RETRIES)
     except ImportError:
         found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
         raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
-    options: Any = read_aws_profile() if scheme == "s3" else {}
+    # Not all servers that speak S3 remove many objects at once; and there are never many of ours.
+    options: Any = {"disable_bulk_delete": True, **read_aws_profile()} if scheme == "s3" else {}
     try:
         return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=retries, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:

@@ -20,17 +20,17 @@ CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,60})</Code>")
 """Of an error. Its other words are not shown: they are a stranger's."""
 
 PASSING_CODES = (
-    "BadDigest",  # what has arrived is not what was sent
     "ConditionalRequestConflict",
-    "IncompleteBody",
     "InternalError",
     "OperationAborted",
     "RequestTimeout",
     "ServiceUnavailable",
     "SlowDown",
-    "XAmzContentSHA256Mismatch",
 )
 """Errors that may be gone a little later, whatever their status."""
+
+DAMAGED_CODES = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
+"""What has arrived is not what was sent."""
 
 DENIED_CODES = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired")
 
@@ -94,7 +94,8 @@ class S3Bucket:
             signed = sign_request(self._access, method, key, query, payload)
             try:
                 with self._client.request(method, signed.url, signed.headers, body, silent_seconds) as answer:
-                    return read(receive_answer(answer))
+                    content = answer.read(LONGEST_ANSWER)
+                return read(require_success(answer, content))
             except Failed as failed:
                 patience.wait(failed)
             except FileNotFoundError:
@@ -113,11 +114,10 @@ class NotDoneError(Exception):
     """A store does not do what it is asked for, and will not do it later."""
 
 
-def receive_answer(answer: Answer) -> S3Answer:
-    """Receives an answer whole. Raises Failed, Denied, FileNotFoundError for no bucket, NoSuchUploadError, and
+def require_success(answer: Answer, content: bytes) -> S3Answer:
+    """Returns an answer with its body. Raises Failed, Denied, FileNotFoundError for no bucket, NoSuchUploadError, and
     NotDoneError.
     """
-    content = answer.read(LONGEST_ANSWER)
     # What takes long begins with 200, and says at its end how it went.
     if answer.status in (200, 204) and b"<Error>" not in content:
         return S3Answer(answer.headers, content)
@@ -138,6 +138,8 @@ def explain_s3_error(status: int, code: str, wait: float | None) -> Exception:
         return NoSuchUploadError(reason)
     if status in PASSING or code in PASSING_CODES:
         return Failed(BUSY.get(status, reason), wait)
+    if code in DAMAGED_CODES:
+        return Failed(f"what it received is not what was sent ({code})", is_misanswered=True)
     return NotDoneError(reason)
 
 
