@@ -1,4 +1,4 @@
-"""The names of manifest, journal and partial files; whether a conversion has finished."""
+"""The names of manifest, journal, partial files and a store's record; whether a conversion has finished."""
 
 from reshard.errors import refuse
 from reshard.paths import AnyPath
@@ -11,6 +11,9 @@ LARGEST_MANIFEST = 1 << 30
 JOURNAL = "reshard.journal"
 
 PARTIAL = ".partial"
+
+STORE_RECORD = "reshard-store.json"
+"""Of a target in a store: the size and the ETag of every object, as the store told them when they were written."""
 
 
 def require_finished(folder: AnyPath) -> None:
