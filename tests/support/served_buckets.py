@@ -18,7 +18,7 @@ ServeFolder = Callable[..., ServedFolder]
 
 @contextmanager
 def serve_buckets(folder: Path) -> Iterator[ServeFolder]:
-    """A context that gives a function: it serves a folder as BUCKET until the context ends. `folder` is an empty one."""
+    """A context that gives a function, which serves a folder as BUCKET until the context ends. `folder` is empty."""
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "http_proxy"):
             patch.delenv(name, raising=False)
