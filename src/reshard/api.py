@@ -6,13 +6,14 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from os import PathLike
 from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
-from reshard.formats.remote_names import read_location, require_local_path, require_path, require_target
+from reshard.formats.remote_names import read_location, require_local_path, require_path
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
@@ -20,6 +21,7 @@ from reshard.planning.options import (
     check_download_options,
     check_options_of_source,
     check_source_options,
+    check_unread_options,
     choose_subset,
     list_patterns,
     read_sample,
@@ -30,24 +32,20 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import read_chosen
-from reshard.sources.verified_source import VerifiedSides, find_recipe_of_rank_files, read_sides
-from reshard.storage.counting import WorkCounter, count_progress
+from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
 from reshard.target.mending import mend_target
-from reshard.target.mending_hints import reword_hints
 from reshard.target.places import open_again, open_target
 from reshard.target.preflight import look_at_target
 from reshard.target.side_files import add_notes, find_beside
+from reshard.target.verified_target import verify_against_source
 from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
-from reshard.verification.repeated_tensors import add_repeated_tensor
-from reshard.verification.report_notes import add_side_files, add_target_note
-from reshard.verification.restored_slices import check_restored_slices, count_slices
-from reshard.verification.stacked_source import StackedSource
-from reshard.verification.target_folder import measure_target_files, require_target_folder
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.listed_objects import compare_listing
+from reshard.verification.target_folder import require_target_folder
+from reshard.verification.verify import Report
 
 Location = str | PathLike[str]
 """A path; or an address, such as `hf://ORG/NAME` of what is read, and `s3://BUCKET/FOLDER` of what is written too."""
@@ -221,6 +219,7 @@ def verify(
     sample: float | Fraction | None = None,
     download: bool = False,
     sums: Location | None = None,
+    checksums_only: bool = False,
     progress: Progress | None = None,
 ) -> Report | DownloadReport:
     """Reads a target again and compares every byte: with the source, or without one with the manifest's checksums.
@@ -229,7 +228,7 @@ def verify(
         assert report.is_proven, report
 
     Args:
-        target: A folder of rank files, or of whole files that were made by `convert`.
+        target: A folder of rank files, or of whole files that were made by `convert`; it may lie in a store.
         source: The checkpoint or the rank files that the target was made from.
         recipe: With a source: a packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         ranks: Compare the files of these ranks only: the others need not lie there.
@@ -238,6 +237,8 @@ def verify(
         sample: Compare about this part of the bytes, more than 0 and at most 1, and both ends of each tensor.
         download: Compare the files of any checkpoint with the hashes that the hub's downloader left beside them.
         sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
+        checksums_only: Read nothing of a target in a bucket: compare the sizes and ETags that are listed now with those
+            that the store told when it was written. Such a report is never `is_proven`.
         progress: Called with the bytes compared and the bytes of the whole job, by one thread at a time. They are equal
             in the last call only.
 
@@ -249,52 +250,34 @@ def verify(
 
     """
     part = read_sample(sample)
+    given = {
+        "--source": source,
+        "--recipe": recipe,
+        "--sample": sample,
+        "--ignore-extra-files": ignore_extra_files or None,
+        "--config": config,
+    }
+    if checksums_only:
+        require_none(check_unread_options({**given, "--download": download or None, "--sums": sums}))
     if download or sums is not None:
-        given = {
-            "--source": source,
-            "--recipe": recipe,
-            "--ranks": ranks,
-            "--sample": sample,
-            "--ignore-extra-files": ignore_extra_files or None,
-            "--config": config,
-        }
-        require_none(check_download_options(given, sums, is_hub=download))
+        require_none(check_download_options({**given, "--ranks": ranks}, sums, is_hub=download))
         return verify_download(require_local_path(target), None if sums is None else require_local_path(sums), progress)
-    folder = require_target(target, is_written=False)
+    folder = require_path(target)
     require_target_folder(folder)
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
-    if source is None:
+    if checksums_only:
+        report = compare_listing(folder, chosen)
+    elif source is None:
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
-        return audit_target(folder, progress, part, chosen)
-    origin, beside = require_path(source), read_location(config)
-    of_ranks = find_recipe_of_rank_files(origin, recipe)
-    sliced = of_ranks and check_restored_slices(folder, of_ranks, chosen, ignore_extra_files=ignore_extra_files)
-    if sliced and sliced.problems:
-        return reword_hints(sliced, folder, origin, folder)
-    sides = read_sides(folder, origin, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
-    report = compare_sides(sides, chosen, part, progress)
-    report = add_side_files(count_slices(report, sliced) if sliced else report, folder)
-    return reword_hints(add_target_note(report, folder, origin, sides.files), folder, origin, sides.folder)
-
-
-def compare_sides(
-    sides: VerifiedSides, ranks: tuple[int, ...] | None, sample: Fraction | None, progress: Progress | None
-) -> Report:
-    """Compares the two sides of a verification. Raises Refused."""
-    with count_progress(progress, measure_target_files(sides.folder, sides.recipe, ranks)) as advance:
-        report = verify_target(
-            sides.folder,
-            sides.whole,
-            sides.recipe,
-            advance,
-            ranks,
-            sample,
-            stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
-            ignore_extra_files=sides.ignores_extra_files,
+        report = audit_target(folder, progress, part, chosen)
+    else:
+        sides = require_path(source), read_location(config)
+        report = verify_against_source(
+            folder, *sides, recipe, chosen, part, progress, ignore_extra_files=ignore_extra_files
         )
-    return add_repeated_tensor(report, sides.whole, sides.repeated)
+    return replace(report, target=str(folder))
 
 
 def diff(

@@ -63,14 +63,19 @@ def test_an_address_is_no_target_to_write(
 
 
 @pytest.mark.parametrize(("address", "hint"), DOWNLOADS.items())
-@pytest.mark.parametrize("command", ["verify AT", "verify AT --source source", "repair AT --source source"])
+@pytest.mark.parametrize("command", ["repair AT --source source"])
 @pytest.mark.usefixtures("folder")
-def test_an_address_is_no_target_to_read(
+def test_an_address_is_no_target_to_repair(
     command: str, address: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = run_refused(command.replace("AT", address).split(), capsys)
     assert f"{address}: target not folder" in said
     assert hint in said
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_address_that_nothing_opens_is_no_target_to_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give the path /data/model" in run_refused(["verify", "file:///data/model"], capsys)
 
 
 WRITTEN: list[Callable[[str], object]] = [
@@ -93,7 +98,7 @@ SOURCES: list[Callable[[str], object]] = [
 ]
 
 
-@pytest.mark.parametrize("call", [*WRITTEN, *READ])
+@pytest.mark.parametrize("call", [*WRITTEN, READ[1]])
 @pytest.mark.usefixtures("folder")
 def test_functions_refuse_an_address_as_target(call: Callable[[str], object]) -> None:
     with pytest.raises(Refused, match="s3://bucket/model: target not folder") as caught:

@@ -192,7 +192,7 @@ def add_verify(parser: Parser) -> None:
         "target",
         type=parse_path,
         metavar="TARGET",
-        help="A folder that was converted into; with --download or --sums, the folder of any checkpoint.",
+        help="A folder that was converted into, or its address; with --download or --sums, any checkpoint's folder.",
     )
     what.add_argument(
         "--source",
@@ -209,6 +209,11 @@ def add_verify(parser: Parser) -> None:
     )
     what.add_argument(
         "--sums", type=parse_path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
+    )
+    what.add_argument(
+        "--checksums-only",
+        action="store_true",
+        help="In a bucket: compare sizes and ETags with those of the upload, and read no tensor.",
     )
     parser.section(RUNNING).add_argument(
         "--sample",

@@ -31,6 +31,7 @@ def run_verify(options: argparse.Namespace) -> int:
             sample=options.sample,
             download=options.download,
             sums=options.sums,
+            checksums_only=options.checksums_only,
             progress=progress,
         )
     if options.quiet and not options.json and not report.problems:
@@ -49,16 +50,15 @@ def print_report(
     if isinstance(report, DownloadReport):
         print_download_report(report, target, as_json=as_json)
     elif as_json:
-        proven = "sampled" if report.is_sampled else "proven"
         print_json(
             {
-                "status": "differs" if report.problems else proven,
+                "status": "differs" if report.problems else report.verdict,
                 **asdict(report),
                 "next": [step.command for step in steps],
             }
         )
     else:
-        print_verdict("\n".join([describe_report(report, target, source), *describe_mending(steps)]), report)
+        print_verdict("\n".join([describe_report(report, source), *describe_mending(steps)]), report)
     return PROBLEMS if report.problems else PROVEN
 
 
@@ -75,6 +75,6 @@ def print_verdict(text: str, report: Report | DownloadReport) -> None:
     """Prints the text of a report, on a terminal with its first line in colour: red, green, or none for a sample."""
     if report.problems:
         text = paint(text, RED, sys.stdout)
-    elif not (isinstance(report, Report) and report.is_sampled):
+    elif isinstance(report, DownloadReport) or report.is_proven:
         text = paint(text, GREEN, sys.stdout)
     print(text)

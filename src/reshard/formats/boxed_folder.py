@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from reshard.errors import refuse
 from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.dcp_safetensors import read_slices
 from reshard.formats.distcp import SUFFIX_OF_PARTS, find_saved_files, is_distcp_folder, read_distcp
 from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files, read_header_text
 from reshard.formats.slice_names import is_sliced_folder
 from reshard.formats.unfinished_downloads import list_entries
-from reshard.paths import AnyPath, RemotePath
+from reshard.paths import AnyPath
+from reshard.storage.remote_store import fetch_heads
 from reshard.text import format_list
 from reshard.types import File, Note
 
@@ -23,12 +23,7 @@ def read_boxed(path: AnyPath, *, is_told: bool = False) -> BoxedCheckpoint | Non
     names = list_entries(path) if path.is_dir() else ()
     if slices := list_slices(names):
         return read_slices(path, slices, is_told=is_told)
-    if not holds_distcp(path, names):
-        return None
-    if isinstance(path, RemotePath):
-        found, remedy = "a distributed checkpoint of torch in a store", "download it, and give its folder"
-        raise refuse("other-format", str(path), found, "one on a disk of this machine", remedy)
-    return read_distcp(path)
+    return read_distcp(path) if holds_distcp(path, names) else None
 
 
 def is_boxed_folder(path: AnyPath) -> bool:
@@ -68,5 +63,6 @@ def find_stored_files(folder: AnyPath, names: Sequence[str]) -> list[File]:
     OSError.
     """
     if all(map(is_safetensors_name, names)):
+        fetch_heads(folder, names)
         return [read_header_text(folder / name)[0] for name in names]
     return find_saved_files(folder, names)

@@ -14,6 +14,7 @@ from reshard.formats.safetensors import BITS, parse_header
 from reshard.formats.slice_names import COPY_FILE_AGAIN, check_shard_numbers, note_shard_numbers
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath
+from reshard.storage.remote_store import fetch_heads
 from reshard.types import File, Tensor
 
 SHARDING, VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
@@ -34,6 +35,7 @@ def read_slices(folder: AnyPath, names: Sequence[str], *, is_told: bool = False)
     if not is_told:
         require_none(check_shard_numbers(names))
     require_none(check_unfinished(folder, names))
+    fetch_heads(folder, names)
     files: list[File] = []
     boxes: dict[str, list[Box]] = {}
     problems: list[Problem] = []

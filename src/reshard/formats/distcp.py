@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse, require_none
+from reshard.formats.archive_ends import fetch_ends
 from reshard.formats.boxes import Box, BoxedCheckpoint
 from reshard.formats.distcp_metadata import (
     METADATA,
@@ -19,7 +20,14 @@ from reshard.formats.distcp_metadata import (
 from reshard.formats.huggingface import read_config
 from reshard.formats.other_formats import COPY_METADATA
 from reshard.formats.safetensors import compute_size
-from reshard.formats.torch_archives import ArchiveFault, FileWindow, SavedTensor, find_tensor_bytes, is_contiguous
+from reshard.formats.torch_archives import (
+    ArchiveFault,
+    ArchiveReader,
+    FileWindow,
+    SavedTensor,
+    find_tensor_bytes,
+    is_contiguous,
+)
 from reshard.formats.training_state import choose_weights, note_training_state
 from reshard.formats.unfinished_downloads import check_unfinished, list_entries, require_finished_download
 from reshard.paths import AnyPath
@@ -59,7 +67,8 @@ def is_distcp_folder(folder: AnyPath, names: Sequence[str]) -> bool:
 def read_distcp(folder: AnyPath) -> BoxedCheckpoint:
     """The weights of a folder of `.distcp` files, each part of a tensor with its place. Raises Refused with all faults.
 
-    One small read for each part, in the order of the file. The state of an optimizer is left aside and noted.
+    One small read for each part, in the order of the file; in a store many at a time. The state of an optimizer is left
+    aside and noted.
     """
     data = read_metadata_file(folder)
     found = find_weights(folder, data)
@@ -153,14 +162,16 @@ def find_boxes(
     boxes: list[Box] = []
     problems: list[Problem] = []
     pickles: dict[bytes, SavedTensor] = {}
-    for name in names:
-        wanted = sorted(by_file[name], key=attrgetter("begin"))
+    in_order = {name: sorted(by_file[name], key=attrgetter("begin")) for name in names}
+    archives = {name: [(part.begin, part.size) for part in wanted] for name, wanted in in_order.items()}
+    for name, ends in fetch_ends(folder, archives):
+        wanted = in_order[name]
         try:
             with open_regular_file(folder / name) as file:
                 size, version = measure_open_file(file)
                 problems += check_length(name, wanted, least[name], size)
                 if least[name] <= size:
-                    window = FileWindow(file.fileno())
+                    window = ends or FileWindow(file.fileno())
                     problems += find_stored_parts(window, wanted, len(files), boxes, pickles)
         except FileNotFoundError:
             problems.append(describe_missing(name, wanted, names))
@@ -197,7 +208,7 @@ def describe_missing(name: str, parts: Sequence[StoredPart], names: Sequence[str
 
 
 def find_stored_parts(
-    window: FileWindow, parts: Iterable[StoredPart], file: int, boxes: list[Box], pickles: dict[bytes, SavedTensor]
+    window: ArchiveReader, parts: Iterable[StoredPart], file: int, boxes: list[Box], pickles: dict[bytes, SavedTensor]
 ) -> Iterator[Problem]:
     """Fills the boxes of the parts of a file, in their order in it; yields what is wrong with their archives."""
     for part in parts:

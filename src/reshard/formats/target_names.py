@@ -1,4 +1,4 @@
-"""The names of manifest, journal and partial files; whether a conversion has finished."""
+"""The names of manifest, journal, partial files and a store's record; whether a conversion has finished."""
 
 from reshard.errors import refuse
 from reshard.paths import AnyPath
@@ -17,6 +17,9 @@ STORE_RECORD = "reshard-store.json"
 """In a store: what it told of each object of a finished target."""
 
 PARTIAL = ".partial"
+
+STORE_RECORD = "reshard-store.json"
+"""Of a target in a store: the size and the ETag of every object, as the store told them when they were written."""
 
 
 def require_finished(folder: AnyPath) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from reshard.formats.inert_pickle import read_pickle
 from reshard.formats.pickle_machine import Global, Inert, Persistent
@@ -51,8 +51,15 @@ class SavedTensor(NamedTuple):
     """The name of the entry with the bytes, within the folder `data`."""
 
 
+class ArchiveReader(Protocol):
+    """Reads small parts of a file with archives."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes at an offset; fewer at the end of the file. Raises OSError, Refused."""
+
+
 class FileWindow:
-    """Reads small parts of an open file, each with some bytes behind it, which the next may need."""
+    """Reads small parts of an open file of this machine, each with some bytes behind it, which the next may need."""
 
     __slots__ = ("begin", "data", "descriptor")
 
@@ -73,7 +80,7 @@ class FileWindow:
 class Archive:
     """The archive of one tensor in a file, with both of its ends."""
 
-    window: FileWindow
+    window: ArchiveReader
     offset: int
     """Of its first byte, in bytes from the start of the file."""
     size: int
@@ -94,7 +101,7 @@ class Archive:
 
 
 def find_tensor_bytes(
-    window: FileWindow, offset: int, size: int, pickles: dict[bytes, SavedTensor]
+    window: ArchiveReader, offset: int, size: int, pickles: dict[bytes, SavedTensor]
 ) -> tuple[SavedTensor, int]:
     """The tensor of an archive in a file, and the byte of the file where its first element is.
 

@@ -17,7 +17,7 @@ from reshard.casts.kernels import choose_recode
 from reshard.casts.streaming import compute_cast
 from reshard.errors import refuse
 from reshard.execution.joins import count_join_levels
-from reshard.execution.reader import OpenFiles, WorkerBuffers, make_cast_inputs
+from reshard.execution.reader import MEMORY_TO_COMPUTE, OpenFiles, WorkerBuffers, make_cast_inputs
 from reshard.execution.windows import WINDOW_SIZE
 from reshard.inspection.diff_groups import group_differences, name_layer, name_module
 from reshard.inspection.diff_report import DiffReport, ValueDifference
@@ -138,12 +138,14 @@ class Comparer:
     def __init__(self, files: Sequence[OpenFiles], pairs: Sequence[TensorPair]) -> None:
         self.found = {pair.name: RangeDistance(None, ValueSums()) for pair in pairs}
         self._files = files
+        sides = ([pair.a for pair in pairs], [pair.b for pair in pairs])
+        self._memory = sum(estimate_side_memory(*side) for side in zip(files, sides, strict=True))
         self._lock = Lock()
         self._equal: dict[str, list[int]] = {pair.name: [] for pair in pairs}
 
     def compare(self, pieces: Iterable[PairRange], advance: Advance) -> None:
         """Compares byte ranges. Equal ones are not measured, unless their tensor is known to differ elsewhere."""
-        jobs = max(choose_reading_threads(side.ways) for side in self._files)
+        jobs = max(choose_reading_threads(side.ways, self._memory) for side in self._files)
         run_in_threads(iter(pieces), lambda: self._make_worker(advance), jobs)
 
     def list_unmeasured(self, pairs: Iterable[TensorPair]) -> list[PairRange]:
@@ -213,6 +215,12 @@ def open_side(stack: ExitStack, side: DiffSide, size: int) -> OpenFiles:
     readable = stack.enter_context(open_unchanged(folder, files, ways, is_source=False))
     joins = side.checkpoint.joins
     return OpenFiles(readable, (), ways, joins, allow_inexact=True, levels=count_join_levels(joins, len(files)))
+
+
+def estimate_side_memory(files: OpenFiles, operands: Iterable[Tensor | Cast]) -> int:
+    """The bytes of memory that a thread uses to read a side."""
+    computes = bool(files.made) or any(isinstance(operand, Cast) for operand in operands)
+    return (1 + files.levels) * WINDOW_SIZE + (MEMORY_TO_COMPUTE if computes else 0)
 
 
 class SideReader:

@@ -11,7 +11,14 @@ import numpy as np
 from reshard.casts.kernels import choose_recode
 from reshard.errors import refuse, require_none
 from reshard.execution.joins import count_join_levels
-from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
+from reshard.execution.reader import (
+    MEMORY_PER_THREAD,
+    MEMORY_TO_COMPUTE,
+    OpenFiles,
+    WorkerBuffers,
+    gather_group,
+    read_or_compute_window,
+)
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
 from reshard.formats.remote_names import read_location, require_path
 from reshard.loading.arrays import check_array_dtypes, get_array_shape, require_framework, view_as_array
@@ -176,10 +183,11 @@ def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexa
         work = require_total_size(
             make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size
         )
+        threads = jobs or choose_reading_threads(ways, MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.computes else 0))
         if memory.is_cuda:
-            run_in_cuda_threads(work, files, memory, jobs or choose_reading_threads(ways))
+            run_in_cuda_threads(work, files, memory, threads)
         else:
-            run_in_threads(work, lambda: make_window_worker(files, memory), jobs or choose_reading_threads(ways))
+            run_in_threads(work, lambda: make_window_worker(files, memory), threads)
 
 
 def require_total_size(work: Iterable[Window], size: int) -> Iterator[Window]:

@@ -212,6 +212,14 @@ def check_download_options(others: Mapping[str, object], sums: object, *, is_hub
             yield Problem("wrong-option", name, f"with {chosen}", expected, "leave one of them out")
 
 
+def check_unread_options(given: Mapping[str, object]) -> Iterator[Problem]:
+    """Reports what is given beside `--checksums-only`; options that are not given are None."""
+    for name, value in given.items():
+        if value is not None:
+            expected = "without --checksums-only: that compares sizes and ETags in a bucket, and reads no tensor"
+            yield Problem("wrong-option", name, "with --checksums-only", expected, "leave one of them out")
+
+
 def check_options_of_source(given: Mapping[str, object]) -> Iterator[Problem]:
     """Reports options that say how to read a source, where none is named; empty values are not given."""
     for option in filter(given.get, given):

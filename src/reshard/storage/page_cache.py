@@ -27,6 +27,9 @@ THROUGH_STORE = "remote"
 CACHE_PROBES = 64
 """About so many places of a source are probed to tell whether it is in the page cache."""
 
+MEMORY_TO_READ_STORE = 256 << 20
+"""In bytes, of all threads together that read a store: there are more of them than for a disk."""
+
 THREADS_OF_DISK = 4
 """Threads that keep a disk busy, however few the processors."""
 
@@ -90,10 +93,10 @@ def probe_cache(path: Path, size: int, count: int) -> Iterator[bool]:
             yield is_range_cached(descriptor, chosen, min(1, size))
 
 
-def choose_reading_threads(ways: Ways) -> int:
-    """The number of reading threads: one a processor, at most 4; as many past the page cache, to keep a disk busy; more
-    for a store.
+def choose_reading_threads(ways: Ways, memory: int) -> int:
+    """The number of reading threads, each of which takes `memory` bytes: one a processor, at most 4; as many past the
+    page cache, to keep a disk busy; for a store as many as MEMORY_TO_READ_STORE allows.
     """
     if ways.read == THROUGH_STORE:
-        return THREADS_OF_STORE
+        return max(1, min(THREADS_OF_STORE, MEMORY_TO_READ_STORE // memory))
     return THREADS_OF_DISK if ways.read != CACHED.read else min(THREADS_OF_DISK, len(os.sched_getaffinity(0)))

@@ -14,6 +14,7 @@ from reshard.verification.target_folder import (
     MISSING_FILE_HINT,
     PADDING,
     REPAIR_HINT,
+    reword_for_store,
 )
 from reshard.verification.verify import Report
 
@@ -47,7 +48,7 @@ def reword_hints(report: Report, target: AnyPath, source: AnyPath, compared: Any
             replace(problem, remedy=replace_hints(problem.remedy)) if is_damage(problem) else problem
             for problem in report.problems
         ]
-    return replace(report, problems=tuple(mended))
+    return replace(report, problems=tuple(reword_for_store(target, mended)))
 
 
 def reword_padding(problem: Problem) -> Problem:

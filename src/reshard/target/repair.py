@@ -31,10 +31,10 @@ from reshard.target.repair_checks import check_places, check_repair_space, check
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan, plan_repair
 from reshard.text import escape, format_count, format_list, format_size
 from reshard.types import Note, Progress
+from reshard.verification.checked_ranges import compare_files
 from reshard.verification.checksums import (
     Audit,
     audit_files,
-    compare_files,
     find_damaged_files,
     find_damaged_side_files,
     list_audit_problems,
@@ -176,7 +176,7 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
     return RepairReport(target, damage.names, tuple(proven), size, audit.compared, tuple(problems), kept)
 
 
-def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress | None) -> Audit:
+def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress | None) -> Audit[Path]:
     """Compares a target with its manifest. Raises Refused without one, with the ways that are left."""
     try:
         return audit_files(target, progress, None, ranks)
@@ -188,7 +188,7 @@ def audit_repaired(target: Path, ranks: Sequence[int] | None, progress: Progress
     raise refuse("no-manifest", str(target), found, "a folder that reshard has written", remedy)
 
 
-def remove_left_repair(audit: Audit) -> None:
+def remove_left_repair(audit: Audit[Path]) -> None:
     """Removes what an interrupted repair has left of files that are sound now. If it has begun others too, which were
     not compared, all of it stays: that repair can go on. So it does where it cannot be removed; a note tells.
     """
@@ -199,7 +199,7 @@ def remove_left_repair(audit: Audit) -> None:
             remove_staged_files(audit.target, audit.manifest)
 
 
-def find_damage(audit: Audit) -> Damage:
+def find_damage(audit: Audit[Path]) -> Damage:
     """Finds what an audit has found damaged, and the side files that are. One that is as any of several parts says is
     not: of two tokenizers nobody knows the right one.
     """
@@ -223,7 +223,7 @@ def describe_names(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def lock_target(audit: Audit) -> Iterator[None]:
+def lock_target(audit: Audit[Path]) -> Iterator[None]:
     """A context in which no other process writes to a target. Raises Refused if one does, or has since it was read."""
     journal = audit.target / JOURNAL
     with ExitStack() as stack:
@@ -261,7 +261,7 @@ def write_staged_files(staging: Path, work: RepairPlan, settings: Settings, watc
 
 
 def prove_staged_files(
-    audit: Audit, damage: Damage, work: RepairPlan, progress: Progress | None
+    audit: Audit[Path], damage: Damage, work: RepairPlan, progress: Progress | None
 ) -> tuple[list[str], list[Problem]]:
     """Reads the new files and compares them with the manifest. Returns the names of those that are as it says, and
     problems of the others: the source gives other bytes than it gave.
@@ -281,7 +281,7 @@ def prove_staged_files(
     return proven, problems
 
 
-def replace_files(audit: Audit, names: Sequence[str], sides: Collection[str]) -> tuple[str, ...]:
+def replace_files(audit: Audit[Path], names: Sequence[str], sides: Collection[str]) -> tuple[str, ...]:
     """Puts proven files into their places, and removes what else is ours in the folder that they were written in.
 
     Side files that are replaced are kept under other names, which are returned.

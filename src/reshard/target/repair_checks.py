@@ -31,7 +31,7 @@ def check_places(target: Path, names: Iterable[str]) -> Iterator[Problem]:
             yield Problem("cannot-write", str(path), found, "a file, or no such name", MOVE_AND_REPEAT)
 
 
-def check_staging(audit: Audit, work: RepairPlan) -> Iterator[Problem]:
+def check_staging(audit: Audit[Path], work: RepairPlan) -> Iterator[Problem]:
     """Checks that the new files can be written beside the damaged ones, which stay until the new ones are proven."""
     staging = audit.target / STAGING
     if os.path.lexists(staging) and not is_folder(staging):
@@ -45,7 +45,7 @@ def check_staging(audit: Audit, work: RepairPlan) -> Iterator[Problem]:
             yield replace(problem, remedy=f"make it writable, {CONVERT_ANEW}") if is_denied else problem
 
 
-def check_repair_space(audit: Audit, damage: Damage) -> Iterator[Problem]:
+def check_repair_space(audit: Audit[Path], damage: Damage) -> Iterator[Problem]:
     """Checks that damaged files can be written beside those that are there, before anything of a source is known."""
     size = sum(entry.size for entry in damage.files) + sum(entry["size"] for entry in damage.sides)
     if size:

@@ -5,14 +5,11 @@ only if both were written from the same source; `verify --source` compares them.
 """
 
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import Any, Generic, TypeVar
 
 from xxhash import xxh3_128_hexdigest
 
@@ -27,15 +24,12 @@ from reshard.formats.part_manifests import (
 )
 from reshard.formats.ranges import CheckedRange
 from reshard.formats.safetensors import parse_header
-from reshard.formats.target_names import MANIFEST
-from reshard.storage.counting import count_progress, spread_evenly
-from reshard.storage.local import PAGE, allocate_aligned
-from reshard.storage.opened import OpenFile, advise_scattered_reads, open_file, read_range
-from reshard.storage.page_cache import choose_reading_threads, choose_ways_to_read
-from reshard.storage.resources import run_in_threads
+from reshard.formats.target_names import MANIFEST, list_names
+from reshard.paths import AnyPath
+from reshard.storage.opened import map_paths, open_regular_file
 from reshard.text import format_list, format_numbers, format_runs
-from reshard.types import MOST_RANKS, Advance, Progress
-from reshard.verification.chunks import sample_evenly
+from reshard.types import MOST_RANKS, Progress
+from reshard.verification.checked_ranges import compare_files
 from reshard.verification.manifest_files import (
     ManifestFile,
     choose_entries,
@@ -44,22 +38,12 @@ from reshard.verification.manifest_files import (
     read_file_size,
     read_manifest_files,
 )
-from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder
+from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder, reword_for_store
 from reshard.verification.verify import Report
-
-AUDIT_READ_SIZE = 2 << 20
-"""In bytes: adjacent ranges are read together up to this size; a larger range is read by itself."""
-
-
-class RangeBatch(NamedTuple):
-    """Adjacent ranges of a file that are read at once."""
-
-    entry: ManifestFile
-    ranges: tuple[CheckedRange, ...]
 
 
 def audit_target(
-    target: Path,
+    target: AnyPath,
     progress: Progress | None = None,
     sample: Fraction | None = None,
     ranks: Collection[int] | None = None,
@@ -73,14 +57,19 @@ def audit_target(
     Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
     readable manifest, if it does not name a rank, or if a file cannot be read.
     """
-    return make_audit_report(audit_files(target, progress, sample, ranks))
+    audit = audit_files(target, progress, sample, ranks)
+    return make_audit_report(audit, list_audit_problems(audit))
+
+
+TargetPath = TypeVar("TargetPath", bound=AnyPath)
+"""Of this machine, or of a store: who looks at a target of the one kind has an audit of that kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class Audit(Generic[TargetPath]):
     """What was found of a target that was compared with its manifest."""
 
-    target: Path
+    target: TargetPath
     manifests: Mapping[str, Mapping[str, Any]]
     """Those of all parts of the same conversion, by file name."""
     manifest: Mapping[str, Any]
@@ -91,48 +80,40 @@ class Audit:
     """Those that were to be compared."""
     full: Sequence[ManifestFile]
     """Of these, the ones that are there with their size: they were read."""
-    wrong: Mapping[str, Sequence[CheckedRange]]
+    wrong: Mapping[str, Sequence[CheckedRange]] = field(default_factory=dict)
     """By file name: the ranges with another checksum."""
-    compared: int
+    compared: int = 0
     """In bytes."""
-    is_sampled: bool
+    is_sampled: bool = False
 
 
 def audit_files(
-    target: Path,
+    target: TargetPath,
     progress: Progress | None = None,
     sample: Fraction | None = None,
     ranks: Collection[int] | None = None,
-) -> Audit:
+) -> Audit[TargetPath]:
     """Compares files with their manifest as `audit_target` does, for whoever needs more than a report. Raises Refused
     as it does.
     """
+    audit = find_audited_files(target, ranks)
+    wrong, compared = compare_files(target, audit.full, progress, sample)
+    return replace(audit, wrong=wrong, compared=compared, is_sampled=sample is not None)
+
+
+def find_audited_files(target: TargetPath, ranks: Collection[int] | None) -> Audit[TargetPath]:
+    """Finds the files that the manifest of a target names, or those of some ranks, and reads none. Raises Refused."""
     require_target_folder(target)
     manifests = read_audited_manifests(target)
     manifest = join_manifests(manifests.values())
     known = read_manifest_files(manifest, target)
     entries = known if ranks is None else choose_entries(known, ranks, manifest)
     full = [entry for entry in entries if read_file_size(target / entry.name) == entry.size]
-    wrong, compared = compare_files(target, full, progress, sample)
-    return Audit(target, manifests, manifest, known, entries, full, wrong, compared, is_sampled=sample is not None)
+    return Audit(target, manifests, manifest, known, entries, full)
 
 
-def compare_files(
-    folder: Path, entries: Sequence[ManifestFile], progress: Progress | None = None, sample: Fraction | None = None
-) -> tuple[dict[str, list[CheckedRange]], int]:
-    """Compares files that have their size with their checksums. Returns, by file name, the ranges that differ; and the
-    number of bytes that were compared, which a `sample` makes fewer.
-    """
-    batches = [batch for entry in entries for batch in split_into_batches(entry, sample)]
-    size = sum(entry.size for entry in entries)
-    compared = sum(checked.size for batch in batches for checked in batch.ranges)
-    with count_progress(progress, size) as advance:
-        told = spread_evenly(advance, compared, size)  # bytes that a sample leaves out count as done
-        return find_changed_ranges(folder, entries, batches, told, is_sampled=sample is not None), compared
-
-
-def make_audit_report(audit: Audit) -> Report:
-    """Makes the report of an audit. It looks at sizes and side files again."""
+def make_audit_report(audit: Audit[Any], problems: Iterable[Problem], *, is_unread: bool = False) -> Report:
+    """Makes the report of an audit."""
     return Report(
         int(audit.manifest["ranks"]),
         len(audit.full),
@@ -140,35 +121,41 @@ def make_audit_report(audit: Audit) -> Report:
         sum(entry.size for entry in audit.full),
         audit.compared,
         audit.is_sampled,
-        tuple(list_audit_problems(audit)),
+        tuple(reword_for_store(audit.target, problems)),
         is_whole=is_of_whole_files(audit.manifest),
         subset=audit.manifest.get("subset", {}),
+        is_unread=is_unread,
     )
 
 
-def list_audit_problems(audit: Audit) -> Iterator[Problem]:
-    """Lists every difference that an audit has found."""
+def list_audit_problems(audit: Audit[Any]) -> Iterator[Problem]:
+    """Lists every difference that an audit has found. It looks at sizes and side files again."""
+    yield from list_set_problems(audit)
+    for entry in audit.full:
+        yield from check_changed_ranges(audit.target, entry, audit.known, audit.wrong[entry.name])
+    yield from check_manifest_side_files(audit.target, audit.manifest)
+
+
+def list_set_problems(audit: Audit[Any]) -> Iterator[Problem]:
+    """Lists what is wrong with the names and sizes of the files of a target, and between its manifests."""
     target, known, manifest = audit.target, audit.known, audit.manifest
     yield from check_file_set(audit)
     names = {entry.name for entry in audit.entries}
     for problem in check_agreement(target, audit.manifests):
-        if Path(problem.subject).name in names:
+        if PurePath(problem.subject).name in names:
             yield problem
     if audit.entries is known:
         yield from check_extra_files(target, known, manifest)
         yield from check_joined(target, audit.manifests)
-    for entry in audit.full:
-        yield from check_changed_ranges(target, entry, known, audit.wrong[entry.name])
-    yield from check_manifest_side_files(target, manifest)
 
 
-def find_damaged_files(audit: Audit) -> list[ManifestFile]:
+def find_damaged_files(audit: Audit[Any]) -> list[ManifestFile]:
     """Finds the files that an audit has found missing, of another size, or with other bytes."""
     full = {entry.name for entry in audit.full}
-    return [entry for entry in audit.entries if entry.name not in full or audit.wrong[entry.name]]
+    return [entry for entry in audit.entries if entry.name not in full or audit.wrong.get(entry.name)]
 
 
-def check_file_set(audit: Audit) -> Iterator[Problem]:
+def check_file_set(audit: Audit[Any]) -> Iterator[Problem]:
     """Files that are missing or have another size; they may have the names of others that are known. Missing rank files
     are one problem: perhaps they lie on another machine.
     """
@@ -189,7 +176,7 @@ def check_file_set(audit: Audit) -> Iterator[Problem]:
             yield Problem("wrong-size", entry.name, f"{size:,} bytes", f"{entry.size:,} bytes", COPY_AGAIN_HINT)
 
 
-def make_missing_ranks_problem(audit: Audit, missing: Sequence[ManifestFile]) -> Problem:
+def make_missing_ranks_problem(audit: Audit[Any], missing: Sequence[ManifestFile]) -> Problem:
     """Makes the problem of missing rank files; the hint is the command that verifies those that are here, if these are
     sound.
     """
@@ -206,19 +193,21 @@ def make_missing_ranks_problem(audit: Audit, missing: Sequence[ManifestFile]) ->
     return Problem("missing-file", format_list(entry.name for entry in missing), found, f"{size:,} bytes", remedy)
 
 
-def check_extra_files(target: Path, entries: Sequence[ManifestFile], manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def check_extra_files(
+    target: AnyPath, entries: Sequence[ManifestFile], manifest: Mapping[str, Any]
+) -> Iterator[Problem]:
     """Tensor files that no manifest here names. Beside a part they may be other ranks, without their manifest."""
     remedy = "move it away"
     if not is_of_whole_files(manifest) and len(entries) < manifest["ranks"] <= MOST_RANKS:
         name = name_part_manifest({*range(manifest["ranks"])} - {entry.rank for entry in entries})
         remedy += f"; or, if it is a rank of the same conversion, copy {MANIFEST} of its folder here as {name}"
     known = {entry.name for entry in entries}
-    for path in sorted(target.iterdir()):
-        if is_safetensors_name(path.name) and path.name not in known:
-            yield Problem("extra-file", path.name, f"a file that {MANIFEST} does not name", "none", remedy)
+    for name in list_names(target):
+        if is_safetensors_name(name) and name not in known:
+            yield Problem("extra-file", name, f"a file that {MANIFEST} does not name", "none", remedy)
 
 
-def find_size_by_header(path: Path, entries: Sequence[ManifestFile]) -> int:
+def find_size_by_header(path: AnyPath, entries: Sequence[ManifestFile]) -> int:
     """The size in bytes, by the manifest, of the file whose header lies at `path`; -1 if no file has this header."""
     other = find_file_by_header(path, entries)
     return next((entry.size for entry in entries if entry.name == other), -1)
@@ -228,60 +217,8 @@ def make_swapped_file_problem(name: str, other: str) -> Problem:
     return Problem("swapped-file", name, f"the header of {other}", "its own", "give the files their names back")
 
 
-def split_into_batches(entry: ManifestFile, sample: Fraction | None) -> Iterator[RangeBatch]:
-    """All ranges of a file, or those of a sample, in batches of at most AUDIT_READ_SIZE bytes."""
-    numbers = range(len(entry.ranges))
-    chosen = numbers if sample is None else sorted({0, numbers[-1], *sample_evenly(entry.name, len(numbers), sample)})
-    batch: list[CheckedRange] = []
-    for checked in (entry.ranges[number] for number in chosen):
-        if batch and (checked.stop - batch[0].offset > AUDIT_READ_SIZE or checked.offset != batch[-1].stop):
-            yield RangeBatch(entry, tuple(batch))
-            batch = []
-        batch.append(checked)
-    yield RangeBatch(entry, tuple(batch))
-
-
-def find_changed_ranges(
-    target: Path, entries: Sequence[ManifestFile], batches: Sequence[RangeBatch], advance: Advance, *, is_sampled: bool
-) -> dict[str, list[CheckedRange]]:
-    """By file name: the ranges whose bytes have another checksum, by offset. Reads with several threads."""
-    wrong: dict[str, list[CheckedRange]] = {entry.name: [] for entry in entries}
-    if not entries:
-        return wrong
-    ways = choose_ways_to_read(target / entries[0].name, sum(entry.size for entry in entries))
-    largest = max(batch.ranges[-1].stop - batch.ranges[0].offset for batch in batches)
-    lock = Lock()
-    with ExitStack() as stack:
-        files = {entry.name: open_file(stack, target / entry.name, ways) for entry in entries}
-        if is_sampled:
-            advise_scattered_reads(files.values())
-
-        def work(buffer: memoryview, batch: RangeBatch) -> None:
-            found = check_batch(batch, files[batch.entry.name], buffer)
-            with lock:
-                wrong[batch.entry.name].extend(found)
-            advance(batch.ranges[-1].stop - batch.ranges[0].offset)
-
-        def make_worker() -> Callable[[RangeBatch], None]:
-            return partial(work, allocate_aligned(largest + 2 * PAGE))
-
-        run_in_threads(batches, make_worker, choose_reading_threads(ways))
-    return {name: sorted(ranges) for name, ranges in wrong.items()}
-
-
-def check_batch(batch: RangeBatch, file: OpenFile, buffer: memoryview) -> list[CheckedRange]:
-    """The ranges of a batch whose bytes have another checksum."""
-    start = batch.ranges[0].offset
-    data = read_range(file, start, batch.ranges[-1].stop - start, buffer)
-    return [
-        checked
-        for checked in batch.ranges
-        if xxh3_128_hexdigest(data[checked.offset - start : checked.stop - start]) != checked.digest
-    ]
-
-
 def check_changed_ranges(
-    target: Path, entry: ManifestFile, entries: Sequence[ManifestFile], wrong: Sequence[CheckedRange]
+    target: AnyPath, entry: ManifestFile, entries: Sequence[ManifestFile], wrong: Sequence[CheckedRange]
 ) -> Iterator[Problem]:
     """The byte ranges of a file that differ from what was written; or the name of the file that lies here instead."""
     if wrong and wrong[0].offset == 0 and (other := find_file_by_header(target / entry.name, entries)):
@@ -300,9 +237,9 @@ def check_changed_ranges(
         )
 
 
-def find_file_by_header(path: Path, entries: Sequence[ManifestFile]) -> str:
+def find_file_by_header(path: AnyPath, entries: Sequence[ManifestFile]) -> str:
     """The file whose header, by the manifest, lies at `path`; the empty string if no file has this header."""
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         for entry in entries:
             file.seek(0)
             if xxh3_128_hexdigest(file.read(entry.ranges[0].size)) == entry.ranges[0].digest:
@@ -310,7 +247,7 @@ def find_file_by_header(path: Path, entries: Sequence[ManifestFile]) -> str:
     return ""
 
 
-def list_names_in_range(path: Path, begin: int, end: int) -> str:
+def list_names_in_range(path: AnyPath, begin: int, end: int) -> str:
     """The names of the tensors between two offsets of a file; with `header`, if the range touches it."""
     try:
         file, text = read_header_text(path)  # of slices too, so not `read_header`
@@ -321,10 +258,10 @@ def list_names_in_range(path: Path, begin: int, end: int) -> str:
     return format_list(["header", *names] if begin < file.header_size else names)
 
 
-def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def check_manifest_side_files(target: AnyPath, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """Side files, such as `config.json`, that are missing or changed."""
     for entry in find_damaged_side_files(target, manifest):
-        path = target / Path(entry["name"]).name
+        path = target / PurePath(entry["name"]).name
         if not path.is_file():
             yield Problem("missing-file", path.name, "no such file", f"{entry['size']:,} bytes", LOST_FILE_HINT)
         else:
@@ -332,9 +269,13 @@ def check_manifest_side_files(target: Path, manifest: Mapping[str, Any]) -> Iter
             yield Problem("wrong-checksum", path.name, "other bytes than were written", expected, COPY_AGAIN_HINT)
 
 
-def find_damaged_side_files(target: Path, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def find_damaged_side_files(target: AnyPath, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Finds the side files that are missing or changed, as entries of the manifest."""
-    for entry in manifest.get("side_files", ()):
-        path = target / Path(entry["name"]).name
-        if read_file_size(path) != entry["size"] or compute_file_checksum(path) != entry["xxh3_128"]:
-            yield entry
+
+    def is_damaged(entry: Mapping[str, Any]) -> bool:
+        path = target / PurePath(entry["name"]).name
+        return bool(read_file_size(path) != entry["size"]) or compute_file_checksum(path) != entry["xxh3_128"]
+
+    entries = manifest.get("side_files", ())
+    found = map_paths(is_damaged, target, entries)
+    yield from (entry for entry, damaged in zip(entries, found, strict=True) if damaged)

@@ -116,9 +116,10 @@ def compare_parts(
 
             return do
 
-        run_in_threads(
-            items(), make_worker, max(choose_reading_threads(source.ways), choose_reading_threads(target.ways))
-        )
+        # Of each thread: its three buffers; and of a cast its chunks, the same in one piece, and copies of both sides.
+        memory = 2 * max(BAND_SIZE, largest) + BAND_SIZE + 4 * largest
+        threads = max(choose_reading_threads(side.ways, memory) for side in (source, target))
+        run_in_threads(items(), make_worker, threads)
     return comparison
 
 

@@ -1,8 +1,7 @@
 """The tensor files of a target as its manifest describes them, with their ranges."""
 
 from collections.abc import Collection, Mapping, Sequence
-from hashlib import file_digest
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_128
@@ -11,8 +10,13 @@ from reshard.errors import refuse
 from reshard.formats.part_manifests import choose_of_one_conversion, is_of_whole_files, read_manifests
 from reshard.formats.ranges import CheckedRange, parse_ranges
 from reshard.formats.target_names import MANIFEST
+from reshard.paths import AnyPath
+from reshard.storage.opened import measure_path, open_regular_file
 from reshard.text import format_numbers
 from reshard.verification.target_folder import refuse_ranks_of_whole_files
+
+PIECE_SIZE = 4 << 20
+"""In bytes: so much of a side file is read at a time."""
 
 
 class ManifestFile(NamedTuple):
@@ -28,7 +32,7 @@ class ManifestFile(NamedTuple):
     ranges: tuple[CheckedRange, ...]
 
 
-def read_audited_manifests(target: Path) -> Mapping[str, Mapping[str, Any]]:
+def read_audited_manifests(target: AnyPath) -> Mapping[str, Mapping[str, Any]]:
     """The manifest of a target and those of other parts of the same conversion, by file name. Raises Refused if there
     is none.
     """
@@ -52,7 +56,7 @@ def choose_entries(
     return [entry for entry in known if entry.rank in ranks]
 
 
-def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[ManifestFile]:
+def read_manifest_files(manifest: Mapping[str, Any], target: AnyPath) -> list[ManifestFile]:
     """The files that a manifest names. Raises Refused if the manifest is not as reshard writes it."""
     entries = [parse_manifest_file(entry) for entry in manifest["files"]]
     if not entries or any(entry.ranges[-1].stop != entry.size for entry in entries):
@@ -63,15 +67,20 @@ def read_manifest_files(manifest: Mapping[str, Any], target: Path) -> list[Manif
 
 def parse_manifest_file(entry: Mapping[str, Any]) -> ManifestFile:
     ranges = parse_ranges(entry["ranges"])
-    return ManifestFile(Path(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges)
+    return ManifestFile(
+        PurePath(entry["name"]).name, int(entry["rank"]), int(entry["size"]), int(entry["tensors"]), ranges
+    )
 
 
-def read_file_size(path: Path) -> int | None:
+def read_file_size(path: AnyPath) -> int | None:
     """The size of a file in bytes; None if there is no such file."""
-    return path.stat().st_size if path.is_file() else None
+    return measure_path(path) if path.is_file() else None
 
 
-def compute_file_checksum(path: Path) -> str:
-    """The xxh3-128 of a file of any size, in hexadecimal."""
-    with path.open("rb", buffering=0) as file:
-        return file_digest(file, xxh3_128).hexdigest()
+def compute_file_checksum(path: AnyPath) -> str:
+    """The xxh3-128 of a file of any size, in hexadecimal. Raises OSError, Refused."""
+    digest = xxh3_128()
+    with open_regular_file(path) as file:
+        while piece := file.read(PIECE_SIZE):
+            digest.update(piece)
+    return digest.hexdigest()

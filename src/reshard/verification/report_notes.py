@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import note_not_joined
@@ -13,7 +12,7 @@ from reshard.verification.checksums import check_manifest_side_files
 from reshard.verification.verify import Report
 
 
-def add_side_files(report: Report, target: Path) -> Report:
+def add_side_files(report: Report, target: AnyPath) -> Report:
     """Adds to a report the side files, such as a tokenizer, that the manifest names and that are missing or changed."""
     told = [problem.subject for problem in report.problems]
     found = check_manifest_side_files(target, read_valid_manifest(target))
@@ -21,7 +20,7 @@ def add_side_files(report: Report, target: Path) -> Report:
     return replace(report, problems=(*report.problems, *added))
 
 
-def add_target_note(report: Report, target: Path, source: AnyPath, files: Sequence[File]) -> Report:
+def add_target_note(report: Report, target: AnyPath, source: AnyPath, files: Sequence[File]) -> Report:
     """Adds to a report that, where there are problems, the target was made from other files than these, by its
     manifest; where there are none, that its parts are not joined yet.
     """

@@ -6,9 +6,9 @@ here, before they are put together; and what was proven is counted by the slices
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from reshard.errors import Problem
+from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.verification.expected import FILL
 from reshard.verification.slices import read_sliced_target
@@ -17,7 +17,7 @@ from reshard.verification.verify import Report
 
 
 def check_restored_slices(
-    target: Path, recipe: Recipe, ranks: Collection[int] | None, *, ignore_extra_files: bool
+    target: AnyPath, recipe: Recipe, ranks: Collection[int] | None, *, ignore_extra_files: bool
 ) -> Report | None:
     """Checks names, rows and places of all slices of a target, from their headers; None of any other target. `recipe`
     is that of the rank files. Raises Refused if only some ranks are asked for.

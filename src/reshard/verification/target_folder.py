@@ -3,7 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem, Refused, refuse
@@ -18,10 +20,10 @@ from reshard.formats.huggingface import (
 from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import is_of_slices
-from reshard.formats.remote_names import suggest_near
+from reshard.formats.remote_names import restore_address, suggest_download, suggest_near
 from reshard.formats.slice_names import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.target_names import require_finished
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
 from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import compute_shape, parse_shape
 from reshard.recipes.recipe import has_ranks
@@ -43,6 +45,9 @@ COPY_AGAIN_HINT = f"{REPAIR_HINT}; or copy the file here again"
 MISSING_FILE_HINT = "copy it there, or convert again"
 
 LOST_FILE_HINT = f"copy it there, or {REPAIR_HINT}"
+
+PUT_AGAIN_HINT = "put the sound file there in its place; or convert again, with --restart --yes"
+"""The hint for a file in a store, where nothing is repaired."""
 
 
 class TargetFolder(NamedTuple):
@@ -81,14 +86,18 @@ def require_target_folder(target: AnyPath) -> None:
     """Raises Refused if `target` is no folder, or if its conversion has not finished."""
     if not target.is_dir():
         found = "a file" if target.exists() else "no such folder"
-        raise refuse(
-            "empty-target",
-            str(target),
-            found,
-            "a folder that was converted into",
-            suggest_near(target) or "is the path right?",
-        )
+        remedy = suggest_near(target) or (isinstance(target, Path) and suggest_download(target)) or "is the path right?"
+        raise refuse("empty-target", restore_address(target), found, "a folder that was converted into", remedy)
     require_finished(target)
+
+
+def reword_for_store(target: AnyPath, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The problems of a target; if it lies in a store, without the hint to repair it."""
+    for problem in problems:
+        remedy = problem.remedy
+        for hint in (COPY_AGAIN_HINT, LOST_FILE_HINT, REPAIR_HINT) if isinstance(target, RemotePath) else ():
+            remedy = remedy.replace(hint, PUT_AGAIN_HINT)
+        yield replace(problem, remedy=remedy)
 
 
 def list_target_files(target: AnyPath, recipe: Recipe) -> TargetFolder:

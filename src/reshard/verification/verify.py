@@ -9,7 +9,7 @@ Replicas are compared with the source in every rank: if nothing differs, they ar
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -21,10 +21,11 @@ from reshard.paths import AnyPath, is_same_folder
 from reshard.recipe_types import Recipe
 from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint
-from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
-from reshard.verification.compare import Comparison, PartKey, compare_parts, is_padding, make_part_key
+from reshard.verification.chunks import CastWeight, KeptTensor
+from reshard.verification.compare import Comparison, compare_parts
 from reshard.verification.compared_files import make_compared_files
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
+from reshard.verification.differences import check_differences, list_target_tensors
 from reshard.verification.expected import (
     CONVERSION_TEXTS,
     FILL,
@@ -57,7 +58,6 @@ from reshard.verification.swapped_files import (
 )
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
-    PADDING,
     TargetHeader,
     check_index_and_config,
     choose_files,
@@ -93,17 +93,25 @@ class Report:
     casts: Mapping[str, int] = field(default_factory=dict)
     """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
     makes of the source; `fill`: the constants of the recipe. All others were compared with the source itself."""
+    target: str = ""
+    """Where the target lies; on the hub with its commit."""
+    is_unread: bool = False
+    """Whether nothing was read: the sizes and ETags that a store lists were compared with those of the upload."""
 
     @property
     def is_proven(self) -> bool:
-        """Whether every byte was compared and none differs. A sample proves nothing of the bytes between."""
-        return not (self.problems or self.is_sampled)
+        """Whether every byte was compared and none differs. A sample proves nothing of the bytes between; ETags nothing
+        but that nobody has uploaded anything else.
+        """
+        return not (self.problems or self.is_sampled or self.is_unread)
 
     @property
     def verdict(self) -> str:
-        """`proven`, `sampled`, or the number of problems."""
+        """`proven`, `sampled`, `unchanged`, or the number of problems."""
         if self.problems:
             return format_count(len(self.problems), "problems")
+        if self.is_unread:
+            return "unchanged"
         return "sampled" if self.is_sampled else "proven"
 
     def __str__(self) -> str:
@@ -113,10 +121,10 @@ class Report:
     __repr__ = __str__
 
 
-def describe_report(report: Report, target: AnyPath | str, source: Path | str) -> str:
+def describe_report(report: Report, source: Path | str) -> str:
     """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
-    against = f" against {source}" if not report.problems else ""
-    return "\n".join([escape(f"{target}: {report.verdict}{against}"), *format_report_lines(report)])
+    against = f" against {source}" if not (report.problems or report.is_unread) else ""
+    return "\n".join([escape(f"{report.target}: {report.verdict}{against}"), *format_report_lines(report)])
 
 
 def format_report_lines(report: Report) -> Iterator[str]:
@@ -126,9 +134,11 @@ def format_report_lines(report: Report) -> Iterator[str]:
         yield from [report.note] if report.note else []
         yield describe_problems(report.problems)
         yield from [sample] if report.is_sampled else []
+        yield from ["compared sizes and ETags; not read"] if report.is_unread else []
     else:
         result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes"
         result += "" if report.is_sampled or report.casts else ", all equal"
+        result = f"{report.size:,} bytes by their sizes and ETags; not read" if report.is_unread else result
         ranks = f"{report.files} of {report.ranks} rank files"
         files = format_count(report.files, "whole files") if report.is_whole else ranks
         yield f"{files}, {format_count(report.tensors, 'tensors')}, {result}"
@@ -274,35 +284,6 @@ def trace_target(
         yield from check_index_and_config(
             target, files, trace.source.config, conversions, recipe, is_power=trace.is_power
         )
-
-
-def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Problem]:
-    """Target tensors whose bytes differ from their box of the source, or of the cast."""
-    for whole in trace.kept.values():
-        for key in list_target_tensors(whole.parts):
-            yield from explain_difference(trace, comparison, key, whole)
-    for (name, conversion), recast in trace.casts.items():
-        for key in list_target_tensors((*recast.parts[0], *recast.parts[1])):
-            yield from explain_difference(trace, comparison, key, f"what {conversion} makes of {name}")
-
-
-def list_target_tensors(parts: Iterable[TargetPart]) -> Iterable[PartKey]:
-    """The key of each target tensor once, though it may have two parts."""
-    return dict.fromkeys(map(make_part_key, parts))
-
-
-def explain_difference(
-    trace: Provenance, comparison: Comparison, key: PartKey, origin: KeptTensor | str
-) -> Iterator[Problem]:
-    if found := comparison.differences.get(key):
-        place = f"first in byte {found.first:,} of the tensor, last in byte {found.last:,}"
-        where = "than in the source" if isinstance(origin, KeptTensor) else "than are made of the source"
-        expected = f"those of {origin.tensor.name}" if isinstance(origin, KeptTensor) else origin
-        if isinstance(origin, KeptTensor) and is_padding(origin, key, found.first):
-            where, expected = "than zeros", f"{PADDING} {origin.tensor.name}"
-        subject = f"{trace.folder.names[key[0]]}: {key[1]}"
-        said = f"{format_count(found.count, 'other bytes')} {where}, {place}"
-        yield Problem("differs", subject, said, expected, CONVERT_AGAIN_HINT)
 
 
 def keeps_optional(trace: Provenance, looked_at: set[int], wanted: Mapping[str, ExpectedRanks]) -> bool:
