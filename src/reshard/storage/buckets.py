@@ -10,6 +10,7 @@ from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
 from reshard.storage.aws_profile import read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.counting import RECEIVED
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
 
@@ -91,6 +92,7 @@ class BucketStore(ListedStore):
                 taken = memoryview(chunk)[: len(buffer) - done]
                 buffer[done : done + len(taken)] = taken
                 done += len(taken)
+                RECEIVED.add(len(taken))
         except obstore.exceptions.BaseError:
             if not done:
                 raise
