@@ -103,6 +103,7 @@ def test_an_event_in_json_is_one_line() -> None:
         "rate": 2,
         "seconds": 10.0,
         "seconds_left": 4.0,
+        "received": 0,
         "more": "\n",
     }
     assert "\n" not in format_json(event(None), {"more": "\n"})

@@ -352,3 +352,124 @@ def test_a_folder_that_denies_all_says_so(made: Path, monkeypatch: pytest.Monkey
         pytest.raises(Refused, match="the server answers 403"),
     ):
         reshard.inspect(address)
+
+
+# --- waits and connections ---
+
+
+def test_waits_that_were_told_do_not_use_up_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_store, "PATIENCE", 0.3)
+    patience = Patience("x")
+    for _ in range(2):
+        patience.wait(Failed("its quota is used up", wait=0.3))
+    patience.wait(Failed("the server is busy"))
+    with pytest.raises(Refused, match="the server is busy"):
+        for _ in range(100):
+            patience.wait(Failed("the server is busy"))
+
+
+def test_one_line_tells_what_happens_to_many_files(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(remote_store, "LISTENERS", [lines.append])
+    monkeypatch.setattr(remote_store, "TOLD_WAITS", {})
+    with serve_hub(made / "source") as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        path = open_address(f"hf://{NAME}")
+        assert isinstance(path, RemotePath)
+        files = [one for one in path.iterdir() if one.suffix == ".safetensors"]
+        for file in files:
+            path.store.read_into(file.entry, 0, memoryview(bytearray(9)))
+        for file in files:
+            served.faults["ended"] = 1
+            path.store.read_into(file.entry, 0, memoryview(bytearray(9)))
+    assert [line.split(": ")[-1] for line in lines] == ["the server answers 403; asks the hub for new addresses"]
+
+
+def test_connections_that_went_silent_are_not_tried_one_after_the_other(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_client, "SILENT_SECONDS", 0.4)
+    with serve_web(made / "source", delay=0.1) as served:
+        client, url = web_client.WebClient(), f"{served.endpoint}/config.json"
+
+        def read(_: int) -> None:
+            with client.request("GET", url) as answer:
+                answer.read()
+
+        map_in_threads(read, range(12), 12)
+        served.delay = 1.0
+        started = time.monotonic()
+        with pytest.raises(Failed, match="nothing came"):
+            read(0)
+        assert time.monotonic() - started < 0.9
+
+
+FORKS = """
+import os, sys
+from reshard.errors import Refused
+from reshard.storage.addresses import open_address
+file = open_address(sys.argv[1]) / "model-00001-of-00003.safetensors"
+expected, buffer = open(sys.argv[2], "rb").read(), bytearray(file.entry.size)
+file.store.read_into(file.entry, 0, memoryview(buffer))
+child = os.fork()
+if not child and sys.argv[1].startswith("s3:"):
+    try:
+        file.store.read_into(file.entry, 0, memoryview(buffer))
+    except Refused as refused:
+        assert "this process was forked" in str(refused)
+        os._exit(0)
+for _ in range(4):
+    buffer[:] = bytes(len(buffer))
+    file.store.read_into(file.entry, 0, memoryview(buffer))
+    assert buffer == expected
+assert not child or os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_that_was_forked_has_connections_of_its_own(
+    kind: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that take from one connection would get each other's bytes. obstore has none after a fork."""
+    path = made / "source" / "model-00001-of-00003.safetensors"
+    with serve(kind, made / "source", monkeypatch, type("Plain", (Handler,), {})) as (_, address):
+        subprocess.run([sys.executable, "-c", FORKS, address, str(path)], check=True, timeout=20)
+
+
+def test_an_end_reaches_threads_that_a_worker_has_started() -> None:
+    started = threading.Event()
+
+    def sleep(_: int) -> None:
+        started.set()
+        wait_unless_stopped(20)
+
+    def work(item: int) -> None:
+        if item:
+            started.wait(5)
+            raise ValueError("the reason")
+        map_in_threads(sleep, range(2), 2)
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the reason"):
+        run_in_threads(range(2), lambda: work, 2)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("way", ["proxy", "names"])
+def test_an_interrupt_is_heard_while_a_connection_is_made(way: str, tmp_path: Path) -> None:
+    """A proxy that says nothing, and a name server that does not."""
+    code = "import socket, time; from reshard.cli.process import entry\n"
+    if way == "names":
+        code += "socket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        proxy = {"https_proxy": f"http://127.0.0.1:{silent.getsockname()[1]}"} if way == "proxy" else {}
+        command = [sys.executable, "-c", f"{code}entry()", "inspect", "https://models.invalid/"]
+        env = {**{name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}, **proxy}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, env=env) as process:
+            time.sleep(2)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=25)[1]
+            assert process.returncode == 130, said
+            assert time.monotonic() - began < 2

@@ -20,7 +20,8 @@ from reshard.cli.progress_lines import (
     format_resumed,
 )
 from reshard.storage.addresses import hide_secrets
-from reshard.storage.counting import ProgressView, WorkState
+from reshard.storage.counting import RECEIVED, ProgressView, WorkState
+from reshard.storage.remote_store import LISTENERS
 from reshard.text import escape
 
 INTERVALS = {"bar": 0.2, "log": 30.0, "json": 1.0, "none": None}
@@ -56,12 +57,14 @@ class JobWatch(ProgressView):
         self._is_sample = is_sample
         self._clock = clock
         self._lock = Lock()
-        self._meter = RateMeter()
+        self._meter, self._receiving = RateMeter(), RateMeter()
+        self._received_before = RECEIVED.size
         self._first: WorkState | None = None
         self._state: WorkState | None = None
         self._began = clock()
         # Of this queue only `put` is allowed in a signal handler: it takes no lock that the handler's thread may hold.
         self._requests: SimpleQueue[str] = SimpleQueue()
+        self._told: SimpleQueue[str] = SimpleQueue()
         self._thread = Thread(target=self._report_all, daemon=True)
 
     def show(self, state: WorkState) -> None:
@@ -83,6 +86,11 @@ class JobWatch(ProgressView):
         """Has the thread report at once. Safe in a signal handler."""
         self._requests.put("asked")
 
+    def tell(self, line: str) -> None:
+        """Has the thread print what a store makes us do: only so it does not break a bar."""
+        self._told.put(line)
+        self._requests.put("told")
+
     def end(self, *, is_done: bool) -> None:
         """Reports the end of a job that had begun, or was done before it began; ends the thread."""
         if is_done and self._state is None:
@@ -97,12 +105,16 @@ class JobWatch(ProgressView):
                 now = self._clock()
                 first, state, rate = self._first, self._state, self._meter.compute_rate(now)
                 seconds = now - self._began
+            received = RECEIVED.size - self._received_before
+            self._receiving.add(WorkState(received, 0), now)
+            told = self._told.get() if request == "told" else ""
+            wire = received, self._receiving.compute_rate(now), told
             # A report by the clock may come before the request to report the start.
             if first and not has_begun:
                 has_begun = True
-                self._report_safely(ProgressEvent("start", self._title, first, None, 0.0, self._is_sample))
+                self._report_safely(ProgressEvent("start", self._title, first, None, 0.0, self._is_sample, *wire[:1]))
             if request != "start" and (has_begun or request != "stopped"):
-                self._report_safely(ProgressEvent(request, self._title, state, rate, seconds, self._is_sample))
+                self._report_safely(ProgressEvent(request, self._title, state, rate, seconds, self._is_sample, *wire))
 
     def _report_safely(self, event: ProgressEvent) -> None:
         with suppress(OSError):
@@ -128,6 +140,8 @@ def make_log_report(title: str, words: Sequence[str]) -> Report:
         is_first = False
         if event.event == "start" and event.state:
             lines += [f"{title}: {format_resumed(event.state)}"] if event.state.resumed else []
+        elif event.event == "told":
+            lines.append(f"{title}: {escape(event.told)}")
         elif event.event != "stopped":
             lines.append(f"{title}: {format_progress(event)}")
         for line in lines:
@@ -177,6 +191,8 @@ def make_bar_report(title: str, _words: Sequence[str]) -> Report:
         state = event.state
         if event.event == "asked":
             say(f"{title}: {format_progress(event)}")
+        if event.event == "told":
+            say(f"{title}: {escape(event.told)}")
         if state is None or not state.total:
             return  # all was done before
         if event.event == "start":
@@ -209,6 +225,7 @@ def show_progress(title: str, options: argparse.Namespace, *, is_first: bool = T
     report = REPORTS[mode](title, words)
     watch = JobWatch(title, report, INTERVALS[mode], is_sample=bool(getattr(options, "sample", None)))
     STATUS_REQUESTS.append(watch.ask)
+    listeners, LISTENERS[:] = [*LISTENERS], [watch.tell]
     watch.start()
     is_done = False
     try:
@@ -216,6 +233,7 @@ def show_progress(title: str, options: argparse.Namespace, *, is_first: bool = T
         is_done = True
     finally:
         STATUS_REQUESTS.remove(watch.ask)
+        LISTENERS[:] = listeners
         watch.end(is_done=is_done)
 
 

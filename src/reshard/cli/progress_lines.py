@@ -52,7 +52,7 @@ class ProgressEvent:
     """How far a job is at a moment."""
 
     event: str
-    """`start`, `progress`, `asked` (by a signal), `done` or `stopped`."""
+    """`start`, `progress`, `asked` (by a signal), `told`, `done` or `stopped`."""
     title: str
     """What is done, such as `convert`."""
     state: WorkState | None
@@ -63,6 +63,12 @@ class ProgressEvent:
     """Since the work began."""
     is_sample: bool = False
     """Whether most bytes are left out: then their rate is no rate of any disk, and is not told."""
+    received: int = 0
+    """In bytes: how much has come from stores, headers and what was asked for again included."""
+    receive_rate: float | None = None
+    """In bytes a second; None if it is not known."""
+    told: str = ""
+    """What a store makes us do, such as to wait; of the event `told`."""
 
     @property
     def left(self) -> int:
@@ -87,11 +93,12 @@ def format_progress(event: ProgressEvent) -> str:
     """Formats an event in words, without a title: share, bytes, rate, time left."""
     state = event.state
     if state is None:
-        return "reading headers and planning"
+        return ", ".join(["reading headers and planning", *format_received(event)])
     if event.event == "done":
         size = state.total - state.resumed
         rate = [] if event.is_sample or event.seconds < SHORTEST_WINDOW else [format_rate(size / event.seconds)]
-        return ", ".join([f"done, {format_size(size)} in {format_duration(event.seconds)}", *rate])
+        done = f"done, {format_size(size)} in {format_duration(event.seconds)}"
+        return ", ".join([done, *rate, *format_received(event)])
     parts = [format_percent(state.done, state.total)]
     if state.unsynced is None:
         parts.append(f"{format_size(state.done)} of {format_size(state.total)}")
@@ -99,7 +106,14 @@ def format_progress(event: ProgressEvent) -> str:
         parts.append(f"writing to disk: {format_size(state.unsynced)} left")
     parts += [] if event.rate is None or event.is_sample else [format_rate(event.rate)]
     parts += [] if event.seconds_left is None else [f"{format_duration(event.seconds_left)} left"]
-    return ", ".join(parts)
+    return ", ".join([*parts, *format_received(event)])
+
+
+def format_received(event: ProgressEvent) -> list[str]:
+    """Formats what has come from stores; empty if nothing has."""
+    is_moving = event.receive_rate is not None and event.event != "done"
+    rate = f" at {format_rate(event.receive_rate or 0)}" if is_moving else ""
+    return [f"{format_size(event.received)} from the store{rate}"] if event.received else []
 
 
 def format_rate(rate: float) -> str:
@@ -136,5 +150,7 @@ def format_json(event: ProgressEvent, more: Mapping[str, object]) -> str:
         "rate": None if rate is None or event.is_sample else int(rate),
         "seconds": round(event.seconds, 1),
         "seconds_left": None if left is None else round(left, 1),
+        "received": event.received,
+        **({"text": event.told} if event.told else {}),
     }
     return json.dumps({**value, **more})

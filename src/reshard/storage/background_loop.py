@@ -1,6 +1,7 @@
 """Asynchronous work for threads that are not: in one background thread, and given up when the job is stopped."""
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from concurrent.futures import wait
 from functools import cache
@@ -18,6 +19,9 @@ def start_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, name="reshard-loop", daemon=True).start()
     return loop
+
+
+os.register_at_fork(after_in_child=start_loop.cache_clear)  # a thread stays in the process that has started it
 
 
 def run_unless_stopped(work: Coroutine[Any, Any, Made]) -> Made:

@@ -1,5 +1,6 @@
 """Folders of buckets (`s3://`, `gs://`, `az://`), by the package obstore, which knows their keys and signatures."""
 
+import os
 import re
 from collections.abc import Coroutine, Mapping
 from datetime import timedelta
@@ -9,6 +10,7 @@ from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
 from reshard.storage.aws_profile import read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.counting import RECEIVED
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
 
@@ -58,10 +60,15 @@ class BucketStore(ListedStore):
     def __init__(self, scheme: str, address: str, bucket: Any, prefix: str, entries: list[Entry]) -> None:
         super().__init__(address, entries)
         self._scheme, self._bucket, self._prefix = scheme, bucket, prefix
+        self._process = os.getpid()
 
     def fetch(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         """Asks for a range of this version. See `ListedStore`."""
         subject = f"{self.address}/{entry.name}"
+        if os.getpid() != self._process:  # obstore would wait for threads that only the other process has
+            found, expected = "this process was forked from the one that has opened it", "a process that opens it itself"
+            remedy = "start processes by spawn (of a DataLoader: multiprocessing_context='spawn')"
+            raise refuse("cannot-read", self.address, found, expected, remedy)
         try:
             return run_in_store(self._receive(entry, offset, buffer))
         except FileNotFoundError as gone:
@@ -88,6 +95,7 @@ class BucketStore(ListedStore):
                 taken = memoryview(chunk)[: len(buffer) - done]
                 buffer[done : done + len(taken)] = taken
                 done += len(taken)
+                RECEIVED.add(len(taken))
         except obstore.exceptions.BaseError:
             if not done:
                 raise

@@ -32,6 +32,22 @@ class ProgressView:
         raise NotImplementedError
 
 
+class ReceivedBytes:
+    """Counts the bytes that have come from stores, of all that this process reads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Counts bytes that have come, whether or not they had to be asked for again."""
+        with self._lock:
+            self.size += size
+
+
+RECEIVED = ReceivedBytes()
+
+
 class WorkCounter:
     """Adds up the bytes done by all threads, and tells them one thread at a time.
 

@@ -23,6 +23,7 @@ from weakref import finalize
 
 from reshard.errors import refuse
 from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.counting import RECEIVED
 from reshard.storage.patient_socket import LOOK_SECONDS, SILENT_SECONDS, PatientSocket
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import wait_unless_stopped
@@ -67,6 +68,7 @@ class Answer:
         try:
             while done < len(buffer) and (count := self.body.readinto(buffer[done : done + READ_STEP])):
                 done += count
+                RECEIVED.add(count)
         except (OSError, HTTPException) as error:
             if not done:
                 raise Failed(describe_error(error)) from None
