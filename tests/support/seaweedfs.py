@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,10 +35,18 @@ def serving(folder: Path, megabytes: int = 128) -> Iterator[tuple[str, int]]:
     words = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
     words += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=200"]
     words += [f"-master.volumeSizeLimitMB={megabytes}", f"-metricsPort={numbers}"]
-    words += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
+    words += [
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-filer",
+        f"-filer.port={filer}",
+        "-s3",
+        f"-s3.port={s3}",
+        f"-s3.config={folder / 's3.json'}",
+    ]
     with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=folder) as process:
         try:
-            make_bucket(filer)
+            make_bucket(filer, s3)
             yield f"http://127.0.0.1:{s3}", numbers
         finally:
             process.kill()
@@ -51,14 +60,26 @@ def find_port() -> int:
         return port - 20_000 if port > 40_000 else port
 
 
-def make_bucket(filer: int) -> None:
-    request = urllib.request.Request(f"http://127.0.0.1:{filer}/buckets/{BUCKET}/", method="POST")
-    for _ in range(300):
+def make_bucket(filer: int, s3: int) -> None:
+    """Makes the bucket, and waits until the server has a disk and answers as S3."""
+    folder = f"http://127.0.0.1:{filer}/buckets/{BUCKET}"
+    for method, url in (("POST", f"{folder}/"), ("PUT", f"{folder}/x"), ("DELETE", f"{folder}/x")):
+        ask(urllib.request.Request(url, b"x" if method == "PUT" else None, method=method))  # noqa: S310
+    ask(urllib.request.Request(f"http://127.0.0.1:{s3}/"))
+
+
+def ask(request: urllib.request.Request) -> None:
+    """Asks until an answer comes."""
+    for _ in range(600):
         try:
             with urllib.request.urlopen(request):  # noqa: S310
                 return
+        except urllib.error.HTTPError as answer:
+            if answer.code < 500:
+                return
         except OSError:
-            time.sleep(0.1)
+            pass
+        time.sleep(0.1)
     raise SystemExit("SeaweedFS does not answer")
 
 

@@ -37,7 +37,7 @@ AT_THE_END = 3
 PROGRAM = """
 import os
 from reshard.cli.process import entry
-from reshard.execution import parts, store_target
+from reshard.execution import store_target
 from reshard.storage import streamed_uploads, s3_uploads, target_buckets, whole_objects
 
 def telling(function):
@@ -97,9 +97,9 @@ class Bucket:
     def __init__(self, environment: Mapping[str, str]) -> None:
         from obstore.store import S3Store  # noqa: PLC0415 - an extra
 
-        options = {name.removeprefix("AWS_").lower(): value for name, value in environment.items() if "AWS_" in name}
-        names = ("access_key_id", "secret_access_key", "endpoint_url", "region")
-        self.client = S3Store(BUCKET, **{name: options[name] for name in names}, client_options={"allow_http": True})
+        keys = {name: environment[f"AWS_{name.upper()}"] for name in ("access_key_id", "secret_access_key", "region")}
+        options: Any = {**keys, "endpoint": environment["AWS_ENDPOINT_URL"], "client_options": {"allow_http": True}}
+        self.client: Any = S3Store(BUCKET, **options)
 
     def read_all(self, folder: str) -> dict[str, str]:
         """The SHA-256 of each object in a folder, by name."""
@@ -167,29 +167,32 @@ class Torture:
 
     def torment(self, level: str, name: str, kills: int, *, at_the_end: bool) -> None:
         """One conversion, killed so often, one run after the other, until one gets through."""
-        tally, steps = self.tallies[level], self.steps[level]
+        tally, left = self.tallies[level], self.steps[level]
         tally.conversions += 1
         for _ in range(kills):
-            first = steps - 2 * RANKS - 6 if at_the_end and tally.conversions % 2 else 1
-            if not self.kill(level, name, self.dice.randint(max(first, 1), steps)):
+            first = max(left - 2 * RANKS - 6, 1) if at_the_end else 1
+            steps = self.dice.randint(first, max(first, left - 1))
+            if not self.run(level, name, steps):
                 break
-        with running(level, self.source, f"s3://{BUCKET}/{name}", self.environment) as run:
-            code = run.process.wait()
-            for file in (run.output, run.errors):
-                file.seek(0)
-            if code:
-                tally.wrong.append(f"{name} cannot be gone on with:\n{run.errors.read().decode()}")
-            elif done := json.loads(run.output.read())["done"]:
-                tally.resumed += done["resumed"]
+            left -= steps  # the next run has about so many left
+            if left < 2:
+                break
+        self.run(level, name, sys.maxsize)
         self.look_at_end(level, name)
 
-    def kill(self, level: str, name: str, steps: int) -> bool:
-        """Kills a run behind some step; whether it was still there."""
+    def run(self, level: str, name: str, steps: int) -> bool:
+        """Runs the conversion, and kills it behind some step; whether it was still there."""
         tally = self.tallies[level]
         with running(level, self.source, f"s3://{BUCKET}/{name}", self.environment) as run:
             if run.wait_for_steps(steps):
                 run.process.send_signal(signal.SIGKILL)
-            if run.process.wait() != -signal.SIGKILL:
+            if (code := run.process.wait()) != -signal.SIGKILL:
+                for file in (run.output, run.errors):
+                    file.seek(0)
+                if code:
+                    tally.wrong.append(f"{name} cannot be gone on with:\n{run.errors.read().decode()}")
+                elif done := json.loads(run.output.read())["done"]:
+                    tally.resumed += done["resumed"]
                 return False
         tally.kills += 1
         found = self.bucket.read_all(name)
