@@ -221,6 +221,21 @@ def test_a_finished_target_is_made_anew_when_somebody_agrees(
     assert {*record} == {*made} - {MANIFEST}
 
 
+def test_some_ranks_are_made_anew_beside_others(
+    bucket: S3State, source: Path, local: Mapping[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source) == 0
+    bucket.requests.clear()
+    assert "--restart would remove 1 file, " in run_refused(capsys, source, "--restart", "--ranks", "1")
+    assert convert(source, "--restart", "--yes", "--ranks", "1") == 0
+    assert read_target(bucket) == local
+    record = json.loads(bucket.read_folder(PREFIX)[STORE_RECORD])["objects"]
+    assert {*record} == {*local} - {MANIFEST}
+    assert {change.rpartition("/")[2] for change in list_changes(bucket) if ".safe" in change} == {
+        "model1-mp4.safetensors"
+    }
+
+
 def test_a_plan_looks_at_the_target_and_writes_nothing(
     bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str], level: str
 ) -> None:

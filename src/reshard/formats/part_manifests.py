@@ -16,7 +16,7 @@ from reshard.errors import Problem, Refused
 from reshard.formats.command_words import list_layout_words, list_named_recipe_words, list_subset_words
 from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest
-from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath
 from reshard.text import format_count, format_list, format_runs
 from reshard.types import SLICED, WHOLE, Note
@@ -68,7 +68,7 @@ def read_manifests(folder: AnyPath) -> Manifests:
     """Reads all manifests of a folder. Raises Refused if `reshard.json` is damaged."""
     main, parts, damaged = read_manifest(folder), {}, []
     for name in list_names(folder):
-        if name == MANIFEST or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
+        if name in (MANIFEST, STORE_RECORD) or name.endswith(PARTIAL) or not MANIFEST_COPY.fullmatch(name):
             continue
         try:
             if found := read_manifest(folder, name):  # empty: a link to nothing

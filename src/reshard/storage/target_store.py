@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""TargetStore: a folder in a store as its writers see it: whole objects, and large ones that are uploaded in parts."""
-=======
 """A folder in a store as its writer sees it: whole objects, and large ones that are uploaded in parts."""
->>>>>>> w-engine
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
