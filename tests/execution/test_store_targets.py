@@ -28,6 +28,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a part": ("deepseek-v3", {"mp": 2, "subset": Subset(layers=(0,))}),
 }
 
+RECIPE = f"""
+name = "tiny"
+about = "tensors of a byte, and of none"
+left = "huggingface"
+right = "ranks"
+model_types = ["tiny"]
+files = "rank{{rank}}-of-{{ranks}}.safetensors"
+placeholders.i = {{ counts = "numbers", size = "many" }}
+rules = [
+["same", "{"long" * 9}.{{i}}", "{"long" * 9}.{{i}}", "by i"],
+["same", "empty", "empty", "replicate"],
+["same", "odd", "odd", "first rank"],
+]
+"""
+
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,21 +92,19 @@ def test_rank_files_are_joined_in_a_store(
 
 
 @pytest.mark.parametrize("keeps_parts", [True, False])
-def test_one_file_without_tensors_to_speak_of(tmp_path: Path, *, keeps_parts: bool) -> None:
-    """A single file, whose header alone is larger than a part; and tensors of no bytes."""
-    save_file(
-        {
-            **{f"{'long.' * 9}{number}": torch.full((1,), number, dtype=torch.uint8) for number in range(99)},
-            "empty": torch.zeros(0, 7),
-            "model.norm.weight": torch.ones(3),
-        },
-        tmp_path / "model.safetensors",
-    )
-    job = Job(tmp_path / "model.safetensors", 1, to=WHOLE)
-    store = FolderStore(tmp_path / "store", keeps_parts=keeps_parts)
-    convert_to_store(job, store, tmp_path / "target")
-    convert_checkpoint(job, tmp_path / "target")
-    require_same_as_folder(store, tmp_path / "target")
+def test_a_single_file_of_tiny_and_empty_tensors(tmp_path: Path, *, keeps_parts: bool) -> None:
+    """Its header is larger than a part. A rank that gets no tensor has a header alone."""
+    tensors = {f"{'long' * 9}.{number}": torch.full((1,), number, dtype=torch.uint8) for number in range(99)}
+    (tmp_path / "source").mkdir()
+    save_file({**tensors, "empty": torch.zeros(0, 7), "odd": torch.ones(3)}, tmp_path / "source" / "model.safetensors")
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"model_type": "tiny", "many": 99}))
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    for number, (source, only) in enumerate((("source", ()), ("source/model.safetensors", ("odd", "empty")))):
+        job = Job(tmp_path / source, 3, recipe=str(tmp_path / "tiny.toml"), subset=Subset(only=only))
+        store, target = FolderStore(tmp_path / f"store-{number}", keeps_parts=keeps_parts), tmp_path / f"to-{number}"
+        convert_to_store(job, store, target)
+        convert_checkpoint(job, target)
+        require_same_as_folder(store, target)
 
 
 @pytest.mark.parametrize("keeps_parts", [True, False])

@@ -17,6 +17,7 @@ from reshard.storage.counting import WorkCounter
 from reshard.storage.resources import wait_unless_stopped
 from reshard.storage.target_store import NoSuchUploadError, TargetStore, UploadedPart, UploadLimits
 from reshard.target.preflight import describe_others, look_at_target
+from reshard.target.state import TargetState
 from reshard.types import Progress
 
 SMALL_LIMITS = UploadLimits(1 << 10, 64 << 20, 10_000, 1 << 40)
@@ -237,6 +238,12 @@ def convert_to_store(
     job: Job, store: TargetStore, folder: Path, settings: Settings | None = None, progress: Progress | None = None
 ) -> RunResult:
     """Converts into a store what a conversion into `folder`, which is not there, would write."""
-    state = look_at_target(plan_conversion(job), folder)
+    return write_to_store(look_at_target(plan_conversion(job), folder), store, settings, progress)
+
+
+def write_to_store(
+    state: TargetState, store: TargetStore, settings: Settings | None = None, progress: Progress | None = None
+) -> RunResult:
+    """Writes what a look at a target says is to be written."""
     counter = WorkCounter(progress, state.size, writes=True)
     return execute_plan_to_store(state.plan, store, describe_others(state), counter, settings or Settings())

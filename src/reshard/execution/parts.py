@@ -145,7 +145,7 @@ def plan_reads(pieces: Integers, bounds: Sequence[int], offset: int, files: int)
             reads.append(PartRead(group[0].source_file, start, stop - start, group))
         else:
             copied += group
-    return [*join_pieces(merge_pieces(copied)), *reads]
+    return [*join_reads(merge_pieces(copied)), *reads]
 
 
 def merge_pieces(pieces: Sequence[PlacedPiece]) -> list[PlacedPiece]:
@@ -164,7 +164,7 @@ def merge_pieces(pieces: Sequence[PlacedPiece]) -> list[PlacedPiece]:
     return merged
 
 
-def join_pieces(pieces: Sequence[PlacedPiece]) -> Iterator[PartRead]:
+def join_reads(pieces: Sequence[PlacedPiece]) -> Iterator[PartRead]:
     """Joins pieces of files to reads, over gaps up to JOINED_GAP, each of at most JOINED_READ if it has several."""
     read: PartRead | None = None
     for piece in sorted(pieces):
@@ -186,7 +186,7 @@ def find_least_part(files: Sequence[TargetFile], limits: UploadLimits) -> int:
     return max(limits.least_part, *(ceil(file.size / limits.most_parts) for file in files), 1)
 
 
-def measure_largest_part(files: Sequence[TargetFile], part_size: int) -> int:
+def measure_part_capacity(files: Sequence[TargetFile], part_size: int) -> int:
     """The size that no part exceeds, in bytes: it may have one group more than it needs."""
     return max(part_size + WINDOW_SIZE, *(len(file.header) for file in files), 0)
 

@@ -1,4 +1,4 @@
-"""What of a job is durable in a store: found again when a job goes on, and noted while it runs."""
+"""Keeps what of a job is durable in a store: found again when a job goes on, and noted while it runs."""
 
 import re
 from collections.abc import Mapping, Sequence

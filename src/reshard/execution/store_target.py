@@ -4,23 +4,19 @@ Nothing can be renamed in a store. Where it keeps parts, the objects of tensors 
 there; where it does not, each appears when it is whole. A target with a manifest is finished. See `store_journal`.
 """
 
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from math import ceil
 from threading import Event, Lock
-from typing import Any
-
-from xxhash import xxh3_128
 
 from reshard.casts.kernels import choose_recode
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.execute import OtherFiles, RunResult, Settings, find_incomplete_file, identify_job
+from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART
 from reshard.execution.part_writer import PartBuffers, fill_part, measure_part_buffers
@@ -31,29 +27,28 @@ from reshard.execution.parts import (
     check_upload_limits,
     find_least_part,
     make_parts,
-    measure_largest_part,
+    measure_part_capacity,
 )
 from reshard.execution.reader import OpenFiles
-from reshard.execution.side_writer import SideFile, read_side_file
 from reshard.execution.store_journal import (
-    DoneFile,
     DonePart,
     StoreJournal,
     open_store_journal,
     refuse_other_run,
     remove_job,
 )
-from reshard.execution.store_ledger import StoreLedger, compute_object_etag, is_new_object, is_same_object
+from reshard.execution.store_ledger import StoreLedger
+from reshard.execution.store_objects import complete_file, finish_target
 from reshard.execution.windows import WINDOW_SIZE, choose_bands
 from reshard.execution.writer import FLUSH_SECONDS, LOOK_SECONDS, Jobs
-from reshard.formats.target_names import JOURNAL, MANIFEST, STORE_RECORD
+from reshard.formats.target_names import MANIFEST
 from reshard.paths import RemotePath
 from reshard.planning.plan import Plan
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, Ways, refuse_unreadable
 from reshard.storage.page_cache import THROUGH_STORE, choose_ways_to_read, find_ways_past_cache
 from reshard.storage.remote_store import THREADS_OF_STORE
-from reshard.storage.resources import STOP, Growth, Stopped, map_in_threads, run_in_threads
+from reshard.storage.resources import STOP, Growth, Stopped, run_in_threads
 from reshard.storage.target_store import NoSuchUploadError, TargetStore
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
@@ -87,7 +82,7 @@ def execute_plan_to_store(
         require_part_memory(settings, measure_memory_of_job(plan, store, journal.part_size))
         done = put_files(plan, journal, ledger, counter, settings)
     except BaseException as error:
-        clean_up(plan, journal, ledger, is_refused=isinstance(error, Refused))
+        discard_failed_run(plan, journal, ledger, is_refused=isinstance(error, Refused))
         raise
     finish_target(plan, journal, ledger, others, counter)
     return done
@@ -107,7 +102,7 @@ def choose_part_size(plan: Plan, store: TargetStore, settings: Settings) -> int:
 def measure_memory_of_job(plan: Plan, store: TargetStore, part_size: int) -> int:
     """The memory that one job takes, in bytes. What a stream holds back is counted too."""
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    largest, makes = measure_largest_part(plan.files, part_size), bool(plan.casts or plan.source.joins)
+    largest, makes = measure_part_capacity(plan.files, part_size), bool(plan.casts or plan.source.joins)
     return measure_part_buffers(largest, makes=makes, levels=levels) + (0 if store.keeps_parts else 2 * part_size)
 
 
@@ -126,7 +121,7 @@ def remove_finished_objects(store: TargetStore, names: tuple[str, ...]) -> None:
             store.remove(group)
 
 
-def clean_up(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:
+def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:
     """Throws away what a failed run cannot leave: streams; and if it began the job and nothing is durable, all of it.
     Not so after an interrupt, which ends soon.
     """
@@ -160,7 +155,7 @@ def put_files(
         counter.begin(resumed)
         files = OpenFiles(sources, (), ways, made, settings.allow_inexact, levels)
         putter = PartPutter(plan, store, ledger, counter)
-        largest = measure_largest_part(plan.files, journal.part_size)
+        largest = measure_part_capacity(plan.files, journal.part_size)
 
         def make_worker() -> Callable[[Part], None]:
             buffers = PartBuffers(largest, makes=bool(made), levels=levels)
@@ -258,95 +253,3 @@ def note_regularly(ledger: StoreLedger, stopped: Event) -> None:
             if now - noted >= max(FLUSH_SECONDS, (now - begun) / NOTES):
                 ledger.flush()
                 noted = time.monotonic()
-
-
-def complete_file(plan: Plan, store: TargetStore, ledger: StoreLedger, index: int) -> None:
-    """Makes an object of the parts of a file, and notes that it is whole. Raises Refused."""
-    file, etags, upload = plan.files[index], ledger.list_etags(index), ledger.uploads[index]
-    try:
-        etag = store.complete_upload(file.name, upload, etags)
-    except NoSuchUploadError:
-        # We may have completed it without hearing of it.
-        entry, etag = store.list_entries().get(file.name), compute_object_etag(etags)
-        if not entry or not (is_same_object(entry, file, etag) or is_new_object(entry, file, etags, ledger)):
-            raise refuse_other_run(store) from None
-        etag = entry.version
-    ledger.add_file(DoneFile(index, upload, etag))
-    ledger.flush()
-
-
-def finish_target(
-    plan: Plan, journal: StoreJournal, ledger: StoreLedger, others: OtherFiles, counter: WorkCounter
-) -> None:
-    """Makes the objects of all files, and writes those beside them; the manifest last. Raises Refused."""
-    store, records = journal.store, ledger.read_records()
-    if lacking := find_incomplete_file(plan, records):
-        subject = f"{store.address}/{JOURNAL}"
-        raise refuse("damaged-journal", subject, f"not all of {lacking}", "every byte of it once", RESTART)
-    left = [index for index in range(len(plan.files)) if index not in ledger.done]
-    map_in_threads(partial(complete_file, plan, store, ledger), left, THREADS_OF_STORE)
-    etags = {plan.files[index].name: (plan.files[index].size, done.etag) for index, done in ledger.done.items()}
-    checksums = {}
-    for name, side in others.sides.items():
-        etag, checksums[name] = put_side_file(store, name, side, journal.part_size)
-        etags[name] = side.size, etag
-        counter.advance(side.size)
-        counter.settle(side.size)
-    manifest = others.write_manifest(records, checksums)
-    journal.require_current()
-    store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), others.kept, etags))
-    for name in filter(None, (MANIFEST, others.part)):
-        store.put(name, manifest)
-    store.remove(others.superseded)
-    remove_job(store)
-    counter.finish()
-
-
-def put_side_file(store: TargetStore, name: str, side: SideFile, part_size: int) -> tuple[str, str]:
-    """Writes a file beside the tensors, in parts if it is large. Returns its ETag and its xxh3-128. Raises Refused."""
-    checksum = xxh3_128()
-
-    def read() -> Iterator[memoryview]:
-        for data in read_side_file(side):
-            checksum.update(data)
-            yield data
-
-    if side.size <= part_size:
-        return store.put(name, b"".join(read())), checksum.hexdigest()
-    upload, etags = store.begin_upload(name), list[str]()
-    try:
-        for block in gather_blocks(read(), part_size):
-            etags.append(store.put_part(name, upload, len(etags) + 1, block))
-        return store.complete_upload(name, upload, etags), checksum.hexdigest()
-    except BaseException as error:
-        with suppress(Refused, Stopped):
-            store.abort_upload(name, upload)
-        if isinstance(error, NoSuchUploadError):
-            raise refuse_other_run(store) from None
-        raise
-
-
-def gather_blocks(pieces: Iterator[memoryview], size: int) -> Iterator[memoryview]:
-    """Gathers pieces of a file into blocks of `size` bytes, the last one perhaps smaller. Each is valid until the next
-    one is gathered.
-    """
-    block, end = memoryview(bytearray(size)), 0
-    for data in pieces:
-        while data:
-            count = min(len(data), size - end)
-            block[end : end + count] = data[:count]
-            data, end = data[count:], end + count  # noqa: PLW2901
-            if end == size:
-                yield block
-                end = 0
-    if end:
-        yield block[:end]
-
-
-def write_store_record(before: bytes | None, kept: Collection[str], etags: Mapping[str, tuple[int, str]]) -> bytes:
-    """Writes what the store told of each object of the target. Of the record `before`, the finished files are kept."""
-    known: dict[str, Any] = {}
-    with suppress(ValueError, RecursionError, AttributeError, TypeError):
-        known = {name: entry for name, entry in json.loads(before or b"")["objects"].items() if name in kept}
-    new = {name: {"size": size, "etag": etag} for name, (size, etag) in etags.items()}
-    return (json.dumps({"objects": {**known, **new}}, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""TargetStore: a folder in a store as its writers see it: whole objects, and large ones that are uploaded in parts."""
+"""A folder in a store as its writer sees it: whole objects, and large ones that are uploaded in parts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol

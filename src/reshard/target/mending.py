@@ -9,7 +9,7 @@ from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
 from reshard.execution.store_journal import remove_job
-from reshard.execution.store_target import put_side_file, write_store_record
+from reshard.execution.store_objects import put_side_file, write_store_record
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable

@@ -1,6 +1,7 @@
 """Where a target is written: into a folder of this machine, or into one in a store."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +51,10 @@ def open_target(given: str | os.PathLike[str]) -> TargetPlace:
 
 
 def open_again(place: TargetPlace) -> AnyPath:
-    """The path of a folder, as it is now. Raises Refused."""
-    return place if isinstance(place, Path) else get_folder(open_target(place.store.address))
+    """The path of a folder, as it is now; as it was if the store does not tell: what was written is written."""
+    with suppress(Refused):
+        return place if isinstance(place, Path) else get_folder(open_target(place.store.address))
+    return get_folder(place)
 
 
 def add_upload(refused: Refused, address: str) -> Refused:

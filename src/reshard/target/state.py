@@ -17,7 +17,7 @@ from reshard.formats.part_manifests import (
     name_part_manifest,
     read_manifests,
 )
-from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.file_layout import name_rank_files
 from reshard.planning.plan import Plan
@@ -111,7 +111,7 @@ def require_same(state: TargetState) -> None:
 
 def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Keeps those of the listed objects that may be manifests."""
-    return {name: entry for name, entry in entries.items() if MANIFEST_COPY.fullmatch(name)}
+    return {name: entry for name, entry in entries.items() if MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD}
 
 
 def note_joined(state: TargetState) -> Note:
