@@ -15,7 +15,9 @@ from store_servers import NAME, ServedFolder, serve_hub
 import reshard
 from reshard import Refused
 from reshard.cli.main import main
-from reshard.storage.page_cache import choose_ways_to_read
+from reshard.storage import page_cache
+from reshard.storage.local import Ways
+from reshard.storage.page_cache import THROUGH_STORE, choose_reading_threads, choose_ways_to_read
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.verification.verify import Report
 
@@ -170,9 +172,7 @@ def test_side_files_are_compared(
     assert kinds_of(verify(AT, checksums_only=True)) == [listed]
 
 
-def test_an_object_that_is_replaced_meanwhile_is_refused(
-    served: ServedFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_that_is_replaced_meanwhile_is_refused(served: ServedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def choose_late(path: Any, size: int) -> object:
         swap(served.folder / "ranks" / RANK)  # after all was listed
         return choose_ways_to_read(path, size)
@@ -184,9 +184,9 @@ def test_an_object_that_is_replaced_meanwhile_is_refused(
 
 def test_a_target_that_is_not_finished_is_refused(served: ServedFolder) -> None:
     (served.folder / "ranks" / "reshard.json").rename(served.folder / "ranks" / "reshard.journal")
-    for options in ({}, {"checksums_only": True}):
+    for unread in (False, True):
         with pytest.raises(Refused, match="unfinished target"):
-            reshard.verify(AT, **options)
+            reshard.verify(AT, checksums_only=unread)
 
 
 @pytest.mark.usefixtures("served")
@@ -194,6 +194,35 @@ def test_a_target_that_is_not_finished_is_refused(served: ServedFolder) -> None:
 def test_what_is_no_target_is_refused(address: str, kind: str) -> None:
     with pytest.raises(Refused, match=kind):
         reshard.verify(address)
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(("memory", "threads"), [(1 << 20, 16), (16 << 20, 16), (64 << 20, 4), (1 << 40, 1)])
+def test_so_many_threads_read_a_store_as_their_memory_allows(memory: int, threads: int) -> None:
+    assert choose_reading_threads(Ways(THROUGH_STORE, "cached"), memory) == threads
+
+
+CHECKS: list[Callable[[], object]] = [
+    lambda: reshard.verify(AT),
+    lambda: reshard.verify(AT, f"{BUCKET}/source"),
+    lambda: reshard.diff(AT, f"{BUCKET}/source"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_each_check_bounds_its_threads(
+    served: ServedFolder, check: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reshard.verification.checked_ranges.STORE_READ_SIZE", 64 << 10)
+    served.delay = 0.01
+    check()
+    assert served.busiest > 6
+    served.forget()
+    monkeypatch.setattr(page_cache, "MEMORY_TO_READ_STORE", 1)
+    check()
+    assert served.busiest <= 6  # headers and side files
 
 
 # --- by ETags ---
@@ -296,7 +325,7 @@ def test_a_damaged_record_is_refused(served: ServedFolder) -> None:
 )
 def test_options_that_read_do_not_go_with_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", AT, "--checksums-only", *words.split()]) == 2
-    assert f"{words.split()[0]}: wrong option" in capsys.readouterr().err
+    assert f"{words.split(maxsplit=1)[0]}: wrong option" in capsys.readouterr().err
 
 
 def test_a_folder_of_this_machine_is_refused(made: Path) -> None:
@@ -310,7 +339,8 @@ def test_a_folder_of_this_machine_is_refused(made: Path) -> None:
 @pytest.mark.usefixtures("served")
 def test_two_sides_in_buckets_are_compared(made: Path) -> None:
     there, here = reshard.diff(AT, f"{BUCKET}/source"), reshard.diff(made / "ranks", made / "source")
-    assert there.same and not there.values  # the MTP layers are in B only
+    assert there.same
+    assert not there.values  # the MTP layers are in B only
     assert replace(there, a="", b="") == replace(here, a="", b="")
 
 
