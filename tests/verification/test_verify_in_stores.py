@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from served_buckets import BUCKET, ServeFolder, serve_buckets
-from store_records import RECORD, seal_record, write_record
+from store_records import RECORD, write_record
 from store_servers import NAME, ServedFolder, serve_hub
 
 import reshard
@@ -258,18 +258,17 @@ def test_what_was_changed_ends_with_1(served: ServedFolder, capsys: pytest.Captu
 
 def edit_record(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads((folder / RECORD).read_text())
-    del record["xxh3_128"]
     edit(record)
-    seal_record(folder, record)
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
     ("edit", "kind"),
     [
-        (lambda record: record["files"].pop(RANK), "no-record"),
-        (lambda record: record["files"].pop("run_config.json"), "no-record"),
-        (lambda record: record["files"][RANK].update(etag=""), "no-record"),
-        (lambda record: record["files"][RANK].update(size=3), "other-upload"),
+        (lambda record: record["objects"].pop(RANK), "no-record"),
+        (lambda record: record["objects"].pop("run_config.json"), "no-record"),
+        (lambda record: record["objects"][RANK].update(etag=""), "no-record"),
+        (lambda record: record["objects"][RANK].update(size=3), "other-upload"),
     ],
 )
 def test_what_the_record_does_not_vouch_for_is_a_problem(
@@ -281,7 +280,7 @@ def test_what_the_record_does_not_vouch_for_is_a_problem(
 
 def test_quotes_of_etags_do_not_count(served: ServedFolder) -> None:
     def strip(record: dict[str, Any]) -> None:
-        for entry in record["files"].values():
+        for entry in record["objects"].values():
             entry["etag"] = entry["etag"].strip('"')
 
     edit_record(served.folder / "ranks", strip)
@@ -297,27 +296,21 @@ def test_an_extra_file_is_a_problem(served: ServedFolder) -> None:
     ("content", "words"),
     [
         (None, "no reshard-store.json"),
-        ({"version": 2, "files": {}}, "version 2"),
-        ({"version": 1, "files": {RANK: {"size": -1, "etag": "x"}}}, "other fields"),
-        ({"version": 1, "files": [1]}, "other fields"),
+        ('{"objects": {"x": {"size": -1, "etag": "x"}}}', "other fields"),
+        ('{"objects": [1]}', "other fields"),
+        ('{"objects": {"x": {"size": 1}}}', "other fields"),
+        ('{"objects": {', "JSONDecodeError"),
     ],
 )
-def test_a_record_that_says_nothing_is_refused(served: ServedFolder, content: Any, words: str) -> None:
+def test_a_record_that_says_nothing_is_refused(served: ServedFolder, content: str | None, words: str) -> None:
     if content is None:
         (served.folder / "ranks" / RECORD).unlink()
     else:
-        seal_record(served.folder / "ranks", content)
+        (served.folder / "ranks" / RECORD).write_text(content)
     with pytest.raises(Refused, match=words) as caught:
         reshard.verify(AT, checksums_only=True)
-    assert "leave checksums_only out" in str(caught.value)
+    assert content is not None or "leave checksums_only out" in str(caught.value)
     assert verify(AT).is_proven
-
-
-def test_a_damaged_record_is_refused(served: ServedFolder) -> None:
-    path = served.folder / "ranks" / RECORD
-    path.write_text(path.read_text().replace(RANK, RANK.upper()))
-    with pytest.raises(Refused, match="damaged or changed"):
-        reshard.verify(AT, checksums_only=True)
 
 
 @pytest.mark.parametrize(
