@@ -33,6 +33,7 @@ def verify(
     ignore_extra_files: bool = False,
     config: Location | None = None,
     sample: float | Fraction | None = None,
+    checksums_only: bool = False,
     progress: Progress | None = None,
 ) -> Report: ...
 @overload

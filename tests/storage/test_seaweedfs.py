@@ -95,3 +95,36 @@ def test_a_file_that_is_replaced_is_refused(endpoint: str, tmp_path: Path) -> No
         upload(tmp_path / "one", endpoint, "one")
         with pytest.raises(Refused, match="source changed"):
             tensors["model.embed_tokens.weight"][:1]
+
+
+def list_etags(endpoint: str, prefix: str) -> dict[str, dict[str, object]]:
+    """Sizes and ETags as the server tells them one by one, not in a list."""
+    bucket = obstore.store.S3Store(
+        "models", endpoint=endpoint, access_key_id=KEY, secret_access_key=SECRET, client_options={"allow_http": True}
+    )
+    paths = [item["path"] for item in obstore.list(bucket, f"{prefix}/").collect()]
+    heads = [obstore.head(bucket, path) for path in paths]
+    return {head["path"].rpartition("/")[2]: {"size": head["size"], "etag": head["e_tag"]} for head in heads}
+
+
+def test_a_target_is_verified_by_reading_and_by_etags(made: Path, endpoint: str, tmp_path: Path) -> None:
+    shutil.copytree(made / "ranks", tmp_path / "ranks")
+    upload(tmp_path / "ranks", endpoint, "ranks")
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "reshard-store.json").write_text(json.dumps({"objects": list_etags(endpoint, "ranks")}))
+    upload(tmp_path / "record", endpoint, "ranks")
+    address = "s3://models/ranks"
+    assert reshard.verify(address).is_proven
+    assert reshard.verify(address, ADDRESS).is_proven
+    assert reshard.diff(address, ADDRESS).values == ()
+    report = reshard.verify(address, checksums_only=True)
+    assert (report.problems, report.is_proven) == ((), False)
+    path = tmp_path / "ranks" / "model1-mp2.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    upload(tmp_path / "ranks", endpoint, "ranks")
+    assert [problem.kind for problem in reshard.verify(address).problems] == ["wrong-checksum"]
+    # All were uploaded again, and only this one has other bytes: the ETag of a small object is its MD5.
+    (problem,) = reshard.verify(address, checksums_only=True).problems
+    assert (problem.kind, problem.subject) == ("other-upload", path.name)
