@@ -10,6 +10,7 @@ from store_servers import ServedFolder, measure_interrupt, require_same_files, s
 import reshard
 from reshard import Refused
 from reshard.storage import remote_store
+from reshard.storage.buckets import shorten_reason
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
 TINY = {**SMALL_V3, "num_hidden_layers": 2, "vocab_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -126,3 +127,46 @@ def test_a_file_that_is_replaced_in_a_bucket_is_refused(tmp_path: Path, monkeypa
             path.write_bytes(content)
             with pytest.raises(Refused, match="source changed"):
                 tensors["model.embed_tokens.weight"][:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SESSION_TOKEN", f"{SECRET}\nmore…"),
+        ("AWS_SECRET_ACCESS_KEY", f"{SECRET}\n"),
+        ("AWS_ENDPOINT_URL", "http://[b"),
+    ],
+)
+@pytest.mark.usefixtures("served")
+def test_a_value_that_is_none_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore panics at some of these."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match=name) as caught:
+        reshard.inspect(ADDRESS)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["whole", "other-range"])
+def test_a_bucket_that_ignores_ranges_is_refused_soon(served: ServedFolder, fault: str) -> None:
+    served.faults[fault] = 10**6
+    with pytest.raises(Refused, match="wrong answer") as caught:
+        reshard.inspect(ADDRESS)
+    assert "it sent the whole file, or another range of it" in str(caught.value)
+    assert sum(bool(one.range) for one in served.requests) == 3
+
+
+@pytest.mark.usefixtures("served")
+def test_an_endpoint_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 0.2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:9")
+    with pytest.raises(Refused, match=r"error sending request: Connection refused, \d+ times") as caught:
+        reshard.inspect(ADDRESS)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in shorten_reason(f"GET http://me:{SECRET}@host/x?sig={SECRET} failed")
+
+
+@pytest.mark.parametrize("address", ["s3://models//inner", "s3://models/../inner", "s3://"])
+@pytest.mark.usefixtures("served")
+def test_a_folder_that_no_store_can_have_is_refused(address: str) -> None:
+    with pytest.raises(Refused, match="no name of a folder"):
+        reshard.inspect(address)

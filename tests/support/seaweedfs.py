@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 KEY, SECRET = "anyone", "anysecret"
@@ -35,15 +36,9 @@ def serving(folder: Path, megabytes: int = 128) -> Iterator[tuple[str, int]]:
     words = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
     words += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=200"]
     words += [f"-master.volumeSizeLimitMB={megabytes}", f"-metricsPort={numbers}"]
-    words += [
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-filer",
-        f"-filer.port={filer}",
-        "-s3",
-        f"-s3.port={s3}",
-        f"-s3.config={folder / 's3.json'}",
-    ]
+    # No others: their ports are the same for all servers of a machine, and a server ends without them.
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    words += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
     with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=folder) as process:
         try:
             make_bucket(filer, s3)
@@ -54,10 +49,12 @@ def serving(folder: Path, megabytes: int = 128) -> Iterator[tuple[str, int]]:
 
 def find_port() -> int:
     """One whose number plus 10,000 is free too: there the server listens for its own calls."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port - 20_000 if port > 40_000 else port
+    while True:
+        port = random.randint(10_000, 30_000)
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 def make_bucket(filer: int, s3: int) -> None:

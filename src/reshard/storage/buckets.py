@@ -8,11 +8,18 @@ from typing import Any, TypeVar
 
 from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
-from reshard.storage.aws_profile import read_aws_profile
+from reshard.storage.aws_profile import ENDPOINTS, read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.counting import RECEIVED
 from reshard.storage.range_requests import PASSING, Denied
-from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
+from reshard.storage.remote_store import (
+    Failed,
+    ListedStore,
+    has_plain_parts,
+    refuse_changed_entry,
+    try_again,
+)
+from reshard.storage.web_client import split_address
 
 CHUNK_SIZE = 128 << 10
 """In bytes: so much is taken from a body at a time. What has come of it is lost if the connection breaks."""
@@ -39,6 +46,24 @@ LONGEST_REASON = 160
 """In characters: an error of a store may have a page of XML."""
 
 STATUS = re.compile(r"status code: (\d{3})")
+
+NOISE = re.compile(
+    r"(?:Generic \w+ error: )?(?:Error performing list request: )?(?:Error performing \w+ \S+ in \S+ - )?"
+)
+"""So an error of obstore begins. Its address and time make a line of each, where one is enough."""
+
+CAUSE = re.compile(r'message: "([^"]+)"')
+
+OTHER_RANGE = ("NotPartial", "UnexpectedRange")
+
+VALUES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_TOKEN",
+    *(name for name, _ in ENDPOINTS),
+)
+"""Variables whose value obstore does not look at before it panics."""
 
 EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
     (("169.254.169.254", "metadata.google"), Denied, "no keys were found"),
@@ -67,7 +92,10 @@ class BucketStore(ListedStore):
         """Asks for a range of this version. See `ListedStore`."""
         subject = f"{self.address}/{entry.name}"
         if os.getpid() != self._process:  # obstore would wait for threads that only the other process has
-            found, expected = "this process was forked from the one that has opened it", "a process that opens it itself"
+            found, expected = (
+                "this process was forked from the one that has opened it",
+                "a process that opens it itself",
+            )
             remedy = "start processes by spawn (of a DataLoader: multiprocessing_context='spawn')"
             raise refuse("cannot-read", self.address, found, expected, remedy)
         try:
@@ -118,6 +146,10 @@ def run_in_store(work: Coroutine[Any, Any, Given]) -> Given:
         raise Denied(shorten_reason(error)) from None
     except (problems.BaseError, OSError, ValueError) as error:
         raise explain_store_error(str(error)) from None
+    except Exception as error:
+        if type(error).__name__ != "RustPanic":
+            raise
+        raise Denied("its package obstore has failed: a key or an address in the environment is none") from None
 
 
 def explain_store_error(text: str) -> Exception:
@@ -125,6 +157,8 @@ def explain_store_error(text: str) -> Exception:
     for words, kind, reason in EXPLAINED:
         if any(word in text for word in words):
             return kind(reason)
+    if any(word in text for word in OTHER_RANGE):
+        return Failed("it sent the whole file, or another range of it, for a range", is_misanswered=True)
     status = STATUS.search(text)
     if status and status[1] in ("401", "403"):
         return Denied(f"the server answers {status[1]}")
@@ -134,8 +168,12 @@ def explain_store_error(text: str) -> Exception:
 
 
 def shorten_reason(error: Exception | str) -> str:
-    """The reason of a store's error in one line, without the query of an address, which may be secret."""
-    text = " ".join(re.sub(r"\?[^\s\"')]+", "?...", str(error)).split())
+    """The reason of a store's error in one line, without what is secret in an address: its query, its password."""
+    told, _, source = str(error).partition("Debug source:")
+    causes = [cause for cause in CAUSE.findall(source)[-1:] if cause not in told]
+    text = ": ".join([NOISE.sub("", told.strip(), count=1), *causes])
+    text = re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?[^\s\"')]+", "?...", text))
+    text = " ".join(text.split())
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
 
 
@@ -143,8 +181,8 @@ def open_bucket(scheme: str, rest: str) -> RemotePath:
     """Opens a folder of a bucket, or a safetensors file in one, and lists the folder. Raises Refused."""
     name, _, inner = rest.strip("/").partition("/")
     address = f"{scheme}://{name}" + (f"/{inner}" if inner else "")
-    if not name:
-        raise refuse("no-source", address, "no bucket", f"{scheme}://BUCKET/FOLDER", "is the address right?")
+    if not name or not has_plain_parts(inner or name):
+        raise refuse("no-source", address, "no name of a folder", f"{scheme}://BUCKET/FOLDER", "is the address right?")
     file = ""
     if inner.endswith(".safetensors"):
         inner, _, file = inner.rpartition("/")
@@ -169,13 +207,29 @@ def make_bucket(scheme: str, name: str, address: str, retries: Any = NO_RETRIES)
     except ImportError:
         found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
         raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
+    profile = read_aws_profile() if scheme == "s3" else {}
+    require_plain_values({name: os.environ.get(name, "") for name in VALUES} | profile)
     # Not all servers that speak S3 remove many objects at once; and there are never many of ours.
-    options: Any = {"disable_bulk_delete": True, **read_aws_profile()} if scheme == "s3" else {}
+    options: Any = {"disable_bulk_delete": True, **profile} if scheme == "s3" else {}
     try:
         return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=retries, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
         remedy = f"are the keys right? {KEYS_OF[scheme]}"
         raise refuse("no-access", address, shorten_reason(error), "a bucket", remedy) from None
+
+
+def require_plain_values(values: Mapping[str, str]) -> None:
+    """Raises Refused for a key with characters that none has, and for an endpoint that is no address."""
+    for name, value in values.items():
+        is_right = value.isascii() and value.isprintable()
+        if value and "endpoint" in name.lower():
+            try:
+                split_address(value)
+            except ValueError:
+                is_right = False
+        if not is_right:  # the value may be secret
+            found, expected = "characters that it cannot have, or no address", "as the store's own programs take it"
+            raise refuse("no-access", name, found, expected, "copy it anew")
 
 
 async def list_bucket(bucket: Any, prefix: str) -> list[Entry]:
