@@ -7,7 +7,7 @@ from reshard.execution.journal import has_partial_files, list_left_files
 from reshard.execution.store_journal import list_job_names, parse_job
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.part_manifests import is_part_name
-from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, list_names
+from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.paths import AnyPath, RemotePath
 
 
@@ -28,7 +28,7 @@ def list_own_objects(folder: RemotePath) -> set[str]:
     job = read_job(folder)
     files = list_job_names(job, "files")
     is_ending = files <= {*list_names(folder)}
-    return {JOURNAL, PROGRESS, *files, *(list_job_names(job, "others") if is_ending else ())}
+    return {JOURNAL, PROGRESS, *files, *((*list_job_names(job, "others"), STORE_RECORD) if is_ending else ())}
 
 
 def has_left_files(target: AnyPath) -> bool:
