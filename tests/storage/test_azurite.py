@@ -1,20 +1,11 @@
 """Sources in Azurite, the emulator of Azure's store, if it and the package `obstore` are there (`make remote`)."""
 
-import base64
-import hashlib
-import hmac
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_stores import run_azurite
 from store_servers import require_same_files
 
 import reshard
@@ -22,9 +13,6 @@ from reshard import Refused
 from reshard.storage import remote_store
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
-ACCOUNT = "devstoreaccount1"
-KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""That of every emulator, as its documentation has it."""
 ADDRESS = "az://models/some/where"
 obstore = pytest.importorskip("obstore", reason="the package obstore is not installed")
 
@@ -32,40 +20,8 @@ obstore = pytest.importorskip("obstore", reason="the package obstore is not inst
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an emulator with an empty container `models`."""
-    beside = str(Path(sys.prefix) / "node_modules" / ".bin")
-    program = shutil.which("azurite-blob") or shutil.which("azurite-blob", path=beside)
-    if not program:
-        pytest.skip("azurite is not installed")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    folder = tmp_path_factory.mktemp("azurite")
-    words = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder), "--silent"]
-    with subprocess.Popen([*words, "--disableTelemetry", "--skipApiVersionCheck"], cwd=folder) as process:
-        try:
-            make_container(port)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
-
-
-def make_container(port: int) -> None:
-    date, version = formatdate(usegmt=True), "2021-08-06"
-    signed = ["PUT", *[""] * 11, f"x-ms-date:{date}", f"x-ms-version:{version}", f"/{ACCOUNT}/{ACCOUNT}/models"]
-    text = "\n".join([*signed, "restype:container"]).encode()
-    digest = base64.b64encode(hmac.new(base64.b64decode(KEY), text, hashlib.sha256).digest()).decode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/{ACCOUNT}/models?restype=container", method="PUT")
-    for name, value in (("x-ms-date", date), ("x-ms-version", version)):
-        request.add_header(name, value)
-    request.add_header("Authorization", f"SharedKey {ACCOUNT}:{digest}")
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(request) as answer:  # noqa: S310
-                assert answer.status == 201
-                return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail("the emulator does not answer")
+    with run_azurite(tmp_path_factory.mktemp("azurite")) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

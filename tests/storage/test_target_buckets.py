@@ -146,6 +146,24 @@ def test_a_small_object_is_read_in_spite_of_faults(store: TargetStore, served: S
     assert not served.objects
 
 
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("denied", "no-access", "AWS_ACCESS_KEY_ID"),
+        ("expired", "no-access", "the session of the keys has ended"),
+        ("no-bucket", "no-target", "no such bucket"),
+        ("not-implemented", "wrong-answer", "convert into a folder, and upload that.*the server answers 501"),
+    ],
+)
+def test_a_small_object_that_is_not_written_is_refused(
+    store: TargetStore, served: S3State, fault: str, kind: str, words: str
+) -> None:
+    served.faults["put", fault] = 1000
+    with pytest.raises(Refused) as caught:
+        store.put_new("job", b"of this run")
+    require_refusal(caught.value, served, kind, words)
+
+
 # --- parts ---
 
 
@@ -169,7 +187,7 @@ def test_parts_are_put_in_any_order_and_listed(parts: PartedTarget, served: S3St
 FAULTS = ["busy", "busy-early", "broken", "lost", "cut", "delayed", "error-in-200"]
 FAULTY = [(work, fault) for work in ("begin", "put_part", "list_parts", "complete", "abort") for fault in FAULTS]
 FAULTY += [("put_part", "flipped"), ("complete", "flipped")]
-FAULTY += [("begin", "no-xml"), ("list_parts", "no-xml"), ("complete", "no-xml")]
+FAULTY += [("begin", "no-xml"), ("put_part", "no-xml"), ("list_parts", "no-xml"), ("complete", "no-xml")]
 
 
 @pytest.mark.parametrize(("operation", "fault"), FAULTY)

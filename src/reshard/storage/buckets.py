@@ -9,7 +9,7 @@ from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
 from reshard.storage.aws_profile import read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
-from reshard.storage.range_requests import Denied
+from reshard.storage.range_requests import PASSING, Denied
 from reshard.storage.remote_store import Failed, ListedStore, refuse_changed_entry, try_again
 
 CHUNK_SIZE = 1 << 20
@@ -40,6 +40,7 @@ STATUS = re.compile(r"status code: (\d{3})")
 
 EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
     (("169.254.169.254", "metadata.google"), Denied, "no keys were found"),
+    (("ExpiredToken",), Denied, "the session of the keys has ended (ExpiredToken)"),
     (("NoSuchBucket", "ContainerNotFound"), FileNotFoundError, "no such bucket"),
     (
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "status code: 301"),
@@ -119,7 +120,9 @@ def explain_store_error(text: str) -> Exception:
     status = STATUS.search(text)
     if status and status[1] in ("401", "403"):
         return Denied(f"the server answers {status[1]}")
-    return Failed(f"the server answers {status[1]}" if status else shorten_reason(text))
+    if status:
+        return Failed(f"the server answers {status[1]}", is_misanswered=int(status[1]) not in (*PASSING, 409))
+    return Failed(shorten_reason(text))
 
 
 def shorten_reason(error: Exception | str) -> str:
