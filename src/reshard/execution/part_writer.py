@@ -39,7 +39,7 @@ class PartBuffers:
     def __init__(self, largest: int, *, makes: bool, levels: int) -> None:
         self.part = allocate_aligned(largest)
         self.read = allocate_aligned(JOINED_READ + 2 * PAGE)
-        self.compute = WorkerBuffers(makes=makes, levels=levels)
+        self.compute = WorkerBuffers(makes=True, levels=levels) if makes else None
 
 
 def measure_part_buffers(largest: int, *, makes: bool, levels: int) -> int:
@@ -74,6 +74,8 @@ def fill_read(read: PartRead, data: memoryview, files: OpenFiles, buffers: PartB
             read_straight(source, read.offset, out, buffers.read)
             return 0
         found = read_range(source, read.offset, read.size, buffers.read)
+    elif buffers.compute is None:
+        raise TypeError("a plan that computes nothing has a computed tensor")
     else:
         is_straight = read.is_straight and place % ALIGNMENT == 0
         found = out if is_straight else buffers.read[: read.size]

@@ -10,7 +10,7 @@ made again. A note of another job, such as one that was thrown away while a run 
 
 import json
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -83,12 +83,23 @@ class StoreJournal:
         """Writes a note. Raises Refused if the job is not there any more."""
         self.require_current()
         self.written += 1
-        self.store.put(f"{PROGRESS}/{self.run}-{self.written:05}", pack_note(self.job, note))
+        self.store.put(self._name_note(self.written), pack_note(self.job, note))
 
     def require_current(self) -> None:
         """Raises Refused if another run has ended the job, or has thrown it away."""
-        if parse_job(self.store.get(JOURNAL)).get(ID) != self.job:
+        if not self.is_current():
             raise refuse_other_run(self.store)
+
+    def is_current(self) -> bool:
+        """Whether the job is still there."""
+        return parse_job(self.store.get(JOURNAL)).get(ID) == self.job
+
+    def remove_own_notes(self) -> None:
+        """Removes the notes of this run."""
+        self.store.remove([self._name_note(number) for number in range(1, self.written + 1)])
+
+    def _name_note(self, number: int) -> str:
+        return f"{PROGRESS}/{self.run}-{number:05}"
 
 
 def refuse_other_run(store: TargetStore) -> Refused:
@@ -96,6 +107,13 @@ def refuse_other_run(store: TargetStore) -> Refused:
     found, expected = "another run has ended this conversion, or has thrown it away", "no other run at the same time"
     remedy = "run the same command again: it goes on with what is there, or says that it is finished"
     return refuse("another-run", store.address, found, expected, remedy)
+
+
+def refuse_lost_upload(store: TargetStore, name: str) -> Refused:
+    """The refusal of a run that an upload has been taken away from."""
+    found = "its upload is not there any more: another run has ended it, or a rule of the bucket has thrown it away"
+    remedy = "run the same command again: it goes on with what is there, or says that it is finished"
+    return refuse("another-run", f"{store.address}/{name}", found, "an upload that goes on", remedy)
 
 
 def open_store_journal(
@@ -110,17 +128,18 @@ def open_store_journal(
     if content is not None and (restart or is_job_over(content, kept)):
         discard_job(store, kept)
         content = None
-    name, is_new = secrets.token_hex(8), False
+    name = secrets.token_hex(8)
     if content is None:
         new = {HOLDER: describe_holder().rstrip(), ID: name, STORED_PART_SIZE: part_size, **job}
-        is_new = store.put_new(JOURNAL, (json.dumps(new) + "\n").encode())
+        if store.put_new(JOURNAL, (json.dumps(new) + "\n").encode()):
+            return StoreJournal(store, name, part_size, is_new=True)
         content = store.get(JOURNAL)
     if content is None:
         raise refuse_other_run(store)
     require_none(check_job(content, job, store, kept))
     found = parse_job(content)
     # A store may have written ours without our hearing of it, and then say that there is one.
-    return StoreJournal(store, found[ID], found[STORED_PART_SIZE], is_new or found[ID] == name)
+    return StoreJournal(store, found[ID], found[STORED_PART_SIZE], is_new=found[ID] == name)
 
 
 def parse_job(content: bytes | None) -> dict[str, Any]:
@@ -172,11 +191,12 @@ def remove_job(store: TargetStore) -> None:
     """Removes a job that has ended, or is to be thrown away: its uploads that are still there, the notes of all its
     runs, and itself last.
     """
-    names, notes = list(map(str, parse_job(store.get(JOURNAL)).get("files", ()))), read_notes(store)
+    names, written = list(map(str, parse_job(store.get(JOURNAL)).get("files", ()))), list_notes(store.list_entries())
+    notes = read_notes(store, written)
     begun = {(file, upload) for note in notes for file, upload in note.begun if file < len(names) and upload}
     begun -= {(done.file, done.upload) for note in notes for done in note.files}
     abort_uploads(store, [(names[file], upload) for file, upload in sorted(begun)])
-    store.remove(list_notes(store))
+    store.remove(written)
     store.remove([JOURNAL])
 
 
@@ -185,14 +205,14 @@ def abort_uploads(store: TargetStore, uploads: Sequence[tuple[str, str]]) -> Non
     map_in_threads(lambda one: store.abort_upload(*one), uploads, THREADS_OF_STORE)
 
 
-def list_notes(store: TargetStore) -> list[str]:
-    """The names of all notes in a store, of whatever job."""
-    return sorted(name for name in store.list_entries() if name.startswith(f"{PROGRESS}/"))
+def list_notes(names: Iterable[str]) -> list[str]:
+    """The notes among the names of objects, of whatever job."""
+    return sorted(name for name in names if name.startswith(f"{PROGRESS}/"))
 
 
-def read_notes(store: TargetStore, job: str | None = None) -> list[DurableNote]:
-    """Reads the notes of a job, or of all; those that are damaged are left out."""
-    contents = map_in_threads(store.get, list_notes(store), THREADS_OF_STORE)
+def read_notes(store: TargetStore, names: Sequence[str], job: str | None = None) -> list[DurableNote]:
+    """Reads notes, or those of a job; those that are damaged are left out."""
+    contents = map_in_threads(store.get, names, THREADS_OF_STORE)
     return [note for note in (parse_note(content, job) for content in contents) if note]
 
 

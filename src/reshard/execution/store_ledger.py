@@ -6,7 +6,7 @@ from hashlib import md5
 from threading import Lock
 
 from reshard.execution.records import Records, parse_records
-from reshard.execution.store_journal import DoneFile, DonePart, DurableNote, StoreJournal, read_notes
+from reshard.execution.store_journal import DoneFile, DonePart, DurableNote, StoreJournal, list_notes, read_notes
 from reshard.paths import Entry
 from reshard.planning.file_layout import TargetFile
 from reshard.storage.remote_store import THREADS_OF_STORE
@@ -40,8 +40,8 @@ class StoreLedger:
 
     def resume(self) -> int:
         """Finds again what earlier runs have made durable. Returns its size in bytes."""
-        notes = read_notes(self._journal.store, self._journal.job)
         self.entries = entries = self._journal.store.list_entries()
+        notes = read_notes(self._journal.store, list_notes(entries), self._journal.job)
         found: dict[tuple[int, str], list[DonePart]] = {(file, name): [] for note in notes for file, name in note.begun}
         for part in (part for note in notes for part in note.parts):
             found[part.file, part.upload].append(part)

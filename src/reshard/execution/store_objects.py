@@ -12,7 +12,7 @@ from reshard.errors import Refused, refuse
 from reshard.execution.execute import OtherFiles, find_incomplete_file
 from reshard.execution.journal import RESTART
 from reshard.execution.side_writer import SideFile, read_side_file
-from reshard.execution.store_journal import DoneFile, StoreJournal, refuse_other_run, remove_job
+from reshard.execution.store_journal import DoneFile, StoreJournal, refuse_lost_upload, remove_job
 from reshard.execution.store_ledger import StoreLedger, compute_object_etag, is_new_object, is_same_object
 from reshard.formats.target_names import JOURNAL, MANIFEST, STORE_RECORD
 from reshard.planning.plan import Plan
@@ -58,7 +58,7 @@ def complete_file(plan: Plan, store: TargetStore, ledger: StoreLedger, index: in
         # We may have completed it without hearing of it.
         entry, etag = store.list_entries().get(file.name), compute_object_etag(etags)
         if not entry or not (is_same_object(entry, file, etag) or is_new_object(entry, file, etags, ledger)):
-            raise refuse_other_run(store) from None
+            raise refuse_lost_upload(store, file.name) from None
         etag = entry.version
     ledger.add_file(DoneFile(index, upload, etag))
     ledger.flush()
@@ -84,7 +84,7 @@ def put_side_file(store: TargetStore, name: str, side: SideFile, part_size: int)
         with suppress(Refused, Stopped):
             store.abort_upload(name, upload)
         if isinstance(error, NoSuchUploadError):
-            raise refuse_other_run(store) from None
+            raise refuse_lost_upload(store, name) from None
         raise
 
 

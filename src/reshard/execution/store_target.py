@@ -34,7 +34,7 @@ from reshard.execution.store_journal import (
     DonePart,
     StoreJournal,
     open_store_journal,
-    refuse_other_run,
+    refuse_lost_upload,
     remove_job,
 )
 from reshard.execution.store_ledger import StoreLedger
@@ -81,10 +81,10 @@ def execute_plan_to_store(
         remove_finished_objects(store, others.removed)
         require_part_memory(settings, measure_memory_of_job(plan, store, journal.part_size))
         done = put_files(plan, journal, ledger, counter, settings)
+        finish_target(plan, journal, ledger, others, counter)
     except BaseException as error:
         discard_failed_run(plan, journal, ledger, is_refused=isinstance(error, Refused))
         raise
-    finish_target(plan, journal, ledger, others, counter)
     return done
 
 
@@ -122,16 +122,18 @@ def remove_finished_objects(store: TargetStore, names: tuple[str, ...]) -> None:
 
 
 def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:
-    """Throws away what a failed run cannot leave: streams; and if it began the job and nothing is durable, all of it.
-    Not so after an interrupt, which ends soon.
+    """Throws away what a failed run cannot leave: streams; all of it, if it began the job and nothing is durable; and
+    what only it has, if the job is another run's or none's by now. After an interrupt, which ends soon, streams alone.
     """
     store = journal.store
     with suppress(Refused, Stopped):
-        if not store.keeps_parts:
+        is_over = is_refused and not journal.is_current()
+        if is_over or not store.keeps_parts:
             for index in {*ledger.uploads} - {*ledger.done}:
                 store.abort_upload(plan.files[index].name, ledger.uploads[index])
-        if is_refused and journal.is_new and not ledger.is_noted:
-            journal.require_current()
+        if is_over:
+            journal.remove_own_notes()
+        elif is_refused and journal.is_new and not ledger.is_noted:
             store.remove([plan.files[index].name for index in ledger.done])
             remove_job(store)
 
@@ -224,7 +226,7 @@ class PartPutter:
         try:
             etag = store.put_part(file.name, upload, part.number, filled.data)
         except NoSuchUploadError:
-            raise refuse_other_run(store) from None
+            raise refuse_lost_upload(store, file.name) from None
         done = DonePart(part.file, upload, part.number, etag, part.size, filled.records)
         is_whole = self._ledger.add_part(done, filled.inexact)
         self._counter.advance(part.size)
@@ -238,8 +240,13 @@ class PartPutter:
         """The upload of a file, which is begun if need be."""
         with self._beginning[index]:
             if index not in self._ledger.uploads:
-                upload = self._store.begin_upload(self._plan.files[index].name)
-                self._ledger.add_upload(index, upload)
+                name = self._plan.files[index].name
+                upload = self._store.begin_upload(name)
+                try:
+                    self._ledger.add_upload(index, upload)
+                except Refused:
+                    self._store.abort_upload(name, upload)
+                    raise
             return self._ledger.uploads[index]
 
 
