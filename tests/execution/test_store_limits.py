@@ -1,5 +1,8 @@
 """What a store and --max-memory allow: the size of parts, the number of threads, and what is refused at once."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +14,12 @@ from jobs import Job, convert_checkpoint, plan_conversion
 from refusals import TINY
 from stores_to_write import SMALL_LIMITS, FolderStore, convert_to_store, write_to_store
 
-from reshard.errors import Refused
+from reshard.errors import Refused, refuse
 from reshard.execution import part_writer, store_target
 from reshard.execution.execute import Settings
 from reshard.execution.parts import check_upload_limits
 from reshard.execution.reader import WorkerBuffers
+from reshard.execution.store_objects import write_store_record
 from reshard.formats.target_names import STORE_RECORD
 from reshard.storage.local import allocate_aligned
 from reshard.synthetic import write_checkpoint, write_tensors
@@ -204,3 +208,59 @@ def test_progress_is_told_as_it_is(source: Path, tmp_path: Path, monkeypatch: py
         assert counts == sorted(counts)
         assert counts[-1] < state.size
     assert not count_parts(store)
+
+
+@pytest.mark.parametrize("keeps_parts", [True, False])
+def test_a_side_file_of_any_size_goes_along(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool
+) -> None:
+    for name in ("PART_SIZE", "STREAMED_SIZE"):
+        monkeypatch.setattr(store_target, name, 200_000)
+    shutil.copytree(source, tmp_path / "source")
+    content = os.urandom(2_500_001)
+    (tmp_path / "source" / "tokenizer.json").write_bytes(content)
+    store = FolderStore(tmp_path / "store", keeps_parts=keeps_parts)
+    convert_to_store(Job(tmp_path / "source", 2), store, tmp_path / "none")
+    assert store.objects["tokenizer.json"] == content
+    assert count_parts(store)["tokenizer.json"] == 13
+    assert json.loads(store.objects[STORE_RECORD])["objects"]["tokenizer.json"] == {
+        "size": len(content),
+        "etag": store.list_entries()["tokenizer.json"].version.strip('"'),
+    }
+    assert not store.open_uploads
+
+
+@pytest.mark.parametrize("keeps_parts", [True, False])
+def test_a_refusal_at_the_beginning_leaves_nothing(source: Path, tmp_path: Path, *, keeps_parts: bool) -> None:
+    """Of another run that has changed the target; and of a store that fails."""
+    state = look_at_target(plan_conversion(Job(source, 2)), tmp_path / "none")
+    store = FolderStore(tmp_path / "store", keeps_parts=keeps_parts)
+
+    def refuse_changed() -> None:
+        raise refuse("target-changed", "target", "another", "none")
+
+    with pytest.raises(Refused, match="target changed"):
+        write_to_store(state, store, require_same=refuse_changed)
+    assert store.objects == {}
+
+    def fail(method: str, _name: str) -> None:
+        if method == "put_part":
+            raise refuse("cannot-write", "store", "no", "yes")
+
+    store.fault = fail
+    with pytest.raises(Refused, match="cannot write"):
+        write_to_store(state, store)
+    assert store.objects == {}
+    assert not store.open_uploads
+
+
+def test_the_record_keeps_what_is_finished() -> None:
+    before = write_store_record(None, (), {"old": (1, "a"), "gone": (2, "b"), "again": (3, "c")})
+    after = write_store_record(before, ("old", "again", "never"), {"again": (4, "d"), "new": (5, "e")})
+    assert {name: (one["size"], one["etag"]) for name, one in json.loads(after)["objects"].items()} == {
+        "old": (1, "a"),
+        "again": (4, "d"),
+        "new": (5, "e"),
+    }
+    for damaged in (b"", b"[]", b"{", b'{"objects": 1}', b'{"objects": {"a": 1}}', b"\xff"):
+        assert [*json.loads(write_store_record(damaged, (), {"a": (1, "x")}))["objects"]] == ["a"]

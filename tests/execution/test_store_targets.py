@@ -10,9 +10,13 @@ import torch
 from jobs import Job, convert_checkpoint
 from safetensors.torch import save_file
 from small_models import write_model
-from stores_to_write import FolderStore, convert_to_store
+from store_servers import serve_web
+from stores_to_write import FolderStore, convert_to_store, write_to_store
 
+import reshard
+from reshard.execution.execute import Settings
 from reshard.formats.target_names import MANIFEST, STORE_RECORD
+from reshard.target.preflight import look_at_target
 from reshard.types import SLICED, WHOLE, Subset
 
 Source = Callable[[str], Path]
@@ -115,3 +119,32 @@ def test_columns_of_a_matrix(tmp_path: Path, *, keeps_parts: bool) -> None:
     convert_to_store(job, store, tmp_path / "target")
     convert_checkpoint(job, tmp_path / "target")
     require_same_as_folder(store, tmp_path / "target")
+
+
+@pytest.mark.parametrize("arguments", [{"mp": 4}, {"mp": 1, "to": WHOLE, "cast": "bf16"}])
+def test_past_the_page_cache(
+    arguments: dict[str, Any], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole pages are read, and more than asked for: bytes that are in place already stay."""
+    for module in ("local", "page_cache"):
+        monkeypatch.setattr(f"reshard.storage.{module}.is_range_cached", lambda *_: False)
+    job = Job(source("deepseek-v3"), **arguments)
+    store = FolderStore(tmp_path / "store", keeps_parts=True)
+    done = convert_to_store(job, store, tmp_path / "target", Settings(cache="no"))
+    assert done.ways.read != "cached"
+    convert_checkpoint(job, tmp_path / "target")
+    require_same_as_folder(store, tmp_path / "target")
+
+
+def test_from_a_store_into_a_store(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    with serve_web(source("deepseek-v3")) as served:
+        state = look_at_target(reshard.plan(served.endpoint, 4), tmp_path / "target")
+        for keeps_parts in (True, False):
+            store = FolderStore(tmp_path / f"{keeps_parts}", keeps_parts=keeps_parts)
+            write_to_store(state, store)
+            found = store.objects
+            del found[STORE_RECORD]
+            convert_checkpoint(Job(source("deepseek-v3"), 4), tmp_path / f"wanted {keeps_parts}")
+            assert found == {path.name: path.read_bytes() for path in (tmp_path / f"wanted {keeps_parts}").iterdir()}

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
 from threading import Condition, Lock
@@ -242,8 +243,13 @@ def convert_to_store(
 
 
 def write_to_store(
-    state: TargetState, store: TargetStore, settings: Settings | None = None, progress: Progress | None = None
+    state: TargetState,
+    store: TargetStore,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    require_same: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """Writes what a look at a target says is to be written."""
+    """Writes what a look at a target says is to be written. `require_same` looks whether another run has changed it."""
     counter = WorkCounter(progress, state.size, writes=True)
-    return execute_plan_to_store(state.plan, store, describe_others(state), counter, settings or Settings())
+    others = replace(describe_others(state), require_same=require_same)
+    return execute_plan_to_store(state.plan, store, others, counter, settings or Settings())

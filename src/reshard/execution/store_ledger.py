@@ -25,6 +25,8 @@ class StoreLedger:
         self._lock = Lock()
         self._flushing = Lock()
         self._parts: dict[int, dict[int, DonePart]] = {index: {} for index in range(len(files))}
+        self._left = [file.size for file in files]
+        """Of each file, in bytes."""
         self._new: tuple[list[DonePart], list[DoneFile], list[tuple[int, str]]] = ([], [], [])
         self.done: dict[int, DoneFile] = {}
         """The objects that are whole, by the index of their file."""
@@ -50,8 +52,9 @@ class StoreLedger:
         listed = map_in_threads(lambda key: self._look_at_upload(key, told.get(key), entries), keys, THREADS_OF_STORE)
         for key, there in zip(keys, listed, strict=True):
             self._take_upload(key, found[key], there, told.get(key), entries.get(self._files[key[0]].name))
+        self._left = [file.size - add_part_sizes(self._parts[index]) for index, file in enumerate(self._files)]
         self.is_noted = any(self._parts.values())
-        return sum(part.size for parts in self._parts.values() for part in parts.values())
+        return sum(map(add_part_sizes, self._parts.values()))
 
     def _look_at_upload(
         self, key: tuple[int, str], told: DoneFile | None, entries: Mapping[str, Entry]
@@ -75,7 +78,8 @@ class StoreLedger:
         if there is None:
             mine = {part.number: part for part in parts}
             etag = told.etag if told else compute_object_etag([part.etag for _, part in sorted(mine.items())])
-            if entry and is_whole(mine, self._files[index]) and is_same_object(entry, self._files[index], etag):
+            is_whole = add_part_sizes(mine) == self._files[index].size
+            if entry and is_whole and is_same_object(entry, self._files[index], etag):
                 self.done[index] = DoneFile(index, upload, etag)
                 self._parts[index] = mine
             return
@@ -93,7 +97,7 @@ class StoreLedger:
 
     def is_whole(self, file: int) -> bool:
         """Whether all parts of a file are durable."""
-        return is_whole(self._parts[file], self._files[file])
+        return not self._left[file]
 
     def list_etags(self, file: int) -> list[str]:
         """The ETags of all parts of a file, in their order."""
@@ -114,6 +118,7 @@ class StoreLedger:
         with self._lock:
             self._parts[part.file][part.number] = part
             self._new[0].append(part)
+            self._left[part.file] -= part.size
             self.added += part.size
             self.inexact += inexact
             return self.is_whole(part.file)
@@ -150,9 +155,9 @@ class StoreLedger:
         return parse_records(b"".join(part.records for part in parts))
 
 
-def is_whole(parts: Mapping[int, DonePart], file: TargetFile) -> bool:
-    """Whether parts are all of a file."""
-    return sum(part.size for part in parts.values()) == file.size
+def add_part_sizes(parts: Mapping[int, DonePart]) -> int:
+    """The size of parts together, in bytes."""
+    return sum(part.size for part in parts.values())
 
 
 def is_same_etag(one: str, other: str) -> bool:

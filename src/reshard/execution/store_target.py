@@ -79,6 +79,8 @@ def execute_plan_to_store(
     try:
         others.require_same()
         remove_finished_objects(store, others.removed)
+        if not store.keeps_parts:
+            journal.part_size = part_size  # of parts that are not kept, no run needs the same
         require_part_memory(settings, measure_memory_of_job(plan, store, journal.part_size))
         done = put_files(plan, journal, ledger, counter, settings)
         finish_target(plan, journal, ledger, others, counter)
