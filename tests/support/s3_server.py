@@ -35,11 +35,12 @@ SIGNATURE = re.compile(
 FAULTS = {
     "busy": "503 SlowDown, with the server's Retry-After",
     "busy-early": "the same before the body is read; the connection is closed then",
+    "denied-early": "403 AccessDenied before the body is read; the connection is closed then",
     "broken": "the connection is closed in the middle of the body that comes",
     "flipped": "a bit of the body that comes is another one",
     "lost": "it is done, and the connection is closed without an answer",
     "cut": "the answer ends in its middle",
-    "delayed": "it takes a second",
+    "delayed": "the answer takes a while",
     "silent": "no answer comes",
     "denied": "403 AccessDenied",
     "expired": "400 ExpiredToken",
@@ -156,15 +157,16 @@ class S3Handler(BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         fails = self.state.fails
-        if fails(self.operation, "busy-early"):
-            self.close_connection = True
-            return self.refuse(503, "SlowDown")
+        for fault, status, code in (("busy-early", 503, "SlowDown"), ("denied-early", 403, "AccessDenied")):
+            if fails(self.operation, fault):
+                self.close_connection = True
+                return self.refuse(status, code)
         if fails(self.operation, "silent"):
             return self.hang_up(60)
         if not self.receive():
             return self.hang_up()
         if fails(self.operation, "delayed"):
-            self.state.ended.wait(1)
+            self.state.ended.wait(0.3)
         try:
             self.check_faults()
             self.check_signature()

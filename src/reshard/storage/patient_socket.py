@@ -13,7 +13,7 @@ LOOK_SECONDS = WAKE_SECONDS
 SILENT_SECONDS = 30.0
 """In seconds: a server that sends nothing for so long is asked again."""
 
-SEND_SIZE = 64 << 10
+SEND_SIZE = 256 << 10
 """In bytes: so much of a body is sent at a time. A slow line sends it within the silence that is allowed."""
 
 

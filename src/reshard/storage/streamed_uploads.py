@@ -24,7 +24,7 @@ LEAST_PIECE = 5 << 20
 
 AT_ONCE = 2
 """So many pieces of an object are under way at a time. With one that waits, one that is joined and one that is handed
-over, that is five: less than two parts.
+over, that is five: about two parts.
 """
 
 RETRIES: Any = {
