@@ -16,7 +16,7 @@ from repository import ROOT
 
 import reshard
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
-from reshard.storage.addresses import OPENERS
+from reshard.storage.addresses import OPENERS, TARGET_OPENER
 
 FOLDER = Path(reshard.__file__).parent
 MOST_LINES = 40
@@ -173,7 +173,7 @@ def test_the_command_names_functions_that_there_are() -> None:
 
 
 def test_addresses_name_functions_of_their_own_package() -> None:
-    for place in OPENERS.values():
+    for place in (*OPENERS.values(), TARGET_OPENER):
         module, function = place.removeprefix("reshard.").split(":")
         assert module.startswith("storage.")
         assert function in names_of(parse_modules()[module])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import ADDRESS, hide_secrets, open_address
+from reshard.storage.addresses import ADDRESS, WRITTEN, hide_secrets, open_address
 from reshard.text import make_path
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -125,9 +125,6 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
         raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
     return path
 
-
-WRITTEN = ("s3", "gs", "az")
-"""The schemes of stores that targets are written to."""
 
 UNREACHABLE = ("cannot-read", "missing-package")
 """Kinds of problems of a store that another machine may not have."""

@@ -109,19 +109,13 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
             inode = 0 if isinstance(path, RemotePath) else os.fstat(file.fileno()).st_ino
     except OSError as error:
         raise refuse("cannot-read", str(journal), error.strerror or str(error), "to read it") from None
-    start = content.find(b"\n") + 1
     try:
-        entry = msgspec.json.decode(content[:start], type=JournalEntry)
+        entry = msgspec.json.decode(content[: content.find(b"\n") + 1], type=JournalEntry)
     except ValueError:  # msgspec's own errors are ValueErrors
         return None
     if set(entry.files) <= list_rank_files(read_valid_manifest(path)):
         return None
-    if isinstance(path, RemotePath):
-        done = measure_noted_files(path, content, len(entry.files))
-        durable, whole = sum(done), sum(map(eq, done, entry.sizes))
-    else:
-        recorded = measure_recorded_files(read_batches(content, start, path / JOURNAL)[0], len(entry.files))
-        durable, whole = sum(recorded), count_whole_files(path, entry, recorded)
+    durable, whole = measure_progress(path, entry, content)
     packaged = list_packaged_recipes()
     recipes = [recipe for recipe in packaged if recipe.name == entry.recipe]
     ranks = find_chosen_ranks(entry.files, recipes, entry.layout.get("ranks"))
@@ -140,6 +134,16 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
         "" if isinstance(journal, RemotePath) else find_holder(journal, inode),
         entry.held_by if isinstance(journal, RemotePath) else "",
     )
+
+
+def measure_progress(path: AnyPath, entry: JournalEntry, content: bytes) -> tuple[int, int]:
+    """The bytes that a journal knows to be durable, and the number of files that are whole. Raises Refused."""
+    if isinstance(path, RemotePath):
+        done = measure_noted_files(path, content, len(entry.files))
+        return sum(done), sum(map(eq, done, entry.sizes))
+    records = read_batches(content, content.find(b"\n") + 1, path / JOURNAL)[0]
+    recorded = measure_recorded_files(records, len(entry.files))
+    return sum(recorded), count_whole_files(path, entry, recorded)
 
 
 def measure_recorded_files(records: bytes | bytearray, files: int) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from reshard.paths import RemotePath
+from reshard.storage.target_store import TargetStore
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
@@ -24,6 +25,9 @@ OPENERS: Mapping[str, str] = {
     "s3": "reshard.storage.buckets:open_bucket",
 }
 """By the scheme of an address, in small letters: the function that takes it and what stands behind it."""
+
+TARGET_OPENER, WRITTEN = "reshard.storage.target_buckets:open_target_store", ("s3", "gs", "az")
+"""The function that takes an address to be written to, and the schemes of such addresses."""
 
 
 def hide_secrets(text: str) -> str:
@@ -43,3 +47,15 @@ def open_address(address: str) -> RemotePath | None:
     module, function = OPENERS[scheme].split(":")
     opened: RemotePath = getattr(import_module(module), function)(scheme, found[2])
     return opened
+
+
+def open_target_address(address: str) -> tuple[RemotePath, TargetStore] | None:
+    """Opens the folder of a store behind an address, to write to it: as it is now, and what writes; None if it is no
+    address, or not one that is written to. Raises Refused.
+    """
+    found = ADDRESS.fullmatch(address)
+    if not found or found[1].lower() not in WRITTEN:
+        return None
+    module, function = TARGET_OPENER.split(":")
+    folder, store = getattr(import_module(module), function)(address)
+    return folder, store

@@ -1,4 +1,4 @@
-"""What a run that has not ended has left in its target: by its journal, which in a store is an object."""
+"""The files that an unfinished run has left in its target: by its journal, which in a store is an object."""
 
 from collections.abc import Mapping
 from typing import Any

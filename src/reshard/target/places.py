@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Refused
-from reshard.formats.remote_names import UNREACHABLE, WRITTEN, require_target, restore_address, suggest_upload
+from reshard.formats.remote_names import UNREACHABLE, require_target, restore_address, suggest_upload
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import ADDRESS
+from reshard.storage.addresses import open_target_address
 from reshard.storage.target_store import TargetStore
 from reshard.text import make_path
 
@@ -37,17 +37,11 @@ def open_target(given: str | os.PathLike[str]) -> TargetPlace:
     for an address where nothing can be written.
     """
     address = restore_address(make_path(os.fspath(given)))
-    found = ADDRESS.fullmatch(address)
-    if not found or found[1].lower() not in WRITTEN:
-        return require_target(given, is_written=True)
-    # Who writes to a disk needs no sockets.
-    from reshard.storage.target_buckets import open_target_store  # noqa: PLC0415
-
     try:
-        opened = open_target_store(address)
+        opened = open_target_address(address)
     except Refused as refused:
         raise add_upload(refused, address) from None
-    return StoredFolder(opened.folder, opened.store)
+    return StoredFolder(*opened) if opened else require_target(given, is_written=True)
 
 
 def open_again(place: TargetPlace) -> AnyPath:

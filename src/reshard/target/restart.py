@@ -69,16 +69,16 @@ def list_files_beside(state: TargetState) -> set[str]:
 
 def check_removed_files(state: TargetState) -> Iterator[Problem]:
     """Reports files that a restart would remove, and then has to read: through links, or as another tokenizer."""
-    names = {resolve_path(state.folder / name): name for name in state.removed}
+    names = {identify_path(state.folder / name): name for name in state.removed}
     source = [state.plan.source.folder / file.name for file in state.plan.source.files]
     read = [*source, *(side.origin for side in state.sides.values() if not isinstance(side.origin, bytes))]
     for path in read:
-        if name := names.get(resolve_path(path)):
+        if name := names.get(identify_path(path)):
             found, expected = f"read as {path}", "files of the target that nothing is made of"
             yield Problem("target-inside-source", str(state.folder / name), found, expected, "another target")
 
 
-def resolve_path(path: AnyPath) -> str:
+def identify_path(path: AnyPath) -> str:
     """The name of a file that two paths to it have alike: without links, or an address."""
     return str(path.resolve() if isinstance(path, Path) else path)
 

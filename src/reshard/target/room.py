@@ -36,7 +36,7 @@ def check_folder(
     if target.exists() and not target.is_dir():
         yield Problem("target-not-folder", str(target), "a file", "a folder, or no such name", "another target")
         return
-    yield from check_strangers(target, {*present}.intersection(list_names(target)) - ours, remedy)
+    yield from check_foreign_files(target, {*present}.intersection(list_names(target)) - ours, remedy)
     denied = [*check_permission(find_nearest_folder(target))]
     yield from denied
     if not denied:
@@ -44,7 +44,7 @@ def check_folder(
         yield from check_space(target, needed, ours, room)
 
 
-def check_strangers(target: AnyPath, names: Iterable[str], remedy: str) -> Iterator[Problem]:
+def check_foreign_files(target: AnyPath, names: Iterable[str], remedy: str) -> Iterator[Problem]:
     """Reports files in a target that are not of its conversion."""
     if found := sorted(name for name in names if not name.startswith(".")):
         listed = f"{format_count(len(found), 'files')}: {format_list(found, 4)}"
@@ -59,7 +59,7 @@ def check_stored_folder(source: AnyPath, folder: RemotePath, present: Iterable[s
         found, expected = f"inside {source}", "a folder elsewhere"
         yield Problem("target-inside-source", str(folder), found, expected, "another target")
         return
-    yield from check_strangers(folder, present, remedy)
+    yield from check_foreign_files(folder, present, remedy)
 
 
 def check_permission(folder: Path) -> Iterator[Problem]:

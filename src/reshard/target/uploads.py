@@ -1,7 +1,9 @@
 """How the files of a plan are uploaded to a store: said by `plan` before anything is written."""
 
+import sys
 from typing import NamedTuple
 
+from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.execution.store_target import choose_part_size, measure_memory_of_job
 from reshard.planning.plan import Plan
@@ -21,8 +23,11 @@ class UploadPlan(NamedTuple):
 
 
 def plan_upload(plan: Plan, store: TargetStore) -> UploadPlan:
-    """Plans the upload of files, with the default of `--max-memory`. Raises Refused if that is too little."""
-    part_size = choose_part_size(plan, store, Settings())
+    """Plans the upload of files, with the default of `--max-memory`; with more where that is too little."""
+    try:
+        part_size = choose_part_size(plan, store, Settings())
+    except Refused:
+        part_size = choose_part_size(plan, store, Settings(max_memory=sys.maxsize))
     return UploadPlan(part_size, store.keeps_parts, measure_memory_of_job(plan, store, part_size))
 
 
