@@ -36,7 +36,9 @@ def run_on_terminal(command: list[str]) -> str:
     """Runs a command whose standard error is a terminal. Returns what came there."""
     ours, theirs = pty.openpty()
     found = b""
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"}) as run:
+    with subprocess.Popen(
+        command, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"}
+    ) as run:
         os.close(theirs)
         try:
             while data := os.read(ours, 1 << 16):
@@ -58,7 +60,9 @@ def test_a_wait_is_told_above_the_bar(served: ServedFolder, tmp_path: Path) -> N
 
 def test_the_end_tells_what_has_come_over_the_wire(served: ServedFolder, tmp_path: Path) -> None:
     shown = run_on_terminal(make_command(tmp_path))
-    sizes = re.findall(r"100%, [^\r\n]* MiB from the store|done, [^\r\n]* MiB in [^\r\n]* ([\d.]+) MiB from the store", shown)
+    sizes = re.findall(
+        r"100%, [^\r\n]* MiB from the store|done, [^\r\n]* MiB in [^\r\n]* ([\d.]+) MiB from the store", shown
+    )
     assert sizes, shown
     sent = sum(served.sent.values())
     assert float(sizes[-1]) == pytest.approx(sent / 2**20, rel=0.05)
@@ -69,7 +73,9 @@ def test_progress_in_json_counts_what_comes_and_tells_waits(served: ServedFolder
     served.faults["cdn-busy"] = 1
     run = subprocess.run(make_command(tmp_path, "--progress", "json"), capture_output=True, check=True)
     events = [json.loads(line) for line in run.stderr.splitlines()]
-    assert [one["text"] for one in events if one["event"] == "told"][0].endswith("the server is busy (503); waits 1 s")
+    told = [one["text"] for one in events if one["event"] == "told"]
+    assert len(told) == 1
+    assert told[0].endswith("the server is busy (503); waits 1 s")
     assert [one["event"] for one in events if "text" in one] == ["told"]
     received = [one["received"] for one in events]
     assert received == sorted(received)

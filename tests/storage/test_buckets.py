@@ -131,7 +131,11 @@ def test_a_file_that_is_replaced_in_a_bucket_is_refused(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("AWS_SESSION_TOKEN", f"{SECRET}\nmore…"), ("AWS_SECRET_ACCESS_KEY", f"{SECRET}\n"), ("AWS_ENDPOINT_URL", "http://[b")],
+    [
+        ("AWS_SESSION_TOKEN", f"{SECRET}\nmore…"),
+        ("AWS_SECRET_ACCESS_KEY", f"{SECRET}\n"),
+        ("AWS_ENDPOINT_URL", "http://[b"),
+    ],
 )
 @pytest.mark.usefixtures("served")
 def test_a_value_that_is_none_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:

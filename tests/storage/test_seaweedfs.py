@@ -34,7 +34,7 @@ def find_server() -> str:
 def find_port() -> int:
     """One whose number plus 10,000 is free too: there the server listens for its own calls."""
     while True:
-        port = random.randint(10_000, 30_000)  # noqa: S311
+        port = random.randint(10_000, 30_000)
         with suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", port))
             other.bind(("127.0.0.1", port + 10_000))

@@ -19,7 +19,7 @@ from reshard.storage.remote_store import (
     refuse_changed_entry,
     try_again,
 )
-from reshard.storage.web_client import split_address
+from reshard.storage.web_addresses import split_address
 
 CHUNK_SIZE = 128 << 10
 """In bytes: so much is taken from a body at a time. What has come of it is lost if the connection breaks."""
@@ -44,14 +44,22 @@ LONGEST_REASON = 160
 
 STATUS = re.compile(r"status code: (\d{3})")
 
-NOISE = re.compile(r"(?:Generic \w+ error: )?(?:Error performing list request: )?(?:Error performing \w+ \S+ in \S+ - )?")
+NOISE = re.compile(
+    r"(?:Generic \w+ error: )?(?:Error performing list request: )?(?:Error performing \w+ \S+ in \S+ - )?"
+)
 """So an error of obstore begins. Its address and time make a line of each, where one is enough."""
 
 CAUSE = re.compile(r'message: "([^"]+)"')
 
 OTHER_RANGE = ("NotPartial", "UnexpectedRange")
 
-VALUES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_TOKEN", *(name for name, _ in ENDPOINTS))
+VALUES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_TOKEN",
+    *(name for name, _ in ENDPOINTS),
+)
 """Variables whose value obstore does not look at before it panics."""
 
 EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
@@ -80,7 +88,10 @@ class BucketStore(ListedStore):
         """Asks for a range of this version. See `ListedStore`."""
         subject = f"{self.address}/{entry.name}"
         if os.getpid() != self._process:  # obstore would wait for threads that only the other process has
-            found, expected = "this process was forked from the one that has opened it", "a process that opens it itself"
+            found, expected = (
+                "this process was forked from the one that has opened it",
+                "a process that opens it itself",
+            )
             remedy = "start processes by spawn (of a DataLoader: multiprocessing_context='spawn')"
             raise refuse("cannot-read", self.address, found, expected, remedy)
         try:

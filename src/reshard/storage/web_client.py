@@ -8,7 +8,6 @@ import io
 import os
 import socket
 import ssl
-from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +17,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from threading import Lock
 from time import monotonic
 from typing import Any
-from urllib.parse import SplitResult, quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import SplitResult
 from weakref import finalize
 
 from reshard.errors import refuse
@@ -27,13 +25,19 @@ from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.counting import RECEIVED
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped
+from reshard.storage.web_addresses import (
+    DEFAULT_PORTS,
+    find_proxy,
+    make_proxy_headers,
+    make_request_target,
+    name_server,
+    split_address,
+)
 
 LOOK_SECONDS = WAKE_SECONDS
 """So often a thread that waits for bytes looks whether it is to end."""
 
 CONNECT_SECONDS = 10.0
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 SILENT_SECONDS = 30.0
 """In seconds: a server that sends nothing for so long is asked again."""
@@ -246,7 +250,8 @@ class WebClient:
         try:
             made.connect()
             if place.scheme == "https":
-                made.sock = PatientSocket(begin_tls(self._context, made.sock.detach(), host))
+                connected: Any = made.sock  # of ours, though http.client has another type for it
+                made.sock = PatientSocket(begin_tls(self._context, connected.detach(), host))
         except BaseException:
             made.close()
             raise
@@ -293,57 +298,6 @@ def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> s
     except BaseException:
         made.close()
         raise
-
-
-def find_proxy(place: SplitResult) -> SplitResult | None:
-    """The proxy that the environment names for an address, as other programs find it; None without one. Raises Refused
-    for one that does not speak HTTP.
-    """
-    proxies: dict[str, str] = getproxies()
-    address = proxies.get(place.scheme) or proxies.get("all")
-    if not address or proxy_bypass(place.netloc.rpartition("@")[2]):
-        return None
-    expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
-    try:
-        found = split_address(address if "://" in address else f"http://{address}")
-    except ValueError:
-        raise refuse("cannot-read", f"{place.scheme.upper()}_PROXY", "no address", expected, remedy) from None
-    if found.scheme != "http":
-        raise refuse("cannot-read", name_server(found), f"a proxy of {found.scheme}:", expected, remedy)
-    return found
-
-
-def make_proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
-    """The headers that a proxy asks for, with the name and the password of its address."""
-    if not proxy or not proxy.username:
-        return {}
-    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
-
-
-UNQUOTED = "%/?:@!$&'()*+,;=~[]|"
-"""What an address may have as it is: what was quoted before stays so."""
-
-
-def make_request_target(place: SplitResult, connection: HTTPConnection) -> str:
-    """What stands in the first line of a request: the path, and to a proxy without a tunnel the whole address."""
-    path = quote((place.path or "/") + (f"?{place.query}" if place.query else ""), safe=UNQUOTED)
-    port = place.port or DEFAULT_PORTS[place.scheme]
-    is_direct = place.scheme == "https" or (connection.host, connection.port) == (place.hostname, port)
-    return path if is_direct else f"{place.scheme}://{place.netloc.rpartition('@')[2]}{path}"
-
-
-def split_address(address: str) -> SplitResult:
-    """Splits an address with a host. Raises ValueError for any other."""
-    place = urlsplit(address)
-    if not place.hostname or place.port == 0:  # asking for the port looks at it
-        raise ValueError("no host, or no port")
-    return place
-
-
-def name_server(place: SplitResult) -> str:
-    """The server of an address, without anything secret."""
-    return f"{place.scheme}://{place.hostname}" + (f":{place.port}" if place.port else "")
 
 
 def describe_error(error: Exception, place: SplitResult | None = None) -> str:
