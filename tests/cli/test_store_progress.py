@@ -73,7 +73,9 @@ def test_progress_in_json_counts_what_comes_and_tells_waits(served: ServedFolder
     served.faults["cdn-busy"] = 1
     run = subprocess.run(make_command(tmp_path, "--progress", "json"), capture_output=True, check=True)
     events = [json.loads(line) for line in run.stderr.splitlines()]
-    assert [one["text"] for one in events if one["event"] == "told"][0].endswith("the server is busy (503); waits 1 s")
+    told = [one["text"] for one in events if one["event"] == "told"]
+    assert len(told) == 1
+    assert told[0].endswith("the server is busy (503); waits 1 s")
     assert [one["event"] for one in events if "text" in one] == ["told"]
     received = [one["received"] for one in events]
     assert received == sorted(received)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -146,7 +147,7 @@ class Replacing(Handler):
     replaced_after = 8
     has_etag = True
 
-    def send_file(self, path: Path, etag: str) -> None:
+    def send_file(self, path: Path, _etag: str) -> None:
         served = self.served
         with served.lock:
             if served.faults["replaced"] == 0 and served.count(self.kind, 206) >= self.replaced_after:
@@ -164,7 +165,7 @@ class Replacing(Handler):
 
 @pytest.mark.parametrize("has_etag", [True, False])
 def test_a_source_that_is_replaced_while_it_is_converted_is_refused(
-    kind: str, has_etag: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: str, *, has_etag: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By the ETag of its bytes; on a web server without them by the time."""
     if not has_etag and kind != "http":
@@ -229,7 +230,7 @@ def test_bytes_that_are_coded_are_refused(made: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("to", ["http://[1", "https://x:abc/"])
 def test_a_server_that_leads_to_no_address_is_refused(made: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Leading(WebHandler):
-        def route(self, path: str) -> None:
+        def route(self, _: str) -> None:
             self.answer(302, Location=to)
 
     with (
@@ -239,7 +240,7 @@ def test_a_server_that_leads_to_no_address_is_refused(made: Path, to: str, monke
         reshard.inspect(address)
 
 
-@pytest.mark.parametrize("address", ["https://[bad/", "https://host:abc/x", f"http://me:{SECRET}@:80/x?key={SECRET}"])
+@pytest.mark.parametrize("address", ["https://[bad/", "https://host:abc/x", f"http://me:{SECRET}/@h:80/x?key={SECRET}"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(Refused, match="no address") as caught:
         reshard.inspect(address)
@@ -283,6 +284,7 @@ def test_a_log_shows_no_secret(made: Path, tmp_path: Path, mode: str, capsys: py
         address = f"http://me:{SECRET}@{served.endpoint[7:]}/?key={SECRET}"
         assert main(["convert", address, str(tmp_path / "ranks"), "--mp", "2", "--progress", mode]) == 0
         assert main(["verify", address]) == 2
+        assert main(["convert", str(made / "source"), str(tmp_path / "x"), "--mp", "2", f"--config={address}"]) == 0
         assert main(["convert", str(made / "source"), address, "--mp", "2"]) == 2
         assert main(["inspect", address.replace("/?", "/nothing?")]) == 2
         assert all(one.authorization.startswith("Basic ") for one in served.requests)
@@ -362,10 +364,10 @@ def test_waits_that_were_told_do_not_use_up_patience(monkeypatch: pytest.MonkeyP
     patience = Patience("x")
     for _ in range(2):
         patience.wait(Failed("its quota is used up", wait=0.3))
-    patience.wait(Failed("the server is busy"))
+    busy = Failed("the server is busy")
+    patience.wait(busy)
     with pytest.raises(Refused, match="the server is busy"):
-        for _ in range(100):
-            patience.wait(Failed("the server is busy"))
+        deque(map(patience.wait, [busy] * 100), 0)
 
 
 def test_one_line_tells_what_happens_to_many_files(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
@@ -455,7 +457,7 @@ def test_an_end_reaches_threads_that_a_worker_has_started() -> None:
 
 
 @pytest.mark.parametrize("way", ["proxy", "names"])
-def test_an_interrupt_is_heard_while_a_connection_is_made(way: str, tmp_path: Path) -> None:
+def test_an_interrupt_is_heard_while_a_connection_is_made(way: str) -> None:
     """A proxy that says nothing, and a name server that does not."""
     code = "import socket, time; from reshard.cli.process import entry\n"
     if way == "names":

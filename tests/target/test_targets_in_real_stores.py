@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_stores import SEAWEED_KEY, SEAWEED_SECRET, run_azurite, run_seaweedfs
+from real_stores import run_azurite, run_seaweedfs
 from s3_server import S3State, set_s3_environment
+from seaweedfs import KEY, SECRET
 
 import reshard
 from reshard.cli.main import main
@@ -51,7 +52,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             monkeypatch.setenv(name, "127.0.0.1,localhost")
         return f"az://models/{tmp_path.name}/ü+%"
     endpoint = request.getfixturevalue("seaweedfs")
-    set_s3_environment(monkeypatch, S3State(SEAWEED_KEY, SEAWEED_SECRET, endpoint=endpoint), tmp_path)
+    set_s3_environment(monkeypatch, S3State(KEY, SECRET, endpoint=endpoint), tmp_path)
     if request.param == "stream":
         monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")  # a setting that only obstore knows
     return f"s3://models/{tmp_path.name}/ü+%"

@@ -13,8 +13,10 @@ from reshard.storage.target_store import TargetStore
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
-SECRETS = re.compile(r"(https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
-"""In an address of a web server: a name with a password, and a query, which may be a key."""
+SECRETS = re.compile(r"(.*?https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
+"""In an address of a web server: a name with a password, and a query, which may be a key. The address may stand behind
+an option.
+"""
 
 OPENERS: Mapping[str, str] = {
     "az": "reshard.storage.buckets:open_bucket",

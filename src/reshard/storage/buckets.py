@@ -19,7 +19,7 @@ from reshard.storage.remote_store import (
     refuse_changed_entry,
     try_again,
 )
-from reshard.storage.web_client import split_address
+from reshard.storage.web_addresses import split_address
 
 CHUNK_SIZE = 128 << 10
 """In bytes: so much is taken from a body at a time. What has come of it is lost if the connection breaks."""

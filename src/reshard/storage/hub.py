@@ -200,6 +200,8 @@ def list_hub_files(client: WebClient, access: HubAccess, name: str, commit: str)
         listed += page
         following = NEXT_PAGE.search(headers.get("link", ""))
         url = join_addresses(url, following[1]) if following else None
+    else:
+        raise refuse("wrong-answer", f"hf://{name}@{commit}", "a list of files without an end", "fewer pages")
     return [item for item in listed if item.type == "file"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from reshard.errors import Refused, refuse
 from reshard.storage.addresses import hide_secrets
 from reshard.storage.range_requests import is_same_server
-from reshard.storage.web_client import split_address
+from reshard.storage.web_addresses import split_address
 
 ENDPOINT = "https://huggingface.co"
 

@@ -11,7 +11,8 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from reshard.errors import refuse
 from reshard.storage.remote_store import Failed
-from reshard.storage.web_client import Answer, WebClient, split_address
+from reshard.storage.web_addresses import split_address
+from reshard.storage.web_client import Answer, WebClient
 
 PASSING = (408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524)
 """Answers that may be others a little later."""

@@ -8,7 +8,6 @@ from xml.etree import ElementTree as ET
 
 from reshard.errors import refuse
 from reshard.storage.buckets import KEYS_OF
-from reshard.storage.patient_socket import SILENT_SECONDS
 from reshard.storage.range_requests import BUSY, PASSING, REDIRECTS, Denied, read_wait
 from reshard.storage.remote_store import Failed, Patience
 from reshard.storage.resources import wait_unless_stopped
@@ -82,7 +81,7 @@ class S3Bucket:
         query: Mapping[str, str],
         body: bytes | memoryview,
         read: Callable[[S3Answer], Read],
-        silent_seconds: float = SILENT_SECONDS,
+        silent_seconds: float | None = None,
     ) -> Read:
         """Asks until it is done, and returns what is read of the answer. Raises NoSuchUploadError, Stopped, and Refused
         if it is not to be done. `read` may raise Failed.

@@ -7,7 +7,6 @@ import asyncio
 import os
 import socket
 import ssl
-from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from threading import Lock
 from time import monotonic
 from typing import Any
-from urllib.parse import SplitResult, quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import SplitResult
 from weakref import finalize
 
 from reshard.errors import refuse
@@ -27,10 +25,16 @@ from reshard.storage.counting import RECEIVED
 from reshard.storage.patient_socket import LOOK_SECONDS, SILENT_SECONDS, PatientSocket
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import wait_unless_stopped
+from reshard.storage.web_addresses import (
+    DEFAULT_PORTS,
+    find_proxy,
+    make_proxy_headers,
+    make_request_target,
+    name_server,
+    split_address,
+)
 
 CONNECT_SECONDS = 10.0
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 MOST_IDLE = 64
 """So many connections to a server are kept open."""
@@ -113,7 +117,7 @@ class WebClient:
         url: str,
         headers: Mapping[str, str] | None = None,
         body: bytes | memoryview = b"",
-        silent_seconds: float = SILENT_SECONDS,
+        silent_seconds: float | None = None,
     ) -> Iterator[Answer]:
         """A context in which an answer is read. A redirect is an answer like any other. `silent_seconds`: so long the
         server may take to answer. Raises Failed if no answer comes, and Refused for a server that has no certificate to
@@ -144,7 +148,12 @@ class WebClient:
         connection.close()
 
     def _send(
-        self, method: str, place: SplitResult, headers: dict[str, str], body: bytes | memoryview, silent_seconds: float
+        self,
+        method: str,
+        place: SplitResult,
+        headers: dict[str, str],
+        body: bytes | memoryview,
+        silent_seconds: float | None,
     ) -> tuple[HTTPConnection, HTTPResponse]:
         """Sends a request on a connection that is idle, else on a new one. One that was idle for long may be closed by
         now: that is no failure.
@@ -157,7 +166,7 @@ class WebClient:
             try:
                 connection = connection or self._connect(place)
                 connected: Any = connection.sock
-                connected.silent_seconds = silent_seconds
+                connected.silent_seconds = silent_seconds or SILENT_SECONDS
                 return connection, exchange(connection, method, make_request_target(place, connection), headers, body)
             except ssl.SSLCertVerificationError as error:
                 found, remedy = error.verify_message, "SSL_CERT_FILE names a file of certificates to trust"
@@ -186,8 +195,8 @@ class WebClient:
         try:
             made.connect()
             if place.scheme == "https":
-                plain: Any = made.sock
-                made.sock = PatientSocket(begin_tls(self._context, plain.detach(), host))
+                connected: Any = made.sock  # of ours, though http.client has another type for it
+                made.sock = PatientSocket(begin_tls(self._context, connected.detach(), host))
         except BaseException:
             made.close()
             raise
@@ -250,57 +259,6 @@ def begin_tls(context: ssl.SSLContext, connected: socket.socket, host: str) -> s
     except BaseException:
         made.close()
         raise
-
-
-def find_proxy(place: SplitResult) -> SplitResult | None:
-    """The proxy that the environment names for an address, as other programs find it; None without one. Raises Refused
-    for one that does not speak HTTP.
-    """
-    proxies: dict[str, str] = getproxies()
-    address = proxies.get(place.scheme) or proxies.get("all")
-    if not address or proxy_bypass(place.netloc.rpartition("@")[2]):
-        return None
-    expected, remedy = "a proxy of http:", f"NO_PROXY={place.hostname} goes without it"
-    try:
-        found = split_address(address if "://" in address else f"http://{address}")
-    except ValueError:
-        raise refuse("cannot-read", f"{place.scheme.upper()}_PROXY", "no address", expected, remedy) from None
-    if found.scheme != "http":
-        raise refuse("cannot-read", name_server(found), f"a proxy of {found.scheme}:", expected, remedy)
-    return found
-
-
-def make_proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
-    """The headers that a proxy asks for, with the name and the password of its address."""
-    if not proxy or not proxy.username:
-        return {}
-    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
-
-
-UNQUOTED = "%/?:@!$&'()*+,;=~[]|"
-"""What an address may have as it is: what was quoted before stays so."""
-
-
-def make_request_target(place: SplitResult, connection: HTTPConnection) -> str:
-    """What stands in the first line of a request: the path, and to a proxy without a tunnel the whole address."""
-    path = quote((place.path or "/") + (f"?{place.query}" if place.query else ""), safe=UNQUOTED)
-    port = place.port or DEFAULT_PORTS[place.scheme]
-    is_direct = place.scheme == "https" or (connection.host, connection.port) == (place.hostname, port)
-    return path if is_direct else f"{place.scheme}://{place.netloc.rpartition('@')[2]}{path}"
-
-
-def split_address(address: str) -> SplitResult:
-    """Splits an address with a host. Raises ValueError for any other."""
-    place = urlsplit(address)
-    if not place.hostname or place.port == 0:  # asking for the port looks at it
-        raise ValueError("no host, or no port")
-    return place
-
-
-def name_server(place: SplitResult) -> str:
-    """The server of an address, without anything secret."""
-    return f"{place.scheme}://{place.hostname}" + (f":{place.port}" if place.port else "")
 
 
 def describe_error(error: Exception, place: SplitResult | None = None) -> str:

@@ -13,7 +13,6 @@ import msgspec
 
 from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
-from reshard.storage.addresses import hide_secrets
 from reshard.storage.range_requests import (
     MOST_REDIRECTS,
     Denied,
@@ -32,7 +31,8 @@ from reshard.storage.remote_store import (
     try_again,
 )
 from reshard.storage.resources import map_in_threads
-from reshard.storage.web_client import Answer, WebClient, split_address
+from reshard.storage.web_addresses import split_address
+from reshard.storage.web_client import Answer, WebClient
 
 INDEX, SINGLE, SUFFIX = "model.safetensors.index.json", "model.safetensors", ".safetensors"
 
@@ -146,8 +146,9 @@ def open_web(scheme: str, rest: str) -> RemotePath:
     try:
         place, index = split_address(f"{scheme}://{rest}"), None
     except ValueError:
-        shown = hide_secrets(f"{scheme}://{rest}")
-        raise refuse("no-source", shown, "no address", f"{scheme}://HOST/FOLDER", "is it right?") from None
+        # Nothing of it is shown: who knows what in it is a password?
+        remedy = "is it right? in a password / is %2F, @ is %40, # is %23, ? is %3F"
+        raise refuse("no-source", f"{scheme}://...", "no address", f"{scheme}://HOST/FOLDER", remedy) from None
     if place.path.endswith(SUFFIX):
         path, _, name = place.path.rpartition("/")
         folder, names = WebFolder(place._replace(path=path)), [unquote(name)]
