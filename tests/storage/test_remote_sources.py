@@ -343,7 +343,7 @@ def test_what_is_not_there_is_refused(served: ServedFolder, address: str, kind: 
     ("names", "kind"),
     [
         (["pytorch_model.bin", "config.json"], "other-format"),
-        ([".metadata", "__0_0.distcp"], "other-format"),
+        ([".metadata", "__0_0.distcp"], "damaged-pickle"),
         (["adapter_model.bin", "adapter_config.json"], "adapter"),
         (["unet/diffusion.safetensors", "model_index.json"], "other-format"),
         (["README.md"], "empty-source"),
