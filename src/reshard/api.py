@@ -12,8 +12,8 @@ from os import PathLike
 from time import monotonic
 
 from reshard.errors import refuse, require_none
-from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings, execute_plan
-from reshard.formats.remote_names import read_location, require_local_path, require_path, require_target
+from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
+from reshard.formats.remote_names import read_location, require_local_path, require_path
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice
@@ -34,9 +34,12 @@ from reshard.planning.rank_choices import plan_for_ranks
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
-from reshard.target.preflight import describe_others, look_at_target, mend_target
+from reshard.target.mending import mend_target
+from reshard.target.places import open_again, open_target
+from reshard.target.preflight import look_at_target
 from reshard.target.side_files import add_notes, find_beside
 from reshard.target.verified_target import verify_against_source
+from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
@@ -45,7 +48,7 @@ from reshard.verification.target_folder import require_target_folder
 from reshard.verification.verify import Report
 
 Location = str | PathLike[str]
-"""A path; of what is read also an address, such as `hf://ORG/NAME`."""
+"""A path; or an address, such as `hf://ORG/NAME` of what is read, and `s3://BUCKET/FOLDER` of what is written too."""
 
 
 def convert(
@@ -87,7 +90,7 @@ def convert(
 
     Args:
         source: A folder with a Hugging Face checkpoint or with rank files, or one safetensors file.
-        target: The folder to write: empty, not there yet, or begun by the same conversion.
+        target: The folder to write, also one in a store: empty, not there yet, or begun by the same conversion.
         mp: The number of ranks.
         to: `"ranks"`; `"hf"` for whole files in the layout of Hugging Face; or `"dcp"` for slices in safetensors, as
             torch's distributed checkpoints have them.
@@ -124,7 +127,7 @@ def convert(
 
     """
     started = monotonic()
-    folder = require_target(target, is_written=True)
+    place = open_target(target)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none(check_settings(settings))
     mp, chosen = split_number_of_ranks(mp, to, ranks)
@@ -145,15 +148,13 @@ def convert(
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
     # The last chance to refuse.
-    state = look_at_target(
-        add_notes(planned, beside), folder, read_location(tokenizer_path), beside, restart=restart, yes=yes
-    )
+    state = look_at_target(add_notes(planned, beside), place, read_location(tokenizer_path), beside, settings)
     if not state.plan.files and not state.must_be_joined:
-        return Conversion(state.folder, state.plan, None, mend_target(state), monotonic() - started)
+        return Conversion(open_again(place), state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True)
     # The only step that writes tensors.
-    done = execute_plan(state.plan, state.folder, describe_others(state), counter, settings)
-    return Conversion(state.folder, state.plan, done, (), monotonic() - started)
+    done = write_target(state, counter, settings)
+    return Conversion(open_again(place), state.plan, done, (), monotonic() - started)
 
 
 def plan(
@@ -186,7 +187,7 @@ def plan(
     The arguments are those of `convert`. With a `target`, the plan has the files that are still to be written there,
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
-    folder = None if target is None else require_target(target, is_written=True)
+    place = None if target is None else open_target(target)
     mp, chosen = split_number_of_ranks(mp, to, ranks)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
@@ -204,7 +205,7 @@ def plan(
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
     planned = add_notes(planned, beside)
-    return planned if folder is None else look_at_target(planned, folder, beside=beside).plan
+    return planned if place is None else look_at_target(planned, place, beside=beside).plan
 
 
 def verify(

@@ -1,6 +1,8 @@
 """Paths as they are given: an address where a folder is meant, an empty string, a name that is nearly there."""
 
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ DOWNLOADS = {
     "https://huggingface.co/org/model": "hf download org/model",
     "file:///data/model": "give the path /data/model",
 }
+WRITTEN_TO = ("s3:", "gs:", "az:")
 UPLOADS = {
     "s3://bucket/model": "aws s3 sync FOLDER s3://bucket/model",
     "hf://org/model": "hf upload org/model FOLDER",
@@ -51,8 +54,15 @@ def run_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("address", "hint"), UPLOADS.items())
-@pytest.mark.parametrize("command", ["convert source AT --mp 2", "plan source --mp 2 --target AT", "demo AT"])
+@pytest.mark.parametrize(
+    ("command", "address", "hint"),
+    [
+        (command, address, hint)
+        for address, hint in UPLOADS.items()
+        for command in ("convert source AT --mp 2", "plan source --mp 2 --target AT", "demo AT")
+        if not address.startswith(WRITTEN_TO) or command == "demo AT"
+    ],
+)
 def test_an_address_is_no_target_to_write(
     folder: Path, command: str, address: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +88,19 @@ def test_an_address_that_nothing_opens_is_no_target_to_verify(capsys: pytest.Cap
     assert "give the path /data/model" in run_refused(["verify", "file:///data/model"], capsys)
 
 
+@pytest.mark.parametrize("address", [address for address in UPLOADS if address.startswith(WRITTEN_TO)])
+@pytest.mark.usefixtures("folder")
+def test_a_plain_install_says_how_a_target_comes_into_a_store(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    said = run_refused(["convert", "source", address, "--mp", "2"], capsys)
+    assert f"{address}: missing package" in said
+    assert "pip install 'reshard[remote]'; or convert into a FOLDER, then upload it: " in said
+    assert UPLOADS[address] in said
+
+
 WRITTEN: list[Callable[[str], object]] = [
     lambda target: reshard.convert("source", target, mp=2),
     lambda target: reshard.plan("source", 2, target=target),
@@ -101,10 +124,10 @@ SOURCES: list[Callable[[str], object]] = [
 @pytest.mark.parametrize("call", [*WRITTEN, READ[1]])
 @pytest.mark.usefixtures("folder")
 def test_functions_refuse_an_address_as_target(call: Callable[[str], object]) -> None:
-    with pytest.raises(Refused, match="s3://bucket/model: target not folder") as caught:
-        call("s3://bucket/model")
-    assert "aws s3 sync " in str(caught.value)
-    assert not Path("s3:").exists()
+    with pytest.raises(Refused, match="hf://org/model: target not folder") as caught:
+        call("hf://org/model")
+    assert re.search("hf (upload|download) ", str(caught.value))
+    assert not Path("hf:").exists()
 
 
 @pytest.mark.parametrize("call", [*WRITTEN, *READ, *SOURCES])

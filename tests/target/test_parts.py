@@ -28,6 +28,7 @@ from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import write_checkpoint
 from reshard.target import preflight
+from reshard.target.left_files import list_own_names
 from reshard.types import Subset
 
 
@@ -442,7 +443,7 @@ def test_a_run_that_begins_while_we_look_is_no_stranger(
     source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is met by its lock. This one has ended at once."""
-    target, look = tmp_path / "target", preflight.list_own_names
+    target, look = tmp_path / "target", list_own_names
 
     def look_and_begin(folder: Path) -> set[str]:
         found = look(folder)

@@ -15,7 +15,7 @@ from torture import contents
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.target.preflight import measure_allocated
+from reshard.target.room import measure_allocated
 
 
 @pytest.fixture(scope="module")

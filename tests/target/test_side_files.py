@@ -12,14 +12,15 @@ from xxhash import xxh3_128_hexdigest
 from reshard import api
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execution.execute import Settings, execute_plan
+from reshard.execution.execute import Settings
 from reshard.execution.side_writer import LARGEST_READ, SideFile, read_side_file
 from reshard.formats.target_names import list_names
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import FAMILIES_FOLDER
 from reshard.storage.counting import WorkCounter
 from reshard.synthetic import write_checkpoint
-from reshard.target.preflight import describe_others, look_at_target
+from reshard.target.preflight import look_at_target
+from reshard.target.writing import write_target
 
 LEFT_ENDINGS = [
     *("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.PT"),
@@ -220,7 +221,7 @@ def test_one_that_changes_before_it_is_copied_is_refused(
     state = look_at_target(api.plan(source, 2), tmp_path / "target")
     change(source / "tokenizer.json")
     with pytest.raises(Refused) as error:
-        execute_plan(state.plan, state.folder, describe_others(state), WorkCounter(None, 0, writes=True), Settings())
+        write_target(state, WorkCounter(None, 0, writes=True), Settings())
     assert [(problem.kind, problem.subject) for problem in error.value.problems] == [
         (kind, str(source / "tokenizer.json"))
     ]

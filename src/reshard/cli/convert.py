@@ -19,7 +19,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
-from reshard.formats.remote_names import make_full_path
+from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -28,7 +28,9 @@ from reshard.target.conversion import Conversion, describe_conversion
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
+from reshard.target.places import StoredFolder, TargetPlace, get_folder, open_target
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
+from reshard.target.uploads import UploadPlan, describe_upload, plan_upload
 from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
 from reshard.types import RANKS, SLICED, WHOLE, Note
 
@@ -112,7 +114,7 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        if not has_durable_bytes(target):
+        if not is_address(target) and not has_durable_bytes(target):
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 
@@ -138,27 +140,28 @@ def take_number_of_ranks(options: argparse.Namespace) -> None:
 def show_plan(options: argparse.Namespace) -> int:
     """Makes a plan and prints it. Returns the exit code. Raises Refused."""
     plan = api.plan(options.source, target=options.target, **collect_options(options))
+    place = None if options.target is None else open_target(options.target)
     if not plan.files and not options.json:
-        lines = [f"{options.target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
+        target = restore_address(options.target)
+        lines = [f"{target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
         print("\n".join(map(escape, lines)))
         return PROVEN
-    plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, options)))
-    return print_plan(plan, options.target, as_json=options.json)
+    plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, place, options)))
+    return print_plan(plan, place, as_json=options.json)
 
 
-def note_what_is_there(plan: Plan, options: argparse.Namespace) -> Iterator[Note]:
+def note_what_is_there(plan: Plan, place: TargetPlace | None, options: argparse.Namespace) -> Iterator[Note]:
     """Notes what a conversion would not write again: finished ranks, and the bytes of an unfinished run."""
-    if options.target is None:
+    if place is None:
         return
     chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
     if plan.layout.to != WHOLE and (finished := {*chosen} - {file.rank for file in plan.files}):
         yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
-    if (found := read_unfinished(options.target)) and not getattr(options, "restart", False):
+    if (found := read_unfinished(get_folder(place))) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"
+        where = "on the disk" if isinstance(place, Path) else "in the store"
         whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
-        yield Note(
-            "unfinished", f"an unfinished run there has {size} on the disk, {whole}; the same options go on with it"
-        )
+        yield Note("unfinished", f"an unfinished run there has {size} {where}, {whole}; the same options go on with it")
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -166,24 +169,30 @@ def collect_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CHOICES} | {"keep_mtp": options.mtp == "keep"}
 
 
-def print_plan(plan: Plan, target: Path | None, *, as_json: bool) -> int:
-    """Prints a plan, and an estimate of its time with a target, as tables or JSON. Returns the exit code."""
-    estimate = None if target is None else estimate_job(plan, target)
+def print_plan(plan: Plan, place: TargetPlace | None, *, as_json: bool) -> int:
+    """Prints a plan as tables or JSON; with a target on this machine an estimate of its time, with one in a store how
+    it is uploaded. Returns the exit code.
+    """
+    estimate = estimate_job(plan, place) if isinstance(place, Path) else None
+    upload = plan_upload(plan, place.store) if isinstance(place, StoredFolder) and plan.files else None
     if as_json:
-        facts = {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
+        facts: dict[str, Any] = {"upload": upload._asdict()} if upload else {}
+        facts |= {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
         print_json({**describe_plan_facts(plan), **facts})
     else:
-        lines = [*plan_lines(plan, estimate), *explain_no_run_config(plan), *describe_lost(plan)]
+        lines = [*plan_lines(plan, estimate, upload), *explain_no_run_config(plan), *describe_lost(plan)]
         print("\n".join(map(escape, lines)))
     return PROVEN
 
 
-def plan_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
-    """Describes a plan: its tables, the memory that each job takes, and the estimate if there is one."""
+def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> Iterator[str]:
+    """Describes a plan: its tables, the memory that each job takes, and the estimate or the upload if there is one."""
     yield from describe_files(plan)
     if estimate:
         yield from describe_estimate(estimate, is_cast=plan.computes)
-    memory = format_size(measure_memory_per_thread(plan))
+    if upload:
+        yield describe_upload(upload)
+    memory = format_size(upload.memory if upload else measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
     yield from describe_coverage(plan)
     yield from describe_notes(plan.notes)

@@ -140,7 +140,12 @@ def add_convert(parser: Parser) -> None:
     """Adds the options of `convert`."""
     add_source(parser)
     what, how = parser.section(CONVERTED), parser.section(RUNNING)
-    what.add_argument("target", type=parse_path, metavar="TARGET", help="The folder to write, empty or not there yet.")
+    what.add_argument(
+        "target",
+        type=parse_path,
+        metavar="TARGET",
+        help="The folder to write, empty or not there yet; or one in a store, such as s3://BUCKET/FOLDER.",
+    )
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
     add_jobs(how)

@@ -220,16 +220,23 @@ def check_same_job(line: bytes, job: Mapping[str, Any], path: Path, finished: Co
     if not isinstance(found, dict):
         yield Problem("damaged-journal", str(path), "a first line that is not JSON", "the job that it is of", RESTART)
         return
-    found.pop(HOLDER, None)
+    yield from find_job_differences(found, job, str(path.parent), finished)
+
+
+def find_job_differences(
+    found: Mapping[str, Any], job: Mapping[str, Any], target: str, finished: Collection[str]
+) -> Iterator[Problem]:
+    """Reports how a job that a journal has differs from the one that is asked for, as one problem."""
+    found = {key: value for key, value in found.items() if key != HOLDER}
     wanted = json.loads(json.dumps(job))
     if found != wanted:
         before, now = describe_other_job(found, wanted), describe_other_job(wanted, found, "of this source")
-        subject, expected = str(path.parent), f"this conversion: {now}"
-        remedy = suggest_way(found, wanted, finished, path.parent)
-        yield Problem("another-job", subject, f"an unfinished conversion: {before}", expected, remedy)
+        remedy = suggest_way(found, wanted, finished, target)
+        expected = f"this conversion: {now}"
+        yield Problem("another-job", target, f"an unfinished conversion: {before}", expected, remedy)
 
 
-def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: Collection[str], target: Path) -> str:
+def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: Collection[str], target: str) -> str:
     """The way on from an unfinished conversion of another job. Neither one whose source has changed can be finished,
     nor one of whose files some were made elsewhere and copied here.
     """
@@ -239,7 +246,7 @@ def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: C
         return f"another target; {RESTART}, and keeps {format_list(brought)}, which came here finished"
     if other <= {"source"}:
         return f"another target; {RESTART}"
-    command = shlex.join(["reshard", "inspect", str(target)])
+    command = shlex.join(["reshard", "inspect", target])
     return f"another target; or go on with that one, by the command that {command} prints"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from reshard.casts.streaming import CastInputs, compute_cast
 from reshard.errors import refuse
 from reshard.execution.joins import PartReader, read_join
-from reshard.execution.windows import WINDOW_SIZE, Group, Window
+from reshard.execution.windows import WINDOW_SIZE, Group, Piece, Window
 from reshard.storage.local import PAGE, Ways, allocate_aligned
 from reshard.storage.opened import OpenFile, read_range
 from reshard.types import Cast, Join, Tensor
@@ -59,21 +59,28 @@ def read_or_compute_window(window: Window, files: OpenFiles, buffers: WorkerBuff
 
 
 def compute_window(window: Window, files: OpenFiles, buffers: WorkerBuffers) -> tuple[memoryview, int]:
-    """Joins or casts the bytes of a window; also returns how many values are not exact.
+    """Joins or casts the bytes of a window; also returns how many values are not exact. Raises Refused."""
+    data = buffers.result[: window.size]
+    return data, compute_range(window.source_file, window.offset, data, files, buffers)
+
+
+def compute_range(number: int, offset: int, out: memoryview, files: OpenFiles, buffers: WorkerBuffers) -> int:
+    """Joins or casts bytes from byte `offset` on into `out`; `number` is that of the join or cast. Returns how many
+    values are not exact.
 
     Raises Refused for values that are not exact, unless they are allowed.
     """
-    made, data = files.made[window.source_file - len(files.sources)], buffers.result[: window.size]
+    made = files.made[number - len(files.sources)]
     if isinstance(made, Join):
-        read_join(made, window.offset, data, make_reader(files, buffers.window, buffers.levels))
-        return data, 0
-    inexact = compute_cast(made, window.offset, data, make_cast_inputs(files, buffers))
+        read_join(made, offset, out, make_reader(files, buffers.window, buffers.levels))
+        return 0
+    inexact = compute_cast(made, offset, out, make_cast_inputs(files, buffers))
     if inexact and not files.allow_inexact:
         found = f"{inexact:,} values of {made.result.dtype} that are not exact"
         expected = "only values that both dtypes have"
         remedy = "--allow-inexact rounds them to the nearest"
         raise refuse("inexact-cast", made.weight.name, found, expected, remedy)
-    return data, inexact
+    return inexact
 
 
 def make_cast_inputs(files: OpenFiles, buffers: WorkerBuffers) -> CastInputs:
@@ -98,12 +105,18 @@ def gather_group(group: Group, window: memoryview, stage: memoryview) -> memoryv
         start = group.pieces[0].start
         return window[start : start + group.size]
     end = 0
-    for start, pitch, run, rows in group.pieces:
-        if rows == 1:
-            stage[end : end + run] = window[start : start + run]
-        else:
-            # A run as one element: numpy copies it whole, at 128 bytes three times faster than byte by byte.
-            runs = np.ndarray((rows,), f"V{run}", window, start, (pitch,))
-            np.copyto(np.ndarray((rows,), f"V{run}", stage, end), runs)
-        end += run * rows
+    for piece in group.pieces:
+        gather_piece(piece, window, stage, end)
+        end += piece.run * piece.rows
     return stage[:end]
+
+
+def gather_piece(piece: Piece, window: memoryview, out: memoryview, place: int) -> None:
+    """Copies the runs of a piece out of a window, back to back from byte `place` of `out` on."""
+    start, pitch, run, rows = piece
+    if rows == 1:
+        out[place : place + run] = window[start : start + run]
+    else:
+        # A run as one element: numpy copies it whole, at 128 bytes three times faster than byte by byte.
+        runs = np.ndarray((rows,), f"V{run}", window, start, (pitch,))
+        np.copyto(np.ndarray((rows,), f"V{run}", out, place), runs)

@@ -72,7 +72,7 @@ class PieceTable:
     window: Integers
     cell: Integers
     base: Integers
-    """In bytes, where the source file of each piece begins: see `make_windows_of_files`."""
+    """In bytes, where the source file of each piece begins: see `Batch`."""
     grid: Integers
     """In bytes: no window crosses a multiple of it, counted from the base."""
     source_offset: Integers
@@ -92,6 +92,17 @@ class PieceTable:
         return self.source_offset + (self.rows - 1) * self.pitch + self.run
 
 
+class Batch(NamedTuple):
+    """Pieces of several source files, laid one behind the other so far apart that no window has bytes of two."""
+
+    pieces: PieceTable
+    """In the order of window, target file and target offset."""
+    bases: Integers
+    """In bytes, where each file begins."""
+    files: Integers
+    """Their numbers."""
+
+
 def make_windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NO_BANDS) -> Iterator[Window]:
     """The windows of all copies, source file by source file, each of at most `size` bytes.
 
@@ -101,6 +112,14 @@ def make_windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, in
     Neighbours in the order write to different files as far as possible, for two writers of one file wait for each
     other. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
     """
+    for batch in make_batches(copies, size, bands):
+        for window in build_windows(batch.pieces):
+            place = int(np.searchsorted(batch.bases, window.offset, side="right")) - 1
+            yield window._replace(source_file=int(batch.files[place]), offset=window.offset - int(batch.bases[place]))
+
+
+def make_batches(copies: Copies, size: int, bands: Mapping[int, int]) -> Iterator[Batch]:
+    """The pieces of all windows, as `make_windows` has them: those of one source file, or of several small ones."""
     merged = merge_copies(copies)
     order = np.lexsort((merged.source_offset, merged.source_file))
     files = merged.source_file[order]
@@ -110,20 +129,15 @@ def make_windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, in
         file = int(files[begin])
         grid = max(size // bands[file], 1) * bands[file] if file in bands else size
         if batch and (file not in bands or len(batch) == FILES_TOGETHER):
-            yield from make_windows_of_files(merged, order, batch, size)
+            yield make_batch(merged, order, batch, size)
             batch = []
         batch.append((begin, end, grid))
     if batch:
-        yield from make_windows_of_files(merged, order, batch, size)
+        yield make_batch(merged, order, batch, size)
 
 
-def make_windows_of_files(
-    copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int
-) -> Iterator[Window]:
-    """The windows of several source files. `batch` has begin and end of the copies of each in `order`, and its grid.
-
-    The files are laid one behind the other, so far apart that no window has bytes of two.
-    """
+def make_batch(copies: Copies, order: Integers, batch: Sequence[tuple[int, int, int]], size: int) -> Batch:
+    """The pieces of several source files. `batch` has begin and end of the copies of each in `order`, and its grid."""
     chosen = order[batch[0][0] : batch[-1][1]]
     counts = [end - begin for begin, end, _ in batch]
     starts = np.array([begin - batch[0][0] for begin, _, _ in batch])
@@ -144,10 +158,7 @@ def make_windows_of_files(
         copies.target_file[chosen],
         copies.target_offset[chosen],
     )
-    files = copies.source_file[chosen[starts]]
-    for window in make_windows_of_table(table, size):
-        place = int(np.searchsorted(bases, window.offset, side="right")) - 1
-        yield window._replace(source_file=int(files[place]), offset=window.offset - int(bases[place]))
+    return Batch(cut_into_windows(table, size), bases, copies.source_file[chosen[starts]])
 
 
 def merge_copies(copies: Copies) -> Copies:
@@ -171,16 +182,15 @@ def merge_copies(copies: Copies) -> Copies:
     return Copies(**merged)
 
 
-def make_windows_of_table(table: PieceTable, size: int) -> Iterator[Window]:
-    """The windows of pieces, which come in the order of their source offset. `source_file` is 0 in all windows."""
+def cut_into_windows(table: PieceTable, size: int) -> PieceTable:
+    """Cuts pieces, which come in the order of their source offset, into windows; in the order of these."""
     is_flat = table.rows == 1
     is_wide = ~is_flat & (table.pitch > size)
     flat = [table.pick(is_flat), split_rows(table.pick(is_wide))]
     runs = number_run_windows(split_at_grid(concatenate_tables(flat)))
     bands = number_band_windows(table.pick(~is_flat & ~is_wide), int(runs.window.max(initial=-1)) + 1)
     pieces = concatenate_tables([runs, bands])
-    order = np.lexsort((pieces.target_offset, pieces.target_file, pieces.window))
-    yield from build_windows(pieces.pick(order))
+    return pieces.pick(np.lexsort((pieces.target_offset, pieces.target_file, pieces.window)))
 
 
 def concatenate_tables(tables: list[PieceTable]) -> PieceTable:
@@ -259,7 +269,7 @@ def number_band_windows(table: PieceTable, first: int) -> PieceTable:
 
 
 def build_windows(pieces: PieceTable) -> Iterator[Window]:
-    """Builds the windows from pieces in the order of window, target file and target offset."""
+    """Builds windows from pieces in the order of window, target file and target offset. `source_file` is 0 in all."""
     sizes = pieces.run * pieces.rows
     is_first = np.diff(pieces.window, prepend=-1) != 0
     bounds = np.flatnonzero(is_first)

@@ -47,9 +47,14 @@ def restore_address(path: AnyPath) -> str:
     return f"{found[1]}://{'/' if found[1].lower() == FILE else ''}{found[2]}"
 
 
+def is_address(path: Path) -> bool:
+    """Whether a path is an address."""
+    return ADDRESS.fullmatch(str(path)) is not None
+
+
 def make_full_path(path: Path) -> str:
     """A path that is the same from any folder; an address as it was given."""
-    return restore_address(path) if ADDRESS.fullmatch(str(path)) else str(path.absolute())
+    return restore_address(path) if is_address(path) else str(path.absolute())
 
 
 def require_local_path(given: str | os.PathLike[str]) -> Path:
@@ -107,17 +112,22 @@ def read_location(given: str | os.PathLike[str] | None) -> AnyPath | None:
 
 
 def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
-    """Returns the path of a target folder. Raises Refused for an empty string, and for an address: a folder of such a
-    name would be made here. `is_written` chooses between the hints: to upload, or to download.
+    """Returns the path of a target folder on this machine. Raises Refused for an empty string, and for an address: a
+    folder of such a name would be made here. `is_written` chooses between the hints: to upload, or to download.
     """
     if not os.fspath(given):
         raise refuse("target-not-folder", EMPTY, "no path", "a folder", "is a variable not set?")
     path = Path(given)
     if ADDRESS.fullmatch(str(path)):
         remedy = suggest_upload(path) if is_written else suggest_download(path)
+        if not is_written and restore_address(path).partition(":")[0].lower() in WRITTEN:
+            remedy += "; or run its convert again with --restart --yes, which writes all of it anew"
         raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
     return path
 
+
+WRITTEN = ("s3", "gs", "az")
+"""The schemes of stores that targets are written to."""
 
 UNREACHABLE = ("cannot-read", "missing-package")
 """Kinds of problems of a store that another machine may not have."""

@@ -10,6 +10,12 @@ LARGEST_MANIFEST = 1 << 30
 
 JOURNAL = "reshard.journal"
 
+PROGRESS = "reshard.journal.d"
+"""In a store, which appends to nothing: the folder of what the journal would have."""
+
+STORE_RECORD = "reshard-store.json"
+"""In a store: what it told of each object of a finished target."""
+
 PARTIAL = ".partial"
 
 STORE_RECORD = "reshard-store.json"

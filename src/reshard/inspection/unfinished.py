@@ -2,23 +2,26 @@
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import msgspec
 
 from reshard.errors import refuse
 from reshard.execution.journal import RECORD, find_holder, read_batches
+from reshard.execution.store_journal import ID, parse_job, parse_note
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
-from reshard.formats.target_names import JOURNAL, PARTIAL
+from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS
 from reshard.paths import AnyPath, RemotePath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.engine_choice import list_recipe_words
 from reshard.sources.rank_names import parse_rank_name
-from reshard.storage.opened import open_regular_file
+from reshard.storage.opened import map_paths, measure_open_file, open_regular_file
 from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
 
 LARGEST_JOURNAL = 1 << 30
@@ -33,8 +36,9 @@ class JournalEntry(msgspec.Struct):
     layout: dict[str, Any]
     sizes: list[int]
     files: list[str]
-    source: list[tuple[str, int, str, int]]
+    source: list[tuple[str, int, str, int | str]]
     allow_inexact: bool = False
+    held_by: str = ""
     subset: dict[str, Any] = {}
 
 
@@ -49,10 +53,10 @@ class Unfinished:
     size: int
     """Of all tensor files, in bytes."""
     durable: int
-    """So many of these bytes are on the disk; the same command does not write them again."""
+    """So many of these bytes are on the disk, or in the store; the same command does not write them again."""
     files: int
     whole_files: int
-    """So many of the files have all their bytes on the disk."""
+    """So many of the files have all their bytes there."""
     source_files: int
     source_size: int
     """In bytes."""
@@ -62,6 +66,8 @@ class Unfinished:
     """The command that goes on, with SOURCE for the path of the source, as far as the journal knows its options."""
     holder: str
     """The process that is at work there, if that is known."""
+    begun_by: str = ""
+    """In a store: the process that began. Whether any is still at work the store does not tell."""
 
     def __str__(self) -> str:
         return "\n".join(map(escape, describe_unfinished(self)))
@@ -75,12 +81,15 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     size = f"{format_size(found.durable)} of {format_size(found.size)} ({share})"
     ranks = f" of ranks {found.ranks}" if found.ranks else ""
     yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
-    yield f"on the disk: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
+    where = "in the store" if found.begun_by else "on the disk"
+    yield f"{where}: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
     files = format_count(found.source_files, "files")
     yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
     if found.holder:
         yield f"at work: {found.holder}"
     else:
+        if found.begun_by:
+            yield f"begun by: {found.begun_by}; whether it is still at work, a store does not tell"
         yield "to go on: run the same convert command again. As far as the journal knows it, which has no paths:"
         yield f"  {found.command}"
 
@@ -92,12 +101,12 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
     Refused if the journal is damaged.
     """
     journal = path / JOURNAL
-    if isinstance(journal, RemotePath) or not journal.is_file():
+    if not journal.is_file():
         return None
     try:
         with open_regular_file(journal) as file:
-            content = file.read(LARGEST_JOURNAL) if os.fstat(file.fileno()).st_size <= LARGEST_JOURNAL else b""
-            inode = os.fstat(file.fileno()).st_ino
+            content = file.read(LARGEST_JOURNAL) if measure_open_file(file)[0] <= LARGEST_JOURNAL else b""
+            inode = 0 if isinstance(path, RemotePath) else os.fstat(file.fileno()).st_ino
     except OSError as error:
         raise refuse("cannot-read", str(journal), error.strerror or str(error), "to read it") from None
     start = content.find(b"\n") + 1
@@ -107,10 +116,12 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
         return None
     if set(entry.files) <= list_rank_files(read_valid_manifest(path)):
         return None
-    recorded = [0] * len(entry.files)
-    for _, number, size, _ in RECORD.iter_unpack(read_batches(content, start, journal)[0]):
-        if number < len(recorded):
-            recorded[number] += size
+    if isinstance(path, RemotePath):
+        done = measure_noted_files(path, content, len(entry.files))
+        durable, whole = sum(done), sum(map(eq, done, entry.sizes))
+    else:
+        recorded = measure_recorded_files(read_batches(content, start, path / JOURNAL)[0], len(entry.files))
+        durable, whole = sum(recorded), count_whole_files(path, entry, recorded)
     packaged = list_packaged_recipes()
     recipes = [recipe for recipe in packaged if recipe.name == entry.recipe]
     ranks = find_chosen_ranks(entry.files, recipes, entry.layout.get("ranks"))
@@ -119,15 +130,37 @@ def read_unfinished(path: AnyPath) -> Unfinished | None:
         entry.recipe,
         ranks,
         sum(entry.sizes),
-        sum(recorded),
+        durable,
         len(entry.files),
-        count_whole_files(path, entry, recorded),
+        whole,
         len(entry.source),
         sum(size for _, size, _, _ in entry.source),
         format_list([name for name, _, _, _ in entry.source], 2),
         shlex.join(make_words(entry, path, ranks, packaged)),
-        find_holder(journal, inode),
+        "" if isinstance(journal, RemotePath) else find_holder(journal, inode),
+        entry.held_by if isinstance(journal, RemotePath) else "",
     )
+
+
+def measure_recorded_files(records: bytes | bytearray, files: int) -> list[int]:
+    """The sizes that a journal has recorded of so many files, in bytes, without their headers."""
+    recorded = [0] * files
+    for _, number, size, _ in RECORD.iter_unpack(records):
+        if number < files:
+            recorded[number] += size
+    return recorded
+
+
+def measure_noted_files(folder: RemotePath, content: bytes, files: int) -> list[int]:
+    """The sizes that the notes of a job in a store tell of so many files, in bytes: of each that of its largest upload.
+    `content` is that of the job's object. Raises Refused.
+    """
+    job, paths = parse_job(content).get(ID), [*(folder / PROGRESS).iterdir()] if (folder / PROGRESS).is_dir() else []
+    contents = map_paths(lambda path: path.read_bytes(), folder, paths)
+    done: Counter[tuple[int, str]] = Counter()
+    for part in {part for note in (parse_note(one, job) for one in contents) if note for part in note.parts}:
+        done[part.file, part.upload] += part.size
+    return [max((size for (number, _), size in done.items() if number == index), default=0) for index in range(files)]
 
 
 def count_whole_files(path: AnyPath, entry: JournalEntry, recorded: Sequence[int]) -> int:

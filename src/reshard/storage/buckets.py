@@ -23,6 +23,9 @@ CLIENT: Any = {
     "user_agent": "reshard",
 }
 
+NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+"""What fails is tried again here, and waits are told."""
+
 KEYS_OF = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket AWS_SKIP_SIGNATURE=true",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
@@ -148,17 +151,17 @@ def open_bucket(scheme: str, rest: str) -> RemotePath:
     return RemotePath(BucketStore(scheme, folder, bucket, prefix, entries), file)
 
 
-def make_bucket(scheme: str, name: str, address: str) -> Any:
+def make_bucket(scheme: str, name: str, address: str, retries: Any = NO_RETRIES) -> Any:
     """Makes the client of a bucket, with keys and endpoint of the environment. Raises Refused."""
     try:
         import obstore.store  # noqa: PLC0415
     except ImportError:
         found, expected = "the package obstore is not installed", "reshard with its extra `remote`"
         raise refuse("missing-package", address, found, expected, "pip install 'reshard[remote]'") from None
-    options: Any = read_aws_profile() if scheme == "s3" else {}
-    never: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}  # it is tried again here, and waits are told
+    # Not all servers that speak S3 remove many objects at once; and there are never many of ours.
+    options: Any = {"disable_bulk_delete": True, **read_aws_profile()} if scheme == "s3" else {}
     try:
-        return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=never, **options)
+        return obstore.store.from_url(f"{scheme}://{name}", client_options=CLIENT, retry_config=retries, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
         remedy = f"are the keys right? {KEYS_OF[scheme]}"
         raise refuse("no-access", address, shorten_reason(error), "a bucket", remedy) from None

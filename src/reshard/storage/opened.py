@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.storage.local import (
+    PAGE,
     ReadableFile,
     Ways,
     advise_random_reads,
@@ -131,6 +132,19 @@ def read_range(file: OpenFile, offset: int, size: int, buffer: memoryview) -> me
         return read_local_range(file, offset, size, buffer)
     file.path.store.read_into(file.entry, offset, buffer[:size])
     return buffer[:size]
+
+
+def read_straight(file: OpenFile, offset: int, out: memoryview, buffer: memoryview) -> None:
+    """Fills `out` with the bytes of a file from byte `offset` on: without a copy, unless it is read by whole pages.
+    `buffer` serves as in `read_range`, of any size. Raises Refused.
+    """
+    if not (isinstance(file, ReadableFile) and file.direct is not None):
+        read_range(file, offset, len(out), out)
+        return
+    most = len(buffer) - 2 * PAGE
+    for begin in range(0, len(out), most):
+        size = min(most, len(out) - begin)
+        out[begin : begin + size] = read_range(file, offset + begin, size, buffer)
 
 
 def advise_scattered_reads(files: Iterable[OpenFile]) -> None:

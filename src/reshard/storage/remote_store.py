@@ -46,6 +46,16 @@ TOLD_WAITS: dict[str, float] = {}
 
 ONLINE = "is the address right, and this machine online? HTTPS_PROXY names a proxy, HF_ENDPOINT another hub"
 
+EXPECTED_OF_READ = (
+    "the bytes that were asked for",
+    "a server or a proxy in between does not keep to HTTP: download the files, and give their folder",
+)
+
+EXPECTED_OF_WRITE = (
+    "an answer of a store that has written it",
+    "the store or a proxy in between does not do what S3, Azure or Google do: convert into a folder, and upload that",
+)
+
 LISTENERS: list[Callable[[str], None]] = []
 """Told of waits in one line each."""
 
@@ -65,8 +75,9 @@ class Failed(Exception):
 class Patience:
     """Waits between the tries of one request, and gives up."""
 
-    def __init__(self, subject: str, *, is_opening: bool = False) -> None:
+    def __init__(self, subject: str, *, is_opening: bool = False, is_write: bool = False) -> None:
         self._subject = subject
+        self._is_write = is_write
         self._is_opening = is_opening
         self._since = monotonic()
         self._tries = 0
@@ -80,8 +91,8 @@ class Patience:
         """Waits before the next try. Raises Refused if there is to be none, and Stopped."""
         self._misanswered += failed.is_misanswered
         if self._misanswered >= MOST_MISANSWERED:
-            remedy = "a server or a proxy in between does not keep to HTTP: download the files, and give their folder"
-            raise refuse("wrong-answer", self._subject, failed.reason, "the bytes that were asked for", remedy)
+            expected, remedy = EXPECTED_OF_WRITE if self._is_write else EXPECTED_OF_READ
+            raise refuse("wrong-answer", self._subject, failed.reason, expected, remedy)
         self._tries += 1
         seconds = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         limit = OPENING_PATIENCE if self._is_opening else PATIENCE
@@ -93,7 +104,8 @@ class Patience:
             found = f"{failed.reason}, {format_count(self._tries, 'times')} in {monotonic() - self._since:.0f} s{told}"
             remedy = "run the same command again later: what is done stays done"
             remedy = ONLINE if self._is_opening and failed.wait is None else remedy
-            raise refuse("cannot-read", self._subject, found, "an answer", remedy)
+            kind = "cannot-write" if self._is_write else "cannot-read"
+            raise refuse(kind, self._subject, found, "an answer", remedy)
         if failed.wait is not None or self._tries == TOLD_TRY:
             tell_wait(self._subject, failed.reason, seconds)
         wait_unless_stopped(seconds)

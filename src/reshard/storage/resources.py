@@ -205,7 +205,8 @@ def map_in_threads(
     def work(place: int) -> None:
         found[place] = function(items[place])
 
-    run_in_threads(range(len(items)), lambda: work, min(threads, len(items)))
+    if items:
+        run_in_threads(range(len(items)), lambda: work, min(threads, len(items)))
     return [found[place] for place in range(len(items))]
 
 

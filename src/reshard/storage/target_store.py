@@ -1,4 +1,4 @@
-"""What a folder in a store is to who writes it: whole objects, and large ones that are uploaded in parts."""
+"""A folder in a store as its writer sees it: whole objects, and large ones that are uploaded in parts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol

@@ -4,7 +4,6 @@ By the standard library, whose `readinto` puts a body where it is wanted without
 """
 
 import asyncio
-import io
 import os
 import socket
 import ssl
@@ -24,81 +23,18 @@ from weakref import finalize
 
 from reshard.errors import refuse
 from reshard.storage.background_loop import run_unless_stopped
+from reshard.storage.patient_socket import LOOK_SECONDS, SILENT_SECONDS, PatientSocket
 from reshard.storage.remote_store import Failed
-from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped
-
-LOOK_SECONDS = WAKE_SECONDS
-"""So often a thread that waits for bytes looks whether it is to end."""
+from reshard.storage.resources import wait_unless_stopped
 
 CONNECT_SECONDS = 10.0
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-SILENT_SECONDS = 30.0
-"""In seconds: a server that sends nothing for so long is asked again."""
-
 MOST_IDLE = 64
 """So many connections to a server are kept open."""
 
 AGENT = "reshard"
-
-
-class PatientSocket:
-    """What `http.client` needs of a socket. It waits for bytes in short steps, so that an interrupt is heard."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        self._socket = connected
-        self._users = 1
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """The stream of what comes. Large reads of it go past its buffer."""
-        self._users += 1
-        return io.BufferedReader(PatientStream(self), 64 << 10)
-
-    def sendall(self, data: bytes) -> None:
-        """Sends a request."""
-        self._socket.settimeout(SILENT_SECONDS)
-        self._socket.sendall(data)
-
-    def receive(self, buffer: Any) -> int:
-        """Fills a part of a buffer. Raises TimeoutError if nothing has come for long, and Stopped."""
-        since = monotonic()
-        self._socket.settimeout(LOOK_SECONDS)
-        while True:
-            try:
-                return self._socket.recv_into(buffer)
-            except TimeoutError:
-                wait_unless_stopped()
-                if monotonic() > since + SILENT_SECONDS:
-                    raise TimeoutError(f"nothing came for {SILENT_SECONDS:.0f} s") from None
-
-    def close(self) -> None:
-        """Ends one use: the last one closes the connection. An answer is read after its connection was given up."""
-        self._users -= 1
-        if not self._users:
-            self._socket.close()
-
-
-class PatientStream(io.RawIOBase):
-    """The bytes that come from a socket."""
-
-    def __init__(self, connected: PatientSocket) -> None:
-        super().__init__()
-        self._socket = connected
-
-    def readable(self) -> bool:
-        """Whether it can be read: always."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fills a part of the buffer. Raises TimeoutError, and Stopped."""
-        return self._socket.receive(buffer)
-
-    def close(self) -> None:
-        """Ends the use of the socket."""
-        if not self.closed:
-            self._socket.close()
-        super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +97,20 @@ class WebClient:
         return context
 
     @contextmanager
-    def request(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
-        """A context in which an answer is read. A redirect is an answer like any other. Raises Failed if none comes,
-        and Refused for a server that has no certificate to be trusted.
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | memoryview = b"",
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> Iterator[Answer]:
+        """A context in which an answer is read. A redirect is an answer like any other. `silent_seconds`: so long the
+        server may take to answer. Raises Failed if no answer comes, and Refused for a server that has no certificate to
+        be trusted.
         """
-        place = urlsplit(url)
-        connection, response = self._send(method, place, {"user-agent": AGENT, **(headers or {})})
+        place, sent = urlsplit(url), {"user-agent": AGENT, **(headers or {})}
+        connection, response = self._send(method, place, sent, body, silent_seconds)
         try:
             yield Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response)
         except (OSError, HTTPException) as error:
@@ -184,7 +128,9 @@ class WebClient:
         response.close()
         connection.close()
 
-    def _send(self, method: str, place: SplitResult, headers: dict[str, str]) -> tuple[HTTPConnection, HTTPResponse]:
+    def _send(
+        self, method: str, place: SplitResult, headers: dict[str, str], body: bytes | memoryview, silent_seconds: float
+    ) -> tuple[HTTPConnection, HTTPResponse]:
         """Sends a request on a connection that is idle, else on a new one. One that was idle for long may be closed by
         now: that is no failure.
         """
@@ -195,8 +141,9 @@ class WebClient:
             is_new = connection is None
             try:
                 connection = connection or self._connect(place)
-                connection.request(method, make_request_target(place, connection), headers=headers)
-                return connection, connection.getresponse()
+                connected: Any = connection.sock
+                connected.silent_seconds = silent_seconds
+                return connection, exchange(connection, method, make_request_target(place, connection), headers, body)
             except ssl.SSLCertVerificationError as error:
                 found, remedy = error.verify_message, "SSL_CERT_FILE names a file of certificates to trust"
                 raise refuse("cannot-read", name_server(place), found, "a certificate to be trusted", remedy) from None
@@ -226,6 +173,22 @@ class WebClient:
             connected = begin_tls(self._context, connected, host)
         made.sock = PatientSocket(connected)
         return made
+
+
+def exchange(
+    connection: HTTPConnection, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview
+) -> HTTPResponse:
+    """Sends a request and receives the beginning of the answer. Raises OSError, HTTPException, and Stopped."""
+    try:
+        connection.request(method, target, body or None, dict(headers))
+    except (BrokenPipeError, ConnectionResetError):
+        if not body:
+            raise
+        # A server may refuse a body before it has taken all of it. The reason is in its answer, if that has come.
+        response = connection.getresponse()
+        response.will_close = True
+        return response
+    return connection.getresponse()
 
 
 def connect_patiently(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from reshard.execution.execute import RunResult
 from reshard.formats.manifest import list_subset_lines
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
 from reshard.recipes.recipe import has_ranks
 from reshard.target.manifest_writer import describe_lost
@@ -18,7 +18,7 @@ from reshard.types import RANKS, SLICED
 class Conversion:
     """A finished conversion."""
 
-    target: Path
+    target: AnyPath
     plan: Plan
     """Of the files that this run has written."""
     done: RunResult | None

@@ -19,7 +19,7 @@ from reshard.storage.opened import open_file, read_range
 from reshard.storage.page_cache import find_ways_past_cache
 from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.resources import map_in_threads
-from reshard.target.preflight import find_nearest_folder
+from reshard.target.room import find_nearest_folder
 from reshard.target.side_files import measure_lacking_sides
 from reshard.text import format_size
 from reshard.types import File

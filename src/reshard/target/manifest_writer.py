@@ -6,7 +6,6 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
@@ -18,10 +17,11 @@ from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
 from reshard.formats.renaming import store_renaming
 from reshard.formats.shares import Share
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
 from reshard.recipe_types import Recipe
-from reshard.storage.opened import map_paths, open_regular_file
+from reshard.storage.opened import map_paths, measure_path, open_regular_file
 from reshard.target.config_files import cast_config
 from reshard.text import format_count, format_list
 from reshard.types import File
@@ -147,7 +147,7 @@ def describe_conversion_job(plan: Plan, samples: Sequence[str]) -> dict[str, Any
     return {**describe_plan(plan), "source_samples": list(samples)}
 
 
-def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -> set[int]:
+def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: AnyPath) -> set[int]:
     """Finds the ranks of the plan whose files are finished: listed in the manifest of the same job, with their size."""
     sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
     return {
@@ -155,7 +155,7 @@ def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: Path) -
         for file in plan.files
         if sizes.get(file.name) == file.size
         and (folder / file.name).is_file()
-        and (folder / file.name).stat().st_size == file.size
+        and measure_path(folder / file.name) == file.size
     }
 
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from reshard.execution.staging import STAGING
 from reshard.formats.huggingface import SUFFIX
+from reshard.formats.remote_names import find_bucket_download
 from reshard.formats.slice_names import name_slices
 from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
+from reshard.paths import AnyPath, RemotePath
 from reshard.planning.plan import Plan
 from reshard.recipe_types import Recipe
 from reshard.target.engines import count_ranks_per_node, list_slice_loads, make_rank_start, make_whole_start
@@ -32,11 +34,14 @@ class NextStep(NamedTuple):
     in."""
 
 
-def list_next_steps(plan: Plan, target: Path) -> Iterator[NextStep]:
+def list_next_steps(plan: Plan, target: AnyPath) -> Iterator[NextStep]:
     """Lists what is to be done with a target after it was verified. With chosen tensors (`--only`) nothing: they are no
     model.
     """
     if "only" in plan.source.subset:
+        return
+    if isinstance(target, RemotePath):
+        yield from list_download_steps(plan, target)
         return
     folder, names = target.absolute(), list_names(target)
     if plan.layout.to == RANKS:
@@ -85,6 +90,27 @@ def list_copy_steps(recipe: Recipe, ranks: int, folder: Path, verb: str) -> Iter
     many = "ranks" if len(chosen) > 1 else "rank"
     yield NextStep("copy", f"{verb} {many} {text} to another node", shlex.join(words))
     yield NextStep("verify-copy", "verify there", shlex.join(["reshard", "verify", str(folder), "--ranks", text]))
+
+
+def list_download_steps(plan: Plan, target: RemotePath) -> Iterator[NextStep]:
+    """Lists how a target in a store comes to the disk of a node, and is verified there: of rank files, those of one
+    node. Nothing while some are not there yet, or where no program is known.
+    """
+    scheme, _, rest = str(target).partition("://")
+    download, ranks = find_bucket_download(scheme, rest), plan.layout.ranks
+    is_of_ranks = plan.layout.to == RANKS
+    files = {plan.recipe.files.format(rank=rank, ranks=ranks) for rank in range(ranks)} if is_of_ranks else set()
+    if not download or not files <= {*list_names(target)}:
+        return
+    words, check, text = download.words, ["reshard", "verify", download.folder], "copy to a disk"
+    own = count_ranks_per_node(ranks)
+    if is_of_ranks and own < ranks and scheme == "s3":
+        includes = make_rank_patterns(plan.recipe, ranks, range(own))
+        words = [*words, "--exclude", f"*{SUFFIX}", *(word for one in includes for word in ("--include", one))]
+        check += ["--ranks", format_numbers(range(own))]
+        text = f"copy ranks {format_numbers(range(own))} to a node"
+    yield NextStep("copy", text, shlex.join(words))
+    yield NextStep("verify-copy", "verify there", shlex.join(check))
 
 
 def make_rank_patterns(recipe: Recipe, ranks: int, chosen: Sequence[int]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from reshard.errors import Problem
 from reshard.execution.staging import STAGING, find_staged_files, list_staged_names
 from reshard.formats.target_names import list_names
-from reshard.target.preflight import check_folder, check_space
 from reshard.target.repair_plan import CONVERT_ANEW, Damage, RepairPlan
+from reshard.target.room import check_folder, check_space
 from reshard.target.state import MOVE_AND_REPEAT
 from reshard.verification.checksums import Audit
 

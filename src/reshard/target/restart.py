@@ -5,34 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
-from reshard.execution.journal import has_partial_files
 from reshard.execution.staging import STAGING, find_staged_files
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
-from reshard.target.state import TargetState
+from reshard.storage.opened import measure_path
+from reshard.target.left_files import has_left_files
+from reshard.target.state import TargetState, compute_path_checksum, has_size
 from reshard.text import format_count, format_list, format_size
-from reshard.verification.checksums import find_damaged_side_files
 
 MOST_NAMED = 20
 """So many files are named; the number and the size of all is told too."""
 
 
 def choose_files_to_remove(
-    folder: Path, plan: Plan, manifests: Manifests, same: Mapping[str, Mapping[str, Any]], *, yes: bool
+    folder: AnyPath, plan: Plan, manifests: Manifests, same: Mapping[str, Mapping[str, Any]], *, yes: bool
 ) -> tuple[str, ...]:
     """Chooses the finished files that a restart removes. Without `yes` those are chosen that it would remove, so that
     somebody can be asked; but where a run has not ended, only what that run has begun is thrown away, and none removed.
     """
-    if yes or not same or not has_partial_files(folder):
+    if yes or not same or not has_left_files(folder):
         return tuple(list_files_to_remove(folder, plan, manifests, same))
     return ()
 
 
 def list_files_to_remove(
-    folder: Path, plan: Plan, manifests: Manifests, same: Mapping[str, Mapping[str, Any]]
+    folder: AnyPath, plan: Plan, manifests: Manifests, same: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """Lists the finished files that a plan would write anew, and what is of no use without them. Of another conversion
     these are all its files. Only what a manifest names is listed; the manifests come last, so that after a crash they
@@ -48,8 +49,10 @@ def list_files_to_remove(
         return
     sides = {entry["name"] for one in chosen.values() for entry in one["side_files"]}
     own = [name for name in reversed([*chosen]) if name == MANIFEST or is_part_name(name)]
-    staged = [f"{STAGING}/{name}" for one in chosen.values() for name in find_staged_files(folder, one)]
-    names = [*sorted({*staged}), *sorted(files), *sorted(sides - files), *own]
+    staged = []
+    if isinstance(folder, Path):  # in a store nothing is repaired
+        staged = [f"{STAGING}/{name}" for one in chosen.values() for name in find_staged_files(folder, one)]
+    names = [*sorted({*staged}), *sorted(files), *sorted(sides - files), STORE_RECORD, *own]
     yield from (name for name in names if (folder / name).is_file())
 
 
@@ -66,13 +69,18 @@ def list_files_beside(state: TargetState) -> set[str]:
 
 def check_removed_files(state: TargetState) -> Iterator[Problem]:
     """Reports files that a restart would remove, and then has to read: through links, or as another tokenizer."""
-    names = {(state.folder / name).resolve(): name for name in state.removed}
+    names = {resolve_path(state.folder / name): name for name in state.removed}
     source = [state.plan.source.folder / file.name for file in state.plan.source.files]
-    read = [*source, *(side.origin for side in state.sides.values())]
-    for path in (path for path in read if isinstance(path, Path)):
-        if name := names.get(path.resolve()):
+    read = [*source, *(side.origin for side in state.sides.values() if not isinstance(side.origin, bytes))]
+    for path in read:
+        if name := names.get(resolve_path(path)):
             found, expected = f"read as {path}", "files of the target that nothing is made of"
             yield Problem("target-inside-source", str(state.folder / name), found, expected, "another target")
+
+
+def resolve_path(path: AnyPath) -> str:
+    """The name of a file that two paths to it have alike: without links, or an address."""
+    return str(path.resolve() if isinstance(path, Path) else path)
 
 
 def leave_out_files(manifest: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
@@ -86,12 +94,17 @@ def refuse_to_remove(state: TargetState) -> Refused:
     that a person may have changed.
     """
     folder, names = state.folder, state.removed
-    changed = [entry["name"] for entry in find_damaged_side_files(folder, state.manifests.main)]
-    changed = [name for name in changed if name in names]
-    size = sum((folder / name).stat().st_size for name in names)
+    written = {entry["name"]: entry for entry in state.manifests.main.get("side_files", ()) if entry["name"] in names}
+    changed = [name for name, entry in written.items() if not is_as_written(folder / name, entry)]
+    size = sum(measure_path(folder / name) for name in names)
     count = f"{format_count(len(names), 'files')}, {size:,} bytes ({format_size(size)})"
     found = f"finished; --restart would remove {count}: {format_list(names, MOST_NAMED)}"
     if changed:
         found += f"; of these, changed since they were written: {format_list(changed)}"
     remedy = "add --yes to remove them and write the target anew; if a file is damaged, reshard repair writes only that"
     return refuse("finished-target", str(folder), found, "--yes, or a target that is not finished", remedy)
+
+
+def is_as_written(path: AnyPath, entry: Mapping[str, Any]) -> bool:
+    """Whether a side file is as its entry in the manifest says."""
+    return has_size(path, entry["size"]) and compute_path_checksum(path) == entry["xxh3_128"]

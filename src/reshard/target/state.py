@@ -10,18 +10,22 @@ from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import (
+    MANIFEST_COPY,
     Manifests,
     check_agreement,
     is_part_name,
     name_part_manifest,
     read_manifests,
 )
-from reshard.formats.target_names import MANIFEST, PARTIAL, list_names
+from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.file_layout import name_rank_files
 from reshard.planning.plan import Plan
 from reshard.recipes.recipe import has_ranks
 from reshard.sources.changed_files import find_changed_range
+from reshard.storage.opened import measure_path
 from reshard.target.manifest_writer import describe_conversion_job
+from reshard.target.places import TargetPlace, get_folder
 from reshard.target.tokenizer import WORD
 from reshard.text import format_count, format_list, format_numbers
 from reshard.types import RANKS, SLICED, WHOLE, Note
@@ -33,7 +37,7 @@ MOVE_AND_REPEAT = "move it out of the folder, and run the same command again"
 class TargetState:
     """A target folder at the start of a job, and the part of the plan that remains to be done."""
 
-    folder: Path
+    place: TargetPlace
     plan: Plan
     """The plan of the files that are not finished yet."""
     samples: Sequence[str]
@@ -50,6 +54,11 @@ class TargetState:
     """The part of the new manifest that describes the source."""
     removed: tuple[str, ...] = ()
     """Finished files that are removed before anything is written, in this order; `known` does not name them."""
+
+    @property
+    def folder(self) -> AnyPath:
+        """Its path. A folder in a store is as it was when it was opened."""
+        return get_folder(self.place)
 
     @property
     def size(self) -> int:
@@ -90,9 +99,19 @@ def list_lost_sides(state: TargetState) -> list[str]:
 
 def require_same(state: TargetState) -> None:
     """Raises Refused if the manifests in the target are not those that were looked at."""
-    if read_manifests(state.folder) != state.manifests:
+    place = state.place
+    if isinstance(place, Path):
+        is_same = read_manifests(place) == state.manifests
+    else:  # by their versions, for the folder stays as it was when it was opened
+        is_same = keep_manifests(place.store.list_entries()) == keep_manifests(place.folder.store.entries)
+    if not is_same:
         found = "another run has ended there just now"
         raise refuse("target-changed", str(state.folder), found, "none", "run it again")
+
+
+def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Keeps those of the listed objects that may be manifests."""
+    return {name: entry for name, entry in entries.items() if MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD}
 
 
 def note_joined(state: TargetState) -> Note:
@@ -136,12 +155,20 @@ def check_replaced_sides(state: TargetState) -> Iterator[Problem]:
             yield Problem("source-changed", name, found, expected, remedy)
 
 
-def has_content(path: Path, side: SideFile) -> bool:
+def has_content(path: AnyPath, side: SideFile) -> bool:
     """Whether a file has the content of a side file. Raises Refused if one of them cannot be read."""
-    status = path.stat()
-    if not path.is_file() or status.st_size != side.size:
-        return False
-    return compute_side_checksum(SideFile(path, status.st_size, status.st_mtime_ns)) == compute_side_checksum(side)
+    return has_size(path, side.size) and compute_path_checksum(path) == compute_side_checksum(side)
+
+
+def has_size(path: AnyPath, size: int) -> bool:
+    """Whether a path is a file of this size, in bytes."""
+    return path.is_file() and measure_path(path) == size
+
+
+def compute_path_checksum(path: AnyPath) -> str:
+    """The xxh3-128 of a file, in hexadecimal. Raises Refused if it cannot be read."""
+    version = path.entry.version if isinstance(path, RemotePath) else path.stat().st_mtime_ns
+    return compute_side_checksum(SideFile(path, measure_path(path), version))
 
 
 def check_written_files(state: TargetState) -> Iterator[Problem]:
@@ -155,7 +182,7 @@ def check_written_files(state: TargetState) -> Iterator[Problem]:
         path = state.folder / entry["name"]
         if not path.exists() or not (state.must_be_joined or entry["name"] in planned):
             continue
-        if (size := path.stat().st_size) != entry["size"]:
+        if (size := measure_path(path)) != entry["size"]:
             found, expected = f"{size:,} bytes", f"{entry['size']:,} bytes, as they were written"
             yield Problem("wrong-size", str(path), found, expected, remedy)
         elif state.must_be_joined and (changed := find_changed_range(path, entry["ranges"])):

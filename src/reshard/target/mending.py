@@ -1,0 +1,84 @@
+"""Mends a finished target: writes what is lost beside its rank files, and removes what a crash has left."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from reshard.errors import Refused, refuse
+from reshard.execution.execute import refuse_unwritable, rename_to_final
+from reshard.execution.journal import has_partial_files, lock_journal
+from reshard.execution.parts import PART_SIZE
+from reshard.execution.side_writer import write_side_files
+from reshard.execution.store_journal import remove_job
+from reshard.execution.store_objects import put_side_file, write_store_record
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.storage.counting import WorkCounter
+from reshard.storage.local import write_durable
+from reshard.target.left_files import has_left_files
+from reshard.target.places import StoredFolder
+from reshard.target.state import TargetState, list_lost_sides, require_same
+
+
+def mend_target(state: TargetState) -> list[str]:
+    """Writes the side files and the manifest of its part that a finished target lacks, and returns their names; removes
+    what a job that crashed after its last rename has left.
+
+    Raises Refused if they cannot be written, or if side files are missing while other ranks are half written: that job
+    must end first.
+    """
+    target, sides = state.folder, list_lost_sides(state)
+    part = [state.part] if state.part and not (target / state.part).exists() else []
+    if has_left_files(target):
+        if sides:
+            found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
+            raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
+        return []
+    if not (sides or part or state.superseded or (target / JOURNAL).exists()):
+        return []
+    if isinstance(state.place, Path):
+        mend_folder(state, state.place, sides, part)
+    else:
+        mend_stored_folder(state, state.place, sides, part)
+    return [*sides, *part]
+
+
+def mend_folder(state: TargetState, target: Path, sides: list[str], part: list[str]) -> None:
+    """Mends a folder of this machine, while no other run is at work there. Raises Refused."""
+    try:
+        with ExitStack() as stack:
+            lock_journal(stack, target / JOURNAL)
+            require_same(state)
+            if has_partial_files(target):
+                raise refuse_begun(state)
+            write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0))
+            for name in part:
+                write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
+            rename_to_final(target, [*sides, *part], state.superseded)
+    except OSError as error:
+        raise refuse_unwritable(target, error) from None
+
+
+def refuse_begun(state: TargetState) -> Refused:
+    """Makes the refusal where another run has begun since the target was looked at."""
+    return refuse("target-changed", str(state.folder), "another run has begun there", "none", "run it again")
+
+
+def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str], part: list[str]) -> None:
+    """Mends a folder in a store, where nothing is locked: a run that begins meanwhile loses nothing but what it has
+    noted. Raises Refused.
+    """
+    store, folder = place.store, place.folder
+    seen = (folder / JOURNAL).read_bytes() if (folder / JOURNAL).is_file() else None
+    require_same(state)
+    if store.get(JOURNAL) != seen:
+        raise refuse_begun(state)
+    etags = {}
+    for name in sides:
+        side = state.sides[name]
+        etags[name] = side.size, put_side_file(store, name, side, PART_SIZE)[0]
+    if etags:
+        store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), list_names(folder), etags))
+    for name in part:
+        store.put(name, (folder / MANIFEST).read_bytes())
+    store.remove(state.superseded)
+    if seen is not None:
+        remove_job(store)
