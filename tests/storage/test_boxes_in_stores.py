@@ -1,6 +1,7 @@
 """Torch's distributed checkpoints in a bucket: the same boxes and bytes as from a folder, by few requests."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,12 @@ def test_a_folder_without_its_metadata_is_refused_as_here(saved: Path, tmp_path:
     serve(folder)
     with pytest.raises(Refused, match="which says what the"):
         reshard.inspect(BUCKET)
+
+
+@pytest.mark.parametrize("name", ["grid", "slices"])
+def test_inspect_says_of_a_bucket_what_it_says_of_a_folder(saved: Path, serve: ServeFolder, name: str) -> None:
+    serve(saved / name)
+    there, here = reshard.inspect(BUCKET), reshard.inspect(saved / name)
+    assert there.path == BUCKET
+    remark = there.remark.replace(BUCKET, str(saved / name))
+    assert replace(there, path="", remark=remark) == replace(here, path="")
