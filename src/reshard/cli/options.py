@@ -9,6 +9,7 @@ from reshard.cli.shared_options import (
     add_config,
     add_ignore_extra_files,
     add_jobs,
+    add_other_records,
     add_output,
     add_policies,
     add_progress,
@@ -209,17 +210,7 @@ def add_verify(parser: Parser) -> None:
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help="Verify the files of these ranks only.")
     add_ignore_extra_files(what, f"With --source, {IGNORE_HELP[0].lower()}{IGNORE_HELP[1:]}")
     add_config(what, "With --source: the --config that it was converted with.")
-    what.add_argument(
-        "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
-    )
-    what.add_argument(
-        "--sums", type=parse_path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
-    )
-    what.add_argument(
-        "--checksums-only",
-        action="store_true",
-        help="In a bucket: compare sizes and ETags with those of the upload, and read no tensor.",
-    )
+    add_other_records(what)
     parser.section(RUNNING).add_argument(
         "--sample",
         type=parse_share,

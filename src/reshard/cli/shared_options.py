@@ -1,4 +1,4 @@
-"""The options that several commands share: recipe, threads, policies, progress, output and help."""
+"""Options that several commands share, such as recipe, threads and output; and the records that `verify` looks into."""
 
 import argparse
 
@@ -84,3 +84,18 @@ def add_program(parser: Parser, version: str) -> None:
         help="Print the completion script of a shell (it needs the package shtab).",
     )
     add_help(options)
+
+
+def add_other_records(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of `verify` that compare the files with other records than the manifest."""
+    group.add_argument(
+        "--download", action="store_true", help="Compare the files with the hashes that the hub's downloader left."
+    )
+    group.add_argument(
+        "--sums", type=parse_path, metavar="FILE", help="Compare the files with a list that sha256sum has written."
+    )
+    group.add_argument(
+        "--checksums-only",
+        action="store_true",
+        help="In a bucket: compare sizes and ETags with those of the upload, and read no tensor.",
+    )
