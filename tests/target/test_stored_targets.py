@@ -16,8 +16,8 @@ from targets import CONFIG, RANKS, make_source_and_target
 
 import reshard
 from reshard.cli.main import main
-from reshard.formats.target_names import JOURNAL, MANIFEST, STORE_RECORD
-from reshard.storage import remote_store, s3_uploads
+from reshard.formats.target_names import JOURNAL, MANIFEST, PROGRESS, STORE_RECORD
+from reshard.storage import remote_store, s3_uploads, streamed_uploads
 from reshard.storage.target_store import UploadLimits
 from reshard.synthetic import write_checkpoint
 
@@ -355,6 +355,30 @@ def test_a_journal_left_behind_the_manifest_is_removed(
     bucket.faults.clear()
     assert convert(source) == 0
     assert "converted already; nothing was written" in capsys.readouterr().out
+    assert read_target(bucket) == local
+
+
+def test_notes_without_a_job_are_removed(
+    bucket: S3State, source: Path, local: Mapping[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source) == 0
+    bucket.objects[f"{PREFIX}{PROGRESS}/run-00001"] = Stored(b"late", make_etag(b"late"))
+    capsys.readouterr()
+    assert convert(source) == 0
+    assert "converted already; nothing was written" in capsys.readouterr().out
+    assert read_target(bucket) == local
+
+
+@pytest.mark.parametrize("level", ["stream"], indirect=True)
+@pytest.mark.usefixtures("level")
+def test_an_object_whose_end_was_not_heard_of_is_no_stranger(
+    bucket: S3State, source: Path, local: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(streamed_uploads.RETRIES, "max_retries", 1)
+    bucket.faults["complete", "lost"] = 1000
+    assert convert(source) == 2
+    bucket.faults.clear()
+    assert convert(source) == 0
     assert read_target(bucket) == local
 
 

@@ -138,7 +138,8 @@ def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *
         if is_over:
             journal.remove_own_notes()
         elif is_vain:
-            store.remove([plan.files[index].name for index in ledger.done])
+            # Also what a stream has become whole, if the answer to that was lost: a stranger's file to the next run.
+            store.remove([plan.files[index].name for index in {*ledger.done, *ledger.uploads}])
             remove_job(store)
         elif is_refused:
             ledger.flush()

@@ -10,7 +10,7 @@ from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
 from reshard.execution.store_journal import remove_job
 from reshard.execution.store_objects import put_side_file, write_store_record
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.left_files import has_left_files
@@ -32,7 +32,8 @@ def mend_target(state: TargetState) -> list[str]:
             found, remedy = "an unfinished conversion of other ranks", "run its command again, then this one"
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
         return []
-    if not (sides or part or state.superseded or (target / JOURNAL).exists()):
+    has_notes = isinstance(state.place, StoredFolder) and (target / PROGRESS).exists()
+    if not (sides or part or state.superseded or (target / JOURNAL).exists() or has_notes):
         return []
     if isinstance(state.place, Path):
         mend_folder(state, state.place, sides, part)
@@ -80,5 +81,4 @@ def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str]
     for name in part:
         store.put(name, (folder / MANIFEST).read_bytes())
     store.remove(state.superseded)
-    if seen is not None:
-        remove_job(store)
+    remove_job(store)
