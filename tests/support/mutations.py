@@ -236,8 +236,8 @@ MUTATIONS = (
     Mutation(
         "execution/reader",
         "the columns of a matrix are gathered on top of each other",
-        "end += run * rows",
-        "end += run",
+        "end += piece.run * piece.rows",
+        "end += piece.run",
         "test_convert.py::test_every_file_is_the_oracles[v2-2]",
     ),
     Mutation(
@@ -434,7 +434,7 @@ MUTATIONS = (
     Mutation(
         "target/manifest_writer",
         "a finished file may have any size",
-        "        and (folder / file.name).stat().st_size == file.size\n",
+        "        and measure_path(folder / file.name) == file.size\n",
         "",
         "test_gaps.py::test_a_finished_file_of_another_size_is_not_taken_for_finished",
     ),
@@ -595,7 +595,7 @@ MUTATIONS = (
         "test_verify_casts.py::test_an_index_that_names_another_file_is_seen",
     ),
     Mutation(
-        "verification/checksums",
+        "verification/checked_ranges",
         "a range with another checksum is fine",
         "[checked.offset - start : checked.stop - start]) != checked.digest",
         '[checked.offset - start : checked.stop - start]) == ""',
@@ -609,7 +609,7 @@ MUTATIONS = (
         "test_checksums.py::test_swapped_truncated_missing_and_extra_files_are_named",
     ),
     Mutation(
-        "verification/checksums",
+        "verification/checked_ranges",
         "a sample need not hold the end of a file",
         "sorted({0, numbers[-1], *sample_evenly(",
         "sorted({0, *sample_evenly(",
@@ -618,8 +618,8 @@ MUTATIONS = (
     Mutation(
         "verification/checksums",
         "small files are compared by their size",
-        ' or compute_file_checksum(path) != entry["xxh3_128"]:',
-        ":",
+        ' or compute_file_checksum(path) != entry["xxh3_128"]',
+        "",
         "test_checksums.py::test_a_sample_looks_at_sizes_and_small_files_in_full",
     ),
     # --- what people have on their disks ---
@@ -704,8 +704,8 @@ MUTATIONS = (
     Mutation(
         "target/preflight",
         "a restart removes finished files unasked",
-        "if removed and not yes:",
-        "if removed and yes is None:",
+        "if removed and not settings.yes:",
+        "if removed and settings.yes is None:",
         "test_restart.py::test_what_would_be_removed_is_said_and_nothing_is_done",
     ),
     Mutation(
@@ -807,7 +807,7 @@ MUTATIONS = (
         "test_stacked_experts.py::test_transposed_stacks_are_not_read_without_a_config",
     ),
     Mutation(
-        "api",
+        "target/verified_target",
         "verify believes where stacked experts were read",
         "stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,",
         "stacked=None,",
@@ -891,7 +891,7 @@ MUTATIONS = (
         "test_uneven_parts.py::test_each_rank_has_its_blocks_and_they_lead_back",
     ),
     Mutation(
-        "api",
+        "target/verified_target",
         "slices of rank files are proven without their rows",
         "if sliced and sliced.problems:",
         "if sliced and False:",
@@ -903,6 +903,91 @@ MUTATIONS = (
         "(path / METADATA).is_file()",
         "True",
         "test_training_refusals.py::test_all_steps_of_a_training_are_named",
+    ),
+    # --- stores ---
+    Mutation(
+        "storage/hub_access",
+        "a token goes to any server",
+        "if self.token and is_same_server(url, self.endpoint):",
+        "if self.token:",
+        "test_remote_sources.py::test_a_private_repository_needs_its_token",
+    ),
+    Mutation(
+        "storage/remote_store",
+        "what a stranger lists may lead out of a folder",
+        "for entry in entries if has_plain_parts(entry.name)}",
+        "for entry in entries}",
+        "test_remote_sources.py::test_names_that_lead_out_of_a_folder_are_not_there",
+    ),
+    Mutation(
+        "storage/web_client",
+        "what has come of a broken answer is lost",
+        "buffer[done : done + READ_STEP]",
+        "buffer[done:]",
+        "test_store_faults.py::test_what_comes_slowly_or_breaks_off_is_read_to_its_end",
+    ),
+    Mutation(
+        "storage/remote_store",
+        "a wait that a server tells uses up patience",
+        "since = self._since + self._told",
+        "since = self._since",
+        "test_store_faults.py::test_waits_that_were_told_do_not_use_up_patience",
+    ),
+    Mutation(
+        "storage/s3_requests",
+        "an error in an answer of 200 is a success",
+        'answer.status in (200, 204) and b"<Error>" not in content',
+        "answer.status in (200, 204)",
+        "test_target_buckets.py::test_parts_are_put_in_spite_of_faults",
+    ),
+    Mutation(
+        "storage/streamed_uploads",
+        "a stream is fed from memory that is filled again",
+        "feed(stream, bytes(data[begin : begin + stream.piece_size]))",
+        "feed(stream, data[begin : begin + stream.piece_size])",
+        "test_target_buckets.py::test_a_stream_is_what_was_put",
+    ),
+    Mutation(
+        "storage/whole_objects",
+        "an object of another is taken for ours",
+        "return is_again and await get_object(bucket, key) == content",
+        "return is_again",
+        "test_target_buckets.py::test_an_object_of_another_is_not_taken_for_ours_after_a_lost_answer",
+    ),
+    Mutation(
+        "execution/store_ledger",
+        "a part of another content is durable",
+        " and found.size == part.size and is_same_etag(found.etag, part.etag)",
+        " and found.size == part.size",
+        "test_store_resume.py::test_parts_that_the_store_has_lost_are_put_again",
+    ),
+    Mutation(
+        "execution/store_target",
+        "a restart throws away before it looks again",
+        "others.require_same()  # before anything is thrown away",
+        "pass",
+        "test_store_resume.py::test_another_job_is_refused_and_begins_again_if_asked_to",
+    ),
+    Mutation(
+        "execution/parts",
+        "reads of two source files are joined",
+        "if read and read.source_file == piece.source_file and piece.start",
+        "if read and piece.start",
+        "test_store_targets.py::test_a_store_gets_what_a_folder_gets",
+    ),
+    Mutation(
+        "verification/listed_objects",
+        "another ETag is the same object",
+        "path.entry.version.strip('\"') != known.etag.strip('\"') or known.size != size",
+        "known.size != size",
+        "test_verify_in_stores.py::test_damage_is_found_and_its_hint_repairs_nothing",
+    ),
+    Mutation(
+        "formats/archive_ends",
+        "an end is read beyond its file",
+        "end = min(offset + max(size, READ_AHEAD), self._path.entry.size)",
+        "end = offset + max(size, READ_AHEAD)",
+        "test_boxes_in_stores.py::test_what_the_ends_do_not_have_is_read_when_it_is_asked_for",
     ),
 )
 
