@@ -16,10 +16,13 @@ from targets import CONFIG, RANKS, make_source_and_target
 
 import reshard
 from reshard.cli.main import main
+from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PROGRESS, STORE_RECORD
+from reshard.paths import AnyPath
 from reshard.storage import remote_store, s3_uploads, streamed_uploads
 from reshard.storage.target_store import UploadLimits
 from reshard.synthetic import write_checkpoint
+from reshard.target import preflight
 
 ADDRESS = "s3://models/inner/model"
 PREFIX = "inner/model/"
@@ -386,14 +389,49 @@ def test_a_journal_of_other_ranks_is_left_to_its_run(
     bucket: S3State, source: Path, local: Mapping[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(source, "--ranks", "0-1") == 0
-    bucket.faults["put_part", "denied"] = 1
     bucket.faults["complete", "denied"] = 1000
-    assert convert(source, "--ranks", "2-3", "--jobs", "1") == 2
+    assert convert(source, "--ranks", "2-3") == 2
     bucket.faults.clear()
-    left = bucket.objects.get(PREFIX + JOURNAL)
+    left = dict(bucket.objects)
+    assert PREFIX + JOURNAL in left
     assert convert(source, "--ranks", "0-1") == 0
-    assert bucket.objects.get(PREFIX + JOURNAL) == left
-    capsys.readouterr()
+    assert bucket.objects == left
+    del bucket.objects[f"{PREFIX}tokenizer.json"]
+    said = run_refused(capsys, source, "--ranks", "0-1")
+    assert "an unfinished conversion of other ranks" in said
+    assert convert(source, "--ranks", "2-3") == 0
+    assert read_target(bucket) == local
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_that_of_an_unfinished_run(
+    bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket.faults["complete", "denied"] = 1000
+    assert convert(source) == 2
+    bucket.faults.clear()
+    bucket.objects[f"{PREFIX}tokenizer.json"] = Stored(b"mine", make_etag(b"mine"))
+    before = dict(bucket.objects)
+    assert "1 file: tokenizer.json" in run_refused(capsys, source)
+    run_refused(capsys, source, "--restart")
+    assert bucket.objects == before
+
+
+def test_a_run_that_ends_while_we_look_is_not_overwritten(
+    bucket: S3State,
+    source: Path,
+    local: Mapping[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def read_and_end(folder: AnyPath) -> Manifests:
+        found = read_manifests(folder)
+        monkeypatch.setattr(preflight, "read_manifests", read_manifests)
+        assert convert(source, "--ranks", "0-1") == 0
+        return found
+
+    monkeypatch.setattr(preflight, "read_manifests", read_and_end)
+    assert convert(source, "--ranks", "2-3") == 2
+    assert "another run has ended there just now" in capsys.readouterr().err
     assert convert(source, "--ranks", "2-3") == 0
     assert read_target(bucket) == local
 
@@ -403,11 +441,15 @@ def test_lost_side_files_are_written_again(
 ) -> None:
     assert convert(source) == 0
     del bucket.objects[f"{PREFIX}tokenizer.json"]
+    bucket.objects[PREFIX + STORE_RECORD] = Stored(b"{}", make_etag(b"{}"))
     bucket.requests.clear()
     assert convert(source) == 0
     assert "converted already; written again: tokenizer.json" in capsys.readouterr().out
     assert read_target(bucket) == local
     assert [change for change in list_changes(bucket) if ".safetensors" in change] == []
+    etag = bucket.objects[f"{PREFIX}tokenizer.json"].etag
+    record = json.loads(bucket.read_folder(PREFIX)[STORE_RECORD])["objects"]
+    assert record == {"tokenizer.json": {"size": len(local["tokenizer.json"]), "etag": etag}}
 
 
 def test_side_files_that_were_changed_are_refused(
