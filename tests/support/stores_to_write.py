@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
@@ -157,7 +158,7 @@ class FolderStore:
         digest = md5(b"".join(md5(part).digest() for part in parts)).hexdigest()  # noqa: S324
         etag = f"{os.urandom(16).hex() if self.is_keyed else digest}-{len(parts)}"
         self._write(name, b"".join(parts), etag)
-        shutil.rmtree(folder)
+        self._throw_away(upload)
         return etag
 
     def abort_upload(self, name: str, upload: str) -> None:
@@ -165,7 +166,8 @@ class FolderStore:
         with self._turn:
             self._streams.pop(name, None)
         if upload:
-            shutil.rmtree(self.root / "uploads" / upload, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                self._throw_away(upload)
 
     @property
     def objects(self) -> dict[str, bytes]:
@@ -197,6 +199,12 @@ class FolderStore:
         for path in sorted((self.root / "uploads" / upload).iterdir()):
             found.setdefault(int(path.name.partition("-")[0]), []).append(path)
         return found
+
+    def _throw_away(self, upload: str) -> None:
+        """At once, as stores do: another thread may end the process."""
+        away = self.root / "temporary" / upload
+        (self.root / "uploads" / upload).rename(away)
+        shutil.rmtree(away)
 
     def _sign(self, content: bytes) -> str:
         return os.urandom(16).hex() if self.is_keyed else md5(content).hexdigest()  # noqa: S324

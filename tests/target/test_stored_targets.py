@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,15 @@ from reshard.target import preflight
 
 ADDRESS = "s3://models/inner/model"
 PREFIX = "inner/model/"
+FOR_16_RANKS = {
+    **CONFIG,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 32,
+    "q_lora_rank": 128,
+}
 READS = {"list", "get", "head", "list_parts"}
 """Operations that change nothing."""
 
@@ -126,6 +137,29 @@ def test_json_names_the_target_and_the_next_steps(
     assert steps["copy"] == f"aws s3 sync {ADDRESS} model"
     assert steps["verify-copy"] == "reshard verify model"
     assert bucket.objects
+
+
+def test_each_node_is_told_to_copy_its_ranks(
+    bucket: S3State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "source", {**FOR_16_RANKS, "num_nextn_predict_layers": 0}, 1)
+    assert convert(tmp_path / "source", "--json", ranks=16) == 0
+    steps = {step["does"]: step["command"] for step in json.loads(capsys.readouterr().out)["next"]}
+    words = shlex.split(steps["copy"])
+    assert words[:5] == ["aws", "s3", "sync", ADDRESS, "model"]
+    patterns = [*zip(words[5::2], words[6::2], strict=True)]
+    copied = {name for name in read_target(bucket) if is_copied(name, patterns)}
+    assert {name for name in copied if name.endswith(".safetensors")} == {
+        f"model{rank}-mp16.safetensors" for rank in range(8)
+    }
+    assert MANIFEST in copied
+    assert steps["verify-copy"] == "reshard verify model --ranks 0-7"
+
+
+def is_copied(name: str, patterns: Sequence[tuple[str, str]]) -> bool:
+    """Whether `aws s3 sync` copies a file: the last pattern that fits decides."""
+    fitting = [option for option, pattern in patterns if fnmatchcase(name, pattern)]
+    return not fitting or fitting[-1] == "--include"
 
 
 def test_another_conversion_there_is_refused(bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,20 +125,24 @@ def remove_finished_objects(store: TargetStore, names: tuple[str, ...]) -> None:
 
 def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:
     """Throws away what a failed run cannot leave: streams; all of it, if it began the job and nothing is durable; and
-    what only it has, if the job is another run's or none's by now. After an interrupt, which ends soon, streams alone.
+    what only it has, if the job is another run's or none's by now. Else notes what is durable. An interrupt ends soon:
+    then only streams are thrown away.
     """
     store = journal.store
     with suppress(Refused, Stopped):
         is_over = is_refused and not journal.is_current()
-        if is_over or not store.keeps_parts:
+        is_vain = is_refused and journal.is_new and not ledger.is_noted
+        if is_over or is_vain or not store.keeps_parts:
             for index in {*ledger.uploads} - {*ledger.done}:
                 store.abort_upload(plan.files[index].name, ledger.uploads[index])
         if is_over:
             journal.remove_own_notes()
-        elif is_refused and journal.is_new and not ledger.is_noted:
+        elif is_vain:
             # Also what a stream has become whole, if the answer to that was lost: a stranger's file to the next run.
             store.remove([plan.files[index].name for index in {*ledger.done, *ledger.uploads}])
             remove_job(store)
+        elif is_refused:
+            ledger.flush()
 
 
 def put_files(
