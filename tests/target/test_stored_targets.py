@@ -355,6 +355,23 @@ def test_a_killed_run_is_finished_by_the_next(
     assert level == "stream" or not bucket.uploads
 
 
+@pytest.mark.usefixtures("level")
+def test_an_interrupt_ends_soon_and_says_the_way_on(bucket: S3State, large: Path) -> None:
+    bucket.faults["put_part", "silent"] = 1000
+    words = ["convert", str(large), ADDRESS, "--mp", "2"]
+    with subprocess.Popen([sys.executable, "-m", "reshard", *words], stderr=subprocess.PIPE) as process:
+        while not bucket.count("begin"):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1].decode()
+    assert time.monotonic() - began < 3
+    assert process.returncode == 130
+    assert "run the same command again to go on from there" in said
+    assert "Traceback" not in said
+
+
 def test_parts_that_were_noted_are_not_put_again(
     bucket: S3State, large: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
