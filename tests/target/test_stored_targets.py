@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,25 @@ from targets import CONFIG, RANKS, make_source_and_target
 
 import reshard
 from reshard.cli.main import main
+from reshard.formats.part_manifests import Manifests, read_manifests
 from reshard.formats.target_names import JOURNAL, MANIFEST, PROGRESS, STORE_RECORD
+from reshard.paths import AnyPath
 from reshard.storage import remote_store, s3_uploads, streamed_uploads
 from reshard.storage.target_store import UploadLimits
 from reshard.synthetic import write_checkpoint
+from reshard.target import preflight
 
 ADDRESS = "s3://models/inner/model"
 PREFIX = "inner/model/"
+FOR_16_RANKS = {
+    **CONFIG,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 32,
+    "q_lora_rank": 128,
+}
 READS = {"list", "get", "head", "list_parts"}
 """Operations that change nothing."""
 
@@ -123,6 +137,29 @@ def test_json_names_the_target_and_the_next_steps(
     assert steps["copy"] == f"aws s3 sync {ADDRESS} model"
     assert steps["verify-copy"] == "reshard verify model"
     assert bucket.objects
+
+
+def test_each_node_is_told_to_copy_its_ranks(
+    bucket: S3State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "source", {**FOR_16_RANKS, "num_nextn_predict_layers": 0}, 1)
+    assert convert(tmp_path / "source", "--json", ranks=16) == 0
+    steps = {step["does"]: step["command"] for step in json.loads(capsys.readouterr().out)["next"]}
+    words = shlex.split(steps["copy"])
+    assert words[:5] == ["aws", "s3", "sync", ADDRESS, "model"]
+    patterns = [*zip(words[5::2], words[6::2], strict=True)]
+    copied = {name for name in read_target(bucket) if is_copied(name, patterns)}
+    assert {name for name in copied if name.endswith(".safetensors")} == {
+        f"model{rank}-mp16.safetensors" for rank in range(8)
+    }
+    assert MANIFEST in copied
+    assert steps["verify-copy"] == "reshard verify model --ranks 0-7"
+
+
+def is_copied(name: str, patterns: Sequence[tuple[str, str]]) -> bool:
+    """Whether `aws s3 sync` copies a file: the last pattern that fits decides."""
+    fitting = [option for option, pattern in patterns if fnmatchcase(name, pattern)]
+    return not fitting or fitting[-1] == "--include"
 
 
 def test_another_conversion_there_is_refused(bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,6 +355,23 @@ def test_a_killed_run_is_finished_by_the_next(
     assert level == "stream" or not bucket.uploads
 
 
+@pytest.mark.usefixtures("level")
+def test_an_interrupt_ends_soon_and_says_the_way_on(bucket: S3State, large: Path) -> None:
+    bucket.faults["put_part", "silent"] = 1000
+    words = ["convert", str(large), ADDRESS, "--mp", "2"]
+    with subprocess.Popen([sys.executable, "-m", "reshard", *words], stderr=subprocess.PIPE) as process:
+        while not bucket.count("begin"):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1].decode()
+    assert time.monotonic() - began < 3
+    assert process.returncode == 130
+    assert "run the same command again to go on from there" in said
+    assert "Traceback" not in said
+
+
 def test_parts_that_were_noted_are_not_put_again(
     bucket: S3State, large: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,14 +440,49 @@ def test_a_journal_of_other_ranks_is_left_to_its_run(
     bucket: S3State, source: Path, local: Mapping[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(source, "--ranks", "0-1") == 0
-    bucket.faults["put_part", "denied"] = 1
     bucket.faults["complete", "denied"] = 1000
-    assert convert(source, "--ranks", "2-3", "--jobs", "1") == 2
+    assert convert(source, "--ranks", "2-3") == 2
     bucket.faults.clear()
-    left = bucket.objects.get(PREFIX + JOURNAL)
+    left = dict(bucket.objects)
+    assert PREFIX + JOURNAL in left
     assert convert(source, "--ranks", "0-1") == 0
-    assert bucket.objects.get(PREFIX + JOURNAL) == left
-    capsys.readouterr()
+    assert bucket.objects == left
+    del bucket.objects[f"{PREFIX}tokenizer.json"]
+    said = run_refused(capsys, source, "--ranks", "0-1")
+    assert "an unfinished conversion of other ranks" in said
+    assert convert(source, "--ranks", "2-3") == 0
+    assert read_target(bucket) == local
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_that_of_an_unfinished_run(
+    bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket.faults["complete", "denied"] = 1000
+    assert convert(source) == 2
+    bucket.faults.clear()
+    bucket.objects[f"{PREFIX}tokenizer.json"] = Stored(b"mine", make_etag(b"mine"))
+    before = dict(bucket.objects)
+    assert "1 file: tokenizer.json" in run_refused(capsys, source)
+    run_refused(capsys, source, "--restart")
+    assert bucket.objects == before
+
+
+def test_a_run_that_ends_while_we_look_is_not_overwritten(
+    bucket: S3State,
+    source: Path,
+    local: Mapping[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def read_and_end(folder: AnyPath) -> Manifests:
+        found = read_manifests(folder)
+        monkeypatch.setattr(preflight, "read_manifests", read_manifests)
+        assert convert(source, "--ranks", "0-1") == 0
+        return found
+
+    monkeypatch.setattr(preflight, "read_manifests", read_and_end)
+    assert convert(source, "--ranks", "2-3") == 2
+    assert "another run has ended there just now" in capsys.readouterr().err
     assert convert(source, "--ranks", "2-3") == 0
     assert read_target(bucket) == local
 
@@ -403,11 +492,15 @@ def test_lost_side_files_are_written_again(
 ) -> None:
     assert convert(source) == 0
     del bucket.objects[f"{PREFIX}tokenizer.json"]
+    bucket.objects[PREFIX + STORE_RECORD] = Stored(b"{}", make_etag(b"{}"))
     bucket.requests.clear()
     assert convert(source) == 0
     assert "converted already; written again: tokenizer.json" in capsys.readouterr().out
     assert read_target(bucket) == local
     assert [change for change in list_changes(bucket) if ".safetensors" in change] == []
+    etag = bucket.objects[f"{PREFIX}tokenizer.json"].etag
+    record = json.loads(bucket.read_folder(PREFIX)[STORE_RECORD])["objects"]
+    assert record == {"tokenizer.json": {"size": len(local["tokenizer.json"]), "etag": etag}}
 
 
 def test_side_files_that_were_changed_are_refused(

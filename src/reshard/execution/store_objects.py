@@ -108,7 +108,7 @@ def gather_blocks(pieces: Iterator[memoryview], size: int) -> Iterator[memoryvie
 def write_store_record(before: bytes | None, kept: Collection[str], etags: Mapping[str, tuple[int, str]]) -> bytes:
     """Writes what the store told of each object of the target. Of the record `before`, the finished files are kept."""
     known: dict[str, Any] = {}
-    with suppress(ValueError, RecursionError, AttributeError, TypeError):
+    with suppress(ValueError, RecursionError, AttributeError, TypeError, KeyError):
         known = {name: entry for name, entry in json.loads(before or b"")["objects"].items() if name in kept}
     new = {name: {"size": size, "etag": etag} for name, (size, etag) in etags.items()}
     return (json.dumps({"objects": {**known, **new}}, indent=1) + "\n").encode()

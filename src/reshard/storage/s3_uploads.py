@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from reshard.errors import refuse
 from reshard.storage.buckets import quote_etag
 from reshard.storage.remote_store import Failed
 from reshard.storage.s3_requests import S3Answer, S3Bucket, find_field
@@ -33,7 +34,11 @@ class PartedTarget(WholeObjects):
 
     def begin_upload(self, name: str) -> str:
         """Begins an upload. See `TargetStore`."""
-        return self._uploads.request("POST", self._prefix + name, {"uploads": ""}, b"", read_upload)
+        try:
+            return self._uploads.request("POST", self._prefix + name, {"uploads": ""}, b"", read_upload)
+        except NoSuchUploadError as error:
+            expected, remedy = "a store that takes uploads in parts", "convert into a folder, and upload that"
+            raise refuse("cannot-write", f"{self.address}/{name}", str(error), expected, remedy) from None
 
     def put_part(self, name: str, upload: str, number: int, data: memoryview) -> str:
         """Uploads a part. See `TargetStore`."""
