@@ -25,8 +25,7 @@ PART = 200_000
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PART_SIZE", "STREAMED_SIZE"):
-        monkeypatch.setattr(f"reshard.execution.store_target.{name}", PART)
+    monkeypatch.setattr("reshard.execution.store_target.PART_SIZE", PART)
 
 
 @pytest.fixture

@@ -50,8 +50,7 @@ rules = [
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PART_SIZE", "STREAMED_SIZE"):
-        monkeypatch.setattr(f"reshard.execution.store_target.{name}", 5_000)
+    monkeypatch.setattr("reshard.execution.store_target.PART_SIZE", 5_000)
 
 
 def require_same_as_folder(store: FolderStore, folder: Path) -> None:

@@ -55,7 +55,7 @@ for kind in (whole_objects.WholeObjects, s3_uploads.PartedTarget, streamed_uploa
 if {level!r} == "stream":
     target_buckets.find_s3_access = lambda name: None
 store_target.FLUSH_SECONDS = 0.05
-store_target.PART_SIZE = store_target.STREAMED_SIZE = 5 << 20
+store_target.PART_SIZE = 5 << 20
 entry()
 """
 """The command, with small parts and many notes. It tells of every step that a store has acknowledged."""

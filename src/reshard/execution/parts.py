@@ -24,8 +24,8 @@ from reshard.planning.file_layout import TargetFile
 from reshard.planning.plan import Plan
 from reshard.storage.target_store import UploadLimits
 
-PART_SIZE, STREAMED_SIZE = 16 << 20, 8 << 20
-"""In bytes: the least size of a part, if memory and the store allow it; the same where an object is a stream."""
+PART_SIZE = 16 << 20
+"""In bytes: the least size of a part, if memory and the store allow it."""
 
 JOINED_GAP = 1 << 20
 """In bytes. Gaps up to this size in a source file are read and discarded: cheaper than another request."""

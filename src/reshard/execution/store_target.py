@@ -22,7 +22,6 @@ from reshard.execution.journal import RESTART
 from reshard.execution.part_writer import PartBuffers, fill_part, measure_part_buffers
 from reshard.execution.parts import (
     PART_SIZE,
-    STREAMED_SIZE,
     Part,
     check_upload_limits,
     find_least_part,
@@ -52,6 +51,9 @@ from reshard.storage.resources import STOP, Growth, Stopped, run_in_threads
 from reshard.storage.target_store import NoSuchUploadError, TargetStore
 from reshard.storage.unchanged import open_unchanged
 from reshard.types import Cast, Join
+
+HELD_BY_STREAM = 2.5
+"""So many parts are held back by a stream at most: 2.2 were measured."""
 
 FEWEST_JOBS = 4
 """Parts are smaller, if the store allows it, where memory is not enough for so many jobs."""
@@ -93,7 +95,7 @@ def execute_plan_to_store(
 def choose_part_size(plan: Plan, store: TargetStore, settings: Settings) -> int:
     """Chooses the least size of parts: as much as is fast, or what fits in memory. Raises Refused if nothing does."""
     least = find_least_part(plan.files, store.limits)
-    size = max(least, PART_SIZE if store.keeps_parts else STREAMED_SIZE)
+    size = max(least, PART_SIZE)
     jobs = min(settings.jobs or FEWEST_JOBS, FEWEST_JOBS)
     while size > least and settings.max_memory < jobs * measure_memory_of_job(plan, store, size):
         size = max(least, size // 2)
@@ -105,7 +107,8 @@ def measure_memory_of_job(plan: Plan, store: TargetStore, part_size: int) -> int
     """The memory that one job takes, in bytes. What a stream holds back is counted too."""
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
     largest, makes = measure_part_capacity(plan.files, part_size), bool(plan.casts or plan.source.joins)
-    return measure_part_buffers(largest, makes=makes, levels=levels) + (0 if store.keeps_parts else 2 * part_size)
+    held = 0 if store.keeps_parts else int(HELD_BY_STREAM * part_size)
+    return measure_part_buffers(largest, makes=makes, levels=levels) + held
 
 
 def require_part_memory(settings: Settings, memory: int) -> None:
