@@ -6,6 +6,9 @@ that is told there. Each run writes notes of its own, `reshard.journal.d/RUN-000
 parts that the store has acknowledged, with their ETags and the records of their groups, and the objects that are whole.
 A note is a line of JSON, the records, and a checksum of both. One that is damaged is as good as none: its parts are
 made again. A note of another job, such as one that was thrown away while a run of it still went on, is not read.
+
+Before the first file beside the tensors is written, `reshard.journal.d/JOB-ending` says that these are the job's by now:
+until then one of such a name is somebody else's.
 """
 
 import json
@@ -19,7 +22,7 @@ from xxhash import xxh3_128_digest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.journal import HOLDER, RECORD, RESTART, describe_holder, find_job_differences
-from reshard.formats.target_names import JOURNAL, PROGRESS
+from reshard.formats.target_names import JOURNAL, PROGRESS, STORE_RECORD
 from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.resources import map_in_threads
 from reshard.storage.target_store import TargetStore
@@ -94,9 +97,20 @@ class StoreJournal:
         """Whether the job is still there."""
         return parse_job(self.store.get(JOURNAL)).get(ID) == self.job
 
+    def has_other_runs(self) -> bool:
+        """Whether another run of the job has written a note."""
+        names = list_notes(self.store.list_entries())
+        return any(not name.startswith(f"{PROGRESS}/{self.run}-") for name in names)
+
+    def begin_ending(self) -> None:
+        """Says that the files beside the tensors are the job's by now. Raises Refused if it is not there any more."""
+        self.require_current()
+        self.store.put(name_ending(self.job), b"")
+
     def remove_own_notes(self) -> None:
-        """Removes the notes of this run."""
-        self.store.remove([self._name_note(number) for number in range(1, self.written + 1)])
+        """Removes the notes of this run, whose job is over."""
+        notes = [self._name_note(number) for number in range(1, self.written + 1)]
+        self.store.remove([*notes, name_ending(self.job)])
 
     def _name_note(self, number: int) -> str:
         return f"{PROGRESS}/{self.run}-{number:05}"
@@ -157,6 +171,18 @@ def list_job_names(job: Mapping[str, Any], key: str) -> set[str]:
     return set(map(str, names)) if isinstance(names, list) else set()
 
 
+def name_ending(job: str) -> str:
+    """The name of the object that says that the files beside the tensors are a job's by now."""
+    return f"{PROGRESS}/{job}-ending"
+
+
+def list_names_beside(job: Mapping[str, Any], entries: Collection[str]) -> set[str]:
+    """The names beside the tensors that a job has begun to write, the manifest too; `entries` are those of all
+    objects in the folder.
+    """
+    return {*list_job_names(job, "others"), STORE_RECORD} if job and name_ending(job[ID]) in entries else set()
+
+
 def is_job_over(content: bytes, kept: Collection[str]) -> bool:
     """Whether a job has left nothing but finished files."""
     files = list_job_names(parse_job(content), "files")
@@ -178,12 +204,11 @@ def check_job(
 
 def discard_job(store: TargetStore, kept: Collection[str]) -> None:
     """Throws a job away: its uploads, its objects that are whole but for those `kept`, its notes, and itself last."""
-    job = parse_job(store.get(JOURNAL))
-    entries = store.list_entries()
-    files = list_job_names(job, "files")
-    # Those beside the tensors are written when all of these are whole; before, they are of somebody else.
-    others = list_job_names(job, "others") if files and files <= {*entries} else set()
-    store.remove(sorted(((files | others) & {*entries}) - {*kept}))
+    job, entries = parse_job(store.get(JOURNAL)), store.list_entries()
+    spared = {*kept, STORE_RECORD} if kept else set()
+    # In this order: whatever a crash leaves is known by what is removed later.
+    for names in (list_names_beside(job, entries), list_job_names(job, "files")):
+        store.remove(sorted((names & {*entries}) - spared))
     remove_job(store)
 
 

@@ -20,7 +20,7 @@ class StoreLedger:
     """The parts and objects of a job that are durable: first in memory, and after a flush in a note of the journal."""
 
     def __init__(self, journal: StoreJournal, files: Sequence[TargetFile]) -> None:
-        self._journal = journal
+        self.journal = journal
         self._files = files
         self._lock = Lock()
         self._flushing = Lock()
@@ -42,8 +42,8 @@ class StoreLedger:
 
     def resume(self) -> int:
         """Finds again what earlier runs have made durable. Returns its size in bytes."""
-        self.entries = entries = self._journal.store.list_entries()
-        notes = read_notes(self._journal.store, list_notes(entries), self._journal.job)
+        self.entries = entries = self.journal.store.list_entries()
+        notes = read_notes(self.journal.store, list_notes(entries), self.journal.job)
         found: dict[tuple[int, str], list[DonePart]] = {(file, name): [] for note in notes for file, name in note.begun}
         for part in (part for note in notes for part in note.parts):
             found[part.file, part.upload].append(part)
@@ -63,7 +63,7 @@ class StoreLedger:
         name, upload = self._files[key[0]].name, key[1]
         if not upload or (told and name in entries):
             return None
-        return self._journal.store.list_parts(name, upload)
+        return self.journal.store.list_parts(name, upload)
 
     def _take_upload(
         self,
@@ -139,9 +139,9 @@ class StoreLedger:
                 self._new = (waiting, [], [])
             try:
                 if parts or files or begun:
-                    self._journal.add_note(DurableNote(parts, files, begun))
+                    self.journal.add_note(DurableNote(parts, files, begun))
                 else:
-                    self._journal.require_current()
+                    self.journal.require_current()
             except BaseException:
                 with self._lock:  # to be noted by the next flush: this one may be stopped, since the work is done
                     for mine, back in zip(self._new, (parts, files, begun), strict=True):

@@ -12,7 +12,13 @@ from reshard.errors import Refused, refuse
 from reshard.execution.execute import OtherFiles, find_incomplete_file
 from reshard.execution.journal import RESTART
 from reshard.execution.side_writer import SideFile, read_side_file
-from reshard.execution.store_journal import DoneFile, StoreJournal, refuse_lost_upload, remove_job
+from reshard.execution.store_journal import (
+    DoneFile,
+    StoreJournal,
+    refuse_lost_upload,
+    refuse_other_run,
+    remove_job,
+)
 from reshard.execution.store_ledger import StoreLedger, compute_object_etag, is_new_object, is_same_object
 from reshard.formats.target_names import JOURNAL, MANIFEST, STORE_RECORD
 from reshard.planning.plan import Plan
@@ -34,6 +40,7 @@ def finish_target(
     map_in_threads(partial(complete_file, plan, store, ledger), left, THREADS_OF_STORE)
     etags = {plan.files[index].name: (plan.files[index].size, done.etag) for index, done in ledger.done.items()}
     checksums = {}
+    journal.begin_ending()
     for name, side in others.sides.items():
         etag, checksums[name] = put_side_file(store, name, side, journal.part_size)
         etags[name] = side.size, etag
@@ -43,15 +50,28 @@ def finish_target(
     journal.require_current()
     store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), others.kept, etags))
     for name in filter(None, (MANIFEST, others.part)):
-        store.put(name, manifest)
+        put_manifest(journal, name, manifest, is_there=name in others.kept)
+    journal.require_current()
     store.remove(others.superseded)
     remove_job(store)
     counter.finish()
 
 
+def put_manifest(journal: StoreJournal, name: str, content: bytes, *, is_there: bool) -> None:
+    """Writes a manifest, in the place of another only if that was there when the run began. Raises Refused if another
+    run has ended in the meantime, such as while this machine was asleep.
+    """
+    journal.require_current()
+    if is_there:
+        journal.store.put(name, content)
+    elif not journal.store.put_new(name, content) and journal.store.get(name) != content:
+        raise refuse_other_run(journal.store)
+
+
 def complete_file(plan: Plan, store: TargetStore, ledger: StoreLedger, index: int) -> None:
     """Makes an object of the parts of a file, and notes that it is whole. Raises Refused."""
     file, etags, upload = plan.files[index], ledger.list_etags(index), ledger.uploads[index]
+    ledger.journal.require_current()  # else a run that was asleep would put its object over that of another one
     try:
         etag = store.complete_upload(file.name, upload, etags)
     except NoSuchUploadError:

@@ -31,6 +31,7 @@ from reshard.execution.parts import (
 from reshard.execution.reader import OpenFiles
 from reshard.execution.store_journal import (
     DonePart,
+    DurableNote,
     StoreJournal,
     open_store_journal,
     refuse_lost_upload,
@@ -127,25 +128,33 @@ def remove_finished_objects(store: TargetStore, names: tuple[str, ...]) -> None:
 
 
 def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:
-    """Throws away what a failed run cannot leave: streams; all of it, if it began the job and nothing is durable; and
-    what only it has, if the job is another run's or none's by now. Else notes what is durable. An interrupt ends soon:
-    then only streams are thrown away.
+    """Throws away what a failed run cannot leave: streams; all of it, if it began the job, nothing is durable, and no
+    other run goes on with it; and what only it has, if the job is another's or none by now. Else notes what is durable.
+    An interrupt ends soon: then only streams are thrown away.
     """
     store = journal.store
     with suppress(Refused, Stopped):
-        is_over = is_refused and not journal.is_current()
-        is_vain = is_refused and journal.is_new and not ledger.is_noted
-        if is_over or is_vain or not store.keeps_parts:
-            for index in {*ledger.uploads} - {*ledger.done}:
-                store.abort_upload(plan.files[index].name, ledger.uploads[index])
-        if is_over:
+        if is_refused and not journal.is_current():
+            abort_open_uploads(plan, store, ledger)
             journal.remove_own_notes()
-        elif is_vain:
-            # Also what a stream has become whole, if the answer to that was lost: a stranger's file to the next run.
-            store.remove([plan.files[index].name for index in {*ledger.done, *ledger.uploads}])
+        elif is_refused and journal.is_new and not ledger.is_noted and not journal.has_other_runs():
+            abort_open_uploads(plan, store, ledger)
+            if not store.keeps_parts:
+                # What a stream has become whole, if the answer to that was lost: a stranger's file to the next run.
+                store.remove([plan.files[index].name for index in ledger.uploads])
             remove_job(store)
+        elif not store.keeps_parts:
+            abort_open_uploads(plan, store, ledger)
+            if is_refused:
+                ledger.flush()
         elif is_refused:
             ledger.flush()
+
+
+def abort_open_uploads(plan: Plan, store: TargetStore, ledger: StoreLedger) -> None:
+    """Throws away the uploads of this run that are not completed."""
+    for index in {*ledger.uploads} - {*ledger.done}:
+        store.abort_upload(plan.files[index].name, ledger.uploads[index])
 
 
 def put_files(
@@ -153,7 +162,10 @@ def put_files(
 ) -> RunResult:
     """Puts all parts that are not durable, and notes them."""
     store = journal.store
-    resumed = 0 if journal.is_new else ledger.resume()
+    resumed = 0
+    if not journal.is_new:
+        resumed = ledger.resume()
+        journal.add_note(DurableNote((), ()))  # that we are here: the run that began the job must not throw it away
     if not plan.files:
         return RunResult(0, Ways(CACHED.read, THROUGH_STORE), 0, 0)
     ways = choose_ways_of_source(plan, settings)
@@ -254,8 +266,9 @@ class PartPutter:
                 upload = self._store.begin_upload(name)
                 try:
                     self._ledger.add_upload(index, upload)
-                except Refused:
-                    self._store.abort_upload(name, upload)
+                except BaseException:
+                    with suppress(Refused, Stopped):
+                        self._store.abort_upload(name, upload)
                     raise
             return self._ledger.uploads[index]
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.execution.journal import has_partial_files, list_left_files
-from reshard.execution.store_journal import list_job_names, parse_job
+from reshard.execution.store_journal import list_job_names, list_names_beside, parse_job
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.part_manifests import is_part_name
-from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, STORE_RECORD, list_names
+from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, list_names
 from reshard.paths import AnyPath, RemotePath
 
 
@@ -22,13 +22,9 @@ def list_own_names(target: AnyPath) -> set[str]:
 
 
 def list_own_objects(folder: RemotePath) -> set[str]:
-    """Lists the objects that a run may have left in a store, under their final names: those beside the tensors are
-    written when these are all there. Before, they are somebody else's.
-    """
+    """Lists the objects that a run may have left in a store, under their final names."""
     job = read_job(folder)
-    files = list_job_names(job, "files")
-    is_ending = files <= {*list_names(folder)}
-    return {JOURNAL, PROGRESS, *files, *((*list_job_names(job, "others"), STORE_RECORD) if is_ending else ())}
+    return {JOURNAL, PROGRESS, *list_job_names(job, "files"), *list_names_beside(job, folder.store.entries)}
 
 
 def has_left_files(target: AnyPath) -> bool:

@@ -101,7 +101,8 @@ def refuse_to_remove(state: TargetState) -> Refused:
     found = f"finished; --restart would remove {count}: {format_list(names, MOST_NAMED)}"
     if changed:
         found += f"; of these, changed since they were written: {format_list(changed)}"
-    remedy = "add --yes to remove them and write the target anew; if a file is damaged, reshard repair writes only that"
+    remedy = "add --yes to remove them and write the target anew"
+    remedy += "; if a file is damaged, reshard repair writes only that" if isinstance(folder, Path) else ""
     return refuse("finished-target", str(folder), found, "--yes, or a target that is not finished", remedy)
 
 
