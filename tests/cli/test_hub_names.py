@@ -1,5 +1,6 @@
 """A name on the hub where a path is expected: every command and function names the command that downloads it."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ SNAPSHOT = "models--deepseek-ai--DeepSeek-V3/snapshots/0123abcd"
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is there to be asked, and nobody waits for it."""
+    """A plain install; nothing is there to be asked, and nobody waits for it."""
     monkeypatch.setattr(remote_store, "OPENING_PATIENCE", 0.0)
+    for name in ("obstore", "obstore.store"):
+        monkeypatch.setitem(sys.modules, name, None)
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jobs import Job, convert_checkpoint
 from repository import ROOT
+from s3_server import serve_s3, set_s3_environment
 from safetensors.numpy import save_file
 from targets import leave_unfinished
 
@@ -34,7 +35,8 @@ RUNS: Mapping[str, list[str]] = {
     REFUSAL: ["plan nowhere --mp 2", "verify nowhere", "repair nowhere", "inspect nowhere", "diff nowhere source",
               "demo source", "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
-    PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16"],
+    PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16",
+           "plan source --mp 2 --target s3://models/new"],
     CHOICES: ["plan source"],
     CONVERT: ["convert source ranks --mp 2", "convert source ranks --mp 2", "convert source few --mp 2 --layers 0-1",
               "deepseek --hf-ckpt-path source --save-path script --model-parallel 2"],
@@ -58,7 +60,7 @@ def read_page() -> Page:
         for row in re.findall(r"^\| (`.+) \|$", rest, re.MULTILINE):
             names, _, meaning = row.partition(" | ")
             fields |= dict.fromkeys(re.findall(r"`(\w+)`", names), meaning)
-    planned = {name: row for name, row in page[PLAN].items() if name != "estimate"}
+    planned = {name: row for name, row in page[PLAN].items() if name not in ("estimate", "upload")}
     return {**page, CONVERT: {**planned, **page[CONVERT]}}
 
 
@@ -90,7 +92,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]
     (folder / "source" / "original").mkdir()  # a note tells that it stays behind
     (folder / "sums").write_text("\n".join(sums))
     found: dict[str, list[Any]] = {}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, serve_s3() as state:
+        set_s3_environment(patch, state, folder)
         patch.chdir(folder)
         for section, commands in RUNS.items():
             found[section] = [print_json(command, 2 if section == REFUSAL else None) for command in commands]
@@ -122,7 +125,9 @@ def test_the_page_has_the_fields_that_are_printed_and_no_other(section: str, pri
     documents = [one for said in printed[section] for one in (said if isinstance(said, list) else [said])]
     assert {name for document in documents for name in document} == page.keys()
     for document in documents:
-        assert page.keys() - document.keys() <= {"subset", "estimate"}, "only where it is not all, and with a target"
+        assert page.keys() - document.keys() <= {"subset", "estimate", "upload"}, (
+            "only where it is not all, and with a target"
+        )
 
 
 @pytest.mark.parametrize("section", RUNS)
@@ -138,7 +143,7 @@ def test_the_rows_of_the_page_name_the_fields_inside(section: str, printed: Mapp
                 assert inside <= {*re.findall(r"`(\w+)`", row)}, name
                 seen |= {name} if inside else set()
     wanted = {
-        REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes", "estimate"},
+        REFUSAL: {"problems"}, PLAN: {"recipe", "source", "coverage", "files", "notes", "estimate", "upload"},
         CHOICES: {"choices"},
         CONVERT: {"recipe", "source", "coverage", "files", "done"}, VERIFY: {"problems"}, DOWNLOAD: {"problems"},
         DIFF: {"values", "kinds", "layers", "modules"}, INSPECT: {"unfinished"}, RECIPES: {"rules"}, CHECK: set(),

@@ -989,6 +989,20 @@ MUTATIONS = (
         "end = offset + max(size, READ_AHEAD)",
         "test_boxes_in_stores.py::test_what_the_ends_do_not_have_is_read_when_it_is_asked_for",
     ),
+    Mutation(
+        "target/state",
+        "a run that ends while we look is overwritten",
+        "        is_same = keep_manifests(place.store.list_entries()) == keep_manifests(place.folder.store.entries)",
+        "        is_same = True",
+        "test_stored_targets.py::test_a_run_that_ends_while_we_look_is_not_overwritten",
+    ),
+    Mutation(
+        "target/left_files",
+        "a journal of other ranks is nobody's",
+        '    return not list_job_names(read_job(target), "files") <= list_rank_files(read_valid_manifest(target))',
+        "    return False",
+        "test_stored_targets.py::test_a_journal_of_other_ranks_is_left_to_its_run",
+    ),
 )
 
 
