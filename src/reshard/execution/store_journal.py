@@ -7,8 +7,8 @@ parts that the store has acknowledged, with their ETags and the records of their
 A note is a line of JSON, the records, and a checksum of both. One that is damaged is as good as none: its parts are
 made again. A note of another job, such as one that was thrown away while a run of it still went on, is not read.
 
-Before the first file beside the tensors is written, `reshard.journal.d/JOB-ending` says that these are the job's by now:
-until then one of such a name is somebody else's.
+Before the first file beside the tensors is written, `reshard.journal.d/JOB-ending` says that these are the job's by
+now: until then one of such a name is somebody else's.
 """
 
 import json
