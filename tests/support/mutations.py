@@ -1003,6 +1003,20 @@ MUTATIONS = (
         "    return False",
         "test_stored_targets.py::test_a_journal_of_other_ranks_is_left_to_its_run",
     ),
+    Mutation(
+        "execution/store_target",
+        "a run that gives up throws away the work of another",
+        " and not journal.has_other_runs():",
+        ":",
+        "test_runs_that_meet.py::test_a_run_that_gives_up_leaves_the_work_of_another",
+    ),
+    Mutation(
+        "execution/store_objects",
+        "a run that was asleep completes its object",
+        "    ledger.journal.require_current()  # else",
+        "    pass  # else",
+        "test_runs_that_meet.py::test_a_run_that_was_asleep_writes_nothing_over_another_conversion",
+    ),
 )
 
 
