@@ -1,6 +1,6 @@
-"""From a bucket into a bucket: `python benchmarks/stores.py FOLDER [--options "--jobs 4"]`.
+"""From a bucket into a bucket: `python benchmarks/stores.py FOLDER [--options "--to hf --max-file-size 1GB"]`.
 
-SeaweedFS serves a DeepSeek-V3 of 2.2 GB from FOLDER. Ours converts it for 4 ranks into the same bucket. The others copy
+SeaweedFS serves a DeepSeek-V3 of 2.9 GB from FOLDER, which takes 9 GB more in each round. Ours converts it for 4 ranks, or as the options say, into the same bucket. The others copy
 as many bytes from the bucket into it, through this machine as ours does: rclone between two remotes, obstore by ranges
 of 16 MiB, four ahead. Each time is that of a whole command. They run in turn, forwards and backwards (A B C, C B A,
 ...). A ratio is their time divided by ours, the median (least to most): above 1, reshard is faster. Requests and bytes
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--options", default="", help="more options for `reshard convert`")
+    parser.add_argument("--options", default="--mp 4", help="of `reshard convert`; default: %(default)s")
     options = parser.parse_args()
     folder: Path = options.folder
     print(machine())
@@ -88,7 +88,7 @@ def compare(size: int, options: Sequence[str], environment: Mapping[str, str], n
     """Runs the commands in turn, and prints what each took."""
     source = f"s3://{BUCKET}/source"
     commands = {
-        "ours": [sys.executable, "-m", "reshard", "convert", source, f"s3://{BUCKET}/TARGET", "--mp", "4", *options],
+        "ours": [sys.executable, "-m", "reshard", "convert", source, f"s3://{BUCKET}/TARGET", *options],
         "rclone": ["rclone", "copy", f"from:{BUCKET}/source", f"to:{BUCKET}/TARGET"],
         "obstore": [sys.executable, "-c", COPY, BUCKET, "source", "TARGET"],
     }
