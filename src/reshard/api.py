@@ -35,7 +35,7 @@ from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
 from reshard.target.mending import mend_target
-from reshard.target.places import open_again, open_target
+from reshard.target.places import StoredFolder, open_again, open_target
 from reshard.target.preflight import look_at_target
 from reshard.target.side_files import add_notes, find_beside
 from reshard.target.verified_target import verify_against_source
@@ -151,7 +151,7 @@ def convert(
     state = look_at_target(add_notes(planned, beside), place, read_location(tokenizer_path), beside, settings)
     if not state.plan.files and not state.must_be_joined:
         return Conversion(open_again(place), state.plan, None, mend_target(state), monotonic() - started)
-    counter = WorkCounter(progress, state.size, writes=True)
+    counter = WorkCounter(progress, state.size, writes=True, is_stored=isinstance(place, StoredFolder))
     # The only step that writes tensors.
     done = write_target(state, counter, settings)
     return Conversion(open_again(place), state.plan, done, (), monotonic() - started)

@@ -111,3 +111,12 @@ def test_an_event_in_json_is_one_line() -> None:
         (None, "progress"), (WorkState(1, 2), "progress"), (WorkState(2, 2), "done"),
     )]  # fmt: skip
     assert phases == ["plan", "work", "done"]
+
+
+def test_the_end_of_a_target_in_a_store_is_not_of_a_disk() -> None:
+    waiting = event(WorkState(9, 10, unsynced=0, is_stored=True))
+    assert format_progress(waiting).startswith("90.0%, completing files in the store")
+    assert "disk" not in format_progress(waiting)
+    assert json.loads(format_json(waiting, {}))["phase"] == "store"
+    left = event(WorkState(9, 10, unsynced=1 << 20, is_stored=True))
+    assert "completing files in the store: 1.00 MiB left" in format_progress(left)

@@ -103,7 +103,8 @@ def format_progress(event: ProgressEvent) -> str:
     if state.unsynced is None:
         parts.append(f"{format_size(state.done)} of {format_size(state.total)}")
     else:
-        parts.append(f"writing to disk: {format_size(state.unsynced)} left")
+        doing = "completing files in the store" if state.is_stored else "writing to disk"
+        parts.append(f"{doing}: {format_size(state.unsynced)} left" if state.unsynced else doing)
     parts += [] if event.rate is None or event.is_sample else [format_rate(event.rate)]
     parts += [] if event.seconds_left is None else [f"{format_duration(event.seconds_left)} left"]
     return ", ".join([*parts, *format_received(event)])
@@ -136,8 +137,10 @@ def format_json(event: ProgressEvent, more: Mapping[str, object]) -> str:
         phase = "done"
     elif state is None:
         phase = "plan"
+    elif state.unsynced is None:
+        phase = "work"
     else:
-        phase = "work" if state.unsynced is None else "disk"
+        phase = "store" if state.is_stored else "disk"
     rate, left = event.rate, event.seconds_left
     value = {
         "event": "progress" if event.event == "asked" else event.event,

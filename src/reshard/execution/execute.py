@@ -72,6 +72,8 @@ class OtherFiles:
     """Names of manifests that are of no use once this one has its final name: it names all that they name."""
     removed: tuple[str, ...] = ()
     """Names of finished files that are removed before anything is written, in this order: the manifests last."""
+    samples: Sequence[str] = ()
+    """For each source file: a checksum of samples of its data."""
 
 
 DEFAULT_MEMORY = 256 << 20

@@ -22,6 +22,7 @@ from xxhash import xxh3_128_digest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.journal import HOLDER, RECORD, RESTART, describe_holder, find_job_differences
+from reshard.execution.store_jobs import LEVEL, check_level
 from reshard.formats.target_names import JOURNAL, PROGRESS, STORE_RECORD
 from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.resources import map_in_threads
@@ -140,6 +141,7 @@ def open_store_journal(
     """
     content = store.get(JOURNAL)
     if content is not None and (restart or is_job_over(content, kept)):
+        require_none(check_noted_uploads(content, store))
         discard_job(store, kept)
         content = None
     name = secrets.token_hex(8)
@@ -198,8 +200,15 @@ def check_job(
         subject, expected = f"{store.address}/{JOURNAL}", "the job that it is of"
         yield Problem("damaged-journal", subject, "no object of a job", expected, RESTART)
         return
-    found = {key: value for key, value in job.items() if key not in (ID, STORED_PART_SIZE)}
-    yield from find_job_differences(found, wanted, store.address, sorted(kept))
+    found = {key: value for key, value in job.items() if key not in (ID, STORED_PART_SIZE)} | {LEVEL: wanted[LEVEL]}
+    different = [*find_job_differences(found, wanted, store.address, sorted(kept))]
+    yield from different or check_level(job, store)
+
+
+def check_noted_uploads(content: bytes, store: TargetStore) -> Iterator[Problem]:
+    """Reports a job whose uploads cannot be thrown away at the level of this run."""
+    if not store.keeps_parts and (job := parse_job(content)):
+        yield from check_level(job, store)
 
 
 def discard_job(store: TargetStore, kept: Collection[str]) -> None:

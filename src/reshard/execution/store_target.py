@@ -16,7 +16,7 @@ from threading import Event, Lock
 
 from reshard.casts.kernels import choose_recode
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
+from reshard.execution.execute import OtherFiles, RunResult, Settings
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART
 from reshard.execution.part_writer import PartBuffers, fill_part, measure_part_buffers
@@ -29,6 +29,7 @@ from reshard.execution.parts import (
     measure_part_capacity,
 )
 from reshard.execution.reader import OpenFiles
+from reshard.execution.store_jobs import identify_store_job
 from reshard.execution.store_journal import (
     DonePart,
     DurableNote,
@@ -75,7 +76,7 @@ def execute_plan_to_store(
     part_size = choose_part_size(plan, store, settings)
     if settings.restart:
         others.require_same()  # before anything is thrown away
-    job = identify_job(plan, [*others.sides, MANIFEST], settings)
+    job = identify_store_job(plan, store, others, settings)
     kept = others.kept.union(others.removed)
     journal = open_store_journal(store, job, part_size, kept, restart=settings.restart)
     ledger = StoreLedger(journal, plan.files)

@@ -54,6 +54,9 @@ NOISE = re.compile(
 
 CAUSE = re.compile(r'message: "([^"]+)"')
 
+ODD_KEY = "object with invalid path"
+"""In the error of obstore for a key with an empty part, or with `..`, which it names."""
+
 OTHER_RANGE = ("NotPartial", "UnexpectedRange")
 
 VALUES = (
@@ -188,7 +191,7 @@ def open_bucket(scheme: str, rest: str) -> RemotePath:
         inner, _, file = inner.rpartition("/")
     prefix, bucket = f"{inner}/" if inner else "", make_bucket(scheme, name, address)
     try:
-        entries = try_again(address, lambda: run_in_store(list_bucket(bucket, prefix)))
+        entries = try_again(address, lambda: run_in_store(list_bucket(bucket, prefix, address)))
     except FileNotFoundError:
         raise refuse("no-source", address, "no such bucket", "a bucket", "is its name right?") from None
     except Denied as denied:
@@ -232,11 +235,19 @@ def require_plain_values(values: Mapping[str, str]) -> None:
             raise refuse("no-access", name, found, expected, "copy it anew")
 
 
-async def list_bucket(bucket: Any, prefix: str) -> list[Entry]:
-    """Lists the files of a folder of a bucket, and of the folders in it."""
+async def list_bucket(bucket: Any, prefix: str, address: str) -> list[Entry]:
+    """Lists the files of a folder of a bucket, and of the folders in it. Raises Refused for a key that obstore lists
+    nothing beside.
+    """
     import obstore  # noqa: PLC0415
 
-    found = await obstore.list(bucket, prefix or None).collect_async()
+    try:
+        found = await obstore.list(bucket, prefix or None).collect_async()
+    except obstore.exceptions.BaseError as error:
+        if ODD_KEY not in str(error):
+            raise
+        expected, remedy = "keys without empty parts, `.` and `..`", "move that object elsewhere; or another folder"
+        raise refuse("wrong-name", address, shorten_reason(error), expected, remedy) from None
     return [make_bucket_entry(item, prefix) for item in found if item["path"].startswith(prefix)]
 
 

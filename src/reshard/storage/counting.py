@@ -17,7 +17,9 @@ class WorkState(NamedTuple):
     resumed: int = 0
     """Of `done`: what an earlier run had done."""
     unsynced: int | None = None
-    """When all is copied: how much is not on the disk yet; None before."""
+    """When all is copied: how much is not on the disk, or whole in the store, yet; None before."""
+    is_stored: bool = False
+    """Whether the target lies in a store."""
 
 
 class ProgressView:
@@ -56,10 +58,11 @@ class WorkCounter:
     the whole.
     """
 
-    def __init__(self, progress: Progress | None, total: int, *, writes: bool = False) -> None:
+    def __init__(self, progress: Progress | None, total: int, *, writes: bool = False, is_stored: bool = False) -> None:
         self._progress = progress
         self._total = total
         self._writes = writes
+        self._is_stored = is_stored
         self._lock = Lock()
         self._telling = Lock()
         self._resumed = self._moved = self._durable = 0
@@ -118,7 +121,7 @@ class WorkCounter:
         if isinstance(self._progress, ProgressView):
             is_copied = self._writes and self._moved >= self._total > done
             unsynced = max(0, self._total - self._durable) if is_copied else None
-            self._progress.show(WorkState(done, self._total, self._resumed, unsynced))
+            self._progress.show(WorkState(done, self._total, self._resumed, unsynced, self._is_stored))
         elif self._progress:
             self._progress(done, self._total)
 

@@ -55,7 +55,7 @@ class S3Answer(NamedTuple):
     def parse(self) -> ET.Element:
         """Parses its XML; the names are without a namespace then. Raises Failed."""
         try:
-            root = ET.fromstring(self.content)  # noqa: S314 - it is short, and expat bounds what entities become
+            root = ET.fromstring(self.content.strip())  # noqa: S314 - it is short, and expat bounds what entities become
         except ET.ParseError:
             raise Failed("its answer is no XML", is_misanswered=True) from None
         for element in root.iter():

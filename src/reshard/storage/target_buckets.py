@@ -30,7 +30,7 @@ def open_target_store(address: str) -> OpenedTarget:
     folder, prefix = f"{scheme}://{name}" + (f"/{inner}" if inner else ""), f"{inner}/" if inner else ""
     bucket = make_bucket(scheme, name, folder)
     try:
-        entries = try_again(folder, lambda: run_in_store(list_bucket(bucket, prefix)))
+        entries = try_again(folder, lambda: run_in_store(list_bucket(bucket, prefix, folder)))
     except FileNotFoundError:
         raise refuse_missing_bucket(folder) from None
     except Denied as denied:

@@ -23,7 +23,7 @@ class WholeObjects:
 
     def list_entries(self) -> Mapping[str, Entry]:
         """Lists the objects. See `TargetStore`."""
-        found = self._ask("", lambda _: list_bucket(self._bucket, self._prefix))
+        found = self._ask("", lambda _: list_bucket(self._bucket, self._prefix, self.address))
         return {entry.name: entry for entry in found or () if has_plain_parts(entry.name)}
 
     def get(self, name: str) -> bytes | None:

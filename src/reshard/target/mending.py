@@ -3,12 +3,12 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from reshard.errors import Refused, refuse
+from reshard.errors import Refused, refuse, require_none
 from reshard.execution.execute import refuse_unwritable, rename_to_final
 from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
-from reshard.execution.store_journal import remove_job
+from reshard.execution.store_journal import check_noted_uploads, remove_job
 from reshard.execution.store_objects import put_side_file, write_store_record
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.storage.counting import WorkCounter
@@ -72,6 +72,7 @@ def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str]
     require_same(state)
     if store.get(JOURNAL) != seen:
         raise refuse_begun(state)
+    require_none(check_noted_uploads(seen or b"", store))
     etags = {}
     for name in sides:
         side = state.sides[name]

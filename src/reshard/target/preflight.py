@@ -30,6 +30,7 @@ from reshard.target.manifest_writer import (
 )
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.restart import (
+    check_begun_removal,
     check_removed_files,
     choose_files_to_remove,
     leave_out_files,
@@ -104,7 +105,7 @@ def check_state(state: TargetState) -> Iterator[Problem]:
     found = [*check_side_files(state.known, state.sides), *check_written_files(state), *check_manifests(state)]
     if not found and has_work:
         found += check_replaced_sides(state)
-    found += check_removed_files(state)
+    found += [*check_removed_files(state), *check_begun_removal(state)]
     yield from found
     if not found and has_work:
         yield from check_room(state)
@@ -124,7 +125,9 @@ def describe_others(state: TargetState) -> OtherFiles:
     kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
     check = partial(require_same, state)
-    return OtherFiles(state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed)
+    return OtherFiles(
+        state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed, state.samples
+    )
 
 
 def check_room(state: TargetState) -> Iterator[Problem]:

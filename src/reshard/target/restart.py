@@ -6,14 +6,15 @@ from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
 from reshard.execution.staging import STAGING, find_staged_files
+from reshard.execution.store_journal import list_job_names
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
 from reshard.planning.plan import Plan
 from reshard.storage.opened import measure_path
-from reshard.target.left_files import has_left_files
+from reshard.target.left_files import has_left_files, read_job
 from reshard.target.state import TargetState, compute_path_checksum, has_size
 from reshard.text import format_count, format_list, format_size
 
@@ -54,6 +55,20 @@ def list_files_to_remove(
         staged = [f"{STAGING}/{name}" for one in chosen.values() for name in find_staged_files(folder, one)]
     names = [*sorted({*staged}), *sorted(files), *sorted(sides - files), STORE_RECORD, *own]
     yield from (name for name in names if (folder / name).is_file())
+
+
+def check_begun_removal(state: TargetState) -> Iterator[Problem]:
+    """Reports a restart of finished files in a store that has ended among its removals: what is left of them is neither
+    finished nor to be gone on with.
+    """
+    if not isinstance(state.folder, RemotePath) or state.removed:
+        return
+    begun, known = list_job_names(read_job(state.folder), "files"), list_rank_files(state.known)
+    planned = {file.name for file in state.plan.files}
+    if planned & known and begun <= known and begun - planned:
+        found = f"finished, but for {format_list(sorted(planned & known))}: --restart --yes has begun to remove it"
+        remedy = "--restart --yes goes on with that; or another target"
+        yield Problem("another-job", str(state.folder), found, "a target that is not being removed", remedy)
 
 
 def list_files_beside(state: TargetState) -> set[str]:

@@ -1,0 +1,51 @@
+"""The job of a target in a store: what makes it the same on another machine, and the level at which it was begun."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from reshard.errors import Problem
+from reshard.execution.execute import OtherFiles, Settings, identify_job
+from reshard.execution.journal import RESTART
+from reshard.formats.target_names import MANIFEST
+from reshard.paths import RemotePath
+from reshard.planning.plan import Plan
+from reshard.storage.s3_signing import OTHER_SETTINGS
+from reshard.storage.target_store import TargetStore
+
+LEVEL, PARTS, STREAM = "level", "parts", "stream"
+"""A key of the job, and its values: whether parts are kept."""
+
+
+def identify_store_job(plan: Plan, store: TargetStore, others: OtherFiles, settings: Settings) -> dict[str, Any]:
+    """The identity of a job in a store. It goes on on any machine: source files on a disk are told by samples of their
+    bytes, for a copy has another time of change.
+    """
+    files = plan.source.files
+    is_remote = isinstance(plan.source.folder, RemotePath)
+    marks = [file.version for file in files] if is_remote else others.samples
+    source = [[file.name, file.size, file.header_hash, mark] for file, mark in zip(files, marks, strict=True)]
+    job = identify_job(plan, [*others.sides, MANIFEST], settings)
+    return {**job, "source": source, LEVEL: PARTS if store.keeps_parts else STREAM}
+
+
+def check_level(job: Mapping[str, Any], store: TargetStore) -> Iterator[Problem]:
+    """Reports a job that was begun at another level than that of this run: a stream cannot throw uploads away that were
+    noted, and nobody would know of them any more.
+    """
+    is_of_parts = job.get(LEVEL) != STREAM
+    if is_of_parts == store.keeps_parts:
+        return
+    if is_of_parts:
+        found = "an unfinished conversion in parts, begun with keys in the environment or in a profile"
+        expected = "one by streams, for this run has no such keys, or a setting that only obstore knows"
+        others = [name for name in OTHER_SETTINGS if os.environ.get(name)]
+        remedy = "give keys as it was begun (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        remedy = f"run it without {', '.join(others)}, as it was begun" if others else remedy
+        remedy += ", to go on or to --restart; or another target"
+    else:
+        found = "an unfinished conversion by streams, begun with the role of a machine, or one of the settings "
+        found += ", ".join(OTHER_SETTINGS)
+        expected = "one in parts, for this run has keys in the environment or in a profile, and none of these"
+        remedy = f"run it as it was begun; or {RESTART}"
+    yield Problem("another-job", store.address, found, expected, remedy)
