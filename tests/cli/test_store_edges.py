@@ -1,4 +1,4 @@
-"""Conversions into a bucket that go on elsewhere: from a copy of the source, at another level, after a broken removal."""
+"""Conversions into a bucket that go on elsewhere: from a copied source, at another level, after a broken removal."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def test_other_bytes_behind_the_same_headers_do_not_go_on(
     served: S3State, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave_parts(source)
-    path = sorted(source.glob("*.safetensors"))[0]
+    path = min(source.glob("*.safetensors"))
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert convert(source) == 2
