@@ -1,4 +1,4 @@
-"""Edges of targets in buckets: the same job on another machine, the level of a job, keys that are no names of files."""
+"""Conversions into a bucket that go on elsewhere: from a copied source, at another level, after a broken removal."""
 
 import os
 import shutil

@@ -325,7 +325,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kill_run(bucket: S3State, source: Path, operation: str, count: int) -> None:
     """Runs a conversion with small parts in a process that is killed after so many requests of an operation."""
     bucket.faults[operation, "delayed"] = 1000
-    memory = "64MiB" if "AWS_REQUEST_PAYER" in os.environ else "20MiB"
+    memory = "80MiB" if "AWS_REQUEST_PAYER" in os.environ else "20MiB"
     words = ["convert", str(source), ADDRESS, "--mp", "2", "--jobs", "1", "--max-memory", memory]
     with subprocess.Popen([sys.executable, "-m", "reshard", *words], stderr=subprocess.PIPE) as process:
         while bucket.count(operation) < count:
