@@ -22,7 +22,7 @@ from xxhash import xxh3_128_digest
 
 from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.journal import HOLDER, RECORD, RESTART, describe_holder, find_job_differences
-from reshard.execution.store_jobs import LEVEL, check_level
+from reshard.execution.store_levels import LEVEL, check_level
 from reshard.formats.target_names import JOURNAL, PROGRESS, STORE_RECORD
 from reshard.storage.remote_store import THREADS_OF_STORE
 from reshard.storage.resources import map_in_threads

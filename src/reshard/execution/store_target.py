@@ -13,10 +13,11 @@ from functools import partial
 from itertools import islice
 from math import ceil
 from threading import Event, Lock
+from typing import Any
 
 from reshard.casts.kernels import choose_recode
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.execute import OtherFiles, RunResult, Settings
+from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART
 from reshard.execution.part_writer import PartBuffers, fill_part, measure_part_buffers
@@ -29,7 +30,6 @@ from reshard.execution.parts import (
     measure_part_capacity,
 )
 from reshard.execution.reader import OpenFiles
-from reshard.execution.store_jobs import identify_store_job
 from reshard.execution.store_journal import (
     DonePart,
     DurableNote,
@@ -39,6 +39,7 @@ from reshard.execution.store_journal import (
     remove_job,
 )
 from reshard.execution.store_ledger import StoreLedger
+from reshard.execution.store_levels import LEVEL, PARTS, STREAM
 from reshard.execution.store_objects import complete_file, finish_target
 from reshard.execution.windows import WINDOW_SIZE, choose_bands
 from reshard.execution.writer import FLUSH_SECONDS, LOOK_SECONDS, Jobs
@@ -92,6 +93,18 @@ def execute_plan_to_store(
         discard_failed_run(plan, journal, ledger, is_refused=isinstance(error, Refused))
         raise
     return done
+
+
+def identify_store_job(plan: Plan, store: TargetStore, others: OtherFiles, settings: Settings) -> dict[str, Any]:
+    """The identity of a job in a store. It goes on on any machine: source files on a disk are told by samples of their
+    bytes, for a copy has another time of change.
+    """
+    files = plan.source.files
+    is_remote = isinstance(plan.source.folder, RemotePath)
+    marks = [file.version for file in files] if is_remote else others.samples
+    source = [[file.name, file.size, file.header_hash, mark] for file, mark in zip(files, marks, strict=True)]
+    job = identify_job(plan, [*others.sides, MANIFEST], settings)
+    return {**job, "source": source, LEVEL: PARTS if store.keeps_parts else STREAM}
 
 
 def choose_part_size(plan: Plan, store: TargetStore, settings: Settings) -> int:

@@ -1,32 +1,16 @@
-"""The job of a target in a store: what makes it the same on another machine, and the level at which it was begun."""
+"""The level of a job in a store, by parts or by streams: a job stays at the level at which it was begun."""
 
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.errors import Problem
-from reshard.execution.execute import OtherFiles, Settings, identify_job
 from reshard.execution.journal import RESTART
-from reshard.formats.target_names import MANIFEST
-from reshard.paths import RemotePath
-from reshard.planning.plan import Plan
 from reshard.storage.s3_signing import OTHER_SETTINGS
 from reshard.storage.target_store import TargetStore
 
 LEVEL, PARTS, STREAM = "level", "parts", "stream"
 """A key of the job, and its values: whether parts are kept."""
-
-
-def identify_store_job(plan: Plan, store: TargetStore, others: OtherFiles, settings: Settings) -> dict[str, Any]:
-    """The identity of a job in a store. It goes on on any machine: source files on a disk are told by samples of their
-    bytes, for a copy has another time of change.
-    """
-    files = plan.source.files
-    is_remote = isinstance(plan.source.folder, RemotePath)
-    marks = [file.version for file in files] if is_remote else others.samples
-    source = [[file.name, file.size, file.header_hash, mark] for file, mark in zip(files, marks, strict=True)]
-    job = identify_job(plan, [*others.sides, MANIFEST], settings)
-    return {**job, "source": source, LEVEL: PARTS if store.keeps_parts else STREAM}
 
 
 def check_level(job: Mapping[str, Any], store: TargetStore) -> Iterator[Problem]:
