@@ -31,6 +31,7 @@ from reshard.planning.options import (
 )
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
+from reshard.planning.shares import read_share
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
@@ -40,7 +41,7 @@ from reshard.target.preflight import look_at_target
 from reshard.target.side_files import add_notes, find_beside
 from reshard.target.verified_target import verify_against_source
 from reshard.target.writing import write_target
-from reshard.types import COMPARE, RANKS, Progress
+from reshard.types import COMPARE, RANKS, Progress, Share
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.listed_objects import compare_listing
@@ -70,6 +71,7 @@ def convert(
     recipe: str | None = None,
     for_engine: str | None = None,
     ranks: Iterable[int] | int | None = None,
+    share: str | Share | None = None,
     ignore_extra_files: bool = False,
     config: Location | None = None,
     n_experts: int | None = None,
@@ -107,6 +109,9 @@ def convert(
         recipe: A packaged recipe's name or a TOML file; by default the checkpoint itself tells.
         for_engine: `"vllm"`, or `"transformers"` without `mp`; by default the files are for the model's own code.
         ranks: Write the files of these ranks only. With `to="dcp"` and without `mp`: the number of ranks.
+        share: `"1/4"`: the second of four parts, which as many processes make at the same time, perhaps on several
+            machines; the same call without it joins them. `"auto"` or `"auto/4"`: by the variables of Slurm, torchrun,
+            MPI or Kubernetes.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
         config: The folder to take config.json, tokenizer and the like from, in the place of the source.
@@ -147,14 +152,15 @@ def convert(
     require_none(check_source_options(found, replicas, n_experts))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
+    tokenizer, part = read_location(tokenizer_path), read_share(share)
     # The last chance to refuse.
-    state = look_at_target(add_notes(planned, beside), place, read_location(tokenizer_path), beside, settings)
+    state = look_at_target(add_notes(planned, beside), place, tokenizer, beside, settings, part)
     if not state.plan.files and not state.must_be_joined:
-        return Conversion(open_again(place), state.plan, None, mend_target(state), monotonic() - started)
+        return Conversion(open_again(state.place), state.plan, None, mend_target(state), monotonic() - started)
     counter = WorkCounter(progress, state.size, writes=True, is_stored=isinstance(place, StoredFolder))
     # The only step that writes tensors.
     done = write_target(state, counter, settings)
-    return Conversion(open_again(place), state.plan, done, (), monotonic() - started)
+    return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started)
 
 
 def plan(

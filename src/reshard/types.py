@@ -16,6 +16,20 @@ MOST_RANKS = 4096
 """Largest number of ranks accepted. No model is cut for more: a larger number is a typing error."""
 
 
+class Share(NamedTuple):
+    """One of several parts of a conversion, each made by a process of its own, perhaps on a machine of its own."""
+
+    number: int
+    """From 0 on."""
+    shares: int
+    """The number of all."""
+    fingerprint: str = ""
+    """Of the conversion that it must be a part of; empty if nobody has told it."""
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.shares}"
+
+
 # Not a dataclass: a large model has 140,000 of them, and a tuple is made in a third of the time.
 class Tensor(NamedTuple):
     """One entry of a safetensors header: a tensor, or one rank's shard of it, and its place in a file."""

@@ -36,7 +36,7 @@ from reshard.types import RANKS, SLICED, WHOLE, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
-    *("only", "recipe", "for_engine", "ranks", "ignore_extra_files", "config"),
+    *("only", "recipe", "for_engine", "ranks", "share", "ignore_extra_files", "config"),
 )
 """Options that choose what to convert, and into which layout."""
 

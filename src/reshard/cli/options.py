@@ -17,11 +17,11 @@ from reshard.cli.shared_options import (
 )
 from reshard.cli.values import (
     KeepOneValue,
+    parse_fraction,
     parse_number,
     parse_numbers,
     parse_path,
     parse_positive,
-    parse_share,
     parse_size,
     parse_source,
     parse_word,
@@ -80,6 +80,7 @@ def add_job(parser: Parser) -> None:
         "files for the model's own code.",
     )
     what.add_argument("--ranks", type=parse_numbers, metavar="0-3,7", help=SOME_RANKS_HELP)
+    what.add_argument("--share", type=parse_word, metavar="I/N", help=SHARE_HELP)
     add_ignore_extra_files(what)
     add_config(what)
 
@@ -90,6 +91,11 @@ TO_HELP = (
 )
 
 SOME_RANKS_HELP = "Write the files of these ranks only. With --to dcp and without --mp: the number of ranks."
+
+SHARE_HELP = (
+    "Make part I of N, from 0 on: 0/4 to 3/4, each by a process of its own, perhaps on several machines; the same "
+    "command without it joins them. auto, or auto/N: by Slurm, torchrun, MPI or Kubernetes."
+)
 
 RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
 
@@ -213,7 +219,7 @@ def add_verify(parser: Parser) -> None:
     add_other_records(what)
     parser.section(RUNNING).add_argument(
         "--sample",
-        type=parse_share,
+        type=parse_fraction,
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
     )

@@ -53,7 +53,7 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
-def parse_share(text: str) -> Any:
+def parse_fraction(text: str) -> Any:
     """Parses a percentage above 0 and up to 100 into a Fraction: `0.5%` -> 1/200. Raises ArgumentTypeError."""
     # Slow to import, and needed for a sample only.
     from fractions import Fraction  # noqa: PLC0415

@@ -15,6 +15,7 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import Problem, Refused, refuse
+from reshard.execution.finished_files import move_finished_files, remove_finished_files, rename_to_final
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART, Journal, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
@@ -72,6 +73,8 @@ class OtherFiles:
     """Names of manifests that are of no use once this one has its final name: it names all that they name."""
     removed: tuple[str, ...] = ()
     """Names of finished files that are removed before anything is written, in this order: the manifests last."""
+    moved: Sequence[tuple[str, str]] = ()
+    """Finished files of shares, which get their names in the target before anything is written."""
     samples: Sequence[str] = ()
     """For each source file: a checksum of samples of its data."""
 
@@ -141,6 +144,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
             try:
                 others.require_same()
                 remove_finished_files(target, others.removed)
+                move_finished_files(target, others.moved)
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
                 for name in manifests:
@@ -175,15 +179,6 @@ def refuse_unwritable(target: Path, error: OSError) -> Refused:
     subject, found = str(error.filename or target), error.strerror or str(error)
     remedy = "allow more of them, as `ulimit -n 4096` does" if error.errno == errno.EMFILE else "mend it"
     return refuse("cannot-write", subject, found, "to write the target", f"{remedy}, and run the same command again")
-
-
-def remove_finished_files(target: Path, names: Sequence[str]) -> None:
-    """Removes finished files, in their order: whatever a crash leaves of them is named by a manifest that is left."""
-    others = [name for name in names if name != MANIFEST]
-    for group in (others, names[len(others) :]):
-        if group:
-            remove_files(target, group)
-            sync_folder(target)
 
 
 def identify_job(plan: Plan, others: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -327,20 +322,3 @@ def find_incomplete_file(plan: Plan, records: Records) -> str | None:
         if bounds[:-1] != mine["offset"].tolist() or bounds[-1] != file.size:
             return file.name
     return None
-
-
-def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str] = ()) -> None:
-    """Gives every file its final name, then removes the journal, and manifests that are superseded. A crash in between
-    leaves everything to resume.
-    """
-    for name in names:
-        partial = target / (name + PARTIAL)
-        if name == MANIFEST:  # its presence says that the others have their final names
-            sync_folder(target)
-        if partial.exists():
-            partial.rename(target / name)
-    sync_folder(target)
-    with suppress(PermissionError):  # the folder above may be one that we can enter but not read
-        sync_folder(target.parent)
-    remove_files(target, [*superseded, JOURNAL])
-    sync_folder(target)

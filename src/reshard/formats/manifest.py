@@ -16,8 +16,8 @@ from reshard.formats.json_input import MAX_HEADER_SIZE, is_plain, is_text, read_
 from reshard.formats.ranges import parse_ranges
 from reshard.formats.renaming import Renaming, StoredRenaming
 from reshard.formats.safetensors import LENGTH_SIZE, Size, parse_header
-from reshard.formats.shares import Share
 from reshard.formats.target_names import LARGEST_MANIFEST, MANIFEST
+from reshard.formats.tensor_uses import TensorUse
 from reshard.paths import AnyPath
 from reshard.text import format_list, format_numbers
 from reshard.types import OriginalFile, Subset, Tensor
@@ -156,7 +156,7 @@ LOST = ("dropped", "dequantized", "cast")
 
 
 class LostEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A `Share` in the manifest."""
+    """A `TensorUse` in the manifest."""
 
     use: Literal[LOST]  # type: ignore[valid-type]
     what: str
@@ -195,7 +195,7 @@ class Origin:
     """The files of the checkpoint."""
     texts: Mapping[str, bytes] | None = None
     """Its config and its index, letter by letter."""
-    lost: tuple[Share, ...] | None = None
+    lost: tuple[TensorUse, ...] | None = None
     """The tensors that the rank files do not have as they were; None if nobody knows."""
     raw: Mapping[str, Any] | None = None
     """As it stands in the manifest."""
@@ -234,13 +234,13 @@ def read_origin(manifest: Mapping[str, Any]) -> Origin:
     return Origin(unknown.recipe, *known, is_of_ranks=True, renaming=tuple(entry.renamed))
 
 
-def make_shares(lost: list[LostEntry] | None) -> tuple[Share, ...] | None:
+def make_shares(lost: list[LostEntry] | None) -> tuple[TensorUse, ...] | None:
     """The shares of an origin. Raises ValueError for a text that UTF-8 cannot write."""
     if lost is None:
         return None
     if not all(is_text(share.what) and is_text(share.reason) for share in lost):
         raise ValueError("not UTF-8")
-    return tuple(Share(share.use, share.what, share.reason, share.tensors, share.size) for share in lost)
+    return tuple(TensorUse(share.use, share.what, share.reason, share.tensors, share.size) for share in lost)
 
 
 def unpack_original_files(headers: Mapping[str, str]) -> tuple[OriginalFile, ...]:

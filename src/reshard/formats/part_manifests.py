@@ -7,7 +7,7 @@ A run for some ranks (`--ranks`) writes its manifest twice: as `reshard.json`, a
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
@@ -16,6 +16,7 @@ from reshard.errors import Problem, Refused
 from reshard.formats.command_words import list_layout_words, list_named_recipe_words, list_subset_words
 from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest
+from reshard.formats.share_names import SHARE_MANIFEST, list_share_folders
 from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath
 from reshard.text import format_count, format_list, format_runs
@@ -43,6 +44,11 @@ class Manifests:
     """All others, by file name: each is as reshard has written it, perhaps for another conversion."""
     damaged: tuple[str, ...]
     """Names of part manifests that are not as reshard has written them."""
+
+    @property
+    def shares(self) -> list[str]:
+        """The folders of the shares whose manifests are among them, by name."""
+        return [found[1] for name in self.parts if (found := SHARE_MANIFEST.fullmatch(name))]
 
     @property
     def named(self) -> Mapping[str, Mapping[str, Any]]:
@@ -76,6 +82,19 @@ def read_manifests(folder: AnyPath) -> Manifests:
         except Refused:
             damaged += [name] if is_part_name(name) else []
     return Manifests(main, parts, tuple(damaged))
+
+
+def read_manifests_with_shares(folder: AnyPath) -> Manifests:
+    """Reads all manifests of a folder, and those of the shares in it that are finished. Raises Refused."""
+    found = read_manifests(folder)
+    shares = {f"{name}/{MANIFEST}": read_manifest(folder / name) for name in list_share_folders(folder)}
+    return replace(found, parts={**found.parts, **{name: one for name, one in shares.items() if one}})
+
+
+def find_file(folder: AnyPath, name: str, shares: Iterable[str]) -> AnyPath:
+    """The path of a file of a target: in its folder, or where it is not there in that of one of its shares."""
+    paths = (folder / name, *(folder / share / name for share in shares))
+    return next((path for path in paths if path.is_file()), folder / name)
 
 
 def is_same_conversion(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reshard.formats.manifest import Origin, list_subset_lines
-from reshard.formats.shares import Share
+from reshard.formats.tensor_uses import TensorUse
 from reshard.paths import AnyPath
 from reshard.planning.copies import Copies
 from reshard.planning.file_layout import Pieces, TargetFile, list_shapes
@@ -41,7 +41,7 @@ class Plan:
     """`target_file` is an index into `files`; `source_file` one into the files, joins and casts of the source."""
     casts: tuple[Cast, ...]
     """The tensors to compute."""
-    coverage: tuple[Share, ...]
+    coverage: tuple[TensorUse, ...]
     """The uses of all source tensors."""
     notes: tuple[Note, ...]
     """What a person should know before the job: what was left aside, and what a loader may refuse."""

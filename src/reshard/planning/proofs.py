@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reshard.formats.shares import Share
+from reshard.formats.tensor_uses import TensorUse
 from reshard.planning.copies import Copies, Integers, WrongPlan
 from reshard.planning.shards import Series
 from reshard.recipe_types import Recipe, Rule
@@ -104,7 +104,7 @@ def prove_coverage(
     series: Sequence[Series],
     casts: Sequence[Cast],
     copies: Copies,
-) -> tuple[Share, ...]:
+) -> tuple[TensorUse, ...]:
     """Proves that every source tensor is used as often as its rule says; returns the uses. Raises WrongPlan."""
     used = [tensor for one in series for tensor in one.tensors]
     sizes = [file.size for file in checkpoint.files]
@@ -121,7 +121,7 @@ def prove_coverage(
         found.setdefault(key, {}).update({tensor.name: tensor.size for tensor in tensors})
     if sum(map(len, found.values())) != len(checkpoint.tensors):
         raise WrongPlan("the rules do not cover every source tensor once")
-    return tuple(Share(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
+    return tuple(TensorUse(*key, len(sizes), sum(sizes.values())) for key, sizes in found.items())
 
 
 def find_reason(rule: Rule, recipe: Recipe) -> tuple[str, str]:

@@ -15,8 +15,9 @@ from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpa
 from reshard.execution.records import Records
 from reshard.formats.huggingface import CONFIG, INDEX
 from reshard.formats.manifest import LOST, compute_manifest_checksum
+from reshard.formats.part_manifests import find_file
 from reshard.formats.renaming import store_renaming
-from reshard.formats.shares import Share
+from reshard.formats.tensor_uses import TensorUse
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan, describe_layout
 from reshard.planning.proofs import find_reason
@@ -147,16 +148,18 @@ def describe_conversion_job(plan: Plan, samples: Sequence[str]) -> dict[str, Any
     return {**describe_plan(plan), "source_samples": list(samples)}
 
 
-def find_finished_ranks(manifest: Mapping[str, Any], plan: Plan, folder: AnyPath) -> set[int]:
+def identify_conversion(plan: Plan, samples: Sequence[str]) -> str:
+    """Computes the fingerprint of a conversion: equal where plan, recipe, program and source are, on any machine."""
+    return xxh3_128_hexdigest(json.dumps(describe_conversion_job(plan, samples), sort_keys=True).encode())
+
+
+def find_finished_ranks(
+    manifest: Mapping[str, Any], plan: Plan, folder: AnyPath, shares: Sequence[str] = ()
+) -> set[int]:
     """Finds the ranks of the plan whose files are finished: listed in the manifest of the same job, with their size."""
     sizes = {entry["name"]: entry["size"] for entry in manifest.get("files", ())}
-    return {
-        file.rank
-        for file in plan.files
-        if sizes.get(file.name) == file.size
-        and (folder / file.name).is_file()
-        and measure_path(folder / file.name) == file.size
-    }
+    known = [(file, find_file(folder, file.name, shares)) for file in plan.files if sizes.get(file.name) == file.size]
+    return {file.rank for file, path in known if path.is_file() and measure_path(path) == file.size}
 
 
 def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def describe_origin(plan: Plan, headers: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def list_lost(plan: Plan) -> list[Share]:
+def list_lost(plan: Plan) -> list[TensorUse]:
     """Lists the source tensors that cannot be restored from the target: dropped or cast."""
     return [share for share in plan.coverage if share.use in LOST]
 
@@ -216,7 +219,7 @@ def describe_lost(plan: Plan) -> Iterator[str]:
     origin = plan.origin
     if not plan.keeps_names or not origin.is_of_ranks:
         return
-    groups: dict[tuple[str, str], list[Share]] = {}
+    groups: dict[tuple[str, str], list[TensorUse]] = {}
     for share in origin.lost or ():
         groups.setdefault((share.use, share.reason), []).append(share)
     for group in groups.values():
@@ -229,7 +232,7 @@ def describe_lost(plan: Plan) -> Iterator[str]:
                 yield f"not as it was: {rule.left}, dequantized when converted, by the recipe"
 
 
-def describe_shares(group: Sequence[Share], *, are_all: bool) -> str:
+def describe_shares(group: Sequence[TensorUse], *, are_all: bool) -> str:
     """Describes, in a line, what became of tensors of several rows for one reason."""
     use, reason = group[0].use, f": {group[0].reason}" if group[0].reason else ""
     tensors = format_count(sum(share.tensors for share in group), "tensors")
@@ -240,7 +243,7 @@ def describe_shares(group: Sequence[Share], *, are_all: bool) -> str:
     return f"{NOW[use]}: {tensors}, {size}: {rows}, {use} when converted{reason}"
 
 
-def covers_all_tensors(plan: Plan, group: Sequence[Share]) -> bool:
+def covers_all_tensors(plan: Plan, group: Sequence[TensorUse]) -> bool:
     """Whether every tensor of a plan is of these shares of the original."""
     counts = Counter[str]()
     for share in plan.coverage:

@@ -4,7 +4,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.execute import refuse_unwritable, rename_to_final
+from reshard.execution.execute import refuse_unwritable
+from reshard.execution.finished_files import rename_to_final
 from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files

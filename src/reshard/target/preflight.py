@@ -1,26 +1,27 @@
 """Looks at the target folder before a job: which ranks are finished, and whether the rest can be written."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings
-from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.parts import check_upload_limits
 from reshard.execution.records import Records
 from reshard.execution.staging import note_begun_repair
 from reshard.formats.manifest import list_rank_files
-from reshard.formats.part_manifests import is_part_name, is_same_conversion, join_manifests, read_manifests
-from reshard.formats.target_names import MANIFEST, STORE_RECORD, list_names
+from reshard.formats.part_manifests import (
+    Manifests,
+    is_same_conversion,
+    join_manifests,
+    read_manifests_with_shares,
+)
+from reshard.formats.target_names import MANIFEST, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
-from reshard.target.left_files import list_own_names
 from reshard.target.manifest_writer import (
     describe_conversion_job,
     describe_origin,
@@ -28,7 +29,8 @@ from reshard.target.manifest_writer import (
     read_source_facts,
     write_manifest,
 )
-from reshard.target.places import TargetPlace, get_folder
+from reshard.target.other_files import check_vouched, find_own_files, is_other_conversion
+from reshard.target.places import TargetPlace
 from reshard.target.restart import (
     check_begun_removal,
     check_removed_files,
@@ -38,6 +40,7 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.room import check_folder, check_space, check_stored_folder
+from reshard.target.shares import check_lacking_shares, choose_share
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -45,14 +48,12 @@ from reshard.target.state import (
     check_replaced_sides,
     check_side_files,
     check_written_files,
-    find_unknown_ranks,
     list_lost_sides,
-    make_unknown_problem,
     note_joined,
     require_same,
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
-from reshard.types import RANKS, SLICED
+from reshard.types import Share
 
 WITHOUT_CHOICE = Settings()
 
@@ -63,12 +64,14 @@ def look_at_target(
     tokenizer_path: AnyPath | None = None,
     beside: FoundFiles | None = None,
     settings: Settings = WITHOUT_CHOICE,
+    share: Share | None = None,
 ) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
     or of the source. The source is looked at again if what lies `beside` its tensors is not given. With the settings
-    `restart` and `yes`, finished files are to be written too. Raises Refused if they cannot be written.
+    `restart` and `yes`, finished files are to be written too. Of a `share` it is those files that the share has to
+    write, in a place of its own. Raises Refused if they cannot be written.
     """
-    folder, beside = get_folder(place), beside or find_beside(plan)
+    beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
     plan = replace(plan, notes=(*plan.notes, *note_lacking(tokenizer, plan.recipe, beside.copied)))
     try:
@@ -76,25 +79,40 @@ def look_at_target(
         origin = describe_origin(plan, headers)
     except OSError as error:
         raise refuse("cannot-read", str(error.filename), error.strerror or str(error), "to read the source") from None
-    manifests = read_manifests(folder)
-    wanted = describe_conversion_job(plan, samples)
+    sides = collect_side_files(plan, tokenizer, beside)  # of all files: an index names all
+    require_none(check_unfinished(plan.side_folder, sides))
+    begun = TargetState(place, plan, samples, sides, Manifests({}, {}, ()), {}, {}, origin)
+    if share is None:
+        return look_at_folder(begun, settings)
+    return look_at_folder(choose_share(begun, read_state(begun), share), settings)
+
+
+def look_at_folder(begun: TargetState, settings: Settings) -> TargetState:
+    """Finds out what there is of a job in its folder, and checks that the rest can be written. Raises Refused."""
+    state = read_state(begun, settings)
+    if problems := [*check_state(state), *check_lacking_shares(state, begun.plan, settings)]:
+        require_same(state)  # what another run has brought in the meantime is nobody's fault
+        require_none(problems)
+    if state.removed and not settings.yes:
+        raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
+    notes = [note_joined(state)] if state.must_be_joined else []
+    if isinstance(state.folder, Path) and not state.removed:
+        notes += note_begun_repair(state.folder)
+    return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))
+
+
+def read_state(begun: TargetState, settings: Settings = WITHOUT_CHOICE) -> TargetState:
+    """Reads what there is of a job in its folder: manifests and finished files. Raises Refused."""
+    folder, plan = begun.folder, begun.plan
+    manifests = read_manifests_with_shares(folder)
+    wanted = describe_conversion_job(plan, begun.samples)
     same = {name: one for name, one in manifests.named.items() if is_same_conversion(one, wanted)}
     removed = choose_files_to_remove(folder, plan, manifests, same, yes=settings.yes) if settings.restart else ()
     known = leave_out_files(join_manifests(same.values()), removed)
     same = same if known else {}
-    sides = collect_side_files(plan, tokenizer, beside)  # before finished ranks are left out: an index names all files
-    require_none(check_unfinished(plan.side_folder, sides))
-    if finished := find_finished_ranks(known, plan, folder):
+    if finished := find_finished_ranks(known, plan, folder, manifests.shares):
         plan = keep_ranks(plan, [file.rank for file in plan.files if file.rank not in finished])
-    state = TargetState(place, plan, samples, sides, manifests, same, known, origin, removed)
-    if problems := [*check_state(state)]:
-        require_same(state)  # what another run has brought in the meantime is nobody's fault
-        require_none(problems)
-    if removed and not settings.yes:
-        raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
-    notes = [note_joined(state)] if state.must_be_joined else []
-    notes += note_begun_repair(folder) if isinstance(folder, Path) and not removed else []
-    return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))
+    return replace(begun, plan=plan, manifests=manifests, same=same, known=known, removed=removed)
 
 
 def check_state(state: TargetState) -> Iterator[Problem]:
@@ -126,7 +144,15 @@ def describe_others(state: TargetState) -> OtherFiles:
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
     check = partial(require_same, state)
     return OtherFiles(
-        state.sides, write, check, state.part, frozenset(kept), state.superseded, state.removed, state.samples
+        state.sides,
+        write,
+        check,
+        state.part,
+        frozenset(kept),
+        state.superseded,
+        state.removed,
+        state.moved,
+        state.samples,
     )
 
 
@@ -135,39 +161,12 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     for other ranks).
     """
     present = {*list_names(state.folder)} - list_files_beside(state)
-    ours, planned = list_own_names(state.folder), {file.name for file in state.plan.files}
-    ours |= set(state.removed)
-    if state.manifests.main and not (state.known or state.removed):
-        yield explain_other_conversion(state, state.manifests.main)
+    yield from check_vouched(state)
+    if is_other_conversion(state):
         return
-    if state.known or not state.manifests.named:
-        unknown = find_unknown_ranks(state, ours)
-        if unknown:
-            yield make_unknown_problem(state, unknown)
-        if unknown or state.known:
-            parts = {name for name in list_names(state.folder) if is_part_name(name)}
-            ours |= {MANIFEST, STORE_RECORD, *state.sides, *unknown.values(), *parts, *state.same}
-        ours |= list_rank_files(state.known) - planned
+    ours = find_own_files(state)[0]
     remedy = "move them out of the folder, or another target" if state.known else "another target"
     if isinstance(state.folder, Path):
         yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)
     else:
         yield from check_stored_folder(state.plan.path, state.folder, present - ours, remedy)
-
-
-def explain_other_conversion(state: TargetState, manifest: Mapping[str, Any]) -> Problem:
-    """Explains that the target has a finished conversion of another job, by its manifest, and how it may serve."""
-    plan = state.plan
-    wanted = describe_conversion_job(plan, state.samples)
-    before, now = describe_other_job(manifest, wanted), describe_other_job(wanted, manifest, "of this source")
-    remedy = "another target"
-    layout = {**manifest.get("layout", {}), "ranks": plan.layout.ranks}
-    is_whole = len(manifest.get("files", ())) == manifest.get("ranks")
-    can_serve = plan.layout.to == RANKS or (plan.layout.to == SLICED and plan.keeps_names)
-    if is_whole and is_same_conversion({**manifest, "layout": layout}, wanted) and can_serve:
-        sliced = ["--to", SLICED] if plan.layout.to == SLICED else []
-        command = shlex.join(["reshard", "convert", str(state.folder), "NEW", *sliced, "--mp", str(plan.layout.ranks)])
-        remedy += f"; or {command} makes the ranks from these files, without the source"
-    return Problem(
-        "target-not-empty", str(state.folder), f"a finished conversion: {before}", f"this one: {now}", remedy
-    )

@@ -13,22 +13,22 @@ from reshard.formats.part_manifests import (
     MANIFEST_COPY,
     Manifests,
     check_agreement,
+    find_file,
     is_part_name,
     name_part_manifest,
-    read_manifests,
+    read_manifests_with_shares,
 )
-from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.formats.share_names import SHARE_MANIFEST
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath, Entry, RemotePath
-from reshard.planning.file_layout import name_rank_files
 from reshard.planning.plan import Plan
-from reshard.recipes.recipe import has_ranks
 from reshard.sources.changed_files import find_changed_range
 from reshard.storage.opened import measure_path
 from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.tokenizer import WORD
-from reshard.text import format_count, format_list, format_numbers
-from reshard.types import RANKS, SLICED, WHOLE, Note
+from reshard.text import format_list, format_numbers
+from reshard.types import WHOLE, Note, Share
 
 MOVE_AND_REPEAT = "move it out of the folder, and run the same command again"
 
@@ -54,6 +54,8 @@ class TargetState:
     """The part of the new manifest that describes the source."""
     removed: tuple[str, ...] = ()
     """Finished files that are removed before anything is written, in this order; `known` does not name them."""
+    share: Share | None = None
+    """The share whose folder this is."""
 
     @property
     def folder(self) -> AnyPath:
@@ -72,24 +74,45 @@ class TargetState:
 
     @property
     def must_be_joined(self) -> bool:
-        """Whether parts that were made apart lie here: `reshard.json` does not name all files that are known."""
-        return not list_rank_files(self.known) <= self.named
+        """Whether parts that were made apart lie here: `reshard.json` does not name all files that are known, or shares
+        are still there.
+        """
+        return not list_rank_files(self.known) <= self.named or bool(self.shares)
+
+    @property
+    def shares(self) -> list[str]:
+        """The folders of the finished shares of this conversion, by name."""
+        return [name for name in self.manifests.shares if f"{name}/{MANIFEST}" in self.same]
+
+    @property
+    def moved(self) -> tuple[tuple[str, str], ...]:
+        """The files that finished shares have in their folders, each with the name that the target has it under."""
+        names = [entry["name"] for entry in self.known.get("files", ())]
+        there = [(share, name) for share in self.shares for name in names if (self.folder / share / name).is_file()]
+        return tuple((f"{share}/{name}", name) for share, name in there)
 
     @property
     def part(self) -> str:
         """The other name of the manifest after the run, if that does not name all ranks; else empty."""
         ranks = {file.rank for file in self.plan.files} | {entry["rank"] for entry in self.known.get("files", ())}
-        is_part = self.plan.layout.to != WHOLE and len(ranks) < self.plan.layout.ranks
+        is_part = self.plan.layout.to != WHOLE and len(ranks) < self.plan.layout.ranks and not self.share
         return name_part_manifest(ranks) if is_part else ""
 
     @property
     def superseded(self) -> tuple[str, ...]:
-        """Manifests of parts, under the names that we gave them, that the manifest after the run replaces; and those
-        that an interrupted run has not finished.
+        """Manifests of parts, under the names that we gave them, that the manifest after the run replaces; those that
+        an interrupted run has not finished; and what is left in the folders of shares, of each its manifest last.
         """
         begun = [name for name in list_names(self.folder) if name.endswith(PARTIAL)]
         names = [name for name in (*self.same, *begun) if is_part_name(name)]
-        return tuple(name for name in names if name.removesuffix(PARTIAL) != self.part)
+        parts = [name for name in names if name.removesuffix(PARTIAL) != self.part]
+        return (*parts, *(f"{share}/{name}" for share in self.shares for name in list_share_names(self, share)))
+
+
+def list_share_names(state: TargetState, share: str) -> list[str]:
+    """Lists the files beside the tensors that a finished share has in its folder, the manifest last."""
+    sides = [entry["name"] for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]]
+    return [name for name in (*sides, STORE_RECORD, JOURNAL, MANIFEST) if (state.folder / share / name).is_file()]
 
 
 def list_lost_sides(state: TargetState) -> list[str]:
@@ -101,7 +124,7 @@ def require_same(state: TargetState) -> None:
     """Raises Refused if the manifests in the target are not those that were looked at."""
     place = state.place
     if isinstance(place, Path):
-        is_same = read_manifests(place) == state.manifests
+        is_same = read_manifests_with_shares(place) == state.manifests
     else:  # by their versions, for the folder stays as it was when it was opened
         is_same = keep_manifests(place.store.list_entries()) == keep_manifests(place.folder.store.entries)
     if not is_same:
@@ -111,7 +134,11 @@ def require_same(state: TargetState) -> None:
 
 def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Keeps those of the listed objects that may be manifests."""
-    return {name: entry for name, entry in entries.items() if MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD}
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if (MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD) or SHARE_MANIFEST.fullmatch(name)
+    }
 
 
 def note_joined(state: TargetState) -> Note:
@@ -179,7 +206,7 @@ def check_written_files(state: TargetState) -> Iterator[Problem]:
     planned = {file.name for file in state.plan.files}
     remedy = "copy it here again, or move it out of the folder, and run the same command again"
     for entry in state.known.get("files", ()):
-        path = state.folder / entry["name"]
+        path = find_file(state.folder, entry["name"], state.shares)
         if not path.exists() or not (state.must_be_joined or entry["name"] in planned):
             continue
         if (size := measure_path(path)) != entry["size"]:
@@ -209,21 +236,3 @@ def describe_other(state: TargetState, name: str = MANIFEST) -> str:
     """Describes in what the conversion of a manifest differs from this one."""
     wanted = describe_conversion_job(state.plan, state.samples)
     return f"of another conversion: {describe_other_job(state.manifests.named[name], wanted)}"
-
-
-def find_unknown_ranks(state: TargetState, ours: set[str]) -> dict[int, str]:
-    """Finds the rank files that lie in the folder, though no manifest names them and no interrupted job left them."""
-    recipe, layout = state.plan.recipe, state.plan.layout
-    is_of_ranks = layout.to == SLICED or (layout.to == RANKS and has_ranks(recipe))
-    names = dict(enumerate(name_rank_files(recipe, layout) if is_of_ranks else ()))
-    known = ours | list_rank_files(state.known)
-    return {rank: name for rank, name in names.items() if name not in known and (state.folder / name).exists()}
-
-
-def make_unknown_problem(state: TargetState, names: Mapping[int, str]) -> Problem:
-    """Makes the problem of rank files, by rank, that no manifest vouches for: nobody knows what made them."""
-    found = f"{format_count(len(names), 'files')} that no manifest here names: {format_list(names.values())}"
-    others = [f"{name} is {describe_other(state, name)}" for name in state.manifests.named if name not in state.same]
-    remedy = f"copy {MANIFEST} of the folder that they were made in here as {name_part_manifest(names)}"
-    remedy += "; or move them out of the folder: the same command then writes them"
-    return Problem("no-manifest", str(state.folder), "; ".join([found, *others]), "the manifest of their part", remedy)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class TensorUse:
     """How the source tensors of one rule are used, or why they are left out. All shares cover the whole source."""
 
     use: str

@@ -1,0 +1,45 @@
+"""The finished files of a target: they get their final names, come from the folders of shares, or are removed."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.storage.local import remove_files, sync_folder
+
+
+def remove_finished_files(target: Path, names: Sequence[str]) -> None:
+    """Removes finished files, in their order: whatever a crash leaves of them is named by a manifest that is left."""
+    others = [name for name in names if name != MANIFEST]
+    for group in (others, names[len(others) :]):
+        if group:
+            remove_files(target, group)
+            sync_folder(target)
+
+
+def move_finished_files(target: Path, names: Sequence[tuple[str, str]]) -> None:
+    """Moves finished files from the folders of shares. Their manifests, which are still there, vouch for them."""
+    for before, after in names:
+        (target / before).rename(target / after)
+    if names:
+        sync_folder(target)
+
+
+def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str] = ()) -> None:
+    """Gives every file its final name, then removes the journal, and files that are superseded, with the folders of
+    shares that are empty then. A crash in between leaves everything to resume.
+    """
+    for name in names:
+        partial = target / (name + PARTIAL)
+        if name == MANIFEST:  # its presence says that the others have their final names
+            sync_folder(target)
+        if partial.exists():
+            partial.rename(target / name)
+    sync_folder(target)
+    with suppress(PermissionError):  # the folder above may be one that we can enter but not read
+        sync_folder(target.parent)
+    remove_files(target, [*superseded, JOURNAL])
+    for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
+        with suppress(OSError):  # somebody has put a file of his own there
+            folder.rmdir()
+    sync_folder(target)

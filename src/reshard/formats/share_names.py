@@ -1,0 +1,35 @@
+"""The folders of shares, the parts of a conversion that several processes make at the same time: `.share-1-of-4`."""
+
+import re
+
+from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
+from reshard.paths import AnyPath
+from reshard.types import Share
+
+SHARE_MANIFEST = re.compile(rf"(\.share-\d+-of-\d+)/{re.escape(MANIFEST)}", re.ASCII)
+"""The name of a share's manifest as its target has it."""
+
+SHARE_FOLDER = re.compile(r"\.share-(0|[1-9]\d{0,3})-of-([1-9]\d{0,3})", re.ASCII)
+
+
+def name_share_folder(share: Share) -> str:
+    """Names the folder of a share in its target. It is hidden: what lies there is not yet the target's."""
+    return f".share-{share.number}-of-{share.shares}"
+
+
+def parse_share_folder(name: str) -> Share | None:
+    """Parses the name of a share's folder; None if it is no such name."""
+    found = SHARE_FOLDER.fullmatch(name)
+    share = Share(int(found[1]), int(found[2])) if found else None
+    return share if share and share.number < share.shares else None
+
+
+def list_share_folders(folder: AnyPath) -> dict[str, Share]:
+    """Lists the shares that are finished or begun in a target, by the names of their folders, in their order."""
+    found = {name: share for name in list_names(folder) if (share := parse_share_folder(name))}
+    begun = {
+        name: share
+        for name, share in found.items()
+        if any((folder / name / one).is_file() for one in (MANIFEST, JOURNAL))
+    }
+    return dict(sorted(begun.items(), key=lambda item: (item[1].shares, item[1].number)))

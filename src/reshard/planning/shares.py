@@ -1,0 +1,71 @@
+"""Shares: the parts of a conversion that several processes make, perhaps on several machines.
+
+Each plans for itself, and all come to the same parts.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from reshard.errors import refuse
+from reshard.planning.plan import Plan
+from reshard.planning.planner import keep_ranks
+from reshard.planning.share_variables import find_share
+from reshard.types import MOST_RANKS, Share
+
+NUMBERED = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
+FOUND = re.compile(r"auto(?:/(\d{1,6}))?", re.ASCII)
+
+
+def read_share(given: str | Share | None) -> Share | None:
+    """Reads the value of `--share`, with the variables of this process. Raises Refused."""
+    return parse_share(given, os.environ) if isinstance(given, str) else given
+
+
+def parse_share(text: str, variables: Mapping[str, str]) -> Share:
+    """Parses `I/N`; or finds both numbers (`auto`), or the first (`auto/N`), in the `variables` of the environment.
+    Raises Refused.
+    """
+    if automatic := FOUND.fullmatch(text.strip()):
+        share = find_share(variables, int(automatic[1]) if automatic[1] else None)
+    elif numbered := NUMBERED.fullmatch(text.strip()):
+        share = Share(int(numbered[1]), int(numbered[2]))
+    else:
+        expected = "I/N, such as 0/4 for the first of four; or auto, or auto/N"
+        raise refuse("wrong-option", "--share", repr(text), expected)
+    if not share.number < share.shares <= MOST_RANKS:
+        expected = f"numbers from 0 on, such as 0/{share.shares} to {share.shares - 1}/{share.shares}"
+        if not 0 < share.shares <= MOST_RANKS:
+            expected = f"1 to {MOST_RANKS} shares"
+        raise refuse("wrong-option", "--share", str(share), expected)
+    return share
+
+
+def assign_to_shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Assigns files, by their sizes in bytes, to shares: neighbours together, and about as many bytes to each. Returns
+    the indices of the files of each share. A share has none only where there are fewer files than shares.
+    """
+    shares, begin, left = [], 0, sum(sizes)
+    for after in reversed(range(count)):
+        size, end = 0, begin
+        # One more file, if that comes closer to an even part. Each of the shares after this one needs a file too.
+        while end < len(sizes) and (
+            end == begin or ((2 * size + sizes[end]) * (after + 1) <= 2 * left and len(sizes) - end > after)
+        ):
+            size += sizes[end]
+            end += 1
+        shares.append([*range(begin, end)])
+        begin, left = end, left - size
+    return shares
+
+
+def find_share_of_files(plan: Plan, count: int) -> dict[str, int]:
+    """Finds the number of the share that makes each file of a plan, by the name of the file."""
+    shares = assign_to_shares([file.size for file in plan.files], count)
+    return {plan.files[index].name: number for number, share in enumerate(shares) for index in share}
+
+
+def keep_share(plan: Plan, share: Share) -> Plan:
+    """Keeps the files of a share only; of a plan with all files."""
+    mine = find_share_of_files(plan, share.shares)
+    return keep_ranks(plan, [file.rank for file in plan.files if mine[file.name] == share.number])

@@ -1,0 +1,177 @@
+"""Shares of a conversion in their target: what a share has to write there, and whether all of them can be joined.
+
+Each share works in a folder of its own, `.share-1-of-4`, as in a target of its own: so each has its journal and lock.
+The same command without `--share` joins them; it writes no tensor.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Problem, require_none
+from reshard.execution.execute import Settings, identify_job
+from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
+from reshard.execution.other_jobs import describe_other_job
+from reshard.formats.share_names import list_share_folders, name_share_folder
+from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
+from reshard.paths import AnyPath
+from reshard.planning.plan import Plan
+from reshard.planning.planner import keep_ranks
+from reshard.planning.shares import find_share_of_files, keep_share
+from reshard.storage.opened import open_regular_file
+from reshard.target.manifest_writer import identify_conversion
+from reshard.target.other_files import check_vouched, find_own_files
+from reshard.target.places import TargetPlace
+from reshard.target.room import check_foreign_files
+from reshard.target.state import MOVE_AND_REPEAT, TargetState, check_manifests, compute_path_checksum, describe_other
+from reshard.text import format_count, format_list, format_size
+from reshard.types import Note, Share
+
+COMPARED = ("reshard", "recipe_sha256", "layout", "subset")
+"""Keys of a job that all shares of a conversion have alike."""
+
+
+def choose_share(begun: TargetState, whole: TargetState, share: Share) -> TargetState:
+    """Chooses the files that a share has to write, and its place. `whole` is what its target has of all files: what is
+    finished there, or in other shares, is not made again. Raises Refused if it does not fit to what is there.
+    """
+    require_none(check_fingerprint(begun, share))
+    require_none(check_beside_share(whole, share))
+    assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
+    plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in lacking])
+    place = open_share_place(begun.place, share)
+    size = format_size(sum(file.size for file in assigned))
+    text = f"share {share} has {len(assigned):,} of {format_count(len(begun.plan.files), 'files')}, {size}"
+    notes = (*plan.notes, Note("share", text))
+    sides = begun.sides if plan.files else {}
+    return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share)
+
+
+def open_share_place(place: TargetPlace, share: Share) -> TargetPlace:
+    """Opens the place that a share writes to, in its target."""
+    if isinstance(place, Path):
+        return place / name_share_folder(share)
+    raise NotImplementedError
+
+
+def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
+    """Reports a share whose conversion is not the one that it was made a part of."""
+    found = identify_conversion(begun.plan, begun.samples)
+    if share.fingerprint not in ("", found):
+        remedy = "the same files, options and version of reshard on every machine"
+        expected = f"{share.fingerprint[:8]}, that of the other machines"
+        yield Problem("another-job", f"--share {share}", f"the fingerprint {found[:8]}", expected, remedy)
+
+
+def check_beside_share(whole: TargetState, share: Share) -> Iterator[Problem]:
+    """Reports what lies in the target of a share and does not fit to it."""
+    folder = whole.folder
+    found = [*check_vouched(whole), *check_manifests(whole), *check_other_shares(whole)]
+    counts = Counter(other.shares for other in list_share_folders(folder).values())
+    for count in counts.keys() - {share.shares}:
+        there, expected = f"{format_count(counts[count], 'shares')} of {count}", f"shares of {share.shares}"
+        yield Problem("another-job", str(folder), there, expected, f"--share I/{count}, or another target")
+    if not found:
+        yield from check_foreign_files(folder, {*list_names(folder)} - find_own_files(whole)[0], "another target")
+    yield from found
+    if whole.plan.files and (folder / JOURNAL).is_file():
+        there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
+        remedy = "the same command without --share goes on with it; or another target"
+        yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
+
+
+def check_other_shares(whole: TargetState) -> Iterator[Problem]:
+    """Reports shares, finished or begun, that are of another conversion."""
+    folder, expected = whole.folder, "a share of this conversion"
+    remedy = f"another target; or, if nobody needs it any more, {MOVE_AND_REPEAT}"
+    wanted = identify_job(whole.plan, (), Settings())
+    for name in list_share_folders(folder):
+        path, found = str(folder / name), ""
+        if name in whole.manifests.shares:
+            manifest = f"{name}/{MANIFEST}"
+            found = describe_other(whole, manifest) if manifest not in whole.same else ""
+        elif (job := read_share_job(folder / name)) and list_compared(job) != list_compared(wanted):
+            found = f"of another conversion: {describe_other_job(job, wanted)}"
+        if found:
+            yield Problem("another-job", path, found, expected, remedy)
+
+
+def list_compared(job: Mapping[str, Any]) -> list[Any]:
+    """Lists what all shares of a conversion have alike in their journals. A file has another time of change on another
+    machine.
+    """
+    source = job.get("source")
+    files = [entry[:3] for entry in source] if isinstance(source, list) else None
+    return [*(json.dumps(job.get(key), sort_keys=True) for key in COMPARED), files]
+
+
+def read_share_job(folder: AnyPath) -> Mapping[str, Any]:
+    """Reads the job of a share that is not finished; empty if it has none yet, or if its journal is damaged."""
+    with suppress(OSError, ValueError, RecursionError), open_regular_file(folder / JOURNAL) as file:
+        job = json.loads(file.readline(LONGEST_JOB_LINE))
+        return job if isinstance(job, dict) else {}
+    return {}
+
+
+def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> Iterator[Problem]:
+    """Reports shares that cannot be joined: those that lack, those at work, and what somebody has changed in them.
+    `plan` has all files. Nothing is reported where there are no shares.
+    """
+    folders = list_share_folders(state.folder)
+    if not folders:
+        return
+    if settings.restart:
+        expected = "a target without shares"
+        remedy = "--restart with --share, of each: it throws that one away; or another target"
+        yield Problem("unfinished-target", str(state.folder), f"has {format_list(folders)}", expected, remedy)
+        return
+    yield from check_other_shares(state)
+    if not state.plan.files:
+        yield from check_finished_shares(state)
+        return
+    count = Counter(share.shares for share in folders.values()).most_common(1)[0][0]
+    numbers, lacking = find_share_of_files(plan, count), {file.name for file in state.plan.files}
+    for number in sorted({numbers[name] for name in lacking}):
+        share = Share(number, count)
+        names = [name for name in lacking if numbers[name] == number]
+        found = f"{describe_progress(state.folder / name_share_folder(share))}; it has {format_list(sorted(names), 3)}"
+        remedy = f"the same command with --share {share}, on any machine; then this one again"
+        yield Problem("unfinished-share", f"--share {share}", found, "finished: shares are joined all at once", remedy)
+
+
+def describe_progress(folder: AnyPath) -> str:
+    """Describes how far a share is, by its folder."""
+    if not (folder / JOURNAL).is_file():
+        return "damaged" if (folder / MANIFEST).is_file() else "not begun"
+    return f"not finished{describe_holder_of(folder)}"
+
+
+def describe_holder_of(folder: AnyPath) -> str:
+    """Describes the process that is at work in a folder, behind a comma; nothing if none is known."""
+    journal = folder / JOURNAL
+    holder = find_holder(journal, journal.stat().st_ino) if isinstance(journal, Path) and journal.exists() else ""
+    return f", {holder} is at work" if holder else ""
+
+
+def check_finished_shares(state: TargetState) -> Iterator[Problem]:
+    """Reports finished shares with files that a join would lose or spoil, and those that are still at work."""
+    remedy = f"compare them and {MOVE_AND_REPEAT}"
+    for before, after in state.moved:
+        if (state.folder / after).exists():
+            found, expected = f"there, and as {before} too", "in one of the two"
+            yield Problem("contradiction", str(state.folder / after), found, expected, remedy)
+    for share in state.shares:
+        folder = state.folder / share
+        if holder := describe_holder_of(folder):
+            yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", "wait for it to end")
+        if not isinstance(folder, Path):
+            continue
+        for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]:
+            path = folder / entry["name"]
+            if path.exists() and compute_path_checksum(path) != entry["xxh3_128"]:
+                expected = "as this conversion has written it"
+                yield Problem("wrong-checksum", str(path), "changed since it was written", expected, MOVE_AND_REPEAT)
