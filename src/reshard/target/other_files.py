@@ -1,4 +1,4 @@
-"""What lies in a target that this conversion has not made: another conversion, and files that nobody vouches for."""
+"""Finds what lies in a target and was not made by its conversion: another one, and files that nobody vouches for."""
 
 import shlex
 from collections.abc import Iterator, Mapping
