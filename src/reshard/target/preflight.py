@@ -161,10 +161,10 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     for other ranks).
     """
     present = {*list_names(state.folder)} - list_files_beside(state)
-    yield from check_vouched(state)
+    ours, unknown = find_own_files(state)
+    yield from check_vouched(state, unknown)
     if is_other_conversion(state):
         return
-    ours = find_own_files(state)[0]
     remedy = "move them out of the folder, or another target" if state.known else "another target"
     if isinstance(state.folder, Path):
         yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)

@@ -69,14 +69,15 @@ def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
 
 def check_beside_share(whole: TargetState, share: Share) -> Iterator[Problem]:
     """Reports what lies in the target of a share and does not fit to it."""
-    folder = whole.folder
-    found = [*check_vouched(whole), *check_manifests(whole), *check_other_shares(whole)]
+    folder, present = whole.folder, {*list_names(whole.folder)}
+    ours, unknown = find_own_files(whole)
+    found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole)]
     counts = Counter(other.shares for other in list_share_folders(folder).values())
     for count in counts.keys() - {share.shares}:
         there, expected = f"{format_count(counts[count], 'shares')} of {count}", f"shares of {share.shares}"
         yield Problem("another-job", str(folder), there, expected, f"--share I/{count}, or another target")
     if not found:
-        yield from check_foreign_files(folder, {*list_names(folder)} - find_own_files(whole)[0], "another target")
+        yield from check_foreign_files(folder, present - ours, "another target")
     yield from found
     if whole.plan.files and (folder / JOURNAL).is_file():
         there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
