@@ -8,14 +8,14 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from downloads import flip
 from jobs import Job, convert_checkpoint
-from targets import CONFIG, RANKS, Crash, leave_unfinished, make_source_and_target, rank_file, stamps
+from targets import CONFIG, RANKS, crashes, leave_unfinished, make_source_and_target, rank_file, stamps
 from torture import contents
 
 import reshard
@@ -476,40 +476,6 @@ def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
 
 
 # --- killed ---
-
-
-def crashes(run: Callable[[], object]) -> Iterator[int]:
-    """Runs again and again, and ends the program behind its first step, its second, and so on, until a run gets
-    through: files are made durable, renamed and removed.
-    """
-    steps = ("write_durable", "write_side_files", "remove_files", "sync_folder")
-    for last in range(100):
-        left = last
-
-        def crash_behind(function: Callable[..., object]) -> Callable[..., object]:
-            def step(*arguments: object, **options: object) -> object:
-                nonlocal left
-                result = function(*arguments, **options)
-                if left == 0:
-                    raise Crash
-                left -= 1
-                return result
-
-            return step
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in steps:
-                patch.setattr(reshard.execution.execute, name, crash_behind(getattr(reshard.execution.execute, name)))
-            patch.setattr(Path, "rename", crash_behind(Path.rename))
-            patch.setattr(Path, "unlink", crash_behind(Path.unlink))
-            try:
-                run()
-            except Crash:
-                pass
-            else:
-                return
-        yield last
-    raise AssertionError("no run gets through")
 
 
 @pytest.mark.parametrize("last", ["2-3", "2"])

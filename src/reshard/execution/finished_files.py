@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.share_names import parse_share_folder
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.storage.local import remove_files, sync_folder
 
 
@@ -39,7 +40,13 @@ def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str
     with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
     remove_files(target, [*superseded, JOURNAL])
-    for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
-        with suppress(OSError):  # somebody has put a file of his own there
-            folder.rmdir()
+    remove_empty_shares(target)
     sync_folder(target)
+
+
+def remove_empty_shares(target: Path) -> None:
+    """Removes the folders of shares from which all was taken, unless somebody has put a file of his own there."""
+    for name in list_names(target):
+        if parse_share_folder(name):
+            with suppress(OSError):
+                (target / name).rmdir()

@@ -11,7 +11,9 @@ from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
 from reshard.execution.store_journal import check_noted_uploads, remove_job
 from reshard.execution.store_objects import put_side_file, write_store_record
+from reshard.formats.share_names import parse_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
+from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.left_files import has_left_files
@@ -34,13 +36,19 @@ def mend_target(state: TargetState) -> list[str]:
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
         return []
     has_notes = isinstance(state.place, StoredFolder) and (target / PROGRESS).exists()
-    if not (sides or part or state.superseded or (target / JOURNAL).exists() or has_notes):
+    if not (sides or part or state.superseded or (target / JOURNAL).exists() or has_notes or has_empty_share(target)):
         return []
     if isinstance(state.place, Path):
         mend_folder(state, state.place, sides, part)
     else:
         mend_stored_folder(state, state.place, sides, part)
     return [*sides, *part]
+
+
+def has_empty_share(target: AnyPath) -> bool:
+    """Whether a crash has left the folder of a share that was joined."""
+    folders = [target / name for name in list_names(target) if parse_share_folder(name)]
+    return any(folder.is_dir() and not list_names(folder) for folder in folders)
 
 
 def mend_folder(state: TargetState, target: Path, sides: list[str], part: list[str]) -> None:

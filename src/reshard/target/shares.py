@@ -16,6 +16,7 @@ from reshard.errors import Problem, require_none
 from reshard.execution.execute import Settings, identify_job
 from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
 from reshard.execution.other_jobs import describe_other_job
+from reshard.formats.manifest import list_rank_files
 from reshard.formats.share_names import list_share_folders, name_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
@@ -25,7 +26,7 @@ from reshard.planning.shares import find_share_of_files, keep_share
 from reshard.storage.opened import open_regular_file
 from reshard.target.manifest_writer import identify_conversion
 from reshard.target.other_files import check_vouched, find_own_files
-from reshard.target.places import TargetPlace
+from reshard.target.places import TargetPlace, get_folder
 from reshard.target.room import check_foreign_files
 from reshard.target.state import MOVE_AND_REPEAT, TargetState, check_manifests, compute_path_checksum, describe_other
 from reshard.text import format_count, format_list, format_size
@@ -41,14 +42,20 @@ def choose_share(begun: TargetState, whole: TargetState, share: Share) -> Target
     """
     require_none(check_fingerprint(begun, share))
     require_none(check_beside_share(whole, share))
-    assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
-    plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in lacking])
-    place = open_share_place(begun.place, share)
+    assigned, place = keep_share(begun.plan, share).files, open_share_place(begun.place, share)
+    wanted = {file.name for file in whole.plan.files} | find_own_finished(whole, share, get_folder(place))
+    plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in wanted])
     size = format_size(sum(file.size for file in assigned))
     text = f"share {share} has {len(assigned):,} of {format_count(len(begun.plan.files), 'files')}, {size}"
     notes = (*plan.notes, Note("share", text))
     sides = begun.sides if plan.files else {}
     return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share)
+
+
+def find_own_finished(whole: TargetState, share: Share, folder: AnyPath) -> set[str]:
+    """Finds the finished files that lie in the folder of a share, by its manifest."""
+    own = whole.same.get(f"{name_share_folder(share)}/{MANIFEST}", {})
+    return {name for name in list_rank_files(own) if (folder / name).is_file()}
 
 
 def open_share_place(place: TargetPlace, share: Share) -> TargetPlace:
