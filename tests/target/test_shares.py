@@ -271,6 +271,15 @@ def test_a_restart_throws_one_share_away(source: Path, whole: Path, tmp_path: Pa
     assert contents(target) == contents(whole)
 
 
+def test_a_share_that_nobody_needs_is_told(source: Path, whole: Path, tmp_path: Path) -> None:
+    leave_share_unfinished(source, tmp_path / "target", "1/2")
+    for path in whole.iterdir():
+        shutil.copy(path, tmp_path / "target")
+    conversion = reshard.convert(source, tmp_path / "target", RANKS)
+    assert conversion.done is None
+    assert "of no use to the finished target: .share-1-of-2" in str(conversion)
+
+
 # --- refused ---
 
 

@@ -40,7 +40,7 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.room import check_folder, check_space, check_stored_folder
-from reshard.target.shares import check_lacking_shares, choose_share
+from reshard.target.shares import check_lacking_shares, choose_share, note_useless_shares
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -96,6 +96,7 @@ def look_at_folder(begun: TargetState, settings: Settings) -> TargetState:
     if state.removed and not settings.yes:
         raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
     notes = [note_joined(state)] if state.must_be_joined else []
+    notes += note_useless_shares(state)
     if isinstance(state.folder, Path) and not state.removed:
         notes += note_begun_repair(state.folder)
     return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))

@@ -67,8 +67,8 @@ def open_share_place(place: TargetPlace, share: Share) -> TargetPlace:
 
 def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
     """Reports a share whose conversion is not the one that it was made a part of."""
-    found = identify_conversion(begun.plan, begun.samples)
-    if share.fingerprint not in ("", found):
+    found = identify_conversion(begun.plan, begun.samples) if share.fingerprint else ""
+    if share.fingerprint != found:
         remedy = "the same files, options and version of reshard on every machine"
         expected = f"{share.fingerprint[:8]}, that of the other machines"
         yield Problem("another-job", f"--share {share}", f"the fingerprint {found[:8]}", expected, remedy)
@@ -163,6 +163,13 @@ def describe_holder_of(folder: AnyPath) -> str:
     journal = folder / JOURNAL
     holder = find_holder(journal, journal.stat().st_ino) if isinstance(journal, Path) and journal.exists() else ""
     return f", {holder} is at work" if holder else ""
+
+
+def note_useless_shares(state: TargetState) -> Iterator[Note]:
+    """Notes shares that have not ended, and whose files are all finished elsewhere."""
+    if names := [name for name in list_share_folders(state.folder) if name not in state.manifests.shares]:
+        text = f"left in {state.folder}, and of no use to the finished target: {format_list(names)}"
+        yield Note("useless-share", text)
 
 
 def check_finished_shares(state: TargetState) -> Iterator[Problem]:
