@@ -15,7 +15,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 SYSTEM_PATH = "/usr/sbin:/usr/local/sbin"
 """Where the servers lie; a user's PATH often lacks it."""
 NODES = ("n1", "n2")
-UP_SECONDS = 60
+WAIT_SECONDS = 60.0
+"""As long as nothing takes."""
 CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
@@ -28,7 +29,7 @@ CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={ports[0]}
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -38,11 +39,14 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait=1
+SlurmdParameters=config_overrides
 SlurmdPidFile={folder}/%n.pid
 SlurmdSpoolDir={folder}/spool.%n
 """
-"""cred_expire is how long a requeued job waits: two minutes by default."""
-NODE = "NodeName={name} NodeAddr=127.0.0.1 NodeHostname=localhost Port={port} CPUs=2 RealMemory=2000 State=UNKNOWN\n"
+"""`cred_expire` is how long a requeued job waits, two minutes by default; with `config_overrides` each node has the
+processors and the memory that are stated, whatever this machine has.
+"""
+NODE = "NodeName={name} NodeAddr=127.0.0.1 NodeHostname=localhost Port={port} CPUs=16 RealMemory=64000 State=UNKNOWN\n"
 PARTITION = "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 
 
@@ -69,8 +73,8 @@ class Slurm:
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout.strip()
 
-    def list_jobs(self) -> dict[str, str]:
-        """The state of each job and task that is not over, by its name, such as `3_1`."""
+    def list_states(self) -> dict[str, str]:
+        """The state of each job and task, by its name, such as `3_1`."""
         lines = self.run("squeue", "--noheader", "--array", "--format=%i %T", "--states=all").splitlines()
         return dict(line.split() for line in lines)
 
@@ -78,6 +82,11 @@ class Slurm:
         """What the controller knows of a job."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def read_logs(self) -> str:
+        """The ends of the logs of the servers."""
+        logs = {path.name: path.read_text(errors="replace")[-1500:] for path in self.folder.glob("*.log")}
+        return "\n".join(f"{name}: {text}" for name, text in logs.items())
 
 
 @contextmanager
@@ -92,13 +101,13 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
             with (folder / f"{name}.log").open("wb") as log:
                 servers.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True))
             if name == "munged":
-                wait_for(lambda: (folder / "munge.sock").exists(), folder)
-        wait_for(lambda: is_up(slurm), folder)
+                wait_for((folder / "munge.sock").exists, slurm.read_logs)
+        wait_for(lambda: is_up(slurm), slurm.read_logs)
         yield slurm
     finally:
         with suppress(subprocess.SubprocessError, OSError):
             subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=environment, timeout=20, check=False)
-            wait_for(lambda: not is_running(slurm), folder)
+            wait_for(lambda: not is_running(slurm), slurm.read_logs)
         for server in reversed(servers):
             server.terminate()
         for server in reversed(servers):
@@ -148,11 +157,9 @@ def is_running(slurm: Slurm) -> bool:
     return bool(slurm.run("squeue", "--noheader"))
 
 
-def wait_for(is_so: Callable[[], bool], folder: Path, seconds: float = UP_SECONDS) -> None:
-    """Until something is so; fails with the logs of the servers."""
+def wait_for(is_so: Callable[[], bool], describe: Callable[[], str], seconds: float = WAIT_SECONDS) -> None:
+    """Until something is so; if it takes too long, fails with a description of how it is."""
     end = time.monotonic() + seconds
     while not is_so():
-        if time.monotonic() > end:
-            logs = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in folder.glob("*.log")]
-            raise AssertionError("\n".join(["not in time", *logs]))
+        assert time.monotonic() < end, describe()
         time.sleep(0.1)
