@@ -45,8 +45,8 @@ from reshard.types import COMPARE, RANKS, Progress, Share
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.listed_objects import compare_listing
+from reshard.verification.report import Report
 from reshard.verification.target_folder import require_target_folder
-from reshard.verification.verify import Report
 
 Location = str | PathLike[str]
 """A path; or an address, such as `hf://ORG/NAME` of what is read, and `s3://BUCKET/FOLDER` of what is written too."""

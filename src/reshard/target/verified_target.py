@@ -8,11 +8,12 @@ from reshard.storage.counting import count_progress
 from reshard.target.mending_hints import reword_hints
 from reshard.types import Progress
 from reshard.verification.repeated_tensors import add_repeated_tensor
+from reshard.verification.report import Report
 from reshard.verification.report_notes import add_side_files, add_target_note
 from reshard.verification.restored_slices import check_restored_slices, count_slices
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.verify import verify_target
 
 
 def verify_against_source(

@@ -38,8 +38,8 @@ from reshard.verification.manifest_files import (
     read_file_size,
     read_manifest_files,
 )
+from reshard.verification.report import Report
 from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder, reword_for_store
-from reshard.verification.verify import Report
 
 
 def audit_target(
