@@ -96,7 +96,6 @@ def verify_target(
     *,
     stacked: StackedSource | None = None,
     ignore_extra_files: bool = False,
-    compare: Compare = compare_traced,
 ) -> Report:
     """Compares every byte of every tensor file in the folder `target`, or of the `ranks` given, with the source.
 
@@ -108,6 +107,13 @@ def verify_target(
     read or changes meanwhile.
     """
     traced = trace_target(target, source, recipe, ranks, stacked=stacked, ignore_extra_files=ignore_extra_files)
+    return verify_traced(traced, advance, sample)
+
+
+def verify_traced(
+    traced: TracedTarget, advance: Advance, sample: Fraction | None, compare: Compare = compare_traced
+) -> Report:
+    """Compares the bytes of a traced target, and makes the report. Raises Refused."""
     advance(sum(file.header_size for file in traced.target.files.values()))
     comparison = compare(traced, advance, sample)
     if traced.trace.constants:

@@ -1,0 +1,123 @@
+"""Shares of a verification: what each of several processes compares, perhaps on several machines, and all it found.
+
+Each process looks at source and target for itself, as if it were alone, but compares only its part of the bytes. What
+is found is added up, and explained by one that has looked at them too. So nothing depends on how many there are.
+"""
+
+import json
+import socket
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from reshard import __version__
+from reshard.errors import refuse
+from reshard.formats.ranges import CheckedRange
+from reshard.formats.share_assignment import assign_to_shares
+from reshard.storage.counting import count_progress
+from reshard.types import Progress, Share
+from reshard.verification.checked_ranges import ChangedRanges, compare_files
+from reshard.verification.checksums import Audit
+from reshard.verification.chunks import CastWeight, KeptTensor
+from reshard.verification.compare import Comparison, compare_parts, get_source_position, list_parts
+from reshard.verification.compared_files import ComparedFiles
+from reshard.verification.manifest_files import ManifestFile
+from reshard.verification.verify import TracedTarget
+
+
+def compare_traced_share(
+    traced: TracedTarget, share: Share, sample: Fraction | None, progress: Progress | None
+) -> Comparison:
+    """Compares the source tensors of a share, and the casts of them, with all parts of them in the target. Raises
+    Refused, also if this is not what the others compare.
+    """
+    require_fingerprint(share, identify_traced(traced))
+    things = sorted(traced.things, key=get_source_position)
+    own = assign_to_shares([measure_source(thing) + measure_parts(thing) for thing in things], share.shares)
+    chosen = [things[number] for number in own[share.number]]
+    with count_progress(progress, sum(map(measure_parts, chosen))) as advance:
+        return compare_parts(chosen, traced.source, traced.target, advance, sample)
+
+
+def merge_comparisons(found: Iterable[Comparison]) -> Comparison:
+    """Merges what several processes have compared to what one would have found."""
+    whole = Comparison()
+    for one in found:
+        whole.size += one.size
+        whole.inexact += one.inexact
+        for key, other in one.differences.items():
+            known = whole.differences.setdefault(key, other)
+            if known is not other:  # two source tensors are parts of one tensor of the target
+                known.count += other.count
+                known.first, known.last = min(known.first, other.first), max(known.last, other.last)
+    return whole
+
+
+def compare_audited_share(
+    audit: Audit[Any], share: Share, sample: Fraction | None, progress: Progress | None
+) -> tuple[ChangedRanges, int]:
+    """Compares the byte ranges of a share with the checksums of the manifest. Raises Refused, also if this is not what
+    the others compare.
+    """
+    require_fingerprint(share, identify_entries(audit.full))
+    return compare_files(audit.target, audit.full, progress, sample, share)
+
+
+def merge_changed_ranges(found: Sequence[tuple[ChangedRanges, int]]) -> tuple[ChangedRanges, int]:
+    """Merges what several processes have compared with checksums to what one would have found."""
+    merged: dict[str, list[CheckedRange]] = {}
+    for wrong, _ in found:
+        for name, ranges in wrong.items():
+            merged.setdefault(name, []).extend(ranges)
+    return {name: sorted(ranges) for name, ranges in merged.items()}, sum(compared for _, compared in found)
+
+
+def measure_source(thing: KeptTensor | CastWeight) -> int:
+    """The bytes of the source that are read for a thing; none if the target has nothing of it."""
+    tensors = [thing.tensor] if isinstance(thing, KeptTensor) else [thing.weight, *filter(None, [thing.scale])]
+    return sum(tensor.size for tensor in tensors) if list_parts(thing) else 0
+
+
+def measure_parts(thing: KeptTensor | CastWeight) -> int:
+    """The bytes of the target that are compared with a thing."""
+    return sum(len(part.rows) * len(part.columns) for part in list_parts(thing))
+
+
+def identify_traced(traced: TracedTarget) -> str:
+    """Computes the fingerprint of a comparison: equal where the files of both sides are, and what is compared of them,
+    on any machine.
+    """
+    names = [
+        [thing.tensor.name] if isinstance(thing, KeptTensor) else [thing.weight.name, thing.conversion]
+        for thing in traced.things
+    ]
+    sizes = [[measure_source(thing), measure_parts(thing)] for thing in traced.things]
+    return compute_fingerprint([describe_side(traced.source), describe_side(traced.target), names, sizes])
+
+
+def describe_side(side: ComparedFiles) -> list[list[Any]]:
+    """Describes the files of a side as JSON values. On another machine, a file has another time of change."""
+    return [
+        [number, file.name, file.size, file.header_hash, file.version if isinstance(file.version, str) else ""]
+        for number, file in side.files.items()
+    ]
+
+
+def identify_entries(entries: Sequence[ManifestFile]) -> str:
+    """Computes the fingerprint of files that are compared with their checksums."""
+    return compute_fingerprint([[entry.name, entry.size, entry.ranges] for entry in entries])
+
+
+def compute_fingerprint(facts: Sequence[Any]) -> str:
+    """Computes the fingerprint of JSON values that are to be equal on all machines, and of this version."""
+    return xxh3_128_hexdigest(json.dumps([__version__, *facts]).encode())
+
+
+def require_fingerprint(share: Share, found: str) -> None:
+    """Raises Refused if what lies on this machine is not what another one has asked about."""
+    if share.fingerprint not in ("", found):
+        where = f"another source or target, or another version of reshard, on {socket.gethostname()}"
+        remedy = "both must lie under the same path on every machine, as on a shared disk or in a store"
+        raise refuse("another-job", f"share {share}", where, "what the other machines have", remedy)
