@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from reshard.types import Share
+from reshard.types import Progress, Share
 
 
 class Workers(NamedTuple):
@@ -24,3 +24,8 @@ def run_shares(workers: Workers, call: Callable[..., Any], job: Any, fingerprint
     count = min(workers.most, things)
     shares = [Share(number, count, fingerprint) for number in range(count)]
     return workers.run(call, [{"job": job, "share": share} for share in shares]) if shares else []
+
+
+def open_workers(on: str | None, progress: Progress | None) -> Workers:
+    """Opens the workers that `--on` names. Raises Refused."""
+    raise NotImplementedError

@@ -13,7 +13,7 @@ from reshard.verification.report_notes import add_side_files, add_target_note
 from reshard.verification.restored_slices import check_restored_slices, count_slices
 from reshard.verification.stacked_source import StackedSource
 from reshard.verification.target_folder import measure_target_files
-from reshard.verification.verify import Compare, TracedTarget, compare_traced, trace_target, verify_traced
+from reshard.verification.verify import Compare, TracedTarget, trace_target, verify_traced
 
 
 def verify_against_source(
@@ -24,9 +24,9 @@ def verify_against_source(
     ranks: tuple[int, ...] | None,
     sample: Fraction | None,
     progress: Progress | None,
+    compare: Compare,
     *,
     ignore_extra_files: bool,
-    compare: Compare = compare_traced,
 ) -> Report:
     """Compares a target with its source. Raises Refused."""
     of_ranks = find_recipe_of_rank_files(source, recipe)

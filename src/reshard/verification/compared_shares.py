@@ -4,25 +4,18 @@ Each process looks at source and target for itself, as if it were alone, but com
 is found is added up, and explained by one that has looked at them too. So nothing depends on how many there are.
 """
 
-import json
-import socket
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from xxhash import xxh3_128_hexdigest
-
-from reshard import __version__
-from reshard.errors import refuse
-from reshard.formats.ranges import CheckedRange
 from reshard.formats.share_assignment import assign_to_shares
+from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
 from reshard.storage.counting import count_progress
 from reshard.types import Progress, Share
 from reshard.verification.checked_ranges import ChangedRanges, compare_files
 from reshard.verification.checksums import Audit
 from reshard.verification.chunks import CastWeight, KeptTensor
 from reshard.verification.compare import Comparison, compare_parts, get_source_position, list_parts
-from reshard.verification.compared_files import ComparedFiles
 from reshard.verification.manifest_files import ManifestFile
 from reshard.verification.verify import TracedTarget
 
@@ -65,13 +58,12 @@ def compare_audited_share(
     return compare_files(audit.target, audit.full, progress, sample, share)
 
 
-def merge_changed_ranges(found: Sequence[tuple[ChangedRanges, int]]) -> tuple[ChangedRanges, int]:
+def merge_changed_ranges(
+    entries: Sequence[ManifestFile], found: Sequence[tuple[ChangedRanges, int]]
+) -> tuple[ChangedRanges, int]:
     """Merges what several processes have compared with checksums to what one would have found."""
-    merged: dict[str, list[CheckedRange]] = {}
-    for wrong, _ in found:
-        for name, ranges in wrong.items():
-            merged.setdefault(name, []).extend(ranges)
-    return {name: sorted(ranges) for name, ranges in merged.items()}, sum(compared for _, compared in found)
+    merged = {entry.name: sorted(checked for wrong, _ in found for checked in wrong[entry.name]) for entry in entries}
+    return merged, sum(compared for _, compared in found)
 
 
 def measure_source(thing: KeptTensor | CastWeight) -> int:
@@ -94,30 +86,13 @@ def identify_traced(traced: TracedTarget) -> str:
         for thing in traced.things
     ]
     sizes = [[measure_source(thing), measure_parts(thing)] for thing in traced.things]
-    return compute_fingerprint([describe_side(traced.source), describe_side(traced.target), names, sizes])
-
-
-def describe_side(side: ComparedFiles) -> list[list[Any]]:
-    """Describes the files of a side as JSON values. On another machine, a file has another time of change."""
-    return [
-        [number, file.name, file.size, file.header_hash, file.version if isinstance(file.version, str) else ""]
-        for number, file in side.files.items()
+    sides = [
+        [[number, *describe_file(file)] for number, file in side.files.items()]
+        for side in (traced.source, traced.target)
     ]
+    return compute_fingerprint([sides, names, sizes])
 
 
 def identify_entries(entries: Sequence[ManifestFile]) -> str:
     """Computes the fingerprint of files that are compared with their checksums."""
     return compute_fingerprint([[entry.name, entry.size, entry.ranges] for entry in entries])
-
-
-def compute_fingerprint(facts: Sequence[Any]) -> str:
-    """Computes the fingerprint of JSON values that are to be equal on all machines, and of this version."""
-    return xxh3_128_hexdigest(json.dumps([__version__, *facts]).encode())
-
-
-def require_fingerprint(share: Share, found: str) -> None:
-    """Raises Refused if what lies on this machine is not what another one has asked about."""
-    if share.fingerprint not in ("", found):
-        where = f"another source or target, or another version of reshard, on {socket.gethostname()}"
-        remedy = "both must lie under the same path on every machine, as on a shared disk or in a store"
-        raise refuse("another-job", f"share {share}", where, "what the other machines have", remedy)
