@@ -14,7 +14,7 @@ from reshard.loading.load import load as load
 from reshard.target.repair import repair as repair
 from reshard.types import Progress
 from reshard.verification.download import DownloadReport
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 __version__: str
 __all__ = ["Problem", "Refused", "convert", "diff", "inspect", "load", "open", "plan", "repair", "verify"]

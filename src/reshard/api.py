@@ -13,9 +13,11 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
-from reshard.formats.remote_names import read_location, require_local_path, require_path
+from reshard.execution.workers import open_workers
+from reshard.formats.remote_names import make_full_location, read_location, require_local_path, require_path
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
+from reshard.inspection.diff_shares import DiffJob, diff_in_shares
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.planning.options import (
     check_download_options,
@@ -32,6 +34,7 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.planning.shares import keep_share, read_share
+from reshard.recipes.recipe import locate_recipe
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
@@ -39,14 +42,15 @@ from reshard.target.mending import mend_target
 from reshard.target.places import StoredFolder, open_again, open_target
 from reshard.target.preflight import look_at_target
 from reshard.target.side_files import add_notes, find_beside
+from reshard.target.verified_shares import COMPARED_HERE, VerifyJob, compare_in_shares
 from reshard.target.verified_target import verify_against_source
 from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress, Share
 from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.listed_objects import compare_listing
+from reshard.verification.report import Report
 from reshard.verification.target_folder import require_target_folder
-from reshard.verification.verify import Report
 
 Location = str | PathLike[str]
 """A path; or an address, such as `hf://ORG/NAME` of what is read, and `s3://BUCKET/FOLDER` of what is written too."""
@@ -229,6 +233,7 @@ def verify(
     download: bool = False,
     sums: Location | None = None,
     checksums_only: bool = False,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Report | DownloadReport:
     """Reads a target again and compares every byte: with the source, or without one with the manifest's checksums.
@@ -248,6 +253,7 @@ def verify(
         sums: Compare them with a list of hashes, as `sha256sum` writes it. Both take no other option.
         checksums_only: Read nothing of a target in a bucket: compare the sizes and ETags that are listed now with those
             that the store told when it was written. Such a report is never `is_proven`.
+        on: `"ray"` or `"ray=ADDRESS"`: the machines of a Ray cluster read and compare, each a part of the bytes.
         progress: Called with the bytes compared and the bytes of the whole job, by one thread at a time. They are equal
             in the last call only.
 
@@ -265,6 +271,7 @@ def verify(
         "--sample": sample,
         "--ignore-extra-files": ignore_extra_files or None,
         "--config": config,
+        "--on": on,
     }
     if checksums_only:
         require_none(check_unread_options({**given, "--download": download or None, "--sums": sums}))
@@ -276,15 +283,22 @@ def verify(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
+    if source is None:
+        require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
     if checksums_only:
         report = compare_listing(folder, chosen)
-    elif source is None:
-        require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
-        report = audit_target(folder, progress, part, chosen)
+        return replace(report, target=str(folder))
+    compare = COMPARED_HERE
+    if on is not None:
+        places = make_full_location(target), make_full_location(source), make_full_location(config)
+        job = VerifyJob(*places, locate_recipe(recipe), chosen, part, ignore_extra_files)
+        compare, progress = compare_in_shares(job, open_workers(on, progress)), None
+    if source is None:
+        report = audit_target(folder, progress, part, chosen, compare.entries)
     else:
         sides = require_path(source), read_location(config)
         report = verify_against_source(
-            folder, *sides, recipe, chosen, part, progress, ignore_extra_files=ignore_extra_files
+            folder, *sides, recipe, chosen, part, progress, compare.traced, ignore_extra_files=ignore_extra_files
         )
     return replace(report, target=str(folder))
 
@@ -299,6 +313,7 @@ def diff(
     replicas: str = COMPARE,
     ignore_extra_files: bool = False,
     config: Location | None = None,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Compares two checkpoints tensor by tensor, each in any layout, and says how far apart their numbers are.
@@ -315,6 +330,7 @@ def diff(
         replicas: As for `convert`.
         ignore_extra_files: As for `convert`.
         config: The folder of config.json, for a side that has none.
+        on: As for `verify`.
         progress: As for `verify`, with the bytes of one side. The whole grows once, if equal parts are read again.
 
     Raises:
@@ -323,4 +339,8 @@ def diff(
     """
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
-    return diff_checkpoints(require_path(a), require_path(b), choice, progress)
+    if on is None:
+        return diff_checkpoints(require_path(a), require_path(b), choice, progress)
+    sent = replace(choice, recipe=locate_recipe(recipe), config=None)
+    job = DiffJob(make_full_location(a), make_full_location(b), make_full_location(config), sent)
+    return diff_in_shares(job, require_path(a), require_path(b), choice, open_workers(on, progress))

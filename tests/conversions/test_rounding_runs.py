@@ -26,7 +26,7 @@ import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 BIAS = "e_score_correction_bias"
 V4_STAYS = r"norm\.weight$|hc_|attn_sink$|compressor\.|gate\.bias$|^head\."

@@ -14,7 +14,7 @@ from reshard.errors import Refused
 from reshard.execution.execute import Settings, execute_plan, measure_memory_per_thread
 from reshard.execution.joins import count_join_levels
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.inspection.diff import compare_pairs
+from reshard.inspection.diff import PairedSides, compare_pairs
 from reshard.inspection.tensor_pairs import DiffChoice, DiffSide, pair_up
 from reshard.loading.lazy import Tensors
 from reshard.loading.load import load_planned
@@ -153,8 +153,7 @@ def test_diff_reads_both_sides_alike(checkpoint: Checkpoint, wholes: dict[str, t
     save_file(changed, tmp_path / "model.safetensors")
     sides = DiffSide(checkpoint, "", ()), DiffSide(read_checkpoint(tmp_path), "", ())
     pairing = pair_up(*sides, DiffChoice())
-    size = sum(whole.nbytes for whole in wholes.values())
-    found = compare_pairs(pairing, sides, size, None)
+    found = compare_pairs(PairedSides(sides, pairing, ()), None)
     assert {name for name, distance in found.items() if distance.apart} == {"layers.2.w"}
 
 

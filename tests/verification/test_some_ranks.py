@@ -17,7 +17,7 @@ from targets import RANKS, make_source_and_target, rank_file
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from reshard.errors import Refused
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import SMALL_V3, write_checkpoint
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.report import Report
+from reshard.verification.verify import verify_target
 
 RANKS = 4
 MTP_LAYER = 3

@@ -9,7 +9,7 @@ from s3_server import S3State, Stored, make_etag, serve_s3, set_s3_environment
 
 import reshard
 from reshard.synthetic import SMALL_V3, write_checkpoint
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 pytest.importorskip("obstore", reason="the package obstore is not installed")
 TINY = {**SMALL_V3, "num_hidden_layers": 2, "vocab_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2}

@@ -32,7 +32,8 @@ from reshard.sources.recipe_choice import choose_recipe
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint
 from reshard.verification.checksums import audit_target
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.report import Report
+from reshard.verification.verify import verify_target
 
 INDEX = "model.safetensors.index.json"
 RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]

@@ -19,7 +19,8 @@ from reshard.recipes.recipe import load_recipe, parse_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.verification.constants import list_expected_constants
 from reshard.verification.expected_ranks import find_source_rows
-from reshard.verification.verify import Report, verify_target
+from reshard.verification.report import Report
+from reshard.verification.verify import verify_target
 
 LEAST = Fraction(1, 10**8)
 BASE = "layers.0"

@@ -19,7 +19,7 @@ from reshard.storage import page_cache
 from reshard.storage.local import Ways
 from reshard.storage.page_cache import THROUGH_STORE, choose_reading_threads, choose_ways_to_read
 from reshard.synthetic import SMALL_V3, write_checkpoint
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 pytest.importorskip("obstore", reason="the package obstore is not installed")
 TINY = {**SMALL_V3, "num_hidden_layers": 2, "vocab_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2}

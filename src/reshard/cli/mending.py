@@ -11,7 +11,7 @@ from reshard.formats.remote_names import read_location, restore_address
 from reshard.target.mending_hints import is_damage, is_repairable, read_manifest_for_repair
 from reshard.text import escape, format_command_lines, format_count, format_runs, format_size
 from reshard.verification.download import DownloadReport
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 FOR_THESE = "next, for the ranks that are here"
 

@@ -15,7 +15,7 @@ from reshard.cli.terminal import print_json
 from reshard.formats.remote_names import restore_address
 from reshard.formats.target_names import MANIFEST
 from reshard.verification.download import DownloadReport, describe_download
-from reshard.verification.verify import Report, describe_report
+from reshard.verification.report import Report, describe_report
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -106,6 +106,14 @@ def add_download(refused: Refused, path: Path) -> Refused:
     )
 
 
+def make_full_location(given: str | os.PathLike[str] | None) -> str:
+    """A path that is the same from any folder; an address with all that it needs to be opened again, secrets too. Empty
+    for None.
+    """
+    text = os.fspath(given or "")
+    return os.path.abspath(text) if text and not ADDRESS.fullmatch(text) else text  # noqa: PTH100 - `..` too
+
+
 def read_location(given: str | os.PathLike[str] | None) -> AnyPath | None:
     """The same of what may not be given. Raises Refused."""
     return None if given is None else require_path(given)

@@ -50,6 +50,23 @@ DiffBytes = NDArray[np.uint8]
 COMPARE_ALL = DiffChoice()
 
 
+class PairedSides(NamedTuple):
+    """Two checkpoints whose tensors are paired: all but the comparison of their bytes."""
+
+    sides: tuple[DiffSide, DiffSide]
+    pairing: Pairing
+    notes: tuple[Note, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes that are compared, of one side."""
+        return sum(get_result(pair.a).size for pair in self.pairing.pairs)
+
+
+ComparePairs = Callable[[PairedSides, Progress | None], Mapping[str, RangeDistance]]
+"""Compares the paired tensors and returns the measures of each, by name. Raises Refused."""
+
+
 def diff_checkpoints(
     a: AnyPath, b: AnyPath, choice: DiffChoice = COMPARE_ALL, progress: Progress | None = None
 ) -> DiffReport:
@@ -57,17 +74,17 @@ def diff_checkpoints(
 
     Raises Refused if one cannot be read or changes meanwhile, or if the replicas in its ranks differ.
     """
-    one, other = read_diff_side(a, choice), read_diff_side(b, choice)
-    if choice.replicas == FIRST and not any(side.recipe or side.checkpoint.boxes is not None for side in (one, other)):
-        expected = "rank files or a distributed checkpoint on a side"
-        raise refuse("wrong-option", "--replicas", "first", expected, "leave it out")
-    if choice.config and not (one.checkpoint.beside or other.checkpoint.beside):
-        given = f"{choice.config}, and no side that lacks a config"
-        raise refuse("wrong-option", "--config", given, "a side without config.json beside its tensors", "leave it out")
-    sides, notes = rename_to_pair(*unstack_to_pair(one, other))
-    pairing = pair_up(*sides, choice)
-    size = sum(get_result(pair.a).size for pair in pairing.pairs)
-    found = compare_pairs(pairing, sides, size, progress)
+    return diff_paired(a, b, choice, progress, compare_pairs)
+
+
+def diff_paired(
+    a: AnyPath, b: AnyPath, choice: DiffChoice, progress: Progress | None, compare: ComparePairs
+) -> DiffReport:
+    """Compares two checkpoints; the bytes with `compare`. Raises Refused."""
+    paired = pair_sides(a, b, choice)
+    sides, pairing = paired.sides, paired.pairing
+    compared = compare(paired, progress)
+    found = {pair.name: compared[pair.name] for pair in pairing.pairs}
     values = list_value_differences(pairing.pairs, found)
     unpaired = [*(kind.name for kind in pairing.kinds), *pairing.only_a, *pairing.only_b]
     return DiffReport(
@@ -75,7 +92,7 @@ def diff_checkpoints(
         str(b),
         (sides[0].recipe, sides[1].recipe),
         len(pairing.pairs) - len(values),
-        size,
+        paired.size,
         pairing.dequantized,
         pairing.rounded,
         values,
@@ -85,8 +102,21 @@ def diff_checkpoints(
         group_differences(name_layer, found, unpaired),
         group_differences(name_module, found, unpaired),
         find_left_aside(sides, choice.only),
-        (*notes, *note_scaled(pairing.scaled), *note_sides(sides)),
+        (*paired.notes, *note_scaled(pairing.scaled), *note_sides(sides)),
     )
+
+
+def pair_sides(a: AnyPath, b: AnyPath, choice: DiffChoice) -> PairedSides:
+    """Reads the headers of both sides, and pairs their tensors. Raises Refused."""
+    one, other = read_diff_side(a, choice), read_diff_side(b, choice)
+    if choice.replicas == FIRST and not any(side.recipe or side.checkpoint.boxes is not None for side in (one, other)):
+        expected = "rank files or a distributed checkpoint on a side"
+        raise refuse("wrong-option", "--replicas", "first", expected, "leave it out")
+    if choice.config and not (one.checkpoint.beside or other.checkpoint.beside):
+        given = f"{choice.config}, and no side that lacks a config"
+        raise refuse("wrong-option", "--config", given, "a side without config.json beside its tensors", "leave it out")
+    sides, notes = rename_to_pair(*unstack_to_pair(one, other))
+    return PairedSides(sides, pair_up(*sides, choice), notes)
 
 
 def note_scaled(count: int) -> Iterator[Note]:
@@ -173,17 +203,16 @@ class Comparer:
         return work
 
 
-def compare_pairs(
-    pairing: Pairing, sides: Sequence[DiffSide], size: int, progress: Progress | None
-) -> dict[str, RangeDistance]:
-    """Compares all pairs, of `size` bytes on a side; returns the measures by name."""
-    if pairing.dequantized or pairing.rounded:
+def compare_pairs(paired: PairedSides, progress: Progress | None) -> dict[str, RangeDistance]:
+    """Compares all pairs; returns the measures by name. Raises Refused."""
+    pairs, size = paired.pairing.pairs, paired.size
+    if paired.pairing.dequantized or paired.pairing.rounded:
         choose_recode()  # here, for it may import numba, and that from one thread only
     counter = WorkCounter(progress, size)
     with ExitStack() as stack:
-        comparer = Comparer([open_side(stack, side, 2 * size) for side in sides], pairing.pairs)
-        comparer.compare(split_pairs(pairing.pairs), counter.advance)
-        if rest := comparer.list_unmeasured(pairing.pairs):
+        comparer = Comparer([open_side(stack, side, 2 * size) for side in paired.sides], pairs)
+        comparer.compare(split_pairs(pairs), counter.advance)
+        if rest := comparer.list_unmeasured(pairs):
             counter.extend(sum(piece.size for piece in rest))
             comparer.compare(rest, counter.advance)
     counter.finish()
@@ -192,9 +221,14 @@ def compare_pairs(
 
 def split_pairs(pairs: Sequence[TensorPair]) -> Iterator[PairRange]:
     """Splits all pairs into byte ranges of WINDOW_SIZE, in the order of the first side on disk."""
-    for pair in sorted(pairs, key=lambda pair: get_first_position(pair.a)):
+    for pair in sort_pairs(pairs):
         for offset in range(0, get_result(pair.a).size, WINDOW_SIZE):
             yield cut_range(pair, offset)
+
+
+def sort_pairs(pairs: Iterable[TensorPair]) -> list[TensorPair]:
+    """Sorts pairs in the order of the first side on disk."""
+    return sorted(pairs, key=lambda pair: get_first_position(pair.a))
 
 
 def cut_range(pair: TensorPair, offset: int) -> PairRange:

@@ -5,9 +5,10 @@ Each plans for itself, and all come to the same parts.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from reshard.errors import refuse
+from reshard.formats.share_assignment import assign_to_shares
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.planning.share_variables import find_share
@@ -39,24 +40,6 @@ def parse_share(text: str, variables: Mapping[str, str]) -> Share:
             expected = f"1 to {MOST_RANKS} shares"
         raise refuse("wrong-option", "--share", str(share), expected)
     return share
-
-
-def assign_to_shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Assigns files, by their sizes in bytes, to shares: neighbours together, and about as many bytes to each. Returns
-    the indices of the files of each share. A share has none only where there are fewer files than shares.
-    """
-    shares, begin, left = [], 0, sum(sizes)
-    for after in reversed(range(count)):
-        size, end = 0, begin
-        # One more file, if that comes closer to an even part. Each of the shares after this one needs a file too.
-        while end < len(sizes) and (
-            end == begin or ((2 * size + sizes[end]) * (after + 1) <= 2 * left and len(sizes) - end > after)
-        ):
-            size += sizes[end]
-            end += 1
-        shares.append([*range(begin, end)])
-        begin, left = end, left - size
-    return shares
 
 
 def find_share_of_files(plan: Plan, count: int) -> dict[str, int]:

@@ -41,6 +41,11 @@ def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
     return [load_recipe(name)] if name else list_packaged_recipes()
 
 
+def locate_recipe(name: str | None) -> str | None:
+    """The name of a recipe, or the path of its file as it is from any folder."""
+    return str(Path(name).absolute()) if name and Path(name).is_file() else name
+
+
 def has_ranks(recipe: Recipe) -> bool:
     """Whether the right side of a recipe is cut for ranks. Else it is a whole checkpoint under other names, some of
     them of fused tensors.

@@ -8,6 +8,7 @@ from reshard.errors import Problem, Refused
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.paths import AnyPath
 from reshard.target.repair_plan import has_sampled_bytes
+from reshard.verification.report import Report
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     LOST_FILE_HINT,
@@ -16,7 +17,6 @@ from reshard.verification.target_folder import (
     REPAIR_HINT,
     reword_for_store,
 )
-from reshard.verification.verify import Report
 
 NOT_DAMAGE = {"contradiction", "extra-file", "extra-tensor", "not-joined", "wrong-value"}
 """Kinds of problems that no file written again would mend."""

@@ -5,7 +5,7 @@ only if both were written from the same source; `verify --source` compares them.
 """
 
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import PurePath
@@ -29,7 +29,7 @@ from reshard.paths import AnyPath
 from reshard.storage.opened import map_paths, open_regular_file
 from reshard.text import format_list, format_numbers, format_runs
 from reshard.types import MOST_RANKS, Progress
-from reshard.verification.checked_ranges import compare_files
+from reshard.verification.checked_ranges import ChangedRanges, compare_files
 from reshard.verification.manifest_files import (
     ManifestFile,
     choose_entries,
@@ -38,8 +38,13 @@ from reshard.verification.manifest_files import (
     read_file_size,
     read_manifest_files,
 )
+from reshard.verification.report import Report
 from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, require_target_folder, reword_for_store
-from reshard.verification.verify import Report
+
+CompareEntries = Callable[
+    [AnyPath, Sequence[ManifestFile], Progress | None, Fraction | None], tuple[ChangedRanges, int]
+]
+"""Compares files as `compare_files` does."""
 
 
 def audit_target(
@@ -47,6 +52,7 @@ def audit_target(
     progress: Progress | None = None,
     sample: Fraction | None = None,
     ranks: Collection[int] | None = None,
+    compare: CompareEntries = compare_files,
 ) -> Report:
     """Compares every byte of every file that the manifest in the folder `target` names with its checksum; or of the
     files of these `ranks` only, and then the others need not be there. `progress` counts the bytes of these files.
@@ -57,7 +63,7 @@ def audit_target(
     Every difference is a problem of the report, with its file, byte range and tensors. Raises Refused if there is no
     readable manifest, if it does not name a rank, or if a file cannot be read.
     """
-    audit = audit_files(target, progress, sample, ranks)
+    audit = audit_files(target, progress, sample, ranks, compare)
     return make_audit_report(audit, list_audit_problems(audit))
 
 
@@ -80,8 +86,7 @@ class Audit(Generic[TargetPath]):
     """Those that were to be compared."""
     full: Sequence[ManifestFile]
     """Of these, the ones that are there with their size: they were read."""
-    wrong: Mapping[str, Sequence[CheckedRange]] = field(default_factory=dict)
-    """By file name: the ranges with another checksum."""
+    wrong: ChangedRanges = field(default_factory=dict)
     compared: int = 0
     """In bytes."""
     is_sampled: bool = False
@@ -92,12 +97,13 @@ def audit_files(
     progress: Progress | None = None,
     sample: Fraction | None = None,
     ranks: Collection[int] | None = None,
+    compare: CompareEntries = compare_files,
 ) -> Audit[TargetPath]:
     """Compares files with their manifest as `audit_target` does, for whoever needs more than a report. Raises Refused
     as it does.
     """
     audit = find_audited_files(target, ranks)
-    wrong, compared = compare_files(target, audit.full, progress, sample)
+    wrong, compared = compare(target, audit.full, progress, sample)
     return replace(audit, wrong=wrong, compared=compared, is_sampled=sample is not None)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,10 @@ class Comparison:
     """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
     differences: dict[PartKey, ByteDifference] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """How it is sent to another process: without the lock."""
+        return Comparison, (self.size, self.inexact, self.differences)
 
 
 def compare_parts(

@@ -13,8 +13,8 @@ from reshard.formats.target_names import STORE_RECORD
 from reshard.paths import AnyPath, RemotePath
 from reshard.verification.checksums import Audit, find_audited_files, list_set_problems, make_audit_report
 from reshard.verification.manifest_files import read_file_size
+from reshard.verification.report import Report
 from reshard.verification.target_folder import COPY_AGAIN_HINT, LOST_FILE_HINT, PUT_AGAIN_HINT
-from reshard.verification.verify import Report
 
 CHECKSUMS_ONLY = "--checksums-only"
 

@@ -8,8 +8,8 @@ from reshard.storage.local import PAGE, allocate_aligned
 from reshard.types import Checkpoint, Tensor
 from reshard.verification.chunks import BAND_SIZE
 from reshard.verification.compared_files import make_compared_files, open_compared_files
+from reshard.verification.report import Report
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT
-from reshard.verification.verify import Report
 
 
 def add_repeated_tensor(

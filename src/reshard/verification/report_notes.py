@@ -9,7 +9,7 @@ from reshard.formats.target_names import MANIFEST
 from reshard.paths import AnyPath
 from reshard.types import File
 from reshard.verification.checksums import check_manifest_side_files
-from reshard.verification.verify import Report
+from reshard.verification.report import Report
 
 
 def add_side_files(report: Report, target: AnyPath) -> Report:

@@ -11,9 +11,9 @@ from reshard.errors import Problem
 from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.verification.expected import FILL
+from reshard.verification.report import Report
 from reshard.verification.slices import read_sliced_target
 from reshard.verification.target_folder import choose_files, list_target_files
-from reshard.verification.verify import Report
 
 
 def check_restored_slices(

@@ -9,25 +9,20 @@ Replicas are compared with the source in every rank: if nothing differs, they ar
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from reshard.errors import Problem, describe_problems, refuse
-from reshard.formats.manifest import list_subset_lines
+from reshard.errors import Problem, refuse
 from reshard.paths import AnyPath, is_same_folder
 from reshard.recipe_types import Recipe
-from reshard.text import escape, format_count
 from reshard.types import Advance, Checkpoint
 from reshard.verification.chunks import CastWeight, KeptTensor
 from reshard.verification.compare import Comparison, compare_parts
-from reshard.verification.compared_files import make_compared_files
+from reshard.verification.compared_files import ComparedFiles, make_compared_files
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.differences import check_differences, list_target_tensors
 from reshard.verification.expected import (
-    CONVERSION_TEXTS,
     FILL,
     PaddedDimensions,
     invert_recipe,
@@ -48,6 +43,7 @@ from reshard.verification.provenance import (
     spread_over_slices,
     trace_unit,
 )
+from reshard.verification.report import Report
 from reshard.verification.slices import ALL_SLICES, read_sliced_target
 from reshard.verification.stacked_source import StackedSource, check_stacked_source
 from reshard.verification.swapped_files import (
@@ -66,94 +62,28 @@ from reshard.verification.target_folder import (
 )
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Report:
-    """The result of verifying a target: how much was compared, and every difference."""
+class TracedTarget(NamedTuple):
+    """A target whose tensors are traced to the source: all but the comparison of their bytes."""
 
-    ranks: int
-    """The number of ranks that the target is split for; 1 for whole files."""
-    files: int
-    """The number of tensor files that were compared."""
-    tensors: int
-    size: int
-    """The bytes of the target; with a source, without headers."""
-    compared: int
-    """The bytes that were compared: all of `size`, or those of a sample."""
-    is_sampled: bool
-    """Whether only a sample was compared."""
-    problems: tuple[Problem, ...]
-    inexact: int = 0
-    """The number of FP4 values that were rounded, because FP8 has no equal value under the scale of their block."""
-    is_whole: bool = False
-    """Whether the target has whole files, not rank files."""
-    subset: Mapping[str, Any] = field(default_factory=dict)
-    """The part of a larger checkpoint that the target holds, as in the manifest; empty if it is no subset."""
-    note: str = ""
-    """A possible explanation of the problems; without any, that parts are not joined yet."""
-    casts: Mapping[str, int] = field(default_factory=dict)
-    """By cast, such as `dequantize`: the number of tensors, weights and new scales, that were compared with what it
-    makes of the source; `fill`: the constants of the recipe. All others were compared with the source itself."""
-    target: str = ""
-    """Where the target lies; on the hub with its commit."""
-    is_unread: bool = False
-    """Whether nothing was read: the sizes and ETags that a store lists were compared with those of the upload."""
+    trace: Provenance
+    files: Sequence[TargetHeader]
+    problems: Sequence[Problem]
+    source: ComparedFiles
+    target: ComparedFiles
 
     @property
-    def is_proven(self) -> bool:
-        """Whether every byte was compared and none differs. A sample proves nothing of the bytes between; ETags nothing
-        but that nobody has uploaded anything else.
-        """
-        return not (self.problems or self.is_sampled or self.is_unread)
-
-    @property
-    def verdict(self) -> str:
-        """`proven`, `sampled`, `unchanged`, or the number of problems."""
-        if self.problems:
-            return format_count(len(self.problems), "problems")
-        if self.is_unread:
-            return "unchanged"
-        return "sampled" if self.is_sampled else "proven"
-
-    def __str__(self) -> str:
-        text = "\n".join([self.verdict, *format_report_lines(self)])
-        return text.replace("the --source", "the source")
-
-    __repr__ = __str__
+    def things(self) -> Sequence[KeptTensor | CastWeight]:
+        """What is to be compared."""
+        return [*self.trace.kept.values(), *self.trace.casts.values()]
 
 
-def describe_report(report: Report, source: Path | str) -> str:
-    """The text of a report for a person; `source` is the checkpoint or the manifest that it was compared with."""
-    against = f" against {source}" if not (report.problems or report.is_unread) else ""
-    return "\n".join([escape(f"{report.target}: {report.verdict}{against}"), *format_report_lines(report)])
+Compare = Callable[[TracedTarget, Advance, Fraction | None], Comparison]
+"""Compares all bytes of a traced target, or a sample of them. Raises Refused."""
 
 
-def format_report_lines(report: Report) -> Iterator[str]:
-    """The lines below the verdict: the problems, or how much was compared."""
-    sample = f"sampled: {report.compared:,} of {report.size:,} bytes"
-    if report.problems:
-        yield from [report.note] if report.note else []
-        yield describe_problems(report.problems)
-        yield from [sample] if report.is_sampled else []
-        yield from ["compared sizes and ETags; not read"] if report.is_unread else []
-    else:
-        result = f"{sample}, no difference" if report.is_sampled else f"{report.size:,} bytes"
-        result += "" if report.is_sampled or report.casts else ", all equal"
-        result = f"{report.size:,} bytes by their sizes and ETags; not read" if report.is_unread else result
-        ranks = f"{report.files} of {report.ranks} rank files"
-        files = format_count(report.files, "whole files") if report.is_whole else ranks
-        yield f"{files}, {format_count(report.tensors, 'tensors')}, {result}"
-        if report.casts:
-            equal = report.tensors - sum(report.casts.values())
-            yield f"{format_count(equal, 'tensors')} equal to the source"
-            counted = ", counted in each rank file" if report.ranks > 1 else ""
-            for cast, count in report.casts.items():
-                said = "as the recipe says" if cast == FILL else "as the cast should give"
-                yield f"{format_count(count, 'tensors')} {said}: {describe_cast(cast)}{counted}"
-        if report.inexact:
-            values = format_count(report.inexact, "values")
-            yield f"rounded: {values} that the new dtype does not have, each to the nearest"
-        yield from [escape(f"note: {report.note}")] if report.note else []
-    yield from map(escape, list_subset_lines(report.subset))
+def compare_traced(traced: TracedTarget, advance: Advance, sample: Fraction | None) -> Comparison:
+    """Compares all of a target in this process."""
+    return compare_parts(traced.things, traced.source, traced.target, advance, sample)
 
 
 def verify_target(
@@ -176,6 +106,31 @@ def verify_target(
     where its tensors are read. Raises Refused if there is nothing to compare, or if a file cannot be
     read or changes meanwhile.
     """
+    traced = trace_target(target, source, recipe, ranks, stacked=stacked, ignore_extra_files=ignore_extra_files)
+    return verify_traced(traced, advance, sample)
+
+
+def verify_traced(
+    traced: TracedTarget, advance: Advance, sample: Fraction | None, compare: Compare = compare_traced
+) -> Report:
+    """Compares the bytes of a traced target, and makes the report. Raises Refused."""
+    advance(sum(file.header_size for file in traced.target.files.values()))
+    comparison = compare(traced, advance, sample)
+    if traced.trace.constants:
+        advance(sum(tensor.size for tensor in traced.trace.constants))
+    return make_report(traced, comparison, is_sampled=sample is not None)
+
+
+def trace_target(
+    target: AnyPath,
+    source: Checkpoint,
+    recipe: Recipe,
+    ranks: Collection[int] | None,
+    *,
+    stacked: StackedSource | None,
+    ignore_extra_files: bool,
+) -> TracedTarget:
+    """Traces each tensor of a target to the source, by the headers. Raises Refused as `verify_target` does."""
     folder = list_target_files(target, recipe)
     if (folder.is_whole or folder.is_joint) and is_same_folder(target, source.folder):
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
@@ -187,33 +142,23 @@ def verify_target(
     is_of_ranks = folder.is_sliced or not folder.is_joint
     extra = f"a file beside those of {folder.ranks} ranks" if is_of_ranks else "a file that is not read"
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
-    numbered = {file.number: file.file for file in files}
-    advance(sum(file.header_size for file in numbered.values()))
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(check_stacked_source(stacked) if stacked else ())
     if sliced:
         trace.slices = sliced.slices
         trace.folder = folder._replace(names={**folder.names, folder.ranks: ALL_SLICES})
     if not (sliced and sliced.problems):  # else nearly every tensor would differ
-        problems.extend(trace_target(trace, target, sliced.whole if sliced else files, recipe))
+        problems.extend(trace_files(trace, target, sliced.whole if sliced else files, recipe))
     if sliced:
         spread_over_slices(trace)
-    things: list[KeptTensor | CastWeight] = [*trace.kept.values(), *trace.casts.values()]
-    comparison = compare_parts(things, *make_compared_files(target, numbered, source), advance, sample)
-    if trace.constants:
-        advance(sum(tensor.size for tensor in trace.constants))
+    sides = make_compared_files(target, {file.number: file.file for file in files}, source)
+    return TracedTarget(trace, files, problems, *sides)
+
+
+def make_report(traced: TracedTarget, comparison: Comparison, *, is_sampled: bool) -> Report:
+    """Makes the report of a target whose bytes were compared."""
+    trace, files, problems = traced.trace, traced.files, [*traced.problems]
     problems.extend(check_differences(trace, comparison))
-    return make_report(trace, files, comparison, problems, is_sampled=sample is not None)
-
-
-def make_report(
-    trace: Provenance,
-    files: Sequence[TargetHeader],
-    comparison: Comparison,
-    problems: Sequence[Problem],
-    *,
-    is_sampled: bool,
-) -> Report:
     tensors = [tensor for file in files for tensor in file.tensors]
     return Report(
         ranks=trace.folder.ranks,
@@ -240,15 +185,7 @@ def count_cast_tensors(trace: Provenance) -> dict[str, int]:
     return {**counts, FILL: len(trace.constants)} if trace.constants else counts
 
 
-def describe_cast(cast: str) -> str:
-    """Describes a cast of `Report.casts` for a person."""
-    power = ", with powers of two as scales" if cast.endswith("-ue8m0") else ""
-    return CONVERSION_TEXTS[cast.removesuffix("-ue8m0")] + power
-
-
-def trace_target(
-    trace: Provenance, target: AnyPath, files: Sequence[TargetHeader], recipe: Recipe
-) -> Iterator[Problem]:
+def trace_files(trace: Provenance, target: AnyPath, files: Sequence[TargetHeader], recipe: Recipe) -> Iterator[Problem]:
     """Traces each tensor of the files to the source; yields problems of names, dtypes and shapes."""
     folder = trace.folder
     known = invert_recipe(recipe, trace.source, is_whole=folder.is_whole)

@@ -1,0 +1,92 @@
+"""A verification whose bytes are compared by several processes, perhaps on several machines, each a share of them.
+
+What is wrong with names, shapes and side files is found by one process, which makes the report; so it is the same.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from reshard.execution.workers import Workers, run_shares
+from reshard.formats.remote_names import read_location, require_path
+from reshard.paths import AnyPath
+from reshard.sources.verified_source import read_sides
+from reshard.target.verified_target import trace_sides
+from reshard.types import Advance, Progress, Share
+from reshard.verification.checked_ranges import ChangedRanges, compare_files
+from reshard.verification.checksums import CompareEntries, find_audited_files
+from reshard.verification.compare import Comparison
+from reshard.verification.compared_files import open_compared_files
+from reshard.verification.compared_shares import (
+    compare_audited_share,
+    compare_traced_share,
+    identify_entries,
+    identify_traced,
+    merge_changed_ranges,
+    merge_comparisons,
+)
+from reshard.verification.manifest_files import ManifestFile
+from reshard.verification.verify import Compare, TracedTarget, compare_traced
+
+
+class VerifyJob(NamedTuple):
+    """What to verify, as it is sent to other processes: all paths are full ones, or addresses."""
+
+    target: str
+    source: str
+    """Empty without: then checksums are compared."""
+    config: str
+    """Empty without."""
+    recipe: str | None
+    ranks: tuple[int, ...] | None
+    sample: Fraction | None
+    ignore_extra_files: bool
+
+
+class Comparing(NamedTuple):
+    """What compares the bytes of a verification."""
+
+    entries: CompareEntries
+    """With checksums."""
+    traced: Compare
+    """With the source."""
+
+
+COMPARED_HERE = Comparing(compare_files, compare_traced)
+"""By this process."""
+
+
+def compare_in_shares(job: VerifyJob, workers: Workers) -> Comparing:
+    """What compares in shares, by other processes."""
+
+    def compare_entries(
+        _: AnyPath, entries: Sequence[ManifestFile], __: Progress | None, ___: Fraction | None
+    ) -> tuple[ChangedRanges, int]:
+        things = sum(len(entry.ranges) for entry in entries)
+        found = run_shares(workers, compare_job_share, job, identify_entries(entries), things)
+        return merge_changed_ranges(entries, found)
+
+    def compare(traced: TracedTarget, _: Advance, __: Fraction | None) -> Comparison:
+        with ExitStack() as stack:
+            for side in (traced.source, traced.target):  # they are looked at again when all have ended
+                open_compared_files(stack, side, is_random=False)
+            found = run_shares(workers, compare_job_share, job, identify_traced(traced), len(traced.things))
+        return merge_comparisons(found)
+
+    return Comparing(compare_entries, compare)
+
+
+def compare_job_share(job: VerifyJob, share: Share, progress: Progress | None = None) -> Any:
+    """Compares a share of the bytes, in a process of its own. Returns what was found, to be merged. Raises Refused."""
+    folder = require_path(job.target)
+    if not job.source:
+        return compare_audited_share(find_audited_files(folder, job.ranks), share, job.sample, progress)
+    sides = read_sides(
+        folder,
+        require_path(job.source),
+        job.recipe,
+        ignore_extra_files=job.ignore_extra_files,
+        config_folder=read_location(job.config or None),
+    )
+    return compare_traced_share(trace_sides(sides, job.ranks), share, job.sample, progress)

@@ -1,0 +1,98 @@
+"""Shares of a verification: what each of several processes compares, perhaps on several machines, and all it found.
+
+Each process looks at source and target for itself, as if it were alone, but compares only its part of the bytes. What
+is found is added up, and explained by one that has looked at them too. So nothing depends on how many there are.
+"""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from reshard.formats.share_assignment import assign_to_shares
+from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
+from reshard.storage.counting import count_progress
+from reshard.types import Progress, Share
+from reshard.verification.checked_ranges import ChangedRanges, compare_files
+from reshard.verification.checksums import Audit
+from reshard.verification.chunks import CastWeight, KeptTensor
+from reshard.verification.compare import Comparison, compare_parts, get_source_position, list_parts
+from reshard.verification.manifest_files import ManifestFile
+from reshard.verification.verify import TracedTarget
+
+
+def compare_traced_share(
+    traced: TracedTarget, share: Share, sample: Fraction | None, progress: Progress | None
+) -> Comparison:
+    """Compares the source tensors of a share, and the casts of them, with all parts of them in the target. Raises
+    Refused, also if this is not what the others compare.
+    """
+    require_fingerprint(share, identify_traced(traced))
+    things = sorted(traced.things, key=get_source_position)
+    own = assign_to_shares([measure_source(thing) + measure_parts(thing) for thing in things], share.shares)
+    chosen = [things[number] for number in own[share.number]]
+    with count_progress(progress, sum(map(measure_parts, chosen))) as advance:
+        return compare_parts(chosen, traced.source, traced.target, advance, sample)
+
+
+def merge_comparisons(found: Iterable[Comparison]) -> Comparison:
+    """Merges what several processes have compared to what one would have found."""
+    whole = Comparison()
+    for one in found:
+        whole.size += one.size
+        whole.inexact += one.inexact
+        for key, other in one.differences.items():
+            known = whole.differences.setdefault(key, other)
+            if known is not other:  # two source tensors are parts of one tensor of the target
+                known.count += other.count
+                known.first, known.last = min(known.first, other.first), max(known.last, other.last)
+    return whole
+
+
+def compare_audited_share(
+    audit: Audit[Any], share: Share, sample: Fraction | None, progress: Progress | None
+) -> tuple[ChangedRanges, int]:
+    """Compares the byte ranges of a share with the checksums of the manifest. Raises Refused, also if this is not what
+    the others compare.
+    """
+    require_fingerprint(share, identify_entries(audit.full))
+    return compare_files(audit.target, audit.full, progress, sample, share)
+
+
+def merge_changed_ranges(
+    entries: Sequence[ManifestFile], found: Sequence[tuple[ChangedRanges, int]]
+) -> tuple[ChangedRanges, int]:
+    """Merges what several processes have compared with checksums to what one would have found."""
+    merged = {entry.name: sorted(checked for wrong, _ in found for checked in wrong[entry.name]) for entry in entries}
+    return merged, sum(compared for _, compared in found)
+
+
+def measure_source(thing: KeptTensor | CastWeight) -> int:
+    """The bytes of the source that are read for a thing; none if the target has nothing of it."""
+    tensors = [thing.tensor] if isinstance(thing, KeptTensor) else [thing.weight, *filter(None, [thing.scale])]
+    return sum(tensor.size for tensor in tensors) if list_parts(thing) else 0
+
+
+def measure_parts(thing: KeptTensor | CastWeight) -> int:
+    """The bytes of the target that are compared with a thing."""
+    return sum(len(part.rows) * len(part.columns) for part in list_parts(thing))
+
+
+def identify_traced(traced: TracedTarget) -> str:
+    """Computes the fingerprint of a comparison: equal where the files of both sides are, and what is compared of them,
+    on any machine.
+    """
+    names = [
+        [thing.tensor.name] if isinstance(thing, KeptTensor) else [thing.weight.name, thing.conversion]
+        for thing in traced.things
+    ]
+    sizes = [[measure_source(thing), measure_parts(thing)] for thing in traced.things]
+    sides = [
+        [[number, *describe_file(file)] for number, file in side.files.items()]
+        for side in (traced.source, traced.target)
+    ]
+    return compute_fingerprint([sides, names, sizes])
+
+
+def identify_entries(entries: Sequence[ManifestFile]) -> str:
+    """Computes the fingerprint of files that are compared with their checksums."""
+    return compute_fingerprint([[entry.name, entry.size, entry.ranges] for entry in entries])
