@@ -1,4 +1,4 @@
-"""The scripts of docs/cluster.md, as they stand on the page but for paths and sizes, under a real Slurm of two nodes."""
+"""The scripts of docs/cluster.md, as they stand there but for paths and sizes, under a real Slurm of two nodes."""
 
 import os
 import re
@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -140,7 +139,7 @@ def test_array_with_a_requeued_and_a_killed_task_is_joined(cluster: Cluster, tmp
     logs = [path.read_text() for path in cluster.shared.glob("reshard-*.log")]
     assert sum("resumed" in log for log in logs) == 2
     after = {path.name: path.stat().st_mtime_ns for path in cluster.target.glob("*.safetensors")}
-    assert {path.name: time for path, time in before.items()}.items() <= after.items()  # none was made again
+    assert {path.name: changed for path, changed in before.items()}.items() <= after.items()  # none was made again
 
 
 def test_variables_of_real_tasks(cluster: Cluster) -> None:
@@ -179,5 +178,5 @@ def test_variables_of_real_tasks(cluster: Cluster) -> None:
     assert shown["rerun"][1] == "auto/8 2/8"
     assert "some tasks only" in shown["rerun"][0]
     assert "some tasks only" in shown["from 1 on"][0]
-    assert shown["srun"] == ["auto 0/2", "auto 1/2", "auto/8 2 processes", "auto/8 2 processes"]
+    assert shown["srun"] == ["auto 0/2", "auto 1/2", "auto/8 2", "auto/8 2"]
     assert "not started by srun" in shown["no srun"][0]

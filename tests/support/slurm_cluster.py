@@ -143,7 +143,11 @@ def list_servers(folder: Path) -> list[tuple[str, list[str]]]:
     files = {"socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged-own.log", "seed-file": "munge.seed"}
     munged = [f"--{name}={folder / file}" for name, file in {**files, "key-file": "munge.key"}.items()]
     nodes = [(f"slurmd-{node}", [paths["slurmd"], "-D", "-N", node]) for node in NODES]
-    return [("munged", [paths["munged"], "--foreground", "--force", *munged]), ("ctld", [paths["slurmctld"], "-D"]), *nodes]
+    return [
+        ("munged", [paths["munged"], "--foreground", "--force", *munged]),
+        ("ctld", [paths["slurmctld"], "-D"]),
+        *nodes,
+    ]
 
 
 def is_up(slurm: Slurm) -> bool:

@@ -28,28 +28,28 @@ class Told(NamedTuple):
 
     variable: str
     number: int
-    count: int | None
-    """Of processes; None if they do not tell it, or not for sure."""
+    processes: int | None
+    """How many there are; None if they do not tell it, or not for sure."""
 
 
 def find_share(variables: Mapping[str, str], count: int | None) -> Share:
     """Finds the number of a share and, unless it is given, the number of shares. Raises Refused."""
     told = [*list_told(variables, count)]
     # A launcher of one process tells nothing beside one of several, as srun in each task of an array.
-    several = [one for one in told if (one.number, one.count) != (0, 1)]
+    several = [one for one in told if (one.number, one.processes) != (0, 1)]
     if not several and (count is None or not told):
         require_launcher(variables, is_told=bool(told))
     chosen = several or told[:1]
     require_agreement(chosen)
     for one in chosen:
-        if count is None and one.count is None:
+        if count is None and one.processes is None:
             raise refuse_without_count(one.variable, variables)
-        if count is not None and one.count != count and one.variable in PAIRS:
-            found, expected = f"{one.count} processes", f"{count}, one for each share of auto/{count}"
+        if count is not None and one.processes != count and one.variable in PAIRS:
+            found, expected = str(one.processes), f"{count}, as --share auto/{count} says"
             raise refuse("wrong-option", PAIRS[one.variable], found, expected)
         if count is not None and one.number >= count:
             raise refuse("wrong-option", one.variable, str(one.number), f"0 to {count - 1}, for --share auto/{count}")
-    return Share(chosen[0].number, count or chosen[0].count or 1)
+    return Share(chosen[0].number, count or chosen[0].processes or 1)
 
 
 def list_told(variables: Mapping[str, str], count: int | None) -> Iterator[Told]:
@@ -106,12 +106,16 @@ def require_launcher(variables: Mapping[str, str], *, is_told: bool) -> None:
 
 def require_agreement(told: Sequence[Told]) -> None:
     """Raises Refused if two launchers number this process, and not alike, as torchrun in the tasks of an array."""
-    numbers, counts = {one.number for one in told}, {one.count for one in told if one.count is not None}
+    numbers, counts = {one.number for one in told}, {one.processes for one in told if one.processes is not None}
     if len(numbers) > 1 or len(counts) > 1:
-        found = " and ".join(f"{one.variable} {one.number}{f' of {one.count}' if one.count else ''}" for one in told)
+        found = " and ".join(
+            f"{one.variable} {one.number}{f' of {one.processes}' if one.processes else ''}" for one in told
+        )
         pairs = [one.variable for one in told if one.variable in PAIRS]
         such = f", such as --share ${pairs[-1]}/${PAIRS[pairs[-1]]}" if pairs else ""
-        raise refuse("wrong-option", "--share auto", found, "one of them", f"--share I/N with the variables of one{such}")
+        raise refuse(
+            "wrong-option", "--share auto", found, "one of them", f"--share I/N with the variables of one{such}"
+        )
 
 
 def refuse_without_count(variable: str, variables: Mapping[str, str]) -> Refused:
