@@ -6,8 +6,6 @@ from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.types import Share
 
-SHARE_JOURNAL = re.compile(rf"(\.share-\d+-of-\d+)/{re.escape(JOURNAL)}", re.ASCII)
-
 SHARE_MANIFEST = re.compile(rf"(\.share-\d+-of-\d+)/{re.escape(MANIFEST)}", re.ASCII)
 """The name of a share's manifest as its target has it."""
 

@@ -32,7 +32,7 @@ from reshard.target.manifest_writer import (
     write_manifest,
 )
 from reshard.target.other_files import check_vouched, find_own_files, is_other_conversion
-from reshard.target.places import TargetPlace, open_now
+from reshard.target.places import TargetPlace, get_folder, open_now
 from reshard.target.restart import (
     check_begun_removal,
     check_removed_files,
@@ -53,6 +53,7 @@ from reshard.target.state import (
     list_lost_sides,
     note_joined,
     read_share_records,
+    refuse_changed_target,
     require_same,
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
@@ -124,17 +125,24 @@ def leave_out_notes(folder: RemotePath) -> dict[str, Entry]:
 
 
 def require_still_same(state: TargetState, settings: Settings) -> None:
-    """Raises Refused if a target is not as it was looked at; of a share also if something else has begun beside it
-    before its journal was there, so that neither of the two saw the other.
+    """Raises Refused if a target is not as it was looked at: what has begun beside a run before its journal was there
+    was not seen then. Of two that begin at once, one sees the other.
     """
     require_same(state)
-    if (whole := state.whole) and (share := state.share):
-        now = replace(whole, place=open_now(whole.place))
+    whole, share = state.whole, state.share
+    if not whole or not share:
+        if state.plan.files and list_share_folders(get_folder(open_now(state.place))):
+            raise refuse_changed_target(state, "a share has begun there just now")
+        return
 
-        def look(begun: TargetState) -> None:
-            require_none(check_beside_share(read_state(begun), share, restart=settings.restart))
+    def look(begun: TargetState) -> None:
+        now = read_state(begun)
+        require_none(check_beside_share(now, share, restart=settings.restart))
+        lacking = {file.name for file in now.plan.files}.union(state.removed)
+        if not lacking.issuperset(file.name for file in state.plan.files):
+            raise refuse_changed_target(state)
 
-        look_again_if_changed(now, look, share)
+    look_again_if_changed(replace(whole, place=open_now(whole.place)), look, share)
 
 
 def look_at_folder(begun: TargetState, settings: Settings) -> TargetState:

@@ -18,7 +18,7 @@ from reshard.formats.part_manifests import (
     name_part_manifest,
     read_manifests_with_shares,
 )
-from reshard.formats.share_names import SHARE_JOURNAL, SHARE_MANIFEST, list_share_folders
+from reshard.formats.share_names import SHARE_MANIFEST
 from reshard.formats.store_record import read_store_record
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.paths import AnyPath, Entry, RemotePath
@@ -142,22 +142,19 @@ def list_lost_sides(state: TargetState) -> list[str]:
 
 
 def require_same(state: TargetState) -> None:
-    """Raises Refused if the manifests in the target are not those that were looked at, or if a share has begun beside a
-    run that writes all files.
-    """
+    """Raises Refused if the manifests in the target are not those that were looked at."""
     place = state.place
     if isinstance(place, Path):
-        is_same, begun = read_manifests_with_shares(place) == state.manifests, bool(list_share_folders(place))
+        is_same = read_manifests_with_shares(place) == state.manifests
     else:  # by their versions, for the folder stays as it was when it was opened
-        now = place.store.list_entries()
-        is_same = keep_manifests(now) == keep_manifests(place.folder.store.entries)
-        begun = any(map(SHARE_JOURNAL.fullmatch, now))
-    if begun and not state.share and state.plan.files:  # where there were some, all had to be finished
-        expected, remedy = "a run without --share, or shares", "run the shares, and then join them"
-        raise refuse("target-changed", str(state.folder), "a share has begun there just now", expected, remedy)
+        is_same = keep_manifests(place.store.list_entries()) == keep_manifests(place.folder.store.entries)
     if not is_same:
-        found = "another run has ended there just now"
-        raise refuse("target-changed", str(state.folder), found, "none", "run it again")
+        raise refuse_changed_target(state)
+
+
+def refuse_changed_target(state: TargetState, found: str = "another run has ended there just now") -> Refused:
+    """The refusal of a target that is not as it was looked at."""
+    return refuse("target-changed", str(state.folder), found, "none", "run it again")
 
 
 def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:
