@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class OtherFiles:
     """Names of finished files that are removed before anything is written, in this order: the manifests last."""
     moved: Sequence[tuple[str, str]] = ()
     """Finished files of shares, which get their names in the target before anything is written."""
+    stored: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Sizes and ETags of finished files of shares in a store, as it told them."""
     samples: Sequence[str] = ()
     """For each source file: a checksum of samples of its data."""
 

@@ -7,6 +7,7 @@ from reshard.execution.journal import has_partial_files, list_left_files
 from reshard.execution.store_journal import list_job_names, list_names_beside, parse_job
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.formats.part_manifests import is_part_name
+from reshard.formats.share_names import list_share_folders
 from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS, list_names
 from reshard.paths import AnyPath, RemotePath
 
@@ -22,9 +23,11 @@ def list_own_names(target: AnyPath) -> set[str]:
 
 
 def list_own_objects(folder: RemotePath) -> set[str]:
-    """Lists the objects that a run may have left in a store, under their final names."""
+    """Lists the objects that a run may have left in a store, under their final names; also of shares."""
     job = read_job(folder)
-    return {JOURNAL, PROGRESS, *list_job_names(job, "files"), *list_names_beside(job, folder.store.entries)}
+    shares = [list_job_names(read_job(folder / name), "files") for name in list_share_folders(folder)]
+    beside = list_names_beside(job, folder.store.entries)
+    return {JOURNAL, PROGRESS, *list_job_names(job, "files"), *beside}.union(*shares)
 
 
 def has_left_files(target: AnyPath) -> bool:

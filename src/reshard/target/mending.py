@@ -10,7 +10,7 @@ from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
 from reshard.execution.store_journal import check_noted_uploads, remove_job
-from reshard.execution.store_objects import put_side_file, write_store_record
+from reshard.execution.store_objects import put_side_file, remove_finished_objects, write_store_record
 from reshard.formats.share_names import parse_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.paths import AnyPath
@@ -90,5 +90,5 @@ def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str]
         store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), list_names(folder), etags))
     for name in part:
         store.put(name, (folder / MANIFEST).read_bytes())
-    store.remove(state.superseded)
+    remove_finished_objects(store, state.superseded)
     remove_job(store)

@@ -6,7 +6,7 @@ The same command without `--share` joins them; it writes no tensor.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from reshard.target.manifest_writer import identify_conversion
 from reshard.target.other_files import check_vouched, find_own_files
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.room import check_foreign_files
+from reshard.target.share_views import open_share_view
 from reshard.target.state import MOVE_AND_REPEAT, TargetState, check_manifests, compute_path_checksum, describe_other
 from reshard.text import format_count, format_list, format_size
 from reshard.types import Note, Share
@@ -36,20 +37,26 @@ COMPARED = ("reshard", "recipe_sha256", "layout", "subset")
 """Keys of a job that all shares of a conversion have alike."""
 
 
-def choose_share(begun: TargetState, whole: TargetState, share: Share) -> TargetState:
+def choose_share(begun: TargetState, whole: TargetState, share: Share, *, restart: bool) -> TargetState:
     """Chooses the files that a share has to write, and its place. `whole` is what its target has of all files: what is
-    finished there, or in other shares, is not made again. Raises Refused if it does not fit to what is there.
+    finished there, or in other shares, is not made again; of this one it is, to `restart`. Raises Refused if it does
+    not fit to what is there.
     """
     require_none(check_fingerprint(begun, share))
-    require_none(check_beside_share(whole, share))
-    assigned, place = keep_share(begun.plan, share).files, open_share_place(begun.place, share)
-    wanted = {file.name for file in whole.plan.files} | find_own_finished(whole, share, get_folder(place))
+    require_none(check_beside_share(whole, share, restart=restart))
+    assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
+    manifest = f"{name_share_folder(share)}/{MANIFEST}"
+    others = {name for key, one in whole.same.items() if key != manifest for name in list_rank_files(one)}
+    # What lies under these names is this share's: in a store it is beside what others have made.
+    own = [file.name for file in assigned if file.name in lacking or file.name not in others]
+    place = open_share_place(begun.place, share, own)
+    wanted = lacking | find_own_finished(whole, share, get_folder(place))
     plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in wanted])
     size = format_size(sum(file.size for file in assigned))
     text = f"share {share} has {len(assigned):,} of {format_count(len(begun.plan.files), 'files')}, {size}"
     notes = (*plan.notes, Note("share", text))
-    sides = begun.sides if plan.files else {}
-    return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share)
+    sides = begun.sides if plan.files and isinstance(place, Path) else {}  # in a store the join writes them
+    return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share, whole=begun)
 
 
 def find_own_finished(whole: TargetState, share: Share, folder: AnyPath) -> set[str]:
@@ -58,11 +65,9 @@ def find_own_finished(whole: TargetState, share: Share, folder: AnyPath) -> set[
     return {name for name in list_rank_files(own) if (folder / name).is_file()}
 
 
-def open_share_place(place: TargetPlace, share: Share) -> TargetPlace:
-    """Opens the place that a share writes to, in its target."""
-    if isinstance(place, Path):
-        return place / name_share_folder(share)
-    raise NotImplementedError
+def open_share_place(place: TargetPlace, share: Share, own: Collection[str]) -> TargetPlace:
+    """Opens the place that a share writes to, in its target; `own` are the names of its tensor files."""
+    return place / name_share_folder(share) if isinstance(place, Path) else open_share_view(place, share, own)
 
 
 def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
@@ -74,8 +79,8 @@ def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
         yield Problem("another-job", f"--share {share}", f"the fingerprint {found[:8]}", expected, remedy)
 
 
-def check_beside_share(whole: TargetState, share: Share) -> Iterator[Problem]:
-    """Reports what lies in the target of a share and does not fit to it."""
+def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> Iterator[Problem]:
+    """Reports what lies in the target of a share and does not fit to it. To `restart` it, no join may be at work."""
     folder, present = whole.folder, {*list_names(whole.folder)}
     ours, unknown = find_own_files(whole)
     found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole)]
@@ -86,7 +91,7 @@ def check_beside_share(whole: TargetState, share: Share) -> Iterator[Problem]:
     if not found:
         yield from check_foreign_files(folder, present - ours, "another target")
     yield from found
-    if whole.plan.files and (folder / JOURNAL).is_file():
+    if (whole.plan.files or restart) and (folder / JOURNAL).is_file():
         there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
         remedy = "the same command without --share goes on with it; or another target"
         yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
