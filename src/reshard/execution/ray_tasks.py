@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -72,8 +71,7 @@ class RayCluster:
         `sizes` has the bytes of each task, as far as they are known before it tells. Raises Refused with the problems
         of all tasks; the others are cancelled then, as they are by an interrupt.
         """
-        import ray  # noqa: PLC0415 - heavy, and not there for everybody
-
+        ray = load_ray()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(find_own_node(ray), soft=True)
         board = ray.remote(num_cpus=0)(TaskBoard).options(scheduling_strategy=here).remote()
         start = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")(run_task)
@@ -121,8 +119,7 @@ class RayCluster:
                 raise
             return TaskResult(None, (explain_missing(str(error)),), *where[2:5])
         except ray.exceptions.RayError as error:
-            problems = () if is_cancelled else (explain_death(error, where),)
-            return TaskResult(None, problems, *where[2:5])
+            return TaskResult(None, () if is_cancelled else (explain_death(error, where),), *where[2:5])
         if self.nodes > 1:  # else there is no doubt where it was
             on = f"; on {result.node}"
             problems = tuple(replace(problem, found=problem.found + on) for problem in result.problems)
@@ -154,10 +151,7 @@ def connect_to_ray(address: str | None) -> Iterator[RayCluster]:
     this machine, or a new one of this machine alone, which is ended again. A Ray that this Python is connected to is
     used as it is. Raises Refused.
     """
-    if find_spec("ray") is None:
-        raise refuse("missing-package", "ray", "not installed", "the package ray", "pip install 'reshard[ray]'")
-    import ray  # noqa: PLC0415 - heavy, and not there for everybody
-
+    ray = load_ray()
     is_ours = not ray.is_initialized()
     if is_ours:
         require_answer(address or os.environ.get("RAY_ADDRESS"))
@@ -168,6 +162,16 @@ def connect_to_ray(address: str | None) -> Iterator[RayCluster]:
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def load_ray() -> Any:
+    """Loads the package. Raises Refused if it is not installed."""
+    try:
+        import ray  # noqa: PLC0415 - heavy, and not there for everybody
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'reshard[ray]'"
+        raise refuse("missing-package", "--on ray", str(error), "the package ray", remedy) from None
+    return ray
 
 
 def init_ray(ray: Any, address: str | None) -> None:
@@ -218,8 +222,7 @@ def run_task(
     call: Callable[..., Any], arguments: Mapping[str, Any], number: int, board: Any, version: str
 ) -> TaskResult:
     """Runs a task, in a process of the cluster. A refusal is returned, not raised: Ray would wrap it."""
-    import ray  # noqa: PLC0415 - heavy, and not there for everybody
-
+    ray = load_ray()
     where = name_node(ray), find_own_node(ray), os.getpid()
     if version != __version__:
         remedy = "the same version of reshard on every node"
