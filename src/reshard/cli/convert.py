@@ -20,6 +20,7 @@ from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
+from reshard.formats.share_names import list_share_folders
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -43,7 +44,7 @@ CHOICES = (
 OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|dcp|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value."""
 
-WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
+WAYS = ("on", "jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 """Options that change only how the job runs, not its result."""
 
 
@@ -114,7 +115,8 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        if not is_address(target) and not has_durable_bytes(target):
+        folders = [target, *(target / name for name in list_share_folders(target))]
+        if not is_address(target) and not any(map(has_durable_bytes, folders)):
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 
@@ -219,6 +221,7 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
             "status": "converted" if run else "already-converted",
             "seconds": conversion.seconds,
             "done": done,
+            "shares": [share._asdict() for share in conversion.shares],
             "next": [step._asdict() for step in steps],
         }
         print_json({**facts, **describe_plan_facts(conversion.plan)})

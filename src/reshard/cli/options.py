@@ -10,6 +10,7 @@ from reshard.cli.shared_options import (
     add_config,
     add_ignore_extra_files,
     add_jobs,
+    add_on,
     add_other_records,
     add_output,
     add_policies,
@@ -66,6 +67,9 @@ def add_convert(parser: Parser) -> None:
     )
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
+    add_on(
+        how, "Make shares by the tasks of a Ray cluster, and join them. --jobs and --max-memory are those of a task."
+    )
     add_jobs(how)
     how.add_argument(
         "--max-memory",

@@ -24,6 +24,7 @@ from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
+from reshard.target.left_files import list_own_names
 from reshard.target.manifest_writer import (
     describe_conversion_job,
     describe_origin,
@@ -42,7 +43,13 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.room import check_folder, check_space, check_stored_folder
-from reshard.target.shares import check_beside_share, check_lacking_shares, choose_share, note_useless_shares
+from reshard.target.shares import (
+    check_beside_share,
+    check_lacking_shares,
+    check_spread_shares,
+    choose_share,
+    note_useless_shares,
+)
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -74,11 +81,14 @@ def look_at_target(
     beside: FoundFiles | None = None,
     settings: Settings = WITHOUT_CHOICE,
     share: Share | None = None,
+    *,
+    is_spread: bool = False,
 ) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
     or of the source. The source is looked at again if what lies `beside` its tensors is not given. With the settings
     `restart` and `yes`, finished files are to be written too. Of a `share` it is those files that the share has to
-    write, in a place of its own. Raises Refused if they cannot be written.
+    write, in a place of its own; or they `is_spread` over shares, which are to be made. Raises Refused if they cannot
+    be written.
     """
     beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
@@ -91,14 +101,14 @@ def look_at_target(
     sides = collect_side_files(plan, tokenizer, beside)  # of all files: an index names all
     require_none(check_unfinished(plan.side_folder, sides))
     begun = TargetState(place, plan, samples, sides, Manifests({}, {}, ()), {}, {}, origin)
-    return look_again_if_changed(begun, lambda now: look_at_place(now, settings, share), share)
+    return look_again_if_changed(begun, lambda now: look_at_place(now, settings, share, is_spread=is_spread), share)
 
 
-def look_at_place(begun: TargetState, settings: Settings, share: Share | None) -> TargetState:
+def look_at_place(begun: TargetState, settings: Settings, share: Share | None, *, is_spread: bool) -> TargetState:
     """Looks at a target as it was listed. Raises Refused."""
     if share is not None:
         begun = choose_share(begun, read_state(begun), share, restart=settings.restart)
-    return look_at_folder(begun, settings)
+    return look_at_folder(begun, settings, is_spread=is_spread)
 
 
 def look_again_if_changed(begun: TargetState, look: Callable[[TargetState], Seen], share: Share | None) -> Seen:
@@ -145,10 +155,12 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
     look_again_if_changed(replace(whole, place=open_now(whole.place)), look, share)
 
 
-def look_at_folder(begun: TargetState, settings: Settings) -> TargetState:
+def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = False) -> TargetState:
     """Finds out what there is of a job in its folder, and checks that the rest can be written. Raises Refused."""
     state = read_state(begun, settings)
-    if problems := [*check_state(state), *check_lacking_shares(state, begun.plan, settings)]:
+    is_to_join = not is_spread or not (state.plan.files or settings.restart)
+    shares = check_lacking_shares(state, begun.plan, settings) if is_to_join else check_spread_shares(state, settings)
+    if problems := [*check_state(state), *shares]:
         require_same(state)  # what another run has brought in the meantime is nobody's fault
         require_none(problems)
     if state.removed and not settings.yes:
@@ -225,6 +237,9 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     yield from check_vouched(state, unknown)
     if is_other_conversion(state):
         return
+    ours |= {
+        f"{name}/{left}" for name in list_share_folders(state.folder) for left in list_own_names(state.folder / name)
+    }
     remedy = "move them out of the folder, or another target" if state.known else "another target"
     if isinstance(state.folder, Path):
         yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)
