@@ -9,6 +9,7 @@ from reshard.cli.shared_options import (
     add_config,
     add_ignore_extra_files,
     add_jobs,
+    add_on,
     add_other_records,
     add_output,
     add_policies,
@@ -96,6 +97,8 @@ SHARE_HELP = (
     "Make part I of N, from 0 on: 0/4 to 3/4, each by a process of its own, perhaps on several machines; the same "
     "command without it joins them. auto, or auto/N: by Slurm, torchrun, MPI or Kubernetes."
 )
+
+ON_HELP = "Let the tasks of a Ray cluster read and compare, each a part of the bytes."
 
 RANKS_HELP = "The number of ranks (model parallel, tensor parallel)."
 
@@ -223,6 +226,7 @@ def add_verify(parser: Parser) -> None:
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
     )
+    add_on(parser.section(RUNNING), ON_HELP)
     add_progress(parser)
 
 
@@ -266,6 +270,7 @@ def add_diff(parser: Parser) -> None:
     )
     add_ignore_extra_files(what)
     add_config(what, "The folder of config.json, for a side that has none, as after a training.")
+    add_on(parser.section(RUNNING), ON_HELP)
     parser.section(OUTPUT).add_argument(
         "--show",
         type=parse_positive,

@@ -37,6 +37,11 @@ def add_jobs(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_on(group: argparse._ArgumentGroup, about: str) -> None:
+    """Adds the cluster that a command runs on."""
+    group.add_argument("--on", type=parse_word, metavar="ray[=ADDRESS]", help=about)
+
+
 def add_policies(group: argparse._ArgumentGroup) -> None:
     """Adds what a refusal may advise to a command that writes."""
     group.add_argument("--allow-inexact", action="store_true", help="Round what a cast cannot express, and count it.")
