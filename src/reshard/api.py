@@ -15,7 +15,7 @@ from time import monotonic
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
 from reshard.execution.workers import open_workers
-from reshard.formats.remote_names import make_full_location, read_location, require_local_path, require_path
+from reshard.formats.remote_names import locate_all, read_location, require_local_path, require_path
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_in_shares
@@ -307,17 +307,15 @@ def verify(
     if checksums_only:
         report = compare_listing(folder, chosen)
         return replace(report, target=str(folder))
-    compare = COMPARED_HERE
-    if on is not None:
-        places = make_full_location(target), make_full_location(source), make_full_location(config)
-        job = VerifyJob(*places, locate_recipe(recipe), chosen, part, ignore_extra_files)
-        compare, progress = compare_in_shares(job, open_workers(on, progress)), None
+    job = VerifyJob(*locate_all(target, source, config), locate_recipe(recipe), chosen, part, ignore_extra_files)
+    compare = COMPARED_HERE if on is None else compare_in_shares(job, open_workers(on, progress))
+    told = progress if on is None else None
     if source is None:
-        report = audit_target(folder, progress, part, chosen, compare.entries)
+        report = audit_target(folder, told, part, chosen, compare.entries)
     else:
         sides = require_path(source), read_location(config)
         report = verify_against_source(
-            folder, *sides, recipe, chosen, part, progress, compare.traced, ignore_extra_files=ignore_extra_files
+            folder, *sides, recipe, chosen, part, told, compare.traced, ignore_extra_files=ignore_extra_files
         )
     return replace(report, target=str(folder))
 
@@ -358,8 +356,8 @@ def diff(
     """
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
+    sides = require_path(a), require_path(b)
     if on is None:
-        return diff_checkpoints(require_path(a), require_path(b), choice, progress)
-    sent = replace(choice, recipe=locate_recipe(recipe), config=None)
-    job = DiffJob(make_full_location(a), make_full_location(b), make_full_location(config), sent)
-    return diff_in_shares(job, require_path(a), require_path(b), choice, open_workers(on, progress))
+        return diff_checkpoints(*sides, choice, progress)
+    job = DiffJob(*locate_all(a, b, config), replace(choice, recipe=locate_recipe(recipe), config=None))
+    return diff_in_shares(job, *sides, choice, open_workers(on, progress))

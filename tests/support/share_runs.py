@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from reshard.execution.workers import Workers
+from reshard.execution.workers import RunShares, list_share_tasks
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_in_shares
@@ -38,6 +38,11 @@ def run_in_processes(call: Callable[..., Any], tasks: Calls) -> list[Any]:
         return [future.result() for future in futures]
 
 
+def make_workers(count: int, run: Run = run_here) -> RunShares:
+    """So many shares at most."""
+    return lambda call, job, fingerprint, most: run(call, list_share_tasks(job, fingerprint, min(count, most)))
+
+
 def verify_here(target: Path, source: Path | None, ranks: Any = None, sample: Fraction | None = None) -> Report:
     """By one process."""
     if source is None:
@@ -56,7 +61,7 @@ def verify_in_shares(
     run: Run = run_here,
 ) -> Report:
     job = VerifyJob(str(target), str(source or ""), "", None, ranks, sample, ignore_extra_files=False)
-    compare = compare_in_shares(job, Workers(count, run))
+    compare = compare_in_shares(job, make_workers(count, run))
     if source is None:
         return audit_target(target, None, sample, ranks, compare.entries)
     return verify_against_source(
@@ -70,4 +75,4 @@ def diff_here(a: Path, b: Path, choice: DiffChoice) -> DiffReport:
 
 
 def diff_shared(a: Path, b: Path, choice: DiffChoice, count: int, run: Run = run_here) -> DiffReport:
-    return diff_in_shares(DiffJob(str(a), str(b), "", choice), a, b, choice, Workers(count, run))
+    return diff_in_shares(DiffJob(str(a), str(b), "", choice), a, b, choice, make_workers(count, run))

@@ -14,7 +14,6 @@ from share_runs import run_in_processes, verify_here, verify_in_shares
 
 import reshard
 from reshard.errors import Refused
-from reshard.execution.workers import Workers, run_shares
 from reshard.synthetic import SMALL_V3, write_checkpoint
 from reshard.target.verified_shares import VerifyJob, compare_job_share
 from reshard.types import Share
@@ -252,11 +251,3 @@ def test_a_file_that_changes_between_two_shares_is_refused(
     with pytest.raises(Refused) as refused:
         verify_in_shares(target, source, 2, run=run_slowly)
     assert refused.value.problems[0].kind == "file-changed"
-
-
-def test_no_more_shares_than_things_are_run() -> None:
-    calls: list[Any] = []
-    workers = Workers(8, lambda _, tasks: calls.append([task["share"] for task in tasks]) or [])  # type: ignore[func-returns-value]
-    run_shares(workers, compare_job_share, None, "x", 2)
-    run_shares(workers, compare_job_share, None, "x", 0)
-    assert calls == [[Share(0, 2, "x"), Share(1, 2, "x")]]

@@ -40,6 +40,7 @@ def run_diff(options: argparse.Namespace) -> int:
             replicas=options.replicas,
             ignore_extra_files=options.ignore_extra_files,
             config=options.config,
+            on=options.on,
             progress=progress,
         )
     if options.json:

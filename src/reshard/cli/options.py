@@ -55,6 +55,9 @@ def add_source(parser: Parser) -> None:
     )
 
 
+ON_HELP = "Let the tasks of a Ray cluster read and compare, each a part of the bytes."
+
+
 def add_convert(parser: Parser) -> None:
     """Adds the options of `convert`."""
     add_source(parser)
@@ -138,6 +141,7 @@ def add_verify(parser: Parser) -> None:
         metavar="1%",
         help="Compare about this share only, spread evenly, and both ends of each tensor.",
     )
+    add_on(parser.section(RUNNING), ON_HELP)
     add_progress(parser)
 
 
@@ -181,6 +185,7 @@ def add_diff(parser: Parser) -> None:
     )
     add_ignore_extra_files(what)
     add_config(what, "The folder of config.json, for a side that has none, as after a training.")
+    add_on(parser.section(RUNNING), ON_HELP)
     parser.section(OUTPUT).add_argument(
         "--show",
         type=parse_positive,

@@ -32,6 +32,7 @@ def run_verify(options: argparse.Namespace) -> int:
             download=options.download,
             sums=options.sums,
             checksums_only=options.checksums_only,
+            on=options.on,
             progress=progress,
         )
     if options.quiet and not options.json and not report.problems:

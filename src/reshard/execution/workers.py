@@ -1,31 +1,35 @@
-"""Processes, perhaps on several machines, that do the shares of a job that only reads."""
+"""The shares of a job that only reads, and the processes that do them, perhaps on several machines."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+from reshard.execution.ray_tasks import connect_to_ray, parse_ray
 from reshard.types import Progress, Share
 
-
-class Workers(NamedTuple):
-    """What runs shares, and how many of them."""
-
-    most: int
-    """So many shares at most."""
-    run: Callable[[Callable[..., Any], Sequence[Mapping[str, Any]]], list[Any]]
-    """Calls a function of a module, once with each of these arguments and with `progress`, in processes of their own;
-    returns what it returns, in this order. Raises Refused.
-    """
+RunShares = Callable[[Callable[..., Any], Any, str, int], list[Any]]
+"""Runs the shares of a job in processes of their own: calls a function of a module with `job`, `share` and `progress`.
+Receives that function, the job, its fingerprint, and the most shares that it can be cut into; without any, nothing is
+run. Returns what the calls return, in the order of the shares. Raises Refused.
+"""
 
 
-def run_shares(workers: Workers, call: Callable[..., Any], job: Any, fingerprint: str, things: int) -> list[Any]:
-    """Runs the shares of a job: `call` with `job`, `share` and `progress`. There are no more than `things`, which are
-    the least that a share may be; without any, none is run. Raises Refused.
-    """
-    count = min(workers.most, things)
-    shares = [Share(number, count, fingerprint) for number in range(count)]
-    return workers.run(call, [{"job": job, "share": share} for share in shares]) if shares else []
+def open_workers(on: str, progress: Progress | None) -> RunShares:
+    """Opens the workers that `--on` names, which are asked for when there is something to do. Raises Refused."""
+    return partial(run_shares_on_ray, parse_ray(on), progress)
 
 
-def open_workers(on: str | None, progress: Progress | None) -> Workers:
-    """Opens the workers that `--on` names. Raises Refused."""
-    raise NotImplementedError
+def run_shares_on_ray(
+    address: str | None, progress: Progress | None, call: Callable[..., Any], job: Any, fingerprint: str, most: int
+) -> list[Any]:
+    """Runs the shares of a job on a Ray cluster, as many as it has processors. Raises Refused."""
+    if not most:
+        return []
+    with connect_to_ray(address) as cluster:
+        tasks = list_share_tasks(job, fingerprint, min(max(1, cluster.processors), most))
+        return [result.value for result in cluster.run(call, tasks, progress)]
+
+
+def list_share_tasks(job: Any, fingerprint: str, count: int) -> list[dict[str, Any]]:
+    """Lists the arguments of each share of a job."""
+    return [{"job": job, "share": Share(number, count, fingerprint)} for number in range(count)]

@@ -106,12 +106,15 @@ def add_download(refused: Refused, path: Path) -> Refused:
     )
 
 
-def make_full_location(given: str | os.PathLike[str] | None) -> str:
-    """A path that is the same from any folder; an address with all that it needs to be opened again, secrets too. Empty
+def locate_all(
+    one: str | os.PathLike[str], other: str | os.PathLike[str] | None, third: str | os.PathLike[str] | None
+) -> tuple[str, str, str]:
+    """Three paths as they are from any folder; addresses with all that they need to be opened again, secrets too. Empty
     for None.
     """
-    text = os.fspath(given or "")
-    return os.path.abspath(text) if text and not ADDRESS.fullmatch(text) else text  # noqa: PTH100 - `..` too
+    texts = (os.fspath(one), os.fspath(other or ""), os.fspath(third or ""))
+    full = [os.path.abspath(text) if text and not ADDRESS.fullmatch(text) else text for text in texts]  # noqa: PTH100
+    return full[0], full[1], full[2]
 
 
 def read_location(given: str | os.PathLike[str] | None) -> AnyPath | None:

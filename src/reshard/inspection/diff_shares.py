@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from reshard.execution.workers import Workers, run_shares
+from reshard.execution.workers import RunShares
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.share_assignment import assign_to_shares
 from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
@@ -33,19 +33,19 @@ class DiffJob(NamedTuple):
     """Without a config."""
 
 
-def diff_in_shares(job: DiffJob, a: AnyPath, b: AnyPath, choice: DiffChoice, workers: Workers) -> DiffReport:
+def diff_in_shares(job: DiffJob, a: AnyPath, b: AnyPath, choice: DiffChoice, run: RunShares) -> DiffReport:
     """Compares two checkpoints, the bytes in shares. Raises Refused."""
-    return diff_paired(a, b, choice, None, partial(compare_pairs_in_shares, job, workers))
+    return diff_paired(a, b, choice, None, partial(compare_pairs_in_shares, job, run))
 
 
 def compare_pairs_in_shares(
-    job: DiffJob, workers: Workers, paired: PairedSides, _: Progress | None
+    job: DiffJob, run: RunShares, paired: PairedSides, _: Progress | None
 ) -> Mapping[str, RangeDistance]:
     """Compares all pairs. Raises Refused, also if a file changes meanwhile."""
     with ExitStack() as stack:
         for side in paired.sides:  # they are looked at again when all have ended
             open_side(stack, side, paired.size)
-        found = run_shares(workers, compare_pairs_of_share, job, identify_pairs(paired), len(paired.pairing.pairs))
+        found = run(compare_pairs_of_share, job, identify_pairs(paired), len(paired.pairing.pairs))
     return {name: measures for one in found for name, measures in one.items()}
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from reshard.execution.workers import Workers, run_shares
+from reshard.execution.workers import RunShares
 from reshard.formats.remote_names import read_location, require_path
 from reshard.paths import AnyPath
 from reshard.sources.verified_source import read_sides
@@ -57,21 +57,21 @@ COMPARED_HERE = Comparing(compare_files, compare_traced)
 """By this process."""
 
 
-def compare_in_shares(job: VerifyJob, workers: Workers) -> Comparing:
+def compare_in_shares(job: VerifyJob, run: RunShares) -> Comparing:
     """What compares in shares, by other processes."""
 
     def compare_entries(
         _: AnyPath, entries: Sequence[ManifestFile], __: Progress | None, ___: Fraction | None
     ) -> tuple[ChangedRanges, int]:
         things = sum(len(entry.ranges) for entry in entries)
-        found = run_shares(workers, compare_job_share, job, identify_entries(entries), things)
+        found = run(compare_job_share, job, identify_entries(entries), things)
         return merge_changed_ranges(entries, found)
 
     def compare(traced: TracedTarget, _: Advance, __: Fraction | None) -> Comparison:
         with ExitStack() as stack:
             for side in (traced.source, traced.target):  # they are looked at again when all have ended
                 open_compared_files(stack, side, is_random=False)
-            found = run_shares(workers, compare_job_share, job, identify_traced(traced), len(traced.things))
+            found = run(compare_job_share, job, identify_traced(traced), len(traced.things))
         return merge_comparisons(found)
 
     return Comparing(compare_entries, compare)
