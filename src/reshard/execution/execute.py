@@ -16,7 +16,7 @@ from typing import Any
 from reshard import __version__
 from reshard.errors import Problem, Refused, refuse
 from reshard.execution.joins import count_join_levels
-from reshard.execution.journal import RESTART, Journal, has_records, open_journal
+from reshard.execution.journal import RESTART, Journal, TargetLock, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
@@ -143,13 +143,14 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
                 remove_finished_files(target, others.removed)
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
+                journal.lock.require_held()
                 for name in manifests:
                     write_durable(target / (name + PARTIAL), manifest)
             except (Exception, KeyboardInterrupt):
-                if not has_records(journal):
+                if not has_records(journal) and journal.lock.is_held():
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
-            rename_to_final(target, names, others.superseded)
+            rename_to_final(target, names, journal.lock, others.superseded)
         counter.finish()
     except OSError as error:
         raise refuse_unwritable(target, error) from None
@@ -227,6 +228,7 @@ def write_partial_files(
     del found
     opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
     with opened as sources, ExitStack() as stack:
+        journal.lock.require_held()
         targets = open_targets(stack, plan, target, written.files, complete=complete)
         counter.begin(resumed)
         sync_folder(target)
@@ -329,12 +331,13 @@ def find_incomplete_file(plan: Plan, records: Records) -> str | None:
     return None
 
 
-def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str] = ()) -> None:
+def rename_to_final(target: Path, names: Sequence[str], lock: TargetLock, superseded: Sequence[str] = ()) -> None:
     """Gives every file its final name, then removes the journal, and manifests that are superseded. A crash in between
-    leaves everything to resume.
+    leaves everything to resume. Raises Refused if another run has taken over the lock.
     """
     for name in names:
         partial = target / (name + PARTIAL)
+        lock.require_held()
         if name == MANIFEST:  # its presence says that the others have their final names
             sync_folder(target)
         if partial.exists():
@@ -342,5 +345,6 @@ def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str
     sync_folder(target)
     with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
+    lock.require_held()
     remove_files(target, [*superseded, JOURNAL])
     sync_folder(target)
