@@ -130,13 +130,12 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     The whole is counted when every file has its final name. Raises Refused if the source changes or the file system
     fails; the same call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
-    other_names = [*others.sides, MANIFEST]
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         with make_folder(target), ExitStack() as stack:
-            job = identify_job(plan, other_names, settings)
+            job = identify_job(plan, [*others.sides, MANIFEST], settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
@@ -146,7 +145,9 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
                 journal.lock.require_held()
                 for name in manifests:
                     write_durable(target / (name + PARTIAL), manifest)
-            except (Exception, KeyboardInterrupt):
+            except (Exception, KeyboardInterrupt) as error:
+                if isinstance(error, OSError):  # of a file that another run may have given its final name
+                    journal.lock.require_held()
                 if not has_records(journal) and journal.lock.is_held():
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
@@ -302,8 +303,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
             # A crash between two renames: everything was durable before the first of them. Not to be written again.
             targets.append(open_descriptor(stack, target / file.name, os.O_RDONLY))
             continue
-        size = path.stat().st_size if path.exists() else 0
-        if index in begun and size != file.size:
+        if index in begun and (size := path.stat().st_size if path.exists() else 0) != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
         descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
@@ -333,7 +333,7 @@ def find_incomplete_file(plan: Plan, records: Records) -> str | None:
 
 def rename_to_final(target: Path, names: Sequence[str], lock: TargetLock, superseded: Sequence[str] = ()) -> None:
     """Gives every file its final name, then removes the journal, and manifests that are superseded. A crash in between
-    leaves everything to resume. Raises Refused if another run has taken over the lock.
+    leaves everything to resume. Raises Refused if the lock is no more ours.
     """
     for name in names:
         partial = target / (name + PARTIAL)

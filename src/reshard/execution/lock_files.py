@@ -51,6 +51,8 @@ class Pace:
     write wait, and short enough for a person."""
     look: float = 1.0
     """Between two looks at a lock of another."""
+    settle: float = 1.0
+    """From the last step of a takeover to the look at who has won."""
 
 
 PACE = Pace()
@@ -83,6 +85,7 @@ class LockFile:
 
     def acquire(self) -> None:
         """Makes the lock, or takes it over. Raises Refused if another run has it, and OSError."""
+        self._thread.start()  # it writes to nothing but a lock of ours
         while not create_whole(self.path, self._make_content(0)):
             left = wait_for_silence(self.path, self._pace)
             if left is not None and self._take_over(left):
@@ -90,7 +93,6 @@ class LockFile:
                 why = "which has ended" if is_left(left) else f"silent for {self._pace.silence:.0f} s"
                 tell(f"{self.path.parent}: took over the lock of {name_holder(left)}, {why}")
                 break
-        self._thread.start()
 
     def release(self) -> None:
         """Removes the lock and the claim, if they are still ours."""
@@ -121,7 +123,7 @@ class LockFile:
     def _take_over(self, left: bytes) -> bool:
         """Takes over a lock that was left with this content. Returns whether it is ours."""
         if not create_whole(self._claim, self._make_content(0)):
-            # Another one is at it, or has ended in between. To remove its claim is safe: without it, it does not win.
+            # Another one is at it, or has ended in between.
             if wait_for_silence(self._claim, self._pace) is not None:
                 self._claim.unlink(missing_ok=True)
             return False
@@ -129,6 +131,11 @@ class LockFile:
             with suppress(FileNotFoundError):  # we have slept, and another one has removed our claim
                 self._claim.rename(self.path)
         self._remove(self._claim)
+        if not self.is_held():
+            return False
+        # One who thought our claim to be that of a process which is gone, and removed it, has made another by now. It
+        # is through with that before we look again, or stops when it looks itself.
+        sleep(self._pace.settle)
         return self.is_held()
 
     def _beat_regularly(self) -> None:
