@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_128_digest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.execution.journal import HOLDER, RECORD, RESTART, describe_holder, find_job_differences
+from reshard.execution.holders import describe_holder
+from reshard.execution.journal import HOLDER, RECORD, RESTART, find_job_differences
 from reshard.execution.store_levels import LEVEL, check_level
 from reshard.formats.target_names import JOURNAL, PROGRESS, STORE_RECORD
 from reshard.storage.remote_store import THREADS_OF_STORE

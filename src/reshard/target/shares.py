@@ -18,7 +18,7 @@ from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
 from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.share_names import list_share_folders, name_share_folder
-from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
+from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
@@ -184,8 +184,9 @@ def describe_progress(folder: AnyPath) -> str:
 
 def describe_holder_of(folder: AnyPath) -> str:
     """Describes the process that is at work in a folder, behind a comma; nothing if none is known."""
-    journal = folder / JOURNAL
-    holder = find_holder(journal, journal.stat().st_ino) if isinstance(journal, Path) and journal.exists() else ""
+    holder, journal = "", folder / JOURNAL
+    if isinstance(journal, Path) and (journal.exists() or (folder / LOCK).exists()):
+        holder = find_holder(journal, journal.stat().st_ino if journal.exists() else 0)
     return f", {holder} is at work" if holder else ""
 
 
@@ -206,7 +207,8 @@ def check_finished_shares(state: TargetState) -> Iterator[Problem]:
     for share in state.shares:
         folder = state.folder / share
         if holder := describe_holder_of(folder):
-            yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", "wait for it to end")
+            way_on = "wait for it to end; if it has died, the same command with --share takes its lock over"
+            yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", way_on)
         if not isinstance(folder, Path):
             continue
         for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]:
