@@ -18,7 +18,7 @@ import pytest
 from reshard.errors import Problem, Refused
 from reshard.execution import lock_files
 from reshard.execution.holders import identify_machine, name_host, read_start_time
-from reshard.execution.lock_files import LockFile, Pace, find_lock_holder, hold_lock_file
+from reshard.execution.lock_files import LockFile, Pace, find_lock_holder, take_lock_file
 from reshard.formats.target_names import LOCK, PARTIAL
 from reshard.storage import remote_store
 from reshard.storage.file_systems import is_on_network
@@ -37,7 +37,7 @@ from reshard.errors import Refused
 from reshard.execution import lock_files
 lock_files.PACE = lock_files.Pace(beat=float(sys.argv[2]), settle=0)
 with ExitStack() as stack:
-    lock = lock_files.hold_lock_file(stack, Path(sys.argv[1]))
+    lock = lock_files.take_lock_file(stack, Path(sys.argv[1]))
     print("held", flush=True)
     sys.stdin.readline()
     try:
@@ -61,7 +61,7 @@ for number in range(20):
         os.read(begin[0], 1)
         try:
             with ExitStack() as stack:
-                lock_files.hold_lock_file(stack, Path(sys.argv[1]))
+                lock_files.take_lock_file(stack, Path(sys.argv[1]))
                 os.write(told[1], b"w")
                 os.read(end[0], 1)
         except Refused as refused:
@@ -351,6 +351,7 @@ def test_a_beat_after_a_takeover_is_written_to_no_lock(path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "pwrite", sleep_and_write)
     sleeper._beat(1)
+    sleeper._beat(2)
     lock.require_held()
     with pytest.raises(Refused, match="has taken over the lock of this run"):
         sleeper.require_held()
@@ -437,7 +438,7 @@ def test_who_only_looks_is_told_of_a_holder_that_may_be_there(path: Path) -> Non
 def test_the_stack_holds_the_lock_until_it_closes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_files, "PACE", SHORT)
     with ExitStack() as stack:
-        hold_lock_file(stack, path)
+        take_lock_file(stack, path)
         assert path.exists()
     assert not path.exists()
 

@@ -24,7 +24,7 @@ from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.execution.holders import HOLDER_TEXT, describe_holder, name_host, refuse_in_use
-from reshard.execution.lock_files import LockFile, find_lock_holder, hold_lock_file
+from reshard.execution.lock_files import LockFile, find_lock_holder, take_lock_file
 from reshard.execution.other_jobs import describe_other_job
 from reshard.formats.target_names import JOURNAL, LOCK, PARTIAL
 from reshard.storage.file_systems import is_on_network
@@ -163,9 +163,9 @@ def lock_journal(stack: ExitStack, path: Path) -> TargetLock:
         if not os.path.lexists(lock_path):
             return TargetLock(descriptor, None)
     # Where the kernel is to be trusted, the lock file is of another machine that has this disk mounted over a network.
-    file = hold_lock_file(stack, lock_path)
+    file = take_lock_file(stack, lock_path)
     if file.was_taken:
-        renew_journal(path)
+        replace_journal(path)
     return TargetLock(open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), file)
 
 
@@ -187,7 +187,7 @@ def lock_by_kernel(stack: ExitStack, path: Path) -> int:
             return descriptor
 
 
-def renew_journal(path: Path) -> None:
+def replace_journal(path: Path) -> None:
     """Puts a copy in the place of the journal: who had the lock, and wakes up while it writes to it, writes to a file
     that is no more.
     """

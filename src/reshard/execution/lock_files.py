@@ -86,7 +86,7 @@ class LockFile:
     def acquire(self) -> None:
         """Makes the lock, or takes it over. Raises Refused if another run has it, and OSError."""
         self._thread.start()  # it writes to nothing but a lock of ours
-        while not create_whole(self.path, self._make_content(0)):
+        while not make_whole(self.path, self._make_content(0)):
             left = wait_for_silence(self.path, self._pace)
             if left is not None and self._take_over(left):
                 self.was_taken = True
@@ -122,7 +122,7 @@ class LockFile:
 
     def _take_over(self, left: bytes) -> bool:
         """Takes over a lock that was left with this content. Returns whether it is ours."""
-        if not create_whole(self._claim, self._make_content(0)):
+        if not make_whole(self._claim, self._make_content(0)):
             # Another one is at it, or has ended in between.
             if wait_for_silence(self._claim, self._pace) is not None:
                 self._claim.unlink(missing_ok=True)
@@ -166,7 +166,7 @@ class LockFile:
             path.unlink(missing_ok=True)
 
 
-def hold_lock_file(stack: ExitStack, path: Path) -> LockFile:
+def take_lock_file(stack: ExitStack, path: Path) -> LockFile:
     """Makes a lock file, or takes over one that was left, and holds it until the stack closes. Raises Refused if
     another run has it, and OSError.
     """
@@ -176,7 +176,7 @@ def hold_lock_file(stack: ExitStack, path: Path) -> LockFile:
     return lock
 
 
-def create_whole(path: Path, content: bytes) -> bool:
+def make_whole(path: Path, content: bytes) -> bool:
     """Makes a small file with its content; False if there is one. Raises OSError, and then leaves none."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE, 0o666)
