@@ -202,7 +202,8 @@ def test_killed_shares_and_joins_go_on(bucket: S3State, source: Path, local: Map
     assert killed > 2
     assert read_target(bucket) == local
     assert {*read_record(bucket)} == {*local} - {MANIFEST}
-    assert not bucket.uploads or level == "stream"
+    # One that was just beginning at a kill is known to nobody.
+    assert level == "stream" or not any(upload.parts for upload in bucket.uploads.values())
 
 
 def test_a_join_that_is_killed_at_any_step_is_gone_on_with(
