@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -190,7 +191,7 @@ def local(source: Path) -> Mapping[str, bytes]:
 def test_killed_shares_and_joins_go_on(bucket: S3State, source: Path, local: Mapping[str, bytes], level: str) -> None:
     dice, killed = random.Random(level), 0
     for words in (["--share", "0/2"], ["--share", "1/2"], []):
-        for _ in range(3):
+        for _ in range(2):
             if run_killed(source, dice.randrange(30), *words) == 0:
                 break
             killed += 1
@@ -198,10 +199,11 @@ def test_killed_shares_and_joins_go_on(bucket: S3State, source: Path, local: Map
             assert convert(source, *words) == 0
         found = read_target(bucket)
         assert all(found[name] == local[name] for name in found.keys() & local.keys())
-    assert killed > 3
+    assert killed > 2
     assert read_target(bucket) == local
     assert {*read_record(bucket)} == {*local} - {MANIFEST}
-    assert not bucket.uploads or level == "stream"
+    # One that was just beginning at a kill is known to nobody.
+    assert level == "stream" or not any(upload.parts for upload in bucket.uploads.values())
 
 
 def test_a_join_that_is_killed_at_any_step_is_gone_on_with(
@@ -210,7 +212,7 @@ def test_a_join_that_is_killed_at_any_step_is_gone_on_with(
     for share in range(2):
         assert convert(source, "--share", f"{share}/2") == 0
     shares = dict(bucket.objects)
-    for last in range(2 * len(local), 60, 3):  # from the files beside the tensors on
+    for last in range(2 * len(local), 60, 5):  # from the files beside the tensors on
         bucket.objects = dict(shares)
         is_killed = run_killed(source, last) == 9
         found = read_target(bucket)
@@ -402,6 +404,18 @@ def test_a_share_that_ends_while_another_looks_is_no_stranger(
     run_once(monkeypatch, preflight, "read_manifests_with_shares", lambda: convert(source, "--share", "1/2"))
     assert convert(source, "--share", "0/2") == 0
     assert convert(source) == 0
+    assert read_target(bucket) == local
+
+
+def test_the_next_step_of_a_share_joins_all(
+    bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str], local: Mapping[str, bytes]
+) -> None:
+    for share in range(2):
+        capsys.readouterr()
+        assert convert(source, "--share", f"{share}/2", "--json") == 0
+    (step,) = json.loads(capsys.readouterr().out)["next"]
+    assert step["does"] == "join"
+    assert main(shlex.split(step["command"])[1:]) == 0
     assert read_target(bucket) == local
 
 

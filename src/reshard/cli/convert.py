@@ -22,6 +22,7 @@ from reshard.formats.part_manifests import format_join_command, is_of_whole_file
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.formats.share_names import list_share_folders
 from reshard.inspection.unfinished import read_unfinished
+from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.sources.engine_choice import takes_ranks
@@ -233,7 +234,9 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
-    """Collects what is to be done with a target, with full paths: it is verified first."""
+    """Collects what is to be done with a target, with full paths: it is verified first; shares in a store, joined."""
+    if getattr(options, "share", None) is not None and isinstance(conversion.target, RemotePath):
+        return list(make_share_steps(conversion, options))
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
     return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
 
@@ -248,6 +251,15 @@ def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iter
     command = format_join_command(target, manifest, str(conversion.plan.path.absolute()))
     text = "when the other parts are copied into this folder"
     yield NextStep("join", text, " ".join([command, *map(shlex.quote, list_reading_words(options))]))
+
+
+def make_share_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
+    """Makes the command that joins shares in a store, whose folders have no tensors; nothing if they are joined."""
+    if manifest := read_joined_manifest(conversion.target):
+        target = str(conversion.target).rpartition("/")[0]
+        command = format_join_command(target, manifest, str(conversion.plan.path.absolute()))
+        words = " ".join([command, *map(shlex.quote, list_reading_words(options))])
+        yield NextStep("join", "when all shares are finished", words)
 
 
 def list_reading_words(options: argparse.Namespace) -> list[str]:

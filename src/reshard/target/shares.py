@@ -39,15 +39,14 @@ COMPARED = ("reshard", "recipe_sha256", "layout", "subset")
 
 def choose_share(begun: TargetState, whole: TargetState, share: Share, *, restart: bool) -> TargetState:
     """Chooses the files that a share has to write, and its place. `whole` is what its target has of all files: what is
-    finished there, or in other shares, is not made again; of this one it is, to `restart`. Raises Refused if it does
-    not fit to what is there.
+    finished there, or in other shares, is not made again. Raises Refused if it does not fit to what is there.
     """
     require_none(check_fingerprint(begun, share))
     require_none(check_beside_share(whole, share, restart=restart))
     assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
-    manifest = f"{name_share_folder(share)}/{MANIFEST}"
-    others = {name for key, one in whole.same.items() if key != manifest for name in list_rank_files(one)}
-    # What lies under these names is this share's: in a store it is beside what others have made.
+    others = set[str]().union(
+        *(list_rank_files(one) for name, one in whole.same.items() if name != name_manifest(share))
+    )
     own = [file.name for file in assigned if file.name in lacking or file.name not in others]
     place = open_share_place(begun.place, share, own)
     wanted = lacking | find_own_finished(whole, share, get_folder(place))
@@ -59,14 +58,21 @@ def choose_share(begun: TargetState, whole: TargetState, share: Share, *, restar
     return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share, whole=begun)
 
 
+def name_manifest(share: Share) -> str:
+    """Names the manifest of a share, as its target has it."""
+    return f"{name_share_folder(share)}/{MANIFEST}"
+
+
 def find_own_finished(whole: TargetState, share: Share, folder: AnyPath) -> set[str]:
     """Finds the finished files that lie in the folder of a share, by its manifest."""
-    own = whole.same.get(f"{name_share_folder(share)}/{MANIFEST}", {})
+    own = whole.same.get(name_manifest(share), {})
     return {name for name in list_rank_files(own) if (folder / name).is_file()}
 
 
 def open_share_place(place: TargetPlace, share: Share, own: Collection[str]) -> TargetPlace:
-    """Opens the place that a share writes to, in its target; `own` are the names of its tensor files."""
+    """Opens the place that a share writes to, in its target. Under the names `own` lie its tensor files, in a store
+    beside those of others.
+    """
     return place / name_share_folder(share) if isinstance(place, Path) else open_share_view(place, share, own)
 
 
