@@ -90,7 +90,7 @@ def start_ray(**variables: str) -> Iterator[RayNodes]:
     """Starts a cluster of one node with one processor, on the loopback interface, in a folder of its own: its sockets
     have short names, and nobody else finds it.
     """
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**ENVIRONMENT, **variables, "RAY_TMPDIR": folder}.items():
                 patch.setenv(name, value)

@@ -39,7 +39,7 @@ IDLE_SECONDS = 15.0
 """After so long without a task that has begun, somebody is told."""
 
 CANCEL_SECONDS = 30.0
-"""So long cancelled tasks may take to bring to the disk what they have written."""
+"""So long cancelled tasks may take to end."""
 
 
 class TaskResult(NamedTuple):
@@ -222,12 +222,15 @@ def find_own_node(ray: Any) -> str:
 
 
 def cancel_tasks(ray: Any, references: Sequence[Any]) -> None:
-    """Cancels the tasks that have not ended, and waits for them: they bring to the disk what they have written."""
+    """Cancels the tasks that have not ended, and waits for them: they end their files well. Who does not end is killed:
+    nobody must write any more when the caller is told.
+    """
     _, left = ray.wait(list(references), num_returns=len(references), timeout=0)
-    for reference in left:
-        ray.cancel(reference, force=False)
-    if left:
-        ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
+    for is_forced in (False, True):
+        for reference in left:
+            ray.cancel(reference, force=is_forced)
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
 
 
 def run_task(
