@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,16 +118,17 @@ def test_a_node_that_is_lost_is_replaced_by_another(whole: Path, nodes: RayNodes
 
 
 def test_after_an_interrupt_the_same_command_goes_on(whole: Path, nodes: RayNodes, gate: Gate, tmp_path: Path) -> None:
-    gate.close_after(6)
+    gate.close_after(16)
     words = [ADDRESS, str(tmp_path / "ranks"), "--mp", "4", "--on", f"ray={nodes.address}"]
     with nodes.start("convert", *words) as process:
-        gate.wait_for_readers()
+        while not any(has_durable_bytes(share) for share in (tmp_path / "ranks").glob(".share-*")):
+            assert process.poll() is None
+            time.sleep(0.05)
         interrupt_group(process)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "run the same command again to go on from there" in errors
     assert "Traceback" not in errors
-    assert any(has_durable_bytes(share) for share in (tmp_path / "ranks").iterdir())
     gate.opened.set()
     code, said, errors = nodes.run("convert", *words)
     assert code == 0, errors
