@@ -8,17 +8,17 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from os import PathLike
 from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
-from reshard.execution.workers import open_workers
 from reshard.formats.remote_names import locate_all, read_location, require_local_path, require_path
-from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
-from reshard.inspection.diff_shares import DiffJob, diff_in_shares
+from reshard.inspection.diff_shares import DiffJob, diff_on
 from reshard.inspection.tensor_pairs import DiffChoice
+from reshard.paths import AnyPath
 from reshard.planning.options import (
     check_download_options,
     check_options_of_source,
@@ -34,19 +34,18 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.planning.shares import read_share
-from reshard.recipes.recipe import locate_recipe
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
 from reshard.target.mending import mend_target
 from reshard.target.places import StoredFolder, open_again, open_target
 from reshard.target.preflight import look_at_target
-from reshard.target.side_files import add_notes, find_beside
-from reshard.target.verified_shares import COMPARED_HERE, VerifyJob, compare_in_shares
-from reshard.target.verified_target import verify_against_source
+from reshard.target.ray_conversion import check_on, convert_on_ray, pack_arguments
+from reshard.target.side_files import FoundFiles, add_notes, find_beside
+from reshard.target.state import TargetState
+from reshard.target.verified_shares import VerifyJob, verify_job
 from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress, Share
-from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.listed_objects import compare_listing
 from reshard.verification.report import Report
@@ -76,6 +75,7 @@ def convert(
     for_engine: str | None = None,
     ranks: Iterable[int] | int | None = None,
     share: str | Share | None = None,
+    on: str | None = None,
     ignore_extra_files: bool = False,
     config: Location | None = None,
     n_experts: int | None = None,
@@ -116,6 +116,8 @@ def convert(
         share: `"1/4"`: the second of four parts, which as many processes make at the same time, perhaps on several
             machines; the same call without it joins them. `"auto"` or `"auto/4"`: by the variables of Slurm, torchrun,
             MPI or Kubernetes.
+        on: `"ray"` or `"ray=ADDRESS"`: make shares by the tasks of a Ray cluster, and join them. Source and target lie
+            where all of its nodes see them. `jobs` and `max_memory` are those of each task.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
         config: The folder to take config.json, tokenizer and the like from, in the place of the source.
@@ -135,10 +137,10 @@ def convert(
         Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
 
     """
-    started = monotonic()
+    given, started = locals(), monotonic()
     place = open_target(target)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
-    require_none(check_settings(settings))
+    require_none([*check_settings(settings), *check_on(on, share)])
     mp, chosen = split_number_of_ranks(mp, to, ranks)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
     subset = choose_subset(layers, experts, only, renumber=renumber)
@@ -154,17 +156,29 @@ def convert(
         config_folder=read_location(config),
     )
     require_none(check_source_options(found, replicas, n_experts))
-    planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
+    numbers = sort_numbers("--ranks", chosen)
+    planned = plan_for_ranks(found, layout, ranks=numbers, only=subset.only)
     beside = find_beside(planned)
     tokenizer, part = read_location(tokenizer_path), read_share(share)
     # The last chance to refuse.
-    state = look_at_target(add_notes(planned, beside), place, tokenizer, beside, settings, part)
+    noted = add_notes(planned, beside)
+    state = look_at_target(noted, place, tokenizer, beside, settings, part, is_spread=on is not None)
     if not state.plan.files and not state.must_be_joined:
         return Conversion(open_again(state.place), state.plan, None, mend_target(state), monotonic() - started)
+    if on and (state.plan.files or restart):
+        look = partial(look_again, noted, target, tokenizer, beside)
+        packed = pack_arguments(given, mp, numbers, subset)
+        done, shares = convert_on_ray(on, convert, packed, planned, state, look, progress)
+        return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started, shares)
     counter = WorkCounter(progress, state.size, writes=True, is_stored=isinstance(place, StoredFolder))
     # The only step that writes tensors.
     done = write_target(state, counter, settings)
     return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started)
+
+
+def look_again(planned: Plan, target: Location, tokenizer: AnyPath | None, beside: FoundFiles) -> TargetState:
+    """Looks at a target as for a join. Raises Refused."""
+    return look_at_target(planned, open_target(target), tokenizer, beside)
 
 
 def plan(
@@ -284,17 +298,9 @@ def verify(
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
     if checksums_only:
         report = compare_listing(folder, chosen)
-        return replace(report, target=str(folder))
-    job = VerifyJob(*locate_all(target, source, config), locate_recipe(recipe), chosen, part, ignore_extra_files)
-    compare = COMPARED_HERE if on is None else compare_in_shares(job, open_workers(on, progress))
-    told = progress if on is None else None
-    if source is None:
-        report = audit_target(folder, told, part, chosen, compare.entries)
     else:
-        sides = require_path(source), read_location(config)
-        report = verify_against_source(
-            folder, *sides, recipe, chosen, part, told, compare.traced, ignore_extra_files=ignore_extra_files
-        )
+        job = VerifyJob(*locate_all(target, source, config), recipe, chosen, part, ignore_extra_files)
+        report = verify_job(job, folder, read_location(source), read_location(config), on, progress)
     return replace(report, target=str(folder))
 
 
@@ -334,8 +340,5 @@ def diff(
     """
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
-    sides = require_path(a), require_path(b)
-    if on is None:
-        return diff_checkpoints(*sides, choice, progress)
-    job = DiffJob(*locate_all(a, b, config), replace(choice, recipe=locate_recipe(recipe), config=None))
-    return diff_in_shares(job, *sides, choice, open_workers(on, progress))
+    job = DiffJob(*locate_all(a, b, config), choice)
+    return diff_on(job, require_path(a), require_path(b), on, progress)

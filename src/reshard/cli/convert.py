@@ -43,7 +43,7 @@ CHOICES = (
 OPTION = re.compile(r"(?<![\w-])--([a-z-]+)(?: (?:hf|dcp|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N)\b)?")
 """An option in a message, with its value."""
 
-WAYS = ("jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
+WAYS = ("on", "jobs", "max_memory", "cache", "allow_inexact", "restart", "yes")
 """Options that change only how the job runs, not its result."""
 
 
@@ -219,6 +219,7 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
             "status": "converted" if run else "already-converted",
             "seconds": conversion.seconds,
             "done": done,
+            "shares": [share._asdict() for share in conversion.shares],
             "next": [step._asdict() for step in steps],
         }
         print_json({**facts, **describe_plan_facts(conversion.plan)})

@@ -158,6 +158,9 @@ def add_convert(parser: Parser) -> None:
     )
     add_job(parser)
     how.add_argument("--dry-run", action="store_true", help="Show the plan and write nothing.")
+    add_on(
+        how, "Make shares by the tasks of a Ray cluster, and join them. --jobs and --max-memory are those of a task."
+    )
     add_jobs(how)
     how.add_argument(
         "--max-memory",

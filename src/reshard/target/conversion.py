@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from reshard.execution.execute import RunResult
 from reshard.formats.manifest import list_subset_lines
@@ -12,6 +13,25 @@ from reshard.target.manifest_writer import describe_lost
 from reshard.target.run_config import explain_no_run_config
 from reshard.text import escape, format_count, format_size
 from reshard.types import RANKS, SLICED
+
+
+class ShareRun(NamedTuple):
+    """How one of several processes has made its share of a conversion."""
+
+    share: str
+    """Such as `1/4`."""
+    files: int
+    """Those that this run has written."""
+    node: str
+    process: int
+    seconds: float
+    resumed: int
+    """In bytes."""
+    inexact: int
+    """The number of values that casts have rounded."""
+    jobs: int
+    ways: tuple[str, str]
+    """Of reading and of writing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +46,8 @@ class Conversion:
     mended: Sequence[str]
     """The side files that a finished target had lost, and that were written again."""
     seconds: float
+    shares: Sequence[ShareRun] = ()
+    """Those that the processes of a cluster have made."""
 
     def __str__(self) -> str:
         return "\n".join(map(escape, describe_conversion(self)))
@@ -47,13 +69,22 @@ def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iter
         is_of_ranks = plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe))
         kind = "rank files" if is_of_ranks else "files"
         yield f"{target}: {format_count(len(plan.files), kind)}, {size} in {conversion.seconds:.1f} s"
-        yield from describe_run(done, jobs)
+        yield from describe_shares_made(conversion.shares)
+        yield from describe_run(done, jobs if not conversion.shares else None)
     yield from list_subset_lines(plan.source.subset)
     yield from describe_notes(plan.notes)
     yield from describe_casts(plan)
     yield from describe_dropped(plan)
     yield from explain_no_run_config(plan)
     yield from describe_lost(plan)
+
+
+def describe_shares_made(shares: Sequence[ShareRun]) -> Iterator[str]:
+    """Describes how many shares were made on how many nodes; nothing where one process has made all."""
+    if shares:
+        nodes, longest = {one.node for one in shares}, max(one.seconds for one in shares)
+        where = f"{format_count(len(shares), 'shares')} on {format_count(len(nodes), 'nodes')}"
+        yield f"{where}, at most {longest:.1f} s each"
 
 
 def describe_run(done: RunResult, jobs: int | None) -> Iterator[str]:

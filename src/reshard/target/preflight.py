@@ -17,11 +17,13 @@ from reshard.formats.part_manifests import (
     join_manifests,
     read_manifests_with_shares,
 )
+from reshard.formats.share_names import list_share_folders
 from reshard.formats.target_names import MANIFEST, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
+from reshard.target.left_files import list_own_names
 from reshard.target.manifest_writer import (
     describe_conversion_job,
     describe_origin,
@@ -40,7 +42,7 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.room import check_folder, check_space, check_stored_folder
-from reshard.target.shares import check_lacking_shares, choose_share
+from reshard.target.shares import check_lacking_shares, check_spread_shares, choose_share
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -65,11 +67,14 @@ def look_at_target(
     beside: FoundFiles | None = None,
     settings: Settings = WITHOUT_CHOICE,
     share: Share | None = None,
+    *,
+    is_spread: bool = False,
 ) -> TargetState:
     """Finds the files of a plan that remain to be written; writes nothing. The tokenizer is that of `tokenizer_path`,
     or of the source. The source is looked at again if what lies `beside` its tensors is not given. With the settings
     `restart` and `yes`, finished files are to be written too. Of a `share` it is those files that the share has to
-    write, in a place of its own. Raises Refused if they cannot be written.
+    write, in a place of its own; or they `is_spread` over shares, which are to be made. Raises Refused if they cannot
+    be written.
     """
     beside = beside or find_beside(plan)
     tokenizer = find_tokenizer(tokenizer_path, plan.recipe)
@@ -83,14 +88,16 @@ def look_at_target(
     require_none(check_unfinished(plan.side_folder, sides))
     begun = TargetState(place, plan, samples, sides, Manifests({}, {}, ()), {}, {}, origin)
     if share is None:
-        return look_at_folder(begun, settings)
+        return look_at_folder(begun, settings, is_spread=is_spread)
     return look_at_folder(choose_share(begun, read_state(begun), share), settings)
 
 
-def look_at_folder(begun: TargetState, settings: Settings) -> TargetState:
+def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = False) -> TargetState:
     """Finds out what there is of a job in its folder, and checks that the rest can be written. Raises Refused."""
     state = read_state(begun, settings)
-    if problems := [*check_state(state), *check_lacking_shares(state, begun.plan, settings)]:
+    is_to_join = not is_spread or not (state.plan.files or settings.restart)
+    shares = check_lacking_shares(state, begun.plan, settings) if is_to_join else check_spread_shares(state, settings)
+    if problems := [*check_state(state), *shares]:
         require_same(state)  # what another run has brought in the meantime is nobody's fault
         require_none(problems)
     if state.removed and not settings.yes:
@@ -165,6 +172,9 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     if is_other_conversion(state):
         return
     ours = find_own_files(state)[0]
+    ours |= {
+        f"{name}/{left}" for name in list_share_folders(state.folder) for left in list_own_names(state.folder / name)
+    }
     remedy = "move them out of the folder, or another target" if state.known else "another target"
     if isinstance(state.folder, Path):
         yield from check_folder(state.plan.path, state.folder, state.size, ours, present, remedy)

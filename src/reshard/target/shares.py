@@ -143,6 +143,25 @@ def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> 
         yield Problem("unfinished-share", f"--share {share}", found, "finished: shares are joined all at once", remedy)
 
 
+def check_spread_shares(state: TargetState, settings: Settings) -> Iterator[Problem]:
+    """Reports what lies in a target and does not fit to shares that are to be made there, all of them."""
+    folder, shares = state.folder, list_share_folders(state.folder)
+    counts = sorted({share.shares for share in shares.values()})
+    if len(counts) > 1:
+        there, expected = f"shares of {format_list(map(str, counts))}", "shares of one number"
+        yield Problem("another-job", str(folder), there, expected, "another target")
+    yield from check_other_shares(state)
+    if settings.restart:
+        if state.shares and not settings.yes:
+            found = f"finished shares, which --restart would remove: {format_list(state.shares)}"
+            remedy = "add --yes to remove them; without --restart they are used"
+            yield Problem("finished-target", str(folder), found, "--yes, or no finished share", remedy)
+    elif (folder / JOURNAL).is_file():
+        there = f"a conversion without --on that has not ended{describe_holder_of(folder)}"
+        remedy = "the same command without --on goes on with it; --restart throws it away"
+        yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
+
+
 def describe_progress(folder: AnyPath) -> str:
     """Describes how far a share is, by its folder."""
     if not (folder / JOURNAL).is_file():
