@@ -14,6 +14,7 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
+from reshard.formats.part_manifests import find_ranks_of_share
 from reshard.formats.remote_names import locate_all, read_location, require_local_path, require_path
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_on
@@ -294,6 +295,8 @@ def verify(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
+    if source is not None and chosen is None:
+        chosen = find_ranks_of_share(folder)
     if source is None:
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
     if checksums_only:

@@ -5,11 +5,15 @@ What is wrong with names, shapes and side files is found by one process, which m
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from reshard.execution.workers import RunShares, open_workers
+from reshard.formats.manifest import read_valid_manifest
+from reshard.formats.part_manifests import describe_share_files
 from reshard.formats.remote_names import read_location, require_path
+from reshard.formats.share_names import find_share_of_folder
 from reshard.paths import AnyPath
 from reshard.recipes.recipe import locate_recipe
 from reshard.sources.verified_source import read_sides
@@ -58,8 +62,8 @@ def verify_job(
     compare = COMPARED_HERE if on is None else compare_in_shares(job, open_workers(on, progress))
     told = progress if on is None else None
     if source is None:
-        return audit_target(folder, told, job.sample, job.ranks, compare.entries)
-    return verify_against_source(
+        return note_share(audit_target(folder, told, job.sample, job.ranks, compare.entries), folder)
+    report = verify_against_source(
         folder,
         source,
         config_folder,
@@ -70,6 +74,15 @@ def verify_job(
         compare.traced,
         ignore_extra_files=job.ignore_extra_files,
     )
+    return note_share(report, folder)
+
+
+def note_share(report: Report, folder: AnyPath) -> Report:
+    """Adds to a report without problems that its target is a share, and what this has: it is no whole model."""
+    share, manifest = find_share_of_folder(folder), read_valid_manifest(folder)
+    if not share or not manifest or report.problems:
+        return report
+    return replace(report, note=f"share {share} alone, which has {describe_share_files(manifest)}")
 
 
 class Comparing(NamedTuple):
