@@ -20,6 +20,7 @@ from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
+from reshard.formats.share_names import find_share_of_folder
 from reshard.inspection.unfinished import read_unfinished
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -32,7 +33,7 @@ from reshard.target.places import StoredFolder, TargetPlace, get_folder, open_ta
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.target.uploads import UploadPlan, describe_upload, plan_upload
 from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
-from reshard.types import RANKS, SLICED, WHOLE, Note
+from reshard.types import FIRST, RANKS, SLICED, WHOLE, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
@@ -233,6 +234,8 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
     """Collects what is to be done with a target, with full paths: it is verified first."""
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
+    if find_share_of_folder(conversion.target):
+        return [verify, make_share_step(conversion, options)]
     return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
 
 
@@ -248,6 +251,17 @@ def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iter
     yield NextStep("join", text, " ".join([command, *map(shlex.quote, list_reading_words(options))]))
 
 
+def make_share_step(conversion: Conversion, options: argparse.Namespace) -> NextStep:
+    """Makes the command that joins the shares: that of this one, without `--share`."""
+    manifest, source = read_joined_manifest(conversion.target), make_full_path(options.source)
+    words = ["--replicas", "first"] if options.replicas == FIRST else []
+    words += ["--allow-inexact"] * options.allow_inexact
+    words += ["--ranks", ",".join(format_runs(options.ranks))] if options.ranks is not None else []
+    command = format_join_command(conversion.target.parent.absolute(), manifest, source)
+    rest = map(shlex.quote, [*words, *list_reading_words(options)])
+    return NextStep("join", "when all shares are finished", " ".join([command, *rest]))
+
+
 def list_reading_words(options: argparse.Namespace) -> list[str]:
     """The words that a command needs to read the same source, with full paths."""
     recipe = getattr(options, "recipe", None)
@@ -259,12 +273,14 @@ def list_reading_words(options: argparse.Namespace) -> list[str]:
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
     """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared
-    with them, unless tensors were chosen or cast: then its checksums are verified. So are those of some slices: only
-    all of them are the tensors of a source.
+    with them, unless tensors were chosen or cast: then its checksums are verified. So are those of some slices, and of
+    a share made of rank files: only all together are what a source has.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
     is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_altered
+    if find_share_of_folder(conversion.target) and (is_of_ranks or plan.layout.to == SLICED):
+        return shlex.join(words)
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
