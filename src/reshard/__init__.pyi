@@ -34,6 +34,7 @@ def verify(
     config: Location | None = None,
     sample: float | Fraction | None = None,
     checksums_only: bool = False,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Report: ...
 @overload

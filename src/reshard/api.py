@@ -14,11 +14,10 @@ from time import monotonic
 
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
-from reshard.execution.workers import open_workers
+from reshard.formats.part_manifests import find_ranks_of_share
 from reshard.formats.remote_names import locate_all, read_location, require_local_path, require_path
-from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
-from reshard.inspection.diff_shares import DiffJob, diff_in_shares
+from reshard.inspection.diff_shares import DiffJob, diff_on
 from reshard.inspection.tensor_pairs import DiffChoice
 from reshard.paths import AnyPath
 from reshard.planning.options import (
@@ -36,7 +35,6 @@ from reshard.planning.options import (
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.planning.shares import keep_share, read_share
-from reshard.recipes.recipe import locate_recipe
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
@@ -46,11 +44,9 @@ from reshard.target.preflight import look_at_target
 from reshard.target.ray_conversion import check_on, convert_on_ray, pack_arguments
 from reshard.target.side_files import FoundFiles, add_notes, find_beside
 from reshard.target.state import TargetState
-from reshard.target.verified_shares import COMPARED_HERE, VerifyJob, compare_in_shares
-from reshard.target.verified_target import verify_against_source
+from reshard.target.verified_shares import VerifyJob, verify_job
 from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress, Share
-from reshard.verification.checksums import audit_target
 from reshard.verification.download import DownloadReport, verify_download
 from reshard.verification.listed_objects import compare_listing
 from reshard.verification.report import Report
@@ -302,21 +298,15 @@ def verify(
     chosen = sort_numbers("--ranks", ranks)
     if chosen == ():
         raise refuse("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
+    if source is not None and chosen is None:
+        chosen = find_ranks_of_share(folder)
     if source is None:
         require_none(check_options_of_source({"--recipe": recipe, "--config": config}))
     if checksums_only:
         report = compare_listing(folder, chosen)
-        return replace(report, target=str(folder))
-    job = VerifyJob(*locate_all(target, source, config), locate_recipe(recipe), chosen, part, ignore_extra_files)
-    compare = COMPARED_HERE if on is None else compare_in_shares(job, open_workers(on, progress))
-    told = progress if on is None else None
-    if source is None:
-        report = audit_target(folder, told, part, chosen, compare.entries)
     else:
-        sides = require_path(source), read_location(config)
-        report = verify_against_source(
-            folder, *sides, recipe, chosen, part, told, compare.traced, ignore_extra_files=ignore_extra_files
-        )
+        job = VerifyJob(*locate_all(target, source, config), recipe, chosen, part, ignore_extra_files)
+        report = verify_job(job, folder, read_location(source), read_location(config), on, progress)
     return replace(report, target=str(folder))
 
 
@@ -356,8 +346,5 @@ def diff(
     """
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
-    sides = require_path(a), require_path(b)
-    if on is None:
-        return diff_checkpoints(*sides, choice, progress)
-    job = DiffJob(*locate_all(a, b, config), replace(choice, recipe=locate_recipe(recipe), config=None))
-    return diff_in_shares(job, *sides, choice, open_workers(on, progress))
+    job = DiffJob(*locate_all(a, b, config), choice)
+    return diff_on(job, require_path(a), require_path(b), on, progress)

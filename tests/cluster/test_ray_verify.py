@@ -28,7 +28,7 @@ def cluster() -> Iterator[str]:
         from ray.cluster_utils import Cluster  # noqa: PLC0415 - it reads the variables
 
         small = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False, "temp_dir": folder}
-        nodes = Cluster(initialize_head=True, head_node_args=small)  # type: ignore[no-untyped-call]
+        nodes = Cluster(initialize_head=True, head_node_args=small)
         nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
         yield str(nodes.address)
         nodes.shutdown()  # type: ignore[no-untyped-call]
@@ -92,5 +92,5 @@ def test_what_a_task_refuses_is_refused(cluster: str, folder: Path, tmp_path: Pa
         assert (name, refused.value.problems[0].kind) == (name, "wrong-option")
     shutil.copytree(folder / "good", tmp_path / "good")
     with pytest.raises(Refused) as refused:
-        reshard.verify(tmp_path / "good", sums=tmp_path / "sums", on=f"ray={cluster}")
+        reshard.verify(tmp_path / "good", sums=tmp_path / "sums", on=f"ray={cluster}")  # type: ignore[call-overload]
     assert [problem.subject for problem in refused.value.problems] == ["on"]

@@ -75,4 +75,4 @@ def diff_here(a: Path, b: Path, choice: DiffChoice) -> DiffReport:
 
 
 def diff_shared(a: Path, b: Path, choice: DiffChoice, count: int, run: Run = run_here) -> DiffReport:
-    return diff_in_shares(DiffJob(str(a), str(b), "", choice), a, b, choice, make_workers(count, run))
+    return diff_in_shares(DiffJob(str(a), str(b), "", choice), a, b, make_workers(count, run))

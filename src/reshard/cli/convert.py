@@ -20,7 +20,7 @@ from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
-from reshard.formats.share_names import list_share_folders
+from reshard.formats.share_names import find_share_of_folder, list_share_folders
 from reshard.inspection.unfinished import read_unfinished
 from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
@@ -34,7 +34,7 @@ from reshard.target.places import StoredFolder, TargetPlace, get_folder, open_ta
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.target.uploads import UploadPlan, describe_upload, plan_upload
 from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
-from reshard.types import RANKS, SLICED, WHOLE, Note
+from reshard.types import FIRST, RANKS, SLICED, WHOLE, Note
 
 CHOICES = (
     *("mp", "to", "cast", "expert_dtype", "pad", "max_file_size", "replicas", "layers", "experts", "renumber"),
@@ -234,10 +234,13 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
-    """Collects what is to be done with a target, with full paths: it is verified first; shares in a store, joined."""
-    if getattr(options, "share", None) is not None and isinstance(conversion.target, RemotePath):
-        return list(make_share_steps(conversion, options))
+    """Collects what is to be done with a target, with full paths: it is verified first. The tensors of a share
+    in a store are not in its folder.
+    """
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
+    if find_share_of_folder(conversion.target):
+        steps = [*make_share_steps(conversion, options)]
+        return [verify, *steps] if steps and not isinstance(conversion.target, RemotePath) else steps
     return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
 
 
@@ -254,12 +257,16 @@ def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iter
 
 
 def make_share_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
-    """Makes the command that joins shares in a store, whose folders have no tensors; nothing if they are joined."""
-    if manifest := read_joined_manifest(conversion.target):
-        target = str(conversion.target).rpartition("/")[0]
-        command = format_join_command(target, manifest, str(conversion.plan.path.absolute()))
-        words = " ".join([command, *map(shlex.quote, list_reading_words(options))])
-        yield NextStep("join", "when all shares are finished", words)
+    """Makes the command that joins the shares: that of this one, without `--share`; nothing where it has no file."""
+    manifest, source = read_joined_manifest(conversion.target), make_full_path(options.source)
+    if not manifest:
+        return
+    words = ["--replicas", "first"] if options.replicas == FIRST else []
+    words += ["--allow-inexact"] * options.allow_inexact
+    words += ["--ranks", ",".join(format_runs(options.ranks))] if options.ranks is not None else []
+    command = format_join_command(conversion.target.parent.absolute(), manifest, source)
+    rest = map(shlex.quote, [*words, *list_reading_words(options)])
+    yield NextStep("join", "when all shares are finished", " ".join([command, *rest]))
 
 
 def list_reading_words(options: argparse.Namespace) -> list[str]:
@@ -273,12 +280,14 @@ def list_reading_words(options: argparse.Namespace) -> list[str]:
 
 def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> str:
     """Makes the shell command that verifies a target, with full paths. A target restored from rank files is compared
-    with them, unless tensors were chosen or cast: then its checksums are verified. So are those of some slices: only
-    all of them are the tensors of a source.
+    with them, unless tensors were chosen or cast: then its checksums are verified. So are those of some slices, and of
+    a share made of rank files: only all together are what a source has.
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
     is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_altered
+    if find_share_of_folder(conversion.target) and (is_of_ranks or plan.layout.to == SLICED):
+        return shlex.join(words)
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)

@@ -28,7 +28,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         config=options.config,
     )
     if options.json:
-        status = "unfinished" if content.unfinished else "finished"
+        status = "unfinished" if content.unfinished or not content.files else "finished"
         print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)

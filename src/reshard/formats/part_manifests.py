@@ -12,14 +12,14 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from reshard.errors import Problem, Refused
+from reshard.errors import Problem, Refused, refuse
 from reshard.formats.command_words import list_layout_words, list_named_recipe_words, list_subset_words
 from reshard.formats.huggingface import SINGLE
-from reshard.formats.manifest import list_rank_files, read_manifest
-from reshard.formats.share_names import SHARE_MANIFEST, list_share_folders
+from reshard.formats.manifest import list_rank_files, read_manifest, read_valid_manifest
+from reshard.formats.share_names import SHARE_MANIFEST, find_share_of_folder, list_share_folders
 from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath
-from reshard.text import format_count, format_list, format_runs
+from reshard.text import format_count, format_list, format_numbers, format_runs
 from reshard.types import SLICED, WHOLE, Note
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset", "source_samples")
@@ -188,6 +188,26 @@ def format_join_command(folder: AnyPath | str, manifest: Mapping[str, Any], sour
     return shlex.join(["reshard", "convert", source, str(folder), *words])
 
 
+def require_shares_joined(folder: AnyPath) -> None:
+    """Raises Refused if a folder holds shares that are not joined to a target."""
+    if folder.is_dir() and not (folder / MANIFEST).exists() and (folders := list_share_folders(folder)):
+        finished = [name for name in folders if (folder / name / MANIFEST).is_file()]
+        found = f"shares of it that are not joined, {len(finished)} of {next(iter(folders.values())).shares} finished"
+        raise refuse("not-joined", str(folder), found, "one target", describe_joining(folder, folders))
+
+
+def describe_joining(folder: AnyPath, shares: Iterable[str]) -> str:
+    """Describes how shares are joined, by the names of their folders: the command, as far as a finished one knows it,
+    and the one that verifies a share.
+    """
+    text = "when all are finished, the command that made them joins them, without --share"
+    found = {name: manifest for name in shares if (manifest := read_valid_manifest(folder / name))}
+    for name, manifest in [*found.items()][:1]:
+        text += f": {format_join_command(folder, manifest)}"
+        text += f"; a share alone: {shlex.join(['reshard', 'verify', str(folder / name)])}"
+    return text
+
+
 def is_of_whole_files(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is of whole files, not of rank files: of `--to hf`; or of a recipe without ranks, by the name
     of its one file.
@@ -207,3 +227,22 @@ def find_recipe_name(manifest: Mapping[str, Any]) -> str:
     """Finds the recipe that a target was made with; empty if its manifest does not name one."""
     made_with = manifest.get("recipe")
     return str(made_with.get("name", "")) if isinstance(made_with, dict) else ""
+
+
+def describe_share_files(manifest: Mapping[str, Any]) -> str:
+    """Describes the files of a finished share: its ranks, or the number of whole files."""
+    files = manifest["files"]
+    if is_of_whole_files(manifest):
+        return format_count(len(files), "files")
+    ranks = format_numbers(entry["rank"] for entry in files)
+    return f"{'ranks' if len(files) > 1 else 'rank'} {ranks} of {manifest['ranks']}"
+
+
+def find_ranks_of_share(folder: AnyPath) -> tuple[int, ...] | None:
+    """Finds the ranks that a share has, by the name of its folder and its manifest; None of whole files, and of any
+    other folder.
+    """
+    manifest = read_valid_manifest(folder) if find_share_of_folder(folder) else {}
+    if not manifest or is_of_whole_files(manifest):
+        return None
+    return tuple(sorted(entry["rank"] for entry in manifest["files"]))

@@ -1,6 +1,7 @@
 """The folders of shares, the parts of a conversion that several processes make at the same time: `.share-1-of-4`."""
 
 import re
+from pathlib import Path
 
 from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
@@ -33,3 +34,8 @@ def list_share_folders(folder: AnyPath) -> dict[str, Share]:
         if any((folder / name / one).is_file() for one in (MANIFEST, JOURNAL))
     }
     return dict(sorted(begun.items(), key=lambda item: (item[1].shares, item[1].number)))
+
+
+def find_share_of_folder(folder: AnyPath) -> Share | None:
+    """Finds the share that a folder is of, by its name; None of any other folder."""
+    return parse_share_folder(folder.resolve().name if isinstance(folder, Path) else folder.name)

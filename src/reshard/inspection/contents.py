@@ -29,7 +29,7 @@ from reshard.formats.recognition import require_model, require_no_megatron
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.target_names import MANIFEST, require_finished
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
-from reshard.inspection.unfinished import Unfinished, describe_unfinished, read_unfinished
+from reshard.inspection.unfinished import Unfinished, describe_unfinished, note_shares, read_unfinished
 from reshard.numbered_names import split_name
 from reshard.paths import AnyPath
 from reshard.planning.options import list_patterns
@@ -120,10 +120,10 @@ def inspect_path(
     `config` are as for `convert`. How far an unfinished conversion is stands in `Content.unfinished`. Raises Refused.
     """
     place, patterns = require_path(path), list_patterns(tensors)
-    unfinished, notes = find_unfinished_run(place)
-    if unfinished and not patterns and not (place / MANIFEST).exists():
-        content = make_content(place, FolderHeaders(place, (), ()), "", unfinished.recipe, 0, {}, "")
-        return replace(content, unfinished=unfinished)
+    (unfinished, notes), shares = find_unfinished_run(place), tuple(note_shares(place))
+    if (unfinished or shares) and not patterns and not (place / MANIFEST).exists():
+        content = make_content(place, FolderHeaders(place, (), ()), "", getattr(unfinished, "recipe", ""), 0, {}, "")
+        return replace(content, unfinished=unfinished, notes=shares)
     beside = read_location(config)
     content = summarize_path(place, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
     content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
@@ -312,8 +312,9 @@ MOST_SHOWN_NAMES = 200
 
 def format_content(content: Content) -> str:
     """The text of a content for a person."""
-    if content.unfinished and not content.files:
-        return str(content.unfinished)
+    if not content.files:
+        shares = [f"{content.path}: shares of a target, not joined yet", *(note.text for note in content.notes)]
+        return str(content.unfinished or "\n".join(map(escape, shares)))
     known = f"{content.layout} layout" if content.layout else "no known layout"
     by = f", recipe {content.recipe}" if content.recipe else ""
     ranks = f", cut for {format_count(content.ranks, 'ranks')}" if content.ranks else ""

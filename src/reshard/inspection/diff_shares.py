@@ -10,32 +10,49 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from reshard.execution.workers import RunShares
+from reshard.execution.workers import RunShares, open_workers
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.share_assignment import assign_to_shares
 from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
-from reshard.inspection.diff import PairedSides, compare_pairs, diff_paired, open_side, pair_sides, sort_pairs
+from reshard.inspection.diff import (
+    PairedSides,
+    compare_pairs,
+    diff_checkpoints,
+    diff_paired,
+    open_side,
+    pair_sides,
+    sort_pairs,
+)
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice, TensorPair, get_result
 from reshard.inspection.value_distance import RangeDistance
 from reshard.paths import AnyPath
+from reshard.recipes.recipe import locate_recipe
 from reshard.types import Progress, Share
 
 
 class DiffJob(NamedTuple):
-    """What to compare, as it is sent to other processes: all paths are full ones, or addresses."""
+    """What to compare. Sent to other processes, all paths are full ones, or addresses."""
 
     a: str
     b: str
     config: str
     """Empty without."""
     choice: DiffChoice
-    """Without a config."""
+    """It is sent without a config: an opened store is no text."""
 
 
-def diff_in_shares(job: DiffJob, a: AnyPath, b: AnyPath, choice: DiffChoice, run: RunShares) -> DiffReport:
+def diff_on(job: DiffJob, a: AnyPath, b: AnyPath, on: str | None, progress: Progress | None) -> DiffReport:
+    """Compares two checkpoints, in this process or on the workers that `on` names. Raises Refused."""
+    if on is None:
+        return diff_checkpoints(a, b, job.choice, progress)
+    return diff_in_shares(job, a, b, open_workers(on, progress))
+
+
+def diff_in_shares(job: DiffJob, a: AnyPath, b: AnyPath, run: RunShares) -> DiffReport:
     """Compares two checkpoints, the bytes in shares. Raises Refused."""
-    return diff_paired(a, b, choice, None, partial(compare_pairs_in_shares, job, run))
+    sent = job._replace(choice=replace(job.choice, recipe=locate_recipe(job.choice.recipe), config=None))
+    return diff_paired(a, b, job.choice, None, partial(compare_pairs_in_shares, sent, run))
 
 
 def compare_pairs_in_shares(

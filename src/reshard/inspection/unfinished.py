@@ -1,4 +1,4 @@
-"""An unfinished conversion, by its journal: how much of it is done, and the command that goes on."""
+"""An unfinished conversion, by its journal: how much of it is done, and the command that goes on; and shares of one."""
 
 import os
 import shlex
@@ -15,7 +15,9 @@ from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.execution.store_journal import ID, parse_job, parse_note
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
-from reshard.formats.target_names import JOURNAL, PARTIAL, PROGRESS
+from reshard.formats.part_manifests import describe_joining, describe_share_files
+from reshard.formats.share_names import find_share_of_folder, list_share_folders, name_share_folder
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS
 from reshard.paths import AnyPath, RemotePath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes
@@ -23,6 +25,7 @@ from reshard.sources.engine_choice import list_recipe_words
 from reshard.sources.rank_names import parse_rank_name
 from reshard.storage.opened import map_paths, measure_open_file, open_regular_file
 from reshard.text import escape, format_count, format_list, format_percent, format_runs, format_size
+from reshard.types import Note, Share
 
 LARGEST_JOURNAL = 1 << 30
 """In bytes. A model of 671B parameters has one of some megabytes."""
@@ -183,7 +186,10 @@ def count_whole_files(path: AnyPath, entry: JournalEntry, recorded: Sequence[int
 
 def make_words(entry: JournalEntry, path: AnyPath, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
-    words = ["reshard", "convert", "SOURCE", str(path), *list_layout_words(entry.layout)]
+    share = find_share_of_folder(path)
+    target, ranks = (path.absolute().parent, "") if share else (path, ranks)
+    words = ["reshard", "convert", "SOURCE", str(target), *list_layout_words(entry.layout)]
+    words += ["--share", str(share)] if share else []
     is_packaged = any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged)
     words += list_recipe_words(entry.recipe) if is_packaged else ["--recipe", "FILE"]
     words += ["--ranks", ranks] if ranks else []
@@ -202,3 +208,29 @@ def find_chosen_ranks(files: Sequence[str], recipes: Sequence[Recipe], total: An
         if len(ranks) == 1 and len(numbers) != (ranks.pop() or total):
             return ",".join(format_runs(numbers))
     return ""
+
+
+def note_shares(folder: AnyPath) -> Iterator[Note]:
+    """Notes each share of a target, and how they are joined; nothing of a target that is whole. Raises Refused if a
+    journal is damaged.
+    """
+    folders = list_share_folders(folder) if folder.is_dir() and not (folder / MANIFEST).exists() else {}
+    for count in sorted({share.shares for share in folders.values()}):
+        for number in range(count):
+            share = Share(number, count)
+            yield Note("share", f"share {share}: {describe_share(folder / name_share_folder(share))}")
+    if folders:
+        yield Note("not-joined", describe_joining(folder, folders))
+
+
+def describe_share(folder: AnyPath) -> str:
+    """Describes how far a share is, by its folder."""
+    if (folder / MANIFEST).exists():
+        manifest = read_valid_manifest(folder)
+        return f"finished, {describe_share_files(manifest)}" if manifest else f"its {MANIFEST} is damaged"
+    unfinished = read_unfinished(folder)
+    if unfinished is None:
+        return "not begun" if not folder.is_dir() else "begun, nothing written yet"
+    done = f"{format_size(unfinished.durable)} of {format_size(unfinished.size)}"
+    at_work = f"; {unfinished.holder} is at work" if unfinished.holder else ""
+    return f"unfinished, {done} ({format_percent(unfinished.durable, unfinished.size)}){at_work}"

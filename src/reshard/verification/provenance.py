@@ -149,6 +149,8 @@ def infer_wanted_parts(trace: Provenance, unit: WeightUnit) -> tuple[list[Proble
         return [make_extra_tensor_problem(trace, seen, f"no {name} in the source") for seen, name in pairs if seen], []
     unit = unit._replace(place=unit.place._replace(scaling=choose_block_scaling(unit.place.scaling, weight)))
     conversion = infer_conversion(unit, weight, scale, is_whole=trace.folder.is_whole)
+    if trace.folder.is_share and unit.scale and not unit.weight:
+        conversion = infer_by_scale(unit.scale.tensor, scale, conversion)
     dtypes = get_expected_dtypes(conversion, unit, weight, scale, is_whole=trace.folder.is_whole)
     if unit.weight:
         trace.present[weight.name][unit.rank] = unit.weight
@@ -166,13 +168,20 @@ def infer_wanted_parts(trace: Provenance, unit: WeightUnit) -> tuple[list[Proble
     return problems, list(list_wanted_parts(trace, unit, (weight, scale), conversion, dtypes)) if is_cut_right else []
 
 
+def infer_by_scale(seen: Tensor, scale: Tensor | None, conversion: str) -> str:
+    """Infers how a weight was converted by its block scale alone: in a share, another one may have the weight."""
+    if scale is None:
+        return QUANTIZE
+    return conversion if (seen.dtype, seen.shape) == (scale.dtype, scale.shape) else FP4_TO_FP8
+
+
 def check_block_scale(trace: Provenance, unit: WeightUnit, scale: Tensor | None, conversion: str) -> Iterator[Problem]:
     """A block scale that should not be there, or one that is missing for a quantized weight."""
     if unit.scale and conversion == DEQUANTIZE:
         yield make_extra_tensor_problem(trace, unit.scale, "a block scale of a weight that is dequantized")
     elif unit.scale and conversion in (SAME, ROUND) and scale is None:
         yield make_extra_tensor_problem(trace, unit.scale, f"no {unit.place.scale} in the source")
-    elif unit.weight and conversion == QUANTIZE and unit.scale is None:
+    elif unit.weight and conversion == QUANTIZE and unit.scale is None and not trace.folder.is_share:
         yield Problem(
             "missing-tensor", trace.subject(unit.weight), "FP8 without a block scale", "both", CONVERT_AGAIN_HINT
         )

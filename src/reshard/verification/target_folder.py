@@ -19,8 +19,9 @@ from reshard.formats.huggingface import (
 )
 from reshard.formats.json_input import read_object
 from reshard.formats.manifest import read_valid_manifest
-from reshard.formats.part_manifests import is_of_slices
+from reshard.formats.part_manifests import is_of_slices, require_shares_joined
 from reshard.formats.remote_names import restore_address, suggest_download, suggest_near
+from reshard.formats.share_names import find_share_of_folder
 from reshard.formats.slice_names import is_sliced_folder, name_slices, parse_shard_numbers
 from reshard.formats.target_names import require_finished
 from reshard.paths import AnyPath, RemotePath
@@ -65,6 +66,8 @@ class TargetFolder(NamedTuple):
     """Whether all files together are the right side of a recipe, which has no ranks."""
     is_sliced: bool = False
     """Whether each file has slices of whole tensors: all of them together are whole files, or the right side."""
+    is_share: bool = False
+    """Whether these whole files are those of a share: other processes make the others."""
 
     def find_rank(self, number: int) -> int:
         """The rank that a file holds, by its number."""
@@ -89,6 +92,7 @@ def require_target_folder(target: AnyPath) -> None:
         remedy = suggest_near(target) or (isinstance(target, Path) and suggest_download(target)) or "is the path right?"
         raise refuse("empty-target", restore_address(target), found, "a folder that was converted into", remedy)
     require_finished(target)
+    require_shares_joined(target)
 
 
 def reword_for_store(target: AnyPath, problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -113,12 +117,13 @@ def list_target_files(target: AnyPath, recipe: Recipe) -> TargetFolder:
     if is_sliced_folder(tensor_files) or is_of_slices(manifest):
         return list_sliced_files(manifest, recipe, tensor_files)
     fitting = [found for name in entries if (found := re.fullmatch(pattern, name))]
+    is_share = find_share_of_folder(target) is not None and bool(manifest)
     if not has_ranks(recipe) and tensor_files:
         names = [SINGLE] if SINGLE in tensor_files else tensor_files  # the one that loaders find without an index
         extra = [name for name in tensor_files if name not in names]
-        return TargetFolder(dict(enumerate(names)), 1, is_whole=False, extra=extra, is_joint=True)
+        return TargetFolder(dict(enumerate(names)), 1, is_whole=False, extra=extra, is_joint=True, is_share=is_share)
     if not fitting and tensor_files:
-        return TargetFolder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=())
+        return TargetFolder(dict(enumerate(tensor_files)), 1, is_whole=True, extra=(), is_share=is_share)
     if not fitting:
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}"
         raise refuse("empty-target", str(target), lacking, "a folder of rank files", "is it the right folder?")
@@ -217,8 +222,12 @@ def check_index_and_config(
             yield from refused.problems
 
 
-def check_target_index(target: AnyPath, files: Sequence[TargetHeader]) -> Iterator[Problem]:
-    """Tensors that the index does not have in the right file. A single file needs no index."""
+def check_target_index(
+    target: AnyPath, files: Sequence[TargetHeader], own: Collection[str] | None = None
+) -> Iterator[Problem]:
+    """Tensors that the index does not have in the right file. A single file needs no index. Of a share, `own` has the
+    names of its files: the index names others too.
+    """
     index = read_object(target / INDEX)
     if index is None:
         if len(files) > 1:
@@ -227,6 +236,8 @@ def check_target_index(target: AnyPath, files: Sequence[TargetHeader]) -> Iterat
     named = index.get("weight_map")
     named = named if isinstance(named, dict) else {}
     file_names = {tensor.name: file.file.name for file in files for tensor in file.tensors}
+    if own is not None:
+        named = {name: file for name, file in named.items() if file in own or name in file_names}
     for name in sorted(file_names.keys() | named.keys()):
         if named.get(name) != file_names.get(name):
             found = f"in {named[name]}" if name in named else "not named"
@@ -235,7 +246,7 @@ def check_target_index(target: AnyPath, files: Sequence[TargetHeader]) -> Iterat
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     size = sum(tensor.size for file in files for tensor in file.tensors)
-    if total is not None and total != size:
+    if own is None and total is not None and total != size:
         yield Problem("wrong-index", f"{INDEX}: total_size", json.dumps(total), f"{size}", CONVERT_AGAIN_HINT)
 
 

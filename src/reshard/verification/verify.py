@@ -44,6 +44,7 @@ from reshard.verification.provenance import (
     trace_unit,
 )
 from reshard.verification.report import Report
+from reshard.verification.share_files import check_share_files
 from reshard.verification.slices import ALL_SLICES, read_sliced_target
 from reshard.verification.stacked_source import StackedSource, check_stacked_source
 from reshard.verification.swapped_files import (
@@ -209,6 +210,10 @@ def trace_files(trace: Provenance, target: AnyPath, files: Sequence[TargetHeader
         yield from trace_unit(trace, unit)
     yield from trace_fused_units(trace, fused_units)
     looked_at = {folder.find_rank(file.number) for file in files}
+    if folder.is_share:
+        yield from check_share_files(target, files)
+        yield from check_mixtures(trace)
+        return
     yield from check_missing_tensors(trace, looked_at, wanted)
     yield from check_mixtures(trace)
     if not folder.is_whole:
