@@ -19,8 +19,8 @@ import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.formats.manifest import compute_manifest_checksum
+from reshard.formats.share_assignment import assign_to_shares
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
-from reshard.planning.shares import assign_to_shares
 from reshard.synthetic import write_checkpoint
 from reshard.types import Share
 
