@@ -75,7 +75,7 @@ def test_rank_files_are_those_of_one_process(source: Path, whole: Path, nodes: R
     assert "converted already" in said
 
 
-def test_whole_files_are_those_of_one_process(source: Path, whole: Path, nodes: RayNodes, tmp_path: Path) -> None:
+def test_whole_files_are_those_of_one_process(whole: Path, nodes: RayNodes, tmp_path: Path) -> None:
     reshard.convert(whole, tmp_path / "once", to="hf", max_file_size=10_000_000)
     words = [str(whole), str(tmp_path / "files"), "--to", "hf", "--max-file-size", "10MB"]
     code, said, errors = nodes.convert(*words)

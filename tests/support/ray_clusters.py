@@ -90,19 +90,18 @@ def start_ray(**variables: str) -> Iterator[RayNodes]:
     """Starts a cluster of one node with one processor, on the loopback interface, in a folder of its own: its sockets
     have short names, and nobody else finds it.
     """
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**ENVIRONMENT, **variables, "RAY_TMPDIR": folder}.items():
-                patch.setenv(name, value)
-            patch.delenv("RAY_ADDRESS", raising=False)
-            from ray.cluster_utils import Cluster  # noqa: PLC0415 - reads the variables above
+    folder = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)
+    with folder as temporary, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, **variables, "RAY_TMPDIR": temporary}.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        from ray.cluster_utils import Cluster  # noqa: PLC0415 - reads the variables above
 
-            cluster = Cluster(True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})  # noqa: FBT003
-            nodes = RayNodes(cluster, dict(os.environ))
-            try:
-                yield nodes
-            finally:
-                cluster.shutdown()
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})  # noqa: FBT003
+        try:
+            yield RayNodes(cluster, dict(os.environ))
+        finally:
+            cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 class Gate:

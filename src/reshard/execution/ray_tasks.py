@@ -159,7 +159,7 @@ def connect_to_ray(address: str | None) -> Iterator[RayCluster]:
     is_ours = not ray.is_initialized()
     if is_ours:
         require_answer(known)
-        init_ray(ray, address)
+        begin_connection(ray, address)
     try:
         nodes = sum(node["Alive"] for node in ray.nodes())
         yield RayCluster(int(ray.cluster_resources().get("CPU", 0)), nodes)
@@ -186,7 +186,7 @@ def load_ray(*, is_patient: bool = True) -> Any:
     return ray
 
 
-def init_ray(ray: Any, address: str | None) -> None:
+def begin_connection(ray: Any, address: str | None) -> None:
     """Connects to Ray, and leaves the signals to those who handled them before. Raises Refused."""
     before = signal.getsignal(signal.SIGTERM)
     try:
