@@ -7,6 +7,7 @@ from pathlib import Path
 from socket import gethostname
 
 from reshard.errors import Refused, refuse
+from reshard.formats.share_names import parse_share_folder
 
 HOLDER_WIDTH = 128
 """In characters."""
@@ -60,8 +61,7 @@ def is_gone(machine: str, process: int, started: int) -> bool:
 
 def refuse_in_use(target: Path, holder: str) -> Refused:
     """Makes the refusal of a target that another process writes to."""
-    remedy = (
-        "wait for it to end; or give each --ranks a folder of its own, copy the folders into one, and run the "
-        "command there once more without --ranks"
-    )
+    remedy = "wait for it to end"
+    if not parse_share_folder(target.name):
+        remedy += "; of several that are to work here at the same time, each needs a --share of its own"
     return refuse("target-in-use", str(target), f"{holder} is writing to it", "a target of our own", remedy)

@@ -16,6 +16,7 @@ import os
 import secrets
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic, sleep
@@ -32,7 +33,7 @@ from reshard.execution.holders import (
     refuse_in_use,
 )
 from reshard.formats.target_names import LOCK, PARTIAL
-from reshard.storage.remote_store import tell
+from reshard.storage.remote_store import LISTENERS, tell
 
 LARGEST_LOCK = 4096
 """In bytes."""
@@ -91,7 +92,7 @@ class LockFile:
             if left is not None and self._take_over(left):
                 self.was_taken = True
                 why = "which has ended" if is_left(left) else f"silent for {self._pace.silence:.0f} s"
-                tell(f"{self.path.parent}: took over the lock of {name_holder(left)}, {why}")
+                tell_always(f"{self.path.parent}: took over the lock of {name_holder(left)}, {why}")
                 break
 
     def release(self) -> None:
@@ -207,6 +208,14 @@ def read_lock(path: Path) -> bytes | None:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter: another machine has just removed it
             return None
         raise
+
+
+def tell_always(line: str) -> None:
+    """Tells a person, or where nobody listens, as in Python or with `--json`, the log: no lock is broken silently."""
+    if LISTENERS:
+        tell(line)
+    else:
+        getLogger("reshard").warning(line)
 
 
 def wait_for_silence(path: Path, pace: Pace) -> bytes | None:

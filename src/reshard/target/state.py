@@ -28,7 +28,7 @@ from reshard.storage.opened import measure_path
 from reshard.target.manifest_writer import describe_conversion_job
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.tokenizer import WORD
-from reshard.text import format_list, format_numbers
+from reshard.text import format_count, format_list, format_numbers
 from reshard.types import WHOLE, Note, Share
 
 MOVE_AND_REPEAT = "move it out of the folder, and run the same command again"
@@ -173,6 +173,9 @@ def note_joined(state: TargetState) -> Note:
         if added := [entry["rank"] for entry in one["files"] if entry["name"] not in known]:
             parts.append(f"ranks {format_numbers(added)} of {name}")
         known |= list_rank_files(one)
+    if shares := state.shares:
+        text = f"{format_count(len(shares), 'shares')} are joined: {format_list(shares, 3)}"
+        return Note("joined", text)
     return Note("joined", f"parts that were made apart are joined into {MANIFEST}: {format_list(parts)}")
 
 
