@@ -24,7 +24,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz remote vllm
+.PHONY: help demo test torture mutations lint fuzz remote cluster vllm
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ remote: .venv/test  ## sources and targets in real servers, SeaweedFS and with n
 	$(BIN)/python -m pytest tests/storage/test_seaweedfs.py tests/storage/test_azurite.py tests/storage/test_target_real_stores.py \
 		tests/target/test_targets_in_real_stores.py $(PYTEST_OPTIONS)
 	$(BIN)/python tests/support/store_torture.py $(TORTURE_OPTIONS)
+
+cluster: .venv/test  ## one conversion by many processes: Ray, 350 MB, installed into .venv; Slurm, if it is there; kills of shares
+	$(BIN)/pip install --quiet 'ray[default]>=2.60'
+	@command -v sbatch >/dev/null || echo "Slurm is not installed, its tests are skipped: apt-get install slurm-wlm munge" >&2
+	$(BIN)/python -m pytest tests/cluster -rs $(PYTEST_OPTIONS)
+	$(BIN)/python tests/support/share_torture.py $(TORTURE_OPTIONS)
 
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)

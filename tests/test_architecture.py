@@ -43,7 +43,7 @@ VERBS = set(
     reverse reword rewrite round run sample set shift shorten show skip slice sort split spread start stop store suggest
     summarize sync tabulate take trace transform unpack verify view wait widen write combine estimate try prefetch
     unflatten unstack fetch receive guess tell map request close connect begin quote
-    delete exchange feed finish put sign throw complete abort discard
+    cancel delete exchange feed finish put sign throw complete abort discard
     """.split()  # noqa: SIM905 - a list of eighty strings would be longer
 )
 """First words of functions. A new verb is welcome here, if none of these says the same."""

@@ -32,6 +32,7 @@ PAGES_THAT_RUN = [
     "docs/tutorial-recipe.md",
     "docs/subsets.md",
     "docs/two-nodes.md",
+    "docs/cluster.md",
 ]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -34,7 +34,7 @@ from reshard.planning.options import (
 )
 from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
-from reshard.planning.shares import read_share
+from reshard.planning.shares import keep_share, read_share
 from reshard.sources.source import read_chosen
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
@@ -201,6 +201,7 @@ def plan(
     recipe: str | None = None,
     for_engine: str | None = None,
     ranks: Iterable[int] | int | None = None,
+    share: str | Share | None = None,
     ignore_extra_files: bool = False,
     config: Location | None = None,
 ) -> Plan:
@@ -229,8 +230,10 @@ def plan(
     require_none(check_source_options(found, replicas, None))
     planned = plan_for_ranks(found, layout, ranks=sort_numbers("--ranks", chosen), only=subset.only)
     beside = find_beside(planned)
-    planned = add_notes(planned, beside)
-    return planned if place is None else look_at_target(planned, place, beside=beside).plan
+    planned, part = add_notes(planned, beside), read_share(share)
+    if place is not None:
+        return look_at_target(planned, place, beside=beside, share=part).plan
+    return keep_share(planned, part) if part else planned
 
 
 def verify(

@@ -17,7 +17,7 @@ from reshard.cli.main import COMMANDS, main, make_parser
 from reshard.cli.parser import Parser, parse_words
 
 NAMES = ["", *(command.name for command in COMMANDS), "recipes list", "recipes show", "recipes check"]
-LIGHT = {"help_text", "main", "options", "outcome", "parser", "process", "shared_options", "values"}
+LIGHT = {"help_text", "layout_options", "main", "options", "outcome", "parser", "process", "shared_options", "values"}
 """The modules of the command line that the help needs."""
 
 

@@ -20,6 +20,7 @@ from jobs import Job, convert_checkpoint
 from torture import MODES, RANKS, Mode, Tally, contents, moments, torment, undisturbed
 
 import reshard.execution.execute
+import reshard.execution.finished_files
 from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
@@ -127,7 +128,7 @@ def test_a_journal_left_behind_the_last_rename_is_cleared(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(reshard.execution.execute, "remove_files", crash)
+        patch.setattr(reshard.execution.finished_files, "remove_files", crash)
         with pytest.raises(Crash):
             convert_checkpoint(Job(source, RANKS), target)
     assert (target / JOURNAL).exists()

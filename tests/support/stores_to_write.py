@@ -70,6 +70,9 @@ class FolderStore:
     def address(self) -> str:
         return f"s3://{self.root.name}"
 
+    def locate(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
     def list_entries(self) -> Mapping[str, Entry]:
         self._begin("list_entries", "")
         found = {}

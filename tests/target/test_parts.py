@@ -8,14 +8,14 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from downloads import flip
 from jobs import Job, convert_checkpoint
-from targets import CONFIG, RANKS, Crash, leave_unfinished, make_source_and_target, rank_file, stamps
+from targets import CONFIG, RANKS, crashes, leave_unfinished, make_source_and_target, rank_file, stamps
 from torture import contents
 
 import reshard
@@ -24,10 +24,10 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.execute import Settings
 from reshard.formats.manifest import compute_manifest_checksum
-from reshard.formats.part_manifests import Manifests, read_manifests
+from reshard.formats.part_manifests import Manifests, read_manifests_with_shares
 from reshard.formats.target_names import JOURNAL, MANIFEST
 from reshard.synthetic import write_checkpoint
-from reshard.target import preflight
+from reshard.target import other_files, preflight
 from reshard.target.left_files import list_own_names
 from reshard.types import Subset
 
@@ -451,7 +451,7 @@ def test_a_run_that_begins_while_we_look_is_no_stranger(
         (folder / JOURNAL).touch()
         return found
 
-    monkeypatch.setattr(preflight, "list_own_names", look_and_begin)
+    monkeypatch.setattr(other_files, "list_own_names", look_and_begin)
     convert_checkpoint(Job(source, RANKS), target)
     assert contents(target) == contents(whole)
 
@@ -459,7 +459,7 @@ def test_a_run_that_begins_while_we_look_is_no_stranger(
 def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
     source: Path, whole: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    target, read = bring_together(tmp_path / "target", parts["0-1"]), read_manifests
+    target, read = bring_together(tmp_path / "target", parts["0-1"]), read_manifests_with_shares
 
     def read_and_end(folder: Path) -> Manifests:
         found = read(folder)
@@ -467,7 +467,7 @@ def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "read_manifests", read_and_end)
+        patch.setattr(preflight, "read_manifests_with_shares", read_and_end)
         with pytest.raises(Refused, match="run it again") as refused:
             convert_checkpoint(Job(source, RANKS), target)
     assert facts(refused) == [("target-changed", "target")]
@@ -476,40 +476,6 @@ def test_a_run_that_ends_while_we_look_has_left_nothing_unknown(
 
 
 # --- killed ---
-
-
-def crashes(run: Callable[[], object]) -> Iterator[int]:
-    """Runs again and again, and ends the program behind its first step, its second, and so on, until a run gets
-    through: files are made durable, renamed and removed.
-    """
-    steps = ("write_durable", "write_side_files", "remove_files", "sync_folder")
-    for last in range(100):
-        left = last
-
-        def crash_behind(function: Callable[..., object]) -> Callable[..., object]:
-            def step(*arguments: object, **options: object) -> object:
-                nonlocal left
-                result = function(*arguments, **options)
-                if left == 0:
-                    raise Crash
-                left -= 1
-                return result
-
-            return step
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in steps:
-                patch.setattr(reshard.execution.execute, name, crash_behind(getattr(reshard.execution.execute, name)))
-            patch.setattr(Path, "rename", crash_behind(Path.rename))
-            patch.setattr(Path, "unlink", crash_behind(Path.unlink))
-            try:
-                run()
-            except Crash:
-                pass
-            else:
-                return
-        yield last
-    raise AssertionError("no run gets through")
 
 
 @pytest.mark.parametrize("last", ["2-3", "2"])

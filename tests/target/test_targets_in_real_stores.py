@@ -103,3 +103,29 @@ def test_parts_and_another_conversion(made: Path, address: str, capsys: pytest.C
     assert main([*words, "--restart", "--yes"]) == 0
     reshard.convert(made / "source", made / address.replace("/", "_"), mp=4)
     assert read_objects(address) == read_files(made / address.replace("/", "_"))
+
+
+def test_shares_at_once_of_which_two_are_killed(
+    made: Path, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(made / "source"), address, "--to", "hf", "--max-file-size", "8MB"]
+    shares, dice = [f"{share}/4" for share in range(4)], random.Random(address)
+
+    def start(share: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "reshard", *words, "--share", share, "--jobs", "2"]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    processes = {share: start(share) for share in shares}
+    for share in dice.sample(shares, 2):
+        try:
+            processes[share].wait(dice.uniform(1, 3))
+        except subprocess.TimeoutExpired:
+            processes[share].kill()
+            processes[share].wait()
+            processes[share] = start(share)
+    assert [process.wait() for process in processes.values()] == [0] * 4
+    assert main(words) == 0, capsys.readouterr().err
+    reshard.convert(made / "source", tmp_path / "at-once", to="hf", max_file_size=8_000_000)
+    assert read_objects(address) == read_files(tmp_path / "at-once")
+    assert main(["verify", address, "--source", str(made / "source")]) == 0
+    assert main(["verify", address, "--checksums-only"]) == 0

@@ -20,8 +20,9 @@ from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
-from reshard.formats.share_names import find_share_of_folder
+from reshard.formats.share_names import find_share_of_folder, list_share_folders
 from reshard.inspection.unfinished import read_unfinished
+from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.sources.engine_choice import takes_ranks
@@ -115,7 +116,8 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        if not is_address(target) and not has_durable_bytes(target):
+        folders = [target, *(target / name for name in list_share_folders(target))]
+        if not is_address(target) and not any(map(has_durable_bytes, folders)):
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 
@@ -232,10 +234,13 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
-    """Collects what is to be done with a target, with full paths: it is verified first."""
+    """Collects what is to be done with a target, with full paths: it is verified first. The tensors of a share
+    in a store are not in its folder.
+    """
     verify = NextStep("verify", "next", make_verify_command(conversion, options))
     if find_share_of_folder(conversion.target):
-        return [verify, make_share_step(conversion, options)]
+        steps = [*make_share_steps(conversion, options)]
+        return [verify, *steps] if steps and not isinstance(conversion.target, RemotePath) else steps
     return [verify, *make_join_steps(conversion, options), *list_next_steps(conversion.plan, conversion.target)]
 
 
@@ -251,15 +256,17 @@ def make_join_steps(conversion: Conversion, options: argparse.Namespace) -> Iter
     yield NextStep("join", text, " ".join([command, *map(shlex.quote, list_reading_words(options))]))
 
 
-def make_share_step(conversion: Conversion, options: argparse.Namespace) -> NextStep:
-    """Makes the command that joins the shares: that of this one, without `--share`."""
+def make_share_steps(conversion: Conversion, options: argparse.Namespace) -> Iterator[NextStep]:
+    """Makes the command that joins the shares: that of this one, without `--share`; nothing where it has no file."""
     manifest, source = read_joined_manifest(conversion.target), make_full_path(options.source)
+    if not manifest:
+        return
     words = ["--replicas", "first"] if options.replicas == FIRST else []
     words += ["--allow-inexact"] * options.allow_inexact
     words += ["--ranks", ",".join(format_runs(options.ranks))] if options.ranks is not None else []
     command = format_join_command(conversion.target.parent.absolute(), manifest, source)
     rest = map(shlex.quote, [*words, *list_reading_words(options)])
-    return NextStep("join", "when all shares are finished", " ".join([command, *rest]))
+    yield NextStep("join", "when all shares are finished", " ".join([command, *rest]))
 
 
 def list_reading_words(options: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class OtherFiles:
     """Names of finished files that are removed before anything is written, in this order: the manifests last."""
     moved: Sequence[tuple[str, str]] = ()
     """Finished files of shares, which get their names in the target before anything is written."""
+    stored: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Sizes and ETags of finished files of shares in a store, as it told them."""
     samples: Sequence[str] = ()
     """For each source file: a checksum of samples of its data."""
 
@@ -133,27 +135,29 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     The whole is counted when every file has its final name. Raises Refused if the source changes or the file system
     fails; the same call then resumes the job. If nothing was durable yet, the files written so far are removed.
     """
-    other_names = [*others.sides, MANIFEST]
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         with make_folder(target), ExitStack() as stack:
-            job = identify_job(plan, other_names, settings)
+            job = identify_job(plan, [*others.sides, MANIFEST], settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
             try:
                 others.require_same()
                 remove_finished_files(target, others.removed)
-                move_finished_files(target, others.moved)
+                move_finished_files(target, others.moved, journal.lock)
                 done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
                 manifest = others.write_manifest(records, checksums)
+                journal.lock.require_held()
                 for name in manifests:
                     write_durable(target / (name + PARTIAL), manifest)
-            except (Exception, KeyboardInterrupt):
-                if not has_records(journal):
+            except (Exception, KeyboardInterrupt) as error:
+                if isinstance(error, OSError):  # of a file that another run may have given its final name
+                    journal.lock.require_held()
+                if not has_records(journal) and journal.lock.is_held():
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
-            rename_to_final(target, names, others.superseded)
+            rename_to_final(target, names, journal.lock, others.superseded)
         counter.finish()
     except OSError as error:
         raise refuse_unwritable(target, error) from None
@@ -222,6 +226,7 @@ def write_partial_files(
     del found
     opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
     with opened as sources, ExitStack() as stack:
+        journal.lock.require_held()
         targets = open_targets(stack, plan, target, written.files, complete=complete)
         counter.begin(resumed)
         sync_folder(target)
@@ -295,8 +300,7 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
             # A crash between two renames: everything was durable before the first of them. Not to be written again.
             targets.append(open_descriptor(stack, target / file.name, os.O_RDONLY))
             continue
-        size = path.stat().st_size if path.exists() else 0
-        if index in begun and size != file.size:
+        if index in begun and (size := path.stat().st_size if path.exists() else 0) != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
         descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)

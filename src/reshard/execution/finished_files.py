@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.execution.journal import TargetLock
+from reshard.formats.share_names import parse_share_folder
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.storage.local import remove_files, sync_folder
 
 
@@ -17,20 +19,25 @@ def remove_finished_files(target: Path, names: Sequence[str]) -> None:
             sync_folder(target)
 
 
-def move_finished_files(target: Path, names: Sequence[tuple[str, str]]) -> None:
-    """Moves finished files from the folders of shares. Their manifests, which are still there, vouch for them."""
+def move_finished_files(target: Path, names: Sequence[tuple[str, str]], lock: TargetLock) -> None:
+    """Moves finished files from the folders of shares. Their manifests, which are still there, vouch for them. Raises
+    Refused if the lock is no more ours.
+    """
     for before, after in names:
+        lock.require_held()
         (target / before).rename(target / after)
     if names:
         sync_folder(target)
 
 
-def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str] = ()) -> None:
+def rename_to_final(target: Path, names: Sequence[str], lock: TargetLock, superseded: Sequence[str] = ()) -> None:
     """Gives every file its final name, then removes the journal, and files that are superseded, with the folders of
-    shares that are empty then. A crash in between leaves everything to resume.
+    shares that are empty then. A crash in between leaves everything to resume. Raises Refused if the lock is no more
+    ours.
     """
     for name in names:
         partial = target / (name + PARTIAL)
+        lock.require_held()
         if name == MANIFEST:  # its presence says that the others have their final names
             sync_folder(target)
         if partial.exists():
@@ -38,8 +45,15 @@ def rename_to_final(target: Path, names: Sequence[str], superseded: Sequence[str
     sync_folder(target)
     with suppress(PermissionError):  # the folder above may be one that we can enter but not read
         sync_folder(target.parent)
+    lock.require_held()
     remove_files(target, [*superseded, JOURNAL])
-    for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
-        with suppress(OSError):  # somebody has put a file of his own there
-            folder.rmdir()
+    remove_empty_shares(target)
     sync_folder(target)
+
+
+def remove_empty_shares(target: Path) -> None:
+    """Removes the folders of shares from which all was taken, unless somebody has put a file of his own there."""
+    for name in list_names(target):
+        if parse_share_folder(name):
+            with suppress(OSError):
+                (target / name).rmdir()

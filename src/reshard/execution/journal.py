@@ -5,29 +5,30 @@ is appended only after the bytes that it records are on the disk, and has its ow
 off at the end, or whose length points behind the end, is ignored with all that follows; other damage is refused.
 
 The file is also the lock on the target. The kernel releases it with the process, so that it is never stale. The first
-line also says who has it: it may be stale, and is asked only when the lock is held.
+line also says who has it: it may be stale, and is asked only when the lock is held. On a network file system the lock
+is a file of its own (`lock_files.py`).
 """
 
 import fcntl
 import json
 import os
-import re
 import shlex
 import struct
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from socket import gethostname
 from typing import Any
 
 from xxhash import xxh3_64_digest
 
 from reshard.errors import Problem, refuse, require_none
+from reshard.execution.holders import HOLDER_TEXT, describe_holder, name_host, refuse_in_use
+from reshard.execution.lock_files import LockFile, find_lock_holder, take_lock_file
 from reshard.execution.other_jobs import describe_other_job
-from reshard.formats.target_names import JOURNAL, PARTIAL
-from reshard.storage.local import open_descriptor
+from reshard.formats.target_names import JOURNAL, LOCK, PARTIAL
+from reshard.storage.file_systems import is_on_network
+from reshard.storage.local import open_descriptor, write_durable
 from reshard.storage.opened import open_regular_file
 from reshard.text import format_list
 
@@ -43,12 +44,29 @@ CHECKSUM_SIZE = 8
 LONGEST_JOB_LINE = 64 << 20
 """In bytes."""
 
-HOLDER, HOLDER_WIDTH = "held_by", 128
-"""Key, and characters of its value, padded with spaces: it is written again in its place by whoever resumes the job."""
-
-HOLDER_TEXT = re.compile(r"process (\d{1,10}) on ([\w.-]{1,64}) since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", re.ASCII)
+HOLDER = "held_by"
+"""Key. Its value is padded with spaces: it is written again in its place by whoever resumes the job."""
 
 RESTART = "--restart throws the partial files away and begins again"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLock:
+    """The lock on a target, held by this process."""
+
+    descriptor: int
+    """Of the journal."""
+    file: LockFile | None
+    """On a network file system. The lock of a kernel is never lost."""
+
+    def is_held(self) -> bool:
+        """Whether it is still ours. Raises OSError if that cannot be seen."""
+        return self.file is None or self.file.is_held()
+
+    def require_held(self) -> None:
+        """Raises Refused if another run has taken it over, and OSError."""
+        if self.file is not None:
+            self.file.require_held()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,7 @@ class Journal:
     """An open and locked journal."""
 
     descriptor: int
+    lock: TargetLock
     path: Path
     start: int
     """Where its records begin, in bytes."""
@@ -72,7 +91,8 @@ def open_journal(
     Raises Refused if another process has locked it, if it belongs to another job, or if it is damaged.
     """
     path = folder / JOURNAL
-    descriptor = lock_journal(stack, path)
+    lock = lock_journal(stack, path)
+    descriptor = lock.descriptor
     content = path.read_bytes()
     left = list_left_files(folder)
     is_over = bool(left) and left.issubset(kept)
@@ -85,7 +105,7 @@ def open_journal(
         line = (json.dumps({HOLDER: describe_holder(), **job}) + "\n").encode()
         os.ftruncate(descriptor, 0)
         append_durably(descriptor, line)
-        return Journal(descriptor, path, len(line), bytearray())
+        return Journal(descriptor, lock, path, len(line), bytearray())
     start = content.index(b"\n") + 1
     finished = [name for name in sorted(kept) if (folder / name).exists()]
     require_none(check_same_job(content[:start], job, path, finished))
@@ -93,7 +113,7 @@ def open_journal(
     rewrite_holder(descriptor, content)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)
-    return Journal(descriptor, path, start, records)
+    return Journal(descriptor, lock, path, start, records)
 
 
 def list_left_files(folder: Path) -> set[str]:
@@ -135,19 +155,28 @@ def has_durable_bytes(folder: Path) -> bool:
         return False
 
 
-def lock_journal(stack: ExitStack, path: Path) -> int:
-    """Opens and locks the journal; returns its descriptor. Raises Refused if another process has locked it."""
+def lock_journal(stack: ExitStack, path: Path) -> TargetLock:
+    """Opens and locks the journal. Raises Refused if another process has locked it, and OSError."""
+    lock_path, is_trusted = path.with_name(LOCK), not is_on_network(path.parent)
+    if is_trusted:
+        descriptor = lock_by_kernel(stack, path)
+        if not os.path.lexists(lock_path):
+            return TargetLock(descriptor, None)
+    # Where the kernel is to be trusted, the lock file is of another machine that has this disk mounted over a network.
+    file = take_lock_file(stack, lock_path)
+    if file.was_taken:
+        replace_journal(path)
+    return TargetLock(open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), file)
+
+
+def lock_by_kernel(stack: ExitStack, path: Path) -> int:
+    """Opens the journal and locks it by `flock`; returns its descriptor. Raises Refused if another process has."""
     while True:
         descriptor = open_descriptor(stack, path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            found = f"{find_holder(path) or 'another process'} is writing to it"
-            remedy = (
-                "wait for it to end; or give each --ranks a folder of its own, copy the folders into one, and run the "
-                "command there once more without --ranks"
-            )
-            raise refuse("target-in-use", str(path.parent), found, "a target of our own", remedy) from None
+            raise refuse_in_use(path.parent, find_holder(path) or "another process") from None
         except OSError as error:
             found = f"a file system without locks ({error.strerror})"
             expected = "a lock: two runs at one time would spoil the target"
@@ -158,14 +187,15 @@ def lock_journal(stack: ExitStack, path: Path) -> int:
             return descriptor
 
 
-def describe_holder() -> str:
-    """Describes this process, in HOLDER_WIDTH characters: its number, its host, the time."""
-    return f"process {os.getpid()} on {name_host()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".ljust(HOLDER_WIDTH)
-
-
-def name_host() -> str:
-    """The name of this host, in characters that need no escape."""
-    return re.sub(r"[^\w.-]", "-", gethostname(), flags=re.ASCII)[:64] or "-"
+def replace_journal(path: Path) -> None:
+    """Puts a copy in the place of the journal: who had the lock, and wakes up while it writes to it, writes to a file
+    that is no more.
+    """
+    if path.exists():
+        copy = path.with_name(path.name + PARTIAL)
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            write_durable(copy, file.read())
+        copy.rename(path)
 
 
 def rewrite_holder(descriptor: int, content: bytes) -> None:
@@ -183,8 +213,11 @@ def find_holder(path: Path, inode: int | None = None) -> str:
     """The process that has locked a journal, as it says in its first line; empty if that is not known.
 
     A process of this host that is there no more has not the lock: another one took it just now. With an `inode`, that
-    of the journal, nobody has found it locked: then the process is named only if this host's kernel names it too.
+    of the journal, nobody has found it locked: then the process is named only if this host's kernel names it too, or
+    a lock file does.
     """
+    if inode is not None and (holder := find_lock_holder(path.with_name(LOCK))):
+        return holder
     try:
         with open_regular_file(path) as file:
             field = json.loads(file.readline(LONGEST_JOB_LINE)).get(HOLDER, "")
@@ -282,6 +315,9 @@ def append_durably(descriptor: int, data: bytes) -> None:
 
 
 def append_records(journal: Journal, records: bytes) -> None:
-    """Appends a batch of records. The bytes that they record must be durable already."""
+    """Appends a batch of records. The bytes that they record must be durable already. Raises Refused if another run has
+    the journal by now.
+    """
+    journal.lock.require_held()
     batch = BATCH_COUNT.pack(len(records) // RECORD.size) + records
     append_durably(journal.descriptor, batch + xxh3_64_digest(batch))

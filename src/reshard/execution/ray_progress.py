@@ -80,8 +80,8 @@ class TaskSum:
         sizes = dict(enumerate(self._sizes)) or {number: one.total for number, one in news.items()}
         self._total = max(self._total, sum(sizes.values()))
         if not self._resumed:
-            self._resumed = sum(scale(one.resumed, one, sizes[number]) for number, one in news.items())
-        done = sum(scale(one.done, one, sizes[number]) for number, one in news.items())
+            self._resumed = sum(compute_done_part(one.resumed, one, sizes[number]) for number, one in news.items())
+        done = sum(compute_done_part(one.done, one, sizes[number]) for number, one in news.items())
         self._done = max(self._done, min(done, self._total - 1))
         self._tell(self._done)
 
@@ -97,6 +97,6 @@ class TaskSum:
             self._progress(done, self._total)
 
 
-def scale(done: int, news: TaskNews, size: int) -> int:
+def compute_done_part(done: int, news: TaskNews, size: int) -> int:
     """The part of a task's size that is done. Its own whole has side files too, and lacks what was finished before."""
     return size * done // news.total if news.total else size

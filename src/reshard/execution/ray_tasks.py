@@ -30,13 +30,16 @@ LOOK_SECONDS = 0.5
 """Between two looks at the tasks."""
 
 ANSWER_SECONDS = 10.0
-"""So long a head node may take to answer. Ray itself tries for a quarter of an hour."""
+"""So long the port of a head node may take to answer."""
+
+TRIES = "RAY_NUM_REDIS_GET_RETRIES"
+"""So often Ray tries to reach a head node where something else listens: by default for a quarter of an hour."""
 
 IDLE_SECONDS = 15.0
 """After so long without a task that has begun, somebody is told."""
 
 CANCEL_SECONDS = 30.0
-"""So long cancelled tasks may take to bring to the disk what they have written."""
+"""So long cancelled tasks may take to end."""
 
 
 class TaskResult(NamedTuple):
@@ -151,11 +154,12 @@ def connect_to_ray(address: str | None) -> Iterator[RayCluster]:
     this machine, or a new one of this machine alone, which is ended again. A Ray that this Python is connected to is
     used as it is. Raises Refused.
     """
-    ray = load_ray()
+    known = address or os.environ.get("RAY_ADDRESS")
+    ray = load_ray(is_patient=not known)
     is_ours = not ray.is_initialized()
     if is_ours:
-        require_answer(address or os.environ.get("RAY_ADDRESS"))
-        init_ray(ray, address)
+        require_answer(known)
+        begin_connection(ray, address)
     try:
         nodes = sum(node["Alive"] for node in ray.nodes())
         yield RayCluster(int(ray.cluster_resources().get("CPU", 0)), nodes)
@@ -164,17 +168,25 @@ def connect_to_ray(address: str | None) -> Iterator[RayCluster]:
             ray.shutdown()
 
 
-def load_ray() -> Any:
-    """Loads the package. Raises Refused if it is not installed."""
+def load_ray(*, is_patient: bool = True) -> Any:
+    """Loads the package. Without patience it tries once to reach a head node, 45 seconds, in the place of 20 times.
+    Raises Refused if it is not installed.
+    """
+    before = os.environ.get(TRIES)
+    if not is_patient:
+        os.environ.setdefault(TRIES, "1")  # Ray reads it when it is loaded
     try:
         import ray  # noqa: PLC0415 - heavy, and not there for everybody
     except ModuleNotFoundError as error:
         remedy = "pip install 'reshard[ray]'"
         raise refuse("missing-package", "--on ray", str(error), "the package ray", remedy) from None
+    finally:
+        if before is None:
+            os.environ.pop(TRIES, None)
     return ray
 
 
-def init_ray(ray: Any, address: str | None) -> None:
+def begin_connection(ray: Any, address: str | None) -> None:
     """Connects to Ray, and leaves the signals to those who handled them before. Raises Refused."""
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -210,12 +222,15 @@ def find_own_node(ray: Any) -> str:
 
 
 def cancel_tasks(ray: Any, references: Sequence[Any]) -> None:
-    """Cancels the tasks that have not ended, and waits for them: they bring to the disk what they have written."""
+    """Cancels the tasks that have not ended, and waits for them: they end their files well. Who does not end is killed:
+    nobody must write any more when the caller is told.
+    """
     _, left = ray.wait(list(references), num_returns=len(references), timeout=0)
-    for reference in left:
-        ray.cancel(reference, force=False)
-    if left:
-        ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
+    for is_forced in (False, True):
+        for reference in left:
+            ray.cancel(reference, force=is_forced)
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
 
 
 def run_task(

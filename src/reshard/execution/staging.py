@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
+from reshard.formats.target_names import JOURNAL, LOCK_NAMES, MANIFEST, PARTIAL, list_names
 from reshard.storage.local import remove_files
 from reshard.text import format_size
 from reshard.types import Note
@@ -19,7 +19,7 @@ inside, so that a file is renamed from there within one file system.
 def list_staged_names(manifest: Mapping[str, Any]) -> set[str]:
     """Lists the names that a repair of a target may give to files in the folder that it writes in."""
     names = {MANIFEST, *(entry["name"] for key in ("files", "side_files") for entry in manifest[key])}
-    return {JOURNAL, *names, *(name + PARTIAL for name in names)}
+    return {JOURNAL, *LOCK_NAMES, *names, *(name + PARTIAL for name in names)}
 
 
 def find_staged_files(target: Path, manifest: Mapping[str, Any]) -> list[str]:

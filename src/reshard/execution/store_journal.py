@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_128_digest
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.execution.journal import HOLDER, RECORD, RESTART, describe_holder, find_job_differences
+from reshard.execution.holders import describe_holder
+from reshard.execution.journal import HOLDER, RECORD, RESTART, find_job_differences
 from reshard.execution.store_levels import LEVEL, check_level
 from reshard.formats.target_names import JOURNAL, PROGRESS, STORE_RECORD
 from reshard.storage.remote_store import THREADS_OF_STORE
@@ -128,7 +129,7 @@ def refuse_lost_upload(store: TargetStore, name: str) -> Refused:
     """The refusal of a run that an upload has been taken away from."""
     found = "its upload is not there any more: another run has ended it, or a rule of the bucket has thrown it away"
     remedy = "run the same command again: it goes on with what is there, or says that it is finished"
-    return refuse("another-run", f"{store.address}/{name}", found, "an upload that goes on", remedy)
+    return refuse("another-run", store.locate(name), found, "an upload that goes on", remedy)
 
 
 def open_store_journal(
@@ -197,7 +198,7 @@ def check_job(
     """Reports how the job of a journal differs from the job that is asked for, as one problem."""
     job = parse_job(content)
     if not job or job[STORED_PART_SIZE] < 1:
-        subject, expected = f"{store.address}/{JOURNAL}", "the job that it is of"
+        subject, expected = store.locate(JOURNAL), "the job that it is of"
         yield Problem("damaged-journal", subject, "no object of a job", expected, RESTART)
         return
     found = {key: value for key, value in job.items() if key not in (ID, STORED_PART_SIZE)} | {LEVEL: wanted[LEVEL]}

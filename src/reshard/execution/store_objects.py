@@ -1,7 +1,7 @@
 """Makes the objects of a target in a store whole, and writes those beside the tensors; the manifest last."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -34,12 +34,13 @@ def finish_target(
     """Makes the objects of all files, and writes those beside them; the manifest last. Raises Refused."""
     store, records = journal.store, ledger.read_records()
     if lacking := find_incomplete_file(plan, records):
-        subject = f"{store.address}/{JOURNAL}"
-        raise refuse("damaged-journal", subject, f"not all of {lacking}", "every byte of it once", RESTART)
+        raise refuse(
+            "damaged-journal", store.locate(JOURNAL), f"not all of {lacking}", "every byte of it once", RESTART
+        )
     left = [index for index in range(len(plan.files)) if index not in ledger.done]
     map_in_threads(partial(complete_file, plan, store, ledger), left, THREADS_OF_STORE)
     etags = {plan.files[index].name: (plan.files[index].size, done.etag) for index, done in ledger.done.items()}
-    checksums = {}
+    etags, checksums = {**others.stored, **etags}, {}
     journal.begin_ending()
     for name, side in others.sides.items():
         etag, checksums[name] = put_side_file(store, name, side, journal.part_size)
@@ -52,9 +53,18 @@ def finish_target(
     for name in filter(None, (MANIFEST, others.part)):
         put_manifest(journal, name, manifest, is_there=name in others.kept)
     journal.require_current()
-    store.remove(others.superseded)
+    remove_finished_objects(store, others.superseded)
     remove_job(store)
     counter.finish()
+
+
+def remove_finished_objects(store: TargetStore, names: Sequence[str]) -> None:
+    """Removes finished objects, and after all others those named `reshard.json`: whatever a crash leaves is named by a
+    manifest that is left.
+    """
+    manifests = [name for name in names if name.rpartition("/")[2] == MANIFEST]
+    store.remove([name for name in names if name not in manifests])
+    store.remove(manifests)
 
 
 def put_manifest(journal: StoreJournal, name: str, content: bytes, *, is_there: bool) -> None:

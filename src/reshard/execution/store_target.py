@@ -40,7 +40,7 @@ from reshard.execution.store_journal import (
 )
 from reshard.execution.store_ledger import StoreLedger
 from reshard.execution.store_levels import LEVEL, PARTS, STREAM
-from reshard.execution.store_objects import complete_file, finish_target
+from reshard.execution.store_objects import complete_file, finish_target, remove_finished_objects
 from reshard.execution.windows import WINDOW_SIZE, choose_bands
 from reshard.execution.writer import FLUSH_SECONDS, LOOK_SECONDS, Jobs
 from reshard.formats.target_names import MANIFEST
@@ -131,14 +131,6 @@ def require_part_memory(settings: Settings, memory: int) -> None:
     if settings.max_memory < memory:
         found, expected = f"{settings.max_memory:,} bytes", f"at least {memory:,} bytes, for one job"
         raise refuse("too-little-memory", "--max-memory", found, expected, f"--max-memory {ceil(memory / 2**20)}MiB")
-
-
-def remove_finished_objects(store: TargetStore, names: tuple[str, ...]) -> None:
-    """Removes finished objects, in their order: whatever a crash leaves of them is named by a manifest that is left."""
-    others = [name for name in names if name != MANIFEST]
-    for group in (others, names[len(others) :]):
-        if group:
-            store.remove(group)
 
 
 def discard_failed_run(plan: Plan, journal: StoreJournal, ledger: StoreLedger, *, is_refused: bool) -> None:

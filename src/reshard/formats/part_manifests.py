@@ -181,7 +181,7 @@ def describe_join_command(folder: AnyPath, manifest: Mapping[str, Any], source: 
     return f"to join them, run the command that made them without --ranks: {command}"
 
 
-def format_join_command(folder: AnyPath, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
+def format_join_command(folder: AnyPath | str, manifest: Mapping[str, Any], source: str = "SOURCE") -> str:
     """Formats the same command."""
     layout, recipe = manifest.get("layout"), manifest.get("recipe")
     words = *list_layout_words(layout), *list_named_recipe_words(recipe), *list_subset_words(manifest.get("subset", {}))

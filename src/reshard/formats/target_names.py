@@ -1,4 +1,4 @@
-"""The names of manifest, journal, partial files and a store's record; whether a conversion has finished."""
+"""The names of manifest, journal, lock, partial files and a store's record; whether a conversion has finished."""
 
 from reshard.errors import refuse
 from reshard.paths import AnyPath
@@ -14,6 +14,12 @@ PROGRESS = "reshard.journal.d"
 """In a store, which appends to nothing: the folder of what the journal would have."""
 
 PARTIAL = ".partial"
+
+LOCK = "reshard.lock"
+"""Where the kernel's locks are not to be trusted: the lock on the journal beside it."""
+
+LOCK_NAMES = (LOCK, LOCK + PARTIAL, JOURNAL + PARTIAL)
+"""What there is of a lock: itself, and while it is taken over from a run that has ended."""
 
 STORE_RECORD = "reshard-store.json"
 """Of a target in a store: the size and the ETag of every object, as the store told them when they were written."""

@@ -15,7 +15,7 @@ from reshard.planning.share_variables import find_share
 from reshard.types import MOST_RANKS, Share
 
 NUMBERED = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
-FOUND = re.compile(r"auto(?:/(\d{1,6}))?", re.ASCII)
+FOUND = re.compile(r"auto(?:/([1-9]\d{0,5}))?", re.ASCII)
 
 
 def read_share(given: str | Share | None) -> Share | None:

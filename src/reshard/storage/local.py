@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from reshard.errors import refuse
 from reshard.paths import AnyPath
 from reshard.storage.c_library import load_c_library
+from reshard.storage.file_systems import OVERLAYFS, ZFS, find_kind
 from reshard.storage.residency import is_range_cached
 
 RWF_DONTCACHE = 0x80
@@ -40,9 +41,6 @@ SMALLEST_PREFETCH = 2 << 20
 PREFETCH_STEP = 128 << 10
 """In bytes. Of a larger request the kernel may leave the rest undone: it brings no more than one reading ahead, or one
 command to the disk, would; 128 KiB are the usual least of these."""
-
-OVERLAYFS, ZFS = 0x794C7630, 0x2FC12FC1
-"""Kinds of file systems, as `fstatfs` tells them."""
 
 WRITTEN_BY_SYNC = (OVERLAYFS, ZFS)
 """Those whose files have no pages of their own to begin to write, or to wait for: only a sync writes."""
@@ -225,9 +223,7 @@ def start_writeback(descriptor: int, offset: int, size: int) -> bool:
 
 def is_written_by_sync(descriptor: int) -> bool:
     """Whether a file lies where only a sync writes, though `start_writeback` says nothing."""
-    told = (ctypes.c_long * 64)()  # larger than the structure, which begins with the kind
-    load_c_library().fstatfs(ctypes.c_int(descriptor), told)  # a system that tells nothing leaves zeros
-    return told[0] in WRITTEN_BY_SYNC
+    return find_kind(descriptor) in WRITTEN_BY_SYNC
 
 
 def wait_for_range(descriptor: int, offset: int, size: int) -> None:

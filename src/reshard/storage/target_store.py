@@ -36,6 +36,9 @@ class TargetStore(Protocol):
     def address(self) -> str:
         """For people and messages; without anything secret."""
 
+    def locate(self, name: str) -> str:
+        """The address of an object, for messages."""
+
     @property
     def keeps_parts(self) -> bool:
         """Whether each part is durable once it is put, can be listed after a crash, and may be put in any order. If

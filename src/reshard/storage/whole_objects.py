@@ -21,6 +21,10 @@ class WholeObjects:
         self.address = address
         self._bucket, self._prefix = bucket, prefix
 
+    def locate(self, name: str) -> str:
+        """The address of an object. See `TargetStore`."""
+        return f"{self.address}/{name}"
+
     def list_entries(self) -> Mapping[str, Entry]:
         """Lists the objects. See `TargetStore`."""
         found = self._ask("", lambda _: list_bucket(self._bucket, self._prefix, self.address))
@@ -59,7 +63,7 @@ class WholeObjects:
         """Asks until an answer comes; None if it is that there is no such thing. `ask` is told whether it was asked
         before.
         """
-        subject = f"{self.address}/{name}" if name else self.address
+        subject = self.locate(name) if name else self.address
         patience, is_again = Patience(subject, is_write=True), False
         while True:
             try:

@@ -10,8 +10,18 @@ from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
 from reshard.execution.store_journal import check_noted_uploads, remove_job
-from reshard.execution.store_objects import put_side_file, write_store_record
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
+from reshard.execution.store_objects import put_side_file, remove_finished_objects, write_store_record
+from reshard.formats.share_names import parse_share_folder
+from reshard.formats.target_names import (
+    JOURNAL,
+    LOCK_NAMES,
+    MANIFEST,
+    PARTIAL,
+    PROGRESS,
+    STORE_RECORD,
+    list_names,
+)
+from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import write_durable
 from reshard.target.left_files import has_left_files
@@ -34,7 +44,8 @@ def mend_target(state: TargetState) -> list[str]:
             raise refuse("another-job", str(target / JOURNAL), found, "none", remedy)
         return []
     has_notes = isinstance(state.place, StoredFolder) and (target / PROGRESS).exists()
-    if not (sides or part or state.superseded or (target / JOURNAL).exists() or has_notes):
+    is_left = any((target / name).exists() for name in (JOURNAL, *LOCK_NAMES))
+    if not (sides or part or state.superseded or is_left or has_notes or has_empty_share(target)):
         return []
     if isinstance(state.place, Path):
         mend_folder(state, state.place, sides, part)
@@ -43,18 +54,24 @@ def mend_target(state: TargetState) -> list[str]:
     return [*sides, *part]
 
 
+def has_empty_share(target: AnyPath) -> bool:
+    """Whether a crash has left the folder of a share that was joined."""
+    folders = [target / name for name in list_names(target) if parse_share_folder(name)]
+    return any(folder.is_dir() and not list_names(folder) for folder in folders)
+
+
 def mend_folder(state: TargetState, target: Path, sides: list[str], part: list[str]) -> None:
     """Mends a folder of this machine, while no other run is at work there. Raises Refused."""
     try:
         with ExitStack() as stack:
-            lock_journal(stack, target / JOURNAL)
+            lock = lock_journal(stack, target / JOURNAL)
             require_same(state)
             if has_partial_files(target):
                 raise refuse_begun(state)
             write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0))
             for name in part:
                 write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
-            rename_to_final(target, [*sides, *part], state.superseded)
+            rename_to_final(target, [*sides, *part], lock, state.superseded)
     except OSError as error:
         raise refuse_unwritable(target, error) from None
 
@@ -82,5 +99,5 @@ def mend_stored_folder(state: TargetState, place: StoredFolder, sides: list[str]
         store.put(STORE_RECORD, write_store_record(store.get(STORE_RECORD), list_names(folder), etags))
     for name in part:
         store.put(name, (folder / MANIFEST).read_bytes())
-    store.remove(state.superseded)
+    remove_finished_objects(store, state.superseded)
     remove_job(store)

@@ -13,7 +13,7 @@ from reshard.execution.staging import STAGING
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.remote_names import find_bucket_download
 from reshard.formats.slice_names import name_slices
-from reshard.formats.target_names import JOURNAL, PARTIAL, list_names
+from reshard.formats.target_names import JOURNAL, LOCK, PARTIAL, list_names
 from reshard.paths import AnyPath, RemotePath
 from reshard.planning.plan import Plan
 from reshard.recipe_types import Recipe
@@ -85,7 +85,7 @@ def list_copy_steps(recipe: Recipe, ranks: int, folder: Path, verb: str) -> Iter
     # Older versions of rsync let the shell of the other node take a path apart, unless -s is given.
     options = "-a" if shlex.quote(str(folder)) == str(folder) else "-as"
     includes = [f"--include=/{pattern}" for pattern in make_rank_patterns(recipe, ranks, chosen)]
-    excludes = [f"--exclude={name}" for name in (f"*{SUFFIX}", f"*{PARTIAL}", JOURNAL, STAGING)]
+    excludes = [f"--exclude={name}" for name in (f"*{SUFFIX}", f"*{PARTIAL}", JOURNAL, LOCK, STAGING)]
     words = ["rsync", options, *includes, *excludes, f"{folder}/", f"NODE:{folder}/"]
     many = "ranks" if len(chosen) > 1 else "rank"
     yield NextStep("copy", f"{verb} {many} {text} to another node", shlex.join(words))

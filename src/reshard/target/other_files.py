@@ -1,4 +1,4 @@
-"""What lies in a target that this conversion has not made: another conversion, and files that nobody vouches for."""
+"""Finds what lies in a target and was not made by its conversion: another one, and files that nobody vouches for."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,11 @@ from reshard.text import format_count, format_list
 from reshard.types import RANKS, SLICED
 
 
-def check_vouched(state: TargetState) -> Iterator[Problem]:
-    """Reports a finished conversion of another job, or rank files that nobody vouches for."""
+def check_vouched(state: TargetState, unknown: Mapping[int, str]) -> Iterator[Problem]:
+    """Reports a finished conversion of another job, or the `unknown` rank files, by rank, that nobody vouches for."""
     if is_other_conversion(state):
         yield explain_other_conversion(state, state.manifests.main)
-    elif unknown := find_own_files(state)[1]:
+    elif unknown:
         yield make_unknown_problem(state, unknown)
 
 

@@ -47,8 +47,13 @@ def open_target(given: str | os.PathLike[str]) -> TargetPlace:
 def open_again(place: TargetPlace) -> AnyPath:
     """The path of a folder, as it is now; as it was if the store does not tell: what was written is written."""
     with suppress(Refused):
-        return place if isinstance(place, Path) else get_folder(open_target(place.store.address))
+        return get_folder(open_now(place))
     return get_folder(place)
+
+
+def open_now(place: TargetPlace) -> TargetPlace:
+    """Opens the same folder as it is now. Raises Refused."""
+    return place if isinstance(place, Path) else open_target(place.store.address)
 
 
 def add_upload(refused: Refused, address: str) -> Refused:

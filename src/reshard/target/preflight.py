@@ -1,11 +1,12 @@
 """Looks at the target folder before a job: which ranks are finished, and whether the rest can be written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from reshard.errors import Problem, refuse, require_none
+from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings
 from reshard.execution.parts import check_upload_limits
 from reshard.execution.records import Records
@@ -18,9 +19,9 @@ from reshard.formats.part_manifests import (
     read_manifests_with_shares,
 )
 from reshard.formats.share_names import list_share_folders
-from reshard.formats.target_names import MANIFEST, list_names
+from reshard.formats.target_names import MANIFEST, PROGRESS, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
 from reshard.target.left_files import list_own_names
@@ -32,7 +33,7 @@ from reshard.target.manifest_writer import (
     write_manifest,
 )
 from reshard.target.other_files import check_vouched, find_own_files, is_other_conversion
-from reshard.target.places import TargetPlace
+from reshard.target.places import TargetPlace, get_folder, open_now
 from reshard.target.restart import (
     check_begun_removal,
     check_removed_files,
@@ -42,7 +43,13 @@ from reshard.target.restart import (
     refuse_to_remove,
 )
 from reshard.target.room import check_folder, check_space, check_stored_folder
-from reshard.target.shares import check_lacking_shares, check_spread_shares, choose_share
+from reshard.target.shares import (
+    check_beside_share,
+    check_lacking_shares,
+    check_spread_shares,
+    choose_share,
+    note_useless_shares,
+)
 from reshard.target.side_files import FoundFiles, collect_side_files, find_beside
 from reshard.target.state import (
     TargetState,
@@ -52,12 +59,19 @@ from reshard.target.state import (
     check_written_files,
     list_lost_sides,
     note_joined,
+    read_share_records,
+    refuse_changed_target,
     require_same,
 )
 from reshard.target.tokenizer import find_tokenizer, note_lacking
 from reshard.types import Share
 
 WITHOUT_CHOICE = Settings()
+
+LOOKS = 5
+"""The most looks at a target in which shares go on."""
+
+Seen = TypeVar("Seen")
 
 
 def look_at_target(
@@ -87,9 +101,58 @@ def look_at_target(
     sides = collect_side_files(plan, tokenizer, beside)  # of all files: an index names all
     require_none(check_unfinished(plan.side_folder, sides))
     begun = TargetState(place, plan, samples, sides, Manifests({}, {}, ()), {}, {}, origin)
-    if share is None:
-        return look_at_folder(begun, settings, is_spread=is_spread)
-    return look_at_folder(choose_share(begun, read_state(begun), share), settings)
+    return look_again_if_changed(begun, lambda now: look_at_place(now, settings, share, is_spread=is_spread), share)
+
+
+def look_at_place(begun: TargetState, settings: Settings, share: Share | None, *, is_spread: bool) -> TargetState:
+    """Looks at a target as it was listed. Raises Refused."""
+    if share is not None:
+        begun = choose_share(begun, read_state(begun), share, restart=settings.restart)
+    return look_at_folder(begun, settings, is_spread=is_spread)
+
+
+def look_again_if_changed(begun: TargetState, look: Callable[[TargetState], Seen], share: Share | None) -> Seen:
+    """Looks at a target. In a store shares end and are joined while it is listed and read: where that may be why it is
+    refused, looks again. Raises Refused.
+    """
+    for _ in range(LOOKS):
+        try:
+            return look(begun)
+        except Refused:
+            place = begun.place
+            if isinstance(place, Path) or not (share or list_share_folders(place.folder)):
+                raise
+            now = open_now(place)
+            if isinstance(now, Path) or leave_out_notes(now.folder) == leave_out_notes(place.folder):
+                raise
+            begun = replace(begun, place=now)
+    return look(begun)
+
+
+def leave_out_notes(folder: RemotePath) -> dict[str, Entry]:
+    """The objects in a folder but for the notes of runs."""
+    return {name: entry for name, entry in folder.store.entries.items() if f"{PROGRESS}/" not in name}
+
+
+def require_still_same(state: TargetState, settings: Settings) -> None:
+    """Raises Refused if a target is not as it was looked at: what has begun beside a run before its journal was there
+    was not seen then. Of two that begin at once, one sees the other.
+    """
+    require_same(state)
+    whole, share = state.whole, state.share
+    if not whole or not share:
+        if state.plan.files and list_share_folders(get_folder(open_now(state.place))):
+            raise refuse_changed_target(state, "a share has begun there just now")
+        return
+
+    def look(begun: TargetState) -> None:
+        now = read_state(begun)
+        require_none(check_beside_share(now, share, restart=settings.restart))
+        lacking = {file.name for file in now.plan.files}.union(state.removed)
+        if not lacking.issuperset(file.name for file in state.plan.files):
+            raise refuse_changed_target(state)
+
+    look_again_if_changed(replace(whole, place=open_now(whole.place)), look, share)
 
 
 def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = False) -> TargetState:
@@ -103,6 +166,7 @@ def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = 
     if state.removed and not settings.yes:
         raise refuse_to_remove(state)  # last: who agrees must not be refused then for another reason
     notes = [note_joined(state)] if state.must_be_joined else []
+    notes += note_useless_shares(state)
     if isinstance(state.folder, Path) and not state.removed:
         notes += note_begun_repair(state.folder)
     return replace(state, plan=replace(state.plan, notes=(*state.plan.notes, *notes)))
@@ -140,7 +204,7 @@ def check_state(state: TargetState) -> Iterator[Problem]:
         yield from check_space(state.folder, sum(state.sides[name].size for name in list_lost_sides(state)), set())
 
 
-def describe_others(state: TargetState) -> OtherFiles:
+def describe_others(state: TargetState, settings: Settings = WITHOUT_CHOICE) -> OtherFiles:
     """Describes the manifest and the side files for `execute_plan`. The manifest gets its final name last."""
 
     def write(records: Records, checksums: Mapping[str, str]) -> bytes:
@@ -149,7 +213,7 @@ def describe_others(state: TargetState) -> OtherFiles:
 
     kept = list_rank_files(state.known) - {file.name for file in state.plan.files}
     kept |= {MANIFEST, *state.sides, *state.same} if kept else set()
-    check = partial(require_same, state)
+    check = partial(require_still_same, state, settings)
     return OtherFiles(
         state.sides,
         write,
@@ -159,6 +223,7 @@ def describe_others(state: TargetState) -> OtherFiles:
         state.superseded,
         state.removed,
         state.moved,
+        read_share_records(state),
         state.samples,
     )
 
@@ -168,10 +233,10 @@ def check_room(state: TargetState) -> Iterator[Problem]:
     for other ranks).
     """
     present = {*list_names(state.folder)} - list_files_beside(state)
-    yield from check_vouched(state)
+    ours, unknown = find_own_files(state)
+    yield from check_vouched(state, unknown)
     if is_other_conversion(state):
         return
-    ours = find_own_files(state)[0]
     ours |= {
         f"{name}/{left}" for name in list_share_folders(state.folder) for left in list_own_names(state.folder / name)
     }

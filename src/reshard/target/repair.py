@@ -17,11 +17,11 @@ from stat import S_IMODE
 
 from reshard.errors import Problem, Refused, describe_problems, refuse, require_none
 from reshard.execution.execute import OtherFiles, Settings, check_settings, execute_plan, refuse_unwritable
-from reshard.execution.journal import lock_journal
+from reshard.execution.journal import TargetLock, lock_journal
 from reshard.execution.staging import STAGING, find_staged_files, note_begun_repair, remove_staged_files
 from reshard.formats.part_manifests import read_joined_manifest
 from reshard.formats.remote_names import read_location, require_target
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
+from reshard.formats.target_names import JOURNAL, LOCK_NAMES, MANIFEST, PARTIAL
 from reshard.paths import AnyPath
 from reshard.planning.options import sort_numbers
 from reshard.planning.plan import describe_notes
@@ -162,12 +162,13 @@ def repair_target(target: Path, options: RepairOptions, settings: Settings, watc
         config_folder=options.config,
     )
     require_none([*check_places(target, damage.names), *check_staging(audit, work)])
-    with lock_target(audit):
+    with lock_target(audit) as lock:
         if not (target / STAGING / JOURNAL).exists():  # what a repair has left that ended while it read back
             remove_files(target / STAGING, find_staged_files(target, audit.manifest))
         write_staged_files(target / STAGING, work, settings, watch)
         with watch("verify") as progress:
             proven, problems = prove_staged_files(audit, damage, work, progress)
+        lock.require_held()
         kept = replace_files(audit, proven, work.sides)
         size = sum((target / name).stat().st_size for name in proven)
     left = {name: ranges for name, ranges in audit.wrong.items() if name not in proven}
@@ -223,19 +224,23 @@ def describe_names(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def lock_target(audit: Audit[Path]) -> Iterator[None]:
+def lock_target(audit: Audit[Path]) -> Iterator[TargetLock]:
     """A context in which no other process writes to a target. Raises Refused if one does, or has since it was read."""
     journal = audit.target / JOURNAL
     with ExitStack() as stack:
         try:
-            lock_journal(stack, journal)
+            lock = lock_journal(stack, journal)
             if read_joined_manifest(audit.target) != audit.manifest:
                 found = "another run has ended there just now"
                 raise refuse("target-changed", str(audit.target), found, "none", "run it again")
+            # A lock there was left by a repair that had the one on the target, and has it no more.
+            left = find_staged_files(audit.target, audit.manifest)
+            remove_files(audit.target / STAGING, {*LOCK_NAMES}.intersection(left))
             try:
-                yield
+                yield lock
             finally:
-                if not journal.stat().st_size:  # else it is that of an unfinished conversion of other ranks
+                # Else it is that of an unfinished conversion of other ranks.
+                if lock.is_held() and not journal.stat().st_size:
                     journal.unlink()
                 with suppress(OSError):
                     (audit.target / STAGING).rmdir()  # empty, if nothing was durable yet

@@ -10,7 +10,7 @@ from reshard.execution.store_journal import list_job_names
 from reshard.formats.huggingface import is_safetensors_name
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.part_manifests import Manifests, choose_of_one_conversion, is_part_name
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath, RemotePath
 from reshard.planning.plan import Plan
 from reshard.storage.opened import measure_path
@@ -77,7 +77,7 @@ def list_files_beside(state: TargetState) -> set[str]:
     """
     if not state.removed:
         return set()
-    written = {MANIFEST, JOURNAL, *state.sides, *(file.name for file in state.plan.files)}
+    written = {MANIFEST, JOURNAL, LOCK, *state.sides, *(file.name for file in state.plan.files)}
     written |= {name + PARTIAL for name in written}
     return {name for name in list_names(state.folder) if name not in written and not is_safetensors_name(name)}
 

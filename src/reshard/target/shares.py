@@ -6,7 +6,7 @@ The same command without `--share` joins them; it writes no tensor.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from reshard.errors import Problem, require_none
 from reshard.execution.execute import Settings, identify_job
 from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
 from reshard.execution.other_jobs import describe_other_job
+from reshard.formats.manifest import list_rank_files
 from reshard.formats.share_names import list_share_folders, name_share_folder
-from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
+from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.planner import keep_ranks
@@ -25,8 +26,9 @@ from reshard.planning.shares import find_share_of_files, keep_share
 from reshard.storage.opened import open_regular_file
 from reshard.target.manifest_writer import identify_conversion
 from reshard.target.other_files import check_vouched, find_own_files
-from reshard.target.places import TargetPlace
+from reshard.target.places import TargetPlace, get_folder
 from reshard.target.room import check_foreign_files
+from reshard.target.share_views import open_share_view
 from reshard.target.state import MOVE_AND_REPEAT, TargetState, check_manifests, compute_path_checksum, describe_other
 from reshard.text import format_count, format_list, format_size
 from reshard.types import Note, Share
@@ -35,50 +37,67 @@ COMPARED = ("reshard", "recipe_sha256", "layout", "subset")
 """Keys of a job that all shares of a conversion have alike."""
 
 
-def choose_share(begun: TargetState, whole: TargetState, share: Share) -> TargetState:
+def choose_share(begun: TargetState, whole: TargetState, share: Share, *, restart: bool) -> TargetState:
     """Chooses the files that a share has to write, and its place. `whole` is what its target has of all files: what is
     finished there, or in other shares, is not made again. Raises Refused if it does not fit to what is there.
     """
     require_none(check_fingerprint(begun, share))
-    require_none(check_beside_share(whole, share))
+    require_none(check_beside_share(whole, share, restart=restart))
     assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
-    plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in lacking])
-    place = open_share_place(begun.place, share)
+    others = set[str]().union(
+        *(list_rank_files(one) for name, one in whole.same.items() if name != name_manifest(share))
+    )
+    own = [file.name for file in assigned if file.name in lacking or file.name not in others]
+    place = open_share_place(begun.place, share, own)
+    wanted = lacking | find_own_finished(whole, share, get_folder(place))
+    plan = keep_ranks(begun.plan, [file.rank for file in assigned if file.name in wanted])
     size = format_size(sum(file.size for file in assigned))
     text = f"share {share} has {len(assigned):,} of {format_count(len(begun.plan.files), 'files')}, {size}"
     notes = (*plan.notes, Note("share", text))
-    sides = begun.sides if plan.files else {}
-    return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share)
+    sides = begun.sides if plan.files and isinstance(place, Path) else {}  # in a store the join writes them
+    return replace(begun, plan=replace(plan, notes=notes), place=place, sides=sides, share=share, whole=begun)
 
 
-def open_share_place(place: TargetPlace, share: Share) -> TargetPlace:
-    """Opens the place that a share writes to, in its target."""
-    if isinstance(place, Path):
-        return place / name_share_folder(share)
-    raise NotImplementedError
+def name_manifest(share: Share) -> str:
+    """Names the manifest of a share, as its target has it."""
+    return f"{name_share_folder(share)}/{MANIFEST}"
+
+
+def find_own_finished(whole: TargetState, share: Share, folder: AnyPath) -> set[str]:
+    """Finds the finished files that lie in the folder of a share, by its manifest."""
+    own = whole.same.get(name_manifest(share), {})
+    return {name for name in list_rank_files(own) if (folder / name).is_file()}
+
+
+def open_share_place(place: TargetPlace, share: Share, own: Collection[str]) -> TargetPlace:
+    """Opens the place that a share writes to, in its target. Under the names `own` lie its tensor files, in a store
+    beside those of others.
+    """
+    return place / name_share_folder(share) if isinstance(place, Path) else open_share_view(place, share, own)
 
 
 def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
     """Reports a share whose conversion is not the one that it was made a part of."""
-    found = identify_conversion(begun.plan, begun.samples)
-    if share.fingerprint not in ("", found):
+    found = identify_conversion(begun.plan, begun.samples) if share.fingerprint else ""
+    if share.fingerprint != found:
         remedy = "the same files, options and version of reshard on every machine"
         expected = f"{share.fingerprint[:8]}, that of the other machines"
         yield Problem("another-job", f"--share {share}", f"the fingerprint {found[:8]}", expected, remedy)
 
 
-def check_beside_share(whole: TargetState, share: Share) -> Iterator[Problem]:
-    """Reports what lies in the target of a share and does not fit to it."""
-    folder = whole.folder
-    found = [*check_vouched(whole), *check_manifests(whole), *check_other_shares(whole)]
+def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> Iterator[Problem]:
+    """Reports what lies in the target of a share and does not fit to it. To `restart` it, no join may be at work."""
+    folder, present = whole.folder, {*list_names(whole.folder)}
+    ours, unknown = find_own_files(whole)
+    found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole)]
     counts = Counter(other.shares for other in list_share_folders(folder).values())
     for count in counts.keys() - {share.shares}:
         there, expected = f"{format_count(counts[count], 'shares')} of {count}", f"shares of {share.shares}"
         yield Problem("another-job", str(folder), there, expected, f"--share I/{count}, or another target")
     if not found:
-        yield from check_foreign_files(folder, {*list_names(folder)} - find_own_files(whole)[0], "another target")
+        yield from check_foreign_files(folder, present - ours, "another target")
     yield from found
-    if whole.plan.files and (folder / JOURNAL).is_file():
+    if (whole.plan.files or restart) and (folder / JOURNAL).is_file():
         there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
         remedy = "the same command without --share goes on with it; or another target"
         yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
@@ -171,9 +190,17 @@ def describe_progress(folder: AnyPath) -> str:
 
 def describe_holder_of(folder: AnyPath) -> str:
     """Describes the process that is at work in a folder, behind a comma; nothing if none is known."""
-    journal = folder / JOURNAL
-    holder = find_holder(journal, journal.stat().st_ino) if isinstance(journal, Path) and journal.exists() else ""
+    holder, journal = "", folder / JOURNAL
+    if isinstance(journal, Path) and (journal.exists() or (folder / LOCK).exists()):
+        holder = find_holder(journal, journal.stat().st_ino if journal.exists() else 0)
     return f", {holder} is at work" if holder else ""
+
+
+def note_useless_shares(state: TargetState) -> Iterator[Note]:
+    """Notes shares that have not ended, and whose files are all finished elsewhere."""
+    if names := [name for name in list_share_folders(state.folder) if name not in state.manifests.shares]:
+        text = f"left in {state.folder}, and of no use to the finished target: {format_list(names)}"
+        yield Note("useless-share", text)
 
 
 def check_finished_shares(state: TargetState) -> Iterator[Problem]:
@@ -186,7 +213,8 @@ def check_finished_shares(state: TargetState) -> Iterator[Problem]:
     for share in state.shares:
         folder = state.folder / share
         if holder := describe_holder_of(folder):
-            yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", "wait for it to end")
+            way_on = "wait for it to end; if it has died, the same command with --share takes its lock over"
+            yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", way_on)
         if not isinstance(folder, Path):
             continue
         for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]:

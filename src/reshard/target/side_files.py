@@ -11,7 +11,7 @@ from reshard.formats.file_content import LOOKED_AT, require_side_content
 from reshard.formats.huggingface import SUFFIX
 from reshard.formats.json_input import require_no_pointer
 from reshard.formats.part_manifests import is_part_name
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.formats.unfinished_downloads import UNFINISHED
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
@@ -63,7 +63,7 @@ def find_beside(plan: Plan) -> FoundFiles:
     found = FoundFiles({}, {}, [])
     carried, whole = plan.recipe.carry, plan.keeps_names
     # A run configuration belongs to the rank files, not to the model.
-    ours = {MANIFEST, JOURNAL, STORE_RECORD, *([RUN_CONFIG] if plan.origin.is_of_ranks else [])}
+    ours = {MANIFEST, JOURNAL, LOCK, STORE_RECORD, *([RUN_CONFIG] if plan.origin.is_of_ranks else [])}
     ours |= {file.name for file in plan.source.files}
     for name in [] if "only" in plan.source.subset else list_names(plan.side_folder):
         path = plan.side_folder / name

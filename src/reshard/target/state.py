@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Problem, refuse
+from reshard.errors import Problem, Refused, refuse
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.side_writer import SideFile, compute_side_checksum
 from reshard.formats.manifest import list_rank_files
@@ -19,7 +19,8 @@ from reshard.formats.part_manifests import (
     read_manifests_with_shares,
 )
 from reshard.formats.share_names import SHARE_MANIFEST
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, STORE_RECORD, list_names
+from reshard.formats.store_record import read_store_record
+from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.plan import Plan
 from reshard.sources.changed_files import find_changed_range
@@ -56,6 +57,8 @@ class TargetState:
     """Finished files that are removed before anything is written, in this order; `known` does not name them."""
     share: Share | None = None
     """The share whose folder this is."""
+    whole: "TargetState | None" = None
+    """Of a share: the target that it is in, as it was when nothing had been looked for."""
 
     @property
     def folder(self) -> AnyPath:
@@ -111,8 +114,26 @@ class TargetState:
 
 def list_share_names(state: TargetState, share: str) -> list[str]:
     """Lists the files beside the tensors that a finished share has in its folder, the manifest last."""
+    folder = state.folder / share
     sides = [entry["name"] for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]]
-    return [name for name in (*sides, STORE_RECORD, JOURNAL, MANIFEST) if (state.folder / share / name).is_file()]
+    notes = [f"{PROGRESS}/{name}" for name in list_names(folder / PROGRESS)]
+    return [name for name in (*sides, STORE_RECORD, *notes, JOURNAL, MANIFEST) if (folder / name).is_file()]
+
+
+def read_share_records(state: TargetState) -> dict[str, tuple[int, str]]:
+    """Reads what a store told of the files of finished shares: size and ETag, by name. A record that is damaged is left
+    out. Raises Refused if another run has joined them in the meantime.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for share in state.shares if isinstance(state.folder, RemotePath) else ():
+        try:
+            record = read_store_record(state.folder / share) or {}
+        except Refused:
+            require_same(state)
+            record = {}
+        files = list_rank_files(state.manifests.named[f"{share}/{MANIFEST}"])
+        found |= {name: (one.size, one.etag) for name, one in record.items() if name in files}
+    return found
 
 
 def list_lost_sides(state: TargetState) -> list[str]:
@@ -128,8 +149,12 @@ def require_same(state: TargetState) -> None:
     else:  # by their versions, for the folder stays as it was when it was opened
         is_same = keep_manifests(place.store.list_entries()) == keep_manifests(place.folder.store.entries)
     if not is_same:
-        found = "another run has ended there just now"
-        raise refuse("target-changed", str(state.folder), found, "none", "run it again")
+        raise refuse_changed_target(state)
+
+
+def refuse_changed_target(state: TargetState, found: str = "another run has ended there just now") -> Refused:
+    """The refusal of a target that is not as it was looked at."""
+    return refuse("target-changed", str(state.folder), found, "none", "run it again")
 
 
 def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:

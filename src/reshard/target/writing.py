@@ -11,7 +11,7 @@ from reshard.target.state import TargetState
 
 def write_target(state: TargetState, counter: WorkCounter, settings: Settings) -> RunResult:
     """Writes the files of a plan, side files and manifest. Raises Refused."""
-    others = describe_others(state)
+    others = describe_others(state, settings)
     if isinstance(state.place, Path):
         return execute_plan(state.plan, state.place, others, counter, settings)
     return execute_plan_to_store(state.plan, state.place.store, others, counter, settings)
