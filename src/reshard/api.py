@@ -15,7 +15,7 @@ from time import monotonic
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
 from reshard.formats.part_manifests import find_ranks_of_share
-from reshard.formats.remote_names import locate_all, read_location, require_local_path, require_path
+from reshard.formats.remote_names import make_full_locations, read_location, require_local_path, require_path
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_on
 from reshard.inspection.tensor_pairs import DiffChoice
@@ -305,7 +305,7 @@ def verify(
     if checksums_only:
         report = compare_listing(folder, chosen)
     else:
-        job = VerifyJob(*locate_all(target, source, config), recipe, chosen, part, ignore_extra_files)
+        job = VerifyJob(*make_full_locations(target, source, config), recipe, chosen, part, ignore_extra_files)
         report = verify_job(job, folder, read_location(source), read_location(config), on, progress)
     return replace(report, target=str(folder))
 
@@ -346,5 +346,5 @@ def diff(
     """
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
-    job = DiffJob(*locate_all(a, b, config), choice)
+    job = DiffJob(*make_full_locations(a, b, config), choice)
     return diff_on(job, require_path(a), require_path(b), on, progress)

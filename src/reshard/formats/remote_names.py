@@ -106,7 +106,7 @@ def add_download(refused: Refused, path: Path) -> Refused:
     )
 
 
-def locate_all(
+def make_full_locations(
     one: str | os.PathLike[str], other: str | os.PathLike[str] | None, third: str | os.PathLike[str] | None
 ) -> tuple[str, str, str]:
     """Three paths as they are from any folder; addresses with all that they need to be opened again, secrets too. Empty

@@ -1,4 +1,4 @@
-"""Fingerprints of what several processes work at together: all must have the same files, in the same version."""
+"""Fingerprints of what several processes work at together: all must see the same files."""
 
 import json
 import socket
@@ -7,7 +7,6 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from reshard import __version__
 from reshard.errors import refuse
 from reshard.types import File, Share
 
@@ -18,13 +17,13 @@ def describe_file(file: File) -> list[Any]:
 
 
 def compute_fingerprint(facts: Sequence[Any]) -> str:
-    """Computes the fingerprint of JSON values that are to be equal on all machines, and of this version."""
-    return xxh3_128_hexdigest(json.dumps([__version__, *facts]).encode())
+    """Computes the fingerprint of JSON values that are to be equal on all machines."""
+    return xxh3_128_hexdigest(json.dumps(facts).encode())
 
 
 def require_fingerprint(share: Share, found: str) -> None:
     """Raises Refused if what is read on this machine is not what another one has asked about."""
     if share.fingerprint not in ("", found):
-        where = f"other files, or another version of reshard, on {socket.gethostname()}"
+        where = f"other files on {socket.gethostname()}"
         remedy = "they must lie under the same path on every machine, as on a shared disk or in a store"
         raise refuse("another-job", f"share {share}", where, "what the other machines have", remedy)

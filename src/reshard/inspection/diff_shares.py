@@ -27,7 +27,7 @@ from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_pairs import DiffChoice, TensorPair, get_result
 from reshard.inspection.value_distance import RangeDistance
 from reshard.paths import AnyPath
-from reshard.recipes.recipe import locate_recipe
+from reshard.recipes.recipe import make_full_recipe
 from reshard.types import Progress, Share
 
 
@@ -51,7 +51,7 @@ def diff_on(job: DiffJob, a: AnyPath, b: AnyPath, on: str | None, progress: Prog
 
 def diff_in_shares(job: DiffJob, a: AnyPath, b: AnyPath, run: RunShares) -> DiffReport:
     """Compares two checkpoints, the bytes in shares. Raises Refused."""
-    sent = job._replace(choice=replace(job.choice, recipe=locate_recipe(job.choice.recipe), config=None))
+    sent = job._replace(choice=replace(job.choice, recipe=make_full_recipe(job.choice.recipe), config=None))
     return diff_paired(a, b, job.choice, None, partial(compare_pairs_in_shares, sent, run))
 
 

@@ -41,7 +41,7 @@ def list_recipes_to_try(name: str | None) -> Sequence[Recipe]:
     return [load_recipe(name)] if name else list_packaged_recipes()
 
 
-def locate_recipe(name: str | None) -> str | None:
+def make_full_recipe(name: str | None) -> str | None:
     """The name of a recipe, or the path of its file as it is from any folder."""
     return str(Path(name).absolute()) if name and Path(name).is_file() else name
 

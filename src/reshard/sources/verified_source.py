@@ -12,6 +12,7 @@ from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import list_safetensors_files, read_config, read_headers
 from reshard.formats.manifest import find_asked_subset, format_subset, read_subset, read_valid_manifest
 from reshard.formats.part_manifests import find_recipe_name
+from reshard.formats.share_names import find_share_of_folder
 from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
@@ -106,6 +107,11 @@ def read_restored_sides(
 ) -> VerifiedSides:
     """Reads the sides in reverse: the target is the whole checkpoint, the source the rank files. Raises Refused."""
     restored = read_folder(target)
+    if find_share_of_folder(target):
+        remedy = "leave --source out: the checksums of its manifest prove a share"
+        raise refuse(
+            "wrong-option", "--source", "rank files, and one share of what they hold", "all shares, joined", remedy
+        )
     if find_rank_names(target, restored.names, names.recipes):
         found, remedy = "rank files, as the target has them", "reshard diff; or hold both against the whole checkpoint"
         raise refuse("rank-files", "--source", found, "what the target was made from, whole", remedy)

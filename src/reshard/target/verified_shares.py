@@ -15,7 +15,7 @@ from reshard.formats.part_manifests import describe_share_files
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.share_names import find_share_of_folder
 from reshard.paths import AnyPath
-from reshard.recipes.recipe import locate_recipe
+from reshard.recipes.recipe import make_full_recipe
 from reshard.sources.verified_source import read_sides
 from reshard.target.verified_target import trace_sides, verify_against_source
 from reshard.types import Advance, Progress, Share
@@ -100,7 +100,7 @@ COMPARED_HERE = Comparing(compare_files, compare_traced)
 
 def compare_in_shares(job: VerifyJob, run: RunShares) -> Comparing:
     """What compares in shares, by other processes."""
-    sent = job._replace(recipe=locate_recipe(job.recipe))
+    sent = job._replace(recipe=make_full_recipe(job.recipe))
 
     def compare_entries(
         _: AnyPath, entries: Sequence[ManifestFile], __: Progress | None, ___: Fraction | None

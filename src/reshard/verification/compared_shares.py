@@ -28,9 +28,9 @@ def compare_traced_share(
     """
     require_fingerprint(share, identify_traced(traced))
     things = sorted(traced.things, key=get_source_position)
-    own = assign_to_shares([measure_source(thing) + measure_parts(thing) for thing in things], share.shares)
+    own = assign_to_shares([measure_source(thing) + measure_target_parts(thing) for thing in things], share.shares)
     chosen = [things[number] for number in own[share.number]]
-    with count_progress(progress, sum(map(measure_parts, chosen))) as advance:
+    with count_progress(progress, sum(map(measure_target_parts, chosen))) as advance:
         return compare_parts(chosen, traced.source, traced.target, advance, sample)
 
 
@@ -72,7 +72,7 @@ def measure_source(thing: KeptTensor | CastWeight) -> int:
     return sum(tensor.size for tensor in tensors) if list_parts(thing) else 0
 
 
-def measure_parts(thing: KeptTensor | CastWeight) -> int:
+def measure_target_parts(thing: KeptTensor | CastWeight) -> int:
     """The bytes of the target that are compared with a thing."""
     return sum(len(part.rows) * len(part.columns) for part in list_parts(thing))
 
@@ -85,7 +85,7 @@ def identify_traced(traced: TracedTarget) -> str:
         [thing.tensor.name] if isinstance(thing, KeptTensor) else [thing.weight.name, thing.conversion]
         for thing in traced.things
     ]
-    sizes = [[measure_source(thing), measure_parts(thing)] for thing in traced.things]
+    sizes = [[measure_source(thing), measure_target_parts(thing)] for thing in traced.things]
     sides = [
         [[number, *describe_file(file)] for number, file in side.files.items()]
         for side in (traced.source, traced.target)
