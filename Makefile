@@ -37,7 +37,7 @@ demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ra
 # With bytecode written, as for everybody: the tests start some hundred commands. Worksteal hands out long runs of tests:
 # what a file's tests share is made by one worker, not by each.
 test: .venv/test  ## all tests
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_OPTIONS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/cluster $(PYTEST_OPTIONS)
 
 torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
 	$(BIN)/python tests/support/torture.py $(TORTURE_OPTIONS)
