@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'reshard[ray]'")
+if find_spec("ray") is None:  # not imported here: it reads its variables then, which `start_ray` sets
+    pytest.skip("Ray is not installed: pip install 'reshard[ray]'", allow_module_level=True)
 
 from ray_clusters import ADDRESS, Gate, RayNodes, interrupt_group, serve_with_gate, start_ray
 from store_servers import ServedFolder, require_same_files
