@@ -8,7 +8,6 @@ these functions, and so does `import reshard`, where refusals name keyword argum
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from os import PathLike
 from time import monotonic
 
@@ -19,7 +18,6 @@ from reshard.formats.remote_names import make_full_locations, read_location, req
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_on
 from reshard.inspection.tensor_pairs import DiffChoice
-from reshard.paths import AnyPath
 from reshard.planning.options import (
     check_download_options,
     check_options_of_source,
@@ -42,8 +40,7 @@ from reshard.target.mending import mend_target
 from reshard.target.places import StoredFolder, open_again, open_target
 from reshard.target.preflight import look_at_target
 from reshard.target.ray_conversion import check_on, convert_on_ray, pack_arguments
-from reshard.target.side_files import FoundFiles, add_notes, find_beside
-from reshard.target.state import TargetState
+from reshard.target.side_files import add_notes, find_beside
 from reshard.target.verified_shares import VerifyJob, verify_job
 from reshard.target.writing import write_target
 from reshard.types import COMPARE, RANKS, Progress, Share
@@ -167,19 +164,13 @@ def convert(
     if not state.plan.files and not state.must_be_joined:
         return Conversion(open_again(state.place), state.plan, None, mend_target(state), monotonic() - started)
     if on and (state.plan.files or restart):
-        look = partial(look_again, noted, target, tokenizer, beside)
         packed = pack_arguments(given, mp, numbers, subset)
-        done, shares = convert_on_ray(on, convert, packed, planned, state, look, progress)
+        done, shares = convert_on_ray(on, convert, packed, noted, state, tokenizer, beside, progress)
         return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started, shares)
     counter = WorkCounter(progress, state.size, writes=True, is_stored=isinstance(place, StoredFolder))
     # The only step that writes tensors.
     done = write_target(state, counter, settings)
     return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started)
-
-
-def look_again(planned: Plan, target: Location, tokenizer: AnyPath | None, beside: FoundFiles) -> TargetState:
-    """Looks at a target as for a join. Raises Refused."""
-    return look_at_target(planned, open_target(target), tokenizer, beside)
 
 
 def plan(

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'reshard[ray]'")
+if find_spec("ray") is None:  # not imported here: it reads its variables then, which `start_ray` sets
+    pytest.skip("Ray is not installed: pip install 'reshard[ray]'", allow_module_level=True)
 
 from ray_clusters import ADDRESS, Gate, RayNodes, interrupt_group, serve_with_gate, start_ray
 from store_servers import ServedFolder, require_same_files
@@ -129,11 +131,16 @@ def test_after_an_interrupt_the_same_command_goes_on(whole: Path, nodes: RayNode
     assert process.returncode == 130, errors
     assert "run the same command again to go on from there" in errors
     assert "Traceback" not in errors
+    shutil.copytree(tmp_path / "ranks", tmp_path / "again")
     gate.opened.set()
     code, said, errors = nodes.run("convert", *words)
     assert code == 0, errors
     assert "resumed: " in said
     require_same_files(whole, tmp_path / "ranks")
+    code, said, errors = nodes.convert(ADDRESS, str(tmp_path / "again"), "--mp", "4", "--restart")
+    assert code == 0, errors
+    assert "resumed: " not in said
+    require_same_files(whole, tmp_path / "again")
 
 
 def test_after_a_killed_driver_the_same_command_goes_on(

@@ -3,11 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'reshard[ray]'")
+if find_spec("ray") is None:  # not imported here: it reads its variables then, which `start_ray` sets
+    pytest.skip("Ray is not installed: pip install 'reshard[ray]'", allow_module_level=True)
 
 from ray_calls import (
     add_numbers,

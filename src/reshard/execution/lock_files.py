@@ -16,7 +16,6 @@ import os
 import secrets
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from logging import getLogger
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic, sleep
@@ -33,7 +32,7 @@ from reshard.execution.holders import (
     refuse_in_use,
 )
 from reshard.formats.target_names import LOCK, PARTIAL
-from reshard.storage.remote_store import LISTENERS, tell
+from reshard.storage.remote_store import tell, tell_always
 
 LARGEST_LOCK = 4096
 """In bytes."""
@@ -208,14 +207,6 @@ def read_lock(path: Path) -> bytes | None:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter: another machine has just removed it
             return None
         raise
-
-
-def tell_always(line: str) -> None:
-    """Tells a person, or where nobody listens, as in Python or with `--json`, the log: no lock is broken silently."""
-    if LISTENERS:
-        tell(line)
-    else:
-        getLogger("reshard").warning(line)
 
 
 def wait_for_silence(path: Path, pace: Pace) -> bytes | None:

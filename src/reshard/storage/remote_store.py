@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from logging import getLogger
 from threading import Lock
 from time import monotonic
 from typing import TypeVar
@@ -158,6 +159,14 @@ def tell(line: str) -> None:
     """Tells a person what a store makes us do."""
     for listener in tuple(LISTENERS):
         listener(line)
+
+
+def tell_always(line: str) -> None:
+    """Tells a person, or where nobody listens, as in Python or with `--json`, the log: no lock is broken silently."""
+    if LISTENERS:
+        tell(line)
+    else:
+        getLogger("reshard").warning(line)
 
 
 class ListedStore:

@@ -21,13 +21,16 @@ from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.remote_names import is_address
 from reshard.formats.share_names import list_share_folders, name_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
+from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.shares import find_share_of_files
 from reshard.storage.counting import ProgressView, WorkCounter, WorkState
 from reshard.storage.local import CACHED, Ways
 from reshard.target.conversion import Conversion, ShareRun
 from reshard.target.manifest_writer import identify_conversion
-from reshard.target.places import TargetPlace
+from reshard.target.places import TargetPlace, open_target
+from reshard.target.preflight import look_at_target
+from reshard.target.side_files import FoundFiles
 from reshard.target.state import TargetState
 from reshard.target.writing import write_target
 from reshard.text import format_list, make_path
@@ -125,12 +128,11 @@ def convert_on_ray(
     arguments: Mapping[str, Any],
     whole: Plan,
     state: TargetState,
-    look: Callable[[], TargetState],
+    tokenizer: AnyPath | None,
+    beside: FoundFiles,
     progress: Progress | None,
 ) -> tuple[RunResult, list[ShareRun]]:
-    """Makes the shares of a plan, the `whole`, and joins them. `state` is what its target has, and `look` looks at it
-    again, as for a join. Raises Refused.
-    """
+    """Makes the shares of a plan, the `whole`, and joins them. `state` is what its target has. Raises Refused."""
     held = HeldProgress(progress)
     with connect_to_ray(parse_ray(on)) as cluster:
         if arguments["restart"]:
@@ -144,7 +146,7 @@ def convert_on_ray(
             results = cluster.run(make_share, tasks, held, sizes)
             if isinstance(state.place, Path):
                 require_seen(state.place, shares, results)
-            joined = look()
+            joined = look_at_target(whole, open_target(arguments["target"]), tokenizer, beside)
             if joined.plan.files or joined.must_be_joined:
                 write_target(joined, WorkCounter(None, joined.size, writes=True), Settings())
     held.finish()
