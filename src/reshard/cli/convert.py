@@ -264,7 +264,7 @@ def make_share_steps(conversion: Conversion, options: argparse.Namespace) -> Ite
     words = ["--replicas", "first"] if options.replicas == FIRST else []
     words += ["--allow-inexact"] * options.allow_inexact
     words += ["--ranks", ",".join(format_runs(options.ranks))] if options.ranks is not None else []
-    command = format_join_command(conversion.target.parent.absolute(), manifest, source)
+    command = format_join_command(make_full_path(options.target), manifest, source)
     rest = map(shlex.quote, [*words, *list_reading_words(options)])
     yield NextStep("join", "when all shares are finished", " ".join([command, *rest]))
 
