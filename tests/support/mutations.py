@@ -1116,6 +1116,20 @@ MUTATIONS = (
         "if process <= 0:",
         "test_lock_files.py::test_a_holder_that_may_be_there_is_taken_over_by_its_silence_only",
     ),
+    Mutation(
+        "formats/share_fingerprints",
+        "a task compares other files than it was asked about",
+        'if share.fingerprint not in ("", found):',
+        "if False:",
+        "test_diff_shares.py::test_other_files_on_another_machine_are_refused",
+    ),
+    Mutation(
+        "verification/checked_ranges",
+        "a share leaves out its first range",
+        "for number in own]",
+        "for number in own[1:]]",
+        "test_verified_shares.py::test_each_byte_is_compared_by_one_share",
+    ),
 )
 
 
