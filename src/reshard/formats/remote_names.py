@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import ADDRESS, WRITTEN, hide_secrets, open_address
-from reshard.text import make_path
+from reshard.storage.addresses import WRITTEN, open_address, require_plain_addresses
+from reshard.text import ADDRESS, hide_secrets, make_path
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
 
@@ -61,6 +61,7 @@ def require_local_path(given: str | os.PathLike[str]) -> Path:
     """Returns a path as it was given. Raises Refused for an empty string, and for an address."""
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    require_plain_addresses("no-source", given)
     path = make_path(os.fspath(given))
     if ADDRESS.fullmatch(str(path)):
         address, remedy = restore_address(path), suggest_download(path)
@@ -74,6 +75,7 @@ def require_path(given: str | os.PathLike[str]) -> AnyPath:
     """
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    require_plain_addresses("no-source", given)
     path = make_path(os.fspath(given))
     address = restore_address(path)
     found = ADDRESS.fullmatch(address)
@@ -117,6 +119,7 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
     """
     if not os.fspath(given):
         raise refuse("target-not-folder", EMPTY, "no path", "a folder", "is a variable not set?")
+    require_plain_addresses("target-not-folder", given)
     path = Path(given)
     if ADDRESS.fullmatch(str(path)):
         remedy = suggest_upload(path) if is_written else suggest_download(path)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
+from reshard.storage.addresses import KEYS_OF
 from reshard.storage.aws_profile import ENDPOINTS, read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.counting import RECEIVED
@@ -34,13 +35,6 @@ CLIENT: Any = {
 
 NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 """What fails is tried again here, and waits are told."""
-
-KEYS_OF = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket AWS_SKIP_SIGNATURE=true",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_TOKEN",
-}
-"""By scheme: the variables of the environment that give access."""
 
 LONGEST_REASON = 160
 """In characters: an error of a store may have a page of XML."""

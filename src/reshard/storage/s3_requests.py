@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree as ET
 
 from reshard.errors import refuse
-from reshard.storage.buckets import KEYS_OF
+from reshard.storage.addresses import KEYS_OF
 from reshard.storage.range_requests import BUSY, PASSING, REDIRECTS, Denied, read_wait
 from reshard.storage.remote_store import Failed, Patience
 from reshard.storage.resources import wait_unless_stopped

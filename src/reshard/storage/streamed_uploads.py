@@ -8,8 +8,9 @@ from threading import Condition
 from typing import Any, TypeVar
 
 from reshard.errors import refuse
+from reshard.storage.addresses import KEYS_OF
 from reshard.storage.background_loop import start_loop
-from reshard.storage.buckets import KEYS_OF, make_bucket, quote_etag, run_in_store
+from reshard.storage.buckets import make_bucket, quote_etag, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from reshard.errors import refuse
 from reshard.paths import RemotePath
-from reshard.storage.addresses import ADDRESS
-from reshard.storage.buckets import KEYS_OF, BucketStore, list_bucket, make_bucket, run_in_store
+from reshard.storage.addresses import KEYS_OF
+from reshard.storage.buckets import BucketStore, list_bucket, make_bucket, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import has_plain_parts, try_again
 from reshard.storage.s3_signing import find_s3_access
@@ -14,6 +14,7 @@ from reshard.storage.s3_uploads import PartedTarget
 from reshard.storage.streamed_uploads import StreamedTarget, make_streaming_bucket
 from reshard.storage.target_store import TargetStore
 from reshard.storage.whole_objects import refuse_missing_bucket
+from reshard.text import ADDRESS
 
 
 class OpenedTarget(NamedTuple):

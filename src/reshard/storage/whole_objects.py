@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from reshard.errors import Refused, refuse
 from reshard.paths import Entry
-from reshard.storage.buckets import KEYS_OF, list_bucket, quote_etag, run_in_store
+from reshard.storage.addresses import KEYS_OF
+from reshard.storage.buckets import list_bucket, quote_etag, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import THREADS_OF_STORE, Failed, Patience, has_plain_parts
 from reshard.storage.resources import map_in_threads

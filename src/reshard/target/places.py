@@ -9,7 +9,7 @@ from typing import NamedTuple
 from reshard.errors import Refused
 from reshard.formats.remote_names import UNREACHABLE, require_target, restore_address, suggest_upload
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import open_target_address
+from reshard.storage.addresses import open_target_address, require_plain_addresses
 from reshard.storage.target_store import TargetStore
 from reshard.text import make_path
 
@@ -36,6 +36,7 @@ def open_target(given: str | os.PathLike[str]) -> TargetPlace:
     """Opens the folder that a target is to be written to; it need not be there. Raises Refused for an empty string, and
     for an address where nothing can be written.
     """
+    require_plain_addresses("target-not-folder", given)
     address = restore_address(make_path(os.fspath(given)))
     try:
         opened = open_target_address(address)
