@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
+from reshard.storage.access_hints import find_endpoint
 from reshard.storage.addresses import WRITTEN, open_address, require_plain_addresses
 from reshard.text import ADDRESS, hide_secrets, make_path
 
@@ -101,9 +102,18 @@ def suggest_for_page(path: Path) -> str:
 
 def add_download(refused: Refused, path: Path) -> Refused:
     """Adds to the refusal of a store that cannot be asked from here how to download from it elsewhere."""
-    remedy = suggest_download(path)
+    return add_other_way(refused, str(path), suggest_download(path))
+
+
+def add_other_way(refused: Refused, address: str, remedy: str) -> Refused:
+    """Adds a hint to the refusal of a store that another machine or program may reach. No program reaches a server that
+    was named wrongly.
+    """
+    kinds = ["missing-package"]
+    if not find_endpoint(address.partition(":")[0].lower()):
+        kinds.append("cannot-read")
     return Refused(
-        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in UNREACHABLE else problem
+        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in kinds else problem
         for problem in refused.problems
     )
 
@@ -128,9 +138,6 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
         raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
     return path
 
-
-UNREACHABLE = ("cannot-read", "missing-package")
-"""Kinds of problems of a store that another machine may not have."""
 
 EMPTY = "''"
 """The subject of a refusal of a path without a letter."""

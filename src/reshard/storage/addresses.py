@@ -10,19 +10,13 @@ from importlib import import_module
 
 from reshard.errors import refuse
 from reshard.paths import RemotePath
+from reshard.storage.access_hints import KEYS_OF
 from reshard.storage.target_store import TargetStore
 from reshard.text import ADDRESS, QUERY, hide_secrets
 
 BUCKET_ADDRESS = re.compile(r"(s3|gs|az):(/+)(([^/]*).*)", re.DOTALL | re.IGNORECASE)
 
 BUCKET_NAME = re.compile(r"[A-Za-z0-9._$-]+")
-
-KEYS_OF = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket AWS_SKIP_SIGNATURE=true",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_TOKEN",
-}
-"""By scheme: the variables of the environment that give access."""
 
 OPENERS: Mapping[str, str] = {
     "az": "reshard.storage.buckets:open_bucket",

@@ -2,12 +2,11 @@
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Refused
-from reshard.formats.remote_names import UNREACHABLE, require_target, restore_address, suggest_upload
+from reshard.formats.remote_names import add_other_way, require_target, restore_address, suggest_upload
 from reshard.paths import AnyPath, RemotePath
 from reshard.storage.addresses import open_target_address, require_plain_addresses
 from reshard.storage.target_store import TargetStore
@@ -54,8 +53,4 @@ def open_again(place: TargetPlace) -> AnyPath:
 
 def add_upload(refused: Refused, address: str) -> Refused:
     """Adds to the refusal of a store that cannot be asked from here how to upload to it elsewhere."""
-    remedy = suggest_upload(make_path(address))
-    return Refused(
-        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in UNREACHABLE else problem
-        for problem in refused.problems
-    )
+    return add_other_way(refused, address, suggest_upload(make_path(address)))
