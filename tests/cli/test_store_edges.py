@@ -180,3 +180,37 @@ def test_a_key_that_cannot_be_listed_is_named_at_once(
 
 def test_an_answer_may_begin_with_spaces() -> None:
     assert S3Answer({}, b' \n<?xml version="1.0"?><A><B>1</B></A>\n').parse().findtext("B") == "1"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_begun_target_is_called_so_as_a_source(
+    served: S3State,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    streams: bool,
+) -> None:
+    if streams:
+        monkeypatch.setenv(STREAMS, "false")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WholeObjects, "put", crash)
+            with pytest.raises(Crash):
+                convert(source)
+        assert "t/model0-mp4.safetensors" in served.objects
+    else:
+        leave_parts(source)
+    new = tmp_path / "new"
+    for words in (
+        ["convert", TARGET, str(new), "--to", "hf"],
+        ["diff", str(source), TARGET],
+        ["plan", TARGET],
+        ["verify", TARGET],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert "t: unfinished target" in told, told
+        assert "run the same convert again" in told
+    assert not new.exists()
