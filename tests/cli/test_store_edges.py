@@ -214,3 +214,25 @@ def test_a_begun_target_is_called_so_as_a_source(
         assert "t: unfinished target" in told, told
         assert "run the same convert again" in told
     assert not new.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--checksums-only",)])
+@pytest.mark.parametrize("name", ["model1-mp4.safetensors", "tokenizer.json"])
+def test_an_object_that_is_missing_is_written_by_the_same_convert(
+    served: S3State, source: Path, capsys: pytest.CaptureFixture[str], name: str, words: tuple[str, ...]
+) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert convert(source) == 0
+    before = {**served.objects}
+    del served.objects[f"t/{name}"]
+    puts = served.count("begin") + served.count("put_part")
+    assert main(["verify", TARGET, *words]) == 1
+    told = capsys.readouterr().out
+    assert "run the same convert again, which writes what is missing and nothing else" in told
+    assert "--restart" not in told
+    assert convert(source) == 0
+    assert served.count("begin") + served.count("put_part") - puts == (2 if name.endswith(".safetensors") else 0)
+    assert main(["verify", TARGET, *words]) == 0
+    assert {*served.objects} == {*before}
+    kept = [key for key in before if key.endswith((".safetensors", "tokenizer.json"))]
+    assert [served.objects[key].content for key in kept] == [before[key].content for key in kept]
