@@ -14,7 +14,7 @@ from typing import NamedTuple
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
 from reshard.storage.access_hints import find_endpoint
-from reshard.storage.addresses import WRITTEN, open_address, require_plain_addresses
+from reshard.storage.addresses import OPENERS, WRITTEN, open_address, require_plain_addresses
 from reshard.text import ADDRESS, hide_secrets, make_path
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -82,10 +82,25 @@ def require_path(given: str | os.PathLike[str]) -> AnyPath:
     found = ADDRESS.fullmatch(address)
     if found and found[2].partition("/")[0].lower() in HUBS + MODELSCOPE:
         raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_for_page(path))
+    if found and found[1].lower() not in (*OPENERS, FILE) and not path.exists():
+        remedy = suggest_scheme(address, found[1].lower()) or OTHERWISE
+        raise refuse("no-source", address, f"an unknown kind of address, {found[1]}://", list_schemes(), remedy)
     try:
         return open_address(os.fspath(given)) or path  # as it was given: a query may have two slashes
     except Refused as refused:
         raise add_download(refused, path) from None
+
+
+def list_schemes() -> str:
+    """The kinds of addresses that are read, as what was expected."""
+    return f"a path, or {', '.join(f'{scheme}://' for scheme in sorted(OPENERS))}"
+
+
+def suggest_scheme(address: str, scheme: str) -> str:
+    """The hint for an address of an unknown kind, with a known one; empty if none is like it."""
+    near = get_close_matches(scheme, OPENERS, 1, 0.5)
+    rest = address[len(scheme) :].replace("...@", "")  # what was hidden
+    return f"did you mean {shlex.quote(near[0] + rest)}?" if near else ""
 
 
 def suggest_for_page(path: Path) -> str:
