@@ -34,6 +34,7 @@ from reshard.planning.plan import Plan
 from reshard.planning.rank_choices import plan_for_ranks
 from reshard.planning.shares import keep_share, read_share
 from reshard.sources.source import read_chosen
+from reshard.storage.addresses import require_plain_addresses
 from reshard.storage.counting import WorkCounter
 from reshard.target.conversion import Conversion
 from reshard.target.mending import mend_target
@@ -136,6 +137,7 @@ def convert(
 
     """
     given, started = locals(), monotonic()
+    require_plain_addresses("no-source", source, config, tokenizer_path)
     place = open_target(target)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
     require_none([*check_settings(settings), *check_on(on, share)])
@@ -204,6 +206,7 @@ def plan(
     The arguments are those of `convert`. With a `target`, the plan has the files that are still to be written there,
     and everything that stands in the way of writing them is refused. Raises Refused.
     """
+    require_plain_addresses("no-source", source, config)
     place = None if target is None else open_target(target)
     mp, chosen = split_number_of_ranks(mp, to, ranks)
     layout = require_layout(mp, to, cast, expert_dtype, keep_mtp=keep_mtp, pad=pad, file_size=max_file_size)
@@ -284,6 +287,7 @@ def verify(
     if download or sums is not None:
         require_none(check_download_options({**given, "--ranks": ranks}, sums, is_hub=download))
         return verify_download(require_local_path(target), None if sums is None else require_local_path(sums), progress)
+    require_plain_addresses("no-source", source, config)
     folder = require_path(target)
     require_target_folder(folder)
     chosen = sort_numbers("--ranks", ranks)
@@ -335,6 +339,7 @@ def diff(
         Refused: One of the two cannot be read.
 
     """
+    require_plain_addresses("no-source", a, b, config)
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
     job = DiffJob(*make_full_locations(a, b, config), choice)

@@ -1,6 +1,9 @@
-"""Formats numbers, sizes, lists of names and tables for messages; escapes untrusted names; makes a path of a text."""
+"""Formats numbers, sizes, lists of names and tables for messages; escapes untrusted names and hides secrets; makes a
+path of a text.
+"""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -13,6 +16,23 @@ LONGEST_NAME = 100
 """Of a tensor in a table, in characters."""
 
 SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
+"""An address as a path has it: a path has one slash where the address had two."""
+
+SECRETS = re.compile(r"(.*?https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
+"""In an address of a web server: a name with a password, and a query, which may be a key. The address may stand behind
+an option.
+"""
+
+KEYS = re.compile(
+    r"(.*?(?<![A-Za-z0-9+.-])(?!(?:hf|file|https?):)[A-Za-z][A-Za-z0-9+.-]*:/+)(?=[^/]*[:@])(?:.*@|.*)(.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""In any other address: keys where a bucket should be. They may have slashes. Of the hub, a revision stands there."""
+
+QUERY = re.compile(r"(.*?(?<![A-Za-z0-9+.-])(?:s3|gs|az):[^?]*\?)[^/=]*=.*", re.DOTALL | re.IGNORECASE)
+"""In the address of a bucket: a signature may stand there."""
 
 
 def escape(text: str) -> str:
@@ -141,3 +161,13 @@ def make_path(text: str) -> Path:
     """
     path = Path(text)
     return path.absolute() if text.startswith("./") and not path.parent.exists() else path
+
+
+def hide_secrets(text: str) -> str:
+    """A text, which may be an address, without what is secret in it."""
+    if found := SECRETS.fullmatch(text):
+        return f"{found[1]}{found[2]}{'?...' if found[3] else ''}"
+    if found := KEYS.fullmatch(text):
+        text = f"{found[1]}...{'@' if '@' in text else ''}{found[2]}"
+    found = QUERY.fullmatch(text)
+    return f"{found[1]}..." if found else text

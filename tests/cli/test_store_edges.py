@@ -180,3 +180,123 @@ def test_a_key_that_cannot_be_listed_is_named_at_once(
 
 def test_an_answer_may_begin_with_spaces() -> None:
     assert S3Answer({}, b' \n<?xml version="1.0"?><A><B>1</B></A>\n').parse().findtext("B") == "1"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_begun_target_is_called_so_as_a_source(
+    served: S3State,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    streams: bool,
+) -> None:
+    if streams:
+        monkeypatch.setenv(STREAMS, "false")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WholeObjects, "put", crash)
+            with pytest.raises(Crash):
+                convert(source)
+        assert "t/model0-mp4.safetensors" in served.objects
+    else:
+        leave_parts(source)
+    new = tmp_path / "new"
+    for words in (
+        ["convert", TARGET, str(new), "--to", "hf"],
+        ["diff", str(source), TARGET],
+        ["plan", TARGET],
+        ["verify", TARGET],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert "t: unfinished target" in told, told
+        assert "run the same convert again" in told
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--checksums-only",)])
+@pytest.mark.parametrize("name", ["model1-mp4.safetensors", "tokenizer.json"])
+def test_an_object_that_is_missing_is_written_by_the_same_convert(
+    served: S3State, source: Path, capsys: pytest.CaptureFixture[str], name: str, words: tuple[str, ...]
+) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert convert(source) == 0
+    before = {**served.objects}
+    del served.objects[f"t/{name}"]
+    puts = served.count("begin") + served.count("put_part")
+    assert main(["verify", TARGET, *words]) == 1
+    told = capsys.readouterr().out
+    assert "run the same convert again, which writes what is missing and nothing else" in told
+    assert "--restart" not in told
+    assert convert(source) == 0
+    assert served.count("begin") + served.count("put_part") - puts == (2 if name.endswith(".safetensors") else 0)
+    assert main(["verify", TARGET, *words]) == 0
+    assert {*served.objects} == {*before}
+    kept = [key for key in before if key.endswith((".safetensors", "tokenizer.json"))]
+    assert [served.objects[key].content for key in kept] == [before[key].content for key in kept]
+
+
+def test_a_begun_target_of_another_job_may_be_thrown_away(
+    served: S3State, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_parts(source)
+    uploads = {*served.uploads}
+    words = ["convert", str(source), TARGET, "--mp", "2", "--quiet"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "by the command that reshard inspect s3://models/t prints; or --restart throws" in told
+    assert uploads == {*served.uploads}
+    assert main([*words, "--restart"]) == 0
+    assert not served.uploads
+    assert main(["verify", TARGET]) == 0
+
+
+def test_parts_are_not_called_whole_files_and_need_no_disk(
+    served: S3State, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_parts(source)
+    assert not [key for key in served.objects if key.endswith(".safetensors")]
+    assert main(["inspect", TARGET]) == 0
+    assert f"{RANKS} of {RANKS} files sent whole\n" in capsys.readouterr().out
+    for words in (["plan", str(source), "--target", TARGET], ["convert", str(source), TARGET, "--dry-run"]):
+        assert main([*words, "--mp", str(RANKS)]) == 0
+        told = capsys.readouterr().out
+        assert f"{RANKS} of {RANKS} files sent whole;" in told
+        assert "of disk" not in told
+        assert "\nwrites " in told
+
+
+@pytest.mark.parametrize("content", [b"<html><title>Sign in</title></html>", b"no such page", bytes(5000)])
+def test_another_content_in_a_bucket_is_to_be_uploaded_again(
+    served: S3State, source: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    for path in source.iterdir():
+        served.objects[f"s/{path.name}"] = Stored(path.read_bytes(), make_etag(path.read_bytes()))
+    name = max(key for key in served.objects if key.endswith(".safetensors"))
+    served.objects[name] = Stored(content, make_etag(content))
+    assert main(["inspect", "s3://models/s"]) == 2
+    told = capsys.readouterr().err
+    assert "upload the sound file again, in its place" in told
+    assert "/resolve/" not in told
+    assert "hf auth login" not in told
+    assert "download" not in told.partition("hint:")[2]
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("s3x://b/f", "did you mean s3://b/f?"),
+        ("s3a://KEYAAA:SECRETBBB@b/f", "did you mean s3://b/f?"),
+        ("hff://org/name", "did you mean hf://org/name?"),
+        ("swift://b/f", "download its files into a folder"),
+    ],
+)
+def test_an_unknown_kind_of_address_is_called_so(address: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", address]) == 2
+    told = capsys.readouterr().err
+    assert "an unknown kind of address" in told
+    assert hint in told
+    assert "SECRETBBB" not in told
+    assert "az://, gs://, hf://, http://, https://, s3://" in told

@@ -101,7 +101,7 @@ def test_an_interrupt_is_heard_while_a_bucket_is_silent(served: ServedFolder, tm
     [
         ("s3://others/model", KEY, "no-source", "no such bucket"),
         ("s3://models/nope", KEY, "no-source", "nothing lies there"),
-        (ADDRESS, "AKIAOTHER", "no-access", "give keys: AWS_ACCESS_KEY_ID"),
+        (ADDRESS, "AKIAOTHER", "no-access", "are the keys right.* AWS_ACCESS_KEY_ID"),
     ],
 )
 @pytest.mark.usefixtures("served")
@@ -165,7 +165,7 @@ def test_an_endpoint_that_does_not_answer_is_named_without_its_password(monkeypa
     assert SECRET not in shorten_reason(f"GET http://me:{SECRET}@host/x?sig={SECRET} failed")
 
 
-@pytest.mark.parametrize("address", ["s3://models//inner", "s3://models/../inner", "s3://"])
+@pytest.mark.parametrize("address", ["s3://models//inner", "s3://models/../inner"])
 @pytest.mark.usefixtures("served")
 def test_a_folder_that_no_store_can_have_is_refused(address: str) -> None:
     with pytest.raises(Refused, match="no name of a folder"):

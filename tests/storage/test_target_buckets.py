@@ -154,7 +154,7 @@ def test_a_small_object_is_read_in_spite_of_faults(store: TargetStore, served: S
 @pytest.mark.parametrize(
     ("fault", "kind", "words"),
     [
-        ("denied", "no-access", "AWS_ACCESS_KEY_ID"),
+        ("denied", "no-access", "s3:PutObject"),
         ("expired", "no-access", "the session of the keys has ended"),
         ("no-bucket", "no-target", "no such bucket"),
         ("not-implemented", "wrong-answer", "convert into a folder, and upload that.*the server answers 501"),
@@ -243,8 +243,8 @@ def test_the_wait_that_a_server_tells_is_told_and_kept(
 
 
 REFUSED = [
-    ("denied", "no-access", "AWS_ACCESS_KEY_ID.*403 AccessDenied"),
-    ("denied-early", "no-access", "AWS_ACCESS_KEY_ID.*403 AccessDenied"),
+    ("denied", "no-access", "s3:PutObject.*403 AccessDenied"),
+    ("denied-early", "no-access", "s3:PutObject.*403 AccessDenied"),
     ("expired", "no-access", "the session of the keys has ended"),
     ("no-bucket", "no-target", "no such bucket"),
     ("not-implemented", "cannot-write", "501 NotImplemented"),
@@ -269,7 +269,7 @@ def require_refusal(refused: Refused, served: S3State, kind: str, words: str) ->
     text = " ".join(str(refused).split())
     assert [problem.kind for problem in refused.problems] == [kind]
     assert re.search(words, text), text
-    for secret in (served.secret, served.token, served.key, "Signature"):
+    for secret in (served.secret, served.token, served.key, "Signature="):
         assert secret not in text + repr(refused)
 
 
@@ -366,7 +366,7 @@ def test_a_stream_goes_on_in_spite_of_faults(
 @pytest.mark.parametrize("operation", ["begin", "put_part", "complete"])
 @pytest.mark.parametrize(
     ("fault", "kind", "words"),
-    [("denied", "no-access", "AWS_ACCESS_KEY_ID"), ("no-upload", "cannot-write", "run the same command again")],
+    [("denied", "no-access", "s3:PutObject"), ("no-upload", "cannot-write", "run the same command again")],
 )
 def test_a_stream_that_fails_is_refused_without_a_secret(
     streams: StreamedTarget, served: S3State, operation: str, fault: str, kind: str, words: str
@@ -480,7 +480,7 @@ def test_what_cannot_be_written_to_is_refused(served: S3State, address: str, kin
 
 def test_a_wrong_key_is_refused(served: S3State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrOTHER")
-    with pytest.raises(Refused, match="give keys: AWS_ACCESS_KEY_ID") as caught:
+    with pytest.raises(Refused, match=r"are the keys right\? AWS_ACCESS_KEY_ID") as caught:
         open_target_store(ADDRESS)
-    require_refusal(caught.value, served, "no-access", "give keys")
+    require_refusal(caught.value, served, "no-access", "are the keys right")
     assert "wJalrOTHER" not in str(caught.value)

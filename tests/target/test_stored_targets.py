@@ -383,7 +383,7 @@ def test_parts_that_were_noted_are_not_put_again(
     bucket.faults.clear()
     capsys.readouterr()
     assert main(["inspect", ADDRESS]) == 0
-    assert "2 of 2 files whole" in capsys.readouterr().out
+    assert "2 of 2 files sent whole" in capsys.readouterr().out
     assert convert(large, *words, ranks=2) == 0
     assert "resumed: " in capsys.readouterr().out
     assert bucket.count("put_part") == put

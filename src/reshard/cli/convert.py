@@ -21,7 +21,7 @@ from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.formats.share_names import find_share_of_folder, list_share_folders
-from reshard.inspection.unfinished import read_unfinished
+from reshard.inspection.unfinished import describe_whole, read_unfinished
 from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -33,7 +33,7 @@ from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.places import StoredFolder, TargetPlace, get_folder, open_target
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.target.uploads import UploadPlan, describe_upload, plan_upload
-from reshard.text import escape, format_command_lines, format_count, format_numbers, format_runs, format_size
+from reshard.text import escape, format_command_lines, format_numbers, format_runs, format_size
 from reshard.types import FIRST, RANKS, SLICED, WHOLE, Note
 
 CHOICES = (
@@ -163,8 +163,10 @@ def note_what_is_there(plan: Plan, place: TargetPlace | None, options: argparse.
     if (found := read_unfinished(get_folder(place))) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"
         where = "on the disk" if isinstance(place, Path) else "in the store"
-        whole = f"{found.whole_files:,} of {format_count(found.files, 'files')} whole"
-        yield Note("unfinished", f"an unfinished run there has {size} {where}, {whole}; the same options go on with it")
+        yield Note(
+            "unfinished",
+            f"an unfinished run there has {size} {where}, {describe_whole(found)}; the same options go on with it",
+        )
 
 
 def collect_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def print_plan(plan: Plan, place: TargetPlace | None, *, as_json: bool) -> int:
 
 def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> Iterator[str]:
     """Describes a plan: its tables, the memory that each job takes, and the estimate or the upload if there is one."""
-    yield from describe_files(plan)
+    yield from describe_files(plan, is_stored=upload is not None)
     if estimate:
         yield from describe_estimate(estimate, is_cast=plan.computes)
     if upload:

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem
@@ -37,7 +38,7 @@ def list_mending_steps(report: Report | DownloadReport, options: argparse.Namesp
     """
     if isinstance(report, DownloadReport) or report.note or not report.problems:
         return
-    if manifest := read_manifest_for_repair(options.target):
+    if manifest := read_manifest_for_repair(Path(options.target)):
         can_repair = is_repairable(report, manifest, read_location(options.source))
         yield from list_repair_steps(report.problems, manifest, options, can_repair=can_repair)
         if any(problem.kind == "not-joined" for problem in report.problems):

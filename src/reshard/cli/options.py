@@ -40,7 +40,8 @@ def add_plan(parser: Parser) -> None:
         "--target",
         type=parse_path,
         metavar="DIR",
-        help="With --mp or --to hf, look whether the files can be written there, and measure for two seconds how fast.",
+        help="A folder or an address: with --mp or --to hf, look whether the files can be written there; in a folder "
+        "measure for two seconds how fast.",
     )
 
 
@@ -99,7 +100,7 @@ def add_inspect(parser: Parser) -> None:
         "path",
         type=parse_source,
         metavar="PATH",
-        help="A folder of safetensors files in either layout, or one such file.",
+        help="A folder of safetensors files in either layout, one such file, or an address of either.",
     )
     add_recipe_option(what)
     add_ignore_extra_files(what)
@@ -165,7 +166,10 @@ def add_diff(parser: Parser) -> None:
     """Adds the options of `diff`."""
     what = parser.section(COMPARED)
     what.add_argument(
-        "a", type=parse_source, metavar="A", help="A checkpoint, a folder of rank files, or a safetensors file."
+        "a",
+        type=parse_source,
+        metavar="A",
+        help="A checkpoint, a folder of rank files, a safetensors file, or an address.",
     )
     what.add_argument("b", type=parse_source, metavar="B", help="Another one, in whichever layout.")
     what.add_argument(

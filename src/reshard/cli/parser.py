@@ -1,6 +1,7 @@
 """The argument parser: options in sections, errors in one line with the nearest name, completion of shells."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 
 from reshard.cli.outcome import REFUSED, print_aside
 from reshard.cli.values import parse_path, parse_source
-from reshard.text import escape
+from reshard.text import escape, hide_secrets
 
 OTHER_WORDS = {
     **dict.fromkeys(
@@ -71,6 +72,7 @@ class Parser(argparse.ArgumentParser):
         if text.endswith(": PATH"):  # of `inspect`, whose option takes it for its pattern
             text += " (before --tensors)"
         see = f"{' See' if text.endswith('?') else '; see'} {self.prog} --help"
+        text = re.sub(r"\S+", lambda word: hide_secrets(word[0]), text)
         print_aside(escape(f"{self.prog}: {text}{see}"))
         raise SystemExit(REFUSED)
 

@@ -19,10 +19,9 @@ from reshard.cli.progress_lines import (
     format_progress,
     format_resumed,
 )
-from reshard.storage.addresses import hide_secrets
 from reshard.storage.counting import RECEIVED, ProgressView, WorkState
 from reshard.storage.remote_store import LISTENERS
-from reshard.text import escape
+from reshard.text import escape, hide_secrets
 
 INTERVALS = {"bar": 0.2, "log": 30.0, "json": 1.0, "none": None}
 """In seconds, between two reports; None: only when somebody asks."""

@@ -5,7 +5,7 @@ from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from reshard.text import make_path
+from reshard.text import ADDRESS, make_path
 
 
 def parse_word(text: str) -> str:
@@ -15,14 +15,16 @@ def parse_word(text: str) -> str:
     return text
 
 
-def parse_path(text: str) -> Path:
-    """Parses a path; an empty string would be the folder that we are in. Raises ArgumentTypeError."""
-    return Path(parse_word(text))
+def parse_path(text: str) -> Path | str:
+    """Parses a path; an empty string would be the folder that we are in. An address stays as it is: a path would drop
+    slashes, and one whose bucket is lacking would lead to another. Raises ArgumentTypeError.
+    """
+    return text if ADDRESS.fullmatch(parse_word(text)) else Path(text)
 
 
-def parse_source(text: str) -> Path:
-    """Parses a path of something to read. Raises ArgumentTypeError."""
-    return make_path(parse_word(text))
+def parse_source(text: str) -> Path | str:
+    """Parses a path of something to read; an address stays as it is. Raises ArgumentTypeError."""
+    return text if ADDRESS.fullmatch(parse_word(text)) else make_path(text)
 
 
 class KeepOneValue(Action):

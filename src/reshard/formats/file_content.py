@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from reshard.errors import refuse
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
+from reshard.storage.addresses import WRITTEN
 
 LENGTH_SIZE = 8
 """In bytes: fewer may be the rest of any file."""
@@ -34,6 +35,8 @@ GATED = "for a gated or private model, with a token (hf auth login)"
 PAGE_AGAIN = f"download it again: take /resolve/ in the place of /blob/ in its address; {GATED}"
 
 TEXT_AGAIN = f"download it again: check the name and the revision in its address; {GATED}"
+
+UPLOAD_AGAIN = "it lies so in the bucket: upload the sound file again, in its place"
 
 NEVER_CAME = "download it again: its room was reserved, but its data never came"
 
@@ -89,17 +92,23 @@ def identify_content(beginning: bytes) -> ForeignContent | None:
     return ForeignContent("wrong-download", f"a text: {shorten_text(text)}", TEXT_AGAIN)
 
 
+def choose_remedy(path: AnyPath, content: ForeignContent) -> str:
+    """The hint for a file of another content. An object of a bucket is not a download that went wrong here."""
+    is_stored = isinstance(path, RemotePath) and str(path).partition(":")[0] in WRITTEN
+    return UPLOAD_AGAIN if is_stored and content.kind != "other-format" else content.remedy
+
+
 def require_safetensors_content(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused if the first bytes of a file show that it is another thing than safetensors."""
     if content := identify_content(beginning):
-        raise refuse(content.kind, str(path), content.name, "a safetensors file", content.remedy)
+        raise refuse(content.kind, str(path), content.name, "a safetensors file", choose_remedy(path, content))
 
 
 def require_json_content(path: AnyPath, beginning: bytes) -> None:
     """Raises Refused if a file that does not parse as JSON is known to be another thing."""
     content = identify_content(beginning)
     if content and not beginning.lstrip().startswith((b"{", b"[")):
-        raise refuse(content.kind, str(path), content.name, "JSON", content.remedy)
+        raise refuse(content.kind, str(path), content.name, "JSON", choose_remedy(path, content))
 
 
 COMMENT = (b"//", b"/*", b"#")

@@ -19,6 +19,7 @@ from reshard.formats.recognition import (
 )
 from reshard.formats.remote_names import restore_address, suggest_path
 from reshard.formats.safetensors import LENGTH_SIZE, parse_header, read_header_length
+from reshard.formats.target_names import require_finished
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath
 from reshard.storage.opened import measure_open_file, measure_path, open_regular_file
@@ -58,7 +59,9 @@ def find_folder(source: AnyPath) -> AnyPath:
 
 
 def list_safetensors_files(source: AnyPath) -> list[str]:
-    """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there."""
+    """The names of the safetensors files at `source`, sorted. Raises Refused if there is none or it is not there, and
+    for a target whose conversion has not ended: it may lack files.
+    """
     try:
         if not source.is_dir():
             measure_path(source)  # an error, if it is not there
@@ -68,6 +71,7 @@ def list_safetensors_files(source: AnyPath) -> list[str]:
     except OSError as error:
         expected, remedy = "a folder or a safetensors file", suggest_path(source)
         raise refuse("no-source", restore_address(source), error.strerror or str(error), expected, remedy) from None
+    require_finished(source)
     require_whole_files(source, names)
     if not names and not (source / INDEX).exists():
         raise refuse_other_content(source)

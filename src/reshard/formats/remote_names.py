@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from reshard.errors import Refused, refuse
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import ADDRESS, WRITTEN, hide_secrets, open_address
-from reshard.text import make_path
+from reshard.storage.access_hints import find_endpoint
+from reshard.storage.addresses import OPENERS, WRITTEN, open_address, require_plain_addresses
+from reshard.text import ADDRESS, hide_secrets, make_path
 
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
 
@@ -61,6 +62,7 @@ def require_local_path(given: str | os.PathLike[str]) -> Path:
     """Returns a path as it was given. Raises Refused for an empty string, and for an address."""
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    require_plain_addresses("no-source", given)
     path = make_path(os.fspath(given))
     if ADDRESS.fullmatch(str(path)):
         address, remedy = restore_address(path), suggest_download(path)
@@ -74,15 +76,31 @@ def require_path(given: str | os.PathLike[str]) -> AnyPath:
     """
     if not os.fspath(given):
         raise refuse("no-source", EMPTY, "no path", "a folder or a file", "is a variable not set?")
+    require_plain_addresses("no-source", given)
     path = make_path(os.fspath(given))
     address = restore_address(path)
     found = ADDRESS.fullmatch(address)
     if found and found[2].partition("/")[0].lower() in HUBS + MODELSCOPE:
         raise refuse("no-source", address, "the address of a page", "hf://ORG/NAME", suggest_for_page(path))
+    if found and found[1].lower() not in (*OPENERS, FILE) and not path.exists():
+        remedy = suggest_scheme(address, found[1].lower()) or OTHERWISE
+        raise refuse("no-source", address, f"an unknown kind of address, {found[1]}://", list_schemes(), remedy)
     try:
         return open_address(os.fspath(given)) or path  # as it was given: a query may have two slashes
     except Refused as refused:
         raise add_download(refused, path) from None
+
+
+def list_schemes() -> str:
+    """The kinds of addresses that are read, as what was expected."""
+    return f"a path, or {', '.join(f'{scheme}://' for scheme in sorted(OPENERS))}"
+
+
+def suggest_scheme(address: str, scheme: str) -> str:
+    """The hint for an address of an unknown kind, with a known one; empty if none is like it."""
+    near = get_close_matches(scheme, OPENERS, 1, 0.5)
+    rest = address[len(scheme) :].replace("...@", "")  # what was hidden
+    return f"did you mean {shlex.quote(near[0] + rest)}?" if near else ""
 
 
 def suggest_for_page(path: Path) -> str:
@@ -99,9 +117,18 @@ def suggest_for_page(path: Path) -> str:
 
 def add_download(refused: Refused, path: Path) -> Refused:
     """Adds to the refusal of a store that cannot be asked from here how to download from it elsewhere."""
-    remedy = suggest_download(path)
+    return add_other_way(refused, str(path), suggest_download(path))
+
+
+def add_other_way(refused: Refused, address: str, remedy: str) -> Refused:
+    """Adds a hint to the refusal of a store that another machine or program may reach. No program reaches a server that
+    was named wrongly.
+    """
+    kinds = ["missing-package"]
+    if not find_endpoint(address.partition(":")[0].lower()):
+        kinds.append("cannot-read")
     return Refused(
-        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in UNREACHABLE else problem
+        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in kinds else problem
         for problem in refused.problems
     )
 
@@ -128,6 +155,7 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
     """
     if not os.fspath(given):
         raise refuse("target-not-folder", EMPTY, "no path", "a folder", "is a variable not set?")
+    require_plain_addresses("target-not-folder", given)
     path = Path(given)
     if ADDRESS.fullmatch(str(path)):
         remedy = suggest_upload(path) if is_written else suggest_download(path)
@@ -136,9 +164,6 @@ def require_target(given: str | os.PathLike[str], *, is_written: bool) -> Path:
         raise refuse("target-not-folder", restore_address(path), "an address", "a folder of this machine", remedy)
     return path
 
-
-UNREACHABLE = ("cannot-read", "missing-package")
-"""Kinds of problems of a store that another machine may not have."""
 
 EMPTY = "''"
 """The subject of a refusal of a path without a letter."""

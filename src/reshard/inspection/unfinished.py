@@ -85,7 +85,7 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
     ranks = f" of ranks {found.ranks}" if found.ranks else ""
     yield f"{found.path}: an unfinished conversion{ranks} by the recipe {found.recipe}"
     where = "in the store" if found.begun_by else "on the disk"
-    yield f"{where}: {size}, {found.whole_files:,} of {format_count(found.files, 'files')} whole"
+    yield f"{where}: {size}, {describe_whole(found)}"
     files = format_count(found.source_files, "files")
     yield f"made from: {files} ({found.source_names}), {format_size(found.source_size)}"
     if found.holder:
@@ -95,6 +95,12 @@ def describe_unfinished(found: Unfinished) -> Iterator[str]:
             yield f"begun by: {found.begun_by}; whether it is still at work, a store does not tell"
         yield "to go on: run the same convert command again. As far as the journal knows it, which has no paths:"
         yield f"  {found.command}"
+
+
+def describe_whole(found: Unfinished) -> str:
+    """Describes how many files have all their bytes. In a store these may be parts, of objects that appear later."""
+    sent = "sent " if found.begun_by else ""
+    return f"{found.whole_files:,} of {format_count(found.files, 'files')} {sent}whole"
 
 
 def read_unfinished(path: AnyPath) -> Unfinished | None:

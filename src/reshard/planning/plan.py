@@ -82,8 +82,10 @@ class Plan:
     __repr__ = __str__
 
 
-def describe_files(plan: Plan) -> Iterator[str]:
-    """Describes the files as a table for people. Its sizes, in bytes, add up exactly."""
+def describe_files(plan: Plan, *, is_stored: bool = False) -> Iterator[str]:
+    """Describes the files as a table for people. Its sizes, in bytes, add up exactly. `is_stored`: they are written
+    into a store, and need no disk.
+    """
     target = format_count(len(plan.files), "whole files")
     if plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe)):
         chosen = {file.rank for file in plan.files}
@@ -104,7 +106,8 @@ def describe_files(plan: Plan) -> Iterator[str]:
     if reads.replicas:
         yield f"reads {reads.replicas:,} bytes of it to compare what several ranks hold (--replicas)"
     yield f"reads about {reads.size:,} bytes ({format_size(reads.size)}) of the source"
-    yield f"writes and needs {plan.size:,} bytes of disk ({format_size(plan.size)})"
+    needs = f"writes {plan.size:,} bytes" if is_stored else f"writes and needs {plan.size:,} bytes of disk"
+    yield f"{needs} ({format_size(plan.size)})"
 
 
 def describe_coverage(plan: Plan) -> Iterator[str]:

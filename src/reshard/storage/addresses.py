@@ -3,20 +3,20 @@
 The module of a kind of store is named here, and imported when one is opened: who reads a disk needs no sockets.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from importlib import import_module
 
+from reshard.errors import refuse
 from reshard.paths import RemotePath
+from reshard.storage.access_hints import KEYS_OF
 from reshard.storage.target_store import TargetStore
+from reshard.text import ADDRESS, QUERY, hide_secrets
 
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
-"""An address as a path has it: a path has one slash where the address had two."""
+BUCKET_ADDRESS = re.compile(r"(s3|gs|az):(/+)(([^/]*).*)", re.DOTALL | re.IGNORECASE)
 
-SECRETS = re.compile(r"(.*?https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
-"""In an address of a web server: a name with a password, and a query, which may be a key. The address may stand behind
-an option.
-"""
+BUCKET_NAME = re.compile(r"[A-Za-z0-9._$-]+")
 
 OPENERS: Mapping[str, str] = {
     "az": "reshard.storage.buckets:open_bucket",
@@ -32,10 +32,22 @@ TARGET_OPENER, WRITTEN = "reshard.storage.target_buckets:open_target_store", ("s
 """The function that takes an address to be written to, and the schemes of such addresses."""
 
 
-def hide_secrets(text: str) -> str:
-    """A text, which may be an address, without what is secret in that of a web server."""
-    found = SECRETS.fullmatch(text)
-    return f"{found[1]}{found[2]}{'?...' if found[3] else ''}" if found else text
+def require_plain_addresses(kind: str, *given: str | os.PathLike[str] | None) -> None:
+    """Raises Refused, of a kind of problems, for the address of a bucket that names none, and for one with keys in it:
+    nobody would take them from there. In a text the slashes are counted; a path has lost one of them.
+    """
+    for one in given:
+        found = BUCKET_ADDRESS.fullmatch(os.fspath(one or ""))
+        if not found:
+            continue
+        scheme, slashes, rest, bucket = found[1].lower(), found[2], found[3], found[4]
+        address, expected = hide_secrets(os.fspath(one or "")), f"{scheme}://BUCKET/FOLDER"
+        if not bucket or slashes not in (("//",) if isinstance(one, str) else ("//", "/")):
+            raise refuse(kind, address, "an address without a bucket", expected, "is a variable not set?")
+        if not BUCKET_NAME.fullmatch(bucket) or QUERY.fullmatch(f"{scheme}:{rest}"):
+            remedy = f"keys stand in the environment: {KEYS_OF[scheme]}"
+            remedy += "; AWS_ENDPOINT_URL names another server" if scheme == "s3" else ""
+            raise refuse(kind, address, "no name of a bucket, or keys in the address", expected, remedy)
 
 
 def open_address(address: str) -> RemotePath | None:

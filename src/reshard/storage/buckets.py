@@ -3,11 +3,13 @@
 import os
 import re
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from reshard.errors import refuse
 from reshard.paths import Entry, RemotePath
+from reshard.storage.access_hints import KEYS_OF, NO_KEYS, find_endpoint, suggest_keys, suggest_server
 from reshard.storage.aws_profile import ENDPOINTS, read_aws_profile
 from reshard.storage.background_loop import run_unless_stopped
 from reshard.storage.counting import RECEIVED
@@ -35,12 +37,8 @@ CLIENT: Any = {
 NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 """What fails is tried again here, and waits are told."""
 
-KEYS_OF = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket AWS_SKIP_SIGNATURE=true",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_TOKEN",
-}
-"""By scheme: the variables of the environment that give access."""
+HOST = re.compile(r"[A-Za-z0-9.-]+(?::\d{1,5})?/?")
+"""A server without the scheme of its address."""
 
 LONGEST_REASON = 160
 """In characters: an error of a store may have a page of XML."""
@@ -52,7 +50,10 @@ NOISE = re.compile(
 )
 """So an error of obstore begins. Its address and time make a line of each, where one is enough."""
 
-CAUSE = re.compile(r'message: "([^"]+)"')
+CAUSE = re.compile(r'(?:message|error): "([^"]+)"')
+
+CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
+"""Of an error of a store. Its other words are not shown: they are a stranger's."""
 
 ODD_KEY = "object with invalid path"
 """In the error of obstore for a key with an empty part, or with `..`, which it names."""
@@ -69,7 +70,7 @@ VALUES = (
 """Variables whose value obstore does not look at before it panics."""
 
 EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
-    (("169.254.169.254", "metadata.google"), Denied, "no keys were found"),
+    (("169.254.169.254", "metadata.google"), Denied, NO_KEYS),
     (("ExpiredToken",), Denied, "the session of the keys has ended (ExpiredToken)"),
     (("NoSuchBucket", "ContainerNotFound"), FileNotFoundError, "no such bucket"),
     (
@@ -77,6 +78,8 @@ EXPLAINED: tuple[tuple[tuple[str, ...], type[Exception], str], ...] = (
         Denied,
         "the bucket lies in another region: AWS_REGION names it",
     ),
+    (("InvalidMessage(",), Failed, "the server does not speak TLS: is it http:// in the place of https://?"),
+    (("InvalidCertificate(",), Failed, "its certificate is not trusted; SSL_CERT_FILE names those to trust"),
 )
 """Words in the errors of stores, and what they mean."""
 
@@ -106,10 +109,8 @@ class BucketStore(ListedStore):
         except FileNotFoundError as gone:
             raise refuse_changed_entry(self, entry, str(gone)) from None
         except Denied as denied:
-            expected = "a file that we may read"
-            raise refuse(
-                "no-access", subject, str(denied), expected, f"are the keys right? {KEYS_OF[self._scheme]}"
-            ) from None
+            remedy = suggest_keys(self._scheme, str(denied))
+            raise refuse("no-access", subject, str(denied), "a file that we may read", remedy) from None
 
     async def _receive(self, entry: Entry, offset: int, buffer: memoryview) -> int:
         import obstore  # noqa: PLC0415 - only who reads a bucket needs it
@@ -146,7 +147,7 @@ def run_in_store(work: Coroutine[Any, Any, Given]) -> Given:
     except problems.PreconditionError:
         raise FileNotFoundError("another version by now") from None
     except (problems.PermissionDeniedError, problems.UnauthenticatedError) as error:
-        raise Denied(shorten_reason(error)) from None
+        raise explain_store_error(str(error), Denied) from None
     except (problems.BaseError, OSError, ValueError) as error:
         raise explain_store_error(str(error)) from None
     except Exception as error:
@@ -155,19 +156,20 @@ def run_in_store(work: Coroutine[Any, Any, Given]) -> Given:
         raise Denied("its package obstore has failed: a key or an address in the environment is none") from None
 
 
-def explain_store_error(text: str) -> Exception:
-    """The exception for an error that obstore has no type for, by its text: Denied, FileNotFoundError, else Failed."""
+def explain_store_error(text: str, otherwise: type[Exception] = Failed) -> Exception:
+    """The exception for an error of obstore, by its text: Denied, FileNotFoundError, Failed."""
     for words, kind, reason in EXPLAINED:
         if any(word in text for word in words):
             return kind(reason)
     if any(word in text for word in OTHER_RANGE):
         return Failed("it sent the whole file, or another range of it, for a range", is_misanswered=True)
-    status = STATUS.search(text)
+    status, code = STATUS.search(text), CODE.search(text)
+    answer = f"the server answers {status[1] if status else ''}" + (f" {code[1]}" if code else "")
     if status and status[1] in ("401", "403"):
-        return Denied(f"the server answers {status[1]}")
+        return Denied(answer)
     if status:
-        return Failed(f"the server answers {status[1]}", is_misanswered=int(status[1]) not in (*PASSING, 409))
-    return Failed(shorten_reason(text))
+        return Failed(answer, is_misanswered=int(status[1]) not in (*PASSING, 409))
+    return otherwise(shorten_reason(text))
 
 
 def shorten_reason(error: Exception | str) -> str:
@@ -191,14 +193,15 @@ def open_bucket(scheme: str, rest: str) -> RemotePath:
         inner, _, file = inner.rpartition("/")
     prefix, bucket = f"{inner}/" if inner else "", make_bucket(scheme, name, address)
     try:
-        entries = try_again(address, lambda: run_in_store(list_bucket(bucket, prefix, address)))
+        entries = try_again(address, lambda: run_in_store(list_bucket(bucket, prefix, address)), suggest_server(scheme))
     except FileNotFoundError:
         raise refuse("no-source", address, "no such bucket", "a bucket", "is its name right?") from None
     except Denied as denied:
-        remedy = f"give keys: {KEYS_OF[scheme]}"
+        remedy = suggest_keys(scheme, str(denied))
         raise refuse("no-access", address, str(denied), "a bucket that we may read", remedy) from None
     if not entries:
-        raise refuse("no-source", address, "nothing lies there", "a folder of a bucket", "is the address right?")
+        remedy = "is the address right?" + (f" it is asked at {server}" if (server := find_endpoint(scheme)) else "")
+        raise refuse("no-source", address, "nothing lies there", "a folder of a bucket", remedy)
     folder = f"{scheme}://{name}" + (f"/{inner}" if inner else "")
     return RemotePath(BucketStore(scheme, folder, bucket, prefix, entries), file)
 
@@ -226,13 +229,21 @@ def require_plain_values(values: Mapping[str, str]) -> None:
     for name, value in values.items():
         is_right = value.isascii() and value.isprintable()
         if value and "endpoint" in name.lower():
-            try:
-                split_address(value)
-            except ValueError:
-                is_right = False
+            require_endpoint(name, value)
         if not is_right:  # the value may be secret
-            found, expected = "characters that it cannot have, or no address", "as the store's own programs take it"
+            found, expected = "characters that it cannot have", "as the store's own programs take it"
             raise refuse("no-access", name, found, expected, "copy it anew")
+
+
+def require_endpoint(name: str, value: str) -> None:
+    """Raises Refused for an endpoint that is no address of a server, or whose `http://` is lacking."""
+    with suppress(ValueError):
+        if split_address(value).scheme in ("http", "https"):
+            return
+    remedy = "copy it anew"
+    if HOST.fullmatch(value):  # any other may have a password
+        remedy = f"write {name}=https://{value}, or http://{value} where the server speaks no TLS"
+    raise refuse("no-access", name, "no address of a server", "https://HOST:PORT or http://HOST:PORT", remedy)
 
 
 async def list_bucket(bucket: Any, prefix: str, address: str) -> list[Entry]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.errors import Refused, refuse
-from reshard.storage.addresses import hide_secrets
 from reshard.storage.range_requests import is_same_server
 from reshard.storage.web_addresses import split_address
+from reshard.text import hide_secrets
 
 ENDPOINT = "https://huggingface.co"
 

@@ -81,8 +81,10 @@ class Failed(Exception):
 class Patience:
     """Waits between the tries of one request, and gives up."""
 
-    def __init__(self, subject: str, *, is_opening: bool = False, is_write: bool = False) -> None:
+    def __init__(self, subject: str, *, is_opening: bool = False, is_write: bool = False, remedy: str = "") -> None:
+        """`remedy`: the hint while it is opened, if none that is for the hub and web servers."""
         self._subject = subject
+        self._remedy = remedy
         self._is_write = is_write
         self._is_opening = is_opening
         self._since = monotonic()
@@ -100,7 +102,7 @@ class Patience:
         self._misanswered += failed.is_misanswered
         if self._misanswered >= MOST_MISANSWERED:
             expected, remedy = EXPECTED_OF_WRITE if self._is_write else EXPECTED_OF_READ
-            raise refuse("wrong-answer", self._subject, failed.reason, expected, remedy)
+            raise refuse("wrong-answer", self._subject, failed.reason, expected, self._remedy or remedy)
         self._tries += 1
         seconds = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         limit = OPENING_PATIENCE if self._is_opening else PATIENCE
@@ -113,7 +115,7 @@ class Patience:
             told = f", and the server says to wait {failed.wait:,.0f} s more" if failed.wait else ""
             found = f"{failed.reason}, {format_count(self._tries, 'times')} in {monotonic() - self._since:.0f} s{told}"
             remedy = "run the same command again later: what is done stays done"
-            remedy = ONLINE if self._is_opening and failed.wait is None else remedy
+            remedy = self._remedy or ONLINE if self._is_opening and failed.wait is None else remedy
             kind = "cannot-write" if self._is_write else "cannot-read"
             raise refuse(kind, self._subject, found, "an answer", remedy)
         if failed.wait is not None or self._tries == TOLD_TRY:
@@ -124,11 +126,11 @@ class Patience:
 Asked = TypeVar("Asked")
 
 
-def try_again(subject: str, ask: Callable[[], Asked]) -> Asked:
+def try_again(subject: str, ask: Callable[[], Asked], remedy: str = "") -> Asked:
     """Asks what must be known before anything is read, until an answer comes. Raises Refused if none does, and
     Stopped.
     """
-    patience = Patience(subject, is_opening=True)
+    patience = Patience(subject, is_opening=True, remedy=remedy)
     while True:
         try:
             return ask()

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree as ET
 
 from reshard.errors import refuse
-from reshard.storage.buckets import KEYS_OF
+from reshard.storage.access_hints import suggest_rights
 from reshard.storage.range_requests import BUSY, PASSING, REDIRECTS, Denied, read_wait
 from reshard.storage.remote_store import Failed, Patience
 from reshard.storage.resources import wait_unless_stopped
@@ -100,7 +100,7 @@ class S3Bucket:
             except FileNotFoundError:
                 raise refuse("no-target", subject, "no such bucket", "a bucket", "make it first") from None
             except Denied as denied:
-                remedy = f"are the keys right? {KEYS_OF['s3']}"
+                remedy = suggest_rights("s3", str(denied))
                 raise refuse("no-access", subject, str(denied), "a bucket that we may write to", remedy) from None
             except NotDoneError as error:
                 remedy = "run the same command again; if it ends so again, convert into a folder, and upload that"

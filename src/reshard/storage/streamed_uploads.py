@@ -8,8 +8,9 @@ from threading import Condition
 from typing import Any, TypeVar
 
 from reshard.errors import refuse
+from reshard.storage.access_hints import suggest_rights
 from reshard.storage.background_loop import start_loop
-from reshard.storage.buckets import KEYS_OF, make_bucket, quote_etag, run_in_store
+from reshard.storage.buckets import make_bucket, quote_etag, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import Failed
 from reshard.storage.resources import WAKE_SECONDS, wait_unless_stopped
@@ -151,7 +152,7 @@ class StreamedTarget(WholeObjects):
         except Failed as failed:
             found = failed.reason
         except Denied as denied:
-            remedy = f"are the keys right? {KEYS_OF[self._scheme]}"
+            remedy = suggest_rights(self._scheme, str(denied))
             raise refuse("no-access", subject, str(denied), "a bucket that we may write to", remedy) from None
         remedy = "run the same command again: objects that are whole stay, this one is uploaded anew"
         raise refuse("cannot-write", subject, found, "an upload to its end", remedy)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from reshard.errors import refuse
 from reshard.paths import RemotePath
-from reshard.storage.addresses import ADDRESS
-from reshard.storage.buckets import KEYS_OF, BucketStore, list_bucket, make_bucket, run_in_store
+from reshard.storage.access_hints import KEYS_OF, suggest_keys, suggest_server
+from reshard.storage.buckets import BucketStore, list_bucket, make_bucket, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import has_plain_parts, try_again
 from reshard.storage.s3_signing import find_s3_access
@@ -14,6 +14,7 @@ from reshard.storage.s3_uploads import PartedTarget
 from reshard.storage.streamed_uploads import StreamedTarget, make_streaming_bucket
 from reshard.storage.target_store import TargetStore
 from reshard.storage.whole_objects import refuse_missing_bucket
+from reshard.text import ADDRESS
 
 
 class OpenedTarget(NamedTuple):
@@ -30,11 +31,11 @@ def open_target_store(address: str) -> OpenedTarget:
     folder, prefix = f"{scheme}://{name}" + (f"/{inner}" if inner else ""), f"{inner}/" if inner else ""
     bucket = make_bucket(scheme, name, folder)
     try:
-        entries = try_again(folder, lambda: run_in_store(list_bucket(bucket, prefix, folder)))
+        entries = try_again(folder, lambda: run_in_store(list_bucket(bucket, prefix, folder)), suggest_server(scheme))
     except FileNotFoundError:
         raise refuse_missing_bucket(folder) from None
     except Denied as denied:
-        remedy = f"give keys: {KEYS_OF[scheme]}"
+        remedy = suggest_keys(scheme, str(denied))
         raise refuse("no-access", folder, str(denied), "a bucket that we may list and write to", remedy) from None
     access = find_s3_access(name) if scheme == "s3" else None
     store: TargetStore = (

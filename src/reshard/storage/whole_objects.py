@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from reshard.errors import Refused, refuse
 from reshard.paths import Entry
-from reshard.storage.buckets import KEYS_OF, list_bucket, quote_etag, run_in_store
+from reshard.storage.access_hints import suggest_rights
+from reshard.storage.buckets import list_bucket, quote_etag, run_in_store
 from reshard.storage.range_requests import Denied
 from reshard.storage.remote_store import THREADS_OF_STORE, Failed, Patience, has_plain_parts
 from reshard.storage.resources import map_in_threads
@@ -71,7 +72,7 @@ class WholeObjects:
             except FileNotFoundError:
                 return None
             except Denied as denied:
-                remedy = f"are the keys right? {KEYS_OF[self.address.partition(':')[0]]}"
+                remedy = suggest_rights(self.address.partition(":")[0], str(denied))
                 raise refuse("no-access", subject, str(denied), "a bucket that we may write to", remedy) from None
             except Failed as failed:
                 patience.wait(failed)

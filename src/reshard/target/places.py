@@ -2,14 +2,13 @@
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import Refused
-from reshard.formats.remote_names import UNREACHABLE, require_target, restore_address, suggest_upload
+from reshard.formats.remote_names import add_other_way, require_target, restore_address, suggest_upload
 from reshard.paths import AnyPath, RemotePath
-from reshard.storage.addresses import open_target_address
+from reshard.storage.addresses import open_target_address, require_plain_addresses
 from reshard.storage.target_store import TargetStore
 from reshard.text import make_path
 
@@ -36,6 +35,7 @@ def open_target(given: str | os.PathLike[str]) -> TargetPlace:
     """Opens the folder that a target is to be written to; it need not be there. Raises Refused for an empty string, and
     for an address where nothing can be written.
     """
+    require_plain_addresses("target-not-folder", given)
     address = restore_address(make_path(os.fspath(given)))
     try:
         opened = open_target_address(address)
@@ -58,8 +58,4 @@ def open_now(place: TargetPlace) -> TargetPlace:
 
 def add_upload(refused: Refused, address: str) -> Refused:
     """Adds to the refusal of a store that cannot be asked from here how to upload to it elsewhere."""
-    remedy = suggest_upload(make_path(address))
-    return Refused(
-        replace(problem, remedy=f"{problem.remedy}; or {remedy}") if problem.kind in UNREACHABLE else problem
-        for problem in refused.problems
-    )
+    return add_other_way(refused, address, suggest_upload(make_path(address)))

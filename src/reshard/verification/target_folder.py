@@ -50,6 +50,16 @@ LOST_FILE_HINT = f"copy it there, or {REPAIR_HINT}"
 PUT_AGAIN_HINT = "put the sound file there in its place; or convert again, with --restart --yes"
 """The hint for a file in a store, where nothing is repaired."""
 
+PUT_LOST_HINT = "run the same convert again, which writes what is missing and nothing else; or put the file there"
+"""The hint for a file that is not in a store any more."""
+
+HINTS_OF_STORES = {
+    COPY_AGAIN_HINT: PUT_AGAIN_HINT,
+    LOST_FILE_HINT: PUT_LOST_HINT,
+    REPAIR_HINT: PUT_AGAIN_HINT,
+}
+"""In the order in which they are looked for: the last one stands in the others."""
+
 
 class TargetFolder(NamedTuple):
     """The tensor files that a target folder should have."""
@@ -99,8 +109,8 @@ def reword_for_store(target: AnyPath, problems: Iterable[Problem]) -> Iterator[P
     """The problems of a target; if it lies in a store, without the hint to repair it."""
     for problem in problems:
         remedy = problem.remedy
-        for hint in (COPY_AGAIN_HINT, LOST_FILE_HINT, REPAIR_HINT) if isinstance(target, RemotePath) else ():
-            remedy = remedy.replace(hint, PUT_AGAIN_HINT)
+        for hint, other in HINTS_OF_STORES.items() if isinstance(target, RemotePath) else ():
+            remedy = remedy.replace(hint, other)
         yield replace(problem, remedy=remedy)
 
 
