@@ -588,7 +588,7 @@ MUTATIONS = (
         "test_reference_casts.py::test_the_even_column_of_fp4_is_in_the_low_half",
     ),
     Mutation(
-        "verification/target_folder",
+        "verification/index_and_config",
         "the index may name any file",
         "if named.get(name) != file_names.get(name):",
         "if False:",

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from reshard.errors import Problem, Refused
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
 from reshard.paths import AnyPath
-from reshard.verification.target_folder import TargetHeader, check_target_index
+from reshard.verification.index_and_config import check_target_index
+from reshard.verification.target_folder import TargetHeader
 
 SHARE_AGAIN_HINT = "make this share again: --restart with its --share"
 

@@ -35,6 +35,7 @@ from reshard.verification.fused_parts import (
     take_fused_tensors,
     trace_fused_units,
 )
+from reshard.verification.index_and_config import check_index_and_config
 from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import (
     Provenance,
@@ -56,7 +57,6 @@ from reshard.verification.swapped_files import (
 from reshard.verification.target_folder import (
     CONVERT_AGAIN_HINT,
     TargetHeader,
-    check_index_and_config,
     choose_files,
     list_target_files,
     read_target_headers,
