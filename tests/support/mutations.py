@@ -348,15 +348,15 @@ MUTATIONS = (
     Mutation(
         "execution/execute",
         "a partial file that is gone counts as written",
-        "if index in begun and size != file.size:",
+        "if index in begun and (size := path.stat().st_size if path.exists() else 0) != file.size:",
         "if False:",
         "test_gaps.py::test_a_partial_file_that_is_gone_is_not_taken_for_written",
     ),
     Mutation(
         "execution/execute",
         "a run that fails throws away what is durable",
-        "if not has_records(journal):",
-        "if True:",
+        "if not has_records(journal) and",
+        "if",
         "test_faults.py::test_a_source_file_that_is_removed_is_missed_at_the_end",
     ),
     Mutation(
@@ -375,7 +375,7 @@ MUTATIONS = (
         "test_convert.py::test_a_kill_leaves_no_final_name",
     ),
     Mutation(
-        "execution/execute",
+        "execution/finished_files",
         "the manifest gets its name before those of the others are durable",
         "if name == MANIFEST:",
         "if False:",
@@ -434,8 +434,8 @@ MUTATIONS = (
     Mutation(
         "target/manifest_writer",
         "a finished file may have any size",
-        "        and measure_path(folder / file.name) == file.size\n",
-        "",
+        "if path.is_file() and measure_path(path) == file.size}",
+        "if path.is_file()}",
         "test_gaps.py::test_a_finished_file_of_another_size_is_not_taken_for_finished",
     ),
     Mutation(
@@ -704,8 +704,8 @@ MUTATIONS = (
     Mutation(
         "target/preflight",
         "a restart removes finished files unasked",
-        "if removed and not settings.yes:",
-        "if removed and settings.yes is None:",
+        "if state.removed and not settings.yes:",
+        "if state.removed and settings.yes is None:",
         "test_restart.py::test_what_would_be_removed_is_said_and_nothing_is_done",
     ),
     Mutation(
