@@ -294,8 +294,8 @@ def test_what_lacks_is_named_and_nothing_is_moved(source: Path, tmp_path: Path) 
         ("unfinished-share", "share 0/4"),
         ("unfinished-share", "share 2/4"),
     ]
-    assert "not begun; it has model0-mp4" in texts(refused)
-    assert "not finished; it has model2-mp4" in texts(refused)
+    assert "not begun; it makes model0-mp4" in texts(refused)
+    assert "not finished; it makes model2-mp4" in texts(refused)
     assert [stamps(folder) for folder in sorted(target.iterdir())] == before
 
 
@@ -396,7 +396,7 @@ def test_a_file_that_was_damaged_in_its_share_is_refused(source: Path, made: Pat
     assert [problem.kind for problem in refused.value.problems] == ["wrong-checksum"]
     assert ".share-1-of-3/model2-mp4" in texts(refused)
     rank_file(share_folder(target, 1), 2).unlink()
-    with pytest.raises(Refused, match="damaged; it has model2-mp4") as refused:
+    with pytest.raises(Refused, match="damaged; it makes model2-mp4") as refused:
         reshard.convert(source, target, RANKS)
     assert reshard.convert(source, target, RANKS, share="1/3").done
     reshard.convert(source, target, RANKS)

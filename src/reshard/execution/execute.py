@@ -15,9 +15,15 @@ from typing import Any
 
 from reshard import __version__
 from reshard.errors import Problem, Refused, refuse
-from reshard.execution.finished_files import move_finished_files, remove_finished_files, rename_to_final
+from reshard.execution.finished_files import (
+    lock_shares,
+    move_finished_files,
+    remove_empty_shares,
+    remove_finished_files,
+    rename_to_final,
+)
 from reshard.execution.joins import count_join_levels
-from reshard.execution.journal import RESTART, Journal, has_records, open_journal
+from reshard.execution.journal import RESTART, Journal, TargetLock, has_records, open_journal
 from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
@@ -142,6 +148,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
         with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, [*others.sides, MANIFEST], settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
+            shares = stack.enter_context(lock_shares(target, others.superseded))
             try:
                 others.require_same()
                 remove_finished_files(target, others.removed)
@@ -158,6 +165,8 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
                     remove_files(target, [*(name + PARTIAL for name in names), JOURNAL])
                 raise
             rename_to_final(target, names, journal.lock, others.superseded)
+            shares.close()
+            remove_empty_shares(target)
         counter.finish()
     except OSError as error:
         raise refuse_unwritable(target, error) from None
@@ -226,11 +235,12 @@ def write_partial_files(
     del found
     opened = open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART)
     with opened as sources, ExitStack() as stack:
-        journal.lock.require_held()
-        targets = open_targets(stack, plan, target, written.files, complete=complete)
+        targets = open_targets(stack, plan, target, journal.lock, written.files, complete=complete)
         counter.begin(resumed)
         sync_folder(target)
-        checksums = write_side_files(target, sides, counter)  # first: a fault of one shows before hours of copying
+        # First: a fault of one shows before hours of copying.
+        # First: a fault of one shows before hours of copying.
+        checksums = write_side_files(target, sides, counter, journal.lock)
         ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
@@ -287,13 +297,16 @@ def require_buffer_memory(settings: Settings, memory: int) -> None:
         raise refuse("too-little-memory", "--max-memory", found, expected, f"--max-memory {ceil(memory / 2**20)}MiB")
 
 
-def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *, complete: bool) -> list[int]:
+def open_targets(
+    stack: ExitStack, plan: Plan, target: Path, lock: TargetLock, begun: set[int], *, complete: bool
+) -> list[int]:
     """Opens every target file under its temporary name, sets its full size and writes its header.
 
     `begun` has the indices of the files with bytes in the journal; `complete` says that the journal has all bytes of
-    all files. Raises Refused if a file that was begun has another size than the journal says.
+    all files. Raises Refused if a file that was begun has another size than the journal says, or if the lock is no more
+    ours when all are open: before a byte is written, for one may be that of another run by now.
     """
-    targets = []
+    targets, new = list[int](), []
     for index, file in enumerate(plan.files):
         path = target / (file.name + PARTIAL)
         if complete and not path.exists():
@@ -303,10 +316,12 @@ def open_targets(stack: ExitStack, plan: Plan, target: Path, begun: set[int], *,
         if index in begun and (size := path.stat().st_size if path.exists() else 0) != file.size:
             found, expected = f"{size:,} bytes", f"{file.size:,} bytes, as the journal says"
             raise refuse("damaged-journal", str(path), found, expected, RESTART)
-        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        targets.append(open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW))
+        new.append((targets[-1], file))
+    lock.require_held()
+    for descriptor, file in new:
         reserve_blocks(descriptor, file.size)
         write_range(descriptor, memoryview(file.header), 0, CACHED)
-        targets.append(descriptor)
     return targets
 
 

@@ -1,13 +1,24 @@
 """The finished files of a target: they get their final names, come from the folders of shares, or are removed."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from reshard.execution.journal import TargetLock
+from reshard.execution.journal import TargetLock, lock_journal
 from reshard.formats.share_names import parse_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.storage.local import remove_files, sync_folder
+
+
+@contextmanager
+def lock_shares(target: Path, superseded: Sequence[str]) -> Iterator[ExitStack]:
+    """Locks the folders of the shares that are joined: those from which something is `superseded`. Raises Refused if a
+    run, such as a repair, is at work there.
+    """
+    with ExitStack() as stack:
+        for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
+            lock_journal(stack, folder / JOURNAL)
+        yield stack
 
 
 def remove_finished_files(target: Path, names: Sequence[str]) -> None:
@@ -31,9 +42,8 @@ def move_finished_files(target: Path, names: Sequence[tuple[str, str]], lock: Ta
 
 
 def rename_to_final(target: Path, names: Sequence[str], lock: TargetLock, superseded: Sequence[str] = ()) -> None:
-    """Gives every file its final name, then removes the journal, and files that are superseded, with the folders of
-    shares that are empty then. A crash in between leaves everything to resume. Raises Refused if the lock is no more
-    ours.
+    """Gives every file its final name, then removes the journal, and files that are superseded. A crash in between
+    leaves everything to resume. Raises Refused if the lock is no more ours.
     """
     for name in names:
         partial = target / (name + PARTIAL)
@@ -47,7 +57,6 @@ def rename_to_final(target: Path, names: Sequence[str], lock: TargetLock, supers
         sync_folder(target.parent)
     lock.require_held()
     remove_files(target, [*superseded, JOURNAL])
-    remove_empty_shares(target)
     sync_folder(target)
 
 

@@ -31,7 +31,7 @@ from reshard.execution.holders import (
     read_start_time,
     refuse_in_use,
 )
-from reshard.formats.target_names import LOCK, PARTIAL
+from reshard.formats.target_names import PARTIAL
 from reshard.storage.remote_store import tell, tell_always
 
 LARGEST_LOCK = 4096
@@ -260,4 +260,4 @@ def find_lock_holder(path: Path) -> str:
         return ""
     if content is None or is_left(content):
         return ""
-    return f"{name_holder(content)}, by {LOCK}; if it has ended, the same command finds out within a minute or two"
+    return name_holder(content)

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from xxhash import xxh3_128
 
 from reshard.errors import refuse
+from reshard.execution.journal import TargetLock
 from reshard.formats.target_names import PARTIAL
 from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
@@ -32,20 +33,24 @@ class SideFile:
     """Of one that is copied: as that of `File`."""
 
 
-def write_side_files(target: Path, sides: Mapping[str, SideFile], counter: WorkCounter) -> dict[str, str]:
+def write_side_files(
+    target: Path, sides: Mapping[str, SideFile], counter: WorkCounter, lock: TargetLock
+) -> dict[str, str]:
     """Writes side files under their temporary names and waits until they are on the disk; returns name -> xxh3-128.
     Their bytes are counted.
 
     Raises Refused if one cannot be read or has changed since it was looked at, and OSError if one cannot be written.
     """
-    return {name: write_side_file(target / (name + PARTIAL), side, counter) for name, side in sides.items()}
+    return {name: write_side_file(target / (name + PARTIAL), side, counter, lock) for name, side in sides.items()}
 
 
-def write_side_file(path: Path, side: SideFile, counter: WorkCounter) -> str:
+def write_side_file(path: Path, side: SideFile, counter: WorkCounter, lock: TargetLock) -> str:
     """Writes a side file; returns its xxh3-128, in hexadecimal. Raises Refused and OSError as `write_side_files`."""
     checksum, end = xxh3_128(), 0
     with ExitStack() as stack:
-        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+        descriptor = open_descriptor(stack, path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        lock.require_held()  # else the file may be that of another run
+        os.ftruncate(descriptor, 0)
         if side.size:  # no blocks at all are an error to the kernel
             reserve_blocks(descriptor, side.size)
         for data in read_side_file(side):

@@ -7,6 +7,7 @@ A run for some ranks (`--ranks`) writes its manifest twice: as `reshard.json`, a
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,10 +86,15 @@ def read_manifests(folder: AnyPath) -> Manifests:
 
 
 def read_manifests_with_shares(folder: AnyPath) -> Manifests:
-    """Reads all manifests of a folder, and those of the shares in it that are finished. Raises Refused."""
-    found = read_manifests(folder)
-    shares = {f"{name}/{MANIFEST}": read_manifest(folder / name) for name in list_share_folders(folder)}
-    return replace(found, parts={**found.parts, **{name: one for name, one in shares.items() if one}})
+    """Reads all manifests of a folder, and those of the shares in it that are finished; one that is damaged is as good
+    as none. Raises Refused if `reshard.json` is damaged.
+    """
+    found, shares = read_manifests(folder), {}
+    for name in list_share_folders(folder):
+        with suppress(Refused):
+            if one := read_manifest(folder / name):
+                shares[f"{name}/{MANIFEST}"] = one
+    return replace(found, parts={**found.parts, **shares})
 
 
 def find_file(folder: AnyPath, name: str, shares: Iterable[str]) -> AnyPath:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from reshard.errors import refuse
 from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.types import Share
@@ -28,11 +29,14 @@ def parse_share_folder(name: str) -> Share | None:
 def list_share_folders(folder: AnyPath) -> dict[str, Share]:
     """Lists the shares that are finished or begun in a target, by the names of their folders, in their order."""
     found = {name: share for name in list_names(folder) if (share := parse_share_folder(name))}
-    begun = {
-        name: share
-        for name, share in found.items()
-        if any((folder / name / one).is_file() for one in (MANIFEST, JOURNAL))
-    }
+    try:
+        begun = {
+            name: share
+            for name, share in found.items()
+            if any((folder / name / one).is_file() for one in (MANIFEST, JOURNAL))
+        }
+    except PermissionError as error:
+        raise refuse("no-permission", str(error.filename), "not ours to read", "a share that we may join") from None
     return dict(sorted(begun.items(), key=lambda item: (item[1].shares, item[1].number)))
 
 

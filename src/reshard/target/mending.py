@@ -5,7 +5,7 @@ from pathlib import Path
 
 from reshard.errors import Refused, refuse, require_none
 from reshard.execution.execute import refuse_unwritable
-from reshard.execution.finished_files import rename_to_final
+from reshard.execution.finished_files import remove_empty_shares, rename_to_final
 from reshard.execution.journal import has_partial_files, lock_journal
 from reshard.execution.parts import PART_SIZE
 from reshard.execution.side_writer import write_side_files
@@ -68,10 +68,11 @@ def mend_folder(state: TargetState, target: Path, sides: list[str], part: list[s
             require_same(state)
             if has_partial_files(target):
                 raise refuse_begun(state)
-            write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0))
+            write_side_files(target, {name: state.sides[name] for name in sides}, WorkCounter(None, 0), lock)
             for name in part:
                 write_durable(target / (name + PARTIAL), (target / MANIFEST).read_bytes())
             rename_to_final(target, [*sides, *part], lock, state.superseded)
+            remove_empty_shares(target)
     except OSError as error:
         raise refuse_unwritable(target, error) from None
 

@@ -1,6 +1,6 @@
 """Looks at the target folder before a job: which ranks are finished, and whether the rest can be written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from reshard.formats.part_manifests import (
     read_manifests_with_shares,
 )
 from reshard.formats.share_names import list_share_folders
-from reshard.formats.target_names import MANIFEST, PROGRESS, list_names
+from reshard.formats.target_names import JOURNAL, MANIFEST, PROGRESS, list_names
 from reshard.formats.unfinished_downloads import check_unfinished
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.plan import Plan
@@ -46,6 +46,7 @@ from reshard.target.room import check_folder, check_space, check_stored_folder
 from reshard.target.shares import (
     check_beside_share,
     check_lacking_shares,
+    check_share_files,
     check_spread_shares,
     choose_share,
     note_useless_shares,
@@ -141,8 +142,15 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
     require_same(state)
     whole, share = state.whole, state.share
     if not whole or not share:
-        if state.plan.files and list_share_folders(get_folder(open_now(state.place))):
+        folder = get_folder(open_now(state.place))
+        if state.plan.files and list_share_folders(folder):
             raise refuse_changed_target(state, "a share has begun there just now")
+        if state.shares:
+            require_none(check_share_files(state))
+            if not isinstance(folder, Path) and list_begun(folder, state.shares) != list_begun(
+                state.folder, state.shares
+            ):
+                raise refuse_changed_target(state, "a share has begun there again just now")
         return
 
     def look(begun: TargetState) -> None:
@@ -153,6 +161,11 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
             raise refuse_changed_target(state)
 
     look_again_if_changed(replace(whole, place=open_now(whole.place)), look, share)
+
+
+def list_begun(folder: AnyPath, shares: Sequence[str]) -> list[str]:
+    """Lists the shares with a journal. On a disk their locks keep others out."""
+    return [name for name in shares if (folder / name / JOURNAL).is_file()]
 
 
 def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = False) -> TargetState:

@@ -16,6 +16,7 @@ from reshard.errors import Problem, require_none
 from reshard.execution.execute import Settings, identify_job
 from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
 from reshard.execution.other_jobs import describe_other_job
+from reshard.execution.staging import STAGING
 from reshard.formats.manifest import list_rank_files
 from reshard.formats.share_names import list_share_folders, name_share_folder
 from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, list_names
@@ -29,7 +30,14 @@ from reshard.target.other_files import check_vouched, find_own_files
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.room import check_foreign_files
 from reshard.target.share_views import open_share_view
-from reshard.target.state import MOVE_AND_REPEAT, TargetState, check_manifests, compute_path_checksum, describe_other
+from reshard.target.state import (
+    MOVE_AND_REPEAT,
+    TargetState,
+    check_manifests,
+    check_side_files,
+    compute_path_checksum,
+    describe_other,
+)
 from reshard.text import format_count, format_list, format_size
 from reshard.types import Note, Share
 
@@ -90,10 +98,13 @@ def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> It
     folder, present = whole.folder, {*list_names(whole.folder)}
     ours, unknown = find_own_files(whole)
     found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole)]
+    found += [*check_side_files(whole.known, whole.sides), *check_own_manifest(whole, share)]
     counts = Counter(other.shares for other in list_share_folders(folder).values())
     for count in counts.keys() - {share.shares}:
         there, expected = f"{format_count(counts[count], 'shares')} of {count}", f"shares of {share.shares}"
-        yield Problem("another-job", str(folder), there, expected, f"--share I/{count}, or another target")
+        yield Problem(
+            "another-job", str(folder), there, expected, f"--share I/{count}; or {describe_removal(folder, count)}"
+        )
     if not found:
         yield from check_foreign_files(folder, present - ours, "another target")
     yield from found
@@ -101,6 +112,19 @@ def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> It
         there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
         remedy = "the same command without --share goes on with it; or another target"
         yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
+
+
+def describe_removal(folder: AnyPath, count: int) -> str:
+    """Describes how shares are thrown away: by hand, for a command would take work of days with it."""
+    return f"throw them all away: remove {folder}/.share-*-of-{count}"
+
+
+def check_own_manifest(whole: TargetState, share: Share) -> Iterator[Problem]:
+    """Reports a damaged manifest in the folder of a share: nothing says what its files are."""
+    path = whole.folder / name_manifest(share)
+    if path.is_file() and name_manifest(share) not in whole.manifests.parts:
+        hint = f"move {path.parent} out of the folder; the same command makes the share anew"
+        yield Problem("wrong-manifest", str(path), "damaged", "what reshard has written", hint)
 
 
 def check_other_shares(whole: TargetState) -> Iterator[Problem]:
@@ -124,7 +148,7 @@ def list_compared(job: Mapping[str, Any]) -> list[Any]:
     machine.
     """
     source = job.get("source")
-    files = [entry[:3] for entry in source] if isinstance(source, list) else None
+    files = [entry[:3] if isinstance(entry, list) else entry for entry in source] if isinstance(source, list) else None
     return [*(json.dumps(job.get(key), sort_keys=True) for key in COMPARED), files]
 
 
@@ -145,7 +169,8 @@ def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> 
         return
     if settings.restart:
         expected = "a target without shares"
-        remedy = "--restart with --share, of each: it throws that one away; or another target"
+        count = next(iter(folders.values())).shares
+        remedy = f"--restart with --share makes one of them anew; or {describe_removal(state.folder, count)}"
         yield Problem("unfinished-target", str(state.folder), f"has {format_list(folders)}", expected, remedy)
         return
     yield from check_other_shares(state)
@@ -157,7 +182,7 @@ def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> 
     for number in sorted({numbers[name] for name in lacking}):
         share = Share(number, count)
         names = [name for name in lacking if numbers[name] == number]
-        found = f"{describe_progress(state.folder / name_share_folder(share))}; it has {format_list(sorted(names), 3)}"
+        found = f"{describe_progress(state, share)}; it makes {format_list(sorted(names), 3)}"
         remedy = f"the same command with --share {share}, on any machine; then this one again"
         yield Problem("unfinished-share", f"--share {share}", found, "finished: shares are joined all at once", remedy)
 
@@ -181,8 +206,12 @@ def check_spread_shares(state: TargetState, settings: Settings) -> Iterator[Prob
         yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
 
 
-def describe_progress(folder: AnyPath) -> str:
-    """Describes how far a share is, by its folder."""
+def describe_progress(state: TargetState, share: Share) -> str:
+    """Describes why a share lacks files, by what there is of it."""
+    folder = state.folder / name_share_folder(share)
+    if name_manifest(share) in state.same:
+        has_all = all((folder / name).is_file() for name in list_rank_files(state.same[name_manifest(share)]))
+        return "finished, but of other --ranks" if has_all else "damaged"
     if not (folder / JOURNAL).is_file():
         return "damaged" if (folder / MANIFEST).is_file() else "not begun"
     return f"not finished{describe_holder_of(folder)}"
@@ -204,19 +233,33 @@ def note_useless_shares(state: TargetState) -> Iterator[Note]:
 
 
 def check_finished_shares(state: TargetState) -> Iterator[Problem]:
-    """Reports finished shares with files that a join would lose or spoil, and those that are still at work."""
-    remedy = f"compare them and {MOVE_AND_REPEAT}"
-    for before, after in state.moved:
-        if (state.folder / after).exists():
-            found, expected = f"there, and as {before} too", "in one of the two"
-            yield Problem("contradiction", str(state.folder / after), found, expected, remedy)
+    """Reports finished shares that cannot be joined: with files that would be lost or spoiled, or still at work."""
+    yield from check_share_files(state)
     for share in state.shares:
         folder = state.folder / share
         if holder := describe_holder_of(folder):
             way_on = "wait for it to end; if it has died, the same command with --share takes its lock over"
             yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", way_on)
-        if not isinstance(folder, Path):
-            continue
+
+
+def check_share_files(state: TargetState) -> Iterator[Problem]:
+    """Reports files of finished shares that a join would lose or spoil. In a store nothing is moved."""
+    remedy, seen = f"compare them and {MOVE_AND_REPEAT}", dict[str, str]()
+    for before, after in state.moved if isinstance(state.folder, Path) else ():
+        other = after if (state.folder / after).exists() else seen.get(after)
+        seen[after] = before
+        if other:
+            found, expected = f"there, and as {other} too", "in one of the two"
+            yield Problem("contradiction", str(state.folder / before), found, expected, remedy)
+    for share in state.shares if isinstance(state.folder, Path) else ():
+        folder = state.folder / share
+        names = list_rank_files(state.same[f"{share}/{MANIFEST}"])
+        if links := [path for path in (folder, *(folder / name for name in sorted(names))) if path.is_symlink()]:
+            hint = "put what it leads to in its place, and run the same command again"
+            yield Problem("target-not-folder", str(links[0]), "a link", "what was written there", hint)
+        if (folder / STAGING).is_dir():
+            hint = f"reshard repair {folder} goes on with it; then this command again"
+            yield Problem("unfinished-share", str(folder), "a repair that has not ended", "a finished share", hint)
         for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]:
             path = folder / entry["name"]
             if path.exists() and compute_path_checksum(path) != entry["xxh3_128"]:

@@ -20,7 +20,16 @@ from reshard.formats.part_manifests import (
 )
 from reshard.formats.share_names import SHARE_MANIFEST
 from reshard.formats.store_record import read_store_record
-from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS, STORE_RECORD, list_names
+from reshard.formats.target_names import (
+    JOURNAL,
+    LOCK,
+    LOCK_NAMES,
+    MANIFEST,
+    PARTIAL,
+    PROGRESS,
+    STORE_RECORD,
+    list_names,
+)
 from reshard.paths import AnyPath, Entry, RemotePath
 from reshard.planning.plan import Plan
 from reshard.sources.changed_files import find_changed_range
@@ -117,7 +126,9 @@ def list_share_names(state: TargetState, share: str) -> list[str]:
     folder = state.folder / share
     sides = [entry["name"] for entry in state.manifests.named[f"{share}/{MANIFEST}"]["side_files"]]
     notes = [f"{PROGRESS}/{name}" for name in list_names(folder / PROGRESS)]
-    return [name for name in (*sides, STORE_RECORD, *notes, JOURNAL, MANIFEST) if (folder / name).is_file()]
+    names = [name for name in (*sides, STORE_RECORD, *notes) if (folder / name).is_file()]
+    # A folder with a journal and no manifest would be an unfinished share. The join locks the journal, and so makes it.
+    return [*names, *(name for name in LOCK_NAMES if name != LOCK and (folder / name).is_file()), JOURNAL, MANIFEST]
 
 
 def read_share_records(state: TargetState) -> dict[str, tuple[int, str]]:
