@@ -398,7 +398,7 @@ def test_an_internal_error_is_no_difference_found(stream: Any, source: Path, ran
         "import reshard.verification.verify as verify",
         "def faulty(*_, **__):",
         "    raise ZeroDivisionError('a fault of ours')",
-        "verify.verify_target.__code__ = faulty.__code__",
+        "verify.trace_target.__code__ = faulty.__code__",
     )
     words = ["verify", ranks, "--source", source, "--progress", "none"]
     if stream:

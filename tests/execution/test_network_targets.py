@@ -53,7 +53,7 @@ STEPS = [
     ("reshard.execution.writer", "append_records"),
     ("reshard.execution.execute", "make_durable"),
     ("reshard.execution.execute", "rename_to_final"),
-    ("reshard.execution.execute", "remove_files"),
+    ("reshard.execution.finished_files", "remove_files"),
 ]
 
 
@@ -267,7 +267,7 @@ def test_inspect_names_who_has_the_lock(source: Path, target: Path, capsys: pyte
     put_lock(target)
     capsys.readouterr()
     assert main(["inspect", str(target)]) == 0
-    assert "\nat work: process 4711 on n2 since 2026-11-30 07:00:00, by reshard.lock; " in capsys.readouterr().out
+    assert "\nat work: process 4711 on n2 since 2026-11-30 07:00:00" in capsys.readouterr().out
     with ExitStack() as stack:
         (target / LOCK).unlink()
         journal.lock_journal(stack, target / JOURNAL)

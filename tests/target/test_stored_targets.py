@@ -18,7 +18,7 @@ from targets import CONFIG, RANKS, make_source_and_target
 
 import reshard
 from reshard.cli.main import main
-from reshard.formats.part_manifests import Manifests, read_manifests
+from reshard.formats.part_manifests import Manifests, read_manifests_with_shares
 from reshard.formats.target_names import JOURNAL, MANIFEST, PROGRESS, STORE_RECORD
 from reshard.paths import AnyPath
 from reshard.storage import remote_store, s3_uploads, streamed_uploads
@@ -475,12 +475,12 @@ def test_a_run_that_ends_while_we_look_is_not_overwritten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def read_and_end(folder: AnyPath) -> Manifests:
-        found = read_manifests(folder)
-        monkeypatch.setattr(preflight, "read_manifests", read_manifests)
+        found = read_manifests_with_shares(folder)
+        monkeypatch.setattr(preflight, "read_manifests_with_shares", read_manifests_with_shares)
         assert convert(source, "--ranks", "0-1") == 0
         return found
 
-    monkeypatch.setattr(preflight, "read_manifests", read_and_end)
+    monkeypatch.setattr(preflight, "read_manifests_with_shares", read_and_end)
     assert convert(source, "--ranks", "2-3") == 2
     assert "another run has ended there just now" in capsys.readouterr().err
     assert convert(source, "--ranks", "2-3") == 0

@@ -21,9 +21,14 @@ FOUND = re.compile(r"auto(?:/([1-9]\d{0,5}))?", re.ASCII)
 def read_share(given: str | Share | None) -> Share | None:
     """Reads the value of `--share`, with the variables of this process. Raises Refused."""
     share = parse_share(given, os.environ) if isinstance(given, str) else given
-    if share is not None and not (isinstance(share, Share) and type(share.number) is type(share.shares) is int):
+    return share if share is None else require_share(share)
+
+
+def require_share(share: Share) -> Share:
+    """Returns a share. Raises Refused if its numbers are none."""
+    if not (isinstance(share, Share) and type(share.number) is type(share.shares) is int):
         raise refuse("wrong-option", "--share", repr(share), 'I/N, such as "0/4"')
-    if share is not None and not 0 <= share.number < share.shares <= MOST_RANKS:
+    if not 0 <= share.number < share.shares <= MOST_RANKS:
         expected = f"numbers from 0 on, such as 0/{share.shares} to {share.shares - 1}/{share.shares}"
         if not 0 < share.shares <= MOST_RANKS:
             expected = f"1 to {MOST_RANKS} shares"
@@ -42,7 +47,7 @@ def parse_share(text: str, variables: Mapping[str, str]) -> Share:
     else:
         expected = "I/N, such as 0/4 for the first of four; or auto, or auto/N"
         raise refuse("wrong-option", "--share", repr(text), expected)
-    return share
+    return require_share(share)
 
 
 def find_share_of_files(plan: Plan, count: int) -> dict[str, int]:

@@ -147,9 +147,8 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
             raise refuse_changed_target(state, "a share has begun there just now")
         if state.shares:
             require_none(check_share_files(state))
-            if not isinstance(folder, Path) and list_begun(folder, state.shares) != list_begun(
-                state.folder, state.shares
-            ):
+            before = list_begun(state.folder, state.shares)
+            if not isinstance(folder, Path) and list_begun(folder, state.shares) != before:
                 raise refuse_changed_target(state, "a share has begun there again just now")
         return
 
