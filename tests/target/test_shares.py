@@ -3,8 +3,10 @@ shares, in the end every file of the target has its SHA-256, the manifest too.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import reshard
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.execution.journal import lock_journal
+from reshard.execution.staging import STAGING
 from reshard.formats.manifest import compute_manifest_checksum
 from reshard.formats.share_assignment import assign_to_shares
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
@@ -454,3 +458,96 @@ def test_an_unfinished_share_leaves_partial_files_in_its_folder_only(source: Pat
     assert contents_beside(tmp_path / "target") == [".share-1-of-2"]
     names = contents_beside(share_folder(tmp_path / "target", 1, 2))
     assert {name for name in names if name.endswith(PARTIAL)} > {"model2-mp4.safetensors.partial"}
+
+
+def test_a_join_that_was_killed_goes_on_with_a_source_of_another_time(
+    source: Path, whole: Path, made: Path, tmp_path: Path
+) -> None:
+    """As on another machine: its copy has other times of change."""
+    other, target = copy(source, tmp_path / "other"), copy(made, tmp_path / "target")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", raise_crash)
+        with pytest.raises(Crash):
+            reshard.convert(source, target, RANKS)
+    assert (target / JOURNAL).exists()
+    for path in other.iterdir():
+        os.utime(path, (1, 1))
+    reshard.convert(other, target, RANKS)
+    assert contents(target) == contents(whole)
+
+
+def raise_crash(*_: object) -> None:
+    raise Crash
+
+
+def test_a_join_waits_for_whoever_is_at_work_in_a_share(source: Path, whole: Path, made: Path, tmp_path: Path) -> None:
+    """Such as a repair, which holds the lock of the share and writes nothing into its journal."""
+    target = copy(made, tmp_path / "target")
+    with ExitStack() as stack:
+        lock_journal(stack, share_folder(target, 1) / JOURNAL)
+        with pytest.raises(Refused) as refused:
+            reshard.convert(source, target, RANKS)
+        assert facts(refused) == [("target-in-use", ".share-1-of-3")]
+    (share_folder(target, 2) / STAGING).mkdir()
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, target, RANKS)
+    assert facts(refused) == [("unfinished-share", ".share-2-of-3")]
+    (share_folder(target, 2) / STAGING).rmdir()
+    reshard.convert(source, target, RANKS)
+    assert contents(target) == contents(whole)
+
+
+def test_a_share_with_other_files_beside_the_tensors_is_refused_at_once(
+    source: Path, made: Path, tmp_path: Path
+) -> None:
+    target, tokenizer = copy(made, tmp_path / "target"), tmp_path / "tokenizer"
+    shutil.rmtree(share_folder(target, 0))
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, target, RANKS, share="0/3", tokenizer_path=tokenizer)
+    assert ("source-changed", "tokenizer.json") in facts(refused)
+    assert not share_folder(target, 0).exists()
+
+
+def test_a_damaged_manifest_stops_its_own_share_only(source: Path, whole: Path, made: Path, tmp_path: Path) -> None:
+    target = copy(made, tmp_path / "target")
+    shutil.rmtree(share_folder(target, 2))
+    (share_folder(target, 1) / MANIFEST).write_text("{", encoding="utf-8")
+    reshard.convert(source, target, RANKS, share="2/3")
+    with pytest.raises(Refused, match="damaged; it makes model1") as refused:
+        reshard.convert(source, target, RANKS)
+    assert facts(refused) == [("unfinished-share", "3")]
+    with pytest.raises(Refused, match="makes the share anew") as refused:
+        reshard.convert(source, target, RANKS, share="1/3", restart=True, yes=True)
+    assert facts(refused) == [("wrong-manifest", MANIFEST)]
+    share_folder(target, 1).rename(tmp_path / "away")
+    reshard.convert(source, target, RANKS, share="1/3")
+    reshard.convert(source, target, RANKS)
+    assert contents(target) == contents(whole)
+
+
+@pytest.mark.parametrize("share", [Share(5, 4), Share(-1, 4), Share(0, 0), (1, 4), Share("0", 4)])  # type: ignore[arg-type]
+def test_a_share_of_wrong_numbers_is_refused_in_python(share: Any, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, tmp_path / "target", RANKS, share=share)
+    assert [problem.subject for problem in refused.value.problems] == ["share"]
+
+
+def test_a_link_in_a_share_is_refused(source: Path, made: Path, tmp_path: Path) -> None:
+    target = copy(made, tmp_path / "target")
+    file = rank_file(share_folder(target, 1), 2)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, target, RANKS)
+    assert facts(refused) == [("target-not-folder", file.name)]
+    assert file.is_symlink()
+
+
+def test_shares_that_both_have_a_file_are_refused(source: Path, made: Path, tmp_path: Path) -> None:
+    target = copy(made, tmp_path / "target")
+    shutil.copytree(share_folder(target, 1), share_folder(target, 1, 2))
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, target, RANKS)
+    assert {kind for kind, _ in facts(refused)} == {"contradiction"}
