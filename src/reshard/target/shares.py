@@ -115,8 +115,8 @@ def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> It
 
 
 def describe_removal(folder: AnyPath, count: int) -> str:
-    """Describes how shares are thrown away: by hand, for a command would take work of days with it."""
-    return f"throw them all away: remove {folder}/.share-*-of-{count}"
+    """Describes how shares are got rid of: by hand, for a command would take work of days with it."""
+    return f"if nobody needs them, move {folder}/.share-*-of-{count} out of it"
 
 
 def check_own_manifest(whole: TargetState, share: Share) -> Iterator[Problem]:
