@@ -158,7 +158,8 @@ def note_what_is_there(plan: Plan, place: TargetPlace | None, options: argparse.
     if place is None:
         return
     chosen = range(plan.layout.ranks) if options.ranks is None else options.ranks
-    if plan.layout.to != WHOLE and (finished := {*chosen} - {file.rank for file in plan.files}):
+    finished = {*chosen} - {file.rank for file in plan.files}
+    if plan.layout.to != WHOLE and options.share is None and finished:
         yield Note("finished", f"finished there, not written again: ranks {format_numbers(finished)}")
     if (found := read_unfinished(get_folder(place))) and not getattr(options, "restart", False):
         size = f"{format_size(found.durable)} of {format_size(found.size)}"

@@ -154,7 +154,7 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
 
     def look(begun: TargetState) -> None:
         now = read_state(begun)
-        require_none(check_beside_share(now, share, restart=settings.restart))
+        require_none(check_beside_share(now, whole.plan, share, restart=settings.restart))
         lacking = {file.name for file in now.plan.files}.union(state.removed)
         if not lacking.issuperset(file.name for file in state.plan.files):
             raise refuse_changed_target(state)
@@ -171,8 +171,8 @@ def look_at_folder(begun: TargetState, settings: Settings, *, is_spread: bool = 
     """Finds out what there is of a job in its folder, and checks that the rest can be written. Raises Refused."""
     state = read_state(begun, settings)
     is_to_join = not is_spread or not (state.plan.files or settings.restart)
-    shares = check_lacking_shares(state, begun.plan, settings) if is_to_join else check_spread_shares(state, settings)
-    if problems := [*check_state(state), *shares]:
+    check_shares = check_lacking_shares if is_to_join else check_spread_shares
+    if problems := [*check_state(state), *check_shares(state, begun.plan, settings)]:
         require_same(state)  # what another run has brought in the meantime is nobody's fault
         require_none(problems)
     if state.removed and not settings.yes:

@@ -17,7 +17,9 @@ from reshard.execution.execute import Settings, identify_job
 from reshard.execution.journal import LONGEST_JOB_LINE, find_holder
 from reshard.execution.other_jobs import describe_other_job
 from reshard.execution.staging import STAGING
+from reshard.execution.store_journal import list_job_names
 from reshard.formats.manifest import list_rank_files
+from reshard.formats.part_manifests import find_file
 from reshard.formats.share_names import list_share_folders, name_share_folder
 from reshard.formats.target_names import JOURNAL, LOCK, MANIFEST, list_names
 from reshard.paths import AnyPath
@@ -50,7 +52,7 @@ def choose_share(begun: TargetState, whole: TargetState, share: Share, *, restar
     finished there, or in other shares, is not made again. Raises Refused if it does not fit to what is there.
     """
     require_none(check_fingerprint(begun, share))
-    require_none(check_beside_share(whole, share, restart=restart))
+    require_none(check_beside_share(whole, begun.plan, share, restart=restart))
     assigned, lacking = keep_share(begun.plan, share).files, {file.name for file in whole.plan.files}
     others = set[str]().union(
         *(list_rank_files(one) for name, one in whole.same.items() if name != name_manifest(share))
@@ -93,11 +95,13 @@ def check_fingerprint(begun: TargetState, share: Share) -> Iterator[Problem]:
         yield Problem("another-job", f"--share {share}", f"the fingerprint {found[:8]}", expected, remedy)
 
 
-def check_beside_share(whole: TargetState, share: Share, *, restart: bool) -> Iterator[Problem]:
-    """Reports what lies in the target of a share and does not fit to it. To `restart` it, no join may be at work."""
+def check_beside_share(whole: TargetState, plan: Plan, share: Share, *, restart: bool) -> Iterator[Problem]:
+    """Reports what lies in the target of a share and does not fit to it. `plan` has the files of all shares. To
+    `restart` it, no join may be at work.
+    """
     folder, present = whole.folder, {*list_names(whole.folder)}
     ours, unknown = find_own_files(whole)
-    found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole)]
+    found = [*check_vouched(whole, unknown), *check_manifests(whole), *check_other_shares(whole, plan)]
     found += [*check_side_files(whole.known, whole.sides), *check_own_manifest(whole, share)]
     counts = Counter(other.shares for other in list_share_folders(folder).values())
     for count in counts.keys() - {share.shares}:
@@ -127,20 +131,23 @@ def check_own_manifest(whole: TargetState, share: Share) -> Iterator[Problem]:
         yield Problem("wrong-manifest", str(path), "damaged", "what reshard has written", hint)
 
 
-def check_other_shares(whole: TargetState) -> Iterator[Problem]:
-    """Reports shares, finished or begun, that are of another conversion."""
+def check_other_shares(whole: TargetState, plan: Plan) -> Iterator[Problem]:
+    """Reports shares, finished or begun, that are of another conversion, or of other ranks than `plan` has."""
     folder, expected = whole.folder, "a share of this conversion"
     remedy = f"another target; or, if nobody needs it any more, {MOVE_AND_REPEAT}"
-    wanted = identify_job(whole.plan, (), Settings())
+    wanted, planned = identify_job(whole.plan, (), Settings()), {file.name for file in plan.files}
     for name in list_share_folders(folder):
-        path, found = str(folder / name), ""
-        if name in whole.manifests.shares:
-            manifest = f"{name}/{MANIFEST}"
-            found = describe_other(whole, manifest) if manifest not in whole.same else ""
-        elif (job := read_share_job(folder / name)) and list_compared(job) != list_compared(wanted):
+        found, manifest = "", f"{name}/{MANIFEST}"
+        job = {} if name in whole.manifests.shares else read_share_job(folder / name)
+        files = list_rank_files(whole.same.get(manifest, {})) | list_job_names(job, "files")
+        if name in whole.manifests.shares and manifest not in whole.same:
+            found = describe_other(whole, manifest)
+        elif job and list_compared(job) != list_compared(wanted):
             found = f"of another conversion: {describe_other_job(job, wanted)}"
+        elif files - planned:
+            found = f"of other --ranks: it has {format_list(sorted(files - planned), 3)}"
         if found:
-            yield Problem("another-job", path, found, expected, remedy)
+            yield Problem("another-job", str(folder / name), found, expected, remedy)
 
 
 def list_compared(job: Mapping[str, Any]) -> list[Any]:
@@ -173,7 +180,7 @@ def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> 
         remedy = f"--restart with --share makes one of them anew; or {describe_removal(state.folder, count)}"
         yield Problem("unfinished-target", str(state.folder), f"has {format_list(folders)}", expected, remedy)
         return
-    yield from check_other_shares(state)
+    yield from check_other_shares(state, plan)
     if not state.plan.files:
         yield from check_finished_shares(state)
         return
@@ -187,14 +194,14 @@ def check_lacking_shares(state: TargetState, plan: Plan, settings: Settings) -> 
         yield Problem("unfinished-share", f"--share {share}", found, "finished: shares are joined all at once", remedy)
 
 
-def check_spread_shares(state: TargetState, settings: Settings) -> Iterator[Problem]:
+def check_spread_shares(state: TargetState, plan: Plan, settings: Settings) -> Iterator[Problem]:
     """Reports what lies in a target and does not fit to shares that are to be made there, all of them."""
     folder, shares = state.folder, list_share_folders(state.folder)
     counts = sorted({share.shares for share in shares.values()})
     if len(counts) > 1:
         there, expected = f"shares of {format_list(map(str, counts))}", "shares of one number"
         yield Problem("another-job", str(folder), there, expected, "another target")
-    yield from check_other_shares(state)
+    yield from check_other_shares(state, plan)
     if settings.restart:
         if state.shares and not settings.yes:
             found = f"finished shares, which --restart would remove: {format_list(state.shares)}"
@@ -210,7 +217,8 @@ def describe_progress(state: TargetState, share: Share) -> str:
     """Describes why a share lacks files, by what there is of it."""
     folder = state.folder / name_share_folder(share)
     if name_manifest(share) in state.same:
-        has_all = all((folder / name).is_file() for name in list_rank_files(state.same[name_manifest(share)]))
+        names = list_rank_files(state.same[name_manifest(share)])
+        has_all = all(find_file(state.folder, name, state.shares).is_file() for name in names)
         return "finished, but of other --ranks" if has_all else "damaged"
     if not (folder / JOURNAL).is_file():
         return "damaged" if (folder / MANIFEST).is_file() else "not begun"
