@@ -131,3 +131,16 @@ def test_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(share)
     assert find_share_of_folder(Path()) == find_share_of_folder(share) == Share(1, 4)
     assert find_share_of_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("layout", ["ranks", "dcp"])
+def test_a_share_of_some_ranks_tells_what_to_do_next(
+    folder: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(folder / "source"), str(tmp_path / "t"), "--mp", "4", "--to", layout, "--ranks", "0,1,3"]
+    for number in range(2):
+        assert main([*words, "--share", f"{number}/2"]) == 0
+    steps = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  reshard ")]
+    assert [step[1] for step in steps] == ["verify", "convert"] * 2
+    for step in (steps[0], steps[2], steps[3]):
+        assert main(step[1:]) == 0

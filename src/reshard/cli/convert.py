@@ -287,13 +287,13 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
-    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_altered
-    if find_share_of_folder(conversion.target) and (is_of_ranks or plan.layout.to == SLICED):
+    is_of_ranks, share = plan.origin.is_of_ranks and not plan.origin.is_altered, find_share_of_folder(conversion.target)
+    if share and (is_of_ranks or plan.layout.to == SLICED):
         return shlex.join(words)
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
-    ranks = getattr(options, "ranks", None)
+    ranks = None if share else getattr(options, "ranks", None)  # a share has some of these, and its manifest tells which
     chosen = ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
     if chosen and plan.layout.to == SLICED:
         return shlex.join([*words, *chosen])
