@@ -198,3 +198,24 @@ def test_the_command_that_joins_says_that_paths_lack(folder: Path) -> None:
     _, target = make_shares(folder, "ranks", 2)
     (note,) = [note for note in reshard.inspect(target).notes if note.kind == "not-joined"]
     assert f"reshard convert SOURCE {target} --mp 4, and --config or --recipe FILE if they had it; " in note.text
+
+
+def test_a_share_without_files_to_write_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(folder / "source"), str(tmp_path / "t"), "--mp", "4"]
+    assert main([*words, "--share", "4/6"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/t: share 4/6 has no file left to write; its folder was not made\n" in shown
+    assert "note: share 4/6 has 0 of 4 files" in shown
+    assert main([*words, "--share", "0/2"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--share", "0/2"]) == 0
+    assert f"{tmp_path}/t/.share-0-of-2: converted already; nothing was written\n" in capsys.readouterr().out
+    assert main([*words, "--share", "1/2"]) == 0
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--share", "0/2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/t: share 0/2 has no file left to write; its folder was not made\n" in shown
+    assert "note: share 0/2 has 2 of 4 files" in shown
