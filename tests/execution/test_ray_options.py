@@ -35,6 +35,17 @@ def test_a_cluster_makes_all_shares(source: Path, tmp_path: Path, capsys: pytest
     assert "--on makes all shares" in capsys.readouterr().err
 
 
+def test_a_dry_run_says_that_it_asks_no_cluster(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(source), str(tmp_path / "ranks"), "--mp", "2", "--dry-run", "--on"]
+    assert main([*words, "ray"]) == 0
+    assert "note: --on ray: the plan is that of one machine, and nothing was sent there\n" in capsys.readouterr().out
+    assert main([*words, "ray", "--share", "0/2"]) == 2
+    assert main([*words, "dask"]) == 2
+    assert not [*tmp_path.iterdir()]
+
+
 def test_without_ray_it_says_how_to_install_it(source: Path, tmp_path: Path) -> None:
     """With a module in its place that cannot be found, wherever Ray is installed."""
     code = "import sys; sys.modules['ray'] = None; from reshard.cli.main import main; sys.exit(main(sys.argv[1:]))"

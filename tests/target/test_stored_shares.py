@@ -139,11 +139,11 @@ def test_a_finished_share_is_left_alone_before_and_after_the_join(
 ) -> None:
     for share in range(2):
         assert convert(source, "--share", f"{share}/2") == 0
-    for _ in range(2):
+    for said in ("/.share-1-of-2: converted already; nothing was written", ": share 1/2 has no file left to write"):
         bucket.requests.clear()
         capsys.readouterr()
         assert convert(source, "--share", "1/2") == 0
-        assert "converted already; nothing was written" in capsys.readouterr().out
+        assert f"{ADDRESS}{said}" in capsys.readouterr().out
         assert list_changes(bucket) == []
         assert convert(source) == 0
 
@@ -433,3 +433,40 @@ def test_what_ranks_have_made_is_not_of_a_share(bucket: S3State, source: Path, l
 def test_a_share_without_files_writes_nothing(bucket: S3State, source: Path) -> None:
     assert convert(source, "--share", "5/9") == 0
     assert list_changes(bucket) == []
+
+
+@pytest.mark.parametrize("layout", ["ranks", "slices"])
+def test_shares_beside_a_part_are_seen(
+    bucket: S3State, source: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    assert convert(source, "--ranks", "1", layout=layout) == 0
+    assert convert(source, "--share", "0/2", layout=layout) == 0
+    before = dict(bucket.objects)
+    capsys.readouterr()
+    assert main(["inspect", ADDRESS]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:4] == [
+        f"{ADDRESS}: shares of a target, not joined yet",
+        "share 0/2: finished, rank 0 of 4",
+        "share 1/2: not begun",
+        "finished beside them: rank 1 of 4, by reshard.json",
+    ]
+    assert "a share alone" not in shown[4]  # its tensors are not in its folder
+    share = f"{ADDRESS}/.share-0-of-2"
+    for words in (
+        ["inspect", ADDRESS, "--tensors", "*norm*"],
+        ["inspect", share],
+        ["verify", ADDRESS],
+        ["verify", ADDRESS, "--checksums-only"],
+        ["verify", ADDRESS, "--source", str(source)],
+        ["verify", share],
+        ["verify", share, "--source", str(source)],
+        ["diff", str(source), ADDRESS],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"{words[2] if words[0] == 'diff' else words[1]}: not joined\n" in said
+        assert f"without --share: reshard convert SOURCE {ADDRESS} " in said
+    for words in ([], ["--checksums-only"]):
+        assert main(["verify", ADDRESS, "--ranks", "1", *words]) == 0
+    assert bucket.objects == before

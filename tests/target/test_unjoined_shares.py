@@ -131,3 +131,91 @@ def test_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(share)
     assert find_share_of_folder(Path()) == find_share_of_folder(share) == Share(1, 4)
     assert find_share_of_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("layout", ["ranks", "dcp"])
+def test_a_share_of_some_ranks_tells_what_to_do_next(
+    folder: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(folder / "source"), str(tmp_path / "t"), "--mp", "4", "--to", layout, "--ranks", "0,1,3"]
+    for number in range(2):
+        assert main([*words, "--share", f"{number}/2"]) == 0
+    steps = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  reshard ")]
+    assert [step[1] for step in steps] == ["verify", "convert"] * 2
+    for step in (steps[0], steps[2], steps[3]):
+        assert main(step[1:]) == 0
+
+
+@pytest.mark.parametrize("layout", ["ranks", "dcp"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_shares_beside_a_part_are_seen(
+    folder: Path, layout: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = folder / "source", tmp_path / "t"
+    reshard.convert(source, target, 4, to=layout, ranks=[0])
+    for number in range(count):
+        reshard.convert(source, target, 4, to=layout, share=f"{number}/2")
+    assert main(["inspect", str(target)]) == 0
+    shown = capsys.readouterr().out
+    assert "note: a part of a target: ranks 0 of 4" in shown
+    assert "note: share 0/2: finished, rank 1 of 4\n" in shown
+    assert f"note: share 1/2: {'finished, ranks 2-3 of 4' if count == 2 else 'not begun'}\n" in shown
+    for call in (
+        lambda: reshard.verify(target),
+        lambda: reshard.verify(target, source),
+        lambda: reshard.verify(target, ranks=[0, 2]),
+        lambda: reshard.verify(source, target),
+        lambda: reshard.repair(target, source),
+        lambda: reshard.diff(source, target),
+        lambda: reshard.convert(target, tmp_path / "out", to="hf"),
+    ):
+        with pytest.raises(Refused) as refused:
+            call()
+        (problem,) = refused.value.problems
+        assert (problem.kind, problem.subject) == ("not-joined", str(target))
+        assert problem.found == f"shares of it that are not joined, {count} of 2 finished, beside rank 0 of 4"
+        assert problem.remedy.endswith("; verify and repair take what is joined: ranks 0")
+    assert reshard.verify(target, ranks=[0]).is_proven
+    assert reshard.repair(target, source, ranks=[0]).is_proven
+
+
+def test_what_a_join_has_left_of_shares_hides_nothing(folder: Path, tmp_path: Path) -> None:
+    """It ends with their manifests: a part with those of its own ranks is as whole as it was."""
+    source, target = folder / "source", tmp_path / "t"
+    for number in range(2):
+        reshard.convert(source, target, 4, ranks=[0, 1], share=f"{number}/2")
+    shutil.copytree(target / ".share-1-of-2", tmp_path / "left")
+    reshard.convert(source, target, 4, ranks=[0, 1])
+    (target / ".share-1-of-2").mkdir()
+    shutil.copy(tmp_path / "left" / "reshard.json", target / ".share-1-of-2")
+    assert reshard.verify(target).is_proven
+    assert not any(note.kind == "share" for note in reshard.inspect(target).notes)
+    reshard.convert(source, target, 4, ranks=[0, 1])
+    assert not list(target.glob(".share-*"))
+
+
+def test_the_command_that_joins_says_that_paths_lack(folder: Path) -> None:
+    _, target = make_shares(folder, "ranks", 2)
+    (note,) = [note for note in reshard.inspect(target).notes if note.kind == "not-joined"]
+    assert f"reshard convert SOURCE {target} --mp 4, and --config or --recipe FILE if they had it; " in note.text
+
+
+def test_a_share_without_files_to_write_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(folder / "source"), str(tmp_path / "t"), "--mp", "4"]
+    assert main([*words, "--share", "4/6"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/t: share 4/6 has no file left to write; its folder was not made\n" in shown
+    assert "note: share 4/6 has 0 of 4 files" in shown
+    assert main([*words, "--share", "0/2"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--share", "0/2"]) == 0
+    assert f"{tmp_path}/t/.share-0-of-2: converted already; nothing was written\n" in capsys.readouterr().out
+    assert main([*words, "--share", "1/2"]) == 0
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--share", "0/2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/t: share 0/2 has no file left to write; its folder was not made\n" in shown
+    assert "note: share 0/2 has 2 of 4 files" in shown

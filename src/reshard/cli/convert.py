@@ -15,7 +15,7 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused
+from reshard.errors import Refused, require_none
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
@@ -31,6 +31,7 @@ from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
 from reshard.target.places import StoredFolder, TargetPlace, get_folder, open_target
+from reshard.target.ray_conversion import check_on
 from reshard.target.run_config import explain_no_run_config, find_run_obstacles
 from reshard.target.uploads import UploadPlan, describe_upload, plan_upload
 from reshard.text import escape, format_command_lines, format_numbers, format_runs, format_size
@@ -142,6 +143,8 @@ def take_number_of_ranks(options: argparse.Namespace) -> None:
 
 def show_plan(options: argparse.Namespace) -> int:
     """Makes a plan and prints it. Returns the exit code. Raises Refused."""
+    on = getattr(options, "on", None)
+    require_none(check_on(on, options.share))
     plan = api.plan(options.source, target=options.target, **collect_options(options))
     place = None if options.target is None else open_target(options.target)
     if not plan.files and not options.json:
@@ -149,7 +152,8 @@ def show_plan(options: argparse.Namespace) -> int:
         lines = [f"{target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
         print("\n".join(map(escape, lines)))
         return PROVEN
-    plan = replace(plan, notes=(*plan.notes, *note_what_is_there(plan, place, options)))
+    apart = [Note("on", f"--on {on}: the plan is that of one machine, and nothing was sent there")] if on else []
+    plan = replace(plan, notes=(*plan.notes, *apart, *note_what_is_there(plan, place, options)))
     return print_plan(plan, place, as_json=options.json)
 
 
@@ -288,13 +292,13 @@ def make_verify_command(conversion: Conversion, options: argparse.Namespace) -> 
     """
     plan, only = conversion.plan, getattr(options, "only", ())
     words = ["reshard", "verify", str(conversion.target.absolute())]
-    is_of_ranks = plan.origin.is_of_ranks and not plan.origin.is_altered
-    if find_share_of_folder(conversion.target) and (is_of_ranks or plan.layout.to == SLICED):
+    is_of_ranks, share = plan.origin.is_of_ranks and not plan.origin.is_altered, find_share_of_folder(conversion.target)
+    if share and (is_of_ranks or plan.layout.to == SLICED):
         return shlex.join(words)
     is_chosen = only or (is_of_ranks and plan.source.subset)
     if is_chosen or (is_of_ranks and (plan.layout.to == RANKS or plan.casts)):
         return shlex.join(words)
-    ranks = getattr(options, "ranks", None)
+    ranks = None if share else getattr(options, "ranks", None)  # which of them a share has tells its manifest
     chosen = ["--ranks", ",".join(format_runs(ranks))] if ranks is not None else []
     if chosen and plan.layout.to == SLICED:
         return shlex.join([*words, *chosen])

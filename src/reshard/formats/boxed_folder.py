@@ -6,7 +6,7 @@ from reshard.formats.boxes import BoxedCheckpoint
 from reshard.formats.dcp_safetensors import read_slices
 from reshard.formats.distcp import SUFFIX_OF_PARTS, find_saved_files, is_distcp_folder, read_distcp
 from reshard.formats.huggingface import is_safetensors_name, list_safetensors_files, read_header_text
-from reshard.formats.part_manifests import require_shares_joined
+from reshard.formats.part_manifests import require_target_of_shares
 from reshard.formats.slice_names import is_sliced_folder
 from reshard.formats.unfinished_downloads import list_entries
 from reshard.paths import AnyPath
@@ -48,7 +48,7 @@ def list_whole_files(path: AnyPath) -> list[str]:
     """Lists the names of the safetensors files at a path, sorted; none of a folder of boxes. Raises Refused as
     `list_safetensors_files`.
     """
-    require_shares_joined(path)
+    require_target_of_shares(path)
     return [] if is_boxed_folder(path) else list_safetensors_files(path)
 
 

@@ -28,7 +28,7 @@ from reshard.formats.index import (
     sort_by_index,
 )
 from reshard.formats.numbering import check_numbering, choose_numbered_set, note_unnamed_numbers
-from reshard.formats.part_manifests import is_of_slices, read_joined_manifest, require_shares_joined
+from reshard.formats.part_manifests import is_of_slices, read_joined_manifest, require_target_of_shares
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.paths import AnyPath
 from reshard.storage.remote_store import fetch_heads
@@ -75,7 +75,7 @@ def read_folder(path: AnyPath, config_folder: AnyPath | None = None) -> Folder:
     """
     manifest: Mapping[str, Any] = {}
     fault = None
-    require_shares_joined(path)
+    require_target_of_shares(path)
     if path.is_dir():
         try:
             manifest = read_joined_manifest(path)

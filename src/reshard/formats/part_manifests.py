@@ -6,7 +6,7 @@ A run for some ranks (`--ranks`) writes its manifest twice: as `reshard.json`, a
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +19,9 @@ from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest, read_valid_manifest
 from reshard.formats.share_names import SHARE_MANIFEST, find_share_of_folder, list_share_folders
 from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
 from reshard.text import format_count, format_list, format_numbers, format_runs
-from reshard.types import SLICED, WHOLE, Note
+from reshard.types import SLICED, WHOLE, Note, Share
 
 JOB_KEYS = ("reshard", "recipe", "layout", "source", "subset", "source_samples")
 """Manifest keys that are equal in two manifests of the same conversion, perhaps for other ranks."""
@@ -30,6 +30,11 @@ PART_NAME = re.compile(r"reshard\.ranks-[0-9a-f+-]+\.json")
 
 MANIFEST_COPY = re.compile(r"reshard.*\.json.*", re.DOTALL)
 """Names that a manifest may have been given by hand, or by a copy that keeps what it replaces: `reshard.json~`."""
+
+JOINING = "when all are finished, the command that made them joins them, without --share"
+
+IF_GIVEN = ", and --config or --recipe FILE if they had it"
+"""Behind the command, for no manifest has these paths."""
 
 LONGEST_RANKS = 100
 """In characters: a file name has at most 255."""
@@ -194,23 +199,65 @@ def format_join_command(folder: AnyPath | str, manifest: Mapping[str, Any], sour
     return shlex.join(["reshard", "convert", source, str(folder), *words])
 
 
-def require_shares_joined(folder: AnyPath) -> None:
-    """Raises Refused if a folder holds shares that are not joined to a target."""
-    if folder.is_dir() and not (folder / MANIFEST).exists() and (folders := list_share_folders(folder)):
-        finished = [name for name in folders if (folder / name / MANIFEST).is_file()]
-        found = f"shares of it that are not joined, {len(finished)} of {next(iter(folders.values())).shares} finished"
-        raise refuse("not-joined", str(folder), found, "one target", describe_joining(folder, folders))
+def find_unjoined_shares(folder: AnyPath) -> dict[str, Share]:
+    """Finds the shares that are not joined, by the names of their folders: where `reshard.json` names some ranks only,
+    those that are not finished, and those with other ranks. What a crash has left of a join is none of them.
+    """
+    shares = list_share_folders(folder) if folder.is_dir() else {}
+    if not shares or not (folder / MANIFEST).exists():
+        return shares
+    manifest = read_valid_manifest(folder)  # that of a damaged one is told by whoever needs it
+    named = list_rank_files(manifest)
+    if not manifest or is_of_whole_files(manifest) or len(named) == manifest["ranks"]:
+        return {}
+    own = {name: list_rank_files(read_valid_manifest(folder / name)) for name in shares}
+    return {name: share for name, share in shares.items() if not own[name] or own[name] - named}
+
+
+def require_shares_joined(folder: AnyPath, ranks: Collection[int] | None = None) -> None:
+    """Raises Refused if a folder holds shares that are not joined to a target; not if all of the `ranks` are finished
+    beside them.
+    """
+    require_target_of_shares(folder)
+    if not (shares := find_unjoined_shares(folder)):
+        return
+    there = {entry["rank"] for entry in read_valid_manifest(folder).get("files", ())}
+    if ranks is None or not there >= {*ranks}:
+        chosen = ",".join(format_runs(there))
+        remedy = f"{describe_joining(folder, shares)}; verify and repair take what is joined: --ranks {chosen}"
+        found = f"{describe_unjoined(folder, shares)}, beside {describe_share_files(read_valid_manifest(folder))}"
+        raise refuse("not-joined", str(folder), found, "one target", remedy)
+
+
+def require_target_of_shares(folder: AnyPath) -> None:
+    """Raises Refused if a folder holds shares and nothing that is joined; and for a share in a store, whose tensors are
+    not in its folder.
+    """
+    if folder.is_dir() and not (folder / MANIFEST).exists() and (shares := list_share_folders(folder)):
+        remedy = describe_joining(folder, shares)
+        raise refuse("not-joined", str(folder), describe_unjoined(folder, shares), "one target", remedy)
+    if isinstance(folder, RemotePath) and find_share_of_folder(folder) and (manifest := read_valid_manifest(folder)):
+        target = str(folder).rpartition("/")[0]
+        remedy = f"{JOINING}: {format_join_command(target, manifest)}{IF_GIVEN}"
+        raise refuse("not-joined", str(folder), f"a share, whose tensors lie in {target}", "a target", remedy)
+
+
+def describe_unjoined(folder: AnyPath, shares: Mapping[str, Share]) -> str:
+    """Describes how many of the shares in a folder are finished."""
+    finished = [name for name in shares if (folder / name / MANIFEST).is_file()]
+    return f"shares of it that are not joined, {len(finished)} of {next(iter(shares.values())).shares} finished"
 
 
 def describe_joining(folder: AnyPath, shares: Iterable[str]) -> str:
     """Describes how shares are joined, by the names of their folders: the command, as far as a finished one knows it,
-    and the one that verifies a share.
+    and the one that verifies a share. In a store the tensors of a share are not in its folder.
     """
-    text = "when all are finished, the command that made them joins them, without --share"
+    text = JOINING
     found = {name: manifest for name in shares if (manifest := read_valid_manifest(folder / name))}
     for name, manifest in [*found.items()][:1]:
-        text += f": {format_join_command(folder, manifest)}"
-        text += f"; a share alone: {shlex.join(['reshard', 'verify', str(folder / name)])}"
+        text += f": {format_join_command(folder, manifest)}{IF_GIVEN}"
+        if not isinstance(folder, RemotePath):
+            text += f"; a share alone: {shlex.join(['reshard', 'verify', str(folder / name)])}"
     return text
 
 

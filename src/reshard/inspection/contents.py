@@ -24,14 +24,18 @@ from reshard.formats.manifest import (
     read_conversion_options,
     read_manifest_unchecked,
 )
-from reshard.formats.part_manifests import find_recipe_name, note_not_joined, read_joined_manifest
+from reshard.formats.part_manifests import (
+    find_recipe_name,
+    note_not_joined,
+    read_joined_manifest,
+    require_shares_joined,
+)
 from reshard.formats.recognition import require_model, require_no_megatron
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.target_names import MANIFEST, require_finished
-from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, list_chosen_tensors
+from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, group_names, list_chosen_tensors
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, note_shares, read_unfinished
-from reshard.numbered_names import split_name
-from reshard.paths import AnyPath
+from reshard.paths import AnyPath, RemotePath
 from reshard.planning.options import list_patterns
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import list_recipes_to_try
@@ -53,8 +57,8 @@ from reshard.sources.rank_names import (
 )
 from reshard.sources.recipe_choice import narrow_recipes
 from reshard.sources.stacked_experts import unstack_checkpoint
-from reshard.text import escape, format_count, format_list, format_numbers, format_size, format_table
-from reshard.types import Checkpoint, Note, Tensor
+from reshard.text import escape, format_count, format_numbers, format_size, format_table
+from reshard.types import Checkpoint, Note
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -121,12 +125,14 @@ def inspect_path(
     """
     place, patterns = require_path(path), list_patterns(tensors)
     (unfinished, notes), shares = find_unfinished_run(place), tuple(note_shares(place))
-    if (unfinished or shares) and not patterns and not (place / MANIFEST).exists():
+    is_mixed = bool(shares) and isinstance(place, RemotePath)  # their files lie there, and are not of the target yet
+    if is_mixed and patterns:
+        require_shares_joined(place)
+    if (unfinished or shares) and not patterns and (is_mixed or not (place / MANIFEST).exists()):
         content = make_content(place, FolderHeaders(place, (), ()), "", getattr(unfinished, "recipe", ""), 0, {}, "")
         return replace(content, unfinished=unfinished, notes=shares)
-    beside = read_location(config)
-    content = summarize_path(place, recipe, ignore_extra_files=ignore_extra_files, config_folder=beside)
-    content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes))
+    content = summarize_path(place, recipe, ignore_extra_files=ignore_extra_files, config_folder=read_location(config))
+    content = replace(content, unfinished=unfinished, notes=(*content.notes, *notes, *shares))
     if patterns:
         content = replace(content, listed=list_chosen_tensors(place, patterns, recipe))
     subset = read_manifest_unchecked(place).get("subset") if place.is_dir() else None
@@ -248,9 +254,8 @@ def summarize_rank_files(path: AnyPath, names: RankNames) -> Content:
         except Refused as refused:
             remarks.append(str(refused))
     remark = "" if counts else min(remarks, key=len)
-    by = " or ".join(counts)
     first = next(iter(counts.values()), {})
-    content = make_content(path, stored, names.recipes[0].right, by, len(names.wanted), first, remark)
+    content = make_content(path, stored, names.recipes[0].right, " or ".join(counts), len(names.wanted), first, remark)
     notes = (*note_files_beside_ranks(names), *note_not_joined(path))
     return replace(content, made=read_conversion_options(manifest), notes=notes)
 
@@ -298,14 +303,6 @@ def make_content(
     )
 
 
-def group_names(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
-    """Groups names that differ in their numbers only; sorted."""
-    kinds: dict[str, list[str]] = {}
-    for tensor in tensors:
-        kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
-    return {name: (len(kinds[name]), format_list(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}
-
-
 MOST_SHOWN_NAMES = 200
 """At most so many lines of names are printed."""
 
@@ -341,9 +338,8 @@ def format_content(content: Content) -> str:
         shapes = [(name, f"{count:,}", shape) for name, (count, shape) in content.names.items()]
         table = format_table(("names, with # for a number", "tensors", "dtype and shape"), shapes[:MOST_SHOWN_NAMES])
         lines += ["", table]
-        lines += [f"... and {len(shapes) - MOST_SHOWN_NAMES:,} more; --json lists them all"] * (
-            len(shapes) > MOST_SHOWN_NAMES
-        )
+        more = len(shapes) - MOST_SHOWN_NAMES
+        lines += [f"... and {more:,} more; --json lists them all"] * (more > 0)
     lines += [f"note: {note.text}" for note in content.notes]
     lines += ["", content.remark] if content.remark else []
     lines += ["", *describe_unfinished(content.unfinished)] if content.unfinished else []

@@ -1,12 +1,13 @@
 """Lists the tensors of a path, from the headers alone and without a recipe: names, dtypes, shapes, bytes, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from reshard.formats.boxed_folder import is_boxed_folder, list_whole_files
 from reshard.formats.folders_below import split_numbers
 from reshard.formats.huggingface import INDEX, read_headers
 from reshard.formats.name_patterns import match_any, require_fitting
+from reshard.numbered_names import split_name
 from reshard.paths import AnyPath
 from reshard.recipes.recipe import list_recipes_to_try
 from reshard.sources.checkpoints import read_checkpoint
@@ -90,3 +91,11 @@ def format_tensor_list(tensors: Sequence[ListedTensor]) -> str:
     if left := len(tensors) - len(rows):
         lines.append(f"... and {left:,} more; --json has all, and a pattern narrows the list")
     return "\n".join(lines)
+
+
+def group_names(tensors: Iterable[Tensor]) -> dict[str, tuple[int, str]]:
+    """Groups names that differ in their numbers only; sorted."""
+    kinds: dict[str, list[str]] = {}
+    for tensor in tensors:
+        kinds.setdefault(split_name(tensor.name)[0], []).append(f"{tensor.dtype} {list(tensor.shape)}")
+    return {name: (len(kinds[name]), format_list(dict.fromkeys(kinds[name]), 3)) for name in sorted(kinds)}

@@ -15,8 +15,8 @@ from reshard.execution.journal import RECORD, find_holder, read_batches
 from reshard.execution.store_journal import ID, parse_job, parse_note
 from reshard.formats.command_words import list_layout_words, list_subset_words
 from reshard.formats.manifest import list_rank_files, read_valid_manifest
-from reshard.formats.part_manifests import describe_joining, describe_share_files
-from reshard.formats.share_names import find_share_of_folder, list_share_folders, name_share_folder
+from reshard.formats.part_manifests import describe_joining, describe_share_files, find_unjoined_shares
+from reshard.formats.share_names import find_share_of_folder, name_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, PROGRESS
 from reshard.paths import AnyPath, RemotePath
 from reshard.recipe_types import Recipe
@@ -193,8 +193,8 @@ def count_whole_files(path: AnyPath, entry: JournalEntry, recorded: Sequence[int
 def make_words(entry: JournalEntry, path: AnyPath, ranks: str, packaged: Sequence[Recipe]) -> list[str]:
     """The words of the command that began a conversion, as far as its journal knows them."""
     share = find_share_of_folder(path)
-    target, ranks = (path.absolute().parent, "") if share else (path, ranks)
-    words = ["reshard", "convert", "SOURCE", str(target), *list_layout_words(entry.layout)]
+    target, ranks = (str(path.absolute()).rpartition("/")[0], "") if share else (str(path), ranks)
+    words = ["reshard", "convert", "SOURCE", target, *list_layout_words(entry.layout)]
     words += ["--share", str(share)] if share else []
     is_packaged = any(recipe.text_hash == entry.recipe_sha256 for recipe in packaged)
     words += list_recipe_words(entry.recipe) if is_packaged else ["--recipe", "FILE"]
@@ -220,11 +220,13 @@ def note_shares(folder: AnyPath) -> Iterator[Note]:
     """Notes each share of a target, and how they are joined; nothing of a target that is whole. Raises Refused if a
     journal is damaged.
     """
-    folders = list_share_folders(folder) if folder.is_dir() and not (folder / MANIFEST).exists() else {}
+    folders = find_unjoined_shares(folder)
     for count in sorted({share.shares for share in folders.values()}):
         for number in range(count):
             share = Share(number, count)
             yield Note("share", f"share {share}: {describe_share(folder / name_share_folder(share))}")
+    if folders and isinstance(folder, RemotePath) and (manifest := read_valid_manifest(folder)):
+        yield Note("part", f"finished beside them: {describe_share_files(manifest)}, by {MANIFEST}")
     if folders:
         yield Note("not-joined", describe_joining(folder, folders))
 

@@ -8,7 +8,7 @@ from reshard.formats.boxed_folder import note_distcp_beside
 from reshard.formats.folder import Folder, read_folder, read_whole_files
 from reshard.formats.huggingface import FolderHeaders
 from reshard.formats.manifest import list_rank_files
-from reshard.formats.part_manifests import is_of_slices
+from reshard.formats.part_manifests import is_of_slices, require_shares_joined
 from reshard.formats.slice_names import name_slices
 from reshard.formats.target_names import MANIFEST
 from reshard.paths import AnyPath
@@ -26,6 +26,7 @@ def read_checkpoint(
     are stored several times, `replicas` says what is read. The config may lie in a folder of its own. Raises Refused
     with every fault.
     """
+    require_shares_joined(path)
     folder = read_folder(path, config_folder)
     return read_folder_checkpoint(folder, ignore_extra_files=ignore_extra_files, replicas=replicas)
 

@@ -7,6 +7,7 @@ from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.formats.folder import Folder, read_folder
 from reshard.formats.huggingface import FolderHeaders, read_headers
 from reshard.formats.manifest import Origin, format_subset
+from reshard.formats.part_manifests import require_shares_joined
 from reshard.formats.recognition import require_model, require_no_megatron, require_no_vllm_ranks
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.paths import AnyPath
@@ -85,6 +86,7 @@ def read_source(
     names, among those of `for_engine`. With a subset, the source has only its layers and experts. Raises Refused if a
     header is faulty, or if no recipe or more than one fits.
     """
+    require_shares_joined(path)
     folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)
     chosen = choose_for_engine(recipes, for_engine, is_named=bool(recipe))
     if names := find_rank_names(path, folder.names, recipes):

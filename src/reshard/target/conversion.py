@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from reshard.execution.execute import RunResult
 from reshard.formats.manifest import list_subset_lines
+from reshard.formats.share_names import find_share_of_folder
+from reshard.formats.target_names import MANIFEST
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan, describe_casts, describe_dropped, describe_notes
 from reshard.recipes.recipe import has_ranks
@@ -58,8 +60,12 @@ class Conversion:
 def describe_conversion(conversion: Conversion, jobs: int | None = None) -> Iterator[str]:
     """The summary of a conversion, for a person: also everything that the target lacks. `jobs` were asked for."""
     plan, done, target = conversion.plan, conversion.done, conversion.target
+    share = find_share_of_folder(target)
     if conversion.mended:
         yield f"{target}: converted already; written again: {', '.join(conversion.mended)}"
+    elif done is None and share and not (target / MANIFEST).is_file():
+        whole = str(target).rpartition("/")[0]
+        yield f"{whole}: share {share} has no file left to write; its folder was not made"
     elif done is None:
         yield f"{target}: converted already; nothing was written"
     elif not plan.files:

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+from reshard.formats.part_manifests import require_shares_joined
 from reshard.paths import AnyPath
 from reshard.sources.verified_source import VerifiedSides, find_recipe_of_rank_files, read_sides
 from reshard.storage.counting import count_progress
@@ -29,6 +30,8 @@ def verify_against_source(
     ignore_extra_files: bool,
 ) -> Report:
     """Compares a target with its source. Raises Refused."""
+    require_shares_joined(folder, ranks)
+    require_shares_joined(source)
     of_ranks = find_recipe_of_rank_files(source, recipe)
     sliced = of_ranks and check_restored_slices(folder, of_ranks, ranks, ignore_extra_files=ignore_extra_files)
     if sliced and sliced.problems:

@@ -21,6 +21,7 @@ from reshard.formats.part_manifests import (
     is_of_whole_files,
     join_manifests,
     name_part_manifest,
+    require_shares_joined,
 )
 from reshard.formats.ranges import CheckedRange
 from reshard.formats.safetensors import parse_header
@@ -110,6 +111,7 @@ def audit_files(
 def find_audited_files(target: TargetPath, ranks: Collection[int] | None) -> Audit[TargetPath]:
     """Finds the files that the manifest of a target names, or those of some ranks, and reads none. Raises Refused."""
     require_target_folder(target)
+    require_shares_joined(target, ranks)
     manifests = read_audited_manifests(target)
     manifest = join_manifests(manifests.values())
     known = read_manifest_files(manifest, target)

@@ -15,7 +15,7 @@ from reshard.formats.huggingface import (
     read_stated_ranks,
 )
 from reshard.formats.manifest import read_valid_manifest
-from reshard.formats.part_manifests import is_of_slices, require_shares_joined
+from reshard.formats.part_manifests import is_of_slices, require_target_of_shares
 from reshard.formats.remote_names import restore_address, suggest_download, suggest_near
 from reshard.formats.share_names import find_share_of_folder
 from reshard.formats.slice_names import is_sliced_folder, name_slices, parse_shard_numbers
@@ -96,7 +96,7 @@ def require_target_folder(target: AnyPath) -> None:
         remedy = suggest_near(target) or (isinstance(target, Path) and suggest_download(target)) or "is the path right?"
         raise refuse("empty-target", restore_address(target), found, "a folder that was converted into", remedy)
     require_finished(target)
-    require_shares_joined(target)
+    require_target_of_shares(target)
 
 
 def reword_for_store(target: AnyPath, problems: Iterable[Problem]) -> Iterator[Problem]:
