@@ -369,8 +369,8 @@ MUTATIONS = (
     Mutation(
         "execution/execute",
         "files get their final names too early: while bytes are still to be written",
-        "        targets = open_targets(stack, plan, target, written.files, complete=complete)\n",
-        "        targets = open_targets(stack, plan, target, written.files, complete=complete)\n"
+        "        targets = open_targets(stack, plan, target, journal.lock, written.files, complete=complete)\n",
+        "        targets = open_targets(stack, plan, target, journal.lock, written.files, complete=complete)\n"
         "        for file in plan.files:\n            (target / (file.name + PARTIAL)).rename(target / file.name)\n",
         "test_convert.py::test_a_kill_leaves_no_final_name",
     ),
@@ -1028,8 +1028,8 @@ MUTATIONS = (
     Mutation(
         "target/shares",
         "a share of another conversion is joined",
-        '            found = describe_other(whole, manifest) if manifest not in whole.same else ""',
-        '            found = ""',
+        "        if name in whole.manifests.shares and manifest not in whole.same:",
+        "        if name in whole.manifests.shares and not manifest:",
         "test_shares.py::test_a_share_of_another_version_is_refused",
     ),
     Mutation(

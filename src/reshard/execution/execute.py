@@ -239,7 +239,6 @@ def write_partial_files(
         counter.begin(resumed)
         sync_folder(target)
         # First: a fault of one shows before hours of copying.
-        # First: a fault of one shows before hours of copying.
         checksums = write_side_files(target, sides, counter, journal.lock)
         ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))

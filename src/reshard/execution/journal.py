@@ -288,7 +288,7 @@ def suggest_way(found: Mapping[str, Any], wanted: Mapping[str, Any], finished: C
     if other <= {"source"}:
         return f"another target; {RESTART}"
     command = shlex.join(["reshard", "inspect", target])
-    return f"another target; or go on with that one, by the command that {command} prints; or {RESTART}"
+    return f"another target; or go on with that one, by the command that {command} prints"
 
 
 def read_batches(content: bytes, start: int, path: Path) -> tuple[bytearray, int]:
