@@ -2,9 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,9 @@ if find_spec("ray") is None:  # not imported here: it reads its variables then, 
     pytest.skip("Ray is not installed: pip install 'reshard[ray]'", allow_module_level=True)
 
 from ray_calls import (
+    add_after_the_death_of_the_board,
     add_numbers,
+    begin_again_and_again,
     die,
     fail_by_mistake,
     fail_by_system,
@@ -23,7 +27,9 @@ from ray_clusters import RayNodes, start_ray
 
 import reshard
 from reshard.errors import Refused
-from reshard.execution.ray_tasks import connect_to_ray, run_on_ray
+from reshard.execution.ray_tasks import connect_to_ray
+from reshard.storage.remote_store import LISTENERS
+from reshard.types import Progress
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +38,13 @@ def nodes() -> Iterator[RayNodes]:
     with start_ray(PYTHONPATH=f"{package}:{support}") as nodes:
         nodes.add_node()
         yield nodes
+
+
+def run_on_ray(
+    call: Callable[..., Any], tasks: Sequence[Mapping[str, Any]], address: str | None, progress: Progress | None
+) -> list[Any]:
+    with connect_to_ray(address) as cluster:
+        return [result.value for result in cluster.run(call, tasks, progress)]
 
 
 def test_results_come_in_the_order_of_the_tasks(nodes: RayNodes) -> None:
@@ -85,6 +98,58 @@ def test_a_ray_that_is_connected_stays_connected(nodes: RayNodes) -> None:
         assert run_on_ray(add_numbers, [{"one": 1, "other": 1}], None, None) == [2]
         assert ray.is_initialized()
     assert not ray.is_initialized()
+
+
+def test_another_cluster_than_the_one_that_is_connected_is_refused(nodes: RayNodes) -> None:
+    host, _, port = nodes.address.rpartition(":")
+    with connect_to_ray(nodes.address):
+        with pytest.raises(Refused, match=r"connected to "), connect_to_ray(f"{host}:{int(port) - 1}"):
+            pass
+        with connect_to_ray(nodes.address), connect_to_ray("auto"):
+            pass
+
+
+def test_of_two_users_the_last_ends_the_connection(nodes: RayNodes) -> None:
+    import ray  # noqa: PLC0415
+
+    has_begun, may_end, found = threading.Event(), threading.Event(), list[Any]()
+
+    def use() -> None:
+        with connect_to_ray(nodes.address):
+            has_begun.set()
+            may_end.wait(60)
+            found.append(run_on_ray(add_numbers, [{"one": 1, "other": 1}], nodes.address, None))
+
+    thread = threading.Thread(target=use)
+    with connect_to_ray(nodes.address):
+        thread.start()
+        assert has_begun.wait(60)
+    may_end.set()
+    thread.join()
+    assert found == [[2]]
+    assert not ray.is_initialized()
+
+
+def test_a_dead_board_stops_nobody_but_who_must_know(nodes: RayNodes) -> None:
+    task = {"one": 1, "other": 1}
+    assert run_on_ray(add_after_the_death_of_the_board, [{**task, "must_know": False}], nodes.address, None) == [2]
+    with pytest.raises(Refused, match="without --restart"):
+        run_on_ray(add_after_the_death_of_the_board, [{**task, "must_know": True}], nodes.address, None)
+
+
+def test_processes_that_want_of_memory_ends_are_counted(nodes: RayNodes) -> None:
+    """Ray itself would begin them for ever."""
+    told: list[str] = []
+    LISTENERS.append(told.append)
+    try:
+        with pytest.raises(Refused) as refused:
+            run_on_ray(begin_again_and_again, [{}], nodes.address, None)
+    finally:
+        LISTENERS.remove(told.append)
+    assert [problem.kind for problem in refused.value.problems] == ["worker-died"]
+    assert f"on {os.uname().nodename}" in refused.value.problems[0].subject
+    assert "--max-memory" in refused.value.problems[0].remedy
+    assert any("is begun again" in line for line in told)
 
 
 def test_a_node_without_the_package_is_refused(nodes: RayNodes) -> None:

@@ -11,7 +11,8 @@ from targets import CONFIG
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.execution.ray_progress import TaskNews, TaskSum
+from reshard.execution.ray_connection import load_ray
+from reshard.execution.ray_progress import TaskBoard, TaskNews, TaskPlace, TasksTold, TaskSum
 from reshard.synthetic import write_checkpoint
 from reshard.target.ray_conversion import make_shipped_path
 
@@ -80,10 +81,36 @@ def test_paths_are_shipped_in_full_and_addresses_as_they_are(tmp_path: Path, mon
 def test_a_task_that_is_begun_again_takes_nothing_back() -> None:
     told: list[tuple[int, int]] = []
     total = TaskSum(lambda done, whole: told.append((done, whole)), [100, 300], 2)
-    where = "node", "id", 1
-    total.update({0: TaskNews(5, 50, *where)})  # the other has not begun: nothing is told
-    total.update({0: TaskNews(25, 50, *where), 1: TaskNews(10, 100, *where)})
-    total.update({0: TaskNews(0, 50, *where), 1: TaskNews(10, 100, *where)})
-    total.update({0: TaskNews(50, 50, *where), 1: TaskNews(100, 100, *where)})
+    total.update({})  # none has begun: nothing is told
+    total.update({0: TaskNews(5, 50)})
+    total.update({0: TaskNews(25, 50), 1: TaskNews(10, 100)})
+    total.update({0: TaskNews(0, 50), 1: TaskNews(10, 100)})
+    total.update({0: TaskNews(50, 50), 1: TaskNews(100, 100)})
     total.finish()
-    assert told == [(80, 400), (80, 400), (399, 400), (400, 400)]
+    assert told == [(10, 400), (80, 400), (80, 400), (399, 400), (400, 400)]
+
+
+def test_a_task_that_has_not_begun_counts_as_large_as_the_others() -> None:
+    told: list[tuple[int, int]] = []
+    total = TaskSum(lambda done, whole: told.append((done, whole)), (), 3)
+    total.update({0: TaskNews(5, 50)})
+    total.update({0: TaskNews(50, 50), 1: TaskNews(0, 30), 2: TaskNews(0, 40)})
+    total.finish()
+    assert told == [(5, 150), (50, 150), (150, 150)]
+
+
+def test_a_restarted_board_takes_nothing_from_what_is_known() -> None:
+    places = [TaskPlace("node", "id", process) for process in range(3)]
+    whole = TasksTold({0: places[:2]}, {0: TaskNews(5, 50)}).add(TasksTold({0: places[1:], 1: places[:1]}, {}))
+    assert whole == TasksTold({0: places, 1: places[:1]}, {0: TaskNews(5, 50)})
+    board = TaskBoard(lambda: True)
+    with pytest.raises(LookupError):
+        board.has_begun(0)
+
+
+def test_a_ray_that_is_broken_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ray.py").write_text("from os import nothing_of_the_kind", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(Refused, match="nothing_of_the_kind"):
+        load_ray()

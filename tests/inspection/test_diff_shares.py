@@ -1,5 +1,6 @@
 """Comparisons of two checkpoints in shares: the report is that of one process, to the last bit of every measure."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,18 @@ def test_each_tensor_is_compared_by_one_share(folders: Mapping[str, Path]) -> No
 def test_other_files_on_another_machine_are_refused(folders: Mapping[str, Path]) -> None:
     def run_there(call: Callable[..., Any], tasks: Any) -> list[Any]:
         return [call(**{**task, "job": task["job"]._replace(b=str(folders["one"]))}) for task in tasks]
+
+    with pytest.raises(Refused) as refused:
+        diff_shared(folders["one"], folders["changed"], DiffChoice(), 2, run_there)
+    assert refused.value.problems[0].kind == "another-job"
+
+
+def test_a_copy_on_another_machine_is_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """With the same bytes and times."""
+    shutil.copytree(folders["changed"], tmp_path / "changed")
+
+    def run_there(call: Callable[..., Any], tasks: Any) -> list[Any]:
+        return [call(**{**task, "job": task["job"]._replace(b=str(tmp_path / "changed"))}) for task in tasks]
 
     with pytest.raises(Refused) as refused:
         diff_shared(folders["one"], folders["changed"], DiffChoice(), 2, run_there)

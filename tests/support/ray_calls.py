@@ -2,10 +2,13 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 from reshard.errors import Problem, Refused, refuse
+from reshard.execution.ray_progress import TaskPlace, TaskTeller
 from reshard.types import Progress
 
 
@@ -30,6 +33,37 @@ def fail_by_system(*, path: str, progress: Progress) -> bytes:
 def fail_by_mistake(*, progress: Progress) -> None:
     progress(0, 1)
     raise KeyError("a mistake of our own")
+
+
+def add_after_the_death_of_the_board(*, one: int, other: int, must_know: bool, progress: TaskTeller) -> int:
+    """Ends the process of the actor, which Ray begins again."""
+    progress(0, 10)
+    board = progress._board
+    killed = board.__ray_call__.remote(end_process)
+    with suppress(ray_exceptions().RayError):
+        progress._ray.get(killed)
+    if must_know:
+        progress.has_begun()
+    progress(10, 10)
+    return one + other
+
+
+def end_process(_: object) -> None:
+    os._exit(1)
+
+
+def ray_exceptions() -> Any:
+    from ray import exceptions  # noqa: PLC0415
+
+    return exceptions
+
+
+def begin_again_and_again(*, progress: TaskTeller) -> None:
+    """As a task whose processes Ray ends for want of memory: others begin it, more often than a death allows."""
+    for process in range(2, 9):
+        progress._board.begin.remote(progress._number, TaskPlace(os.uname().nodename, "", process))
+    while True:
+        sleep(0.05)
 
 
 def die(*, progress: Progress) -> None:

@@ -1,7 +1,11 @@
 """Verifications whose bytes are compared in shares: the report is that of one process, whatever is wrong."""
 
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -235,6 +239,62 @@ def test_other_files_on_another_machine_are_refused(
     with pytest.raises(Refused) as refused:
         verify_in_shares(made("ranks"), source if with_source else None, 2, run=run_there)
     assert refused.value.problems[0].kind == "another-job"
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_a_copy_on_another_machine_is_refused(
+    made: Callable[[str], Path],
+    source: Path,
+    tmp_path: Path,
+    with_source: bool,  # noqa: FBT001
+) -> None:
+    """With the same bytes and times: whether all of them are the same, nobody has read."""
+    shutil.copytree(made("ranks"), tmp_path / "target")
+
+    def run_there(call: Callable[..., Any], tasks: Any) -> list[Any]:
+        return [call(**{**task, "job": task["job"]._replace(target=str(tmp_path / "target"))}) for task in tasks]
+
+    with pytest.raises(Refused) as refused:
+        verify_in_shares(made("ranks"), source if with_source else None, 2, run=run_there)
+    assert refused.value.problems[0].kind == "another-job"
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_another_disk_under_the_same_path_is_refused(
+    made: Callable[[str], Path],
+    source: Path,
+    tmp_path: Path,
+    with_source: bool,  # noqa: FBT001
+) -> None:
+    """Here the driver's target is damaged, and a sound copy is mounted over it for the shares."""
+    target, sound = shutil.copytree(made("ranks"), tmp_path / "target"), shutil.copytree(made("ranks"), tmp_path / "s")
+    for path in tensor_files(target):
+        times = path.stat()
+        flip(path, -1)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    alone = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(sound), str(target)]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no folder can be mounted here")
+    code = "import pickle, sys; call, task = pickle.loads(sys.stdin.buffer.read()); call(**task)"
+
+    def run_there(call: Callable[..., Any], tasks: Any) -> list[Any]:
+        sent = pickle.dumps((call, tasks[0]))
+        done = subprocess.run([*alone, sys.executable, "-c", code], input=sent, check=False, capture_output=True)
+        assert done.returncode
+        assert b"another job" in done.stderr
+        raise reshard.Refused(())
+
+    with pytest.raises(Refused):
+        verify_in_shares(target, source if with_source else None, 2, run=run_there)
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_shares_that_lack_are_refused(made: Callable[[str], Path], source: Path, *, with_source: bool) -> None:
+    def run_some(call: Callable[..., Any], tasks: Any) -> list[Any]:
+        return [call(**task) for task in tasks[1:]]
+
+    with pytest.raises(Refused, match="bytes compared"):
+        verify_in_shares(made("ranks"), source if with_source else None, 2, run=run_some)
 
 
 def test_a_file_that_changes_between_two_shares_is_refused(

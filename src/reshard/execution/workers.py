@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from reshard.execution.ray_tasks import connect_to_ray, parse_ray
+from reshard.execution.ray_connection import parse_ray
+from reshard.execution.ray_tasks import connect_to_ray
 from reshard.types import Progress, Share
 
 RunShares = Callable[[Callable[..., Any], Any, str, int], list[Any]]

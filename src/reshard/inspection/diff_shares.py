@@ -13,7 +13,12 @@ from typing import NamedTuple
 from reshard.execution.workers import RunShares, open_workers
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.share_assignment import assign_to_shares
-from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
+from reshard.formats.share_fingerprints import (
+    compute_fingerprint,
+    describe_file,
+    require_all_compared,
+    require_fingerprint,
+)
 from reshard.inspection.diff import (
     PairedSides,
     compare_pairs,
@@ -63,7 +68,9 @@ def compare_pairs_in_shares(
         for side in paired.sides:  # they are looked at again when all have ended
             open_side(stack, side, paired.size)
         found = run(compare_pairs_of_share, job, identify_pairs(paired), len(paired.pairing.pairs))
-    return {name: measures for one in found for name, measures in one.items()}
+    merged = {name: measures for one in found for name, measures in one.items()}
+    require_all_compared(len(merged), len({pair.name for pair in paired.pairing.pairs}), "tensors")
+    return merged
 
 
 def compare_pairs_of_share(job: DiffJob, share: Share, progress: Progress | None = None) -> dict[str, RangeDistance]:
@@ -89,5 +96,14 @@ def identify_pairs(paired: PairedSides) -> str:
     on any machine.
     """
     pairs = [[pair.name, pair.dtype, measure_pair(pair)] for pair in paired.pairing.pairs]
-    sides = [[side.recipe, *map(describe_file, side.checkpoint.files)] for side in paired.sides]
+    sides = [
+        [
+            side.recipe,
+            *(
+                [file.name, file.header_hash, *describe_file(side.checkpoint.folder / file.name)]
+                for file in side.checkpoint.files
+            ),
+        ]
+        for side in paired.sides
+    ]
     return compute_fingerprint([sides, pairs])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard.storage.c_library import load_c_library
 
-OVERLAYFS, ZFS = 0x794C7630, 0x2FC12FC1
+OVERLAYFS, ZFS, FUSE = 0x794C7630, 0x2FC12FC1, 0x65735546
 """Kinds of file systems, as `statfs` tells them."""
 
 LOCAL = {

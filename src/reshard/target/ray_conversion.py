@@ -15,8 +15,9 @@ from reshard.errors import Problem, Refused, refuse, require_none
 from reshard.execution.execute import RunResult, Settings
 from reshard.execution.finished_files import remove_finished_files
 from reshard.execution.journal import open_journal
+from reshard.execution.ray_connection import parse_ray
 from reshard.execution.ray_progress import TaskTeller
-from reshard.execution.ray_tasks import TaskResult, connect_to_ray, parse_ray
+from reshard.execution.ray_tasks import TaskResult, connect_to_ray
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.remote_names import is_address
 from reshard.formats.share_names import list_share_folders, name_share_folder
@@ -79,7 +80,7 @@ def make_share(
     on. Raises Refused.
     """
     started, target = monotonic(), make_path(arguments["target"])
-    ways = {name: arguments[name] and not progress.has_begun for name in ("restart", "yes")}
+    ways = {"restart": False, "yes": False} if arguments["restart"] and progress.has_begun() else {}
     if not is_address(target) and name_share_folder(share) not in list_names(target):
         found = f"no {name_share_folder(share)}, which the driver has made"
         raise refuse("not-shared", str(target), found, SHARED, "another target")

@@ -103,18 +103,18 @@ def compare_in_shares(job: VerifyJob, run: RunShares) -> Comparing:
     sent = job._replace(recipe=make_full_recipe(job.recipe))
 
     def compare_entries(
-        _: AnyPath, entries: Sequence[ManifestFile], __: Progress | None, ___: Fraction | None
+        folder: AnyPath, entries: Sequence[ManifestFile], _: Progress | None, sample: Fraction | None
     ) -> tuple[ChangedRanges, int]:
         things = sum(len(entry.ranges) for entry in entries)
-        found = run(compare_job_share, sent, identify_entries(entries), things)
-        return merge_changed_ranges(entries, found)
+        found = run(compare_job_share, sent, identify_entries(folder, entries), things)
+        return merge_changed_ranges(entries, found, sample)
 
-    def compare(traced: TracedTarget, _: Advance, __: Fraction | None) -> Comparison:
+    def compare(traced: TracedTarget, _: Advance, sample: Fraction | None) -> Comparison:
         with ExitStack() as stack:
             for side in (traced.source, traced.target):  # they are looked at again when all have ended
                 open_compared_files(stack, side, is_random=False)
             found = run(compare_job_share, sent, identify_traced(traced), len(traced.things))
-        return merge_comparisons(found)
+        return merge_comparisons(traced, found, sample)
 
     return Comparing(compare_entries, compare)
 

@@ -9,7 +9,13 @@ from fractions import Fraction
 from typing import Any
 
 from reshard.formats.share_assignment import assign_to_shares
-from reshard.formats.share_fingerprints import compute_fingerprint, describe_file, require_fingerprint
+from reshard.formats.share_fingerprints import (
+    compute_fingerprint,
+    describe_file,
+    require_all_compared,
+    require_fingerprint,
+)
+from reshard.paths import AnyPath
 from reshard.storage.counting import count_progress
 from reshard.types import Progress, Share
 from reshard.verification.checked_ranges import ChangedRanges, compare_files
@@ -34,8 +40,8 @@ def compare_traced_share(
         return compare_parts(chosen, traced.source, traced.target, advance, sample)
 
 
-def merge_comparisons(found: Iterable[Comparison]) -> Comparison:
-    """Merges what several processes have compared to what one would have found."""
+def merge_comparisons(traced: TracedTarget, found: Iterable[Comparison], sample: Fraction | None) -> Comparison:
+    """Merges what several processes have compared to what one would have found. Raises Refused if that is not all."""
     whole = Comparison()
     for one in found:
         whole.size += one.size
@@ -45,6 +51,8 @@ def merge_comparisons(found: Iterable[Comparison]) -> Comparison:
             if known is not other:  # two source tensors are parts of one tensor of the target
                 known.count += other.count
                 known.first, known.last = min(known.first, other.first), max(known.last, other.last)
+    if sample is None:
+        require_all_compared(whole.size, sum(map(measure_target_parts, traced.things)), "bytes")
     return whole
 
 
@@ -54,16 +62,21 @@ def compare_audited_share(
     """Compares the byte ranges of a share with the checksums of the manifest. Raises Refused, also if this is not what
     the others compare.
     """
-    require_fingerprint(share, identify_entries(audit.full))
+    require_fingerprint(share, identify_entries(audit.target, audit.full))
     return compare_files(audit.target, audit.full, progress, sample, share)
 
 
 def merge_changed_ranges(
-    entries: Sequence[ManifestFile], found: Sequence[tuple[ChangedRanges, int]]
+    entries: Sequence[ManifestFile], found: Sequence[tuple[ChangedRanges, int]], sample: Fraction | None
 ) -> tuple[ChangedRanges, int]:
-    """Merges what several processes have compared with checksums to what one would have found."""
+    """Merges what several processes have compared with checksums to what one would have found. Raises Refused if that
+    is not all.
+    """
     merged = {entry.name: sorted(checked for wrong, _ in found for checked in wrong[entry.name]) for entry in entries}
-    return merged, sum(compared for _, compared in found)
+    compared = sum(size for _, size in found)
+    if sample is None:
+        require_all_compared(compared, sum(checked.size for entry in entries for checked in entry.ranges), "bytes")
+    return merged, compared
 
 
 def measure_source(thing: KeptTensor | CastWeight) -> int:
@@ -87,12 +100,15 @@ def identify_traced(traced: TracedTarget) -> str:
     ]
     sizes = [[measure_source(thing), measure_target_parts(thing)] for thing in traced.things]
     sides = [
-        [[number, *describe_file(file)] for number, file in side.files.items()]
+        [
+            [number, file.name, file.header_hash, *describe_file(side.folder / file.name)]
+            for number, file in side.files.items()
+        ]
         for side in (traced.source, traced.target)
     ]
     return compute_fingerprint([sides, names, sizes])
 
 
-def identify_entries(entries: Sequence[ManifestFile]) -> str:
-    """Computes the fingerprint of files that are compared with their checksums."""
-    return compute_fingerprint([[entry.name, entry.size, entry.ranges] for entry in entries])
+def identify_entries(folder: AnyPath, entries: Sequence[ManifestFile]) -> str:
+    """Computes the fingerprint of files that are compared with their checksums. Raises Refused."""
+    return compute_fingerprint([[entry.name, *describe_file(folder / entry.name), entry.ranges] for entry in entries])
