@@ -136,7 +136,8 @@ def convert(
         Refused: The conversion cannot be right, or cannot be written. Then no new file has its final name.
 
     """
-    given, started = locals(), monotonic()
+    given = locals()  # first: nothing else is in it
+    started = monotonic()
     require_plain_addresses("no-source", source, config, tokenizer_path)
     place = open_target(target)
     settings = Settings(jobs, max_memory, cache, restart, yes, allow_inexact)
@@ -167,8 +168,8 @@ def convert(
         return Conversion(open_again(state.place), state.plan, None, mend_target(state), monotonic() - started)
     if on and (state.plan.files or restart):
         packed = pack_arguments(given, mp, numbers, subset)
-        done, shares = convert_on_ray(on, convert, packed, noted, state, tokenizer, beside, progress)
-        return Conversion(open_again(state.place), state.plan, done, (), monotonic() - started, shares)
+        made, done, shares = convert_on_ray(on, convert, packed, noted, state, tokenizer, beside, progress)
+        return Conversion(open_again(state.place), made, done, (), monotonic() - started, shares)
     counter = WorkCounter(progress, state.size, writes=True, is_stored=isinstance(place, StoredFolder))
     # The only step that writes tensors.
     done = write_target(state, counter, settings)

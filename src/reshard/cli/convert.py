@@ -21,6 +21,7 @@ from reshard.execution.journal import has_durable_bytes
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.formats.share_names import find_share_of_folder, list_share_folders
+from reshard.formats.target_names import MANIFEST
 from reshard.inspection.unfinished import describe_whole, read_unfinished
 from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
@@ -117,8 +118,9 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        folders = [target, *(target / name for name in list_share_folders(target))]
-        if not is_address(target) and not any(map(has_durable_bytes, folders)):
+        shares = [target / name for name in list_share_folders(target)]
+        is_begun = any(map(has_durable_bytes, [target, *shares])) or any((one / MANIFEST).is_file() for one in shares)
+        if not is_address(target) and not is_begun:
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 

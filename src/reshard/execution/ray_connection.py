@@ -104,7 +104,7 @@ def begin_connection(ray: Any, address: str | None) -> None:
 
 def require_answer(address: str | None) -> None:
     """Raises Refused if nothing listens at the address of a head node."""
-    host, port = split_address((address or "").removeprefix("ray://"))
+    host, port = split_head_address((address or "").removeprefix("ray://"))
     if not host:
         return
     try:
@@ -115,19 +115,19 @@ def require_answer(address: str | None) -> None:
 
 def require_cluster(ray: Any, address: str | None) -> None:
     """Raises Refused if this Python is connected to another cluster than the one at an address."""
-    (host, port), known = split_address(address or ""), str(ray.get_runtime_context().gcs_address)
-    if not host or (host, port) == split_address(known):
+    (host, port), known = split_head_address(address or ""), str(ray.get_runtime_context().gcs_address)
+    if not host or (host, port) == split_head_address(known):
         return
     with suppress(OSError):
-        here, there = (socket.gethostbyname(one) for one in (host, split_address(known)[0]))
+        here, there = (socket.gethostbyname(one) for one in (host, split_head_address(known)[0]))
         # A head node on this machine is known by another address than its loopback one.
-        if port == split_address(known)[1] and (here == there or here.startswith("127.")):
+        if port == split_head_address(known)[1] and (here == there or here.startswith("127.")):
             return
     remedy = "--on ray without an address, or ray.shutdown() before"
     raise refuse("no-cluster", str(address), f"connected to {known}", "one cluster in a process", remedy)
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_head_address(address: str) -> tuple[str, int]:
     """The host and the port of a head node; no host if it is `auto`, `local`, a `ray://` or the like."""
     host, _, port = address.partition("?")[0].rpartition(":")
     return (host.strip("[]"), int(port)) if port.isdecimal() and "/" not in host else ("", 0)

@@ -7,6 +7,7 @@ compared.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -132,8 +133,10 @@ def convert_on_ray(
     tokenizer: AnyPath | None,
     beside: FoundFiles,
     progress: Progress | None,
-) -> tuple[RunResult, list[ShareRun]]:
-    """Makes the shares of a plan, the `whole`, and joins them. `state` is what its target has. Raises Refused."""
+) -> tuple[Plan, RunResult, list[ShareRun]]:
+    """Makes the shares of a plan, the `whole`, and joins them. `state` is what its target has. Returns the plan of the
+    files that were made. Raises Refused.
+    """
     held = HeldProgress(progress)
     with connect_to_ray(parse_ray(on)) as cluster:
         if arguments["restart"]:
@@ -144,19 +147,25 @@ def convert_on_ray(
         sizes = [sum(file.size for file in whole.files if numbers[file.name] == number) for number in range(count)]
         with lay_folders(state.place, shares):
             tasks = [{"convert": convert, "arguments": arguments, "share": share} for share in shares]
-            results = cluster.run(make_share, tasks, held, sizes)
+            with explain_lost_folders(state.place, shares):
+                results = cluster.run(make_share, tasks, held, sizes)
             if isinstance(state.place, Path):
                 require_seen(state.place, shares, results)
             joined = look_at_target(whole, open_target(arguments["target"]), tokenizer, beside)
             if joined.plan.files or joined.must_be_joined:
-                write_target(joined, WorkCounter(None, joined.size, writes=True), Settings())
+                with refuse_unwritable():
+                    write_target(joined, WorkCounter(None, joined.size, writes=True), Settings())
     held.finish()
     runs = [result.value._replace(node=result.node, process=result.process) for result in results]
     jobs, ways = (
         sum(run.jobs for run in runs),
         next((run.ways for run in runs if run.files), (CACHED.read, CACHED.write)),
     )
-    return RunResult(jobs, Ways(*ways), sum(run.resumed for run in runs), sum(run.inexact for run in runs)), runs
+    done = RunResult(jobs, Ways(*ways), sum(run.resumed for run in runs), sum(run.inexact for run in runs))
+    # What `--restart` throws away is made too, finished shares as well; and by now no share is left.
+    plan = whole if arguments["restart"] else state.plan
+    notes = tuple(note for note in state.plan.notes if note.kind != "useless-share")
+    return replace(plan, notes=notes), done, runs
 
 
 def choose_count(state: TargetState, files: int, processors: int) -> int:
@@ -165,6 +174,31 @@ def choose_count(state: TargetState, files: int, processors: int) -> int:
     """
     begun = [share.shares for share in list_share_folders(state.folder).values()]
     return begun[0] if begun else max(1, min(files, processors))
+
+
+@contextmanager
+def refuse_unwritable() -> Iterator[None]:
+    """A context in which a target is written. Raises Refused where the system does not let us."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "mend it, and run the same command again"
+        raise refuse("cannot-write", str(error.filename), str(error.strerror), "to write the target", remedy) from None
+
+
+@contextmanager
+def explain_lost_folders(place: TargetPlace, shares: Sequence[Share]) -> Iterator[None]:
+    """A context in which tasks run. Where the folders of shares are gone here too, another run has joined or removed
+    them: of a node that misses them nothing is wrong. Raises Refused.
+    """
+    try:
+        yield
+    except Refused as refused:
+        is_lost = isinstance(place, Path) and any(not (place / name_share_folder(share)).exists() for share in shares)
+        if not is_lost or {problem.kind for problem in refused.problems} != {"not-shared"}:
+            raise
+        found, remedy = "another run has joined or removed these shares", "run the same command again"
+        raise refuse("target-changed", str(place), found, "one run at a time", remedy) from None
 
 
 @contextmanager
@@ -178,12 +212,10 @@ def lay_folders(place: TargetPlace, shares: Sequence[Share]) -> Iterator[None]:
     folders = [place / name_share_folder(share) for share in shares]
     is_new = not place.exists()
     try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        with refuse_unwritable():
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        remedy = "mend it, and run the same command again"
-        raise refuse("cannot-write", str(error.filename), str(error.strerror), "to write the target", remedy) from None
     finally:
         for folder in [*folders, *([place] if is_new else [])]:
             with suppress(OSError):  # not empty, or not there any more
