@@ -153,7 +153,7 @@ def convert_on_ray(
                 require_seen(state.place, shares, results)
             joined = look_at_target(whole, open_target(arguments["target"]), tokenizer, beside)
             if joined.plan.files or joined.must_be_joined:
-                with refuse_unwritable():
+                with refuse_unwritten_target():
                     write_target(joined, WorkCounter(None, joined.size, writes=True), Settings())
     held.finish()
     runs = [result.value._replace(node=result.node, process=result.process) for result in results]
@@ -177,7 +177,7 @@ def choose_count(state: TargetState, files: int, processors: int) -> int:
 
 
 @contextmanager
-def refuse_unwritable() -> Iterator[None]:
+def refuse_unwritten_target() -> Iterator[None]:
     """A context in which a target is written. Raises Refused where the system does not let us."""
     try:
         yield
@@ -212,7 +212,7 @@ def lay_folders(place: TargetPlace, shares: Sequence[Share]) -> Iterator[None]:
     folders = [place / name_share_folder(share) for share in shares]
     is_new = not place.exists()
     try:
-        with refuse_unwritable():
+        with refuse_unwritten_target():
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
         yield
