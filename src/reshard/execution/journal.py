@@ -95,7 +95,7 @@ def open_journal(
     descriptor = lock.descriptor
     content = path.read_bytes()
     left = list_left_files(folder)
-    is_over = (bool(left) and left.issubset(kept)) or (not job["files"] and lists_no_files(content))
+    is_over = (bool(left) and left.issubset(kept)) or (not job["files"] and has_no_files(content))
     if restart:
         # Only now that it is locked: no other process is writing these files.
         for name in left.difference(kept):
@@ -116,7 +116,7 @@ def open_journal(
     return Journal(descriptor, lock, path, start, records)
 
 
-def lists_no_files(content: bytes) -> bool:
+def has_no_files(content: bytes) -> bool:
     """Whether a journal is of a job that writes no tensors, such as a join, or is none. Nothing in it is durable."""
     try:
         return not json.loads(content.partition(b"\n")[0])["files"]

@@ -46,7 +46,7 @@ from reshard.target.room import check_folder, check_space, check_stored_folder
 from reshard.target.shares import (
     check_beside_share,
     check_lacking_shares,
-    check_share_files,
+    check_moved_files,
     check_spread_shares,
     choose_share,
     note_useless_shares,
@@ -146,7 +146,7 @@ def require_still_same(state: TargetState, settings: Settings) -> None:
         if state.plan.files and list_share_folders(folder):
             raise refuse_changed_target(state, "a share has begun there just now")
         if state.shares:
-            require_none(check_share_files(state))
+            require_none(check_moved_files(state))
             before = list_begun(state.folder, state.shares)
             if not isinstance(folder, Path) and list_begun(folder, state.shares) != before:
                 raise refuse_changed_target(state, "a share has begun there again just now")

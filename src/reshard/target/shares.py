@@ -242,7 +242,7 @@ def note_useless_shares(state: TargetState) -> Iterator[Note]:
 
 def check_finished_shares(state: TargetState) -> Iterator[Problem]:
     """Reports finished shares that cannot be joined: with files that would be lost or spoiled, or still at work."""
-    yield from check_share_files(state)
+    yield from check_moved_files(state)
     for share in state.shares:
         folder = state.folder / share
         if holder := describe_holder_of(folder):
@@ -250,7 +250,7 @@ def check_finished_shares(state: TargetState) -> Iterator[Problem]:
             yield Problem("target-in-use", str(folder), f"finished{holder}", "no run in it", way_on)
 
 
-def check_share_files(state: TargetState) -> Iterator[Problem]:
+def check_moved_files(state: TargetState) -> Iterator[Problem]:
     """Reports files of finished shares that a join would lose or spoil. In a store nothing is moved."""
     remedy, seen = f"compare them and {MOVE_AND_REPEAT}", dict[str, str]()
     for before, after in state.moved if isinstance(state.folder, Path) else ():
