@@ -115,9 +115,9 @@ def convert(
         share: `"1/4"`: the second of four parts, which as many processes make at the same time, perhaps on several
             machines; the same call without it joins them. `"auto"` or `"auto/4"`: by the variables of Slurm, torchrun,
             MPI or Kubernetes.
-        on: `"ray"` or `"ray=ADDRESS"`: make shares by the tasks of a Ray cluster, and join them. What earlier runs had
-            done is told to `progress` as the tasks begin. Source and target lie
-            where all of its nodes see them. `jobs` and `max_memory` are those of each task.
+        on: `"ray"` or `"ray=ADDRESS"`: make shares by the tasks of a Ray cluster, and join them. Source and target lie
+            where all of its nodes see them. `jobs` and `max_memory` are those of each task, and `progress` is told what
+            earlier runs had done as the tasks begin.
         ignore_extra_files: Leave out safetensors files and tensors that the index does not name; without an index, all
             files but one numbered set.
         config: The folder to take config.json, tokenizer and the like from, in the place of the source.
