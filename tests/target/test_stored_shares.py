@@ -234,8 +234,8 @@ def test_a_join_needs_all_shares(
     before = dict(bucket.objects)
     said = run_refused(capsys, source)
     assert "unfinished share" in said
-    assert f"not finished; it has {rank_key(1)}, {rank_key(2)}" in said
-    assert f"not begun; it has {rank_key(3)}" in said
+    assert f"not finished; it makes {rank_key(1)}, {rank_key(2)}" in said
+    assert f"not begun; it makes {rank_key(3)}" in said
     assert bucket.objects == before
     assert convert(source, "--share", "2/3") == 0
     assert convert(source, "--share", "1/3") == 0
