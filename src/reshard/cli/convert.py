@@ -111,6 +111,12 @@ def convert_for_deepseek(options: argparse.Namespace) -> Conversion:
         )
 
 
+def has_begun(target: Path) -> bool:
+    """Whether a run, or a share, has left something in a target that the next one need not write again."""
+    shares = [target / name for name in list_share_folders(target)]
+    return any(map(has_durable_bytes, [target, *shares])) or any((one / MANIFEST).is_file() for one in shares)
+
+
 @contextmanager
 def explain_interrupt(target: Path) -> Iterator[None]:
     """Adds to an interrupt, where something was written, that the same command goes on from there."""
@@ -118,9 +124,7 @@ def explain_interrupt(target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         way_on = "run the same command again to go on from there"
-        shares = [target / name for name in list_share_folders(target)]
-        is_begun = any(map(has_durable_bytes, [target, *shares])) or any((one / MANIFEST).is_file() for one in shares)
-        if not is_address(target) and not is_begun:
+        if not is_address(target) and not has_begun(Path(target)):
             way_on = "nothing was written; run the same command again"
         raise KeyboardInterrupt(way_on) from None
 

@@ -95,7 +95,7 @@ def open_journal(
     descriptor = lock.descriptor
     content = path.read_bytes()
     left = list_left_files(folder)
-    is_over = (bool(left) and left.issubset(kept)) or (not job["files"] and has_no_files(content))
+    is_over = (bool(left) and left.issubset(kept)) or (job.get("files") == [] and has_no_files(content))
     if restart:
         # Only now that it is locked: no other process is writing these files.
         for name in left.difference(kept):
