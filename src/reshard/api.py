@@ -14,7 +14,7 @@ from time import monotonic
 from reshard.errors import refuse, require_none
 from reshard.execution.execute import DEFAULT_MEMORY, Settings, check_settings
 from reshard.formats.part_manifests import find_ranks_of_share
-from reshard.formats.remote_names import make_full_locations, read_location, require_local_path, require_path
+from reshard.formats.remote_names import make_full_location, read_location, require_local_path, require_path
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_on
 from reshard.inspection.tensor_pairs import DiffChoice
@@ -302,7 +302,8 @@ def verify(
     if checksums_only:
         report = compare_listing(folder, chosen)
     else:
-        job = VerifyJob(*make_full_locations(target, source, config), recipe, chosen, part, ignore_extra_files)
+        locations = make_full_location(target), make_full_location(source), make_full_location(config)
+        job = VerifyJob(*locations, recipe, chosen, part, ignore_extra_files)
         report = verify_job(job, folder, read_location(source), read_location(config), on, progress)
     return replace(report, target=str(folder))
 
@@ -344,5 +345,5 @@ def diff(
     require_plain_addresses("no-source", a, b, config)
     beside = read_location(config)
     choice = DiffChoice(list_patterns(only), recipe, dequantize, ignore_extra_files, replicas, beside)
-    job = DiffJob(*make_full_locations(a, b, config), choice)
+    job = DiffJob(make_full_location(a), make_full_location(b), make_full_location(config), choice)
     return diff_on(job, require_path(a), require_path(b), on, progress)

@@ -13,8 +13,8 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution.ray_connection import load_ray
 from reshard.execution.ray_progress import TaskBoard, TaskNews, TaskPlace, TasksTold, TaskSum
+from reshard.formats.remote_names import make_full_location
 from reshard.synthetic import write_checkpoint
-from reshard.target.ray_conversion import make_shipped_path
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,10 @@ def test_a_port_where_nobody_listens_is_no_cluster(source: Path, tmp_path: Path)
 
 def test_paths_are_shipped_in_full_and_addresses_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert make_shipped_path("model") == str(tmp_path / "model")
-    assert make_shipped_path("hf://org/model") == "hf://org/model"
-    assert make_shipped_path(None) is None
+    assert make_full_location("model") == str(tmp_path / "model")
+    assert make_full_location("hf://org/model") == "hf://org/model"
+    assert make_full_location(Path("s3://bucket/model")) == "s3://bucket/model"
+    assert make_full_location(None) == ""
 
 
 def test_a_task_that_is_begun_again_takes_nothing_back() -> None:

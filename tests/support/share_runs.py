@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from reshard.execution.workers import RunShares, list_share_tasks
+from reshard.execution.ray_shares import RunShares, list_share_tasks
 from reshard.inspection.diff import diff_checkpoints
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.diff_shares import DiffJob, diff_in_shares

@@ -148,7 +148,8 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
         with make_folder(target), ExitStack() as stack:
             job = identify_job(plan, [*others.sides, MANIFEST], settings)
             journal = open_journal(stack, target, job, others.kept, restart=settings.restart)
-            shares = stack.enter_context(lock_shares(target, others.superseded))
+            shares = stack.enter_context(ExitStack())
+            lock_shares(shares, target, others.superseded)
             try:
                 others.require_same()
                 remove_finished_files(target, others.removed)

@@ -1,7 +1,7 @@
 """The finished files of a target: they get their final names, come from the folders of shares, or are removed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from reshard.execution.journal import TargetLock, lock_journal
@@ -10,15 +10,12 @@ from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL, list_names
 from reshard.storage.local import remove_files, sync_folder
 
 
-@contextmanager
-def lock_shares(target: Path, superseded: Sequence[str]) -> Iterator[ExitStack]:
-    """Locks the folders of the shares that are joined: those from which something is `superseded`. Raises Refused if a
-    run, such as a repair, is at work there.
+def lock_shares(stack: ExitStack, target: Path, superseded: Sequence[str]) -> None:
+    """Locks the folders of the shares that are joined, those from which something is `superseded`, until the stack
+    closes. Raises Refused if a run, such as a repair, is at work there.
     """
-    with ExitStack() as stack:
-        for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
-            lock_journal(stack, folder / JOURNAL)
-        yield stack
+    for folder in dict.fromkeys((target / name).parent for name in superseded if "/" in name):
+        lock_journal(stack, folder / JOURNAL)
 
 
 def remove_finished_files(target: Path, names: Sequence[str]) -> None:

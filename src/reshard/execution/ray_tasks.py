@@ -16,7 +16,7 @@ from reshard import __version__
 from reshard.errors import Problem, Refused
 from reshard.execution.ray_connection import load_ray, open_connection
 from reshard.execution.ray_progress import TaskBoard, TaskPlace, TasksTold, TaskSum, TaskTeller
-from reshard.storage.remote_store import LISTENERS
+from reshard.storage.remote_store import tell
 from reshard.types import Progress
 
 RETRIES = 3
@@ -140,7 +140,7 @@ class TaskWatch:
             before, self.told = self.told, self.told.add(told)
             for number, places in self.told.begun.items():
                 if len(places) > max(1, len(before.begun.get(number, ()))):
-                    tell_listeners(
+                    tell(
                         f"task {number + 1} of {tasks} is begun again, on {places[-1].node}: its process or node has "
                         f"died, as Ray ends processes where memory is short (try {len(places)} of {RETRIES + 1})"
                     )
@@ -149,7 +149,7 @@ class TaskWatch:
             self.started = float("inf")
             if len(self.told.begun) < self.at_once:
                 begun = f"{len(self.told.begun)} of {tasks} tasks have begun"
-                tell_listeners(f"{begun}: Ray waits for free processors; `ray status` shows them")
+                tell(f"{begun}: Ray waits for free processors; `ray status` shows them")
 
     def find(self, number: int) -> TaskPlace:
         """Where a task was begun last."""
@@ -180,7 +180,7 @@ def cancel_tasks(ray: Any, references: Sequence[Any]) -> None:
     """
     _, left = ray.wait(list(references), num_returns=len(references), timeout=0)
     if left:
-        tell_listeners(f"{len(left)} of {len(references)} tasks are being ended")
+        tell(f"{len(left)} of {len(references)} tasks are being ended")
     for is_forced in (False, True):
         for reference in left:
             ray.cancel(reference, force=is_forced)
@@ -229,9 +229,3 @@ def explain_death(kind: str, where: TaskPlace) -> Problem:
         "the same command goes on from what is written; if memory was short: fewer --jobs, or a smaller --max-memory"
     )
     return Problem("worker-died", subject, tries, "a task that ends", f"{remedy}; Ray's logs on that node tell more")
-
-
-def tell_listeners(line: str) -> None:
-    """Tells a person."""
-    for listen in LISTENERS:
-        listen(line)

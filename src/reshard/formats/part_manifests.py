@@ -17,7 +17,7 @@ from reshard.errors import Problem, Refused, refuse
 from reshard.formats.command_words import list_layout_words, list_named_recipe_words, list_subset_words
 from reshard.formats.huggingface import SINGLE
 from reshard.formats.manifest import list_rank_files, read_manifest, read_valid_manifest
-from reshard.formats.share_names import SHARE_MANIFEST, find_share_of_folder, list_share_folders
+from reshard.formats.share_names import find_share_of_folder, is_share_manifest, list_share_folders
 from reshard.formats.target_names import MANIFEST, PARTIAL, STORE_RECORD, list_names
 from reshard.paths import AnyPath, RemotePath
 from reshard.text import format_count, format_list, format_numbers, format_runs
@@ -54,7 +54,7 @@ class Manifests:
     @property
     def shares(self) -> list[str]:
         """The folders of the shares whose manifests are among them, by name."""
-        return [found[1] for name in self.parts if (found := SHARE_MANIFEST.fullmatch(name))]
+        return [name.rpartition("/")[0] for name in self.parts if is_share_manifest(name)]
 
     @property
     def named(self) -> Mapping[str, Mapping[str, Any]]:

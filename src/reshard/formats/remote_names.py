@@ -133,15 +133,9 @@ def add_other_way(refused: Refused, address: str, remedy: str) -> Refused:
     )
 
 
-def make_full_locations(
-    one: str | os.PathLike[str], other: str | os.PathLike[str] | None, third: str | os.PathLike[str] | None
-) -> tuple[str, str, str]:
-    """Three paths as they are from any folder; addresses with all that they need to be opened again, secrets too. Empty
-    for None.
-    """
-    texts = (os.fspath(one), os.fspath(other or ""), os.fspath(third or ""))
-    full = [os.path.abspath(text) if text and not ADDRESS.fullmatch(text) else text for text in texts]  # noqa: PTH100
-    return full[0], full[1], full[2]
+def make_full_location(given: str | os.PathLike[str] | None) -> str:
+    """The text of what is given as a path, as it is from any folder; empty for None."""
+    return make_full_path(make_path(os.fspath(given))) if given else ""
 
 
 def read_location(given: str | os.PathLike[str] | None) -> AnyPath | None:

@@ -8,9 +8,6 @@ from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.types import Share
 
-SHARE_MANIFEST = re.compile(rf"(\.share-\d+-of-\d+)/{re.escape(MANIFEST)}", re.ASCII)
-"""The name of a share's manifest as its target has it."""
-
 SHARE_FOLDER = re.compile(r"\.share-(0|[1-9]\d{0,3})-of-([1-9]\d{0,3})", re.ASCII)
 
 
@@ -24,6 +21,12 @@ def parse_share_folder(name: str) -> Share | None:
     found = SHARE_FOLDER.fullmatch(name)
     share = Share(int(found[1]), int(found[2])) if found else None
     return share if share and share.number < share.shares else None
+
+
+def is_share_manifest(name: str) -> bool:
+    """Whether a name in a target is that of the manifest of a share."""
+    folder, _, file = name.rpartition("/")
+    return file == MANIFEST and parse_share_folder(folder) is not None
 
 
 def list_share_folders(folder: AnyPath) -> dict[str, Share]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from reshard.execution.workers import RunShares, open_workers
+from reshard.execution.ray_shares import RunShares, open_workers
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.share_assignment import assign_to_shares
 from reshard.formats.share_fingerprints import (

@@ -4,7 +4,6 @@ The job is shipped, not its plan: that of a large model has 34 MB. Each task pla
 compared.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,12 +19,13 @@ from reshard.execution.ray_connection import parse_ray
 from reshard.execution.ray_progress import TaskTeller
 from reshard.execution.ray_tasks import TaskResult, connect_to_ray
 from reshard.formats.manifest import list_rank_files, read_manifest
-from reshard.formats.remote_names import is_address
+from reshard.formats.remote_names import is_address, make_full_location
 from reshard.formats.share_names import list_share_folders, name_share_folder
 from reshard.formats.target_names import JOURNAL, MANIFEST, list_names
 from reshard.paths import AnyPath
 from reshard.planning.plan import Plan
 from reshard.planning.shares import find_share_of_files
+from reshard.recipes.recipe import make_full_recipe
 from reshard.storage.counting import ProgressView, WorkCounter, WorkState
 from reshard.storage.local import CACHED, Ways
 from reshard.target.conversion import Conversion, ShareRun
@@ -59,19 +59,11 @@ def pack_arguments(
 ) -> dict[str, Any]:
     """Packs the arguments of a conversion for another machine: full paths as text, and no iterator."""
     left_out = ("on", "share", "progress")
-    paths = {name: make_shipped_path(given[name]) for name in ("source", "target", "config", "tokenizer_path")}
-    recipe = given["recipe"]
-    recipe = str(Path(recipe).absolute()) if recipe and Path(recipe).is_file() else recipe
+    paths = {name: make_full_location(given[name]) or None for name in ("source", "target", "config", "tokenizer_path")}
+    recipe = make_full_recipe(given["recipe"])
     chosen = {"layers": subset.layers, "experts": subset.experts, "only": subset.only}
     packed = {name: value for name, value in given.items() if name not in left_out}
     return {**packed, **paths, **chosen, "mp": mp, "ranks": ranks, "recipe": recipe}
-
-
-def make_shipped_path(given: str | os.PathLike[str] | None) -> str | None:
-    """The text of a path that is the same from any folder; of an address as it was given."""
-    if given is None or is_address(make_path(os.fspath(given))):
-        return None if given is None else os.fspath(given)
-    return str(Path(given).absolute())
 
 
 def make_share(
@@ -157,15 +149,11 @@ def convert_on_ray(
                     write_target(joined, WorkCounter(None, joined.size, writes=True), Settings())
     held.finish()
     runs = [result.value._replace(node=result.node, process=result.process) for result in results]
-    jobs, ways = (
-        sum(run.jobs for run in runs),
-        next((run.ways for run in runs if run.files), (CACHED.read, CACHED.write)),
-    )
+    jobs = sum(run.jobs for run in runs)
+    ways = next((run.ways for run in runs if run.files), (CACHED.read, CACHED.write))
     done = RunResult(jobs, Ways(*ways), sum(run.resumed for run in runs), sum(run.inexact for run in runs))
-    # What `--restart` throws away is made too, finished shares as well; and by now no share is left.
-    plan = whole if arguments["restart"] else state.plan
-    notes = tuple(note for note in state.plan.notes if note.kind != "useless-share")
-    return replace(plan, notes=notes), done, runs
+    # What `--restart` throws away is made too, finished shares as well.
+    return replace(whole if arguments["restart"] else state.plan, notes=state.plan.notes), done, runs
 
 
 def choose_count(state: TargetState, files: int, processors: int) -> int:

@@ -31,7 +31,7 @@ from reshard.target.manifest_writer import identify_conversion
 from reshard.target.other_files import check_vouched, find_own_files
 from reshard.target.places import TargetPlace, get_folder
 from reshard.target.room import check_foreign_files
-from reshard.target.share_views import open_share_view
+from reshard.target.share_store import open_share_view
 from reshard.target.state import (
     MOVE_AND_REPEAT,
     TargetState,
@@ -112,9 +112,15 @@ def check_beside_share(whole: TargetState, plan: Plan, share: Share, *, restart:
     if not found:
         yield from check_foreign_files(folder, present - ours, "another target")
     yield from found
-    if (whole.plan.files or restart) and (folder / JOURNAL).is_file():
-        there = f"a conversion without --share that has not ended{describe_holder_of(folder)}"
-        remedy = "the same command without --share goes on with it; or another target"
+    if whole.plan.files or restart:
+        yield from check_run_for_all(folder, "--share")
+
+
+def check_run_for_all(folder: AnyPath, option: str) -> Iterator[Problem]:
+    """Reports a run for all files that has begun where shares are to be made, by an option."""
+    if (folder / JOURNAL).is_file():
+        there = f"a conversion without {option} that has not ended{describe_holder_of(folder)}"
+        remedy = f"the same command without {option} goes on with it; or another target"
         yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
 
 
@@ -207,10 +213,8 @@ def check_spread_shares(state: TargetState, plan: Plan, settings: Settings) -> I
             found = f"finished shares, which --restart would remove: {format_list(state.shares)}"
             remedy = "add --yes to remove them; without --restart they are used"
             yield Problem("finished-target", str(folder), found, "--yes, or no finished share", remedy)
-    elif (folder / JOURNAL).is_file():
-        there = f"a conversion without --on that has not ended{describe_holder_of(folder)}"
-        remedy = "the same command without --on goes on with it; --restart throws it away"
-        yield Problem("unfinished-target", str(folder), there, "none, or shares", remedy)
+    else:
+        yield from check_run_for_all(folder, "--on")
 
 
 def describe_progress(state: TargetState, share: Share) -> str:
@@ -234,9 +238,10 @@ def describe_holder_of(folder: AnyPath) -> str:
 
 
 def note_useless_shares(state: TargetState) -> Iterator[Note]:
-    """Notes shares that have not ended, and whose files are all finished elsewhere."""
-    if names := [name for name in list_share_folders(state.folder) if name not in state.manifests.shares]:
-        text = f"left in {state.folder}, and of no use to the finished target: {format_list(names)}"
+    """Notes shares that have not ended, where all files are finished."""
+    names = [] if state.plan.files else list_share_folders(state.folder).keys() - state.manifests.shares
+    if names:
+        text = f"left in {state.folder}, and of no use to the finished target: {format_list(sorted(names))}"
         yield Note("useless-share", text)
 
 

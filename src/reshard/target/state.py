@@ -18,7 +18,7 @@ from reshard.formats.part_manifests import (
     name_part_manifest,
     read_manifests_with_shares,
 )
-from reshard.formats.share_names import SHARE_MANIFEST
+from reshard.formats.share_names import is_share_manifest
 from reshard.formats.store_record import read_store_record
 from reshard.formats.target_names import (
     JOURNAL,
@@ -173,7 +173,7 @@ def keep_manifests(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {
         name: entry
         for name, entry in entries.items()
-        if (MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD) or SHARE_MANIFEST.fullmatch(name)
+        if (MANIFEST_COPY.fullmatch(name) and name != STORE_RECORD) or is_share_manifest(name)
     }
 
 

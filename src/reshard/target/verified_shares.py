@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from reshard.execution.workers import RunShares, open_workers
+from reshard.execution.ray_shares import RunShares, open_workers
 from reshard.formats.manifest import read_valid_manifest
 from reshard.formats.part_manifests import describe_share_files
 from reshard.formats.remote_names import read_location, require_path
