@@ -136,11 +136,25 @@ def test_after_an_interrupt_the_same_command_goes_on(whole: Path, nodes: RayNode
     code, said, errors = nodes.run("convert", *words)
     assert code == 0, errors
     assert "resumed: " in said
+    assert "of no use" not in said
     require_same_files(whole, tmp_path / "ranks")
     code, said, errors = nodes.convert(ADDRESS, str(tmp_path / "again"), "--mp", "4", "--restart")
     assert code == 0, errors
     assert "resumed: " not in said
     require_same_files(whole, tmp_path / "again")
+
+
+def test_a_restart_makes_finished_shares_anew_and_says_so(whole: Path, nodes: RayNodes, tmp_path: Path) -> None:
+    target = tmp_path / "ranks"
+    for number in range(2):
+        assert nodes.run("convert", ADDRESS, str(target), "--mp", "4", "--share", f"{number}/2")[0] == 0
+    code, said, errors = nodes.convert(ADDRESS, str(target), "--mp", "4", "--restart")
+    assert (code, said) == (2, "")
+    assert "--yes" in errors
+    code, said, errors = nodes.convert(ADDRESS, str(target), "--mp", "4", "--restart", "--yes")
+    assert code == 0, errors
+    assert "4 rank files" in said
+    require_same_files(whole, target)
 
 
 def test_after_a_killed_driver_the_same_command_goes_on(

@@ -20,6 +20,7 @@ import reshard
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.execution.finished_files import rename_to_final
 from reshard.execution.journal import lock_journal
 from reshard.execution.staging import STAGING
 from reshard.formats.manifest import compute_manifest_checksum
@@ -494,6 +495,23 @@ def test_a_join_waits_for_whoever_is_at_work_in_a_share(source: Path, whole: Pat
     assert facts(refused) == [("unfinished-share", ".share-2-of-3")]
     (share_folder(target, 2) / STAGING).rmdir()
     reshard.convert(source, target, RANKS)
+    assert contents(target) == contents(whole)
+
+
+def test_of_two_joins_at_once_one_joins(source: Path, whole: Path, made: Path, tmp_path: Path) -> None:
+    """The second begins when the first has moved its files, and ends before that one has written its manifest."""
+    target, met = copy(made, tmp_path / "target"), list[tuple[str, str]]()
+
+    def join_again(*arguments: Any) -> None:
+        with pytest.raises(Refused) as refused:
+            reshard.convert(source, target, RANKS)
+        met.extend(facts(refused))
+        rename_to_final(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reshard.execution.execute, "rename_to_final", join_again)
+        reshard.convert(source, target, RANKS)
+    assert {kind for kind, _ in met} == {"target-in-use"}
     assert contents(target) == contents(whole)
 
 
