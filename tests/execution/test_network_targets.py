@@ -10,10 +10,11 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import Job, convert_checkpoint
-from targets import RANKS, Crash, leave_unfinished, make_source_and_target, rank_file
+from targets import CONFIG, RANKS, Crash, leave_unfinished, make_source_and_target, rank_file
 from torture import contents, durable_bytes
 
 import reshard
@@ -22,11 +23,13 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.execution import journal, lock_files
 from reshard.execution.execute import Settings
+from reshard.execution.finished_files import rename_to_final
 from reshard.execution.holders import identify_machine
 from reshard.execution.lock_files import Pace
 from reshard.execution.staging import STAGING
 from reshard.formats.target_names import JOURNAL, LOCK, LOCK_NAMES, PARTIAL
 from reshard.storage import remote_store
+from reshard.synthetic import write_checkpoint
 
 MANY = 60.0
 NETWORK = """
@@ -194,6 +197,31 @@ def test_a_run_that_sleeps_while_another_job_begins_anew_spoils_nothing_of_it(so
     assert (sleeper.returncode, "another run" in errors) == (2, True), errors
     assert contents(target) == before
     assert len([name for name in before if name.endswith("-mp2.safetensors")]) == 2
+
+
+@pytest.mark.parametrize("step", ["open_targets", "reserve_blocks", "write_side_files"])
+def test_who_wakes_up_while_it_makes_files_writes_into_none_of_another_job(
+    step: str, source: Path, target: Path, tmp_path: Path
+) -> None:
+    """The other job has files of the same names, and other headers and tokenizer; it is about to rename them."""
+    other, said = tmp_path / "other", list[str]()
+    write_checkpoint(other, {**CONFIG, "vocab_size": 256}, 2)
+    (other / "tokenizer.json").write_text("{}", encoding="utf-8")
+    convert_checkpoint(Job(other, RANKS), tmp_path / "at once")
+
+    def wake_and_rename(*arguments: Any) -> None:
+        sleeper.send_signal(signal.SIGCONT)
+        said.extend(sleeper.communicate(timeout=MANY))
+        rename_to_final(*arguments)
+
+    with start(source, target, ("reshard.execution.execute", step), "SIGSTOP") as sleeper:
+        os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reshard.execution.execute, "rename_to_final", wake_and_rename)
+            convert_checkpoint(Job(other, RANKS), target, Settings(restart=True))
+    assert sleeper.returncode == 2, said
+    assert "another run" in said[1]
+    assert contents(target) == contents(tmp_path / "at once")
 
 
 # --- locks that lie there ---

@@ -1130,6 +1130,34 @@ MUTATIONS = (
         "for number in own[1:]]",
         "test_verified_shares.py::test_each_byte_is_compared_by_one_share",
     ),
+    Mutation(
+        "target/shares",
+        "a share of other ranks is of this conversion",
+        "        elif files - planned:",
+        "        elif False:",
+        "test_shares.py::test_shares_of_other_ranks_are_refused",
+    ),
+    Mutation(
+        "execution/finished_files",
+        "shares are joined while somebody is at work in them",
+        "        lock_journal(stack, folder / JOURNAL)",
+        "        pass",
+        "test_shares.py::test_a_join_waits_for_whoever_is_at_work_in_a_share",
+    ),
+    Mutation(
+        "execution/execute",
+        "who has slept while it made files writes into those of another job",
+        "    lock.require_held()\n    for descriptor, file in new:",
+        "    for descriptor, file in new:",
+        "test_network_targets.py::test_who_wakes_up_while_it_makes_files_writes_into_none_of_another_job",
+    ),
+    Mutation(
+        "execution/side_writer",
+        "and into its files beside the tensors",
+        "        lock.require_held()  # else",
+        "        pass  # else",
+        "test_network_targets.py::test_who_wakes_up_while_it_makes_files_writes_into_none_of_another_job",
+    ),
 )
 
 

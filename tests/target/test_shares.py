@@ -569,3 +569,17 @@ def test_shares_that_both_have_a_file_are_refused(source: Path, made: Path, tmp_
     with pytest.raises(Refused) as refused:
         reshard.convert(source, target, RANKS)
     assert {kind for kind, _ in facts(refused)} == {"contradiction"}
+
+
+@pytest.mark.parametrize("state", ["finished", "begun"])
+def test_shares_of_other_ranks_are_refused(state: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    if state == "finished":
+        reshard.convert(source, target, RANKS, share="0/2")
+    else:
+        leave_share_unfinished(source, target, "0/2")
+    for share in ("1/2", None):
+        with pytest.raises(Refused, match="it has model0-mp4") as refused:
+            reshard.convert(source, target, RANKS, ranks=[1, 2], share=share)
+        assert ("another-job", ".share-0-of-2") in facts(refused)
+    assert contents_beside(target) == [".share-0-of-2"]
