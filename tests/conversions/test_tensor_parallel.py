@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, from_config, write_model
 from torch import Tensor
+from verified_targets import verify_target
 
 from reshard.errors import Refused
 from reshard.recipes.recipe import list_packaged_recipes
@@ -26,7 +27,6 @@ from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.types import Checkpoint, File, Layout
 from reshard.types import Tensor as Stored
-from reshard.verification.verify import verify_target
 
 RECIPES = [recipe for recipe in list_packaged_recipes() if recipe.right == "tensor-parallel" and not recipe.by_name]
 

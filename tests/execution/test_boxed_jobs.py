@@ -9,6 +9,7 @@ import torch
 from jobs import make_plan
 from safetensors.torch import save_file
 from tilings import cut_evenly, read_boxes, read_wholes, slices_of
+from verified_targets import verify_target
 
 from reshard.errors import Refused
 from reshard.execution.execute import Settings, execute_plan, measure_memory_per_thread
@@ -25,7 +26,6 @@ from reshard.sources.checkpoints import read_checkpoint
 from reshard.storage.counting import WorkCounter
 from reshard.target.preflight import describe_others, look_at_target
 from reshard.types import WHOLE, Checkpoint, Layout
-from reshard.verification.verify import verify_target
 
 SHAPES = {
     "layers.0.w": (3, 700, 1500),

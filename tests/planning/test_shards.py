@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jobs import Job, convert_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from verified_targets import verify_target
 
 from reshard.errors import Refused
 from reshard.planning.rank_checks import list_working_ranks
@@ -21,7 +22,6 @@ from reshard.planning.shards import Limit
 from reshard.recipes.recipe import load_recipe
 from reshard.recipes.splits import count_parts
 from reshard.sources.checkpoints import read_checkpoint
-from reshard.verification.verify import verify_target
 
 RECIPE = """
 name = "table"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from small_models import write_model
 from tilings import Tiled, read_wholes, tilings, write_boxed
+from verified_targets import verify_target
 
 from reshard import api
 from reshard.errors import Refused
@@ -31,7 +32,6 @@ from reshard.storage.counting import WorkCounter
 from reshard.target.preflight import describe_others, look_at_target
 from reshard.types import WHOLE, Checkpoint, Layout, Subset, Tensor
 from reshard.verification.boxes import BoxedTensor, arrange_boxes, gather_range
-from reshard.verification.verify import verify_target
 
 
 def gather(tensor: BoxedTensor, files: Sequence[bytes], begin: int, end: int) -> bytes:

@@ -21,6 +21,7 @@ from jobs import Job, convert_checkpoint
 from oracle_casts import dequantize, fp4_to_fp8, unpack_fp4
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from verified_targets import verify_target
 
 from reshard.cli.main import main
 from reshard.errors import Refused
@@ -33,7 +34,6 @@ from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint
 from reshard.verification.checksums import audit_target
 from reshard.verification.report import Report
-from reshard.verification.verify import verify_target
 
 INDEX = "model.safetensors.index.json"
 RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fused_files import EXPERTS, F8, Tensors, describe, make_rank, name_rank_file, write_rank, write_ranks
 from safetensors.torch import load_file
+from verified_targets import verify_target
 
 from reshard.recipe_types import Recipe
 from reshard.recipes.recipe import load_recipe, parse_recipe
@@ -20,7 +21,6 @@ from reshard.sources.checkpoints import read_checkpoint
 from reshard.verification.constants import list_expected_constants
 from reshard.verification.expected_ranks import find_source_rows
 from reshard.verification.report import Report
-from reshard.verification.verify import verify_target
 
 LEAST = Fraction(1, 10**8)
 BASE = "layers.0"

@@ -30,7 +30,7 @@ from reshard.types import Checkpoint, File, Tensor
 
 @dataclass(frozen=True, slots=True)
 class VerifiedSides:
-    """The two sides that `verify_target` compares."""
+    """The two sides that a verification compares."""
 
     folder: AnyPath
     """The folder of the rank files, or of the cast files in the original layout."""
@@ -201,7 +201,7 @@ def find_engine_of_names(target: AnyPath, recipes: Sequence[Recipe]) -> str:
 
 def find_engine_of_stacks(target: AnyPath) -> str:
     """Finds the engine whose stacked experts a target has; empty for none, and for a target that cannot be read:
-    `verify_target` tells of it. Raises Refused if the names are those of stacked experts but for a prefix.
+    the verification tells of it. Raises Refused if the names are those of stacked experts but for a prefix.
     """
     found: Stacking | None = None
     with suppress(Refused):
@@ -269,7 +269,7 @@ def infer_module(module: str, old: str, new: str) -> str:
 
 
 def list_target_names(target: AnyPath) -> Sequence[str]:
-    """Lists the tensor files of a target; none if it cannot be read: `verify_target` tells of it."""
+    """Lists the tensor files of a target; none if it cannot be read: the verification tells of it."""
     try:
         return list_safetensors_files(target)
     except Refused:
@@ -277,7 +277,7 @@ def list_target_names(target: AnyPath) -> Sequence[str]:
 
 
 def holds_only(target: AnyPath, own: Checkpoint) -> bool:
-    """Whether all tensors of a target have names of a checkpoint. A damaged target has none: `verify_target` tells of
+    """Whether all tensors of a target have names of a checkpoint. A damaged target has none: the verification tells of
     it.
     """
     try:

@@ -87,34 +87,16 @@ def compare_traced(traced: TracedTarget, advance: Advance, sample: Fraction | No
     return compare_parts(traced.things, traced.source, traced.target, advance, sample)
 
 
-def verify_target(
-    target: AnyPath,
-    source: Checkpoint,
-    recipe: Recipe,
-    advance: Advance = lambda _: None,
-    ranks: Collection[int] | None = None,
-    sample: Fraction | None = None,
-    *,
-    stacked: StackedSource | None = None,
-    ignore_extra_files: bool = False,
-) -> Report:
-    """Compares every byte of every tensor file in the folder `target`, or of the `ranks` given, with the source.
-
-    With a `sample`, a fraction such as 1/100, only about that share of the bytes is compared: blocks spread evenly over
-    every tensor, and always both ends of each tensor of each rank file. Names, dtypes and shapes are checked in full.
-
-    Every difference is a problem of the report. Of a source with stacked experts (`stacked`) it is also proven from
-    where its tensors are read. Raises Refused if there is nothing to compare, or if a file cannot be
-    read or changes meanwhile.
-    """
-    traced = trace_target(target, source, recipe, ranks, stacked=stacked, ignore_extra_files=ignore_extra_files)
-    return verify_traced(traced, advance, sample)
-
-
 def verify_traced(
     traced: TracedTarget, advance: Advance, sample: Fraction | None, compare: Compare = compare_traced
 ) -> Report:
-    """Compares the bytes of a traced target, and makes the report. Raises Refused."""
+    """Compares every byte of every tensor file of a traced target with the source, and makes the report, of which every
+    difference is a problem.
+
+    With a `sample`, a fraction such as 1/100, only about that share of the bytes is compared: blocks spread evenly over
+    every tensor, and always both ends of each tensor of each rank file. Names, dtypes and shapes are checked in full.
+    Raises Refused if a file cannot be read or changes meanwhile.
+    """
     advance(sum(file.header_size for file in traced.target.files.values()))
     comparison = compare(traced, advance, sample)
     if traced.trace.constants:
@@ -131,7 +113,10 @@ def trace_target(
     stacked: StackedSource | None,
     ignore_extra_files: bool,
 ) -> TracedTarget:
-    """Traces each tensor of a target to the source, by the headers. Raises Refused as `verify_target` does."""
+    """Traces each tensor of a target to the source, by the headers; of some `ranks` only, if they are given. Of a
+    source with stacked experts (`stacked`) it is also proven from where its tensors are read. Raises Refused if there
+    is nothing to compare, or if a file cannot be read.
+    """
     folder = list_target_files(target, recipe)
     if (folder.is_whole or folder.is_joint) and is_same_folder(target, source.folder):
         lacking = f"no file such as {recipe.files.format(rank='0', ranks='N')}, but the source itself"
