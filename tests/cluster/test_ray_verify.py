@@ -31,7 +31,7 @@ def cluster() -> Iterator[str]:
         nodes = Cluster(initialize_head=True, head_node_args=small)
         nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
         yield str(nodes.address)
-        nodes.shutdown()  # type: ignore[no-untyped-call]
+        nodes.shutdown()
 
 
 @pytest.fixture(scope="module")

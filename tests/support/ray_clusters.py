@@ -101,7 +101,7 @@ def start_ray(**variables: str) -> Iterator[RayNodes]:
         try:
             yield RayNodes(cluster, dict(os.environ))
         finally:
-            cluster.shutdown()  # type: ignore[no-untyped-call]
+            cluster.shutdown()
 
 
 class Gate:
