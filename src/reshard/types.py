@@ -74,7 +74,7 @@ class Cast(NamedTuple):
     value: float = 0.0
     """Of a `fill`: every element of the result."""
     packed: "Packed | None" = None
-    """Of a `dequantize` that no block of scales describes: how the weight lies."""
+    """How the weight lies, if it is one of `Checkpoint.packed`."""
 
     def list_inputs(self) -> list[Tensor]:
         """Lists the tensors that it is computed from; of a `fill`, the result itself."""
