@@ -205,7 +205,8 @@ def compute_dequantized(cast: Cast, box: ElementBox, out: CastArray, inputs: Cas
             inexact = compute_dequantized(cast, wide, both, inputs)
             out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
             return inexact
-        dequantize_fp4(read_weight_box(cast, box, inputs), scales, phase, out, choose_recode())
+        codes, keeps = read_weight_box(cast, box, inputs), cast.packed is not None
+        dequantize_fp4(codes, scales, phase, out, choose_recode(), keeps_minus_zero=keeps)
         return 0
     values = decode_scales(scales, cast.scale.dtype if cast.scale else "")
     dequantize(read_weight_box(cast, box, inputs), values, cast.block, phase, out, choose_recode())

@@ -97,7 +97,7 @@ class FormReader:
             subject = f"{name}{form.separator}{lacking[0]}"
             expected = f"beside {parts[form.words[0]].name}, of {form.title}"
             return Problem("missing-tensor", subject, "not in the checkpoint", expected, "is a file missing?")
-        key = form, *((word, one.dtype, one.shape) for word, one in sorted(parts.items()))
+        key = form.title, *((word, one.dtype, one.shape) for word, one in sorted(parts.items()))
         if key not in self._known:
             try:
                 length = self._read_length(parts)
