@@ -336,7 +336,7 @@ def assign_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: M
     entries = [len(text.encode()) + MOST_OFFSETS for text in write_entries(pieces)]
     made = [casts[tensor.file - parts] if tensor.file >= parts else None for tensor in pieces.tensors]
     weights = [
-        tensor if cast is None else cast.packed.result if cast.packed else cast.weight
+        tensor if cast is None else cast.result if cast.packed else cast.weight
         for cast, tensor in zip(made, pieces.tensors, strict=True)
     ]
     file, filled = 0, 0
