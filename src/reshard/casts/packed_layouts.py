@@ -97,7 +97,7 @@ def split_words(words: WordArray, bits: int) -> CodeArray:
 
 def require_shape(array: NDArray[Any], shape: tuple[int, int]) -> None:
     if array.shape != shape:
-        raise ValueError(f"{shape} is to be written, not {array.shape}")
+        raise ValueError(f"an array {shape} is needed, not {array.shape}")
 
 
 def split_into_squares(shape: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
