@@ -204,6 +204,35 @@ def test_a_sample_sees_both_ends(name: str, damaged: Callable[..., list[tuple[st
         assert damaged(name, rank, place, sample=LEAST) == [("differs", f"model{rank}-mp2.safetensors: {name}")]
 
 
+def write_slices(folder: Path, whole: Mapping[str, torch.Tensor], ranks: int) -> None:
+    """Slices of whole tensors, as `torch.chunk` cuts them."""
+    folder.mkdir()
+    for rank in range(ranks):
+        step = {name: -(-len(tensor) // ranks) for name, tensor in whole.items()}
+        own = {name: tensor[rank * step[name] : (rank + 1) * step[name]] for name, tensor in whole.items()}
+        own = {name: part for name, part in own.items() if len(part)}
+        places = {name: {"saved_offsets": [rank * step[name], *[0] * (part.dim() - 1)]} for name, part in own.items()}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"}
+        save_file(own, folder / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors", metadata)
+
+
+def test_slices_are_proven(made: Path, tmp_path: Path) -> None:
+    whole = load_file(made / "whole" / "model.safetensors")
+    write_slices(tmp_path / "good", whole, 3)
+    (tmp_path / "good" / "config.json").write_text((made / "whole" / "config.json").read_text())
+    source, recipe = read_dequantized(made / "source"), load_recipe(str(made / "own.toml"))
+    report = verify_target(tmp_path / "good", source, recipe)
+    assert not report.problems
+    assert report.compared == report.size == sum(tensor.nbytes for tensor in whole.values())
+    for name, row in (("gptq_cut.weight", 71), ("experts.last", 2), ("integers.weight", 24)):
+        changed = {**whole, name: whole[name].clone()}
+        changed[name][row].view(-1).view(torch.int16)[-1] ^= 1
+        write_slices(tmp_path / name, changed, 3)
+        problems = verify_target(tmp_path / name, source, recipe).problems
+        found = [(one.kind, one.subject.split()[-1]) for one in problems if one.kind == "differs"]
+        assert found == [("differs", name)]
+
+
 def test_a_difference_tells_what_it_was_made_of(made: Path, tmp_path: Path) -> None:
     wrong = load_file(made / "whole" / "model.safetensors")
     wrong["gptq.weight"][3, 5] += 1
