@@ -129,7 +129,9 @@ def pack_nvfp4(shape: tuple[int, int], *, is_divided: bool) -> Packed:
     scales = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn)
     factor = torch.tensor([3000.0 if is_divided else 0.0003])
     whole = scales.float() / factor if is_divided else scales.float() * factor
-    values = (FP4[codes] * whole.repeat_interleave(16, 1)).to(torch.bfloat16)
+    # ModelOpt's table has no minus zero.
+    numbers = FP4[codes] if is_divided else FP4[codes] + 0.0
+    values = (numbers * whole.repeat_interleave(16, 1)).to(torch.bfloat16)
     if is_divided:
         parts = {".weight_packed": pack_nibbles(codes), ".weight_global_scale": factor}
         return {**parts, ".weight_scale": scales, ".input_global_scale": torch.ones(1)}, values
