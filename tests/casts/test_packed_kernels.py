@@ -23,7 +23,7 @@ from reshard.casts.packed_layouts import (
 from reshard.casts.packed_loops import build_loop
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-SMALL = {"TILE_ELEMENTS": 96, "BAND_ELEMENTS": 300, "SQUARE": 32}
+SMALL: dict[str, Any] = {"TILE_ELEMENTS": 96, "BAND_ELEMENTS": 300, "EXPERT_TILE": (8, 32)}
 """With these, small boxes are worked on in many pieces."""
 FACTORS = [1.0, 0.0123, -1.5, 0.0, 3e38, 1e-40, 2.0**-149, 7e-39, float("inf"), float("nan")]
 AWQ_PACKS = [0, 2, 4, 6, 1, 3, 5, 7]

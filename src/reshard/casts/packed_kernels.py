@@ -43,8 +43,8 @@ SHORT_RUN = 8
 NVFP4_GROUP = 16
 """In elements: columns of NVFP4 that share a scale."""
 
-SQUARE = 128
-"""In rows and columns: values whose rows and columns change places within the first-level cache."""
+EXPERT_TILE = (256, 512)
+"""Rows and columns that change places at once, within the second-level cache."""
 
 GroupArray = NDArray[np.int32]
 
@@ -123,19 +123,35 @@ def multiply_codes(
     `choose_half`.
     """
     each, shift = 8 // bits, zeros.flat[0] if zeros.size and zeros.min() == zeros.max() else np.float32(0)
-    items = make_numbers(bits, float(shift))
+    items, finite = make_numbers(bits, float(shift)), bool(np.isfinite(scales).all())
+    most = min(TILE_ELEMENTS, out.size)
+    indices, numbers, room = np.empty(most, np.intp), np.empty(most, np.float32), np.empty(most, np.uint32)
     for columns, length in split_by_runs(groups, each):
         width, places = columns.stop - columns.start, groups[columns][::length]
         for rows in split_rows_by_size((len(out), width), TILE_ELEMENTS):
-            part = codes[rows, columns.start // each : columns.stop // each].astype(np.intp)
-            products = np.take(items, part, mode="clip").view(np.float32).reshape(len(part), -1, length)
-            factors = np.take(scales[rows], places, axis=1)[:, :, None]
+            part, size = codes[rows, columns.start // each : columns.stop // each], (rows.stop - rows.start) * width
+            np.copyto(indices[: part.size].reshape(part.shape), part)  # take would convert them itself, into new memory
+            np.take(items, indices[: part.size], mode="clip", out=numbers[:size].view(items.dtype))
+            products = numbers[:size].reshape(len(part), -1, length)
             with np.errstate(all="ignore"):
                 if shift == 0:
                     products -= np.take(zeros[rows], places, axis=1)[:, :, None]
-                products *= factors
-                round_to_half(products.reshape(len(part), width), half)
-            round_tile(products.reshape(len(part), width), out[rows, columns])
+                products *= np.take(scales[rows], places, axis=1)[:, :, None]
+                round_to_half(numbers[:size], half, room[:size])
+            if finite:
+                round_finite(numbers[:size].reshape(len(part), width), room[:size], out[rows, columns])
+            else:
+                round_tile(numbers[:size].reshape(len(part), width), out[rows, columns])
+
+
+def round_finite(products: FloatArray, room: NDArray[np.uint32], out: HalfArray) -> None:
+    """Rounds float32 products [rows, columns], none of them NaN, to BF16; `room` has as many elements."""
+    bits, raised = products.view(np.uint32), room.reshape(products.shape)
+    np.right_shift(bits, 16, out=raised)
+    raised &= 1
+    raised += 0x7FFF
+    raised += bits
+    out[:] = raised.view(np.uint16)[:, 1::2]  # the upper half of each
 
 
 def choose_half(scales: NDArray[Any], dtype: str) -> int:
@@ -148,20 +164,22 @@ def choose_half(scales: NDArray[Any], dtype: str) -> int:
     return 1 if sizes.min(initial=0x0400) >= 0x0400 and sizes.max(initial=0) <= 0x5C00 else 2  # 2^-14 to 256: 255 fit
 
 
-def round_to_half(products: FloatArray, half: int) -> None:
-    """Rounds float32 to float16 in place, to nearest even; `half` is as of `choose_half`. NaN stays NaN."""
+def round_to_half(products: FloatArray, half: int, room: NDArray[np.uint32]) -> None:
+    """Rounds float32 products [elements] to float16 in place, to nearest even; `half` is as of `choose_half`. NaN stays
+    NaN. `room` has as many elements.
+    """
     if not half:
         return
-    sizes = np.abs(products) if half == 2 else products  # numpy's own conversion takes four times as long
+    sizes = np.abs(products) if half == 2 else products
     tiny = np.copysign((sizes + np.float32(0.5)) - np.float32(0.5), products) if half == 2 else products
     bits = products.view(np.uint32)
-    raised = bits >> 13
-    raised &= 1
-    raised += 0xFFF
-    bits += raised
+    np.right_shift(bits, 13, out=room)
+    room &= 1
+    room += 0xFFF
+    bits += room
     bits &= 0xFFFFE000
-    if half == 2:
-        products[:] = np.where(sizes < 2**-14, tiny, products)  # a where of copyto takes ten times as long
+    if half == 2:  # numpy's own conversion takes longer, and so does copyto with a mask
+        products[:] = np.where(sizes < 2**-14, tiny, products)
         products[:] = np.where(np.abs(products) >= 2**16, np.copysign(np.float32(np.inf), products), products)
 
 
@@ -270,10 +288,11 @@ def dequantize_experts(codes: CodeArray, scales: CodeArray, out: HalfArray, run:
     rows, columns = codes.shape[0], codes.shape[1] * 2
     require_shape(out, (columns, rows))
     require_shape(scales, (rows, columns // FP4_GROUP))
-    for left in range(0, columns, SQUARE):
-        for top in range(0, rows, SQUARE):
-            part = codes[top : top + SQUARE, left // 2 : (left + SQUARE) // 2]
-            pages = scales[top : top + SQUARE, left // FP4_GROUP : (left + SQUARE) // FP4_GROUP].astype(np.uint16)
+    for left in range(0, columns, EXPERT_TILE[1]):
+        right = min(left + EXPERT_TILE[1], columns)
+        for top in range(0, rows, EXPERT_TILE[0]):
+            lines = slice(top, min(top + EXPERT_TILE[0], rows))
+            part, pages = codes[lines, left // 2 : right // 2], scales[lines, left // FP4_GROUP : right // FP4_GROUP]
             pairs = np.empty(part.shape, np.uint32)
-            run(part, pages, (1, FP4_GROUP // 2), (0, 0), make_expert_products(), pairs)
-            out[left : left + SQUARE, top : top + SQUARE] = pairs.view(np.uint16).T
+            run(part, pages.astype(np.uint16), (1, FP4_GROUP // 2), (0, 0), make_expert_products(), pairs)
+            out[left:right, lines] = pairs.view(np.uint16).T

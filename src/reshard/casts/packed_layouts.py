@@ -14,7 +14,7 @@ from reshard.casts.code_tables import CodeArray
 
 WordArray = NDArray[np.int32]
 
-TILE_SIDE = 128
+TILE_SIDE = 256
 """In words or bytes: a square of so many is transposed within the processor's cache."""
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -30,7 +30,6 @@ def spread_awq(words: WordArray, out: CodeArray) -> None:
     """
     columns, width = words.shape
     require_shape(out, (width * 8, -(-columns // 2)))
-    rows = out.reshape(width, 8, -1) if out.flags.c_contiguous else None
     for down, across in split_into_squares((out.shape[1], width)):
         halves = np.ascontiguousarray(words[2 * down.start : 2 * down.stop, across]).view(np.uint8)
         even, odd = halves[0::2], halves[1::2]
@@ -39,10 +38,7 @@ def spread_awq(words: WordArray, out: CodeArray) -> None:
         for shift, pairs in enumerate(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0))):
             for byte in range(4):
                 row = AWQ_ORDER[2 * byte + shift]
-                place = (
-                    out[row + 8 * across.start : 8 * across.stop : 8, down] if rows is None else rows[across, row, down]
-                )
-                place[:] = pairs[:, byte::4].T
+                out[8 * across.start + row : 8 * across.stop : 8, down] = pairs[:, byte::4].T
 
 
 def spread_gptq(words: WordArray, out: CodeArray) -> None:
