@@ -134,8 +134,8 @@ def view_as_words(raw: TileBytes) -> NDArray[np.uint32]:
 
 def unpack_fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """The fields of `bits` bits in words or bytes, from the low end of each on, one behind the other along a row."""
-    shifts = np.arange(0, words.dtype.itemsize * 8, bits)
-    fields = words[..., None] >> shifts & ((1 << bits) - 1)
+    shifts = np.arange(0, words.dtype.itemsize * 8, bits, words.dtype)
+    fields = words[..., None] >> shifts & words.dtype.type((1 << bits) - 1)
     return fields.astype(np.uint8).reshape(words.shape[0], -1)
 
 
