@@ -69,7 +69,7 @@ def compute_rows(packed: Packed, top: int, bottom: int, out: NDArray[Any], input
     height, columns = flatten_to_matrix(packed.result.shape)
     scales = read_rows(inputs.scale, packed.scales, height, top, bottom).copy()
     if packed.packing == "integers":
-        groups = find_groups(packed, inputs)
+        groups = find_group_of_columns(packed, inputs)
         zeros = read_zeros_of_rows(packed, top, bottom, inputs)
         codes = read_rows(inputs.weight, packed.codes, height, top, bottom).view(np.uint8)
         used = codes[:, : -(-columns * packed.bits // 8)]
@@ -123,7 +123,7 @@ def read_factor(packed: Packed, inputs: CastInputs) -> float:
     return float(np.frombuffer(inputs.scale(packed.factor, 0, packed.factor.size), np.float32)[0])
 
 
-def find_groups(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
+def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
     """Finds the group of each column: int32 [columns]."""
     if packed.order is None:
         return (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
@@ -161,7 +161,7 @@ def compute_rows_of_strip(
     first, last = row - start, row - start + bottom - top
     if packed.packing != "mxfp4-experts":
         zeros = None if strip.zeros is None else strip.zeros[first:last]
-        groups = find_groups(packed, inputs)
+        groups = find_group_of_columns(packed, inputs)
         multiply(packed, strip.codes[first:last], strip.scales[first:last], zeros, groups, out)
         return
     wide = slice(first // ROWS_TOGETHER, -(-last // ROWS_TOGETHER))
