@@ -63,8 +63,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     checkpoint, matched = source.checkpoint, source.matched
     if only:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
-        checkpoint = drop_tied_note(checkpoint)
-        kinds = require_kept(matched, source, uncut)
+        checkpoint, kinds = drop_tied_note(checkpoint), require_kept(matched, source, uncut)
     padded, packed = config if layout.pad else None, checkpoint.packed
     terms = Terms(source.recipe, uncut, padded, checkpoint.parts, config or {}, packed)
     casts: list[Cast] = []
