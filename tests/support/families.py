@@ -56,11 +56,16 @@ def deepseek_v32(config: Config, *, norms: str) -> list[TensorEntry]:
 
 
 def glm_moe_dsa(config: Config) -> list[TensorEntry]:
-    """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own."""
+    """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own. GLM-5.2 has indexers in some
+    layers only, and in the MTP layer.
+    """
     first = f"model.layers.{config['num_hidden_layers']}"
     left_out = {f"{first}.embed_tokens.weight", f"{first}.shared_head.head.weight"}
     kept = (tensor for tensor in deepseek_v3(config) if tensor[0] not in left_out)
-    return list(with_indexers(config, kept, key_norm="BF16"))
+    kinds = config.get("indexer_types", [])
+    without = tuple(f"model.layers.{layer}." for layer, kind in enumerate(kinds) if kind == "shared")
+    with_all = with_indexers(config, kept, key_norm="BF16")
+    return [tensor for tensor in with_all if ".indexer." not in tensor[0] or not tensor[0].startswith(without or "-")]
 
 
 def kimi_k2(config: Config) -> list[TensorEntry]:
@@ -417,6 +422,19 @@ GLM_5_1: Config = {
     "vocab_size": 154880,
 }
 GLM_5_1_FP8: Config = {**GLM_5_1, "quantization_config": DEEPSEEK_V3["quantization_config"]}
+GLM_5_2: Config = {
+    **GLM_5_1,
+    "head_dim": 192,
+    "index_share_for_mtp_iteration": True,
+    "index_skip_topk_offset": 3,
+    "index_topk_freq": 4,
+    "index_topk_pattern": None,
+    "indexer_types": ["full" if layer in {0, 1, 2, *range(6, 78, 4)} else "shared" for layer in range(78)],
+    "max_position_embeddings": 1048576,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+}
+GLM_5_2_FP8: Config = {**GLM_5_2, "quantization_config": GLM_5_1_FP8["quantization_config"]}
 V4_FLASH: Config = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
@@ -618,6 +636,10 @@ SMALL_GLM: Config = {
     "num_key_value_heads": 8,
 }
 """Without blocks, for 1, 2, 4 and 8 ranks."""
+SMALL_GLM_5_2: Config = {
+    "indexer_types": [*["full"] * 3, *["shared"] * 3, "full", *["shared"] * 3, "full"],
+    "mlp_layer_types": ["dense"] * 9 + ["sparse"] * 2,
+}
 SMALL_V4: Config = {
     "head_dim": 32,
     "hidden_size": 128,
@@ -711,6 +733,10 @@ FAMILIES: Mapping[str, Family] = {
     "kimi-k2": Family(kimi_k2, KIMI_K2, {**KIMI_K2, **SMALL_V3}, 61),
     "glm-5.1": Family(glm_moe_dsa, GLM_5_1, {**GLM_5_1, **SMALL_GLM}, 282),
     "glm-5.1-fp8": Family(glm_moe_dsa, GLM_5_1_FP8, {**GLM_5_1_FP8, **SMALL_V3, **SMALL_INDEXER}, 142),
+    "glm-5.2": Family(glm_moe_dsa, GLM_5_2, {**GLM_5_2, **SMALL_GLM, **SMALL_GLM_5_2}, 282),
+    "glm-5.2-fp8": Family(
+        glm_moe_dsa, GLM_5_2_FP8, {**GLM_5_2_FP8, **SMALL_V3, **SMALL_INDEXER, **SMALL_GLM_5_2}, 141
+    ),
     "deepseek-v4-flash": Family(deepseek_v4, V4_FLASH, {**V4_FLASH, **SMALL_FLASH}, 46),
     "deepseek-v4-flash-0731": Family(deepseek_v4, V4_FLASH_0731, {**V4_FLASH_0731, **SMALL_FLASH_0731}, 48),
     "deepseek-v4-pro": Family(deepseek_v4, V4_PRO, {**V4_PRO, **SMALL_PRO}, 64),
