@@ -76,9 +76,17 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
         elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
-            yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers or words"
+            yield (
+                where,
+                repr(fields),
+                "picked_by and picked together: a config key, and a list of numbers or words",
+            )
         elif ("every" in fields) != ("first" in fields) or lacks_list(fields):
-            yield where, repr(fields), "every and first together; and every, first and others with picked_by and some_of"
+            yield (
+                where,
+                repr(fields),
+                "every and first together; these and others with picked_by and some_of",
+            )
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):

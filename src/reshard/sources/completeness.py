@@ -52,7 +52,7 @@ def check_placeholders(checkpoint: Checkpoint, recipe: Recipe, members: Members)
         elif not place.some_of:
             yield from check_gaps(place, members[place.name], len(members[place.after]) if place.after else 0)
         yield from check_counts(place, members[place.name], checkpoint.config)
-        yield from check_picked(place, members, checkpoint.config)
+        yield from check_picked(place, recipe, members, checkpoint.config)
         yield from check_rows(place, checkpoint, recipe, members)
     for name in sorted({place.within for place in recipe.placeholders.values() if place.within}):
         parts = [place for place in recipe.placeholders.values() if place.within == name]

@@ -47,7 +47,9 @@ def list_keys_of(*formulas: str) -> list[str]:
     return [choice for choice in choices if choice and not choice.isdigit()]
 
 
-def add_picked(recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None) -> dict[str, set[int]]:
+def add_picked(
+    recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None
+) -> dict[str, set[int]]:
     """Adds to the members by the names those that the config picks, where a placeholder may have others too."""
     picked = {
         place.name: find_picked(place, members[place.some_of], config) or set()
@@ -58,24 +60,34 @@ def add_picked(recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[
 
 
 def check_picked(
-    place: Placeholder, members: Mapping[str, set[int]], config: Mapping[str, Any] | None
+    place: Placeholder, recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None
 ) -> Iterator[Problem]:
-    """Reports a placeholder whose members differ from those that the config picks or names. Where others may be there
-    too, those that lack are reported tensor by tensor, elsewhere.
-    """
+    """Reports a placeholder whose members differ from those that the config picks or names."""
     whole = members.get(place.within or place.some_of, set())
-    key = find_picking_key(place, config)
-    if place.others:
-        values = read_config_value(place.picked_by, config)
-        if isinstance(values, list | str) and len(values) < len(whole):
-            found, expected = f"{len(values)} values", f"{len(whole)}, one for each of the {place.counts} and the others"
-            yield Problem("contradiction", f"{key} of config.json", found, expected, OTHER_MODEL)
-        return
     wanted = find_picked(place, whole, config)
-    if wanted is not None and wanted != members[place.name]:
+    if place.others:
+        yield from check_list(place, recipe, members, config)
+    elif wanted is not None and wanted != members[place.name]:
         found = f"{format_numbers(members[place.name])} by the names of the tensors"
-        expected = f"{format_numbers(wanted)}, as {key} of config.json says"
+        expected = f"{format_numbers(wanted)}, as {find_picking_key(place, config)} of config.json says"
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
+
+
+def check_list(
+    place: Placeholder, recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None
+) -> Iterator[Problem]:
+    """Reports a list that is too short, or no member at all, of a placeholder that may have others than the config
+    picks. A picked one that lacks is reported elsewhere, tensor by tensor.
+    """
+    values, whole = read_config_value(place.picked_by, config), members[place.some_of]
+    counts = recipe.placeholders[place.some_of].counts
+    if isinstance(values, list | str) and len(values) < len(whole):
+        subject, found = f"{find_picking_key(place, config)} of config.json", f"{len(values)} values"
+        yield Problem("contradiction", subject, found, f"{len(whole)}, one for each of the {counts}", OTHER_MODEL)
+    elif whole and not members[place.name] and config is None:
+        # The names are all that tells one model from another then.
+        expected = f"{place.counts} in some of the {counts}"
+        yield Problem("gap", place.counts, "none by the names of the tensors", expected, "is it another model?")
 
 
 def suggest_picking_key(place: Placeholder, config: Mapping[str, Any] | None) -> str:
@@ -88,9 +100,7 @@ def suggest_picking_key(place: Placeholder, config: Mapping[str, Any] | None) ->
     return f"is a file missing? a model with fewer {place.counts} tells them in its config.json: {format_list(keys)}"
 
 
-def note_others(
-    recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None
-) -> Iterator[Note]:
+def note_others(recipe: Recipe, members: Mapping[str, set[int]], config: Mapping[str, Any] | None) -> Iterator[Note]:
     """Notes members that the config does not pick and that may be there; and without a config, that some may lack."""
     for place in recipe.placeholders.values():
         if not place.others:
@@ -98,8 +108,8 @@ def note_others(
         wholes, found = members[place.some_of], members[place.name]
         picked, counts = find_picked(place, wholes, config), recipe.placeholders[place.some_of].counts
         if picked is None and found != wholes:
-            text = f"{len(found)} of {len(wholes)} {counts} by the names; without a config.json nothing tells if all are here"
-            yield Note("not-picked", f"{place.counts}: {text}")
+            text = "by the names; without a config.json nothing tells whether one is missing"
+            yield Note("not-picked", f"{place.counts} in {len(found)} of {len(wholes)} {counts} {text}")
         elif picked is not None and (others := found - picked):
             text = f"{counts} {format_numbers(others)}, where {find_picking_key(place, config)} of config.json has none"
             yield Note("not-picked", f"{place.counts} in {text}: kept; {place.others}")

@@ -126,9 +126,7 @@ def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, l
             set_key(config, key, "".join(kept) + values[count:] if isinstance(values, str) else kept + values[count:])
 
 
-def check_steps(
-    config: Mapping[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers
-) -> Iterator[Problem]:
+def check_steps(config: Mapping[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> Iterator[Problem]:
     """Reports kept layers that a config would count otherwise by their new numbers: every Nth layer is picked. Some
     loaders go by that also where a list tells the same.
     """
