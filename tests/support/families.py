@@ -539,8 +539,7 @@ V4_PRO_0813: Config = {
     "dspark_noise_token_id": 128799,
     "dspark_target_layer_ids": [58, 59, 60],
 }
-"""Inferred: the config of V4-Pro, with what V4-Flash-0731 has more than V4-Flash. With this rank of the tables, and no
-other, the number of elements is the published one."""
+"""Its list of tensors was not seen: V4-Pro's, with what V4-Flash-0731 has more than V4-Flash."""
 V41_FLASH: Config = {
     "architectures": ["DeepseekV41ForCausalLM"],
     "bos_token_id": 0,
@@ -791,6 +790,6 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek-v4-flash-0731": Family(deepseek_v4, V4_FLASH_0731, {**V4_FLASH_0731, **SMALL_FLASH_0731}, 48),
     "deepseek-v4-flash-vision": Family(deepseek_v4, V4_FLASH_VISION, {**V4_FLASH_VISION, **SMALL_FLASH_VISION}, 48),
     "deepseek-v4-pro": Family(deepseek_v4, V4_PRO, {**V4_PRO, **SMALL_PRO}, 64),
-    "deepseek-v4-pro-0813": Family(deepseek_v4, V4_PRO_0813, {**V4_PRO_0813, **SMALL_PRO_0813}, 64),
+    "deepseek-v4-pro-0813": Family(deepseek_v4, V4_PRO_0813, {**V4_PRO_0813, **SMALL_PRO_0813}, 66),
     "deepseek-v4.1-flash": Family(deepseek_v41, V41_FLASH, SMALL_V41, 48),
 }
