@@ -218,6 +218,32 @@ def test_the_recipe_with_vision_is_that_of_its_names_and_0731_has_another(told_b
         assert plan_conversion(Job(tmp_path / name, 2)).recipe.name == recipe
 
 
+@pytest.mark.parametrize("draftless", ["no key", "null", "0"])
+def test_the_config_of_vision_tells_in_three_ways_that_nothing_drafts(draftless: str, tmp_path: Path) -> None:
+    """The ratios of the draft blocks stay, and are not looked at."""
+    config = {**VISION.small, "dspark_block_size": 0 if draftless == "0" else None}
+    if draftless == "no key":
+        config = {key: value for key, value in config.items() if not key.startswith("dspark")}
+    tensors = VISION.tensors(VISION.small)
+    write_tensors(tmp_path / "source", [one for one in tensors if not one[0].startswith("mtp.")], config, 2)
+    convert_checkpoint(Job(tmp_path / "source", 2), tmp_path / "found")
+    oracles.convert_v4_vision(tmp_path / "source", tmp_path / "wanted", 2)
+    require_equal(tmp_path / "wanted", tmp_path / "found")
+    args = json.loads((tmp_path / "found" / "run_config.json").read_text())
+    assert (args["n_mtp_layers"], args.get("dspark_block_size", 0)) == (0, 0)
+
+
+def test_drafts_that_the_config_denies_and_a_tower_that_lacks_are_refused(tmp_path: Path) -> None:
+    tensors = VISION.tensors(VISION.small)
+    write_tensors(tmp_path / "drafts", tensors, {**VISION.small, "dspark_block_size": 0}, 2)
+    assert {(one.kind, one.subject) for one in problems_of(tmp_path / "drafts")} == {("contradiction", "MTP blocks")}
+    blind = [one for one in tensors if not one[0].startswith(("vision.", "aligner.", "image_"))]
+    write_tensors(tmp_path / "blind", blind, {**VISION.small, "vision_n_layers": 0}, 2)
+    found = problems_of(tmp_path / "blind")
+    assert {one.kind for one in found} == {"missing-tensor"}
+    assert {one.subject for one in found} >= {"vision.norm.weight", "aligner.w1.weight", "image_pad"}
+
+
 def test_the_run_configuration_tells_the_tower(tmp_path: Path) -> None:
     write_small(tmp_path / "source", "deepseek-v4-flash-vision")
     convert_checkpoint(Job(tmp_path / "source", 1), tmp_path / "found")
