@@ -21,8 +21,11 @@ class Placeholder:
     """Another placeholder, P. Each member of this placeholder is also a member of P."""
     picked_by: str = ""
     """With `within` or `some_of`: the config key of a list with one value for each member of P."""
-    picked: tuple[int, ...] = ()
+    picked: tuple[int | str, ...] = ()
     """With `picked_by`: the values in the list that make a member of P a member of this placeholder."""
+    every: str = ""
+    """With `within` or `some_of`: the config key of a number N. Where the config lacks the list of `picked_by`, the
+    last of each N members of P is a member of this placeholder."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
     after: str = ""
@@ -88,8 +91,9 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
-    `maybe if KEY`: it may be missing where the config key is true or absent."""
+    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `if {m}`: the model has
+    members of that placeholder. `maybe`: it may be missing; `maybe if KEY`: it may be missing where the config key is
+    true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
     code_dtype: str = ""

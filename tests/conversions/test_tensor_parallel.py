@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tensor_parallel
@@ -153,7 +154,10 @@ IDS = [[7, 1, 95, 33, 0, 64, 12, 12, 50], [3, 90, 2, 47, 48, 23, 24, 71, 72]]
 
 
 def whole_logits(source: Path, ids: Tensor) -> Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    config = transformers.AutoConfig.from_pretrained(source)
+    has_vision = hasattr(config, "vision_config")
+    kind: Any = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found: Tensor = model(ids).logits
     return found

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from small_models import write_model
 from torch import Tensor
 
-ROWS = r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
+ROWS = (
+    r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
+    r"|linear_attn\.(in_proj_\w+|out_proj)\.weight"
+)
 COLUMNS = r"(o_proj|down_proj)\.weight"
 OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale)"
 FUSED = r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?"
@@ -21,7 +24,8 @@ EXPERT = r"experts\.(\d+)\."
 
 
 def share(name: str, tensor: Tensor, config: Mapping[str, Any], rank: int, ranks: int) -> Tensor | None:
-    """What a rank has of a tensor, with whole experts; None if nothing."""
+    """What a rank has of a tensor, with whole experts; None if nothing. Of a vision tower every rank has all."""
+    config = config.get("text_config", config)
     count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0
     if found := re.search(EXPERT, name):
         return tensor if int(found[1]) * ranks // count == rank else None

@@ -9,8 +9,8 @@ from reshard.recipes.patterns import PLACEHOLDER
 from reshard.text import format_list
 
 PLACEHOLDER_TEXTS = (
-    "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
-    "only",
+    "counts", "size", "within", "some_of", "picked_by", "every", "listed", "after", "marker", "like", "optional",
+    "rows_of", "only",
 )  # fmt: skip
 
 PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
@@ -75,8 +75,14 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_integers(fields.get("picked", [])):
-            yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
+        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
+            yield (
+                where,
+                repr(fields),
+                "picked_by and picked together: a config key, and a list of whole numbers or texts",
+            )
+        elif "every" in fields and not {"within", "some_of"} & set(fields):
+            yield where, repr(fields), "every with within or some_of: each Nth member of another placeholder"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
@@ -84,13 +90,13 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
             yield where, repr(fields), "only, of a placeholder that counts from 0 by itself"
         else:
-            texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
+            texts = [fields[key] for key in ("size", "picked_by", "every", "listed") if fields.get(key)]
             yield from ((where, *fault) for text in texts for fault in check_formula(text))
             yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
 
 
-def is_list_of_integers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def is_list_of_values(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) in (int, str) for item in value)
 
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -54,7 +54,7 @@ RELATIONS = ("same", "dequantize", "drop", FLATTEN, *FUSED)
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
 
-CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
+CONDITION = re.compile(r"(if|unless) [\w.]+|if \{[a-z]\}|maybe( if [\w.]+)?")
 
 STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?""""{0,2}|\'\'\'.*?\'\'\'\'{0,2}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*', re.DOTALL
@@ -234,6 +234,13 @@ def check_padded_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("padded",), repr(table["padded"]), expected
 
 
+def check_counted(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Finds a condition on a placeholder that the recipe does not have, or that the name has itself."""
+    for letter in PLACEHOLDER.findall(rule.only):
+        if letter not in placeholders or letter in PLACEHOLDER.findall(rule.left):
+            yield repr(rule.only), "'if' and a placeholder of this recipe that is not in the name"
+
+
 def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
@@ -241,7 +248,11 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
     yield from check_pattern(rule.left, known) if rule.left else [("no left name", "the name on the left")]
     yield from check_pattern(rule.right, known, scales) if rule.right else ()
     if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
+        expected = (
+            "'if KEY' or 'unless KEY', with a key of config.json; 'if' and a placeholder; 'maybe', or 'maybe if KEY'"
+        )
+        yield repr(rule.only), expected
+    yield from check_counted(rule, placeholders)
     if rule.shape:
         yield from check_rule_shape(rule.shape)
     if rule.relation == "drop":

@@ -20,8 +20,8 @@ MAYBE = "maybe"
 TIED = "tie_word_embeddings"
 """Config key that is true if the output head is the embedding."""
 
-DRAFTS = "num_nextn_predict_layers"
-"""Config key of the number of MTP layers."""
+DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Config keys of the number of MTP layers."""
 
 OTHER_MODEL = "is a file missing, or the config another model's?"
 
@@ -125,7 +125,8 @@ def suggest_remedy(place: Placeholder, numbers: set[int], config: Mapping[str, A
 def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
     """Finds the keys with the number of MTP layers, which loaders read even where a recipe does not count by them."""
     tables = (("", config), ("text_config.", config.get("text_config")))
-    return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
+    found = [(prefix, table) for prefix, table in tables if isinstance(table, Mapping)]
+    return [prefix + key for prefix, table in found for key in DRAFTS if table.get(key)]
 
 
 def note_no_drafts(
@@ -143,17 +144,22 @@ def note_no_drafts(
 
 
 def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Reports a placeholder whose members differ from the list in the config that picks or names them."""
+    """Reports a placeholder whose members differ from what the config says: a list that picks or names them, or a
+    number N of which they are every Nth.
+    """
     values, listed_ones = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
+    step = read_config_value(place.every, config)
     whole = members.get(place.within or place.some_of, set())
-    wanted = members[place.name]
+    wanted, key = members[place.name], place.picked_by or place.listed
     if isinstance(values, list):
         wanted = {number for number, value in enumerate(values) if value in place.picked and number in whole}
+    elif type(step) is int and step > 0:
+        wanted, key = {number for number in whole if (number + 1) % step == 0}, place.every
     if isinstance(listed_ones, list):
         wanted = {number for number in listed_ones if type(number) is int}
     if wanted != members[place.name]:
         found = f"{format_numbers(members[place.name])} by the names of the tensors"
-        expected = f"{format_numbers(wanted)}, as {place.picked_by or place.listed} of config.json says"
+        expected = f"{format_numbers(wanted)}, as {key} of config.json says"
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
@@ -190,9 +196,13 @@ def check_missing(
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
-    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide."""
+    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide. Where
+    the key is a placeholder, its members decide.
+    """
     if not rule.only or rule.only.startswith(MAYBE):
         return True
+    if letters := PLACEHOLDER.findall(rule.only):
+        return any(letters[0] in list_slots(recipe.rules[number], recipe) for number in present)
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
     told = get_answer(key, config)
@@ -223,7 +233,7 @@ def check_missing_of_rule(
 def suggest_condition(rule: Rule) -> str:
     """Suggests the value of a config key with which a model does not have the tensors of a rule; empty without one."""
     condition, _, key = rule.only.rpartition(" ")
-    if not condition:
+    if not condition or PLACEHOLDER.fullmatch(key):
         return ""
     without = f"is a file missing? a model without it has {key}"
     if condition == "if":
