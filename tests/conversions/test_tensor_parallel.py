@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tensor_parallel
@@ -18,7 +17,7 @@ from jobs import Job, convert_checkpoint, make_plan
 from plain_shares import rewrite, share, tensors_of, write_mxfp4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import MODELS, from_config, write_model
+from small_models import MODELS, choose_kind, from_config, write_model
 from torch import Tensor
 from verified_targets import verify_target
 
@@ -154,9 +153,7 @@ IDS = [[7, 1, 95, 33, 0, 64, 12, 12, 50], [3, 90, 2, 47, 48, 23, 24, 71, 72]]
 
 
 def whole_logits(source: Path, ids: Tensor) -> Tensor:
-    config = transformers.AutoConfig.from_pretrained(source)
-    has_vision = hasattr(config, "vision_config")
-    kind: Any = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+    kind = choose_kind(transformers.AutoConfig.from_pretrained(source))
     model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found: Tensor = model(ids).logits

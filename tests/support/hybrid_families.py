@@ -1,7 +1,7 @@
 """Every tensor of Qwen3-Next, Qwen3.5, Qwen3.6 and MiniMax-M2 as published, from their `config.json` alone.
 
-Written from lists of the published tensors (names, shapes, dtypes, counts and sizes), which others made of the files. It
-knows no recipe and no plan. Of the FP8 form of Qwen3.5 no list was seen; it is here as those who load it tell.
+Written from lists of the published tensors (names, shapes, dtypes, counts and sizes), which others made of the files.
+It knows no recipe and no plan. Of the FP8 form of Qwen3.5 no list was seen; it is here as those who load it tell.
 """
 
 from collections.abc import Iterator, Mapping
@@ -264,17 +264,17 @@ NEXT: Config = {
 NEXT_FP8 = quantize(NEXT, list_whole_modules(NEXT))
 SMALL_NEXT: Config = {
     "head_dim": 128,
-    "hidden_size": 256,
+    "hidden_size": 512,
     "linear_key_head_dim": 64,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
-    "linear_value_head_dim": 32,
+    "linear_value_head_dim": 64,
     "moe_intermediate_size": 128,
     "num_attention_heads": 4,
     "num_experts": 12,
     "num_experts_per_tok": 2,
     "num_hidden_layers": 12,
-    "shared_expert_intermediate_size": 256,
+    "shared_expert_intermediate_size": 512,
     "vocab_size": 320,
 }
 """Layer 10 has linear attention, 11 full; for 1, 2 and 4 ranks."""
@@ -322,7 +322,7 @@ MOE_35 = make_qwen35(MOE_TEXT, EYES, published=EARLY)
 MOE_36 = make_qwen35(MOE_TEXT, EYES, published={"state": "BF16", "stacked": True, "stacked_draft": True})
 SMALL_TEXT: Config = {
     **{key: value for key, value in SMALL_NEXT.items() if "experts" not in key and "intermediate" not in key},
-    "intermediate_size": 384,
+    "intermediate_size": 512,
     "layer_types": list_kinds(12),
     "num_key_value_heads": 2,
 }
@@ -397,4 +397,4 @@ HYBRIDS: Mapping[str, Family] = {
     "qwen3.5-35b-a3b-fp8": Family(qwen35, make_fp8(MOE_35), make_fp8(SMALL_MOE_35), 14),
     "minimax-m2.7": Family(minimax_m2, MINIMAX_FP8, {**MINIMAX_FP8, **SMALL_MINIMAX}, 125),
 }
-"""Without `-fp8` the counts, sizes, dtypes and files are published ones; of Qwen3-Next and MiniMax-M2 those in FP8 too."""
+"""Counts, sizes, dtypes and files are published ones, but for those of Qwen3.5 in FP8."""

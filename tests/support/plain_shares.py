@@ -14,11 +14,11 @@ from small_models import write_model
 from torch import Tensor
 
 ROWS = (
-    r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
-    r"|linear_attn\.(in_proj_\w+|out_proj)\.weight"
+    r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale|weight_scale_inv)"
+    r"|shared_head\.head\.weight|sinks|linear_attn\.(in_proj_\w+|out_proj)\.(weight|weight_scale_inv)"
 )
-COLUMNS = r"(o_proj|down_proj)\.weight"
-OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale)"
+COLUMNS = r"(o_proj|down_proj)\.(weight|weight_scale_inv)"
+OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale|weight_scale_inv)"
 FUSED = r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?"
 EXPERT = r"experts\.(\d+)\."
 

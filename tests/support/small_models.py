@@ -69,14 +69,15 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
+def choose_kind(config: Any) -> Any:
+    """The class of transformers that makes a model of a config: for text, or for images and text."""
+    has_vision = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+
+
 def from_config(config: Any, **options: Any) -> Any:
-    """A random model: one for text, or for text and images."""
-    kind: Any = (
-        transformers.AutoModelForImageTextToText
-        if hasattr(config, "vision_config")
-        else transformers.AutoModelForCausalLM
-    )
-    return kind.from_config(config, **options)
+    """A random model."""
+    return choose_kind(config).from_config(config, **options)
 
 
 def make_config(word: str, values: Mapping[str, Any]) -> Any:

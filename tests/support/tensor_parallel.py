@@ -110,7 +110,7 @@ def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     parts = [rank.linear(hidden, f"{name}.{kind}_proj") for kind in ("q", "k", "v")]
     gate = None
     if rank.config["model_type"].startswith(AROUND_ZERO):  # of each head a query, then its gate
-        parts[0], gate = (half.flatten(2) for half in parts[0].unflatten(-1, (-1, 2 * width)).chunk(2, -1))
+        parts[0], gate = (half.flatten(2) for half in by_head(parts[0], 2 * width).chunk(2, -1))
     has_norms = f"{name}.q_norm.weight" in rank.tensors
     is_wide = has_norms and len(rank.tensors[f"{name}.q_norm.weight"]) > width
     if is_wide:  # a norm over all heads
@@ -133,17 +133,23 @@ def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     return rank.reduced(found if gate is None else found * gate.sigmoid(), f"{name}.o_proj")
 
 
+def by_head(tensor: Tensor, width: int) -> Tensor:
+    """The channels of each head: [batch, length, heads, width]."""
+    return tensor.reshape(*tensor.shape[:2], -1, width)
+
+
 def linear_attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     """Gated DeltaNet, token by token. Its projections are cut by rows and gathered; the rest all ranks have."""
     sizes = [rank.config[f"linear_{word}"] for word in ("num_key_heads", "num_value_heads", "key_head_dim")]
     (keys, values, width), (query, key, value, gate, rates, decays) = sizes, projected(rank, name, hidden)
     mixed, weight = torch.cat([query, key, value], -1).transpose(1, 2), rank.weight(f"{name}.conv1d.weight")
     mixed = functional.conv1d(functional.pad(mixed, (weight.shape[-1] - 1, 0)), weight, groups=len(weight))
-    parts = functional.silu(mixed).transpose(1, 2).split([query.shape[-1], key.shape[-1], value.shape[-1]], -1)
-    query, key = (part.unflatten(-1, (keys, width)) for part in parts[:2])
+    lengths = [query.shape[-1], key.shape[-1], value.shape[-1]]
+    parts = torch.split(functional.silu(mixed).transpose(1, 2), lengths, -1)
+    query, key = (by_head(part, width) for part in parts[:2])
     query, key = (part * torch.rsqrt(part.pow(2).sum(-1, keepdim=True) + 1e-6) for part in (query, key))
     query, key = (part.repeat_interleave(values // keys, 2) for part in (query / width**0.5, key))
-    value, gate = (part.unflatten(-1, (values, -1)) for part in (parts[2], gate))
+    value, gate = (by_head(part, value.shape[-1] // values) for part in (parts[2], gate))
     speed = rank.weight(f"{name}.A_log").exp() * functional.softplus(decays + rank.weight(f"{name}.dt_bias"))
     kept, rates, found = (-speed).exp(), rates.sigmoid(), []
     state = torch.zeros(len(hidden), values, width, value.shape[-1])
@@ -166,11 +172,11 @@ def projected(rank: Rank, name: str, hidden: Tensor) -> tuple[Tensor, ...]:
     widths = [rank.config[f"linear_{word}_head_dim"] for word in ("key", "key", "value", "value")]
     if f"{name}.in_proj_qkv.weight" in rank.tensors:
         lengths = [count * width for count, width in zip((keys, keys, values), widths, strict=False)]
-        return *project("qkv").split(lengths, -1), project("z"), project("b"), project("a")
+        return *torch.split(project("qkv"), lengths, -1), project("z"), project("b"), project("a")
     group = values // keys
     lengths = [count * width for count, width in zip((1, 1, group, group), widths, strict=True)]
-    parts = project("qkvz").unflatten(-1, (keys, -1)).split(lengths, -1)
-    others = project("ba").unflatten(-1, (keys, -1)).split(group, -1)
+    parts = torch.split(by_head(project("qkvz"), sum(lengths)), lengths, -1)
+    others = torch.split(by_head(project("ba"), 2 * group), group, -1)
     return tuple(part.flatten(2) for part in (*parts, *others))
 
 

@@ -1,24 +1,25 @@
-"""The lists of Qwen3-Next, Qwen3.5, Qwen3.6 and MiniMax-M2: published counts and sizes, and transformers' own modules."""
+"""The lists of Qwen3-Next, Qwen3.5 and MiniMax-M2: published counts and sizes, and transformers' own modules."""
 
-from collections import Counter
+import json
+import re
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from families import Family
-from hybrid_families import HYBRIDS, change_text, write_full_hybrid, write_small_hybrid
+from hybrid_families import HYBRIDS, change_text, write_full_hybrid
 from jobs import make_plan
-from small_models import MODELS, from_config, make_config
+from plain_shares import share
+from small_models import from_config
 
 from reshard.recipes.recipe import list_packaged_recipes, load_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.recipe_choice import choose_recipe
 from reshard.sources.stacked_experts import read_under_hub_names
 from reshard.synthetic import TensorEntry, compute_data_size
-from reshard.types import WHOLE, Layout
+from reshard.types import Layout
 
 RECIPES = [recipe for recipe in list_packaged_recipes() if not recipe.engine and not recipe.by_name]
 GIB = 1 << 30
@@ -87,11 +88,8 @@ def listed(family: Family) -> list[TensorEntry]:
 def test_a_list_is_that_of_the_modules_of_transformers(name: str) -> None:
     """With published widths and few layers and experts; but for the MTP layer, which transformers has not."""
     family = HYBRIDS[name]
-    few = {"num_experts": 12, "num_local_experts": 12} if "moe_intermediate_size" in str(family.full) else {}
-    few = {"num_local_experts": 12} if name == "minimax-m2.7" else {"num_experts": 12} if few else {}
-    changes = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"], **few}
-    if name == "minimax-m2.7":
-        changes = {**few, "num_hidden_layers": 4}
+    few = dict.fromkeys((key for key in ("num_experts", "num_local_experts") if f"'{key}'" in str(family.full)), 12)
+    changes = {**few, "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
     config = change_text({key: value for key, value in family.full.items() if key != "quantization_config"}, changes)
     wanted = {key: shape for key, _, shape in family.tensors(config) if not key.startswith("mtp.")}
     known = {key: value for key, value in config.items() if key not in ("published", "architectures")}
@@ -100,28 +98,59 @@ def test_a_list_is_that_of_the_modules_of_transformers(name: str) -> None:
     found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         found.pop("lm_head.weight")
-    assert fuse(wanted) == {key.replace(".mlp.gate.", ".gate.") if "minimax" in name else key: value
-                            for key, value in found.items()}  # fmt: skip
+    assert fuse(wanted) == found
 
 
 def fuse(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Under the names that transformers has in memory: all experts of a layer in two tensors."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        before, dot, rest = name.partition(".experts.")
-        before = before.replace("block_sparse_moe.gate", "gate").replace("block_sparse_moe", "mlp")
-        if not dot or not rest[0].isdigit():
-            found[before + dot + rest] = shape
-            continue
-        word = "down_proj" if rest.split(".")[1] in ("down_proj", "w2") else "gate_up_proj"
-        count = 1 + found.get(f"{before}.experts.{word}", (0,))[0]
-        rows = shape[0] if word == "down_proj" else 2 * shape[0]
-        found[f"{before}.experts.{word}"] = (count, rows, shape[1])
-    return {
-        name: (shape[0] // 2, *shape[1:]) if name.endswith("experts.gate_up_proj") and "fused" not in name and is_split(shapes) else shape
-        for name, shape in found.items()
-    }
+        parts = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name.replace("block_sparse_moe", "mlp"))
+        if parts is None:
+            found[name.replace("block_sparse_moe", "mlp")] = shape
+        elif parts[3] in ("down_proj", "w2"):
+            found[f"{parts[1]}.down_proj"] = (int(parts[2]) + 1, *shape)
+        else:
+            found[f"{parts[1]}.gate_up_proj"] = (int(parts[2]) + 1, 2 * shape[0], shape[1])
+    return found
 
 
-def is_split(shapes: dict[str, tuple[int, ...]]) -> bool:
-    return any(".experts.0." in name for name in shapes)
+# --- at full size ---
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "ranks"),
+    [
+        ("qwen3-next-fp8", "qwen3-next", 4),
+        ("qwen3.5-27b", "qwen35", 8),
+        ("qwen3.6-35b-a3b", "qwen35-moe", 16),
+        ("minimax-m2.7", "minimax-m2", 8),
+    ],
+)
+def test_a_full_checkpoint_is_planned_with_the_shares_of_a_plain_converter(
+    name: str, recipe: str, ranks: int, tmp_path: Path
+) -> None:
+    write_full_hybrid(tmp_path / name, name)
+    assert sum(path.stat().st_blocks * 512 for path in (tmp_path / name).iterdir()) < 60e6
+    checkpoint = read_checkpoint(tmp_path / name)
+    assert len(checkpoint.files) == HYBRIDS[name].files
+    assert len(checkpoint.tensors) == PUBLISHED[name][0]
+    whole = read_under_hub_names(checkpoint)
+    plan = make_plan(whole, load_recipe(recipe), Layout(ranks))
+    config = dict(HYBRIDS[name].full)
+    kept = {key: one for key, one in whole.tensors.items() if not key.startswith("mtp.")}
+    found = json.loads(plan.files[1].header[8:])
+    del found["__metadata__"]
+    shares = {key: share(key, torch.empty(one.shape, device="meta"), config, 1, ranks) for key, one in kept.items()}
+    wanted = {key: list(part.shape) for key, part in shares.items() if part is not None}
+    assert {key: value["shape"] for key, value in found.items()} == wanted
+    assert choose_recipe(whole, RECIPES)[0].name == recipe
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_small_checkpoint_is_of_the_same_kinds_and_has_what_sorts_wrongly(name: str) -> None:
+    kinds = [{(re.sub(r"\.\d+\.", ".#.", key), dtype) for key, dtype, _ in HYBRIDS[name].tensors(config)}
+             for config in (HYBRIDS[name].full, HYBRIDS[name].small)]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    names = [key for key, _, _ in HYBRIDS[name].tensors(HYBRIDS[name].small)]
+    assert {2, 10} <= {int(found[1]) for key in names if (found := re.search(r"layers\.(\d+)\.", key))}
