@@ -19,6 +19,8 @@ SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
 CONDITION = re.compile(r"if [\w.]+")
 
+CONDITION_OF_ROW = re.compile(r"(if|unless) [\w.]+|if \{[a-z]\}|maybe( if [\w.]+)?")
+
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 
 BEGINS_WITH_NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})(\.|$)")
@@ -142,6 +144,16 @@ def check_pattern(pattern: str, known: Iterable[str], endings: Iterable[str] = (
         )
     if len(set(names)) != len(names):
         yield f"a placeholder twice in {pattern!r}", "each placeholder once"
+
+
+def check_condition(only: str, left: str, placeholders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Faults in the condition of a row; `left` is its name on the left."""
+    if only and not CONDITION_OF_ROW.fullmatch(only):
+        expected = "'if KEY' or 'unless KEY', with a key of config.json; 'maybe', or 'maybe if KEY'; 'if {m}'"
+        yield repr(only), expected
+    for letter in PLACEHOLDER.findall(only):
+        if letter not in placeholders or letter in PLACEHOLDER.findall(left):
+            yield repr(only), "'if' and a placeholder of this recipe that the name does not have"
 
 
 def check_formula(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
     TablePath,
+    check_condition,
     check_formula,
     check_pattern,
     check_placeholder_table,
@@ -53,8 +54,6 @@ RELATIONS = ("same", "dequantize", "drop", FLATTEN, *FUSED)
 
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
-
-CONDITION = re.compile(r"(if|unless) [\w.]+|if \{[a-z]\}|maybe( if [\w.]+)?")
 
 STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?""""{0,2}|\'\'\'.*?\'\'\'\'{0,2}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*', re.DOTALL
@@ -234,25 +233,13 @@ def check_padded_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
         yield ("padded",), repr(table["padded"]), expected
 
 
-def check_counted(rule: Rule, placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Finds a condition on a placeholder that the recipe does not have, or that the name has itself."""
-    for letter in PLACEHOLDER.findall(rule.only):
-        if letter not in placeholders or letter in PLACEHOLDER.findall(rule.left):
-            yield repr(rule.only), "'if' and a placeholder of this recipe that is not in the name"
-
-
 def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [*placeholders, *scales, *([REST] if rule.relation == "drop" else [])]
     if rule.relation not in RELATIONS:
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
     yield from check_pattern(rule.left, known) if rule.left else [("no left name", "the name on the left")]
     yield from check_pattern(rule.right, known, scales) if rule.right else ()
-    if rule.only and not CONDITION.fullmatch(rule.only):
-        expected = (
-            "'if KEY' or 'unless KEY', with a key of config.json; 'if' and a placeholder; 'maybe', or 'maybe if KEY'"
-        )
-        yield repr(rule.only), expected
-    yield from check_counted(rule, placeholders)
+    yield from check_condition(rule.only, rule.left, placeholders)
     if rule.shape:
         yield from check_rule_shape(rule.shape)
     if rule.relation == "drop":
