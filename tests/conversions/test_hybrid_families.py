@@ -140,6 +140,10 @@ def test_fp8_becomes_bf16_and_is_read_again(name: str, source: Source, tmp_path:
         assert (tmp_path / "ranks" / path.name).read_bytes() == path.read_bytes()
 
 
+def every_part(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(value for key, value in config.items() if key in ("text_config", "vision_config"))]
+
+
 @pytest.mark.parametrize("name", ["qwen3.5-27b", "minimax-m2.7"])
 def test_what_is_published_in_f32_stays(name: str, source: Source, tmp_path: Path) -> None:
     whole = {
@@ -147,9 +151,14 @@ def test_what_is_published_in_f32_stays(name: str, source: Source, tmp_path: Pat
         for key, tensor in tensors_of(source(name)).items()
     }
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "config.json").write_text(json.dumps(read_config(source(name))))
+    config = read_config(source(name))
+    for part in every_part(config):
+        part["dtype"] = "float32"
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     rewrite(tmp_path / "source", whole)
     reshard.convert(tmp_path / "source", tmp_path / "bf16", to="hf", cast="bf16")
+    assert {told.get("dtype") for told in every_part(read_config(tmp_path / "bf16"))} <= {"bfloat16", None}
+    assert reshard.verify(tmp_path / "bf16", tmp_path / "source").is_proven
     kept = {key for key, tensor in tensors_of(tmp_path / "bf16").items() if tensor.dtype == torch.float32}
     wanted = {key for key, tensor in tensors_of(source(name)).items() if tensor.dtype == torch.float32}
     assert kept == {key for key in wanted if not key.endswith("_scale_inv")} > set()
