@@ -11,7 +11,8 @@ where it is installed. The exit code is 1 if a bar is missed.
 
 Packed weights are measured against the functions of compressed-tensors and transformers where these are installed, else
 against the same steps in torch; against the steps of AutoAWQ, GPTQModel and ModelOpt always. The kernels bring words of
-AutoAWQ and GPTQ into rows as part of what is timed.
+AutoAWQ and GPTQ into rows as part of what is timed. There is no bar for integers: numpy alone is no faster than torch
+with those of 4 bits.
 """
 
 import argparse
