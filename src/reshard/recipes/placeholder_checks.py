@@ -13,7 +13,9 @@ PLACEHOLDER_TEXTS = (
     "only",
 )  # fmt: skip
 
-PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
+PLACEHOLDER_NUMBERS = ("picked", "listed_from")
+
+PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, *PLACEHOLDER_NUMBERS)
 
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
@@ -66,7 +68,7 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         if not re.fullmatch(r"[a-z]", name):
             yield where, f"the placeholder {name!r}", "a single lower-case letter"
         elif not isinstance(fields, dict) or not all(
-            isinstance(value, str) for key, value in fields.items() if key != "picked"
+            isinstance(value, str) for key, value in fields.items() if key not in PLACEHOLDER_NUMBERS
         ):
             yield where, repr(fields), "a table of strings"
         elif unknown := set(fields) - set(PLACEHOLDER_KEYS):
@@ -79,6 +81,8 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
+        elif "listed_from" in fields and not ("listed" in fields and is_list_of_integers([fields["listed_from"]])):
+            yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):

@@ -150,10 +150,11 @@ def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any]
     if isinstance(values, list):
         wanted = {number for number, value in enumerate(values) if value in place.picked and number in whole}
     if isinstance(listed_ones, list):
-        wanted = {number for number in listed_ones if type(number) is int}
+        wanted = {number - place.listed_from for number in listed_ones if type(number) is int}
     if wanted != members[place.name]:
         found = f"{format_numbers(members[place.name])} by the names of the tensors"
         expected = f"{format_numbers(wanted)}, as {place.picked_by or place.listed} of config.json says"
+        expected += f", which counts from {place.listed_from}" if place.listed_from else ""
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 

@@ -89,6 +89,7 @@ def prune_config(
     if layers is not None and counting:
         count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
+        prune_members(changed, recipe, counting, layers)
         problems.extend(prune_references(changed, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
@@ -121,6 +122,25 @@ def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, l
         values = read_config_value(key, config)
         if isinstance(values, list) and len(values) >= count and KEY.fullmatch(key):
             set_key(config, key, [values[old] for old in layers if old < count] + values[count:])
+
+
+def prune_members(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> None:
+    """Prunes the lists that name all layers of a kind, in place. Kept layers stay in them, with their new numbers."""
+    for place in recipe.placeholders.values():
+        name, first = place.listed.rpartition(".")[2], place.listed_from
+        if find_base(place, recipe) != counting.name or name == DENSE or REFERENCE.fullmatch(name):
+            continue
+        values = read_config_value(place.listed, config) if KEY.fullmatch(place.listed) else None
+        if isinstance(values, list):
+            kept = [value for value in values if type(value) is int and value - first in layers]
+            set_key(config, place.listed, [layers[value - first] + first for value in kept])
+
+
+def find_base(place: Placeholder, recipe: Recipe) -> str:
+    """Finds the name of the outermost placeholder that contains the members of this one."""
+    for _ in recipe.placeholders:  # an untrusted recipe may lead in a circle
+        place = recipe.placeholders.get(place.within or place.some_of, place)
+    return place.name
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:
