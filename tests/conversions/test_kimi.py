@@ -261,7 +261,7 @@ def test_layers_of_k3_keep_their_kind(
 
 
 def refuse(folder: Path, model: PackedModel, **changes: Any) -> list[str]:
-    """The problems of a checkpoint without tensors with a word of `without` in their names, and a changed `text_config`."""
+    """The problems of a checkpoint: without tensors with a word of `without` in their names, or with another config."""
     without, text = changes.pop("without", ()), changes
     plain = {name: tensor for name, tensor in model.plain.items() if not any(word in name for word in without)}
     config = {**model.config, "text_config": {**model.config["text_config"], **text}}
