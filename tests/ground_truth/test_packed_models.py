@@ -100,11 +100,15 @@ def test_a_small_checkpoint_has_every_kind_of_tensor_that_the_full_one_has(name:
         assert {"2", "10"} <= numbers or not numbers, kind
 
 
-def test_a_full_checkpoint_is_written_as_holes(tmp_path: Path) -> None:
+def test_a_full_checkpoint_is_written_as_holes_with_the_shapes_of_packed_weights(tmp_path: Path) -> None:
     write_full_packed(tmp_path, "kimi-k2.5")
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 64
-    assert sum(path.stat().st_blocks * 512 for path in files) < 100e6
+    assert sum(path.stat().st_blocks * 512 for path in files) < 400e6
+    name = "language_model.model.layers.60.mlp.experts.383.down_proj.weight_shape"
+    place = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][name]
+    with safe_open(tmp_path / place, "pt") as file:
+        assert file.get_tensor(name).tolist() == [7168, 2048]
     assert 595_148_192_736 < sum(path.stat().st_size for path in files) < 595_148_192_736 + 100e6
 
 

@@ -7,6 +7,7 @@ headers and holes.
 """
 
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -111,6 +112,19 @@ def write_full_packed(folder: Path, name: str, *, plain: bool = False) -> None:
     entries = family.entries(family.full) if plain else family.list_stored(family.full)
     config = drop_quantization(family.full) if plain else family.full
     write_tensors(folder, entries, config, family.files, sparse=True)
+    if not plain and family.packing == "integers":
+        write_shapes(folder, {name: shape for name, _, shape in family.entries(family.full)})
+
+
+def write_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes what is in `weight_shape` into files of holes: a reader looks at it. 4 KiB of disk for each."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            for name, entry in json.loads(file.read(length)).items():
+                if name.endswith(".weight_shape"):
+                    file.seek(8 + length + entry["data_offsets"][0])
+                    file.write(struct.pack("<2i", *shapes[name.removesuffix("_shape")]))
 
 
 def drop_quantization(config: Config) -> Config:
@@ -331,20 +345,31 @@ def list_vision_k3(vision: Config) -> Iterator[TensorEntry]:
 
 
 def describe_packing(packing: str) -> Config:
-    weights = {"actorder": None, "dynamic": False, "group_size": GROUP, "num_bits": 4, "strategy": "group"}
-    ends = {"kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    """The `quantization_config` of the published checkpoints."""
     ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]
+    weights: dict[str, Any] = {
+        "actorder": None,
+        "dynamic": False,
+        "group_size": GROUP,
+        "num_bits": 4,
+        "observer": "minmax",
+        "strategy": "group",
+        "symmetric": True,
+        "type": "int",
+    }
+    group: dict[str, Any] = {"input_activations": None, "output_activations": None, "targets": ["Linear"]}
+    name = "pack-quantized"
     if packing == "mxfp4":
-        name = "mxfp4-pack-quantized"
-        group = {"format": name, "weights": {**weights, "scale_dtype": "torch.uint8", "type": "float"}}
-        ignored += ["re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"]
-    else:
-        name = "pack-quantized"
-        group = {"weights": {**weights, "type": "int"}}
-        ignored.insert(0, "lm_head")
-    group = {**group, "input_activations": None, "output_activations": None, "targets": ["Linear"]}
-    group["weights"] = {**group["weights"], "observer": "minmax", "symmetric": True}
-    return {"config_groups": {"group_0": group}, "format": name, "ignore": ignored, **ends}
+        name = group["format"] = "mxfp4-pack-quantized"
+        weights |= {"scale_dtype": "torch.uint8", "type": "float"}
+    return {
+        "config_groups": {"group_0": {**group, "weights": weights}},
+        "format": name,
+        "ignore": [*ignored, "re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
 
 
 K2_THINKING: Config = {
