@@ -41,11 +41,15 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     """In elements, as the header gives it."""
     file: int
-    """Index into the files of its checkpoint; behind them follow joins, then casts."""
+    """Index into the files of its checkpoint; behind them follow joins, then casts. See PACKED."""
     offset: int
     """Of its first byte, in bytes from the start of the file."""
     size: int
     """In bytes."""
+
+
+PACKED = 1 << 40
+"""The number of the file of packed weights begins here: far beyond all files, so that no plan can read one as it is."""
 
 
 class Cast(NamedTuple):
@@ -69,6 +73,39 @@ class Cast(NamedTuple):
     """Whether the result is a block scale."""
     value: float = 0.0
     """Of a `fill`: every element of the result."""
+    packed: "Packed | None" = None
+    """How the weight lies, if it is one of `Checkpoint.packed`."""
+
+    def list_inputs(self) -> list[Tensor]:
+        """Lists the tensors that it is computed from; of a `fill`, the result itself."""
+        return self.packed.list_inputs() if self.packed else [one for one in (self.weight, self.scale) if one]
+
+
+class Packed(NamedTuple):
+    """A weight that lies packed: codes, and what turns them into numbers, each a tensor of a file."""
+
+    packing: str
+    """`integers`, `fp8`, `mxfp4`, `mxfp4-experts`, `nvfp4`, `nvfp4-divided`, `awq`, `gptq` or `gptq-v2`."""
+    codes: Tensor
+    scales: Tensor
+    """One for each group of columns."""
+    zeros: Tensor | None
+    """The zero points; None where the packing has a fixed one, or none."""
+    factor: Tensor | None
+    """Of NVFP4: one F32 for the whole weight, by which the scales are multiplied, or divided."""
+    order: Tensor | None
+    """The group of each column; None if the groups lie in order."""
+    bits: int
+    """Of a code."""
+    group: int
+    """Columns of the result that share a scale, in elements; all of a row if it has one scale."""
+    result: Tensor
+    """The weight in BF16 [..., rows, columns]: out and in features of a linear layer. Its `file` is PACKED plus the
+    index of this entry."""
+
+    def list_inputs(self) -> list[Tensor]:
+        """Lists the tensors that it is computed from."""
+        return [one for one in (self.codes, self.scales, self.zeros, self.factor, self.order) if one]
 
 
 class Join(NamedTuple):
@@ -135,6 +172,12 @@ class Checkpoint:
     """Tensor name -> file of what the index does not name, or what only files left aside have; not among `tensors`."""
     may_be_extra: frozenset[str] = frozenset()
     """Names of files that `--ignore-extra-files` would leave out; empty if an index or `model.safetensors` decides."""
+    packed: tuple[Packed, ...] = ()
+    """Of a checkpoint that is read to be dequantized: the weights that lie packed, under their plain names."""
+
+    def find_packed(self, tensor: Tensor) -> Packed | None:
+        """Finds how a tensor lies packed; None if it does not."""
+        return self.packed[tensor.file - PACKED] if tensor.file >= PACKED else None
 
     @property
     def parts(self) -> int:

@@ -222,21 +222,22 @@ def _choose_fp4_pages(group_scales: CodeArray, scales: CodeArray, block: RowsCol
 
 
 def dequantize_fp4(
-    packed: CodeArray, scales: CodeArray, phase: RowsColumns, out: HalfArray, run: Recode = recode
+    packed: CodeArray,
+    scales: CodeArray,
+    phase: RowsColumns,
+    out: HalfArray,
+    run: Recode = recode,
+    *,
+    keeps_minus_zero: bool = False,
 ) -> None:
     """Multiplies E2M1 pairs [rows, columns / 2] by F8_E8M0 scales of 1 x 32 values, into BF16 bit patterns; exact.
 
-    `phase` counts columns; the first column of the box is even. A scale of NaN gives 0x7FC0.
+    `phase` counts columns; the first column of the box is even. A scale of NaN gives 0x7FC0. Minus zero becomes zero,
+    as in DeepSeek's script, unless it is kept, as by compressed-tensors.
     """
     require_fitting_shapes((packed.shape[0], packed.shape[1] * 2), scales, (1, FP4_GROUP), phase, out)
-    run(
-        packed,
-        scales.astype(np.uint16),
-        (1, FP4_GROUP // 2),
-        (0, phase[1] // 2),
-        make_fp4_products(),
-        out.view(np.uint32),
-    )
+    table, group, inner = make_fp4_products(keeps_minus_zero=keeps_minus_zero), FP4_GROUP // 2, (0, phase[1] // 2)
+    run(packed, scales.astype(np.uint16), (1, group), inner, table, out.view(np.uint32))
 
 
 @cache

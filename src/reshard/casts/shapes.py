@@ -5,6 +5,20 @@ from math import prod
 
 from reshard.types import Cast, Tensor
 
+TRANSPOSED = ("awq", "gptq", "gptq-v2", "mxfp4-experts")
+"""Packings whose codes lie column by column of the weight: a few rows of it are a little of everything."""
+
+BLOCKED = ("fp8", "mxfp4")
+"""Packings that a block of scales describes, as those of casts of other weights."""
+
+ROWS_TOGETHER = 32
+"""Rows of a weight of TRANSPOSED that are taken out of the codes together: as many share bytes or a scale."""
+
+
+def is_in_blocks(cast: Cast) -> bool:
+    """Whether blocks of scales describe the weight of a cast."""
+    return cast.packed is None or cast.packed.packing in BLOCKED
+
 
 def unpack_shape(tensor: Tensor, *, is_packed: bool = True) -> tuple[int, ...]:
     """The shape of a weight in elements. Where FP4 is packed, as I8, each byte has two elements of a row."""
@@ -26,6 +40,8 @@ def flatten_to_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def unpack_weight_shape(cast: Cast) -> tuple[int, ...]:
     """The shape of the weight of a cast, in elements. What is only padded is never packed."""
+    if cast.packed:
+        return cast.packed.result.shape
     return unpack_shape(cast.weight, is_packed=cast.operation != "pad")
 
 

@@ -5,8 +5,8 @@ computed box by box, so that each box needs one read of the weight. Right of and
 zeros, or ones in a block scale.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,38 +24,17 @@ from reshard.casts.kernels import (
     round_up_scales,
 )
 from reshard.casts.rounding import FLOAT_DTYPES, round_constant, round_floats
-from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, unpack_weight_shape
+from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, is_in_blocks, unpack_weight_shape
+from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
+from reshard.casts.unpacking import compute_unpacked
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Tensor
-
-Read = Callable[[Tensor, int, int], memoryview]
-"""Reads bytes of a tensor: `(tensor, offset, size)`, in bytes. The next call overwrites the returned buffer."""
 
 CastArray = NDArray[Any]
 
 SCALE_ONES = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f", "F8_E8M0": b"\x7f"}
 """A scale of 1."""
-
-
-class ElementBox(NamedTuple):
-    """A rectangle of a matrix, in elements; `bottom` and `right` are exclusive."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-
-class CastInputs(NamedTuple):
-    """How a cast reads its weight and scale."""
-
-    weight: Read
-    scale: Read
-    most: int
-    """In bytes: the largest read of a weight."""
-    most_scales: int
-    """In bytes: the largest read of a scale."""
 
 
 def compute_cast(cast: Cast, offset: int, out: memoryview, inputs: CastInputs) -> int:
@@ -115,6 +94,9 @@ def fill_padding(rows: CastArray, cast: Cast) -> None:
 def split_for_reads(box: ElementBox, cast: Cast, inputs: CastInputs) -> Iterator[ElementBox]:
     """Splits a box so that each piece needs one read of the weight, and no read is larger than allowed."""
     if not measure_area(box):
+        return
+    if not is_in_blocks(cast):
+        yield box
         return
     if cast.is_scale and cast.operation != "pad":
         yield from (box._replace(top=row, bottom=row + 1) for row in range(box.top, box.bottom))
@@ -193,6 +175,9 @@ def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs)
         values = read_weight_box(cast, box, inputs)
         round_floats(values.view(FLOAT_DTYPES[cast.weight.dtype]), out.view(np.uint16))
         return 0
+    if not is_in_blocks(cast):
+        compute_unpacked(cast, box, out.view(np.uint16), inputs)
+        return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)
     if cast.operation == "fp4-to-fp8":
@@ -220,7 +205,8 @@ def compute_dequantized(cast: Cast, box: ElementBox, out: CastArray, inputs: Cas
             inexact = compute_dequantized(cast, wide, both, inputs)
             out[:] = both[:, box.left - wide.left :][:, : box.right - box.left]
             return inexact
-        dequantize_fp4(read_weight_box(cast, box, inputs), scales, phase, out, choose_recode())
+        codes, keeps = read_weight_box(cast, box, inputs), cast.packed is not None
+        dequantize_fp4(codes, scales, phase, out, choose_recode(), keeps_minus_zero=keeps)
         return 0
     values = decode_scales(scales, cast.scale.dtype if cast.scale else "")
     dequantize(read_weight_box(cast, box, inputs), values, cast.block, phase, out, choose_recode())

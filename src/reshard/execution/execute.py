@@ -24,7 +24,7 @@ from reshard.execution.finished_files import (
 )
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART, Journal, TargetLock, has_records, open_journal
-from reshard.execution.reader import MEMORY_PER_THREAD, MEMORY_TO_COMPUTE, OpenFiles
+from reshard.execution.reader import MEMORY_PER_THREAD, OpenFiles, measure_memory_to_compute
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
@@ -275,7 +275,7 @@ def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:
 def measure_memory_per_thread(plan: Plan) -> int:
     """The memory of the buffers of a thread, in bytes."""
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    return MEMORY_PER_THREAD + levels * WINDOW_SIZE + (MEMORY_TO_COMPUTE if plan.casts or plan.source.joins else 0)
+    return MEMORY_PER_THREAD + levels * WINDOW_SIZE + measure_memory_to_compute(plan.source.joins, plan.casts)
 
 
 def choose_threads(settings: Settings, memory: int, ways: Ways, *, keeps_disk_busy: bool) -> Jobs:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.streaming import Read
+from reshard.casts.tensor_boxes import Read
 from reshard.errors import refuse
 from reshard.sources.rank_files import PartRange, cut_part_ranges
 from reshard.types import Cast, Join, Tensor

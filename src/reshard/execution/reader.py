@@ -1,11 +1,15 @@
 """Reads a window: from a file, joined from parts in several files, or computed by a cast."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.casts.streaming import CastInputs, compute_cast
+from reshard.casts.shapes import TRANSPOSED
+from reshard.casts.streaming import compute_cast
+from reshard.casts.strips import StripStore
+from reshard.casts.tensor_boxes import CastInputs
+from reshard.casts.unpacking import STRIP_MEMORY
 from reshard.errors import refuse
 from reshard.execution.joins import PartReader, read_join
 from reshard.execution.windows import WINDOW_SIZE, Group, Piece, Window
@@ -24,6 +28,12 @@ MEMORY_TO_COMPUTE = 2 * (WINDOW_SIZE + SCALES_SIZE) + 2 * PAGE + 8 * 2**20
 cast, one for scales, and the memory of the kernels."""
 
 
+def measure_memory_to_compute(joins: Sequence[Join], casts: Sequence[Cast]) -> int:
+    """Measures the memory of a job for joins and casts, in bytes; 0 without any."""
+    has_strips = any(cast.packed and cast.packed.packing in TRANSPOSED for cast in casts)
+    return (MEMORY_TO_COMPUTE if joins or casts else 0) + has_strips * STRIP_MEMORY
+
+
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
     """The open files of a job, and its joins and casts."""
@@ -37,6 +47,7 @@ class OpenFiles:
     allow_inexact: bool
     levels: int
     """The buffers for joins of joins that a worker needs: see `count_join_levels`."""
+    strips: StripStore = field(default_factory=StripStore)
 
 
 class WorkerBuffers:
@@ -87,7 +98,7 @@ def make_cast_inputs(files: OpenFiles, buffers: WorkerBuffers) -> CastInputs:
     """How a worker reads weights and scales. Each has buffers of its own: both are needed at the same time."""
     weight = make_reader(files, buffers.window, [buffers.joined[:WINDOW_SIZE], *buffers.levels])
     scale = make_reader(files, buffers.scales, [buffers.joined[WINDOW_SIZE:], *buffers.levels])
-    return CastInputs(weight.read, scale.read, WINDOW_SIZE, SCALES_SIZE)
+    return CastInputs(weight.read, scale.read, WINDOW_SIZE, SCALES_SIZE, files.strips)
 
 
 def make_reader(files: OpenFiles, buffer: memoryview, joined: Sequence[memoryview]) -> PartReader:

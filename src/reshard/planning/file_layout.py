@@ -334,7 +334,11 @@ def assign_to_files(pieces: Pieces, casts: Sequence[Cast], parts: int, places: M
     """
     # The header of a file is not known before its tensors are: reserve room for the longest offsets.
     entries = [len(text.encode()) + MOST_OFFSETS for text in write_entries(pieces)]
-    weights = [casts[tensor.file - parts].weight if tensor.file >= parts else tensor for tensor in pieces.tensors]
+    made = [casts[tensor.file - parts] if tensor.file >= parts else None for tensor in pieces.tensors]
+    weights = [
+        tensor if cast is None else cast.result if cast.packed else cast.weight
+        for cast, tensor in zip(made, pieces.tensors, strict=True)
+    ]
     file, filled = 0, 0
     rank = np.zeros(len(weights), np.int64)
     for place in np.argsort([places[weight.name] for weight in weights], kind="stable").tolist():

@@ -150,11 +150,21 @@ def find_uses(
         made = [casts[tensor.file - files] for tensor in one.tensors]
         if made[0].operation == "fill":
             continue  # made of nothing
-        inputs = [tensor for cast in made for tensor in (cast.weight, cast.scale) if tensor]
+        inputs = [tensor for cast in made for tensor in list_named_inputs(cast)]
         yield WORDS.get(made[0].operation, "cast"), one.number, inputs
     for family in matched.families:
         if not is_kept(recipe.rules[family.rule], layout):
             yield "dropped", family.rule, family.tensors
+
+
+def list_named_inputs(cast: Cast) -> Sequence[Tensor]:
+    """Lists the tensors of the checkpoint that a cast is computed from. What lies packed is one there, under its plain
+    name, of the size of all its inputs.
+    """
+    inputs = cast.list_inputs()
+    if not cast.packed:
+        return inputs
+    return [cast.packed.result._replace(size=sum(tensor.size for tensor in inputs))]
 
 
 def name_use(series: Series, ranks: int) -> str:

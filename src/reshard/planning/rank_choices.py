@@ -66,7 +66,7 @@ def list_rank_choices(source: Source, layout: Layout, only: Sequence[str] = ()) 
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(recipe, layout))
         kinds = require_kept(matched, source, layout)
     plain, casts = replace(layout, pad=False), list[Cast]()
-    terms = Terms(recipe, plain, None, checkpoint.parts, config)
+    terms = Terms(recipe, plain, None, checkpoint.parts, config, checkpoint.packed)
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))
     members = [list_members(kind, recipe) for kind in kinds]

@@ -49,8 +49,8 @@ def measure_reads(checkpoint: Checkpoint, casts: Sequence[Cast], copies: Copies)
         share = min(1, used[place] / size) if size else 0
         weight, scale = TIMES_READ.get(cast.operation, (1, 1))
         add_input(cast.weight, weight * cast.weight.size * share)
-        if cast.scale:
-            add_input(cast.scale, scale * cast.scale.size * share)
+        for beside in cast.list_inputs()[1:]:
+            add_input(beside, scale * beside.size * share)
     replicas = 0.0
     # The parts of a join may lie in joins before it.
     for place, join in reversed([*enumerate(checkpoint.joins, files)]):

@@ -6,14 +6,14 @@ from math import prod
 from typing import Any
 
 from reshard.casts.rounding import FLOAT_DTYPES
-from reshard.casts.shapes import count_blocks
+from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, count_blocks, flatten_to_matrix
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
 from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
 from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_logical_shape, find_target_block
-from reshard.types import WHOLE, Cast, Layout, Tensor
+from reshard.types import PACKED, WHOLE, Cast, Layout, Packed, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class Terms:
     """Number of files and joins of the source: casts are numbered from here on."""
     config: Mapping[str, Any]
     """The config, with raised values if padded; empty without a config."""
+    packed: Sequence[Packed] = ()
+    """How the weights lie whose file is PACKED or beyond."""
 
 
 def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
@@ -68,6 +70,8 @@ def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Out
 def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
+    if kind.weights[0].file >= PACKED:
+        return unpack_group(kind, terms, casts)
     if layout.cast == "bf16" and is_rounded(kind):
         return round_group(kind, terms, casts)
     if scaling is None or scaling.stays:
@@ -109,6 +113,25 @@ def add_casts(
         for (weight, scale), tensor in zip(inputs, results, strict=True)
     )
     return results
+
+
+def unpack_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Dequantizes weights that lie packed to BF16. Those that a block of scales describes are cast like any other."""
+    weights = []
+    for weight in kind.weights:
+        packed = terms.packed[weight.file - PACKED]
+        result = weight._replace(file=terms.files + len(casts))
+        block = (find_block_rows(packed), packed.group)
+        casts.append(Cast("dequantize", packed.codes, packed.scales, block, result, packed=packed))
+        weights.append(result)
+    return Outcome(kind, weights, [], [], (1, 1))
+
+
+def find_block_rows(packed: Packed) -> int:
+    """Finds how many rows of a packed weight share a scale, or are best dequantized together."""
+    if packed.packing in TRANSPOSED:
+        return ROWS_TOGETHER
+    return max(1, flatten_to_matrix(packed.result.shape)[0] // max(1, flatten_to_matrix(packed.scales.shape)[0]))
 
 
 def is_rounded(kind: WeightGroup) -> bool:

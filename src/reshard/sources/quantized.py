@@ -12,6 +12,7 @@ from reshard.numbered_names import split_name
 from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import make_pattern
 from reshard.recipes.recipe import has_ranks
+from reshard.sources.packed_weights import collect_modules
 from reshard.sources.problem_order import sort_by_layer
 from reshard.sources.quantization_config import CODES, FLOATS, Promise, check_promise, find_stale, read_promise
 from reshard.text import format_count
@@ -99,7 +100,9 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
         return None
     described = describe_format(promise, by_names, marked or codes)
     remedy = suggest_source(checkpoint.config or {})
-    if recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
+    if not checkpoint.packed and collect_modules(checkpoint.tensors):
+        remedy = "add --cast bf16, which computes its weights in BF16; or " + remedy.partition("; or ")[0]
+    elif recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
         remedy = ""
     elif recipe and by_names == FP8_BLOCKS and not has_ranks(recipe):
         folder = shlex.quote(str(checkpoint.folder))

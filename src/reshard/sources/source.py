@@ -30,6 +30,8 @@ from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
 from reshard.sources.origins import find_altered_origin, find_origin
+from reshard.sources.packed_weights import Unpacked, unpack_checkpoint
+from reshard.sources.picked_members import note_others
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
     RankNames,
@@ -67,6 +69,8 @@ class Source:
     """Under the names in its files, experts stacked; None of rank files."""
     unstacked: Unstacked | None = None
     """Of a checkpoint with stacked experts: its names in the files, and all of it under the names of the hub."""
+    unpacked: Unpacked | None = None
+    """Of a checkpoint with packed weights that is read to be dequantized: its names in the files, and plain ones."""
 
 
 def read_source(
@@ -79,12 +83,14 @@ def read_source(
     subset: Subset = EVERYTHING,
     keep_optional: bool = False,
     config_folder: AnyPath | None = None,
+    dequantizes: bool = False,
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
     `recipe` is a name or a file; None takes the recipe that the manifest names, else the one for the config and tensor
-    names, among those of `for_engine`. With a subset, the source has only its layers and experts. Raises Refused if a
-    header is faulty, or if no recipe or more than one fits.
+    names, among those of `for_engine`. With a subset, the source has only its layers and experts. With
+    `dequantizes`, weights that lie packed are read as BF16, under their plain names. Raises Refused if a header is
+    faulty, or if no recipe or more than one fits.
     """
     require_shares_joined(path)
     folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)
@@ -94,10 +100,11 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
+        unpacked = unpack_checkpoint(stored) if dequantizes else None
         with explain_boxed(stored):
             source = match_huggingface(
                 folder,
-                stored,
+                unpacked.checkpoint if unpacked else stored,
                 recipes,
                 chosen,
                 recipe,
@@ -105,6 +112,7 @@ def read_source(
                 ignore_extra_files=ignore_extra_files,
                 keep_optional=keep_optional,
             )
+            source = replace(source, unpacked=unpacked)
     return narrow_source(leave_out_added_head(source), subset)
 
 
@@ -151,7 +159,8 @@ def match_huggingface(
     origin = find_altered_origin(folder, stored, is_stacked=bool(unstacked)) or origin
     members, is_stacked = found.matched.members, bool(unstacked)
     drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
+    others = note_others(found.recipe, members, folder.config)
+    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts, *others))
     return Source(folder.path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
 
 
@@ -180,6 +189,7 @@ def read_chosen(
         subset=subset,
         keep_optional=layout.keep_optional or keeps_all,
         config_folder=config_folder,
+        dequantizes=layout.cast == "bf16",
     )
 
 

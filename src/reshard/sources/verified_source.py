@@ -1,7 +1,7 @@
 """Reads the two sides of a verification: rank files and a whole checkpoint, with the manifest's recipe and subset."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,8 @@ from reshard.sources.checkpoints import read_folder_checkpoint
 from reshard.sources.engine_choice import is_chosen_by_name
 from reshard.sources.exempt_names import replace_exempt_modules
 from reshard.sources.fitted_names import match_or_rename
+from reshard.sources.packed_weights import Unpacked
+from reshard.sources.quantization_config import CODES
 from reshard.sources.rank_names import RankNames, find_rank_names, narrow_by_metadata
 from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
@@ -47,6 +49,8 @@ class VerifiedSides:
     """Of slices: the name of a tied head that the other side does not have, the head, which is left out of `whole`, and
     the embedding, which must have the same bytes.
     """
+    unpacked: Unpacked | None = None
+    """Of a source with packed weights that the target has in BF16: as it lies there, and as it was read."""
 
 
 def read_sides(
@@ -68,19 +72,9 @@ def read_sides(
             target, source, names, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder
         )
     manifest = read_valid_manifest(target)
-    made_with = find_recipe_name(manifest)
-    if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
-        raise refuse_recipe(target, made_with, "a packaged recipe")
-    if recipe is None:
-        named = made_with or find_recipe_of_ranks(target, recipes)
-        recipe = named if is_chosen_by_name(named) else None
-    engine = "" if recipe else find_engine_of_names(target, recipes)
-    found = read_source(
-        source, recipe, for_engine=engine, ignore_extra_files=ignore_extra_files, config_folder=config_folder
+    found = read_named_source(
+        target, source, recipe, manifest, ignore_extra_files=ignore_extra_files, config_folder=config_folder
     )
-    found = compute_expected_config(found)
-    if made_with not in ("", found.recipe.name):
-        raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
     before, now = found.checkpoint.subset, manifest.get("subset", {})
     if now:
         whole = narrow_checkpoint(
@@ -93,7 +87,51 @@ def read_sides(
     repeated = find_added_head(found, whole, target)
     if repeated:
         whole = drop_head(whole, repeated[0])
-    return VerifiedSides(target, whole, found.recipe, whole.files, unstacked=found.unstacked, repeated=repeated)
+    unstacked, unpacked = found.unstacked, found.unpacked
+    return VerifiedSides(
+        target, whole, found.recipe, whole.files, unstacked=unstacked, repeated=repeated, unpacked=unpacked
+    )
+
+
+def read_named_source(
+    target: AnyPath,
+    source: AnyPath,
+    recipe: str | None,
+    manifest: Mapping[str, Any],
+    *,
+    ignore_extra_files: bool,
+    config_folder: AnyPath | None,
+) -> Source:
+    """Reads a source in the original layout, by the recipe that a target was made with. Raises Refused."""
+    recipes = list_recipes_to_try(recipe)
+    made_with = find_recipe_name(manifest)
+    if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
+        raise refuse_recipe(target, made_with, "a packaged recipe")
+    if recipe is None:
+        named = made_with or find_recipe_of_ranks(target, recipes)
+        recipe = named if is_chosen_by_name(named) else None
+    engine = "" if recipe else find_engine_of_names(target, recipes)
+    found = read_source(
+        source,
+        recipe,
+        for_engine=engine,
+        ignore_extra_files=ignore_extra_files,
+        config_folder=config_folder,
+        dequantizes=has_dequantized(target, manifest),
+    )
+    found = compute_expected_config(found)
+    if made_with not in ("", found.recipe.name):
+        raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
+    return found
+
+
+def has_dequantized(target: AnyPath, manifest: Mapping[str, Any]) -> bool:
+    """Whether packed weights of a source are BF16 in a target: as its manifest says, or because it has no codes."""
+    if isinstance(layout := manifest.get("layout"), Mapping):
+        return layout.get("cast") == "bf16"
+    with suppress(Refused):
+        return not any(tensor.dtype in CODES for tensor in read_headers(target, list_target_names(target)).tensors)
+    return False
 
 
 def read_restored_sides(

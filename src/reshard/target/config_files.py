@@ -107,7 +107,8 @@ def carry_config(plan: Plan) -> dict[str, bytes]:
         return {}
     changed = cast_config(plan, config) if plan.layout.cast or plan.layout.expert_dtype else config
     is_renamed = plan.origin.config is not None and not plan.origin.is_of_ranks
-    is_other = changed != config or is_renamed or bool(plan.source.subset)  # than the one in the folder of the source
+    # Than the one in the folder of the source.
+    is_other = changed != config or is_renamed or bool(plan.source.subset or plan.source.packed)
     return {CONFIG: make_json_text(changed)} if is_other else {}
 
 

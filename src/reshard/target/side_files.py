@@ -40,6 +40,9 @@ INDEX_ENDING = re.compile(r"\.index(\.\w+)?\.json$")
 SPARE_ENDING = re.compile(r"(\.(bak|backup|old|orig|\d+)|~)$")
 """`model.safetensors.bak` and `pytorch_model.bin.1` are spare copies."""
 
+QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "recipe.yaml")
+"""Files in which ModelOpt, AWQ, GPTQ and llm-compressor tell of a quantization: a loader would look for its scales."""
+
 LARGE = 256 << 20
 """In bytes, of all copied files together: a person should know of more."""
 
@@ -75,6 +78,8 @@ def find_beside(plan: Plan) -> FoundFiles:
         if path.is_dir():
             # Beside a single file that was given lie folders of anything.
             found.folders.extend([name] if whole and plan.path.is_dir() else [])
+        elif plan.source.packed and name in QUANTIZATION_FILES:
+            found.left.setdefault("of the quantization", []).append(path)
         elif reason := explain_left_file(name, carried):
             found.left.setdefault(reason, []).append(path)
         elif path.is_file() or is_broken_link(path):
