@@ -25,6 +25,8 @@ class Placeholder:
     """With `picked_by`: the values in the list that make a member of P a member of this placeholder."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
+    listed_from: int = 0
+    """With `listed`: the number that the list has for member 0."""
     every: str = ""
     """With `within` or `some_of`: a formula for N. Where the config lacks the list of `picked_by`, the last of each N
     members of P is a member of this placeholder."""
@@ -183,6 +185,8 @@ class Recipe:
     """The tensors that are made of nothing, in every rank file."""
     engine: str
     """The engine that the right side is for, as `--for` names it; empty if the recipe is found without it."""
+    whole_only: str
+    """Reason why there are no rank files; empty if there are some."""
     by_name: bool
     """Whether it is used only where its name is given, for a family has another recipe that is the usual one."""
     origin: str

@@ -13,7 +13,9 @@ PLACEHOLDER_TEXTS = (
     "optional", "rows_of", "only",
 )  # fmt: skip
 
-PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
+PLACEHOLDER_NUMBERS = ("picked", "listed_from")
+
+PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, *PLACEHOLDER_NUMBERS)
 
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
@@ -68,7 +70,7 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         if not re.fullmatch(r"[a-z]", name):
             yield where, f"the placeholder {name!r}", "a single lower-case letter"
         elif not isinstance(fields, dict) or not all(
-            isinstance(value, str) for key, value in fields.items() if key != "picked"
+            isinstance(value, str) for key, value in fields.items() if key not in PLACEHOLDER_NUMBERS
         ):
             yield where, repr(fields), "a table of strings"
         elif unknown := set(fields) - set(PLACEHOLDER_KEYS):
@@ -91,6 +93,8 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, repr(fields), "others with picked_by and some_of: members that the config does not pick"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
+        elif "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
+            yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):

@@ -117,6 +117,7 @@ def make_recipe(table: Mapping[str, Any], text: str, origin: str) -> Recipe:
         rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
         constants=tuple(starmap(make_constant, table.get("constants", ()))),
         engine=table.get("engine", ""),
+        whole_only=table.get("whole_only", ""),
         by_name=table.get("by_name", False),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),

@@ -47,6 +47,7 @@ ALL_KEYS = (
     "rules",
     "constants",
     "engine",
+    "whole_only",
     "by_name",
 )
 
@@ -98,8 +99,9 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in ("describes", "by_name"):
         if type(table.get(key, False)) is not bool:
             yield (key,), repr(table[key]), f"{key}: true or false"
-    if not isinstance(table.get("checked", ""), str):
-        yield ("checked",), repr(table["checked"]), "checked: a string"
+    for key in ("checked", "whole_only"):
+        if not isinstance(table.get(key, ""), str):
+            yield (key,), repr(table[key]), f"{key}: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     yield from check_files(table)

@@ -16,7 +16,7 @@ def find_picked(place: Placeholder, whole: set[int], config: Mapping[str, Any] |
     """Finds the members of a placeholder that the config picks among `whole`, or names; None if it does not tell."""
     values, listed = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
     if isinstance(listed, list):
-        return {number for number in listed if type(number) is int}
+        return {number - place.listed_from for number in listed if type(number) is int}
     if isinstance(values, list) or (isinstance(values, str) and place.every):
         return {number for number, value in enumerate(values) if value in place.picked and number in whole}
     return find_every(place, whole, config)
@@ -70,6 +70,7 @@ def check_picked(
     elif wanted is not None and wanted != members[place.name]:
         found = f"{format_numbers(members[place.name])} by the names of the tensors"
         expected = f"{format_numbers(wanted)}, as {find_picking_key(place, config)} of config.json says"
+        expected += f", which counts from {place.listed_from}" if place.listed_from else ""
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 

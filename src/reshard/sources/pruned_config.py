@@ -90,6 +90,7 @@ def prune_config(
     if layers is not None and counting:
         count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
+        prune_members(changed, recipe, counting, layers)
         problems.extend(prune_references(changed, counting, layers))
         problems.extend(check_steps(config, recipe, counting, layers))
         prune_modules(changed, list_other_modules(recipe, counting), layers, count if type(count) is int else 0)
@@ -141,6 +142,25 @@ def check_steps(config: Mapping[str, Any], recipe: Recipe, counting: Placeholder
                 key = find_step_key(place, config)
                 expected = f"{format_numbers(told or set())}: {key} of config.json counts them"
                 yield Problem("needs-layers", "--layers", found, expected, "choose layers from 0 on, or whole periods")
+
+
+def prune_members(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> None:
+    """Prunes the lists that name all layers of a kind, in place. Kept layers stay in them, with their new numbers."""
+    for place in recipe.placeholders.values():
+        name, first = place.listed.rpartition(".")[2], place.listed_from
+        if find_base(place, recipe) != counting.name or name == DENSE or REFERENCE.fullmatch(name):
+            continue
+        values = read_config_value(place.listed, config) if KEY.fullmatch(place.listed) else None
+        if isinstance(values, list):
+            kept = [value for value in values if type(value) is int and value - first in layers]
+            set_key(config, place.listed, [layers[value - first] + first for value in kept])
+
+
+def find_base(place: Placeholder, recipe: Recipe) -> str:
+    """Finds the name of the outermost placeholder that contains the members of this one."""
+    for _ in recipe.placeholders:  # an untrusted recipe may lead in a circle
+        place = recipe.placeholders.get(place.within or place.some_of, place)
+    return place.name
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:

@@ -54,7 +54,7 @@ VLLM = "vllm"
 """As the engine of a recipe: rank files for its `sharded_state`."""
 
 VLLM_CASTS = {
-    **dict.fromkeys(("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5"), ("", "bf16")),
+    **dict.fromkeys(("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5", "kimi-k25"), ("", "bf16")),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "glm4-moe"), ("", "bf16")),
     **dict.fromkeys(("qwen3-next", "qwen35", "qwen35-moe", "minimax-m2"), ("", "bf16")),
     **dict.fromkeys(("vllm-llama", "vllm-qwen2", "vllm-qwen3", "vllm-qwen3-moe", "vllm-mixtral"), ("", "bf16")),
