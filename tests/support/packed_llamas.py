@@ -169,7 +169,10 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "int4": Kind(pack_integers, describe_groups("pack-quantized", num_bits=4, group_size=32, symmetric=True)),
     "int4-zeros": Kind(lambda shape: pack_integers(shape, group=64, has_zeros=True, is_in_order=False), None),
-    "int8": Kind(lambda shape: pack_integers(shape, 8, 0, torch.float32), None),
+    "int8": Kind(
+        lambda shape: pack_integers(shape, 8, 0, torch.float32),
+        describe_groups("pack-quantized", num_bits=8, group_size=None, strategy="channel", symmetric=True),
+    ),
     "int8-zeros": Kind(
         lambda shape: pack_integers(shape, 8, dtype=torch.float16, has_zeros=True),
         describe_groups("pack-quantized", num_bits=8, group_size=32, symmetric=False),

@@ -23,6 +23,7 @@ from reshard.casts.packed_layouts import (
 from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, flatten_to_matrix
 from reshard.casts.strips import Strip
 from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
+from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Packed, Tensor
 
@@ -33,6 +34,9 @@ STRIP_MEMORY = 2 * STRIP_SIZE
 """In bytes, of a strip with its scales, and what making it takes."""
 
 WORD_BITS = 32
+
+IN_ORDER = -1
+"""What compressed-tensors writes for every column if the groups lie in order."""
 
 PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
@@ -69,7 +73,7 @@ def compute_rows(packed: Packed, top: int, bottom: int, out: NDArray[Any], input
     height, columns = flatten_to_matrix(packed.result.shape)
     scales = read_rows(inputs.scale, packed.scales, height, top, bottom).copy()
     if packed.packing == "integers":
-        groups = find_groups(packed, inputs)
+        groups = find_group_of_columns(packed, inputs)
         zeros = read_zeros_of_rows(packed, top, bottom, inputs)
         codes = read_rows(inputs.weight, packed.codes, height, top, bottom).view(np.uint8)
         used = codes[:, : -(-columns * packed.bits // 8)]
@@ -123,12 +127,20 @@ def read_factor(packed: Packed, inputs: CastInputs) -> float:
     return float(np.frombuffer(inputs.scale(packed.factor, 0, packed.factor.size), np.float32)[0])
 
 
-def find_groups(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
-    """Finds the group of each column: int32 [columns]."""
+def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
+    """Finds the group of each column: int32 [columns]. Raises Refused for a group that has no scale."""
+    in_order = (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
     if packed.order is None:
-        return (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
+        return in_order
     integers = np.int64 if packed.order.dtype == "I64" else np.int32
-    return np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers).astype(np.int32)
+    found: NDArray[Any] = np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers)
+    groups = in_order[-1] + 1
+    if np.all(found == IN_ORDER):
+        return in_order
+    if np.any((found < 0) | (found >= groups)):
+        expected = f"numbers from 0 to {groups - 1}, of the groups of columns"
+        raise refuse("wrong-value", packed.order.name, f"{found.min()} to {found.max()}", expected, "is it damaged?")
+    return found.astype(np.int32)
 
 
 def count_strip_rows(packed: Packed) -> int:
@@ -161,7 +173,7 @@ def compute_rows_of_strip(
     first, last = row - start, row - start + bottom - top
     if packed.packing != "mxfp4-experts":
         zeros = None if strip.zeros is None else strip.zeros[first:last]
-        groups = find_groups(packed, inputs)
+        groups = find_group_of_columns(packed, inputs)
         multiply(packed, strip.codes[first:last], strip.scales[first:last], zeros, groups, out)
         return
     wide = slice(first // ROWS_TOGETHER, -(-last // ROWS_TOGETHER))

@@ -63,11 +63,9 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     checkpoint, matched = source.checkpoint, source.matched
     if only:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
-        checkpoint = drop_tied_note(checkpoint)
-        kinds = require_kept(matched, source, uncut)
-    terms = Terms(
-        source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {}, checkpoint.packed
-    )
+        checkpoint, kinds = drop_tied_note(checkpoint), require_kept(matched, source, uncut)
+    padded, packed = config if layout.pad else None, checkpoint.packed
+    terms = Terms(source.recipe, uncut, padded, checkpoint.parts, config or {}, packed)
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     require_none(check_outcomes(outcomes, casts, terms, matched))

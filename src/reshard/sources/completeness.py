@@ -11,6 +11,7 @@ from reshard.recipe_types import Placeholder, Recipe, Rule
 from reshard.recipes.alternatives import get_answer
 from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
+from reshard.sources.picked_members import OTHER_MODEL, add_picked, check_picked, suggest_picking_key
 from reshard.text import format_numbers
 from reshard.types import Checkpoint, Note
 
@@ -20,10 +21,8 @@ MAYBE = "maybe"
 TIED = "tie_word_embeddings"
 """Config key that is true if the output head is the embedding."""
 
-DRAFTS = "num_nextn_predict_layers"
-"""Config key of the number of MTP layers."""
-
-OTHER_MODEL = "is a file missing, or the config another model's?"
+DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Config keys of the number of MTP layers."""
 
 Members = Mapping[str, set[int]]
 """The numbers that fill each placeholder."""
@@ -53,7 +52,7 @@ def check_placeholders(checkpoint: Checkpoint, recipe: Recipe, members: Members)
         elif not place.some_of:
             yield from check_gaps(place, members[place.name], len(members[place.after]) if place.after else 0)
         yield from check_counts(place, members[place.name], checkpoint.config)
-        yield from check_picked(place, members, checkpoint.config)
+        yield from check_picked(place, recipe, members, checkpoint.config)
         yield from check_rows(place, checkpoint, recipe, members)
     for name in sorted({place.within for place in recipe.placeholders.values() if place.within}):
         parts = [place for place in recipe.placeholders.values() if place.within == name]
@@ -125,7 +124,8 @@ def suggest_remedy(place: Placeholder, numbers: set[int], config: Mapping[str, A
 def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
     """Finds the keys with the number of MTP layers, which loaders read even where a recipe does not count by them."""
     tables = (("", config), ("text_config.", config.get("text_config")))
-    return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
+    found = [(prefix, table) for prefix, table in tables if isinstance(table, Mapping)]
+    return [prefix + key for prefix, table in found for key in DRAFTS if table.get(key)]
 
 
 def note_no_drafts(
@@ -140,21 +140,6 @@ def note_no_drafts(
         promised = find_draft_keys(config or {})
         if place.optional and not place.size and not members[place.name] and promised:
             yield Note("no-mtp", f"no {place.counts} here, though config.json has {promised[0]}: {reason}")
-
-
-def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Reports a placeholder whose members differ from the list in the config that picks or names them."""
-    values, listed_ones = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
-    whole = members.get(place.within or place.some_of, set())
-    wanted = members[place.name]
-    if isinstance(values, list):
-        wanted = {number for number, value in enumerate(values) if value in place.picked and number in whole}
-    if isinstance(listed_ones, list):
-        wanted = {number for number in listed_ones if type(number) is int}
-    if wanted != members[place.name]:
-        found = f"{format_numbers(members[place.name])} by the names of the tensors"
-        expected = f"{format_numbers(wanted)}, as {place.picked_by or place.listed} of config.json says"
-        yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 
 def check_rows(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
@@ -174,6 +159,7 @@ def check_missing(
     """Reports every tensor that a rule expects and the checkpoint lacks, and every rule that has tensors although its
     condition on the config excludes them.
     """
+    members = add_picked(recipe, members, config)
     for number, rule in enumerate(recipe.rules):
         tuples, wanted = present.get(number, set()), is_expected(rule, config or {}, recipe, present)
         if not wanted and tuples:
@@ -186,13 +172,24 @@ def check_missing(
         is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
         if is_demanded and wanted and not may_lack(rule, config or {}):
             remedy = OTHER_MODEL if config else "is a file missing? without a config.json, is it another model?"
+            remedy = suggest_for_others(rule, recipe, config) or remedy
             yield from check_missing_of_rule(rule, recipe, members, tuples, remedy)
 
 
+def suggest_for_others(rule: Rule, recipe: Recipe, config: Mapping[str, Any] | None) -> str:
+    """Suggests what to look at where tensors lack that only some members need; empty for any other rule."""
+    places = [recipe.placeholders[slot] for slot in list_slots(rule, recipe) if slot in recipe.placeholders]
+    return next((suggest_picking_key(place, config) for place in places if place.others), "")
+
+
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
-    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide."""
+    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide. Where
+    the key is a placeholder, its members decide.
+    """
     if not rule.only or rule.only.startswith(MAYBE):
         return True
+    if letters := PLACEHOLDER.findall(rule.only):
+        return any(letters[0] in list_slots(recipe.rules[number], recipe) for number in present)
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
     told = get_answer(key, config)
@@ -223,7 +220,7 @@ def check_missing_of_rule(
 def suggest_condition(rule: Rule) -> str:
     """Suggests the value of a config key with which a model does not have the tensors of a rule; empty without one."""
     condition, _, key = rule.only.rpartition(" ")
-    if not condition:
+    if not condition or PLACEHOLDER.fullmatch(key):
         return ""
     without = f"is a file missing? a model without it has {key}"
     if condition == "if":
