@@ -302,6 +302,13 @@ def test_layers_of_k3_keep_their_kind(
     assert reshard.inspect(tmp_path / "target").counts["full attention layers"] == len(full)
 
 
+def test_k3_needs_as_many_experts_as_a_token_is_routed_to(source: Write, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"at least 4, as text_config\.num_experts_per_token of config\.json says"):
+        reshard.plan(source("kimi-k3"), to="hf", experts=range(3))
+    reshard.convert(source("kimi-k3"), tmp_path / "target", to="hf", experts=range(4))
+    assert reshard.inspect(tmp_path / "target").counts["experts"] == 4
+
+
 # --- refusals ---
 
 

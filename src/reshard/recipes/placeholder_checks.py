@@ -77,22 +77,8 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
-            yield (
-                where,
-                repr(fields),
-                "picked_by and picked together: a config key, and a list of numbers or words",
-            )
-        elif ("every" in fields) != ("first" in fields) or lacks_list(fields):
-            yield (
-                where,
-                repr(fields),
-                "every and first together; these and others with picked_by and some_of",
-            )
-        elif "listed" in fields and "some_of" not in fields:
-            yield where, repr(fields), "listed with some_of: some members of another placeholder"
-        elif "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
-            yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
+        elif expected := find_picking_fault(fields):
+            yield where, repr(fields), expected
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
@@ -101,6 +87,19 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             texts = [fields[key] for key in ("size", "picked_by", "listed", "every", "first") if fields.get(key)]
             yield from ((where, *fault) for text in texts for fault in check_formula(text))
             yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
+
+
+def find_picking_fault(fields: Mapping[str, Any]) -> str:
+    """Finds what was expected of how a placeholder picks its members; empty if there is no fault."""
+    if ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
+        return "picked_by and picked together: a config key, and a list of numbers or words"
+    if ("every" in fields) != ("first" in fields) or lacks_list(fields):
+        return "every and first together; these and others with picked_by and some_of"
+    if "listed" in fields and "some_of" not in fields:
+        return "listed with some_of: some members of another placeholder"
+    if "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
+        return "listed_from with listed: the whole number that the list has for member 0"
+    return ""
 
 
 def lacks_list(fields: Mapping[str, Any]) -> bool:
