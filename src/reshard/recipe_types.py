@@ -28,9 +28,10 @@ class Placeholder:
     listed_from: int = 0
     """With `listed`: the number that the list has for member 0."""
     every: str = ""
-    """With `picked_by`: a formula for N. Without that list, members are the first of P, and every Nth behind them."""
+    """With `within` or `some_of`: a formula for N. Where the config lacks the list of `picked_by`, the last of each N
+    members of P is a member of this placeholder."""
     first: str = ""
-    """With `every`: a formula for the number of those first ones."""
+    """With `every`: a formula for the number of members of P that are members before these are counted."""
     others: str = ""
     """With `picked_by`: members of P that are not picked may be members too; what becomes of them in the engines."""
     after: str = ""
@@ -96,8 +97,9 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
-    `maybe if KEY`: it may be missing where the config key is true or absent."""
+    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `if {m}`: the model has
+    members of that placeholder. `maybe`: it may be missing; `maybe if KEY`: it may be missing where the config key is
+    true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
     code_dtype: str = ""

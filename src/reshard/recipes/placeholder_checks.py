@@ -21,6 +21,8 @@ SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
 CONDITION = re.compile(r"if [\w.]+")
 
+CONDITION_OF_ROW = re.compile(r"(if|unless) [\w.]+|if \{[a-z]\}|maybe( if [\w.]+)?")
+
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 
 BEGINS_WITH_NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})(\.|$)")
@@ -92,9 +94,13 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
 def find_picking_fault(fields: Mapping[str, Any]) -> str:
     """Finds what was expected of how a placeholder picks its members; empty if there is no fault."""
     if ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
-        return "picked_by and picked together: a config key, and a list of numbers or words"
-    if ("every" in fields) != ("first" in fields) or lacks_list(fields):
-        return "every and first together; these and others with picked_by and some_of"
+        return "picked_by and picked together: a config key, and a list of whole numbers or texts"
+    if "every" in fields and not {"within", "some_of"} & set(fields):
+        return "every with within or some_of: each Nth member of another placeholder"
+    if "first" in fields and "every" not in fields:
+        return "first with every: so many members before each Nth one counts"
+    if "others" in fields and not {"picked_by", "some_of"} <= set(fields):
+        return "others with picked_by and some_of: members that the config does not pick"
     if "listed" in fields and "some_of" not in fields:
         return "listed with some_of: some members of another placeholder"
     if "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
@@ -102,13 +108,8 @@ def find_picking_fault(fields: Mapping[str, Any]) -> str:
     return ""
 
 
-def lacks_list(fields: Mapping[str, Any]) -> bool:
-    """Whether a placeholder says more of picked members than the list that picks them, and has no such list."""
-    return bool({"every", "first", "others"} & set(fields)) and not {"picked_by", "some_of"} <= set(fields)
-
-
 def is_list_of_values(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) in {int, str} for item in value)
+    return isinstance(value, list) and all(type(item) in (int, str) for item in value)
 
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -154,6 +155,16 @@ def check_pattern(pattern: str, known: Iterable[str], endings: Iterable[str] = (
         )
     if len(set(names)) != len(names):
         yield f"a placeholder twice in {pattern!r}", "each placeholder once"
+
+
+def check_condition(only: str, left: str, placeholders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Faults in the condition of a row; `left` is its name on the left."""
+    if only and not CONDITION_OF_ROW.fullmatch(only):
+        expected = "'if KEY' or 'unless KEY', with a key of config.json; 'maybe', or 'maybe if KEY'; 'if {m}'"
+        yield repr(only), expected
+    for letter in PLACEHOLDER.findall(only):
+        if letter not in placeholders or letter in PLACEHOLDER.findall(left):
+            yield repr(only), "'if' and a placeholder of this recipe that the name does not have"
 
 
 def check_formula(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:

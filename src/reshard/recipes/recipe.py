@@ -176,7 +176,7 @@ def add_condition(rule: Rule, placeholders: Mapping[str, Placeholder]) -> Rule:
 
 def find_optional_reason(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     """The reason why the tensors of a rule are left out unless they are asked for; empty if they never are."""
-    letters = PLACEHOLDER.findall(rule.left) if rule.relation != "drop" else []
+    letters = PLACEHOLDER.findall(rule.left + rule.only) if rule.relation != "drop" else []
     return next(
         (placeholders[name].optional for name in letters if name in placeholders and placeholders[name].optional), ""
     )

@@ -24,7 +24,7 @@ def find_picked(place: Placeholder, whole: set[int], config: Mapping[str, Any] |
 
 def find_every(place: Placeholder, whole: set[int], config: Mapping[str, Any] | None) -> set[int] | None:
     """Finds the first members of `whole`, and every Nth behind them, as the config counts; None if it does not."""
-    step, first = read_config_value(place.every, config), read_config_value(place.first, config)
+    step, first = read_config_value(place.every, config), read_config_value(place.first or "0", config)
     if type(step) is not int or type(first) is not int:
         return None
     return {number for number in whole if number < first or (number - first + 1) % max(step, 1) == 0}
