@@ -27,6 +27,8 @@ from reshard.verification.verify import trace_target
 
 RANKS = 2
 LEAST = Fraction(1, 10**8)
+SMALL_TILES = Fraction(1)
+"""A sample of all: in its small tiles, of which a weight has many."""
 RECIPE = """
 name = "own"
 about = "for one test"
@@ -66,7 +68,7 @@ def make_weights() -> dict[str, Stored]:
         "integers": packed_weights.make_integers(67, 96, 4, "BF16", 32, has_zeros=True),
         "nvfp4": packed_weights.make_nvfp4(100, 96, divides=False),
         "experts.whole": packed_weights.make_experts(4, 24, 96),
-        "experts.middle": packed_weights.make_experts(4, 24, 128),
+        "experts.middle": packed_weights.make_experts(4, 600, 128),
         "experts.last": packed_weights.make_experts(4, 24, 96),
         "experts.flat": packed_weights.make_experts(4, 24, 128),
         "fp8": packed_weights.make_fp8(48, 96, "F32", each_row=True),
@@ -143,6 +145,7 @@ def test_a_true_target_is_proven(made: Path) -> None:
     assert report.casts == {"dequantize": 12 * RANKS - RANKS}, "two are fused"
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (made / "target").iterdir()]
     assert report.compared == report.size == sum(sizes)
+    assert not verify(made, sample=SMALL_TILES).problems
 
 
 def test_shares_compare_all_once(made: Path) -> None:
@@ -205,8 +208,8 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_byte_is_seen(name: str, damaged: Callable[..., list[tuple[str, str]]]) -> None:
-    for place in (0, 1801, -1):
-        assert damaged(name, 1, place) == [("differs", f"model1-mp2.safetensors: {name}")]
+    for place, sample in ((0, None), (1801, None), (-1, None), (6001, SMALL_TILES)):
+        assert damaged(name, 1, place, sample=sample) == [("differs", f"model1-mp2.safetensors: {name}")]
 
 
 @pytest.mark.parametrize("name", NAMES)
