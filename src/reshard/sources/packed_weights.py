@@ -4,13 +4,13 @@ A format is told by the ends of names, by dtypes and by shapes; the config has t
 Formats and their names: docs/casts.md. Opens a file only where its header does not tell the length of a row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
-from reshard.sources.packed_forms import FORMS, Form, Parts, WrongForm
+from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm
 from reshard.sources.problem_order import sort_problems
 from reshard.sources.quantization_config import CONFIG_KEYS, read_promise
 from reshard.storage.opened import open_regular_file
@@ -51,18 +51,27 @@ def unpack_checkpoint(stored: Checkpoint) -> Unpacked | None:
     reader = FormReader(stored, promise.table if promise else {})
     packed: list[Packed] = []
     problems = [*check_codes_there(parts, modules)]
-    for name, (form, own) in modules.items():
-        found = reader.read(name, form, own)
+    for name, module in modules.items():
+        found = reader.read(name, module, len(packed))
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            packed.append(name_result(found, name + (WEIGHT if form.is_module else ""), len(packed)))
+            packed.append(found)
     if problems:
         raise Refused(sort_problems(islice(problems, MOST_PROBLEMS)))
     return Unpacked(stored, replace_packed(stored, packed))
 
 
-def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Form, Parts]]:
+class Module(NamedTuple):
+    """A packed weight: a model has 250,000 of them, of a few kinds."""
+
+    form: Form
+    parts: Parts
+    kind: Any
+    """The words, dtypes and shapes of the parts."""
+
+
+def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, Module]:
     """Collects the parts of each packed weight, by the name of its module."""
     return find_forms(collect_parts(tensors))
 
@@ -78,21 +87,22 @@ def collect_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return parts
 
 
-def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, tuple[Form, Parts]]:
+def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Module]:
     """Finds the modules whose weights lie packed, and the form of each."""
-    found: dict[str, tuple[Form, Parts]] = {}
+    known: dict[Any, Form | None] = {}
+    found: dict[str, Module] = {}
     for start, own in parts.items():
-        form = next((form for form in FORMS if form.separator == start[-1] and form.is_of(own)), None)
-        if form:
-            found[start[:-1]] = form, own
+        kind = start[-1], *((word, one.dtype, one.shape) for word, one in own.items())
+        if kind not in known:
+            known[kind] = next((form for form in FORMS if form.separator == start[-1] and form.is_of(own)), None)
+        if form := known[kind]:
+            found[start[:-1]] = Module(form, own, kind)
     return found
 
 
-def check_codes_there(
-    parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, tuple[Form, Parts]]
-) -> Iterator[Problem]:
+def check_codes_there(parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Module]) -> Iterator[Problem]:
     """Reports scales and other parts without codes, in a checkpoint where others have them."""
-    forms = {form.words[0]: form for form, _ in modules.values()}
+    forms = {module.form.words[0]: module.form for module in modules.values()}
     for start, own in parts.items():
         for codes, form in forms.items():
             others = [word for word in form.words[1:] if word in own]
@@ -117,15 +127,15 @@ class FormReader:
     def __init__(self, stored: Checkpoint, table: Mapping[str, Any]) -> None:
         self._stored = stored
         self._table = table
-        self._known: dict[Any, Callable[[Parts], Packed] | WrongForm] = {}
+        self._known: dict[Any, Build | WrongForm] = {}
 
-    def read(self, name: str, form: Form, parts: Parts) -> Packed | Problem:
-        """Reads one weight; a problem if its parts do not fit."""
+    def read(self, name: str, module: Module, place: int) -> Packed | Problem:
+        """Reads one weight, the one of number `place`; a problem if its parts do not fit."""
+        form, parts, key = module
         if lacking := [word for word in form.needed if word not in parts]:
             subject = f"{name}{form.separator}{lacking[0]}"
             expected = f"beside {parts[form.words[0]].name}, of {form.title}"
             return Problem("missing-tensor", subject, LACKING, expected, "is a file missing?")
-        key = form.title, *((word, one.dtype, one.shape) for word, one in sorted(parts.items()))
         if key not in self._known:
             try:
                 length = self._read_length(parts)
@@ -134,7 +144,7 @@ class FormReader:
                 self._known[key] = wrong
         known = self._known[key]
         if not isinstance(known, WrongForm):
-            return known(parts)
+            return known(parts, name + (WEIGHT if form.is_module else ""), PACKED + place)
         tensor = parts[known.word]
         found = f"{tensor.dtype} {list(tensor.shape)}"
         return Problem("wrong-scale", tensor.name, found, known.expected, "is a part of another checkpoint?")
@@ -154,11 +164,6 @@ class FormReader:
         except OSError as error:
             raise refuse("cannot-read", path.name, error.strerror or str(error), f"to read {shape.name}") from None
         return int.from_bytes(content[shape.size // 2 :], "little")
-
-
-def name_result(packed: Packed, name: str, place: int) -> Packed:
-    """Gives a packed weight its plain name and its number."""
-    return packed._replace(result=packed.result._replace(name=name, file=PACKED + place))
 
 
 def replace_packed(stored: Checkpoint, packed: Sequence[Packed]) -> Checkpoint:
