@@ -15,6 +15,7 @@ from reshard.planning.copies import Copies
 from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
 from reshard.planning.fused_parts import check_part_counts, cut_outcomes
+from reshard.planning.nvfp4 import check_nvfp4, share_factors
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
@@ -31,7 +32,7 @@ from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
 from reshard.sources.tied_heads import drop_tied_note, repeat_tied_head
-from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
+from reshard.types import FILE_SIZE, NVFP4, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
 """Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""
@@ -57,6 +58,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
     uncut = choose_uncut_layout(source.recipe, layout)
     kinds = group_kept_weights(source, uncut)
+    require_none(check_nvfp4(source.checkpoint, kinds) if layout.cast == NVFP4 else ())
     config = source.checkpoint.config
     if layout.pad:
         config = raise_config(config, kinds, source.recipe, layout)
@@ -68,6 +70,7 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     terms = Terms(source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {}, checkpoint.packed)
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
+    share_factors(casts)
     require_none(check_outcomes(outcomes, casts, terms, matched))
     series = list_series(outcomes, terms, casts, checkpoint, matched, slices=layout.ranks * (layout.to == SLICED))
     pieces, forms = arrange_tensors(series, layout, casts, checkpoint, source.origin)
