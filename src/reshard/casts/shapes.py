@@ -5,7 +5,6 @@ from math import prod
 
 from reshard.types import Cast, Tensor
 
-
 TRANSPOSED = ("awq", "gptq", "gptq-v2", "mxfp4-experts")
 """Packings whose codes lie column by column of the weight: a few rows of it are a little of everything."""
 

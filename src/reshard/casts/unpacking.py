@@ -36,8 +36,6 @@ WORD_BITS = 32
 
 PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
-FloatDtypes = {"F32": np.float32}
-
 
 def compute_unpacked(cast: Cast, box: ElementBox, out: NDArray[Any], inputs: CastInputs) -> None:
     """Computes a box of a weight that lies packed, as BF16 bit patterns [rows, columns]."""
@@ -46,15 +44,15 @@ def compute_unpacked(cast: Cast, box: ElementBox, out: NDArray[Any], inputs: Cas
         raise ValueError(f"{cast.result.name} does not lie packed")
     is_transposed = packed.packing in TRANSPOSED
     pieces = split_at_strips(packed, box) if is_transposed else split_rows_for_reads(packed, box, inputs)
-    compute = compute_rows_of_strip if is_transposed else compute_rows
+    compute = partial(compute_rows_of_strip, cast.result.file) if is_transposed else compute_rows
     columns = packed.result.shape[-1]
     for top, bottom in pieces:
         part = out[top - box.top : bottom - box.top]
         if (box.left, box.right) == (0, columns):
-            compute(cast, packed, top, bottom, part, inputs)
+            compute(packed, top, bottom, part, inputs)
             continue
         rows = np.empty((bottom - top, columns), np.uint16)
-        compute(cast, packed, top, bottom, rows, inputs)
+        compute(packed, top, bottom, rows, inputs)
         part[:] = rows[:, box.left : box.right]
 
 
@@ -66,7 +64,7 @@ def split_rows_for_reads(packed: Packed, box: ElementBox, inputs: CastInputs) ->
     yield from ((top, min(top + height, box.bottom)) for top in range(box.top, box.bottom, height))
 
 
-def compute_rows(cast: Cast, packed: Packed, top: int, bottom: int, out: NDArray[Any], inputs: CastInputs) -> None:
+def compute_rows(packed: Packed, top: int, bottom: int, out: NDArray[Any], inputs: CastInputs) -> None:
     """Computes whole rows of a weight whose codes lie in rows."""
     height, columns = flatten_to_matrix(packed.result.shape)
     scales = read_rows(inputs.scale, packed.scales, height, top, bottom).copy()
@@ -139,14 +137,14 @@ def split_at_strips(packed: Packed, box: ElementBox) -> Iterator[tuple[int, int]
 
 
 def compute_rows_of_strip(
-    cast: Cast, packed: Packed, top: int, bottom: int, out: NDArray[Any], inputs: CastInputs
+    number: int, packed: Packed, top: int, bottom: int, out: NDArray[Any], inputs: CastInputs
 ) -> None:
-    """Computes whole rows of a weight whose codes lie in columns; they are of one strip."""
+    """Computes whole rows of a weight whose codes lie in columns; they are of one strip. `number` is that of the cast."""
     rows, height = packed.result.shape[-2], count_strip_rows(packed)
     expert, row = divmod(top, rows)
     start = row // height * height
     make = partial(make_strip, packed, expert, start, min(rows, start + height), inputs)
-    strip = inputs.strips.take((cast.result.file, expert * rows + start), make)
+    strip = inputs.strips.take((number, expert * rows + start), make)
     first, last = row - start, row - start + bottom - top
     if packed.packing != "mxfp4-experts":
         zeros = None if strip.zeros is None else strip.zeros[first:last]

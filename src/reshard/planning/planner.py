@@ -67,7 +67,9 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
         checkpoint = drop_tied_note(checkpoint)
         kinds = require_kept(matched, source, uncut)
-    terms = Terms(source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {}, checkpoint.packed)
+    terms = Terms(
+        source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {}, checkpoint.packed
+    )
     casts: list[Cast] = []
     outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
     share_factors(casts)

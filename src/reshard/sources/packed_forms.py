@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple
 
+from reshard.sources.quantization_config import list_tables
 from reshard.types import Packed, Tensor
 
 Parts = Mapping[str, Tensor]
@@ -17,7 +18,7 @@ LONGEST_ROW = 1 << 20
 FLOATS = ("BF16", "F16", "F32")
 
 
-class WrongForm(Exception):  # noqa: N818 - a finding, which becomes a problem
+class WrongForm(Exception):
     """A part that does not fit the others: the last word of its name, and what was expected of it."""
 
     def __init__(self, word: str, expected: str) -> None:
@@ -140,14 +141,8 @@ def read_integers(parts: Parts, table: Mapping[str, Any], length: int | None) ->
 
 def list_told_weights(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Lists what the groups of a config of compressed-tensors tell of weights."""
-    groups = table.get("config_groups")
-    found = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)] if is_map(groups) else []
+    found = [group.get("weights") for group in list_tables(table.get("config_groups"))]
     return [one for one in found if isinstance(one, Mapping)]
-
-
-def is_map(value: Any) -> bool:
-    """Whether a value of JSON is an object."""
-    return isinstance(value, Mapping)
 
 
 def find_group(columns: int, groups: int, told: list[Any]) -> int | None:
@@ -160,7 +155,7 @@ def find_group(columns: int, groups: int, told: list[Any]) -> int | None:
     return columns // groups if groups and columns % groups == 0 else None
 
 
-def read_rows_of_fp4(parts: Parts, table: Mapping[str, Any], length: int | None) -> Callable[[Parts], Packed]:
+def read_rows_of_fp4(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     """Reads FP4 in rows, two codes in a byte: NVFP4 of ModelOpt and of compressed-tensors, and MXFP4."""
     word = "weight_packed" if "weight_packed" in parts else "weight"
     rows, half = require_matrix(parts, word)
@@ -183,7 +178,7 @@ def has_blocks(parts: Parts) -> bool:
     return len(shape) == 2 and shape[1] > 1
 
 
-def read_fp8(parts: Parts, table: Mapping[str, Any], length: int | None) -> Callable[[Parts], Packed]:
+def read_fp8(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     """Reads FP8 with one scale, or with one for each row."""
     rows, columns = require_matrix(parts, "weight")
     scales = parts["weight_scale"]
@@ -195,19 +190,19 @@ def read_fp8(parts: Parts, table: Mapping[str, Any], length: int | None) -> Call
     return bind_form("fp8", (rows, columns), 8, columns, ("weight", "weight_scale", "", "", ""), changes)
 
 
-def read_experts(parts: Parts, table: Mapping[str, Any], length: int | None) -> Callable[[Parts], Packed]:
+def read_experts(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     """Reads MXFP4 of gpt-oss: experts in one tensor, each transposed."""
     shape = parts["blocks"].shape
     if len(shape) != 4 or shape[-1] != 16:
         raise WrongForm("blocks", "[experts, rows, groups, 16]")
-    experts, rows, groups, _ = shape
+    experts, rows, groups = shape[:-1]
     if groups * 16 > LONGEST_ROW:
         raise WrongForm("blocks", f"at most {LONGEST_ROW:,} bytes in a row")
     require_shape(parts, "scales", (experts, rows, groups), ("U8",))
     return bind_form("mxfp4-experts", (experts, groups * 32, rows), 4, 32, ("blocks", "scales", "", "", ""))
 
 
-def read_qweight(parts: Parts, table: Mapping[str, Any], length: int | None) -> Callable[[Parts], Packed]:
+def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[Parts], Packed]:
     """Reads AWQ or GPTQ, which have the same names: words hold 8 codes of a row of them, or of a column."""
     lines, words = require_matrix(parts, "qweight")
     scales = parts["scales"]
@@ -275,6 +270,7 @@ FORMS: tuple[Form, ...] = (
         ("weight", "weight_scale", "weight_scale_2"),
         {"weight": ("U8",), "weight_scale": ("F8_E4M3",)},
         read_rows_of_fp4,
+        tells=lambda parts: not parts.keys().isdisjoint(("weight_scale", "weight_scale_2")),
     ),
     Form(
         "MXFP4",
@@ -282,6 +278,7 @@ FORMS: tuple[Form, ...] = (
         ("weight", "weight_scale"),
         {"weight": ("U8",), "weight_scale": ("U8",)},
         read_rows_of_fp4,
+        tells=lambda parts: "weight_scale" in parts,
     ),
     Form(
         "FP8",

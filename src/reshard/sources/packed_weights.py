@@ -1,4 +1,4 @@
-"""Weights that lie packed, as quantizers write them -> a checkpoint of plain names, whose weights are BF16 to be computed.
+"""Weights that lie packed, as quantizers write them -> a checkpoint of plain names, of BF16 that is to be computed.
 
 A format is told by the ends of names, by dtypes and by shapes; the config has the last word where these do not tell.
 Formats and their names: docs/casts.md. Opens a file only where its header does not tell the length of a row.
@@ -48,15 +48,16 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
 
     Raises Refused if a part of a weight is missing, or if parts do not fit each other.
     """
-    modules = collect_modules(stored.tensors) if cast in TAKING else {}
+    parts = collect_parts(stored.tensors) if cast in TAKING else {}
+    modules = find_forms(parts)
     if not modules:
         return None
     promise = read_promise(stored.config)
     reader = FormReader(stored, promise.table if promise else {})
     packed: list[Packed] = []
-    problems: list[Problem] = []
-    for name, (form, parts) in modules.items():
-        found = reader.read(name, form, parts)
+    problems = [*check_codes_there(parts, modules)]
+    for name, (form, own) in modules.items():
+        found = reader.read(name, form, own)
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -67,29 +68,56 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
 
 
 def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Form, Parts]]:
-    """Collects the tensors of each packed weight, by the name of its module; parts by the last word of their names."""
+    """Collects the parts of each packed weight, by the name of its module."""
+    return find_forms(collect_parts(tensors))
+
+
+def collect_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Collects tensors by what stands before the last words of their names, and by these words, if parts have such."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         for separator in ".", "_":
             module, _, word = name.rpartition(separator)
             if word in PART_WORDS[separator]:
                 parts.setdefault(module + separator, {})[word] = tensor
-    found = {}
-    for module, own in parts.items():
-        form = next((form for form in FORMS if form.separator == module[-1] and form.is_of(own)), None)
+    return parts
+
+
+def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, tuple[Form, Parts]]:
+    """Finds the modules whose weights lie packed, and the form of each."""
+    found: dict[str, tuple[Form, Parts]] = {}
+    for start, own in parts.items():
+        form = next((form for form in FORMS if form.separator == start[-1] and form.is_of(own)), None)
         if form:
-            found[module[:-1]] = form, own
+            found[start[:-1]] = form, own
     return found
 
 
+def check_codes_there(
+    parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, tuple[Form, Parts]]
+) -> Iterator[Problem]:
+    """Reports scales and other parts without codes, in a checkpoint where others have them."""
+    forms = {form.words[0]: form for form, _ in modules.values()}
+    for start, own in parts.items():
+        for codes, form in forms.items():
+            others = [word for word in form.words[1:] if word in own]
+            if form.separator == start[-1] and codes not in own and others and start[:-1] not in modules:
+                expected = f"beside {own[others[0]].name}, of {form.title}"
+                yield Problem("missing-tensor", f"{start}{codes}", LACKING, expected, "is a file missing?")
+                break
+
+
+LACKING = "not in the checkpoint"
+
 PART_WORDS = {
-    separator: {word for form in FORMS if form.separator == separator for word in form.words} for separator in (".", "_")
+    separator: {word for form in FORMS if form.separator == separator for word in form.words}
+    for separator in (".", "_")
 }
 """The last words of the names of parts, by what stands before them."""
 
 
 class FormReader:
-    """Reads how weights lie packed. Most are alike: what was found for one holds for others of its dtypes and shapes."""
+    """Reads how weights lie packed. Most are alike: what was found for one holds for all of its dtypes and shapes."""
 
     def __init__(self, stored: Checkpoint, table: Mapping[str, Any]) -> None:
         self._stored = stored
@@ -101,7 +129,7 @@ class FormReader:
         if lacking := [word for word in form.needed if word not in parts]:
             subject = f"{name}{form.separator}{lacking[0]}"
             expected = f"beside {parts[form.words[0]].name}, of {form.title}"
-            return Problem("missing-tensor", subject, "not in the checkpoint", expected, "is a file missing?")
+            return Problem("missing-tensor", subject, LACKING, expected, "is a file missing?")
         key = form.title, *((word, one.dtype, one.shape) for word, one in sorted(parts.items()))
         if key not in self._known:
             try:

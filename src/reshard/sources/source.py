@@ -29,8 +29,8 @@ from reshard.sources.fitted_names import match_or_rename
 from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
-from reshard.sources.packed_weights import Unpacked, unpack_checkpoint
 from reshard.sources.origins import find_altered_origin, find_origin
+from reshard.sources.packed_weights import Unpacked, unpack_checkpoint
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
     RankNames,
@@ -87,9 +87,9 @@ def read_source(
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
     `recipe` is a name or a file; None takes the recipe that the manifest names, else the one for the config and tensor
-    names, among those of `for_engine`. With a subset, the source has only its layers and experts. With a `cast` that takes them,
-    weights that lie packed are read under their plain names. Raises Refused if a header is faulty, or if no recipe or more
-    than one fits.
+    names, among those of `for_engine`. With a subset, the source has only its layers and experts. With a `cast` that
+    takes them, weights that lie packed are read under their plain names. Raises Refused if a header is faulty, or if no
+    recipe or more than one fits.
     """
     require_shares_joined(path)
     folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)

@@ -103,7 +103,13 @@ def read_sides(
     if repeated:
         whole = drop_head(whole, repeated[0])
     return VerifiedSides(
-        target, whole, found.recipe, whole.files, False, found.unstacked, repeated, unpacked=found.unpacked
+        target,
+        whole,
+        found.recipe,
+        whole.files,
+        unstacked=found.unstacked,
+        repeated=repeated,
+        unpacked=found.unpacked,
     )
 
 

@@ -1,0 +1,263 @@
+"""Weights that lie packed, as quantizers write them, in BF16: against torch in the dtypes of each library."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packed_llamas import CONFIG, KINDS, write_packed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import reshard
+import reshard.casts.unpacking
+from reshard.errors import Refused
+
+TRANSPOSED = ["awq", "gptq", "gptq-v2"]
+
+Model = Callable[..., Path]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[Model]:
+    """A packed model, and the same in BF16 beside it."""
+
+    def make(kind: str, files: int = 3) -> Path:
+        write_packed(tmp_path / kind, kind, files=files)
+        return tmp_path / kind
+
+    yield make
+    shutil.rmtree(tmp_path)
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    return found
+
+
+def require_same_numbers(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+def require_same_files(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in other.glob("*.safetensors"))
+    assert names
+    assert sorted(path.name for path in one.glob("*.safetensors")) == names
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("files", [3, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_packing_becomes_what_its_library_makes_of_it(
+    model: Model, tmp_path: Path, kind: str, files: int
+) -> None:
+    root, target = model(kind, files), tmp_path / "target"
+    reshard.convert(root / "packed", target, to="hf", cast="bf16")
+    require_same_numbers(read_all(target), load_file(root / "plain" / "model.safetensors"))
+    config = json.loads((target / "config.json").read_text())
+    assert config == CONFIG
+    assert not (target / "quantize_config.json").exists()  # a loader would look for scales
+    reshard.verify(target, root / "packed")
+
+
+@pytest.mark.parametrize("kind", ["int4-zeros", "awq", "nvfp4", "fp8-rows"])
+@pytest.mark.parametrize(
+    "layout", [{"mp": 2}, {"mp": 4, "pad": True}, {"to": "dcp", "mp": 3}, {"mp": 2, "for_engine": "vllm"}], ids=str
+)
+def test_every_layout_is_that_of_the_same_model_in_bf16(
+    model: Model, tmp_path: Path, kind: str, layout: dict[str, Any]
+) -> None:
+    root = model(kind)
+    reshard.convert(root / "packed", tmp_path / "one", cast="bf16", **layout)
+    reshard.convert(root / "plain", tmp_path / "other", **layout)
+    require_same_files(tmp_path / "one", tmp_path / "other")
+    reshard.verify(tmp_path / "one", root / "packed")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "mxfp4"])
+def test_some_layers_are_taken_and_renumbered(model: Model, tmp_path: Path, kind: str) -> None:
+    chosen: dict[str, Any] = {"layers": [*range(4), 10], "renumber": True, "to": "hf"}
+    root = model(kind)
+    reshard.convert(root / "packed", tmp_path / "one", cast="bf16", **chosen)
+    reshard.convert(root / "plain", tmp_path / "other", **chosen)
+    require_same_numbers(read_all(tmp_path / "one"), read_all(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_a_weight_of_several_strips_is_the_same(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(reshard.casts.unpacking, "STRIP_SIZE", 1 << 12)
+    root = model(kind)
+    reshard.convert(root / "packed", tmp_path / "target", to="hf", cast="bf16")
+    require_same_numbers(read_all(tmp_path / "target"), load_file(root / "plain" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small gpt-oss in MXFP4, and what transformers makes of it."""
+    root = tmp_path_factory.mktemp("gpt-oss")
+    config = GptOssConfig(
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_local_experts=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=64,
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GptOssForCausalLM(config).state_dict().items()}
+    torch.manual_seed(4)
+    stored: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks = torch.randint(256, (shape[0], shape[2], shape[1] // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(100, 140, blocks.shape[:-1], dtype=torch.uint8)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
+        else:
+            stored[name] = plain[name] = torch.randn(shape).to(torch.bfloat16)
+    table = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    told = {**config.to_dict(), "architectures": ["GptOssForCausalLM"], "torch_dtype": "bfloat16"}
+    for folder, tensors, also in (("packed", stored, {"quantization_config": table}), ("plain", plain, {})):
+        (root / folder).mkdir()
+        save_file(tensors, root / folder / "model.safetensors")
+        (root / folder / "config.json").write_text(json.dumps({**told, **also}))
+    return root
+
+
+@pytest.mark.parametrize("size", [None, 96 * 32 // 2])
+@pytest.mark.parametrize("layout", [{"to": "hf"}, {"mp": 2}, {"to": "dcp", "mp": 3}], ids=str)
+def test_gpt_oss_is_what_transformers_makes_of_it(
+    gpt_oss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], size: int | None
+) -> None:
+    if size:
+        monkeypatch.setattr(reshard.casts.unpacking, "STRIP_SIZE", size)
+    reshard.convert(gpt_oss / "packed", tmp_path / "one", cast="bf16", **layout)
+    reshard.convert(gpt_oss / "plain", tmp_path / "other", **layout)
+    require_same_files(tmp_path / "one", tmp_path / "other")
+    reshard.verify(tmp_path / "one", gpt_oss / "packed")
+
+
+Tensors = dict[str, torch.Tensor]
+
+DOWN = "model.layers.2.mlp.down_proj"
+
+
+def drop(word: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(f"{DOWN}.{word}")
+
+
+def cut(word: str) -> Callable[[Tensors], object]:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{DOWN}.{word}"] = tensors[f"{DOWN}.{word}"][:-1].contiguous()
+
+    return change
+
+
+def retype(word: str, dtype: torch.dtype) -> Callable[[Tensors], object]:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{DOWN}.{word}"] = tensors[f"{DOWN}.{word}"].to(dtype)
+
+    return change
+
+
+def lengthen(tensors: Tensors) -> None:
+    tensors["model.layers.0.mlp.down_proj.weight_shape"] = torch.tensor([128, 9999])  # the first of its kind is read
+
+
+def add_plain(tensors: Tensors) -> None:
+    tensors[f"{DOWN}.weight"] = torch.zeros(128, 320, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "subject", "found"),
+    [
+        ("int4", drop("weight_scale"), f"{DOWN}.weight_scale", "not in the checkpoint"),
+        ("int4", cut("weight_scale"), f"{DOWN}.weight_scale", "BF16 [127, 10]"),
+        ("int4-zeros", cut("weight_zero_point"), f"{DOWN}.weight_zero_point", "I32 [15, 5]"),
+        ("int4-zeros", cut("weight_g_idx"), f"{DOWN}.weight_g_idx", "I32 [319]"),
+        ("int4", lengthen, "down_proj.weight_packed", "I32 [128, 40]"),
+        ("int4", add_plain, f"{DOWN}.weight", "plain, and packed"),
+        ("awq", drop("qzeros"), f"{DOWN}.qzeros", "not in the checkpoint"),
+        ("awq", cut("qweight"), f"{DOWN}.weight", "shape [128, 319]"),
+        ("awq", drop("qweight"), f"{DOWN}.qweight", "not in the checkpoint"),
+        ("gptq", cut("scales"), f"{DOWN}.qweight", "I32 [40, 128]"),
+        ("gptq", cut("g_idx"), f"{DOWN}.g_idx", "I32 [319]"),
+        ("gptq", retype("scales", torch.float64), f"{DOWN}.scales", "F64 [5, 128]"),
+        ("nvfp4", drop("weight_scale_2"), f"{DOWN}.weight_scale_2", "not in the checkpoint"),
+        ("nvfp4-divided", cut("weight_scale"), f"{DOWN}.weight_scale", "F8_E4M3 [127, 20]"),
+        ("mxfp4", cut("weight_scale"), f"{DOWN}.weight_scale", "U8 [127, 10]"),
+        ("fp8-rows", cut("weight_scale"), f"{DOWN}.weight_scale", "F32 [127, 1]"),
+        ("fp8", drop("weight_scale"), f"{DOWN}.weight", "F8_E4M3"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(
+    model: Model, tmp_path: Path, kind: str, change: Callable[[Tensors], object], subject: str, found: str
+) -> None:
+    source = model(kind, 1) / "packed"
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(Refused) as refused:
+        reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+    assert any(subject in one.subject + one.found and found in one.found for one in refused.value.problems), str(
+        refused.value
+    )
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "expected"),
+    [
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}, "version gemm"),
+        ("gptq", {"quant_method": "gptq", "bits": 3, "group_size": 64}, "3 bits"),
+        (
+            "int4",
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}},
+            "8 bits",
+        ),
+    ],
+)
+def test_a_config_that_tells_of_another_packing_is_refused(
+    model: Model, tmp_path: Path, kind: str, table: dict[str, Any], expected: str
+) -> None:
+    source = model(kind) / "packed"
+    (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": table}))
+    with pytest.raises(Refused, match=expected):
+        reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+
+
+@pytest.mark.parametrize("kind", ["int4", "awq", "nvfp4", "fp8"])
+def test_without_a_cast_the_refusal_names_it(model: Model, tmp_path: Path, kind: str) -> None:
+    source = model(kind) / "packed"
+    with pytest.raises(Refused, match='add cast="bf16"'):
+        reshard.convert(source, tmp_path / "target", to="hf")
+
+
+def test_bitsandbytes_is_refused_by_name(model: Model, tmp_path: Path) -> None:
+    source = model("int4", 1) / "packed"
+    tensors = load_file(source.parent / "plain" / "model.safetensors")
+    codes = tensors.pop(f"{DOWN}.weight")
+    tensors[f"{DOWN}.weight"] = torch.zeros(codes.numel() // 2, 1, dtype=torch.uint8)
+    tensors |= {f"{DOWN}.weight.{word}": torch.zeros(16) for word in ("absmax", "quant_map")}
+    save_file(tensors, source / "model.safetensors")
+    table = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": table}))
+    with pytest.raises(Refused, match="bitsandbytes"):
+        reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
