@@ -55,7 +55,7 @@ def compute_nvfp4_scales(cast: Cast, box: ElementBox, out: NDArray[Any], inputs:
         out[top - box.top : bottom - box.top] = np.repeat(rows, 2, axis=1)[:, box.left : box.right]
 
 
-def compute_nvfp4_factor(cast: Cast, box: ElementBox, out: NDArray[Any], inputs: CastInputs) -> None:
+def compute_nvfp4_factor(cast: Cast, out: NDArray[Any], inputs: CastInputs) -> None:
     """Computes the factor of a weight, as bytes [1, 4] of an F32. Raises Refused."""
     out.view(np.float32)[:] = np.ldexp(np.float32(1), find_power(cast, inputs))
 
@@ -116,7 +116,7 @@ def count_scales(packed: Packed, inputs: CastInputs) -> NDArray[np.int64]:
 
 
 def count_scales_of_numbers(packed: Packed, inputs: CastInputs) -> NDArray[np.int64]:
-    """Counts how often a weight has each F8_E8M0 code [256], without those of groups that are all zero or minus zero."""
+    """Counts how often a weight has each F8_E8M0 code [256], but for groups of zeros and minus zeros."""
     found = np.zeros(256, np.int64)
     for top, bottom in split_rows_of_codes(packed, inputs):
         scales = read_rows(inputs.scale, packed.scales, packed.scales.shape[0], top, bottom)

@@ -179,9 +179,11 @@ def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs)
     if not lies_in_blocks(cast):
         compute_unpacked(cast, box, out.view(np.uint16), inputs)
         return 0
-    if cast.operation in (SCALE, FACTOR):
-        compute = compute_nvfp4_scales if cast.operation == SCALE else compute_nvfp4_factor
-        compute(cast, box, out, inputs)
+    if cast.operation == SCALE:
+        compute_nvfp4_scales(cast, box, out, inputs)
+        return 0
+    if cast.operation == FACTOR:
+        compute_nvfp4_factor(cast, out, inputs)
         return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)

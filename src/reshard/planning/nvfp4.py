@@ -6,6 +6,7 @@ from math import prod
 from reshard.casts.nvfp4 import FACTOR, SCALE
 from reshard.casts.shapes import count_blocks
 from reshard.errors import Problem
+from reshard.formats.safetensors import BITS
 from reshard.recipes.patterns import WEIGHT
 from reshard.sources.block_scales import WeightGroup
 from reshard.text import format_count
@@ -57,20 +58,17 @@ def rescale_weights(
     """Adds the casts that make NVFP4 of some weights. Returns the codes, which are those of the source, the scales and
     the factors. `first` is the number of the first cast.
     """
-    codes, scales, factors = [], [], []
+    codes = [one.codes._replace(name=weight.name, dtype="U8") for weight, one in zip(weights, packed, strict=True)]
+    made: dict[str, list[Tensor]] = {SCALE: [], FACTOR: []}
     for weight, one in zip(weights, packed, strict=True):
-        shape = weight.shape[0], weight.shape[1]
-        codes.append(one.codes._replace(name=weight.name, dtype="U8"))
-        for operation, dtype, block, made in (
-            (SCALE, "F8_E4M3", (1, GROUP), scales),
-            (FACTOR, "F32", (max(1, shape[0]), max(1, shape[1])), factors),
-        ):
-            blocks = count_blocks(shape, block) if operation == SCALE else (1,)
-            size = prod(blocks) * (1 if operation == SCALE else 4)
-            result = Tensor(weight.name, dtype, blocks, first + len(casts), 0, size)
-            casts.append(Cast(operation, one.codes, one.scales, (1, one.group), result, block, True, packed=one))
-            made.append(result)
-    return codes, scales, factors
+        rows, columns = weight.shape
+        for operation, dtype, block in ((SCALE, "F8_E4M3", (1, GROUP)), (FACTOR, "F32", (max(1, rows), max(1, columns)))):
+            shape = count_blocks((rows, columns), block) if operation == SCALE else (1,)
+            result = Tensor(weight.name, dtype, shape, first + len(casts), 0, prod(shape) * BITS[dtype] // 8)
+            old = (1, one.group)
+            casts.append(Cast(operation, one.codes, one.scales, old, result, block, is_scale=True, packed=one))
+            made[operation].append(result)
+    return codes, made[SCALE], made[FACTOR]
 
 
 def share_factors(casts: list[Cast]) -> None:
