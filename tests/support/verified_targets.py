@@ -18,5 +18,5 @@ def verify_target(
     ranks: Collection[int] | None = None,
     sample: Fraction | None = None,
 ) -> Report:
-    traced = trace_target(target, source, recipe, ranks, stacked=None, ignore_extra_files=False)
+    traced = trace_target(target, source, recipe, ranks, stacked=None, packed=None, ignore_extra_files=False)
     return verify_traced(traced, advance, sample)

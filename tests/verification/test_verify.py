@@ -310,7 +310,7 @@ small, large = map(Path, sys.argv[1:])
 for folder in (small, large):
     before = peak()
     sides = folder / "target", read_checkpoint(folder / "source"), load_recipe(str(small / "own.toml"))
-    traced = trace_target(*sides, None, stacked=None, ignore_extra_files=False)
+    traced = trace_target(*sides, None, stacked=None, packed=None, ignore_extra_files=False)
     report = verify_traced(traced, lambda _: None, None)
     assert not report.problems, report.problems
 print(peak() - before, report.compared)

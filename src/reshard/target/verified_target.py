@@ -63,5 +63,6 @@ def trace_sides(sides: VerifiedSides, ranks: tuple[int, ...] | None) -> TracedTa
         sides.recipe,
         ranks,
         stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
+        packed=None,
         ignore_extra_files=sides.ignores_extra_files,
     )

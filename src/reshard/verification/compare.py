@@ -1,7 +1,7 @@
 """Compares source tensors and their casts with the parts that target files hold, in fixed memory, by a few threads.
 
 A band of a source tensor is read once and compared with every part that overlaps it. A tile of a weight is read and
-cast once and compared in the same way.
+cast, or unpacked, once and compared in the same way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,9 +40,20 @@ from reshard.verification.chunks import (
     split_kept_padding,
 )
 from reshard.verification.compared_files import ComparedFiles, OpenedFiles, open_compared_files
+from reshard.verification.packed_inputs import measure_largest_tile, read_unpacked_tile
 from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
+from reshard.verification.unpacked_weights import (
+    UnpackedTile,
+    UnpackedWeight,
+    find_tile_box,
+    split_into_unpacked_tiles,
+    split_unpacked_padding,
+)
 
-CompareItem = Band | Tile | Margin
+Compared = KeptTensor | CastWeight | UnpackedWeight
+"""What is compared as one thing."""
+
+CompareItem = Band | Tile | UnpackedTile | Margin
 
 
 PartKey = tuple[int, str, str]
@@ -86,7 +97,7 @@ class Comparison:
 
 
 def compare_parts(
-    things: Iterable[KeptTensor | CastWeight],
+    things: Iterable[Compared],
     source: ComparedFiles,
     target: ComparedFiles,
     advance: Advance,
@@ -105,7 +116,7 @@ def compare_parts(
             if share is not None:  # bytes that the sample leaves out count as done
                 advance(sum(len(part.rows) * len(part.columns) for part in list_parts(thing)))
 
-    largest = max((find_largest_tile(thing) for thing in in_order if isinstance(thing, CastWeight)), default=0)
+    largest = max(map(find_largest_tile, in_order), default=0)
     with ExitStack() as stack:
         opened = [open_compared_files(stack, side, is_random=share is not None) for side in (source, target)]
 
@@ -128,26 +139,44 @@ def compare_parts(
     return comparison
 
 
-def get_source_position(thing: KeptTensor | CastWeight) -> tuple[int, int]:
-    tensor = thing.tensor if isinstance(thing, KeptTensor) else thing.weight
+def get_source_position(thing: Compared) -> tuple[int, int]:
+    """The file and the offset of what is read first."""
+    tensor = list_source_tensors(thing)[0]
     return tensor.file, tensor.offset
 
 
-def list_parts(thing: KeptTensor | CastWeight) -> Sequence[TargetPart]:
-    return thing.parts if isinstance(thing, KeptTensor) else [*thing.parts[0], *thing.parts[1]]
+def list_source_tensors(thing: Compared) -> Sequence[Tensor]:
+    """Lists the stored tensors that a thing is made of."""
+    if isinstance(thing, KeptTensor):
+        return [thing.tensor]
+    if isinstance(thing, UnpackedWeight):
+        return thing.packed.list_inputs()
+    return [thing.weight, thing.scale] if thing.scale else [thing.weight]
 
 
-def split_into_items(thing: KeptTensor | CastWeight, share: Fraction | None) -> Iterator[CompareItem]:
+def list_parts(thing: Compared) -> Sequence[TargetPart]:
+    """Lists the parts of a thing, and of its new block scale."""
+    return [*thing.parts[0], *thing.parts[1]] if isinstance(thing, CastWeight) else thing.parts
+
+
+def split_into_items(thing: Compared, share: Fraction | None) -> Iterator[CompareItem]:
     if isinstance(thing, KeptTensor):
         yield from split_into_bands(thing, share)
         yield from split_kept_padding(thing, share)
+    elif isinstance(thing, UnpackedWeight):
+        yield from split_into_unpacked_tiles(thing, share)
+        yield from split_unpacked_padding(thing, share)
     else:
         yield from split_into_cast_tiles(thing, share)
         yield from split_cast_padding(thing, SCALE_ONE_BYTES.get(thing.dtypes[1], bytes(1)), share)
 
 
-def find_largest_tile(recast: CastWeight) -> int:
-    """The bytes of the largest tile, before or after the cast: more than TILE_SIZE if a single block is."""
+def find_largest_tile(recast: Compared) -> int:
+    """The bytes of the largest tile, before or after the cast: more than TILE_SIZE if a single block is. 0 of a tensor
+    that is kept.
+    """
+    if not isinstance(recast, CastWeight):
+        return measure_largest_tile(recast) if isinstance(recast, UnpackedWeight) else 0
     bits = max(16, *(BITS[dtype] for dtype in (recast.weight.dtype, *recast.dtypes) if dtype))
     return max(
         (len(tile.rows) * len(tile.columns) * bits // 8 for tile in islice(split_into_cast_tiles(recast, None), 1)),
@@ -179,6 +208,8 @@ class CompareWorker:
             return self.compare_band(item)
         if isinstance(item, Tile):
             return self.compare_tile(item)
+        if isinstance(item, UnpackedTile):
+            return self.compare_unpacked_tile(item)
         size = len(item.rows) * len(item.columns)
         wanted = np.tile(np.frombuffer(item.fill, np.uint8), -(-size // len(item.fill)))[:size]
         return self.compare_part(item.part, item.rows, item.columns, wanted.reshape(len(item.rows), -1))
@@ -229,6 +260,19 @@ class CompareWorker:
         if boxes[0]:
             with self.comparison.lock:
                 self.comparison.inexact += made.inexact
+        return compared
+
+    def compare_unpacked_tile(self, tile: UnpackedTile) -> int:
+        """Reads and computes a tile of a packed weight once, and compares every part that overlaps it."""
+        place = find_tile_box(tile)
+        boxes = find_overlaps(tile.whole.parts, *place)
+        if not boxes:
+            return 0
+        made = read_unpacked_tile(self.source, tile, self.buffers.source).reshape(len(place[0]), -1)
+        compared = 0
+        for part, rows, columns in boxes:
+            wanted = made[make_relative_slice(rows, place[0]), make_relative_slice(columns, place[1])]
+            compared += self.compare_part(part, rows, columns, np.ascontiguousarray(wanted))
         return compared
 
     def source_rows(self, tensor: Tensor, height: int, rows: range, columns: range, packed: int) -> TileBytes:

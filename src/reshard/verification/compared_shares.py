@@ -20,9 +20,17 @@ from reshard.storage.counting import count_progress
 from reshard.types import Progress, Share
 from reshard.verification.checked_ranges import ChangedRanges, compare_files
 from reshard.verification.checksums import Audit
-from reshard.verification.chunks import CastWeight, KeptTensor
-from reshard.verification.compare import Comparison, compare_parts, get_source_position, list_parts
+from reshard.verification.chunks import KeptTensor
+from reshard.verification.compare import (
+    Compared,
+    Comparison,
+    compare_parts,
+    get_source_position,
+    list_parts,
+    list_source_tensors,
+)
 from reshard.verification.manifest_files import ManifestFile
+from reshard.verification.unpacked_weights import UnpackedWeight
 from reshard.verification.verify import TracedTarget
 
 
@@ -79,13 +87,12 @@ def merge_changed_ranges(
     return merged, compared
 
 
-def measure_source(thing: KeptTensor | CastWeight) -> int:
+def measure_source(thing: Compared) -> int:
     """The bytes of the source that are read for a thing; none if the target has nothing of it."""
-    tensors = [thing.tensor] if isinstance(thing, KeptTensor) else [thing.weight, *filter(None, [thing.scale])]
-    return sum(tensor.size for tensor in tensors) if list_parts(thing) else 0
+    return sum(tensor.size for tensor in list_source_tensors(thing)) if list_parts(thing) else 0
 
 
-def measure_target_parts(thing: KeptTensor | CastWeight) -> int:
+def measure_target_parts(thing: Compared) -> int:
     """The bytes of the target that are compared with a thing."""
     return sum(len(part.rows) * len(part.columns) for part in list_parts(thing))
 
@@ -94,10 +101,7 @@ def identify_traced(traced: TracedTarget) -> str:
     """Computes the fingerprint of a comparison: equal where the files of both sides are, and what is compared of them,
     on any machine.
     """
-    names = [
-        [thing.tensor.name] if isinstance(thing, KeptTensor) else [thing.weight.name, thing.conversion]
-        for thing in traced.things
-    ]
+    names = [list_identity(thing) for thing in traced.things]
     sizes = [[measure_source(thing), measure_target_parts(thing)] for thing in traced.things]
     sides = [
         [
@@ -107,6 +111,15 @@ def identify_traced(traced: TracedTarget) -> str:
         for side in (traced.source, traced.target)
     ]
     return compute_fingerprint([sides, names, sizes])
+
+
+def list_identity(thing: Compared) -> list[str]:
+    """Lists what tells a thing from the others: the name of its tensor, and what is made of it."""
+    if isinstance(thing, KeptTensor):
+        return [thing.tensor.name]
+    if isinstance(thing, UnpackedWeight):
+        return [thing.packed.result.name, thing.packed.packing]
+    return [thing.weight.name, thing.conversion]
 
 
 def identify_entries(folder: AnyPath, entries: Sequence[ManifestFile]) -> str:

@@ -6,18 +6,24 @@ from reshard.errors import Problem
 from reshard.text import format_count
 from reshard.verification.chunks import KeptTensor, TargetPart
 from reshard.verification.compare import Comparison, PartKey, is_padding, make_part_key
+from reshard.verification.expected import DEQUANTIZE
 from reshard.verification.provenance import Provenance
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, PADDING
 
 
 def check_differences(trace: Provenance, comparison: Comparison) -> Iterator[Problem]:
     """Target tensors whose bytes differ from their box of the source, or of the cast."""
-    for whole in trace.kept.values():
-        for key in list_target_tensors(whole.parts):
-            yield from explain_difference(trace, comparison, key, whole)
+    for kept in trace.kept.values():
+        for key in list_target_tensors(kept.parts):
+            yield from explain_difference(trace, comparison, key, kept)
     for (name, conversion), recast in trace.casts.items():
         for key in list_target_tensors((*recast.parts[0], *recast.parts[1])):
             yield from explain_difference(trace, comparison, key, f"what {conversion} makes of {name}")
+    for whole in trace.unpacked.values():
+        packed = whole.packed
+        for key in list_target_tensors(whole.parts):
+            made = f"what {DEQUANTIZE} makes of {packed.codes.name} ({packed.packing})"
+            yield from explain_difference(trace, comparison, key, made)
 
 
 def list_target_tensors(parts: Iterable[TargetPart]) -> Iterable[PartKey]:

@@ -14,7 +14,6 @@ from reshard.recipes.fusions import FUSED
 from reshard.types import Checkpoint, Tensor
 from reshard.verification.chunks import CastWeight, KeptTensor, TargetPart
 from reshard.verification.expected import (
-    CONVERSION_TEXTS,
     DEQUANTIZE,
     FLATTENED,
     FP4_TO_FP8,
@@ -48,6 +47,7 @@ from reshard.verification.expected_boxes import (
 from reshard.verification.reference_casts import SCALE_ONE_BYTES
 from reshard.verification.slices import Slices, split_part
 from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetFolder, TargetHeader
+from reshard.verification.unpacked_weights import UnpackedWeight
 
 PLAIN = ("F32 and F16",)
 """The kind of all tensors that a cast to BF16 rounds: all of them are rounded, or none."""
@@ -66,6 +66,8 @@ class Provenance:
     """Source tensors whose bytes are kept, by their name in the source."""
     casts: dict[tuple[str, str], CastWeight] = field(default_factory=dict)
     """Source weights that are cast, by their name in the source and the conversion."""
+    unpacked: dict[str, UnpackedWeight] = field(default_factory=dict)
+    """Packed weights of the source, by the name that the source has them under."""
     present: defaultdict[str, dict[int, TargetTensor]] = field(default_factory=lambda: defaultdict(dict))
     """By the name in the source and by rank: the target tensor that holds a part of it, or of its cast."""
     slices: Slices = field(default_factory=dict)
@@ -148,8 +150,9 @@ def infer_wanted_parts(trace: Provenance, unit: WeightUnit) -> tuple[list[Proble
         pairs = ((unit.weight, unit.place.weight), (unit.scale, unit.place.scale))
         return [make_extra_tensor_problem(trace, seen, f"no {name} in the source") for seen, name in pairs if seen], []
     unit = unit._replace(place=unit.place._replace(scaling=choose_block_scaling(unit.place.scaling, weight)))
-    conversion = infer_conversion(unit, weight, scale, is_whole=trace.folder.is_whole)
-    if trace.folder.is_share and unit.scale and not unit.weight:
+    packed = trace.source.find_packed(weight)
+    conversion = DEQUANTIZE if packed else infer_conversion(unit, weight, scale, is_whole=trace.folder.is_whole)
+    if trace.folder.is_share and unit.scale and not unit.weight and not packed:
         conversion = infer_by_scale(unit.scale.tensor, scale, conversion)
     dtypes = get_expected_dtypes(conversion, unit, weight, scale, is_whole=trace.folder.is_whole)
     if unit.weight:
@@ -160,8 +163,9 @@ def infer_wanted_parts(trace: Provenance, unit: WeightUnit) -> tuple[list[Proble
         trace.used_scales.add((scale.name, unit.rank))
     is_free = trace.folder.is_whole or unit.place.rule is None or unit.place.rule.relation in (SAME, *FUSED)
     plain = may_be_rounded(unit.place.rule, unit.place.scaling, weight, scale)
-    if unit.weight and (plain or (unit.place.scaling and is_free)) and unit.weight.tensor.dtype == dtypes[0]:
+    if unit.weight and (packed or plain or (unit.place.scaling and is_free)) and unit.weight.tensor.dtype == dtypes[0]:
         weight_kind = PLAIN if plain else (unit.place.scaling, weight.dtype, scale is None)
+        weight_kind = (packed.packing,) if packed else weight_kind  # each of them, beside others that are BF16
         trace.conversions[weight_kind][conversion].append(trace.subject(unit.weight))
     problems = [*check_block_scale(trace, unit, scale, conversion), *check_cut(trace, unit, weight, dtypes[0])]
     is_cut_right = not any(problem.kind == "wrong-shape" for problem in problems)
@@ -266,6 +270,8 @@ def get_part_lists(
             else []
             for tensor in origins
         )
+    if packed := trace.source.find_packed(weight):
+        return trace.unpacked.setdefault(weight.name, UnpackedWeight(packed, leading, [])).parts, []
     name = f"{conversion}-ue8m0" if conversion == QUANTIZE and trace.is_power else conversion
     recast = trace.casts.get((weight.name, name))
     if recast is None:
@@ -315,29 +321,9 @@ def join_shapes(boxes: Sequence[ExpectedBox]) -> tuple[int, ...]:
     return (sum(one.shape[0] for one in boxes), *shape[1:]) if len(boxes) > 1 else shape
 
 
-def check_mixtures(trace: Provenance) -> Iterator[Problem]:
-    """Weights that were converted in another way than most of their kind, and dimensions padded to another length."""
-    for conversions in trace.conversions.values():
-        usual = max(conversions, key=lambda conversion: len(conversions[conversion]))
-        for conversion in conversions.keys() - {usual}:
-            for subject in dict.fromkeys(conversions[conversion]):  # a fused tensor once
-                yield Problem(
-                    "mixture",
-                    subject,
-                    CONVERSION_TEXTS[conversion],
-                    f"{CONVERSION_TEXTS[usual]}, like most others",
-                    CONVERT_AGAIN_HINT,
-                )
-    for (formula, length), found in trace.padded_lengths.items():
-        usual_length = max(found, key=lambda padded: len(found[padded]))
-        for other in sorted(found.keys() - {usual_length}):
-            for subject in found[other]:
-                expected = f"{usual_length}, like most others"
-                yield Problem("mixture", subject, f"{formula} from {length} to {other}", expected, CONVERT_AGAIN_HINT)
-
-
 def spread_over_slices(trace: Provenance) -> None:
     """Deals out what each whole tensor should hold to its slices, in the place of the whole ones."""
     kept = [whole.parts for whole in trace.kept.values()]
-    for parts in (*kept, *(several for recast in trace.casts.values() for several in recast.parts)):
+    unpacked = [whole.parts for whole in trace.unpacked.values()]
+    for parts in (*kept, *unpacked, *(several for recast in trace.casts.values() for several in recast.parts)):
         parts[:] = [one for part in parts for one in split_part(part, trace.slices)]

@@ -17,12 +17,12 @@ from reshard.errors import Problem, refuse
 from reshard.paths import AnyPath, is_same_folder
 from reshard.recipe_types import Recipe
 from reshard.types import Advance, Checkpoint
-from reshard.verification.chunks import CastWeight, KeptTensor
-from reshard.verification.compare import Comparison, compare_parts
+from reshard.verification.compare import Compared, Comparison, compare_parts, list_parts
 from reshard.verification.compared_files import ComparedFiles, make_compared_files
 from reshard.verification.constants import check_filled_constants, list_expected_constants, take_constants
 from reshard.verification.differences import check_differences, list_target_tensors
 from reshard.verification.expected import (
+    DEQUANTIZE,
     FILL,
     PaddedDimensions,
     invert_recipe,
@@ -36,10 +36,11 @@ from reshard.verification.fused_parts import (
     trace_fused_units,
 )
 from reshard.verification.index_and_config import check_index_and_config
+from reshard.verification.mixtures import check_mixtures
+from reshard.verification.packed_source import PackedSource, check_packed_source
 from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import (
     Provenance,
-    check_mixtures,
     pair_weights_with_scales,
     spread_over_slices,
     trace_unit,
@@ -73,9 +74,9 @@ class TracedTarget(NamedTuple):
     target: ComparedFiles
 
     @property
-    def things(self) -> Sequence[KeptTensor | CastWeight]:
+    def things(self) -> Sequence[Compared]:
         """What is to be compared."""
-        return [*self.trace.kept.values(), *self.trace.casts.values()]
+        return [*self.trace.kept.values(), *self.trace.casts.values(), *self.trace.unpacked.values()]
 
 
 Compare = Callable[[TracedTarget, Advance, Fraction | None], Comparison]
@@ -111,11 +112,12 @@ def trace_target(
     ranks: Collection[int] | None,
     *,
     stacked: StackedSource | None,
+    packed: PackedSource | None,
     ignore_extra_files: bool,
 ) -> TracedTarget:
     """Traces each tensor of a target to the source, by the headers; of some `ranks` only, if they are given. Of a
-    source with stacked experts (`stacked`) it is also proven from where its tensors are read. Raises Refused if there
-    is nothing to compare, or if a file cannot be read.
+    source with stacked experts (`stacked`) or packed weights (`packed`) it is also proven from where its tensors are
+    read. Raises Refused if there is nothing to compare, or if a file cannot be read.
     """
     folder = list_target_files(target, recipe)
     if (folder.is_whole or folder.is_joint) and is_same_folder(target, source.folder):
@@ -130,6 +132,7 @@ def trace_target(
     problems += [Problem("extra-file", name, extra, "none") for name in folder.extra if not ignore_extra_files]
     trace = Provenance(source, folder, PaddedDimensions(recipe, source.config or {}, {}))
     problems.extend(check_stacked_source(stacked) if stacked else ())
+    problems.extend(check_packed_source(packed) if packed else ())
     if sliced:
         trace.slices = sliced.slices
         trace.folder = folder._replace(names={**folder.names, folder.ranks: ALL_SLICES})
@@ -164,8 +167,9 @@ def make_report(traced: TracedTarget, comparison: Comparison, *, is_sampled: boo
 def count_cast_tensors(trace: Provenance) -> dict[str, int]:
     """By cast: the number of tensors of the target that it makes, those of each rank counted, a fused tensor once."""
     made: dict[tuple[int, str], str] = {}
-    for (_, cast), recast in trace.casts.items():
-        for rank, name, _ in list_target_tensors((*recast.parts[0], *recast.parts[1])):
+    casts = [(cast, list_parts(recast)) for (_, cast), recast in trace.casts.items()]
+    for cast, parts in (*casts, *((DEQUANTIZE, whole.parts) for whole in trace.unpacked.values())):
+        for rank, name, _ in list_target_tensors(parts):
             made.setdefault((rank, name), cast)
     counts = dict(Counter(made.values()))
     return {**counts, FILL: len(trace.constants)} if trace.constants else counts
