@@ -229,7 +229,7 @@ class Layout:
     to: str = RANKS
     """RANKS, WHOLE or SLICED."""
     cast: str = ""
-    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; NVFP4 is made of MXFP4;
+    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; NVFP4 takes MXFP4;
     empty keeps all."""
     expert_dtype: str = ""
     """`fp8` casts packed FP4 experts to FP8; empty keeps them."""

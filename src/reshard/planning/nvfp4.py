@@ -62,7 +62,10 @@ def rescale_weights(
     made: dict[str, list[Tensor]] = {SCALE: [], FACTOR: []}
     for weight, one in zip(weights, packed, strict=True):
         rows, columns = weight.shape
-        for operation, dtype, block in ((SCALE, "F8_E4M3", (1, GROUP)), (FACTOR, "F32", (max(1, rows), max(1, columns)))):
+        for operation, dtype, block in (
+            (SCALE, "F8_E4M3", (1, GROUP)),
+            (FACTOR, "F32", (max(1, rows), max(1, columns))),
+        ):
             shape = count_blocks((rows, columns), block) if operation == SCALE else (1,)
             result = Tensor(weight.name, dtype, shape, first + len(casts), 0, prod(shape) * BITS[dtype] // 8)
             old = (1, one.group)

@@ -114,8 +114,8 @@ def read_sides(
 
 
 def find_cast(target: AnyPath, manifest: Mapping[str, Any]) -> str:
-    """Finds the cast that a target was made with: as its manifest says, or by what it has, a factor of NVFP4 or no codes.
-    Empty if there is none.
+    """Finds the cast that a target was made with: as its manifest says, or by what it has: a factor of NVFP4, or no
+    codes. Empty if there is none.
     """
     if isinstance(layout := manifest.get("layout"), Mapping):
         return str(layout.get("cast", ""))

@@ -8,6 +8,7 @@ from reshard.sources.verified_source import VerifiedSides, find_recipe_of_rank_f
 from reshard.storage.counting import count_progress
 from reshard.target.mending_hints import reword_hints
 from reshard.types import Progress
+from reshard.verification.packed_source import PackedSource
 from reshard.verification.repeated_tensors import add_repeated_tensor
 from reshard.verification.report import Report
 from reshard.verification.report_notes import add_side_files, add_target_note
@@ -63,6 +64,6 @@ def trace_sides(sides: VerifiedSides, ranks: tuple[int, ...] | None) -> TracedTa
         sides.recipe,
         ranks,
         stacked=StackedSource(*sides.unstacked) if sides.unstacked else None,
-        packed=None,
+        packed=PackedSource(*sides.unpacked) if sides.unpacked else None,
         ignore_extra_files=sides.ignores_extra_files,
     )
