@@ -91,7 +91,8 @@ def make_nvfp4(rows: int, columns: int, *, divides: bool) -> Stored:
     """NVFP4 of ModelOpt, or of compressed-tensors, which divides: in float32."""
     codes = draw_codes(4, rows, columns)
     scales = draw_scales("F8_E4M3", rows, columns // 16)
-    factor = torch.tensor([1184.0]) if divides else torch.tensor(0.00037)
+    # With these the order of the operations shows, though all is rounded to BF16.
+    factor = torch.tensor([658.7380981445312]) if divides else torch.tensor(0.4496527314186096 / 1024)
     values = E2M1[torch.from_numpy(codes)] + (0.0 if not divides else -0.0)  # which makes plus zero of minus zero
     each = scales.float() / factor if divides else scales.float() * factor
     made = (values.reshape(rows, -1, 16) * each.unsqueeze(-1)).reshape(rows, columns).to(torch.bfloat16)

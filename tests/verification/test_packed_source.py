@@ -44,7 +44,10 @@ def read(stored: Checkpoint, weights: Iterable[Packed], kept: Iterable[str]) -> 
     """The checkpoint as it was read."""
     placed = [one._replace(result=one.result._replace(file=PACKED + number)) for number, one in enumerate(weights)]
     tensors = {one.result.name: one.result for one in placed} | {name: stored.tensors[name] for name in kept}
-    return replace(stored, tensors=tensors, packed=tuple(placed))
+    config = {key: value for key, value in (stored.config or {}).items() if key != "quantization_config"}
+    if "text_config" in config:
+        config["text_config"] = {}
+    return replace(stored, tensors=tensors, packed=tuple(placed), config=config if stored.config else None)
 
 
 def check(stored: Checkpoint, as_read: Checkpoint) -> list[tuple[str, str, str]]:
@@ -175,8 +178,9 @@ def test_every_packing_is_found(case: str) -> None:
     ]
 
 
-def test_rows_in_mxfp4_are_relabelled() -> None:
-    codes, scales = f"{Q}.weight_packed", f"{Q}.weight_scale"
+@pytest.mark.parametrize("end", ["weight_packed", "weight"])
+def test_rows_in_mxfp4_are_relabelled(end: str) -> None:
+    codes, scales = f"{Q}.{end}", f"{Q}.weight_scale"
     stored = store({codes: ("U8", (64, 48)), scales: ("U8", (64, 3)), **OTHERS}, None)
     weight = make_packed(stored, f"{Q}.weight", "mxfp4", (64, 96), 4, 32, codes=codes, scales=scales)
     right = weight._replace(codes=weight.codes._replace(dtype="I8"), scales=weight.scales._replace(dtype="F8_E8M0"))
@@ -201,7 +205,33 @@ def test_fp8_with_block_scales_is_not_packed() -> None:
     assert check(stored, stored) == []
 
 
+@pytest.mark.parametrize("columns", [89, 96])
+def test_integers_with_a_scale_a_row_may_end_inside_a_word(columns: int) -> None:
+    headers: Headers = {WORDS["codes"]: ("I32", (64, 12)), WORDS["scales"]: ("F32", (1,))}
+    stored = store({**headers, **SHAPE, **OTHERS}, by_groups(scheme(4, None, strategy="tensor")))
+    weight = make_packed(stored, f"{Q}.weight", "integers", (64, columns), 4, columns, **WORDS)
+    right = weight._replace(scales=weight.scales._replace(shape=(1, 1)))
+    assert check(stored, read(stored, [right], OTHERS)) == []
+    wrong = right._replace(result=right.result._replace(shape=(64, 97), size=128 * 97), group=97)
+    assert [name for name, _, _ in check(stored, read(stored, [wrong], OTHERS))] == [f"{Q}.weight"] * 3
+    wrong = right._replace(result=right.result._replace(shape=(64, 88), size=128 * 88), group=88)
+    assert [name for name, _, _ in check(stored, read(stored, [wrong], OTHERS))] == [f"{Q}.weight"] * 3
+
+
 # --- what was read wrongly ---
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "text_config", "hidden_size"])
+def test_a_config_that_was_read_wrongly_is_seen(place: str) -> None:
+    table = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    inner = {"quantization_config": {}, "layers": 2}
+    stored = store({**make_gptq(Q), **OTHERS}, {"quantization_config": table, "text_config": inner, "hidden_size": 64})
+    as_read = read(stored, list_gptq(stored, Q), OTHERS)
+    right = {"text_config": {"layers": 2}, "hidden_size": 64}
+    assert list(check_packed_source(PackedSource(stored, replace(as_read, config=right)))) == []
+    wrong = {**right, place: {"quantization_config": table, "text_config": inner, "hidden_size": 65}[place]}
+    (problem,) = check_packed_source(PackedSource(stored, replace(as_read, config=wrong)))
+    assert (problem.kind, problem.subject) == ("wrong-config", f"config.json: {place}")
 
 
 def swap(one: Packed, part: str, other: Packed | None = None) -> Packed:

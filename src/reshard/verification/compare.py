@@ -281,9 +281,9 @@ class CompareWorker:
             return 0
         made = read_unpacked_tile(self.source, tile, self.buffers.source).reshape(len(place[0]), -1)
         compared = 0
-        for part, rows, columns in boxes:
-            wanted = made[make_relative_slice(rows, place[0]), make_relative_slice(columns, place[1])]
-            compared += self.compare_part(part, rows, columns, np.ascontiguousarray(wanted))
+        for part, inner, across in boxes:
+            wanted = made[make_relative_slice(inner, place[0]), make_relative_slice(across, place[1])]
+            compared += self.compare_part(part, inner, across, np.ascontiguousarray(wanted))
         return compared
 
     def source_rows(self, tensor: Tensor, height: int, rows: range, columns: range, packed: int) -> TileBytes:

@@ -4,17 +4,18 @@ read.
     X.qweight, X.qzeros, X.scales, X.g_idx:   X.weight, codes of four bits; what each part is follows from its name
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from reshard.errors import Problem
 from reshard.types import PACKED, Checkpoint, Packed, Tensor
 from reshard.verification.stacked_source import REPORT, describe_place
-from reshard.verification.stored_packings import find_packed_weights
+from reshard.verification.stored_packings import QUANTIZATION_KEYS, WORD, find_packed_weights, make_result
 
 LEFT_ASIDE = (
-    *(".weight_shape", ".input_scale", ".input_global_scale", ".input_zero_point"),
-    *(".k_scale", ".v_scale", ".q_scale", ".output_scale"),
+    *(".weight_shape", ".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale"),
+    *(".output_zero_point", ".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point"),
 )
 """The ends of the names of what a model in BF16 does not have: scales of activations and caches, and shapes."""
 
@@ -41,6 +42,7 @@ def check_packed_source(source: PackedSource) -> Iterator[Problem]:
         for name, tensor in stored.tensors.items()
         if name not in parts and not (weights and name.endswith(LEFT_ASIDE))
     }
+    yield from check_dropped_quantization(source) if weights else ()
     for name in dict.fromkeys((*weights, *kept, *read.tensors)):
         found, wanted = read.tensors.get(name), kept.get(name)
         if name in weights:
@@ -48,6 +50,23 @@ def check_packed_source(source: PackedSource) -> Iterator[Problem]:
         if (found if name not in weights else None) != wanted:
             text = describe_place(found, read) if found else "not read"
             yield Problem("wrong-place", name, text, describe_place(wanted, stored) if wanted else "no tensor", REPORT)
+
+
+def check_dropped_quantization(source: PackedSource) -> Iterator[Problem]:
+    """Reports a config that was not read as it is but for what it tells of the quantization."""
+    wanted = drop_quantization(source.stored.config or {})
+    if "text_config" in wanted and isinstance(wanted["text_config"], Mapping):
+        wanted["text_config"] = drop_quantization(wanted["text_config"])
+    found = source.read.config or {}
+    for key in sorted(found.keys() | wanted.keys()):
+        if (key in found, found.get(key)) != (key in wanted, wanted.get(key)):
+            said, expected = (json.dumps(one[key]) if key in one else "nothing" for one in (found, wanted))
+            yield Problem("wrong-config", f"config.json: {key}", said, expected, REPORT)
+
+
+def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys that tell of a quantization."""
+    return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
 
 
 def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSource) -> Iterator[Problem]:
@@ -59,6 +78,7 @@ def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSou
         yield Problem("wrong-place", name, text, f"what is made of {wanted.codes.name} ({wanted.packing})", REPORT)
         return
     found = read.packed[place]
+    wanted = fit_columns(wanted, found.result.shape)
     said, expected = (f"{one.packing}, {one.bits} bits, groups of {one.group}" for one in (found, wanted))
     if said != expected:
         yield Problem("wrong-place", name, said, expected, REPORT)
@@ -73,6 +93,17 @@ def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSou
             said = f"{part}: {describe_place(one, read) if one else 'none'}"
             expected = f"{part}: {describe_place(other, stored) if other else 'none'}"
             yield Problem("wrong-place", name, said, expected, REPORT)
+
+
+def fit_columns(packed: Packed, shape: tuple[int, ...]) -> Packed:
+    """The same weight with the columns of a `shape`, where headers do not tell them to the last: of integers with one
+    scale a row, of which the last word may have room for more.
+    """
+    rows, columns = packed.result.shape[0], packed.result.shape[-1]
+    is_open = packed.packing == "integers" and packed.group == columns and len(shape) == 2
+    if not is_open or not columns - WORD // packed.bits < shape[1] <= columns:
+        return packed
+    return packed._replace(group=shape[1], result=make_result(packed.result.name, rows, shape[1]))
 
 
 def is_same_place(one: Tensor | None, other: Tensor | None) -> bool:

@@ -94,13 +94,13 @@ def multiply_by_factor(packed: Packed, scales: Float32Rows, factor: TileBytes | 
 
 
 def decode_stored_scales(raw: TileBytes, dtype: str) -> Float32Rows:
-    """Scales as float32, from rows of their bytes. U8 is F8_E8M0 that its library does not call so."""
+    """Scales as float32, from rows of their bytes. U8 is F8_E8M0, which some libraries do not call so."""
     whole = np.ascontiguousarray(raw)
     if dtype == "F16":
         return whole.view(np.float16).astype(np.float32)
     if dtype == "F8_E4M3":
         return np.take(compute_fp8_values(), whole)
-    return decode_block_scales(whole, "F8_E8M0" if dtype == "U8" else dtype)
+    return decode_block_scales(whole, dtype)
 
 
 def unpack_codes(packed: Packed, raw: TileBytes) -> NDArray[np.uint8]:

@@ -15,15 +15,16 @@ from reshard.types import PACKED, Checkpoint, Packed, Tensor
 
 Tensors = Mapping[str, Tensor]
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Config keys of most quantizers, of old compressed-tensors, and of MLX."""
 
 WORD = 32
 """Bits of a word of integers."""
 
 FLOATS = ("F32", "F16", "BF16")
 
-FP4_GROUP = 32
-"""Columns of MXFP4 that share a scale."""
+FP4_GROUP, NVFP4_GROUP = 32, 16
+"""Columns of MXFP4 and of NVFP4 that share a scale."""
 
 
 def find_packed_weights(stored: Checkpoint) -> Iterator[Packed]:
@@ -56,20 +57,31 @@ def find_compressed_weight(module: str, codes: Tensor, tensors: Tensors, table: 
     scales, name = tensors.get(f"{module}.weight_scale"), f"{module}.weight"
     if scales is None or len(codes.shape) != 2:
         return None
-    rows, width = codes.shape
-    factor = tensors.get(f"{module}.weight_global_scale")
-    if codes.dtype == "U8" and factor and scales.shape == (rows, width // 8):
-        result = make_result(name, rows, 2 * width)
-        return Packed("nvfp4-divided", codes, scales, None, factor, None, 4, FP4_GROUP // 2, result)
-    if codes.dtype == "U8" and scales.dtype == "U8" and scales.shape == (rows, width // 16):
-        halves = codes._replace(dtype="I8"), scales._replace(dtype="F8_E8M0")
-        return Packed("mxfp4", *halves, None, None, None, 4, FP4_GROUP, make_result(name, rows, 2 * width))
+    if codes.dtype == "U8":
+        factor = tensors.get(f"{module}.weight_global_scale")
+        return make_fp4_rows(name, codes, scales, "nvfp4-divided", factor)
     scheme = choose_integer_scheme(module, codes, scales, table) if codes.dtype == "I32" else None
     if scheme is None:
         return None
     bits, group, columns = scheme
+    rows, is_one = codes.shape[0], scales.shape in ((), (1,))
+    scales = scales._replace(shape=(1, 1)) if is_one else scales
     zeros, order = (tensors.get(f"{module}.{end}") for end in ("weight_zero_point", "weight_g_idx"))
     return Packed("integers", codes, scales, zeros, None, order, bits, group, make_result(name, rows, columns))
+
+
+def make_fp4_rows(name: str, codes: Tensor, scales: Tensor, packing: str, factor: Tensor | None) -> Packed | None:
+    """Makes a weight of FP4, two codes in a byte: NVFP4 (`packing`) with a factor, else MXFP4, with dtypes that tell
+    what it is.
+    """
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    result = make_result(name, rows, columns)
+    if factor and scales.shape == (rows, -(-columns // NVFP4_GROUP)):
+        return Packed(packing, codes, scales, None, factor, None, 4, NVFP4_GROUP, result)
+    if not factor and scales.dtype == "U8" and scales.shape == (rows, -(-columns // FP4_GROUP)):
+        told = codes._replace(dtype="I8"), scales._replace(dtype="F8_E8M0")
+        return Packed("mxfp4", *told, None, None, None, 4, FP4_GROUP, result)
+    return None
 
 
 def choose_integer_scheme(
@@ -81,6 +93,7 @@ def choose_integer_scheme(
     groups = table.get("config_groups")
     listed = [one for one in groups.values() if isinstance(one, Mapping)] if isinstance(groups, Mapping) else []
     in_row = scales.shape[-1] if len(scales.shape) > 1 else 1
+    listed = listed or [{"weights": {"num_bits": 4, "group_size": codes.shape[1] * 8 // max(1, in_row)}}]
     for one in sorted(listed, key=lambda one: not is_among_targets(module, one.get("targets"))):
         scheme = one.get("weights")
         told: Mapping[str, Any] = scheme if isinstance(scheme, Mapping) else {}
@@ -106,13 +119,11 @@ def is_among_targets(module: str, targets: Any) -> bool:
 def find_scaled_weight(module: str, codes: Tensor, tensors: Tensors, _: Mapping[str, Any]) -> Packed | None:
     """Finds a weight with scales beside it, by its `X.weight`: NVFP4 of ModelOpt; FP8 with one scale, or one a row."""
     scales, name = tensors.get(f"{module}.weight_scale"), f"{module}.weight"
-    factor = tensors.get(f"{module}.weight_scale_2")
     if scales is None or len(codes.shape) != 2:
         return None
+    if codes.dtype == "U8":
+        return make_fp4_rows(name, codes, scales, "nvfp4", tensors.get(f"{module}.weight_scale_2"))
     rows, width = codes.shape
-    if codes.dtype == "U8" and factor and scales.shape == (rows, width // 8):
-        result = make_result(name, rows, 2 * width)
-        return Packed("nvfp4", codes, scales, None, factor, None, 4, FP4_GROUP // 2, result)
     is_one_a_row = scales.shape[1:] in ((), (1,)) and prod(scales.shape) in (1, rows)
     if codes.dtype == "F8_E4M3" and scales.dtype in FLOATS and is_one_a_row:
         column = scales._replace(shape=(prod(scales.shape), 1))
@@ -129,13 +140,13 @@ def find_turned_weight(module: str, codes: Tensor, tensors: Tensors, table: Mapp
         return None
     groups, rows = scales.shape
     name = f"{module}.weight"
+    order = tensors.get(f"{module}.g_idx")
     if codes.shape[1] * 8 == rows:
         columns = codes.shape[0]
         result = make_result(name, rows, columns)
-        return Packed("awq", codes, scales, zeros, None, None, 4, columns // groups, result)
-    order = tensors.get(f"{module}.g_idx")
+        return Packed("awq", codes, scales, zeros, None, order, 4, columns // groups, result)
     said = table.get("bits")
-    columns = order.shape[0] if order else codes.shape[0] * WORD // said if said in (4, 8) else 0
+    columns = prod(order.shape) if order else codes.shape[0] * WORD // said if said in (4, 8) else 0
     fitting = [bits for bits in (4, 8) if -(-columns * bits // WORD) == codes.shape[0]]
     if codes.shape[1] != rows or not fitting:
         return None
