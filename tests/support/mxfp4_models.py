@@ -118,7 +118,7 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
 def make_values_of_mxfp4(tensors: Tensors, module: str) -> torch.Tensor:
     """Float32, as compressed-tensors multiplies; subnormal scales too."""
     codes, scales = unpack_codes(tensors[f"{module}.weight_packed"]), tensors[f"{module}.weight_scale"]
-    powers = torch.ldexp(torch.ones(()), scales.int() - ZERO)
+    powers = torch.ldexp(torch.ones(scales.shape), scales.int() - ZERO)
     return FP4[codes] * powers.repeat_interleave(32, 1)[:, : codes.shape[1]]
 
 

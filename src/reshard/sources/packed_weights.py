@@ -40,6 +40,8 @@ class Unpacked(NamedTuple):
     """As it lies in the files."""
     checkpoint: Checkpoint
     """Under plain names; its config tells of the quantization that the target has, if any."""
+    cast: str
+    """The value of `--cast` that it is read for."""
 
 
 def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
@@ -64,7 +66,7 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
             packed.append(name_result(found, name + (WEIGHT if form.is_module else ""), len(packed)))
     if problems:
         raise Refused(sort_problems(islice(problems, MOST_PROBLEMS)))
-    return Unpacked(stored, replace_packed(stored, packed, cast))
+    return Unpacked(stored, replace_packed(stored, packed, cast), cast)
 
 
 def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Form, Parts]]:
