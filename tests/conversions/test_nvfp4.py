@@ -218,7 +218,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 def test_shares_are_joined_to_the_same_files(tmp_path: Path) -> None:
     tensors = make_mxfp4_tensors()
-    options = {"to": "hf", "cast": "nvfp4", "max_file_size": 20_000}
+    options: dict[str, Any] = {"to": "hf", "cast": "nvfp4", "max_file_size": 20_000}
     source = write_model(tmp_path / "source", tensors, 3)
     for number in range(3):
         reshard.convert(source, tmp_path / "target", share=f"{number}/3", **options)

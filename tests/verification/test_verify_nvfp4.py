@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -181,20 +182,20 @@ def test_a_sample_has_both_ends(made: Path, target: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(f"reshard.verification.chunks.{size}", 256)
     assert not reshard.verify(target, made / "source", sample=Fraction(1, 50)).problems
     for place in (0, -1):
-        rewrite(target, lambda tensors, place=place: flip(tensors, place))
+        rewrite(target, partial(flip, place))
         (problem,) = reshard.verify(target, made / "source", sample=Fraction(1, 50)).problems
         assert problem.subject.endswith(f"{UP}.weight_scale")
-        rewrite(target, lambda tensors, place=place: flip(tensors, place))
+        rewrite(target, partial(flip, place))
 
 
-def flip(tensors: Tensors, place: int) -> None:
+def flip(place: int, tensors: Tensors) -> None:
     scales = tensors[f"{UP}.weight_scale"].view(torch.uint8).numpy().reshape(-1)
     scales[place] = np.bitwise_xor(scales[place], 8)
 
 
 def test_several_processes_find_the_same(made: Path, target: Path) -> None:
     assert not verify_in_shares(target, made / "source", count=3).problems
-    rewrite(target, lambda tensors: flip(tensors, 7))
+    rewrite(target, partial(flip, 7))
     found, wanted = verify_in_shares(target, made / "source", count=3), verify_here(target, made / "source")
     assert found == wanted
     assert found.problems

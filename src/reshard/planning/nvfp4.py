@@ -52,7 +52,7 @@ def check_nvfp4(checkpoint: Checkpoint, kinds: Sequence[WeightGroup]) -> Iterato
         yield Problem("wrong-option", "--cast", f"{NVFP4}, for a checkpoint without such weights", TAKEN)
 
 
-def rescale_weights(
+def make_nvfp4_tensors(
     weights: Sequence[Tensor], packed: Sequence[Packed], first: int, casts: list[Cast]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Adds the casts that make NVFP4 of some weights. Returns the codes, which are those of the source, the scales and
@@ -74,8 +74,8 @@ def rescale_weights(
     return codes, made[SCALE], made[FACTOR]
 
 
-def share_factors(casts: list[Cast]) -> None:
-    """Lets weights beside each other share a factor: an engine that fuses them has one for all."""
+def group_under_parents(casts: list[Cast]) -> None:
+    """Lets the weights of one parent share a factor: an engine that fuses them has one for all."""
     parents: dict[str, list[Packed]] = {}
     for cast in casts:
         if cast.operation == SCALE and cast.packed:

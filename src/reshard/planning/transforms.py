@@ -9,7 +9,7 @@ from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, count_blocks, flatten_to_matrix
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
-from reshard.planning.nvfp4 import WORDS, rescale_weights
+from reshard.planning.nvfp4 import WORDS, make_nvfp4_tensors
 from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
@@ -76,7 +76,7 @@ def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
     if kind.weights[0].file >= PACKED:
-        return rescale_group(kind, terms, casts) if layout.cast == NVFP4 else unpack_group(kind, terms, casts)
+        return make_nvfp4_group(kind, terms, casts) if layout.cast == NVFP4 else unpack_group(kind, terms, casts)
     if layout.cast == "bf16" and is_rounded(kind):
         return round_group(kind, terms, casts)
     if scaling is None or scaling.stays:
@@ -132,10 +132,10 @@ def unpack_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     return Outcome(kind, weights, [], [], (1, 1))
 
 
-def rescale_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
+def make_nvfp4_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Makes NVFP4 of weights of MXFP4: the same codes, other scales, and factors."""
     packed = [terms.packed[weight.file - PACKED] for weight in kind.weights]
-    codes, scales, factors = rescale_weights(kind.weights, packed, terms.files, casts)
+    codes, scales, factors = make_nvfp4_tensors(kind.weights, packed, terms.files, casts)
     names = [[name.removesuffix(WEIGHT) + word for name in kind.names] for word in WORDS]
     return Outcome(replace(kind, names=names[0]), codes, scales, names[1], (1, 1), factors, names[2])
 

@@ -1,4 +1,4 @@
-"""What a config tells of MXFP4, told of NVFP4: as compressed-tensors 0.20 describes its preset NVFP4A16."""
+"""A config of MXFP4 changed to one of NVFP4: as compressed-tensors 0.20 describes its preset NVFP4A16."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,7 +41,7 @@ from reshard.verification.chunks import (
 )
 from reshard.verification.compared_files import ComparedFiles, OpenedFiles, open_compared_files
 from reshard.verification.expected import NVFP4
-from reshard.verification.nvfp4_scales import rescale_tile
+from reshard.verification.nvfp4_scales import compute_nvfp4_tile
 from reshard.verification.packed_inputs import measure_largest_tile, read_unpacked_tile
 from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
 from reshard.verification.unpacked_weights import (
@@ -56,7 +56,6 @@ Compared = KeptTensor | CastWeight | UnpackedWeight
 """What is compared as one thing."""
 
 CompareItem = Band | Tile | UnpackedTile | Margin
-
 
 PartKey = tuple[int, str, str]
 """Rank (or file number) and name of a target tensor; if it is fused, also the source tensor of a part of it."""
@@ -254,7 +253,11 @@ class CompareWorker:
         packed = 2 if recast.weight.dtype == "I8" else 1
         weight = self.source_rows(recast.weight, recast.shape[0], tile.rows, tile.columns, packed)
         is_nvfp4 = recast.conversion == NVFP4
-        made = rescale_tile(weight, scale, self.read_factor(recast)) if is_nvfp4 else cast_tile(recast, weight, scale)
+        made = (
+            compute_nvfp4_tile(weight, scale, self.read_factor(recast))
+            if is_nvfp4
+            else cast_tile(recast, weight, scale)
+        )
         for part in recast.parts[0] if is_nvfp4 and not boxes[0] else ():
             self.compare_part(part, part.rows, part.columns, made.weight)  # counted with the first tile
         compared = 0

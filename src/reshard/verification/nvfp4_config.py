@@ -1,4 +1,4 @@
-"""What a config should tell of NVFP4 that was made of MXFP4. Written apart from what writes it."""
+"""The config that NVFP4 made of MXFP4 should have. Written apart from what writes it."""
 
 import json
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ RENAMED = {"mxfp4-pack-quantized": "nvfp4-pack-quantized", "torch.uint8": "torch
 """A format, and a dtype of scales."""
 
 
-def expect_nvfp4_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Expects the groups of compressed-tensors that are of MXFP4 weights to be of NVFP4 ones, without activations."""
+def make_nvfp4_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the groups of compressed-tensors that are of MXFP4 weights groups of NVFP4, without activations."""
     expected: dict[str, Any] = json.loads(json.dumps(config))
     for owner in (expected, expected.get("text_config")):
         for key in ("quantization_config", "compression_config", "quantization"):
             table = owner.get(key) if isinstance(owner, dict) else None
             if isinstance(table, dict) and table.get("quant_method") == "compressed-tensors":
-                expect_nvfp4_table(table)
+                write_nvfp4_table(table)
     return expected
 
 
-def expect_nvfp4_table(table: dict[str, Any]) -> None:
+def write_nvfp4_table(table: dict[str, Any]) -> None:
     """Makes of a table what it should be."""
     groups = table.get("config_groups")
     found = [group for group in groups.values() if is_mxfp4(group)] if isinstance(groups, dict) else []

@@ -1,4 +1,4 @@
-"""What scales and factor of NVFP4 should be, for weights of MXFP4 whose codes stay. Shares no code with `casts`."""
+"""The scales and factors that NVFP4 should have for the codes of MXFP4. Shares no code with `casts`."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ NAN_CODE = 255
 """In F8_E8M0."""
 
 
-def rescale_tile(weight: TileBytes, scale: TileBytes | None, factor: TileBytes) -> CastTile:
-    """Finds what a tile should have: the bytes of the factor, and the scales [rows, groups].
+def compute_nvfp4_tile(weight: TileBytes, scale: TileBytes | None, factor: TileBytes) -> CastTile:
+    """Computes what a tile should have: the bytes of the factor, and the scales [rows, groups].
 
     `weight` and `scale` are the bytes of a tile of the source, which begins with a group; `factor` are those of the
     target [1, 4]. They are right if they are those of a power of two by which the scales can be divided to give those
@@ -26,7 +26,7 @@ def rescale_tile(weight: TileBytes, scale: TileBytes | None, factor: TileBytes) 
         raise ValueError("a weight of MXFP4 has scales")
     number = float(factor.copy().view(np.float32)[0, 0])
     is_power = np.isfinite(number) and number > 0 and np.frexp(number)[0] == 0.5
-    codes, fits = tabulate_scales(number if is_power else 1.0)
+    codes, fits = tabulate_nvfp4_scales(number if is_power else 1.0)
     misfits = ~fits[scale]
     if np.any(misfits):
         half = OLD_GROUP // IN_BYTE
@@ -38,7 +38,7 @@ def rescale_tile(weight: TileBytes, scale: TileBytes | None, factor: TileBytes) 
     return CastTile(wanted, np.repeat(codes[scale], OLD_GROUP // NEW_GROUP, axis=1)[:, :groups], 0)
 
 
-def tabulate_scales(factor: float) -> tuple[TileBytes, NDArray[np.bool_]]:
+def tabulate_nvfp4_scales(factor: float) -> tuple[TileBytes, NDArray[np.bool_]]:
     """By E8M0 code [256]: the F8_E4M3 code of its number times a factor, and whether there is one. Where there is none:
     that of the smallest or the largest power of two.
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import Problem
 from reshard.types import NVFP4, PACKED, Checkpoint, Packed, Tensor
-from reshard.verification.nvfp4_config import expect_nvfp4_config
+from reshard.verification.nvfp4_config import make_nvfp4_config
 from reshard.verification.stacked_source import REPORT, describe_place
 from reshard.verification.stored_packings import QUANTIZATION_KEYS, WORD, find_packed_weights, make_result
 
@@ -58,7 +58,7 @@ def check_packed_source(source: PackedSource) -> Iterator[Problem]:
 def check_read_config(source: PackedSource) -> Iterator[Problem]:
     """Reports a config that was not read as it is but for what it tells of the quantization: nothing, or of NVFP4."""
     stored = source.stored.config or {}
-    wanted = expect_nvfp4_config(stored) if source.cast == NVFP4 else drop_quantization(stored)
+    wanted = make_nvfp4_config(stored) if source.cast == NVFP4 else drop_quantization(stored)
     if source.cast != NVFP4 and "text_config" in wanted and isinstance(wanted["text_config"], Mapping):
         wanted["text_config"] = drop_quantization(wanted["text_config"])
     found = source.read.config or {}

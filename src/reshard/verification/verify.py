@@ -192,12 +192,11 @@ def trace_files(trace: Provenance, target: AnyPath, files: Sequence[TargetHeader
     constants, others = ({}, files) if folder.is_whole else take_constants(files, recipe)
     yield from check_repeated_tensors(files, fused) if folder.is_joint else ()
     fused_units, others = take_fused_tensors(others, fused, folder)
-    nvfp4_problems, others = take_nvfp4_tensors(trace, others)
-    yield from nvfp4_problems
+    found, others = take_nvfp4_tensors(trace, others)
     units, problems = pair_weights_with_scales(others, known, folder)
     probed = [*units, *(unit for one in fused_units for unit in one.list_units()[:1])]
     trace.is_power = has_power_of_two_scales(target, probed, trace)
-    yield from problems
+    yield from (*found, *problems)
     for unit in units:
         yield from trace_unit(trace, unit)
     yield from trace_fused_units(trace, fused_units)
