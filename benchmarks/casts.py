@@ -8,6 +8,10 @@ does, and writes where it is told. On one thread the seconds are the thread's ow
 best of all turns, and the bars are for the best of both; the ratios of the turns show the spread, which others who use
 the machine's caches make wide. Results are compared bit by bit before anything is timed. Needs torch; numba is measured
 where it is installed. The exit code is 1 if a bar is missed.
+
+Packed weights are measured against the functions of compressed-tensors and transformers where these are installed, else
+against the same steps in torch; against the steps of AutoAWQ, GPTQModel and ModelOpt always. The kernels bring words of
+AutoAWQ and GPTQ into rows as part of what is timed.
 """
 
 import argparse
@@ -24,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 
 from reshard.casts import kernels as casts
+from reshard.casts import packed_kernels as packed
+from reshard.casts import packed_layouts as layouts
 from reshard.casts.code_tables import decode_scales
 from reshard.casts.kernels import Recode, compile_recode
 
@@ -59,7 +65,7 @@ def main() -> None:
     )
     print("| cast | by | torch | 1 thread | times torch | bar | median of pairs (least to most) | 2 threads |")
     print("|---|---|---|---|---|---|---|---|")
-    cases = [*dequantizing(), *from_fp4(), quantizing()]
+    cases = [*dequantizing(), *from_fp4(), quantizing(), *integers(), *words(), *floats_of_4_bits()]
     results = [
         measure(case, by, run, pairs) for case in cases for by, run in runs.items() if by == "numpy" or case.looks_up
     ]
@@ -178,6 +184,202 @@ def quantizing() -> Case:
         casts.quantize(values[rows], casts.compute_scales(largest), block, (0, 0), out[rows])
 
     return Case("BF16 to FP8, 128 x 128, with its scales", torch_way, kernel, out, looks_up=False)
+
+
+def patterns(values: torch.Tensor) -> Array:
+    return values.bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def multiply_of(run: Recode) -> packed.Multiply:
+    return packed.multiply_codes if run is casts.recode else packed.multiply_compiled
+
+
+def unpack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes of words along the last dimension, lowest first."""
+    return ((values[..., None] >> torch.arange(0, 32, bits)) & ((1 << bits) - 1)).flatten(-2)
+
+
+def integers() -> list[Case]:
+    """compressed-tensors, pack-quantized, groups of 128."""
+    random, out = np.random.default_rng(4), np.empty((ROWS, COLUMNS), np.uint16)
+    groups = (np.arange(COLUMNS) // 128).astype(np.int32)
+
+    def case(bits: int, dtype: torch.dtype, *, has_zeros: bool, bar: int) -> Case:
+        words = random.integers(-(1 << 31), 1 << 31, (ROWS, COLUMNS * bits // 32)).astype(np.int32)
+        scales = (torch.rand(ROWS, COLUMNS // 128) / 100 + 0.001).to(dtype)
+        zeros = random.integers(0, 1 << bits, tuple(scales.shape), np.uint8)
+        shifted = torch.from_numpy(zeros.astype(np.int16) - (1 << (bits - 1))).to(torch.int8) if has_zeros else None
+        bytes_of, halves = words.view(np.uint8), scales.view(torch.int16).numpy().view(np.uint16)
+        name = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+
+        def own_way() -> torch.Tensor:
+            codes = (unpack(torch.from_numpy(words), bits) - (1 << (bits - 1))).to(torch.int8).to(dtype)
+            values = codes.unflatten(1, (-1, 128))
+            return ((values if shifted is None else values - shifted.to(dtype)[..., None]) * scales[..., None]).flatten(
+                1
+            )
+
+        way = choose_way(lambda: library_way(words, bits, scales, shifted), own_way)
+
+        def kernel(rows: slice, run: Recode) -> None:
+            some = zeros[rows] if has_zeros else None
+            packed.dequantize_integers(
+                bytes_of[rows], bits, halves[rows], name, some, groups, out[rows], multiply_of(run)
+            )
+
+        zero_points = " with zero points" if has_zeros else ""
+        return Case(f"integers of {bits} bits, {name}{zero_points}", lambda: patterns(way()), kernel, out, bar)
+
+    bf16, f16 = torch.bfloat16, torch.float16
+    return [
+        case(4, bf16, has_zeros=False, bar=0),
+        case(4, f16, has_zeros=False, bar=5),
+        case(4, bf16, has_zeros=True, bar=0),
+        case(8, bf16, has_zeros=False, bar=5),
+    ]
+
+
+def choose_way(library: Callable[[], Callable[[], torch.Tensor]], own: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+    try:
+        return library()
+    except ImportError as error:
+        print(f"{error}: measured against the same steps in torch", file=sys.stderr)
+        return own
+
+
+def library_way(
+    words: Array, bits: int, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> Callable[[], torch.Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: PLC0415 - if it is installed
+    from compressed_tensors.quantization import QuantizationArgs  # noqa: PLC0415 - if it is installed
+    from compressed_tensors.quantization.lifecycle.forward import dequantize  # noqa: PLC0415 - if it is installed
+
+    args = QuantizationArgs(num_bits=bits, symmetric=zeros is None, strategy="group", group_size=128)
+    shape = torch.Size([ROWS, COLUMNS])
+
+    def unpack_and_dequantize() -> torch.Tensor:
+        codes = unpack_from_int32(torch.from_numpy(words), bits, shape)
+        return dequantize(codes, scales, zeros, args)  # type: ignore[no-any-return]
+
+    return unpack_and_dequantize
+
+
+def words() -> list[Case]:
+    """AutoAWQ and GPTQ, 4 bits, F16, groups of 128; of GPTQ also in the order of activations."""
+    random, out = np.random.default_rng(5), np.empty((ROWS, COLUMNS), np.uint16)
+    scales = (torch.rand(COLUMNS // 128, ROWS) / 100 + 0.001).half()
+    halves = scales.view(torch.int16).numpy().view(np.uint16)
+    zeros = random.integers(-(1 << 31), 1 << 31, (COLUMNS // 128, ROWS // 8)).astype(np.int32)
+    awq = random.integers(-(1 << 31), 1 << 31, (COLUMNS, ROWS // 8)).astype(np.int32)
+    gptq = random.integers(-(1 << 31), 1 << 31, (COLUMNS // 8, ROWS)).astype(np.int32)
+    groups = (np.arange(COLUMNS) // 128).astype(np.int32)
+    eights = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+
+    def spread_and_multiply(rows: slice, order: Array, some: Array, run: Recode, *, is_awq: bool) -> None:
+        codes = np.empty((rows.stop - rows.start, COLUMNS // 2), np.uint8)
+        if is_awq:
+            layouts.spread_awq(awq[:, rows.start // 8 : rows.stop // 8], codes)
+        else:
+            layouts.spread_gptq(gptq[:, rows], codes)
+        packed.dequantize_integers(codes, 4, halves[:, rows].T, "F16", some, order, out[rows], multiply_of(run))
+
+    def awq_way() -> Array:
+        values, shifts = (
+            unpack(torch.from_numpy(each), 4).to(torch.int8).unflatten(1, (-1, 8))[:, :, eights].flatten(1)
+            for each in (awq, zeros)
+        )
+        whole = (values - shifts.repeat_interleave(128, 0)) * scales.repeat_interleave(128, 0)
+        return patterns(whole.T)
+
+    def awq_kernel(rows: slice, run: Recode) -> None:
+        some = layouts.spread_zeros_awq(zeros[:, rows.start // 8 : rows.stop // 8])
+        spread_and_multiply(rows, groups, some, run, is_awq=True)
+
+    def gptq_case(name: str, order: Array) -> Case:
+        index = torch.from_numpy(order).long()
+
+        def torch_way() -> Array:
+            shifts = torch.arange(0, 32, 4)
+            stored = unpack(torch.from_numpy(zeros) + 0x11111111, 4).to(torch.int8)
+            values = ((torch.from_numpy(gptq)[:, None, :] >> shifts[:, None]).to(torch.int8) & 15).flatten(0, 1)
+            return patterns((scales[index] * (values - stored[index])).T)
+
+        def kernel(rows: slice, run: Recode) -> None:
+            some = layouts.spread_zeros_gptq(zeros[:, rows.start // 8 : rows.stop // 8], 4, is_v2=False)
+            spread_and_multiply(rows, order, some, run, is_awq=False)
+
+        return Case(name, torch_way, kernel, out, 5)
+
+    return [
+        Case("AutoAWQ, 4 bits, F16", awq_way, awq_kernel, out, 5),
+        gptq_case("GPTQ, 4 bits, F16", groups),
+        gptq_case("GPTQ, 4 bits, F16, in the order of activations", random.permutation(groups)),
+    ]
+
+
+def floats_of_4_bits() -> list[Case]:
+    """NVFP4 of ModelOpt and of compressed-tensors, and the experts of gpt-oss."""
+    random, out = np.random.default_rng(6), np.empty((ROWS, COLUMNS), np.uint16)
+    pairs = random.integers(0, 256, (ROWS, COLUMNS // 2), np.uint8)
+    fine, coarse = (random.integers(100, 126, (ROWS, COLUMNS // each), np.uint8) for each in (16, 32))
+    turned = np.empty((COLUMNS, ROWS), np.uint16)
+    signed = torch.cat([FP4[:8], -FP4[:8]])
+
+    def look_up(table: torch.Tensor) -> torch.Tensor:
+        nibbles = torch.from_numpy(pairs)
+        return table[torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(1).long()]
+
+    def modelopt_way() -> Array:
+        blocks = torch.from_numpy(fine).view(torch.float8_e4m3fn).float() * torch.tensor(0.01)
+        return patterns((look_up(FP4).unflatten(1, (-1, 16)) * blocks[..., None]).flatten(1))
+
+    def own_divided_way() -> torch.Tensor:
+        blocks = torch.from_numpy(fine).view(torch.float8_e4m3fn).bfloat16() / torch.tensor([100.0])
+        values = look_up(signed).bfloat16().float()
+        return (values.unflatten(1, (-1, 16)) * blocks[..., None]).flatten(1)
+
+    def own_experts_way() -> torch.Tensor:
+        values = look_up(signed.bfloat16()).unflatten(1, (-1, 32))
+        return torch.ldexp(values, torch.from_numpy(coarse).int()[..., None] - 127).flatten(1).T.bfloat16()
+
+    divided_way = choose_way(lambda: divided_library_way(pairs, fine), own_divided_way)
+    experts_way = choose_way(lambda: experts_library_way(pairs, coarse), own_experts_way)
+
+    def kernel(rows: slice, run: Recode) -> None:
+        packed.dequantize_nvfp4(pairs[rows], fine[rows], 0.01, (0, 0), out[rows], run, divides=False)
+
+    def divided_kernel(rows: slice, run: Recode) -> None:
+        packed.dequantize_nvfp4(pairs[rows], fine[rows], 100.0, (0, 0), out[rows], run, divides=True)
+
+    def experts_kernel(rows: slice, run: Recode) -> None:
+        packed.dequantize_experts(pairs[rows], coarse[rows], turned[:, rows], run)
+
+    return [
+        Case("NVFP4 of ModelOpt", modelopt_way, kernel, out, 5),
+        Case("NVFP4 of compressed-tensors", lambda: patterns(divided_way()), divided_kernel, out, 5),
+        Case("experts of gpt-oss", lambda: patterns(experts_way()), experts_kernel, turned, 5),
+    ]
+
+
+def divided_library_way(pairs: Array, scales: Array) -> Callable[[], torch.Tensor]:
+    from compressed_tensors.compressors import NVFP4PackedCompressor  # noqa: PLC0415 - if it is installed
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: PLC0415 - if it is installed
+
+    args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    state = {
+        "weight_packed": torch.from_numpy(pairs),
+        "weight_scale": torch.from_numpy(scales).view(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([100.0]),
+    }
+    return lambda: NVFP4PackedCompressor.decompress(state, scheme)["weight"]
+
+
+def experts_library_way(pairs: Array, scales: Array) -> Callable[[], torch.Tensor]:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: PLC0415 - if it is installed
+
+    blocks, exponents = torch.from_numpy(pairs).view(1, ROWS, -1, 16), torch.from_numpy(scales)[None]
+    return lambda: convert_moe_packed_tensors(blocks, exponents)[0]
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ class Placeholder:
     """Another placeholder, P. Each member of this placeholder is also a member of P."""
     picked_by: str = ""
     """With `within` or `some_of`: the config key of a list with one value for each member of P."""
-    picked: tuple[int, ...] = ()
+    picked: tuple[int | str, ...] = ()
     """With `picked_by`: the values in the list that make a member of P a member of this placeholder."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
+    every: str = ""
+    """With `picked_by`: a formula for N. Without that list, members are the first of P, and every Nth behind them."""
+    first: str = ""
+    """With `every`: a formula for the number of those first ones."""
+    others: str = ""
+    """With `picked_by`: members of P that are not picked may be members too; what becomes of them in the engines."""
     after: str = ""
     """Another placeholder, A. The numbers of this placeholder begin after the last number of A."""
     marker: str = ""

@@ -79,6 +79,7 @@ def test_fp4_experts_become_fp8(name: str, ranks: int, source: Source, folder: P
         "deepseek-v4-flash": oracle_families.convert_v4,
         "deepseek-v4-pro": oracle_families.convert_v4,
         "deepseek-v4-flash-0731": oracle_families.convert_v4_0731,
+        "deepseek-v4-flash-vision": oracle_families.convert_v4_vision,
         "deepseek-v4.1-flash": oracle_families.convert_v41,
     }
     by_name[name](source(name), folder / "wanted", ranks, expert_dtype="fp8")
@@ -191,7 +192,7 @@ MTP_NAMES: oracle_families.Names = {
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "glm-5.1", "glm-5.1-fp8"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "glm-5.1", "glm-5.2-fp8"])
 def test_mtp_layers_are_kept_if_asked_for(name: str, ranks: int, source: Source, folder: Path) -> None:
     tensors = oracle.load_tensors(source(name), ())
     assert any(tensor.startswith("model.layers.11.") for tensor in tensors)

@@ -17,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import reshard
 import reshard.casts.unpacking
 from reshard.errors import Refused
+from reshard.verification.report import Report
 
 TRANSPOSED = ["awq", "gptq", "gptq-v2"]
 
@@ -50,6 +51,11 @@ def require_same_numbers(found: dict[str, torch.Tensor], wanted: dict[str, torch
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
 
 
+def require_proven(report: Report) -> None:
+    assert not report.problems
+    assert report.compared
+
+
 def require_same_files(one: Path, other: Path) -> None:
     names = sorted(path.name for path in other.glob("*.safetensors"))
     assert names
@@ -69,7 +75,7 @@ def test_every_packing_becomes_what_its_library_makes_of_it(
     config = json.loads((target / "config.json").read_text())
     assert config == CONFIG
     assert not (target / "quantize_config.json").exists()  # a loader would look for scales
-    reshard.verify(target, root / "packed")
+    require_proven(reshard.verify(target, root / "packed"))
 
 
 @pytest.mark.parametrize("kind", ["int4-zeros", "awq", "nvfp4", "fp8-rows"])
@@ -83,7 +89,20 @@ def test_every_layout_is_that_of_the_same_model_in_bf16(
     reshard.convert(root / "packed", tmp_path / "one", cast="bf16", **layout)
     reshard.convert(root / "plain", tmp_path / "other", **layout)
     require_same_files(tmp_path / "one", tmp_path / "other")
-    reshard.verify(tmp_path / "one", root / "packed")
+    require_proven(reshard.verify(tmp_path / "one", root / "packed"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_byte_of_a_target_is_found(model: Model, tmp_path: Path, kind: str) -> None:
+    root, target = model(kind), tmp_path / "target"
+    reshard.convert(root / "packed", target, to="hf", cast="bf16")
+    with (target / "model.safetensors").open("r+b") as opened:
+        opened.seek(-300, 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([byte ^ 1]))
+    problems = reshard.verify(target, root / "packed").problems
+    assert [problem.kind for problem in problems] == ["differs"], problems
 
 
 @pytest.mark.parametrize("kind", ["gptq", "mxfp4"])
@@ -151,7 +170,7 @@ def test_gpt_oss_is_what_transformers_makes_of_it(
     reshard.convert(gpt_oss / "packed", tmp_path / "one", cast="bf16", **layout)
     reshard.convert(gpt_oss / "plain", tmp_path / "other", **layout)
     require_same_files(tmp_path / "one", tmp_path / "other")
-    reshard.verify(tmp_path / "one", gpt_oss / "packed")
+    require_proven(reshard.verify(tmp_path / "one", gpt_oss / "packed"))
 
 
 Tensors = dict[str, torch.Tensor]

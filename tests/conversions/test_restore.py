@@ -34,7 +34,7 @@ from reshard.target.conversion import Conversion
 
 WAYS = [(1, "yes"), (2, "no"), (4, "yes"), (1, "no"), (2, "yes"), (4, "no")]
 """Threads, and whether the page cache is used."""
-WITH_MTP = ("deepseek-v3", "deepseek-v3.2-exp", "deepseek-v3.2", "kimi-k2", "glm-5.1", "glm-5.1-fp8")
+WITH_MTP = ("deepseek-v3", "deepseek-v3.2-exp", "deepseek-v3.2", "kimi-k2", "glm-5.1", "glm-5.1-fp8", "glm-5.2-fp8")
 V4 = [name for name in ORACLES if "v4" in name]
 EXACT = [name for name in ORACLES if name not in V4 and name != "kimi-k2"]
 """Families of which nothing is dropped or cast, if their MTP layers are kept."""

@@ -35,6 +35,7 @@ STAYS = {
     "deepseek-v3.2": rf"norm\.(weight|bias)$|^lm_head|indexer\.weights_proj|{BIAS}",
     "deepseek-v4-flash": V4_STAYS,
     "deepseek-v4-flash-0731": rf"{V4_STAYS}|markov_w2|confidence_head",
+    "deepseek-v4-flash-vision": rf"{V4_STAYS}|markov_w2|confidence_head|gate\.bias_vl$|vision.*norm",
     "deepseek-v4.1-flash": V41_STAYS,
     "glm-5.1-fp8": BIAS,
 }

@@ -27,7 +27,13 @@ from reshard.synthetic import write_tensors
 INDEX = "model.safetensors.index.json"
 Source = Callable[[str], Path]
 V3_LINE = ["deepseek-v3", "deepseek-v3.2", "kimi-k2", "glm-5.1-fp8"]
-V4_LINE = ["deepseek-v4-flash", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v4.1-flash"]
+V4_LINE = [
+    "deepseek-v4-flash",
+    "deepseek-v4-pro",
+    "deepseek-v4-flash-0731",
+    "deepseek-v4-flash-vision",
+    "deepseek-v4.1-flash",
+]
 
 
 class Crash(BaseException):

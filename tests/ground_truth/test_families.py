@@ -40,9 +40,13 @@ RANKS = {
     "kimi-k2": 8,
     "glm-5.1": 8,
     "glm-5.1-fp8": 8,
+    "glm-5.2": 8,
+    "glm-5.2-fp8": 8,
     "deepseek-v4-flash": 4,
     "deepseek-v4-flash-0731": 8,
+    "deepseek-v4-flash-vision": 8,
     "deepseek-v4-pro": 16,
+    "deepseek-v4-pro-0813": 16,
     "deepseek-v4.1-flash": 8,
 }
 """The most ranks for which the small checkpoint of a family can be cut without padding."""
@@ -153,7 +157,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ("kimi-k2", 139_644, 1_026_470_731_056, 1_029_173_256_720),
         ("deepseek-v4-flash", 69_187, 158_069_433_298, 159_609_485_896),
         ("deepseek-v4-flash-0731", 72_317, 165_265_454_782, 166_878_536_440),
+        ("deepseek-v4-flash-vision", 72_633, 165_731_860_414, 167_811_372_792),
         ("deepseek-v4-pro", 145_116, 861_608_274_846, 864_704_792_696),
+        ("deepseek-v4-pro-0813", 149_782, 889_484_881_098, 892_727_580_904),
         ("deepseek-v4.1-flash", 96_085, 508_182_659_298, 510_286_023_000),
     ],
 )
@@ -168,7 +174,12 @@ def test_tensors_elements_and_bytes_are_the_published_totals(
 
 @pytest.mark.parametrize(
     ("name", "tensor_count", "element_count", "size"),
-    [("glm-5.1", 59_870, 753_864_139_008, "1404.18"), ("glm-5.1-fp8", 119_028, 753_910_024_032, "704.23")],
+    [
+        ("glm-5.1", 59_870, 753_864_139_008, "1404.18"),
+        ("glm-5.1-fp8", 119_028, 753_910_024_032, "704.23"),
+        ("glm-5.2", 59_585, 753_329_940_480, "1403.19"),
+        ("glm-5.2-fp8", 118_629, 753_375_793_584, "703.72"),
+    ],
 )
 def test_glm_has_the_published_totals_its_size_known_in_gibibytes(
     name: str, tensor_count: int, element_count: int, size: str
@@ -177,6 +188,33 @@ def test_glm_has_the_published_totals_its_size_known_in_gibibytes(
     assert len(shapes(tensors)) == len(tensors) == tensor_count
     assert elements(tensors).total() == element_count
     assert gibibytes(tensors) == size
+
+
+def test_glm_52_has_the_published_bytes_and_an_indexer_in_22_layers() -> None:
+    assert bytes_of(full("glm-5.2")) == 1_506_659_919_872
+    layers = {int(name.split(".")[2]) for name, _, _ in full("glm-5.2") if ".indexer." in name}
+    assert layers == {0, 1, 2, *range(6, 78, 4), 78}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "total"),
+    [
+        ("deepseek-v4-flash-0731", {"BF16": 1_483_567_488, "F8_E4M3": 6_304_038_912}, 304_180_418_494),
+        ("deepseek-v4-flash-vision", {}, 304_646_824_126),
+        (
+            "deepseek-v4-pro-0813",
+            {"BF16": 2_954_820_352, "F8_E4M3": 23_952_621_568, "I8": 1_623_497_637_888},
+            1_650_497_936_906,
+        ),
+    ],
+)
+def test_the_hub_counts_as_many_parameters(name: str, counts: Mapping[str, int], total: int) -> None:
+    """It counts two values for each packed byte, and no scales."""
+    found = elements(full(name))
+    found["I8"] *= 2
+    del found["F8_E8M0"]
+    assert found.total() == total
+    assert {dtype: found[dtype] for dtype in counts} == counts
 
 
 def test_v32_exp_has_the_published_number_of_tensors_and_elements() -> None:
@@ -194,6 +232,21 @@ def test_v4_flash_has_the_published_number_of_tensors_of_each_dtype() -> None:
 def test_the_three_drafting_blocks_of_v4_flash_0731_have_the_published_numbers_of_tensors() -> None:
     found = Counter(name[:5] for name, _, _ in full("deepseek-v4-flash-0731") if name.startswith("mtp."))
     assert found == {"mtp.0": 1_568, "mtp.1": 1_565, "mtp.2": 1_572}
+
+
+def test_the_parts_of_vision_exp_have_the_published_numbers_of_tensors() -> None:
+    """The hash layers have both biases too."""
+    names = [name for name, _, _ in full("deepseek-v4-flash-vision")]
+    blocks = Counter(name[:5] for name in names if name.startswith("mtp."))
+    assert blocks == {"mtp.0": 1_569, "mtp.1": 1_566, "mtp.2": 1_573}
+    assert Counter(name.split(".")[0] for name in names if re.match("vision|aligner|image", name)) == {
+        "vision": 259,
+        "aligner": 4,
+        **dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), 1),
+    }
+    assert sum(name.endswith(".bias_vl") for name in names) == 43 + 3
+    assert sum(name.endswith("ffn.gate.bias") for name in names) == 43 + 3
+    assert sum(dtype == "F8_E4M3" for _, dtype, _ in full("deepseek-v4-flash-vision")) == 390
 
 
 def test_v41_has_the_published_number_of_elements_of_each_dtype() -> None:
@@ -241,6 +294,8 @@ def test_the_parts_of_v41_have_the_published_tensors_and_bytes() -> None:
         ("glm-5.1-fp8", "model.layers.78.eh_proj.weight", "BF16", (6144, 12288)),
         ("glm-5.1-fp8", "model.layers.78.self_attn.indexer.k_norm.weight", "BF16", (128,)),
         ("glm-5.1-fp8", "model.layers.61.self_attn.kv_b_proj.weight", "F8_E4M3", (28672, 512)),
+        ("glm-5.2-fp8", "model.layers.74.self_attn.indexer.wq_b.weight_scale_inv", "F32", (32, 16)),
+        ("glm-5.2-fp8", "model.layers.78.self_attn.indexer.wk.weight", "F8_E4M3", (128, 6144)),
         ("deepseek-v4-flash", "layers.2.attn.compressor.ape", "F32", (4, 1024)),
         ("deepseek-v4-flash", "layers.3.attn.compressor.ape", "F32", (128, 512)),
         ("deepseek-v4-flash", "layers.2.attn.indexer.compressor.wgate.weight", "BF16", (256, 4096)),
@@ -252,6 +307,11 @@ def test_the_parts_of_v41_have_the_published_tensors_and_bytes() -> None:
         ("deepseek-v4-flash-0731", "mtp.0.main_proj.scale", "F8_E8M0", (32, 96)),
         ("deepseek-v4-flash-0731", "mtp.2.confidence_head.proj.weight", "BF16", (1, 4352)),
         ("deepseek-v4-flash-0731", "mtp.2.markov_head.markov_w2.weight", "BF16", (129280, 256)),
+        ("deepseek-v4-flash-vision", "vision.patch_embed.proj.weight", "BF16", (1024, 588)),
+        ("deepseek-v4-flash-vision", "aligner.w1.weight", "BF16", (4096, 9216)),
+        ("deepseek-v4-flash-vision", "image_pad", "BF16", (4096,)),
+        ("deepseek-v4-flash-vision", "layers.0.ffn.gate.bias", "F32", (256,)),
+        ("deepseek-v4-flash-vision", "mtp.2.ffn.gate.bias_vl", "F32", (256,)),
         ("deepseek-v4-pro", "layers.60.ffn.experts.383.w2.weight", "I8", (7168, 1536)),
         ("deepseek-v4-pro", "layers.60.ffn.experts.383.w1.scale", "F8_E8M0", (3072, 224)),
         ("deepseek-v4-pro", "layers.0.attn.compressor.ape", "F32", (128, 512)),
@@ -276,6 +336,8 @@ def test_a_tensor_has_the_published_shape(family: str, name: str, dtype: str, sh
         ("kimi-k2", "model.layers.61.eh_proj.weight"),
         ("glm-5.1-fp8", "model.layers.78.embed_tokens.weight"),
         ("glm-5.1-fp8", "model.layers.78.shared_head.head.weight"),
+        ("glm-5.2", "model.layers.3.self_attn.indexer.wk.weight"),
+        ("glm-5.2-fp8", "model.layers.77.self_attn.indexer.wq_b.weight_scale_inv"),
         ("deepseek-v4-flash", "layers.3.ffn.gate.tid2eid"),
         ("deepseek-v4-flash", "layers.2.ffn.gate.bias"),
         ("deepseek-v4-flash", "layers.0.attn.compressor.ape"),
@@ -359,7 +421,9 @@ def test_some_scales_lie_in_other_files_than_their_weights(written: tuple[str, P
     files = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
     pairs = {key: key.removesuffix("_scale_inv") for key in files if key.endswith("_scale_inv")}
     pairs |= {key: key.removesuffix("scale") + "weight" for key in files if key.endswith(".scale")}
-    assert sum(files[scale] != files[weight] for scale, weight in pairs.items()) == (0 if name == "glm-5.1" else 3)
+    assert sum(files[scale] != files[weight] for scale, weight in pairs.items()) == (
+        0 if name in {"glm-5.1", "glm-5.2"} else 3
+    )
 
 
 def test_the_values_are_ordinary(written: tuple[str, Path]) -> None:
@@ -384,7 +448,7 @@ def test_a_small_checkpoint_has_what_sorts_wrongly() -> None:
         numbers = {int(found[1]) for key, _, _ in small(name) if (found := EXPERT.search(key))}
         assert {2, 10} <= numbers, name
         layers = {int(found[1]) for key, _, _ in small(name) if (found := re.search(r"layers\.(\d+)\.", key))}
-        assert {2, 10} <= layers or name in {"deepseek-v4-flash-0731", "deepseek-v4-pro"}, name
+        assert {2, 10} <= layers or name.startswith(("deepseek-v4-flash-", "deepseek-v4-pro")), name
 
 
 def test_a_small_checkpoint_has_every_kind_of_tensor_that_the_full_one_has() -> None:

@@ -4,7 +4,7 @@ import handmade
 import pytest
 import skeletons
 from skeletons import BF16, F32, Parameters
-from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
+from skeletons_v4 import v4_0731_parameters, v4_parameters, v4_vision_parameters, v41_parameters
 
 from reshard.errors import Refused
 from reshard.numbered_names import split_name
@@ -19,6 +19,7 @@ MODELS: dict[str, Parameters] = {
     "deepseek-v32": skeletons.v32_parameters(handmade.V3, 1, 0, gate_bias=True),
     "deepseek-v4": v4_parameters(handmade.V4, 1, 0),
     "deepseek-v4-dspark": v4_0731_parameters(handmade.V4_0731, 1, 0),
+    "deepseek-v4-vision": v4_vision_parameters(handmade.V4_0731 | handmade.VISION, 1, 0),
     "deepseek-v41": v41_parameters(handmade.V41, 1, 0),
 }
 """Of one rank: the parameters of each model, with names of the right side."""

@@ -77,6 +77,8 @@ def test_recipes_of_one_model_type_differ_in_tensors_that_they_want() -> None:
     alike = [(one, other) for one, other in pairs if {*one.model_types} & {*other.model_types}]
     assert [(one.name, other.name) for one, other in alike] == [
         ("deepseek-v4", "deepseek-v4-dspark"),
+        ("deepseek-v4", "deepseek-v4-vision"),
+        ("deepseek-v4-dspark", "deepseek-v4-vision"),
         ("glm4-moe", "glm4-moe-fp8"),
     ]
     for one, other in alike:
@@ -340,8 +342,16 @@ FAULTS = [
                  id="picked by no key"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = 4 }',
                  "picked_by and picked", id="a number as what is picked"),
-    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = ["4"] }',
-                 "picked_by and picked", id="a text in what is picked"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = [4.0] }',
+                 "picked_by and picked", id="a fraction in what is picked"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", picked_by = "k", picked = [4], every = "n" }',
+                 "every and first together", id="every without first"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", every = "n", first = "m" }',
+                 "with picked_by and some_of", id="every without a list"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "k", picked = [4], others = "x" }',
+                 "with picked_by and some_of", id="others within"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", picked_by = "k", picked = [4], every = "n n",'
+                 ' first = "m" }', "is not a formula", id="two words as every"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", listed = "dense" }', "listed with some_of",
                  id="listed within"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense layers" }',

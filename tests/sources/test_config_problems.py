@@ -24,7 +24,14 @@ from reshard.sources.checkpoints import read_checkpoint
 from reshard.synthetic import write_tensors
 from reshard.types import Checkpoint, Layout, Tensor
 
-NAMES = ["deepseek-v3.2", "glm-5.1-fp8", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v4.1-flash"]
+NAMES = [
+    "deepseek-v3.2",
+    "glm-5.1-fp8",
+    "glm-5.2-fp8",
+    "deepseek-v4-pro",
+    "deepseek-v4-flash-0731",
+    "deepseek-v4.1-flash",
+]
 FEW = {"n_routed_experts": 4, "dspark_n_routed_experts": 2}
 """Experts, so that all is planned the sooner."""
 TABLES = ("text_config", "vision_config")
@@ -108,6 +115,7 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe:
     """That which fits the sound checkpoint: which of two is chosen for a faulty one is another question."""
     names = {"deepseek_v32": "deepseek-v32", "glm_moe_dsa": "glm-5", "deepseek_v41": "deepseek-v41"}
     april = "deepseek-v4-dspark" if "dspark_block_size" in config else "deepseek-v4"
+    april = "deepseek-v4-vision" if "vision_n_layers" in config else april
     return loaded(names.get(config["model_type"], april))
 
 

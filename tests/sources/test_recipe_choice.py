@@ -18,8 +18,9 @@ from reshard.types import Checkpoint
 
 RECIPES = [recipe for recipe in list_packaged_recipes() if not (recipe.engine or recipe.by_name)]
 V4 = {
-    "deepseek-v4-flash": ("deepseek-v4", "deepseek-v4-dspark"),
-    "deepseek-v4-flash-0731": ("deepseek-v4-dspark", "deepseek-v4"),
+    "deepseek-v4-flash": ("deepseek-v4", "deepseek-v4-dspark, deepseek-v4-vision fit"),
+    "deepseek-v4-flash-0731": ("deepseek-v4-dspark", "deepseek-v4, deepseek-v4-vision fit"),
+    "deepseek-v4-flash-vision": ("deepseek-v4-vision", "deepseek-v4, deepseek-v4-dspark fit"),
 }
 LOST = "layers.3.attn.wq_a.weight"
 
@@ -47,7 +48,7 @@ def test_a_missing_tensor_of_one_of_two_families_is_a_missing_tensor(v4: tuple[s
     own, other = V4[name]
     (problem,) = find_problems(without(checkpoint, lambda tensor: tensor == LOST))
     assert (problem.kind, problem.subject) == ("missing-tensor", LOST)
-    assert problem.expected.endswith(f"(by the recipe {own}; {other} fits worse)")
+    assert problem.expected.endswith(f"(by the recipe {own}; {other} worse)")
     assert "recipe" not in problem.remedy
 
 
@@ -74,6 +75,7 @@ def test_many_unknown_names_without_a_config_are_of_no_recipe(v4: tuple[str, Che
     assert problem.remedy.startswith("put the model's config.json beside the files")
 
 
+@pytest.mark.parametrize("v4", ["deepseek-v4-flash", "deepseek-v4-flash-0731"], indirect=True)
 def test_v4_without_mtp_is_told_what_to_change_and_that_works(v4: tuple[str, Checkpoint]) -> None:
     bare = without(v4[1], lambda tensor: tensor.startswith("mtp."))
     config: dict[str, Any] = dict(bare.config or {})

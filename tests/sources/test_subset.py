@@ -44,6 +44,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v2-lite": V2_LITE,
     **{name: family.small for name, family in FAMILIES.items()},
     "deepseek-v3": {**FAMILIES["deepseek-v3"].small, "n_group": 2, "topk_group": 2, "num_nextn_predict_layers": 1},
+    "deepseek-v4-flash-vision": {
+        **FAMILIES["deepseek-v4-flash-vision"].small,
+        "dspark_target_layer_ids": [3, 4],
+    },
 }
 Write = Callable[[str], Path]
 
@@ -131,6 +135,30 @@ CASES = [
         },
         layers=[0, 2, 3, 4],
     ),
+    Case(
+        "deepseek-v4-flash-vision",
+        {
+            "num_hidden_layers": 2,
+            "compress_ratios": CONFIGS["deepseek-v4-flash-vision"]["compress_ratios"][3:],
+            "num_hash_layers": 0,
+            "dspark_target_layer_ids": [0, 1],
+            "n_routed_experts": 8,
+        },
+        [3, 4],
+        range(1, 9),
+    ),
+    Case(
+        "glm-5.2-fp8",
+        {
+            "num_hidden_layers": 4,
+            DENSE: 3,
+            "mlp_layer_types": ["dense"] * 3 + ["sparse"],
+            "indexer_types": ["full"] * 3 + ["shared"],
+            "n_routed_experts": 8,
+        },
+        [0, 1, 2, 9],
+        range(8),
+    ),
 ]
 
 
@@ -154,7 +182,7 @@ def pruned(source: Path, folder: Path, case: Case) -> None:
                 if int(found[2]) not in case.experts:
                     continue
                 new = f"{found[1]}{list(case.experts).index(int(found[2]))}{found[3]}"
-            if re.search(r"\.gate\.(weight|bias|e_score_correction_bias)$", new):
+            if re.search(r"\.gate\.(weight|bias|bias_vl|e_score_correction_bias)$", new):
                 value = tensor[list(case.experts)].contiguous()
         left[new] = value
     folder.mkdir()

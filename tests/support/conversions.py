@@ -16,8 +16,10 @@ ORACLES: Mapping[str, Oracle] = {
     "kimi-k2": oracles.convert_kimi_k2,
     "glm-5.1": oracles.convert_glm51,
     "glm-5.1-fp8": oracles.convert_glm51,
+    "glm-5.2-fp8": oracles.convert_glm51,
     "deepseek-v4-flash": oracles.convert_v4,
     "deepseek-v4-flash-0731": oracles.convert_v4_0731,
+    "deepseek-v4-flash-vision": oracles.convert_v4_vision,
     "deepseek-v4-pro": oracles.convert_v4,
     "deepseek-v4.1-flash": oracles.convert_v41,
 }

@@ -56,11 +56,16 @@ def deepseek_v32(config: Config, *, norms: str) -> list[TensorEntry]:
 
 
 def glm_moe_dsa(config: Config) -> list[TensorEntry]:
-    """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own."""
+    """V3.2 with BF16 norms, and an MTP layer without an embedding and a head of its own. GLM-5.2 has indexers in some
+    layers only, and in the MTP layer.
+    """
     first = f"model.layers.{config['num_hidden_layers']}"
     left_out = {f"{first}.embed_tokens.weight", f"{first}.shared_head.head.weight"}
     kept = (tensor for tensor in deepseek_v3(config) if tensor[0] not in left_out)
-    return list(with_indexers(config, kept, key_norm="BF16"))
+    kinds = config.get("indexer_types", [])
+    without = tuple(f"model.layers.{layer}." for layer, kind in enumerate(kinds) if kind == "shared")
+    with_all = with_indexers(config, kept, key_norm="BF16")
+    return [tensor for tensor in with_all if ".indexer." not in tensor[0] or not tensor[0].startswith(without or "-")]
 
 
 def kimi_k2(config: Config) -> list[TensorEntry]:
@@ -99,7 +104,9 @@ def split_at(name: str, ending: str) -> tuple[str, str]:
 
 
 def deepseek_v4(config: Config) -> list[TensorEntry]:
-    """V4-Flash, V4-Pro, and with the keys `dspark_*` also V4-Flash-0731, which drafts with three blocks."""
+    """V4-Flash, V4-Pro; with the keys `dspark_*` also V4-Flash-0731 and V4-Pro-0813, which draft with three blocks, and
+    with `vision_*` V4-Flash-Vision-Exp.
+    """
     dim, layers = config["hidden_size"], config["num_hidden_layers"]
     drafts = mtp_v4 if "dspark_block_size" not in config else draft_v4
     return [
@@ -109,6 +116,7 @@ def deepseek_v4(config: Config) -> list[TensorEntry]:
         make_bf16_entry("head.weight", config["vocab_size"], dim),
         *head_connections(config, "hc_head"),
         *chain.from_iterable(drafts(config, number) for number in range(draft_layers(config))),
+        *vision_v4(config),
     ]
 
 
@@ -116,7 +124,7 @@ def deepseek_v41(config: Config) -> list[TensorEntry]:
     """V4.1-Flash: blocks of 32, two tables of n-grams, and if the config has them one draft head and eyes."""
     eyes = config.get("vision_config") or {"num_hidden_layers": 0}
     text = {**config["text_config"], "quantization_config": config["quantization_config"]}
-    text["sees"] = eyes["num_hidden_layers"] > 0
+    text["vision_n_layers"] = eyes["num_hidden_layers"]
     drafts = draft_layers(text) if text.get("dspark_block_size") else 0
     dim, layers = text["hidden_size"], text["num_hidden_layers"]
     return [
@@ -125,7 +133,7 @@ def deepseek_v41(config: Config) -> list[TensorEntry]:
         make_bf16_entry("norm.weight", dim),
         make_bf16_entry("head.weight", text["vocab_size"], dim),
         *chain.from_iterable(draft_v41(text, number) for number in range(drafts)),
-        *(vision(eyes, dim) if text["sees"] else ()),
+        *(vision(eyes, dim) if text["vision_n_layers"] else ()),
     ]
 
 
@@ -144,8 +152,8 @@ def layer_v4(config: Config, number: int) -> Iterator[TensorEntry]:
     yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
     if number < config["num_hash_layers"]:
         yield f"{prefix}.ffn.gate.tid2eid", "I64", (config["vocab_size"], config["num_experts_per_tok"])
-    else:
-        yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
+    if number >= config["num_hash_layers"] or config.get("vision_n_layers"):
+        yield from gate_biases(config, f"{prefix}.ffn.gate", config["n_routed_experts"])
 
 
 def mtp_v4(config: Config, number: int) -> Iterator[TensorEntry]:
@@ -168,7 +176,7 @@ def draft_v4(config: Config, number: int) -> Iterator[TensorEntry]:
     yield from draft_entrance(config, number)
     yield from block(config, prefix)
     yield from experts(config, f"{prefix}.ffn", config["n_routed_experts"])
-    yield f"{prefix}.ffn.gate.bias", "F32", (config["n_routed_experts"],)
+    yield from gate_biases(config, f"{prefix}.ffn.gate", config["n_routed_experts"])
     if last:
         yield from draft_exit(config, prefix, "markov_w1", "markov_w2")
         yield from head_connections(config, f"{prefix}.hc_head")
@@ -291,7 +299,7 @@ def experts(config: Config, prefix: str, count: int) -> Iterator[TensorEntry]:
 def gate_biases(text: Config, prefix: str, count: int) -> Iterator[TensorEntry]:
     """One for words, and one for what is seen."""
     yield f"{prefix}.bias", "F32", (count,)
-    if text["sees"]:
+    if text.get("vision_n_layers"):
         yield f"{prefix}.bias_vl", "F32", (count,)
 
 
@@ -324,6 +332,15 @@ def vision(config: Config, dim: int) -> Iterator[TensorEntry]:
     yield from biased("aligner.w2", dim, dim)
     for name in ("image_start", "image_end", "image_newline"):
         yield make_bf16_entry(name, dim)
+
+
+def vision_v4(config: Config) -> Iterator[TensorEntry]:
+    """As in V4.1, and one special embedding more; the config has flat keys with shorter words."""
+    if config.get("vision_n_layers"):
+        words = {"n_layers": "num_hidden_layers", "dim": "hidden_size", "inter_dim": "intermediate_size"}
+        keys = {word: config[f"vision_{word}"] for word in (*words, "patch_size", "downsample_ratio")}
+        yield from vision({words.get(word, word): value for word, value in keys.items()}, config["hidden_size"])
+        yield make_bf16_entry("image_pad", config["hidden_size"])
 
 
 def biased(prefix: str, rows: int, columns: int) -> Iterator[TensorEntry]:
@@ -417,6 +434,19 @@ GLM_5_1: Config = {
     "vocab_size": 154880,
 }
 GLM_5_1_FP8: Config = {**GLM_5_1, "quantization_config": DEEPSEEK_V3["quantization_config"]}
+GLM_5_2: Config = {
+    **GLM_5_1,
+    "head_dim": 192,
+    "index_share_for_mtp_iteration": True,
+    "index_skip_topk_offset": 3,
+    "index_topk_freq": 4,
+    "index_topk_pattern": None,
+    "indexer_types": ["full" if layer in {0, 1, 2, *range(6, 78, 4)} else "shared" for layer in range(78)],
+    "max_position_embeddings": 1048576,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+}
+GLM_5_2_FP8: Config = {**GLM_5_2, "quantization_config": GLM_5_1_FP8["quantization_config"]}
 V4_FLASH: Config = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
@@ -486,6 +516,30 @@ V4_PRO: Config = {
     "q_lora_rank": 1536,
     "routed_scaling_factor": 2.5,
 }
+V4_FLASH_VISION: Config = {
+    **V4_FLASH_0731,
+    "num_nextn_predict_layers": 3,
+    "rms_norm_eps": 1e-20,
+    "vision_dim": 1024,
+    "vision_downsample_ratio": 3,
+    "vision_inter_dim": 2816,
+    "vision_max_n_token": 384,
+    "vision_max_wh_ratio": 8,
+    "vision_min_pixels": 147456,
+    "vision_n_heads": 16,
+    "vision_n_layers": 32,
+    "vision_patch_size": 14,
+    "vision_rope_theta": 10000,
+}
+V4_PRO_0813: Config = {
+    **V4_PRO,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 512,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [58, 59, 60],
+}
+"""Its list of tensors was not seen: V4-Pro's, with what V4-Flash-0731 has more than V4-Flash."""
 V41_FLASH: Config = {
     "architectures": ["DeepseekV41ForCausalLM"],
     "bos_token_id": 0,
@@ -618,6 +672,10 @@ SMALL_GLM: Config = {
     "num_key_value_heads": 8,
 }
 """Without blocks, for 1, 2, 4 and 8 ranks."""
+SMALL_GLM_5_2: Config = {
+    "indexer_types": [*["full"] * 3, *["shared"] * 3, "full", *["shared"] * 3, "full"],
+    "mlp_layer_types": ["dense"] * 9 + ["sparse"] * 2,
+}
 SMALL_V4: Config = {
     "head_dim": 32,
     "hidden_size": 128,
@@ -648,6 +706,14 @@ SMALL_FLASH_0731: Config = {
     "o_groups": 8,
 }
 """For 1, 2, 4 and 8 ranks."""
+SMALL_FLASH_VISION: Config = {
+    **SMALL_FLASH_0731,
+    "vision_dim": 64,
+    "vision_inter_dim": 88,
+    "vision_n_heads": 4,
+    "vision_n_layers": 11,
+}
+"""For 1, 2, 4 and 8 ranks."""
 SMALL_PRO: Config = {
     **SMALL_V4,
     "compress_ratios": [128, 128, 4, 128, 4, 0],
@@ -656,6 +722,13 @@ SMALL_PRO: Config = {
     "num_attention_heads": 64,
     "num_hidden_layers": 5,
     "o_groups": 16,
+}
+"""For 1, 2, 4, 8 and 16 ranks."""
+SMALL_PRO_0813: Config = {
+    **SMALL_PRO,
+    "compress_ratios": [128, 128, 4, 128, 4, 0, 0, 0],
+    "dspark_markov_rank": 24,
+    "dspark_target_layer_ids": [2, 3, 4],
 }
 """For 1, 2, 4, 8 and 16 ranks."""
 SMALL_TEXT: Config = {
@@ -711,8 +784,12 @@ FAMILIES: Mapping[str, Family] = {
     "kimi-k2": Family(kimi_k2, KIMI_K2, {**KIMI_K2, **SMALL_V3}, 61),
     "glm-5.1": Family(glm_moe_dsa, GLM_5_1, {**GLM_5_1, **SMALL_GLM}, 282),
     "glm-5.1-fp8": Family(glm_moe_dsa, GLM_5_1_FP8, {**GLM_5_1_FP8, **SMALL_V3, **SMALL_INDEXER}, 142),
+    "glm-5.2": Family(glm_moe_dsa, GLM_5_2, {**GLM_5_2, **SMALL_GLM, **SMALL_GLM_5_2}, 282),
+    "glm-5.2-fp8": Family(glm_moe_dsa, GLM_5_2_FP8, {**GLM_5_2_FP8, **SMALL_V3, **SMALL_INDEXER, **SMALL_GLM_5_2}, 141),
     "deepseek-v4-flash": Family(deepseek_v4, V4_FLASH, {**V4_FLASH, **SMALL_FLASH}, 46),
     "deepseek-v4-flash-0731": Family(deepseek_v4, V4_FLASH_0731, {**V4_FLASH_0731, **SMALL_FLASH_0731}, 48),
+    "deepseek-v4-flash-vision": Family(deepseek_v4, V4_FLASH_VISION, {**V4_FLASH_VISION, **SMALL_FLASH_VISION}, 48),
     "deepseek-v4-pro": Family(deepseek_v4, V4_PRO, {**V4_PRO, **SMALL_PRO}, 64),
+    "deepseek-v4-pro-0813": Family(deepseek_v4, V4_PRO_0813, {**V4_PRO_0813, **SMALL_PRO_0813}, 66),
     "deepseek-v4.1-flash": Family(deepseek_v41, V41_FLASH, SMALL_V41, 48),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import skeletons
 from conversions import ORACLES
 from skeletons import Parameters
-from skeletons_v4 import v4_0731_parameters, v4_parameters, v41_parameters
+from skeletons_v4 import v4_0731_parameters, v4_parameters, v4_vision_parameters, v41_parameters
 
 TAKEN_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
     "v3": {"dtype": "bf16", "q_lora_rank": 0},
@@ -26,10 +26,13 @@ def with_bias(skeleton: Callable[..., Parameters]) -> Skeleton:
 MODELS: Mapping[str, tuple[str, Skeleton]] = {
     **dict.fromkeys(ORACLES, ("v3", with_bias(skeletons.v3_parameters))),
     **dict.fromkeys(
-        ("deepseek-v3.2-exp", "deepseek-v3.2", "glm-5.1", "glm-5.1-fp8"), ("v3", with_bias(skeletons.v32_parameters))
+        ("deepseek-v3.2-exp", "deepseek-v3.2", "glm-5.1", "glm-5.1-fp8", "glm-5.2-fp8"),
+        ("v3", with_bias(skeletons.v32_parameters)),
     ),
     "deepseek-v4-flash": ("v4", v4_parameters),
     "deepseek-v4-pro": ("v4", v4_parameters),
     "deepseek-v4-flash-0731": ("v4", v4_0731_parameters),
+    "deepseek-v4-flash-vision": ("v4", v4_vision_parameters),
+    "deepseek-v4-pro-0813": ("v4", v4_0731_parameters),
     "deepseek-v4.1-flash": ("v4.1", v41_parameters),
 }

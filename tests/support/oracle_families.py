@@ -54,7 +54,7 @@ def convert_v32(source: Path, target: Path, ranks: int, *, mtp_layers: Collectio
 
 
 def convert_glm51(source: Path, target: Path, ranks: int, *, mtp_layers: Collection[int] | None = None) -> None:
-    """Convert GLM-5.1: the names of V3.2 with more layers than 61, of which layer 61 is a real one."""
+    """Convert GLM-5.1 and GLM-5.2: the names of V3.2 with more layers than 61, of which layer 61 is a real one."""
     convert_v32(source, target, ranks, mtp_layers=mtp_layers)
 
 
@@ -79,6 +79,17 @@ def convert_v4(source: Path, target: Path, ranks: int, *, expert_dtype: str = "f
 def convert_v4_0731(source: Path, target: Path, ranks: int, *, expert_dtype: str = "fp4") -> None:
     """Convert V4-Flash-0731 and the DSpark releases."""
     _convert_v4(source, target, ranks, V4_0731_CUTS, 128, expert_dtype)
+
+
+def convert_v4_vision(source: Path, target: Path, ranks: int, *, expert_dtype: str = "fp4") -> None:
+    """Convert V4-Flash-Vision-Exp by the rule of the script of its generation, which looks at one word of a name."""
+    tensors = {name: tensor for name, tensor in oracle.load_tensors(source, ()).items() if not is_dropped_by_word(name)}
+    count = 1 + max(number for name in tensors if (number := routed_expert(name)) is not None)
+    shares = (
+        cast_v4(dict(take_by_word(tensors, range(count), ranks, rank)), 128, expert_dtype) for rank in range(ranks)
+    )
+    side_files = [name for name in ("tokenizer.json", "tokenizer_config.json") if (source / name).exists()]
+    _write(source, target, ranks, shares, side_files)
 
 
 def convert_v41(source: Path, target: Path, ranks: int, *, expert_dtype: str = "fp4") -> None:
@@ -156,6 +167,33 @@ def _convert_v4(source: Path, target: Path, ranks: int, cuts: Mapping[str, int],
     shares = (cast_v4(share_v4(tensors, ranks, rank, cuts, block), block, expert_dtype) for rank in range(ranks))
     side_files = [name for name in ("tokenizer.json", "tokenizer_config.json") if (source / name).exists()]
     _write(source, target, ranks, shares, side_files)
+
+
+# The script of Vision-Exp: the word of a name that it looks at, and the dimension that it cuts for that word.
+CUT_WORDS = {"wo_b": 1} | dict.fromkeys(
+    ("embed", "head", "attn_sink", "wq_b", "wo_a", "weights_proj", "markov_w1", "markov_w2"), 0
+)
+WITHOUT_WEIGHT = ("hc", "attn_sink", "tid2eid", "ape", "image_")
+
+
+def is_dropped_by_word(name: str) -> bool:
+    """Say whether the script leaves a tensor of the drafter out: any that embeds, and any weight called head."""
+    return name.startswith("mtp.") and ("emb" in name or name.endswith("head.weight"))
+
+
+def take_by_word(tensors: Mapping[str, Tensor], experts: range, ranks: int, rank: int) -> Iterable[tuple[str, Tensor]]:
+    """Yield what a rank gets: its routed experts, its part of what is cut, and all else whole."""
+    share = len(experts) // ranks
+    for name, tensor in tensors.items():
+        words = name.split(".")
+        word = words[-1] if any(part in name for part in WITHOUT_WEIGHT) else words[-2]
+        if "experts" in words:
+            if int(words[words.index("experts") + 1]) // share == rank:
+                yield name, tensor
+        elif word in CUT_WORDS:
+            yield name, tensor.chunk(ranks, CUT_WORDS[word])[rank].contiguous()
+        else:
+            yield name, tensor
 
 
 def is_dropped(name: str) -> bool:

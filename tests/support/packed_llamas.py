@@ -129,7 +129,9 @@ def pack_nvfp4(shape: tuple[int, int], *, is_divided: bool) -> Packed:
     scales = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn)
     factor = torch.tensor([3000.0 if is_divided else 0.0003])
     whole = scales.float() / factor if is_divided else scales.float() * factor
-    values = (FP4[codes] * whole.repeat_interleave(16, 1)).to(torch.bfloat16)
+    # ModelOpt's table has no minus zero.
+    numbers = FP4[codes] if is_divided else FP4[codes] + 0.0
+    values = (numbers * whole.repeat_interleave(16, 1)).to(torch.bfloat16)
     if is_divided:
         parts = {".weight_packed": pack_nibbles(codes), ".weight_global_scale": factor}
         return {**parts, ".weight_scale": scales, ".input_global_scale": torch.ones(1)}, values
@@ -167,7 +169,10 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "int4": Kind(pack_integers, describe_groups("pack-quantized", num_bits=4, group_size=32, symmetric=True)),
     "int4-zeros": Kind(lambda shape: pack_integers(shape, group=64, has_zeros=True, is_in_order=False), None),
-    "int8": Kind(lambda shape: pack_integers(shape, 8, 0, torch.float32), None),
+    "int8": Kind(
+        lambda shape: pack_integers(shape, 8, 0, torch.float32),
+        describe_groups("pack-quantized", num_bits=8, group_size=None, strategy="channel", symmetric=True),
+    ),
     "int8-zeros": Kind(
         lambda shape: pack_integers(shape, 8, dtype=torch.float16, has_zeros=True),
         describe_groups("pack-quantized", num_bits=8, group_size=32, symmetric=False),

@@ -95,9 +95,12 @@ def v3_parameters(args: Args, ranks: int, rank: int, *, gate_bias: bool | None =
 def v32_parameters(args: Args, ranks: int, rank: int, *, gate_bias: bool | None = None) -> Parameters:
     """Return the parameters of V3.2: norms and head in F32, and an indexer in every layer.
 
-    As in the model.py whose indexer does not interleave its rotary embedding; before, `weights_proj` was BF16.
+    As in the model.py whose indexer does not interleave its rotary embedding; before, `weights_proj` was BF16. A model
+    that is changed for GLM-5.2 has none in the layers whose `indexer_types` is shared.
     """
-    return _v3(args, ranks, rank, F32, F32, gate_bias=gate_bias, with_indexer=True)
+    parameters = _v3(args, ranks, rank, F32, F32, gate_bias=gate_bias, with_indexer=True)
+    shared = [f"layers.{n}.attn.indexer." for n, kind in enumerate(args.get("indexer_types", [])) if kind == "shared"]
+    return {name: found for name, found in parameters.items() if not name.startswith(tuple(shared))}
 
 
 def _v3(

@@ -24,6 +24,8 @@ def v4_parameters(args: Args, ranks: int, rank: int) -> Parameters:
 def v4_0731_parameters(args: Args, ranks: int, rank: int) -> Parameters:
     """Return the parameters of V4-Flash-0731: drafter blocks without projections of their own, and its heads."""
     result = _v4_backbone(args, ranks, rank)
+    if not args["n_mtp_layers"]:
+        return result
     for stage in range(args["n_mtp_layers"]):
         result |= _v4_block(f"mtp.{stage}", args["n_layers"] + stage, args, ranks, rank)
     last = f"mtp.{args['n_mtp_layers'] - 1}"

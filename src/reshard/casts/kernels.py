@@ -236,14 +236,8 @@ def dequantize_fp4(
     as in DeepSeek's script, unless it is kept, as by compressed-tensors.
     """
     require_fitting_shapes((packed.shape[0], packed.shape[1] * 2), scales, (1, FP4_GROUP), phase, out)
-    run(
-        packed,
-        scales.astype(np.uint16),
-        (1, FP4_GROUP // 2),
-        (0, phase[1] // 2),
-        make_fp4_products(keeps_minus_zero=keeps_minus_zero),
-        out.view(np.uint32),
-    )
+    table, group, inner = make_fp4_products(keeps_minus_zero=keeps_minus_zero), FP4_GROUP // 2, (0, phase[1] // 2)
+    run(packed, scales.astype(np.uint16), (1, group), inner, table, out.view(np.uint32))
 
 
 @cache

@@ -15,7 +15,7 @@ ROWS_TOGETHER = 32
 """Rows of a weight of TRANSPOSED that are taken out of the codes together: as many share bytes or a scale."""
 
 
-def lies_in_blocks(cast: Cast) -> bool:
+def is_in_blocks(cast: Cast) -> bool:
     """Whether blocks of scales describe the weight of a cast."""
     return cast.packed is None or cast.packed.packing in BLOCKED
 

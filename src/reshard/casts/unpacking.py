@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.packed_kernels import (
-    dequantize_experts,
-    dequantize_integers,
-    dequantize_nvfp4,
+from reshard.casts.kernels import choose_recode
+from reshard.casts.packed_kernels import choose_multiply, dequantize_experts, dequantize_integers, dequantize_nvfp4
+from reshard.casts.packed_layouts import (
     spread_awq,
     spread_gptq,
     spread_zeros_awq,
     spread_zeros_gptq,
+    spread_zeros_integers,
 )
 from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, flatten_to_matrix
 from reshard.casts.strips import Strip
@@ -68,16 +68,31 @@ def compute_rows(packed: Packed, top: int, bottom: int, out: NDArray[Any], input
     """Computes whole rows of a weight whose codes lie in rows."""
     height, columns = flatten_to_matrix(packed.result.shape)
     scales = read_rows(inputs.scale, packed.scales, height, top, bottom).copy()
-    groups = find_groups(packed, inputs)
     if packed.packing == "integers":
+        groups = find_group_of_columns(packed, inputs)
         zeros = read_zeros_of_rows(packed, top, bottom, inputs)
         codes = read_rows(inputs.weight, packed.codes, height, top, bottom).view(np.uint8)
         used = codes[:, : -(-columns * packed.bits // 8)]
-        dequantize_integers(used, packed.bits, scales, packed.scales.dtype, zeros, groups, out)
+        multiply(packed, used, scales, zeros, groups, out)
         return
     factor = read_factor(packed, inputs)
     codes = read_rows(inputs.weight, packed.codes, height, top, bottom)
-    dequantize_nvfp4(codes, scales, factor, groups, out, divides=packed.packing == "nvfp4-divided")
+    divides = packed.packing == "nvfp4-divided"
+    dequantize_nvfp4(codes, scales, factor, (0, 0), out, choose_recode(), divides=divides)
+
+
+def multiply(
+    packed: Packed,
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    zeros: NDArray[np.uint8] | None,
+    groups: NDArray[np.int32],
+    out: NDArray[Any],
+) -> None:
+    """Multiplies integers by scales, which are bit patterns."""
+    dtype = packed.scales.dtype
+    scales = scales.view(np.float32) if dtype == "F32" else scales
+    dequantize_integers(codes, packed.bits, scales, dtype, zeros, groups, out, choose_multiply())
 
 
 def read_rows(read: Read, tensor: Tensor, height: int, top: int, bottom: int) -> NDArray[Any]:
@@ -97,10 +112,8 @@ def read_zeros_of_rows(packed: Packed, top: int, bottom: int, inputs: CastInputs
         return None
     in_word = WORD_BITS // packed.bits
     first, last = top // in_word, -(-bottom // in_word)
-    words = read_rows(inputs.scale, packed.zeros, packed.zeros.shape[0], first, last)
-    shifts = np.arange(in_word, dtype=np.uint32) * packed.bits
-    codes = (words[:, None, :] >> shifts[None, :, None]) & ((1 << packed.bits) - 1)
-    return np.ascontiguousarray(codes.reshape(-1, words.shape[1])[top - first * in_word :][: bottom - top], np.uint8)
+    words = read_rows(inputs.scale, packed.zeros, packed.zeros.shape[0], first, last).view(np.int32)
+    return spread_zeros_integers(words, packed.bits)[top - first * in_word :][: bottom - top]
 
 
 def read_factor(packed: Packed, inputs: CastInputs) -> float:
@@ -110,7 +123,7 @@ def read_factor(packed: Packed, inputs: CastInputs) -> float:
     return float(np.frombuffer(inputs.scale(packed.factor, 0, packed.factor.size), np.float32)[0])
 
 
-def find_groups(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
+def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
     """Finds the group of each column: int32 [columns]."""
     if packed.order is None:
         return (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
@@ -139,7 +152,7 @@ def split_at_strips(packed: Packed, box: ElementBox) -> Iterator[tuple[int, int]
 def compute_rows_of_strip(
     number: int, packed: Packed, top: int, bottom: int, out: NDArray[Any], inputs: CastInputs
 ) -> None:
-    """Computes whole rows of a weight whose codes lie in columns; they are of one strip. `number` is that of the cast."""
+    """Computes whole rows of a weight whose codes lie in columns: rows of one strip. `number` is that of the cast."""
     rows, height = packed.result.shape[-2], count_strip_rows(packed)
     expert, row = divmod(top, rows)
     start = row // height * height
@@ -148,15 +161,13 @@ def compute_rows_of_strip(
     first, last = row - start, row - start + bottom - top
     if packed.packing != "mxfp4-experts":
         zeros = None if strip.zeros is None else strip.zeros[first:last]
-        groups = find_groups(packed, inputs)
-        dequantize_integers(
-            strip.codes[first:last], packed.bits, strip.scales[first:last], packed.scales.dtype, zeros, groups, out
-        )
+        groups = find_group_of_columns(packed, inputs)
+        multiply(packed, strip.codes[first:last], strip.scales[first:last], zeros, groups, out)
         return
     wide = slice(first // ROWS_TOGETHER, -(-last // ROWS_TOGETHER))
     part = strip.codes[:, wide.start * ROWS_TOGETHER // 2 : wide.stop * ROWS_TOGETHER // 2]
     made = np.empty((part.shape[1] * 2, part.shape[0]), np.uint16)
-    dequantize_experts(part, strip.scales[:, wide], made)
+    dequantize_experts(part, strip.scales[:, wide], made, choose_recode())
     out[:] = made[first - wide.start * ROWS_TOGETHER :][: bottom - top]
 
 
@@ -174,12 +185,12 @@ def make_strip(packed: Packed, expert: int, start: int, stop: int, inputs: CastI
         size = len(words) * (packed.bits if is_awq else WORD_BITS) // 8
         place = first * (packed.bits if is_awq else WORD_BITS) // 8
         part = codes[:, place : place + size]
-        spread_awq(words, part) if is_awq else spread_gptq(words, packed.bits, part)
+        spread_awq(words.view(np.int32), part) if is_awq else spread_gptq(words.view(np.int32), part)
     scales = np.concatenate([part for _, part in read_columns(packed.scales, slice(start, stop), inputs)])
     if packed.zeros is None:
         return Strip(codes, np.ascontiguousarray(scales.T), None)
     of_words = slice(start // in_word, -(-stop // in_word))
-    words = np.concatenate([part for _, part in read_columns(packed.zeros, of_words, inputs)])
+    words = np.concatenate([part for _, part in read_columns(packed.zeros, of_words, inputs)]).view(np.int32)
     is_v2 = packed.packing == "gptq-v2"
     zeros = spread_zeros_awq(words) if is_awq else spread_zeros_gptq(words, packed.bits, is_v2=is_v2)
     return Strip(codes, np.ascontiguousarray(scales.T), zeros[:height])

@@ -8,7 +8,6 @@ from reshard.execution.journal import RECORD
 from reshard.execution.parts import JOINED_READ, Part, PartRead
 from reshard.execution.reader import (
     MEMORY_PER_THREAD,
-    MEMORY_TO_COMPUTE,
     OpenFiles,
     WorkerBuffers,
     compute_range,
@@ -42,10 +41,12 @@ class PartBuffers:
         self.compute = WorkerBuffers(makes=True, levels=levels) if makes else None
 
 
-def measure_part_buffers(largest: int, *, makes: bool, levels: int) -> int:
-    """The memory of the buffers of one worker, in bytes, where no part is larger than `largest`."""
-    computing = MEMORY_PER_THREAD + MEMORY_TO_COMPUTE + levels * WINDOW_SIZE
-    return largest + JOINED_READ + 2 * PAGE + (computing if makes else 0)
+def measure_part_buffers(largest: int, *, computing: int, levels: int) -> int:
+    """The memory of the buffers of one worker, in bytes, where no part is larger than `largest`, and joins and casts
+    take `computing`.
+    """
+    more = MEMORY_PER_THREAD + computing + levels * WINDOW_SIZE
+    return largest + JOINED_READ + 2 * PAGE + (more if computing else 0)
 
 
 def fill_part(part: Part, header: bytes, files: OpenFiles, buffers: PartBuffers) -> FilledPart:

@@ -29,7 +29,7 @@ from reshard.execution.parts import (
     make_parts,
     measure_part_capacity,
 )
-from reshard.execution.reader import OpenFiles
+from reshard.execution.reader import OpenFiles, measure_memory_to_compute
 from reshard.execution.store_journal import (
     DonePart,
     DurableNote,
@@ -121,9 +121,10 @@ def choose_part_size(plan: Plan, store: TargetStore, settings: Settings) -> int:
 def measure_memory_of_job(plan: Plan, store: TargetStore, part_size: int) -> int:
     """The memory that one job takes, in bytes. What a stream holds back is counted too."""
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    largest, makes = measure_part_capacity(plan.files, part_size), bool(plan.casts or plan.source.joins)
+    largest = measure_part_capacity(plan.files, part_size)
+    computing = measure_memory_to_compute(plan.source.joins, plan.casts)
     held = 0 if store.keeps_parts else int(HELD_BY_STREAM * part_size)
-    return measure_part_buffers(largest, makes=makes, levels=levels) + held
+    return measure_part_buffers(largest, computing=computing, levels=levels) + held
 
 
 def require_part_memory(settings: Settings, memory: int) -> None:

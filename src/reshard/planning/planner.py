@@ -62,11 +62,9 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     config = raise_config(checkpoint.config, kinds, source.recipe, layout) if layout.pad else checkpoint.config
     if only:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
-        checkpoint = drop_tied_note(checkpoint)
-        kinds = require_kept(matched, source, uncut)
-    terms = Terms(
-        source.recipe, uncut, config if layout.pad else None, checkpoint.parts, config or {}, checkpoint.packed
-    )
+        checkpoint, kinds = drop_tied_note(checkpoint), require_kept(matched, source, uncut)
+    padded, packed = config if layout.pad else None, checkpoint.packed
+    terms = Terms(source.recipe, uncut, padded, checkpoint.parts, config or {}, packed)
     outcomes, casts = transform_groups(kinds, terms)
     require_none(check_outcomes(outcomes, casts, terms, matched))
     series = list_series(outcomes, terms, casts, checkpoint, matched, slices=layout.ranks * (layout.to == SLICED))

@@ -9,8 +9,8 @@ from reshard.recipes.patterns import PLACEHOLDER
 from reshard.text import format_list
 
 PLACEHOLDER_TEXTS = (
-    "counts", "size", "within", "some_of", "picked_by", "listed", "after", "marker", "like", "optional", "rows_of",
-    "only",
+    "counts", "size", "within", "some_of", "picked_by", "listed", "every", "first", "others", "after", "marker", "like",
+    "optional", "rows_of", "only",
 )  # fmt: skip
 
 PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
@@ -75,8 +75,18 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_integers(fields.get("picked", [])):
-            yield where, repr(fields), "picked_by and picked together: a config key, and a list of whole numbers"
+        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
+            yield (
+                where,
+                repr(fields),
+                "picked_by and picked together: a config key, and a list of numbers or words",
+            )
+        elif ("every" in fields) != ("first" in fields) or lacks_list(fields):
+            yield (
+                where,
+                repr(fields),
+                "every and first together; these and others with picked_by and some_of",
+            )
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
@@ -84,13 +94,18 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
             yield where, repr(fields), "only, of a placeholder that counts from 0 by itself"
         else:
-            texts = [fields[key] for key in ("size", "picked_by", "listed") if fields.get(key)]
+            texts = [fields[key] for key in ("size", "picked_by", "listed", "every", "first") if fields.get(key)]
             yield from ((where, *fault) for text in texts for fault in check_formula(text))
             yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
 
 
-def is_list_of_integers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def lacks_list(fields: Mapping[str, Any]) -> bool:
+    """Whether a placeholder says more of picked members than the list that picks them, and has no such list."""
+    return bool({"every", "first", "others"} & set(fields)) and not {"picked_by", "some_of"} <= set(fields)
+
+
+def is_list_of_values(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) in {int, str} for item in value)
 
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from reshard.recipe_types import Placeholder, Recipe, Rule
 from reshard.recipes.alternatives import get_answer
 from reshard.recipes.formulas import describe_values, is_key, read_config_value, suggest_count
 from reshard.recipes.patterns import PLACEHOLDER, fill_pattern, list_slots
+from reshard.sources.picked_members import OTHER_MODEL, add_picked, check_picked, suggest_picking_key
 from reshard.text import format_numbers
 from reshard.types import Checkpoint, Note
 
@@ -22,8 +23,6 @@ TIED = "tie_word_embeddings"
 
 DRAFTS = "num_nextn_predict_layers"
 """Config key of the number of MTP layers."""
-
-OTHER_MODEL = "is a file missing, or the config another model's?"
 
 Members = Mapping[str, set[int]]
 """The numbers that fill each placeholder."""
@@ -53,7 +52,7 @@ def check_placeholders(checkpoint: Checkpoint, recipe: Recipe, members: Members)
         elif not place.some_of:
             yield from check_gaps(place, members[place.name], len(members[place.after]) if place.after else 0)
         yield from check_counts(place, members[place.name], checkpoint.config)
-        yield from check_picked(place, members, checkpoint.config)
+        yield from check_picked(place, recipe, members, checkpoint.config)
         yield from check_rows(place, checkpoint, recipe, members)
     for name in sorted({place.within for place in recipe.placeholders.values() if place.within}):
         parts = [place for place in recipe.placeholders.values() if place.within == name]
@@ -142,21 +141,6 @@ def note_no_drafts(
             yield Note("no-mtp", f"no {place.counts} here, though config.json has {promised[0]}: {reason}")
 
 
-def check_picked(place: Placeholder, members: Members, config: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Reports a placeholder whose members differ from the list in the config that picks or names them."""
-    values, listed_ones = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
-    whole = members.get(place.within or place.some_of, set())
-    wanted = members[place.name]
-    if isinstance(values, list):
-        wanted = {number for number, value in enumerate(values) if value in place.picked and number in whole}
-    if isinstance(listed_ones, list):
-        wanted = {number for number in listed_ones if type(number) is int}
-    if wanted != members[place.name]:
-        found = f"{format_numbers(members[place.name])} by the names of the tensors"
-        expected = f"{format_numbers(wanted)}, as {place.picked_by or place.listed} of config.json says"
-        yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
-
-
 def check_rows(place: Placeholder, checkpoint: Checkpoint, recipe: Recipe, members: Members) -> Iterator[Problem]:
     """Reports a tensor with one row for each member whose number of rows differs from the number of members."""
     names = [name for name in PLACEHOLDER.findall(place.rows_of) if name in recipe.placeholders]
@@ -174,6 +158,7 @@ def check_missing(
     """Reports every tensor that a rule expects and the checkpoint lacks, and every rule that has tensors although its
     condition on the config excludes them.
     """
+    members = add_picked(recipe, members, config)
     for number, rule in enumerate(recipe.rules):
         tuples, wanted = present.get(number, set()), is_expected(rule, config or {}, recipe, present)
         if not wanted and tuples:
@@ -186,7 +171,14 @@ def check_missing(
         is_demanded = rule.relation != "drop" and (keep_optional or not rule.optional)
         if is_demanded and wanted and not may_lack(rule, config or {}):
             remedy = OTHER_MODEL if config else "is a file missing? without a config.json, is it another model?"
+            remedy = suggest_for_others(rule, recipe, config) or remedy
             yield from check_missing_of_rule(rule, recipe, members, tuples, remedy)
+
+
+def suggest_for_others(rule: Rule, recipe: Recipe, config: Mapping[str, Any] | None) -> str:
+    """Suggests what to look at where tensors lack that only some members need; empty for any other rule."""
+    places = [recipe.placeholders[slot] for slot in list_slots(rule, recipe) if slot in recipe.placeholders]
+    return next((suggest_picking_key(place, config) for place in places if place.others), "")
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:

@@ -59,13 +59,13 @@ class Form(NamedTuple):
         return has_dtypes and self.tells(parts)
 
 
-def require_shape(parts: Parts, word: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+def require_part(parts: Parts, word: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     """Raises WrongForm if a part has another shape or dtype."""
     if word in parts and (parts[word].shape != shape or parts[word].dtype not in dtypes):
-        raise WrongForm(word, f"{' or '.join(dtypes)} {list(shape)}, for the codes {list(parts_codes(parts).shape)}")
+        raise WrongForm(word, f"{' or '.join(dtypes)} {list(shape)}, for the codes {list(find_codes(parts).shape)}")
 
 
-def parts_codes(parts: Parts) -> Tensor:
+def find_codes(parts: Parts) -> Tensor:
     """Finds the codes among the parts of a weight."""
     return next(parts[word] for word in ("weight_packed", "qweight", "blocks", "weight") if word in parts)
 
@@ -80,12 +80,12 @@ def require_matrix(parts: Parts, word: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def make_result(shape: tuple[int, ...]) -> Tensor:
+def make_packed_result(shape: tuple[int, ...]) -> Tensor:
     """The result of a packed weight, without a name yet."""
     return Tensor("", "BF16", shape, 0, 0, 2 * prod(shape))
 
 
-def bind_form(
+def build_form(
     packing: str,
     shape: tuple[int, ...],
     bits: int,
@@ -96,7 +96,7 @@ def bind_form(
     """Returns what makes a weight of its parts: `words` are those of codes, scales, zeros, factor and order; `changes`
     has, by word, another dtype and shape that the bytes of a part are seen as.
     """
-    result = make_result(shape)
+    result = make_packed_result(shape)
 
     def bind(parts: Parts) -> Packed:
         found = [parts.get(word) for word in words]
@@ -131,12 +131,12 @@ def read_integers(parts: Parts, table: Mapping[str, Any], length: int | None) ->
     if group is None:
         raise WrongForm("weight_scale", f"a scale for each group of columns of {columns:,}")
     if scales.shape not in ((), (1,)):
-        require_shape(parts, "weight_scale", (rows, groups), FLOATS)
-    require_shape(parts, "weight_zero_point", (ceil(rows * bits / WORD_BITS), groups), ("I32",))
-    require_shape(parts, "weight_g_idx", (columns,), ("I32", "I64"))
+        require_part(parts, "weight_scale", (rows, groups), FLOATS)
+    require_part(parts, "weight_zero_point", (ceil(rows * bits / WORD_BITS), groups), ("I32",))
+    require_part(parts, "weight_g_idx", (columns,), ("I32", "I64"))
     changed = {"weight_scale": (scales.dtype, (1, 1))} if scales.shape in ((), (1,)) else None
     names = ("weight_packed", "weight_scale", "weight_zero_point", "", "weight_g_idx")
-    return bind_form("integers", (rows, columns), bits, group, names, changed)
+    return build_form("integers", (rows, columns), bits, group, names, changed)
 
 
 def list_told_weights(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -161,15 +161,15 @@ def read_rows_of_fp4(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     rows, half = require_matrix(parts, word)
     columns = 2 * half
     if parts["weight_scale"].dtype == "U8":
-        require_shape(parts, "weight_scale", (rows, ceil(columns / 32)), ("U8",))
+        require_part(parts, "weight_scale", (rows, ceil(columns / 32)), ("U8",))
         changes = {word: ("I8", (rows, half)), "weight_scale": ("F8_E8M0", (rows, ceil(columns / 32)))}
-        return bind_form("mxfp4", (rows, columns), 4, 32, (word, "weight_scale", "", "", ""), changes)
-    require_shape(parts, "weight_scale", (rows, ceil(columns / 16)), ("F8_E4M3",))
+        return build_form("mxfp4", (rows, columns), 4, 32, (word, "weight_scale", "", "", ""), changes)
+    require_part(parts, "weight_scale", (rows, ceil(columns / 16)), ("F8_E4M3",))
     factor = "weight_scale_2" if "weight_scale_2" in parts else "weight_global_scale"
     if parts[factor].shape not in ((), (1,)) or parts[factor].dtype != "F32":
         raise WrongForm(factor, "F32 [], one for the whole weight")
     packing = "nvfp4" if factor == "weight_scale_2" else "nvfp4-divided"
-    return bind_form(packing, (rows, columns), 4, 16, (word, "weight_scale", "", factor, ""))
+    return build_form(packing, (rows, columns), 4, 16, (word, "weight_scale", "", factor, ""))
 
 
 def has_blocks(parts: Parts) -> bool:
@@ -187,7 +187,7 @@ def read_fp8(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     if scales.dtype not in ("F32", "BF16"):
         raise WrongForm("weight_scale", "F32 or BF16")
     changes = {"weight_scale": (scales.dtype, (prod(scales.shape), 1))}
-    return bind_form("fp8", (rows, columns), 8, columns, ("weight", "weight_scale", "", "", ""), changes)
+    return build_form("fp8", (rows, columns), 8, columns, ("weight", "weight_scale", "", "", ""), changes)
 
 
 def read_experts(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
@@ -198,8 +198,8 @@ def read_experts(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     experts, rows, groups = shape[:-1]
     if groups * 16 > LONGEST_ROW:
         raise WrongForm("blocks", f"at most {LONGEST_ROW:,} bytes in a row")
-    require_shape(parts, "scales", (experts, rows, groups), ("U8",))
-    return bind_form("mxfp4-experts", (experts, groups * 32, rows), 4, 32, ("blocks", "scales", "", "", ""))
+    require_part(parts, "scales", (experts, rows, groups), ("U8",))
+    return build_form("mxfp4-experts", (experts, groups * 32, rows), 4, 32, ("blocks", "scales", "", "", ""))
 
 
 def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[Parts], Packed]:
@@ -212,11 +212,11 @@ def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[P
     names = ("qweight", "scales", "qzeros", "", "g_idx")
     if outs == 8 * words:
         group = require_group("scales", lines, groups, table)
-        require_shape(parts, "scales", (groups, outs), ("F16", "BF16"))
-        require_shape(parts, "qzeros", (groups, words), ("I32",))
+        require_part(parts, "scales", (groups, outs), ("F16", "BF16"))
+        require_part(parts, "qzeros", (groups, words), ("I32",))
         if table.get("version", "gemm") not in ("gemm", "GEMM", None):
             raise WrongForm("qweight", "the version gemm of AWQ")
-        return bind_form("awq", (outs, lines), 4, group, names)
+        return build_form("awq", (outs, lines), 4, group, names)
     zeros = parts["qzeros"]
     bits = next((b for b in (4, 8) if zeros.shape == (groups, ceil(outs * b / WORD_BITS))), 0)
     if outs != words or not bits:
@@ -225,11 +225,11 @@ def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[P
         raise WrongForm("qweight", f"codes of {table.get('bits')} bits, as the config says")
     columns = lines * WORD_BITS // bits
     group = require_group("scales", columns, groups, table)
-    require_shape(parts, "scales", (groups, outs), ("F16", "BF16", "F32"))
-    require_shape(parts, "qzeros", zeros.shape, ("I32",))
-    require_shape(parts, "g_idx", (columns,), ("I32", "I64"))
+    require_part(parts, "scales", (groups, outs), ("F16", "BF16", "F32"))
+    require_part(parts, "qzeros", zeros.shape, ("I32",))
+    require_part(parts, "g_idx", (columns,), ("I32", "I64"))
     packing = "gptq-v2" if table.get("checkpoint_format") == "gptq_v2" else "gptq"
-    return bind_form(packing, (outs, columns), bits, group, names)
+    return build_form(packing, (outs, columns), bits, group, names)
 
 
 def require_group(word: str, columns: int, groups: int, table: Mapping[str, Any]) -> int:

@@ -15,8 +15,8 @@ from reshard.formats.renaming import (
 )
 from reshard.recipe_types import Recipe
 from reshard.recipes.patterns import split_names
-from reshard.sources.completeness import OTHER_MODEL
 from reshard.sources.match import match
+from reshard.sources.picked_members import OTHER_MODEL
 from reshard.sources.prefixes import KnownNames, Names, list_renamings
 from reshard.text import format_count, format_list
 from reshard.types import Checkpoint

@@ -10,6 +10,7 @@ from reshard.errors import Problem
 from reshard.recipe_types import Placeholder, Recipe
 from reshard.recipes.formulas import read_config_value
 from reshard.sources.exemptions import EXEMPT_KEYS
+from reshard.sources.picked_members import find_every, find_picked, find_step_key
 from reshard.text import format_numbers
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -90,6 +91,7 @@ def prune_config(
         count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
         problems.extend(prune_references(changed, counting, layers))
+        problems.extend(check_steps(config, recipe, counting, layers))
         prune_modules(changed, layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
         for key in place.size.split(" or "):
@@ -115,12 +117,29 @@ def find_table(counting: Placeholder, config: dict[str, Any]) -> dict[str, Any]:
 
 def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers, count: int) -> None:
     """Prunes the lists with one value for each layer, in place. Values behind the last layer belong to MTP and stay."""
-    keys = {place.picked_by for place in recipe.placeholders.values() if place.picked_by}
+    keys = {key for place in recipe.placeholders.values() if place.picked_by for key in place.picked_by.split(" or ")}
     keys |= {name_beside(counting.size, key) for key in find_table(counting, config) if PER_LAYER.fullmatch(key)}
     for key in sorted(keys):
         values = read_config_value(key, config)
-        if isinstance(values, list) and len(values) >= count and KEY.fullmatch(key):
-            set_key(config, key, [values[old] for old in layers if old < count] + values[count:])
+        if isinstance(values, list | str) and len(values) >= count and KEY.fullmatch(key):
+            kept = [values[old] for old in layers if old < count]
+            set_key(config, key, "".join(kept) + values[count:] if isinstance(values, str) else kept + values[count:])
+
+
+def check_steps(config: Mapping[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> Iterator[Problem]:
+    """Reports kept layers that a config would count otherwise by their new numbers: every Nth layer is picked. Some
+    loaders go by that also where a list tells the same.
+    """
+    for place in recipe.placeholders.values():
+        step = read_config_value(place.every, config)
+        if place.some_of == counting.name and type(step) is int and step > 1:
+            picked = find_picked(place, set(layers), config) or set()
+            told = find_every(place, set(layers.values()), config)
+            if told != (kept := {new for old, new in layers.items() if old in picked}):
+                found = f"{place.counts} {format_numbers(kept)} by the new numbers"
+                key = find_step_key(place, config)
+                expected = f"{format_numbers(told or set())}: {key} of config.json counts them"
+                yield Problem("needs-layers", "--layers", found, expected, "choose layers from 0 on, or whole periods")
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:

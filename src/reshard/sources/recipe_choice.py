@@ -147,8 +147,8 @@ def refuse_by_nearest(checkpoint: Checkpoint, recipes: Sequence[Recipe], *, is_a
     alike = [recipe.name for recipe, nearness in zip(recipes, measured, strict=True) if nearness == least]
     by = f"by the recipe {nearest.name}" if len(alike) == 1 else f"by each of the recipes {format_list(alike)}"
     if is_asked and len(alike) < len(recipes):
-        others = format_list(recipe.name for recipe in recipes if recipe.name not in alike)
-        by += f"; {others} fits worse"
+        others = [recipe.name for recipe in recipes if recipe.name not in alike]
+        by += f"; {format_list(others)} {'fits' if len(others) == 1 else 'fit'} worse"
     try:
         match(checkpoint, nearest)
     except Refused as refused:

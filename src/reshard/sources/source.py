@@ -31,6 +31,7 @@ from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
 from reshard.sources.origins import find_altered_origin, find_origin
 from reshard.sources.packed_weights import Unpacked, unpack_checkpoint
+from reshard.sources.picked_members import note_others
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
     RankNames,
@@ -158,7 +159,8 @@ def match_huggingface(
     origin = find_altered_origin(folder, stored, is_stacked=bool(unstacked)) or origin
     members, is_stacked = found.matched.members, bool(unstacked)
     drafts = note_no_drafts(found.recipe, members, folder.config, is_stacked=is_stacked)
-    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts))
+    others = note_others(found.recipe, members, folder.config)
+    checkpoint = replace(found.checkpoint, notes=(*found.checkpoint.notes, *drafts, *others))
     return Source(folder.path, checkpoint, found.recipe, found.matched, origin, stored, unstacked)
 
 

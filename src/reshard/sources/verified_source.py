@@ -72,6 +72,38 @@ def read_sides(
             target, source, names, recipe, ignore_extra_files=ignore_extra_files, config_folder=config_folder
         )
     manifest = read_valid_manifest(target)
+    found = read_named_source(
+        target, source, recipe, manifest, ignore_extra_files=ignore_extra_files, config_folder=config_folder
+    )
+    before, now = found.checkpoint.subset, manifest.get("subset", {})
+    if now:
+        whole = narrow_checkpoint(
+            found.checkpoint, found.recipe, found.matched, find_asked_subset(before, now, str(target))
+        )
+    else:
+        whole = find_named_source(found, target)
+    if is_boxed_folder(target):
+        whole = add_tied_name(whole, found.recipe, found.matched)
+    repeated = find_added_head(found, whole, target)
+    if repeated:
+        whole = drop_head(whole, repeated[0])
+    unstacked, unpacked = found.unstacked, found.unpacked
+    return VerifiedSides(
+        target, whole, found.recipe, whole.files, unstacked=unstacked, repeated=repeated, unpacked=unpacked
+    )
+
+
+def read_named_source(
+    target: AnyPath,
+    source: AnyPath,
+    recipe: str | None,
+    manifest: Mapping[str, Any],
+    *,
+    ignore_extra_files: bool,
+    config_folder: AnyPath | None,
+) -> Source:
+    """Reads a source in the original layout, by the recipe that a target was made with. Raises Refused."""
+    recipes = list_recipes_to_try(recipe)
     made_with = find_recipe_name(manifest)
     if recipe is None and made_with not in {"", *(known.name for known in list_packaged_recipes())}:
         raise refuse_recipe(target, made_with, "a packaged recipe")
@@ -90,27 +122,7 @@ def read_sides(
     found = compute_expected_config(found)
     if made_with not in ("", found.recipe.name):
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, which the source wants")
-    before, now = found.checkpoint.subset, manifest.get("subset", {})
-    if now:
-        whole = narrow_checkpoint(
-            found.checkpoint, found.recipe, found.matched, find_asked_subset(before, now, str(target))
-        )
-    else:
-        whole = find_named_source(found, target)
-    if is_boxed_folder(target):
-        whole = add_tied_name(whole, found.recipe, found.matched)
-    repeated = find_added_head(found, whole, target)
-    if repeated:
-        whole = drop_head(whole, repeated[0])
-    return VerifiedSides(
-        target,
-        whole,
-        found.recipe,
-        whole.files,
-        unstacked=found.unstacked,
-        repeated=repeated,
-        unpacked=found.unpacked,
-    )
+    return found
 
 
 def find_cast(target: AnyPath, manifest: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ GENERATORS = {
         "deepseek_v41", "in the folder inference of the checkpoint", "--interactive --thinking-mode chat"
     ),
 }
-"""By recipe. Of the DSpark models the options are not known, of GLM-5 no such code."""
+"""By recipe. Of the DSpark models and of Vision-Exp the options are not known, of GLM-5 no such code."""
 
 EXAMPLE = Path("examples", "tensor_parallel_torch.py")
 """In the source folder of reshard: the one reader of plain tensor-parallel files that is known."""
