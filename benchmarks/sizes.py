@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the lists of the published tensors
 
 from families import FAMILIES, write_full
+from hybrid_families import HYBRIDS, write_full_hybrid
 from jobs import make_plan
 
 from reshard.errors import Refused
@@ -27,6 +28,7 @@ from reshard.recipes.recipe import list_packaged_recipes
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.engine_choice import choose_for_engine
 from reshard.sources.recipe_choice import choose_recipe
+from reshard.sources.stacked_experts import read_under_hub_names
 from reshard.synthetic import DEEPSEEK_V2_LITE, write_checkpoint
 from reshard.text import escape, format_size, format_table
 from reshard.types import Checkpoint, Layout
@@ -43,7 +45,7 @@ V2: Mapping[str, Any] = {
     "q_lora_rank": 1536,
 }
 V2_MODELS = {"deepseek-v2-lite": (DEEPSEEK_V2_LITE, 4), "deepseek-v2": (V2, 55)}
-NAMES = [*V2_MODELS, *(name for name in FAMILIES if name != "deepseek-v3-for-32")]
+NAMES = [*V2_MODELS, *(name for name in FAMILIES if name != "deepseek-v3-for-32"), *HYBRIDS]
 
 
 def main() -> None:
@@ -86,9 +88,11 @@ def full_checkpoint(name: str) -> Checkpoint:
         if name in V2_MODELS:
             config, files = V2_MODELS[name]
             write_checkpoint(Path(folder) / name, config, files, sparse=True)
+        elif name in HYBRIDS:
+            write_full_hybrid(Path(folder) / name, name)
         else:
             write_full(Path(folder) / name, name)
-        return read_checkpoint(Path(folder) / name)
+        return read_under_hub_names(read_checkpoint(Path(folder) / name))
 
 
 def row(plan: Plan) -> tuple[str, str, str, str]:

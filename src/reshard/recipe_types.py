@@ -25,10 +25,13 @@ class Placeholder:
     """With `picked_by`: the values in the list that make a member of P a member of this placeholder."""
     listed: str = ""
     """With `some_of`: the config key of a list of the members."""
+    listed_from: int = 0
+    """With `listed`: the number that the list has for member 0."""
     every: str = ""
-    """With `picked_by`: a formula for N. Without that list, members are the first of P, and every Nth behind them."""
+    """With `within` or `some_of`: a formula for N. Where the config lacks the list of `picked_by`, the last of each N
+    members of P is a member of this placeholder."""
     first: str = ""
-    """With `every`: a formula for the number of those first ones."""
+    """With `every`: a formula for the number of members of P that are members before these are counted."""
     others: str = ""
     """With `picked_by`: members of P that are not picked may be members too; what becomes of them in the engines."""
     after: str = ""
@@ -94,8 +97,9 @@ class Rule:
     shape: str = ""
     """Dtype, unless it is a float, and shape in elements of the left tensor: `I64 [vocab_size, 2 * heads]`."""
     only: str = ""
-    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `maybe`: it may be missing;
-    `maybe if KEY`: it may be missing where the config key is true or absent."""
+    """Condition for the tensor to exist. `if KEY`, `unless KEY`: the config key decides. `if {m}`: the model has
+    members of that placeholder. `maybe`: it may be missing; `maybe if KEY`: it may be missing where the config key is
+    true or absent."""
     optional: str = ""
     """Reason why the tensor is left out unless its placeholder is asked for; empty if it never is."""
     code_dtype: str = ""
@@ -181,6 +185,8 @@ class Recipe:
     """The tensors that are made of nothing, in every rank file."""
     engine: str
     """The engine that the right side is for, as `--for` names it; empty if the recipe is found without it."""
+    whole_only: str
+    """Reason why there are no rank files; empty if there are some."""
     by_name: bool
     """Whether it is used only where its name is given, for a family has another recipe that is the usual one."""
     origin: str

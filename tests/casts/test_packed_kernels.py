@@ -143,11 +143,26 @@ def sane_scales(dtype: str, shape: RowsColumns) -> NDArray[Any]:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("zero", [None, 0, 15])
 def test_every_code_of_4_bits_times_every_scale_is_torchs_product(dtype: str, zero: int | None, run: Multiply) -> None:
-    """All 65536 scales: subnormal, infinite, NaN, negative; F16 beyond BF16, so that products are rounded twice."""
-    scales = np.arange(1 << 16, dtype=np.uint16)[:, None]
-    codes = np.tile(np.arange(16), (len(scales), 1))
-    zeros = None if zero is None else np.full(scales.shape, zero, np.uint8)
-    require_torch(codes, zeros, scales, dtype, np.zeros(16), 4, run)
+    """All 65536 scales: subnormal, infinite, NaN, negative; F16 beyond BF16, so that products are rounded twice. Then
+    the finite ones alone, for which there is another way.
+    """
+    every = np.arange(1 << 16, dtype=np.uint16)
+    exponents = 0x7C00 if dtype == "F16" else 0x7F80
+    for patterns in (every, every[(every & exponents) != exponents]):
+        scales = patterns[:, None]
+        codes = np.tile(np.arange(16), (len(scales), 1))
+        zeros = None if zero is None else np.full(scales.shape, zero, np.uint8)
+        require_torch(codes, zeros, scales, dtype, np.zeros(16), 4, run)
+
+
+@pytest.mark.parametrize("odd", [0x0000, 0x0001, 0x83FF, 0x5C01, 0x7800, 0xFBFF])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_f16_scales_at_the_ends_of_the_range_are_multiplied_as_torch_does(odd: int, bits: int, run: Multiply) -> None:
+    """The products are subnormal numbers of F16, which are exact, or beyond it: infinite."""
+    scales = np.array([[0x3C00], [odd], [0x1234]], np.uint16)
+    codes = np.tile(np.arange(1 << bits), (3, 1))
+    for zeros in (None, np.full((3, 1), (1 << bits) - 1, np.uint8), np.zeros((3, 1), np.uint8)):
+        require_torch(codes, zeros, scales, "F16", np.zeros(codes.shape[1]), bits, run)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -189,7 +204,7 @@ def test_known_products_are_right(run: Multiply) -> None:
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-@pytest.mark.parametrize("group", [1, 2, 5, 32, 64, 128, 1000])
+@pytest.mark.parametrize("group", [1, 5, 32, 33, 64, 128, 1000])
 @pytest.mark.parametrize("has_zeros", [False, True])
 def test_columns_find_the_scale_of_their_group(
     bits: int, dtype: str, group: int, run: Multiply, *, has_zeros: bool
@@ -487,10 +502,14 @@ def test_every_pair_times_every_e4m3_scale_is_torchs_product(factor: float, look
 
 @pytest.mark.parametrize("divides", [False, True])
 def test_many_factors_are_rounded_as_torch_rounds_them(look_up: Recode, *, divides: bool) -> None:
-    """The scale times the factor is rounded to float32 before it is multiplied by the value."""
-    codes, scales = random_codes(1, (126, 256)), np.repeat(np.arange(1, 127, dtype=np.uint8)[:, None], 32, axis=1)
+    """The scale and the factor become one float32, which is then multiplied by the value: with the first three, other
+    orders of division, or a reciprocal, give other BF16 numbers.
+    """
+    codes = np.tile(np.arange(256, dtype=np.uint8), (126, 1))
+    scales = np.repeat(np.arange(1, 127, dtype=np.uint8)[:, None], 32, axis=1)
     oracle = torch_nvfp4_divided if divides else torch_nvfp4
-    for factor in np.random.default_rng(7).lognormal(-7, 2, 40).astype(np.float32).tolist():
+    telling = [0.0015998291783034801, 0.0001521915546618402, 0.0029231624212116003]
+    for factor in telling + np.random.default_rng(7).lognormal(-7, 2, 20).astype(np.float32).tolist():
         np.testing.assert_array_equal(
             nvfp4(codes, scales, factor, look_up, divides=divides), oracle(codes, scales, factor)
         )

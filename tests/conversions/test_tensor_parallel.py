@@ -17,7 +17,7 @@ from jobs import Job, convert_checkpoint, make_plan
 from plain_shares import rewrite, share, tensors_of, write_mxfp4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import MODELS, from_config, write_model
+from small_models import MODELS, choose_kind, from_config, write_model
 from torch import Tensor
 from verified_targets import verify_target
 
@@ -153,7 +153,8 @@ IDS = [[7, 1, 95, 33, 0, 64, 12, 12, 50], [3, 90, 2, 47, 48, 23, 24, 71, 72]]
 
 
 def whole_logits(source: Path, ids: Tensor) -> Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    kind = choose_kind(transformers.AutoConfig.from_pretrained(source))
+    model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found: Tensor = model(ids).logits
     return found

@@ -342,21 +342,26 @@ FAULTS = [
                  id="picked by no key"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = 4 }',
                  "picked_by and picked", id="a number as what is picked"),
-    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = [4.0] }',
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "kinds", picked = [4.5] }',
                  "picked_by and picked", id="a fraction in what is picked"),
-    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", picked_by = "k", picked = [4], every = "n" }',
-                 "every and first together", id="every without first"),
-    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", every = "n", first = "m" }',
-                 "with picked_by and some_of", id="every without a list"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", every = "step" }', "every with within",
+                 id="every by itself"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", every = "2 *" }', "is not a formula",
+                 id="half a formula as every"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", first = "n" }', "first with every",
+                 id="first without every"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", picked_by = "k", picked = [4], others = "x" }',
-                 "with picked_by and some_of", id="others within"),
-    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", picked_by = "k", picked = [4], every = "n n",'
-                 ' first = "m" }', "is not a formula", id="two words as every"),
+                 "others with picked_by and some_of", id="others within"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", listed = "dense" }', "listed with some_of",
                  id="listed within"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense layers" }',
                  "is not a formula",
                  id="listed by two words"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed_from = 1 }', "listed_from with listed",
+                 id="a list that begins at 1, and no list"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense", listed_from = "1" }',
+                 "the whole number that the list has for member 0", id="a list that begins at a text"),
+    pytest.param(line_with("checked "), "whole_only = true", "whole_only: a string", id="a boolean as whole_only"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
                  id="half a formula as size"),
     pytest.param(line_with("ranks_divide "), 'ranks_divide = ["heads", "a b"]', "is not a formula",
@@ -439,6 +444,12 @@ FAULTS = [
                  id="a left name twice"),
     pytest.param(NORM, norm_row("same", "model.norm.weight", "embed.weight", "replicate"), "in one row",
                  id="a right name twice"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "", "if {q}"),
+                 "that the name does not have", id="a condition on no placeholder"),
+    pytest.param(NORM, norm_row("same", "a.{i}.weight", "b.{i}.weight", "replicate", "", "if {i}"),
+                 "that the name does not have", id="a condition on a placeholder of the name"),
+    pytest.param(NORM, norm_row("same", "model.norm.weight", "norm.weight", "replicate", "", "unless {m}"),
+                 "'maybe if KEY'; 'if {m}'", id="an opposite condition on a placeholder"),
 ]  # fmt: skip
 
 
@@ -560,6 +571,14 @@ def test_what_is_like_another_has_its_rows_too() -> None:
     assert {rule.left for rule in optional} >= {f"model.layers.{{m}}.{name}.weight" for name in own}
     # Of the dense layers an MTP layer has nothing.
     assert not [rule for rule in optional if "{d}" in rule.left or rule.left.endswith("{m}.mlp.up_proj.{p}")]
+
+
+def test_rows_beside_what_is_optional_are_optional_too() -> None:
+    optional = {rule.left for rule in load_recipe("qwen3-next").rules if rule.optional}
+    beside = {rule.left for rule in load_recipe("qwen3-next").rules if rule.only == "if {m}"}
+    assert beside == {f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    assert beside < optional
+    assert all("mtp." in name for name in optional)
 
 
 @pytest.mark.parametrize(

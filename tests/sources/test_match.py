@@ -515,6 +515,18 @@ def test_a_list_of_the_config_names_the_members_of_a_hole(config: Mapping[str, A
     assert problem.expected.endswith("as text.hashed of config.json says")
 
 
+@pytest.mark.parametrize(("hashed", "is_right"), [([2, 3], True), ([1, 2], False), ([2], False)])
+def test_a_list_of_the_config_may_count_from_1(hashed: list[int], *, is_right: bool) -> None:
+    recipe = parse_recipe(LISTED.replace('"text.hashed"', '"text.hashed", listed_from = 1'), "listed.toml")
+    checkpoint = picky([*NORMS, *KINDS, *TABLES], {"text": {"hashed": hashed}})
+    if is_right:
+        assert match(checkpoint, recipe).counts["h"] == 2
+        return
+    (problem,) = problems_of(checkpoint, recipe)
+    assert problem.found == "1-2 by the names of the tensors"
+    assert problem.expected.endswith("as text.hashed of config.json says, which counts from 1")
+
+
 @pytest.mark.parametrize(
     ("config", "is_right"),
     [({"all": [0, 0, 0, 0, 0], "less": 1}, True), ({"all": [0], "less": 1}, False), ({"all": 5, "less": 1}, True),

@@ -162,8 +162,11 @@ def make_gptq(
     which = torch.from_numpy(order)
     difference = torch.from_numpy(codes).to(torch.int16) - torch.from_numpy(zeros).to(torch.int16)[which]
     made = (scales[which] * difference).to(torch.bfloat16)
-    stored = zeros if is_v2 else (zeros - 1) & ((1 << bits) - 1)
-    tensors = {"qweight": pack_words(codes, bits, 0), "qzeros": pack_words(stored, bits, 1), "scales": scales}
+    words = pack_words(zeros, bits, 1).numpy().view(np.uint32)
+    if not is_v2:  # as convert_gptq_v2_to_v1_format does it: word by word, with borrows
+        words = words - np.uint32(0x11111111 if bits == 4 else 0x01010101)
+    qzeros = torch.from_numpy(words.view(np.int32))
+    tensors = {"qweight": pack_words(codes, bits, 0), "qzeros": qzeros, "scales": scales}
     return Stored({**tensors, **({"g_idx": which.to(torch.int32)} if has_order else {})}, made.T.contiguous())
 
 

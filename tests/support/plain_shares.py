@@ -13,15 +13,19 @@ from safetensors.torch import load_file, save_file
 from small_models import write_model
 from torch import Tensor
 
-ROWS = r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale)|shared_head\.head\.weight|sinks"
-COLUMNS = r"(o_proj|down_proj)\.weight"
-OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale)"
+ROWS = (
+    r"(embed_tokens|lm_head|q_proj|gate_proj|up_proj)\.(weight|bias|weight_scale|weight_scale_inv)"
+    r"|shared_head\.head\.weight|sinks|linear_attn\.(in_proj_\w+|out_proj)\.(weight|weight_scale_inv)"
+)
+COLUMNS = r"(o_proj|down_proj)\.(weight|weight_scale_inv)"
+OF_HEADS = r"[kv]_proj\.(weight|bias|weight_scale|weight_scale_inv)"
 FUSED = r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?"
 EXPERT = r"experts\.(\d+)\."
 
 
 def share(name: str, tensor: Tensor, config: Mapping[str, Any], rank: int, ranks: int) -> Tensor | None:
-    """What a rank has of a tensor, with whole experts; None if nothing."""
+    """What a rank has of a tensor, with whole experts; None if nothing. Of a vision tower every rank has all."""
+    config = config.get("text_config", config)
     count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0
     if found := re.search(EXPERT, name):
         return tensor if int(found[1]) * ranks // count == rank else None

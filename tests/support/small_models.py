@@ -26,6 +26,28 @@ HEAVY: Mapping[str, Any] = {
 
 EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 20, "num_experts_per_tok": 3}
 
+LINEAR: Mapping[str, Any] = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+"""Every fourth layer has full attention."""
+
+MANY: Mapping[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 24, "num_experts": 12}
+
+VISION: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 48,
+    "patch_size": 4,
+}
+
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -39,16 +61,41 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                                    "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 12}),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 12, "num_experts_per_tok": 3,
                                  "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
+    "qwen3-next": ("Qwen3NextConfig", {**LINEAR, **MANY}),
+    "qwen35": ("Qwen3_5Config", {**LINEAR, "vision_config": VISION}),
+    "qwen35-tied": ("Qwen3_5Config", {**LINEAR, "vision_config": VISION, "tie_word_embeddings": True}),
+    "qwen35-moe": ("Qwen3_5MoeConfig", {**LINEAR, **MANY, "vision_config": VISION}),
+    "minimax-m2": ("MiniMaxM2Config", {"num_key_value_heads": 4, "num_local_experts": 12, "num_experts_per_tok": 3}),
 }  # fmt: skip
 
-from_config: Any = transformers.AutoModelForCausalLM.from_config
+
+def choose_kind(config: Any) -> Any:
+    """The class of transformers that makes a model of a config: for text, or for images and text."""
+    has_vision = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+
+
+def from_config(config: Any, **options: Any) -> Any:
+    """A random model."""
+    return choose_kind(config).from_config(config, **options)
+
+
+def make_config(word: str, values: Mapping[str, Any]) -> Any:
+    """A config of transformers; one with a vision tower has the values of the text in an object of their own."""
+    if "vision_config" not in values:
+        return getattr(transformers, word)(**values)
+    text = {key: value for key, value in values.items() if key != "vision_config"}
+    tied = values.get("tie_word_embeddings", False)
+    return getattr(transformers, word)(
+        text_config=text, vision_config=dict(values["vision_config"]), tie_word_embeddings=tied
+    )
 
 
 @make_once
 def write_model(folder: Path, /, name: str, *, dtype: str = "float32", **changes: Any) -> None:
     """A random model, as transformers writes it, in several files; biases and norms are random too."""
     word, own = MODELS[name]
-    config = getattr(transformers, word)(**{**HEAVY, **own, **changes})
+    config = make_config(word, {**HEAVY, **own, **changes})
     torch.manual_seed(5)
     model = from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import transformers
 from made_once import make_once
 from safetensors.torch import load_file
-from small_models import from_config
+from small_models import LINEAR, VISION, choose_kind, from_config, make_config
 from torch import Tensor
 
 WIDTHS: Mapping[str, Any] = {
@@ -42,6 +42,15 @@ LATENT: Mapping[str, Any] = {
     "moe_intermediate_size": 24,
 }
 
+HYBRID: Mapping[str, Any] = {
+    **LINEAR,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}
+
 STACKED_MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "mixtral": ("MixtralConfig", "num_local_experts", HEADS),
     "qwen3-moe": (
@@ -66,6 +75,9 @@ STACKED_MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     ),
     "deepseek-v2": ("DeepseekV2Config", "n_routed_experts", {**LATENT, "q_lora_rank": None}),
     "deepseek-v3": ("DeepseekV3Config", "n_routed_experts", {**LATENT, "q_lora_rank": 24}),
+    "qwen3-next": ("Qwen3NextConfig", "num_experts", HYBRID),
+    "qwen35-moe": ("Qwen3_5MoeConfig", "num_experts", {**HYBRID, "vision_config": {**VISION, "depth": 1}}),
+    "minimax-m2": ("MiniMaxM2Config", "num_local_experts", HEADS),
 }
 """By recipe: the class of the config, its key with the number of experts, and other keys."""
 
@@ -74,7 +86,7 @@ STACKED_MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 def write_stacked_model(folder: Path, /, name: str, experts: int = 10, dtype: str = "bfloat16") -> None:
     """Writes a model four times: `hub` and `stacked` in one file each, `hub-parts` and `stacked-parts` in several."""
     word, key, own = STACKED_MODELS[name]
-    config = getattr(transformers, word)(**{**WIDTHS, **own, key: experts})
+    config = make_config(word, {**WIDTHS, **own, key: experts})
     torch.manual_seed(7)
     model = from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -104,8 +116,8 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 def compute_logits(folder: Path) -> Tensor:
     """The logits of a prompt; every tensor of the model must be in the folder, and no other."""
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, told = load(folder, output_loading_info=True)
+    kind = choose_kind(transformers.AutoConfig.from_pretrained(folder))
+    model, told = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(told.values()), told
     with torch.no_grad():
         logits: Tensor = model(torch.arange(1, 12)[None]).logits

@@ -2,9 +2,10 @@
 
     logits(load_rank(folder, rank, ranks), config, exchange, ids)
 
-It runs Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral, GLM-4 MoE and gpt-oss, in float32 and without a cache. A rank
-meets the others in `exchange` alone, which gives it the tensor of every rank. So the same code runs with a thread a
-rank (`all_logits`) and with a process a rank (`main`, by gloo). Imports nothing of the package under test.
+It runs Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next, the text of Qwen3.5, Mixtral, GLM-4 MoE, MiniMax-M2 and
+gpt-oss, in float32 and without a cache. A rank meets the others in `exchange` alone, which gives it the tensor of every
+rank. So the same code runs with a thread a rank (`all_logits`) and with a process a rank (`main`, by gloo). Imports
+nothing of the package under test.
 """
 
 import json
@@ -28,6 +29,8 @@ Tensors = Mapping[str, Tensor]
 Exchange = Callable[[Tensor], Sequence[Tensor]]
 """From a rank's tensor to those of all ranks, in their order."""
 TIMEOUT = 300
+AROUND_ZERO = ("qwen3_next", "qwen3_5")
+"""Model types with norms whose weights are less by one, and with a gate for each query."""
 
 
 class Rank(NamedTuple):
@@ -52,6 +55,10 @@ class Rank(NamedTuple):
         total = self.summed(functional.linear(hidden, self.weight(f"{name}.weight")))
         return total if bias is None else total + bias.float()
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The channels of all ranks."""
+        return torch.cat(list(self.exchange(tensor)), -1)
+
     def summed(self, tensor: Tensor) -> Tensor:
         return torch.stack(list(self.exchange(tensor))).sum(0)
 
@@ -67,16 +74,19 @@ def load_rank(folder: Path, rank: int, ranks: int) -> dict[str, Tensor]:
 
 def logits(rank: Rank, ids: Tensor) -> Tensor:
     """The logits [batch, length, vocabulary], the same on every rank; without those that padding has added."""
-    embedding = "model.embed_tokens.weight"
+    root = "model.language_model" if "text_config" in rank.config else "model"
+    rank = rank._replace(config=rank.config.get("text_config", rank.config))
+    embedding = f"{root}.embed_tokens.weight"
     head = "lm_head.weight" if "lm_head.weight" in rank.tensors else embedding
     hidden = embedded(rank, embedding, ids)
     for layer in range(rank.config["num_hidden_layers"]):
-        name = f"model.layers.{layer}"
-        hidden = hidden + attention(rank, f"{name}.self_attn", normed(rank, hidden, f"{name}.input_layernorm"))
+        name = f"{root}.layers.{layer}"
+        is_linear = f"{name}.linear_attn.A_log" in rank.tensors
+        attend, word = (linear_attention, "linear_attn") if is_linear else (attention, "self_attn")
+        hidden = hidden + attend(rank, f"{name}.{word}", normed(rank, hidden, f"{name}.input_layernorm"))
         hidden = hidden + forward(rank, name, normed(rank, hidden, f"{name}.post_attention_layernorm"))
-    hidden = normed(rank, hidden, "model.norm")
-    part = functional.linear(hidden, rank.weight(head))
-    return torch.cat(list(rank.exchange(part)), -1)[..., : rank.config["vocab_size"]]
+    hidden = normed(rank, hidden, f"{root}.norm")
+    return rank.gathered(functional.linear(hidden, rank.weight(head)))[..., : rank.config["vocab_size"]]
 
 
 def embedded(rank: Rank, name: str, ids: Tensor) -> Tensor:
@@ -88,16 +98,27 @@ def embedded(rank: Rank, name: str, ids: Tensor) -> Tensor:
 
 
 def normed(rank: Rank, hidden: Tensor, name: str) -> Tensor:
-    epsilon = rank.config["rms_norm_eps"]
-    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + epsilon) * rank.weight(f"{name}.weight")
+    """Some models have the weight less one."""
+    less = name.rpartition(".")[0].endswith("linear_attn") or not rank.config["model_type"].startswith(AROUND_ZERO)
+    weight = rank.weight(f"{name}.weight") + (0 if less else 1)
+    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + rank.config["rms_norm_eps"]) * weight
 
 
 def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
     """Of the heads that this rank has: each key head is there for as many query heads as the rank has for it."""
     width = rank.config.get("head_dim") or rank.config["hidden_size"] // rank.config["num_attention_heads"]
-    parts = (rank.linear(hidden, f"{name}.{kind}_proj") for kind in ("q", "k", "v"))
+    parts = [rank.linear(hidden, f"{name}.{kind}_proj") for kind in ("q", "k", "v")]
+    gate = None
+    if rank.config["model_type"].startswith(AROUND_ZERO):  # of each head a query, then its gate
+        parts[0], gate = (half.flatten(2) for half in by_head(parts[0], 2 * width).chunk(2, -1))
+    has_norms = f"{name}.q_norm.weight" in rank.tensors
+    is_wide = has_norms and len(rank.tensors[f"{name}.q_norm.weight"]) > width
+    if is_wide:  # a norm over all heads
+        for at, kind in enumerate(("q", "k")):
+            whole = normed(rank, rank.gathered(parts[at]), f"{name}.{kind}_norm")
+            parts[at] = whole[..., rank.number * parts[at].shape[-1] :][..., : parts[at].shape[-1]]
     heads = [part.reshape(*hidden.shape[:2], -1, width).transpose(1, 2) for part in parts]
-    if f"{name}.q_norm.weight" in rank.tensors:
+    if has_norms and not is_wide:
         heads[:2] = [normed(rank, heads[0], f"{name}.q_norm"), normed(rank, heads[1], f"{name}.k_norm")]
     query, key, value = rotated(heads[0], rank.config), rotated(heads[1], rank.config), heads[2]
     key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
@@ -108,7 +129,55 @@ def attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
         probabilities = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     else:
         probabilities = scores.softmax(-1)
-    return rank.reduced((probabilities @ value).transpose(1, 2).flatten(2), f"{name}.o_proj")
+    found = (probabilities @ value).transpose(1, 2).flatten(2)
+    return rank.reduced(found if gate is None else found * gate.sigmoid(), f"{name}.o_proj")
+
+
+def by_head(tensor: Tensor, width: int) -> Tensor:
+    """The channels of each head: [batch, length, heads, width]."""
+    return tensor.reshape(*tensor.shape[:2], -1, width)
+
+
+def linear_attention(rank: Rank, name: str, hidden: Tensor) -> Tensor:
+    """Gated DeltaNet, token by token. Its projections are cut by rows and gathered; the rest all ranks have."""
+    sizes = [rank.config[f"linear_{word}"] for word in ("num_key_heads", "num_value_heads", "key_head_dim")]
+    (keys, values, width), (query, key, value, gate, rates, decays) = sizes, projected(rank, name, hidden)
+    mixed, weight = torch.cat([query, key, value], -1).transpose(1, 2), rank.weight(f"{name}.conv1d.weight")
+    mixed = functional.conv1d(functional.pad(mixed, (weight.shape[-1] - 1, 0)), weight, groups=len(weight))
+    lengths = [query.shape[-1], key.shape[-1], value.shape[-1]]
+    parts = torch.split(functional.silu(mixed).transpose(1, 2), lengths, -1)
+    query, key = (by_head(part, width) for part in parts[:2])
+    query, key = (part * torch.rsqrt(part.pow(2).sum(-1, keepdim=True) + 1e-6) for part in (query, key))
+    query, key = (part.repeat_interleave(values // keys, 2) for part in (query / width**0.5, key))
+    value, gate = (by_head(part, value.shape[-1] // values) for part in (parts[2], gate))
+    speed = rank.weight(f"{name}.A_log").exp() * functional.softplus(decays + rank.weight(f"{name}.dt_bias"))
+    kept, rates, found = (-speed).exp(), rates.sigmoid(), []
+    state = torch.zeros(len(hidden), values, width, value.shape[-1])
+    for at in range(hidden.shape[1]):
+        state = state * kept[:, at, :, None, None]
+        told = (state * key[:, at, ..., None]).sum(-2)
+        state = state + key[:, at, ..., None] * ((value[:, at] - told) * rates[:, at, :, None])[..., None, :]
+        found.append((state * query[:, at, ..., None]).sum(-2))
+    total = normed(rank, torch.stack(found, 1), f"{name}.norm") * functional.silu(gate)
+    return rank.gathered(rank.linear(total.flatten(2), f"{name}.out_proj"))
+
+
+def projected(rank: Rank, name: str, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Query, key, value, gate, rates and decays, of all heads."""
+
+    def project(word: str) -> Tensor:
+        return rank.gathered(rank.linear(hidden, f"{name}.in_proj_{word}"))
+
+    keys, values = (rank.config[f"linear_num_{word}_heads"] for word in ("key", "value"))
+    widths = [rank.config[f"linear_{word}_head_dim"] for word in ("key", "key", "value", "value")]
+    if f"{name}.in_proj_qkv.weight" in rank.tensors:
+        lengths = [count * width for count, width in zip((keys, keys, values), widths, strict=False)]
+        return *torch.split(project("qkv"), lengths, -1), project("z"), project("b"), project("a")
+    group = values // keys
+    lengths = [count * width for count, width in zip((1, 1, group, group), widths, strict=True)]
+    parts = torch.split(by_head(project("qkvz"), sum(lengths)), lengths, -1)
+    others = torch.split(by_head(project("ba"), 2 * group), group, -1)
+    return tuple(part.flatten(2) for part in (*parts, *others))
 
 
 def rotated(heads: Tensor, config: Config) -> Tensor:
@@ -141,7 +210,8 @@ def gated(rank: Rank, name: str, hidden: Tensor) -> Tensor:
 def experts(rank: Rank, name: str, hidden: Tensor, words: tuple[str, str, str]) -> Tensor:
     """Each rank does the experts that it has; their names tell which these are."""
     scores = functional.linear(hidden, rank.weight(f"{name}.gate.weight"))
-    shares = shares_of(rank, f"{name}.gate.e_score_correction_bias", scores)
+    biases = [f"{place}.e_score_correction_bias" for place in (f"{name}.gate", name)]
+    shares = shares_of(rank, next((bias for bias in biases if bias in rank.tensors), ""), scores)
     pattern = re.compile(re.escape(name) + rf"\.experts\.(\d+)\.{words[0]}\.weight")
     total = torch.zeros_like(hidden)
     for expert in sorted(int(found[1]) for known in rank.tensors if (found := pattern.fullmatch(known))):
@@ -149,6 +219,9 @@ def experts(rank: Rank, name: str, hidden: Tensor, words: tuple[str, str, str]) 
         inner = functional.silu(functional.linear(hidden, gate)) * functional.linear(hidden, up)
         total = total + functional.linear(inner, down) * shares[..., expert, None]
     total = rank.summed(total)
+    if f"{name}.shared_expert_gate.weight" in rank.tensors:
+        part = rank.linear(hidden, f"{name}.shared_expert_gate").sigmoid()
+        return total + part * gated(rank, f"{name}.shared_expert", hidden)
     has_shared = f"{name}.shared_experts.gate_proj.weight" in rank.tensors
     return total + gated(rank, f"{name}.shared_experts", hidden) if has_shared else total
 

@@ -19,7 +19,8 @@ from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.recipes.recipe import parse_recipe
 
-PACKAGED = [name for name in MODELS if name != "gpt-oss"]
+PACKAGED = [name for name in MODELS if name != "gpt-oss" and not name.startswith("qwen35")]
+"""Of Qwen3.5 a recipe is derived for the text alone: the vision tower has no part in the plan."""
 
 
 def rank_files(source: Path, target: Path, ranks: int, recipe: str | None = None) -> dict[str, bytes]:

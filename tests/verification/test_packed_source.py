@@ -218,6 +218,15 @@ def test_integers_with_a_scale_a_row_may_end_inside_a_word(columns: int) -> None
     assert [name for name, _, _ in check(stored, read(stored, [wrong], OTHERS))] == [f"{Q}.weight"] * 3
 
 
+@pytest.mark.parametrize(("bits", "columns"), [(4, 96), (4, 90), (8, 48), (8, 45)])
+def test_without_a_config_only_a_tensor_tells_the_bits_of_integers(bits: int, columns: int) -> None:
+    stored = store({**INTEGERS, **SHAPE, **OTHERS}, None)
+    weight = make_packed(stored, f"{Q}.weight", "integers", (64, columns), bits, columns // 3, **WORDS)
+    assert check(stored, read(stored, [weight], OTHERS)) == []
+    for wrong in (weight._replace(bits=12 - bits), weight._replace(group=8)):
+        assert {name for name, _, _ in check(stored, read(stored, [wrong], OTHERS))} == {f"{Q}.weight"}
+
+
 # --- what was read wrongly ---
 
 

@@ -19,7 +19,7 @@ CompileLoop = Callable[[Any], Any]
 
 SIGN, SIZE, UPPER = np.uint32(0x80000000), np.uint32(0x7FFFFFFF), np.uint32(0xFFFF0000)
 
-INFINITE, QUIET = np.uint32(0x7F800000), np.uint32(0x7FC00000)
+INFINITE = np.uint32(0x7F800000)
 
 ONE, FOUR, SIXTEEN, NIBBLE = np.uint32(1), np.uint32(4), np.uint32(16), np.uint32(15)
 
@@ -29,11 +29,8 @@ BRAIN_MIDDLE = np.uint32(0x7FFF)
 HALF_BITS, HALF_MIDDLE, HALF_MASK = np.uint32(13), np.uint32(0xFFF), np.uint32(0xFFFFE000)
 """What float32 has more than float16."""
 
-LEAST_HALF, ABOVE_HALVES = np.uint32(0x38800000), np.uint32(0x47800000)
-"""Float32 patterns: the smallest normal number of float16, 2^-14, and 2^16, the first that it has not."""
-
-NEXT_TO_TINY = np.float32(0.5)
-"""Next to it float32 has the step of float16 below its normal numbers: 2^-24."""
+ABOVE_HALVES = np.uint32(0x47800000)
+"""2^16 in float32: the first power of two that float16 has not."""
 
 
 @cache
@@ -80,20 +77,21 @@ def round_product(product: Any) -> Any:
 
 
 def round_product_in_half(product: Any) -> Any:
-    """Rounds a float32 to float16, of which it is zero or in the range of normal numbers, and that to BF16."""
+    """Rounds a float32 to float16, of which it is not beyond the range, and that to BF16.
+
+    Of its subnormal numbers it is one already: a product of an integer and a float16 is a multiple of their step.
+    """
     bits = np.float32(product).view(np.uint32)
     bits = (bits + (HALF_MIDDLE + ((bits >> HALF_BITS) & ONE))) & HALF_MASK
     return bits + (BRAIN_MIDDLE + ((bits >> SIXTEEN) & ONE))
 
 
 def round_any_product(product: Any) -> Any:
-    """Rounds any float32 but NaN to float16, and that to BF16."""
+    """Rounds a float32, no NaN, to float16, and that to BF16: infinite from 65520 on."""
     bits = np.float32(product).view(np.uint32)
-    tiny = np.float32((np.float32(abs(product)) + NEXT_TO_TINY) - NEXT_TO_TINY).view(np.uint32)
     size = bits & SIZE
     raised = (size + (HALF_MIDDLE + ((size >> HALF_BITS) & ONE))) & HALF_MASK
     raised = INFINITE if raised >= ABOVE_HALVES else raised
-    raised = tiny if size < LEAST_HALF else raised
     return (raised + (BRAIN_MIDDLE + ((raised >> SIXTEEN) & ONE))) | (bits & SIGN)
 
 

@@ -23,6 +23,7 @@ from reshard.casts.packed_layouts import (
 from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, flatten_to_matrix
 from reshard.casts.strips import Strip
 from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
+from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Packed, Tensor
 
@@ -33,6 +34,9 @@ STRIP_MEMORY = 2 * STRIP_SIZE
 """In bytes, of a strip with its scales, and what making it takes."""
 
 WORD_BITS = 32
+
+IN_ORDER = -1
+"""What compressed-tensors writes for every column if the groups lie in order."""
 
 PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
@@ -124,11 +128,19 @@ def read_factor(packed: Packed, inputs: CastInputs) -> float:
 
 
 def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int32]:
-    """Finds the group of each column: int32 [columns]."""
+    """Finds the group of each column: int32 [columns]. Raises Refused for a group that has no scale."""
+    in_order = (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
     if packed.order is None:
-        return (np.arange(packed.result.shape[-1], dtype=np.int32)) // packed.group
+        return in_order
     integers = np.int64 if packed.order.dtype == "I64" else np.int32
-    return np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers).astype(np.int32)
+    found: NDArray[Any] = np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers)
+    groups = in_order[-1] + 1
+    if np.all(found == IN_ORDER):
+        return in_order
+    if np.any((found < 0) | (found >= groups)):
+        expected = f"numbers from 0 to {groups - 1}, of the groups of columns"
+        raise refuse("wrong-value", packed.order.name, f"{found.min()} to {found.max()}", expected, "is it damaged?")
+    return found.astype(np.int32)
 
 
 def count_strip_rows(packed: Packed) -> int:

@@ -84,6 +84,9 @@ def check_rank_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | No
         yield Problem("wrong-option", "--ranks", "no rank", "at least one, or leave it out")
     if layout.to == WHOLE and ranks is not None:
         yield Problem("wrong-option", "--ranks", "with --to hf", "no ranks: nothing is cut")
+    if recipe.whole_only and layout.to == RANKS:
+        found = f"rank files of {recipe.name}"
+        yield Problem("wrong-option", "--mp", found, f"none: {recipe.whole_only}", "--to hf, or --to dcp, instead")
     if layout.ranks > 1 and layout.to == RANKS and not has_ranks(recipe):
         words = " and ".join([f"--for {recipe.engine}"] * bool(recipe.engine) + [f"--recipe {recipe.name}"])
         remedy = f"leave out --mp; rank files are made without {words}"

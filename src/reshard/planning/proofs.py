@@ -126,7 +126,11 @@ def prove_coverage(
 
 def find_reason(rule: Rule, recipe: Recipe) -> tuple[str, str]:
     """Finds the name of what a rule drops, and the reason."""
-    asked = (place for place in recipe.placeholders.values() if place.optional and f"{{{place.name}}}" in rule.left)
+    asked = (
+        place
+        for place in recipe.placeholders.values()
+        if place.optional and f"{{{place.name}}}" in rule.left + rule.only
+    )
     place = next(asked, None)
     if place and (rule.optional or rule.left.endswith("{*}")):
         return place.counts, place.optional

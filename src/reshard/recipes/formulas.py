@@ -228,8 +228,8 @@ def list_mentions(recipe: Recipe) -> Iterator[Mention]:
     """
     yield from (Mention("ranks_divide", text, {}) for text in recipe.ranks_divide)
     for name, placeholder in recipe.placeholders.items():
-        # With `every`, a config may do without the list.
-        texts = (placeholder.size, "" if placeholder.every else placeholder.picked_by, placeholder.listed)
+        picking = " or ".join(filter(None, (placeholder.picked_by, placeholder.every)))  # either is enough
+        texts = (placeholder.size, picking, placeholder.listed)
         yield from (Mention(f"placeholders: {name}", text, {}) for text in texts if text)
     for name, text in recipe.sizes.items():
         yield Mention(f"sizes: {name}", text, leave_out_size(recipe.sizes, name))

@@ -13,11 +13,15 @@ PLACEHOLDER_TEXTS = (
     "optional", "rows_of", "only",
 )  # fmt: skip
 
-PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, "picked")
+PLACEHOLDER_NUMBERS = ("picked", "listed_from")
+
+PLACEHOLDER_KEYS = (*PLACEHOLDER_TEXTS, *PLACEHOLDER_NUMBERS)
 
 SCALE_KEYS = ("left", "right", "block", "packed", "fp8_block", "stays")
 
 CONDITION = re.compile(r"if [\w.]+")
+
+CONDITION_OF_ROW = re.compile(r"(if|unless) [\w.]+|if \{[a-z]\}|maybe( if [\w.]+)?")
 
 COMPONENT = re.compile(r"[^{}]+|\{[a-z]\}|\{\*\}")
 
@@ -66,7 +70,7 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
         if not re.fullmatch(r"[a-z]", name):
             yield where, f"the placeholder {name!r}", "a single lower-case letter"
         elif not isinstance(fields, dict) or not all(
-            isinstance(value, str) for key, value in fields.items() if key != "picked"
+            isinstance(value, str) for key, value in fields.items() if key not in PLACEHOLDER_NUMBERS
         ):
             yield where, repr(fields), "a table of strings"
         elif unknown := set(fields) - set(PLACEHOLDER_KEYS):
@@ -79,16 +83,18 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield (
                 where,
                 repr(fields),
-                "picked_by and picked together: a config key, and a list of numbers or words",
+                "picked_by and picked together: a config key, and a list of whole numbers or texts",
             )
-        elif ("every" in fields) != ("first" in fields) or lacks_list(fields):
-            yield (
-                where,
-                repr(fields),
-                "every and first together; these and others with picked_by and some_of",
-            )
+        elif "every" in fields and not {"within", "some_of"} & set(fields):
+            yield where, repr(fields), "every with within or some_of: each Nth member of another placeholder"
+        elif "first" in fields and "every" not in fields:
+            yield where, repr(fields), "first with every: so many members before each Nth one counts"
+        elif "others" in fields and not {"picked_by", "some_of"} <= set(fields):
+            yield where, repr(fields), "others with picked_by and some_of: members that the config does not pick"
         elif "listed" in fields and "some_of" not in fields:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
+        elif "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
+            yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
@@ -99,13 +105,8 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
 
 
-def lacks_list(fields: Mapping[str, Any]) -> bool:
-    """Whether a placeholder says more of picked members than the list that picks them, and has no such list."""
-    return bool({"every", "first", "others"} & set(fields)) and not {"picked_by", "some_of"} <= set(fields)
-
-
 def is_list_of_values(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) in {int, str} for item in value)
+    return isinstance(value, list) and all(type(item) in (int, str) for item in value)
 
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -151,6 +152,16 @@ def check_pattern(pattern: str, known: Iterable[str], endings: Iterable[str] = (
         )
     if len(set(names)) != len(names):
         yield f"a placeholder twice in {pattern!r}", "each placeholder once"
+
+
+def check_condition(only: str, left: str, placeholders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Faults in the condition of a row; `left` is its name on the left."""
+    if only and not CONDITION_OF_ROW.fullmatch(only):
+        expected = "'if KEY' or 'unless KEY', with a key of config.json; 'maybe', or 'maybe if KEY'; 'if {m}'"
+        yield repr(only), expected
+    for letter in PLACEHOLDER.findall(only):
+        if letter not in placeholders or letter in PLACEHOLDER.findall(left):
+            yield repr(only), "'if' and a placeholder of this recipe that the name does not have"
 
 
 def check_formula(text: Any, *, is_run: bool = False) -> Iterator[tuple[str, str]]:

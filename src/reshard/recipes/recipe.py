@@ -117,6 +117,7 @@ def make_recipe(table: Mapping[str, Any], text: str, origin: str) -> Recipe:
         rules=tuple(make_rules(table["rules"], placeholders, table.get("code_dtypes", {}))),
         constants=tuple(starmap(make_constant, table.get("constants", ()))),
         engine=table.get("engine", ""),
+        whole_only=table.get("whole_only", ""),
         by_name=table.get("by_name", False),
         origin=origin,
         text_hash=hashlib.sha256(text.encode()).hexdigest(),
@@ -175,7 +176,7 @@ def add_condition(rule: Rule, placeholders: Mapping[str, Placeholder]) -> Rule:
 
 def find_optional_reason(rule: Rule, placeholders: Mapping[str, Placeholder]) -> str:
     """The reason why the tensors of a rule are left out unless they are asked for; empty if they never are."""
-    letters = PLACEHOLDER.findall(rule.left) if rule.relation != "drop" else []
+    letters = PLACEHOLDER.findall(rule.left + rule.only) if rule.relation != "drop" else []
     return next(
         (placeholders[name].optional for name in letters if name in placeholders and placeholders[name].optional), ""
     )

@@ -21,6 +21,7 @@ from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
     TablePath,
+    check_condition,
     check_formula,
     check_pattern,
     check_placeholder_table,
@@ -46,6 +47,7 @@ ALL_KEYS = (
     "rules",
     "constants",
     "engine",
+    "whole_only",
     "by_name",
 )
 
@@ -53,8 +55,6 @@ RELATIONS = ("same", "dequantize", "drop", FLATTEN, *FUSED)
 
 TARGET_KEYS = ("dtype", "packed")
 """Facts of the rank files that a run configuration may use, besides the counts of placeholders."""
-
-CONDITION = re.compile(r"(if|unless) [\w.]+|maybe( if [\w.]+)?")
 
 STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?""""{0,2}|\'\'\'.*?\'\'\'\'{0,2}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*', re.DOTALL
@@ -99,8 +99,9 @@ def check_keys(table: Mapping[str, Any]) -> Iterator[Fault]:
     for key in ("describes", "by_name"):
         if type(table.get(key, False)) is not bool:
             yield (key,), repr(table[key]), f"{key}: true or false"
-    if not isinstance(table.get("checked", ""), str):
-        yield ("checked",), repr(table["checked"]), "checked: a string"
+    for key in ("checked", "whole_only"):
+        if not isinstance(table.get(key, ""), str):
+            yield (key,), repr(table[key]), f"{key}: a string"
     if not isinstance(table.get("rules"), list) or not table["rules"]:
         yield ("rules",), repr(table.get("rules")), "rules: a list of rows"
     yield from check_files(table)
@@ -240,8 +241,7 @@ def check_row(rule: Rule, placeholders: Mapping[str, Any], scales: Mapping[str, 
         yield repr(rule.relation), "a relation: " + ", ".join(RELATIONS)
     yield from check_pattern(rule.left, known) if rule.left else [("no left name", "the name on the left")]
     yield from check_pattern(rule.right, known, scales) if rule.right else ()
-    if rule.only and not CONDITION.fullmatch(rule.only):
-        yield repr(rule.only), "'if KEY' or 'unless KEY', with a key of config.json; or 'maybe', or 'maybe if KEY'"
+    yield from check_condition(rule.only, rule.left, placeholders)
     if rule.shape:
         yield from check_rule_shape(rule.shape)
     if rule.relation == "drop":

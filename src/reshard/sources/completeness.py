@@ -21,8 +21,8 @@ MAYBE = "maybe"
 TIED = "tie_word_embeddings"
 """Config key that is true if the output head is the embedding."""
 
-DRAFTS = "num_nextn_predict_layers"
-"""Config key of the number of MTP layers."""
+DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Config keys of the number of MTP layers."""
 
 Members = Mapping[str, set[int]]
 """The numbers that fill each placeholder."""
@@ -124,7 +124,8 @@ def suggest_remedy(place: Placeholder, numbers: set[int], config: Mapping[str, A
 def find_draft_keys(config: Mapping[str, Any]) -> list[str]:
     """Finds the keys with the number of MTP layers, which loaders read even where a recipe does not count by them."""
     tables = (("", config), ("text_config.", config.get("text_config")))
-    return [prefix + DRAFTS for prefix, table in tables if isinstance(table, Mapping) and table.get(DRAFTS)]
+    found = [(prefix, table) for prefix, table in tables if isinstance(table, Mapping)]
+    return [prefix + key for prefix, table in found for key in DRAFTS if table.get(key)]
 
 
 def note_no_drafts(
@@ -182,9 +183,13 @@ def suggest_for_others(rule: Rule, recipe: Recipe, config: Mapping[str, Any] | N
 
 
 def is_expected(rule: Rule, config: Mapping[str, Any], recipe: Recipe, present: Present) -> bool:
-    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide."""
+    """Whether the model has the tensors of a rule. If the config lacks the key, tensors of an `if` rule decide. Where
+    the key is a placeholder, its members decide.
+    """
     if not rule.only or rule.only.startswith(MAYBE):
         return True
+    if letters := PLACEHOLDER.findall(rule.only):
+        return any(letters[0] in list_slots(recipe.rules[number], recipe) for number in present)
     condition, key = rule.only.split()
     ifs = (number for number, other in enumerate(recipe.rules) if other.only == f"if {key}")
     told = get_answer(key, config)
@@ -215,7 +220,7 @@ def check_missing_of_rule(
 def suggest_condition(rule: Rule) -> str:
     """Suggests the value of a config key with which a model does not have the tensors of a rule; empty without one."""
     condition, _, key = rule.only.rpartition(" ")
-    if not condition:
+    if not condition or PLACEHOLDER.fullmatch(key):
         return ""
     without = f"is a file missing? a model without it has {key}"
     if condition == "if":

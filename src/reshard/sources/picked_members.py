@@ -16,7 +16,7 @@ def find_picked(place: Placeholder, whole: set[int], config: Mapping[str, Any] |
     """Finds the members of a placeholder that the config picks among `whole`, or names; None if it does not tell."""
     values, listed = read_config_value(place.picked_by, config), read_config_value(place.listed, config)
     if isinstance(listed, list):
-        return {number for number in listed if type(number) is int}
+        return {number - place.listed_from for number in listed if type(number) is int}
     if isinstance(values, list) or (isinstance(values, str) and place.every):
         return {number for number, value in enumerate(values) if value in place.picked and number in whole}
     return find_every(place, whole, config)
@@ -24,7 +24,7 @@ def find_picked(place: Placeholder, whole: set[int], config: Mapping[str, Any] |
 
 def find_every(place: Placeholder, whole: set[int], config: Mapping[str, Any] | None) -> set[int] | None:
     """Finds the first members of `whole`, and every Nth behind them, as the config counts; None if it does not."""
-    step, first = read_config_value(place.every, config), read_config_value(place.first, config)
+    step, first = read_config_value(place.every, config), read_config_value(place.first or "0", config)
     if type(step) is not int or type(first) is not int:
         return None
     return {number for number in whole if number < first or (number - first + 1) % max(step, 1) == 0}
@@ -70,6 +70,7 @@ def check_picked(
     elif wanted is not None and wanted != members[place.name]:
         found = f"{format_numbers(members[place.name])} by the names of the tensors"
         expected = f"{format_numbers(wanted)}, as {find_picking_key(place, config)} of config.json says"
+        expected += f", which counts from {place.listed_from}" if place.listed_from else ""
         yield Problem("contradiction", place.counts, found, expected, OTHER_MODEL)
 
 

@@ -90,9 +90,10 @@ def prune_config(
     if layers is not None and counting:
         count = read_config_value(counting.size, config)
         prune_lists(changed, recipe, counting, layers, count if type(count) is int else len(layers))
+        prune_members(changed, recipe, counting, layers)
         problems.extend(prune_references(changed, counting, layers))
         problems.extend(check_steps(config, recipe, counting, layers))
-        prune_modules(changed, layers, count if type(count) is int else 0)
+        prune_modules(changed, list_other_modules(recipe, counting), layers, count if type(count) is int else 0)
     for place in recipe.placeholders.values():
         for key in place.size.split(" or "):
             is_absent = place.only and not left[place.name]  # the key says nothing then
@@ -127,12 +128,13 @@ def prune_lists(config: dict[str, Any], recipe: Recipe, counting: Placeholder, l
 
 
 def check_steps(config: Mapping[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> Iterator[Problem]:
-    """Reports kept layers that a config would count otherwise by their new numbers: every Nth layer is picked. Some
-    loaders go by that also where a list tells the same.
+    """Reports kept layers that a config would count otherwise by their new numbers: every Nth layer is picked. Where
+    others may be there too, some loaders go by that although a list tells the same.
     """
     for place in recipe.placeholders.values():
         step = read_config_value(place.every, config)
-        if place.some_of == counting.name and type(step) is int and step > 1:
+        is_listed = isinstance(read_config_value(place.picked_by, config), list) and not place.others
+        if counting.name in (place.some_of, place.within) and type(step) is int and step > 1 and not is_listed:
             picked = find_picked(place, set(layers), config) or set()
             told = find_every(place, set(layers.values()), config)
             if told != (kept := {new for old, new in layers.items() if old in picked}):
@@ -140,6 +142,25 @@ def check_steps(config: Mapping[str, Any], recipe: Recipe, counting: Placeholder
                 key = find_step_key(place, config)
                 expected = f"{format_numbers(told or set())}: {key} of config.json counts them"
                 yield Problem("needs-layers", "--layers", found, expected, "choose layers from 0 on, or whole periods")
+
+
+def prune_members(config: dict[str, Any], recipe: Recipe, counting: Placeholder, layers: Layers) -> None:
+    """Prunes the lists that name all layers of a kind, in place. Kept layers stay in them, with their new numbers."""
+    for place in recipe.placeholders.values():
+        name, first = place.listed.rpartition(".")[2], place.listed_from
+        if find_base(place, recipe) != counting.name or name == DENSE or REFERENCE.fullmatch(name):
+            continue
+        values = read_config_value(place.listed, config) if KEY.fullmatch(place.listed) else None
+        if isinstance(values, list):
+            kept = [value for value in values if type(value) is int and value - first in layers]
+            set_key(config, place.listed, [layers[value - first] + first for value in kept])
+
+
+def find_base(place: Placeholder, recipe: Recipe) -> str:
+    """Finds the name of the outermost placeholder that contains the members of this one."""
+    for _ in recipe.placeholders:  # an untrusted recipe may lead in a circle
+        place = recipe.placeholders.get(place.within or place.some_of, place)
+    return place.name
 
 
 def prune_references(config: dict[str, Any], counting: Placeholder, layers: Layers) -> Iterator[Problem]:
@@ -160,20 +181,29 @@ def prune_references(config: dict[str, Any], counting: Placeholder, layers: Laye
             table[key] = new if isinstance(table[key], list) else new[0]
 
 
-def prune_modules(config: dict[str, Any], layers: Layers, count: int) -> None:
-    """Renumbers the layers in the names of modules that are not quantized, in place. MTP layers come last."""
+def list_other_modules(recipe: Recipe, counting: Placeholder) -> tuple[str, ...]:
+    """Lists the beginnings of modules that are numbered apart from the layers, such as `mtp.layers.`."""
+    heads = {rule.left.split("{", 1)[0]: rule.left.split("{", 1)[1][:1] for rule in recipe.rules if "{" in rule.left}
+    own = {name for name, place in recipe.placeholders.items() if not (place.within or place.some_of or place.after)}
+    return tuple(head for head, letter in heads.items() if letter in own and letter != counting.name)
+
+
+def prune_modules(config: dict[str, Any], others: tuple[str, ...], layers: Layers, count: int) -> None:
+    """Renumbers the layers in the names of modules that are not quantized, in place, but of modules that begin as
+    `others`. MTP layers come last.
+    """
     quantization = config.get("quantization_config")
     for key in EXEMPT_KEYS:
         names = quantization.get(key) if isinstance(quantization, dict) else None
         if isinstance(quantization, dict) and isinstance(names, list):
-            quantization[key] = [*renumber_modules(names, layers, count)]
+            quantization[key] = [*renumber_modules(names, others, layers, count)]
 
 
-def renumber_modules(names: Sequence[Any], layers: Layers, count: int) -> Iterator[Any]:
+def renumber_modules(names: Sequence[Any], others: tuple[str, ...], layers: Layers, count: int) -> Iterator[Any]:
     """Yields module names with new layer numbers, without the names of removed layers."""
     for name in names:
         found = MODULE.fullmatch(name) if isinstance(name, str) else None
-        if not found:
+        if not found or name.startswith(others):
             yield name
             continue
         number = int(found[2])

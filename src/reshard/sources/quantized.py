@@ -100,7 +100,7 @@ def explain_unknown(checkpoint: Checkpoint, recipe: Recipe | None, unknown: Sequ
         return None
     described = describe_format(promise, by_names, marked or codes)
     remedy = suggest_source(checkpoint.config or {})
-    if not checkpoint.packed and collect_modules(checkpoint.tensors):
+    if recipe and not checkpoint.packed and collect_modules(checkpoint.tensors):
         remedy = "add --cast bf16, which computes its weights in BF16; or " + remedy.partition("; or ")[0]
     elif recipe is None and (by_names in DESCRIBED or (is_served and not by_names)):
         remedy = ""

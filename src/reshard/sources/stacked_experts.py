@@ -191,16 +191,22 @@ def check_mixture(
     stored: Checkpoint, recipe: Recipe, names: Sequence[tuple[str, Sequence[str]]], patterns: RankPatterns
 ) -> Iterator[Problem]:
     """Reports names of the left side that the right side does not have: experts apart beside stacked ones; and what
-    belongs to quantized stacks.
+    belongs to quantized stacks. Of layers of another kind, such as MTP, all experts may lie apart.
     """
+    stacks = {one.key for one in patterns.fused}
+    pairs = list(zip(stored.tensors, names, strict=True))
+    present = {key for key, _ in names}
+    kinds = {one.slots for one in patterns.fused if one.key in present}
+    other_kinds = {
+        number for one, fused in patterns.fused.items() if one.slots not in kinds for number in fused.fusion.rules
+    }
     lefts = {
         pattern.key
         for number, rule in enumerate(recipe.rules)
-        if rule.relation in FUSED or (rule.relation == "same" and rule.left != rule.right)
+        if number not in other_kinds
+        and (rule.relation in FUSED or (rule.relation == "same" and rule.left != rule.right))
         for pattern in make_patterns(number, rule, recipe)
     }
-    stacks = {one.key for one in patterns.fused}
-    pairs = list(zip(stored.tensors, names, strict=True))
     first = next(name for name, (key, _) in pairs if key in stacks)
     if apart := [name for name, (key, _) in pairs if key in lefts and key not in patterns.by_key]:
         found, folder = f"names of the hub, though experts are stacked, as in {first}", shlex.quote(str(stored.folder))

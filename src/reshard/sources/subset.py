@@ -16,7 +16,7 @@ from reshard.recipe_types import Placeholder, Recipe, Rule
 from reshard.recipes.formulas import parse_shape
 from reshard.recipes.patterns import list_slots
 from reshard.sources.match import Family, Matched, find_members
-from reshard.sources.pruned_config import check_experts, name_table, prune_config
+from reshard.sources.pruned_config import check_experts, find_base, name_table, prune_config
 from reshard.text import format_numbers
 from reshard.types import Checkpoint, Join, Subset, Tensor
 
@@ -120,13 +120,6 @@ def assign_new_numbers(choices: Iterable[ChosenMembers], recipe: Recipe, members
                 later = enumerate(sorted(members[name]), len(choice.chosen))
                 found[name] = {old: place for place, old in later}
     return found
-
-
-def find_base(place: Placeholder, recipe: Recipe) -> str:
-    """Finds the name of the outermost placeholder that contains the members of this one."""
-    for _ in recipe.placeholders:  # an untrusted recipe may lead in a circle
-        place = recipe.placeholders.get(place.within or place.some_of, place)
-    return place.name
 
 
 def keep_family(family: Family, recipe: Recipe, numbers: Numbers) -> Family:

@@ -22,6 +22,9 @@ MATRIX = 2
 DTYPES = ("torch_dtype", "dtype")
 """Config keys of the dtype of the weights: older and newer configs."""
 
+PARTS = ("text_config", "vision_config")
+"""Config keys of objects for parts of a model, each with a dtype of its own."""
+
 
 def make_whole_files(plan: Plan) -> dict[str, bytes]:
     """Makes the config after casts, and the index of whole files unless they are one `model.safetensors`: of slices,
@@ -57,6 +60,7 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     if plan.layout.cast == "bf16":
         for key in ("quantization_config", "expert_dtype") if plan.recipe.scales else ():  # else nothing is dequantized
             changed.pop(key, None)
+        changed = {key: round_dtypes(value) if key in PARTS else value for key, value in changed.items()}
         changed |= {key: "bfloat16" for key in DTYPES if key in changed} or {"torch_dtype": "bfloat16"}
     blocks = [cast.block for cast in plan.casts if cast.operation.startswith("quantize")]
     if plan.layout.cast in CAST_TO_FP8 and blocks:
@@ -70,6 +74,11 @@ def cast_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
         new = [module for module in modules if module not in known]
         changed["quantization_config"] = {**quantization, EXEMPT: [*known, *new]}
     return changed
+
+
+def round_dtypes(part: Any) -> Any:
+    """The config of a part of a model with BF16 as its dtype, where it states one."""
+    return {**part, **{key: "bfloat16" for key in DTYPES if key in part}} if isinstance(part, dict) else part
 
 
 def find_unscaled_modules(plan: Plan) -> list[str]:

@@ -54,8 +54,9 @@ VLLM = "vllm"
 """As the engine of a recipe: rank files for its `sharded_state`."""
 
 VLLM_CASTS = {
-    **dict.fromkeys(("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5"), ("", "bf16")),
+    **dict.fromkeys(("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5", "kimi-k25"), ("", "bf16")),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "glm4-moe"), ("", "bf16")),
+    **dict.fromkeys(("qwen3-next", "qwen35", "qwen35-moe", "minimax-m2"), ("", "bf16")),
     **dict.fromkeys(("vllm-llama", "vllm-qwen2", "vllm-qwen3", "vllm-qwen3-moe", "vllm-mixtral"), ("", "bf16")),
     **dict.fromkeys(("vllm-deepseek-v2", "vllm-deepseek-v3"), ("", "bf16")),
     **dict.fromkeys(("deepseek-v4", "glm4-moe-fp8", "gpt-oss", "vllm-gpt-oss"), ("",)),

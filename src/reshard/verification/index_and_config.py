@@ -22,6 +22,9 @@ from reshard.verification.target_folder import CONVERT_AGAIN_HINT, TargetHeader
 CONFIG_DTYPE_KEYS = ("torch_dtype", "dtype")
 """The config keys for the dtype of the weights: the old one and the new one."""
 
+CONFIGS_OF_PARTS = ("text_config", "vision_config")
+"""The config keys of objects that state a dtype of their own."""
+
 
 def check_index_and_config(
     target: AnyPath,
@@ -98,8 +101,9 @@ def check_target_config(
     for key in sorted((config.keys() | found.keys()) - changed):
         if key in CONFIG_DTYPE_KEYS and found.get(key) == "bfloat16":
             continue
-        if found.get(key) != config.get(key):
-            yield make_config_problem(key, found, format_config_value(config, key))
+        wanted = find_wanted_value(config, key, is_rounded=bool(done & {DEQUANTIZE, ROUND}))
+        if found.get(key) != wanted:
+            yield make_config_problem(key, found, json.dumps(wanted) if key in config else "nothing")
     for key in quantization if is_bf16 else ():
         if key in found:
             yield make_config_problem(key, found, "nothing: the weights are BF16")
@@ -110,6 +114,14 @@ def check_target_config(
         yield from check_expert_dtype(config, found)
     if QUANTIZE in done:
         yield from check_quantization_config(files, found, recipe, is_power=is_power)
+
+
+def find_wanted_value(config: Mapping[str, Any], key: str, *, is_rounded: bool) -> Any:
+    """Finds the value that a config must have: that of the source, but for the dtype of a part that became BF16."""
+    value = config.get(key)
+    if is_rounded and key in CONFIGS_OF_PARTS and isinstance(value, dict):
+        return {name: "bfloat16" if name in CONFIG_DTYPE_KEYS else one for name, one in value.items()}
+    return value
 
 
 def check_told_sizes(config: Mapping[str, Any], found: Mapping[str, Any], recipe: Recipe) -> Iterator[Problem]:

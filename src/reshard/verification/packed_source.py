@@ -12,7 +12,13 @@ from reshard.errors import Problem
 from reshard.types import NVFP4, PACKED, Checkpoint, Packed, Tensor
 from reshard.verification.nvfp4_config import make_nvfp4_config
 from reshard.verification.stacked_source import REPORT, describe_place
-from reshard.verification.stored_packings import QUANTIZATION_KEYS, WORD, find_packed_weights, make_result
+from reshard.verification.stored_packings import (
+    QUANTIZATION_KEYS,
+    WORD,
+    find_packed_weights,
+    find_quantization,
+    make_result,
+)
 
 LEFT_ASIDE = (
     *(".weight_shape", ".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale"),
@@ -82,7 +88,7 @@ def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSou
         yield Problem("wrong-place", name, text, f"what is made of {wanted.codes.name} ({wanted.packing})", REPORT)
         return
     found = read.packed[place]
-    wanted = fit_columns(wanted, found.result.shape)
+    wanted = take_open_facts(wanted, found, find_quantization(stored.config or {}))
     said, expected = (f"{one.packing}, {one.bits} bits, groups of {one.group}" for one in (found, wanted))
     if said != expected:
         yield Problem("wrong-place", name, said, expected, REPORT)
@@ -99,15 +105,18 @@ def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSou
             yield Problem("wrong-place", name, said, expected, REPORT)
 
 
-def fit_columns(packed: Packed, shape: tuple[int, ...]) -> Packed:
-    """The same weight with the columns of a `shape`, where headers do not tell them to the last: of integers with one
-    scale a row, of which the last word may have room for more.
+def take_open_facts(wanted: Packed, found: Packed, table: Mapping[str, Any]) -> Packed:
+    """The same weight with the bits and columns that it was read with, where only a tensor tells them: of integers
+    whose last word may have room for more codes, or of whose bits no config tells.
     """
-    rows, columns = packed.result.shape[0], packed.result.shape[-1]
-    is_open = packed.packing == "integers" and packed.group == columns and len(shape) == 2
-    if not is_open or not columns - WORD // packed.bits < shape[1] <= columns:
-        return packed
-    return packed._replace(group=shape[1], result=make_result(packed.result.name, rows, shape[1]))
+    words, in_row = wanted.codes.shape[-1], wanted.scales.shape[-1] or 1
+    is_told = bool(table.get("config_groups"))
+    bits, columns = wanted.bits if is_told else found.bits, found.result.shape[-1] if found.result.shape else 0
+    is_open = wanted.packing == "integers" and (in_row == 1 or not is_told)
+    if not is_open or bits not in (4, 8) or -(-columns * bits // WORD) != words or columns % in_row:
+        return wanted
+    result = make_result(wanted.result.name, wanted.result.shape[0], columns)
+    return wanted._replace(bits=bits, group=columns // in_row, result=result)
 
 
 def is_same_place(one: Tensor | None, other: Tensor | None) -> bool:

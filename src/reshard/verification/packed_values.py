@@ -3,7 +3,7 @@
 Written from the libraries of the formats, which compute in the dtype of their scales: compressed-tensors
 (`compressors/pack_quantized`, `nvfp4`, `mxfp4`, `quantization/lifecycle/forward_helpers.py`), ModelOpt
 (`qtensor/nvfp4_tensor.py`), transformers (`integrations/mxfp4.py`), AutoAWQ (`utils/packing_utils.py`), GPTQModel
-(`nn_modules/qlinear/torch.py`; the zero points of its first format as in `utils/model_dequant.py`).
+(`nn_modules/qlinear/torch.py`; the zero points of its first format: `utils/model.py`).
 """
 
 from typing import Any, NamedTuple
@@ -120,9 +120,11 @@ def unpack_zeros(packed: Packed, raw: TileBytes, rows: range) -> NDArray[Any]:
         return unpack_fields(view_as_words(raw).T, packed.bits).T[first : first + len(rows)]
     if packed.packing == "awq":  # words [groups, rows / 8]
         return unpack_awq_words(raw).T[: len(rows)]
-    zeros = unpack_fields(view_as_words(raw), packed.bits).T[: len(rows)]
-    # The first format stores one less: the largest code stands for zero.
-    return zeros if packed.packing == "gptq-v2" else (zeros + 1) & ((1 << packed.bits) - 1)
+    words = view_as_words(raw)  # [groups, rows * bits / 32]
+    if packed.packing == "gptq":
+        # The first format stores one less, word by word: GPTQModel adds it to whole words too, with their carries.
+        words = words + np.uint32(sum(1 << place for place in range(0, WORD_BITS, packed.bits)))
+    return unpack_fields(words, packed.bits).T[: len(rows)]
 
 
 def view_as_words(raw: TileBytes) -> NDArray[np.uint32]:
