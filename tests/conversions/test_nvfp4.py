@@ -56,6 +56,14 @@ def test_every_scale_that_fits_gives_the_same_values(tmp_path: Path, low: int) -
     }
 
 
+def test_the_inverse_of_a_factor_is_normal(tmp_path: Path) -> None:
+    """In F32, which engines need: of scales near the smallest, the largest becomes less than 2^8."""
+    tensors = make_mxfp4_tensors(0, 3)
+    target = convert(tensors, tmp_path)
+    require_same_values(tensors, target)
+    assert {float(factor) for name, factor in target.items() if name.endswith("global_scale")} == {2.0**126}
+
+
 @pytest.mark.parametrize(("files", "options"), [(3, {}), (2, {"max_file_size": 9000, "jobs": 1}), (1, {"jobs": 3})])
 def test_one_file_and_many(tmp_path: Path, files: int, options: dict[str, Any]) -> None:
     tensors = make_mxfp4_tensors()

@@ -117,11 +117,15 @@ def test_a_factor_that_is_no_power_of_two_is_wrong(made: Path, target: Path, fac
     assert ("differs", f"{UP}.weight_global_scale") in find_problems(target, made)
 
 
-@pytest.mark.parametrize("code", [0x00, 0x7F, 0x80, 0xFF])
-def test_a_scale_that_no_code_fits_is_wrong_whatever_the_target_has(made: Path, tmp_path: Path, code: int) -> None:
-    """The source changes behind the conversion; the tile is not the first."""
+@pytest.mark.parametrize(("scale", "code"), [(109, 0x00), (109, 0x7F), (109, 0x80), (128, 0xFF), (255, 0x01)])
+def test_a_scale_that_no_code_fits_is_wrong_whatever_the_target_has(
+    made: Path, tmp_path: Path, scale: int, code: int
+) -> None:
+    """The source changes behind the conversion; the tile is not the first. NaN is wrong of zeros too."""
     tensors = make_mxfp4_tensors()
-    tensors[f"{UP}.weight_scale"][-1, -1] = 109
+    tensors[f"{UP}.weight_scale"][-1, -1] = scale
+    if scale == 255:
+        tensors[f"{UP}.weight_packed"][-1, 32:] = 0
     source = write_model(tmp_path / "source", tensors)
     shutil.copytree(made / "target", tmp_path / "target")
     (tmp_path / "target" / "reshard.json").unlink()
