@@ -20,11 +20,13 @@ from mxfp4_models import (
     write_model,
 )
 from packed_llamas import write_packed
+from refusals import TINY
 from targets import leave_unfinished
 
 import reshard
 import reshard.execution.reader
 from reshard.errors import Refused
+from reshard.synthetic import write_checkpoint
 
 GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
 
@@ -282,6 +284,13 @@ def test_other_packings_are_refused(tmp_path: Path, kind: str, reason: str) -> N
     assert problem.kind == "wrong-option"
     assert reason in str(refused.value)
     assert 'cast="bf16"' in str(refused.value)
+    assert not (tmp_path / "target").exists()
+
+
+def test_fp8_with_block_scales_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", TINY, 1)
+    with pytest.raises(Refused, match=r'(?s)cast="bf16".*weights of FP8.*4 bits of its 8'):
+        reshard.convert(tmp_path / "source", tmp_path / "target", to="hf", cast="nvfp4")
     assert not (tmp_path / "target").exists()
 
 

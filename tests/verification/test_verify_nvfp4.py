@@ -111,10 +111,22 @@ def test_other_scales_of_the_same_values_are_right(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "changed")
 
 
-@pytest.mark.parametrize("factor", [0.0, -512.0, float("inf"), float("nan"), 2.0**-140, 768.0])
-def test_a_factor_that_is_no_power_of_two_is_wrong(made: Path, target: Path, factor: float) -> None:
-    rewrite(target, lambda tensors: tensors[f"{UP}.weight_global_scale"].fill_(factor))
-    assert ("differs", f"{UP}.weight_global_scale") in find_problems(target, made)
+def set_factor(name: str, factor: float, tensors: Tensors) -> None:
+    tensors[name].fill_(factor)
+
+
+def test_a_factor_that_is_no_power_of_two_is_wrong(tmp_path: Path) -> None:
+    """Also where scales are right for a factor of 1."""
+    for low in (110, 118):
+        source = write_model(tmp_path / f"source-{low}", make_mxfp4_tensors(low, low + 17))
+        target = tmp_path / f"target-{low}"
+        reshard.convert(source, target, to="hf", cast="nvfp4")
+        (target / "reshard.json").unlink()
+        name = f"{UP}.weight_global_scale"
+        for factor in (0.0, -1.0, float("inf"), float("nan"), 2.0**-140, 1.5, 384.0):
+            rewrite(target, partial(set_factor, name, factor))
+            problems = reshard.verify(target, source).problems
+            assert ("differs", f"{FILE}: {name}") in [(one.kind, one.subject) for one in problems]
 
 
 @pytest.mark.parametrize(("scale", "code"), [(109, 0x00), (109, 0x7F), (109, 0x80), (128, 0xFF), (255, 0x01)])
