@@ -19,9 +19,11 @@ from verified_targets import verify_target
 
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.checkpoints import read_checkpoint
-from reshard.types import PACKED, Checkpoint
+from reshard.types import PACKED, Checkpoint, Share
+from reshard.verification.compared_shares import compare_traced_share, merge_comparisons
 from reshard.verification.report import Report
 from reshard.verification.stored_packings import find_packed_weights
+from reshard.verification.verify import trace_target
 
 RANKS = 2
 LEAST = Fraction(1, 10**8)
@@ -141,6 +143,15 @@ def test_a_true_target_is_proven(made: Path) -> None:
     assert report.casts == {"dequantize": 12 * RANKS - RANKS}, "two are fused"
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (made / "target").iterdir()]
     assert report.compared == report.size == sum(sizes)
+
+
+def test_shares_compare_all_once(made: Path) -> None:
+    recipe = load_recipe(str(made / "own.toml"))
+    sides = made / "target", read_dequantized(made / "source"), recipe
+    traced = trace_target(*sides, None, stacked=None, packed=None, ignore_extra_files=False)
+    found = [compare_traced_share(traced, Share(number, 3), None, None) for number in range(3)]
+    assert all(one.size and not one.differences for one in found)
+    assert merge_comparisons(traced, found, None).size == verify(made).compared
 
 
 def test_whole_files_are_proven(made: Path) -> None:
