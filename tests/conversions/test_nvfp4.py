@@ -189,6 +189,27 @@ def test_the_config_is_that_of_weight_only_nvfp4(tmp_path: Path) -> None:
     assert not (tmp_path / "target" / "recipe.yaml").exists()
 
 
+def test_a_config_of_activations_and_of_a_cache_tells_of_them_no_more(tmp_path: Path) -> None:
+    """vLLM takes weight-only NVFP4 only where there are no activations; another group stays as it is."""
+    old = TABLE["config_groups"]["group_0"]
+    other = {"targets": ["re:.*none.*"], "weights": {"num_bits": 8, "type": "float", "group_size": 32}}
+    groups = {"group_0": {**old, "input_activations": old["weights"]}, "group_1": other}
+    table = change_table(
+        config_groups=groups, kv_cache_scheme={"num_bits": 8, "type": "float"}, format="mixed-precision"
+    )
+    tensors = make_mxfp4_tensors()
+    source = write_model(tmp_path / "source", {**tensors, f"{PARENTS[0]}.k_scale": torch.ones(1)}, table=table)
+    reshard.convert(source, tmp_path / "target", to="hf", cast="nvfp4")
+    assert not reshard.verify(tmp_path / "target", source).problems
+    require_same_values(tensors, read_model(tmp_path / "target"))
+    found = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
+    assert found["kv_cache_scheme"] is None
+    assert found["format"] == "mixed-precision"
+    assert found["config_groups"]["group_0"]["format"] == "nvfp4-pack-quantized"
+    assert found["config_groups"]["group_0"]["input_activations"] is None
+    assert found["config_groups"]["group_1"] == other
+
+
 def change_table(**changes: Any) -> dict[str, Any]:
     return {**TABLE, **changes}
 
