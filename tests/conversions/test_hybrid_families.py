@@ -373,7 +373,8 @@ def test_without_a_config_the_names_tell_the_recipe(name: str, source: Source, t
 )
 def test_ranks_that_would_cut_a_key_head_are_refused(name: str, heads: str, tmp_path: Path) -> None:
     experts = {"qwen3-next": "num_experts", "minimax-m2.7": "num_local_experts"}[name]
-    write_small_hybrid(tmp_path / "source", name, num_attention_heads=8, **{heads: 4, experts: 16})
+    changes: dict[str, Any] = {heads: 4, experts: 16}
+    write_small_hybrid(tmp_path / "source", name, num_attention_heads=8, **changes)
     with pytest.raises(Refused) as refused:
         reshard.plan(tmp_path / "source", mp=8)
     assert [problem.subject for problem in refused.value.problems] == [f"{heads} (4)"]

@@ -228,7 +228,8 @@ def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[P
     require_part(parts, "scales", (groups, outs), ("F16", "BF16", "F32"))
     require_part(parts, "qzeros", zeros.shape, ("I32",))
     require_part(parts, "g_idx", (columns,), ("I32", "I64"))
-    packing = "gptq-v2" if table.get("checkpoint_format") == "gptq_v2" else "gptq"
+    told = table.get("checkpoint_format", table.get("format"))  # GPTQModel writes both, or the second
+    packing = "gptq-v2" if told == "gptq_v2" else "gptq"
     return build_form(packing, (outs, columns), bits, group, names)
 
 
