@@ -10,12 +10,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
+from reshard.sources.nvfp4_config import describe_as_nvfp4
 from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm
 from reshard.sources.problem_order import sort_problems
 from reshard.sources.quantization_config import CONFIG_KEYS, read_promise
 from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
-from reshard.types import PACKED, Checkpoint, Note, Packed, Tensor
+from reshard.types import NVFP4, PACKED, Checkpoint, Note, Packed, Tensor
 
 LEFT_ASIDE = (
     *("weight_shape", "input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),
@@ -28,6 +29,9 @@ WEIGHT = ".weight"
 UNPACKED = "dequantized"
 """The kind of the note that tells of weights that are read as BF16."""
 
+TAKING = ("bf16", NVFP4)
+"""Values of `--cast` that read packed weights under plain names."""
+
 
 class Unpacked(NamedTuple):
     """A checkpoint with packed weights, under both names."""
@@ -35,15 +39,18 @@ class Unpacked(NamedTuple):
     stored: Checkpoint
     """As it lies in the files."""
     checkpoint: Checkpoint
-    """Under plain names; its config does not tell of a quantization any more."""
+    """Under plain names; its config tells of the quantization that the target has, if any."""
+    cast: str
+    """The value of `--cast` that it is read for."""
 
 
-def unpack_checkpoint(stored: Checkpoint) -> Unpacked | None:
-    """Finds the packed weights of a checkpoint, and reads it under plain names; None if it has none.
+def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
+    """Finds the packed weights of a checkpoint, and reads it under plain names; None if it has none, or if no `cast`
+    wants them.
 
     Raises Refused if a part of a weight is missing, or if parts do not fit each other.
     """
-    parts = collect_parts(stored.tensors)
+    parts = collect_parts(stored.tensors) if cast in TAKING else {}
     modules = find_forms(parts)
     if not modules:
         return None
@@ -59,7 +66,7 @@ def unpack_checkpoint(stored: Checkpoint) -> Unpacked | None:
             packed.append(found)
     if problems:
         raise Refused(sort_problems(islice(problems, MOST_PROBLEMS)))
-    return Unpacked(stored, replace_packed(stored, packed))
+    return Unpacked(stored, replace_packed(stored, packed, cast), cast)
 
 
 class Module(NamedTuple):
@@ -166,7 +173,7 @@ class FormReader:
         return int.from_bytes(content[shape.size // 2 :], "little")
 
 
-def replace_packed(stored: Checkpoint, packed: Sequence[Packed]) -> Checkpoint:
+def replace_packed(stored: Checkpoint, packed: Sequence[Packed], cast: str) -> Checkpoint:
     """Replaces the parts of packed weights by the weights, each in the place of its codes."""
     results = {one.codes.name: one.result for one in packed}
     used = {part.name for one in packed for part in one.list_inputs()}
@@ -187,20 +194,22 @@ def replace_packed(stored: Checkpoint, packed: Sequence[Packed]) -> Checkpoint:
         tensors[found.name] = found
     if twice:
         raise Refused(twice)
-    notes = (*stored.notes, *note_unpacked(packed, aside))
-    config = drop_promise(stored.config)
+    notes = (*stored.notes, *note_unpacked(packed, aside, cast))
+    is_nvfp4 = cast == NVFP4 and any(one.packing == "mxfp4" for one in packed)
+    config = describe_as_nvfp4(stored.config) if is_nvfp4 else drop_promise(stored.config)
     return replace(stored, tensors=tensors, packed=tuple(packed), config=config, notes=notes)
 
 
-def note_unpacked(packed: Sequence[Packed], aside: Sequence[str]) -> Iterator[Note]:
-    """Notes what is read as BF16, and which tensors a model of BF16 does not have."""
+def note_unpacked(packed: Sequence[Packed], aside: Sequence[str], cast: str) -> Iterator[Note]:
+    """Notes what packed weights are read as, and which tensors a target does not have."""
     kinds = list(dict.fromkeys(one.packing for one in packed))
     weights = format_count(len(packed), "weights")
-    yield Note(UNPACKED, f"{weights} that lie packed ({format_list(kinds)}) are read as BF16")
+    if cast != NVFP4:
+        yield Note(UNPACKED, f"{weights} that lie packed ({format_list(kinds)}) are read as BF16")
     others = [name for name in aside if not name.endswith(".weight_shape")]
     if others:
         text = f"left aside: {format_count(len(others), 'scales')} of activations or caches, such as {others[0]}"
-        yield Note("left-aside", f"{text}: BF16 has none")
+        yield Note("left-aside", f"{text}: {'the target is of weights only' if cast == NVFP4 else 'BF16 has none'}")
 
 
 def drop_promise(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
