@@ -361,6 +361,8 @@ FAULTS = [
                  id="a list that begins at 1, and no list"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense", listed_from = "1" }',
                  "the whole number that the list has for member 0", id="a list that begins at a text"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", size = "n", optional = "not needed" }',
+                 "optional without size", id="a number of what may be left out"),
     pytest.param(line_with("checked "), "whole_only = true", "whole_only: a string", id="a boolean as whole_only"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
                  id="half a formula as size"),
