@@ -175,7 +175,7 @@ def test_what_a_recipe_may_leave_out() -> None:
     ("name", "kind", "word"),
     [
         pytest.param("deepseek-v33", "unknown-recipe", "did you mean deepseek-v3?", id="nearly a name"),
-        pytest.param("phi", "unknown-recipe", "one of deepseek-v2, deepseek-v3", id="another name"),
+        pytest.param("phi", "unknown-recipe", "deepseek-v2, deepseek-v3", id="another name"),
         pytest.param("no/such/recipe.toml", "unknown-recipe", "no/such/recipe.toml", id="no such file"),
         pytest.param(str(FAMILIES_FOLDER), "unknown-recipe", "no such recipe", id="a folder"),
     ],

@@ -95,8 +95,6 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, repr(fields), "listed with some_of: some members of another placeholder"
         elif "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
             yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
-        elif {"optional", "size"} <= set(fields):
-            yield where, repr(fields), "optional without size: rank files from which they are left out have none"
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
@@ -113,6 +111,8 @@ def is_list_of_values(value: Any) -> bool:
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a placeholder says of other placeholders and of tensors."""
+    if {"optional", "size"} <= set(fields):
+        yield format_list(sorted(fields)), "optional without size: rank files from which they are left out have none"
     if "like" in fields and "after" not in fields:
         yield "like without after", "like of a placeholder that follows another"
     if ("within" in fields and "some_of" in fields) or (
