@@ -575,6 +575,19 @@ def test_what_is_like_another_has_its_rows_too() -> None:
     assert not [rule for rule in optional if "{d}" in rule.left or rule.left.endswith("{m}.mlp.up_proj.{p}")]
 
 
+def test_right_names_that_only_a_marker_tells_apart_are_sound() -> None:
+    """As if somebody had written out what `like` says."""
+    row = '["same", "model.layers.{m}.input_layernorm.weight", "layers.{m}.attn_norm.weight", "replicate"],'
+    written = V3.replace('like = "is", ', "").replace(NORM + ",", f"{NORM},\n{row}")
+    assert written.count("attn_norm") == 2
+    parse_recipe(written, "mine.toml")
+    with pytest.raises(Refused) as caught:
+        parse_recipe(written.replace("{m}.attn_norm", "{d}.attn_norm").replace("{m}.input", "{d}.input"), "mine.toml")
+    (problem,) = caught.value.problems
+    assert "'layers.{i}.attn_norm.weight' and 'layers.{d}.attn_norm.weight' on the right" in problem.found
+    assert problem.subject == f"mine.toml:{written.splitlines().index(row) + 1}"
+
+
 def test_rows_beside_what_is_optional_are_optional_too() -> None:
     optional = {rule.left for rule in load_recipe("qwen3-next").rules if rule.optional}
     beside = {rule.left for rule in load_recipe("qwen3-next").rules if rule.only == "if {m}"}

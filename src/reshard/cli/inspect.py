@@ -86,8 +86,8 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     except Refused as refused:
         raise refused.reworded(name_recipe_argument) from None
     if as_json:
-        unknown = fit.unknown_keys
-        print_json({"status": "fits", "tensors": fit.tensors, "counts": fit.counts, "not_in_config": unknown, "packed": fit.packed})
+        told = {"tensors": fit.tensors, "counts": fit.counts, "not_in_config": fit.unknown_keys, "packed": fit.packed}
+        print_json({"status": "fits", **told})
     else:
         rows = [(counted, f"{count:,}") for counted, count in fit.counts.items()]
         lines = [f"{name} fits {restore_address(source)}: {fit.tensors:,} tensors, each under one rule"]
