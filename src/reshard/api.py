@@ -99,7 +99,8 @@ def convert(
         mp: The number of ranks.
         to: `"ranks"`; `"hf"` for whole files in the layout of Hugging Face; or `"dcp"` for slices in safetensors, as
             torch's distributed checkpoints have them.
-        cast: Of all block-scaled weights: `"bf16"` (of F32 and F16 too), `"fp8"` or `"fp8-ue8m0"`.
+        cast: Of all block-scaled weights: `"bf16"` (of F32 and F16 too), `"fp8"` or `"fp8-ue8m0"`; of MXFP4 also
+            `"nvfp4"`.
         expert_dtype: `"fp8"` casts FP4 experts to FP8; `"fp4"` is as they are.
         keep_mtp: Keep the MTP layers, which recipes leave out.
         pad: Widen weights with zeros where blocks do not suit the ranks.

@@ -57,7 +57,7 @@ class Cast(NamedTuple):
 
     operation: str
     """`pad`, `fill`, `round`, `dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`; the last three also with
-    `-scale` behind, for the block scale."""
+    `-scale` behind, for the block scale; `nvfp4-scale` and `nvfp4-factor`, for codes that stay."""
     weight: Tensor
     """The input weight; of a `fill`, which reads nothing, the result itself."""
     scale: Tensor | None
@@ -75,6 +75,8 @@ class Cast(NamedTuple):
     """Of a `fill`: every element of the result."""
     packed: "Packed | None" = None
     """How the weight lies, if it is one of `Checkpoint.packed`."""
+    beside: "tuple[Packed, ...]" = ()
+    """Of NVFP4: the weights that share one factor, this one among them."""
 
     def list_inputs(self) -> list[Tensor]:
         """Lists the tensors that it is computed from; of a `fill`, the result itself."""
@@ -173,7 +175,7 @@ class Checkpoint:
     may_be_extra: frozenset[str] = frozenset()
     """Names of files that `--ignore-extra-files` would leave out; empty if an index or `model.safetensors` decides."""
     packed: tuple[Packed, ...] = ()
-    """Of a checkpoint that is read to be dequantized: the weights that lie packed, under their plain names."""
+    """Of a checkpoint whose weights are to be cast: those that lie packed, under their plain names."""
 
     def find_packed(self, tensor: Tensor) -> Packed | None:
         """Finds how a tensor lies packed; None if it does not."""
@@ -209,6 +211,9 @@ COMPARE, FIRST = "compare", "first"
 FILE_SIZE = 5 * 10**9
 """Default maximum size of a file in the original layout, in bytes."""
 
+NVFP4 = "nvfp4"
+"""The cast of packed MXFP4 to packed NVFP4: the codes stay, the scales get another form."""
+
 RANKS, WHOLE, SLICED = "ranks", "hf", "dcp"
 """The layouts of a target: one file for each rank (right side of a recipe), the original layout (left side), or one
 file for each rank with slices of whole tensors, as torch's distributed checkpoints have them.
@@ -224,7 +229,8 @@ class Layout:
     to: str = RANKS
     """RANKS, WHOLE or SLICED."""
     cast: str = ""
-    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; empty keeps all."""
+    """`bf16` dequantizes or rounds to it; `fp8` and `fp8-ue8m0` quantize weights without scales; NVFP4 takes MXFP4;
+    empty keeps all."""
     expert_dtype: str = ""
     """`fp8` casts packed FP4 experts to FP8; empty keeps them."""
     keep_optional: bool = False

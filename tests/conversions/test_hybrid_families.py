@@ -72,8 +72,9 @@ def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 # --- rank files ---
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", [*FP8, *BF16])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("qwen3-next-fp8", 1), *((name, 2) for name in FP8), *((name, 4) for name in (*FP8, *BF16))]
+)
 def test_rank_files_are_those_of_a_plain_converter(name: str, ranks: int, source: Source, tmp_path: Path) -> None:
     keeps = ranks == 2 and name != "minimax-m2.7"
     convert_checkpoint(Job(source(name), ranks, keep_mtp=keeps), tmp_path / "ranks")
@@ -294,6 +295,9 @@ def test_a_weight_without_its_scale_is_named(source: Source, tmp_path: Path) -> 
 @pytest.mark.parametrize("lost", ["mtp.fc.weight", "mtp.layers.0.mlp.experts.11.up_proj.weight"])
 def test_a_part_of_a_draft_is_refused_only_where_it_is_kept(lost: str, source: Source, tmp_path: Path) -> None:
     folder = change_tensors(source("qwen3-next"), tmp_path / "source", lambda tensors: tensors.pop(lost))
+    said = str(reshard.plan(folder, mp=2))
+    assert "MTP layers (they only draft tokens" in said
+    assert "mtp.fc.weight" not in said
     convert_checkpoint(Job(folder, 2), tmp_path / "ranks")
     with pytest.raises(Refused, match=f"{lost}: missing"):
         convert_checkpoint(Job(folder, 2, keep_mtp=True), tmp_path / "kept")
@@ -355,6 +359,25 @@ def test_a_model_without_eyes_is_taken_if_its_config_says_so(tmp_path: Path) -> 
     write_tensors(tmp_path / "other", kept, config, 2)
     with pytest.raises(Refused, match=r"(?s)vision blocks: .*set vision_config\.depth"):
         reshard.convert(tmp_path / "other", tmp_path / "target", to="hf")
+
+
+@pytest.mark.parametrize("name", ["qwen3-next-fp8", "qwen3.5-27b", "qwen3.6-35b-a3b", "minimax-m2.7"])
+def test_without_a_config_the_names_tell_the_recipe(name: str, source: Source, tmp_path: Path) -> None:
+    shutil.copytree(source(name), tmp_path / "source", ignore=shutil.ignore_patterns("config.json"))
+    wanted = reshard.plan(source(name), to="hf").recipe.name
+    assert reshard.plan(tmp_path / "source", to="hf").recipe.name == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("qwen3-next", "linear_num_key_heads"), ("minimax-m2.7", "num_key_value_heads")]
+)
+def test_ranks_that_would_cut_a_key_head_are_refused(name: str, heads: str, tmp_path: Path) -> None:
+    experts = {"qwen3-next": "num_experts", "minimax-m2.7": "num_local_experts"}[name]
+    changes: dict[str, Any] = {"num_attention_heads": 8, heads: 4, experts: 16}
+    write_small_hybrid(tmp_path / "source", name, **changes)
+    with pytest.raises(Refused) as refused:
+        reshard.plan(tmp_path / "source", mp=8)
+    assert [problem.subject for problem in refused.value.problems] == [f"{heads} (4)"]
 
 
 def test_stacked_experts_of_which_some_lie_apart_are_refused(source: Source, tmp_path: Path) -> None:

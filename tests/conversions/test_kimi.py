@@ -1,7 +1,4 @@
-"""The Kimi families with their experts in BF16: every target, and there and back, against lists and oracles of our own.
-
-That packed experts come out as these weights, tests/conversions has elsewhere; here is what the recipes say.
-"""
+"""The Kimi families, with their experts in BF16 and packed: every target, and there and back, against an oracle."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ from packed_models import (
     drop_quantization,
     make_packed_model,
     write_full_packed,
+    write_packed_model,
     write_plain_model,
 )
 from safetensors.torch import load_file
@@ -153,6 +151,54 @@ def test_k3_has_no_rank_files(source: Write, tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
+# --- experts as they are published: packed ---
+
+
+@pytest.mark.parametrize("name", PACKED_FAMILIES)
+@pytest.mark.parametrize(("files", "index"), [(1, True), (3, True), (2, False)])
+def test_packed_experts_become_the_weights_of_plain_arithmetic(
+    name: str, files: int, *, index: bool, models: dict[str, PackedModel], tmp_path: Path
+) -> None:
+    """With scales in other files than the codes. All else is the same, and the config says nothing of quantization."""
+    write_packed_model(tmp_path / "source", models[name], files=files, index=index)
+    reshard.convert(tmp_path / "source", tmp_path / "target", to="hf", cast="bf16")
+    require_same(read_tensors(tmp_path / "target"), dict(models[name].plain))
+    assert reshard.verify(tmp_path / "target", source=tmp_path / "source").is_proven
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config == drop_quantization(models[name].config)
+
+
+@pytest.mark.parametrize("name", ["kimi-k2-thinking", "kimi-k2.5"])
+def test_packed_experts_become_rank_files(name: str, models: dict[str, PackedModel], tmp_path: Path) -> None:
+    write_packed_model(tmp_path / "source", models[name])
+    reshard.convert(tmp_path / "source", tmp_path / "ranks", mp=4, cast="bf16")
+    for rank, share in enumerate(make_shares(models[name], 4)):
+        require_same(load_file(tmp_path / "ranks" / f"model{rank}-mp4.safetensors"), share)
+    assert reshard.verify(tmp_path / "ranks", source=tmp_path / "source").is_proven
+
+
+@pytest.mark.parametrize("name", PACKED_FAMILIES)
+def test_packed_experts_become_slices(name: str, models: dict[str, PackedModel], tmp_path: Path) -> None:
+    write_packed_model(tmp_path / "source", models[name])
+    reshard.convert(tmp_path / "source", tmp_path / "slices", to="dcp", ranks=2, cast="bf16")
+    reshard.convert(tmp_path / "slices", tmp_path / "target", to="hf")
+    require_same(read_tensors(tmp_path / "target"), dict(models[name].plain))
+
+
+@pytest.mark.parametrize("name", ["kimi-k2.5", "kimi-k3"])
+@pytest.mark.parametrize("part", ["weight_scale", "weight_packed"])
+def test_a_missing_part_of_a_packed_weight_is_named(
+    name: str, part: str, models: dict[str, PackedModel], tmp_path: Path
+) -> None:
+    model = models[name]
+    (first, *_) = [key for key in model.stored if ".experts.10." in key and key.endswith(part)]
+    stored = {key: tensor for key, tensor in model.stored.items() if key != first}
+    write_packed_model(tmp_path / "source", PackedModel(model.config, stored, model.plain))
+    with pytest.raises(Refused) as refused:
+        reshard.plan(tmp_path / "source", to="hf", cast="bf16")
+    assert first.rpartition(".")[0] in str(refused.value)
+
+
 # --- full-size checkpoints ---
 
 
@@ -254,6 +300,13 @@ def test_layers_of_k3_keep_their_kind(
     assert config["linear_attn_config"]["kda_layers"] == kda
     assert config["linear_attn_config"]["full_attn_layers"] == full
     assert reshard.inspect(tmp_path / "target").counts["full attention layers"] == len(full)
+
+
+def test_k3_needs_as_many_experts_as_a_token_is_routed_to(source: Write, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"at least 4, as text_config\.num_experts_per_token of config\.json says"):
+        reshard.plan(source("kimi-k3"), to="hf", experts=range(3))
+    reshard.convert(source("kimi-k3"), tmp_path / "target", to="hf", experts=range(4))
+    assert reshard.inspect(tmp_path / "target").counts["experts"] == 4
 
 
 # --- refusals ---

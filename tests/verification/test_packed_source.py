@@ -197,9 +197,10 @@ def test_fp8_has_one_scale_or_one_a_row(shape: tuple[int, ...]) -> None:
     assert check(stored, read(stored, [right], OTHERS)) == []
 
 
-def test_fp8_with_block_scales_is_not_packed() -> None:
+@pytest.mark.parametrize("blocks", [(2, 3), (2, 128)])
+def test_fp8_with_block_scales_is_not_packed(blocks: tuple[int, int]) -> None:
     """Nor is what lacks its scales: it keeps its name, and a recipe tells of it."""
-    headers: Headers = {f"{Q}.weight": ("F8_E4M3", (256, 384)), f"{Q}.weight_scale": ("F32", (2, 3))}
+    headers: Headers = {f"{Q}.weight": ("F8_E4M3", (256, 384)), f"{Q}.weight_scale": ("F32", blocks)}
     lacking: Headers = {f"{K}.weight_packed": ("U8", (64, 48)), f"{K}.k_scale": ("F32", ())}
     stored = store({**headers, **lacking, **OTHERS}, None)
     assert check(stored, stored) == []

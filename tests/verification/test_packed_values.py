@@ -170,3 +170,18 @@ def test_a_long_row_of_words_is_read_in_parts(tmp_path: Path) -> None:
     save_file(words, tmp_path / "model.safetensors")
     wanted = torch.from_numpy(codes.T - 8).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(read_unpacked(tmp_path, {}, None), wanted)
+
+
+@pytest.mark.parametrize("pitch", [40, 64, 300, 512])
+@pytest.mark.parametrize("room", [40, 100, 1000, 100_000])
+def test_rows_that_lie_apart_are_read_whatever_the_buffer_holds(pitch: int, room: int, tmp_path: Path) -> None:
+    """One by one, some together, or all at once."""
+    data = torch.from_numpy(packed_weights.RANDOM.integers(0, 256, (101, pitch), np.uint8))
+    save_file({"matrix": data}, tmp_path / "model.safetensors")
+    stored = read_checkpoint(tmp_path)
+    tensor = stored.tensors["matrix"]
+    buffer = memoryview(bytearray(room + 2 * PAGE))
+    with ExitStack() as stack:
+        files = open_compared_files(stack, make_compared_files(tmp_path, {}, stored)[0], is_random=False)
+        found = files.read_rows(tensor.file, tensor.offset + 2 * pitch + 5, pitch, (97, 33), buffer)
+        np.testing.assert_array_equal(found, data.numpy()[2:99, 5:38])

@@ -19,12 +19,16 @@ from verified_targets import verify_target
 
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.checkpoints import read_checkpoint
-from reshard.types import PACKED, Checkpoint
+from reshard.types import PACKED, Checkpoint, Share
+from reshard.verification.compared_shares import compare_traced_share, merge_comparisons
 from reshard.verification.report import Report
 from reshard.verification.stored_packings import find_packed_weights
+from reshard.verification.verify import trace_target
 
 RANKS = 2
 LEAST = Fraction(1, 10**8)
+SMALL_TILES = Fraction(1)
+"""A sample of all: in its small tiles, of which a weight has many."""
 RECIPE = """
 name = "own"
 about = "for one test"
@@ -64,7 +68,7 @@ def make_weights() -> dict[str, Stored]:
         "integers": packed_weights.make_integers(67, 96, 4, "BF16", 32, has_zeros=True),
         "nvfp4": packed_weights.make_nvfp4(100, 96, divides=False),
         "experts.whole": packed_weights.make_experts(4, 24, 96),
-        "experts.middle": packed_weights.make_experts(4, 24, 128),
+        "experts.middle": packed_weights.make_experts(4, 600, 128),
         "experts.last": packed_weights.make_experts(4, 24, 96),
         "experts.flat": packed_weights.make_experts(4, 24, 128),
         "fp8": packed_weights.make_fp8(48, 96, "F32", each_row=True),
@@ -125,7 +129,7 @@ def read_dequantized(folder: Path) -> Checkpoint:
     stored = read_checkpoint(folder)
     weights = tuple(find_packed_weights(stored))
     inputs = {part.name for packed in weights for part in packed.list_inputs()}
-    tensors = {name: one for name, one in stored.tensors.items() if name == "plain" and name not in inputs}
+    tensors = {name: one for name, one in stored.tensors.items() if one.dtype == "BF16" and name not in inputs}
     placed = [packed._replace(result=packed.result._replace(file=PACKED + i)) for i, packed in enumerate(weights)]
     return replace(stored, tensors={**tensors, **{one.result.name: one.result for one in placed}}, packed=tuple(placed))
 
@@ -141,6 +145,16 @@ def test_a_true_target_is_proven(made: Path) -> None:
     assert report.casts == {"dequantize": 12 * RANKS - RANKS}, "two are fused"
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (made / "target").iterdir()]
     assert report.compared == report.size == sum(sizes)
+    assert not verify(made, sample=SMALL_TILES).problems
+
+
+def test_shares_compare_all_once(made: Path) -> None:
+    recipe = load_recipe(str(made / "own.toml"))
+    sides = made / "target", read_dequantized(made / "source"), recipe
+    traced = trace_target(*sides, None, stacked=None, packed=None, ignore_extra_files=False)
+    found = [compare_traced_share(traced, Share(number, 3), None, None) for number in range(3)]
+    assert all(one.size and not one.differences for one in found)
+    assert merge_comparisons(traced, found, None).size == verify(made).compared
 
 
 def test_whole_files_are_proven(made: Path) -> None:
@@ -194,8 +208,8 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_byte_is_seen(name: str, damaged: Callable[..., list[tuple[str, str]]]) -> None:
-    for place in (0, 1801, -1):
-        assert damaged(name, 1, place) == [("differs", f"model1-mp2.safetensors: {name}")]
+    for place, sample in ((0, None), (1801, None), (-1, None), (6001, SMALL_TILES)):
+        assert damaged(name, 1, place, sample=sample) == [("differs", f"model1-mp2.safetensors: {name}")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,6 +269,37 @@ def test_a_weight_of_another_dtype_or_shape_is_seen(made: Path, tmp_path: Path) 
         ("wrong-shape", "gptq.weight"),
         ("wrong-shape", "awq.weight"),
     }
+
+
+SCALED_RECIPE = """
+name = "scaled"
+about = "for one test"
+left = "one"
+right = "other"
+files = "model{rank}-mp{ranks}.safetensors"
+scales.p = { left = "weight_scale_inv", right = "scale", block = 128 }
+placeholders.i = { counts = "layers" }
+rules = [
+["same", "layers.{i}.{p}", "layers.{i}.{p}", "rows"],
+]
+"""
+
+
+def test_a_weight_that_was_never_packed_may_stay_among_others(tmp_path: Path) -> None:
+    """In a row whose weights may have block scales, most of one kind are cast in one way."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "own.toml").write_text(SCALED_RECIPE)
+    packed = packed_weights.make_gptq(64, 96, 4, "F16", 32, is_v2=False)
+    plain = torch.ones(64, 96, dtype=torch.bfloat16)
+    others = {"layers.1.weight": plain, "layers.2.weight": plain + 1}
+    save_packed(tmp_path / "source" / "model.safetensors", {"layers.0": packed}, others)
+    (tmp_path / "source" / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"layers.0.weight": make_number(packed.result), **others}, tmp_path / "target" / "model0-mp1.safetensors")
+    source, recipe = read_dequantized(tmp_path / "source"), load_recipe(str(tmp_path / "own.toml"))
+    report = verify_target(tmp_path / "target", source, recipe)
+    assert not report.problems
+    assert report.casts == {"dequantize": 1}
 
 
 def test_a_config_that_still_tells_of_codes_is_seen(made: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from reshard.casts.kernels import (
     raise_to_magnitudes,
     round_up_scales,
 )
+from reshard.casts.nvfp4 import FACTOR, SCALE, compute_nvfp4_factor, compute_nvfp4_scales
 from reshard.casts.rounding import FLOAT_DTYPES, round_constant, round_floats
 from reshard.casts.shapes import compute_unpadded_shape, flatten_to_matrix, is_in_blocks, unpack_weight_shape
 from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
@@ -95,7 +96,7 @@ def split_for_reads(box: ElementBox, cast: Cast, inputs: CastInputs) -> Iterator
     """Splits a box so that each piece needs one read of the weight, and no read is larger than allowed."""
     if not measure_area(box):
         return
-    if not is_in_blocks(cast):
+    if not is_in_blocks(cast) or cast.operation in (SCALE, FACTOR):
         yield box
         return
     if cast.is_scale and cast.operation != "pad":
@@ -177,6 +178,12 @@ def compute_box(cast: Cast, box: ElementBox, out: CastArray, inputs: CastInputs)
         return 0
     if not is_in_blocks(cast):
         compute_unpacked(cast, box, out.view(np.uint16), inputs)
+        return 0
+    if cast.operation == SCALE:
+        compute_nvfp4_scales(cast, box, out, inputs)
+        return 0
+    if cast.operation == FACTOR:
+        compute_nvfp4_factor(cast, out, inputs)
         return 0
     if cast.operation == "dequantize":
         return compute_dequantized(cast, box, out.view(np.uint16), inputs)

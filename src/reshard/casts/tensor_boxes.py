@@ -30,3 +30,5 @@ class CastInputs(NamedTuple):
     """In bytes: the largest read of a scale."""
     strips: StripStore
     """Of weights whose codes lie in columns, for all threads of a job."""
+    powers: dict[int, int]
+    """Of NVFP4, for all threads of a job: by the number of the first weight that shares a factor, its exponent."""

@@ -36,7 +36,7 @@ STRIP_MEMORY = 2 * STRIP_SIZE
 WORD_BITS = 32
 
 IN_ORDER = -1
-"""What compressed-tensors writes for every column if the groups lie in order."""
+"""In an order of columns: it was not set, and the groups lie in order, as compressed-tensors has it."""
 
 PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
@@ -135,7 +135,7 @@ def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int3
     integers = np.int64 if packed.order.dtype == "I64" else np.int32
     found: NDArray[Any] = np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers)
     groups = in_order[-1] + 1
-    if np.all(found == IN_ORDER):
+    if np.any(found == IN_ORDER):
         return in_order
     if np.any((found < 0) | (found >= groups)):
         expected = f"numbers from 0 to {groups - 1}, of the groups of columns"

@@ -64,9 +64,9 @@ def add_layout(parser: Parser) -> None:
     )
     what.add_argument(
         "--cast",
-        choices=("bf16", "fp8", "fp8-ue8m0"),
+        choices=("bf16", "fp8", "fp8-ue8m0", "nvfp4"),
         default="",
-        help="Cast the scaled weights, and F32 and F16, to this dtype.",
+        help="Cast the scaled weights, and F32 and F16, to this dtype; nvfp4 takes MXFP4 only.",
     )
     what.add_argument(
         "--expert-dtype", choices=("fp4", "fp8"), default="", help="With fp8, cast the FP4 experts of V4 to FP8."

@@ -48,6 +48,8 @@ class OpenFiles:
     levels: int
     """The buffers for joins of joins that a worker needs: see `count_join_levels`."""
     strips: StripStore = field(default_factory=StripStore)
+    powers: dict[int, int] = field(default_factory=dict)
+    """The factors of NVFP4: see `CastInputs`."""
 
 
 class WorkerBuffers:
@@ -98,7 +100,7 @@ def make_cast_inputs(files: OpenFiles, buffers: WorkerBuffers) -> CastInputs:
     """How a worker reads weights and scales. Each has buffers of its own: both are needed at the same time."""
     weight = make_reader(files, buffers.window, [buffers.joined[:WINDOW_SIZE], *buffers.levels])
     scale = make_reader(files, buffers.scales, [buffers.joined[WINDOW_SIZE:], *buffers.levels])
-    return CastInputs(weight.read, scale.read, WINDOW_SIZE, SCALES_SIZE, files.strips)
+    return CastInputs(weight.read, scale.read, WINDOW_SIZE, SCALES_SIZE, files.strips, files.powers)
 
 
 def make_reader(files: OpenFiles, buffer: memoryview, joined: Sequence[memoryview]) -> PartReader:

@@ -98,6 +98,7 @@ def load(
         replicas=replicas,
         keep_optional=keep_mtp,
         config_folder=read_location(config),
+        cast=layout.cast,
     )
     plan = make_plan(found, layout, ranks=(require_whole_number("rank", rank),))
     return load_planned(plan, device, framework, jobs, allow_inexact=allow_inexact)

@@ -12,7 +12,7 @@ from reshard.sources.block_scales import CAST_TO_FP8
 from reshard.sources.engine_choice import choose_uncut_layout
 from reshard.sources.source import Source
 from reshard.text import format_runs
-from reshard.types import COMPARE, FIRST, MOST_RANKS, RANKS, SLICED, WHOLE, Layout, Subset
+from reshard.types import COMPARE, FIRST, MOST_RANKS, NVFP4, RANKS, SLICED, WHOLE, Layout, Subset
 
 WHOLE_HINT = "for rank files leave out --to hf; for whole files leave out --mp and --pad"
 
@@ -28,7 +28,7 @@ def check_options(recipe: Recipe, layout: Layout, ranks: Sequence[int] | None) -
     """Reports wrong values of options, options that contradict each other, and options that would do nothing."""
     for option, value, known in (
         ("--to", layout.to, (RANKS, WHOLE, SLICED)),
-        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8)),
+        ("--cast", layout.cast, ("", "bf16", *CAST_TO_FP8, NVFP4)),
         ("--expert-dtype", layout.expert_dtype, ("", AS_STORED, "fp8")),
     ):
         if value not in known:
@@ -70,6 +70,9 @@ def check_uncut_layout(recipe: Recipe, layout: Layout) -> Iterator[Problem]:
     if layout.to == SLICED and layout.pad:
         expected = "no padding: slices may be of any length"
         yield Problem("wrong-option", "--pad", "with --to dcp", expected, "leave it out")
+    if layout.cast == NVFP4 and layout.to != WHOLE:
+        expected = "--to hf: engines read NVFP4 from whole files"
+        yield Problem("wrong-option", "--cast", f"{NVFP4}, without --to hf", expected, "add --to hf")
     if layout.keep_optional and choose_uncut_layout(recipe, layout).to == WHOLE:
         expected = "neither word: everything is kept under the names of the hub"
         yield Problem("wrong-option", "--mtp", f"keep, with --to {layout.to}", expected)

@@ -15,6 +15,7 @@ from reshard.planning.copies import Copies
 from reshard.planning.dtype_notes import note_dtypes
 from reshard.planning.file_layout import Pieces, assign_to_files, lay_out_files, order_pieces, restore_forms
 from reshard.planning.fused_parts import check_part_counts, cut_outcomes
+from reshard.planning.nvfp4 import check_nvfp4, group_under_parents
 from reshard.planning.options import AS_STORED, check_options
 from reshard.planning.plan import Plan
 from reshard.planning.proofs import prove_coverage, require_tiling
@@ -31,7 +32,7 @@ from reshard.sources.fitted_names import RENAMED, explain_renaming
 from reshard.sources.match import Family, Matched, check_optional
 from reshard.sources.source import Source
 from reshard.sources.tied_heads import drop_tied_note, repeat_tied_head
-from reshard.types import FILE_SIZE, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
+from reshard.types import FILE_SIZE, NVFP4, SLICED, WHOLE, Cast, Checkpoint, Layout, Note, OriginalFile
 
 Units = set[tuple[int, tuple[str, ...]]]
 """Weights with their block scales: the index of their rule, and the numbers that fill its placeholders."""
@@ -57,17 +58,14 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
     """Makes the plan of all files. Raises Refused."""
     uncut = choose_uncut_layout(source.recipe, layout)
     kinds = group_kept_weights(source, uncut)
-    config = source.checkpoint.config
-    if layout.pad:
-        config = raise_config(config, kinds, source.recipe, layout)
     checkpoint, matched = source.checkpoint, source.matched
+    config = raise_config(checkpoint.config, kinds, source.recipe, layout) if layout.pad else checkpoint.config
     if only:
         checkpoint, matched = keep_named(checkpoint, matched, only, fused=list_fused_rules(source.recipe, uncut))
         checkpoint, kinds = drop_tied_note(checkpoint), require_kept(matched, source, uncut)
     padded, packed = config if layout.pad else None, checkpoint.packed
     terms = Terms(source.recipe, uncut, padded, checkpoint.parts, config or {}, packed)
-    casts: list[Cast] = []
-    outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
+    outcomes, casts = transform_groups(kinds, terms)
     require_none(check_outcomes(outcomes, casts, terms, matched))
     series = list_series(outcomes, terms, casts, checkpoint, matched, slices=layout.ranks * (layout.to == SLICED))
     pieces, forms = arrange_tensors(series, layout, casts, checkpoint, source.origin)
@@ -94,6 +92,14 @@ def plan_all_files(source: Source, layout: Layout, only: Sequence[str]) -> Plan:
             *note_loader_names(source.recipe, layout, config or {}, list_scale_dtypes(outcomes)),
         ),
     )
+
+
+def transform_groups(kinds: Sequence[WeightGroup], terms: Terms) -> tuple[list[Outcome], list[Cast]]:
+    """Casts and pads all weight groups, as the layout asks; also returns the casts. Raises Refused."""
+    casts: list[Cast] = []
+    outcomes = [transform_weights(kind, terms, casts) for kind in kinds]
+    group_under_parents(casts)
+    return outcomes, casts
 
 
 def list_scale_dtypes(outcomes: Sequence[Outcome]) -> frozenset[str]:
@@ -127,6 +133,7 @@ def group_kept_weights(source: Source, layout: Layout) -> list[WeightGroup]:
         require_none(check_optional(checkpoint, recipe, matched))
     kinds = require_kept(matched, source, layout)
     require_none(check_weights(matched, kinds, recipe, layout, checkpoint.config))
+    require_none(check_nvfp4(checkpoint, kinds) if layout.cast == NVFP4 else ())
     return kinds
 
 

@@ -149,6 +149,8 @@ def find_uses(
     files = checkpoint.parts
     for one in series:
         if one.tensors[0].file < files:
+            if checkpoint.packed and checkpoint.find_packed(checkpoint.tensors[one.tensors[0].name]):
+                continue  # codes, which are told with their scales
             yield name_use(one, layout.ranks), one.number, one.tensors
             continue
         made = [casts[tensor.file - files] for tensor in one.tensors]

@@ -16,6 +16,8 @@ TIMES_READ = {
     "quantize-ue8m0": (2, 0),
     "fp4-to-fp8": (1, 2),
     "fp4-to-fp8-scale": (0, 1),
+    "nvfp4-scale": (0, 1),
+    "nvfp4-factor": (0, 1),
 }
 """Operation of a cast -> how often it reads its weight and its scale, where that is not once each."""
 

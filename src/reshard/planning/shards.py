@@ -247,8 +247,12 @@ def assign_to_ranks(kind: WeightGroup, terms: Terms, counts: Mapping[str, int]) 
 
 
 def keep_whole(outcome: Outcome) -> Iterator[Series]:
-    """Keeps the weights and scales of a group whole, for a target in the original layout."""
+    """Keeps the weights, scales and factors of a group whole, for a target in the original layout."""
     kind = outcome.kind
-    for names, tensors in ((kind.names, outcome.weights), (outcome.scale_names, outcome.scales)):
+    for names, tensors in (
+        (kind.names, outcome.weights),
+        (outcome.scale_names, outcome.scales),
+        (outcome.factor_names, outcome.factors),
+    ):
         if tensors:
             yield Series(kind.number, names, tensors, cut_nothing(tensors[0], MOST_FILES), None, 1, 1)

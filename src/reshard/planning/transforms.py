@@ -9,11 +9,12 @@ from reshard.casts.rounding import FLOAT_DTYPES
 from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, count_blocks, flatten_to_matrix
 from reshard.errors import Problem, refuse
 from reshard.formats.safetensors import BITS
+from reshard.planning.nvfp4 import WORDS, make_nvfp4_tensors
 from reshard.recipe_types import BlockScale, Recipe, Rule
 from reshard.recipes.formulas import compute_shape, count_heads, parse_shape
 from reshard.recipes.patterns import WEIGHT
 from reshard.sources.block_scales import CAST_TO_FP8, WeightGroup, dequantizes, find_logical_shape, find_target_block
-from reshard.types import PACKED, WHOLE, Cast, Layout, Packed, Tensor
+from reshard.types import NVFP4, PACKED, WHOLE, Cast, Layout, Packed, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ class Outcome:
     """Names of the scales in the target."""
     block: tuple[int, int]
     """Rows and columns, in elements, that share one scale; (1, 1) without scales."""
+    factors: Sequence[Tensor] = ()
+    """Of NVFP4: one for each weight."""
+    factor_names: Sequence[str] = ()
+    """Names of the factors in the target."""
     heads: int | None = 0
     """Number of heads that the split counts: 0 if it counts none, None if the config lacks the number."""
 
@@ -71,7 +76,7 @@ def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
     if kind.weights[0].file >= PACKED:
-        return unpack_group(kind, terms, casts)
+        return make_nvfp4_group(kind, terms, casts) if layout.cast == NVFP4 else unpack_group(kind, terms, casts)
     if layout.cast == "bf16" and is_rounded(kind):
         return round_group(kind, terms, casts)
     if scaling is None or scaling.stays:
@@ -125,6 +130,14 @@ def unpack_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
         casts.append(Cast("dequantize", packed.codes, packed.scales, block, result, packed=packed))
         weights.append(result)
     return Outcome(kind, weights, [], [], (1, 1))
+
+
+def make_nvfp4_group(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
+    """Makes NVFP4 of weights of MXFP4: the same codes, other scales, and factors."""
+    packed = [terms.packed[weight.file - PACKED] for weight in kind.weights]
+    codes, scales, factors = make_nvfp4_tensors(kind.weights, packed, terms.files, casts)
+    names = [[name.removesuffix(WEIGHT) + word for name in kind.names] for word in WORDS]
+    return Outcome(replace(kind, names=names[0]), codes, scales, names[1], (1, 1), factors, names[2])
 
 
 def find_block_rows(packed: Packed) -> int:

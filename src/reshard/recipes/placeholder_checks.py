@@ -79,20 +79,8 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield where, "no counts", "what the placeholder counts, such as counts = 'layers'"
         elif ("after" in fields) != ("marker" in fields):
             yield where, repr(fields), "after and marker together"
-        elif ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
-            yield (
-                where,
-                repr(fields),
-                "picked_by and picked together: a config key, and a list of whole numbers or texts",
-            )
-        elif "every" in fields and not {"within", "some_of"} & set(fields):
-            yield where, repr(fields), "every with within or some_of: each Nth member of another placeholder"
-        elif "first" in fields and "every" not in fields:
-            yield where, repr(fields), "first with every: so many members before each Nth one counts"
-        elif "others" in fields and not {"picked_by", "some_of"} <= set(fields):
-            yield where, repr(fields), "others with picked_by and some_of: members that the config does not pick"
-        elif "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
-            yield where, repr(fields), "listed_from with listed: the whole number that the list has for member 0"
+        elif expected := find_picking_fault(fields):
+            yield where, repr(fields), expected
         elif "only" in fields and not CONDITION.fullmatch(fields["only"]):
             yield where, repr(fields["only"]), "only: 'if KEY', with a key of config.json"
         elif "only" in fields and {"within", "some_of", "after"} & set(fields):
@@ -103,6 +91,23 @@ def check_placeholder_table(placeholders: Any) -> Iterator[Fault]:
             yield from ((where, *fault) for fault in check_links(name, fields, placeholders))
 
 
+def find_picking_fault(fields: Mapping[str, Any]) -> str:
+    """Finds what was expected of how a placeholder picks its members; empty if there is no fault."""
+    if ("picked" in fields) != ("picked_by" in fields) or not is_list_of_values(fields.get("picked", [])):
+        return "picked_by and picked together: a config key, and a list of whole numbers or texts"
+    if "every" in fields and not {"within", "some_of"} & set(fields):
+        return "every with within or some_of: each Nth member of another placeholder"
+    if "first" in fields and "every" not in fields:
+        return "first with every: so many members before each Nth one counts"
+    if "others" in fields and not {"picked_by", "some_of"} <= set(fields):
+        return "others with picked_by and some_of: members that the config does not pick"
+    if "listed" in fields and "some_of" not in fields:
+        return "listed with some_of: some members of another placeholder"
+    if "listed_from" in fields and not ("listed" in fields and type(fields["listed_from"]) is int):
+        return "listed_from with listed: the whole number that the list has for member 0"
+    return ""
+
+
 def is_list_of_values(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) in (int, str) for item in value)
 
@@ -111,8 +116,6 @@ def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str,
     """Faults in what a placeholder says of other placeholders and of tensors."""
     if {"optional", "size"} <= set(fields):
         yield format_list(sorted(fields)), "optional without size: rank files from which they are left out have none"
-    if "listed" in fields and "some_of" not in fields:
-        yield repr(fields), "listed with some_of: some members of another placeholder"
     if "like" in fields and "after" not in fields:
         yield "like without after", "like of a placeholder that follows another"
     if ("within" in fields and "some_of" in fields) or (

@@ -26,7 +26,10 @@ class WrongForm(Exception):
         self.word, self.expected = word, expected
 
 
-Read = Callable[[Parts, Mapping[str, Any], int | None], Callable[[Parts], Packed]]
+Build = Callable[[Parts, str, int], Packed]
+"""Makes a weight of its parts, its plain name and the number of its file."""
+
+Read = Callable[[Parts, Mapping[str, Any], int | None], Build]
 """Takes the parts of a weight, the table of the config and the length of a row, if a tensor tells it. Returns what
 makes a weight of parts of the same dtypes and shapes. Raises WrongForm.
 """
@@ -80,11 +83,6 @@ def require_matrix(parts: Parts, word: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def make_packed_result(shape: tuple[int, ...]) -> Tensor:
-    """The result of a packed weight, without a name yet."""
-    return Tensor("", "BF16", shape, 0, 0, 2 * prod(shape))
-
-
 def build_form(
     packing: str,
     shape: tuple[int, ...],
@@ -92,28 +90,28 @@ def build_form(
     group: int,
     words: tuple[str, str, str, str, str],
     changes: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
-) -> Callable[[Parts], Packed]:
+) -> Build:
     """Returns what makes a weight of its parts: `words` are those of codes, scales, zeros, factor and order; `changes`
     has, by word, another dtype and shape that the bytes of a part are seen as.
     """
-    result = make_packed_result(shape)
+    size = 2 * prod(shape)
 
-    def bind(parts: Parts) -> Packed:
-        found = [parts.get(word) for word in words]
-        for place, word in enumerate(words):
-            tensor = found[place]
-            if tensor is not None and changes and word in changes:
-                dtype, seen = changes[word]
-                found[place] = tensor._replace(dtype=dtype, shape=seen)
-        codes, scales, zeros, factor, order = found
-        if codes is None or scales is None:
-            raise ValueError(f"{packing} without codes or scales")
+    def see(tensor: Tensor, word: str) -> Tensor:
+        if not changes or word not in changes:
+            return tensor
+        name, _, _, file, offset, length = tensor
+        return Tensor(name, *changes[word], file, offset, length)
+
+    def bind(parts: Parts, name: str, file: int) -> Packed:
+        codes, scales = (see(parts[word], word) for word in words[:2])
+        result = Tensor(name, "BF16", shape, file, 0, size)
+        zeros, factor, order = (parts.get(word) if word else None for word in words[2:])
         return Packed(packing, codes, scales, zeros, factor, order, bits, group, result)
 
     return bind
 
 
-def read_integers(parts: Parts, table: Mapping[str, Any], length: int | None) -> Callable[[Parts], Packed]:
+def read_integers(parts: Parts, table: Mapping[str, Any], length: int | None) -> Build:
     """Reads pack-quantized integers of compressed-tensors: 4 or 8 bits, little end first, along rows."""
     rows, words = require_matrix(parts, "weight_packed")
     scales = parts["weight_scale"]
@@ -155,7 +153,7 @@ def find_group(columns: int, groups: int, told: list[Any]) -> int | None:
     return columns // groups if groups and columns % groups == 0 else None
 
 
-def read_rows_of_fp4(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
+def read_rows_of_fp4(parts: Parts, *_: Any) -> Build:
     """Reads FP4 in rows, two codes in a byte: NVFP4 of ModelOpt and of compressed-tensors, and MXFP4."""
     word = "weight_packed" if "weight_packed" in parts else "weight"
     rows, half = require_matrix(parts, word)
@@ -178,7 +176,7 @@ def has_blocks(parts: Parts) -> bool:
     return len(shape) == 2 and shape[1] > 1
 
 
-def read_fp8(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
+def read_fp8(parts: Parts, *_: Any) -> Build:
     """Reads FP8 with one scale, or with one for each row."""
     rows, columns = require_matrix(parts, "weight")
     scales = parts["weight_scale"]
@@ -190,7 +188,7 @@ def read_fp8(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     return build_form("fp8", (rows, columns), 8, columns, ("weight", "weight_scale", "", "", ""), changes)
 
 
-def read_experts(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
+def read_experts(parts: Parts, *_: Any) -> Build:
     """Reads MXFP4 of gpt-oss: experts in one tensor, each transposed."""
     shape = parts["blocks"].shape
     if len(shape) != 4 or shape[-1] != 16:
@@ -202,7 +200,7 @@ def read_experts(parts: Parts, *_: Any) -> Callable[[Parts], Packed]:
     return build_form("mxfp4-experts", (experts, groups * 32, rows), 4, 32, ("blocks", "scales", "", "", ""))
 
 
-def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[Parts], Packed]:
+def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Build:
     """Reads AWQ or GPTQ, which have the same names: words hold 8 codes of a row of them, or of a column."""
     lines, words = require_matrix(parts, "qweight")
     scales = parts["scales"]
@@ -228,7 +226,8 @@ def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Callable[[P
     require_part(parts, "scales", (groups, outs), ("F16", "BF16", "F32"))
     require_part(parts, "qzeros", zeros.shape, ("I32",))
     require_part(parts, "g_idx", (columns,), ("I32", "I64"))
-    packing = "gptq-v2" if table.get("checkpoint_format") == "gptq_v2" else "gptq"
+    told = table.get("checkpoint_format", table.get("format"))  # GPTQModel writes both, or the second
+    packing = "gptq-v2" if told == "gptq_v2" else "gptq"
     return build_form(packing, (outs, columns), bits, group, names)
 
 

@@ -4,18 +4,19 @@ A format is told by the ends of names, by dtypes and by shapes; the config has t
 Formats and their names: docs/casts.md. Opens a file only where its header does not tell the length of a row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
-from reshard.sources.packed_forms import FORMS, Form, Parts, WrongForm
+from reshard.sources.nvfp4_config import describe_as_nvfp4
+from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm
 from reshard.sources.problem_order import sort_problems
 from reshard.sources.quantization_config import CONFIG_KEYS, read_promise
 from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
-from reshard.types import PACKED, Checkpoint, Note, Packed, Tensor
+from reshard.types import NVFP4, PACKED, Checkpoint, Note, Packed, Tensor
 
 LEFT_ASIDE = (
     *("weight_shape", "input_scale", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),
@@ -28,6 +29,9 @@ WEIGHT = ".weight"
 UNPACKED = "dequantized"
 """The kind of the note that tells of weights that are read as BF16."""
 
+TAKING = ("bf16", NVFP4)
+"""Values of `--cast` that read packed weights under plain names."""
+
 
 class Unpacked(NamedTuple):
     """A checkpoint with packed weights, under both names."""
@@ -35,15 +39,18 @@ class Unpacked(NamedTuple):
     stored: Checkpoint
     """As it lies in the files."""
     checkpoint: Checkpoint
-    """Under plain names; its config does not tell of a quantization any more."""
+    """Under plain names; its config tells of the quantization that the target has, if any."""
+    cast: str
+    """The value of `--cast` that it is read for."""
 
 
-def unpack_checkpoint(stored: Checkpoint) -> Unpacked | None:
-    """Finds the packed weights of a checkpoint, and reads it under plain names; None if it has none.
+def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
+    """Finds the packed weights of a checkpoint, and reads it under plain names; None if it has none, or if no `cast`
+    wants them.
 
     Raises Refused if a part of a weight is missing, or if parts do not fit each other.
     """
-    parts = collect_parts(stored.tensors)
+    parts = collect_parts(stored.tensors) if cast in TAKING else {}
     modules = find_forms(parts)
     if not modules:
         return None
@@ -51,18 +58,27 @@ def unpack_checkpoint(stored: Checkpoint) -> Unpacked | None:
     reader = FormReader(stored, promise.table if promise else {})
     packed: list[Packed] = []
     problems = [*check_codes_there(parts, modules)]
-    for name, (form, own) in modules.items():
-        found = reader.read(name, form, own)
+    for name, module in modules.items():
+        found = reader.read(name, module, len(packed))
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            packed.append(name_result(found, name + (WEIGHT if form.is_module else ""), len(packed)))
+            packed.append(found)
     if problems:
         raise Refused(sort_problems(islice(problems, MOST_PROBLEMS)))
-    return Unpacked(stored, replace_packed(stored, packed))
+    return Unpacked(stored, replace_packed(stored, packed, cast), cast)
 
 
-def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Form, Parts]]:
+class Module(NamedTuple):
+    """A packed weight: a model has 250,000 of them, of a few kinds."""
+
+    form: Form
+    parts: Parts
+    kind: Any
+    """The words, dtypes and shapes of the parts."""
+
+
+def collect_modules(tensors: Mapping[str, Tensor]) -> dict[str, Module]:
     """Collects the parts of each packed weight, by the name of its module."""
     return find_forms(collect_parts(tensors))
 
@@ -78,21 +94,22 @@ def collect_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return parts
 
 
-def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, tuple[Form, Parts]]:
+def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Module]:
     """Finds the modules whose weights lie packed, and the form of each."""
-    found: dict[str, tuple[Form, Parts]] = {}
+    known: dict[Any, Form | None] = {}
+    found: dict[str, Module] = {}
     for start, own in parts.items():
-        form = next((form for form in FORMS if form.separator == start[-1] and form.is_of(own)), None)
-        if form:
-            found[start[:-1]] = form, own
+        kind = start[-1], *((word, one.dtype, one.shape) for word, one in own.items())
+        if kind not in known:
+            known[kind] = next((form for form in FORMS if form.separator == start[-1] and form.is_of(own)), None)
+        if form := known[kind]:
+            found[start[:-1]] = Module(form, own, kind)
     return found
 
 
-def check_codes_there(
-    parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, tuple[Form, Parts]]
-) -> Iterator[Problem]:
+def check_codes_there(parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Module]) -> Iterator[Problem]:
     """Reports scales and other parts without codes, in a checkpoint where others have them."""
-    forms = {form.words[0]: form for form, _ in modules.values()}
+    forms = {module.form.words[0]: module.form for module in modules.values()}
     for start, own in parts.items():
         for codes, form in forms.items():
             others = [word for word in form.words[1:] if word in own]
@@ -117,15 +134,15 @@ class FormReader:
     def __init__(self, stored: Checkpoint, table: Mapping[str, Any]) -> None:
         self._stored = stored
         self._table = table
-        self._known: dict[Any, Callable[[Parts], Packed] | WrongForm] = {}
+        self._known: dict[Any, Build | WrongForm] = {}
 
-    def read(self, name: str, form: Form, parts: Parts) -> Packed | Problem:
-        """Reads one weight; a problem if its parts do not fit."""
+    def read(self, name: str, module: Module, place: int) -> Packed | Problem:
+        """Reads one weight, the one of number `place`; a problem if its parts do not fit."""
+        form, parts, key = module
         if lacking := [word for word in form.needed if word not in parts]:
             subject = f"{name}{form.separator}{lacking[0]}"
             expected = f"beside {parts[form.words[0]].name}, of {form.title}"
             return Problem("missing-tensor", subject, LACKING, expected, "is a file missing?")
-        key = form.title, *((word, one.dtype, one.shape) for word, one in sorted(parts.items()))
         if key not in self._known:
             try:
                 length = self._read_length(parts)
@@ -134,7 +151,7 @@ class FormReader:
                 self._known[key] = wrong
         known = self._known[key]
         if not isinstance(known, WrongForm):
-            return known(parts)
+            return known(parts, name + (WEIGHT if form.is_module else ""), PACKED + place)
         tensor = parts[known.word]
         found = f"{tensor.dtype} {list(tensor.shape)}"
         return Problem("wrong-scale", tensor.name, found, known.expected, "is a part of another checkpoint?")
@@ -156,12 +173,7 @@ class FormReader:
         return int.from_bytes(content[shape.size // 2 :], "little")
 
 
-def name_result(packed: Packed, name: str, place: int) -> Packed:
-    """Gives a packed weight its plain name and its number."""
-    return packed._replace(result=packed.result._replace(name=name, file=PACKED + place))
-
-
-def replace_packed(stored: Checkpoint, packed: Sequence[Packed]) -> Checkpoint:
+def replace_packed(stored: Checkpoint, packed: Sequence[Packed], cast: str) -> Checkpoint:
     """Replaces the parts of packed weights by the weights, each in the place of its codes."""
     results = {one.codes.name: one.result for one in packed}
     used = {part.name for one in packed for part in one.list_inputs()}
@@ -182,20 +194,22 @@ def replace_packed(stored: Checkpoint, packed: Sequence[Packed]) -> Checkpoint:
         tensors[found.name] = found
     if twice:
         raise Refused(twice)
-    notes = (*stored.notes, *note_unpacked(packed, aside))
-    config = drop_promise(stored.config)
+    notes = (*stored.notes, *note_unpacked(packed, aside, cast))
+    is_nvfp4 = cast == NVFP4 and any(one.packing == "mxfp4" for one in packed)
+    config = describe_as_nvfp4(stored.config) if is_nvfp4 else drop_promise(stored.config)
     return replace(stored, tensors=tensors, packed=tuple(packed), config=config, notes=notes)
 
 
-def note_unpacked(packed: Sequence[Packed], aside: Sequence[str]) -> Iterator[Note]:
-    """Notes what is read as BF16, and which tensors a model of BF16 does not have."""
+def note_unpacked(packed: Sequence[Packed], aside: Sequence[str], cast: str) -> Iterator[Note]:
+    """Notes what packed weights are read as, and which tensors a target does not have."""
     kinds = list(dict.fromkeys(one.packing for one in packed))
     weights = format_count(len(packed), "weights")
-    yield Note(UNPACKED, f"{weights} that lie packed ({format_list(kinds)}) are read as BF16")
+    if cast != NVFP4:
+        yield Note(UNPACKED, f"{weights} that lie packed ({format_list(kinds)}) are read as BF16")
     others = [name for name in aside if not name.endswith(".weight_shape")]
     if others:
         text = f"left aside: {format_count(len(others), 'scales')} of activations or caches, such as {others[0]}"
-        yield Note("left-aside", f"{text}: BF16 has none")
+        yield Note("left-aside", f"{text}: {'the target is of weights only' if cast == NVFP4 else 'BF16 has none'}")
 
 
 def drop_promise(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

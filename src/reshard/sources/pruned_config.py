@@ -34,6 +34,9 @@ MODULE = re.compile(r"(.*\blayers\.)([0-9]{1,9})(?!\w)(.*)", re.DOTALL)
 CHOSEN_EXPERTS = "num_experts_per_tok"
 """Config key of the number of experts that each token is routed to."""
 
+CHOSEN_KEYS = (CHOSEN_EXPERTS, "num_experts_per_token")
+"""The same, and how Kimi-K3 has it."""
+
 LEAST_OF_GROUP = {"noaux_tc": 2}
 """`topk_method` -> the number of experts that the router looks at in each group to choose the groups."""
 
@@ -58,12 +61,13 @@ def name_beside(key: str, other: str) -> str:
 
 def check_experts(config: Mapping[str, Any] | None, size: str, left: int) -> Iterator[Problem]:
     """Reports if tokens cannot be routed to as many experts and groups as the config says; `left` experts are kept."""
-    chosen, groups, taken, method = (
-        read_config_value(name_beside(size, key), config)
-        for key in (CHOSEN_EXPERTS, "n_group", "topk_group", "topk_method")
+    groups, taken, method = (
+        read_config_value(name_beside(size, key), config) for key in ("n_group", "topk_group", "topk_method")
     )
+    told = {key: read_config_value(key, config) for key in (name_beside(size, key) for key in CHOSEN_KEYS)}
+    key, chosen = next(((key, value) for key, value in told.items() if type(value) is int), ("", None))
     if type(chosen) is int and left < chosen:
-        expected = f"at least {chosen}, as {name_table(size)} of config.json says"
+        expected = f"at least {chosen}, as {key} of config.json says"
         yield Problem("too-few-experts", "--experts", f"{left} experts", expected)
     elif type(groups) is int and groups > 1:
         if left % groups:

@@ -144,7 +144,8 @@ def find_stale(checkpoint: Checkpoint, recipe: Recipe, scaled: Sequence[Tensor],
     no matter of the config: its tensors are reported one by one.
     """
     promise = read_promise(checkpoint.config)
-    if promise is None or has_scales or any(tensor.dtype in CODES for tensor in checkpoint.tensors.values()):
+    has_codes = bool(checkpoint.packed) or any(tensor.dtype in CODES for tensor in checkpoint.tensors.values())
+    if promise is None or has_scales or has_codes:
         return None
     exemptions = read_exemptions(promise.table)
     matrices = scaled if recipe.scales else [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]

@@ -83,14 +83,14 @@ def read_source(
     subset: Subset = EVERYTHING,
     keep_optional: bool = False,
     config_folder: AnyPath | None = None,
-    dequantizes: bool = False,
+    cast: str = "",
 ) -> Source:
     """Reads the headers of a Hugging Face checkpoint or of rank files, and finds the rule of each tensor.
 
     `recipe` is a name or a file; None takes the recipe that the manifest names, else the one for the config and tensor
-    names, among those of `for_engine`. With a subset, the source has only its layers and experts. With
-    `dequantizes`, weights that lie packed are read as BF16, under their plain names. Raises Refused if a header is
-    faulty, or if no recipe or more than one fits.
+    names, among those of `for_engine`. With a subset, the source has only its layers and experts. With a `cast` that
+    takes them, weights that lie packed are read under their plain names. Raises Refused if a header is faulty, or if no
+    recipe or more than one fits.
     """
     require_shares_joined(path)
     folder, recipes = read_folder(path, config_folder), list_recipes_to_try(recipe)
@@ -100,7 +100,7 @@ def read_source(
         require_engine_of_ranks(source.recipe, for_engine, str(path))
     else:
         stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
-        unpacked = unpack_checkpoint(stored) if dequantizes else None
+        unpacked = unpack_checkpoint(stored, cast)
         with explain_boxed(stored):
             source = match_huggingface(
                 folder,
@@ -189,7 +189,7 @@ def read_chosen(
         subset=subset,
         keep_optional=layout.keep_optional or keeps_all,
         config_folder=config_folder,
-        dequantizes=layout.cast == "bf16",
+        cast=layout.cast,
     )
 
 

@@ -27,7 +27,7 @@ from reshard.sources.source import Source, read_source
 from reshard.sources.stacked_experts import Stacking, Unstacked, find_stacking, unstack_checkpoint
 from reshard.sources.subset import narrow_checkpoint
 from reshard.sources.tied_heads import add_tied_name, find_tied_head, list_tied_rules
-from reshard.types import Checkpoint, File, Tensor
+from reshard.types import NVFP4, Checkpoint, File, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def read_named_source(
         for_engine=engine,
         ignore_extra_files=ignore_extra_files,
         config_folder=config_folder,
-        dequantizes=has_dequantized(target, manifest),
+        cast=find_cast(target, manifest),
     )
     found = compute_expected_config(found)
     if made_with not in ("", found.recipe.name):
@@ -125,13 +125,18 @@ def read_named_source(
     return found
 
 
-def has_dequantized(target: AnyPath, manifest: Mapping[str, Any]) -> bool:
-    """Whether packed weights of a source are BF16 in a target: as its manifest says, or because it has no codes."""
+def find_cast(target: AnyPath, manifest: Mapping[str, Any]) -> str:
+    """Finds the cast that a target was made with: as its manifest says, or by what it has: a factor of NVFP4, or no
+    codes. Empty if there is none.
+    """
     if isinstance(layout := manifest.get("layout"), Mapping):
-        return layout.get("cast") == "bf16"
+        return str(layout.get("cast", ""))
     with suppress(Refused):
-        return not any(tensor.dtype in CODES for tensor in read_headers(target, list_target_names(target)).tensors)
-    return False
+        tensors = read_headers(target, list_target_names(target)).tensors
+        if any(tensor.name.endswith(".weight_global_scale") for tensor in tensors):
+            return NVFP4
+        return "" if any(tensor.dtype in CODES for tensor in tensors) else "bf16"
+    return ""
 
 
 def read_restored_sides(

@@ -125,7 +125,7 @@ def plan_as_before(
         subset=subset,
         keep_optional=layout.keep_optional or keeps_everything(layout, name, None),
         config_folder=config_folder,
-        dequantizes=layout.cast == "bf16",
+        cast=layout.cast,
     )
     if found.recipe.name != made_with:
         raise refuse_recipe(target, made_with, f"the recipe {found.recipe.name}, as --recipe says")

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from reshard.formats.safetensors import BITS
 from reshard.types import Tensor
-from reshard.verification.expected import count_scale_blocks
+from reshard.verification.expected import NVFP4, count_scale_blocks
 
 BAND_SIZE = 2 << 20
 """In bytes. Small enough to stay in the processor's cache between reading and comparing."""
@@ -63,7 +63,7 @@ class CastWeight(NamedTuple):
     """A source weight that is cast, and the parts of the cast that ranks hold."""
 
     conversion: str
-    """`round`, `dequantize`, `fp4-to-fp8`, `quantize` or `quantize-ue8m0`."""
+    """`round`, `dequantize`, `fp4-to-fp8`, `quantize`, `quantize-ue8m0` or `nvfp4`."""
     weight: Tensor
     scale: Tensor | None
     shape: tuple[int, int]
@@ -74,7 +74,7 @@ class CastWeight(NamedTuple):
     dtypes: tuple[str, str]
     """Of the new weight and of its new scale; the second is empty if there is none."""
     parts: tuple[list[TargetPart], list[TargetPart]]
-    """Of the new weight, and of its new scale; columns in bytes."""
+    """Of the new weight, and of its new scale; columns in bytes. `nvfp4` has the factor in the place of the weight."""
 
 
 class Tile(NamedTuple):
@@ -160,6 +160,7 @@ def split_into_cast_tiles(recast: CastWeight, share: Fraction | None) -> Iterato
             for row, column in ((part.rows.start, part.columns.start), (part.rows.stop - 1, part.columns.stop - 1))
             if row < rows and column // width < columns
         }
+        ends |= {count - 1} if recast.conversion == NVFP4 else set()
         numbers = sorted(ends.union(sample_evenly(recast.weight.name, count, share)))
     for number in numbers:
         row, column = number // per_row * step[0], number % per_row * step[1]

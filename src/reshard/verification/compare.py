@@ -40,6 +40,8 @@ from reshard.verification.chunks import (
     split_kept_padding,
 )
 from reshard.verification.compared_files import ComparedFiles, OpenedFiles, open_compared_files
+from reshard.verification.expected import NVFP4
+from reshard.verification.nvfp4_scales import compute_nvfp4_tile
 from reshard.verification.packed_inputs import measure_largest_tile, read_unpacked_tile
 from reshard.verification.reference_casts import SCALE_ONE_BYTES, TileBytes, cast_tile
 from reshard.verification.unpacked_weights import (
@@ -54,7 +56,6 @@ Compared = KeptTensor | CastWeight | UnpackedWeight
 """What is compared as one thing."""
 
 CompareItem = Band | Tile | UnpackedTile | Margin
-
 
 PartKey = tuple[int, str, str]
 """Rank (or file number) and name of a target tensor; if it is fused, also the source tensor of a part of it."""
@@ -251,7 +252,14 @@ class CompareWorker:
             scale = self.source_rows(recast.scale, recast.scale.shape[0], *blocks, 1).copy()
         packed = 2 if recast.weight.dtype == "I8" else 1
         weight = self.source_rows(recast.weight, recast.shape[0], tile.rows, tile.columns, packed)
-        made = cast_tile(recast, weight, scale)
+        is_nvfp4 = recast.conversion == NVFP4
+        made = (
+            compute_nvfp4_tile(weight, scale, self.read_factor(recast))
+            if is_nvfp4
+            else cast_tile(recast, weight, scale)
+        )
+        for part in recast.parts[0] if is_nvfp4 and not boxes[0] else ():
+            self.compare_part(part, part.rows, part.columns, made.weight)  # counted with the first tile
         compared = 0
         for found, (top, left), matrix in zip(boxes, places, (made.weight, made.scale), strict=True):
             for part, inner, across in found:
@@ -261,6 +269,12 @@ class CompareWorker:
             with self.comparison.lock:
                 self.comparison.inexact += made.inexact
         return compared
+
+    def read_factor(self, recast: CastWeight) -> TileBytes:
+        """Reads the factor that the target has of a weight in NVFP4, as bytes [1, 4]. Raises Refused."""
+        part = recast.parts[0][0]
+        size = part.tensor.size
+        return self.target.read_rows(part.rank, part.tensor.offset, size, (1, size), self.buffers.target).copy()
 
     def compare_unpacked_tile(self, tile: UnpackedTile) -> int:
         """Reads and computes a tile of a packed weight once, and compares every part that overlaps it."""

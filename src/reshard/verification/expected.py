@@ -106,6 +106,9 @@ SAME, DEQUANTIZE, FP4_TO_FP8, QUANTIZE, ROUND = "same", "dequantize", "fp4-to-fp
 FLATTENED = "flatten"
 """The relation of tensors whose last two dimensions are one on the right."""
 
+NVFP4 = "nvfp4"
+"""The conversion of MXFP4 whose codes stay: of scales, and of a factor in the place of the weight."""
+
 FILL = "fill"
 """Makes the constants of a recipe."""
 
@@ -115,6 +118,7 @@ CONVERSION_TEXTS = {
     FP4_TO_FP8: "cast from FP4 to FP8",
     QUANTIZE: "quantized to FP8",
     ROUND: "rounded to BF16",
+    NVFP4: "cast from MXFP4 to NVFP4, beside the same codes",
     FILL: "constants",
 }
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from reshard.errors import Problem
-from reshard.types import PACKED, Checkpoint, Packed, Tensor
+from reshard.types import NVFP4, PACKED, Checkpoint, Packed, Tensor
+from reshard.verification.nvfp4_config import make_nvfp4_config
 from reshard.verification.stacked_source import REPORT, describe_place
 from reshard.verification.stored_packings import (
     QUANTIZATION_KEYS,
@@ -34,13 +35,15 @@ class PackedSource(NamedTuple):
     stored: Checkpoint
     read: Checkpoint
     """Under the plain names of the weights."""
+    cast: str = ""
+    """What it was read for: `bf16` or `nvfp4`."""
 
 
 def check_packed_source(source: PackedSource) -> Iterator[Problem]:
     """Reports each packed weight that was read from other tensors than its own or in another way than it lies, each
     other tensor that was read from another place, and tensors that are not in the source.
     """
-    stored, read = source
+    stored, read, _ = source
     weights = {packed.result.name: packed for packed in find_packed_weights(stored)}
     parts = {part.name for packed in weights.values() for part in packed.list_inputs()}
     kept = {
@@ -48,7 +51,7 @@ def check_packed_source(source: PackedSource) -> Iterator[Problem]:
         for name, tensor in stored.tensors.items()
         if name not in parts and not (weights and name.endswith(LEFT_ASIDE))
     }
-    yield from check_dropped_quantization(source) if weights else ()
+    yield from check_read_config(source) if weights else ()
     for name in dict.fromkeys((*weights, *kept, *read.tensors)):
         found, wanted = read.tensors.get(name), kept.get(name)
         if name in weights:
@@ -58,10 +61,11 @@ def check_packed_source(source: PackedSource) -> Iterator[Problem]:
             yield Problem("wrong-place", name, text, describe_place(wanted, stored) if wanted else "no tensor", REPORT)
 
 
-def check_dropped_quantization(source: PackedSource) -> Iterator[Problem]:
-    """Reports a config that was not read as it is but for what it tells of the quantization."""
-    wanted = drop_quantization(source.stored.config or {})
-    if "text_config" in wanted and isinstance(wanted["text_config"], Mapping):
+def check_read_config(source: PackedSource) -> Iterator[Problem]:
+    """Reports a config that was not read as it is but for what it tells of the quantization: nothing, or of NVFP4."""
+    stored = source.stored.config or {}
+    wanted = make_nvfp4_config(stored) if source.cast == NVFP4 else drop_quantization(stored)
+    if source.cast != NVFP4 and "text_config" in wanted and isinstance(wanted["text_config"], Mapping):
         wanted["text_config"] = drop_quantization(wanted["text_config"])
     found = source.read.config or {}
     for key in sorted(found.keys() | wanted.keys()):
@@ -77,7 +81,7 @@ def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSource) -> Iterator[Problem]:
     """Reports what is wrong with how a packed weight was read."""
-    stored, read = source
+    stored, read, _ = source
     name, place = wanted.result.name, tensor.file - PACKED if tensor else -1
     if tensor is None or not 0 <= place < len(read.packed):
         text = describe_place(tensor, read) if tensor else "not read"

@@ -134,9 +134,11 @@ def view_as_words(raw: TileBytes) -> NDArray[np.uint32]:
 
 def unpack_fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """The fields of `bits` bits in words or bytes, from the low end of each on, one behind the other along a row."""
-    shifts = np.arange(0, words.dtype.itemsize * 8, bits)
-    fields = words[..., None] >> shifts & ((1 << bits) - 1)
-    return fields.astype(np.uint8).reshape(words.shape[0], -1)
+    # In the dtype of the words: another would take more memory, and time.
+    shifts = np.arange(0, words.dtype.itemsize * 8, bits).astype(words.dtype)
+    fields = words[..., None] >> shifts & np.array((1 << bits) - 1, words.dtype)
+    found: NDArray[np.uint8] = fields.astype(np.uint8).reshape(words.shape[0], -1)
+    return found
 
 
 def unpack_awq_words(raw: TileBytes) -> NDArray[np.uint8]:

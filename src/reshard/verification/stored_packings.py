@@ -165,9 +165,9 @@ def find_turned_weight(module: str, codes: Tensor, tensors: Tensors, table: Mapp
 def find_expert_weights(name: str, codes: Tensor, tensors: Tensors, _: Mapping[str, Any]) -> Packed | None:
     """Finds the experts of a layer in MXFP4, by their `X_blocks` [experts, out, in / 32, 16]: each is transposed."""
     scales = tensors.get(f"{name}_scales")
-    if scales is None or len(codes.shape) != 4 or scales.shape != codes.shape[:3]:
+    if scales is None or len(codes.shape) != 4 or (*scales.shape, FP4_GROUP // 2) != codes.shape:
         return None
-    experts, outer, groups, _size = codes.shape
+    experts, outer, groups = scales.shape
     result = make_result(name, experts, groups * FP4_GROUP, outer)
     return Packed("mxfp4-experts", codes, scales, None, None, None, 4, FP4_GROUP, result)
 

@@ -37,6 +37,7 @@ from reshard.verification.fused_parts import (
 )
 from reshard.verification.index_and_config import check_index_and_config
 from reshard.verification.mixtures import check_mixtures
+from reshard.verification.nvfp4_tensors import take_nvfp4_tensors
 from reshard.verification.packed_source import PackedSource, check_packed_source
 from reshard.verification.power_scales import has_power_of_two_scales
 from reshard.verification.provenance import (
@@ -191,10 +192,11 @@ def trace_files(trace: Provenance, target: AnyPath, files: Sequence[TargetHeader
     constants, others = ({}, files) if folder.is_whole else take_constants(files, recipe)
     yield from check_repeated_tensors(files, fused) if folder.is_joint else ()
     fused_units, others = take_fused_tensors(others, fused, folder)
+    found, others = take_nvfp4_tensors(trace, others)
     units, problems = pair_weights_with_scales(others, known, folder)
     probed = [*units, *(unit for one in fused_units for unit in one.list_units()[:1])]
     trace.is_power = has_power_of_two_scales(target, probed, trace)
-    yield from problems
+    yield from (*found, *problems)
     for unit in units:
         yield from trace_unit(trace, unit)
     yield from trace_fused_units(trace, fused_units)
