@@ -3,12 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packed_llamas import CONFIG, KINDS, write_packed
+from packed_llamas import CONFIG, KINDS, LAYERS, write_packed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -17,6 +18,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import reshard
 import reshard.casts.unpacking
 from reshard.errors import Refused
+from reshard.inspection.recipe_fit import check_fit
+from reshard.recipes.recipe import load_recipe
+from reshard.sources.checkpoints import read_checkpoint
 from reshard.verification.report import Report
 
 TRANSPOSED = ["awq", "gptq", "gptq-v2"]
@@ -62,6 +66,19 @@ def require_same_files(one: Path, other: Path) -> None:
     assert sorted(path.name for path in one.glob("*.safetensors")) == names
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_of_plain_names_fits_every_packing(model: Model, kind: str) -> None:
+    root, recipe = model(kind), load_recipe("llama")
+    plain = check_fit(read_checkpoint(root / "plain"), recipe)
+    assert plain.packed == 0
+    assert check_fit(read_checkpoint(root / "packed"), recipe) == replace(plain, packed=7 * LAYERS)
+    without = replace(recipe, rules=tuple(rule for rule in recipe.rules if "up_proj" not in rule.left))
+    with pytest.raises(Refused) as refused:
+        check_fit(read_checkpoint(root / "packed"), without)
+    assert {problem.kind for problem in refused.value.problems} == {"no-rule"}
+    assert refused.value.problems[0].subject == "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("files", [3, 1])

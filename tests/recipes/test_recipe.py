@@ -175,7 +175,7 @@ def test_what_a_recipe_may_leave_out() -> None:
     ("name", "kind", "word"),
     [
         pytest.param("deepseek-v33", "unknown-recipe", "did you mean deepseek-v3?", id="nearly a name"),
-        pytest.param("phi", "unknown-recipe", "one of deepseek-v2, deepseek-v3", id="another name"),
+        pytest.param("phi", "unknown-recipe", "deepseek-v2, deepseek-v3", id="another name"),
         pytest.param("no/such/recipe.toml", "unknown-recipe", "no/such/recipe.toml", id="no such file"),
         pytest.param(str(FAMILIES_FOLDER), "unknown-recipe", "no such recipe", id="a folder"),
     ],
@@ -361,6 +361,8 @@ FAULTS = [
                  id="a list that begins at 1, and no list"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", some_of = "i", listed = "dense", listed_from = "1" }',
                  "the whole number that the list has for member 0", id="a list that begins at a text"),
+    pytest.param(D_LINE, 'placeholders.d = { counts = "d", size = "n", optional = "not needed" }',
+                 "optional without size", id="a number of what may be left out"),
     pytest.param(line_with("checked "), "whole_only = true", "whole_only: a string", id="a boolean as whole_only"),
     pytest.param(D_LINE, 'placeholders.d = { counts = "d", within = "i", size = "2 *" }', "is not a formula",
                  id="half a formula as size"),
@@ -571,6 +573,19 @@ def test_what_is_like_another_has_its_rows_too() -> None:
     assert {rule.left for rule in optional} >= {f"model.layers.{{m}}.{name}.weight" for name in own}
     # Of the dense layers an MTP layer has nothing.
     assert not [rule for rule in optional if "{d}" in rule.left or rule.left.endswith("{m}.mlp.up_proj.{p}")]
+
+
+def test_right_names_that_only_a_marker_tells_apart_are_sound() -> None:
+    """As if somebody had written out what `like` says."""
+    row = '["same", "model.layers.{m}.input_layernorm.weight", "layers.{m}.attn_norm.weight", "replicate"],'
+    written = V3.replace('like = "is", ', "").replace(NORM + ",", f"{NORM},\n{row}")
+    assert written.count("attn_norm") == 2
+    parse_recipe(written, "mine.toml")
+    with pytest.raises(Refused) as caught:
+        parse_recipe(written.replace("{m}.attn_norm", "{d}.attn_norm").replace("{m}.input", "{d}.input"), "mine.toml")
+    (problem,) = caught.value.problems
+    assert "'layers.{i}.attn_norm.weight' and 'layers.{d}.attn_norm.weight' on the right" in problem.found
+    assert problem.subject == f"mine.toml:{written.splitlines().index(row) + 1}"
 
 
 def test_rows_beside_what_is_optional_are_optional_too() -> None:

@@ -177,6 +177,8 @@ def test_an_unknown_model_is_said_to_be_quantized() -> None:
     (problem,) = problems(llama(awq), {"model_type": "other"})
     assert problem.kind == "no-recipe"
     assert "quantized: AWQ or GPTQ, by the names of" in problem.found
+    assert problem.remedy.endswith("and --cast bf16; its rows have the names of BF16 weights")
+    (problem,) = problems(llama(mlx), {"model_type": "other"})
     assert problem.remedy.startswith("first convert the checkpoint that it was quantized from")
     (problem,) = problems(llama(awq), None)
     assert problem.kind == "quantized"

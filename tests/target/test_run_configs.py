@@ -546,6 +546,14 @@ def test_so_it_does_for_v2(folder: Path, q_lora: bool) -> None:  # noqa: FBT001 
 # --- the language of the recipes ---
 
 
+def test_members_that_are_left_out_are_not_counted(source: Source, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text((FAMILIES_FOLDER / "deepseek-v3.toml").read_text() + 'n_mtp_layers = "target.m"\n')
+    for keep_mtp, number in ((False, 0), (True, 1)):
+        plan = plan_conversion(Job(source("deepseek-v3"), 1, recipe=str(mine), keep_mtp=keep_mtp))
+        assert json.loads(make_run_config(plan))["n_mtp_layers"] == number
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

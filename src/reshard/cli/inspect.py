@@ -15,7 +15,7 @@ from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.sources.checkpoints import read_checkpoint
 from reshard.sources.stacked_experts import read_under_hub_names
-from reshard.text import escape, format_table
+from reshard.text import escape, format_count, format_table
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -86,12 +86,14 @@ def check_recipe(name: str, source: Path, *, as_json: bool) -> int:
     except Refused as refused:
         raise refused.reworded(name_recipe_argument) from None
     if as_json:
-        unknown = fit.unknown_keys
-        print_json({"status": "fits", "tensors": fit.tensors, "counts": fit.counts, "not_in_config": unknown})
+        told = {"tensors": fit.tensors, "counts": fit.counts, "not_in_config": fit.unknown_keys, "packed": fit.packed}
+        print_json({"status": "fits", **told})
     else:
         rows = [(counted, f"{count:,}") for counted, count in fit.counts.items()]
         lines = [f"{name} fits {restore_address(source)}: {fit.tensors:,} tensors, each under one rule"]
         lines += format_table(("", "found"), rows).split("\n")
         lines += [describe_unknown_keys(fit.unknown_keys)] if fit.unknown_keys else []
+        packed = f"note: {format_count(fit.packed, 'packed weights')} count as BF16, as with --cast bf16"
+        lines += [packed] if fit.packed else []
         print("\n".join(map(escape, lines)))
     return PROVEN

@@ -1,7 +1,7 @@
 """Finds faults in the placeholders and scales of a recipe, and in the names that they stand in."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reshard.recipes.formulas import parse_formula
@@ -114,6 +114,8 @@ def is_list_of_values(value: Any) -> bool:
 
 def check_links(name: str, fields: Mapping[str, str], placeholders: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults in what a placeholder says of other placeholders and of tensors."""
+    if {"optional", "size"} <= set(fields):
+        yield format_list(sorted(fields)), "optional without size: rank files from which they are left out have none"
     if "like" in fields and "after" not in fields:
         yield "like without after", "like of a placeholder that follows another"
     if ("within" in fields and "some_of" in fields) or (
@@ -155,6 +157,24 @@ def check_pattern(pattern: str, known: Iterable[str], endings: Iterable[str] = (
         )
     if len(set(names)) != len(names):
         yield f"a placeholder twice in {pattern!r}", "each placeholder once"
+
+
+def check_alike_names(
+    rows: Sequence[Sequence[str]], placeholders: Mapping[str, Any], scales: Mapping[str, Any]
+) -> Iterator[Fault]:
+    """Finds right names that differ only in what their numbers count: rank files do not tell whose they are. Members
+    that come after others are known by their marker.
+    """
+    named: dict[str, dict[str, int]] = {}
+    for number, row in enumerate(rows):
+        if not any("after" in placeholders.get(letter, {}) for letter in PLACEHOLDER.findall(row[2])):
+            alike = PLACEHOLDER.sub(lambda found: "weight" if found[1] in scales else "#", row[2])
+            named.setdefault(alike, {}).setdefault(row[2], number)
+    for numbers in named.values():
+        first, *others = numbers
+        for other in others:
+            expected = "names that differ in more than a placeholder: rank files do not tell whose they are"
+            yield ("rules", numbers[other]), f"{first!r} and {other!r} on the right", expected
 
 
 def check_condition(only: str, left: str, placeholders: Iterable[str]) -> Iterator[tuple[str, str]]:

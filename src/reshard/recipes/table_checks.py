@@ -21,6 +21,7 @@ from reshard.recipes.patterns import PLACEHOLDER, REST
 from reshard.recipes.placeholder_checks import (
     Fault,
     TablePath,
+    check_alike_names,
     check_condition,
     check_formula,
     check_pattern,
@@ -219,6 +220,7 @@ def check_rules(table: Mapping[str, Any]) -> Iterator[Fault]:
                 yield ("rules", number), f"{pattern!r} on the {side} {len(numbers)} times", "each name in one row"
     if all(is_list_of_strings(row) and len(row) in (4, 5, 6) for row in table["rules"]):
         yield from check_fusions(table["rules"], placeholders)
+        yield from check_alike_names(table["rules"], placeholders, scales)
         yield from check_padded_keys(table)
 
 

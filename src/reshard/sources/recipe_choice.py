@@ -12,6 +12,7 @@ from reshard.recipe_types import Recipe
 from reshard.recipes.formulas import find_unknown_keys
 from reshard.sources.completeness import check_missing, check_placeholders
 from reshard.sources.match import OWN_RECIPE, Matched, find_members, match, match_names
+from reshard.sources.packed_weights import collect_modules
 from reshard.sources.quantized import explain_unknown
 from reshard.text import format_list
 from reshard.types import Checkpoint
@@ -206,4 +207,6 @@ def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> 
     if quantized := explain_unknown(checkpoint, None, [checkpoint.tensors[tensor] for tensor in unknown[name]]):
         found = f"{found}; quantized: {quantized.found}"
         remedy = f"first {quantized.remedy}; then {OWN_RECIPE}" if quantized.remedy else remedy
+        if collect_modules(checkpoint.tensors):
+            remedy = f"{OWN_RECIPE} and --cast bf16; its rows have the names of BF16 weights"
     return refuse("no-recipe", str(checkpoint.folder), found, f"one of {format_list(unknown, 99)}", remedy)

@@ -77,4 +77,6 @@ def collect_target_facts(plan: Plan) -> dict[str, Any]:
     """
     dtypes = {tensor.dtype for tensor in plan.pieces.tensors}
     weights = "fp8" if "F8_E4M3" in dtypes and plan.layout.cast != "bf16" else "bf16"
-    return {**plan.counts, "dtype": weights, "packed": "fp4" if "F4" in dtypes else None}
+    placeholders = plan.recipe.placeholders.values()
+    left_out = {place.name: 0 for place in placeholders if place.optional and not plan.layout.keep_optional}
+    return {**plan.counts, **left_out, "dtype": weights, "packed": "fp4" if "F4" in dtypes else None}
