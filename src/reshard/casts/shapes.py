@@ -15,6 +15,11 @@ ROWS_TOGETHER = 32
 """Rows of a weight of TRANSPOSED that are taken out of the codes together: as many share bytes or a scale."""
 
 
+def takes_strips(cast: Cast) -> bool:
+    """Whether a cast takes strips of rows out of codes that lie column by column."""
+    return cast.packed is not None and cast.packed.packing in TRANSPOSED
+
+
 def is_in_blocks(cast: Cast) -> bool:
     """Whether blocks of scales describe the weight of a cast."""
     return cast.packed is None or cast.packed.packing in BLOCKED

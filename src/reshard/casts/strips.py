@@ -7,10 +7,6 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-MOST_KEPT = 2
-"""Strips that are kept although no thread works on them: a job goes through a weight from its first row to its last."""
-
-
 class Strip(NamedTuple):
     """What some rows of a weight are computed from."""
 
@@ -23,9 +19,12 @@ class Strip(NamedTuple):
 
 
 class StripStore:
-    """The strips of a job. The first thread that needs one makes it; others wait for it."""
+    """The strips of a job, of which as many are kept as it has threads. The first thread that needs one makes it; others
+    wait for it.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
         self._lock = Lock()
         self._strips: OrderedDict[tuple[int, int], tuple[Event, list[Strip]]] = OrderedDict()
 
@@ -36,7 +35,7 @@ class StripStore:
             is_mine = entry is None
             ready, made = self._strips[key] = entry or (Event(), [])
             self._strips.move_to_end(key)
-            while len(self._strips) > MOST_KEPT:
+            while len(self._strips) > self._threads:
                 self._strips.popitem(last=False)
         if not is_mine:
             ready.wait()

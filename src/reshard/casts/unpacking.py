@@ -30,8 +30,8 @@ from reshard.types import Cast, Packed, Tensor
 STRIP_SIZE = 32 << 20
 """In bytes, of the codes of a strip: most weights are one."""
 
-STRIP_MEMORY = 2 * STRIP_SIZE
-"""In bytes, of a strip with its scales, and what making it takes."""
+STRIP_MEMORY = 3 * STRIP_SIZE
+"""In bytes, for each thread: a strip that is kept with its scales, and what making one takes."""
 
 WORD_BITS = 32
 

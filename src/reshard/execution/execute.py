@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import __version__
+from reshard.casts.strips import StripStore
 from reshard.errors import Problem, Refused, refuse
 from reshard.execution.finished_files import (
     lock_shares,
@@ -244,8 +245,10 @@ def write_partial_files(
         ledger = Ledger(journal, targets, ways, counter)
         counter.advance(sum(len(file.header) for file in plan.files))
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
-        work = skip_written(make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), written)
-        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels)
+        bands, in_order = choose_bands(made, len(sources), WINDOW_SIZE), list_in_order(made, len(sources))
+        work = skip_written(make_windows(plan.copies, bands=bands, in_order=in_order), written)
+        strips = StripStore(jobs.most)
+        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels, strips)
         threads = move_all(work, files, ledger, jobs, counter.advance)
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.casts.shapes import TRANSPOSED
+from reshard.casts.shapes import takes_strips
 from reshard.casts.streaming import compute_cast
 from reshard.casts.strips import StripStore
 from reshard.casts.tensor_boxes import CastInputs
@@ -30,8 +30,7 @@ cast, one for scales, and the memory of the kernels."""
 
 def measure_memory_to_compute(joins: Sequence[Join], casts: Sequence[Cast]) -> int:
     """Measures the memory of a job for joins and casts, in bytes; 0 without any."""
-    has_strips = any(cast.packed and cast.packed.packing in TRANSPOSED for cast in casts)
-    return (MEMORY_TO_COMPUTE if joins or casts else 0) + has_strips * STRIP_MEMORY
+    return (MEMORY_TO_COMPUTE if joins or casts else 0) + any(map(takes_strips, casts)) * STRIP_MEMORY
 
 
 @dataclass(frozen=True, slots=True)

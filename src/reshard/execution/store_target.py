@@ -15,6 +15,7 @@ from math import ceil
 from threading import Event, Lock
 from typing import Any
 
+from reshard.casts.strips import StripStore
 from reshard.casts.kernels import choose_recode
 from reshard.errors import Refused, refuse, require_none
 from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
@@ -184,7 +185,7 @@ def put_files(
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(plan.source.folder, plan.source.files, ways, again=RESTART) as sources:
         counter.begin(resumed)
-        files = OpenFiles(sources, (), ways, made, settings.allow_inexact, levels)
+        files = OpenFiles(sources, (), ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
         putter = PartPutter(plan, store, ledger, counter)
         largest = measure_part_capacity(plan.files, journal.part_size)
 

@@ -9,7 +9,7 @@ written from where it was read; the pieces of any other (small tensors, columns 
     groups, rank 0           | norm | scale |  | w w w w w w w w |    two writes
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reshard.casts.shapes import flatten_to_matrix
+from reshard.casts.shapes import flatten_to_matrix, takes_strips
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import LARGEST_GAP, Copies, Integers
 from reshard.types import Cast, Join
@@ -103,22 +103,29 @@ class Batch(NamedTuple):
     """Their numbers."""
 
 
-def make_windows(copies: Copies, size: int = WINDOW_SIZE, bands: Mapping[int, int] = NO_BANDS) -> Iterator[Window]:
+def make_windows(
+    copies: Copies,
+    size: int = WINDOW_SIZE,
+    bands: Mapping[int, int] = NO_BANDS,
+    in_order: Collection[int] = (),
+) -> Iterator[Window]:
     """The windows of all copies, source file by source file, each of at most `size` bytes.
 
     `bands` has, for joins and casts, how many bytes are best made together: their windows end at multiples of it. Up to
     FILES_TOGETHER of them, which are small, are grouped at once.
 
     Neighbours in the order write to different files as far as possible, for two writers of one file wait for each
-    other. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
+    other; but the windows of each of `in_order`, which are casts, follow their offsets. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
     """
-    for batch in make_batches(copies, size, bands):
-        for window in build_windows(batch.pieces):
+    for batch in make_batches(copies, size, bands, in_order):
+        for window in build_windows(batch.pieces, is_in_order=int(batch.files[0]) in in_order):
             place = int(np.searchsorted(batch.bases, window.offset, side="right")) - 1
             yield window._replace(source_file=int(batch.files[place]), offset=window.offset - int(batch.bases[place]))
 
 
-def make_batches(copies: Copies, size: int, bands: Mapping[int, int]) -> Iterator[Batch]:
+def make_batches(
+    copies: Copies, size: int, bands: Mapping[int, int], in_order: Collection[int]
+) -> Iterator[Batch]:
     """The pieces of all windows, as `make_windows` has them: those of one source file, or of several small ones."""
     merged = merge_copies(copies)
     order = np.lexsort((merged.source_offset, merged.source_file))
@@ -128,7 +135,8 @@ def make_batches(copies: Copies, size: int, bands: Mapping[int, int]) -> Iterato
     for begin, end in pairwise(bounds):
         file = int(files[begin])
         grid = max(size // bands[file], 1) * bands[file] if file in bands else size
-        if batch and (file not in bands or len(batch) == FILES_TOGETHER):
+        is_alone = file in in_order or (bool(batch) and int(files[batch[0][0]]) in in_order)
+        if batch and (file not in bands or is_alone or len(batch) == FILES_TOGETHER):
             yield make_batch(merged, order, batch, size)
             batch = []
         batch.append((begin, end, grid))
@@ -268,7 +276,7 @@ def number_band_windows(table: PieceTable, first: int) -> PieceTable:
     )
 
 
-def build_windows(pieces: PieceTable) -> Iterator[Window]:
+def build_windows(pieces: PieceTable, *, is_in_order: bool = False) -> Iterator[Window]:
     """Builds windows from pieces in the order of window, target file and target offset. `source_file` is 0 in all."""
     sizes = pieces.run * pieces.rows
     is_first = np.diff(pieces.window, prepend=-1) != 0
@@ -287,7 +295,8 @@ def build_windows(pieces: PieceTable) -> Iterator[Window]:
     table = list(map(Piece._make, zip(*columns, strict=True)))
     files, places = pieces.target_file[groups].tolist(), pieces.target_offset[groups].tolist()
     begins = groups.tolist()
-    for window in interleave_target_files(pieces, sizes, bounds, offsets).tolist():
+    turns = np.argsort(offsets) if is_in_order else interleave_target_files(pieces, sizes, bounds, offsets)
+    for window in turns.tolist():
         chosen = range(group_bounds[window], group_bounds[window + 1])
         found = [Group(files[g], places[g], group_sizes[g], table[begins[g] : group_ends[g]]) for g in chosen]
         turn = window % len(found)
@@ -329,3 +338,10 @@ def choose_bands(made: Sequence[Join | Cast], files: int, most: int) -> dict[int
         if 0 < row <= most and rows:
             found[files + place] = row * height if row * height <= most else row
     return found
+
+
+def list_in_order(made: Sequence[Join | Cast], files: int) -> frozenset[int]:
+    """Lists the casts, by file number, whose windows must follow one another: those that take strips out of codes."""
+    return frozenset(
+        files + place for place, one in enumerate(made) if isinstance(one, Cast) and takes_strips(one)
+    )

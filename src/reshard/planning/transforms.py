@@ -52,7 +52,7 @@ class Terms:
     config: Mapping[str, Any]
     """The config, with raised values if padded; empty without a config."""
     packed: Sequence[Packed] = ()
-    """How the weights lie whose file is PACKED or beyond."""
+    """How the weights lie whose file is PACKED or beyond. Empty where only shapes are tried: they count as BF16 then."""
 
 
 def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
@@ -75,7 +75,7 @@ def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Out
 def cast_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:
     """Casts a weight group, as the layout asks; relabels packed FP4 from I8 to F4 in rank files."""
     layout, scaling = terms.layout, kind.scaling
-    if kind.weights[0].file >= PACKED:
+    if terms.packed and kind.weights[0].file >= PACKED:
         return make_nvfp4_group(kind, terms, casts) if layout.cast == NVFP4 else unpack_group(kind, terms, casts)
     if layout.cast == "bf16" and is_rounded(kind):
         return round_group(kind, terms, casts)

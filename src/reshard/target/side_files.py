@@ -40,8 +40,11 @@ INDEX_ENDING = re.compile(r"\.index(\.\w+)?\.json$")
 SPARE_ENDING = re.compile(r"(\.(bak|backup|old|orig|\d+)|~)$")
 """`model.safetensors.bak` and `pytorch_model.bin.1` are spare copies."""
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "recipe.yaml")
-"""Files in which ModelOpt, AWQ, GPTQ and llm-compressor tell of a quantization: a loader would look for its scales."""
+QUANTIZATION_FILES = (
+    *("hf_quant_config.json", "quant_config.json", "quantization_config.json", "quantize_config.json"),
+    "recipe.yaml",
+)
+"""Files in which ModelOpt, AWQ, AutoRound, GPTQ and llm-compressor tell of a quantization: a loader would look for its scales."""
 
 LARGE = 256 << 20
 """In bytes, of all copied files together: a person should know of more."""
