@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from packed_llamas import CONFIG, KINDS, LAYERS, write_packed
+from packed_llamas import CONFIG, KINDS, pack_integers, write_packed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import reshard
+import reshard.casts.shapes
 import reshard.casts.unpacking
+import reshard.execution.execute
+from reshard.cli.main import main
 from reshard.errors import Refused
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.recipe import load_recipe
@@ -135,7 +138,7 @@ def test_some_layers_are_taken_and_renumbered(model: Model, tmp_path: Path, kind
 def test_a_weight_of_several_strips_is_the_same(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(reshard.casts.unpacking, "STRIP_SIZE", 1 << 12)
+    monkeypatch.setattr(reshard.casts.shapes, "STRIP_SIZE", 1 << 12)
     root = model(kind)
     reshard.convert(root / "packed", tmp_path / "target", to="hf", cast="bf16")
     require_same_numbers(read_all(tmp_path / "target"), load_file(root / "plain" / "model.safetensors"))
@@ -183,7 +186,7 @@ def test_gpt_oss_is_what_transformers_makes_of_it(
     gpt_oss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], size: int | None
 ) -> None:
     if size:
-        monkeypatch.setattr(reshard.casts.unpacking, "STRIP_SIZE", size)
+        monkeypatch.setattr(reshard.casts.shapes, "STRIP_SIZE", size)
     reshard.convert(gpt_oss / "packed", tmp_path / "one", cast="bf16", **layout)
     reshard.convert(gpt_oss / "plain", tmp_path / "other", **layout)
     require_same_files(tmp_path / "one", tmp_path / "other")
@@ -277,6 +280,122 @@ def test_a_config_that_tells_of_another_packing_is_refused(
     (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": table}))
     with pytest.raises(Refused, match=expected):
         reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+
+
+def tell(source: Path, table: object, name: str = "config.json") -> None:
+    """Tells of a quantization in the config, or in a file of its own."""
+    (source / "quantize_config.json").unlink(missing_ok=True)
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    if table:
+        told = {**CONFIG, "quantization_config": table} if name == "config.json" else table
+        (source / name).write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "table"),
+    [
+        ("gptq-v2", "config.json", {"quant_method": "gptq", "bits": 8, "group_size": 64, "format": "gptq_v2"}),
+        ("gptq-v2", "quantize_config.json", {"bits": 8, "group_size": 64, "checkpoint_format": "gptq_v2"}),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 64, "desc_act": True}),
+        ("gptq", "config.json", {"quant_method": "gptq", "bits": 8, "dynamic": {"+:.*proj.*": {"bits": 4}}}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}),
+    ],
+)
+def test_the_format_is_told_in_several_ways(
+    model: Model, tmp_path: Path, kind: str, name: str, table: dict[str, Any]
+) -> None:
+    root, target = model(kind), tmp_path / "target"
+    tell(root / "packed", table, name)
+    reshard.convert(root / "packed", target, to="hf", cast="bf16")
+    require_same_numbers(read_all(target), load_file(root / "plain" / "model.safetensors"))
+    assert not (target / name).exists() or name == "config.json"
+    require_proven(reshard.verify(target, root / "packed"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "expected"),
+    [
+        ("gptq", {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round"),
+        ("gptq", None, "no quantization_config"),
+        ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 32}, "as the config says"),
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32}, "as the config says"),
+        ("awq", {"quant_method": "awq", "bits": 8, "group_size": 64}, "8 bits"),
+        ("awq", {"quant_method": "gptq", "bits": 4, "group_size": 64}, "not gptq"),
+    ],
+)
+def test_a_format_that_is_not_told_or_told_otherwise_is_refused(
+    model: Model, tmp_path: Path, kind: str, table: dict[str, Any] | None, expected: str
+) -> None:
+    source = model(kind) / "packed"
+    tell(source, table)
+    with pytest.raises(Refused, match=expected):
+        reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+
+
+def test_rows_of_other_lengths_in_parts_of_the_same_shapes(model: Model, tmp_path: Path) -> None:
+    """8 bits of 160 columns take as many words as 4 bits of 320."""
+    root = model("int4", 1)
+    source, tensors = root / "packed", load_file(root / "packed" / "model.safetensors")
+    plain = load_file(root / "plain" / "model.safetensors")
+    for name in [name for name in plain if "proj" in name]:
+        rows, columns = plain[name].shape
+        for end in ("packed", "scale", "shape"):
+            del tensors[f"{name}_{end}"]
+        parts, plain[name] = pack_integers((rows, columns), 4 if "down" in name else 8, 0)
+        tensors |= {name.removesuffix(".weight") + end: part for end, part in parts.items()}
+    save_file(tensors, source / "model.safetensors")
+    groups = {str(bits): {"weights": {"num_bits": bits, "group_size": None}} for bits in (4, 8)}
+    tell(source, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+    require_same_numbers(read_all(tmp_path / "target"), plain)
+    require_proven(reshard.verify(tmp_path / "target", source))
+
+
+@pytest.mark.parametrize("kind", ["int4", "awq"])
+def test_numbers_of_ranks_are_found_without_dequantizing(
+    model: Model, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = model(kind) / "packed"
+    assert main(["plan", str(source), "--cast", "bf16"]) == 0
+    assert "ranks" in capsys.readouterr().out
+    with pytest.raises(Refused, match="one of 1, 2, 4"):
+        reshard.convert(source, tmp_path / "target", mp=3, cast="bf16")
+
+
+@pytest.mark.parametrize("kind", ["awq", "int4", "fp8-rows"])
+def test_a_packed_model_is_loaded(model: Model, kind: str) -> None:
+    root = model(kind)
+    state = reshard.load(root / "packed", mp=1, rank=0, cast="bf16", framework="torch")
+    require_same_numbers(dict(state), load_file(root / "plain" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_strips_are_made_once_for_several_files(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made: list[object] = []
+    make_strip = reshard.casts.unpacking.make_strip
+
+    def make(packed: Any, expert: int, start: int, *others: Any) -> Any:
+        made.append((packed.codes.name, expert, start))
+        return make_strip(packed, expert, start, *others)
+
+    monkeypatch.setattr(reshard.casts.unpacking, "make_strip", make)
+    monkeypatch.setattr(reshard.casts.shapes, "STRIP_SIZE", 1 << 12)
+    monkeypatch.setattr(reshard.execution.execute, "WINDOW_SIZE", 1 << 13)
+    root = model(kind)
+    reshard.convert(root / "packed", tmp_path / "target", mp=4, cast="bf16", jobs=1)
+    assert len(made) == len(set(made)) > 77 * 2
+
+
+def test_what_an_earlier_version_left_packed_is_still_proven(gpt_oss: Path, tmp_path: Path) -> None:
+    """Such a target has BF16 for F32 only, and says the same cast."""
+    target = tmp_path / "target"
+    reshard.convert(gpt_oss / "packed", target, to="hf")
+    manifest = json.loads((target / "reshard.json").read_text())
+    manifest["layout"]["cast"], manifest["casts"] = "bf16", {"round": 1}
+    (target / "reshard.json").write_text(json.dumps(manifest))
+    require_proven(reshard.verify(target, gpt_oss / "packed"))
 
 
 @pytest.mark.parametrize("kind", ["int4", "awq", "nvfp4", "fp8"])

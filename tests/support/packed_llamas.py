@@ -220,7 +220,7 @@ def write_packed(folder: Path, /, kind: str, *, files: int = 3) -> None:
     (folder / "plain" / "config.json").write_text(json.dumps(CONFIG))
     told = {**CONFIG, "quantization_config": table} if table else CONFIG
     (folder / "packed" / "config.json").write_text(json.dumps(told))
-    (folder / "packed" / "quantize_config.json").write_text(json.dumps(table))
+    (folder / "packed" / "quantize_config.json").write_text(json.dumps(table or {}))
 
 
 def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], files: int) -> None:

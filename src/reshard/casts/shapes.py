@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import prod
 
-from reshard.types import Cast, Tensor
+from reshard.types import Cast, Packed, Tensor
 
 TRANSPOSED = ("awq", "gptq", "gptq-v2", "mxfp4-experts")
 """Packings whose codes lie column by column of the weight: a few rows of it are a little of everything."""
@@ -13,6 +13,10 @@ BLOCKED = ("fp8", "mxfp4")
 
 ROWS_TOGETHER = 32
 """Rows of a weight of TRANSPOSED that are taken out of the codes together: as many share bytes or a scale."""
+
+
+STRIP_SIZE = 32 << 20
+"""In bytes, of the codes of a strip: most weights are one."""
 
 
 def takes_strips(cast: Cast) -> bool:
@@ -57,3 +61,10 @@ def compute_unpadded_shape(cast: Cast) -> tuple[int, int]:
         return rows, columns
     height, width = count_blocks((rows, columns), cast.new_block)
     return height, width
+
+
+def count_strip_rows(packed: Packed) -> int:
+    """The number of rows in a strip of a weight, or of each of several experts."""
+    rows, columns = packed.result.shape[-2:]
+    most = STRIP_SIZE * 8 // (columns * packed.bits) // ROWS_TOGETHER * ROWS_TOGETHER
+    return max(ROWS_TOGETHER, min(most, rows))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+
 class Strip(NamedTuple):
     """What some rows of a weight are computed from."""
 
@@ -19,8 +20,8 @@ class Strip(NamedTuple):
 
 
 class StripStore:
-    """The strips of a job, of which as many are kept as it has threads. The first thread that needs one makes it; others
-    wait for it.
+    """The strips of a job, of which as many are kept as it has threads. The first thread that needs one makes it, and
+    others wait for it.
     """
 
     def __init__(self, threads: int = 1) -> None:

@@ -20,15 +20,12 @@ from reshard.casts.packed_layouts import (
     spread_zeros_gptq,
     spread_zeros_integers,
 )
-from reshard.casts.shapes import ROWS_TOGETHER, TRANSPOSED, flatten_to_matrix
+from reshard.casts.shapes import ROWS_TOGETHER, STRIP_SIZE, TRANSPOSED, count_strip_rows, flatten_to_matrix
 from reshard.casts.strips import Strip
 from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
 from reshard.errors import refuse
 from reshard.formats.safetensors import BITS
 from reshard.types import Cast, Packed, Tensor
-
-STRIP_SIZE = 32 << 20
-"""In bytes, of the codes of a strip: most weights are one."""
 
 STRIP_MEMORY = 3 * STRIP_SIZE
 """In bytes, for each thread: a strip that is kept with its scales, and what making one takes."""
@@ -135,19 +132,12 @@ def find_group_of_columns(packed: Packed, inputs: CastInputs) -> NDArray[np.int3
     integers = np.int64 if packed.order.dtype == "I64" else np.int32
     found: NDArray[Any] = np.frombuffer(inputs.scale(packed.order, 0, packed.order.size), integers)
     groups = in_order[-1] + 1
-    if np.any(found == IN_ORDER):
+    if packed.packing == "integers" and np.any(found == IN_ORDER):
         return in_order
     if np.any((found < 0) | (found >= groups)):
         expected = f"numbers from 0 to {groups - 1}, of the groups of columns"
         raise refuse("wrong-value", packed.order.name, f"{found.min()} to {found.max()}", expected, "is it damaged?")
     return found.astype(np.int32)
-
-
-def count_strip_rows(packed: Packed) -> int:
-    """The number of rows in a strip of a weight, or of each of several experts."""
-    rows, columns = packed.result.shape[-2:]
-    most = STRIP_SIZE * 8 // (columns * packed.bits) // ROWS_TOGETHER * ROWS_TOGETHER
-    return max(ROWS_TOGETHER, min(most, rows))
 
 
 def split_at_strips(packed: Packed, box: ElementBox) -> Iterator[tuple[int, int]]:
@@ -198,14 +188,16 @@ def make_strip(packed: Packed, expert: int, start: int, stop: int, inputs: CastI
         place = first * (packed.bits if is_awq else WORD_BITS) // 8
         part = codes[:, place : place + size]
         spread_awq(words.view(np.int32), part) if is_awq else spread_gptq(words.view(np.int32), part)
-    scales = np.concatenate([part for _, part in read_columns(packed.scales, slice(start, stop), inputs)])
+    scales = np.empty((height, packed.scales.shape[0]), PATTERNS[BITS[packed.scales.dtype]])
+    for first, part in read_columns(packed.scales, slice(start, stop), inputs):
+        scales[:, first : first + len(part)] = part.T
     if packed.zeros is None:
-        return Strip(codes, np.ascontiguousarray(scales.T), None)
+        return Strip(codes, scales, None)
     of_words = slice(start // in_word, -(-stop // in_word))
     words = np.concatenate([part for _, part in read_columns(packed.zeros, of_words, inputs)]).view(np.int32)
     is_v2 = packed.packing == "gptq-v2"
     zeros = spread_zeros_awq(words) if is_awq else spread_zeros_gptq(words, packed.bits, is_v2=is_v2)
-    return Strip(codes, np.ascontiguousarray(scales.T), zeros[:height])
+    return Strip(codes, scales, zeros[:height])
 
 
 def make_strip_of_experts(packed: Packed, expert: int, start: int, stop: int, inputs: CastInputs) -> Strip:

@@ -28,7 +28,7 @@ from reshard.execution.journal import RESTART, Journal, TargetLock, has_records,
 from reshard.execution.reader import MEMORY_PER_THREAD, OpenFiles, measure_memory_to_compute
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
-from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
+from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, list_in_order, make_windows
 from reshard.execution.writer import Jobs, Ledger, add_sizes, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
 from reshard.paths import RemotePath

@@ -15,8 +15,8 @@ from math import ceil
 from threading import Event, Lock
 from typing import Any
 
-from reshard.casts.strips import StripStore
 from reshard.casts.kernels import choose_recode
+from reshard.casts.strips import StripStore
 from reshard.errors import Refused, refuse, require_none
 from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
 from reshard.execution.joins import count_join_levels

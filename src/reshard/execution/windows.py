@@ -30,6 +30,8 @@ FILES_TOGETHER = 1000
 
 NO_BANDS: Mapping[int, int] = {}
 
+NONE_IN_ORDER: frozenset[int] = frozenset()
+
 
 class Piece(NamedTuple):
     """`rows` runs of `run` bytes in a window, their starts `pitch` bytes apart, from byte `start` of the window on."""
@@ -107,7 +109,7 @@ def make_windows(
     copies: Copies,
     size: int = WINDOW_SIZE,
     bands: Mapping[int, int] = NO_BANDS,
-    in_order: Collection[int] = (),
+    in_order: Collection[int] = NONE_IN_ORDER,
 ) -> Iterator[Window]:
     """The windows of all copies, source file by source file, each of at most `size` bytes.
 
@@ -115,7 +117,8 @@ def make_windows(
     FILES_TOGETHER of them, which are small, are grouped at once.
 
     Neighbours in the order write to different files as far as possible, for two writers of one file wait for each
-    other; but the windows of each of `in_order`, which are casts, follow their offsets. Every byte that is copied lies in exactly one window, except columns of rows longer than a window.
+    other; but the windows of each of `in_order`, which are casts, follow their offsets. Every byte that is copied lies
+    in exactly one window, except columns of rows longer than a window.
     """
     for batch in make_batches(copies, size, bands, in_order):
         for window in build_windows(batch.pieces, is_in_order=int(batch.files[0]) in in_order):
@@ -124,7 +127,7 @@ def make_windows(
 
 
 def make_batches(
-    copies: Copies, size: int, bands: Mapping[int, int], in_order: Collection[int]
+    copies: Copies, size: int, bands: Mapping[int, int], in_order: Collection[int] = NONE_IN_ORDER
 ) -> Iterator[Batch]:
     """The pieces of all windows, as `make_windows` has them: those of one source file, or of several small ones."""
     merged = merge_copies(copies)
@@ -342,6 +345,4 @@ def choose_bands(made: Sequence[Join | Cast], files: int, most: int) -> dict[int
 
 def list_in_order(made: Sequence[Join | Cast], files: int) -> frozenset[int]:
     """Lists the casts, by file number, whose windows must follow one another: those that take strips out of codes."""
-    return frozenset(
-        files + place for place, one in enumerate(made) if isinstance(one, Cast) and takes_strips(one)
-    )
+    return frozenset(files + place for place, one in enumerate(made) if isinstance(one, Cast) and takes_strips(one))

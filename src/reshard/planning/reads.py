@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.casts.shapes import compute_unpadded_shape
+from reshard.casts.shapes import compute_unpadded_shape, count_strip_rows, takes_strips
 from reshard.formats.safetensors import BITS
 from reshard.planning.copies import LARGEST_GAP, Copies, Integers
 from reshard.types import Cast, Checkpoint, Tensor
@@ -50,6 +50,8 @@ def measure_reads(checkpoint: Checkpoint, casts: Sequence[Cast], copies: Copies)
         size = prod(compute_unpadded_shape(cast)) * BITS[cast.result.dtype] // 8
         share = min(1, used[place] / size) if size else 0
         weight, scale = TIMES_READ.get(cast.operation, (1, 1))
+        if cast.packed and takes_strips(cast):  # all codes are read for each strip
+            weight = scale = -(-cast.packed.result.shape[-2] // count_strip_rows(cast.packed))
         add_input(cast.weight, weight * cast.weight.size * share)
         for beside in cast.list_inputs()[1:]:
             add_input(beside, scale * beside.size * share)

@@ -52,7 +52,7 @@ class Terms:
     config: Mapping[str, Any]
     """The config, with raised values if padded; empty without a config."""
     packed: Sequence[Packed] = ()
-    """How the weights lie whose file is PACKED or beyond. Empty where only shapes are tried: they count as BF16 then."""
+    """How the weights lie whose file is PACKED or beyond. Empty where only shapes are tried: they are as BF16."""
 
 
 def transform_weights(kind: WeightGroup, terms: Terms, casts: list[Cast]) -> Outcome:

@@ -120,7 +120,10 @@ def read_integers(parts: Parts, table: Mapping[str, Any], length: int | None) ->
     if bits is None:
         bits = next((one["num_bits"] for one in told if one.get("num_bits") in (4, 8)), None)
         if bits is None or length is not None:
-            raise WrongForm("weight_packed", "codes of 4 or 8 bits, as long as weight_shape says")
+            told_by = (
+                "weight_shape says" if length is not None else "weight_shape or the config would say: neither does"
+            )
+            raise WrongForm("weight_packed", f"codes of 4 or 8 bits, as long as {told_by}")
     columns = words * WORD_BITS // bits if length is None else length
     if told and bits not in [one.get("num_bits") for one in told]:
         raise WrongForm("weight_packed", f"codes of {told[0].get('num_bits')} bits, as the config says")
@@ -145,11 +148,14 @@ def list_told_weights(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def find_group(columns: int, groups: int, told: list[Any]) -> int | None:
     """Finds how many columns share a scale: as the config tells, else equal groups; None if nothing fits."""
-    for group in told:
-        if type(group) is int and group > 0 and ceil(columns / group) == groups:
+    sizes = [group for group in told if type(group) is int and group > 0]
+    for group in sizes:
+        if ceil(columns / group) == groups:
             return group
-    if groups == 1:
+    if groups == 1 and (not sizes or len(sizes) < len(told)):
         return columns
+    if sizes:
+        return None
     return columns // groups if groups and columns % groups == 0 else None
 
 
@@ -203,40 +209,51 @@ def read_experts(parts: Parts, *_: Any) -> Build:
 def read_qweight(parts: Parts, table: Mapping[str, Any], *_: Any) -> Build:
     """Reads AWQ or GPTQ, which have the same names: words hold 8 codes of a row of them, or of a column."""
     lines, words = require_matrix(parts, "qweight")
-    scales = parts["scales"]
+    scales, method = parts["scales"], table.get("quant_method")
     if len(scales.shape) != 2:
         raise WrongForm("scales", "[groups, out features]")
     groups, outs = scales.shape
     names = ("qweight", "scales", "qzeros", "", "g_idx")
     if outs == 8 * words:
-        group = require_group("scales", lines, groups, table)
+        if method not in (None, "awq") or table.get("version", "gemm") not in ("gemm", "GEMM", None):
+            raise WrongForm("qweight", f"the version gemm of AWQ, not {table.get('version', method)}")
+        require_bits(table, 4)
         require_part(parts, "scales", (groups, outs), ("F16", "BF16"))
         require_part(parts, "qzeros", (groups, words), ("I32",))
-        if table.get("version", "gemm") not in ("gemm", "GEMM", None):
-            raise WrongForm("qweight", "the version gemm of AWQ")
-        return build_form("awq", (outs, lines), 4, group, names)
+        return build_form("awq", (outs, lines), 4, require_group(lines, groups, table), names)
     zeros = parts["qzeros"]
     bits = next((b for b in (4, 8) if zeros.shape == (groups, ceil(outs * b / WORD_BITS))), 0)
     if outs != words or not bits:
         raise WrongForm("qweight", f"codes of 4 or 8 bits, for the scales {[groups, outs]}")
-    if table.get("bits", bits) != bits:
-        raise WrongForm("qweight", f"codes of {table.get('bits')} bits, as the config says")
+    if method != "gptq":
+        told = f"quant_method is {method}" if method else "no quantization_config or quantize_config.json is there"
+        raise WrongForm(
+            "qzeros", f"GPTQ, by its config: {told}, and zero points may be stored as they are, or less one"
+        )
+    require_bits(table, bits)
     columns = lines * WORD_BITS // bits
-    group = require_group("scales", columns, groups, table)
     require_part(parts, "scales", (groups, outs), ("F16", "BF16", "F32"))
     require_part(parts, "qzeros", zeros.shape, ("I32",))
     require_part(parts, "g_idx", (columns,), ("I32", "I64"))
     told = table.get("checkpoint_format", table.get("format"))  # GPTQModel writes both, or the second
     packing = "gptq-v2" if told == "gptq_v2" else "gptq"
-    return build_form(packing, (outs, columns), bits, group, names)
+    return build_form(packing, (outs, columns), bits, require_group(columns, groups, table), names)
 
 
-def require_group(word: str, columns: int, groups: int, table: Mapping[str, Any]) -> int:
+def require_bits(table: Mapping[str, Any], bits: int) -> None:
+    """Raises WrongForm if the config tells of other bits, and for all weights alike."""
+    told = table.get("bits", table.get("w_bit", bits))
+    if told != bits and not any(table.get(key) for key in ("dynamic", "extra_config")):
+        raise WrongForm("qweight", f"codes of {told} bits, as the config says; these have {bits}")
+
+
+def require_group(columns: int, groups: int, table: Mapping[str, Any]) -> int:
     """Finds how many columns share a scale. Raises WrongForm."""
-    told = [table.get(key) for key in ("group_size", "q_group_size")]
-    group = find_group(columns, groups, told)
+    told = [table[key] for key in ("group_size", "q_group_size") if key in table]
+    is_mixed = any(table.get(key) for key in ("dynamic", "extra_config"))
+    group = find_group(columns, groups, [] if is_mixed else told)
     if group is None:
-        raise WrongForm(word, f"a scale for each group of the {columns:,} columns")
+        raise WrongForm("scales", f"a scale for each group of the {columns:,} columns, as the config says")
     return group
 
 
@@ -251,10 +268,9 @@ FORMS: tuple[Form, ...] = (
     Form(
         "NVFP4 of compressed-tensors",
         ("weight_packed", "weight_scale", "weight_global_scale"),
-        ("weight_packed", "weight_scale"),
-        {"weight_packed": ("U8",)},
+        ("weight_packed", "weight_scale", "weight_global_scale"),
+        {"weight_packed": ("U8",), "weight_scale": ("F8_E4M3",)},
         read_rows_of_fp4,
-        tells=lambda parts: "weight_global_scale" in parts,
     ),
     Form(
         "MXFP4",

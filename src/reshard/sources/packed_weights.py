@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
+from reshard.formats.json_input import read_object
 from reshard.sources.nvfp4_config import describe_as_nvfp4
-from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm
+from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm, list_told_weights
 from reshard.sources.problem_order import sort_problems
-from reshard.sources.quantization_config import drop_promise, read_promise
+from reshard.sources.quantization_config import PROMISE_KEY, drop_promise, read_promise
 from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import NVFP4, PACKED, Checkpoint, Note, Packed, Tensor
@@ -54,6 +55,8 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
     modules = find_forms(parts)
     if not modules:
         return None
+    if any(module.form.words[0] == "qweight" for module in modules.values()):
+        stored = add_promise_beside(stored)
     promise = read_promise(stored.config)
     reader = FormReader(stored, promise.table if promise else {})
     packed: list[Packed] = []
@@ -67,6 +70,21 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
     if problems:
         raise Refused(sort_problems(islice(problems, MOST_PROBLEMS)))
     return Unpacked(stored, replace_packed(stored, packed, cast), cast)
+
+
+def add_promise_beside(stored: Checkpoint) -> Checkpoint:
+    """Adds to a config that tells of no quantization what a file of the quantizer beside it tells."""
+    if read_promise(stored.config):
+        return stored
+    for name, method in FILES_BESIDE.items():
+        table = read_object((stored.beside or stored.folder) / name)
+        if table is not None:
+            return replace(stored, config={**(stored.config or {}), PROMISE_KEY: {"quant_method": method, **table}})
+    return stored
+
+
+FILES_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""File of AutoGPTQ or AutoAWQ -> the method that it tells of."""
 
 
 class Module(NamedTuple):
@@ -113,7 +131,8 @@ def check_codes_there(parts: Mapping[str, Mapping[str, Tensor]], modules: Mappin
     for start, own in parts.items():
         for codes, form in forms.items():
             others = [word for word in form.words[1:] if word in own]
-            if form.separator == start[-1] and codes not in own and others and start[:-1] not in modules:
+            is_other = start[:-1] in modules or "weight" in own
+            if form.separator == start[-1] and codes not in own and others and not is_other:
                 expected = f"beside {own[others[0]].name}, of {form.title}"
                 yield Problem("missing-tensor", f"{start}{codes}", LACKING, expected, "is a file missing?")
                 break
@@ -134,6 +153,8 @@ class FormReader:
     def __init__(self, stored: Checkpoint, table: Mapping[str, Any]) -> None:
         self._stored = stored
         self._table = table
+        bits = {one.get("num_bits") for one in list_told_weights(table)}
+        self._are_mixed = len(bits) != 1  # then parts of the same shapes may have rows of other lengths
         self._known: dict[Any, Build | WrongForm] = {}
 
     def read(self, name: str, module: Module, place: int) -> Packed | Problem:
@@ -143,9 +164,10 @@ class FormReader:
             subject = f"{name}{form.separator}{lacking[0]}"
             expected = f"beside {parts[form.words[0]].name}, of {form.title}"
             return Problem("missing-tensor", subject, LACKING, expected, "is a file missing?")
+        length = self._read_length(parts) if self._are_mixed or key not in self._known else None
+        key = (key, length) if self._are_mixed else key
         if key not in self._known:
             try:
-                length = self._read_length(parts)
                 self._known[key] = form.read(parts, self._table, length)
             except WrongForm as wrong:
                 self._known[key] = wrong

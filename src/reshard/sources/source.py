@@ -101,6 +101,8 @@ def read_source(
     else:
         stored = read_huggingface(folder, recipes, ignore_extra_files=ignore_extra_files, replicas=replicas)
         unpacked = unpack_checkpoint(stored, cast)
+        if unpacked and recipe:
+            require_plain_names(recipes[0], cast)
         with explain_boxed(stored):
             source = match_huggingface(
                 folder,
@@ -114,6 +116,15 @@ def read_source(
             )
             source = replace(source, unpacked=unpacked)
     return narrow_source(leave_out_added_head(source), subset)
+
+
+def require_plain_names(recipe: Recipe, cast: str) -> None:
+    """Raises Refused if a recipe that was asked for has rows for parts of packed weights, which a cast reads as one."""
+    part = next((rule.left for rule in recipe.rules if rule.left.endswith(".weight_scale") and not rule.only), "")
+    if part:
+        found = f"{cast}, by the recipe {recipe.name}, which has rows for parts of packed weights: {part}"
+        remedy = "leave out --recipe: the recipe of the same model in BF16 is taken; or leave out --cast"
+        raise refuse("wrong-option", "--cast", found, "a recipe with the plain names of weights", remedy)
 
 
 def leave_out_added_head(source: Source) -> Source:

@@ -129,8 +129,11 @@ def find_cast(target: AnyPath, manifest: Mapping[str, Any]) -> str:
     """Finds the cast that a target was made with: as its manifest says, or by what it has: a factor of NVFP4, or no
     codes. Empty if there is none.
     """
-    if isinstance(layout := manifest.get("layout"), Mapping):
-        return str(layout.get("cast", ""))
+    layout, casts = manifest.get("layout"), manifest.get("casts")
+    if isinstance(layout, Mapping):
+        # Versions before 0.3 left packed weights as they were.
+        is_older = layout.get("cast") == "bf16" and isinstance(casts, Mapping) and "dequantize" not in casts
+        return "" if is_older else str(layout.get("cast", ""))
     with suppress(Refused):
         tensors = read_headers(target, list_target_names(target)).tensors
         if any(tensor.name.endswith(".weight_global_scale") for tensor in tensors):

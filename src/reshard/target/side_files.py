@@ -44,7 +44,9 @@ QUANTIZATION_FILES = (
     *("hf_quant_config.json", "quant_config.json", "quantization_config.json", "quantize_config.json"),
     "recipe.yaml",
 )
-"""Files in which ModelOpt, AWQ, AutoRound, GPTQ and llm-compressor tell of a quantization: a loader would look for its scales."""
+"""Files in which quantizers (ModelOpt, AWQ, AutoRound, GPTQ, llm-compressor) tell what they did: a loader would look
+for scales.
+"""
 
 LARGE = 256 << 20
 """In bytes, of all copied files together: a person should know of more."""
