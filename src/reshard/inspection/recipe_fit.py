@@ -35,7 +35,7 @@ def check_fit(checkpoint: Checkpoint, recipe: Recipe) -> RecipeFit:
         return measure_fit(checkpoint, recipe)
     except Refused as refused:
         is_quantized = any(problem.kind == "quantized" for problem in refused.problems)
-        unpacked = unpack_checkpoint(checkpoint) if is_quantized else None
+        unpacked = unpack_checkpoint(checkpoint, "bf16") if is_quantized else None
         if unpacked is None:
             raise
     return measure_fit(unpacked.checkpoint, recipe)
