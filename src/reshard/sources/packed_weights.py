@@ -13,7 +13,7 @@ from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.sources.nvfp4_config import describe_as_nvfp4
 from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm
 from reshard.sources.problem_order import sort_problems
-from reshard.sources.quantization_config import CONFIG_KEYS, read_promise
+from reshard.sources.quantization_config import drop_promise, read_promise
 from reshard.storage.opened import open_regular_file
 from reshard.text import format_count, format_list
 from reshard.types import NVFP4, PACKED, Checkpoint, Note, Packed, Tensor
@@ -210,14 +210,3 @@ def note_unpacked(packed: Sequence[Packed], aside: Sequence[str], cast: str) -> 
     if others:
         text = f"left aside: {format_count(len(others), 'scales')} of activations or caches, such as {others[0]}"
         yield Note("left-aside", f"{text}: {'the target is of weights only' if cast == NVFP4 else 'BF16 has none'}")
-
-
-def drop_promise(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Drops from a config what it tells of the quantization."""
-    if config is None:
-        return None
-    plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-    inner = plain.get("text_config")
-    if isinstance(inner, Mapping):
-        plain["text_config"] = {key: value for key, value in inner.items() if key not in CONFIG_KEYS}
-    return plain

@@ -60,6 +60,17 @@ def read_promise(config: Mapping[str, Any] | None) -> Promise | None:
     return None
 
 
+def drop_promise(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Drops from a config what it tells of the quantization."""
+    if config is None:
+        return None
+    plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    inner = plain.get("text_config")
+    if isinstance(inner, Mapping):
+        plain["text_config"] = {key: value for key, value in inner.items() if key not in CONFIG_KEYS}
+    return plain
+
+
 def covers_weights(table: Mapping[str, Any]) -> bool:
     """Whether a quantization is of weights. Published configs also have some that are empty, or of the cache only."""
     if any(key in table for key in SWITCHES):
