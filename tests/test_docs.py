@@ -18,6 +18,9 @@ import pytest
 from repository import ROOT, find_test_file
 
 import reshard
+from reshard.recipes.placeholder_checks import PLACEHOLDER_KEYS, SCALE_KEYS
+from reshard.recipes.splits import SPLITS
+from reshard.recipes.table_checks import ALL_KEYS, RELATIONS
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
 PACKAGE = Path(reshard.__file__).parent
@@ -171,6 +174,17 @@ def test_format_page_lists_every_kind_of_problem() -> None:
     kinds = {kind for groups in KIND.findall(sources) for kind in groups if kind}
     listed = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(kinds)
+
+
+def test_recipes_page_has_every_key_of_a_recipe_and_no_other() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for heading, keys in (("The keys", ALL_KEYS), ("Placeholders", PLACEHOLDER_KEYS)):
+        text = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)
+        assert sorted(re.findall(r"\w+", " ".join(rows))) == sorted(keys)
+    for words, section in ((SCALE_KEYS, "Block scales"), (RELATIONS, "Rows"), (SPLITS, "Splits")):
+        text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        assert [word for word in words if not re.search(rf'\b{word}(?:[`"]| = )', text)] == []
 
 
 def test_the_tests_that_the_page_on_reliability_names_are_there() -> None:

@@ -705,7 +705,7 @@ def test_recipes_lists_the_packaged_ones(words: list[str], say: Say) -> None:
     lines = say(*words).splitlines()
     names = sorted(path.stem for path in FAMILIES_FOLDER.glob("*.toml"))
     assert [line.split()[0] for line in lines[::2]] == names
-    assert all(re.search("DeepSeek|tensor-parallel|--for ", line) for line in lines[::2])
+    assert all(re.search("DeepSeek|tensor-parallel|whole files|--for ", line) for line in lines[::2])
     assert all(re.match(r" +checked against: \w", line) for line in lines[1::2])
     said = json.loads(say(*words, "--json"))
     assert [recipe["name"] for recipe in said] == names
