@@ -225,6 +225,13 @@ def test_every_pair_of_fp4_under_every_exponent_becomes_torchs_code(run: Recode)
         require_same(fp4_to_fp8(*whole, run), torch_fp4_to_fp8(*whole))
 
 
+@pytest.mark.parametrize(("keeps", "wanted"), [(0, 0), (1, 0x8000)])
+def test_minus_zero_of_fp4_is_kept_only_where_it_is_asked_for(run: Recode, keeps: int, wanted: int) -> None:
+    packed, out = np.full((1, 16), 0x80, np.uint8), np.empty((1, 32), np.uint16)
+    casts.dequantize_fp4(packed, np.full((1, 1), 127, np.uint8), (0, 0), out, run, keeps_minus_zero=bool(keeps))
+    assert out.reshape(-1, 2).tolist() == [[0, wanted]] * 16
+
+
 def test_zero_stays_zero_and_minus_zero_becomes_zero_whatever_the_scales(run: Recode) -> None:
     packed = np.full((1, 16), 0x80, np.uint8)
     for group, new in ((0, 0), (254, 0), (0, 254), (127, 127)):

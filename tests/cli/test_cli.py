@@ -906,7 +906,7 @@ def test_options_that_do_not_parse_are_refused_in_a_line(words: list[str], capsy
         ("convert a b --mp 2 --dtype bf16", "convert: unrecognized arguments: --dtype bf16; did you mean --cast? See"),
         ("convert a b --mp 2 --restrt", "convert: unrecognized arguments: --restrt; did you mean --restart? See"),
         ("convert a b --mp 2 --start", "convert: unrecognized arguments: --start; see"),
-        ("convert a b --mp 2 --cast fp16", "convert: --cast: 'fp16' is not bf16, fp8 or fp8-ue8m0; see"),
+        ("convert a b --mp 2 --cast fp16", "convert: --cast: 'fp16' is not bf16, fp8, fp8-ue8m0 or nvfp4; see"),
         ("inspect a --zzz", "inspect: unrecognized arguments: --zzz; see"),
         (
             "--json inspect a",

@@ -237,7 +237,7 @@ def test_the_modules_of_a_draft_keep_their_names_where_layers_get_others(source:
 def test_a_subset_whose_layers_the_config_could_not_tell_is_refused(source: Source, tmp_path: Path) -> None:
     """Every fourth layer has full attention, by a number; where the config has a list, any choice can be told."""
     options: dict[str, Any] = {"to": "hf", "layers": [3, 4], "renumber": True}
-    with pytest.raises(Refused, match=r"(?s)full attention layers: .*full_attention_interval of config\.json"):
+    with pytest.raises(Refused, match=r"(?s)full attention layers .*full_attention_interval of config\.json"):
         reshard.convert(source("qwen3-next"), tmp_path / "next", **options)
     reshard.convert(source("qwen3.5-4b"), tmp_path / "some", **options)
     assert read_config(tmp_path / "some")["text_config"]["layer_types"] == ["full_attention", "linear_attention"]

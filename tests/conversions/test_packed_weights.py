@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_llamas import CONFIG, KINDS, pack_integers, write_packed
+from packed_llamas import CONFIG, KINDS, LAYERS, pack_integers, write_packed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -243,7 +243,10 @@ def add_plain(tensors: Tensors) -> None:
         ("nvfp4-divided", cut("weight_scale"), f"{DOWN}.weight_scale", "F8_E4M3 [127, 20]"),
         ("mxfp4", cut("weight_scale"), f"{DOWN}.weight_scale", "U8 [127, 10]"),
         ("fp8-rows", cut("weight_scale"), f"{DOWN}.weight_scale", "F32 [127, 1]"),
-        ("fp8", drop("weight_scale"), f"{DOWN}.weight", "F8_E4M3"),
+        ("fp8", drop("weight_scale"), f"{DOWN}.weight_scale", "not in the checkpoint"),
+        ("int4-zeros", drop("weight_zero_point"), f"{DOWN}.weight_zero_point", "not in the checkpoint"),
+        ("int4-zeros", drop("weight_g_idx"), f"{DOWN}.weight_g_idx", "not in the checkpoint"),
+        ("gptq", drop("g_idx"), f"{DOWN}.g_idx", "not in the checkpoint"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(
@@ -330,6 +333,32 @@ def test_a_format_that_is_not_told_or_told_otherwise_is_refused(
     tell(source, table)
     with pytest.raises(Refused, match=expected):
         reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "table"),
+    [
+        ("gptq", "g_idx", KINDS["gptq"].config),
+        ("int8-zeros", "weight_zero_point", KINDS["int8-zeros"].config),
+    ],
+)
+def test_a_part_that_the_config_tells_of_and_no_weight_has_is_refused(
+    model: Model, tmp_path: Path, kind: str, word: str, table: Any
+) -> None:
+    source = model(kind, 1) / "packed"
+    tell(source, table)
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(word)}, source / "model.safetensors"
+    )
+    with pytest.raises(Refused, match=f"{word}: missing tensor"):
+        reshard.convert(source, tmp_path / "target", to="hf", cast="bf16")
+
+
+def test_a_part_of_a_model_without_packed_weights_is_copied(model: Model, tmp_path: Path) -> None:
+    root = model("awq")
+    reshard.convert(root / "packed", tmp_path / "target", to="hf", cast="bf16", only="*layernorm*")
+    assert len(read_all(tmp_path / "target")) == 22
 
 
 def test_rows_of_other_lengths_in_parts_of_the_same_shapes(model: Model, tmp_path: Path) -> None:

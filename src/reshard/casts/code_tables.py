@@ -94,7 +94,8 @@ def make_fp4_products(*, keeps_minus_zero: bool) -> NDArray[np.uint32]:
     """For every F8_E8M0 scale [256] and pair of E2M1 codes [256]: both products in BF16, as one uint32 with the even
     column in its lower half.
     """
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0 * keeps_minus_zero, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    minus_zero = -0.0 if keeps_minus_zero else 0.0
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, minus_zero, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     scales = decode_scales(np.arange(256, dtype=np.uint8), "F8_E8M0")
     with np.errstate(over="ignore", invalid="ignore"):
         bits = (scales[:, None] * values).view(np.uint32)

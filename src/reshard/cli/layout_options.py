@@ -66,7 +66,7 @@ def add_layout(parser: Parser) -> None:
         "--cast",
         choices=("bf16", "fp8", "fp8-ue8m0", "nvfp4"),
         default="",
-        help="Cast the scaled weights, and F32 and F16, to this dtype; nvfp4 takes MXFP4 only.",
+        help="Cast the scaled or packed weights (AWQ, INT4 ...), and F32 and F16, to this dtype; nvfp4 takes MXFP4.",
     )
     what.add_argument(
         "--expert-dtype", choices=("fp4", "fp8"), default="", help="With fp8, cast the FP4 experts of V4 to FP8."

@@ -247,8 +247,7 @@ def write_partial_files(
         made: list[Join | Cast] = [*plan.source.joins, *plan.casts]
         bands, in_order = choose_bands(made, len(sources), WINDOW_SIZE), list_in_order(made, len(sources))
         work = skip_written(make_windows(plan.copies, bands=bands, in_order=in_order), written)
-        strips = StripStore(jobs.most)
-        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels, strips)
+        files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
         threads = move_all(work, files, ledger, jobs, counter.advance)
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)

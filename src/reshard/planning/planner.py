@@ -151,7 +151,8 @@ def check_outcomes(
 ) -> Iterator[Problem]:
     """Reports a cast that changes nothing, and every tensor that cannot be cut for the number of ranks."""
     layout = terms.layout
-    if layout.cast and all(cast.operation == "pad" for cast in casts):
+    is_idle = all(cast.operation == "pad" for cast in casts)
+    if layout.cast and is_idle and not terms.packed:  # else the chosen part is without packed weights, and copied
         yield Problem("wrong-option", "--cast", layout.cast, "weights that it changes: there are none", "no --cast")
     elif layout.to != WHOLE:
         kinds = [outcome.kind for outcome in outcomes]

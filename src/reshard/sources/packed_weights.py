@@ -60,7 +60,7 @@ def unpack_checkpoint(stored: Checkpoint, cast: str) -> Unpacked | None:
     promise = read_promise(stored.config)
     reader = FormReader(stored, promise.table if promise else {})
     packed: list[Packed] = []
-    problems = [*check_codes_there(parts, modules)]
+    problems = [*check_all_there(parts, modules, promise.table if promise else {})]
     for name, module in modules.items():
         found = reader.read(name, module, len(packed))
         if isinstance(found, Problem):
@@ -125,18 +125,53 @@ def find_forms(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Module]:
     return found
 
 
-def check_codes_there(parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Module]) -> Iterator[Problem]:
-    """Reports scales and other parts without codes, in a checkpoint where others have them."""
+def check_all_there(
+    parts: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, Module], table: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Reports parts without codes, and FP8 without a scale, in a checkpoint where others have them; and weights that
+    lack a part that others of their form have, or that the config tells of: without it, they would be other numbers.
+    """
     forms = {module.form.words[0]: module.form for module in modules.values()}
     for start, own in parts.items():
+        if start[:-1] in modules:
+            continue
         for codes, form in forms.items():
             others = [word for word in form.words[1:] if word in own]
-            is_other = start[:-1] in modules or "weight" in own
-            if form.separator == start[-1] and codes not in own and others and not is_other:
-                expected = f"beside {own[others[0]].name}, of {form.title}"
-                yield Problem("missing-tensor", f"{start}{codes}", LACKING, expected, "is a file missing?")
+            if form.separator == start[-1] and codes not in own and others and "weight" not in own:
+                yield make_missing_part(f"{start}{codes}", own[others[0]], form)
                 break
+        if "weight" in forms and set(own) == {"weight"} and own["weight"].dtype == "F8_E4M3":
+            yield make_missing_part(f"{start}weight_scale", own["weight"], forms["weight"])
+    for form in forms.values():
+        mine = {name: module.parts for name, module in modules.items() if module.form == form}
+        for word in find_wanted_parts(form, list(mine.values()), table):
+            for name, own in mine.items():
+                if word not in own:
+                    yield make_missing_part(f"{name}{form.separator}{word}", own[form.words[0]], form)
 
+
+def make_missing_part(name: str, beside: Tensor, form: Form) -> Problem:
+    """Makes the problem of a part that lacks."""
+    expected = f"beside {beside.name}, of {form.title}"
+    return Problem("missing-tensor", name, LACKING, expected, "is a file missing?")
+
+
+def find_wanted_parts(form: Form, weights: Sequence[Parts], table: Mapping[str, Any]) -> Iterator[str]:
+    """Finds the parts that no weight of a form may lack: those that one of them has, unless the groups of the config
+    differ; and those that the config tells of.
+    """
+    told = list_told_weights(table)
+    for word, key in VALUE_PARTS.items():
+        is_held = any(word in own for own in weights)
+        are_alike = len({str(one.get(key)) for one in told}) <= 1 and not table.get("dynamic")
+        is_told = bool(told) and all(one.get(key) is False for one in told) if key == "symmetric" else False
+        is_told = is_told or (key == "desc_act" and table.get(key) is True)
+        if word in form.words and ((is_held and are_alike) or is_told):
+            yield word
+
+
+VALUE_PARTS = {"weight_zero_point": "symmetric", "weight_g_idx": "actorder", "g_idx": "desc_act"}
+"""Parts that some checkpoints have and others not -> the key of a config that tells."""
 
 LACKING = "not in the checkpoint"
 
@@ -161,9 +196,7 @@ class FormReader:
         """Reads one weight, the one of number `place`; a problem if its parts do not fit."""
         form, parts, key = module
         if lacking := [word for word in form.needed if word not in parts]:
-            subject = f"{name}{form.separator}{lacking[0]}"
-            expected = f"beside {parts[form.words[0]].name}, of {form.title}"
-            return Problem("missing-tensor", subject, LACKING, expected, "is a file missing?")
+            return make_missing_part(f"{name}{form.separator}{lacking[0]}", parts[form.words[0]], form)
         length = self._read_length(parts) if self._are_mixed or key not in self._known else None
         key = (key, length) if self._are_mixed else key
         if key not in self._known:
@@ -176,7 +209,8 @@ class FormReader:
             return known(parts, name + (WEIGHT if form.is_module else ""), PACKED + place)
         tensor = parts[known.word]
         found = f"{tensor.dtype} {list(tensor.shape)}"
-        return Problem("wrong-scale", tensor.name, found, known.expected, "is a part of another checkpoint?")
+        remedy = "is a part, or the config, of another checkpoint? else convert what it was quantized from"
+        return Problem("wrong-scale", tensor.name, found, known.expected, remedy)
 
     def _read_length(self, parts: Parts) -> int | None:
         """Reads the length of a row, in elements, where a tensor has it; None where none has."""
@@ -224,7 +258,7 @@ def replace_packed(stored: Checkpoint, packed: Sequence[Packed], cast: str) -> C
 
 def note_unpacked(packed: Sequence[Packed], aside: Sequence[str], cast: str) -> Iterator[Note]:
     """Notes what packed weights are read as, and which tensors a target does not have."""
-    kinds = list(dict.fromkeys(one.packing for one in packed))
+    kinds = dict.fromkeys(f"INT{one.bits}" if one.packing == "integers" else one.packing for one in packed)
     weights = format_count(len(packed), "weights")
     if cast != NVFP4:
         yield Note(UNPACKED, f"{weights} that lie packed ({format_list(kinds)}) are read as BF16")

@@ -107,10 +107,12 @@ def check_packed_weight(wanted: Packed, tensor: Tensor | None, source: PackedSou
 
 def take_open_facts(wanted: Packed, found: Packed, table: Mapping[str, Any]) -> Packed:
     """The same weight with the bits and columns that it was read with, where only a tensor tells them: of integers
-    whose last word may have room for more codes, or of whose bits no config tells.
+    whose last word may have room for more codes, or of whose bits no config tells, or several.
     """
     words, in_row = wanted.codes.shape[-1], wanted.scales.shape[-1] or 1
-    is_told = bool(table.get("config_groups"))
+    groups = table.get("config_groups")
+    parts = [one.get("weights") for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
+    is_told = len({part.get("num_bits") for part in parts if isinstance(part, dict)}) == 1
     bits, columns = wanted.bits if is_told else found.bits, found.result.shape[-1] if found.result.shape else 0
     is_open = wanted.packing == "integers" and (in_row == 1 or not is_told)
     if not is_open or bits not in (4, 8) or -(-columns * bits // WORD) != words or columns % in_row:
