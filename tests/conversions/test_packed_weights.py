@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import reshard.casts.unpacking
 import reshard.execution.execute
 from reshard.cli.main import main
 from reshard.errors import Refused
+from reshard.execution.windows import make_windows
 from reshard.inspection.recipe_fit import check_fit
 from reshard.recipes.recipe import load_recipe
 from reshard.sources.checkpoints import read_checkpoint
@@ -412,6 +414,7 @@ def test_strips_are_made_once_for_several_files(
     monkeypatch.setattr(reshard.casts.unpacking, "make_strip", make)
     monkeypatch.setattr(reshard.casts.shapes, "STRIP_SIZE", 1 << 12)
     monkeypatch.setattr(reshard.execution.execute, "WINDOW_SIZE", 1 << 13)
+    monkeypatch.setattr(reshard.execution.execute, "make_windows", partial(make_windows, size=1 << 13))
     root = model(kind)
     reshard.convert(root / "packed", tmp_path / "target", mp=4, cast="bf16", jobs=1)
     assert len(made) == len(set(made)) > 77 * 2

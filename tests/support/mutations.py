@@ -1158,6 +1158,63 @@ MUTATIONS = (
         "        pass  # else",
         "test_network_targets.py::test_who_wakes_up_while_it_makes_files_writes_into_none_of_another_job",
     ),
+    # --- packed weights ---
+    Mutation(
+        "sources/packed_weights",
+        "a weight may lack the order of columns that others have",
+        "if word in form.words and ((is_held and are_alike) or is_told):",
+        "if word in form.words and is_told:",
+        "test_packed_weights.py::test_parts_that_do_not_fit_are_refused_by_name",
+    ),
+    Mutation(
+        "sources/packed_forms",
+        "zero points of GPTQ's second format are taken for those of the first",
+        'if told == "gptq_v2" else "gptq"',
+        'if told == "gptq_v3" else "gptq"',
+        "test_packed_weights.py::test_the_format_is_told_in_several_ways",
+    ),
+    Mutation(
+        "casts/unpacking",
+        "zero points of integers are left out",
+        "zeros = read_zeros_of_rows(packed, top, bottom, inputs)",
+        "zeros = None",
+        "test_packed_weights.py::test_every_packing_becomes_what_its_library_makes_of_it",
+    ),
+    Mutation(
+        "casts/code_tables",
+        "minus zero of DeepSeek's FP4 stays minus zero",
+        "minus_zero = -0.0 if keeps_minus_zero else 0.0",
+        "minus_zero = -0.0",
+        "test_kernels.py::test_minus_zero_of_fp4_is_kept_only_where_it_is_asked_for",
+    ),
+    Mutation(
+        "execution/windows",
+        "windows of several files take turns at the strips of a weight",
+        "turns = np.argsort(offsets) if is_in_order else",
+        "turns = np.argsort(offsets) if False else",
+        "test_packed_weights.py::test_strips_are_made_once_for_several_files",
+    ),
+    Mutation(
+        "casts/nvfp4",
+        "weights beside each other have factors of their own",
+        "inputs.powers[key] = compute_power(cast.beside, inputs)",
+        "inputs.powers[key] = compute_power(cast.beside[:1], inputs)",
+        "test_nvfp4.py::test_a_span_of_18_beside_each_other_is_refused_with_both_names",
+    ),
+    Mutation(
+        "verification/packed_source",
+        "a dropped order of columns is not looked for",
+        'PARTS = ("codes", "scales", "zeros", "factor", "order")',
+        'PARTS = ("codes", "scales", "zeros", "factor")',
+        "test_packed_source.py::test_a_part_that_was_dropped_is_seen",
+    ),
+    Mutation(
+        "target/side_files",
+        "the quantizer's own config goes along",
+        "elif plan.source.packed and name in QUANTIZATION_FILES:",
+        "elif not plan.source and name in QUANTIZATION_FILES:",
+        "test_packed_weights.py::test_every_packing_becomes_what_its_library_makes_of_it",
+    ),
 )
 
 
