@@ -145,7 +145,7 @@ def write_model(folder: Path, model: Model) -> None:
             (folder / "model.safetensors.index.json").write_text(text)
     config = {"heads": head[0], "is_odd": "é"}
     (folder / "config.json").write_text(json.dumps(config, ensure_ascii=random.choice([True, False]), indent=3) + " \n")
-    (folder / "token.json").write_bytes(random.randbytes(9))
+    (folder / "token.txt").write_bytes(random.randbytes(9))
 
 
 def write_file(path: Path, entries: list[Entry], random: Random) -> None:

@@ -21,6 +21,7 @@ from oracle_casts import dequantize
 from safetensors.torch import load_file, save_file
 from small_models import write_model
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import reshard
 from reshard.cli.main import main
@@ -152,33 +153,34 @@ def test_special_values_follow_one_rule(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "glm4-moe"])
-def test_what_a_recipe_cannot_dequantize_stays_and_its_config_says_so(name: str, tmp_path: Path) -> None:
-    """MXFP4, and FP8 with a scale for each row: the rest is rounded, the scales are not."""
+def test_what_lies_packed_is_dequantized_and_the_rest_rounded(name: str, tmp_path: Path) -> None:
+    """MXFP4, and FP8 with a scale for each row."""
     source = tmp_path / "source"
     write_model(source, name, hidden_size=64, intermediate_size=96)
     tensors = tensors_of(source)
     for path in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
         path.unlink()
+    wanted = {
+        key: tensor if re.search(rf"{BIAS}$", key) else round_by_torch(key, tensor) for key, tensor in tensors.items()
+    }
     for key in [key for key in tensors if re.search(r"experts\.(gate_up|down)_proj$|_proj\.weight$", key)]:
         if name == "glm4-moe":
-            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
-            tensors[f"{key}_scale"] = torch.rand(len(tensors[key]), 1)
+            codes, scales = tensors[key].to(torch.float8_e4m3fn), torch.rand(len(tensors[key]), 1)
+            tensors |= {key: codes, f"{key}_scale": scales}
+            wanted[key] = (codes.float() * scales).bfloat16()
         elif "experts" in key:
             experts, before, after = tensors.pop(key).shape
-            tensors[f"{key}_blocks"] = torch.randint(256, (experts, after, before // 32, 16), dtype=torch.uint8)
-            tensors[f"{key}_scales"] = torch.randint(256, (experts, after, before // 32), dtype=torch.uint8)
+            blocks = torch.randint(256, (experts, after, before // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(250, (experts, after, before // 32), dtype=torch.uint8)
+            tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+            wanted[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_bytes()) | {"quantization_config": {"quant_method": "mxfp4"}}
     (source / "config.json").write_text(json.dumps(config))
     convert_checkpoint(Job(source, 1, to="hf", cast="bf16"), tmp_path / "target")
-    stays = rf"{BIAS}$|weight_scale$"
-    wanted = {key: tensor if re.search(stays, key) else round_by_torch(key, tensor) for key, tensor in tensors.items()}
     found = tensors_of(tmp_path / "target")
-    assert {found[key].dtype for key in found if re.search("_blocks$|experts.*_proj.weight$", key)} <= {
-        torch.uint8,
-        torch.float8_e4m3fn,
-    }
     require_same({key: bits(found[key]) for key in found}, {key: bits(wanted[key]) for key in wanted})
+    del config["quantization_config"]
     assert json.loads((tmp_path / "target" / "config.json").read_bytes()) == config | {"dtype": "bfloat16"}
     assert verify(tmp_path / "target", source).is_proven
     (tmp_path / "target" / "config.json").write_text(

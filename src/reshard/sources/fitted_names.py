@@ -80,7 +80,7 @@ def find_renaming(checkpoint: Checkpoint, names: Names, known: Sequence[KnownNam
     for renaming, examples in list_renamings(names.examples):
         splits = split_names(examples)  # once for all recipes: it is what takes the time
         for one in known:
-            if all(one.knows(*split) for split in splits) and is_fit(checkpoint, renaming, one.recipe):
+            if one.knows_all(splits) and is_fit(checkpoint, renaming, one.recipe):
                 return renaming
     return ()
 

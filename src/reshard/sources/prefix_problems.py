@@ -64,8 +64,10 @@ def find_nearest_renaming(names: Names, known: Sequence[KnownNames]) -> tuple[Re
 
 
 def count_known(splits: Sequence[SplitName], names: Names, known: KnownNames) -> int:
-    """Counts the names that a recipe may have a rule for; `splits` are the examples of `names`, renamed and split."""
-    pairs = zip(splits, names.counts, strict=True)
+    """Counts the names that a recipe may have a rule for; none, if it only drops them, whatever they are. `splits` are
+    the examples of `names`, renamed and split.
+    """
+    pairs = zip(splits, names.counts, strict=True) if known.has_one_of(splits) else ()
     return sum(number for split, number in pairs if known.knows(*split))
 
 

@@ -78,6 +78,14 @@ class KnownNames:
             return True
         return any(key.startswith(begin) and len(numbers) >= slots for begin, slots in self._rest)
 
+    def knows_all(self, splits: Sequence[tuple[str, Sequence[str]]]) -> bool:
+        """Whether it knows several names, and not all of them as a rest that a rule drops."""
+        return self.has_one_of(splits) and all(self.knows(key, numbers) for key, numbers in splits)
+
+    def has_one_of(self, splits: Sequence[tuple[str, Sequence[str]]]) -> bool:
+        """Whether a rule is of one of several names, and not of any rest."""
+        return any((key, len(numbers)) in self._exact for key, numbers in splits)
+
 
 def list_names_by_kind(tensors: Collection[str]) -> Names:
     """Lists the first name of each kind, and how many there are of it."""

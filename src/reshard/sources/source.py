@@ -313,6 +313,8 @@ def require_one(path: AnyPath, recipes: Sequence[Recipe], assemble: Callable[[Re
         found = [source for source in found if has_shapes_of_config(source)] or found
         # Of one rank the files of a family's usual recipe and of its others are the same.
         found = [source for source in found if not source.recipe.by_name] or found
+        # Nothing in rank files tells of a part that they leave out, such as a vision tower.
+        found = [source for source in found if not drops_a_part(source.recipe)] or found
     if len(found) > 1:
         fitting = format_list(source.recipe.name for source in found)
         remedy = "choose one with --recipe"
@@ -320,6 +322,12 @@ def require_one(path: AnyPath, recipes: Sequence[Recipe], assemble: Callable[[Re
             remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
         raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", remedy)
     return found[0]
+
+
+def drops_a_part(recipe: Recipe) -> bool:
+    """Whether rank files leave out a whole part of a model, whatever it has: `vision_tower.{*}`."""
+    rests = (rule.left for rule in recipe.rules if rule.relation == "drop" and rule.left.endswith("{*}"))
+    return any(left.count("{") == 1 for left in rests)
 
 
 def has_shapes_of_config(source: Source) -> bool:
