@@ -189,3 +189,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         rule["split"] = rule["split"]["text"]
     fields["constants"] = [constant._asdict() for constant in recipe.constants]
     return fields
+
+
+def has_dropped_part(recipe: Recipe) -> bool:
+    """Whether rank files leave out a whole part of a model, whatever it has: `vision_tower.{*}`."""
+    rests = (rule.left for rule in recipe.rules if rule.relation == "drop" and rule.left.endswith("{*}"))
+    return any(left.count("{") == 1 for left in rests)

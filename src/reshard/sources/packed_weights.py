@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from reshard.errors import MOST_PROBLEMS, Problem, Refused, refuse
 from reshard.formats.json_input import read_object
+from reshard.recipe_types import Recipe
 from reshard.sources.nvfp4_config import describe_as_nvfp4
 from reshard.sources.packed_forms import FORMS, Build, Form, Parts, WrongForm, list_told_weights
 from reshard.sources.problem_order import sort_problems
@@ -266,3 +267,12 @@ def note_unpacked(packed: Sequence[Packed], aside: Sequence[str], cast: str) -> 
     if others:
         text = f"left aside: {format_count(len(others), 'scales')} of activations or caches, such as {others[0]}"
         yield Note("left-aside", f"{text}: {'the target is of weights only' if cast == NVFP4 else 'BF16 has none'}")
+
+
+def require_plain_names(recipe: Recipe, cast: str) -> None:
+    """Raises Refused if a recipe that was asked for has rows for parts of packed weights, which a cast reads as one."""
+    part = next((rule.left for rule in recipe.rules if rule.left.endswith(".weight_scale") and not rule.only), "")
+    if part:
+        found = f"{cast}, by the recipe {recipe.name}, which has rows for parts of packed weights: {part}"
+        remedy = "leave out --recipe: the recipe of the same model in BF16 is taken; or leave out --cast"
+        raise refuse("wrong-option", "--cast", found, "a recipe with the plain names of weights", remedy)

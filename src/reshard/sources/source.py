@@ -12,7 +12,7 @@ from reshard.formats.recognition import require_model, require_no_megatron, requ
 from reshard.formats.unfinished_downloads import name_begun_downloads
 from reshard.paths import AnyPath
 from reshard.recipe_types import Recipe
-from reshard.recipes.recipe import list_packaged_recipes, list_recipes_to_try
+from reshard.recipes.recipe import has_dropped_part, list_packaged_recipes, list_recipes_to_try
 from reshard.sources.block_scales import check_weights, group_weights
 from reshard.sources.boxed_hints import explain_boxed
 from reshard.sources.changed_files import check_changed_files, check_exchanged_files
@@ -30,7 +30,7 @@ from reshard.sources.held_shards import collect_shards
 from reshard.sources.match import Matched, match
 from reshard.sources.not_in_index import require_all_named
 from reshard.sources.origins import find_altered_origin, find_origin
-from reshard.sources.packed_weights import Unpacked, unpack_checkpoint
+from reshard.sources.packed_weights import Unpacked, require_plain_names, unpack_checkpoint
 from reshard.sources.picked_members import note_others
 from reshard.sources.rank_files import assemble_checkpoint
 from reshard.sources.rank_names import (
@@ -116,15 +116,6 @@ def read_source(
             )
             source = replace(source, unpacked=unpacked)
     return narrow_source(leave_out_added_head(source), subset)
-
-
-def require_plain_names(recipe: Recipe, cast: str) -> None:
-    """Raises Refused if a recipe that was asked for has rows for parts of packed weights, which a cast reads as one."""
-    part = next((rule.left for rule in recipe.rules if rule.left.endswith(".weight_scale") and not rule.only), "")
-    if part:
-        found = f"{cast}, by the recipe {recipe.name}, which has rows for parts of packed weights: {part}"
-        remedy = "leave out --recipe: the recipe of the same model in BF16 is taken; or leave out --cast"
-        raise refuse("wrong-option", "--cast", found, "a recipe with the plain names of weights", remedy)
 
 
 def leave_out_added_head(source: Source) -> Source:
@@ -314,7 +305,7 @@ def require_one(path: AnyPath, recipes: Sequence[Recipe], assemble: Callable[[Re
         # Of one rank the files of a family's usual recipe and of its others are the same.
         found = [source for source in found if not source.recipe.by_name] or found
         # Nothing in rank files tells of a part that they leave out, such as a vision tower.
-        found = [source for source in found if not drops_a_part(source.recipe)] or found
+        found = [source for source in found if not has_dropped_part(source.recipe)] or found
     if len(found) > 1:
         fitting = format_list(source.recipe.name for source in found)
         remedy = "choose one with --recipe"
@@ -322,12 +313,6 @@ def require_one(path: AnyPath, recipes: Sequence[Recipe], assemble: Callable[[Re
             remedy = f"copy the model's config.json beside the files: it names the model; or {remedy}"
         raise refuse("no-recipe", str(path), f"{fitting} all fit", "one recipe", remedy)
     return found[0]
-
-
-def drops_a_part(recipe: Recipe) -> bool:
-    """Whether rank files leave out a whole part of a model, whatever it has: `vision_tower.{*}`."""
-    rests = (rule.left for rule in recipe.rules if rule.relation == "drop" and rule.left.endswith("{*}"))
-    return any(left.count("{") == 1 for left in rests)
 
 
 def has_shapes_of_config(source: Source) -> bool:
