@@ -256,7 +256,8 @@ Returned = TypeVar("Returned")
 
 OPTION = re.compile(
     r"\b(?:reshard (?:convert|plan|verify|inspect|diff|repair|recipes)|(?:hf|modelscope) download) [^;]*"
-    r"|(?<![\w-])--([a-z][a-z-]*)(?: (hf|dcp|bf16|fp8(?:-ue8m0)?|first|keep|FILE|N|(?<=--for )[a-z][a-z0-9-]*)\b)?"
+    r"|(?<![\w-])--([a-z][a-z-]*)"
+    r"(?: (hf|dcp|bf16|fp8(?:-ue8m0)?|nvfp4|first|keep|FILE|N|(?<=--for )[a-z][a-z0-9-]*)\b)?"
 )
 """A command in a message, which stays as it is; or an option, with its value if that stands behind it."""
 

@@ -177,6 +177,13 @@ def test_packed_experts_become_rank_files(name: str, models: dict[str, PackedMod
     assert reshard.verify(tmp_path / "ranks", source=tmp_path / "source").is_proven
 
 
+def test_layers_without_packed_weights_are_copied_and_proven(models: dict[str, PackedModel], tmp_path: Path) -> None:
+    write_packed_model(tmp_path / "source", models["kimi-k2.5"])
+    reshard.convert(tmp_path / "source", tmp_path / "target", to="hf", cast="bf16", layers=[0, 1], renumber=True)
+    assert read_tensors(tmp_path / "target")
+    assert reshard.verify(tmp_path / "target", source=tmp_path / "source").is_proven
+
+
 @pytest.mark.parametrize("name", PACKED_FAMILIES)
 def test_packed_experts_become_slices(name: str, models: dict[str, PackedModel], tmp_path: Path) -> None:
     write_packed_model(tmp_path / "source", models[name])

@@ -17,6 +17,7 @@ from reshard.casts.code_tables import (
     FloatArray,
     HalfArray,
     decode_scales,
+    make_fp4_products,
     make_fp8_values,
 )
 from reshard.casts.kernels import (
@@ -29,7 +30,7 @@ from reshard.casts.kernels import (
 )
 from reshard.casts.packed_layouts import require_shape
 from reshard.casts.packed_loops import compile_loop
-from reshard.casts.rounding import round_tile
+from reshard.casts.rounding import round_finite, round_tile
 
 TILE_ELEMENTS = 1 << 15
 """In elements, worked on at once: indices, products and their rounding fit the second-level cache of a core."""
@@ -144,16 +145,6 @@ def multiply_codes(
                 round_tile(numbers[:size].reshape(len(part), width), out[rows, columns])
 
 
-def round_finite(products: FloatArray, room: NDArray[np.uint32], out: HalfArray) -> None:
-    """Rounds float32 products [rows, columns], none of them NaN, to BF16; `room` has as many elements."""
-    bits, raised = products.view(np.uint32), room.reshape(products.shape)
-    np.right_shift(bits, 16, out=raised)
-    raised &= 1
-    raised += 0x7FFF
-    raised += bits
-    out[:] = raised.view(np.uint16)[:, 1::2]  # the upper half of each
-
-
 def choose_half(scales: NDArray[Any], dtype: str) -> int:
     """How products with these scales [rows, k] are rounded to float16 first: 0 not at all, 1 none of them is beyond
     its range, 2 some may be.
@@ -256,12 +247,6 @@ def make_nvfp4_products(factor: float, *, divides: bool) -> NDArray[np.uint32]:
     return multiply_pairs(scales, -0.0 if divides else 0.0)
 
 
-@cache
-def make_expert_products() -> NDArray[np.uint32]:
-    """The pairs of BF16 of every F8_E8M0 scale, as `multiply_pairs` has them."""
-    return multiply_pairs(decode_scales(np.arange(256, dtype=np.uint8), "F8_E8M0"), -0.0)
-
-
 def multiply_pairs(scales: FloatArray, minus_zero: float) -> NDArray[np.uint32]:
     """For each float32 scale and pair of E2M1 codes [256]: both products in BF16, as one uint32 with the even column in
     its lower half. `minus_zero` is what code 8 stands for.
@@ -287,11 +272,12 @@ def dequantize_experts(codes: CodeArray, scales: CodeArray, out: HalfArray, run:
     rows, columns = codes.shape[0], codes.shape[1] * 2
     require_shape(out, (columns, rows))
     require_shape(scales, (rows, columns // FP4_GROUP))
+    products = make_fp4_products(keeps_minus_zero=True)
     for left in range(0, columns, EXPERT_TILE[1]):
         right = min(left + EXPERT_TILE[1], columns)
         for top in range(0, rows, EXPERT_TILE[0]):
             lines = slice(top, min(top + EXPERT_TILE[0], rows))
             part, pages = codes[lines, left // 2 : right // 2], scales[lines, left // FP4_GROUP : right // FP4_GROUP]
             pairs = np.empty(part.shape, np.uint32)
-            run(part, pages.astype(np.uint16), (1, FP4_GROUP // 2), (0, 0), make_expert_products(), pairs)
+            run(part, pages.astype(np.uint16), (1, FP4_GROUP // 2), (0, 0), products, pairs)
             out[left:right, lines] = pairs.view(np.uint16).T

@@ -33,14 +33,19 @@ def round_floats(values: NDArray[Any], out: HalfArray) -> None:
 
 def round_tile(values: FloatArray, out: HalfArray) -> None:
     """Rounds float32 values that fit the processor's cache, as `round_floats` does."""
-    bits = values.view(np.uint32)
-    raised = np.right_shift(bits, 16)
+    round_finite(values, np.empty(values.size, np.uint32), out)
+    if values.size and np.isnan(values.max()):  # the largest is NaN if one of them is
+        np.copyto(out, np.uint16(BF16_NAN), where=np.isnan(values))
+
+
+def round_finite(values: FloatArray, room: NDArray[np.uint32], out: HalfArray) -> None:
+    """Rounds float32 values [rows, columns], none of them NaN, to BF16; `room` has as many elements."""
+    bits, raised = values.view(np.uint32), room.reshape(values.shape)
+    np.right_shift(bits, 16, out=raised)
     raised &= 1
     raised += 0x7FFF
     raised += bits
     out[:] = raised.view(np.uint16)[:, 1::2]  # the upper half of each
-    if values.size and np.isnan(values.max()):  # the largest is NaN if one of them is
-        np.copyto(out, np.uint16(BF16_NAN), where=np.isnan(values))
 
 
 def round_constant(value: float, dtype: str) -> bytes:

@@ -14,7 +14,6 @@ BLOCKED = ("fp8", "mxfp4")
 ROWS_TOGETHER = 32
 """Rows of a weight of TRANSPOSED that are taken out of the codes together: as many share bytes or a scale."""
 
-
 STRIP_SIZE = 32 << 20
 """In bytes, of the codes of a strip: most weights are one."""
 

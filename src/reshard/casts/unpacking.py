@@ -20,7 +20,7 @@ from reshard.casts.packed_layouts import (
     spread_zeros_gptq,
     spread_zeros_integers,
 )
-from reshard.casts.shapes import ROWS_TOGETHER, STRIP_SIZE, TRANSPOSED, count_strip_rows, flatten_to_matrix
+from reshard.casts.shapes import ROWS_TOGETHER, STRIP_SIZE, count_strip_rows, flatten_to_matrix, takes_strips
 from reshard.casts.strips import Strip
 from reshard.casts.tensor_boxes import CastInputs, ElementBox, Read
 from reshard.errors import refuse
@@ -43,7 +43,7 @@ def compute_unpacked(cast: Cast, box: ElementBox, out: NDArray[Any], inputs: Cas
     packed = cast.packed
     if packed is None:
         raise ValueError(f"{cast.result.name} does not lie packed")
-    is_transposed = packed.packing in TRANSPOSED
+    is_transposed = takes_strips(cast)
     pieces = split_at_strips(packed, box) if is_transposed else split_rows_for_reads(packed, box, inputs)
     compute = partial(compute_rows_of_strip, cast.result.file) if is_transposed else compute_rows
     columns = packed.result.shape[-1]

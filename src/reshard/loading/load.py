@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from reshard.casts.kernels import choose_recode
+from reshard.casts.strips import StripStore
 from reshard.errors import refuse, require_none
 from reshard.execution.joins import count_join_levels
 from reshard.execution.reader import (
     MEMORY_PER_THREAD,
-    MEMORY_TO_COMPUTE,
     OpenFiles,
     WorkerBuffers,
     gather_group,
+    measure_memory_to_compute,
     read_or_compute_window,
 )
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, make_windows
@@ -180,11 +181,12 @@ def fill_memory(plan: Plan, memory: RankMemory, jobs: int | None, *, allow_inexa
         choose_recode()  # here, for it may import numba, and that from one thread only
     with open_unchanged(folder, plan.source.files, ways) as sources:
         advise_scattered_reads(sources)  # or the kernel reads on into what other ranks need
-        files = OpenFiles(sources, (), ways, made, allow_inexact, levels)
+        computing = measure_memory_to_compute(plan.source.joins, plan.casts) if plan.computes else 0
+        threads = jobs or choose_reading_threads(ways, MEMORY_PER_THREAD + computing)
+        files = OpenFiles(sources, (), ways, made, allow_inexact, levels, StripStore(threads))
         work = require_total_size(
             make_windows(plan.copies, bands=choose_bands(made, len(sources), WINDOW_SIZE)), memory.size
         )
-        threads = jobs or choose_reading_threads(ways, MEMORY_PER_THREAD + (MEMORY_TO_COMPUTE if plan.computes else 0))
         if memory.is_cuda:
             run_in_cuda_threads(work, files, memory, threads)
         else:

@@ -209,4 +209,5 @@ def refuse_without_recipe(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> 
         remedy = f"first {quantized.remedy}; then {OWN_RECIPE}" if quantized.remedy else remedy
         if collect_modules(checkpoint.tensors):
             remedy = f"{OWN_RECIPE} and --cast bf16; its rows have the names of BF16 weights"
-    return refuse("no-recipe", str(checkpoint.folder), found, f"one of {format_list(unknown, 99)}", remedy)
+    expected = f"one of {format_list(unknown, 3)}: reshard recipes lists them"
+    return refuse("no-recipe", str(checkpoint.folder), found, expected, remedy)

@@ -130,10 +130,11 @@ def find_cast(target: AnyPath, manifest: Mapping[str, Any]) -> str:
     codes. Empty if there is none.
     """
     layout, casts = manifest.get("layout"), manifest.get("casts")
-    if isinstance(layout, Mapping):
-        # Versions before 0.3 left packed weights as they were.
-        is_older = layout.get("cast") == "bf16" and isinstance(casts, Mapping) and "dequantize" not in casts
-        return "" if is_older else str(layout.get("cast", ""))
+    told = layout.get("cast", "") if isinstance(layout, Mapping) else None
+    # Without such a cast it may be of a version that left packed weights as they were.
+    is_open = told == "bf16" and isinstance(casts, Mapping) and "dequantize" not in casts
+    if told is not None and not is_open:
+        return str(told)
     with suppress(Refused):
         tensors = read_headers(target, list_target_names(target)).tensors
         if any(tensor.name.endswith(".weight_global_scale") for tensor in tensors):
