@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import packed_llamas
 import torch
-from packed_llamas import FP4, pack_nibbles, write_files
+from packed_llamas import write_files
+from packed_weights import E2M1, pack_bytes
 from safetensors.torch import load_file
 
 HIDDEN, INNER, LAYERS = 72, 104, 3
@@ -49,16 +51,11 @@ TABLE: Mapping[str, Any] = {
 }
 
 CONFIG: Mapping[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    **packed_llamas.CONFIG,
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "vocab_size": 40,
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -93,7 +90,7 @@ def make_mxfp4_tensors(low: int = 110, high: int = 127) -> Tensors:
         for module, (rows, columns) in list_modules(parent).items():
             groups = rows * -(-columns // 32)
             scales = (torch.arange(groups) * 7 % (high - low + 1) + low)[torch.randperm(groups)]
-            tensors[f"{module}.weight_packed"] = pack_nibbles(torch.randint(16, (rows, columns)))
+            tensors[f"{module}.weight_packed"] = pack_bytes(torch.randint(16, (rows, columns)).numpy())
             tensors[f"{module}.weight_scale"] = scales.to(torch.uint8).reshape(rows, -1)
     return tensors
 
@@ -119,14 +116,14 @@ def make_values_of_mxfp4(tensors: Tensors, module: str) -> torch.Tensor:
     """Float32, as compressed-tensors multiplies; subnormal scales too."""
     codes, scales = unpack_codes(tensors[f"{module}.weight_packed"]), tensors[f"{module}.weight_scale"]
     powers = torch.ldexp(torch.ones(scales.shape), scales.int() - ZERO)
-    return FP4[codes] * powers.repeat_interleave(32, 1)[:, : codes.shape[1]]
+    return E2M1[codes] * powers.repeat_interleave(32, 1)[:, : codes.shape[1]]
 
 
 def make_values_of_nvfp4(tensors: Tensors, module: str) -> torch.Tensor:
     """Float32, as compressed-tensors divides and multiplies."""
     codes, scales = unpack_codes(tensors[f"{module}.weight_packed"]), tensors[f"{module}.weight_scale"]
     whole = scales.float() / tensors[f"{module}.weight_global_scale"]
-    return FP4[codes] * whole.repeat_interleave(16, 1)[:, : codes.shape[1]]
+    return E2M1[codes] * whole.repeat_interleave(16, 1)[:, : codes.shape[1]]
 
 
 def require_same_values(source: Tensors, target: Tensors) -> None:

@@ -1,6 +1,6 @@
 """Small Llamas whose projections lie packed, as each library writes them, with the BF16 that the library makes of them.
 
-Packing and arithmetic are torch's, in the dtypes in which the libraries multiply. Each weight's parts lie in several
+Arithmetic is torch's, in the dtypes in which the libraries multiply. Each weight's parts lie in several
 files. Sizes are odd where the format allows it.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from made_once import make_once
+from packed_weights import AWQ_ORDER, E2M1, pack_bytes, pack_words
 from safetensors.torch import save_file
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 128, 320, 96, 11
@@ -31,10 +32,6 @@ CONFIG: Mapping[str, Any] = {
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 """The parts of a weight, by the ends of their names behind that of the module; and its values in BF16."""
 
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-
 
 def list_shapes() -> dict[str, tuple[int, ...]]:
     """The names and shapes of the plain weights."""
@@ -53,19 +50,6 @@ def list_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def pack_words(codes: torch.Tensor, bits: int, dimension: int) -> torch.Tensor:
-    """Packs codes along a dimension into words of 32 bits, little end first; the last word may have a rest of zeros."""
-    each = 32 // bits
-    codes = codes.to(torch.int64).movedim(dimension, -1)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each))
-    words = (codes.reshape(*codes.shape[:-1], -1, each) << (torch.arange(each) * bits)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).movedim(-1, dimension).contiguous()
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
-
-
 def pack_integers(
     shape: tuple[int, int],
     bits: int = 4,
@@ -81,14 +65,14 @@ def pack_integers(
     codes, scales = torch.randint(2**bits, shape), (torch.rand(rows, columns // group) * 0.01 + 0.001).to(dtype)
     groups = torch.arange(columns) // group
     parts = {
-        ".weight_packed": pack_words(codes, bits, 1),
+        ".weight_packed": pack_words(codes.numpy(), bits, 1),
         ".weight_scale": scales,
         ".weight_shape": torch.tensor([rows, columns]),
     }
     zeros = torch.full((rows, columns // group), 2 ** (bits - 1))
     if has_zeros:
         zeros = torch.randint(2**bits, zeros.shape)
-        parts[".weight_zero_point"] = pack_words(zeros, bits, 0)
+        parts[".weight_zero_point"] = pack_words(zeros.numpy(), bits, 0)
     if not is_in_order:
         groups = groups[torch.randperm(columns)]
         parts[".weight_g_idx"] = groups.to(torch.int32)
@@ -100,11 +84,9 @@ def pack_awq(shape: tuple[int, int], group: int = 64) -> Packed:
     codes, zeros = torch.randint(16, shape), torch.randint(16, (rows, columns // group))
     scales = (torch.rand(rows, columns // group) * 0.01).half()
 
-    def pack(matrix: torch.Tensor) -> torch.Tensor:
-        return pack_words(matrix.reshape(len(matrix), -1, 8)[..., AWQ_ORDER].reshape(matrix.shape), 4, 1)
-
     groups = torch.arange(columns) // group
-    parts = {".qweight": pack(codes.T), ".qzeros": pack(zeros.T), ".scales": scales.T.contiguous()}
+    words, zero_words = (pack_words(matrix.T.numpy(), 4, 1, AWQ_ORDER) for matrix in (codes, zeros))
+    parts = {".qweight": words, ".qzeros": zero_words, ".scales": scales.T.contiguous()}
     return parts, ((codes - zeros[:, groups]).half() * scales[:, groups]).to(torch.bfloat16)
 
 
@@ -114,8 +96,8 @@ def pack_gptq(shape: tuple[int, int], bits: int = 4, *, is_v2: bool = False, is_
     scales, groups = (torch.rand(rows, columns // 64) * 0.01).half(), torch.arange(columns) // 64
     groups = groups if is_in_order else groups[torch.randperm(columns)]
     parts = {
-        ".qweight": pack_words(codes.T, bits, 0),
-        ".qzeros": pack_words((zeros - int(not is_v2)).T, bits, 1),
+        ".qweight": pack_words(codes.T.numpy(), bits, 0),
+        ".qzeros": pack_words((zeros - int(not is_v2)).T.numpy(), bits, 1),
         ".scales": scales.T.contiguous(),
         ".g_idx": groups.to(torch.int32),
     }
@@ -130,20 +112,22 @@ def pack_nvfp4(shape: tuple[int, int], *, is_divided: bool) -> Packed:
     factor = torch.tensor([3000.0 if is_divided else 0.0003])
     whole = scales.float() / factor if is_divided else scales.float() * factor
     # ModelOpt's table has no minus zero.
-    numbers = FP4[codes] if is_divided else FP4[codes] + 0.0
+    numbers = E2M1[codes] if is_divided else E2M1[codes] + 0.0
     values = (numbers * whole.repeat_interleave(16, 1)).to(torch.bfloat16)
     if is_divided:
-        parts = {".weight_packed": pack_nibbles(codes), ".weight_global_scale": factor}
+        parts = {".weight_packed": pack_bytes(codes.numpy()), ".weight_global_scale": factor}
         return {**parts, ".weight_scale": scales, ".input_global_scale": torch.ones(1)}, values
-    parts = {".weight": pack_nibbles(codes), ".weight_scale_2": factor[0].clone()}
+    parts = {".weight": pack_bytes(codes.numpy()), ".weight_scale_2": factor[0].clone()}
     return {**parts, ".weight_scale": scales, ".input_scale": torch.tensor(1.0)}, values
 
 
 def pack_mxfp4(shape: tuple[int, int]) -> Packed:
     rows, columns = shape
     codes, scales = torch.randint(16, shape), torch.randint(100, 140, (rows, columns // 32))
-    values = FP4[codes] * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
-    return {".weight_packed": pack_nibbles(codes), ".weight_scale": scales.to(torch.uint8)}, values.to(torch.bfloat16)
+    values = E2M1[codes] * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
+    return {".weight_packed": pack_bytes(codes.numpy()), ".weight_scale": scales.to(torch.uint8)}, values.to(
+        torch.bfloat16
+    )
 
 
 def pack_fp8(shape: tuple[int, int], *, has_rows: bool) -> Packed:
