@@ -89,7 +89,8 @@ def test_a_long_list_is_whole_in_a_pipe_and_a_hostile_name_is_harmless(
     assert main(["inspect", path, "--tensors", "block.12?.w", "--tensors", "block.7.w"]) == 0
     text = capsys.readouterr().out
     assert "11 tensors listed" in text
-    assert "more" not in text
+    assert len(text[text.index("11 tensors listed") :].split("\n\n")[1].rstrip("\n").split("\n")) == 1 + 11
+    assert "more; --json" not in text
 
 
 @pytest.mark.parametrize(
