@@ -39,7 +39,9 @@ demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ra
 test: .venv/test  ## all tests
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/cluster $(PYTEST_OPTIONS)
 
+# What is kept of an earlier build is not warned of again.
 docs: .venv/docs  ## the site of the documentation, into build/docs; a broken link or reference fails it
+	rm -rf build/docs
 	$(BIN)/sphinx-build -c docs --fail-on-warning --keep-going --quiet --jobs auto . build/docs
 	@echo "build/docs/index.html"
 
