@@ -26,6 +26,7 @@ PACKAGE = Path(reshard.__file__).parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES_THAT_RUN = [
     "README.md",
+    "docs/README.md",
     "docs/recipes.md",
     "docs/casts.md",
     "docs/diff.md",
@@ -148,6 +149,18 @@ def without_chance(output: str) -> str:
 def test_links_lead_somewhere(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"\w+:", link)]
     assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_every_page_is_listed_by_a_readme_of_its_folder_or_above() -> None:
+    """The site's sidebar has these and no other."""
+    folder = ROOT / "docs"
+    listed = {
+        (readme.parent / link).resolve()
+        for readme in folder.rglob("README.md")
+        for link in LINK.findall(readme.read_text(encoding="utf-8"))
+        if not link.startswith("..")
+    }
+    assert [page for page in sorted(folder.rglob("*.md")) if page not in {folder / "README.md", *listed}] == []
 
 
 def test_tree_lists_every_file_of_the_package() -> None:
