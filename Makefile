@@ -24,7 +24,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz remote cluster vllm
+.PHONY: help demo test docs torture mutations lint fuzz remote cluster vllm
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ra
 # what a file's tests share is made by one worker, not by each.
 test: .venv/test  ## all tests
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/cluster $(PYTEST_OPTIONS)
+
+# What is kept of an earlier build is not warned of again.
+docs: .venv/docs  ## the site of the documentation, into build/docs; a broken link or reference fails it
+	rm -rf build/docs
+	$(BIN)/sphinx-build -c docs --fail-on-warning --keep-going --quiet --jobs auto . build/docs
+	@echo "build/docs/index.html"
 
 torture: .venv/reshard  ## kill conversions at 200 random moments; nothing may be lost
 	$(BIN)/python tests/support/torture.py $(TORTURE_OPTIONS)
@@ -93,6 +99,10 @@ $(VLLM)/ready: pyproject.toml
 .venv/test: .venv/reshard
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+.venv/docs: .venv/reshard
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Apart from the tests: atheris is not built for every Python and machine that reshard runs on.

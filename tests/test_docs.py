@@ -12,21 +12,21 @@ import sys
 import tempfile
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
-from typing import Any
 
 import pytest
+from page_folders import write_folders
 from repository import ROOT, find_test_file
 
 import reshard
 from reshard.recipes.placeholder_checks import PLACEHOLDER_KEYS, SCALE_KEYS
 from reshard.recipes.splits import SPLITS
 from reshard.recipes.table_checks import ALL_KEYS, RELATIONS
-from reshard.synthetic import SMALL_V3, write_checkpoint
 
 PACKAGE = Path(reshard.__file__).parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES_THAT_RUN = [
     "README.md",
+    "docs/README.md",
     "docs/recipes.md",
     "docs/casts.md",
     "docs/diff.md",
@@ -36,6 +36,7 @@ PAGES_THAT_RUN = [
     "docs/subsets.md",
     "docs/two-nodes.md",
     "docs/cluster.md",
+    *(f"docs/tasks/{page.name}" for page in sorted((ROOT / "docs" / "tasks").glob("*.md")) if page.name != "README.md"),
 ]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -46,20 +47,6 @@ KIND = re.compile(
 )
 STANDS_FOR = {"make demo": "reshard demo"}
 """What the Makefile runs once everything is set up."""
-
-FOR_16_RANKS: dict[str, Any] = {
-    **SMALL_V3,
-    "hidden_size": 128,
-    "intermediate_size": 2048,
-    "kv_lora_rank": 128,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 256,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 2,
-    "q_lora_rank": 128,
-    "vocab_size": 512,
-}
-"""As many experts as DeepSeek-V3, and sizes that 16 ranks can cut."""
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
@@ -84,11 +71,7 @@ def tree() -> set[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The folder that the pages speak of: a checkpoint for 16 ranks, one whose second file is missing, and none."""
-    write_checkpoint(tmp_path / "DeepSeek-V3", FOR_16_RANKS, 4)
-    write_checkpoint(tmp_path / "incomplete", SMALL_V3, 4)
-    (tmp_path / "incomplete" / "model-00002-of-00004.safetensors").unlink()
-    (tmp_path / "empty").mkdir()
+    """The folder in which a page is run, with the command `reshard` in `bin`."""
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "reshard"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m reshard "$@"\n')
@@ -97,9 +80,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", PAGES_THAT_RUN)
-def test_marked_blocks_give_what_the_page_shows(name: str, folder: Path) -> None:
+def test_marked_blocks_give_what_the_page_shows(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(ROOT / name)
     assert any(mark == "run" for _, mark, _ in found)
+    with write_folders(folder, (ROOT / name).read_text(encoding="utf-8")) as settings:
+        for key, value in settings.items():
+            monkeypatch.setenv(key, value)
+        require_blocks(found, folder)
+
+
+def require_blocks(found: list[tuple[str, str, str]], folder: Path) -> None:
+    """Writes and runs the blocks of a page in their order."""
     for language, mark, text in found:
         if mark.startswith("write="):
             (folder / mark.removeprefix("write=")).write_text(text, encoding="utf-8")
@@ -158,6 +149,18 @@ def without_chance(output: str) -> str:
 def test_links_lead_somewhere(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"\w+:", link)]
     assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_every_page_is_listed_by_a_readme_of_its_folder_or_above() -> None:
+    """The site's sidebar has these and no other."""
+    folder = ROOT / "docs"
+    listed = {
+        (readme.parent / link).resolve()
+        for readme in folder.rglob("README.md")
+        for link in LINK.findall(readme.read_text(encoding="utf-8"))
+        if not link.startswith("..")
+    }
+    assert [page for page in sorted(folder.rglob("*.md")) if page not in {folder / "README.md", *listed}] == []
 
 
 def test_tree_lists_every_file_of_the_package() -> None:

@@ -70,6 +70,8 @@ class ServedFolder:
     """A folder that is served, what was asked of it, and the faults that are to come."""
 
     folder: Path
+    name: str = NAME
+    """Of the repository on the hub."""
     token: str = ""
     """Asked for by the hub, if it is not empty."""
     expires: float = 3600.0
@@ -101,7 +103,7 @@ class ServedFolder:
 
     @property
     def commit(self) -> str:
-        return hash_for_git(NAME)
+        return hash_for_git(self.name)
 
     def list_files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -248,16 +250,16 @@ class HubHandler(Handler):
             return self.answer(429, Retry_After="300")
         if served.fails("busy"):
             return self.answer(503)
-        if path in {f"/api/models/{NAME}/revision/{name}" for name in ("main", served.commit)}:
-            return self.answer_json({"id": NAME, "sha": served.commit})
-        if path.startswith(f"/api/models/{NAME}/revision/"):
+        if path in {f"/api/models/{served.name}/revision/{name}" for name in ("main", served.commit)}:
+            return self.answer_json({"id": served.name, "sha": served.commit})
+        if path.startswith(f"/api/models/{served.name}/revision/"):
             return self.answer(404, X_Error_Code="RevisionNotFound")
-        if path == f"/api/models/{NAME}/tree/{served.commit}":
+        if path == f"/api/models/{served.name}/tree/{served.commit}":
             return self.list_tree(path)
-        if path.startswith(f"/{NAME}/resolve/{served.commit}/"):
-            return self.resolve(path.removeprefix(f"/{NAME}/resolve/{served.commit}/"))
-        if path.startswith(f"/api/resolve-cache/models/{NAME}/{served.commit}/"):
-            inner = path.removeprefix(f"/api/resolve-cache/models/{NAME}/{served.commit}/")
+        if path.startswith(f"/{served.name}/resolve/{served.commit}/"):
+            return self.resolve(path.removeprefix(f"/{served.name}/resolve/{served.commit}/"))
+        if path.startswith(f"/api/resolve-cache/models/{served.name}/{served.commit}/"):
+            inner = path.removeprefix(f"/api/resolve-cache/models/{served.name}/{served.commit}/")
             return self.send_file(served.folder / inner, f'"{hash_for_git(inner)}"')
         return self.answer(404, X_Error_Code="RepoNotFound")
 
@@ -281,7 +283,7 @@ class HubHandler(Handler):
         if not file.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound")
         if not served.is_large(file):
-            return self.answer(307, Location=f"/api/resolve-cache/models/{NAME}/{served.commit}/{inner}")
+            return self.answer(307, Location=f"/api/resolve-cache/models/{served.name}/{served.commit}/{inner}")
         if served.fails("gated"):
             return self.answer(403, X_Error_Code="GatedRepo")
         until = time.time() + served.expires
@@ -393,7 +395,7 @@ def run_servers(served: ServedFolder, *handlers: type[Handler]) -> Iterator[list
 
 @contextmanager
 def serve_hub(folder: Path, **options: Any) -> Iterator[ServedFolder]:
-    """A context in which a folder is the repository `org/model` of a hub; the store behind it has another host name."""
+    """A context in which a folder is a repository of a hub, `org/model`; the store behind it has another host name."""
     served = ServedFolder(folder, **options)
     with run_servers(served, HubHandler, CdnHandler) as (hub, cdn):
         served.endpoint, served.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"

@@ -69,7 +69,7 @@ class Content:
     layout: str
     """The recipe's name for the layout, such as `huggingface`; empty if no recipe fits."""
     recipe: str
-    """The recipe that fits; several joined by ` or `; empty if none does."""
+    """The recipe that fits; several joined by `or`; empty if none does."""
     ranks: int
     """The number of ranks that it is split for; 0 if it is whole."""
     files: int
