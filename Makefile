@@ -25,7 +25,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz remote cluster vllm lock release
+.PHONY: help demo test torture mutations lint fuzz remote cluster vllm release lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)

@@ -24,7 +24,8 @@ from reshard.recipes.table_checks import ALL_KEYS, RELATIONS
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
 PACKAGE = Path(reshard.__file__).parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "examples/README")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 PAGES_THAT_RUN = [
     "README.md",
     "docs/recipes.md",

@@ -1,4 +1,4 @@
-"""The examples: what they print is so, by torch, transformers and safetensors; the notebook gives its stored outputs."""
+"""The examples print what torch, transformers and safetensors find; the notebook gives its stored outputs."""
 
 import copy
 import re
