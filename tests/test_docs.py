@@ -23,7 +23,7 @@ from reshard.recipes.splits import SPLITS
 from reshard.recipes.table_checks import ALL_KEYS, RELATIONS
 
 PACKAGE = Path(reshard.__file__).parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES_THAT_RUN = [
     "README.md",
     "docs/README.md",

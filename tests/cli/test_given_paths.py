@@ -116,8 +116,8 @@ SOURCES: list[Callable[[str], object]] = [
     lambda source: reshard.repair("ranks", source),
     lambda source: reshard.diff("source", source),
     reshard.inspect,
-    reshard.open,
-    lambda source: reshard.load(source, mp=2, rank=0),
+    lambda source: reshard.open(source, framework="numpy"),
+    lambda source: reshard.load(source, mp=2, rank=0, framework="numpy"),
 ]
 
 

@@ -161,5 +161,5 @@ def test_without_shtab_the_package_to_install_is_named() -> None:
     command = [sys.executable, "-I", "-S", "-c", code, source, "--print-completion", "bash"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    said = "--print-completion needs the package shtab: pip install shtab; see reshard --help"
+    said = "--print-completion needs the package shtab: pip install 'reshard[completion]'; see reshard --help"
     assert done.stderr == f"reshard: {said}\n"

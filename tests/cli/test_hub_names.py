@@ -52,9 +52,9 @@ COMMANDS = [
     "recipes check deepseek-v3 NAME",
 ]
 CALLS: list[Callable[[str], object]] = [
-    reshard.open,
+    lambda name: reshard.open(name, framework="numpy"),
     reshard.inspect,
-    lambda name: reshard.load(name, mp=2, rank=0),
+    lambda name: reshard.load(name, mp=2, rank=0, framework="numpy"),
     lambda name: reshard.plan(name, 2),
     lambda name: reshard.convert(name, "out", 2),
     lambda name: reshard.diff("source", name),

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from families import write_full
-from store_servers import NAME, HubHandler, ServedFolder, measure_interrupt, require_same_files, serve_hub, serve_web
+from store_servers import (
+    NAME,
+    HubHandler,
+    ServedFolder,
+    WebHandler,
+    measure_interrupt,
+    require_same_files,
+    serve_hub,
+    serve_web,
+)
 
 import reshard
 from reshard import Refused
@@ -469,6 +478,22 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(made: Path, certificat
     with (
         serve_web(made / "source", certificate=certificate) as web,
         pytest.raises(Refused, match="self-signed certificate"),
+    ):
+        reshard.inspect(web.endpoint)
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [("http://127.0.0.1:9/", "leads to an address of http:"), ("file:///etc/passwd", "leads to what is no address")],
+)
+def test_a_protected_address_leads_to_no_open_one_and_to_no_file(
+    to: str, words: str, made: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("c.pem")))
+    monkeypatch.setattr(WebHandler, "route", lambda self, _: self.answer(302, Location=to))
+    with (
+        serve_web(made / "source", certificate=certificate) as web,
+        pytest.raises(Refused, match=words),
     ):
         reshard.inspect(web.endpoint)
 

@@ -98,7 +98,7 @@ class PrintCompletion(argparse.Action):
         try:
             import shtab  # noqa: PLC0415
         except ImportError:
-            parser.error("--print-completion needs the package shtab: pip install shtab")
+            parser.error("--print-completion needs the package shtab: pip install 'reshard[completion]'")
         set_path_completion(parser, shtab.FILE)
         print(shtab.complete(parser, shell=shell))
         raise SystemExit(0)

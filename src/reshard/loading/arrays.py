@@ -42,7 +42,7 @@ def require_framework(framework: str, device: Any = "cpu") -> None:
 
         torch.empty(0, device=device)
     except ImportError as error:
-        remedy = "install torch, or framework='numpy'"
+        remedy = "pip install 'reshard[torch]', or framework='numpy'"
         raise refuse("wrong-option", "framework", f"torch: {error}", "torch, to be imported", remedy) from None
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         found = f"{device!r}: {str(error).splitlines()[0]}"
