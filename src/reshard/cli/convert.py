@@ -18,6 +18,7 @@ from reshard.cli.terminal import print_json
 from reshard.errors import Refused, require_none
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
+from reshard.execution.times import RunResult
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.formats.share_names import find_share_of_folder, list_share_folders
@@ -27,7 +28,7 @@ from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.sources.engine_choice import takes_ranks
-from reshard.target.conversion import Conversion, describe_conversion
+from reshard.target.conversion import Conversion, ShareRun, describe_conversion
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
@@ -230,12 +231,16 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
     steps = collect_next_steps(conversion, options)
     if options.json:
         run = conversion.done
-        done = {**asdict(run), "ways": {"read": run.ways.read, "write": run.ways.write}} if run else None
+        ways = {"ways": {"read": run.ways.read, "write": run.ways.write}} if run else {}
+        done = {**asdict(run), **ways, **describe_times_used(run)} if run else None
         facts = {
             "status": "converted" if run else "already-converted",
             "seconds": conversion.seconds,
+            "planning": conversion.planning,
+            "written": conversion.written,
+            "rate": int(conversion.rate),
             "done": done,
-            "shares": [share._asdict() for share in conversion.shares],
+            "shares": [{**share._asdict(), **describe_times_used(share)} for share in conversion.shares],
             "next": [step._asdict() for step in steps],
         }
         print_json({**facts, **describe_plan_facts(conversion.plan)})
@@ -244,6 +249,11 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
         below = (line for step in steps for line in format_command_lines(step.text, step.command))
         print("\n".join(map(escape, [*lines, *below])))
     return PROVEN
+
+
+def describe_times_used(run: RunResult | ShareRun) -> dict[str, Any]:
+    """Describes where the time of a run went, as JSON values."""
+    return {"stages": run.stages._asdict(), "threads": run.threads._asdict()}
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:
