@@ -28,7 +28,7 @@ from reshard.execution.journal import RESTART, Journal, TargetLock, has_records,
 from reshard.execution.reader import MEMORY_PER_THREAD, OpenFiles, measure_memory_to_compute
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
-from reshard.execution.times import FINISHING, PREPARING, SYNCING, ActivityClock, RunResult, Stages
+from reshard.execution.times import FINISHING, PREPARING, ActivityClock, RunResult, Stages
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, list_in_order, make_windows
 from reshard.execution.writer import Jobs, Ledger, add_sizes, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
@@ -146,6 +146,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
                 done, records, checksums = write_partial_files(
                     plan, target, journal, others.sides, counter, settings, stages
                 )
+                stages.begin(FINISHING)
                 manifest = others.write_manifest(records, checksums)
                 journal.lock.require_held()
                 for name in manifests:
@@ -220,8 +221,9 @@ def write_partial_files(
     is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
     levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    memory = measure_memory_per_thread(plan)
-    jobs = choose_threads(settings, memory, ways, keeps_disk_busy=not is_cached or ways != CACHED)
+    jobs = choose_threads(
+        settings, measure_memory_per_thread(plan), ways, keeps_disk_busy=not is_cached or ways != CACHED
+    )
     found = parse_records(journal.records)
     written, resumed = WrittenGroups(found), add_sizes(found)
     complete = find_incomplete_file(plan, found) is None
@@ -240,10 +242,8 @@ def write_partial_files(
         work = skip_written(make_windows(plan.copies, bands=bands, in_order=in_order), written)
         files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
         used, threads = move_all(work, files, ledger, jobs, counter.advance, stages)
-        stages.begin(SYNCING)
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
-        stages.begin(FINISHING)
         records = ledger.read_records()
         if lacking := find_incomplete_file(plan, records):
             raise refuse(

@@ -205,8 +205,7 @@ def put_files(
         counter.begin(resumed)
         files = OpenFiles(sources, (), ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
         putter = PartPutter(plan, store, ledger, counter)
-        largest = measure_part_capacity(plan.files, journal.part_size)
-        clocks: list[ActivityClock] = []
+        largest, clocks = measure_part_capacity(plan.files, journal.part_size), list[ActivityClock]()
 
         def make_worker() -> Callable[[Part], None]:
             buffers = PartBuffers(largest, makes=bool(made), levels=levels)

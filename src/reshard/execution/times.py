@@ -1,4 +1,4 @@
-"""What a run has used: its threads and ways, its bytes, the time of its stages and what its threads did meanwhile."""
+"""The result of a run in numbers: threads, ways and bytes, the time of its stages, and what its threads did in it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

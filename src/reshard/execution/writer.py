@@ -20,6 +20,7 @@ from reshard.execution.times import (
     ARRANGING,
     COPYING,
     READING,
+    SYNCING,
     WAITING,
     WRITING,
     ActivityClock,
@@ -176,7 +177,8 @@ def move_all(
     work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Jobs, advance: Advance, stages: ActivityClock
 ) -> tuple[int, ThreadSeconds]:
     """Moves every window, with several threads, and flushes the ledger every few seconds. Raises their first error.
-    Returns the number of threads in the end, and what they did.
+    Returns the number of threads in the end, and what they did. The stage of the run is `COPYING` meanwhile, then
+    `SYNCING`.
     """
     clocks: list[ActivityClock] = []
     if any(isinstance(made, Cast) and made.operation != "fill" for made in files.made):
@@ -191,6 +193,7 @@ def move_all(
     growth = Growth(jobs.most, lambda: ledger.added)
     stages.begin(COPYING)
     threads = run_in_threads(work, make_worker, jobs.first, partial(flush_regularly, ledger), growth)
+    stages.begin(SYNCING)
     return threads, add_thread_seconds(clock.read() for clock in clocks)
 
 
