@@ -220,10 +220,8 @@ def write_partial_files(
     ways = choose_ways(plan, target, settings)
     is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
-    levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    jobs = choose_threads(
-        settings, measure_memory_per_thread(plan), ways, keeps_disk_busy=not is_cached or ways != CACHED
-    )
+    levels, memory = count_join_levels(plan.source.joins, len(plan.source.files)), measure_memory_per_thread(plan)
+    jobs = choose_threads(settings, memory, ways, keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
     written, resumed = WrittenGroups(found), add_sizes(found)
     complete = find_incomplete_file(plan, found) is None
