@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import api
+from reshard.cli.bars import FileParts, draw_bars, make_label
 from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
@@ -197,13 +198,20 @@ def print_plan(plan: Plan, place: TargetPlace | None, *, as_json: bool) -> int:
         facts |= {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
         print_json({**describe_plan_facts(plan), **facts})
     else:
-        lines = [*plan_lines(plan, estimate, upload), *explain_no_run_config(plan), *describe_lost(plan)]
-        print("\n".join(map(escape, lines)))
+        print(format_plan(plan, estimate, upload))
     return PROVEN
 
 
-def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> Iterator[str]:
-    """Describes a plan: its tables, the memory that each job takes, and the estimate or the upload if there is one."""
+def format_plan(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> str:
+    """Formats a plan for people: its tables and notes, on a terminal also bars."""
+    files = [FileParts(make_label(file.name), plan.measure_dtypes(place)) for place, file in enumerate(plan.files)]
+    work = map(escape, describe_work(plan, estimate, upload))
+    told = *describe_coverage(plan), *describe_notes(plan.notes), *explain_no_run_config(plan), *describe_lost(plan)
+    return "\n".join([*work, *draw_bars(files), *map(escape, told)])
+
+
+def describe_work(plan: Plan, estimate: Estimate | None, upload: UploadPlan | None) -> Iterator[str]:
+    """Describes the files of a plan, the memory that each job takes, and the estimate or the upload if there is one."""
     yield from describe_files(plan, is_stored=upload is not None)
     if estimate:
         yield from describe_estimate(estimate, is_cast=plan.computes)
@@ -211,8 +219,6 @@ def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan 
         yield describe_upload(upload)
     memory = format_size(upload.memory if upload else measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
-    yield from describe_coverage(plan)
-    yield from describe_notes(plan.notes)
 
 
 def describe_plan_facts(plan: Plan) -> dict[str, Any]:
