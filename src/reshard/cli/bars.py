@@ -114,10 +114,11 @@ def group_files(files: Sequence[FileParts]) -> list[FileParts]:
 
 
 def choose_shown(groups: Sequence[FileParts], middle: float) -> list[FileParts]:
-    """Chooses the files to draw, in their order: those that differ most from the others, and the first of the rest."""
-    by_distance = sorted(groups, key=lambda file: -abs(file.size - middle) if is_uneven(file, middle) else 0)
-    chosen = set(map(id, by_distance[:MOST_FILES]))
-    return [file for file in groups if id(file) in chosen]
+    """Chooses what to draw, in its order: most files, or the first ones, and what differs most from their median."""
+    most = sorted(range(len(groups)), key=lambda place: -groups[place].files)
+    distant = sorted(most, key=lambda place: -abs(groups[place].size - middle))
+    chosen = list(dict.fromkeys([*most[: MOST_FILES // 2], *distant]))[:MOST_FILES]
+    return [groups[place] for place in sorted(chosen)]
 
 
 def draw_rows(
