@@ -43,4 +43,5 @@ def list_file_contents(stored: FolderHeaders, boxes: StoredBoxes | None) -> tupl
         parts = [part for part, _ in (boxes or {}).get(tensor.file, ())]
         for part in parts or [tensor]:
             sizes[part.file][part.dtype] += part.size
-    return tuple(FileContent(file.name, found) for file, found in zip(stored.files, sizes, strict=True))
+    # Not the counters: `asdict` cannot copy them.
+    return tuple(FileContent(file.name, dict(found)) for file, found in zip(stored.files, sizes, strict=True))
