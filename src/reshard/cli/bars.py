@@ -1,4 +1,4 @@
-"""Draws bytes as bars on a terminal that can show them: each dtype, which is the legend, and each file."""
+"""Formats bytes as bars on a terminal that can show them: each dtype, which is the legend, and each file."""
 
 import sys
 from collections import Counter
@@ -44,8 +44,8 @@ class FileParts(NamedTuple):
         return sum(self.parts.values())
 
 
-def draw_bars(files: Sequence[FileParts]) -> list[str]:
-    """Draws the dtypes of all files, and the files, after an empty line. Nothing where standard output is no terminal
+def format_bars(files: Sequence[FileParts]) -> list[str]:
+    """Formats the dtypes of all files, and the files, after an empty line. Nothing where standard output is no terminal
     that can show them: a pipe or a file gets no line more.
     """
     width, sizes = measure_terminal(), Counter[str]()
@@ -56,7 +56,7 @@ def draw_bars(files: Sequence[FileParts]) -> list[str]:
     dtypes = [dtype for dtype, _ in sizes.most_common()]
     glyphs = choose_glyphs(sys.stdout)
     marks = {dtype: glyphs[min(place, len(glyphs) - 1)] for place, dtype in enumerate(dtypes)}
-    return ["", *draw_dtypes(sizes, marks, width), "", *draw_files(files, marks, width)]
+    return ["", *format_dtype_bars(sizes, marks, width), "", *format_file_bars(files, marks, width)]
 
 
 def choose_glyphs(stream: TextIO) -> str:
@@ -68,18 +68,20 @@ def choose_glyphs(stream: TextIO) -> str:
     return BLOCKS
 
 
-def draw_dtypes(sizes: Mapping[str, int], marks: Mapping[str, str], width: int) -> Iterator[str]:
-    """Draws the bytes of each dtype. A whole bar is all bytes."""
+def format_dtype_bars(sizes: Mapping[str, int], marks: Mapping[str, str], width: int) -> Iterator[str]:
+    """Formats the bytes of each dtype. A whole bar is all bytes."""
     total = sum(sizes.values())
     yield "tensors by dtype:"
     ordered = [(dtype, sizes[dtype]) for dtype in marks]
-    rows = [(f"{marks[dtype]} {dtype}", format_size(size), format_share(size, total)) for dtype, size in ordered]
+    rows = [
+        (f"{marks[dtype]} {dtype}", format_size(size), format_rounded_share(size, total)) for dtype, size in ordered
+    ]
     bars = [({dtype: size}, total) for dtype, size in ordered]
-    yield from draw_rows(rows, bars, marks, width)
+    yield from format_bar_rows(rows, bars, marks, width)
 
 
-def draw_files(files: Sequence[FileParts], marks: Mapping[str, str], width: int) -> Iterator[str]:
-    """Draws the files, each with its dtypes. A whole bar is the largest of them."""
+def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width: int) -> Iterator[str]:
+    """Formats the files, each with its dtypes. A whole bar is the largest of them."""
     total, middle = sum(file.size * file.files for file in files), median(file.size for file in files)
     uneven = [file for file in files if is_uneven(file, middle)]
     groups = group_files(files) if len(files) > MOST_FILES else files
@@ -89,9 +91,9 @@ def draw_files(files: Sequence[FileParts], marks: Mapping[str, str], width: int)
     rows = []
     for file in shown:
         more = f"{(file.size - middle) / middle:+.0%}" if is_uneven(file, middle) else ""
-        row = file.label, format_size(file.size), format_share(file.size, total)
+        row = file.label, format_size(file.size), format_rounded_share(file.size, total)
         rows.append((*row, more) if uneven else row)
-    yield from draw_rows(rows, [(file.parts, largest) for file in shown], marks, width)
+    yield from format_bar_rows(rows, [(file.parts, largest) for file in shown], marks, width)
     if left := [file for file in groups if file not in shown]:
         count, sizes = sum(file.files for file in left), sorted(file.size for file in left)
         yield f"and {format_count(count, 'more files')}, {format_size(sizes[0])} to {format_size(sizes[-1])} each"
@@ -121,13 +123,13 @@ def choose_shown(groups: Sequence[FileParts], middle: float) -> list[FileParts]:
     return [groups[place] for place in sorted(chosen)]
 
 
-def draw_rows(
+def format_bar_rows(
     rows: Sequence[Sequence[str]],
     bars: Sequence[tuple[Mapping[str, int], int]],
     marks: Mapping[str, str],
     width: int,
 ) -> Iterator[str]:
-    """Draws rows, each with its bar at the end, so that who has them read aloud hears the numbers first. `bars` has the
+    """Formats rows, each with its bar at the end, so that who has them read aloud hears the numbers first. `bars` has the
     bytes of each dtype, and the bytes of a whole bar.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -135,7 +137,7 @@ def draw_rows(
     left = width - sum(widths) - 2 * len(widths) if is_wide else width - sum(widths[1:]) - 2 * len(widths)
     for (label, *cells), (parts, whole) in zip(rows, bars, strict=True):
         numbers = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths[1:], strict=True))
-        bar = draw_bar(parts, whole, marks, min(left, WIDEST_BAR))
+        bar = format_bar(parts, whole, marks, min(left, WIDEST_BAR))
         if is_wide:
             yield f"{label.ljust(widths[0])}  {numbers}  {bar}".rstrip()
         else:
@@ -143,14 +145,14 @@ def draw_rows(
             yield f"  {numbers}  {bar}".rstrip()
 
 
-def draw_bar(parts: Mapping[str, int], whole: int, marks: Mapping[str, str], width: int) -> str:
-    """Draws the parts of a bar, of which `whole` bytes would fill the width."""
+def format_bar(parts: Mapping[str, int], whole: int, marks: Mapping[str, str], width: int) -> str:
+    """Formats the parts of a bar, of which `whole` bytes would fill the width."""
     cells = round_to_total([*(parts.get(dtype, 0) for dtype in marks), whole - sum(parts.values())], width)
     drawn = zip(marks.values(), cells[:-1], COLORS + COLORS[-1:] * len(marks), strict=False)
     return "".join(paint_part(mark * count, color, sys.stdout) for mark, count, color in drawn if count)
 
 
-def format_share(part: int, whole: int) -> str:
+def format_rounded_share(part: int, whole: int) -> str:
     """Formats a share, rounded; what is left of it then is not told as nothing."""
     return f"{part / whole:.1%}" if part * 2000 >= whole else "<0.1%"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import api
-from reshard.cli.bars import FileParts, draw_bars, make_label
+from reshard.cli.bars import FileParts, format_bars, make_label
 from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
@@ -207,7 +207,7 @@ def format_plan(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan
     files = [FileParts(make_label(file.name), plan.measure_dtypes(place)) for place, file in enumerate(plan.files)]
     work = map(escape, describe_work(plan, estimate, upload))
     told = *describe_coverage(plan), *describe_notes(plan.notes), *explain_no_run_config(plan), *describe_lost(plan)
-    return "\n".join([*work, *draw_bars(files), *map(escape, told)])
+    return "\n".join([*work, *format_bars(files), *map(escape, told)])
 
 
 def describe_work(plan: Plan, estimate: Estimate | None, upload: UploadPlan | None) -> Iterator[str]:
