@@ -73,9 +73,7 @@ def format_dtype_bars(sizes: Mapping[str, int], marks: Mapping[str, str], width:
     total = sum(sizes.values())
     yield "tensors by dtype:"
     ordered = [(dtype, sizes[dtype]) for dtype in marks]
-    rows = [
-        (f"{marks[dtype]} {dtype}", format_size(size), format_rounded_share(size, total)) for dtype, size in ordered
-    ]
+    rows = [(f"{marks[dtype]} {dtype}", format_size(size), format_part(size, total)) for dtype, size in ordered]
     bars = [({dtype: size}, total) for dtype, size in ordered]
     yield from format_bar_rows(rows, bars, marks, width)
 
@@ -91,7 +89,7 @@ def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width
     rows = []
     for file in shown:
         more = f"{(file.size - middle) / middle:+.0%}" if is_uneven(file, middle) else ""
-        row = file.label, format_size(file.size), format_rounded_share(file.size, total)
+        row = file.label, format_size(file.size), format_part(file.size, total)
         rows.append((*row, more) if uneven else row)
     yield from format_bar_rows(rows, [(file.parts, largest) for file in shown], marks, width)
     if left := [file for file in groups if file not in shown]:
@@ -129,8 +127,8 @@ def format_bar_rows(
     marks: Mapping[str, str],
     width: int,
 ) -> Iterator[str]:
-    """Formats rows, each with its bar at the end, so that who has them read aloud hears the numbers first. `bars` has the
-    bytes of each dtype, and the bytes of a whole bar.
+    """Formats rows, each with its bar at the end, so that who has them read aloud hears the numbers first. `bars` has
+    the bytes of each dtype, and the bytes of a whole bar.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     is_wide = width - sum(widths) - 2 * len(widths) >= SHORTEST_BAR
@@ -152,7 +150,7 @@ def format_bar(parts: Mapping[str, int], whole: int, marks: Mapping[str, str], w
     return "".join(paint_part(mark * count, color, sys.stdout) for mark, count, color in drawn if count)
 
 
-def format_rounded_share(part: int, whole: int) -> str:
+def format_part(part: int, whole: int) -> str:
     """Formats a share, rounded; what is left of it then is not told as nothing."""
     return f"{part / whole:.1%}" if part * 2000 >= whole else "<0.1%"
 
