@@ -94,6 +94,24 @@ def format_size(size: int) -> str:
     return format_count(size, "bytes") if unit == 0 else f"{value:.2f} {SIZE_UNITS[unit]}"
 
 
+def round_to_total(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to weights, which add up to `total`: each rounded down, or up where most is lost. All
+    are 0 if the weights are.
+    """
+    whole = sum(weights)
+    exact = [weight / whole * total if whole else 0.0 for weight in weights]
+    rounded = [int(one) for one in exact]
+    by_loss = sorted(range(len(exact)), key=lambda place: rounded[place] - exact[place])
+    for place in by_loss[: total - sum(rounded)] if whole else []:
+        rounded[place] += 1
+    return rounded
+
+
+def format_rate(rate: float) -> str:
+    """Formats a rate in bytes a second: `1.25 GiB/s`."""
+    return f"{format_size(int(rate))}/s"
+
+
 def format_percent(part: int, whole: int) -> str:
     """Formats a share, rounded down: `100.0%` is the whole and nothing less."""
     tenths = part * 1000 // whole if whole else 1000

@@ -1,4 +1,4 @@
-"""Looks on a terminal: colours of verdicts, and tables that are too wide for it. Nothing of these in a pipe."""
+"""Looks on a terminal: colours of verdicts, tables that are too wide for it, bars. Nothing of these in a pipe."""
 
 import json
 import os
@@ -10,8 +10,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import reshard
 from reshard.cli.main import main
 from reshard.synthetic import SMALL_V3, write_checkpoint
 
@@ -181,3 +184,120 @@ def test_a_pipe_keeps_the_whole_table(source: Path) -> None:
 def test_the_width_of_the_terminal_itself_counts(source: Path) -> None:
     """A new pseudo-terminal says 0 columns: unknown, so nothing is folded."""
     assert re.search(r"^source tensors +tensors +bytes$", look("plan", source, "--mp", "2"), re.MULTILINE)
+
+
+# bars
+
+SIGNS = "█▓▒░▚▖"
+COLORED = re.compile(r"\x1b\[\d+m")
+
+
+def list_bars(text: str, signs: str = SIGNS) -> dict[str, str]:
+    """The bar of each line that has one, by what begins the line; of a file whose bar has a line of its own, by that
+    line. Before a dtype stands its sign.
+    """
+    picture = COLORED.sub("", text).partition("tensors by dtype:\n")[2]
+    found, above = {}, ""
+    for line in picture.splitlines():
+        if match := re.search(rf"(?: KiB| MiB| bytes?)  +<?[\d.]+%.*?  ([{re.escape(signs)}]+)$", line):
+            found[line.split("  ")[0].strip() or above] = match[1]
+        above = line.strip()
+    return found
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_bars_of_a_plan_are_its_bytes(columns: int, source: Path) -> None:
+    """The oracle is the files themselves, once they are written."""
+    target = source.parent / "ranks"
+    text = look("plan", source, "--mp", "2", COLUMNS=str(columns), NO_COLOR="1")
+    if not target.exists():
+        reshard.convert(source, target, mp=2)
+    sizes = measure_files(target)
+    bars = list_bars(text)
+    dtypes = {dtype: sum(file.get(dtype, 0) for file in sizes.values()) for dtype in ("F8_E4M3", "BF16", "F32")}
+    assert sorted(dtypes, key=lambda dtype: -dtypes[dtype]) == ["F8_E4M3", "BF16", "F32"], "the signs are in this order"
+    signs = dict(zip(dtypes, SIGNS, strict=False))
+    assert {bar.split()[1] for bar in bars if bar[0] in SIGNS} == {"F8_E4M3", "BF16"}, "F32 is too little to see"
+    largest = max(sum(file.values()) for file in sizes.values())
+    for name, file in sizes.items():
+        bar = bars[name.removesuffix(".safetensors")]
+        width = len(bar) * largest / sum(file.values())
+        assert len(bar) >= 8
+        assert re.fullmatch("█*▓*▒*", bar), "the parts are in the order of the legend"
+        for dtype, size in file.items():
+            assert abs(bar.count(signs[dtype]) - size / largest * width) <= 1
+    assert max(map(len, text.partition("tensors by dtype")[2].partition("source tensors")[0].splitlines())) <= columns
+
+
+def measure_files(folder: Path) -> dict[str, dict[str, int]]:
+    """File -> dtype -> bytes, by the headers as JSON has them."""
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        sizes = found.setdefault(path.name, {})
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return found
+
+
+def test_inspect_has_the_bytes_of_each_file_and_draws_them(source: Path, ranks: Path) -> None:
+    for folder in (source, ranks):
+        sizes = measure_files(folder)
+        assert {file.name: dict(file.dtypes) for file in reshard.inspect(folder).by_file} == sizes
+        bars = list_bars(look("inspect", folder, COLUMNS="100"))
+        assert {name.removesuffix(".safetensors") for name in sizes} <= bars.keys()
+
+
+def test_a_pipe_and_terminals_without_blocks_have_the_text_alone(source: Path) -> None:
+    for words in (["plan", source, "--mp", "2"], ["inspect", source]):
+        command = [sys.executable, "-m", "reshard", *map(str, words)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment({}), timeout=60)
+        shown = look(*words, COLUMNS="200")
+        before, _, picture = shown.partition("\ntensors by dtype:\n")
+        _bars, _, behind = picture.partition("\nsource tensors")
+        assert list_bars(shown)
+        assert before + ("\nsource tensors" + behind if behind else "") == done.stdout
+        assert not re.search(f"[{SIGNS}]", done.stdout)
+        assert look(*words, COLUMNS="200", TERM="dumb") == done.stdout
+    assert look(*words, COLUMNS="39") == done.stdout, "too narrow for bars"
+
+
+def test_the_signs_tell_the_dtypes_without_colours_and_without_blocks(source: Path) -> None:
+    colored, plain = (look("inspect", source, COLUMNS="90", **more) for more in ({}, {"NO_COLOR": "1"}))
+    assert "\x1b[36m█" in colored
+    assert COLORED.sub("", colored) == plain
+    letters = look("inspect", source, COLUMNS="90", NO_COLOR="1", PYTHONIOENCODING="ascii")
+    assert letters == plain.translate(str.maketrans(SIGNS, "#=+-%."))
+    assert re.search(r"^# F8_E4M3 .*  #+\n= BF16 .*  =+\n\+ F32 ", letters, re.MULTILINE)
+
+
+def test_a_file_that_is_not_as_large_as_the_others_stands_out(tmp_path: Path) -> None:
+    for number, size in enumerate((1000, 1000, 1100, 1000, 700)):
+        save_file({f"w{number}": np.zeros(size, np.int8)}, tmp_path / f"{'ab'[number == 4]}{number}.safetensors")
+    text = look("inspect", tmp_path, COLUMNS="80")
+    rows = re.findall(r"^(\w\d) +[\d,.]+ \w+ +[\d.]+%  ([-+]\d+%)?", text, re.MULTILINE)
+    assert rows == [("a0", ""), ("a1", ""), ("a2", "+10%"), ("a3", ""), ("b4", "-30%")]
+
+
+def test_many_files_are_grouped_and_cut_with_a_line_that_says_so(tmp_path: Path) -> None:
+    sizes = [*[500] * 280, *range(1000, 1040)]
+    for number, size in enumerate(sizes):
+        save_file({f"w{number}": np.zeros(size, np.int8)}, tmp_path / f"f{number:03}.safetensors")
+    text = look("inspect", tmp_path, COLUMNS="80").partition("tensors by file")[2]
+    assert re.search(r"^f000 and 279 alike, each +500 bytes ", text, re.MULTILINE)
+    shown = re.findall(r"^f(\d+)", text, re.MULTILINE)
+    left = re.search(r"^and (\d+) more files, [\d,]+ bytes to 1.\d\d KiB each$", text, re.MULTILINE)
+    assert left
+    assert len(shown) == 16
+    assert 279 + len(shown) + int(left[1]) == 320
+    assert shown[-1] == "319", "the largest of all is not left out"
+
+
+def test_the_name_of_a_file_stays_escaped_beside_its_bar(tmp_path: Path) -> None:
+    save_file({"w": np.zeros(9, np.int8)}, tmp_path / "ev\x1b[35mil.safetensors")
+    text = look("inspect", tmp_path, COLUMNS="80")
+    assert "\nev\\x1b[35mil  9 bytes" in text
+    assert "\x1b[35m" not in text.replace("\x1b[35m░", "")

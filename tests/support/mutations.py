@@ -1215,6 +1215,41 @@ MUTATIONS = (
         "elif not plan.source and name in QUANTIZATION_FILES:",
         "test_packed_weights.py::test_every_packing_becomes_what_its_library_makes_of_it",
     ),
+    Mutation(
+        "execution/reader",
+        "what a cast reads hides what it computes",
+        "        clock.begin(before)\n",
+        "        clock.begin(READING)\n",
+        "test_times.py::test_a_cast_goes_on_computing_when_it_has_read",
+    ),
+    Mutation(
+        "target/conversion",
+        "the bytes of an earlier run count in the rate",
+        "return self.plan.size - self.done.resumed if self.done else 0",
+        "return self.plan.size if self.done else 0",
+        "test_times.py::test_a_run_that_goes_on_tells_its_own_bytes",
+    ),
+    Mutation(
+        "text",
+        "what rounding takes from the parts is lost",
+        "for place in by_loss[: total - sum(rounded)] if whole else []:",
+        "for place in by_loss[:0]:",
+        "test_times.py::test_the_summary_tells_times_that_add_up",
+    ),
+    Mutation(
+        "cli/bars",
+        "a terminal that shows only lines gets bars",
+        "if width < NARROWEST or not has_screen(sys.stdout) or not sizes.total():",
+        "if width < NARROWEST or not sizes.total():",
+        "test_looks.py::test_a_pipe_and_terminals_without_blocks_have_the_text_alone",
+    ),
+    Mutation(
+        "cli/bars",
+        "of many files the largest are left out",
+        "-abs(groups[place].size - middle)",
+        "groups[place].size",
+        "test_looks.py::test_many_files_are_grouped_and_cut_with_a_line_that_says_so",
+    ),
 )
 
 

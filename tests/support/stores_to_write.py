@@ -12,8 +12,9 @@ from threading import Condition, Lock
 from jobs import Job, plan_conversion
 
 from reshard.errors import refuse
-from reshard.execution.execute import RunResult, Settings
+from reshard.execution.execute import Settings
 from reshard.execution.store_target import execute_plan_to_store
+from reshard.execution.times import RunResult
 from reshard.paths import Entry
 from reshard.storage.counting import WorkCounter
 from reshard.storage.resources import wait_unless_stopped

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard import api
+from reshard.cli.bars import FileParts, format_bars, make_label
 from reshard.cli.outcome import PROVEN
 from reshard.cli.progress import show_progress
 from reshard.cli.rank_choices import print_choices
@@ -18,6 +19,7 @@ from reshard.cli.terminal import print_json
 from reshard.errors import Refused, require_none
 from reshard.execution.execute import measure_memory_per_thread
 from reshard.execution.journal import has_durable_bytes
+from reshard.execution.times import RunResult
 from reshard.formats.part_manifests import format_join_command, is_of_whole_files, read_joined_manifest
 from reshard.formats.remote_names import is_address, make_full_path, restore_address
 from reshard.formats.share_names import find_share_of_folder, list_share_folders
@@ -27,7 +29,7 @@ from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
 from reshard.sources.engine_choice import takes_ranks
-from reshard.target.conversion import Conversion, describe_conversion
+from reshard.target.conversion import Conversion, ShareRun, describe_conversion
 from reshard.target.estimate import Estimate, describe_estimate, estimate_job
 from reshard.target.manifest_writer import describe_lost, describe_plan
 from reshard.target.next_steps import NextStep, list_next_steps
@@ -196,13 +198,20 @@ def print_plan(plan: Plan, place: TargetPlace | None, *, as_json: bool) -> int:
         facts |= {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
         print_json({**describe_plan_facts(plan), **facts})
     else:
-        lines = [*plan_lines(plan, estimate, upload), *explain_no_run_config(plan), *describe_lost(plan)]
-        print("\n".join(map(escape, lines)))
+        print(format_plan(plan, estimate, upload))
     return PROVEN
 
 
-def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> Iterator[str]:
-    """Describes a plan: its tables, the memory that each job takes, and the estimate or the upload if there is one."""
+def format_plan(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> str:
+    """Formats a plan for people: its tables and notes, on a terminal also bars."""
+    files = [FileParts(make_label(file.name), plan.measure_dtypes(place)) for place, file in enumerate(plan.files)]
+    work = map(escape, describe_work(plan, estimate, upload))
+    told = *describe_coverage(plan), *describe_notes(plan.notes), *explain_no_run_config(plan), *describe_lost(plan)
+    return "\n".join([*work, *format_bars(files), *map(escape, told)])
+
+
+def describe_work(plan: Plan, estimate: Estimate | None, upload: UploadPlan | None) -> Iterator[str]:
+    """Describes the files of a plan, the memory that each job takes, and the estimate or the upload if there is one."""
     yield from describe_files(plan, is_stored=upload is not None)
     if estimate:
         yield from describe_estimate(estimate, is_cast=plan.computes)
@@ -210,8 +219,6 @@ def plan_lines(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan 
         yield describe_upload(upload)
     memory = format_size(upload.memory if upload else measure_memory_per_thread(plan))
     yield f"memory: {memory} of buffers a job (--jobs), at most 256 MiB (--max-memory)"
-    yield from describe_coverage(plan)
-    yield from describe_notes(plan.notes)
 
 
 def describe_plan_facts(plan: Plan) -> dict[str, Any]:
@@ -230,12 +237,16 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
     steps = collect_next_steps(conversion, options)
     if options.json:
         run = conversion.done
-        done = {**asdict(run), "ways": {"read": run.ways.read, "write": run.ways.write}} if run else None
+        ways = {"ways": {"read": run.ways.read, "write": run.ways.write}} if run else {}
+        done = {**asdict(run), **ways, **describe_times_used(run)} if run else None
         facts = {
             "status": "converted" if run else "already-converted",
             "seconds": conversion.seconds,
+            "planning": conversion.planning,
+            "written": conversion.written,
+            "rate": int(conversion.rate),
             "done": done,
-            "shares": [share._asdict() for share in conversion.shares],
+            "shares": [{**share._asdict(), **describe_times_used(share)} for share in conversion.shares],
             "next": [step._asdict() for step in steps],
         }
         print_json({**facts, **describe_plan_facts(conversion.plan)})
@@ -244,6 +255,11 @@ def print_conversion(conversion: Conversion, options: argparse.Namespace) -> int
         below = (line for step in steps for line in format_command_lines(step.text, step.command))
         print("\n".join(map(escape, [*lines, *below])))
     return PROVEN
+
+
+def describe_times_used(run: RunResult | ShareRun) -> dict[str, Any]:
+    """Describes where the time of a run went, as JSON values."""
+    return {"stages": run.stages._asdict(), "threads": run.threads._asdict()}
 
 
 def collect_next_steps(conversion: Conversion, options: argparse.Namespace) -> list[NextStep]:

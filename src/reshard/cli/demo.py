@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from reshard import api
-from reshard.cli.convert import make_verify_command, plan_lines
+from reshard.cli.convert import format_plan, make_verify_command
 from reshard.cli.progress import show_progress
 from reshard.cli.verify import print_report
 from reshard.formats.remote_names import require_target
@@ -43,7 +43,8 @@ def run_demo_in(folder: Path, *, as_json: bool) -> int:
     write_checkpoint(source, SMALL_V3, FILES)
     say(str(inspect_path(source)))
     say(f"\n2. Plan, from the headers alone\n\n$ reshard plan {source} --mp {RANKS}")
-    say("\n".join(plan_lines(api.plan(source, RANKS))))
+    if not as_json:
+        print(format_plan(api.plan(source, RANKS)))
     say(f"\n3. Convert\n\n$ reshard convert {source} {target} --mp {RANKS}")
     with show_progress("convert", shown) as progress:
         conversion = api.convert(source, target, RANKS, progress=progress)

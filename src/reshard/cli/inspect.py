@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+from reshard.cli.bars import FileParts, format_bars, make_label
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import Refused
@@ -32,6 +33,9 @@ def run_inspect(options: argparse.Namespace) -> int:
         print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})
     else:
         print(content)
+        parts = [FileParts(make_label(file.name), file.dtypes) for file in content.by_file]
+        if content.listed is None and (bars := format_bars(parts)):
+            print("\n".join(bars))
     return PROVEN
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reshard.storage.counting import WorkState
-from reshard.text import format_percent, format_size
+from reshard.text import format_percent, format_rate, format_size
 
 WINDOW_SECONDS = 60.0
 """The rate is that of so many seconds: it follows a disk that slows down, and evens out how a disk takes its bytes."""
@@ -115,11 +115,6 @@ def format_received(event: ProgressEvent) -> list[str]:
     is_moving = event.receive_rate is not None and event.event != "done"
     rate = f" at {format_rate(event.receive_rate or 0)}" if is_moving else ""
     return [f"{format_size(event.received)} from the store{rate}"] if event.received else []
-
-
-def format_rate(rate: float) -> str:
-    """Formats a rate: `1.25 GiB/s`."""
-    return f"{format_size(int(rate))}/s"
 
 
 def format_resumed(state: WorkState) -> str:

@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from reshard.execution.journal import RESTART, Journal, TargetLock, has_records,
 from reshard.execution.reader import MEMORY_PER_THREAD, OpenFiles, measure_memory_to_compute
 from reshard.execution.records import Records, WrittenGroups, parse_records
 from reshard.execution.side_writer import SideFile, write_side_files
+from reshard.execution.times import FINISHING, PREPARING, ActivityClock, RunResult, Stages
 from reshard.execution.windows import WINDOW_SIZE, Window, choose_bands, list_in_order, make_windows
 from reshard.execution.writer import Jobs, Ledger, add_sizes, move_all
 from reshard.formats.target_names import JOURNAL, MANIFEST, PARTIAL
@@ -111,20 +112,6 @@ class Settings:
     """Round values that a cast cannot express to the nearest, instead of refusing them."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """Resources that a run used, and its results in numbers."""
-
-    jobs: int
-    """Number of threads in the end."""
-    ways: Ways
-    """Those of most of the bytes."""
-    resumed: int
-    """In bytes: how much an earlier run had done already."""
-    inexact: int
-    """The number of values that casts of this run have rounded."""
-
-
 def check_settings(settings: Settings) -> Iterator[Problem]:
     """Settings that are none."""
     for option, value in (("--jobs", settings.jobs), ("--max-memory", settings.max_memory)):
@@ -144,6 +131,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
     """
     manifests = [name for name in (MANIFEST, others.part) if name]
     names = [*(file.name for file in plan.files), *others.sides, *manifests]
+    stages = ActivityClock(len(Stages._fields), PREPARING)
     require_buffer_memory(settings, measure_memory_per_thread(plan))
     try:
         with make_folder(target), ExitStack() as stack:
@@ -155,7 +143,10 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
                 others.require_same()
                 remove_finished_files(target, others.removed)
                 move_finished_files(target, others.moved, journal.lock)
-                done, records, checksums = write_partial_files(plan, target, journal, others.sides, counter, settings)
+                done, records, checksums = write_partial_files(
+                    plan, target, journal, others.sides, counter, settings, stages
+                )
+                stages.begin(FINISHING)
                 manifest = others.write_manifest(records, checksums)
                 journal.lock.require_held()
                 for name in manifests:
@@ -172,7 +163,7 @@ def execute_plan(plan: Plan, target: Path, others: OtherFiles, counter: WorkCoun
         counter.finish()
     except OSError as error:
         raise refuse_unwritable(target, error) from None
-    return done
+    return replace(done, stages=Stages(*stages.read()))
 
 
 @contextmanager
@@ -221,6 +212,7 @@ def write_partial_files(
     sides: Mapping[str, SideFile],
     counter: WorkCounter,
     settings: Settings,
+    stages: ActivityClock,
 ) -> tuple[RunResult, Records, dict[str, str]]:
     """Writes side files, and all groups that are not in the journal, into files with temporary names, and makes them
     durable. Returns also the records of all groups, and the checksums of the side files.
@@ -228,8 +220,7 @@ def write_partial_files(
     ways = choose_ways(plan, target, settings)
     is_cached = is_mostly_cached([plan.source.folder / file.name for file in plan.source.files])
     mostly = Ways(CACHED.read, ways.write) if is_cached else ways
-    levels = count_join_levels(plan.source.joins, len(plan.source.files))
-    memory = measure_memory_per_thread(plan)
+    levels, memory = count_join_levels(plan.source.joins, len(plan.source.files)), measure_memory_per_thread(plan)
     jobs = choose_threads(settings, memory, ways, keeps_disk_busy=not is_cached or ways != CACHED)
     found = parse_records(journal.records)
     written, resumed = WrittenGroups(found), add_sizes(found)
@@ -248,7 +239,7 @@ def write_partial_files(
         bands, in_order = choose_bands(made, len(sources), WINDOW_SIZE), list_in_order(made, len(sources))
         work = skip_written(make_windows(plan.copies, bands=bands, in_order=in_order), written)
         files = OpenFiles(sources, targets, ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
-        threads = move_all(work, files, ledger, jobs, counter.advance)
+        used, threads = move_all(work, files, ledger, jobs, counter.advance, stages)
         ledger.flush()  # first, for it counts what comes to the disk
         make_durable(targets, ways)
         records = ledger.read_records()
@@ -256,7 +247,7 @@ def write_partial_files(
             raise refuse(
                 "damaged-journal", str(journal.path), f"not all of {lacking}", "every byte of it once", RESTART
             )
-    return RunResult(threads, mostly, resumed, ledger.inexact), records, checksums
+    return RunResult(used, mostly, resumed, ledger.inexact, threads=threads), records, checksums
 
 
 def choose_ways(plan: Plan, target: Path, settings: Settings) -> Ways:

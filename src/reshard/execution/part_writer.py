@@ -13,6 +13,7 @@ from reshard.execution.reader import (
     compute_range,
     gather_piece,
 )
+from reshard.execution.times import ARRANGING, READING, make_thread_clock
 from reshard.execution.windows import WINDOW_SIZE, Piece
 from reshard.storage.local import PAGE, allocate_aligned
 from reshard.storage.opened import read_range, read_straight
@@ -39,6 +40,7 @@ class PartBuffers:
         self.part = allocate_aligned(largest)
         self.read = allocate_aligned(JOINED_READ + 2 * PAGE)
         self.compute = WorkerBuffers(makes=True, levels=levels) if makes else None
+        self.clock = self.compute.clock if self.compute else make_thread_clock()
 
 
 def measure_part_buffers(largest: int, *, computing: int, levels: int) -> int:
@@ -52,10 +54,12 @@ def measure_part_buffers(largest: int, *, computing: int, levels: int) -> int:
 def fill_part(part: Part, header: bytes, files: OpenFiles, buffers: PartBuffers) -> FilledPart:
     """Reads and computes all bytes of a part. Raises Refused."""
     data, inexact = buffers.part[: part.size], 0
+    buffers.clock.begin(ARRANGING)
     if not part.offset:
         data[: len(header)] = header
     for read in part.reads:
         inexact += fill_read(read, data, files, buffers)
+    buffers.clock.begin(ARRANGING)
     records = bytearray()
     for offset, size in part.groups:
         begin = offset - part.offset
@@ -71,6 +75,7 @@ def fill_read(read: PartRead, data: memoryview, files: OpenFiles, buffers: PartB
     out = data[place : place + read.size]  # if it is straight
     if read.source_file < len(files.sources):
         source = files.sources[read.source_file]
+        buffers.clock.begin(READING)
         if read.is_straight:
             read_straight(source, read.offset, out, buffers.read)
             return 0
@@ -83,6 +88,7 @@ def fill_read(read: PartRead, data: memoryview, files: OpenFiles, buffers: PartB
         inexact = compute_range(read.source_file, read.offset, found, files, buffers.compute)
         if is_straight:
             return inexact
+    buffers.clock.begin(ARRANGING)
     for piece in read.pieces:
         gather_piece(Piece(piece.start - read.offset, piece.pitch, piece.run, piece.rows), found, data, piece.place)
     return inexact

@@ -12,6 +12,7 @@ from reshard.casts.tensor_boxes import CastInputs
 from reshard.casts.unpacking import STRIP_MEMORY
 from reshard.errors import refuse
 from reshard.execution.joins import PartReader, read_join
+from reshard.execution.times import ARRANGING, COMPUTING, READING, ActivityClock, make_thread_clock
 from reshard.execution.windows import WINDOW_SIZE, Group, Piece, Window
 from reshard.storage.local import PAGE, Ways, allocate_aligned
 from reshard.storage.opened import OpenFile, read_range
@@ -61,12 +62,14 @@ class WorkerBuffers:
         self.joined = allocate(WINDOW_SIZE + SCALES_SIZE) if makes else self.stage
         self.result = allocate(WINDOW_SIZE) if makes else self.stage
         self.levels = [allocate(WINDOW_SIZE) for _ in range(levels)]
+        self.clock = make_thread_clock()
 
 
 def read_or_compute_window(window: Window, files: OpenFiles, buffers: WorkerBuffers) -> tuple[memoryview, int]:
     """Reads or computes the bytes of a window into one of the buffers; also returns how many values are not exact."""
     if window.source_file >= len(files.sources):
         return compute_window(window, files, buffers)
+    buffers.clock.begin(READING)
     return read_range(files.sources[window.source_file], window.offset, window.size, buffers.window), 0
 
 
@@ -83,8 +86,9 @@ def compute_range(number: int, offset: int, out: memoryview, files: OpenFiles, b
     Raises Refused for values that are not exact, unless they are allowed.
     """
     made = files.made[number - len(files.sources)]
+    buffers.clock.begin(ARRANGING if isinstance(made, Join) else COMPUTING)
     if isinstance(made, Join):
-        read_join(made, offset, out, make_reader(files, buffers.window, buffers.levels))
+        read_join(made, offset, out, make_reader(files, buffers.window, buffers.levels, buffers.clock))
         return 0
     inexact = compute_cast(made, offset, out, make_cast_inputs(files, buffers))
     if inexact and not files.allow_inexact:
@@ -97,16 +101,19 @@ def compute_range(number: int, offset: int, out: memoryview, files: OpenFiles, b
 
 def make_cast_inputs(files: OpenFiles, buffers: WorkerBuffers) -> CastInputs:
     """How a worker reads weights and scales. Each has buffers of its own: both are needed at the same time."""
-    weight = make_reader(files, buffers.window, [buffers.joined[:WINDOW_SIZE], *buffers.levels])
-    scale = make_reader(files, buffers.scales, [buffers.joined[WINDOW_SIZE:], *buffers.levels])
+    weight = make_reader(files, buffers.window, [buffers.joined[:WINDOW_SIZE], *buffers.levels], buffers.clock)
+    scale = make_reader(files, buffers.scales, [buffers.joined[WINDOW_SIZE:], *buffers.levels], buffers.clock)
     return CastInputs(weight.read, scale.read, WINDOW_SIZE, SCALES_SIZE, files.strips, files.powers)
 
 
-def make_reader(files: OpenFiles, buffer: memoryview, joined: Sequence[memoryview]) -> PartReader:
+def make_reader(files: OpenFiles, buffer: memoryview, joined: Sequence[memoryview], clock: ActivityClock) -> PartReader:
     """Makes a reader of tensors, through `buffer`; those in joins are assembled in the first of `joined`."""
 
     def read(tensor: Tensor, offset: int, size: int) -> memoryview:
-        return read_range(files.sources[tensor.file], tensor.offset + offset, size, buffer)
+        before = clock.begin(READING)
+        data = read_range(files.sources[tensor.file], tensor.offset + offset, size, buffer)
+        clock.begin(before)
+        return data
 
     return PartReader(read, [file.name for file in files.sources], files.made, len(buffer) - 2 * PAGE, joined)
 

@@ -18,7 +18,7 @@ from typing import Any
 from reshard.casts.kernels import choose_recode
 from reshard.casts.strips import StripStore
 from reshard.errors import Refused, refuse, require_none
-from reshard.execution.execute import OtherFiles, RunResult, Settings, identify_job
+from reshard.execution.execute import OtherFiles, Settings, identify_job
 from reshard.execution.joins import count_join_levels
 from reshard.execution.journal import RESTART
 from reshard.execution.part_writer import PartBuffers, fill_part, measure_part_buffers
@@ -42,6 +42,17 @@ from reshard.execution.store_journal import (
 from reshard.execution.store_ledger import StoreLedger
 from reshard.execution.store_levels import LEVEL, PARTS, STREAM
 from reshard.execution.store_objects import complete_file, finish_target, remove_finished_objects
+from reshard.execution.times import (
+    COPYING,
+    FINISHING,
+    PREPARING,
+    WAITING,
+    WRITING,
+    ActivityClock,
+    RunResult,
+    Stages,
+    add_thread_seconds,
+)
 from reshard.execution.windows import WINDOW_SIZE, choose_bands
 from reshard.execution.writer import FLUSH_SECONDS, LOOK_SECONDS, Jobs
 from reshard.formats.target_names import MANIFEST
@@ -75,6 +86,7 @@ def execute_plan_to_store(
     run is in the way; the same call then resumes the job. If nothing was durable yet, nothing of it is left.
     """
     require_none(check_upload_limits(plan, store.limits))
+    stages = ActivityClock(len(Stages._fields), PREPARING)
     part_size = choose_part_size(plan, store, settings)
     if settings.restart:
         others.require_same()  # before anything is thrown away
@@ -88,12 +100,13 @@ def execute_plan_to_store(
         if not store.keeps_parts:
             journal.part_size = part_size  # of parts that are not kept, no run needs the same
         require_part_memory(settings, measure_memory_of_job(plan, store, journal.part_size))
-        done = put_files(plan, journal, ledger, counter, settings)
+        done = put_files(plan, journal, ledger, counter, settings, stages)
+        stages.begin(FINISHING)
         finish_target(plan, journal, ledger, others, counter)
     except BaseException as error:
         discard_failed_run(plan, journal, ledger, is_refused=isinstance(error, Refused))
         raise
-    return done
+    return replace(done, stages=Stages(*stages.read()))
 
 
 def identify_store_job(plan: Plan, store: TargetStore, others: OtherFiles, settings: Settings) -> dict[str, Any]:
@@ -166,7 +179,12 @@ def abort_open_uploads(plan: Plan, store: TargetStore, ledger: StoreLedger) -> N
 
 
 def put_files(
-    plan: Plan, journal: StoreJournal, ledger: StoreLedger, counter: WorkCounter, settings: Settings
+    plan: Plan,
+    journal: StoreJournal,
+    ledger: StoreLedger,
+    counter: WorkCounter,
+    settings: Settings,
+    stages: ActivityClock,
 ) -> RunResult:
     """Puts all parts that are not durable, and notes them."""
     store = journal.store
@@ -187,17 +205,20 @@ def put_files(
         counter.begin(resumed)
         files = OpenFiles(sources, (), ways, made, settings.allow_inexact, levels, StripStore(jobs.most))
         putter = PartPutter(plan, store, ledger, counter)
-        largest = measure_part_capacity(plan.files, journal.part_size)
+        largest, clocks = measure_part_capacity(plan.files, journal.part_size), list[ActivityClock]()
 
         def make_worker() -> Callable[[Part], None]:
             buffers = PartBuffers(largest, makes=bool(made), levels=levels)
+            clocks.append(buffers.clock)
             return lambda part: putter.put(part, files, buffers)
 
         work = list_parts_to_put(plan, ledger, journal.part_size, 1 if store.keeps_parts else jobs.first)
         growth = Growth(jobs.most, lambda: ledger.added)
-        threads = run_in_threads(work, make_worker, jobs.first, partial(note_regularly, ledger), growth)
+        stages.begin(COPYING)
+        used = run_in_threads(work, make_worker, jobs.first, partial(note_regularly, ledger), growth)
+        threads = add_thread_seconds(clock.read() for clock in clocks)
     ledger.flush()
-    return RunResult(threads, ways, resumed, ledger.inexact)
+    return RunResult(used, ways, resumed, ledger.inexact, threads=threads)
 
 
 def choose_ways_of_source(plan: Plan, settings: Settings) -> Ways:
@@ -252,6 +273,7 @@ class PartPutter:
         """Fills a part and puts it. Raises Refused."""
         file, store = self._plan.files[part.file], self._store
         filled = fill_part(part, file.header, files, buffers)
+        buffers.clock.begin(WRITING)
         upload = self._find_upload(part.file)
         try:
             etag = store.put_part(file.name, upload, part.number, filled.data)
@@ -265,6 +287,7 @@ class PartPutter:
         elif is_whole:
             complete_file(self._plan, store, self._ledger, part.file)
             self._counter.settle(file.size)
+        buffers.clock.begin(WAITING)
 
     def _find_upload(self, index: int) -> str:
         """The upload of a file, which is begun if need be."""

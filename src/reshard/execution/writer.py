@@ -16,6 +16,17 @@ from reshard.casts.kernels import choose_recode
 from reshard.execution.journal import RECORD, Journal, append_records
 from reshard.execution.reader import OpenFiles, WorkerBuffers, gather_group, read_or_compute_window
 from reshard.execution.records import Records, parse_records
+from reshard.execution.times import (
+    ARRANGING,
+    COPYING,
+    READING,
+    SYNCING,
+    WAITING,
+    WRITING,
+    ActivityClock,
+    ThreadSeconds,
+    add_thread_seconds,
+)
 from reshard.execution.windows import Window
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import (
@@ -162,20 +173,28 @@ def find_sync_steps(records: Records) -> Iterator[tuple[int, int, int]]:
         yield int(group["offset"][0]), int(group["offset"][-1]) + int(group["size"][-1]), add_sizes(group)
 
 
-def move_all(work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Jobs, advance: Advance) -> int:
+def move_all(
+    work: Iterable[Window], files: OpenFiles, ledger: Ledger, jobs: Jobs, advance: Advance, stages: ActivityClock
+) -> tuple[int, ThreadSeconds]:
     """Moves every window, with several threads, and flushes the ledger every few seconds. Raises their first error.
-    Returns the number of threads in the end.
+    Returns the number of threads in the end, and what they did. The stage of the run is `COPYING` meanwhile, then
+    `SYNCING`.
     """
+    clocks: list[ActivityClock] = []
     if any(isinstance(made, Cast) and made.operation != "fill" for made in files.made):
         choose_recode()  # here, for it may import numba, and that from one thread only
 
     def make_worker() -> Callable[[Window], None]:
         buffers = WorkerBuffers(makes=bool(files.made), levels=files.levels)
+        clocks.append(buffers.clock)
         return lambda window: advance(move_window(window, files, ledger, buffers))
 
     # The ledger has a thread of its own, so that no worker waits for the disk.
     growth = Growth(jobs.most, lambda: ledger.added)
-    return run_in_threads(work, make_worker, jobs.first, partial(flush_regularly, ledger), growth)
+    stages.begin(COPYING)
+    threads = run_in_threads(work, make_worker, jobs.first, partial(flush_regularly, ledger), growth)
+    stages.begin(SYNCING)
+    return threads, add_thread_seconds(clock.read() for clock in clocks)
 
 
 def flush_regularly(ledger: Ledger, stopped: Event) -> None:
@@ -190,8 +209,9 @@ def flush_regularly(ledger: Ledger, stopped: Event) -> None:
 
 def move_window(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> int:
     """Reads or computes a window once and writes each of its groups; returns the number of bytes written."""
+    buffers.clock.begin(READING)  # it is looked first what of it is in the page cache
     if has_only_long_runs(window, files):
-        move_in_steps(window, files, ledger, buffers.window)
+        move_in_steps(window, files, ledger, buffers)
     else:
         move_whole(window, files, ledger, buffers)
     return sum(group.size for group in window.groups)
@@ -209,9 +229,9 @@ def has_only_long_runs(window: Window, files: OpenFiles) -> bool:
     return files.sources[window.source_file].is_read_from_cache(window.offset, window.size)
 
 
-def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memoryview) -> None:
+def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffers: WorkerBuffers) -> None:
     """Copies a window of long runs, STEP_SIZE bytes at a time."""
-    source = files.sources[window.source_file]
+    source, clock = files.sources[window.source_file], buffers.clock
     if isinstance(source, ReadableFile):
         prefetch_range(source, window.offset, window.size)
     records = bytearray()
@@ -220,11 +240,15 @@ def move_in_steps(window: Window, files: OpenFiles, ledger: Ledger, buffer: memo
         for start, _, run, _ in group.pieces:
             for step in range(0, run, STEP_SIZE):
                 offset, size = window.offset + start + step, min(STEP_SIZE, run - step)
-                data = read_range(source, offset, size, buffer)
+                clock.begin(READING)
+                data = read_range(source, offset, size, buffers.window)
+                clock.begin(ARRANGING)
                 checksum.update(data)
+                clock.begin(WRITING)
                 write_range(files.targets[group.target_file], data, end, files.ways)
                 end += size
         records += RECORD.pack(group.target_offset, group.target_file, group.size, checksum.digest())
+    clock.begin(WAITING)
     ledger.add(bytes(records))
 
 
@@ -233,9 +257,12 @@ def move_whole(window: Window, files: OpenFiles, ledger: Ledger, buffers: Worker
     data, inexact = read_or_compute_window(window, files, buffers)
     records = bytearray()
     for group in window.groups:
+        buffers.clock.begin(ARRANGING)
         bytes_of_group = gather_group(group, data, buffers.stage)
         # Now, while the bytes are in the processor's cache: from memory it would cost twice as much.
         digest = xxh3_128_digest(bytes_of_group)
+        buffers.clock.begin(WRITING)
         write_range(files.targets[group.target_file], bytes_of_group, group.target_offset, files.ways)
         records += RECORD.pack(group.target_offset, group.target_file, group.size, digest)
+    buffers.clock.begin(WAITING)
     ledger.add(bytes(records), inexact)

@@ -33,6 +33,7 @@ from reshard.formats.part_manifests import (
 from reshard.formats.recognition import require_model, require_no_megatron
 from reshard.formats.remote_names import read_location, require_path
 from reshard.formats.target_names import MANIFEST, require_finished
+from reshard.inspection.file_contents import FileContent, StoredBoxes, count_boxes, count_dtypes, list_file_contents
 from reshard.inspection.tensor_list import ListedTensor, format_tensor_list, group_names, list_chosen_tensors
 from reshard.inspection.unfinished import Unfinished, describe_unfinished, note_shares, read_unfinished
 from reshard.paths import AnyPath, RemotePath
@@ -80,6 +81,7 @@ class Content:
     """Such as `{"layers": 61, "experts": 256}`."""
     dtypes: Mapping[str, tuple[int, int]]
     """By dtype: the number of tensors, and their bytes."""
+    by_file: tuple[FileContent, ...]
     remark: str
     """The reason why no recipe fits; of slices, which files lack."""
     names: Mapping[str, tuple[int, str]]
@@ -180,12 +182,12 @@ def summarize_path(
             fitted = match_or_rename(unstacked.checkpoint if unstacked else checkpoint, chosen, is_asked=False)
     except Refused as refused:
         remark = explain_no_recipe(checkpoint, refused)
-        content = make_content(path, stored, "", "", 0, {}, remark)
+        content = make_content(path, stored, "", "", 0, {}, remark, checkpoint.boxes)
         reason = shorten_refusal(refused) if remark == str(refused) else ""
         return replace(content, notes=checkpoint.notes, reason=reason, boxes=count_boxes(checkpoint))
     counts = name_counts(fitted.matched, fitted.recipe)
     layout, by = (unstacked.recipe.right, unstacked.recipe) if unstacked else (fitted.recipe.left, fitted.recipe)
-    content = make_content(path, stored, layout, by.name, 0, counts, "")
+    content = make_content(path, stored, layout, by.name, 0, counts, "", checkpoint.boxes)
     made = read_conversion_options(read_manifest_unchecked(path)) if path.is_dir() else {}
     return replace(content, made=made, notes=fitted.checkpoint.notes, boxes=count_boxes(checkpoint))
 
@@ -204,13 +206,6 @@ def summarize_some_slices(folder: Folder) -> Content | None:
     content = make_content(folder.path, stored, "slices", name, manifest["ranks"], {}, remark)
     notes = (*([part] if part else []), *note_not_joined(folder.path))
     return replace(content, made=read_conversion_options(manifest), notes=notes)
-
-
-def count_boxes(checkpoint: Checkpoint) -> int:
-    """Counts the parts in which the tensors of a distributed checkpoint are stored; 0 of another checkpoint."""
-    if checkpoint.boxes is None:
-        return 0
-    return len(checkpoint.tensors) - len(checkpoint.boxes) + sum(map(len, checkpoint.boxes.values()))
 
 
 def shorten_refusal(refused: Refused) -> str:
@@ -289,17 +284,20 @@ def name_counts(matched: Matched, recipe: Recipe) -> dict[str, int]:
 
 
 def make_content(
-    path: AnyPath, stored: FolderHeaders, layout: str, recipe: str, ranks: int, counts: Mapping[str, int], remark: str
+    path: AnyPath,
+    stored: FolderHeaders,
+    layout: str,
+    recipe: str,
+    ranks: int,
+    counts: Mapping[str, int],
+    remark: str,
+    boxes: StoredBoxes | None = None,
 ) -> Content:
-    dtypes: dict[str, tuple[int, int]] = {}
-    for tensor in stored.tensors:
-        tensors, size = dtypes.get(tensor.dtype, (0, 0))
-        dtypes[tensor.dtype] = tensors + 1, size + tensor.size
-    size = sum(tensor.size for tensor in stored.tensors)
-    ordered = dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
+    dtypes, by_file = count_dtypes(stored), list_file_contents(stored, boxes)
+    size, tensors = sum(size for _, size in dtypes.values()), len(stored.tensors)
     names = group_names(stored.tensors) if remark and not ranks else {}
     return Content(
-        str(path), layout, recipe, ranks, len(stored.files), len(stored.tensors), size, counts, ordered, remark, names
+        str(path), layout, recipe, ranks, len(stored.files), tensors, size, counts, dtypes, by_file, remark, names
     )
 
 

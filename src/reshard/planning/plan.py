@@ -70,6 +70,15 @@ class Plan:
             yield Tensor(pieces.names[piece], pieces.tensors[piece].dtype, shape, index, start, end - start)
             start = end
 
+    def measure_dtypes(self, index: int) -> Mapping[str, int]:
+        """Measures the bytes of each dtype in a target file; `index` is an index into `files`."""
+        file, tensors = self.files[index], self.pieces.tensors
+        sizes, start = Counter[str](), len(file.header)
+        for piece, end in zip(file.pieces.tolist(), file.ends.tolist(), strict=True):
+            sizes[tensors[piece].dtype] += end - start
+            start = end
+        return sizes
+
     @property
     def side_folder(self) -> AnyPath:
         """The folder of the config and the other files beside the tensors of the source."""

@@ -12,12 +12,21 @@ from time import monotonic, sleep
 from typing import Any
 
 from reshard.errors import Problem, Refused, refuse, require_none
-from reshard.execution.execute import RunResult, Settings
+from reshard.execution.execute import Settings
 from reshard.execution.finished_files import remove_finished_files
 from reshard.execution.journal import open_journal
 from reshard.execution.ray_connection import parse_ray
 from reshard.execution.ray_progress import TaskTeller
 from reshard.execution.ray_tasks import TaskResult, connect_to_ray
+from reshard.execution.times import (
+    COPYING,
+    FINISHING,
+    PREPARING,
+    ActivityClock,
+    RunResult,
+    Stages,
+    add_thread_seconds,
+)
 from reshard.formats.manifest import list_rank_files, read_manifest
 from reshard.formats.remote_names import is_address, make_full_location
 from reshard.formats.share_names import list_share_folders, name_share_folder
@@ -88,8 +97,9 @@ def make_share(
             sleep(1)
     run = done.done or RunResult(0, CACHED, 0, 0)
     files, seconds = len(done.plan.files), monotonic() - started
+    ways_used = run.ways.read, run.ways.write
     return ShareRun(
-        str(share), files, "", 0, seconds, run.resumed, run.inexact, run.jobs, (run.ways.read, run.ways.write)
+        str(share), files, "", 0, seconds, run.resumed, run.inexact, run.jobs, ways_used, run.stages, run.threads
     )
 
 
@@ -129,7 +139,7 @@ def convert_on_ray(
     """Makes the shares of a plan, the `whole`, and joins them. `state` is what its target has. Returns the plan of the
     files that were made. Raises Refused.
     """
-    held = HeldProgress(progress)
+    held, stages = HeldProgress(progress), ActivityClock(len(Stages._fields), PREPARING)
     with connect_to_ray(parse_ray(on)) as cluster:
         if arguments["restart"]:
             throw_away(state)
@@ -139,8 +149,10 @@ def convert_on_ray(
         sizes = [sum(file.size for file in whole.files if numbers[file.name] == number) for number in range(count)]
         with lay_folders(state.place, shares):
             tasks = [{"convert": convert, "arguments": arguments, "share": share} for share in shares]
+            stages.begin(COPYING)
             with explain_lost_folders(state.place, shares):
                 results = cluster.run(make_share, tasks, held, sizes)
+            stages.begin(FINISHING)
             if isinstance(state.place, Path):
                 require_seen(state.place, shares, results)
             joined = look_at_target(whole, open_target(arguments["target"]), tokenizer, beside)
@@ -151,7 +163,9 @@ def convert_on_ray(
     runs = [result.value._replace(node=result.node, process=result.process) for result in results]
     jobs = sum(run.jobs for run in runs)
     ways = next((run.ways for run in runs if run.files), (CACHED.read, CACHED.write))
-    done = RunResult(jobs, Ways(*ways), sum(run.resumed for run in runs), sum(run.inexact for run in runs))
+    threads, used = add_thread_seconds(run.threads for run in runs), Stages(*stages.read())
+    resumed, inexact = sum(run.resumed for run in runs), sum(run.inexact for run in runs)
+    done = RunResult(jobs, Ways(*ways), resumed, inexact, used, threads)
     # What `--restart` throws away is made too, finished shares as well.
     return replace(whole if arguments["restart"] else state.plan, notes=state.plan.notes), done, runs
 

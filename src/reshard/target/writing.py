@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from reshard.execution.execute import RunResult, Settings, execute_plan
+from reshard.execution.execute import Settings, execute_plan
 from reshard.execution.store_target import execute_plan_to_store
+from reshard.execution.times import RunResult
 from reshard.storage.counting import WorkCounter
 from reshard.target.preflight import describe_others
 from reshard.target.state import TargetState
