@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from reshard.planning.plan import Plan, has_rank_files
 from reshard.text import format_list, format_runs
 
 MOST_COLUMNS = 64
@@ -27,11 +26,6 @@ class Column(NamedTuple):
     """Such as `3`, or `0-4`."""
     files: Sequence[int]
     """Indices into the files of the plan."""
-
-
-def number_files(plan: Plan) -> list[int]:
-    """The numbers of the files in words: of rank files the ranks, from 0 on; of others from 1 on."""
-    return [file.rank + (0 if has_rank_files(plan) else 1) for file in plan.files]
 
 
 def group_columns(numbers: Sequence[int], most: int = MOST_COLUMNS) -> list[Column]:

@@ -17,11 +17,22 @@ MOST_MODULES = 40
 
 MOST_COLUMNS_DRAWN = 512
 
+MOST_WITH_LETTERS = 128
+"""Columns. In more, a cell is too narrow for a letter."""
+
+FIRST_EXPERTS = 12
+"""Rows of a table that is open from the beginning."""
+
 MOST_TABLES = 6
 """Kinds of layers that are drawn."""
 
 MOST_ROWS_SHOWN = 100
 """Rows of a table."""
+
+RARE = ("NaNs in A", "NaNs in B", "infinite")
+"""Columns that are left out where they have nothing."""
+
+HEADING = ("tensor", "dtype", "elements that differ", "relative norm", "cosine", *RARE)
 
 STEPS = ("to 0.001 %", "to 0.01 %", "to 0.1 %", "to 1 %", "to 10 %", "to 100 %", "100 % and more")
 
@@ -46,7 +57,7 @@ def list_diff_facts(report: DiffReport) -> list[tuple[str, str]]:
         (letter, f"{path} ({f'rank files by the recipe {recipe}' if recipe else 'by its own names'})")
         for letter, path, recipe in zip("AB", (report.a, report.b), report.recipes, strict=True)
     ]
-    counts = [(kind.capitalize(), format_count(count, "tensors")) for kind, count in report.counts.items()]
+    counts = [(kind[0].upper() + kind[1:], format_count(count, "tensors")) for kind, count in report.counts.items()]
     compared = ("Compared of each", f"{report.compared:,} bytes ({format_size(report.compared)})")
     changed = [
         (f"{words} to be compared", format_count(count, "tensors"))
@@ -84,11 +95,13 @@ def make_modules_section(report: DiffReport) -> Section:
     return Section("modules", "By layer and module", parts)
 
 
-def make_diff_legend(tables: Sequence[CellTable]) -> Markup:
-    """Makes the legend of the heat maps: the colours, and the letters that are in them."""
+def make_diff_legend(tables: Sequence[CellTable], *, has_letters: bool = True) -> Markup:
+    """Makes the legend of the heat maps: the colours, and the letters that are in them, or the outline."""
     used = {cell.mark for table in tables for _, _, cell in table.cells}
     steps = [(f"s{level}", "", words) for level, words in enumerate(STEPS, 1)]
     marks = [("marked", letter, words) for letter, words in MARKS.items() if letter in used]
+    if marks and not has_letters:
+        marks = [("s0 outlined", "", "outlined: " + ", or ".join(words for _, _, words in marks))]
     return make_legend([("s0", "", "equal"), *steps, *marks])
 
 
@@ -108,9 +121,7 @@ def draw_modules(table: CellTable, name: str) -> Iterator[Markup]:
     yield paint_heat_map(HeatMap(name, title, text, rows, columns, "layer" if table.heading else ""))
     equal = len(table.rows) - len(differing)
     cut = len(differing) - len(shown) + len(table.columns) - len(columns)
-    words = (
-        [f"{format_count(equal, 'modules')} more {'is' if equal == 1 else 'are'} equal in all layers."] if equal else []
-    )
+    words = [f"{format_count(equal, 'more modules')} {'is' if equal == 1 else 'are'} equal everywhere."] * bool(equal)
     words += ["Not all rows and columns are drawn: the tables have more."] if cut else []
     yield make_paragraph(" ".join([text, *words]))
     lines = [describe_module(table, row) for row in [*differing][:MOST_ROWS_SHOWN]]
@@ -154,8 +165,9 @@ def make_experts_section(table: CellTable) -> Section:
         return Section("experts", "By layer and expert", [make_paragraph(f"{text}: all are equal.")])
     text = f"{text}, the worst in {shorten_name(worst[0][0])}, expert {worst[0][1]} ({worst[0][2].describe()})."
     columns = table.columns[:MOST_COLUMNS_DRAWN]
+    has_letters = len(columns) <= MOST_WITH_LETTERS
     rows = [
-        (shorten_name(layer), merge_cells(make_expert_cell(cells.get(column)) for column in columns))
+        (shorten_name(layer), merge_cells(make_expert_cell(cells.get(one), has_letters=has_letters) for one in columns))
         for layer, cells in table.rows.items()
     ]
     drawn = HeatMap("experts-map", "Relative difference by layer and expert", text, rows, columns, "expert")
@@ -163,26 +175,29 @@ def make_experts_section(table: CellTable) -> Section:
         [shorten_name(layer), expert, f"{cell.different:,}", f"{cell.tensors:,}", cell.describe()]
         for layer, expert, cell in worst[:MOST_ROWS_SHOWN]
     ]
-    more = len(worst) - len(found)
     heading = ("layer", "expert", "tensors that differ", "of", "the worst of them")
+    first, more = (
+        "Experts that differ, the worst first",
+        f"The first {len(found)} of {len(worst):,} experts that differ",
+    )
     parts = [
         make_paragraph(text),
-        make_diff_legend([table]),
+        make_diff_legend([table], has_letters=has_letters),
         paint_heat_map(drawn),
-        make_table(Table("Experts that differ, the worst first", heading, found[:12], words=(4,))),
-        make_details("More of them", make_table(Table("Experts that differ", heading, found, words=(4,))))
-        if len(found) > 12
-        else Markup(""),
-        make_paragraph(f"and {more:,} more") if more else Markup(""),
+        make_table(Table(first, heading, found[:FIRST_EXPERTS], words=(4,))),
         make_details("Experts that differ, by layer", make_list(list_layers_of_experts(table))),
     ]
+    if len(found) > FIRST_EXPERTS:
+        parts.append(make_details(more, make_table(Table(more, heading, found, words=(4,)))))
     return Section("experts", "By layer and expert", parts)
 
 
-def make_expert_cell(cell: DiffCell | None) -> tuple[int, str, bool, str]:
-    """Makes a cell without words of its own: there may be 20,000 of them."""
+def make_expert_cell(cell: DiffCell | None, *, has_letters: bool) -> tuple[int, str, bool, str]:
+    """Makes a cell without words of its own: there may be 20,000 of them. One that is too narrow for its letter is
+    outlined.
+    """
     cell = cell or DiffCell()
-    return cell.level, "", False, cell.mark
+    return cell.level, "", bool(cell.mark) and not has_letters, cell.mark if has_letters else ""
 
 
 def list_layers_of_experts(table: CellTable) -> Iterator[str]:
@@ -224,17 +239,10 @@ def make_tensors_section(report: DiffReport) -> Section:
     if not report.values:
         return Section("tensors", "Worst tensors", [make_paragraph("No tensor has other values.")])
     rows = [make_tensor_row(found) for found in report.values[:MOST_ROWS_SHOWN]]
-    heading = (
-        "tensor",
-        "dtype",
-        "elements that differ",
-        "relative norm",
-        "cosine",
-        "NaNs in A",
-        "NaNs in B",
-        "infinite",
-    )
-    table = make_table(Table("Tensors with other values, the worst first", heading, rows, words=(1,)))
+    shown = [place for place, name in enumerate(HEADING) if name not in RARE or any(row[place] != "0" for row in rows)]
+    cells = [[row[place] for place in shown] for row in rows]
+    heading = [HEADING[place] for place in shown]
+    table = make_table(Table("Tensors with other values, the worst first", heading, cells, words=(1,)))
     more = len(report.values) - len(rows)
     parts = [table, make_paragraph(f"and {more:,} more; reshard diff --json lists them all")] if more else [table]
     if any(found.is_coded for found in report.values):

@@ -15,8 +15,8 @@ NOT_THERE = -1
 LETTER = 6.7
 """Width of a letter of a label, in pixels."""
 
-WIDEST = 860
-"""Of all cells together, in pixels, where these are not narrower than NARROWEST."""
+WIDEST = 1000
+"""Of a drawing, in pixels, where its cells are not narrower than NARROWEST."""
 
 NARROWEST, BROADEST = 3, 34
 """Of a cell, in pixels."""
@@ -74,9 +74,9 @@ class Sizes(NamedTuple):
 def paint_heat_map(drawn: HeatMap) -> Markup:
     """Draws a heat map, in a region that scrolls."""
     labels = [shorten_middle(label) for label, _ in drawn.rows]
-    width = max(NARROWEST, min(BROADEST, WIDEST // max(1, len(drawn.columns))))
     left = max(map(len, labels), default=0) * LETTER + 12
-    sizes = Sizes(left, 34, width, 18 if len(labels) <= 24 else 13)
+    width = max(NARROWEST, min(BROADEST, int(WIDEST - left) // max(1, len(drawn.columns))))
+    sizes = Sizes(left, 34 if any(drawn.columns) else 4, width, 18 if len(labels) <= 24 else 13)
     right, bottom = left + width * len(drawn.columns) + 12, sizes.top + sizes.height * len(labels) + 4
     has_titles = any(run.title for _, runs in drawn.rows for run in runs)
     parts = [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from reshard.text import escape
 
-MOST_ON_A_LINE = 40
+MOST_ON_A_LINE = 64
 """A heading of a row with so many letters is not broken."""
 
 DRAWN = {"path", "rect", "line"}

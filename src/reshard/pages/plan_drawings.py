@@ -14,7 +14,6 @@ from reshard.pages.columns import (
     group_equal,
     merge_lines,
     name_numbers,
-    number_files,
 )
 from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
 from reshard.pages.legends import format_decimal, make_kind_legend, make_legend, make_size_legend
@@ -28,6 +27,11 @@ from reshard.text import format_count, shorten_name
 
 MOST_LISTED = 40
 """So many odd cells are listed in words."""
+
+
+def number_files(plan: Plan) -> list[int]:
+    """The numbers of the files in words: of rank files the ranks, from 0 on; of others from 1 on."""
+    return [file.rank + (0 if has_rank_files(plan) else 1) for file in plan.files]
 
 
 def make_ranks_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:

@@ -140,8 +140,8 @@ def make_proofs_section(plan: Plan) -> Section:
             make_paragraph("No plan is shown that did not pass these proofs, from the headers of the source alone."),
             make_list(list_proofs(plan), class_="proven"),
             make_paragraph(
-                "That the bytes on the disk are right, reshard verify tells after the conversion: it computes them anew, "
-                "with code of its own, and compares every byte."
+                "That the bytes on the disk are right, reshard verify tells after the conversion: it computes them "
+                "anew, with code of its own, and compares every byte."
             ),
         ],
     )
