@@ -38,7 +38,8 @@ def make_element(name: str, *inside: str, **attributes: str | float) -> Markup:
     The names of attributes lose an underscore at their end, and get hyphens in the place of others.
     """
     words = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape_text(str(value))}"' for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{escape_text(value if isinstance(value, str) else str(value))}"'
+        for key, value in attributes.items()
     )
     if name in DRAWN and not inside:
         return Markup(f"<{name}{words}/>")

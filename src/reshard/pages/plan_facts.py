@@ -69,7 +69,7 @@ class PlanFacts:
 
 def collect_facts(plan: Plan) -> PlanFacts:
     """Collects the numbers of a plan."""
-    names = {piece: plan.pieces.names[piece] for file in plan.files for piece in file.pieces.tolist()}
+    names = {piece: plan.pieces.names[piece] for piece in list_pieces(plan)}
     row_names = {piece: name_row(name) for piece, name in names.items()}
     rows = sort_rows(set(row_names.values()))
     places = {row: place for place, row in enumerate(rows)}
@@ -91,6 +91,26 @@ def collect_facts(plan: Plan) -> PlanFacts:
     return PlanFacts(
         rows, [*map(frozenset, within)], cells, tensors, parts, link_files(plan), made, joined, replications, replicated
     )
+
+
+def list_pieces(plan: Plan) -> Iterator[int]:
+    """Lists the first pieces of the tensors in the files, each once, as indices into the pieces of the plan."""
+    chosen = np.zeros(len(plan.pieces.names), np.bool_)
+    for file in plan.files:
+        chosen[file.pieces] = True
+    yield from np.flatnonzero(chosen).tolist()
+
+
+def count_dtypes(plan: Plan) -> dict[str, list[int]]:
+    """Counts the tensors of all files, and their bytes, by dtype."""
+    names = sorted({tensor.dtype for tensor in plan.pieces.tensors})
+    places = {name: place for place, name in enumerate(names)}
+    of_piece = np.array([places[tensor.dtype] for tensor in plan.pieces.tensors], np.int64)
+    table = np.zeros((len(names), 2), np.int64)
+    for file in plan.files:
+        sizes = np.diff(file.ends, prepend=len(file.header))
+        np.add.at(table, of_piece[file.pieces], np.stack([np.ones_like(sizes), sizes], axis=1))
+    return {name: row for name, row in zip(names, table.tolist(), strict=True) if row[0]}
 
 
 def add_by_file(plan: Plan, chosen: Integers) -> Integers:
