@@ -24,7 +24,8 @@ MOST_LINES = 40
 MOST_LINES_OF_A_MODULE = 350
 ORDER = (
     "paths text < types recipe_types < numbered_names < errors < storage < formats < recipes casts"
-    " < sources verification < planning < execution < target loading inspection synthetic < pages < api < cli < __main__"
+    " < sources verification < planning < execution < target loading inspection synthetic < pages < api < cli"
+    " < __main__"
 )
 """A package imports only from itself and from those on the left of the `<` before it: data goes down only."""
 PLACE = {package: place for place, packages in enumerate(ORDER.split(" < ")) for package in packages.split()}

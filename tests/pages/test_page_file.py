@@ -12,7 +12,7 @@ from targets import CONFIG
 import reshard
 from reshard.cli.main import main
 from reshard.errors import Refused
-from reshard.pages import page_file
+from reshard.pages.page import MARK
 from reshard.pages.page_file import write_page
 from reshard.synthetic import write_checkpoint
 
@@ -94,15 +94,15 @@ def test_a_page_is_told_of_and_replaced(
 
 def test_a_page_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.html"
-    write_page(page, page_file.MARK + "first")
+    write_page(page, MARK + "first")
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(Refused, match="No space left"):
-        write_page(page, page_file.MARK + "second")
-    assert page.read_text(encoding="utf-8") == page_file.MARK + "first"
+        write_page(page, MARK + "second")
+    assert page.read_text(encoding="utf-8") == MARK + "first"
     assert [*tmp_path.iterdir()] == [page]
 
 
@@ -110,7 +110,7 @@ def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytes
     page = tmp_path / "page.html"
     monkeypatch.setattr(os, "fsync", lambda _: page.write_text("mine", encoding="utf-8"))
     with pytest.raises(Refused, match="no page of reshard"):
-        write_page(page, page_file.MARK)
+        write_page(page, MARK)
     assert page.read_text(encoding="utf-8") == "mine"
     assert [*tmp_path.iterdir()] == [page]
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 VOID = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 
@@ -64,9 +64,9 @@ def parse_page(text: str) -> Element:
     return parser.top
 
 
-def read_drawings(text: str) -> list[ElementTree.Element]:
+def read_drawings(text: str) -> list[ET.Element]:
     """The drawings of a page, by a parser of XML."""
-    return [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]  # noqa: S314
+    return [ET.fromstring(found) for found in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]  # noqa: S314
 
 
 def read_tables(page: Element) -> dict[str, list[list[str]]]:
@@ -92,7 +92,7 @@ def read_facts(page: Element) -> dict[str, str]:
 
 def expand_cells(words: str) -> dict[int, int]:
     """`ranks 0-1: 1,024 bytes each; rank 2: 512 bytes` -> {0: 1024, 1: 1024, 2: 512}."""
-    found = {}
+    found: dict[int, int] = {}
     for part in words.split("; "):
         numbers, size = re.fullmatch(r"(?:rank|file)s? ([\d, -]+): ([\d,]+) bytes(?: each)?", part).groups()  # type: ignore[union-attr]
         for run in numbers.split(", "):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from reshard.pages.heat_map import LETTER
 from reshard.pages.legends import LETTERS, format_decimal
-from reshard.pages.markup import Markup, make_element, wrap_region
+from reshard.pages.markup import Markup, make_drawing, make_element
 from reshard.pages.module_kinds import KINDS
 
 PLOT = 800
@@ -55,19 +55,11 @@ def paint_bars(drawn: Bars) -> Markup:
     top = 26 if lines else 6
     bottom = top + height * len(drawn.bars) + 6
     right = left + PLOT + 84
-    parts = [
-        make_element("title", drawn.title, id=f"{drawn.name}-title"),
-        make_element("desc", drawn.description, id=f"{drawn.name}-text"),
-    ]
+    parts: list[Markup] = []
     for number, bar in enumerate(drawn.bars):
-        y = top + height * number
-        parts += paint_bar(bar, left, y + 2, height - 4, PLOT / end)
+        parts += paint_bar(bar, left, top + height * number + 2, height - 4, PLOT / end)
     parts += paint_lines(lines, left, bottom - 4, PLOT / end)
-    words = {"class_": "bars", "role": "img", "aria_labelledby": f"{drawn.name}-title {drawn.name}-text"}
-    box = f"0 0 {right:.0f} {bottom}"
-    return wrap_region(
-        drawn.title, make_element("svg", *parts, viewBox=box, width=f"{right:.0f}", height=bottom, **words)
-    )
+    return make_drawing(drawn.name, drawn.title, drawn.description, parts, size=(right, bottom))
 
 
 def paint_bar(bar: Bar, left: float, y: float, height: float, scale: float) -> Iterator[Markup]:

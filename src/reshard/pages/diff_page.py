@@ -224,8 +224,8 @@ def make_group_table(what: str, groups: Sequence[GroupDifference]) -> Markup:
     ]
     heading = (what, "tensors", "other values", "unpaired", "relative norm", "cosine", "NaNs", "infinite")
     more = [make_paragraph(f"and {len(groups) - len(rows):,} more")] if len(groups) > len(rows) else []
-    table = make_table(Table("The relative norm is that of all tensors with other values together", heading, rows))
-    return make_element("div", table, *more)
+    caption = f"By {what}: the relative norm is that of all tensors with other values together"
+    return make_element("div", make_table(Table(caption, heading, rows)), *more)
 
 
 def format_measures(overall: OverallDistance) -> Sequence[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from reshard.pages.markup import Markup, make_element, wrap_region
+from reshard.pages.markup import Markup, make_drawing, make_element
 
 LEVELS = 7
 """Colours of a heat map, from 1 on; level 0 is a cell with nothing in it."""
@@ -80,8 +80,6 @@ def paint_heat_map(drawn: HeatMap) -> Markup:
     right, bottom = left + width * len(drawn.columns) + 12, sizes.top + sizes.height * len(labels) + 4
     has_titles = any(run.title for _, runs in drawn.rows for run in runs)
     parts = [
-        make_element("title", drawn.title, id=f"{drawn.name}-title"),
-        make_element("desc", drawn.description, id=f"{drawn.name}-text"),
         make_element("text", drawn.heading, x=round(left), y=12, class_="axis"),
         *paint_column_labels(drawn.columns, sizes),
         *paint_row_labels(labels, sizes),
@@ -89,10 +87,7 @@ def paint_heat_map(drawn: HeatMap) -> Markup:
         *paint_grid(len(labels), len(drawn.columns), sizes),
         *paint_marks(drawn.rows, sizes),
     ]
-    words = {"class_": "map", "role": "img", "aria_labelledby": f"{drawn.name}-title {drawn.name}-text"}
-    box = f"0 0 {right:.0f} {bottom:.0f}"
-    made = make_element("svg", *parts, viewBox=box, width=f"{right:.0f}", height=f"{bottom:.0f}", **words)
-    return wrap_region(drawn.title, made)
+    return make_drawing(drawn.name, drawn.title, drawn.description, parts, size=(right, bottom))
 
 
 def paint_column_labels(columns: Sequence[str], sizes: Sizes) -> Iterator[Markup]:

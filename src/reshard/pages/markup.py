@@ -79,7 +79,7 @@ def make_table(table: Table) -> Markup:
         make_element("thead", make_element("tr", *heading)),
         make_element("tbody", *rows),
     )
-    return wrap_region(table.caption, inside)
+    return wrap_region(f"Table: {table.caption}", inside)
 
 
 def choose_class(heading: str) -> str:
@@ -101,3 +101,25 @@ def make_list(items: Iterable[str], **attributes: str) -> Markup:
     """Makes a list; nothing of no items."""
     made = [make_element("li", item) for item in items]
     return make_element("ul", *made, **attributes) if made else NOTHING_HERE
+
+
+def make_drawing(
+    name: str, title: str, description: str, parts: Iterable[Markup], *, size: tuple[float, float]
+) -> Markup:
+    """Makes a drawing of a width and height in pixels, in a region that scrolls. Those who do not see it are told its
+    title and its description, and nothing of its parts.
+    """
+    width, height = (f"{one:.0f}" for one in size)
+    made = make_element(
+        "svg",
+        make_element("title", title, id=f"{name}-title"),
+        make_element("desc", description, id=f"{name}-text"),
+        make_element("g", *parts, aria_hidden="true"),
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+        aria_labelledby=f"{name}-title",
+        aria_describedby=f"{name}-text",
+    )
+    return wrap_region(title, made)
