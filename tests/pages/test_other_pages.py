@@ -22,7 +22,7 @@ from reshard.inspection.tensor_list import read_tensor_list
 from reshard.pages.contents_page import format_contents_page
 from reshard.pages.diff_page import format_diff_page
 from reshard.pages.markup import escape_text, make_element
-from reshard.pages.module_kinds import KINDS, OTHER, find_kind, sort_rows
+from reshard.pages.module_kinds import KINDS, OTHER, find_module_kind, sort_rows
 from reshard.pages.page import STYLE
 from reshard.pages.plan_page import format_plan_page
 from reshard.recipes.recipe import list_packaged_recipes
@@ -254,7 +254,7 @@ def test_kinds_are_told_by_words() -> None:
         for rule in recipe.rules
         for name in (rule.left, rule.right)
     }
-    kinds = Counter(find_kind(name) for name in names if name)
+    kinds = Counter(find_module_kind(name) for name in names if name)
     assert {*kinds} == {*KINDS}
     assert kinds[OTHER] < 30
     for name, kind in (
@@ -267,7 +267,7 @@ def test_kinds_are_told_by_words() -> None:
         ("lm_head.weight", "embedding, head"),
         ("model.visual.blocks.#.attn.qkv.weight", "vision"),
     ):
-        assert find_kind(name) == kind
+        assert find_module_kind(name) == kind
 
 
 def test_rows_come_in_the_order_of_the_model() -> None:

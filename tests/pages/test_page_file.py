@@ -116,10 +116,8 @@ def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytes
 
 
 def test_looking_with_a_page_needs_no_numpy(small: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from reshard.cli.main import main; "
-        f"main(['inspect', {str(small)!r}, '--html', {str(tmp_path / 'page.html')!r}]); sys.exit('numpy' in sys.modules)"
-    )
+    words = ["inspect", f"{small}", "--html", f"{tmp_path / 'page.html'}"]
+    code = f"import sys; from reshard.cli.main import main; main({words}); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
     assert (tmp_path / "page.html").stat().st_size > 1000
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from families import write_full
-from pages import Element, expand_cells, parse_page, read_drawings, read_facts, read_number, read_tables
 from packed_llamas import write_packed
+from pages import Element, expand_cells, parse_page, read_drawings, read_facts, read_number, read_tables
 from safetensors import safe_open
 from small_models import write_model
 

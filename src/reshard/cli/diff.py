@@ -51,7 +51,7 @@ def run_diff(options: argparse.Namespace) -> int:
     if options.html:
         write_page(options.html, format_diff_page(report))
     if options.json:
-        print_json({**describe_report(report), **describe_page_file(options.html)})
+        print_json({**describe_diff_facts(report), **describe_page_file(options.html)})
     elif not (options.quiet and report.is_same):
         lines = [describe_verdict(report)] if options.quiet else describe_diff(report, options.show)
         text = "\n".join(map(escape, [*lines, *name_page(options.html)]))
@@ -59,7 +59,7 @@ def run_diff(options: argparse.Namespace) -> int:
     return PROVEN if report.is_same else PROBLEMS
 
 
-def describe_report(report: DiffReport) -> dict[str, Any]:
+def describe_diff_facts(report: DiffReport) -> dict[str, Any]:
     """Describes a report as JSON values, without the names of all tensors that are equal."""
     facts = asdict(replace(report, equal=()))
     del facts["equal"]

@@ -86,6 +86,6 @@ def paint_lines(memories: Sequence[int], left: float, bottom: float, scale: floa
     for number, (memory, x) in enumerate(zip(memories, places, strict=True)):
         is_before = number + 1 < len(places) and places[number + 1] - x < CLOSE
         is_behind = number > 0 and x - places[number - 1] < CLOSE
-        kind = "before" if is_before else "behind" if is_behind else "column"
+        anchor = "before" if is_before else "behind" if is_behind else "column"
         yield make_element("path", class_="memory", d=f"M{x:.1f} 22v{bottom - 22:.0f}")
-        yield make_element("text", f"{memory} GB", x=f"{x:.1f}", y=18, class_=kind)
+        yield make_element("text", f"{memory} GB", x=f"{x:.1f}", y=18, class_=anchor)

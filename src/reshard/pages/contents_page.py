@@ -13,7 +13,7 @@ from reshard.pages.columns import Line, group_columns, merge_lines, name_numbers
 from reshard.pages.heat_map import NOT_THERE, HeatMap, find_level, merge_cells, paint_heat_map
 from reshard.pages.legends import format_decimal, make_kind_legend, make_legend, make_size_legend
 from reshard.pages.markup import Markup, Table, make_details, make_element, make_list, make_table
-from reshard.pages.module_kinds import KINDS, find_kind
+from reshard.pages.module_kinds import KINDS, find_module_kind
 from reshard.pages.page import Page, Section, format_page, make_paragraph
 from reshard.text import format_count, format_size, shorten_name
 
@@ -78,7 +78,7 @@ def make_kinds_section(tensors: Sequence[ListedTensor]) -> Section:
     """Makes the section of the kinds and the dtypes."""
     counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for tensor in tensors:
-        key = find_kind(split_name(tensor.name)[0]), tensor.dtype
+        key = find_module_kind(split_name(tensor.name)[0]), tensor.dtype
         counts[key] += 1
         sizes[key] += tensor.size
     dtypes = sorted({dtype for _, dtype in sizes}, key=lambda name: -sum(sizes[kind, name] for kind in KINDS))
@@ -121,7 +121,7 @@ def make_places_section(tensors: Sequence[ListedTensor]) -> Section:
     text = "A row for each module, the largest first, with # for a number in its name; a column for each layer."
     parts = [make_paragraph(text), make_size_legend(largest)]
     for number, kind in enumerate(kinds[:MOST_LAYER_KINDS]):
-        parts += draw_sizes(kind, tables[kind], f"places-{number}", largest)
+        parts += paint_sizes(kind, tables[kind], f"places-{number}", largest)
     if len(kinds) > MOST_LAYER_KINDS:
         parts.append(make_paragraph(f"{len(kinds) - MOST_LAYER_KINDS:,} more kinds of layers are not drawn."))
     return Section("places", "Layers and modules", parts)
@@ -139,7 +139,7 @@ def tabulate_sizes(tensors: Sequence[ListedTensor]) -> dict[str, dict[str, dict[
     return tables
 
 
-def draw_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Markup]:
+def paint_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Markup]:
     """Draws the bytes of a kind of layer by module and layer, with the same in a table."""
     modules = sorted(table, key=lambda module: (-sum(table[module].values()), module))
     columns = sorted({number for cells in table.values() for number in cells}, key=lambda text: (len(text), text))
@@ -208,7 +208,7 @@ def make_stored_section(tensors: Sequence[ListedTensor]) -> Section:
     places = {file: place for place, file in enumerate(files)}
     sizes, counts = [[0] * len(KINDS) for _ in files], Counter[str]()
     for tensor in tensors:
-        sizes[places[tensor.file]][KINDS.index(find_kind(split_name(tensor.name)[0]))] += tensor.size
+        sizes[places[tensor.file]][KINDS.index(find_module_kind(split_name(tensor.name)[0]))] += tensor.size
         counts[tensor.file] += 1
     columns = group_columns([*range(1, len(files) + 1)])
     largest = [max(column.files, key=lambda place: sum(sizes[place])) for column in columns]

@@ -81,7 +81,7 @@ def make_modules_section(report: DiffReport) -> Section:
         shown = [
             part
             for number, one in enumerate(differing[:MOST_TABLES])
-            for part in draw_modules(one, f"modules-{number}")
+            for part in paint_modules(one, f"modules-{number}")
         ]
         parts = [make_paragraph(text), make_diff_legend(differing), *shown]
         if len(differing) > MOST_TABLES:
@@ -105,7 +105,7 @@ def make_diff_legend(tables: Sequence[CellTable], *, has_letters: bool = True) -
     return make_legend([("s0", "", "equal"), *steps, *marks])
 
 
-def draw_modules(table: CellTable, name: str) -> Iterator[Markup]:
+def paint_modules(table: CellTable, name: str) -> Iterator[Markup]:
     """Draws the modules of a kind of layer, with the same in a table."""
     differing = {row: cells for row, cells in table.rows.items() if any(cell.different for cell in cells.values())}
     shown, columns = [*differing][:MOST_MODULES], table.columns[:MOST_COLUMNS_DRAWN]
@@ -115,7 +115,7 @@ def draw_modules(table: CellTable, name: str) -> Iterator[Markup]:
     ]
     heading = shorten_name(table.heading) or "in no layer"
     worst = sort_worst(table.cells)
-    text = f"{format_count(len(worst), 'cells')} differ, the worst in {describe_place(*worst[0])}."
+    text = f"{format_count(len(worst), 'cells')} differ, the worst in {describe_cell(*worst[0])}."
     title = f"Relative difference by module and layer, {heading}"
     yield make_element("h3", heading)
     yield paint_heat_map(HeatMap(name, title, text, rows, columns, "layer" if table.heading else ""))
@@ -136,7 +136,7 @@ def make_diff_cell(cell: DiffCell | None, column: str) -> tuple[int, str, bool, 
     return cell.level, words.lstrip(": "), False, cell.mark
 
 
-def describe_place(row: str, column: str, cell: DiffCell) -> str:
+def describe_cell(row: str, column: str, cell: DiffCell) -> str:
     """Says where a cell is, and how far it is apart."""
     layer = f", layer {column}" if column else ""
     return f"{shorten_name(row)}{layer} ({cell.describe()})"

@@ -79,7 +79,7 @@ def make_table(table: Table) -> Markup:
         make_element("thead", make_element("tr", *heading)),
         make_element("tbody", *rows),
     )
-    return wrap_region(f"Table: {table.caption}", inside)
+    return make_region(f"Table: {table.caption}", inside)
 
 
 def choose_class(heading: str) -> str:
@@ -87,7 +87,7 @@ def choose_class(heading: str) -> str:
     return "w" + " deep" * heading.startswith(" ") + " line" * (len(heading) <= MOST_ON_A_LINE)
 
 
-def wrap_region(label: str, *inside: str) -> Markup:
+def make_region(label: str, *inside: str) -> Markup:
     """Wraps what may be wider than the page in a region that scrolls, by the keyboard too."""
     return make_element("div", *inside, class_="scroll", role="region", aria_label=label, tabindex="0")
 
@@ -122,4 +122,4 @@ def make_drawing(
         aria_labelledby=f"{name}-title",
         aria_describedby=f"{name}-text",
     )
-    return wrap_region(title, made)
+    return make_region(title, made)

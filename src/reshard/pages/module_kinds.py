@@ -26,7 +26,7 @@ SCALE_WORDS = {"scale", "scales", "qzeros", "g_idx", "input_scale", "weight_zero
 
 
 @lru_cache(4096)
-def find_kind(module: str) -> str:
+def find_module_kind(module: str) -> str:
     """Finds the kind of a tensor, one of KINDS, by its name, with or without the numbers."""
     words = module.lower().split(".")
     last = words[-1]

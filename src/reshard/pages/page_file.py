@@ -22,15 +22,15 @@ def check_page_path(path: Path, checkpoints: Iterable[Path | None]) -> Iterator[
         return
     path = Path(path)
     for one in checkpoints:
-        if one is not None and not is_address(one) and lies_within(path, Path(one)):
+        if one is not None and not is_address(one) and is_inside(path, Path(one)):
             found, expected = f"it would lie in {one}", "a file outside of the checkpoints"
             yield Problem("target-inside-source", subject, found, expected, "another file")
             return
-    if not is_folder(folder):
+    if not is_visible_folder(folder):
         yield Problem(
             "cannot-write", subject, f"no folder {folder}", "a file in a folder that is there", "make the folder"
         )
-    elif is_folder(path):
+    elif is_visible_folder(path):
         yield Problem("cannot-write", subject, "a folder", "the name of a file", f"{OPTION} {path / 'page.html'}")
     elif os.path.lexists(path) and not is_page(path):
         found, expected = "a file that is no page of reshard", "a new file, or a page to be replaced"
@@ -41,13 +41,13 @@ def check_page_path(path: Path, checkpoints: Iterable[Path | None]) -> Iterator[
         )
 
 
-def lies_within(path: Path, checkpoint: Path) -> bool:
+def is_inside(path: Path, checkpoint: Path) -> bool:
     """Whether a file lies in a folder, whatever links lead there; or is the checkpoint itself."""
     real, folder = Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(checkpoint))
     return folder in (real, *real.parents)
 
 
-def is_folder(path: Path) -> bool:
+def is_visible_folder(path: Path) -> bool:
     """Whether a path is a folder that can be seen."""
     try:
         return path.is_dir()

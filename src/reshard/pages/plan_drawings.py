@@ -45,7 +45,7 @@ def make_ranks_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     ]
     is_grouped = len(columns) < len(numbers)
     memories = [memory for memory, _ in GPUS] if has_rank_files(plan) else []
-    text = describe_parts(facts, numbers, thing, shown)
+    text = describe_sizes(facts, numbers, thing, shown)
     drawn = Bars("ranks-bars", f"Tensors of each {thing} in bytes", text, bars, memories)
     parts = [
         make_paragraph(text),
@@ -60,7 +60,7 @@ def make_ranks_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     return Section("ranks", f"What each {thing} holds", parts)
 
 
-def describe_parts(facts: PlanFacts, numbers: Sequence[int], thing: str, shown: Sequence[int]) -> str:
+def describe_sizes(facts: PlanFacts, numbers: Sequence[int], thing: str, shown: Sequence[int]) -> str:
     """Describes the sizes of all ranks in a sentence or two."""
     sizes, total = facts.sizes.tolist(), int(facts.sizes.sum())
     least, most = min(sizes), max(sizes)

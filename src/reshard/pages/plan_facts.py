@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reshard.numbered_names import split_name
-from reshard.pages.module_kinds import KINDS, find_kind, name_row, sort_rows
+from reshard.pages.module_kinds import KINDS, find_module_kind, name_row, sort_rows
 from reshard.planning.copies import Integers
 from reshard.planning.plan import Plan
 from reshard.types import PACKED, Checkpoint, Tensor
@@ -78,7 +78,7 @@ def collect_facts(plan: Plan) -> PlanFacts:
     for piece, name in names.items():
         module, row = split_name(name)[0], places[row_names[piece]]
         within[row].add(module)
-        table[piece] = row, KINDS.index(find_kind(module))
+        table[piece] = row, KINDS.index(find_module_kind(module))
     cells, tensors, parts = (np.zeros((size, len(plan.files)), np.int64) for size in (len(rows), len(rows), len(KINDS)))
     for number, file in enumerate(plan.files):
         sizes = np.diff(file.ends, prepend=len(file.header))
@@ -89,7 +89,16 @@ def collect_facts(plan: Plan) -> PlanFacts:
     replications, replicated = find_replications(plan)
     made, joined = (add_by_file(plan, chosen) for chosen in find_made(plan))
     return PlanFacts(
-        rows, [*map(frozenset, within)], cells, tensors, parts, link_files(plan), made, joined, replications, replicated
+        rows,
+        [*map(frozenset, within)],
+        cells,
+        tensors,
+        parts,
+        measure_links(plan),
+        made,
+        joined,
+        replications,
+        replicated,
     )
 
 
@@ -126,7 +135,7 @@ def find_made(plan: Plan) -> tuple[Integers, Integers]:
     return np.flatnonzero(file >= plan.source.parts), np.flatnonzero((file >= files) & (file < plan.source.parts))
 
 
-def link_files(plan: Plan) -> Integers:
+def measure_links(plan: Plan) -> Integers:
     """Finds how many bytes of each target file come from each source file: int64 of shape [source files, files].
 
     A computed tensor comes from where its weight lies. One that is put together comes from the files of its parts, in
@@ -139,7 +148,7 @@ def link_files(plan: Plan) -> Integers:
     links = np.zeros((files, len(plan.files)), np.int64)
     origins: dict[int, Sizes] = {}
     for (source, target), size in zip(pairs.T.tolist(), sizes.tolist(), strict=True):
-        for file, share in share_out(size, trace_file(plan, source, origins)):
+        for file, share in split_size(size, trace_file(plan, source, origins)):
             links[file, target] += share
     return links
 
@@ -157,7 +166,7 @@ def trace_file(plan: Plan, number: int, known: dict[int, Sizes]) -> Sizes:
             tensors = [copies[0] for copies in source.joins[number - files].parts]
         total = Counter[int]()
         for tensor in tensors:
-            total.update(dict(share_out(tensor.size, trace_file(plan, tensor.file, known))))
+            total.update(dict(split_size(tensor.size, trace_file(plan, tensor.file, known))))
         known[number] = total
     return known[number]
 
@@ -167,7 +176,7 @@ def find_stored(tensor: Tensor, source: Checkpoint) -> Tensor:
     return source.packed[tensor.file - PACKED].codes if tensor.file >= PACKED else tensor
 
 
-def share_out(size: int, weights: Sizes) -> Iterator[tuple[int, int]]:
+def split_size(size: int, weights: Sizes) -> Iterator[tuple[int, int]]:
     """Shares a size out by weights, so that all shares together are the size; nothing where there is no weight."""
     total, before, done = sum(weights.values()), 0, 0
     for key, weight in weights.items():
