@@ -25,7 +25,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test docs torture mutations lint fuzz remote cluster vllm release lock
+.PHONY: help demo test docs browser torture mutations lint fuzz remote cluster vllm release lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ cluster: .venv/test  ## one conversion by many processes: Ray, 350 MB, installed
 	@command -v sbatch >/dev/null || echo "Slurm is not installed, its tests are skipped: apt-get install slurm-wlm munge" >&2
 	$(BIN)/python -m pytest tests/cluster -rs $(PYTEST_OPTIONS)
 	$(BIN)/python tests/support/share_torture.py $(TORTURE_OPTIONS)
+
+browser: .venv/test  ## the pages of --html in Chromium, with axe; playwright is installed into .venv: 140 MB
+	$(BIN)/pip install --quiet 'playwright>=1.49' 'axe-playwright-python>=0.1.4' 'pillow>=11'
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ echo "Chromium is not there: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/pages $(PYTEST_OPTIONS)
 
 vllm: $(VLLM)/ready  ## small models in the real vLLM, from rank files; 3.4 GB and half an hour; Python 3.11 in PYTHON
 	$(VLLM)/bin/python tests/engines/run_vllm.py $(VLLM_OPTIONS)

@@ -18,6 +18,12 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     return ".#".join(pieces[::2]), tuple(pieces[1::2])
 
 
+def name_layer(name: str) -> str:
+    """The beginning of a name up to its first number; empty if it has none."""
+    found = NUMBER.search(name)
+    return name[: found.end()] if found else ""
+
+
 def cover_numbers(members: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
     """Covers tuples of one length by blocks, each tuple by one block. A block has for each place its numbers, sorted,
     and stands for all combinations of them.

@@ -36,7 +36,7 @@ RUNS: Mapping[str, list[str]] = {
               "demo source", "convert nowhere out --mp 2", "recipes show nowhere", "recipes check deepseek-v3 nowhere",
               "deepseek --hf-ckpt-path nowhere --save-path out --model-parallel 2"],
     PLAN: ["plan source --mp 2 --layers 0-1", "convert source out --mp 2 --dry-run", "plan source --to hf --cast bf16",
-           "plan source --mp 2 --target s3://models/new"],
+           "plan source --mp 2 --target s3://models/new", "plan source --mp 2 --html page.html"],
     CHOICES: ["plan source"],
     CONVERT: ["convert source ranks --mp 2", "convert source ranks --mp 2", "convert source few --mp 2 --layers 0-1",
               "deepseek --hf-ckpt-path source --save-path script --model-parallel 2"],
@@ -44,8 +44,9 @@ RUNS: Mapping[str, list[str]] = {
              "demo"],
     DOWNLOAD: ["verify source --sums sums", "verify other --sums sums"],
     REPAIR: ["repair ranks", "repair damaged --dry-run", "repair damaged --source source"],
-    DIFF: ["diff ranks source", "diff source other", "diff source thin"],
-    INSPECT: ["inspect source", "inspect ranks", "inspect few", "inspect thin", "inspect unfinished"],
+    DIFF: ["diff ranks source", "diff source other", "diff source thin", "diff ranks source --html page.html"],
+    INSPECT: ["inspect source", "inspect ranks", "inspect few", "inspect thin", "inspect unfinished",
+              "inspect source --html page.html"],
     RECIPES: ["recipes", "recipes list", "recipes show deepseek-v3"],
     CHECK: ["recipes check deepseek-v3 source"],
 }  # fmt: skip
@@ -60,7 +61,7 @@ def read_page() -> Page:
         for row in re.findall(r"^\| (`.+) \|$", rest, re.MULTILINE):
             names, _, meaning = row.partition(" | ")
             fields |= dict.fromkeys(re.findall(r"`(\w+)`", names), meaning)
-    planned = {name: row for name, row in page[PLAN].items() if name not in ("estimate", "upload")}
+    planned = {name: row for name, row in page[PLAN].items() if name not in ("estimate", "upload", "page")}
     return {**page, CONVERT: {**planned, **page[CONVERT]}}
 
 
@@ -125,8 +126,8 @@ def test_the_page_has_the_fields_that_are_printed_and_no_other(section: str, pri
     documents = [one for said in printed[section] for one in (said if isinstance(said, list) else [said])]
     assert {name for document in documents for name in document} == page.keys()
     for document in documents:
-        assert page.keys() - document.keys() <= {"subset", "estimate", "upload"}, (
-            "only where it is not all, and with a target"
+        assert page.keys() - document.keys() <= {"subset", "estimate", "upload", "page"}, (
+            "only where it is not all, with a target, and with --html"
         )
 
 

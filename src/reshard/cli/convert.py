@@ -25,6 +25,8 @@ from reshard.formats.remote_names import is_address, make_full_path, restore_add
 from reshard.formats.share_names import find_share_of_folder, list_share_folders
 from reshard.formats.target_names import MANIFEST
 from reshard.inspection.unfinished import describe_whole, read_unfinished
+from reshard.pages.page_file import check_page_path, describe_page_file, name_page, write_page
+from reshard.pages.plan_page import format_plan_page
 from reshard.paths import RemotePath
 from reshard.planning.plan import Plan, describe_coverage, describe_files, describe_notes
 from reshard.planning.reads import measure_reads
@@ -136,6 +138,8 @@ def run_plan(options: argparse.Namespace) -> int:
     code. Raises Refused.
     """
     take_number_of_ranks(options)
+    checkpoints = (options.source, options.target, options.config)
+    require_none(check_page_path(options.html, checkpoints) if options.html else ())
     if options.mp is None and options.to == RANKS and takes_ranks(options.recipe, options.for_engine):
         return print_choices(options)
     return show_plan(options)
@@ -155,14 +159,17 @@ def show_plan(options: argparse.Namespace) -> int:
     require_none(check_on(on, options.share))
     plan = api.plan(options.source, target=options.target, **collect_options(options))
     place = None if options.target is None else open_target(options.target)
+    apart = [Note("on", f"--on {on}: the plan is that of one machine, and nothing was sent there")] if on else []
+    noted = replace(plan, notes=(*plan.notes, *apart, *note_what_is_there(plan, place, options)))
+    html = getattr(options, "html", None)
+    if html:
+        write_page(html, format_plan_page(noted))
     if not plan.files and not options.json:
         target = restore_address(options.target)
         lines = [f"{target}: converted already; no tensor would be written", *describe_notes(plan.notes)]
-        print("\n".join(map(escape, lines)))
+        print("\n".join(map(escape, [*lines, *name_page(html)])))
         return PROVEN
-    apart = [Note("on", f"--on {on}: the plan is that of one machine, and nothing was sent there")] if on else []
-    plan = replace(plan, notes=(*plan.notes, *apart, *note_what_is_there(plan, place, options)))
-    return print_plan(plan, place, as_json=options.json)
+    return print_plan(noted, place, html, as_json=options.json)
 
 
 def note_what_is_there(plan: Plan, place: TargetPlace | None, options: argparse.Namespace) -> Iterator[Note]:
@@ -187,18 +194,18 @@ def collect_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CHOICES} | {"keep_mtp": options.mtp == "keep"}
 
 
-def print_plan(plan: Plan, place: TargetPlace | None, *, as_json: bool) -> int:
+def print_plan(plan: Plan, place: TargetPlace | None, html: Path | None, *, as_json: bool) -> int:
     """Prints a plan as tables or JSON; with a target on this machine an estimate of its time, with one in a store how
-    it is uploaded. Returns the exit code.
+    it is uploaded; and where its page was written. Returns the exit code.
     """
     estimate = estimate_job(plan, place) if isinstance(place, Path) else None
     upload = plan_upload(plan, place.store) if isinstance(place, StoredFolder) and plan.files else None
     if as_json:
         facts: dict[str, Any] = {"upload": upload._asdict()} if upload else {}
         facts |= {} if estimate is None else {"estimate": {**asdict(estimate), "folder": str(estimate.folder)}}
-        print_json({**describe_plan_facts(plan), **facts})
+        print_json({**describe_plan_facts(plan), **facts, **describe_page_file(html)})
     else:
-        print(format_plan(plan, estimate, upload))
+        print("\n".join([format_plan(plan, estimate, upload), *map(escape, name_page(html))]))
     return PROVEN
 
 

@@ -3,16 +3,20 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 from reshard import api
 from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
+from reshard.errors import require_none
 from reshard.inspection.diff_groups import GroupDifference
 from reshard.inspection.diff_report import DiffReport, ValueDifference, describe_verdict, format_share
 from reshard.inspection.value_sums import OverallDistance, Unusual
+from reshard.pages.diff_page import format_diff_page
+from reshard.pages.page_file import check_page_path, describe_page_file, name_page, write_page
 from reshard.planning.plan import describe_notes
 from reshard.text import escape, format_count, format_size, format_table, shorten_name
 
@@ -30,6 +34,7 @@ CODED = "*"
 
 def run_diff(options: argparse.Namespace) -> int:
     """Runs `diff`. Returns the exit code: PROVEN if both sides are equal. Raises Refused."""
+    require_none(check_page_path(options.html, (options.a, options.b, options.config)) if options.html else ())
     with show_progress("diff", options) as progress:
         report = api.diff(
             options.a,
@@ -43,14 +48,23 @@ def run_diff(options: argparse.Namespace) -> int:
             on=options.on,
             progress=progress,
         )
+    if options.html:
+        write_page(options.html, format_diff_page(report))
     if options.json:
-        notes = [note._asdict() for note in report.notes]
-        print_json({"status": "same" if report.is_same else "differs", **asdict(report), "notes": notes})
+        print_json({**describe_diff_facts(report), **describe_page_file(options.html)})
     elif not (options.quiet and report.is_same):
         lines = [describe_verdict(report)] if options.quiet else describe_diff(report, options.show)
-        text = "\n".join(map(escape, lines))
+        text = "\n".join(map(escape, [*lines, *name_page(options.html)]))
         print(paint(text, GREEN if report.is_same else RED, sys.stdout))
     return PROVEN if report.is_same else PROBLEMS
+
+
+def describe_diff_facts(report: DiffReport) -> dict[str, Any]:
+    """Describes a report as JSON values, without the names of all tensors that are equal."""
+    facts = asdict(replace(report, equal=()))
+    del facts["equal"]
+    notes = [note._asdict() for note in report.notes]
+    return {"status": "same" if report.is_same else "differs", **facts, "notes": notes}
 
 
 def describe_diff(report: DiffReport, most: int) -> Iterator[str]:

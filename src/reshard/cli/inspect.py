@@ -8,10 +8,13 @@ from pathlib import Path
 from reshard.cli.bars import FileParts, format_bars, make_label
 from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
-from reshard.errors import Refused
+from reshard.errors import Refused, require_none
 from reshard.formats.remote_names import require_path, restore_address
 from reshard.inspection.contents import inspect_path
 from reshard.inspection.recipe_fit import check_fit
+from reshard.inspection.tensor_list import read_tensor_list
+from reshard.pages.contents_page import format_contents_page
+from reshard.pages.page_file import check_page_path, describe_page_file, name_page, write_page
 from reshard.recipes.formulas import describe_unknown_keys
 from reshard.recipes.recipe import describe_recipe, list_packaged_recipes, load_recipe
 from reshard.sources.checkpoints import read_checkpoint
@@ -21,6 +24,7 @@ from reshard.text import escape, format_count, format_table
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Runs `inspect`. Returns the exit code. Raises Refused."""
+    require_none(check_page_path(options.html, (options.path, options.config)) if options.html else ())
     content = inspect_path(
         options.path,
         options.recipe,
@@ -28,14 +32,17 @@ def run_inspect(options: argparse.Namespace) -> int:
         ignore_extra_files=options.ignore_extra_files,
         config=options.config,
     )
+    if options.html:
+        tensors = read_tensor_list(require_path(options.path), options.recipe) if content.files else ()
+        write_page(options.html, format_contents_page(content, tensors))
     if options.json:
         status = "unfinished" if content.unfinished or not content.files else "finished"
-        print_json({"status": status, **asdict(content), "notes": [note._asdict() for note in content.notes]})
+        notes, page = [note._asdict() for note in content.notes], describe_page_file(options.html)
+        print_json({"status": status, **asdict(content), "notes": notes, **page})
     else:
-        print(content)
         parts = [FileParts(make_label(file.name), file.dtypes) for file in content.by_file]
-        if content.listed is None and (bars := format_bars(parts)):
-            print("\n".join(bars))
+        bars = format_bars(parts) if content.listed is None else ()
+        print("\n".join([str(content), *bars, *map(escape, name_page(options.html))]))
     return PROVEN
 
 

@@ -8,6 +8,7 @@ from reshard.cli.parser import ACTION, OUTPUT, RUNNING, Parser
 from reshard.cli.shared_options import (
     IGNORE_HELP,
     add_config,
+    add_html,
     add_ignore_extra_files,
     add_jobs,
     add_on,
@@ -43,6 +44,7 @@ def add_plan(parser: Parser) -> None:
         help="A folder or an address: with --mp or --to hf, look whether the files can be written there; in a folder "
         "measure for two seconds how fast.",
     )
+    add_html(parser, "Write a page for a browser too: what each rank holds, where it comes from, the proofs.")
 
 
 def add_source(parser: Parser) -> None:
@@ -114,6 +116,7 @@ def add_inspect(parser: Parser) -> None:
         metavar="PATTERN",
         help="List the tensors, or those of such names, as in *.mlp.*; stands behind the path, and can be repeated.",
     )
+    add_html(parser, "Write a page for a browser too: what lies there, by layer, module, dtype and file.")
 
 
 def add_verify(parser: Parser) -> None:
@@ -197,6 +200,7 @@ def add_diff(parser: Parser) -> None:
         metavar="N",
         help="The number of lines of each table; the default is 20.",
     )
+    add_html(parser, "Write a page for a browser too: how far they are apart, by layer, module and expert.")
     add_progress(parser)
 
 

@@ -13,13 +13,10 @@ from reshard.formats.manifest import list_subset_lines
 from reshard.formats.remote_names import read_location, require_path, restore_address
 from reshard.planning.options import check_source_options, choose_subset, require_layout
 from reshard.planning.plan import describe_notes
-from reshard.planning.rank_choices import MOST_TRIED, RankChoice, list_rank_choices
+from reshard.planning.rank_choices import GPUS, MOST_TRIED, RankChoice, list_rank_choices
 from reshard.sources.source import Source, read_chosen
 from reshard.target.manifest_writer import describe_made_with
 from reshard.text import escape, format_command_lines, format_count, format_size, format_table
-
-GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
-"""Memory of GPUs as it is sold, in GB, with the names of some."""
 
 MOST_WEIGHTS = 90
 """Percent of a GPU's memory that the weights may take: some of it must be left for activations and the KV cache."""
@@ -48,9 +45,9 @@ def print_choices(options: argparse.Namespace) -> int:
         config_folder=read_location(options.config),
     )
     require_none(check_source_options(source, options.replicas, None))
-    for name in ("ranks", "target"):
+    for name in ("ranks", "target", "html"):
         if getattr(options, name) is not None:
-            remedy = f"add --mp N{' or --to hf' if name == 'target' else ''}; without --{name}, plan shows which N work"
+            remedy = f"add --mp N{' or --to hf' if name != 'ranks' else ''}; without --{name}, plan shows which N work"
             raise refuse("wrong-option", f"--{name}", "no number of ranks", "--mp N with it", remedy)
     choices = list_rank_choices(source, layout, subset.only)
     if options.json:

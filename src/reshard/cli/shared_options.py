@@ -53,6 +53,11 @@ def add_policies(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_html(parser: Parser, about: str) -> None:
+    """Adds the option that writes a page."""
+    parser.section(OUTPUT).add_argument("--html", type=parse_path, metavar="FILE", help=about)
+
+
 def add_progress(parser: Parser) -> None:
     """Adds the options on what a command says while it works."""
     output = parser.section(OUTPUT)

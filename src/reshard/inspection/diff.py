@@ -19,7 +19,7 @@ from reshard.errors import refuse
 from reshard.execution.joins import count_join_levels
 from reshard.execution.reader import MEMORY_TO_COMPUTE, OpenFiles, WorkerBuffers, make_cast_inputs
 from reshard.execution.windows import WINDOW_SIZE
-from reshard.inspection.diff_groups import group_differences, name_layer, name_module
+from reshard.inspection.diff_groups import group_differences, name_module
 from reshard.inspection.diff_report import DiffReport, ValueDifference
 from reshard.inspection.tensor_pairs import (
     BLOCK_SCALES,
@@ -36,6 +36,7 @@ from reshard.inspection.tensor_pairs import (
 )
 from reshard.inspection.value_distance import RangeDistance, count_elements, measure_range, merge_ranges
 from reshard.inspection.value_sums import ValueSums, compute_overall_rank, measure_overall
+from reshard.numbered_names import name_layer
 from reshard.paths import AnyPath
 from reshard.storage.counting import WorkCounter
 from reshard.storage.local import CACHED, has_equal_bytes
@@ -102,6 +103,7 @@ def diff_paired(
         group_differences(name_layer, found, unpaired),
         group_differences(name_module, found, unpaired),
         find_left_aside(sides, choice.only),
+        tuple(name for name, measures in found.items() if not measures.apart),
         (*paired.notes, *note_scaled(pairing.scaled), *note_sides(sides)),
     )
 

@@ -12,7 +12,7 @@ from reshard.inspection.value_sums import (
     compute_overall_rank,
     measure_overall,
 )
-from reshard.numbered_names import NUMBER, split_name
+from reshard.numbered_names import split_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,6 @@ def summarize_group(name: str, found: Iterable[RangeDistance], unpaired: int) ->
     nans, infinite = add_unusual(distance.unusual for distance in apart)
     overall = measure_overall(add_sums(measures.sums for measures in every if measures.apart))
     return GroupDifference(name, len(every) + unpaired, len(apart), unpaired, nans, infinite, overall)
-
-
-def name_layer(name: str) -> str:
-    """The beginning of a name up to its first number; empty if it has none."""
-    found = NUMBER.search(name)
-    return name[: found.end()] if found else ""
 
 
 def name_module(name: str) -> str:

@@ -55,6 +55,8 @@ class DiffReport:
     """All tensors by their names without the numbers, the most different first."""
     left_aside: tuple[LeftAside, ...] = ()
     """Tensors that stand in the files of a side and were not compared."""
+    equal: tuple[str, ...] = ()
+    """The names of the tensors that are equal, bit by bit."""
     notes: tuple[Note, ...] = ()
     """What was left aside of a side, which is named first; and that names were changed to be compared."""
 

@@ -91,17 +91,26 @@ class Plan:
     __repr__ = __str__
 
 
+def has_rank_files(plan: Plan) -> bool:
+    """Whether each file is that of a rank, and no whole file."""
+    return plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe))
+
+
+def name_target(plan: Plan) -> str:
+    """Names what is to be written in words: `16 ranks`, `slices for 4 ranks (of these 0-1)`, `163 whole files`."""
+    if not has_rank_files(plan):
+        return format_count(len(plan.files), "whole files")
+    chosen = {file.rank for file in plan.files}
+    some = f" (of these {format_numbers(chosen)})" if chosen else " (all are finished)"
+    target = "slices for " * (plan.layout.to == SLICED) + format_count(plan.layout.ranks, "ranks")
+    return target + some * (len(chosen) < plan.layout.ranks)
+
+
 def describe_files(plan: Plan, *, is_stored: bool = False) -> Iterator[str]:
     """Describes the files as a table for people. Its sizes, in bytes, add up exactly. `is_stored`: they are written
     into a store, and need no disk.
     """
-    target = format_count(len(plan.files), "whole files")
-    if plan.layout.to == SLICED or (plan.layout.to == RANKS and has_ranks(plan.recipe)):
-        chosen = {file.rank for file in plan.files}
-        some = f" (of these {format_numbers(chosen)})" if chosen else " (all are finished)"
-        target = "slices for " * (plan.layout.to == SLICED) + format_count(plan.layout.ranks, "ranks")
-        target += some * (len(chosen) < plan.layout.ranks)
-    yield f"{plan.path} -> {target} by the recipe {plan.recipe.name}"
+    yield f"{plan.path} -> {name_target(plan)} by the recipe {plan.recipe.name}"
     yield from list_subset_lines(plan.source.subset)
     counts = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}
     yield ", ".join(format_count(count, things) for things, count in counts.items())

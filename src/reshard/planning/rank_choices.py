@@ -33,6 +33,9 @@ from reshard.sources.source import Source
 from reshard.text import format_list
 from reshard.types import MOST_RANKS, RANKS, SLICED, Cast, Checkpoint, Layout
 
+GPUS = ((80, "A100, H100"), (96, "H20"), (141, "H200"), (180, "B200"), (192, "MI300X"))
+"""Memory of GPUs as it is sold, in GB, with the names of some."""
+
 MOST_TRIED = 256
 """The numbers of ranks from 1 to this one are tried."""
 

@@ -1,0 +1,1 @@
+"""Pages in HTML of a plan, of the contents of a checkpoint and of a difference: one file each, for a browser."""

@@ -1,0 +1,96 @@
+"""The file of a page: refused before the work begins where it cannot be written, and written whole or not at all."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from reshard.errors import Problem, refuse, require_none
+from reshard.formats.remote_names import is_address
+from reshard.pages.page import MARK
+
+OPTION = "--html"
+
+
+def check_page_path(path: Path, checkpoints: Iterable[Path | None]) -> Iterator[Problem]:
+    """Reports why a page cannot be written to a file: it lies in a checkpoint that is read or written, or is there and
+    no page of reshard, or its folder is not there.
+    """
+    subject, folder = f"{OPTION} {path}", Path(path).parent
+    if is_address(path):
+        yield Problem("cannot-write", subject, "an address", "a file of this machine", "write it here, and copy it")
+        return
+    path = Path(path)
+    for one in checkpoints:
+        if one is not None and not is_address(one) and is_inside(path, Path(one)):
+            found, expected = f"it would lie in {one}", "a file outside of the checkpoints"
+            yield Problem("target-inside-source", subject, found, expected, "another file")
+            return
+    if not is_visible_folder(folder):
+        yield Problem(
+            "cannot-write", subject, f"no folder {folder}", "a file in a folder that is there", "make the folder"
+        )
+    elif is_visible_folder(path):
+        yield Problem("cannot-write", subject, "a folder", "the name of a file", f"{OPTION} {path / 'page.html'}")
+    elif os.path.lexists(path) and not is_page(path):
+        found, expected = "a file that is no page of reshard", "a new file, or a page to be replaced"
+        yield Problem("not-a-page", subject, found, expected, "another file")
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield Problem(
+            "no-permission", subject, f"no files can be made in {folder}", "to write the page", "another file"
+        )
+
+
+def is_inside(path: Path, checkpoint: Path) -> bool:
+    """Whether a file lies in a folder, whatever links lead there; or is the checkpoint itself."""
+    real, folder = Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(checkpoint))
+    return folder in (real, *real.parents)
+
+
+def is_visible_folder(path: Path) -> bool:
+    """Whether a path is a folder that can be seen."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that reshard has written."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MARK)) == MARK.encode()
+    except OSError:
+        return False
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page under another name, and renames it when it is whole. Raises Refused if the system does not let it,
+    or if another file has come to stand there meanwhile.
+    """
+    partial = path.with_name(f".reshard-page-{os.getpid()}.partial")
+    try:
+        with partial.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        require_none(check_page_path(path, ()))
+        partial.replace(path)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise refuse("cannot-write", f"{OPTION} {path}", found, "to write the page", "another file") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def describe_page_file(path: Path | None) -> dict[str, str]:
+    """Describes where a page was written, as JSON values; nothing without one."""
+    return {"page": str(path)} if path else {}
+
+
+def name_page(path: Path | None) -> list[str]:
+    """Says in a line where a page was written; no line without one."""
+    return [f"page: {path}"] if path else []

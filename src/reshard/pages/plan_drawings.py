@@ -1,0 +1,300 @@
+"""The drawings of a plan: the memory of each rank, the layers by rank, and the source files by rank."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from reshard.pages.bars import GB, Bar, Bars, paint_bars
+from reshard.pages.columns import (
+    MOST_SOURCE_COLUMNS,
+    Column,
+    Line,
+    describe_cells,
+    group_columns,
+    group_equal,
+    merge_lines,
+    name_numbers,
+)
+from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
+from reshard.pages.legends import format_decimal, make_kind_legend, make_legend, make_size_legend
+from reshard.pages.markup import NOTHING_HERE, Markup, Table, make_details, make_element, make_list, make_table
+from reshard.pages.module_kinds import KINDS
+from reshard.pages.page import Section, make_paragraph
+from reshard.pages.plan_facts import PlanFacts
+from reshard.planning.plan import Plan, has_rank_files
+from reshard.planning.rank_choices import GPUS
+from reshard.text import format_count, shorten_name
+
+MOST_LISTED = 40
+"""So many odd cells are listed in words."""
+
+
+def number_files(plan: Plan) -> list[int]:
+    """The numbers of the files in words: of rank files the ranks, from 0 on; of others from 1 on."""
+    return [file.rank + (0 if has_rank_files(plan) else 1) for file in plan.files]
+
+
+def make_ranks_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
+    """Makes the section of what is in each rank, or file."""
+    numbers, shown = number_files(plan), [kind for kind in range(len(KINDS)) if facts.parts[kind].any()]
+    columns = group_columns(numbers)
+    largest = [max(column.files, key=lambda file: facts.sizes[file]) for column in columns]
+    bars = [
+        Bar(f"{thing} {column.label}", facts.parts[:, file].tolist())
+        for column, file in zip(columns, largest, strict=True)
+    ]
+    is_grouped = len(columns) < len(numbers)
+    memories = [memory for memory, _ in GPUS] if has_rank_files(plan) else []
+    text = describe_sizes(facts, numbers, thing, shown)
+    drawn = Bars("ranks-bars", f"Tensors of each {thing} in bytes", text, bars, memories)
+    parts = [
+        make_paragraph(text),
+        make_paragraph(f"A bar stands for several {thing}s: the largest of them is drawn.")
+        if is_grouped
+        else NOTHING_HERE,
+        make_kind_legend(shown),
+        paint_bars(drawn),
+        *(make_gpu_table(int(facts.sizes.max())) if memories else []),
+        make_details(f"The numbers of each {thing}", make_parts_table(plan, facts, shown, thing)),
+    ]
+    return Section("ranks", f"What each {thing} holds", parts)
+
+
+def describe_sizes(facts: PlanFacts, numbers: Sequence[int], thing: str, shown: Sequence[int]) -> str:
+    """Describes the sizes of all ranks in a sentence or two."""
+    sizes, total = facts.sizes.tolist(), int(facts.sizes.sum())
+    least, most = min(sizes), max(sizes)
+    places = f"{thing} {numbers[sizes.index(least)]}", f"{thing} {numbers[sizes.index(most)]}"
+    each = f"Each {thing} has {most:,} bytes of tensors ({format_decimal(most)})."
+    if least < most:
+        each = f"From {least:,} bytes of tensors ({places[0]}) to {most:,} ({places[1]}, {format_decimal(most)})."
+    kinds = sorted(shown, key=lambda kind: -int(facts.parts[kind].sum()))[:3]
+    shares = [f"{KINDS[kind]} {100 * int(facts.parts[kind].sum()) / max(total, 1):.1f} %" for kind in kinds]
+    return f"{each} Most of all is {', then '.join(shares)}."
+
+
+def make_gpu_table(size: int) -> Iterator[Markup]:
+    """Makes the table of what the largest rank takes of common GPUs. `size` is in bytes."""
+    rows = [
+        [
+            f"{memory} GB",
+            names,
+            f"{100 * size / (memory * GB):.1f} %",
+            "fits" if size <= memory * GB else "does not fit",
+        ]
+        for memory, names in GPUS
+    ]
+    yield make_paragraph(
+        "Only weights are counted: no KV cache, no activations, nothing of the program. GB is 1,000,000,000 bytes, as "
+        "GPUs are sold; dashed lines mark them where bars are long enough to be seen beside them."
+    )
+    heading = ("memory", "such as", "taken by the largest rank", "its weights")
+    yield make_table(Table("The largest rank in the memory of common GPUs", heading, rows, words=(1, 3)))
+
+
+def make_parts_table(plan: Plan, facts: PlanFacts, shown: Sequence[int], thing: str) -> Markup:
+    """Makes the table of the bytes of each rank, by kind; rows add up to the sizes of the files."""
+    lines = []
+    for number, (file, name) in enumerate(zip(plan.files, number_files(plan), strict=True)):
+        parts = facts.parts[shown, number].tolist()
+        lines.append(Line(f"{thing} {name}", "", [*parts, sum(parts), len(file.header), file.size]))
+    total = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
+    rows = [*merge_lines(lines), ["total", *(f"{number:,}" for number in total)]]
+    heading = (thing, *(KINDS[kind] for kind in shown), "all tensors", "header", "file")
+    return make_table(Table(f"Bytes in each {thing}", heading, rows, has_total=True))
+
+
+class Odd(NamedTuple):
+    """Cells of a row that differ from the usual ones of their kind."""
+
+    row: int
+    files: Sequence[int]
+    size: int
+    """Of each, in bytes."""
+    usual: int
+    """In bytes."""
+
+
+def find_odd_cells(facts: PlanFacts) -> list[Odd]:
+    """Finds the cells that differ from most cells of rows with the same tensors; of rows without a usual size none."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for row, kind in enumerate(facts.kinds):
+        groups.setdefault(kind, []).append(row)
+    found = []
+    for rows in groups.values():
+        cells = facts.cells[rows]
+        usual, count = Counter(cells.reshape(-1).tolist()).most_common(1)[0]
+        if 2 * count > cells.size:
+            for row in rows:
+                runs = group_equal(facts.cells[row].tolist())
+                found += [Odd(row, files, size, usual) for size, files in runs if size != usual]
+    return sorted(found, key=lambda odd: odd.row)
+
+
+def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
+    """Makes the section of the layers by rank."""
+    numbers = number_files(plan)
+    odd = find_odd_cells(facts) if has_rank_files(plan) else []
+    columns, largest = group_columns(numbers), int(facts.cells.max(initial=0))
+    rows = [
+        (shorten_name(name), merge_rank_cells(facts, row, columns, numbers, thing, odd, largest))
+        for row, name in enumerate(facts.rows)
+    ]
+    text = (
+        f"{format_count(len(facts.rows), 'rows')}: the layers, and what is in none; "
+        f"{format_count(len(numbers), 'columns')}, a {thing} each. The largest cell has {largest:,} bytes."
+    )
+    drawn = HeatMap(
+        "layers-map", f"Bytes of each layer in each {thing}", text, rows, [one.label for one in columns], thing
+    )
+    is_grouped = len(columns) < len(numbers)
+    parts = [
+        make_paragraph(f"The darker a cell (in a dark page, the brighter), the more bytes of a layer a {thing} holds."),
+        make_paragraph(f"A column stands for several {thing}s: the largest of them counts.")
+        if is_grouped
+        else NOTHING_HERE,
+        make_size_legend(largest),
+        *make_odd_list(odd, facts, numbers, thing, is_ranked=has_rank_files(plan)),
+        paint_heat_map(drawn),
+        make_details("The numbers of each layer", make_layers_table(facts, numbers, thing)),
+    ]
+    return Section("layers", f"Layers by {thing}", parts)
+
+
+def merge_rank_cells(
+    facts: PlanFacts,
+    row: int,
+    columns: Sequence[Column],
+    numbers: Sequence[int],
+    thing: str,
+    odd: Sequence[Odd],
+    largest: int,
+) -> list[Run]:
+    """Merges the cells of a layer into runs, with their words."""
+    cells, strange = facts.cells[row].tolist(), {file for one in odd if one.row == row for file in one.files}
+    values = [(max(cells[file] for file in column.files), not strange.isdisjoint(column.files)) for column in columns]
+    runs = merge_cells((find_level(size, largest), str(size), is_odd, "") for size, is_odd in values)
+    found = []
+    for run in runs:
+        files = [file for column in columns[run.first : run.end] for file in column.files]
+        words = describe_cells([cells[file] for file in files], [numbers[file] for file in files], thing)
+        found.append(run._replace(title=f"{shorten_name(facts.rows[row])}, {words}" if run.level else ""))
+    return found
+
+
+def make_odd_list(
+    odd: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int], thing: str, *, is_ranked: bool
+) -> Iterator[Markup]:
+    """Lists the cells that stand out, in words."""
+    if not is_ranked:
+        return
+    if not odd:
+        yield make_paragraph("No cell stands out: layers of the same tensors have the same bytes in every rank.")
+        return
+    legend = make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
+    yield legend
+    items = [describe_odd(one, facts, numbers, thing) for one in odd]
+    more = [f"and {len(items) - MOST_LISTED:,} more"] if len(items) > MOST_LISTED else []
+    yield make_element("h3", "Cells that stand out")
+    yield make_list([*items[:MOST_LISTED], *more])
+
+
+def describe_odd(odd: Odd, facts: PlanFacts, numbers: Sequence[int], thing: str) -> str:
+    """Describes cells that stand out."""
+    places = name_numbers([numbers[file] for file in odd.files])
+    apart = f"{abs(odd.size - odd.usual):,} {'more' if odd.size > odd.usual else 'fewer'}"
+    return (
+        f"{shorten_name(facts.rows[odd.row])}, {thing}{'s' * (len(odd.files) > 1)} {places}: {odd.size:,} bytes, "
+        f"where {odd.usual:,} are usual ({apart})"
+    )
+
+
+def make_layers_table(facts: PlanFacts, numbers: Sequence[int], thing: str) -> Markup:
+    """Makes the table of the layers: the numbers of the heat map."""
+    lines = [
+        Line(
+            shorten_name(name),
+            describe_cells(facts.cells[row].tolist(), numbers, thing, 6),
+            [int(facts.tensors[row].sum()), int(facts.cells[row].sum())],
+        )
+        for row, name in enumerate(facts.rows)
+    ]
+    total = [f"{int(facts.tensors.sum()):,}", f"{int(facts.cells.sum()):,}"]
+    heading = ("layer", f"in each {thing}", f"tensors in all {thing}s", f"bytes in all {thing}s")
+    table = Table(f"Bytes of each layer in each {thing}", heading, [*merge_lines(lines), ["total", "", *total]], (1,))
+    return make_table(table._replace(has_total=True))
+
+
+def make_sources_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
+    """Makes the section of the source files that each rank is made of."""
+    numbers, files = number_files(plan), plan.source.files
+    columns = group_columns([*range(1, len(files) + 1)], MOST_SOURCE_COLUMNS)
+    largest = int(facts.links.max(initial=0))
+    rows = []
+    for target in group_columns(numbers):
+        sums = facts.links[:, list(target.files)].max(axis=1).tolist()
+        cells = (max(sums[file] for file in column.files) for column in columns)
+        rows.append(
+            (f"{thing} {target.label}", merge_cells((find_level(size, largest), "", False, "") for size in cells))
+        )
+    text = (
+        f"A row for each {thing}, a column for each of {format_count(len(files), 'source files')}, in the order of "
+        f"their numbers below. The largest cell has {largest:,} bytes."
+    )
+    drawn = HeatMap(
+        "sources-map",
+        f"Bytes of each {thing} by source file",
+        text,
+        rows,
+        [one.label for one in columns],
+        "source file",
+    )
+    parts = [
+        make_paragraph(
+            f"{text} A computed tensor counts for the file of its weight, one that is put together for its parts."
+        ),
+        make_size_legend(largest),
+        paint_heat_map(drawn),
+        make_links_table(plan, facts, thing),
+        make_details("The source files", make_files_table(plan, facts, numbers, thing)),
+    ]
+    return Section("sources", f"Source files to {thing} files", parts)
+
+
+def make_links_table(plan: Plan, facts: PlanFacts, thing: str) -> Markup:
+    """Makes the table of the target files: which source files each reads, and how many bytes."""
+    made, joined = bool(facts.made.any()), bool(facts.joined.any())
+    lines = []
+    for number, file in enumerate(plan.files):
+        size, computed, together = (int(column[number]) for column in (facts.sizes, facts.made, facts.joined))
+        parts = [size - computed - together, *[together] * joined, *[computed] * made]
+        words = name_sources(facts.links[:, number].tolist())
+        lines.append(Line(shorten_name(file.name), words, [*parts, len(file.header), file.size]))
+    sums = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
+    rows = [*merge_lines(lines), ["total", "", *(f"{number:,}" for number in sums)]]
+    parted = ("copied", *["put together"] * joined, *["computed"] * made)
+    heading = (f"{thing} file", "source files", *parted, "header", "bytes of the file")
+    return make_table(Table("Source files that each file is made of", heading, rows, (1,), has_total=True))
+
+
+def name_sources(sizes: Sequence[int]) -> str:
+    """Names the source files with a size that is not 0, by their numbers from 1 on."""
+    used = [place for place, size in enumerate(sizes, 1) if size]
+    if len(used) in (0, len(sizes)):
+        return f"all {len(sizes):,}" if used else "none"
+    return f"{len(used):,} of {len(sizes):,}: {name_numbers(used)}"
+
+
+def make_files_table(plan: Plan, facts: PlanFacts, numbers: Sequence[int], thing: str) -> Markup:
+    """Makes the table of the source files: where the bytes of each go."""
+    lines = []
+    for place, file in enumerate(plan.source.files):
+        row = facts.links[place].tolist()
+        users = [numbers[target] for target, size in enumerate(row) if size]
+        words = name_numbers(users) or "none"
+        lines.append(Line(f"{place + 1}: {shorten_name(file.name)}", words, [file.size, sum(row)]))
+    rows = merge_lines(lines)
+    total = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
+    heading = ("source file", f"for the {thing}s", "bytes", f"bytes of the {thing} files from there")
+    rows.append(["total", "", *(f"{number:,}" for number in total)])
+    return make_table(Table("Source files and where their bytes go", heading, rows, (1,), has_total=True))
