@@ -40,7 +40,8 @@ NO_TORCH = "ModuleNotFoundError: No module named 'torch'"
 
 def run(words: Sequence[str | Path], folder: Path, code: int = 0, **variables: str) -> str:
     """Runs a command outside of this repository's environment. Returns its output; another exit code ends all."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    foreign = ("PYTHON", "VIRTUAL_ENV", "PIP_CONSTRAINT")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     done = subprocess.run(
         list(map(str, words)), cwd=folder, env=kept | variables, capture_output=True, text=True, check=False
     )

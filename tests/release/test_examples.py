@@ -1,17 +1,14 @@
-"""The examples print what torch, transformers and safetensors find; the notebook gives its stored outputs."""
+"""The scripts in examples/ print what torch, transformers and safetensors find."""
 
-import copy
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 import transformers
 from jobs import Job, convert_checkpoint
-from nbclient import NotebookClient
 from repository import ROOT
 from safetensors.torch import load_file
 from small_models import write_model
@@ -108,25 +105,6 @@ def test_statistics_of_codes_are_refused(tmp_path: Path) -> None:
     done = run_example("summarize_layers.py", tmp_path / "source")
     assert done.returncode == 1
     assert "has F8_E4M3: convert with --cast bf16 --to hf first" in done.stderr
-
-
-# --- the notebook ---
-
-
-def test_the_notebook_gives_the_outputs_that_are_stored_in_it() -> None:
-    stored = nbformat.read(EXAMPLES / "explore_a_checkpoint.ipynb", as_version=4)
-    run = copy.deepcopy(stored)
-    NotebookClient(run, kernel_name="python3", timeout=120).execute()
-    found, wanted = ([list_outputs(cell) for cell in book.cells if cell.cell_type == "code"] for book in (run, stored))
-    assert found == wanted
-    assert sum(map(len, wanted)) == 7
-    assert [one for outputs in wanted for one in outputs if "image/png" in one]
-
-
-def list_outputs(cell: nbformat.NotebookNode) -> list[str]:
-    """The text of each output; of an image, that it is one: its bytes depend on the version of matplotlib."""
-    assert all(one.output_type in ("stream", "display_data", "execute_result") for one in cell.outputs), cell.outputs
-    return [one.get("text") or " ".join(sorted(one.data)) for one in cell.outputs]
 
 
 def test_the_page_of_the_examples_lists_all_of_them() -> None:
