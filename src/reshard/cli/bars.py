@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
 from typing import NamedTuple, TextIO
 
 from reshard.cli.painting import has_screen, paint_part
@@ -73,14 +72,14 @@ def format_dtype_bars(sizes: Mapping[str, int], marks: Mapping[str, str], width:
     total = sum(sizes.values())
     yield "tensors by dtype:"
     ordered = [(dtype, sizes[dtype]) for dtype in marks]
-    rows = [(f"{marks[dtype]} {dtype}", format_size(size), format_part(size, total)) for dtype, size in ordered]
+    rows = [(f"{marks[dtype]} {dtype}", format_size(size), round_percent(size, total)) for dtype, size in ordered]
     bars = [({dtype: size}, total) for dtype, size in ordered]
     yield from format_bar_rows(rows, bars, marks, width)
 
 
 def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width: int) -> Iterator[str]:
     """Formats the files, each with its dtypes. A whole bar is the largest of them."""
-    total, middle = sum(file.size * file.files for file in files), median(file.size for file in files)
+    total, middle = sum(file.size for file in files), sorted(file.size for file in files)[len(files) // 2]
     uneven = [file for file in files if is_uneven(file, middle)]
     groups = group_files(files) if len(files) > MOST_FILES else files
     shown = choose_shown(groups, middle)
@@ -89,7 +88,7 @@ def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width
     rows = []
     for file in shown:
         more = f"{(file.size - middle) / middle:+.0%}" if is_uneven(file, middle) else ""
-        row = file.label, format_size(file.size), format_part(file.size, total)
+        row = file.label, format_size(file.size), round_percent(file.size, total)
         rows.append((*row, more) if uneven else row)
     yield from format_bar_rows(rows, [(file.parts, largest) for file in shown], marks, width)
     if left := [file for file in groups if file not in shown]:
@@ -97,7 +96,7 @@ def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width
         yield f"and {format_count(count, 'more files')}, {format_size(sizes[0])} to {format_size(sizes[-1])} each"
 
 
-def is_uneven(file: FileParts, middle: float) -> bool:
+def is_uneven(file: FileParts, middle: int) -> bool:
     """Whether a file is not as large as most others; `middle` is their median, in bytes."""
     return bool(middle) and abs(file.size - middle) * 100 >= UNEVEN * middle
 
@@ -113,7 +112,7 @@ def group_files(files: Sequence[FileParts]) -> list[FileParts]:
     ]
 
 
-def choose_shown(groups: Sequence[FileParts], middle: float) -> list[FileParts]:
+def choose_shown(groups: Sequence[FileParts], middle: int) -> list[FileParts]:
     """Chooses what to draw, in its order: most files, or the first ones, and what differs most from their median."""
     most = sorted(range(len(groups)), key=lambda place: -groups[place].files)
     distant = sorted(most, key=lambda place: -abs(groups[place].size - middle))
@@ -150,9 +149,9 @@ def format_bar(parts: Mapping[str, int], whole: int, marks: Mapping[str, str], w
     return "".join(paint_part(mark * count, color, sys.stdout) for mark, count, color in drawn if count)
 
 
-def format_part(part: int, whole: int) -> str:
-    """Formats a share, rounded; what is left of it then is not told as nothing."""
-    return f"{part / whole:.1%}" if part * 2000 >= whole else "<0.1%"
+def round_percent(part: int, whole: int) -> str:
+    """Rounds a share, but not to nothing."""
+    return "<0.1%" if 0 < part * 2000 < whole else f"{part / whole:.1%}"
 
 
 def make_label(name: str) -> str:
