@@ -31,6 +31,7 @@ from reshard.synthetic import write_checkpoint
 HOSTILE = (
     "</svg><script>alert(1)</script>",
     '" onload="alert(1)',
+    '"><b onfocus="alert(1)">.0.weight',
     "<!--",
     "&lt;b&gt;",
     "line\nbreak\x1b[31m",

@@ -196,6 +196,14 @@ def test_many_ranks_are_drawn_in_groups(tmp_path: Path) -> None:
     assert "A bar stands for several ranks" in page.text
 
 
+def test_neighbours_that_differ_alike_are_one_line(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "llama", num_hidden_layers=4, intermediate_size=90)
+    page = page_of(tmp_path / "model", to="dcp", ranks=4)
+    named = [one.text for one in page.find_all("li") if "are usual" in one.text]
+    assert len([words for words in named if words.startswith("model.layers.0 to model.layers.3, rank 3: ")]) == 1
+    assert not [words for words in named if words.startswith("model.layers.1")]
+
+
 def test_v3_is_small_and_always_the_same(tmp_path: Path) -> None:
     """Of the published sizes, so that the lines of GPUs are drawn."""
     write_full(tmp_path / "v3", "deepseek-v3")

@@ -1250,6 +1250,41 @@ MUTATIONS = (
         "groups[place].size",
         "test_looks.py::test_many_files_are_grouped_and_cut_with_a_line_that_says_so",
     ),
+    Mutation(
+        "pages/plan_facts",
+        "a page counts the first copy of a replicated tensor as a cost too",
+        "sum((count - 1) * size for _, count, size in parts),",
+        "sum(count * size for _, count, size in parts),",
+        "test_plan_page.py::test_replicas_are_what_two_files_have_alike",
+    ),
+    Mutation(
+        "pages/markup",
+        "names in attributes of a page are not escaped",
+        "escape_text(value if isinstance(value, str) else str(value))",
+        "value",
+        "test_other_pages.py::test_names_of_strangers_do_nothing",
+    ),
+    Mutation(
+        "pages/page_file",
+        "a page takes the place of any file",
+        "elif os.path.lexists(path) and not is_page(path):",
+        "elif os.path.islink(path) and not is_page(path):",
+        "test_page_file.py::test_what_cannot_be_written_is_refused_before_the_work",
+    ),
+    Mutation(
+        "pages/plan_drawings",
+        "the cells of whichever rank comes first are the usual ones",
+        "usual, count = Counter(cells.reshape(-1).tolist()).most_common(1)[0]",
+        "usual, count = int(cells[0][-1]), cells.size",
+        "test_plan_page.py::test_a_cell_that_differs_is_outlined_and_named",
+    ),
+    Mutation(
+        "pages/diff_cells",
+        "a NaN in a cell of a difference has no letter",
+        'marks = "N" * any(unusual.nans) + "I" * bool(unusual.infinite)',
+        'marks = "I" * bool(unusual.infinite)',
+        "test_other_pages.py::test_a_difference_is_drawn_with_letters_and_words",
+    ),
 )
 
 

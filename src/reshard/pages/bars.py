@@ -52,13 +52,19 @@ def paint_bars(drawn: Bars) -> Markup:
     end = max(largest * 1.02, *(memory * GB * 1.03 for memory in lines), 1)
     left = max((len(bar.label) for bar in drawn.bars), default=0) * LETTER + 12
     height = 22 if len(drawn.bars) <= 24 else 15
-    top = 26 if lines else 6
+    top = 26 if drawn.memories else 6
     bottom = top + height * len(drawn.bars) + 6
     right = left + PLOT + 84
     parts: list[Markup] = []
     for number, bar in enumerate(drawn.bars):
         parts += paint_bar(bar, left, top + height * number + 2, height - 4, PLOT / end)
     parts += paint_lines(lines, left, bottom - 4, PLOT / end)
+    if drawn.memories and not lines and largest:
+        first = drawn.memories[0]
+        words = (
+            f"the line of {first} GB would be {first * GB / largest:,.1f} times as far from the left as the longest bar"
+        )
+        parts.append(make_element("text", words, x=f"{left:.0f}", y=18, class_="behind"))
     return make_drawing(drawn.name, drawn.title, drawn.description, parts, size=(right, bottom))
 
 

@@ -154,8 +154,8 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
         if is_grouped
         else NOTHING_HERE,
         make_size_legend(largest),
-        *make_odd_list(odd, facts, numbers, thing, is_ranked=has_rank_files(plan)),
         paint_heat_map(drawn),
+        *make_odd_list(odd, facts, numbers, thing, is_ranked=has_rank_files(plan)),
         make_details("The numbers of each layer", make_layers_table(facts, numbers, thing)),
     ]
     return Section("layers", f"Layers by {thing}", parts)
@@ -191,21 +191,35 @@ def make_odd_list(
     if not odd:
         yield make_paragraph("No cell stands out: layers of the same tensors have the same bytes in every rank.")
         return
-    legend = make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
-    yield legend
-    items = [describe_odd(one, facts, numbers, thing) for one in odd]
+    items = [describe_odd(group, facts, numbers, thing) for group in merge_odd(odd)]
     more = [f"and {len(items) - MOST_LISTED:,} more"] if len(items) > MOST_LISTED else []
     yield make_element("h3", "Cells that stand out")
+    yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
     yield make_list([*items[:MOST_LISTED], *more])
 
 
-def describe_odd(odd: Odd, facts: PlanFacts, numbers: Sequence[int], thing: str) -> str:
-    """Describes cells that stand out."""
-    places = name_numbers([numbers[file] for file in odd.files])
-    apart = f"{abs(odd.size - odd.usual):,} {'more' if odd.size > odd.usual else 'fewer'}"
+def merge_odd(odd: Sequence[Odd]) -> list[list[Odd]]:
+    """Merges what differs alike in rows that follow each other."""
+    groups: list[list[Odd]] = []
+    for one in sorted(odd, key=lambda one: (*one[1:], one.row)):
+        if groups and groups[-1][-1] == one._replace(row=one.row - 1):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return sorted(groups, key=lambda group: group[0].row)
+
+
+def describe_odd(group: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int], thing: str) -> str:
+    """Describes cells that stand out: those of one size, in rows beside each other."""
+    first, last = group[0], group[-1]
+    rows = shorten_name(facts.rows[first.row])
+    rows += f" to {shorten_name(facts.rows[last.row])}" if len(group) > 1 else ""
+    places = name_numbers([numbers[file] for file in first.files])
+    apart = f"{abs(first.size - first.usual):,} {'more' if first.size > first.usual else 'fewer'}"
+    each = " each" * (len(group) * len(first.files) > 1)
     return (
-        f"{shorten_name(facts.rows[odd.row])}, {thing}{'s' * (len(odd.files) > 1)} {places}: {odd.size:,} bytes, "
-        f"where {odd.usual:,} are usual ({apart})"
+        f"{rows}, {thing}{'s' * (len(first.files) > 1)} {places}: {first.size:,} bytes{each}, "
+        f"where {first.usual:,} are usual ({apart})"
     )
 
 

@@ -38,6 +38,7 @@ def list_plan_facts(plan: Plan, facts: PlanFacts) -> list[tuple[str, str]]:
     things = {plan.recipe.placeholders[name].counts: count for name, count in plan.counts.items() if count}
     tensors = sum(len(file.pieces) for file in plan.files)
     reads = measure_reads(plan.source, plan.casts, plan.copies).size
+    engine = ["--for", plan.recipe.engine] if plan.recipe.engine else []
     found = [
         ("To be written", f"{format_count(len(plan.files), 'files')}, {format_count(tensors, 'tensors')}"),
         ("Their size", f"{plan.size:,} bytes ({format_size(plan.size)})"),
@@ -47,7 +48,7 @@ def list_plan_facts(plan: Plan, facts: PlanFacts) -> list[tuple[str, str]]:
             f"{format_count(len(plan.source.files), 'files')}, {format_count(len(plan.source.tensors), 'tensors')}",
         ),
         ("The model", ", ".join(format_count(count, name) for name, count in things.items()) or "-"),
-        ("Options", " ".join(list_layout_words(describe_layout(plan.layout)))),
+        ("Options", " ".join([*list_layout_words(describe_layout(plan.layout)), *engine])),
     ]
     if plan.files and has_rank_files(plan):
         largest = int(facts.sizes.max())
