@@ -25,7 +25,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test docs browser torture mutations lint fuzz remote cluster vllm release lock
+.PHONY: help demo test docs torture mutations lint fuzz remote cluster browser vllm release lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)

@@ -110,7 +110,7 @@ def list_pieces(plan: Plan) -> Iterator[int]:
     yield from np.flatnonzero(chosen).tolist()
 
 
-def count_dtypes(plan: Plan) -> dict[str, list[int]]:
+def count_target_dtypes(plan: Plan) -> dict[str, list[int]]:
     """Counts the tensors of all files, and their bytes, by dtype."""
     names = sorted({tensor.dtype for tensor in plan.pieces.tensors})
     places = {name: place for place, name in enumerate(names)}

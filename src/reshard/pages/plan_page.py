@@ -8,7 +8,7 @@ from reshard.pages.legends import format_decimal
 from reshard.pages.markup import Markup, Table, make_list, make_table
 from reshard.pages.page import Page, Section, format_page, make_paragraph
 from reshard.pages.plan_drawings import make_layers_section, make_ranks_section, make_sources_section
-from reshard.pages.plan_facts import PlanFacts, collect_facts, count_dtypes
+from reshard.pages.plan_facts import PlanFacts, collect_facts, count_target_dtypes
 from reshard.planning.plan import Plan, describe_casts, describe_layout, has_rank_files, list_uses, name_target
 from reshard.planning.reads import measure_reads
 from reshard.text import format_count, format_size, shorten_name
@@ -92,7 +92,7 @@ def make_dtypes_section(plan: Plan) -> Section:
     before: dict[str, list[int]] = {}
     for tensor in list_stored_tensors(plan):
         add_to(before, tensor.dtype, 1, tensor.size)
-    after = count_dtypes(plan)
+    after = count_target_dtypes(plan)
     names = sorted({*before, *after}, key=lambda name: -max(before.get(name, [0, 0])[1], after.get(name, [0, 0])[1]))
     rows = [[*before.get(name, [0, 0]), *after.get(name, [0, 0])] for name in names]
     sums = [sum(column) for column in zip(*rows, strict=True)]
