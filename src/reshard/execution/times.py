@@ -43,7 +43,9 @@ class ThreadSeconds(NamedTuple):
 
 
 class ActivityClock:
-    """Measures the seconds of each of some activities, which take turns: one is on at any moment, 150 ns a turn."""
+    """Measures the seconds of each of some activities, which take turns: one is on at any moment. A turn takes less
+    than a microsecond.
+    """
 
     def __init__(self, activities: int, first: int) -> None:
         """Begins with the activity of the number `first`."""
