@@ -24,7 +24,7 @@ ifeq ($(USABLE),)
 .PHONY: .venv/reshard
 endif
 
-.PHONY: help demo test torture mutations lint fuzz remote cluster vllm browser
+.PHONY: help demo test torture mutations lint fuzz remote cluster browser vllm
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' $(MAKEFILE_LIST)
