@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from targets import CONFIG, leave_unfinished
 
 import reshard
+from reshard.cli.main import main
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_list import read_tensor_list
 from reshard.pages.contents_page import format_contents_page
@@ -131,6 +132,17 @@ def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     page = check_page(format_contents_page(content, ()))
     assert "an unfinished conversion by the recipe deepseek-v3" in page.text
     assert "on the disk: " in page.text
+
+
+def test_slices_that_lack_others_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "source", CONFIG, 2)
+    reshard.convert(tmp_path / "source", tmp_path / "slices", to="dcp", ranks=2)
+    next((tmp_path / "slices").glob("shard-00002-*")).unlink()
+    assert main(["inspect", f"{tmp_path / 'slices'}", "--html", f"{tmp_path / 'page.html'}"]) == 0
+    assert capsys.readouterr().out.endswith(f"page: {tmp_path / 'page.html'}\n")
+    page = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "The tensors are not drawn" in page.text
+    assert "shard-00002-model-00001-of-00001.safetensors: missing file" in page.text
 
 
 @pytest.fixture(scope="module")

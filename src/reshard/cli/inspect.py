@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from reshard.cli.outcome import PROVEN
 from reshard.cli.terminal import print_json
 from reshard.errors import Refused, require_none
 from reshard.formats.remote_names import require_path, restore_address
-from reshard.inspection.contents import inspect_path
+from reshard.inspection.contents import Content, inspect_path
 from reshard.inspection.recipe_fit import check_fit
-from reshard.inspection.tensor_list import read_tensor_list
+from reshard.inspection.tensor_list import ListedTensor, read_tensor_list
 from reshard.pages.contents_page import format_contents_page
 from reshard.pages.page_file import check_page_path, describe_page_file, name_page, write_page
 from reshard.recipes.formulas import describe_unknown_keys
@@ -33,8 +34,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         config=options.config,
     )
     if options.html:
-        tensors = read_tensor_list(require_path(options.path), options.recipe) if content.files else ()
-        write_page(options.html, format_contents_page(content, tensors))
+        write_page(options.html, format_contents_page(content, read_drawn_tensors(content, options)))
     if options.json:
         status = "unfinished" if content.unfinished or not content.files else "finished"
         notes, page = [note._asdict() for note in content.notes], describe_page_file(options.html)
@@ -44,6 +44,16 @@ def run_inspect(options: argparse.Namespace) -> int:
         bars = format_bars(parts) if content.listed is None else ()
         print("\n".join([str(content), *bars, *map(escape, name_page(options.html))]))
     return PROVEN
+
+
+def read_drawn_tensors(content: Content, options: argparse.Namespace) -> Sequence[ListedTensor]:
+    """Reads all tensors, for a page; none where there is no finished file, or where some files are missing, of which
+    the content has the remark.
+    """
+    try:
+        return read_tensor_list(require_path(options.path), options.recipe) if content.files else ()
+    except Refused:
+        return ()
 
 
 def run_recipes(options: argparse.Namespace) -> int:

@@ -41,6 +41,9 @@ def format_contents_page(content: Content, tensors: Sequence[ListedTensor]) -> s
         sections.append(Section("unfinished", "Unfinished", [*lines]))
     if tensors:
         sections += [make_kinds_section(tensors), make_places_section(tensors), make_stored_section(tensors)]
+    elif content.files:
+        lacking = make_paragraph("The tensors are not drawn: some files of the same checkpoint are not there.")
+        sections.append(Section("lacking", "Tensors", [lacking]))
     if content.listed is not None:
         sections.append(make_listed_section(content.listed))
     if content.names:

@@ -150,7 +150,9 @@ def paint_marks(rows: Sequence[tuple[str, Sequence[Run]]], sizes: Sizes) -> Iter
     """Draws the outlines of odd runs, and the letters."""
     odd = [(number, run) for number, (_, runs) in enumerate(rows) for run in runs if run.is_odd]
     if odd:
-        yield make_element("path", class_="odd", d="".join(trace_run(*one, sizes) for one in odd))
+        outlines = "".join(trace_run(*one, sizes) for one in odd)
+        yield make_element("path", class_="halo", d=outlines)
+        yield make_element("path", class_="odd", d=outlines)
     for number, (_, runs) in enumerate(rows):
         y = sizes.top + sizes.height * (number + 0.5) + 4
         for run in runs:

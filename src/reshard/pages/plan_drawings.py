@@ -272,7 +272,7 @@ def make_sources_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
         make_links_table(plan, facts, thing),
         make_details("The source files", make_files_table(plan, facts, numbers, thing)),
     ]
-    return Section("sources", f"Source files to {thing} files", parts)
+    return Section("sources", f"Source files to {'rank' if thing == 'rank' else 'whole'} files", parts)
 
 
 def make_links_table(plan: Plan, facts: PlanFacts, thing: str) -> Markup:
@@ -287,7 +287,7 @@ def make_links_table(plan: Plan, facts: PlanFacts, thing: str) -> Markup:
     sums = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
     rows = [*merge_lines(lines), ["total", "", *(f"{number:,}" for number in sums)]]
     parted = ("copied", *["put together"] * joined, *["computed"] * made)
-    heading = (f"{thing} file", "source files", *parted, "header", "bytes of the file")
+    heading = ("file", "source files", *parted, "header", "bytes of the file")
     return make_table(Table("Source files that each file is made of", heading, rows, (1,), has_total=True))
 
 
@@ -309,6 +309,6 @@ def make_files_table(plan: Plan, facts: PlanFacts, numbers: Sequence[int], thing
         lines.append(Line(f"{place + 1}: {shorten_name(file.name)}", words, [file.size, sum(row)]))
     rows = merge_lines(lines)
     total = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
-    heading = ("source file", f"for the {thing}s", "bytes", f"bytes of the {thing} files from there")
+    heading = ("source file", f"for the {thing}s", "bytes", "bytes to be written from there")
     rows.append(["total", "", *(f"{number:,}" for number in total)])
     return make_table(Table("Source files and where their bytes go", heading, rows, (1,), has_total=True))
