@@ -54,13 +54,13 @@ def run_diff(options: argparse.Namespace) -> int:
             write_page(options.html, format_diff_page(report))
     except Refused:
         if not options.json:
-            print_report(report, options, None)  # it may be the work of hours
+            print_difference(report, options, None)  # it may be the work of hours
         raise
-    print_report(report, options, options.html)
+    print_difference(report, options, options.html)
     return PROVEN if report.is_same else PROBLEMS
 
 
-def print_report(report: DiffReport, options: argparse.Namespace, page: Path | None) -> None:
+def print_difference(report: DiffReport, options: argparse.Namespace, page: Path | None) -> None:
     """Prints a report as text or JSON, and where its page was written."""
     if options.json:
         print_json({**describe_diff_facts(report), **describe_page_file(page)})
