@@ -70,7 +70,7 @@ cluster: .venv/test  ## one conversion by many processes: Ray, 350 MB, installed
 
 browser: .venv/test  ## the pages of --html in Chromium, with axe; playwright is installed into .venv: 140 MB
 	$(BIN)/pip install --quiet 'playwright>=1.49' 'axe-playwright-python>=0.1.4' 'pillow>=11'
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "Chromium is not there: apt-get install chromium" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/pages $(PYTEST_OPTIONS)
 
