@@ -36,6 +36,7 @@ PAGES_THAT_RUN = [
     "docs/subsets.md",
     "docs/two-nodes.md",
     "docs/cluster.md",
+    "docs/pages.md",
 ]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
