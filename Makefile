@@ -77,7 +77,7 @@ cluster: .venv/test  ## one conversion by many processes: Ray, 350 MB, installed
 
 browser: .venv/test  ## the pages of --html in Chromium, with axe; playwright is installed into .venv: 140 MB
 	$(BIN)/pip install --quiet 'playwright>=1.49' 'axe-playwright-python>=0.1.4' 'pillow>=11'
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "Chromium is not there: apt-get install chromium" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/pages $(PYTEST_OPTIONS)
 
@@ -91,9 +91,9 @@ release: .venv/release  ## build a release twice, install and use it on each of 
 
 # In an environment of its own, so that nothing else of .venv gets in. torch by its public version, which other machines
 # have too: a tag such as `+cpu` names a build of one registry.
-lock:  ## write requirements/development.txt: the newest versions of all that tests, linters and `make release` need
+lock:  ## write requirements/development.txt: the newest versions of all that tests, linters, `make docs` and `make release` need
 	folder=$$(mktemp -d) && trap 'rm -r "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" && \
-	"$$folder/bin/pip" install --quiet torch==2.13.0 && "$$folder/bin/pip" install --quiet '.[test,lint,release]' && \
+	"$$folder/bin/pip" install --quiet torch==2.13.0 && "$$folder/bin/pip" install --quiet '.[test,lint,docs,release]' && \
 	{ echo "# Written by \`make lock\`, with $$("$$folder/bin/python" --version); used by \`make release\`, and by pip if told so:"; \
 	echo "# PIP_CONSTRAINT=requirements/development.txt make test"; \
 	"$$folder/bin/pip" freeze --exclude reshard | sed 's/+.*//'; } >"$$folder/lock" && \

@@ -36,6 +36,7 @@ PAGES_THAT_RUN = [
     "docs/subsets.md",
     "docs/two-nodes.md",
     "docs/cluster.md",
+    "docs/pages.md",
     *(f"docs/tasks/{page.name}" for page in sorted((ROOT / "docs" / "tasks").glob("*.md")) if page.name != "README.md"),
 ]
 BLOCK = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 from repository import ROOT
 
+import reshard
+
 for package in ("sphinx", "myst_parser", "furo"):
     pytest.importorskip(package, reason="the site needs `make .venv/docs`")
 
@@ -18,6 +20,7 @@ PARTS = (
     "README.zh-CN.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     "LICENSE",
     "docs",
     "examples",
@@ -89,7 +92,7 @@ def test_no_page_asks_another_server(site: Site) -> None:
 
 def test_the_api_has_every_public_function_with_its_arguments(site: Site) -> None:
     text = (site.folder / "docs" / "api.html").read_text(encoding="utf-8")
-    for name in ("convert", "diff", "inspect", "load", "open", "plan", "repair", "verify", "Problem", "Refused"):
+    for name in reshard.__all__:
         assert f'id="reshard.{name}"' in text, name
     assert "<strong>max_file_size</strong>" in text  # of convert, in its list of arguments
     assert 'id="reshard.verification.report.Report.is_proven"' in text

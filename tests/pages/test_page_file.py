@@ -137,3 +137,15 @@ def test_a_finished_target_has_a_page_too(small: Path, tmp_path: Path, capsys: p
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"page: {tmp_path / 'page.html'}"
     assert "all are finished" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_difference_is_told_though_its_page_cannot_be_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(os, "fsync", lambda _: page.write_text("mine", encoding="utf-8"))
+    assert main(["diff", f"{small}", f"{small}", "--html", f"{page}"]) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("same: ")
+    assert "page:" not in told.out
+    assert "no page of reshard" in told.err

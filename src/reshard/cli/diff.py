@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from reshard import api
@@ -11,7 +12,7 @@ from reshard.cli.outcome import PROBLEMS, PROVEN
 from reshard.cli.painting import GREEN, RED, paint
 from reshard.cli.progress import show_progress
 from reshard.cli.terminal import print_json
-from reshard.errors import require_none
+from reshard.errors import Refused, require_none
 from reshard.inspection.diff_groups import GroupDifference
 from reshard.inspection.diff_report import DiffReport, ValueDifference, describe_verdict, format_share
 from reshard.inspection.value_sums import OverallDistance, Unusual
@@ -48,15 +49,25 @@ def run_diff(options: argparse.Namespace) -> int:
             on=options.on,
             progress=progress,
         )
-    if options.html:
-        write_page(options.html, format_diff_page(report))
+    try:
+        if options.html:
+            write_page(options.html, format_diff_page(report))
+    except Refused:
+        if not options.json:
+            print_difference(report, options, None)  # it may be the work of hours
+        raise
+    print_difference(report, options, options.html)
+    return PROVEN if report.is_same else PROBLEMS
+
+
+def print_difference(report: DiffReport, options: argparse.Namespace, page: Path | None) -> None:
+    """Prints a report as text or JSON, and where its page was written."""
     if options.json:
-        print_json({**describe_diff_facts(report), **describe_page_file(options.html)})
+        print_json({**describe_diff_facts(report), **describe_page_file(page)})
     elif not (options.quiet and report.is_same):
         lines = [describe_verdict(report)] if options.quiet else describe_diff(report, options.show)
-        text = "\n".join(map(escape, [*lines, *name_page(options.html)]))
+        text = "\n".join(map(escape, [*lines, *name_page(page)]))
         print(paint(text, GREEN if report.is_same else RED, sys.stdout))
-    return PROVEN if report.is_same else PROBLEMS
 
 
 def describe_diff_facts(report: DiffReport) -> dict[str, Any]:

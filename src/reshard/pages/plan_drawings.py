@@ -269,13 +269,13 @@ def make_sources_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
         ),
         make_size_legend(largest),
         paint_heat_map(drawn),
-        make_links_table(plan, facts, thing),
+        make_links_table(plan, facts),
         make_details("The source files", make_files_table(plan, facts, numbers, thing)),
     ]
     return Section("sources", f"Source files to {'rank' if thing == 'rank' else 'whole'} files", parts)
 
 
-def make_links_table(plan: Plan, facts: PlanFacts, thing: str) -> Markup:
+def make_links_table(plan: Plan, facts: PlanFacts) -> Markup:
     """Makes the table of the target files: which source files each reads, and how many bytes."""
     made, joined = bool(facts.made.any()), bool(facts.joined.any())
     lines = []

@@ -142,12 +142,13 @@ def measure_links(plan: Plan) -> Integers:
     proportion to their sizes; of equal replicas, from the first.
     """
     files, copies = len(plan.source.files), plan.copies
-    pairs, where = np.unique(np.stack([copies.source_file, copies.target_file]), axis=1, return_inverse=True)
-    sizes = np.zeros(pairs.shape[1], np.int64)
+    pairs, where = np.unique(copies.source_file * len(plan.files) + copies.target_file, return_inverse=True)
+    sizes = np.zeros(len(pairs), np.int64)
     np.add.at(sizes, where.reshape(-1), copies.sizes)
     links = np.zeros((files, len(plan.files)), np.int64)
     origins: dict[int, Sizes] = {}
-    for (source, target), size in zip(pairs.T.tolist(), sizes.tolist(), strict=True):
+    for pair, size in zip(pairs.tolist(), sizes.tolist(), strict=True):
+        source, target = divmod(pair, len(plan.files))
         for file, share in split_size(size, trace_file(plan, source, origins)):
             links[file, target] += share
     return links
@@ -196,11 +197,12 @@ def find_replications(plan: Plan) -> tuple[list[Replication], Integers]:
     is_first = np.any(np.diff(columns[:, order], axis=1, prepend=-1) != 0, axis=0)
     firsts, times = order[is_first], np.diff(np.flatnonzero(is_first), append=len(order))
     several = order[np.repeat(times, times) > 1]
-    modules = name_modules(plan, firsts)
+    firsts, times = firsts[times > 1], times[times > 1]
     found: dict[str, list[tuple[str, int, int]]] = {}
-    for (module, name), first, count in zip(modules, firsts.tolist(), times.tolist(), strict=True):
-        if count > 1:
-            found.setdefault(module, []).append((name, count, int(copies.sizes[first])))
+    for (module, name), count, size in zip(
+        name_modules(plan, firsts), times.tolist(), copies.sizes[firsts].tolist(), strict=True
+    ):
+        found.setdefault(module, []).append((name, count, size))
     replications = [
         Replication(
             module,
