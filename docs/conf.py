@@ -84,9 +84,15 @@ def hide_arguments(_app: Sphinx, what: str, *_: Any) -> tuple[str, str] | None:
     return ("", "") if what in {"class", "exception"} else None
 
 
+def set_language(_app: Sphinx, page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Names the language of a page, for browsers and screen readers."""
+    context["language"] = "zh-CN" if "zh-CN" in page else "en"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers what is done to pages and docstrings."""
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-docstring", read_markdown, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", hide_arguments)
+    app.connect("html-page-context", set_language)
     return {"parallel_read_safe": True}
