@@ -28,7 +28,7 @@ BOTH_WAYS = {DOCS / "README.md": INDEX, **PAIRS}
 BOTH_WAYS |= {chinese: english for english, chinese in BOTH_WAYS.items()}
 CHINESE_PAGES = [ROOT / "README.zh-CN.md", INDEX, *sorted((CHINESE / "tasks").glob("*.md"))]
 LANGUAGE_LINE = re.compile(r"^\[(?:中文|English)\]\(.*$", re.MULTILINE)
-COMMENT = re.compile(r"\s+# .*$", re.MULTILINE)
+COMMENT = re.compile(r"(?:^|[ \t]{2,})# .*$", re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)]*)\)")
 NUMBER = re.compile(r"(?<![A-Za-z0-9.-])\d+(?:[.,]\d+)*")
@@ -203,3 +203,13 @@ def test_one_word_is_used_for_one_thing() -> None:
     assert len(others) > 20
     pages = {page: page.read_text(encoding="utf-8") for page in CHINESE_PAGES} | {INDEX: text}
     assert [(page.name, word) for page, written in pages.items() for word in sorted(others) if word in written] == []
+
+
+def test_the_chinese_index_leads_to_every_page_for_users() -> None:
+    part = (DOCS / "README.md").read_text(encoding="utf-8").partition("\n## Using it\n")[2].partition("\n## ")[0]
+    pages = {(DOCS / link).resolve() for _, link in LINK.findall(part) if ":" not in link}
+    assert len(pages) > 10
+    found = {
+        (CHINESE / link.partition("#")[0]).resolve() for _, link in LINK.findall(INDEX.read_text(encoding="utf-8"))
+    }
+    assert pages - found == {DOCS / "families" / name for name in ("vllm.md", "transformers.md")}, "named in one row"
