@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from safetensors.numpy import save_file
 
 import reshard
@@ -301,3 +302,21 @@ def test_the_name_of_a_file_stays_escaped_beside_its_bar(tmp_path: Path) -> None
     text = look("inspect", tmp_path, COLUMNS="80")
     assert "\nev\\x1b[35mil  9 bytes" in text
     assert "\x1b[35m" not in text.replace("\x1b[35m░", "")
+
+
+def test_names_in_wide_letters_leave_their_bars_on_the_line(tmp_path: Path) -> None:
+    for name, size in (("权重文件第一部分", 900), ("e\u0301tude", 1000)):
+        save_file({f"w{size}": np.zeros(size, np.int8)}, tmp_path / f"{name}.safetensors")
+    text = look("inspect", tmp_path, COLUMNS="60", NO_COLOR="1").partition("tensors by file")[2]
+    rows = [line for line in text.splitlines() if "█" in line]
+    assert len(rows) == 2
+    assert [cell_len(line.partition("█")[0]) for line in rows] == [cell_len(rows[0].partition("█")[0])] * 2
+    assert max(map(cell_len, rows)) <= 60
+
+
+def test_the_narrowest_terminal_has_no_line_that_is_longer(tmp_path: Path) -> None:
+    for number, size in enumerate((1000, 1000, 1100, 1000, 700)):
+        save_file({f"w{number}": np.zeros(size, np.int8)}, tmp_path / f"f{number}.safetensors")
+    text = look("inspect", tmp_path, COLUMNS="40", NO_COLOR="1").partition("tensors by dtype")[2]
+    assert "+10%" in text
+    assert max(map(cell_len, text.splitlines())) <= 40

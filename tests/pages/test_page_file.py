@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
         (tmp_path / "link.html", "not-a-page"),
         (tmp_path, "cannot-write"),
         (tmp_path / "nowhere" / "page.html", "cannot-write"),
+        (tmp_path / ("x" * 252 + ".html"), "cannot-write"),
+        ("/proc/page.html", "cannot-write"),
+        ("-", "cannot-write"),
         ("s3://bucket/page.html", "cannot-write"),
         (small / "page.html", "target-inside-source"),
         (small / "model-00001-of-00002.safetensors", "target-inside-source"),
@@ -104,6 +108,28 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         write_page(page, MARK + "second")
     assert page.read_text(encoding="utf-8") == MARK + "first"
     assert [*tmp_path.iterdir()] == [page]
+
+
+def test_a_page_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    page, link = tmp_path / "elsewhere" / "page.html", tmp_path / "link.html"
+    write_page(page, MARK + "first")
+    link.symlink_to(page)
+    write_page(link, MARK + "second")
+    assert link.is_symlink()
+    assert page.read_text(encoding="utf-8") == MARK + "second"
+    assert [*page.parent.iterdir()] == [page]
+
+
+def test_the_file_of_another_run_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of several machines may have the same number: the name is random, and was there here all the same."""
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    theirs = tmp_path / f".reshard-page-{'0' * 16}.partial"
+    theirs.write_text("theirs", encoding="utf-8")
+    with pytest.raises(Refused, match="exists"):
+        write_page(tmp_path / "page.html", MARK)
+    assert [*tmp_path.iterdir()] == [theirs]
+    assert theirs.read_text(encoding="utf-8") == "theirs"
 
 
 def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

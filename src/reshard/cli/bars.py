@@ -2,8 +2,9 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
+from unicodedata import combining, east_asian_width
 
 from reshard.cli.painting import has_screen, paint_part
 from reshard.formats.huggingface import SUFFIX
@@ -43,14 +44,17 @@ class FileParts(NamedTuple):
         return sum(self.parts.values())
 
 
-def format_bars(files: Sequence[FileParts]) -> list[str]:
+def format_bars(parts: Iterable[FileParts]) -> list[str]:
     """Formats the dtypes of all files, and the files, after an empty line. Nothing where standard output is no terminal
-    that can show them: a pipe or a file gets no line more.
+    that can show them: a pipe or a file gets no line more, and `parts` is not measured for it.
     """
     width, sizes = measure_terminal(), Counter[str]()
+    if width < NARROWEST or not has_screen(sys.stdout):
+        return []
+    files = list(parts)
     for file in files:
         sizes.update(file.parts)
-    if width < NARROWEST or not has_screen(sys.stdout) or not sizes.total():
+    if not sizes.total():
         return []
     dtypes = [dtype for dtype, _ in sizes.most_common()]
     glyphs = choose_glyphs(sys.stdout)
@@ -84,7 +88,7 @@ def format_file_bars(files: Sequence[FileParts], marks: Mapping[str, str], width
     groups = group_files(files) if len(files) > MOST_FILES else files
     shown = choose_shown(groups, middle)
     largest = max(file.size for file in files)
-    yield "tensors by file" + (" (+N%, -N%: against their median):" if uneven else ":")
+    yield "tensors by file" + (" (+N%: over the median):" if uneven else ":")
     rows = []
     for file in shown:
         more = f"{(file.size - middle) / middle:+.0%}" if is_uneven(file, middle) else ""
@@ -129,17 +133,22 @@ def format_bar_rows(
     """Formats rows, each with its bar at the end, so that who has them read aloud hears the numbers first. `bars` has
     the bytes of each dtype, and the bytes of a whole bar.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(measure_columns, column)) for column in zip(*rows, strict=True)]
     is_wide = width - sum(widths) - 2 * len(widths) >= SHORTEST_BAR
     left = width - sum(widths) - 2 * len(widths) if is_wide else width - sum(widths[1:]) - 2 * len(widths)
     for (label, *cells), (parts, whole) in zip(rows, bars, strict=True):
         numbers = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths[1:], strict=True))
         bar = format_bar(parts, whole, marks, min(left, WIDEST_BAR))
         if is_wide:
-            yield f"{label.ljust(widths[0])}  {numbers}  {bar}".rstrip()
+            yield f"{label}{' ' * (widths[0] - measure_columns(label))}  {numbers}  {bar}".rstrip()
         else:
             yield label
             yield f"  {numbers}  {bar}".rstrip()
+
+
+def measure_columns(text: str) -> int:
+    """Measures the columns of a text on a terminal: a Chinese character has two, an accent by itself none."""
+    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def format_bar(parts: Mapping[str, int], whole: int, marks: Mapping[str, str], width: int) -> str:

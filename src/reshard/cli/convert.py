@@ -211,7 +211,7 @@ def print_plan(plan: Plan, place: TargetPlace | None, html: Path | None, *, as_j
 
 def format_plan(plan: Plan, estimate: Estimate | None = None, upload: UploadPlan | None = None) -> str:
     """Formats a plan for people: its tables and notes, on a terminal also bars."""
-    files = [FileParts(make_label(file.name), plan.measure_dtypes(place)) for place, file in enumerate(plan.files)]
+    files = (FileParts(make_label(file.name), plan.measure_dtypes(place)) for place, file in enumerate(plan.files))
     work = map(escape, describe_work(plan, estimate, upload))
     told = *describe_coverage(plan), *describe_notes(plan.notes), *explain_no_run_config(plan), *describe_lost(plan)
     return "\n".join([*work, *format_bars(files), *map(escape, told)])

@@ -1,9 +1,11 @@
 """The file of a page: refused before the work begins where it cannot be written, and written whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from reshard.errors import Problem, refuse, require_none
 from reshard.formats.remote_names import is_address
@@ -26,7 +28,9 @@ def check_page_path(path: Path, checkpoints: Iterable[Path | None]) -> Iterator[
             found, expected = f"it would lie in {one}", "a file outside of the checkpoints"
             yield Problem("target-inside-source", subject, found, expected, "another file")
             return
-    if not is_visible_folder(folder):
+    if str(path) == "-":
+        yield Problem("cannot-write", subject, "no name", "the name of a file", f"{OPTION} page.html")
+    elif not is_visible_folder(folder):
         yield Problem(
             "cannot-write", subject, f"no folder {folder}", "a file in a folder that is there", "make the folder"
         )
@@ -35,16 +39,26 @@ def check_page_path(path: Path, checkpoints: Iterable[Path | None]) -> Iterator[
     elif os.path.lexists(path) and not is_page(path):
         found, expected = "a file that is no page of reshard", "a new file, or a page to be replaced"
         yield Problem("not-a-page", subject, found, expected, "another file")
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        yield Problem(
-            "no-permission", subject, f"no files can be made in {folder}", "to write the page", "another file"
-        )
+    else:
+        yield from try_to_write(path)
+
+
+def try_to_write(path: Path) -> Iterator[Problem]:
+    """Reports what the system says to the name of a page, and to a file without a name in its folder."""
+    subject, expected = f"{OPTION} {path}", "to write the page"
+    try:
+        with TemporaryFile(dir=path.parent), suppress(FileNotFoundError):
+            path.lstat()
+    except PermissionError:
+        yield Problem("no-permission", subject, f"no files can be made in {path.parent}", expected, "another file")
+    except OSError as error:
+        yield Problem("cannot-write", subject, error.strerror or str(error), expected, "another file")
 
 
 def is_inside(path: Path, checkpoint: Path) -> bool:
-    """Whether a file lies in a folder, whatever links lead there; or is the checkpoint itself."""
-    real, folder = Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(checkpoint))
-    return folder in (real, *real.parents)
+    """Whether a file, or what it is a link to, lies in a folder, whatever links lead there; or is the checkpoint."""
+    named, real = Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))
+    return Path(os.path.realpath(checkpoint)) in (named, *named.parents, real, *real.parents)
 
 
 def is_visible_folder(path: Path) -> bool:
@@ -67,23 +81,25 @@ def is_page(path: Path) -> bool:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a page under another name, and renames it when it is whole. Raises Refused if the system does not let it,
-    or if another file has come to stand there meanwhile.
+    """Writes a page under another name, and renames it when it is whole; through a link, to where it leads. Raises
+    Refused if the system does not let it, or if another file has come to stand there meanwhile.
     """
-    partial = path.with_name(f".reshard-page-{os.getpid()}.partial")
+    real = Path(os.path.realpath(path))
+    partial = real.with_name(f".reshard-page-{secrets.token_hex(8)}.partial")
     try:
         with partial.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        require_none(check_page_path(path, ()))
-        partial.replace(path)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                require_none(check_page_path(path, ()))
+                partial.replace(real)
+            except BaseException:
+                partial.unlink()
+                raise
     except OSError as error:
         found = error.strerror or str(error)
         raise refuse("cannot-write", f"{OPTION} {path}", found, "to write the page", "another file") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def describe_page_file(path: Path | None) -> dict[str, str]:
