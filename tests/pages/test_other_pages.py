@@ -125,6 +125,19 @@ def test_a_layer_that_differs_is_outlined_and_named(tmp_path: Path) -> None:
     assert "up_proj.weight, layer 10: 144 bytes, where 128 are usual" in [one.text for one in page.find_all("li")]
 
 
+def test_layers_without_a_usual_size_are_all_named(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{layer}.up_proj.weight": torch.zeros(4, 8 + layer % 2) for layer in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    page = parse_page(read_contents(tmp_path))
+    assert not [one for one in page.find_all("path") if one.attributes.get("class") == "odd"]
+    assert "outlined" not in page.find_all("main")[0].text
+    named = [one.text for one in page.find_all("li") if "no size is usual" in one.text]
+    assert named == [
+        "up_proj.weight, layers 0, 2: 128 bytes, no size is usual",
+        "up_proj.weight, layers 1, 3: 144 bytes, no size is usual",
+    ]
+
+
 def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", CONFIG, 2)
     leave_unfinished(Job(tmp_path / "source", 2), tmp_path / "target")

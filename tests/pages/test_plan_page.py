@@ -17,6 +17,7 @@ from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
+from reshard.pages.columns import Line, merge_lines
 from reshard.pages.plan_page import format_plan_page
 
 V3_MOST = 300_000
@@ -39,9 +40,14 @@ def sum_by_layer(files: list[Path]) -> dict[str, Counter[int]]:
 
 
 def expand_rows(name: str) -> list[str]:
-    """`layers.3 to layers.5, each` -> the three names."""
-    found = re.fullmatch(r"(.*\.)(\d+) to \1(\d+), each", name)
-    return [name] if not found else [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
+    """`layers.3 to layers.5, 3 rows, each` -> the three names."""
+    found = re.fullmatch(r"(.*\.)(\d+) to \1(\d+), (\d+) rows, each", name)
+    if not found:
+        assert ", each" not in name
+        return [name]
+    names = [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
+    assert len(names) == int(found[4])
+    return names
 
 
 def read_layers(page: Element, thing: str = "rank") -> dict[str, dict[int, int]]:
@@ -173,6 +179,35 @@ def test_a_cell_that_differs_is_outlined_and_named(tmp_path: Path) -> None:
     assert len(named) >= 1
     assert all("rank 3: " in words for words in named)
     assert "No cell stands out" in page_of(tmp_path / "model", mp=2).text
+
+
+def test_without_a_usual_size_all_sizes_are_listed(tmp_path: Path) -> None:
+    """Of two ranks, one has less of each layer: half of the cells each."""
+    write_model(tmp_path / "model", "llama", num_hidden_layers=3, intermediate_size=91)
+    layers = page_of(tmp_path / "model", to="dcp", ranks=2).find_all("section")[1]
+    assert "No cell stands out" not in layers.text
+    assert not [one for one in layers.find_all("path") if one.attributes.get("class") == "odd"]
+    (named,) = [one.text for one in layers.find_all("li") if "rank 0: " in one.text]
+    found = re.fullmatch(
+        r"model\.layers\.0 to model\.layers\.2, 3 rows, each, rank 0: ([\d,]+) bytes; rank 1: ([\d,]+) bytes", named
+    )
+    assert found
+    assert read_number(found[1]) > read_number(found[2])
+
+
+def test_rows_merge_only_where_their_numbers_follow() -> None:
+    labels = ["a.w", "b.w", "l.1", "l.2", "l.4", "rank 7", "rank 8", "9: m-9-of-12", "10: m-10-of-12", "11: m-12-of-12"]
+    rows = merge_lines([Line(label, "", (1,)) for label in labels])
+    assert [row[0] for row in rows] == [
+        "a.w",
+        "b.w",
+        "l.1 to l.2, 2 rows, each",
+        "l.4",
+        "rank 7 to rank 8, 2 rows, each",
+        "9: m-9-of-12 to 10: m-10-of-12, 2 rows, each",
+        "11: m-12-of-12",
+    ]
+    assert len(merge_lines([Line("l.1", "", (1,)), Line("l.2", "", (2,))])) == 2
 
 
 def test_layers_come_by_number(tmp_path: Path) -> None:

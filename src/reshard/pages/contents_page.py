@@ -163,7 +163,8 @@ def paint_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Ma
     yield paint_heat_map(HeatMap(name, title, text, rows, drawn, "layer" if kind else ""))
     odd = [words for module in modules for words in describe_odd_layers(module, table[module], usual[module])]
     if odd:
-        yield make_legend([("s0 outlined", "", "outlined: differs from most layers")])
+        if any(run.is_odd for _, runs in rows for run in runs):
+            yield make_legend([("s0 outlined", "", "outlined: differs from most layers")])
         yield make_list(
             [*odd[:MOST_ODD_SHOWN], *[f"and {len(odd) - MOST_ODD_SHOWN:,} more"] * (len(odd) > MOST_ODD_SHOWN)]
         )
@@ -190,14 +191,15 @@ def make_size_cell(size: int | None, usual: int | None, largest: int) -> tuple[i
 
 
 def describe_odd_layers(module: str, cells: Mapping[str, int], usual: int | None) -> Iterator[str]:
-    """Describes the layers in which a module has another size than in most."""
+    """Describes the layers in which a module has another size than in most; all, where no size is that of most."""
     sizes: dict[int, list[int]] = {}
     for number, size in cells.items():
-        if usual not in (None, size) and number:
+        if size != usual and number:
             sizes.setdefault(size, []).append(int(number))
     for size, layers in sizes.items():
         where = f"layer{'s' * (len(layers) > 1)} {name_numbers(layers)}"
-        yield f"{shorten_name(module)}, {where}: {size:,} bytes, where {usual:,} are usual"
+        apart = "no size is usual" if usual is None else f"where {usual:,} are usual"
+        yield f"{shorten_name(module)}, {where}: {size:,} bytes, {apart}"
 
 
 def name_layers(cells: Mapping[str, int]) -> str:

@@ -12,7 +12,10 @@ from reshard.pages.columns import (
     describe_cells,
     group_columns,
     group_equal,
+    group_lines,
+    is_next_label,
     merge_lines,
+    name_group,
     name_numbers,
 )
 from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
@@ -115,12 +118,15 @@ class Odd(NamedTuple):
     """In bytes."""
 
 
-def find_odd_cells(facts: PlanFacts) -> list[Odd]:
-    """Finds the cells that differ from most cells of rows with the same tensors; of rows without a usual size none."""
+def find_odd_cells(facts: PlanFacts) -> tuple[list[Odd], list[int]]:
+    """Finds the cells that differ from most cells of rows with the same tensors; and the rows of which no size is that
+    of most.
+    """
     groups: dict[frozenset[str], list[int]] = {}
     for row, kind in enumerate(facts.kinds):
         groups.setdefault(kind, []).append(row)
-    found = []
+    found: list[Odd] = []
+    unsettled: list[int] = []
     for rows in groups.values():
         cells = facts.cells[rows]
         usual, count = Counter(cells.reshape(-1).tolist()).most_common(1)[0]
@@ -128,13 +134,15 @@ def find_odd_cells(facts: PlanFacts) -> list[Odd]:
             for row in rows:
                 runs = group_equal(facts.cells[row].tolist())
                 found += [Odd(row, files, size, usual) for size, files in runs if size != usual]
-    return sorted(found, key=lambda odd: odd.row)
+        else:
+            unsettled += rows
+    return sorted(found, key=lambda odd: odd.row), sorted(unsettled)
 
 
 def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     """Makes the section of the layers by rank."""
     numbers = number_files(plan)
-    odd = find_odd_cells(facts) if has_rank_files(plan) else []
+    odd, unsettled = find_odd_cells(facts) if has_rank_files(plan) else ([], [])
     columns, largest = group_columns(numbers), int(facts.cells.max(initial=0))
     rows = [
         (shorten_name(name), merge_rank_cells(facts, row, columns, numbers, thing, odd, largest))
@@ -155,7 +163,7 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
         else NOTHING_HERE,
         make_size_legend(largest),
         paint_heat_map(drawn),
-        *make_odd_list(odd, facts, numbers, thing, is_ranked=has_rank_files(plan)),
+        *(list_odd_cells(odd, unsettled, facts, numbers) if has_rank_files(plan) else ()),
         make_details("The numbers of each layer", make_layers_table(facts, numbers, thing)),
     ]
     return Section("layers", f"Layers by {thing}", parts)
@@ -182,27 +190,43 @@ def merge_rank_cells(
     return found
 
 
-def make_odd_list(
-    odd: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int], thing: str, *, is_ranked: bool
+def list_odd_cells(
+    odd: Sequence[Odd], unsettled: Sequence[int], facts: PlanFacts, numbers: Sequence[int]
 ) -> Iterator[Markup]:
-    """Lists the cells that stand out, in words."""
-    if not is_ranked:
-        return
-    if not odd:
+    """Lists the cells of ranks that stand out, in words, and the rows without a usual size."""
+    if odd:
+        items = [describe_odd(group, facts, numbers, "rank") for group in merge_odd(odd, facts)]
+        yield make_element("h3", "Cells that stand out")
+        yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
+        yield make_list(cut_items(items))
+    if unsettled:
+        lines = [
+            Line(shorten_name(facts.rows[row]), describe_cells(facts.cells[row].tolist(), numbers, "rank", 6), ())
+            for row in unsettled
+        ]
+        yield make_element("h3", "No usual size")
+        yield make_paragraph("Of layers of the same tensors, no size is that of more than half of the cells.")
+        yield make_list(cut_items([f"{name_group(group)}, {group[0].words}" for group in group_lines(lines)]))
+    if not odd and not unsettled:
         yield make_paragraph("No cell stands out: layers of the same tensors have the same bytes in every rank.")
-        return
-    items = [describe_odd(group, facts, numbers, thing) for group in merge_odd(odd)]
-    more = [f"and {len(items) - MOST_LISTED:,} more"] if len(items) > MOST_LISTED else []
-    yield make_element("h3", "Cells that stand out")
-    yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
-    yield make_list([*items[:MOST_LISTED], *more])
 
 
-def merge_odd(odd: Sequence[Odd]) -> list[list[Odd]]:
-    """Merges what differs alike in rows that follow each other."""
+def cut_items(items: Sequence[str]) -> list[str]:
+    """Cuts a list behind MOST_LISTED items, and counts the others."""
+    return [*items[:MOST_LISTED], *[f"and {len(items) - MOST_LISTED:,} more"] * (len(items) > MOST_LISTED)]
+
+
+def merge_odd(odd: Sequence[Odd], facts: PlanFacts) -> list[list[Odd]]:
+    """Merges what differs alike in layers that follow each other."""
     groups: list[list[Odd]] = []
     for one in sorted(odd, key=lambda one: (*one[1:], one.row)):
-        if groups and groups[-1][-1] == one._replace(row=one.row - 1):
+        before = groups[-1][-1] if groups else None
+        if (
+            before
+            and before[1:] == one[1:]
+            and one.row == before.row + 1
+            and is_next_label(facts.rows[before.row], facts.rows[one.row])
+        ):
             groups[-1].append(one)
         else:
             groups.append([one])
