@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from targets import CONFIG, leave_unfinished
 
 import reshard
+from reshard.cli.inspect import read_drawn_tensors
 from reshard.cli.main import main
+from reshard.errors import Refused
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_list import read_tensor_list
 from reshard.pages.contents_page import format_contents_page
@@ -145,6 +148,48 @@ def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     page = check_page(format_contents_page(content, ()))
     assert "an unfinished conversion by the recipe deepseek-v3" in page.text
     assert "on the disk: " in page.text
+
+
+def test_slices_are_the_files_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", CONFIG, 2)
+    reshard.convert(tmp_path / "source", tmp_path / "slices", to="dcp", ranks=3)
+    page = check_page(read_contents(tmp_path / "slices"))
+    rows = read_tables(page)["Bytes of each file"][1:]
+    names, sizes = [], []
+    for place, path in enumerate(sorted((tmp_path / "slices").glob("*.safetensors")), 1):
+        with path.open("rb") as file:
+            sizes.append(path.stat().st_size - 8 - int.from_bytes(file.read(8), "little"))
+        names.append(f"{place}: {path.name}")
+    assert sizes[0] == sizes[1] > sizes[2]
+    assert rows == [
+        [f"{names[0]} to {names[1]}, 2 rows, each", f"{sizes[0]:,}"],
+        [names[2], f"{sizes[2]:,}"],
+        ["total", f"{sum(sizes):,}"],
+    ]
+    assert "3 files; " in page.find_all("section")[-1].text
+
+
+def test_a_file_that_is_left_aside_is_not_drawn(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", CONFIG, 1)
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    path.rename(path.with_name("model.safetensors"))
+    (tmp_path / "model" / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file({"other.weight": torch.ones(3)}, tmp_path / "model" / "other.safetensors")
+    content = reshard.inspect(tmp_path / "model", ignore_extra_files=True)
+    assert len(content.by_file) == 1
+    page = check_page(format_contents_page(content, read_tensor_list(tmp_path / "model", None)))
+    assert read_number(read_tables(page)["Tensors and bytes by dtype"][-1][2]) == content.size
+
+
+def test_a_file_damaged_meanwhile_is_refused(tmp_path: Path) -> None:
+    """It is read a second time, for the page: what is wrong then is told, and no page of half of it written."""
+    write_checkpoint(tmp_path / "source", CONFIG, 2)
+    options = Namespace(path=tmp_path / "source", recipe=None)
+    content = reshard.inspect(tmp_path / "source")
+    next((tmp_path / "source").glob("model-00002-*")).write_bytes(b"\x08" + b"\0" * 3)
+    with pytest.raises(Refused) as refused:
+        read_drawn_tensors(content, options)
+    assert {problem.kind for problem in refused.value.problems} == {"truncated-file"}
 
 
 def test_slices_that_lack_others_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
