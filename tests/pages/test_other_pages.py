@@ -272,6 +272,18 @@ def test_a_difference_without_one_says_so(source: Callable[[str], Path]) -> None
     assert "all are equal" in page.text
 
 
+def test_one_cell_differs(tmp_path: Path) -> None:
+    """Of a difference of one tensor, every sentence is of one."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        tensors = {f"model.layers.0.mlp.experts.{number}.w": torch.ones(2) for number in range(2)}
+        tensors["model.layers.0.mlp.experts.1.w"] *= value
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    words = parse_page(format_diff_page(reshard.diff(tmp_path / "a", tmp_path / "b"))).text
+    assert "1 cell differs, the worst in" in words
+    assert "1 of 2 experts differs, the worst in" in words
+
+
 def test_many_experts_are_drawn_in_few_bytes() -> None:
     empty = DiffReport("a", "b", ("", ""), 0, 0, 0, 0, (), (), (), (), (), ())
     names = [f"model.layers.{layer}.mlp.experts.{expert}.w.weight" for layer in range(61) for expert in range(256)]
@@ -305,16 +317,40 @@ def test_a_plan_of_names_of_strangers_does_nothing(tmp_path: Path) -> None:
     """A recipe of one's own takes names of any kind."""
     name = "</svg><script>alert(1)</script>\u202e"
     save_file({name: torch.ones(4), "model.layers.0.<b>": torch.ones(4)}, tmp_path / "model.safetensors")
-    recipe = tmp_path / "own.toml"
-    recipe.write_text(
-        'name = "own"\nabout = "<i>own</i>"\nleft = "l"\nright = "r"\nfiles = "model{rank}-of-{ranks}.safetensors"\n'
-        'carry = []\nmodel_types = []\narchitectures = []\nplaceholders.i = { counts = "layers" }\nchecked = ""\n'
-        f'rules = [\n["same", {json.dumps(name)}, {json.dumps(name)}, "rows"],\n'
-        '["same", "model.layers.{i}.<b>", "model.layers.{i}.<b>", "replicate"],\n]\n',
-        encoding="utf-8",
+    recipe = write_recipe(
+        tmp_path,
+        f'["same", {json.dumps(name)}, {json.dumps(name)}, "rows"]',
+        '["same", "model.layers.{i}.<b>", "model.layers.{i}.<b>", "replicate"]',
+        placeholders='placeholders.i = { counts = "layers" }\n',
     )
     page = check_page(format_plan_page(reshard.plan(tmp_path, 2, recipe=f"{recipe}")))
     assert "</svg><script>alert(1)</script>\\u202e" in page.text
+
+
+def write_recipe(folder: Path, *rules: str, placeholders: str = "") -> Path:
+    recipe = folder / "own.toml"
+    recipe.write_text(
+        'name = "own"\nabout = "<i>own</i>"\nleft = "l"\nright = "r"\nfiles = "model{rank}-of-{ranks}.safetensors"\n'
+        f'carry = []\nmodel_types = []\narchitectures = []\n{placeholders}checked = ""\n'
+        f"rules = [\n{''.join(f'{rule},{chr(10)}' for rule in rules)}]\n",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def test_what_is_equal_comes_by_name(tmp_path: Path) -> None:
+    """Not in the order of hashes, which is another one in every run."""
+    dtypes = {"F32": torch.float32, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes |= {"I16": torch.int16, "U8": torch.uint8, "I8": torch.int8, "I64": torch.int64, "F64": torch.float64}
+    tensors = {f"t.{name}": torch.zeros(16 // dtype.itemsize, dtype=dtype) for name, dtype in dtypes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    wanted = [*sorted(dtypes), "total"]
+    contents = read_tables(parse_page(read_contents(tmp_path)))
+    assert [row[0] for row in contents["Tensors and bytes by dtype"][1:]] == wanted
+    recipe = write_recipe(tmp_path, *(f'["same", "{name}", "{name}", "replicate"]' for name in tensors))
+    plan = read_tables(parse_page(format_plan_page(reshard.plan(tmp_path, 2, recipe=f"{recipe}"))))
+    assert [row[0] for row in plan["Dtypes before and after"][1:]] == wanted
+    assert sort_rows(["a.1", "a.01", "a.001"]) == sort_rows(["a.001", "a.01", "a.1"])
 
 
 def test_kinds_are_told_by_words() -> None:

@@ -86,7 +86,7 @@ def make_kinds_section(tensors: Sequence[ListedTensor]) -> Section:
         key = find_module_kind(split_name(tensor.name)[0]), tensor.dtype
         counts[key] += 1
         sizes[key] += tensor.size
-    dtypes = sorted({dtype for _, dtype in sizes}, key=lambda name: -sum(sizes[kind, name] for kind in KINDS))
+    dtypes = sorted({dtype for _, dtype in sizes}, key=lambda name: (-sum(sizes[kind, name] for kind in KINDS), name))
     kinds = [kind for kind in KINDS if any(counts[kind, dtype] for dtype in dtypes)]
     total = sum(tensor.size for tensor in tensors)
     rows = []

@@ -93,7 +93,8 @@ def make_dtypes_section(plan: Plan) -> Section:
     for tensor in list_stored_tensors(plan):
         add_to(before, tensor.dtype, 1, tensor.size)
     after = count_target_dtypes(plan)
-    names = sorted({*before, *after}, key=lambda name: -max(before.get(name, [0, 0])[1], after.get(name, [0, 0])[1]))
+    largest = {name: max(table[name][1] for table in (before, after) if name in table) for name in {*before, *after}}
+    names = sorted(largest, key=lambda name: (-largest[name], name))
     rows = [[*before.get(name, [0, 0]), *after.get(name, [0, 0])] for name in names]
     sums = [sum(column) for column in zip(*rows, strict=True)]
     heading = ("dtype", "tensors before", "bytes before", "tensors after", "bytes after")
