@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import write_full
 from packed_llamas import write_packed
+from packed_models import make_packed_model, write_packed_model
 from pages import Element, expand_cells, parse_page, read_drawings, read_facts, read_number, read_tables
 from safetensors import safe_open
 from small_models import write_model
@@ -157,6 +158,20 @@ def test_packed_weights_are_told_as_they_lie(kind: str, tmp_path: Path) -> None:
                 stored[file.get_slice(name).get_dtype()] += file.get_tensor(name).nbytes
     rows = read_tables(parse_page(format_plan_page(plan)))["Dtypes before and after"][1:-1]
     assert {row[0]: read_number(row[2]) for row in rows if row[2] != "0"} == dict(stored)
+
+
+@pytest.mark.parametrize("model", ["kimi-k2-thinking", "kimi-k3"])
+def test_packed_models_are_told_as_they_lie(model: str, tmp_path: Path) -> None:
+    write_packed_model(tmp_path, make_packed_model(model))
+    stored = Counter[str]()
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in (one for one in file.keys() if not one.endswith("weight_shape")):  # noqa: SIM118 - it is no dict
+                stored[file.get_slice(name).get_dtype()] += file.get_tensor(name).nbytes
+    page = page_of(tmp_path, to="hf", cast="bf16")
+    rows = read_tables(page)["Dtypes before and after"][1:-1]
+    assert {row[0]: read_number(row[2]) for row in rows if row[2] != "0"} == dict(stored)
+    assert "shapes of weights, and scales of activations" in page.text
 
 
 def test_rank_files_as_a_source(converted: Callable[[str, int], Path]) -> None:

@@ -12,7 +12,7 @@ from reshard.pages.plan_facts import PlanFacts, collect_facts, count_target_dtyp
 from reshard.planning.plan import Plan, describe_casts, describe_layout, has_rank_files, list_uses, name_target
 from reshard.planning.reads import measure_reads
 from reshard.text import format_count, format_size, shorten_name
-from reshard.types import PACKED, Tensor
+from reshard.types import Tensor
 
 
 def format_plan_page(plan: Plan) -> str:
@@ -102,6 +102,12 @@ def make_dtypes_section(plan: Plan) -> Section:
         [name, *(f"{number:,}" for number in row)] for name, row in zip([*names, "total"], [*rows, sums], strict=True)
     ]
     words = "Before: each tensor of the source once, dropped ones too. After: the tensors of all files to be written."
+    if plan.source.packed:
+        words += (
+            " Of a weight that lies packed, before are its codes, scales and all that the cast reads, each a tensor "
+            "of a file; elsewhere on this page it is one tensor. What the cast does not need is left out: shapes of "
+            "weights, and scales of activations and caches."
+        )
     casts = describe_casts(plan)
     table = make_table(Table("Dtypes before and after", heading, cells, has_total=True))
     return Section("dtypes", "Dtypes before and after", [make_paragraph(words), table, make_list(casts)])
@@ -110,7 +116,10 @@ def make_dtypes_section(plan: Plan) -> Section:
 def list_stored_tensors(plan: Plan) -> Iterator[Tensor]:
     """Lists the tensors of the source as they are stored: of a packed weight its codes, scales and the rest."""
     for tensor in plan.source.tensors.values():
-        yield from plan.source.packed[tensor.file - PACKED].list_inputs() if tensor.file >= PACKED else [tensor]
+        packed = plan.source.find_packed(tensor)
+        inputs = packed.list_inputs() if packed else [tensor]
+        # Files have MXFP4 as U8; its own dtypes tell the casts what to read there.
+        yield from (one._replace(dtype="U8") for one in inputs) if packed and packed.packing == "mxfp4" else inputs
 
 
 def add_to(table: dict[str, list[int]], key: str, *numbers: int) -> None:
