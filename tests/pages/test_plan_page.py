@@ -109,6 +109,23 @@ def test_replicas_are_what_two_files_have_alike(
     assert read_number(table[-1][4]) == sum(equal.values())
 
 
+def sum_links(rows: list[list[str]]) -> Counter[int]:
+    """Bytes by the number of the source file, of the table that has them for each rank."""
+    found = Counter[int]()
+    for name, words, total in rows:
+        several = re.search(r", (\d+) rows, each", name)
+        row = Counter[int]()
+        for part in words.split("; "):
+            numbers, size = part.rsplit(": ", 1)
+            for run in numbers.split(", "):
+                first, _, last = run.partition("-")
+                row.update(dict.fromkeys(range(int(first), int(last or first) + 1), read_number(size)))
+        assert sum(row.values()) == read_number(total)
+        for number, taken in row.items():
+            found[number] += taken * int(several[1] if several else 1)
+    return found
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -136,6 +153,13 @@ def test_every_kind_of_target_adds_up(arguments: dict[str, Any], source: Callabl
     assert sum(map(read_number, made_of[-1][2:-2])) == payload
     assert read_number(made_of[-1][-1]) == plan.size
     sources = tables["Source files and where their bytes go"][-1]
+    wanted: dict[int, int] = {}
+    for name, _, _, size in tables["Source files and where their bytes go"][1:-1]:
+        first, last = re.match(r"(\d+): ", name), re.search(r" to (\d+): ", name)
+        wanted |= dict.fromkeys(range(int(first[1]), int((last or first)[1]) + 1), read_number(size))  # type: ignore[index]
+    assert sum_links(tables[f"Bytes of each {thing} by source file"][1:]) == {
+        number: size for number, size in wanted.items() if size
+    }
     made = {cast.result.name for cast in plan.casts if cast.operation == "fill"}
     constants = sum(one.size for file in range(len(plan.files)) for one in plan.tensors(file) if one.name in made)
     assert read_number(sources[-1]) == payload - constants

@@ -7,8 +7,9 @@ from reshard.formats.manifest import list_subset_lines
 from reshard.pages.legends import format_decimal
 from reshard.pages.markup import Markup, Table, make_list, make_table
 from reshard.pages.page import Page, Section, format_page, make_paragraph
-from reshard.pages.plan_drawings import make_layers_section, make_ranks_section, make_sources_section
+from reshard.pages.plan_drawings import make_layers_section, make_ranks_section
 from reshard.pages.plan_facts import PlanFacts, collect_facts, count_target_dtypes
+from reshard.pages.plan_sources import make_sources_section
 from reshard.planning.plan import Plan, describe_casts, describe_layout, has_rank_files, list_uses, name_target
 from reshard.planning.reads import measure_reads
 from reshard.text import format_count, format_size, shorten_name
