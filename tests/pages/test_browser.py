@@ -181,4 +181,10 @@ def test_a_page_is_printed_whole(browser: Any, written: Path) -> None:
     assert page.evaluate(
         "[...document.querySelectorAll('.scroll')].every(one => getComputedStyle(one).overflowX === 'visible')"
     )
+    seen = "[...document.querySelectorAll('details:not([open]) table')].map(one => one.checkVisibility())"
+    tables = page.evaluate(seen)
+    assert len(tables) >= 4
+    assert all(tables), "tables that nobody has opened are printed too"
+    page.emulate_media(media="screen")
+    assert not any(page.evaluate(seen))
     page.close()

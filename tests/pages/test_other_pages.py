@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from targets import CONFIG, leave_unfinished
 
 import reshard
+from reshard.cli.inspect import read_drawn_tensors
 from reshard.cli.main import main
+from reshard.errors import Refused
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_list import read_tensor_list
 from reshard.pages.contents_page import format_contents_page
@@ -125,6 +128,19 @@ def test_a_layer_that_differs_is_outlined_and_named(tmp_path: Path) -> None:
     assert "up_proj.weight, layer 10: 144 bytes, where 128 are usual" in [one.text for one in page.find_all("li")]
 
 
+def test_layers_without_a_usual_size_are_all_named(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{layer}.up_proj.weight": torch.zeros(4, 8 + layer % 2) for layer in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    page = parse_page(read_contents(tmp_path))
+    assert not [one for one in page.find_all("path") if one.attributes.get("class") == "odd"]
+    assert "outlined" not in page.find_all("main")[0].text
+    named = [one.text for one in page.find_all("li") if "no size is usual" in one.text]
+    assert named == [
+        "up_proj.weight, layers 0, 2: 128 bytes, no size is usual",
+        "up_proj.weight, layers 1, 3: 144 bytes, no size is usual",
+    ]
+
+
 def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", CONFIG, 2)
     leave_unfinished(Job(tmp_path / "source", 2), tmp_path / "target")
@@ -132,6 +148,48 @@ def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     page = check_page(format_contents_page(content, ()))
     assert "an unfinished conversion by the recipe deepseek-v3" in page.text
     assert "on the disk: " in page.text
+
+
+def test_slices_are_the_files_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", CONFIG, 2)
+    reshard.convert(tmp_path / "source", tmp_path / "slices", to="dcp", ranks=3)
+    page = check_page(read_contents(tmp_path / "slices"))
+    rows = read_tables(page)["Bytes of each file"][1:]
+    names, sizes = [], []
+    for place, path in enumerate(sorted((tmp_path / "slices").glob("*.safetensors")), 1):
+        with path.open("rb") as file:
+            sizes.append(path.stat().st_size - 8 - int.from_bytes(file.read(8), "little"))
+        names.append(f"{place}: {path.name}")
+    assert sizes[0] == sizes[1] > sizes[2]
+    assert rows == [
+        [f"{names[0]} to {names[1]}, 2 rows, each", f"{sizes[0]:,}"],
+        [names[2], f"{sizes[2]:,}"],
+        ["total", f"{sum(sizes):,}"],
+    ]
+    assert "3 files; " in page.find_all("section")[-1].text
+
+
+def test_a_file_that_is_left_aside_is_not_drawn(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", CONFIG, 1)
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    path.rename(path.with_name("model.safetensors"))
+    (tmp_path / "model" / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file({"other.weight": torch.ones(3)}, tmp_path / "model" / "other.safetensors")
+    content = reshard.inspect(tmp_path / "model", ignore_extra_files=True)
+    assert len(content.by_file) == 1
+    page = check_page(format_contents_page(content, read_tensor_list(tmp_path / "model", None)))
+    assert read_number(read_tables(page)["Tensors and bytes by dtype"][-1][2]) == content.size
+
+
+def test_a_file_damaged_meanwhile_is_refused(tmp_path: Path) -> None:
+    """It is read a second time, for the page: what is wrong then is told, and no page of half of it written."""
+    write_checkpoint(tmp_path / "source", CONFIG, 2)
+    options = Namespace(path=tmp_path / "source", recipe=None)
+    content = reshard.inspect(tmp_path / "source")
+    next((tmp_path / "source").glob("model-00002-*")).write_bytes(b"\x08" + b"\0" * 3)
+    with pytest.raises(Refused) as refused:
+        read_drawn_tensors(content, options)
+    assert {problem.kind for problem in refused.value.problems} == {"truncated-file"}
 
 
 def test_slices_that_lack_others_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +272,18 @@ def test_a_difference_without_one_says_so(source: Callable[[str], Path]) -> None
     assert "all are equal" in page.text
 
 
+def test_one_cell_differs(tmp_path: Path) -> None:
+    """Of a difference of one tensor, every sentence is of one."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        tensors = {f"model.layers.0.mlp.experts.{number}.w": torch.ones(2) for number in range(2)}
+        tensors["model.layers.0.mlp.experts.1.w"] *= value
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    words = parse_page(format_diff_page(reshard.diff(tmp_path / "a", tmp_path / "b"))).text
+    assert "1 cell differs, the worst in" in words
+    assert "1 of 2 experts differs, the worst in" in words
+
+
 def test_many_experts_are_drawn_in_few_bytes() -> None:
     empty = DiffReport("a", "b", ("", ""), 0, 0, 0, 0, (), (), (), (), (), ())
     names = [f"model.layers.{layer}.mlp.experts.{expert}.w.weight" for layer in range(61) for expert in range(256)]
@@ -247,16 +317,40 @@ def test_a_plan_of_names_of_strangers_does_nothing(tmp_path: Path) -> None:
     """A recipe of one's own takes names of any kind."""
     name = "</svg><script>alert(1)</script>\u202e"
     save_file({name: torch.ones(4), "model.layers.0.<b>": torch.ones(4)}, tmp_path / "model.safetensors")
-    recipe = tmp_path / "own.toml"
-    recipe.write_text(
-        'name = "own"\nabout = "<i>own</i>"\nleft = "l"\nright = "r"\nfiles = "model{rank}-of-{ranks}.safetensors"\n'
-        'carry = []\nmodel_types = []\narchitectures = []\nplaceholders.i = { counts = "layers" }\nchecked = ""\n'
-        f'rules = [\n["same", {json.dumps(name)}, {json.dumps(name)}, "rows"],\n'
-        '["same", "model.layers.{i}.<b>", "model.layers.{i}.<b>", "replicate"],\n]\n',
-        encoding="utf-8",
+    recipe = write_recipe(
+        tmp_path,
+        f'["same", {json.dumps(name)}, {json.dumps(name)}, "rows"]',
+        '["same", "model.layers.{i}.<b>", "model.layers.{i}.<b>", "replicate"]',
+        placeholders='placeholders.i = { counts = "layers" }\n',
     )
     page = check_page(format_plan_page(reshard.plan(tmp_path, 2, recipe=f"{recipe}")))
     assert "</svg><script>alert(1)</script>\\u202e" in page.text
+
+
+def write_recipe(folder: Path, *rules: str, placeholders: str = "") -> Path:
+    recipe = folder / "own.toml"
+    recipe.write_text(
+        'name = "own"\nabout = "<i>own</i>"\nleft = "l"\nright = "r"\nfiles = "model{rank}-of-{ranks}.safetensors"\n'
+        f'carry = []\nmodel_types = []\narchitectures = []\n{placeholders}checked = ""\n'
+        f"rules = [\n{''.join(f'{rule},{chr(10)}' for rule in rules)}]\n",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def test_what_is_equal_comes_by_name(tmp_path: Path) -> None:
+    """Not in the order of hashes, which is another one in every run."""
+    dtypes = {"F32": torch.float32, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes |= {"I16": torch.int16, "U8": torch.uint8, "I8": torch.int8, "I64": torch.int64, "F64": torch.float64}
+    tensors = {f"t.{name}": torch.zeros(16 // dtype.itemsize, dtype=dtype) for name, dtype in dtypes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    wanted = [*sorted(dtypes), "total"]
+    contents = read_tables(parse_page(read_contents(tmp_path)))
+    assert [row[0] for row in contents["Tensors and bytes by dtype"][1:]] == wanted
+    recipe = write_recipe(tmp_path, *(f'["same", "{name}", "{name}", "replicate"]' for name in tensors))
+    plan = read_tables(parse_page(format_plan_page(reshard.plan(tmp_path, 2, recipe=f"{recipe}"))))
+    assert [row[0] for row in plan["Dtypes before and after"][1:]] == wanted
+    assert sort_rows(["a.1", "a.01", "a.001"]) == sort_rows(["a.001", "a.01", "a.1"])
 
 
 def test_kinds_are_told_by_words() -> None:

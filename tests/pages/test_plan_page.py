@@ -11,12 +11,14 @@ import pytest
 import torch
 from families import write_full
 from packed_llamas import write_packed
+from packed_models import make_packed_model, write_packed_model
 from pages import Element, expand_cells, parse_page, read_drawings, read_facts, read_number, read_tables
 from safetensors import safe_open
 from small_models import write_model
 
 import reshard
 from reshard.cli.main import main
+from reshard.pages.columns import Line, merge_lines
 from reshard.pages.plan_page import format_plan_page
 
 V3_MOST = 300_000
@@ -39,9 +41,14 @@ def sum_by_layer(files: list[Path]) -> dict[str, Counter[int]]:
 
 
 def expand_rows(name: str) -> list[str]:
-    """`layers.3 to layers.5, each` -> the three names."""
-    found = re.fullmatch(r"(.*\.)(\d+) to \1(\d+), each", name)
-    return [name] if not found else [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
+    """`layers.3 to layers.5, 3 rows, each` -> the three names."""
+    found = re.fullmatch(r"(.*\.)(\d+) to \1(\d+), (\d+) rows, each", name)
+    if not found:
+        assert ", each" not in name
+        return [name]
+    names = [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
+    assert len(names) == int(found[4])
+    return names
 
 
 def read_layers(page: Element, thing: str = "rank") -> dict[str, dict[int, int]]:
@@ -102,6 +109,23 @@ def test_replicas_are_what_two_files_have_alike(
     assert read_number(table[-1][4]) == sum(equal.values())
 
 
+def sum_links(rows: list[list[str]]) -> Counter[int]:
+    """Bytes by the number of the source file, of the table that has them for each rank."""
+    found = Counter[int]()
+    for name, words, total in rows:
+        several = re.search(r", (\d+) rows, each", name)
+        row = Counter[int]()
+        for part in words.split("; "):
+            numbers, size = part.rsplit(": ", 1)
+            for run in numbers.split(", "):
+                first, _, last = run.partition("-")
+                row.update(dict.fromkeys(range(int(first), int(last or first) + 1), read_number(size)))
+        assert sum(row.values()) == read_number(total)
+        for number, taken in row.items():
+            found[number] += taken * int(several[1] if several else 1)
+    return found
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -129,6 +153,13 @@ def test_every_kind_of_target_adds_up(arguments: dict[str, Any], source: Callabl
     assert sum(map(read_number, made_of[-1][2:-2])) == payload
     assert read_number(made_of[-1][-1]) == plan.size
     sources = tables["Source files and where their bytes go"][-1]
+    wanted: dict[int, int] = {}
+    for name, _, _, size in tables["Source files and where their bytes go"][1:-1]:
+        first, last = re.match(r"(\d+): ", name), re.search(r" to (\d+): ", name)
+        wanted |= dict.fromkeys(range(int(first[1]), int((last or first)[1]) + 1), read_number(size))  # type: ignore[index]
+    assert sum_links(tables[f"Bytes of each {thing} by source file"][1:]) == {
+        number: size for number, size in wanted.items() if size
+    }
     made = {cast.result.name for cast in plan.casts if cast.operation == "fill"}
     constants = sum(one.size for file in range(len(plan.files)) for one in plan.tensors(file) if one.name in made)
     assert read_number(sources[-1]) == payload - constants
@@ -153,6 +184,20 @@ def test_packed_weights_are_told_as_they_lie(kind: str, tmp_path: Path) -> None:
     assert {row[0]: read_number(row[2]) for row in rows if row[2] != "0"} == dict(stored)
 
 
+@pytest.mark.parametrize("model", ["kimi-k2-thinking", "kimi-k3"])
+def test_packed_models_are_told_as_they_lie(model: str, tmp_path: Path) -> None:
+    write_packed_model(tmp_path, make_packed_model(model))
+    stored = Counter[str]()
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in (one for one in file.keys() if not one.endswith("weight_shape")):  # noqa: SIM118 - it is no dict
+                stored[file.get_slice(name).get_dtype()] += file.get_tensor(name).nbytes
+    page = page_of(tmp_path, to="hf", cast="bf16")
+    rows = read_tables(page)["Dtypes before and after"][1:-1]
+    assert {row[0]: read_number(row[2]) for row in rows if row[2] != "0"} == dict(stored)
+    assert "shapes of weights, and scales of activations" in page.text
+
+
 def test_rank_files_as_a_source(converted: Callable[[str, int], Path]) -> None:
     folder = converted("deepseek-v3", 4)
     plan = reshard.plan(folder, mp=2)
@@ -173,6 +218,35 @@ def test_a_cell_that_differs_is_outlined_and_named(tmp_path: Path) -> None:
     assert len(named) >= 1
     assert all("rank 3: " in words for words in named)
     assert "No cell stands out" in page_of(tmp_path / "model", mp=2).text
+
+
+def test_without_a_usual_size_all_sizes_are_listed(tmp_path: Path) -> None:
+    """Of two ranks, one has less of each layer: half of the cells each."""
+    write_model(tmp_path / "model", "llama", num_hidden_layers=3, intermediate_size=91)
+    layers = page_of(tmp_path / "model", to="dcp", ranks=2).find_all("section")[1]
+    assert "No cell stands out" not in layers.text
+    assert not [one for one in layers.find_all("path") if one.attributes.get("class") == "odd"]
+    (named,) = [one.text for one in layers.find_all("li") if "rank 0: " in one.text]
+    found = re.fullmatch(
+        r"model\.layers\.0 to model\.layers\.2, 3 rows, each, rank 0: ([\d,]+) bytes; rank 1: ([\d,]+) bytes", named
+    )
+    assert found
+    assert read_number(found[1]) > read_number(found[2])
+
+
+def test_rows_merge_only_where_their_numbers_follow() -> None:
+    labels = ["a.w", "b.w", "l.1", "l.2", "l.4", "rank 7", "rank 8", "9: m-9-of-12", "10: m-10-of-12", "11: m-12-of-12"]
+    rows = merge_lines([Line(label, "", (1,)) for label in labels])
+    assert [row[0] for row in rows] == [
+        "a.w",
+        "b.w",
+        "l.1 to l.2, 2 rows, each",
+        "l.4",
+        "rank 7 to rank 8, 2 rows, each",
+        "9: m-9-of-12 to 10: m-10-of-12, 2 rows, each",
+        "11: m-12-of-12",
+    ]
+    assert len(merge_lines([Line("l.1", "", (1,)), Line("l.2", "", (2,))])) == 2
 
 
 def test_layers_come_by_number(tmp_path: Path) -> None:

@@ -47,12 +47,14 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def read_drawn_tensors(content: Content, options: argparse.Namespace) -> Sequence[ListedTensor]:
-    """Reads all tensors, for a page; none where there is no finished file, or where some files are missing, of which
-    the content has the remark.
+    """Reads all tensors, for a page; none where there is no finished file, or where files are missing without which
+    tensors are not whole. Raises Refused for anything else: a file may have changed since the content was read.
     """
     try:
         return read_tensor_list(require_path(options.path), options.recipe) if content.files else ()
-    except Refused:
+    except Refused as refused:
+        if any(problem.kind != "missing-file" for problem in refused.problems):
+            raise
         return ()
 
 

@@ -1,9 +1,10 @@
 """The columns of a drawing: ranks or files, in groups where there are many; and like rows of tables as one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from reshard.formats.folders_below import split_numbers
 from reshard.text import format_list, format_runs
 
 MOST_COLUMNS = 64
@@ -69,16 +70,40 @@ class Line(NamedTuple):
 
 
 def merge_lines(lines: Sequence[Line]) -> list[Sequence[str]]:
-    """Formats lines as rows of a table: neighbours with the same numbers and words become one, `layers.3 to layers.60`,
-    and what comes behind MOST_TABLE_ROWS is added up in the last.
+    """Formats lines as rows of a table: neighbours with the same numbers and words become one,
+    `layers.3 to layers.60, 58 rows, each`, and what comes behind MOST_TABLE_ROWS is added up in the last.
     """
-    groups = [[*group] for _, group in groupby(lines, key=lambda line: (line.words, line.numbers))]
+    groups = group_lines(lines)
     rows = [format_line(name_group(group), group[0]) for group in groups[:MOST_TABLE_ROWS]]
     if rest := [line for group in groups[MOST_TABLE_ROWS:] for line in group]:
         sums = [sum(column) for column in zip(*(line.numbers for line in rest), strict=True)]
         words = "-" if any(line.words for line in rest) else ""
         rows.append(format_line(f"{len(rest):,} more, together", Line("", words, sums)))
     return rows
+
+
+def group_lines(lines: Iterable[Line]) -> list[list[Line]]:
+    """Groups neighbours which say the same, and whose labels are numbered one after the other: no row is hidden within
+    a range, and no range has more than its rows.
+    """
+    groups: list[list[Line]] = []
+    for line in lines:
+        before = groups[-1][-1] if groups else None
+        if before and before[1:] == line[1:] and is_next_label(before.label, line.label):
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
+
+
+def is_next_label(before: str, after: str) -> bool:
+    """Whether a label has the next number and is else the same: `layers.4` behind `layers.3`, but not behind
+    `layers.2`; `4: b-4-of-9` behind `3: b-3-of-9`.
+    """
+    one, other = split_numbers(before), split_numbers(after)
+    is_alike = [words for _, words in one] == [words for _, words in other]
+    steps = [later - number for (number, _), (later, _) in zip(one, other, strict=False)]
+    return is_alike and {*steps} <= {0, 1} and 1 in steps
 
 
 def format_line(label: str, line: Line) -> Sequence[str]:
@@ -89,4 +114,4 @@ def format_line(label: str, line: Line) -> Sequence[str]:
 def name_group(group: Sequence[Line]) -> str:
     """Names lines that are one row."""
     first, last = group[0].label, group[-1].label
-    return first if len(group) == 1 else f"{first} to {last}, each"
+    return first if len(group) == 1 else f"{first} to {last}, {len(group):,} rows, each"

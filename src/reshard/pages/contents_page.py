@@ -35,12 +35,14 @@ MOST_ODD_SHOWN = 40
 
 def format_contents_page(content: Content, tensors: Sequence[ListedTensor]) -> str:
     """The text of the page of a checkpoint. `tensors` are all of it; none where only an unfinished run is there."""
+    files = {file.name for file in content.by_file}
+    tensors = [one for one in tensors if content.boxes or one.file in files]  # not of files that were left aside
     sections = []
     if content.unfinished:
         lines = (make_paragraph(line) for line in describe_unfinished(content.unfinished))
         sections.append(Section("unfinished", "Unfinished", [*lines]))
     if tensors:
-        sections += [make_kinds_section(tensors), make_places_section(tensors), make_stored_section(tensors)]
+        sections += [make_kinds_section(tensors), make_places_section(tensors), make_stored_section(content, tensors)]
     elif content.files:
         lacking = make_paragraph("The tensors are not drawn: some files of the same checkpoint are not there.")
         sections.append(Section("lacking", "Tensors", [lacking]))
@@ -84,7 +86,7 @@ def make_kinds_section(tensors: Sequence[ListedTensor]) -> Section:
         key = find_module_kind(split_name(tensor.name)[0]), tensor.dtype
         counts[key] += 1
         sizes[key] += tensor.size
-    dtypes = sorted({dtype for _, dtype in sizes}, key=lambda name: -sum(sizes[kind, name] for kind in KINDS))
+    dtypes = sorted({dtype for _, dtype in sizes}, key=lambda name: (-sum(sizes[kind, name] for kind in KINDS), name))
     kinds = [kind for kind in KINDS if any(counts[kind, dtype] for dtype in dtypes)]
     total = sum(tensor.size for tensor in tensors)
     rows = []
@@ -163,7 +165,8 @@ def paint_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Ma
     yield paint_heat_map(HeatMap(name, title, text, rows, drawn, "layer" if kind else ""))
     odd = [words for module in modules for words in describe_odd_layers(module, table[module], usual[module])]
     if odd:
-        yield make_legend([("s0 outlined", "", "outlined: differs from most layers")])
+        if any(run.is_odd for _, runs in rows for run in runs):
+            yield make_legend([("s0 outlined", "", "outlined: differs from most layers")])
         yield make_list(
             [*odd[:MOST_ODD_SHOWN], *[f"and {len(odd) - MOST_ODD_SHOWN:,} more"] * (len(odd) > MOST_ODD_SHOWN)]
         )
@@ -190,14 +193,15 @@ def make_size_cell(size: int | None, usual: int | None, largest: int) -> tuple[i
 
 
 def describe_odd_layers(module: str, cells: Mapping[str, int], usual: int | None) -> Iterator[str]:
-    """Describes the layers in which a module has another size than in most."""
+    """Describes the layers in which a module has another size than in most; all, where no size is that of most."""
     sizes: dict[int, list[int]] = {}
     for number, size in cells.items():
-        if usual not in (None, size) and number:
+        if size != usual and number:
             sizes.setdefault(size, []).append(int(number))
     for size, layers in sizes.items():
         where = f"layer{'s' * (len(layers) > 1)} {name_numbers(layers)}"
-        yield f"{shorten_name(module)}, {where}: {size:,} bytes, where {usual:,} are usual"
+        apart = "no size is usual" if usual is None else f"where {usual:,} are usual"
+        yield f"{shorten_name(module)}, {where}: {size:,} bytes, {apart}"
 
 
 def name_layers(cells: Mapping[str, int]) -> str:
@@ -205,34 +209,37 @@ def name_layers(cells: Mapping[str, int]) -> str:
     return name_numbers([int(number) for number in cells if number]) or "-"
 
 
-def make_stored_section(tensors: Sequence[ListedTensor]) -> Section:
+def make_stored_section(content: Content, tensors: Sequence[ListedTensor]) -> Section:
     """Makes the section of the files."""
-    files = sorted({tensor.file for tensor in tensors}, key=split_numbers)
-    places = {file: place for place, file in enumerate(files)}
-    sizes, counts = [[0] * len(KINDS) for _ in files], Counter[str]()
+    sizes, counts = [sum(file.dtypes.values()) for file in content.by_file], Counter(one.file for one in tensors)
+    lines = [
+        Line(f"{place}: {shorten_name(file.name)}", "", [*([] if content.boxes else [counts[file.name]]), size])
+        for place, (file, size) in enumerate(zip(content.by_file, sizes, strict=True), 1)
+    ]
+    sums = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
+    rows = [*merge_lines(lines), ["total", *(f"{number:,}" for number in sums)]]
+    heading = ("file", *([] if content.boxes else ["tensors"]), "bytes")
+    caption = "Bytes of each file" if content.boxes else "Tensors and bytes of each file"
+    table = make_table(Table(caption, heading, rows, has_total=True))
+    text = f"{format_count(len(sizes), 'files')}; the largest has {max(sizes):,} bytes of tensors."
+    # A tensor in several parts does not tell how much of it lies in which file: no bar can be drawn.
+    drawn = [make_paragraph(text)] if content.boxes else paint_files(content, tensors, text)
+    return Section("stored", "Files", [*drawn, make_details("The numbers of each file", table)])
+
+
+def paint_files(content: Content, tensors: Sequence[ListedTensor], text: str) -> Iterator[Markup]:
+    """Draws a bar for each file, of the kinds in it."""
+    places = {file.name: place for place, file in enumerate(content.by_file)}
+    sizes = [[0] * len(KINDS) for _ in places]
     for tensor in tensors:
         sizes[places[tensor.file]][KINDS.index(find_module_kind(split_name(tensor.name)[0]))] += tensor.size
-        counts[tensor.file] += 1
-    columns = group_columns([*range(1, len(files) + 1)])
+    columns = group_columns([*range(1, len(places) + 1)])
     largest = [max(column.files, key=lambda place: sum(sizes[place])) for column in columns]
     bars = [Bar(f"file {column.label}", sizes[place]) for column, place in zip(columns, largest, strict=True)]
-    lines = [
-        Line(f"{place + 1}: {shorten_name(file)}", "", [counts[file], sum(sizes[place])])
-        for file, place in places.items()
-    ]
-    rows = [*merge_lines(lines), ["total", f"{len(tensors):,}", f"{sum(map(sum, sizes)):,}"]]
-    text = f"{format_count(len(files), 'files')}; the largest has {max(map(sum, sizes)):,} bytes of tensors."
-    shown = [kind for kind in range(len(KINDS)) if any(row[kind] for row in sizes)]
-    table = make_table(Table("Tensors and bytes of each file", ("file", "tensors", "bytes"), rows, has_total=True))
-    parts = [
-        make_paragraph(
-            text + " A bar stands for several files: the largest of them is drawn." * (len(columns) < len(files))
-        ),
-        make_kind_legend(shown),
-        paint_bars(Bars("stored-bars", "Bytes of each file", text, bars, ())),
-        make_details("The numbers of each file", table),
-    ]
-    return Section("stored", "Files", parts)
+    more = " A bar stands for several files: the largest of them is drawn." * (len(columns) < len(places))
+    yield make_paragraph(text + more)
+    yield make_kind_legend([kind for kind in range(len(KINDS)) if any(row[kind] for row in sizes)])
+    yield paint_bars(Bars("stored-bars", "Bytes of each file", text, bars, ()))
 
 
 def make_listed_section(listed: Sequence[ListedTensor]) -> Section:

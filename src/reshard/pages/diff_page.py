@@ -115,7 +115,8 @@ def paint_modules(table: CellTable, name: str) -> Iterator[Markup]:
     ]
     heading = shorten_name(table.heading) or "in no layer"
     worst = sort_worst(table.cells)
-    text = f"{format_count(len(worst), 'cells')} differ, the worst in {describe_cell(*worst[0])}."
+    count = f"{format_count(len(worst), 'cells')} {'differs' if len(worst) == 1 else 'differ'}"
+    text = f"{count}, the worst in {describe_cell(*worst[0])}."
     title = f"Relative difference by module and layer, {heading}"
     yield make_element("h3", heading)
     yield paint_heat_map(HeatMap(name, title, text, rows, columns, "layer" if table.heading else ""))
@@ -160,7 +161,7 @@ def describe_module(table: CellTable, row: str) -> Sequence[str]:
 def make_experts_section(table: CellTable) -> Section:
     """Makes the section of the experts by layer."""
     worst, every = sort_worst(table.cells), [*table.cells]
-    text = f"{len(worst):,} of {format_count(len(every), 'experts')} differ"
+    text = f"{len(worst):,} of {format_count(len(every), 'experts')} {'differs' if len(worst) == 1 else 'differ'}"
     if not worst:
         return Section("experts", "By layer and expert", [make_paragraph(f"{text}: all are equal.")])
     text = f"{text}, the worst in {shorten_name(worst[0][0])}, expert {worst[0][1]} ({worst[0][2].describe()})."

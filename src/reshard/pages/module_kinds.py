@@ -57,8 +57,8 @@ def name_row(name: str) -> str:
 def sort_rows(rows: Iterable[str]) -> list[str]:
     """Sorts rows: embeddings, then layers, 9 before 10, then all else."""
 
-    def find_place(row: str) -> tuple[int, list[tuple[int, str]]]:
+    def find_place(row: str) -> tuple[int, list[tuple[int, str]], str]:
         is_first = not name_layer(row) and "embed" in row
-        return 0 if is_first else 1 if name_layer(row) == row else 2, split_numbers(row)
+        return 0 if is_first else 1 if name_layer(row) == row else 2, split_numbers(row), row
 
     return sorted(rows, key=find_place)

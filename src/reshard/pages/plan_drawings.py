@@ -1,4 +1,4 @@
-"""The drawings of a plan: the memory of each rank, the layers by rank, and the source files by rank."""
+"""The drawings of a plan: the memory of each rank, and the layers by rank."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 from reshard.pages.bars import GB, Bar, Bars, paint_bars
 from reshard.pages.columns import (
-    MOST_SOURCE_COLUMNS,
     Column,
     Line,
     describe_cells,
     group_columns,
     group_equal,
+    group_lines,
+    is_next_label,
     merge_lines,
+    name_group,
     name_numbers,
 )
 from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
@@ -115,12 +117,15 @@ class Odd(NamedTuple):
     """In bytes."""
 
 
-def find_odd_cells(facts: PlanFacts) -> list[Odd]:
-    """Finds the cells that differ from most cells of rows with the same tensors; of rows without a usual size none."""
+def find_odd_cells(facts: PlanFacts) -> tuple[list[Odd], list[int]]:
+    """Finds the cells that differ from most cells of rows with the same tensors; and the rows of which no size is that
+    of most.
+    """
     groups: dict[frozenset[str], list[int]] = {}
     for row, kind in enumerate(facts.kinds):
         groups.setdefault(kind, []).append(row)
-    found = []
+    found: list[Odd] = []
+    unsettled: list[int] = []
     for rows in groups.values():
         cells = facts.cells[rows]
         usual, count = Counter(cells.reshape(-1).tolist()).most_common(1)[0]
@@ -128,13 +133,15 @@ def find_odd_cells(facts: PlanFacts) -> list[Odd]:
             for row in rows:
                 runs = group_equal(facts.cells[row].tolist())
                 found += [Odd(row, files, size, usual) for size, files in runs if size != usual]
-    return sorted(found, key=lambda odd: odd.row)
+        else:
+            unsettled += rows
+    return sorted(found, key=lambda odd: odd.row), sorted(unsettled)
 
 
 def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     """Makes the section of the layers by rank."""
     numbers = number_files(plan)
-    odd = find_odd_cells(facts) if has_rank_files(plan) else []
+    odd, unsettled = find_odd_cells(facts) if has_rank_files(plan) else ([], [])
     columns, largest = group_columns(numbers), int(facts.cells.max(initial=0))
     rows = [
         (shorten_name(name), merge_rank_cells(facts, row, columns, numbers, thing, odd, largest))
@@ -155,7 +162,7 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
         else NOTHING_HERE,
         make_size_legend(largest),
         paint_heat_map(drawn),
-        *make_odd_list(odd, facts, numbers, thing, is_ranked=has_rank_files(plan)),
+        *(list_odd_cells(odd, unsettled, facts, numbers) if has_rank_files(plan) else ()),
         make_details("The numbers of each layer", make_layers_table(facts, numbers, thing)),
     ]
     return Section("layers", f"Layers by {thing}", parts)
@@ -182,27 +189,43 @@ def merge_rank_cells(
     return found
 
 
-def make_odd_list(
-    odd: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int], thing: str, *, is_ranked: bool
+def list_odd_cells(
+    odd: Sequence[Odd], unsettled: Sequence[int], facts: PlanFacts, numbers: Sequence[int]
 ) -> Iterator[Markup]:
-    """Lists the cells that stand out, in words."""
-    if not is_ranked:
-        return
-    if not odd:
+    """Lists the cells of ranks that stand out, in words, and the rows without a usual size."""
+    if odd:
+        items = [describe_odd(group, facts, numbers, "rank") for group in merge_odd(odd, facts)]
+        yield make_element("h3", "Cells that stand out")
+        yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
+        yield make_list(cut_items(items))
+    if unsettled:
+        lines = [
+            Line(shorten_name(facts.rows[row]), describe_cells(facts.cells[row].tolist(), numbers, "rank", 6), ())
+            for row in unsettled
+        ]
+        yield make_element("h3", "No usual size")
+        yield make_paragraph("Of layers of the same tensors, no size is that of more than half of the cells.")
+        yield make_list(cut_items([f"{name_group(group)}, {group[0].words}" for group in group_lines(lines)]))
+    if not odd and not unsettled:
         yield make_paragraph("No cell stands out: layers of the same tensors have the same bytes in every rank.")
-        return
-    items = [describe_odd(group, facts, numbers, thing) for group in merge_odd(odd)]
-    more = [f"and {len(items) - MOST_LISTED:,} more"] if len(items) > MOST_LISTED else []
-    yield make_element("h3", "Cells that stand out")
-    yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
-    yield make_list([*items[:MOST_LISTED], *more])
 
 
-def merge_odd(odd: Sequence[Odd]) -> list[list[Odd]]:
-    """Merges what differs alike in rows that follow each other."""
+def cut_items(items: Sequence[str]) -> list[str]:
+    """Cuts a list behind MOST_LISTED items, and counts the others."""
+    return [*items[:MOST_LISTED], *[f"and {len(items) - MOST_LISTED:,} more"] * (len(items) > MOST_LISTED)]
+
+
+def merge_odd(odd: Sequence[Odd], facts: PlanFacts) -> list[list[Odd]]:
+    """Merges what differs alike in layers that follow each other."""
     groups: list[list[Odd]] = []
     for one in sorted(odd, key=lambda one: (*one[1:], one.row)):
-        if groups and groups[-1][-1] == one._replace(row=one.row - 1):
+        before = groups[-1][-1] if groups else None
+        if (
+            before
+            and before[1:] == one[1:]
+            and one.row == before.row + 1
+            and is_next_label(facts.rows[before.row], facts.rows[one.row])
+        ):
             groups[-1].append(one)
         else:
             groups.append([one])
@@ -237,78 +260,3 @@ def make_layers_table(facts: PlanFacts, numbers: Sequence[int], thing: str) -> M
     heading = ("layer", f"in each {thing}", f"tensors in all {thing}s", f"bytes in all {thing}s")
     table = Table(f"Bytes of each layer in each {thing}", heading, [*merge_lines(lines), ["total", "", *total]], (1,))
     return make_table(table._replace(has_total=True))
-
-
-def make_sources_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
-    """Makes the section of the source files that each rank is made of."""
-    numbers, files = number_files(plan), plan.source.files
-    columns = group_columns([*range(1, len(files) + 1)], MOST_SOURCE_COLUMNS)
-    largest = int(facts.links.max(initial=0))
-    rows = []
-    for target in group_columns(numbers):
-        sums = facts.links[:, list(target.files)].max(axis=1).tolist()
-        cells = (max(sums[file] for file in column.files) for column in columns)
-        rows.append(
-            (f"{thing} {target.label}", merge_cells((find_level(size, largest), "", False, "") for size in cells))
-        )
-    text = (
-        f"A row for each {thing}, a column for each of {format_count(len(files), 'source files')}, in the order of "
-        f"their numbers below. The largest cell has {largest:,} bytes."
-    )
-    drawn = HeatMap(
-        "sources-map",
-        f"Bytes of each {thing} by source file",
-        text,
-        rows,
-        [one.label for one in columns],
-        "source file",
-    )
-    parts = [
-        make_paragraph(
-            f"{text} A computed tensor counts for the file of its weight, one that is put together for its parts."
-        ),
-        make_size_legend(largest),
-        paint_heat_map(drawn),
-        make_links_table(plan, facts),
-        make_details("The source files", make_files_table(plan, facts, numbers, thing)),
-    ]
-    return Section("sources", f"Source files to {'rank' if thing == 'rank' else 'whole'} files", parts)
-
-
-def make_links_table(plan: Plan, facts: PlanFacts) -> Markup:
-    """Makes the table of the target files: which source files each reads, and how many bytes."""
-    made, joined = bool(facts.made.any()), bool(facts.joined.any())
-    lines = []
-    for number, file in enumerate(plan.files):
-        size, computed, together = (int(column[number]) for column in (facts.sizes, facts.made, facts.joined))
-        parts = [size - computed - together, *[together] * joined, *[computed] * made]
-        words = name_sources(facts.links[:, number].tolist())
-        lines.append(Line(shorten_name(file.name), words, [*parts, len(file.header), file.size]))
-    sums = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
-    rows = [*merge_lines(lines), ["total", "", *(f"{number:,}" for number in sums)]]
-    parted = ("copied", *["put together"] * joined, *["computed"] * made)
-    heading = ("file", "source files", *parted, "header", "bytes of the file")
-    return make_table(Table("Source files that each file is made of", heading, rows, (1,), has_total=True))
-
-
-def name_sources(sizes: Sequence[int]) -> str:
-    """Names the source files with a size that is not 0, by their numbers from 1 on."""
-    used = [place for place, size in enumerate(sizes, 1) if size]
-    if len(used) in (0, len(sizes)):
-        return f"all {len(sizes):,}" if used else "none"
-    return f"{len(used):,} of {len(sizes):,}: {name_numbers(used)}"
-
-
-def make_files_table(plan: Plan, facts: PlanFacts, numbers: Sequence[int], thing: str) -> Markup:
-    """Makes the table of the source files: where the bytes of each go."""
-    lines = []
-    for place, file in enumerate(plan.source.files):
-        row = facts.links[place].tolist()
-        users = [numbers[target] for target, size in enumerate(row) if size]
-        words = name_numbers(users) or "none"
-        lines.append(Line(f"{place + 1}: {shorten_name(file.name)}", words, [file.size, sum(row)]))
-    rows = merge_lines(lines)
-    total = [sum(column) for column in zip(*(line.numbers for line in lines), strict=True)]
-    heading = ("source file", f"for the {thing}s", "bytes", "bytes to be written from there")
-    rows.append(["total", "", *(f"{number:,}" for number in total)])
-    return make_table(Table("Source files and where their bytes go", heading, rows, (1,), has_total=True))

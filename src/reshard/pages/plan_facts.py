@@ -191,10 +191,11 @@ def find_replications(plan: Plan) -> tuple[list[Replication], Integers]:
     """Finds what several files hold: each run of bytes that more than one copy reads. Also returns the bytes of each
     file that another file has too.
     """
-    copies = plan.copies
-    columns = np.stack([copies.source_offset, copies.source_file, copies.run, copies.rows, copies.pitch])
-    order = np.lexsort(columns)
-    is_first = np.any(np.diff(columns[:, order], axis=1, prepend=-1) != 0, axis=0)
+    copies, chosen = plan.copies, find_shared_starts(plan)
+    columns = [copies.source_offset, copies.source_file, copies.run, copies.rows, copies.pitch]
+    order = chosen[np.lexsort([column[chosen] for column in columns])]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
     firsts, times = order[is_first], np.diff(np.flatnonzero(is_first), append=len(order))
     several = order[np.repeat(times, times) > 1]
     firsts, times = firsts[times > 1], times[times > 1]
@@ -216,6 +217,17 @@ def find_replications(plan: Plan) -> tuple[list[Replication], Integers]:
     ]
     replications.sort(key=lambda one: (-one.extra, one.module))
     return replications, add_by_file(plan, several)
+
+
+def find_shared_starts(plan: Plan) -> Integers:
+    """Finds the copies that begin to read where another one does, as indices: of most plans a small part, so that only
+    this part is sorted by all that a copy is.
+    """
+    copies = plan.copies
+    starts = copies.source_file * (int(copies.source_offset.max(initial=0)) + 1) + copies.source_offset
+    ordered = np.sort(starts)
+    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    return np.flatnonzero(np.isin(starts, shared))
 
 
 def name_modules(plan: Plan, chosen: Integers) -> list[tuple[str, str]]:

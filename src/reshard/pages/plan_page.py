@@ -7,12 +7,13 @@ from reshard.formats.manifest import list_subset_lines
 from reshard.pages.legends import format_decimal
 from reshard.pages.markup import Markup, Table, make_list, make_table
 from reshard.pages.page import Page, Section, format_page, make_paragraph
-from reshard.pages.plan_drawings import make_layers_section, make_ranks_section, make_sources_section
+from reshard.pages.plan_drawings import make_layers_section, make_ranks_section
 from reshard.pages.plan_facts import PlanFacts, collect_facts, count_target_dtypes
+from reshard.pages.plan_sources import make_sources_section
 from reshard.planning.plan import Plan, describe_casts, describe_layout, has_rank_files, list_uses, name_target
 from reshard.planning.reads import measure_reads
 from reshard.text import format_count, format_size, shorten_name
-from reshard.types import PACKED, Tensor
+from reshard.types import Tensor
 
 
 def format_plan_page(plan: Plan) -> str:
@@ -93,7 +94,8 @@ def make_dtypes_section(plan: Plan) -> Section:
     for tensor in list_stored_tensors(plan):
         add_to(before, tensor.dtype, 1, tensor.size)
     after = count_target_dtypes(plan)
-    names = sorted({*before, *after}, key=lambda name: -max(before.get(name, [0, 0])[1], after.get(name, [0, 0])[1]))
+    largest = {name: max(table[name][1] for table in (before, after) if name in table) for name in {*before, *after}}
+    names = sorted(largest, key=lambda name: (-largest[name], name))
     rows = [[*before.get(name, [0, 0]), *after.get(name, [0, 0])] for name in names]
     sums = [sum(column) for column in zip(*rows, strict=True)]
     heading = ("dtype", "tensors before", "bytes before", "tensors after", "bytes after")
@@ -101,6 +103,12 @@ def make_dtypes_section(plan: Plan) -> Section:
         [name, *(f"{number:,}" for number in row)] for name, row in zip([*names, "total"], [*rows, sums], strict=True)
     ]
     words = "Before: each tensor of the source once, dropped ones too. After: the tensors of all files to be written."
+    if plan.source.packed:
+        words += (
+            " Of a weight that lies packed, before are its codes, scales and all that the cast reads, each a tensor "
+            "of a file; elsewhere on this page it is one tensor. What the cast does not need is left out: shapes of "
+            "weights, and scales of activations and caches."
+        )
     casts = describe_casts(plan)
     table = make_table(Table("Dtypes before and after", heading, cells, has_total=True))
     return Section("dtypes", "Dtypes before and after", [make_paragraph(words), table, make_list(casts)])
@@ -109,7 +117,10 @@ def make_dtypes_section(plan: Plan) -> Section:
 def list_stored_tensors(plan: Plan) -> Iterator[Tensor]:
     """Lists the tensors of the source as they are stored: of a packed weight its codes, scales and the rest."""
     for tensor in plan.source.tensors.values():
-        yield from plan.source.packed[tensor.file - PACKED].list_inputs() if tensor.file >= PACKED else [tensor]
+        packed = plan.source.find_packed(tensor)
+        inputs = packed.list_inputs() if packed else [tensor]
+        # Files have MXFP4 as U8; its own dtypes tell the casts what to read there.
+        yield from (one._replace(dtype="U8") for one in inputs) if packed and packed.packing == "mxfp4" else inputs
 
 
 def add_to(table: dict[str, list[int]], key: str, *numbers: int) -> None:
