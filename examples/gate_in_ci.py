@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--source", help="the checkpoint that it was made from")
     parser.add_argument("--show", type=int, default=5, help="print so many problems at most; default: 5")
     options = parser.parse_args()
+    if options.show < 0:
+        parser.error("--show: 0 or more")
     try:
         report = reshard.verify(options.target, options.source)
     except reshard.Refused as refused:

@@ -37,12 +37,19 @@ def main() -> None:
     parser.add_argument("source", help="the checkpoint, a folder or an address")
     parser.add_argument("--layer", type=int, default=0, help="the layer to compute; default: 0")
     options = parser.parse_args()
+    if not dist.is_torchelastic_launched():
+        parser.error("start it with torchrun, which tells each process its rank")
 
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     prefix = f"model.layers.{options.layer}.mlp."
-    state = reshard.load(options.source, mp=ranks, rank=rank, device="cpu")  # or f"cuda:{rank}"
+    try:
+        state = reshard.load(options.source, mp=ranks, rank=rank, device="cpu")  # or f"cuda:{rank}"
+    except reshard.Refused as refused:
+        parser.exit(2, f"{refused}\n")
     shard = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if sorted(shard) != ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]:
+        parser.error(f"{options.source}: layer {options.layer} is none of gate_proj, up_proj and down_proj alone")
 
     inner, hidden = shard["gate_proj.weight"].shape
     with torch.device("meta"):  # a module without memory: it takes the loaded tensors themselves

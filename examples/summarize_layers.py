@@ -36,8 +36,12 @@ def main() -> None:
     parser.add_argument("source", help="the checkpoint, a folder or an address")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="tensors of these names; default: all")
     options = parser.parse_args()
+    try:
+        opened = reshard.open(options.source, framework="torch")
+    except reshard.Refused as refused:
+        parser.exit(2, f"{refused}\n")
     print(f"{'mean':>12} {'deviation':>12} {'largest':>12}  name")
-    with reshard.open(options.source, framework="torch") as tensors:
+    with opened as tensors:
         for name, tensor in tensors.items():
             if len(tensor.shape) < 2 or not tensor.nbytes or not fnmatchcase(name, options.only):
                 continue

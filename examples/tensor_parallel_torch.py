@@ -32,8 +32,11 @@ class Rank:
 
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
+        path = folder / f"model-rank{rank}-of-{ranks}.safetensors"
+        if not path.is_file():
+            raise SystemExit(f"{path} is not there: reshard convert MODEL {folder} --mp {ranks} writes it")
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        with safe_open(folder / f"model-rank{rank}-of-{ranks}.safetensors", "pt") as file:
+        with safe_open(path, "pt") as file:
             self.weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         check_model(self.config, self.weights)
         self.weights = {name: tensor.float() for name, tensor in self.weights.items()}
@@ -179,6 +182,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="generate so many; default: 16")
     parser.add_argument("--compare", type=Path, metavar="SOURCE", help="the checkpoint, to compare with transformers")
     options = parser.parse_args()
+    if not dist.is_torchelastic_launched():
+        parser.error("start it with torchrun, which tells each process its rank")
 
     dist.init_process_group("gloo")  # torchrun has set rank, number of ranks and where they meet
     model = Rank(options.folder, dist.get_rank(), dist.get_world_size())

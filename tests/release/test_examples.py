@@ -107,6 +107,43 @@ def test_statistics_of_codes_are_refused(tmp_path: Path) -> None:
     assert "has F8_E4M3: convert with --cast bf16 --to hf first" in done.stderr
 
 
+# --- mistakes of users ---
+
+ALONE = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun sets for one process."""
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "code", "told"),
+    [
+        (["summarize_layers.py", "nothing"], {}, 2, "nothing: no source"),
+        (["load_into_module.py", "source"], {}, 2, "start it with torchrun"),
+        (["load_into_module.py", "nothing"], ALONE, 2, "nothing: no source"),
+        (["load_into_module.py", "source", "--layer", "99"], ALONE, 2, "layer 99 is none of gate_proj"),
+        (["gate_in_ci.py", "source", "--show", "-1"], {}, 2, "--show: 0 or more"),
+        (["tensor_parallel_torch.py", "source"], {}, 2, "start it with torchrun"),
+        (["tensor_parallel_torch.py", "nothing"], ALONE, 1, "model-rank0-of-1.safetensors is not there"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(
+    words: list[str], variables: dict[str, str], code: int, told: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    places = {name: str(llama.parent / name) for name in ("source", "nothing")}
+    done = run_example(words[0], *(places.get(word, word) for word in words[1:]))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gate_that_shows_nothing_counts_all(llama: Path) -> None:
+    done = run_example("gate_in_ci.py", llama.parent / "nothing", "--show", "0")
+    assert (done.returncode, done.stderr) == (2, "refused\n... and 1 more\n")
+
+
 def test_the_page_of_the_examples_lists_all_of_them() -> None:
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}

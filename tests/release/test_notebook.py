@@ -1,10 +1,20 @@
 """The notebook in examples/ gives the outputs that are stored in it. Needs no torch."""
 
 import copy
+from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from repository import ROOT
+
+
+@pytest.fixture(autouse=True)
+def fresh_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of the notebook write into a home; and the plot is to be seen where another backend is set."""
+    for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("MPLBACKEND", "agg")
 
 
 def test_the_notebook_gives_the_outputs_that_are_stored_in_it() -> None:
