@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,37 @@ def test_every_part_is_seen(name: str, scheme: str, width: int, browser: Any, wr
         most = max(count for count, _ in colours)
         assert len(colours) > 20
         assert sum(count for count, _ in colours) - most > 500, "not of one colour"
+    page.close()
+
+
+@pytest.mark.parametrize("width", [400, 1100])
+@pytest.mark.parametrize("name", ["plan", "inspect"])
+def test_bars_are_as_wide_as_the_page(name: str, width: int, browser: Any, written: Path) -> None:
+    """Nothing of them has to be scrolled to, and their words are no smaller on a telephone."""
+    page = open_page(browser, written / f"{name}.html", width=width)
+    bars = page.locator("svg.bars")
+    assert bars.evaluate("one => one.parentNode.scrollWidth <= one.parentNode.clientWidth")
+    label, size, first = (bars.locator(one).first.bounding_box() for one in ("text", "text.row", "rect"))
+    assert label["x"] + label["width"] <= first["x"]
+    assert size["x"] + size["width"] <= width
+    ends = [box["x"] + box["width"] for box in (one.bounding_box() for one in bars.locator("rect").all())]
+    assert 0.4 * width < max(ends) - first["x"] < size["x"] - first["x"]
+    assert min(label["height"], size["height"]) >= 11
+    shown = [one.bounding_box() for one in bars.locator("text.letter:visible").all()]
+    on_a_line = sorted((box for box in shown if box["y"] == shown[0]["y"]), key=lambda box: box["x"])
+    assert len(on_a_line) >= 2
+    assert all(one["x"] + one["width"] <= other["x"] for one, other in pairwise(on_a_line))
+    page.close()
+
+
+def test_a_narrow_page_shows_the_numbers_of_its_tables(browser: Any, written: Path) -> None:
+    page = open_page(browser, written / "plan.html", width=400)
+    table = page.get_by_role("region", name="Table: Uses of the source tensors")
+    for cell in table.locator("td").all():
+        box = cell.bounding_box()
+        assert box["x"] + box["width"] <= 400, cell.inner_text()
+    drawn = page.get_by_role("region", name="Bytes of each layer in each rank", exact=True).locator("svg")
+    assert drawn.bounding_box()["width"] == pytest.approx(0.75 * float(drawn.get_attribute("width")))
     page.close()
 
 

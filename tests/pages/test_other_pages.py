@@ -24,6 +24,7 @@ from reshard.errors import Refused
 from reshard.inspection.diff_report import DiffReport
 from reshard.inspection.tensor_list import read_tensor_list
 from reshard.pages.contents_page import format_contents_page
+from reshard.pages.diff_cells import DiffCell, sort_worst
 from reshard.pages.diff_page import format_diff_page
 from reshard.pages.markup import escape_text, make_element
 from reshard.pages.module_kinds import KINDS, OTHER, find_module_kind, sort_rows
@@ -50,15 +51,15 @@ HOSTILE = (
 
 ELEMENTS = set(
     """
-    html head meta title style body a header p h1 h2 h3 dl div dt dd nav ul li main section svg g desc text path details
-    summary table caption thead tbody tr th td footer span
+    html head meta title style body a header p h1 h2 h3 dl div dt dd nav ul li main section svg g desc text path rect
+    line details summary table caption thead tbody tr th td footer span
     """.split()  # noqa: SIM905
 )
 """Of all pages: none of them loads anything, or runs."""
 
 ATTRIBUTES = set(
     """
-    lang charset name content class id href role tabindex scope d x y width height viewbox aria-label
+    lang charset name content class id href role tabindex scope d x y dx x1 x2 y1 y2 width height viewbox aria-label
     aria-labelledby aria-describedby aria-hidden
     """.split()  # noqa: SIM905
 )
@@ -141,6 +142,16 @@ def test_layers_without_a_usual_size_are_all_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_module_that_a_layer_lacks_has_the_colour_of_nothing(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{layer}.up_proj.weight": torch.zeros(4, 8) for layer in range(3)}
+    save_file(tensors | {"model.layers.2.gate.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    places = parse_page(read_contents(tmp_path)).find_all("section")[1]
+    assert [one.text for one in places.find_all("span") if one.text == "nothing"]
+    cells = [one for one in places.find_all("path") if re.fullmatch(r"s\d", one.attributes["class"])]
+    widths = [(one.attributes["class"], re.findall(r"h(\d+)v", one.attributes["d"])) for one in cells]
+    assert widths == [("s7", ["102"]), ("s0", ["68"]), ("s5", ["34"])], "three layers, two without, one of an eighth"
+
+
 def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", CONFIG, 2)
     leave_unfinished(Job(tmp_path / "source", 2), tmp_path / "target")
@@ -148,6 +159,13 @@ def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
     page = check_page(format_contents_page(content, ()))
     assert "an unfinished conversion by the recipe deepseek-v3" in page.text
     assert "on the disk: " in page.text
+    assert content.unfinished is not None
+    tenths = content.unfinished.durable * 1000 // content.unfinished.size
+    heading = f"Unfinished ({tenths // 10}.{tenths % 10}%): target"
+    assert (page.find_all("h1")[0].text, read_facts(page)) == (heading, {}), (
+        "what is known of finished files is nothing"
+    )
+    assert "no known layout" not in page.text
 
 
 def test_slices_are_the_files_of_a_distributed_checkpoint(tmp_path: Path) -> None:
@@ -237,7 +255,7 @@ def test_a_difference_is_drawn_with_letters_and_words(changed: DiffReport) -> No
     modules, experts = page.find_all("section")[:2]
     layers, alone = modules.find_all("svg")
     labels = [one.text for one in layers.find_all("text") if one.attributes["class"] == "row"]
-    assert {*labels[:2]} == {"mlp.experts.#.up_proj.weight", "norm.weight"}
+    assert labels == ["mlp.experts.#.up_proj.weight", "norm.weight", "extra.weight"], "N, then I, then B"
     assert sorted(marks_of(layers)) == ["A", "B", "I", "N"]
     assert sorted(marks_of(alone)) == ["D", "Z"]
     titles = [one.text for one in layers.find_all("title")]
@@ -258,12 +276,47 @@ def test_a_difference_is_drawn_with_letters_and_words(changed: DiffReport) -> No
     rows = read_tables(experts)["Experts that differ, the worst first"][1:]
     assert [row[:2] for row in rows] == [["model.layers.2", "3"], ["model.layers.1", "2"]]
     assert "2 of 8 experts differ" in experts.text
-    cells = [one.attributes for one in drawn.find_all("path") if one.attributes["class"] in ("s0", "s5", "s7")]
+    cells = [one.attributes for one in drawn.find_all("path") if one.attributes["class"] in ("s0", "s5", "s8")]
     runs = {one["class"]: [int(width) for width in re.findall(r"h(\d+)v", one["d"])] for one in cells}
-    assert [len(runs[level]) for level in ("s5", "s7")] == [1, 1]
-    assert sum(runs["s0"]) == 3 * sum(runs["s5"] + runs["s7"]), "six of eight are equal"
+    assert [len(runs[level]) for level in ("s5", "s8")] == [1, 1]
+    assert sum(runs["s0"]) == 3 * sum(runs["s5"] + runs["s8"]), "six of eight are equal"
     text = page.find_all("section")[2].text
     assert re.search(r"model\.layers\.0\.norm\.weight.*50 %", text)
+
+
+def cells_at_letters(drawn: Element) -> list[tuple[str, str]]:
+    """Each letter of a heat map, with the class of the cell that it stands in."""
+    cells = []
+    for one in drawn.find_all("path"):
+        for x, y, width, height in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)h-\d+z", one.attributes["d"]):
+            cells.append((int(x), int(y), int(width), int(height), one.attributes["class"]))
+    return [
+        (one.text, kind)
+        for one in drawn.find_all("text")
+        if one.attributes["class"] == "mark"
+        for x, y, width, height, kind in cells
+        if x < float(one.attributes["x"]) < x + width and y < int(one.attributes["y"]) - 4 <= y + height
+    ]
+
+
+def test_cells_with_a_letter_have_one_colour_apart_from_the_scale(changed: DiffReport) -> None:
+    """A lost expert, or a NaN, has no place on the scale, neither at its pale end nor at the other."""
+    page = check_page(format_diff_page(changed))
+    drawings = page.find_all("svg")
+    found = [one for drawn in drawings for one in cells_at_letters(drawn)]
+    assert sorted(found) == [(letter, "s8") for letter in "ABDINNZ"]
+    swatches = [one for one in page.find_all("span") if one.attributes.get("class", "").startswith("swatch")]
+    assert {one.attributes["class"] for one in swatches if one.text} == {"swatch s8"}
+    assert not [one for one in swatches if not one.text and "s8" in one.attributes["class"]]
+    assert "Cells with a letter have a colour of their own, and come first: see the letter." in page.text
+
+
+def test_what_is_lost_comes_before_what_is_far_apart() -> None:
+    """The worst first: NaN, infinite, missing, all zeros, another dtype; then by the norm."""
+    marks = ["N", "I", "A", "B", "Z", "D", ""]
+    cells = [DiffCell(1, 1, 0.0 if mark else 9.0, {*mark}) for mark in marks]
+    found = sort_worst((mark, "0", cell) for mark, cell in reversed([*zip(marks, cells, strict=True)]))
+    assert [mark for mark, _, _ in found] == marks
 
 
 def test_a_difference_without_one_says_so(source: Callable[[str], Path]) -> None:
@@ -293,6 +346,9 @@ def test_many_experts_are_drawn_in_few_bytes() -> None:
     (experts,) = page.find_all("section")[1].find_all("svg")
     assert marks_of(experts) == [], "the cells are too narrow"
     assert "outlined: only in A" in page.text
+    (outlines,) = [one for one in experts.find_all("path") if one.attributes["class"] == "odd"]
+    (colour,) = [one for one in experts.find_all("path") if one.attributes["class"] == "s8"]
+    assert colour.attributes["d"] == outlines.attributes["d"]
 
 
 def test_names_of_strangers_do_nothing(tmp_path: Path) -> None:
@@ -412,9 +468,11 @@ def test_colours_can_be_told_apart(scheme: int) -> None:
     for kind in range(len(KINDS)):
         assert contrast(colours["letter"], colours[f"k{kind}"]) >= 4.5, kind
         assert contrast(colours["back"], colours[f"k{kind}"]) >= 3, kind
-    for level in range(8):
-        mark = colours["mark5" if level == 5 else "dark-mark" if level > 5 else "light-mark"]
-        assert contrast(mark, colours[f"s{level}"]) >= 4.5, level
+    for name in ("letter", "back"):
+        assert contrast(colours[name], colours["odd"]) >= 4.5, "of cells with a letter, and of outlines"
+    warmth = {name: int(colour[1:3], 16) - int(colour[5:], 16) for name, colour in colours.items()}
+    assert warmth["odd"] > 90, "orange and blue: colours that most of the colour-blind can tell apart"
+    assert max(warmth[f"s{level}"] for level in range(8)) < 0
     steps = [luminance(colours[f"s{level}"]) for level in range(1, 8)]
     assert steps == sorted(steps, reverse=not scheme), "each level is darker, or brighter, than the one before"
     assert all(contrast(colours[f"s{n}"], colours[f"s{n + 1}"]) >= 1.15 for n in range(1, 7))

@@ -14,6 +14,7 @@ from packed_llamas import write_packed
 from packed_models import make_packed_model, write_packed_model
 from pages import Element, expand_cells, parse_page, read_drawings, read_facts, read_number, read_tables
 from safetensors import safe_open
+from safetensors.torch import save_file
 from small_models import write_model
 
 import reshard
@@ -250,12 +251,44 @@ def test_rows_merge_only_where_their_numbers_follow() -> None:
 
 
 def test_layers_come_by_number(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", "llama", num_hidden_layers=12)
-    drawn = page_of(tmp_path / "model", mp=2).find_all("section")[1].find_all("svg")[0]
+    write_model(tmp_path / "model", "llama", num_hidden_layers=12, intermediate_size=90)
+    drawn = page_of(tmp_path / "model", to="dcp", ranks=4).find_all("section")[1].find_all("svg")[0]
     labels = [one.text for one in drawn.find_all("text") if one.attributes["class"] == "row"]
     layers = [label for label in labels if "layers" in label]
-    assert layers == [f"model.layers.{number}" for number in range(12)]
+    assert layers == [f"model.layers.{number}" for number in range(12)], "each stands out"
     assert labels[0] == "model.embed_tokens"
+
+
+def test_equal_layers_share_a_row(source: Callable[[str], Path], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "llama", num_hidden_layers=100)
+    layers = page_of(tmp_path / "model", mp=2).find_all("section")[1]
+    labels = [one.text for one in layers.find_all("text") if one.attributes["class"] == "row"]
+    assert labels == ["model.embed_tokens", "model.layers.0-99, each", "lm_head", "model.norm"]
+    assert "4 rows: " in layers.find_all("desc")[0].text
+    assert "Layers that follow each other and are equal share a row." in layers.text
+    layers = page_of(source("deepseek-v3"), mp=2).find_all("section")[1]
+    named = read_layers(page_of(source("deepseek-v3"), mp=2))
+    labels = [one.text for one in layers.find_all("text") if one.attributes["class"] == "row"]
+    shown = [label for label in labels if label.startswith("layers.")]
+    assert len(shown) == len({str(sizes) for name, sizes in named.items() if name.startswith("layers.")}) == 2
+
+
+def test_a_layer_that_stands_out_has_a_row_of_its_own(tmp_path: Path) -> None:
+    """Layers 3 and 4 have another size, alike; the rows around them are shared."""
+    tensors = {f"layers.{layer}.w": torch.ones(6 if layer in (3, 4) else 4) for layer in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        'name = "own"\nabout = "own"\nleft = "l"\nright = "r"\nfiles = "model{rank}-of-{ranks}.safetensors"\n'
+        'carry = []\nmodel_types = []\narchitectures = []\nplaceholders.i = { counts = "layers" }\nchecked = ""\n'
+        'rules = [["same", "layers.{i}.w", "layers.{i}.w", "replicate"]]\n',
+        encoding="utf-8",
+    )
+    layers = page_of(tmp_path, mp=2, recipe=f"{recipe}").find_all("section")[1]
+    labels = [one.text for one in layers.find_all("text") if one.attributes["class"] == "row"]
+    assert labels == ["layers.0-2, each", "layers.3", "layers.4", "layers.5-11, each"]
+    (outlines,) = [one for one in layers.find_all("path") if one.attributes.get("class") == "odd"]
+    assert outlines.attributes["d"].count("M") == 2
 
 
 def test_many_ranks_are_drawn_in_groups(tmp_path: Path) -> None:
@@ -293,3 +326,32 @@ def test_v3_is_small_and_always_the_same(tmp_path: Path) -> None:
     assert [row[2] for row in fits] == [f"{largest / gpu / 1e7:.1f} %" for gpu in (80, 96, 141, 180, 192)]
     assert "no KV cache, no activations" in page.text
     assert f"{plan.size:,} bytes" in page.find_all("section")[-1].text
+
+
+def test_bars_are_as_wide_as_the_page_and_end_where_the_longest_ends(tmp_path: Path) -> None:
+    """Without lines of GPUs: the parts of the longest bar are the whole width, and nothing is drawn behind a bar."""
+    write_model(tmp_path / "model", "llama", vocab_size=90)
+    drawn = page_of(tmp_path / "model", to="dcp", ranks=4).find_all("svg")[0]
+    assert "viewbox" not in drawn.attributes
+    assert drawn.attributes["class"] == "bars short"
+    bars: dict[str, float] = {}
+    for one in drawn.find_all("rect"):
+        assert re.fullmatch(r"k\d", one.attributes["class"])
+        bars[one.attributes["y"]] = bars.get(one.attributes["y"], 0.0) + float(
+            one.attributes["width"].removesuffix("%")
+        )
+    assert len(bars) == 4
+    assert max(bars.values()) == pytest.approx(100, abs=0.05)
+    assert min(bars.values()) < 99, "the last rank has less"
+    assert not drawn.find_all("line")
+
+
+def test_memories_are_in_gb_and_all_else_in_powers_of_1024(source: Callable[[str], Path]) -> None:
+    plan = reshard.plan(source("deepseek-v3"), mp=2)
+    page = parse_page(format_plan_page(plan))
+    largest = max(file.size - len(file.header) for file in plan.files)
+    assert f"80 GB is {80e9 / largest:,.0f} times the longest bar" in page.text
+    assert page.text.count("1,000,000,000") == 1, "what a GB is stands there once"
+    units = {*re.findall(r"[\d.]+ (bytes|[kKMGT]i?B)\b", page.text)}
+    assert units == {"bytes", "KiB", "MiB", "GB"}
+    assert {*re.findall(r"(\d+) GB", page.text)} == {"80", "96", "141", "180", "192"}

@@ -3,16 +3,22 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from reshard.pages.heat_map import LETTER
-from reshard.pages.legends import LETTERS, format_decimal
+from reshard.pages.legends import LETTERS
 from reshard.pages.markup import Markup, make_drawing, make_element
 from reshard.pages.module_kinds import KINDS
+from reshard.text import format_size
 
-PLOT = 800
-"""Width of the longest possible bar, in pixels."""
+SHORT_LABEL, LONG_LABEL, SIZE = 56, 96, 80
+"""Widths of the margins of a bar, in pixels: of its label, and of its size. `page.css` has them too."""
 
-CLOSE = 48
-"""In pixels. Labels of lines that are closer are moved apart."""
+MOST_SHORT_LETTERS, MOST_LONG_LETTERS = 7, 14
+"""Of labels that fit into these margins; longer ones are cut."""
+
+CLOSE = 6
+"""In percent of the width. Labels of lines that are closer are moved apart."""
+
+LEAST_WITH_LETTER, LEAST_ON_PHONES = 1.75, 8
+"""In percent of the width: parts of bars that have their letters, and those that have them on a narrow page too."""
 
 GB = 10**9
 
@@ -46,52 +52,54 @@ class Bars(NamedTuple):
 
 
 def paint_bars(drawn: Bars) -> Markup:
-    """Draws bars, in a region that scrolls."""
+    """Draws bars as wide as the page: places are in percent. Labels and sizes stand in the margins."""
     largest = max((bar.size for bar in drawn.bars), default=0)
     lines = drawn.memories if largest >= LEAST_WITH_LINES else ()
-    end = max(largest * 1.02, *(memory * GB * 1.03 for memory in lines), 1)
-    left = max((len(bar.label) for bar in drawn.bars), default=0) * LETTER + 12
+    percent = max(largest, *(memory * GB * 1.03 for memory in lines), 1) / 100
     height = 22 if len(drawn.bars) <= 24 else 15
     top = 26 if drawn.memories else 6
     bottom = top + height * len(drawn.bars) + 6
-    right = left + PLOT + 84
+    is_short = all(len(bar.label) <= MOST_SHORT_LETTERS for bar in drawn.bars)
+    left = -SHORT_LABEL if is_short else -LONG_LABEL
     parts: list[Markup] = []
     for number, bar in enumerate(drawn.bars):
-        parts += paint_bar(bar, left, top + height * number + 2, height - 4, PLOT / end)
-    parts += paint_lines(lines, left, bottom - 4, PLOT / end)
+        y = top + height * number + 2
+        label = bar.label if len(bar.label) <= MOST_LONG_LETTERS else bar.label[: MOST_LONG_LETTERS - 3] + "..."
+        parts += [make_element("text", label, x=left, y=y + height // 2 + 2), *paint_bar(bar, y, height - 4, percent)]
+    parts += paint_lines(lines, bottom - 4, percent)
     if drawn.memories and not lines and largest:
         first = drawn.memories[0]
-        words = (
-            f"the line of {first} GB would be {first * GB / largest:,.1f} times as far from the left as the longest bar"
-        )
-        parts.append(make_element("text", words, x=f"{left:.0f}", y=18, class_="behind"))
-    return make_drawing(drawn.name, drawn.title, drawn.description, parts, size=(right, bottom))
+        words = f"{first} GB is {first * GB / largest:,.0f} times the longest bar"
+        parts.append(make_element("text", words, x=left, y=18, class_="behind"))
+    size = {"height": f"{bottom}", "class_": "bars" + " short" * is_short}
+    return make_drawing(drawn.name, drawn.title, drawn.description, parts, **size)
 
 
-def paint_bar(bar: Bar, left: float, y: float, height: float, scale: float) -> Iterator[Markup]:
-    """Draws a bar, its label and its size. `scale` is in pixels a byte."""
-    middle = y + height / 2 + 4
-    yield make_element("text", bar.label, x=f"{left - 6:.0f}", y=f"{middle:.0f}", class_="row")
-    yield make_element("path", class_="base", d=f"M{left:.0f} {y}h{PLOT}v{height}h-{PLOT}z")
-    x = left
+def paint_bar(bar: Bar, y: int, height: int, percent: float) -> Iterator[Markup]:
+    """Draws a bar and its size. A percent of the width is `percent` bytes."""
+    middle = y + height // 2 + 4
+    x = 0.0
     for kind, size in enumerate(bar.sizes):
-        width = size * scale
+        width = size / percent
         if size:
-            title = make_element("title", f"{bar.label}, {KINDS[kind]}: {size:,} bytes ({format_decimal(size)})")
-            outline = f"M{x:.1f} {y}h{width:.1f}v{height}h-{width:.1f}z"
-            yield make_element("path", title, class_=f"k{kind}", d=outline)
-        if width >= 14:
-            yield make_element("text", LETTERS[kind], x=f"{x + width / 2:.1f}", y=f"{middle:.0f}", class_="letter")
+            title = make_element("title", f"{bar.label}, {KINDS[kind]}: {size:,} bytes ({format_size(size)})")
+            yield make_element(
+                "rect", title, class_=f"k{kind}", x=f"{x:.2f}%", y=y, width=f"{width:.2f}%", height=height
+            )
+        if width >= LEAST_WITH_LETTER:
+            thin = " thin" * (width < LEAST_ON_PHONES)
+            yield make_element("text", LETTERS[kind], x=f"{x + width / 2:.2f}%", y=middle, class_=f"letter{thin}")
         x += width
-    yield make_element("text", format_decimal(bar.size), x=f"{left + PLOT + 80:.0f}", y=f"{middle:.0f}", class_="row")
+    yield make_element("text", format_size(bar.size), x="100%", dx=SIZE, y=middle, class_="row")
 
 
-def paint_lines(memories: Sequence[int], left: float, bottom: float, scale: float) -> Iterator[Markup]:
-    """Draws a line for the memory of each GPU, with its number above."""
-    places = [left + memory * GB * scale for memory in memories]
+def paint_lines(memories: Sequence[int], bottom: int, percent: float) -> Iterator[Markup]:
+    """Draws a line for the memory of each GPU, with its number above: on a narrow page of the first and the last."""
+    places = [memory * GB / percent for memory in memories]
     for number, (memory, x) in enumerate(zip(memories, places, strict=True)):
         is_before = number + 1 < len(places) and places[number + 1] - x < CLOSE
         is_behind = number > 0 and x - places[number - 1] < CLOSE
         anchor = "before" if is_before else "behind" if is_behind else "column"
-        yield make_element("path", class_="memory", d=f"M{x:.1f} 22v{bottom - 22:.0f}")
-        yield make_element("text", f"{memory} GB", x=f"{x:.1f}", y=18, class_=anchor)
+        thin = " thin" * (0 < number < len(places) - 1)
+        yield make_element("line", class_="memory", x1=f"{x:.2f}%", x2=f"{x:.2f}%", y1=22, y2=bottom)
+        yield make_element("text", f"{memory} GB", x=f"{x:.2f}%", y=18, class_=anchor + thin)

@@ -10,12 +10,12 @@ from reshard.inspection.unfinished import describe_unfinished
 from reshard.numbered_names import name_layer, split_name
 from reshard.pages.bars import Bar, Bars, paint_bars
 from reshard.pages.columns import Line, group_columns, merge_lines, name_numbers
-from reshard.pages.heat_map import NOT_THERE, HeatMap, find_level, merge_cells, paint_heat_map
-from reshard.pages.legends import format_decimal, make_kind_legend, make_legend, make_size_legend
+from reshard.pages.heat_map import HeatMap, find_level, merge_cells, paint_heat_map
+from reshard.pages.legends import make_kind_legend, make_legend, make_size_legend
 from reshard.pages.markup import Markup, Table, make_details, make_element, make_list, make_table
 from reshard.pages.module_kinds import KINDS, find_module_kind
 from reshard.pages.page import Page, Section, format_page, make_paragraph
-from reshard.text import format_count, format_size, shorten_name
+from reshard.text import format_count, format_percent, format_size, shorten_name
 
 Cells = Mapping[str, Mapping[str, int]]
 """Bytes by module and by the number of the layer."""
@@ -55,14 +55,24 @@ def format_contents_page(content: Content, tensors: Sequence[ListedTensor]) -> s
         sections.append(
             Section("notes", "Notes", [make_list(f"Note: {note.text}" for note in content.notes), *remarks])
         )
+    return format_page(Page("inspect", *describe_content(content), list_content_facts(content), sections))
+
+
+def describe_content(content: Content) -> tuple[str, str]:
+    """The heading of the page and its first sentence. The heading says how far an unfinished conversion is."""
+    name = content.path.rstrip("/").rpartition("/")[2] or content.path
+    recipe = f", recipe {content.recipe}" if content.recipe else ""
     known = f"{content.layout} layout" if content.layout else "no known layout"
-    lead = f"{content.path}: {known}{f', recipe {content.recipe}' if content.recipe else ''}."
-    title = f"Contents: {content.path.rstrip('/').rpartition('/')[2] or content.path}"
-    return format_page(Page("inspect", title, lead, list_content_facts(content), sections))
+    lead = f"{content.path}: {known if content.files else 'an unfinished conversion'}{recipe}."
+    if found := content.unfinished:
+        return f"Unfinished ({format_percent(found.durable, found.size)}): {name}", lead
+    return f"{'Contents' if content.files else 'Unfinished'}: {name}", lead
 
 
 def list_content_facts(content: Content) -> list[tuple[str, str]]:
-    """Lists what one looks for first."""
+    """Lists what one looks for first; nothing where no file is finished."""
+    if not content.files:
+        return []
     made = ", ".join(f"{option} {value}".rstrip() for option, value in content.made.items())
     found = [
         ("Files", f"{content.files:,}"),
@@ -123,7 +133,8 @@ def make_places_section(tensors: Sequence[ListedTensor]) -> Section:
     tables = tabulate_sizes(tensors)
     kinds = sorted(tables, key=lambda kind: (not kind, split_numbers(kind)))
     largest = max(size for table in tables.values() for cells in table.values() for size in cells.values())
-    text = "A row for each module, the largest first, with # for a number in its name; a column for each layer."
+    text = "A row for each module, the largest first, with # for a number in its name; a column for each layer. "
+    text += "The darker a cell (in a dark page, the brighter), the more bytes a module has in a layer."
     parts = [make_paragraph(text), make_size_legend(largest)]
     for number, kind in enumerate(kinds[:MOST_LAYER_KINDS]):
         parts += paint_sizes(kind, tables[kind], f"places-{number}", largest)
@@ -188,8 +199,8 @@ def find_usual(cells: Mapping[str, int]) -> int | None:
 def make_size_cell(size: int | None, usual: int | None, largest: int) -> tuple[int, str, bool, str]:
     """Makes a cell of a heat map: its level, words, outline and mark."""
     if size is None:
-        return NOT_THERE, "", False, ""
-    return find_level(size, largest), f"{size:,} bytes ({format_decimal(size)})", usual not in (None, size), ""
+        return 0, "", False, ""
+    return find_level(size, largest), f"{size:,} bytes ({format_size(size)})", usual not in (None, size), ""
 
 
 def describe_odd_layers(module: str, cells: Mapping[str, int], usual: int | None) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from reshard.formats.folders_below import split_numbers
 from reshard.inspection.diff_report import DiffReport, ValueDifference, format_share
 from reshard.numbered_names import name_layer, split_name
-from reshard.pages.heat_map import NOT_THERE
+from reshard.pages.heat_map import LETTERED, NOT_THERE
 
 EXPERT = re.compile(r"\.experts\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
@@ -18,10 +18,10 @@ RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MARKS = {
     "N": "NaN on a side",
     "I": "infinite on a side",
-    "Z": "A is all zeros, B is not",
-    "D": "another dtype or shape",
     "A": "only in A",
     "B": "only in B",
+    "Z": "A is all zeros, B is not",
+    "D": "another dtype or shape",
     "?": "other bytes, of a dtype whose values are not known",
 }
 """Letters in cells, the gravest first, and what they say."""
@@ -51,13 +51,12 @@ class DiffCell:
             return NOT_THERE
         if not self.different:
             return 0
-        return 7 if {"N", "I", "Z"} & self.marks else 1 + sum(self.relative >= limit for limit in RELATIVE)
+        return LETTERED if self.marks else 1 + sum(self.relative >= limit for limit in RELATIVE)
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """The larger, the worse."""
-        grave = [mark for mark in self.marks if mark in "NIZ"]
-        return len(grave), self.relative, self.different
+        """The larger, the worse: what has a letter before all that has none."""
+        return len(ORDER) - ORDER.index(self.mark) if self.marks else 0, self.relative, self.different
 
     def add(self, relative: float, mark: str, *, is_equal: bool) -> None:
         """Adds a tensor."""

@@ -6,7 +6,7 @@ from reshard.inspection.diff_groups import GroupDifference
 from reshard.inspection.diff_report import DiffReport, ValueDifference, describe_verdict, format_share
 from reshard.inspection.value_sums import OverallDistance
 from reshard.pages.diff_cells import MARKS, CellTable, DiffCell, sort_worst, tabulate_experts, tabulate_modules
-from reshard.pages.heat_map import HeatMap, merge_cells, paint_heat_map
+from reshard.pages.heat_map import LETTERED, HeatMap, merge_cells, paint_heat_map
 from reshard.pages.legends import make_legend
 from reshard.pages.markup import Markup, Table, make_details, make_element, make_list, make_table
 from reshard.pages.page import Page, Section, format_page, make_paragraph
@@ -71,7 +71,8 @@ def make_modules_section(report: DiffReport) -> Section:
     """Makes the section of the modules by layer."""
     text = (
         "A row for each module that differs, the worst first; a column for each layer. The colour is the relative norm "
-        "of the worst tensor in a cell: the length of A - B, as a vector, divided by that of A."
+        "of the worst tensor in a cell: the length of A - B, as a vector, divided by that of A. Cells with a letter "
+        "have a colour of their own, and come first: see the letter."
     )
     tables = tabulate_modules(report)
     if report.is_same:
@@ -99,9 +100,9 @@ def make_diff_legend(tables: Sequence[CellTable], *, has_letters: bool = True) -
     """Makes the legend of the heat maps: the colours, and the letters that are in them, or the outline."""
     used = {cell.mark for table in tables for _, _, cell in table.cells}
     steps = [(f"s{level}", "", words) for level, words in enumerate(STEPS, 1)]
-    marks = [("marked", letter, words) for letter, words in MARKS.items() if letter in used]
+    marks = [(f"s{LETTERED}", letter, words) for letter, words in MARKS.items() if letter in used]
     if marks and not has_letters:
-        marks = [("s0 outlined", "", "outlined: " + ", or ".join(words for _, _, words in marks))]
+        marks = [(f"s{LETTERED} outlined", "", "outlined: " + ", or ".join(words for _, _, words in marks))]
     return make_legend([("s0", "", "equal"), *steps, *marks])
 
 

@@ -9,6 +9,9 @@ from reshard.pages.markup import Markup, make_drawing, make_element
 LEVELS = 7
 """Colours of a heat map, from 1 on; level 0 is a cell with nothing in it."""
 
+LETTERED = LEVELS + 1
+"""The level of a cell with a letter: a colour apart from the others."""
+
 NOT_THERE = -1
 """The level of a cell that is not drawn at all."""
 
@@ -33,13 +36,13 @@ class Run(NamedTuple):
     end: int
     """Index of the column behind it."""
     level: int
-    """0, for nothing, to LEVELS; or NOT_THERE."""
+    """0, for nothing, to LEVELS; LETTERED, or NOT_THERE."""
     title: str = ""
     """The words that a browser shows under the pointer; empty for none."""
     is_odd: bool = False
     """Whether it is outlined."""
     mark: str = ""
-    """A letter in the middle of each cell, for what colour alone cannot say."""
+    """A letter in the middle of each cell, of the level LETTERED, for what colour alone cannot say."""
 
 
 class HeatMap(NamedTuple):
@@ -87,7 +90,8 @@ def paint_heat_map(drawn: HeatMap) -> Markup:
         *paint_grid(len(labels), len(drawn.columns), sizes),
         *paint_marks(drawn.rows, sizes),
     ]
-    return make_drawing(drawn.name, drawn.title, drawn.description, parts, size=(right, bottom))
+    size = {"viewBox": f"0 0 {right:.0f} {bottom:.0f}", "width": f"{right:.0f}", "height": f"{bottom:.0f}"}
+    return make_drawing(drawn.name, drawn.title, drawn.description, parts, **size)
 
 
 def paint_column_labels(columns: Sequence[str], sizes: Sizes) -> Iterator[Markup]:
@@ -124,7 +128,7 @@ def paint_runs(rows: Sequence[tuple[str, Sequence[Run]]], sizes: Sizes) -> Itera
 
 def paint_levels(rows: Sequence[tuple[str, Sequence[Run]]], sizes: Sizes) -> Iterator[Markup]:
     """Draws all cells of a level as one element."""
-    for level in range(LEVELS + 1):
+    for level in range(LETTERED + 1):
         runs = [(number, run) for number, (_, runs) in enumerate(rows) for run in runs if run.level == level]
         if runs:
             yield make_element("path", class_=f"s{level}", d="".join(trace_run(*one, sizes) for one in runs))
@@ -158,7 +162,7 @@ def paint_marks(rows: Sequence[tuple[str, Sequence[Run]]], sizes: Sizes) -> Iter
         for run in runs:
             for column in range(run.first, run.end) if run.mark else ():
                 x = sizes.left + sizes.width * (column + 0.5)
-                yield make_element("text", run.mark, x=f"{x:.1f}", y=f"{y:.0f}", class_=f"mark m{run.level}")
+                yield make_element("text", run.mark, x=f"{x:.1f}", y=f"{y:.0f}", class_="mark")
 
 
 def merge_cells(cells: Iterable[tuple[int, str, bool, str]]) -> list[Run]:

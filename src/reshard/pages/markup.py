@@ -103,23 +103,18 @@ def make_list(items: Iterable[str], **attributes: str) -> Markup:
     return make_element("ul", *made, **attributes) if made else NOTHING_HERE
 
 
-def make_drawing(
-    name: str, title: str, description: str, parts: Iterable[Markup], *, size: tuple[float, float]
-) -> Markup:
-    """Makes a drawing of a width and height in pixels, in a region that scrolls. Those who do not see it are told its
+def make_drawing(name: str, title: str, description: str, parts: Iterable[Markup], **attributes: str) -> Markup:
+    """Makes a drawing, whose `attributes` tell its size, in a region that scrolls. Those who do not see it are told its
     title and its description, and nothing of its parts.
     """
-    width, height = (f"{one:.0f}" for one in size)
     made = make_element(
         "svg",
         make_element("title", title, id=f"{name}-title"),
         make_element("desc", description, id=f"{name}-text"),
         make_element("g", *parts, aria_hidden="true"),
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
         role="img",
         aria_labelledby=f"{name}-title",
         aria_describedby=f"{name}-text",
+        **attributes,
     )
     return make_region(title, made)

@@ -64,8 +64,8 @@ def format_page(page: Page) -> str:
 def describe_page(page: Page) -> str:
     """Says where a page comes from, and what its units are."""
     return (
-        f"Written by reshard {__version__}, {page.kind}. Sizes in bytes are exact; kB, MB and GB are powers of 1000, "
-        "KiB, MiB and GiB powers of 1024."
+        f"Written by reshard {__version__}, {page.kind}. Sizes in bytes are exact; KiB, MiB, GiB and TiB are powers of "
+        "1024 bytes."
     )
 
 

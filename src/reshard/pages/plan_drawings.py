@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
+from reshard.numbered_names import name_layer
 from reshard.pages.bars import GB, Bar, Bars, paint_bars
 from reshard.pages.columns import (
     Column,
@@ -18,14 +20,14 @@ from reshard.pages.columns import (
     name_numbers,
 )
 from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
-from reshard.pages.legends import format_decimal, make_kind_legend, make_legend, make_size_legend
+from reshard.pages.legends import make_kind_legend, make_legend, make_size_legend
 from reshard.pages.markup import NOTHING_HERE, Markup, Table, make_details, make_element, make_list, make_table
 from reshard.pages.module_kinds import KINDS
 from reshard.pages.page import Section, make_paragraph
 from reshard.pages.plan_facts import PlanFacts
 from reshard.planning.plan import Plan, has_rank_files
 from reshard.planning.rank_choices import GPUS
-from reshard.text import format_count, shorten_name
+from reshard.text import format_count, format_size, shorten_name
 
 MOST_LISTED = 40
 """So many odd cells are listed in words."""
@@ -67,9 +69,9 @@ def describe_sizes(facts: PlanFacts, numbers: Sequence[int], thing: str, shown: 
     sizes, total = facts.sizes.tolist(), int(facts.sizes.sum())
     least, most = min(sizes), max(sizes)
     places = f"{thing} {numbers[sizes.index(least)]}", f"{thing} {numbers[sizes.index(most)]}"
-    each = f"Each {thing} has {most:,} bytes of tensors ({format_decimal(most)})."
+    each = f"Each {thing} has {most:,} bytes of tensors ({format_size(most)})."
     if least < most:
-        each = f"From {least:,} bytes of tensors ({places[0]}) to {most:,} ({places[1]}, {format_decimal(most)})."
+        each = f"From {least:,} bytes of tensors ({places[0]}) to {most:,} ({places[1]}, {format_size(most)})."
     kinds = sorted(shown, key=lambda kind: -int(facts.parts[kind].sum()))[:3]
     shares = [f"{KINDS[kind]} {100 * int(facts.parts[kind].sum()) / max(total, 1):.1f} %" for kind in kinds]
     return f"{each} Most of all is {', then '.join(shares)}."
@@ -87,8 +89,9 @@ def make_gpu_table(size: int) -> Iterator[Markup]:
         for memory, names in GPUS
     ]
     yield make_paragraph(
-        "Only weights are counted: no KV cache, no activations, nothing of the program. GB is 1,000,000,000 bytes, as "
-        "GPUs are sold; dashed lines mark them where bars are long enough to be seen beside them."
+        "Only weights are counted: no KV cache, no activations, nothing of the program. GB, of memories of GPUs alone, "
+        "is 1,000,000,000 bytes, as they are sold; all other sizes are in powers of 1024. Dashed lines mark the "
+        "memories where bars are long enough to be seen beside them."
     )
     heading = ("memory", "such as", "taken by the largest rank", "its weights")
     yield make_table(Table("The largest rank in the memory of common GPUs", heading, rows, words=(1, 3)))
@@ -143,12 +146,10 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     numbers = number_files(plan)
     odd, unsettled = find_odd_cells(facts) if has_rank_files(plan) else ([], [])
     columns, largest = group_columns(numbers), int(facts.cells.max(initial=0))
-    rows = [
-        (shorten_name(name), merge_rank_cells(facts, row, columns, numbers, thing, odd, largest))
-        for row, name in enumerate(facts.rows)
-    ]
+    groups = group_layers(facts, odd)
+    rows = [merge_rank_cells(facts, group, columns, numbers, thing, odd, largest) for group in groups]
     text = (
-        f"{format_count(len(facts.rows), 'rows')}: the layers, and what is in none; "
+        f"{format_count(len(rows), 'rows')}: the layers, and what is in none; "
         f"{format_count(len(numbers), 'columns')}, a {thing} each. The largest cell has {largest:,} bytes."
     )
     drawn = HeatMap(
@@ -156,7 +157,10 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     )
     is_grouped = len(columns) < len(numbers)
     parts = [
-        make_paragraph(f"The darker a cell (in a dark page, the brighter), the more bytes of a layer a {thing} holds."),
+        make_paragraph(
+            f"The darker a cell (in a dark page, the brighter), the more bytes of a layer a {thing} holds."
+            + " Layers that follow each other and are equal share a row." * (len(groups) < len(facts.rows))
+        ),
         make_paragraph(f"A column stands for several {thing}s: the largest of them counts.")
         if is_grouped
         else NOTHING_HERE,
@@ -168,16 +172,36 @@ def make_layers_section(plan: Plan, facts: PlanFacts, thing: str) -> Section:
     return Section("layers", f"Layers by {thing}", parts)
 
 
+def group_layers(facts: PlanFacts, odd: Sequence[Odd]) -> list[Sequence[int]]:
+    """Groups rows that follow each other: layers of the same tensors and bytes. One that stands out is alone."""
+    strange = {one.row for one in odd}
+
+    def find_key(row: int) -> tuple[object, ...]:
+        kind = name_layer(facts.rows[row]).rpartition(".")[0]
+        return (row,) if row in strange or not kind else (kind, facts.kinds[row], *facts.cells[row].tolist())
+
+    return [[*group] for _, group in groupby(range(len(facts.rows)), find_key)]
+
+
+def name_layers_together(facts: PlanFacts, group: Sequence[int]) -> str:
+    """Names the layers of a row: `model.layers.3`, or `model.layers.3-60, each`."""
+    first = facts.rows[group[0]]
+    numbers = [int(facts.rows[row].rpartition(".")[2]) for row in group[1:]]
+    kind, _, number = first.rpartition(".")
+    return f"{kind}.{name_numbers([int(number), *numbers])}, each" if numbers else first
+
+
 def merge_rank_cells(
     facts: PlanFacts,
-    row: int,
+    group: Sequence[int],
     columns: Sequence[Column],
     numbers: Sequence[int],
     thing: str,
     odd: Sequence[Odd],
     largest: int,
-) -> list[Run]:
-    """Merges the cells of a layer into runs, with their words."""
+) -> tuple[str, list[Run]]:
+    """Merges the cells of a layer, or of equal ones, into runs, with their words. Also returns its name."""
+    row, name = group[0], shorten_name(name_layers_together(facts, group))
     cells, strange = facts.cells[row].tolist(), {file for one in odd if one.row == row for file in one.files}
     values = [(max(cells[file] for file in column.files), not strange.isdisjoint(column.files)) for column in columns]
     runs = merge_cells((find_level(size, largest), str(size), is_odd, "") for size, is_odd in values)
@@ -185,8 +209,8 @@ def merge_rank_cells(
     for run in runs:
         files = [file for column in columns[run.first : run.end] for file in column.files]
         words = describe_cells([cells[file] for file in files], [numbers[file] for file in files], thing)
-        found.append(run._replace(title=f"{shorten_name(facts.rows[row])}, {words}" if run.level else ""))
-    return found
+        found.append(run._replace(title=f"{name}, {words}" if run.level else ""))
+    return name, found
 
 
 def list_odd_cells(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from reshard.formats.command_words import list_layout_words
 from reshard.formats.manifest import list_subset_lines
-from reshard.pages.legends import format_decimal
 from reshard.pages.markup import Markup, Table, make_list, make_table
 from reshard.pages.page import Page, Section, format_page, make_paragraph
 from reshard.pages.plan_drawings import make_layers_section, make_ranks_section
@@ -53,7 +52,7 @@ def list_plan_facts(plan: Plan, facts: PlanFacts) -> list[tuple[str, str]]:
     ]
     if plan.files and has_rank_files(plan):
         largest = int(facts.sizes.max())
-        found.insert(2, ("Tensors of the largest rank", f"{largest:,} bytes ({format_decimal(largest)})"))
+        found.insert(2, ("Tensors of the largest rank", f"{largest:,} bytes ({format_size(largest)})"))
     return found + [("Chosen", line) for line in list_subset_lines(plan.source.subset)]
 
 
@@ -66,8 +65,8 @@ def make_replicas_section(facts: PlanFacts, thing: str) -> Section:
     most = int(facts.replicated.max())
     text = (
         f"Some tensors, or parts, are in several {thing}s, for each {thing} needs them whole. Beyond their first copy "
-        f"they cost {extra:,} bytes ({format_decimal(extra)}) in all, {100 * extra / total:.2f} % of all tensors; of "
-        f"the {thing} that has most of them they are {most:,} bytes ({format_decimal(most)})."
+        f"they cost {extra:,} bytes ({format_size(extra)}) in all, {100 * extra / total:.2f} % of all tensors; of "
+        f"the {thing} that has most of them they are {most:,} bytes ({format_size(most)})."
     )
     rows = [
         [
