@@ -29,8 +29,8 @@ BEGINNING = re.compile(r"(?:--[\w-]+ )?\S*")
 WEB_LOGIN = re.compile(r"[^/?#]*@|(?=[^/?#@]*:\d*[^\W\d]).*@", re.DOTALL)
 """In an address of a web server: a name with a password, which may have slashes."""
 
-LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*(?:@|:\S))(?:.*(?=@)|\S*)", re.DOTALL)
-"""In any other address: a name with a password, or keys where a bucket should be. They may have slashes."""
+LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*(?:@|:(?!\d{1,5}\b)\S))(?:.*(?=@)|\S*)", re.DOTALL)
+"""In any other address: a name with a password, or keys where a bucket should be. They may have slashes. A port stays."""
 
 FILE_LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*:\S)(?:.*(?=@)|\S*)", re.DOTALL)
 """In an address of this machine: an `@` alone is part of a name."""

@@ -142,6 +142,7 @@ def test_every_text_of_a_problem_is_without_secrets(text: str, address: str) -> 
         "reshard convert hf://ORG/NAME NEW --only 'model.layers.?.mlp*'",
         "https://HOST:PORT or http://HOST:PORT",
         "http://127.0.0.1:80: Connection refused",
+        "socks5://127.0.0.1:9",
         "./a?b@c:d",
         "a: b/c?d",
     ],
