@@ -29,11 +29,15 @@ BEGINNING = re.compile(r"(?:--[\w-]+ )?\S*")
 WEB_LOGIN = re.compile(r"[^/?#]*@|(?=[^/?#@]*:\d*[^\W\d]).*@", re.DOTALL)
 """In an address of a web server: a name with a password, which may have slashes."""
 
-LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*(?:@|:(?!\d{1,5}\b)\S))(?:.*(?=@)|\S*)", re.DOTALL)
-"""In any other address: a name with a password, or keys where a bucket should be. They may have slashes. A port stays."""
+LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*(?:@|:(?!\d{1,5}(?:[/;,.:)'\"\s]|\Z))\S))(?:.*(?=@)|\S*)", re.DOTALL)
+"""In any other address: a name with a password, or keys where a bucket should be. They may have slashes.
+A port stays.
+"""
 
 FILE_LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*:\S)(?:.*(?=@)|\S*)", re.DOTALL)
-"""In an address of this machine: an `@` alone is part of a name."""
+"""In an address of this machine, where an `@` alone is part of a name; of a bucket, which has no port."""
+
+BUCKETS = ("s3:", "gs:", "az:")
 
 END = r"(?=[;,.:)?'\"\]]{0,9}(?:\s|\Z))"
 """Of an address in a sentence. The dots that stand for what is hidden are taken for it too."""
@@ -215,9 +219,11 @@ def hide_in_address(scheme: str, place: str) -> tuple[str, bool]:
     kind = scheme.rstrip("/").lower()
     if kind in ("http:", "https:"):
         place = WEB_LOGIN.sub("", place, count=1) if WEB_LOGIN.match(place) else place
-    elif found := (FILE_LOGIN if kind == "file:" and scheme.endswith("///") else LOGIN).match(place):
+    elif found := FILE_LOGIN.match(place) if kind == "file:" and scheme.endswith("///") else LOGIN.match(place):
         place = f"...{place[found.end() :]}"
-    plain = (PLAIN_IN_BUCKET if kind in ("s3:", "gs:", "az:") else PLAIN).match(place)
+    elif kind in BUCKETS and (found := FILE_LOGIN.match(place)):
+        place = f"...{place[found.end() :]}"
+    plain = (PLAIN_IN_BUCKET if kind in BUCKETS else PLAIN).match(place)
     if plain is None or plain.end() == len(place):
         return place, False
     # A revision of the hub has no question mark.
