@@ -219,9 +219,9 @@ def hide_in_address(scheme: str, place: str) -> tuple[str, bool]:
     kind = scheme.rstrip("/").lower()
     if kind in ("http:", "https:"):
         place = WEB_LOGIN.sub("", place, count=1) if WEB_LOGIN.match(place) else place
-    elif found := FILE_LOGIN.match(place) if kind == "file:" and scheme.endswith("///") else LOGIN.match(place):
-        place = f"...{place[found.end() :]}"
-    elif kind in BUCKETS and (found := FILE_LOGIN.match(place)):
+    elif (found := FILE_LOGIN.match(place) if kind == "file:" and scheme.endswith("///") else LOGIN.match(place)) or (
+        kind in BUCKETS and (found := FILE_LOGIN.match(place))
+    ):
         place = f"...{place[found.end() :]}"
     plain = (PLAIN_IN_BUCKET if kind in BUCKETS else PLAIN).match(place)
     if plain is None or plain.end() == len(place):
