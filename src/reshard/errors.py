@@ -10,7 +10,7 @@ from math import ceil
 from typing import ParamSpec, TypeVar
 
 from reshard.numbered_names import cover_numbers, fill_ranges, split_name
-from reshard.text import LONGEST_SHOWN, escape_and_clip
+from reshard.text import LONGEST_SHOWN, escape_and_clip, hide_secrets
 
 MOST_ROWS, COLUMNS = 14, 100
 """A message fits a screen: so many rows of so many columns, below the line that says `refused`."""
@@ -33,7 +33,9 @@ MOST_PROBLEMS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault: the name of the thing at fault, what was found, what was expected, and a hint how to go on."""
+    """One fault: the name of the thing at fault, what was found, what was expected, and a hint how to go on. Nothing
+    secret in an address is kept.
+    """
 
     kind: str
     """A stable word for machines and tests, such as `missing-file`."""
@@ -43,6 +45,10 @@ class Problem:
     expected: str
     remedy: str = ""
     """The hint; empty if there is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "found", "expected", "remedy"):
+            object.__setattr__(self, name, hide_secrets(getattr(self, name)))
 
 
 class Refused(Exception):

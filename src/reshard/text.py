@@ -20,19 +20,33 @@ SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
 """An address as a path has it: a path has one slash where the address had two."""
 
-SECRETS = re.compile(r"(.*?https?:/+)(?:[^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL | re.IGNORECASE)
-"""In an address of a web server: a name with a password, and a query, which may be a key. The address may stand behind
-an option.
+SCHEME = re.compile(r"((?<![A-Za-z0-9+.?#-])[A-Za-z0-9+.-]*:/+)")
+"""What an address in a text begins with. Behind a question mark it is a query."""
+
+BEGINNING = re.compile(r"(?:--[\w-]+ )?\S*")
+"""What may stand in front of an address that is the rest of the text, and may have blanks then."""
+
+WEB_LOGIN = re.compile(r"[^/?#]*@|(?=[^/?#@]*:\d*[^\W\d]).*@", re.DOTALL)
+"""In an address of a web server: a name with a password, which may have slashes."""
+
+LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*(?:@|:(?!\d{1,5}(?:[/;,.:)'\"\s]|\Z))\S))(?:.*(?=@)|\S*)", re.DOTALL)
+"""In any other address: a name with a password, or keys where a bucket should be. They may have slashes.
+A port stays.
 """
 
-KEYS = re.compile(
-    r"(.*?(?<![A-Za-z0-9+.-])(?!(?:hf|file|https?):)[A-Za-z][A-Za-z0-9+.-]*:/+)(?=[^/]*[:@])(?:.*@|.*)(.*)",
-    re.DOTALL | re.IGNORECASE,
-)
-"""In any other address: keys where a bucket should be. They may have slashes. Of the hub, a revision stands there."""
+FILE_LOGIN = re.compile(r"(?!\.\.\.@)(?=[^/\s]*:\S)(?:.*(?=@)|\S*)", re.DOTALL)
+"""In an address of this machine, where an `@` alone is part of a name; of a bucket, which has no port."""
 
-QUERY = re.compile(r"(.*?(?<![A-Za-z0-9+.-])(?:s3|gs|az):[^?]*\?)[^/=]*=.*", re.DOTALL | re.IGNORECASE)
-"""In the address of a bucket: a signature may stand there."""
+BUCKETS = ("s3:", "gs:", "az:")
+
+END = r"(?=[;,.:)?'\"\]]{0,9}(?:\s|\Z))"
+"""Of an address in a sentence. The dots that stand for what is hidden are taken for it too."""
+
+PLAIN = re.compile(rf"(?:[^?#]++|[?#]{END})*+")
+"""An address without its query."""
+
+PLAIN_IN_BUCKET = re.compile(rf"(?:[^?]++|\?{END}|\?(?=/))*+")
+"""The same of a bucket, where the name of a folder may end in a question mark."""
 
 
 def escape(text: str) -> str:
@@ -182,10 +196,35 @@ def make_path(text: str) -> Path:
 
 
 def hide_secrets(text: str) -> str:
-    """A text, which may be an address, without what is secret in it."""
-    if found := SECRETS.fullmatch(text):
-        return f"{found[1]}{found[2]}{'?...' if found[3] else ''}"
-    if found := KEYS.fullmatch(text):
-        text = f"{found[1]}...{'@' if '@' in text else ''}{found[2]}"
-    found = QUERY.fullmatch(text)
-    return f"{found[1]}..." if found else text
+    """A text without what is secret in the addresses in it: names, passwords, keys and queries. A second time it stays
+    as it is.
+    """
+    shown, *rest = SCHEME.split(text)
+    is_whole = BEGINNING.fullmatch(shown)
+    for turn in range(0, len(rest), 2):
+        scheme, place = rest[turn : turn + 2]
+        quote = shown[-1:] if shown.endswith(("'", '"')) else ""
+        address, blank, behind = (place, "", "") if is_whole or quote else re.split(r"(\s|\Z)", place, maxsplit=1)
+        address, is_cut = hide_in_address(scheme, address)
+        shown += f"{scheme}{address}"
+        if is_cut:  # a query may have blanks, and another address
+            _, end, tail = "".join(rest[turn + 1 :]).rpartition(quote) if quote else ("", "", "")
+            return f"{shown}{end}{hide_secrets(tail) if end else ''}"
+        shown += f"{blank}{behind}"
+    return shown
+
+
+def hide_in_address(scheme: str, place: str) -> tuple[str, bool]:
+    """What stands behind the scheme of an address, without what is secret; and whether it had a query."""
+    kind = scheme.rstrip("/").lower()
+    if kind in ("http:", "https:"):
+        place = WEB_LOGIN.sub("", place, count=1) if WEB_LOGIN.match(place) else place
+    elif (found := FILE_LOGIN.match(place) if kind == "file:" and scheme.endswith("///") else LOGIN.match(place)) or (
+        kind in BUCKETS and (found := FILE_LOGIN.match(place))
+    ):
+        place = f"...{place[found.end() :]}"
+    plain = (PLAIN_IN_BUCKET if kind in BUCKETS else PLAIN).match(place)
+    if plain is None or plain.end() == len(place):
+        return place, False
+    # A revision of the hub has no question mark.
+    return re.sub(r"@[^@/]*\Z", "", plain[0]) + "?...", True

@@ -1285,6 +1285,13 @@ MUTATIONS = (
         'marks = "I" * bool(unusual.infinite)',
         "test_other_pages.py::test_a_difference_is_drawn_with_letters_and_words",
     ),
+    Mutation(
+        "errors",
+        "what was expected, in a problem, keeps the secrets of an address",
+        'for name in ("subject", "found", "expected", "remedy"):',
+        'for name in ("subject", "found", "remedy"):',
+        "test_secrets_in_addresses.py::test_every_text_of_a_problem_is_without_secrets",
+    ),
 )
 
 

@@ -1,7 +1,6 @@
 """The argument parser: options in sections, errors in one line with the nearest name, completion of shells."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -72,8 +71,7 @@ class Parser(argparse.ArgumentParser):
         if text.endswith(": PATH"):  # of `inspect`, whose option takes it for its pattern
             text += " (before --tensors)"
         see = f"{' See' if text.endswith('?') else '; see'} {self.prog} --help"
-        text = re.sub(r"\S+", lambda word: hide_secrets(word[0]), text)
-        print_aside(escape(f"{self.prog}: {text}{see}"))
+        print_aside(escape(f"{self.prog}: {hide_secrets(text)}{see}"))
         raise SystemExit(REFUSED)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -152,7 +150,7 @@ def parse_words(parser: Parser, words: Sequence[str] | None) -> argparse.Namespa
     options, unknown = parser.parse_known_args(words)
     own: Parser = options.parser
     if unknown:
-        given = sys.argv[1:] if words is None else words
+        given, unknown = ([*map(hide_secrets, some)] for some in (sys.argv[1:] if words is None else words, unknown))
         own.error(f"unrecognized arguments: {explain_unknown_words(own, given, unknown)}")
     if not hasattr(options, "run"):
         parser.print_help()

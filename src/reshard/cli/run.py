@@ -26,7 +26,7 @@ def run_command(run: Callable[[argparse.Namespace], int], options: argparse.Name
     except OSError as error:
         file, said = str(error.filename or ""), str(error.strerror or error)
         problems = (Problem("system-error", file, said, "no error of the system"),)
-        told = f"{escape(file)}: {said}"
+        told = f"{escape(problems[0].subject)}: {problems[0].found}"
     if options.json:
         print_json({"status": "refused", "problems": [asdict(problem) for problem in problems]})
     print_aside(paint(f"reshard: refused\n{told}", RED, sys.stderr))

@@ -218,7 +218,7 @@ def find_near_path(path: Path) -> Path | None:
 def suggest_download(path: Path) -> str:
     """The hint for a path that is not there, if it may be an address or the name of a repository; else empty."""
     host, _, rest = str(path).partition("/")
-    if address := ADDRESS.fullmatch(str(path)):
+    if address := ADDRESS.fullmatch(restore_address(path)):
         scheme, rest = address[1].lower(), address[2]
         if scheme == FILE:
             return f"give the path /{rest}"

@@ -12,7 +12,7 @@ from reshard.errors import refuse
 from reshard.paths import RemotePath
 from reshard.storage.access_hints import KEYS_OF
 from reshard.storage.target_store import TargetStore
-from reshard.text import ADDRESS, QUERY, hide_secrets
+from reshard.text import ADDRESS, hide_in_address, hide_secrets
 
 BUCKET_ADDRESS = re.compile(r"(s3|gs|az):(/+)(([^/]*).*)", re.DOTALL | re.IGNORECASE)
 
@@ -44,7 +44,7 @@ def require_plain_addresses(kind: str, *given: str | os.PathLike[str] | None) ->
         address, expected = hide_secrets(os.fspath(one or "")), f"{scheme}://BUCKET/FOLDER"
         if not bucket or slashes not in (("//",) if isinstance(one, str) else ("//", "/")):
             raise refuse(kind, address, "an address without a bucket", expected, "is a variable not set?")
-        if not BUCKET_NAME.fullmatch(bucket) or QUERY.fullmatch(f"{scheme}:{rest}"):
+        if not BUCKET_NAME.fullmatch(bucket) or hide_in_address(f"{scheme}://", rest) != (rest, False):
             remedy = f"keys stand in the environment: {KEYS_OF[scheme]}"
             remedy += "; AWS_ENDPOINT_URL names another server" if scheme == "s3" else ""
             raise refuse(kind, address, "no name of a bucket, or keys in the address", expected, remedy)

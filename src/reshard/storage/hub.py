@@ -31,7 +31,7 @@ from reshard.storage.web_client import Answer, WebClient
 
 NAME = re.compile(
     r"(?:models/)?(?!datasets/|spaces/)(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<inner>.*))?",
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@?]+))?(?:/(?P<inner>.*))?",
     re.DOTALL,
 )
 """What stands behind `hf://`, as the hub's own programs have it."""
