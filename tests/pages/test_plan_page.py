@@ -138,6 +138,7 @@ def test_every_kind_of_target_adds_up(arguments: dict[str, Any], source: Callabl
     assert read_number(tables["Dtypes before and after"][-1][-1]) == payload
     assert [one.attributes["id"] for one in page.find_all("section")] == PARTS
     assert all(read_drawings(text))
+    assert not [one for one in page.find_all("path") if one.attributes["class"] == "s0"], "nothing is not drawn"
 
 
 @pytest.mark.parametrize("kind", ["awq", "nvfp4"])
