@@ -146,10 +146,11 @@ def test_a_module_that_a_layer_lacks_has_the_colour_of_nothing(tmp_path: Path) -
     tensors = {f"model.layers.{layer}.up_proj.weight": torch.zeros(4, 8) for layer in range(3)}
     save_file(tensors | {"model.layers.2.gate.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     places = parse_page(read_contents(tmp_path)).find_all("section")[1]
-    assert [one.text for one in places.find_all("span") if one.text == "nothing"]
+    (legend,) = [one for one in places.find_all("li") if one.text == "nothing"]
+    assert [one.attributes["class"].split() for one in legend.find_all("span")[1:]] == [["swatch"]]
     cells = [one for one in places.find_all("path") if re.fullmatch(r"s\d", one.attributes["class"])]
     widths = [(one.attributes["class"], re.findall(r"h(\d+)v", one.attributes["d"])) for one in cells]
-    assert widths == [("s7", ["102"]), ("s0", ["68"]), ("s5", ["34"])], "three layers, two without, one of an eighth"
+    assert widths == [("s7", ["102"]), ("s5", ["34"])], "of two layers nothing is drawn: the colour of the page"
 
 
 def test_an_unfinished_target_has_a_page(tmp_path: Path) -> None:
@@ -476,6 +477,7 @@ def test_colours_can_be_told_apart(scheme: int) -> None:
     steps = [luminance(colours[f"s{level}"]) for level in range(1, 8)]
     assert steps == sorted(steps, reverse=not scheme), "each level is darker, or brighter, than the one before"
     assert all(contrast(colours[f"s{n}"], colours[f"s{n + 1}"]) >= 1.15 for n in range(1, 7))
+    assert contrast(colours["s1"], colours["back"]) >= 1.15, "little is not nothing"
     assert contrast(colours["odd"], colours["back"]) >= 3
     assert contrast(colours["memory"], colours["s0"]) >= 3
 

@@ -169,6 +169,7 @@ def test_every_kind_of_target_adds_up(arguments: dict[str, Any], source: Callabl
     assert read_number(tables["Dtypes before and after"][-1][-1]) == payload
     assert [one.attributes["id"] for one in page.find_all("section")] == PARTS
     assert all(read_drawings(text))
+    assert not [one for one in page.find_all("path") if one.attributes["class"] == "s0"], "nothing is not drawn"
 
 
 @pytest.mark.parametrize("kind", ["awq", "nvfp4"])
@@ -273,9 +274,18 @@ def test_equal_layers_share_a_row(source: Callable[[str], Path], tmp_path: Path)
     assert len(shown) == len({str(sizes) for name, sizes in named.items() if name.startswith("layers.")}) == 2
 
 
-def test_a_layer_that_stands_out_has_a_row_of_its_own(tmp_path: Path) -> None:
-    """Layers 3 and 4 have another size, alike; the rows around them are shared."""
-    tensors = {f"layers.{layer}.w": torch.ones(6 if layer in (3, 4) else 4) for layer in range(12)}
+@pytest.mark.parametrize(
+    ("larger", "rows", "outlined"),
+    [
+        ({3, 4}, ["layers.0-2, each", "layers.3", "layers.4", "layers.5-11, each"], 2),
+        ({*range(6)}, ["layers.0-5, each", "layers.6-11, each"], 0),
+    ],
+    ids=["two stand out", "no size is usual"],
+)
+def test_layers_of_other_sizes_have_rows_of_their_own(
+    larger: set[int], rows: list[str], outlined: int, tmp_path: Path
+) -> None:
+    tensors = {f"layers.{layer}.w": torch.ones(6 if layer in larger else 4) for layer in range(12)}
     save_file(tensors, tmp_path / "model.safetensors")
     recipe = tmp_path / "own.toml"
     recipe.write_text(
@@ -286,9 +296,9 @@ def test_a_layer_that_stands_out_has_a_row_of_its_own(tmp_path: Path) -> None:
     )
     layers = page_of(tmp_path, mp=2, recipe=f"{recipe}").find_all("section")[1]
     labels = [one.text for one in layers.find_all("text") if one.attributes["class"] == "row"]
-    assert labels == ["layers.0-2, each", "layers.3", "layers.4", "layers.5-11, each"]
-    (outlines,) = [one for one in layers.find_all("path") if one.attributes.get("class") == "odd"]
-    assert outlines.attributes["d"].count("M") == 2
+    assert labels == rows
+    outlines = [one for one in layers.find_all("path") if one.attributes.get("class") == "odd"]
+    assert sum(one.attributes["d"].count("M") for one in outlines) == outlined
 
 
 def test_many_ranks_are_drawn_in_groups(tmp_path: Path) -> None:
@@ -352,6 +362,6 @@ def test_memories_are_in_gb_and_all_else_in_powers_of_1024(source: Callable[[str
     largest = max(file.size - len(file.header) for file in plan.files)
     assert f"80 GB is {80e9 / largest:,.0f} times the longest bar" in page.text
     assert page.text.count("1,000,000,000") == 1, "what a GB is stands there once"
-    units = {*re.findall(r"[\d.]+ (bytes|[kKMGT]i?B)\b", page.text)}
+    units = {*re.findall(r"[\d.]+ (bytes|[kKMGT]i?B)", page.text)}
     assert units == {"bytes", "KiB", "MiB", "GB"}
     assert {*re.findall(r"(\d+) GB", page.text)} == {"80", "96", "141", "180", "192"}

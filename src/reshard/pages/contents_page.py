@@ -10,7 +10,7 @@ from reshard.inspection.unfinished import describe_unfinished
 from reshard.numbered_names import name_layer, split_name
 from reshard.pages.bars import Bar, Bars, paint_bars
 from reshard.pages.columns import Line, group_columns, merge_lines, name_numbers
-from reshard.pages.heat_map import HeatMap, find_level, merge_cells, paint_heat_map
+from reshard.pages.heat_map import NOT_THERE, HeatMap, find_level, merge_cells, paint_heat_map
 from reshard.pages.legends import make_kind_legend, make_legend, make_size_legend
 from reshard.pages.markup import Markup, Table, make_details, make_element, make_list, make_table
 from reshard.pages.module_kinds import KINDS, find_module_kind
@@ -177,7 +177,7 @@ def paint_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Ma
     odd = [words for module in modules for words in describe_odd_layers(module, table[module], usual[module])]
     if odd:
         if any(run.is_odd for _, runs in rows for run in runs):
-            yield make_legend([("s0 outlined", "", "outlined: differs from most layers")])
+            yield make_legend([("outlined", "", "outlined: differs from most layers")])
         yield make_list(
             [*odd[:MOST_ODD_SHOWN], *[f"and {len(odd) - MOST_ODD_SHOWN:,} more"] * (len(odd) > MOST_ODD_SHOWN)]
         )
@@ -199,7 +199,7 @@ def find_usual(cells: Mapping[str, int]) -> int | None:
 def make_size_cell(size: int | None, usual: int | None, largest: int) -> tuple[int, str, bool, str]:
     """Makes a cell of a heat map: its level, words, outline and mark."""
     if size is None:
-        return 0, "", False, ""
+        return NOT_THERE, "", False, ""
     return find_level(size, largest), f"{size:,} bytes ({format_size(size)})", usual not in (None, size), ""
 
 

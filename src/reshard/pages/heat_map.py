@@ -7,13 +7,13 @@ from typing import NamedTuple
 from reshard.pages.markup import Markup, make_drawing, make_element
 
 LEVELS = 7
-"""Colours of a heat map, from 1 on; level 0 is a cell with nothing in it."""
+"""Colours of a heat map, from 1 on; level 0 is a cell without a difference."""
 
 LETTERED = LEVELS + 1
 """The level of a cell with a letter: a colour apart from the others."""
 
 NOT_THERE = -1
-"""The level of a cell that is not drawn at all."""
+"""The level of a cell with nothing in it: it is not drawn, and has the colour of the page."""
 
 LETTER = 6.7
 """Width of a letter of a label, in pixels."""
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     end: int
     """Index of the column behind it."""
     level: int
-    """0, for nothing, to LEVELS; LETTERED, or NOT_THERE."""
+    """0 to LEVELS; LETTERED, or NOT_THERE."""
     title: str = ""
     """The words that a browser shows under the pointer; empty for none."""
     is_odd: bool = False
@@ -185,7 +185,7 @@ SHARES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def find_level(size: int, largest: int) -> int:
-    """Finds the level of a size; both in bytes. 0 is nothing."""
+    """Finds the level of a size; both in bytes."""
     if not size:
-        return 0
+        return NOT_THERE
     return next(level for level, share in enumerate(SHARES, 1) if size <= share * largest or share == 1)

@@ -25,7 +25,7 @@ def make_legend(words: Iterable[tuple[str, str, str]]) -> Markup:
 def make_size_legend(largest: int) -> Markup:
     """Makes the legend of a heat map of sizes; `largest` is that of a cell, in bytes."""
     steps = [(f"s{level}", "", f"to {format_size(int(share * largest))}") for level, share in enumerate(SHARES, 1)]
-    return make_legend([("s0", "", "nothing"), *steps])
+    return make_legend([("", "", "nothing"), *steps])
 
 
 def make_kind_legend(kinds: Sequence[int]) -> Markup:

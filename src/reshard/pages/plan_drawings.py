@@ -209,7 +209,7 @@ def merge_rank_cells(
     for run in runs:
         files = [file for column in columns[run.first : run.end] for file in column.files]
         words = describe_cells([cells[file] for file in files], [numbers[file] for file in files], thing)
-        found.append(run._replace(title=f"{name}, {words}" if run.level else ""))
+        found.append(run._replace(title=f"{name}, {words}"))
     return name, found
 
 
@@ -220,7 +220,7 @@ def list_odd_cells(
     if odd:
         items = [describe_odd(group, facts, numbers, "rank") for group in merge_odd(odd, facts)]
         yield make_element("h3", "Cells that stand out")
-        yield make_legend([("s0 outlined", "", "outlined: differs from most layers of the same tensors")])
+        yield make_legend([("outlined", "", "outlined: differs from most layers of the same tensors")])
         yield make_list(cut_items(items))
     if unsettled:
         lines = [
