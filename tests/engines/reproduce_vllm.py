@@ -20,7 +20,7 @@ def main() -> None:
     """Runs the script, and says whether the fault is there."""
     os.environ |= {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0"}
     with tempfile.TemporaryDirectory(prefix="reshard-vllm-") as folder:
-        if change := find_change(read_report(REPORT), Path(folder)):
+        if change := find_change(read_report(REPORT), Path(folder), seconds=1800):
             sys.exit(f"{REPORT}: {change}")
     print(f"passed: the fault of {REPORT} is there as reported")
 
