@@ -21,6 +21,7 @@ PARTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
+    ".github",
     "LICENSE",
     "docs",
     "examples",
