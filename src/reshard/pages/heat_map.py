@@ -106,7 +106,7 @@ def paint_column_labels(columns: Sequence[str], sizes: Sizes) -> Iterator[Markup
 
 
 def has_room(columns: Sequence[str], step: int, sizes: Sizes) -> bool:
-    """Whether labels at every so manieth column do not touch each other."""
+    """Whether labels do not touch each other, of which only one in `step` is drawn."""
     return max(map(len, columns[::step]), default=0) * LETTER + 5 <= step * sizes.width or step >= len(columns)
 
 

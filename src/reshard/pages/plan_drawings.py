@@ -218,7 +218,7 @@ def list_odd_cells(
 ) -> Iterator[Markup]:
     """Lists the cells of ranks that stand out, in words, and the rows without a usual size."""
     if odd:
-        items = [describe_odd(group, facts, numbers, "rank") for group in merge_odd(odd, facts)]
+        items = [describe_odd(group, facts, numbers) for group in merge_odd(odd, facts)]
         yield make_element("h3", "Cells that stand out")
         yield make_legend([("outlined", "", "outlined: differs from most layers of the same tensors")])
         yield make_list(cut_items(items))
@@ -256,7 +256,7 @@ def merge_odd(odd: Sequence[Odd], facts: PlanFacts) -> list[list[Odd]]:
     return sorted(groups, key=lambda group: group[0].row)
 
 
-def describe_odd(group: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int], thing: str) -> str:
+def describe_odd(group: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int]) -> str:
     """Describes cells that stand out: those of one size, in rows beside each other."""
     first, last = group[0], group[-1]
     rows = shorten_name(facts.rows[first.row])
@@ -265,7 +265,7 @@ def describe_odd(group: Sequence[Odd], facts: PlanFacts, numbers: Sequence[int],
     apart = f"{abs(first.size - first.usual):,} {'more' if first.size > first.usual else 'fewer'}"
     each = " each" * (len(group) * len(first.files) > 1)
     return (
-        f"{rows}, {thing}{'s' * (len(first.files) > 1)} {places}: {first.size:,} bytes{each}, "
+        f"{rows}, rank{'s' * (len(first.files) > 1)} {places}: {first.size:,} bytes{each}, "
         f"where {first.usual:,} are usual ({apart})"
     )
 
