@@ -7,13 +7,13 @@ from reshard.formats.folders_below import split_numbers
 from reshard.inspection.contents import Content
 from reshard.inspection.tensor_list import ListedTensor
 from reshard.inspection.unfinished import describe_unfinished
-from reshard.numbered_names import name_layer, split_name
+from reshard.numbered_names import split_name
 from reshard.pages.bars import Bar, Bars, paint_bars
 from reshard.pages.columns import Line, group_columns, merge_lines, name_numbers
 from reshard.pages.heat_map import NOT_THERE, HeatMap, find_level, merge_cells, paint_heat_map
 from reshard.pages.legends import make_kind_legend, make_legend, make_size_legend
-from reshard.pages.markup import Markup, Table, make_details, make_element, make_list, make_table
-from reshard.pages.module_kinds import KINDS, find_module_kind
+from reshard.pages.markup import Markup, Table, cut_items, make_details, make_element, make_list, make_table
+from reshard.pages.module_kinds import KINDS, find_module_kind, split_at_layer
 from reshard.pages.page import Page, Section, format_page, make_paragraph
 from reshard.text import format_count, format_percent, format_size, shorten_name
 
@@ -29,8 +29,6 @@ MOST_LAYER_KINDS = 6
 
 MOST_TENSORS_SHOWN = 300
 """Of a list of tensors."""
-
-MOST_ODD_SHOWN = 40
 
 
 def format_contents_page(content: Content, tensors: Sequence[ListedTensor]) -> str:
@@ -147,9 +145,7 @@ def tabulate_sizes(tensors: Sequence[ListedTensor]) -> dict[str, dict[str, dict[
     """Bytes by kind of layer, module and number of the layer."""
     tables: dict[str, dict[str, dict[str, int]]] = {}
     for tensor in tensors:
-        layer = name_layer(tensor.name)
-        kind, _, number = layer.rpartition(".")
-        module = split_name(tensor.name[len(layer) :].removeprefix("."))[0] if layer else tensor.name
+        kind, number, module = split_at_layer(tensor.name)
         cells = tables.setdefault(kind, {}).setdefault(module, {})
         cells[number] = cells.get(number, 0) + tensor.size
     return tables
@@ -178,9 +174,7 @@ def paint_sizes(kind: str, table: Cells, name: str, largest: int) -> Iterator[Ma
     if odd:
         if any(run.is_odd for _, runs in rows for run in runs):
             yield make_legend([("outlined", "", "outlined: differs from most layers")])
-        yield make_list(
-            [*odd[:MOST_ODD_SHOWN], *[f"and {len(odd) - MOST_ODD_SHOWN:,} more"] * (len(odd) > MOST_ODD_SHOWN)]
-        )
+        yield make_list(cut_items(odd))
     lines = [
         Line(shorten_name(module) or "(itself)", name_layers(table[module]), [sum(table[module].values())])
         for module in modules

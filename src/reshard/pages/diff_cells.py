@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from reshard.formats.folders_below import split_numbers
 from reshard.inspection.diff_report import DiffReport, ValueDifference, format_share
-from reshard.numbered_names import name_layer, split_name
+from reshard.numbered_names import name_layer
 from reshard.pages.heat_map import LETTERED, NOT_THERE
+from reshard.pages.module_kinds import split_at_layer
 
 EXPERT = re.compile(r"\.experts\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
@@ -112,9 +113,7 @@ def tabulate_modules(report: DiffReport) -> list[CellTable]:
     """Cells by module and layer, a table for each kind of layer; what is in no layer comes last."""
     tables: dict[str, dict[str, dict[str, DiffCell]]] = {}
     for name, relative, marks, is_equal in list_states(report):
-        layer = name_layer(name)
-        kind, _, number = layer.rpartition(".")
-        module = split_name(name[len(layer) :].removeprefix("."))[0] if layer else name
+        kind, number, module = split_at_layer(name)
         cell = tables.setdefault(kind, {}).setdefault(module, {}).setdefault(number, DiffCell())
         cell.add(relative, marks, is_equal=is_equal)
     kinds = sorted(tables, key=lambda kind: (not kind, split_numbers(kind)))

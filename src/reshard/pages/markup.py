@@ -12,6 +12,9 @@ MOST_ON_A_LINE = 64
 DRAWN = {"path", "rect", "line"}
 """Elements of SVG that have nothing inside."""
 
+MOST_LISTED = 40
+"""So many cells that stand out are listed in words."""
+
 
 class Markup(str):
     """Text of HTML that is escaped already."""
@@ -95,6 +98,11 @@ def make_region(label: str, *inside: str) -> Markup:
 def make_details(summary: str, *inside: str) -> Markup:
     """Makes a part that a reader opens."""
     return make_element("details", make_element("summary", summary), *inside)
+
+
+def cut_items(items: Sequence[str]) -> list[str]:
+    """Cuts a list behind MOST_LISTED items, and counts the others."""
+    return [*items[:MOST_LISTED], *[f"and {len(items) - MOST_LISTED:,} more"] * (len(items) > MOST_LISTED)]
 
 
 def make_list(items: Iterable[str], **attributes: str) -> Markup:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from reshard.formats.folders_below import split_numbers
-from reshard.numbered_names import name_layer
+from reshard.numbered_names import name_layer, split_name
 
 ATTENTION, EXPERTS, SHARED, DENSE, ENDS = (
     "attention",
@@ -62,3 +62,12 @@ def sort_rows(rows: Iterable[str]) -> list[str]:
         return 0 if is_first else 1 if name_layer(row) == row else 2, split_numbers(row), row
 
     return sorted(rows, key=find_place)
+
+
+def split_at_layer(name: str) -> tuple[str, str, str]:
+    """Splits the name of a tensor: what its layer is one of, the number of the layer, and the rest with `#` for each
+    number. The first two are empty for a tensor in no layer, whose name stays whole.
+    """
+    layer = name_layer(name)
+    kind, _, number = layer.rpartition(".")
+    return kind, number, split_name(name[len(layer) :].removeprefix("."))[0] if layer else name

@@ -21,16 +21,22 @@ from reshard.pages.columns import (
 )
 from reshard.pages.heat_map import HeatMap, Run, find_level, merge_cells, paint_heat_map
 from reshard.pages.legends import make_kind_legend, make_legend, make_size_legend
-from reshard.pages.markup import NOTHING_HERE, Markup, Table, make_details, make_element, make_list, make_table
+from reshard.pages.markup import (
+    NOTHING_HERE,
+    Markup,
+    Table,
+    cut_items,
+    make_details,
+    make_element,
+    make_list,
+    make_table,
+)
 from reshard.pages.module_kinds import KINDS
 from reshard.pages.page import Section, make_paragraph
 from reshard.pages.plan_facts import PlanFacts
 from reshard.planning.plan import Plan, has_rank_files
 from reshard.planning.rank_choices import GPUS
 from reshard.text import format_count, format_size, shorten_name
-
-MOST_LISTED = 40
-"""So many odd cells are listed in words."""
 
 
 def number_files(plan: Plan) -> list[int]:
@@ -232,11 +238,6 @@ def list_odd_cells(
         yield make_list(cut_items([f"{name_group(group)}, {group[0].words}" for group in group_lines(lines)]))
     if not odd and not unsettled:
         yield make_paragraph("No cell stands out: layers of the same tensors have the same bytes in every rank.")
-
-
-def cut_items(items: Sequence[str]) -> list[str]:
-    """Cuts a list behind MOST_LISTED items, and counts the others."""
-    return [*items[:MOST_LISTED], *[f"and {len(items) - MOST_LISTED:,} more"] * (len(items) > MOST_LISTED)]
 
 
 def merge_odd(odd: Sequence[Odd], facts: PlanFacts) -> list[list[Odd]]:
